@@ -1,0 +1,132 @@
+"""A request as the engine sees it, all state of one request in one object, and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to compute: a prompt of token ids and how to go on from it.
+
+    A line of the input with several prompts or ``n > 1`` becomes several of these; `id` and `choice`
+    together name one, and together with `seed` they key its random stream.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    choice: int = 0
+    kind: Literal["generate", "embed"] = "generate"
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()  # ids that end the text: end-of-sequence ids unless ignored, and the user's
+    logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
+    pooling: Literal["mean", "last"] = "mean"
+    watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a request ended in.
+
+    `tokens` include the stop id if one ended the text (then it is `stop_id` too). Log-probabilities are of
+    the model's own distribution, before penalties and temperature, natural logarithm.
+    """
+
+    request: Request
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    stop_id: int | None = None
+    logprobs: list[float] = field(default_factory=list)  # of `tokens`, if asked for
+    top: list[TopLogprobs] = field(default_factory=list)  # per token of `tokens`
+    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], if asked for
+    prompt_top: list[TopLogprobs] = field(default_factory=list)  # per token of prompt[1:]
+    embedding: NDArray[np.float32] | None = None  # [hidden], not normalised
+    seconds_waiting: float = 0.0  # from submission to the first step
+    seconds_running: float = 0.0  # from the first step to the end
+
+
+class Sequence:
+    """The state of one request while it runs; only the scheduler and the engine change it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens = list(request.prompt)
+        self.computed = 0  # tokens whose keys and values are in the KV cache
+        self.blocks: list[int] = []  # its KV blocks, in order of position
+        self.in_flight = False  # part of a step whose reply is outstanding
+        self.logprobs: list[float] = []
+        self.top: list[TopLogprobs] = []
+        self.prompt_logprobs: list[float] = []
+        self.prompt_top: list[TopLogprobs] = []
+        self.pooled: NDArray[np.float64] | None = None
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.stop_id: int | None = None
+        self.submitted = time.monotonic()
+        self.started = self.submitted
+        name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
+        self.key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), np.uint64)
+
+    @property
+    def generated(self) -> int:
+        """How many tokens have been generated."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens whose keys and values it will ever hold."""
+        if self.request.kind == "embed":
+            return len(self.request.prompt)
+        return len(self.request.prompt) + max(0, self.request.max_tokens - 1)
+
+    def uniform(self) -> float:
+        """The random number in [0, 1) that draws the next token: Philox keyed by seed and request, counted by position."""
+        counter = self.generated
+        return float(np.random.Generator(np.random.Philox(key=self.key, counter=counter)).random())
+
+    def append(self, token: int) -> None:
+        """Take a generated token and decide whether it ends the text."""
+        request = self.request
+        self.tokens.append(token)
+        if token in request.stop_ids:
+            self.finish_reason, self.stop_id = "stop", token
+        elif request.watch is not None and request.watch(token):
+            self.finish_reason = "stop"
+        elif self.generated >= request.max_tokens:
+            self.finish_reason = "length"
+
+    def completion(self) -> Completion:
+        """The finished request's result."""
+        now = time.monotonic()
+        embedding = None
+        if self.request.kind == "embed":
+            assert self.pooled is not None
+            embedding = self.pooled.astype(np.float32)
+        return Completion(
+            request=self.request,
+            tokens=self.tokens[len(self.request.prompt) :],
+            finish_reason=self.finish_reason or "length",
+            stop_id=self.stop_id,
+            logprobs=self.logprobs,
+            top=self.top,
+            prompt_logprobs=self.prompt_logprobs,
+            prompt_top=self.prompt_top,
+            embedding=embedding,
+            seconds_waiting=self.started - self.submitted,
+            seconds_running=now - self.started,
+        )

@@ -1,0 +1,1 @@
+"""The decoder of all architectures: they differ in data, which `ModelConfig` holds."""
