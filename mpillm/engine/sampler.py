@@ -1,0 +1,88 @@
+"""Drawing the next token from the likeliest candidates, as a pure function of them and one random number.
+
+The candidates of a row are the first k ids by logit, ties by lower id. Every filter keeps a prefix of that order
+and drawing walks along it, so a short list decides exactly what the whole row would, unless the walk reaches its
+end: then `draw` says so (None) and the caller asks for a longer one. Filters apply as in vLLM: temperature, min_p,
+top_k, top_p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.engine.sequence import Request, TopLogprobs
+
+FIRST_LOOK = 128  # candidates asked for when tokens are drawn: enough for nearly every draw
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest tokens of one row.
+
+    `values` are the logits that decide (after the repetition penalty), descending; `raw` the model's own.
+    `log_z` is the logarithm of the sum of exp(raw logit) over the whole vocabulary, `scaled_z` the sum of
+    exp((value - greatest value) / temperature) over it. `complete` if no token is missing.
+    """
+
+    ids: NDArray[np.int32]
+    values: NDArray[np.float32]
+    raw: NDArray[np.float32]
+    log_z: float
+    scaled_z: float
+    complete: bool
+    target_logit: float = math.nan
+
+    def logprob(self, index: int) -> float:
+        """Log-probability of the candidate at `index`."""
+        return float(self.raw[index]) - self.log_z
+
+    def top(self, count: int) -> TopLogprobs:
+        """The first `count` candidates with their log-probabilities."""
+        return [(int(self.ids[i]), self.logprob(i)) for i in range(min(count, len(self.ids)))]
+
+
+def candidates_wanted(request: Request) -> int:
+    """How many candidates to ask for at first."""
+    alternatives = max(request.logprobs or 0, 1)
+    if request.temperature == 0.0:
+        return alternatives
+    return max(alternatives, request.top_k if request.top_k > 0 else FIRST_LOOK)
+
+
+def draw(candidates: Candidates, request: Request, u: float) -> int | None:
+    """The index of the token drawn with the random number `u` in [0, 1); None if the list is too short to tell."""
+    if request.temperature == 0.0:
+        return 0
+    inv_t = float(np.float32(1.0 / np.float32(request.temperature)))
+    # Rounded to float32, so that a last bit of the C library's exp cannot change what is drawn.
+    scaled = [(float(value) - float(candidates.values[0])) * inv_t for value in candidates.values]
+    weights = np.array([math.exp(value) for value in scaled], np.float32)
+    kept = len(weights)
+    closed = candidates.complete  # whether the last kept one is known to be the last that any filter lets through
+    if request.min_p > 0.0:
+        below = np.flatnonzero(weights < request.min_p)
+        if len(below):
+            kept, closed = int(below[0]), True
+    if 0 < request.top_k <= kept:
+        kept, closed = request.top_k, True
+    cumulative = np.cumsum(weights[:kept], dtype=np.float64)
+    total = float(cumulative[-1])
+    if not closed and request.min_p > 0.0:
+        return None  # the mass of what min_p lets through is not known yet
+    if not closed:
+        total = candidates.scaled_z
+    if request.top_p < 1.0:
+        reached = int(np.searchsorted(cumulative, request.top_p * total)) + 1
+        if reached > kept and not closed:
+            return None
+        kept = min(reached, kept)
+        total = float(cumulative[kept - 1])
+    index = int(np.searchsorted(cumulative[:kept], u * total, side="right"))
+    if index >= kept:
+        # Only rounding can take a closed walk past its end.
+        return None if not (closed or request.top_p < 1.0) else kept - 1
+    return index
