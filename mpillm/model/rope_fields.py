@@ -1,0 +1,143 @@
+"""A configuration's rotary embedding: the old style (rope_theta, rope_scaling) and the newer one (rope_parameters)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ModelError
+from .fields import Fields
+from .rope import RopeConfig, yarn_attention_factor
+
+KINDS = ("default", "linear", "llama3", "yarn", "factors")
+LONGEST = 2**31 - 1  # positions are int32 in the kernels
+# Written into the dict by some exporters whatever the kind; without effect there.
+HARMLESS = {"type", "rope_type", "rope_theta", "finetuned", "original_max_position_embeddings"}
+
+
+def read_rope(config: Fields, default_theta: float, max_position: int, head_dim: int) -> RopeConfig:
+    """The rotary embedding of a configuration, every default resolved as transformers does; ModelError otherwise."""
+    flat_theta = config.optional_number("rope_theta", 1.0, 1e30)
+    flat_original = config.optional_integer("original_max_position_embeddings", 1, LONGEST)
+    values = _parameters(config)
+    rope = Fields(values, f"{config.name}, rope parameters")
+
+    theta = rope.number("rope_theta", 1.0, 1e30, default=default_theta if flat_theta is None else flat_theta)
+    kind = _kind(rope)
+    _check_whole_head(config, rope)
+    if kind == "default":
+        if rope.number("factor", 0, 1e30, default=1.0) != 1.0:
+            raise rope.fail("factor", "but the rope type is default; give the type that scales")
+        result = RopeConfig(theta)
+    elif kind == "linear":
+        result = RopeConfig(theta, "linear", factor=rope.number("factor", 1e-6, 1e6))
+    elif kind == "factors":
+        result = _factors(rope, theta, head_dim)
+    else:
+        # Like transformers: the configuration's own value goes before the rope dict's.
+        inner = rope.optional_integer("original_max_position_embeddings", 1, LONGEST)
+        original = flat_original or inner or max_position
+        result = (
+            _llama3(rope, theta, original) if kind == "llama3" else _yarn(rope, theta, original, max_position)
+        )
+
+    unknown = sorted(set(rope.unread()) - HARMLESS)
+    if unknown:
+        raise ModelError(f"{rope.name}: {', '.join(unknown)} is not supported with rope type {kind}.")
+    return result
+
+
+def _parameters(config: Fields) -> Mapping[str, Any]:
+    """The dict that holds the rope type and its numbers."""
+    old, new = config.table("rope_scaling"), config.table("rope_parameters")
+    if old and new and old != new:
+        raise ModelError(
+            f"{config.name}: rope_scaling and rope_parameters are both given and differ; keep one."
+        )
+    values = old or new
+    if not any(isinstance(value, Mapping) for value in values.values()):
+        return values
+    # One dict per layer type, for models whose layers differ; one decoder-wide table serves them if they agree.
+    layer_types = config.values.get("layer_types") or ["full_attention"]
+    per_type = [values.get(name) for name in layer_types if isinstance(name, str)]
+    first = per_type[0] if per_type else None
+    if not isinstance(first, Mapping) or any(other != first for other in per_type):
+        raise ModelError(f"{config.name}: rope parameters that differ from layer to layer are not supported.")
+    return first
+
+
+def _kind(rope: Fields) -> str:
+    kind = rope.raw("rope_type")
+    if kind is None:
+        kind = rope.raw("type")
+    if kind is None:
+        if set(rope.values) <= HARMLESS | {"factor", "partial_rotary_factor"}:
+            return "default"  # a factor other than 1 is refused there
+        raise ModelError(f"{rope.name}: the rope type is missing; it must be one of {', '.join(KINDS[:-1])}.")
+    if kind not in KINDS:
+        raise ModelError(
+            f"{rope.name}: rope type {str(kind)[:40]!r} is not supported (supported: {', '.join(KINDS[:-1])})."
+        )
+    return str(kind)
+
+
+def _check_whole_head(config: Fields, rope: Fields) -> None:
+    for fields in (config, rope):
+        if fields.number("partial_rotary_factor", 0, 1e6, default=1.0) != 1.0:
+            raise fields.fail(
+                "partial_rotary_factor", "but only models that rotate the whole head are supported"
+            )
+
+
+def _llama3(rope: Fields, theta: float, original: int) -> RopeConfig:
+    low, high = rope.number("low_freq_factor", 1e-6, 1e6), rope.number("high_freq_factor", 1e-6, 1e6)
+    if high <= low:
+        raise rope.fail("high_freq_factor", f"but must be greater than low_freq_factor ({low:g})")
+    return RopeConfig(
+        theta,
+        "llama3",
+        factor=rope.number("factor", 1e-6, 1e6),
+        original_max_position=original,
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
+    factor = rope.optional_number("factor", 1e-6, 1e6)
+    if factor is None:
+        factor = max_position / original
+    # Zero means "not given" in transformers, for these four.
+    beta_fast = rope.optional_number("beta_fast", 0, 1e6) or 32.0
+    beta_slow = rope.optional_number("beta_slow", 0, 1e6) or 1.0
+    mscale = rope.optional_number("mscale", 0, 1e6)
+    mscale_all_dim = rope.optional_number("mscale_all_dim", 0, 1e6)
+    if beta_fast < beta_slow:
+        raise rope.fail("beta_fast", f"but must not be less than beta_slow ({beta_slow:g})")
+    if theta <= 1.0:
+        raise ModelError(f"{rope.name}: rope_theta must be greater than 1 with rope type yarn.")
+    scale = rope.optional_number("attention_factor", 0, 1e6)
+    return RopeConfig(
+        theta,
+        "yarn",
+        factor=factor,
+        original_max_position=original,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        truncate=rope.flag("truncate", default=True),
+        attention_factor=yarn_attention_factor(factor, mscale, mscale_all_dim) if scale is None else scale,
+    )
+
+
+def _factors(rope: Fields, theta: float, head_dim: int) -> RopeConfig:
+    """Divisors given one by one (a GGUF file's rope_freqs.weight)."""
+    factors = rope.raw("factors")
+    valid = isinstance(factors, list | tuple) and all(
+        type(value) in {int, float} and 1e-6 <= value <= 1e9 for value in factors
+    )
+    if not valid or len(factors) != head_dim // 2:
+        raise ModelError(
+            f"{rope.name}: factors must be {head_dim // 2} positive numbers, half the head dimension."
+        )
+    scale = rope.number("attention_factor", 0, 1e6, default=1.0)
+    return RopeConfig(theta, "factors", factors=tuple(map(float, factors)), attention_factor=scale)
