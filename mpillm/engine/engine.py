@@ -1,0 +1,217 @@
+"""The engine: rank 0 leads, all others follow its steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillm.comm.collectives import Channel
+from mpillm.comm.grid import Place
+from mpillm.engine import step as messages
+from mpillm.engine.reply import Answerer, Reply, merge
+from mpillm.engine.sampler import Candidates, candidates_wanted, draw
+from mpillm.engine.scheduler import Limits, Scheduler, blocks_for
+from mpillm.engine.sequence import Completion, Request, Sequence
+from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
+from mpillm.model.decoder import Decoder
+
+
+class Worker:
+    """A rank's part in any message: what leader and followers do alike."""
+
+    def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
+        self.decoder = decoder
+        self._answerer = Answerer(decoder, keep_steps=micro_batches, threads=threads)
+
+    def step(self, step: Step) -> Reply | None:
+        """Compute this rank's part of a step; a last-stage rank's reply."""
+        x = self.decoder.forward(step.batch())
+        return None if x is None else self._answerer.answer(step, x)
+
+    def fetch(self, fetch: Fetch) -> Reply | None:
+        """Answer a request for candidates, on a last-stage rank."""
+        return self._answerer.fetch(fetch) if self.decoder.is_last else None
+
+
+def follow(worker: Worker, channel: Channel) -> int:
+    """What every rank but 0 does until it is told to stop; the exit code."""
+    while True:
+        message = channel.take()
+        kind = messages.kind_of(message)
+        if kind is Kind.STOP:
+            return messages.exit_code_of(message)
+        reply = worker.step(Step.decode(message)) if kind is Kind.STEP else worker.fetch(Fetch.decode(message))
+        if reply is not None:
+            channel.reply(reply.encode())
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the engine has done so far."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    fetched_rows: int = 0  # rows of logits that had to travel whole
+    most_sequences: int = 0
+    most_blocks: int = 0
+
+
+class Engine:
+    """Leads the ranks through requests; lives on rank 0."""
+
+    def __init__(self, worker: Worker, channel: Channel, limits: Limits, shard_vocab: list[int]) -> None:
+        self.totals = Totals()
+        self._worker = worker
+        self._channel = channel
+        self._scheduler = Scheduler(limits)
+        self._limits = limits
+        self._shard_vocab = shard_vocab  # vocabulary rows of each shard of the last stage
+        self._last_stage = _last_stage_ranks(worker.decoder.place)
+        self._replies: dict[int, deque[Reply]] = {rank: deque() for rank in self._last_stage}
+
+    def check(self, request: Request) -> None:
+        """Refuse (RequestError) a request that the KV budget could not hold even alone."""
+        self._scheduler.check(Sequence(request))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
+        """Compute checked requests; yields after every step what it finished (mostly nothing)."""
+        self._scheduler.add(Sequence(request) for request in requests)
+        in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
+        while self._scheduler.has_work:
+            while len(in_flight) < self._limits.micro_batches and (chosen := self._scheduler.next()):
+                in_flight.append((self._start(chosen), chosen))
+            step, chosen = in_flight.popleft()
+            yield self._finish(step, chosen)
+
+    def stop(self, exit_code: int) -> None:
+        """Send everybody home."""
+        self._channel.post(messages.stop_message(exit_code))
+
+    def _start(self, chosen: list[tuple[Sequence, int]]) -> Step:
+        step = Step(self.totals.steps, tuple(_part(sequence, count) for sequence, count in chosen))
+        self.totals.steps += 1
+        self.totals.most_sequences = max(self.totals.most_sequences, len(chosen))
+        self.totals.most_blocks = max(self.totals.most_blocks, self._scheduler.blocks_in_use)
+        self._post(step)
+        return step
+
+    def _post(self, message: Step | Fetch) -> None:
+        """Tell all ranks, do this rank's part, and keep its reply if it has one."""
+        self._channel.post(message.encode())
+        own = self._worker.step(message) if isinstance(message, Step) else self._worker.fetch(message)
+        if own is not None:
+            self._replies[0].append(own)
+
+    def _collect(self, number: int) -> list[Reply]:
+        """The last stage's replies to step `number` that are not taken yet, by shard."""
+        replies = []
+        for rank in self._last_stage:
+            kept = self._replies[rank]
+            while not kept or kept[-1].step != number:
+                # Replies arrive in the order of the messages; a fetch's comes behind those of later steps.
+                kept.append(self._receive(rank))
+            replies.append(kept.pop() if kept[0].step != number else kept.popleft())
+        return replies
+
+    def _receive(self, rank: int) -> Reply:
+        return Reply.decode(self._channel.collect(rank), self._worker.decoder.config.hidden)
+
+    def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Completion]:
+        replies = self._collect(step.number)
+        outputs = step.outputs()
+        candidates = merge(replies, outputs, self._shard_vocab)
+        by_part: list[list[tuple[int, Output, Candidates]]] = [[] for _ in chosen]
+        for i, (output, found) in enumerate(zip(outputs, candidates, strict=True)):
+            by_part[output.part].append((i, output, found))
+        hidden = iter(replies[0].hidden)
+        finished = []
+        for part, mine, (sequence, count) in zip(step.parts, by_part, chosen, strict=True):
+            sequence.in_flight = False
+            prompt_left = len(sequence.request.prompt) - sequence.computed
+            self.totals.prompt_tokens += max(0, min(count, prompt_left))
+            sequence.computed += count
+            rows = {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[part.hidden]
+            for _ in range(rows):
+                state = next(hidden).astype(np.float64)
+                sequence.pooled = state if sequence.pooled is None else sequence.pooled + state
+            self._take(step, sequence, mine)
+            if _is_done(sequence):
+                if part.hidden is Hidden.ALL and sequence.pooled is not None:
+                    sequence.pooled /= len(sequence.tokens)
+                self._scheduler.release(sequence)
+                finished.append(sequence.completion())
+        return finished
+
+    def _take(self, step: Step, sequence: Sequence, mine: list[tuple[int, Output, Candidates]]) -> None:
+        """Score the prompt's tokens and draw the next one from a part's outputs."""
+        request = sequence.request
+        unpenalised: Candidates | None = None
+        for index, output, found in mine:
+            if output.target != messages.NO_TARGET:
+                sequence.prompt_logprobs.append(found.target_logit - found.log_z)
+                sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
+            elif not output.sampled:
+                unpenalised = found
+            else:
+                u = sequence.uniform() if request.temperature > 0 else 0.0
+                drawn = draw(found, request, u)
+                if drawn is None:
+                    found = self._fetch_row(step, index, output)  # noqa: PLW2901 the same row, all of it
+                    drawn = draw(found, request, u)
+                    assert drawn is not None
+                sequence.append(int(found.ids[drawn]))
+                self.totals.generated_tokens += 1
+                if request.logprobs is not None:
+                    sequence.logprobs.append(found.logprob(drawn))
+                    sequence.top.append((unpenalised or found).top(request.logprobs))
+
+    def _fetch_row(self, step: Step, index: int, output: Output) -> Candidates:
+        """The whole row of an output: the draw went past the candidates."""
+        self.totals.fetched_rows += 1
+        k = sum(self._shard_vocab)
+        self._post(Fetch(step.number, (index,), k))
+        return merge(self._collect(step.number), [output._replace(k=k)], self._shard_vocab)[0]
+
+
+def _part(sequence: Sequence, count: int) -> Part:
+    """What a step says of a sequence whose next `count` tokens it computes."""
+    request = sequence.request
+    start, end = sequence.computed, sequence.computed + count
+    prompt = request.prompt
+    at_end = end == len(sequence.tokens)
+    samples = request.kind == "generate" and request.max_tokens > 0 and at_end
+    scores = request.prompt_logprobs is not None and start < len(prompt) - 1
+    hidden = Hidden.NONE
+    if request.kind == "embed":
+        hidden = Hidden.ALL if request.pooling == "mean" else (Hidden.LAST if at_end else Hidden.NONE)
+    penalised = samples and request.repetition_penalty != 1.0
+    return Part(
+        start=start,
+        tokens=np.array(sequence.tokens[start:end], np.int32),
+        blocks=np.array(sequence.blocks[: blocks_for(end)], np.int32),
+        score_k=request.prompt_logprobs or 0 if scores else -1,
+        successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
+        sample_k=candidates_wanted(request) if samples else 0,
+        raw_k=request.logprobs or 0,
+        # As the followers will read them: float32.
+        temperature=float(np.float32(request.temperature)),
+        penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
+        seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else np.empty(0, np.int32),
+        hidden=hidden,
+    )
+
+
+def _is_done(sequence: Sequence) -> bool:
+    if sequence.finish_reason is not None:
+        return True
+    request = sequence.request
+    only_reads = request.kind == "embed" or request.max_tokens == 0
+    return only_reads and sequence.computed == len(sequence.tokens)
+
+
+def _last_stage_ranks(place: Place) -> range:
+    return range(place.size - place.shards, place.size)
