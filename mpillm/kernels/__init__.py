@@ -1,0 +1,91 @@
+"""The compute kernels: the compiled module where there is one, else its NumPy twin with the same functions.
+
+`MPILLM_KERNELS` forces a path by name (`numpy` for the twin).  All compiled paths give the same bits; NumPy's differ
+within the tolerance that `reference` states.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+from mpillm.errors import JobError
+
+from . import reference
+from .reference import (
+    activation_nbytes,
+    attention,
+    dequantize,
+    fold,
+    kv_store,
+    lse_parts,
+    matmul,
+    pack,
+    packed_nbytes,
+    quantize,
+    quantize_rows,
+    rms_norm,
+    rope,
+    silu_mul,
+    softmax,
+    top_k,
+)
+from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType
+
+__all__ = [
+    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "BlockType", "activation_nbytes", "attention",
+    "available", "dequantize", "fold", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize",
+    "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
+]  # fmt: skip
+
+PATHS = ("scalar", "avx", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon", "neondot", "numpy")
+SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
+
+_compiled: Any = None
+try:
+    _compiled = importlib.import_module("mpillm.kernels._compiled")
+except ImportError as error:
+    _why = str(error)
+
+
+def path() -> str:
+    """The name of the path in use."""
+    return _path
+
+
+def available() -> tuple[str, ...]:
+    """The paths this machine can run, slowest first; the last compiled one is the default."""
+    return ("numpy", *(_compiled.available() if _compiled else ()))
+
+
+def set_path(name: str) -> None:
+    """Use another path; JobError if this machine lacks it."""
+    if name not in available():
+        known = "" if name in PATHS else f"no kernel path is called {name!r}; "
+        choice = ", ".join(available())
+        raise JobError(f"{known}MPILLM_KERNELS = {name} cannot be used on this machine; choose from {choice}")
+    if name == "numpy":
+        _bind(reference, name)
+    else:
+        _compiled.set_path(name)
+        _bind(_compiled, name)
+
+
+def _bind(module: ModuleType, name: str) -> None:
+    """Let this package's functions be those of `module`."""
+    wanted = (f for f in reference.__all__ if f not in SHARED)
+    globals().update({f: getattr(module, f) for f in wanted}, _path=name)
+
+
+_path = "numpy"
+_forced = os.environ.get("MPILLM_KERNELS", "")
+if _forced:
+    set_path(_forced)
+elif _compiled:
+    set_path(available()[-1])
+else:
+    logging.getLogger(__name__).warning("the compiled kernels are missing (%s): NumPy serves, far slower; "
+                                        "MPILLM_KERNELS=numpy silences this", _why)  # fmt: skip

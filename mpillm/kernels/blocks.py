@@ -1,0 +1,133 @@
+"""Blocks in NumPy: quantise, dequantise, interleave 16 rows, and the activations' own 40-byte blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+
+from .lanes import fma
+from .types import ACTIVATION_BLOCK_BYTES, F32, QUANT_BLOCK, TILE_ROWS, U8, BlockType, Bounds, check_bounds
+
+ACTIVATION = np.dtype([("q", "i1", QUANT_BLOCK), ("scale", "<f4"), ("sum", "<i4")])
+assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
+PACKED = {
+    BlockType.Q8_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (8, TILE_ROWS, 4))]),
+    BlockType.Q4_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]),
+    BlockType.Q4_1: np.dtype(
+        [("d", "<f2", TILE_ROWS), ("m", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]
+    ),
+}
+CANONICAL = {
+    BlockType.Q8_0: np.dtype([("d", "<f2"), ("q", "u1", 32)]),
+    BlockType.Q4_0: np.dtype([("d", "<f2"), ("q", "u1", 16)]),
+    BlockType.Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]),
+}
+
+
+def round_away(x: F32) -> F32:
+    """Nearest integer, halves away from zero (C's roundf)."""
+    whole = np.trunc(x)
+    away: F32 = np.where(np.abs(x - whole) >= np.float32(0.5), whole + np.copysign(np.float32(1), x), whole)
+    return away
+
+
+def _inverse(d: F32) -> F32:
+    """1/d, and 0 where that is no finite number: such a block's integers are 0."""
+    with np.errstate(all="ignore"):
+        inverse = np.float32(1) / d
+    usable: F32 = np.where(np.isfinite(inverse), inverse, np.float32(0))
+    return usable
+
+
+def quantise_q8(x: F32) -> tuple[F32, npt.NDArray[np.int8]]:
+    """Scales [...] and integers [..., 32] of blocks x [..., 32]; a block with inf or NaN gets scale NaN and zeros."""
+    with np.errstate(all="ignore"):
+        d = np.abs(x).max(axis=-1) / np.float32(127)
+        d = np.where(np.isfinite(x).all(axis=-1), d, np.float32(np.nan)).astype(np.float32)
+        q = round_away(np.where(np.isnan(d[..., None]), np.float32(0), x * _inverse(d)[..., None]))
+    return d, q.astype(np.int8)
+
+
+def quantise_q4(x: F32) -> tuple[F32, U8]:
+    """Scales [...] and nibbles [..., 32] of blocks x [..., 32] (ggml's Q4_0: the largest value becomes -8)."""
+    peak = np.abs(x).argmax(axis=-1)[..., None]
+    with np.errstate(all="ignore"):
+        d = np.take_along_axis(x, peak, -1)[..., 0] / np.float32(-8)
+        finite = np.isfinite(x).all(axis=-1, keepdims=True)
+        d = np.where(finite[..., 0], d, np.float32(np.nan)).astype(np.float32)
+        clean = np.where(finite, x, np.float32(0))
+        q = np.clip(np.trunc(fma(clean, _inverse(d)[..., None], 8.5)), 0, 15)
+    return d, q.astype(np.uint8)
+
+
+def to_f16(d: F32) -> npt.NDArray[np.float16]:
+    """Round to nearest even; too large a value becomes inf without a warning."""
+    with np.errstate(all="ignore"):
+        return d.astype(np.float16)
+
+
+def activations(x: F32, bounds: Bounds) -> U8:
+    """x [m, k] as uint8 [m, activation_nbytes(k, bounds)]."""
+    edges = check_bounds(bounds, x.shape[1], 1)
+    rows = []
+    for begin, end in itertools.pairwise(edges):
+        padded = np.zeros((len(x), -(-(end - begin) // QUANT_BLOCK) * QUANT_BLOCK), np.float32)
+        padded[:, : end - begin] = x[:, begin:end]
+        rows.append(padded.reshape(len(x), -1, QUANT_BLOCK))
+    blocks = np.concatenate(rows, axis=1)
+    out = np.empty(blocks.shape[:2], ACTIVATION)
+    out["scale"], out["q"] = quantise_q8(blocks)
+    out["sum"] = out["q"].sum(axis=-1, dtype=np.int32)
+    return out.view(np.uint8).reshape(len(x), -1)
+
+
+def nibbles(q: U8) -> U8:
+    """Canonical bytes [..., 16] to values [..., 32]: low nibbles are the first half."""
+    return np.concatenate([q & 15, q >> 4], axis=-1)
+
+
+def decode(type: BlockType, canonical: U8, k: int) -> F32:
+    """Canonical rows uint8 [n, row_bytes] to f32 [n, k]."""
+    canonical = np.ascontiguousarray(canonical)
+    if type == BlockType.F32:
+        return canonical.view("<f4")[:, :k]
+    if type == BlockType.F16:
+        return canonical.view("<f2")[:, :k].astype(np.float32)
+    if type == BlockType.BF16:
+        return (canonical.view("<u2")[:, :k].astype(np.uint32) << 16).view(np.float32)
+    blocks = canonical.view(CANONICAL[type])
+    with np.errstate(invalid="ignore"):
+        d = blocks["d"].astype(np.float32)[..., None]
+        if type == BlockType.Q8_0:
+            values = d * blocks["q"].view(np.int8)
+        elif type == BlockType.Q4_0:
+            values = d * (nibbles(blocks["q"]).view(np.int8) - np.int8(8))
+        else:
+            values = fma(d, nibbles(blocks["q"]), blocks["m"].astype(np.float32)[..., None])
+    return values.reshape(len(canonical), -1)[:, :k]
+
+
+def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
+    """Kernel-ready bytes of each panel of canonical rows."""
+    n = len(canonical)
+    tiles = -(-n // TILE_ROWS)
+    padded = np.zeros((tiles * TILE_ROWS, canonical.shape[1]), np.uint8)
+    padded[:n] = canonical
+    blocks = padded.reshape(tiles, TILE_ROWS, -1, type.block_bytes)
+    panels = []
+    for begin, end in itertools.pairwise(bounds):
+        part = blocks[:, :, begin // type.block : -(-end // type.block)].transpose(
+            0, 2, 1, 3
+        )  # tile, block, row, byte
+        if type.quantised:
+            source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
+            packed = np.empty(source.shape[:2], PACKED[type])
+            for field in set(source.dtype.names or ()) - {"q"}:
+                packed[field] = source[field]
+            packed["q"] = source["q"].reshape(*source.shape, packed["q"].shape[2], 4).transpose(0, 1, 3, 2, 4)
+            panels.append(packed.view(np.uint8).reshape(-1))
+        else:
+            panels.append(np.ascontiguousarray(part).reshape(-1))
+    return panels

@@ -1,0 +1,75 @@
+"""Checks of the NumPy kernels' arguments; the compiled module makes the same ones with the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .types import (
+    ACTIVATION_BLOCK_BYTES,
+    KV_BLOCK,
+    QUANT_BLOCK,
+    BlockType,
+    Bounds,
+    check_bounds,
+    packed_nbytes,
+)
+
+Array = npt.NDArray[Any]
+
+
+def require(name: str, array: Array, shape: Sequence[int], dtype: type) -> None:
+    """A C-contiguous array of exactly this shape and type."""
+    if array.dtype != dtype:
+        raise ValueError(f"{name} must be {np.dtype(dtype).name}, not {array.dtype}")
+    if array.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, not {list(array.shape)}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous")
+
+
+def require_rows(name: str, array: Array, rows: int | None = None, width: int | None = None,
+                 dtype: type = np.uint8) -> None:  # fmt: skip
+    """A matrix whose rows are contiguous; a stride between rows is allowed for float32."""
+    if array.dtype != dtype:
+        raise ValueError(f"{name} must be {np.dtype(dtype).name}, not {array.dtype}")
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions, not {array.ndim}")
+    want = [len(array) if rows is None else rows, array.shape[1] if width is None else width]
+    if list(array.shape) != want:
+        raise ValueError(f"{name} must have shape {want}, not {list(array.shape)}")
+    if array.shape[1] > 1 and array.strides[1] != array.itemsize:
+        raise ValueError(f"{name} must have contiguous rows")
+
+
+def require_weights(type: BlockType, w: Array, n: int, k: int, bounds: Bounds) -> npt.NDArray[np.int64]:
+    """The packed bytes of W [n, k]; returns the checked bounds."""
+    edges = check_bounds(bounds, k, type.block)
+    require("w", w, (packed_nbytes(type, n, k, edges),), np.uint8)
+    return edges
+
+
+def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np.int64]) -> None:
+    """x as `matmul` takes it for this type of weights."""
+    if type.quantised:
+        blocks = int((-(-np.diff(edges) // QUANT_BLOCK)).sum())
+        require("x", x, (len(x), blocks * ACTIVATION_BLOCK_BYTES), np.uint8)
+    else:
+        require_rows("x", x, width=k, dtype=np.float32)
+
+
+def require_kv_type(kv_type: BlockType) -> npt.DTypeLike:
+    """NumPy's element type of the pools."""
+    if kv_type not in (BlockType.F32, BlockType.F16):
+        raise ValueError(f"the KV cache holds F32 or F16, not {BlockType(kv_type).name}")
+    return np.float32 if kv_type == BlockType.F32 else np.float16
+
+
+def require_pools(kv_type: BlockType, kpool: Array, vpool: Array, kvh: int, hd: int) -> None:
+    """Pools [blocks, kvh, hd, 32] and [blocks, kvh, 32, hd], float32 or F16 seen as uint16."""
+    dtype = np.float32 if kv_type == BlockType.F32 else np.uint16
+    require("kpool", kpool, (len(kpool), kvh, hd, KV_BLOCK), dtype)
+    require("vpool", vpool, (len(kpool), kvh, KV_BLOCK, hd), dtype)

@@ -1,0 +1,99 @@
+"""Float32 arithmetic of the kernels spelled out in NumPy: fused multiply-add, 16-lane sums, panel trees, exp.
+
+NumPy's own sums, BLAS and exp may change their order with shape, stride or thread count; these do not, so the NumPy
+kernels keep the promise that a row's result does not depend on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .types import F32, TILE_ROWS
+
+Real = npt.NDArray[Any] | np.float32 | float
+
+# exp(r) on |r| <= ln(2)/2: r + r^2 P(r), Cephes' expf.  The same constants are in cython/core/vec_common.h.
+LOG2E = np.float32(1.44269504088896341)
+LN2_HI = np.float32(0.693359375)
+LN2_LO = np.float32(-2.12194440e-4)
+EXP_POLY = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
+                                         1.6666665459e-1, 5.0000001201e-1))  # fmt: skip
+EXP_LOW, EXP_HIGH = np.float32(-105.0), np.float32(89.0)
+
+
+def fma(a: Real, b: Real, c: Real) -> F32:
+    """a * b + c, rounded to float32 through float64 (once, but for ties that only exact arithmetic sees)."""
+    with np.errstate(all="ignore"):
+        product = np.multiply(a, b, dtype=np.float64)
+        product = product + c
+        return product.astype(np.float32)
+
+
+def exp(x: F32) -> F32:
+    """e**x within 2 ulp; NaN stays NaN, overflow is inf, underflow goes through the denormals to 0."""
+    with np.errstate(all="ignore"):
+        x = np.where(x > EXP_HIGH, EXP_HIGH, np.where(x < EXP_LOW, EXP_LOW, x)).astype(np.float32)
+        n = np.rint(x * LOG2E)
+        r = fma(n, -LN2_LO, fma(n, -LN2_HI, x))
+        p = np.full_like(r, EXP_POLY[0])
+        for c in EXP_POLY[1:]:
+            p = fma(p, r, c)
+        y = fma(p, r * r, r) + np.float32(1)
+        power = np.nan_to_num(n).astype(np.int32)
+        half = power >> 1
+        result: F32 = np.ldexp(np.ldexp(y, half), power - half)
+    return result
+
+
+def tree(x: F32) -> F32:
+    """Sum over the first axis, a power of two long, as ((x0 + x1) + (x2 + x3)) + ..."""
+    with np.errstate(all="ignore"):
+        while len(x) > 1:
+            x = x[0::2] + x[1::2]
+    result: F32 = x[0]
+    return result
+
+
+def _halves(lanes: F32, op: Any) -> F32:
+    """Fold the last axis of 16 lanes: lane j with lane j + 8, then + 4, + 2, + 1."""
+    width = lanes.shape[-1]
+    with np.errstate(all="ignore"):
+        while width > 1:
+            width //= 2
+            lanes = op(lanes[..., :width], lanes[..., width : 2 * width])
+    result: F32 = lanes[..., 0]
+    return result
+
+
+def _blocks(x: F32, fill: float) -> F32:
+    """x [m, d] as [ceil(d / 16), m, 16], padded with `fill`."""
+    m, d = x.shape
+    count = -(-d // TILE_ROWS)
+    padded = np.full((m, count * TILE_ROWS), fill, np.float32)
+    padded[:, :d] = x
+    return padded.reshape(m, count, TILE_ROWS).transpose(1, 0, 2)
+
+
+def lane_sum(x: F32, squares: bool = False) -> F32:
+    """Row sums of x [m, d] (or of its squares) in 16 lanes."""
+    acc = np.zeros((len(x), TILE_ROWS), np.float32)
+    with np.errstate(all="ignore"):
+        for part in _blocks(x, 0.0):
+            acc = fma(part, part, acc) if squares else acc + part
+    return _halves(acc, np.add)
+
+
+def lane_max(x: F32) -> F32:
+    """Row maxima of x [m, d]; -inf for d = 0.  A NaN may be lost: what follows it makes the row NaN."""
+    acc = np.full((len(x), TILE_ROWS), -np.inf, np.float32)
+    for part in _blocks(x, -np.inf):
+        acc = _larger(acc, part)
+    return _halves(acc, _larger)
+
+
+def _larger(a: F32, b: F32) -> F32:
+    larger: F32 = np.where(a > b, a, b)
+    return larger

@@ -1,0 +1,303 @@
+"""The kernels in NumPy: same names, arguments and orders of summation as the compiled module.
+
+They serve where nothing could be compiled, and tests compare the compiled ones with them.  Differences: products of
+unquantised types and attention round after the multiplication (no fma), and fma elsewhere may round ties twice; so
+results agree with the compiled ones within about k * 6e-8 of the sum of magnitudes, and exactly for integers.
+`threads` is accepted and not used.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+
+from . import blocks, lanes
+from .checks import (
+    require,
+    require_activations,
+    require_kv_type,
+    require_pools,
+    require_rows,
+    require_weights,
+)
+from .types import (
+    F32,
+    I32,
+    KV_BLOCK,
+    QUANT_BLOCK,
+    TILE_ROWS,
+    U8,
+    BlockType,
+    Bounds,
+    activation_nbytes,
+    check_bounds,
+    packed_nbytes,
+)
+
+__all__ = [
+    "activation_nbytes", "attention", "dequantize", "fold", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes",
+    "quantize", "quantize_rows", "rms_norm", "rope", "silu_mul", "softmax", "top_k",
+]  # fmt: skip
+
+
+def pack(type: BlockType, canonical: U8, k: int, bounds: Bounds, out: U8, threads: int = 1) -> None:
+    """Interleave canonical rows uint8 [n, row_bytes] into kernel-ready form."""
+    type = BlockType(type)
+    require_rows("canonical", canonical, width=type.row_bytes(k))
+    edges = check_bounds(bounds, k, type.block)
+    require("out", out, (packed_nbytes(type, len(canonical), k, edges),), np.uint8)
+    out[:] = np.concatenate(blocks.interleave(type, canonical, edges))
+
+
+def quantize(type: BlockType, x: F32, out: U8, threads: int = 1) -> None:
+    """x f32 [n, k] to canonical Q8_0 or Q4_0 rows, rounded as ggml's reference does."""
+    type = BlockType(type)
+    if type not in (BlockType.Q8_0, BlockType.Q4_0):
+        raise ValueError(f"quantize makes Q8_0 or Q4_0, not {type.name}")
+    require_rows("x", x, dtype=np.float32)
+    require("out", out, (len(x), type.row_bytes(x.shape[1])), np.uint8)
+    count = -(-x.shape[1] // QUANT_BLOCK)
+    padded = np.zeros((len(x), count * QUANT_BLOCK), np.float32)
+    padded[:, : x.shape[1]] = x
+    values = padded.reshape(len(x), count, QUANT_BLOCK)
+    made = np.empty((len(x), count), blocks.CANONICAL[type])
+    if type == BlockType.Q8_0:
+        d, q = blocks.quantise_q8(values)
+        made["q"] = q.view(np.uint8)
+    else:
+        d, half = blocks.quantise_q4(values)
+        made["q"] = half[..., :16] | half[..., 16:] << 4
+    made["d"] = blocks.to_f16(d)
+    out[:] = made.view(np.uint8).reshape(out.shape)
+
+
+def dequantize(type: BlockType, canonical: U8, k: int, out: F32, threads: int = 1) -> None:
+    """Canonical rows of any type to f32 [n, k]."""
+    type = BlockType(type)
+    require_rows("canonical", canonical, width=type.row_bytes(k))
+    require_rows("out", out, rows=len(canonical), width=k, dtype=np.float32)
+    out[:] = blocks.decode(type, canonical, k)
+
+
+def quantize_rows(x: F32, bounds: Bounds, out: U8, threads: int = 1) -> None:
+    """Activations x f32 [m, k] to the blocks that `matmul` takes for quantised weights."""
+    require_rows("x", x, dtype=np.float32)
+    require("out", out, (len(x), activation_nbytes(x.shape[1], bounds)), np.uint8)
+    out[:] = blocks.activations(x, bounds)
+
+
+def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArray[np.generic], out: F32,
+           threads: int = 1, fold: bool = True) -> None:  # fmt: skip
+    """out [m, n] = x [m, k] @ W[n, k].T; with fold=False out [P, m, n] gets the panels' sums."""
+    type = BlockType(type)
+    edges = require_weights(type, w, n, k, bounds)
+    require_activations(type, x, k, edges)
+    parts = len(edges) - 1
+    require_rows("out", out if fold else out.reshape(-1, n), rows=len(x) * (1 if fold else parts), width=n,
+                 dtype=np.float32)  # fmt: skip
+    sums = np.empty((parts, len(x), n), np.float32)
+    tiles = -(-n // TILE_ROWS)
+    start = x_start = 0
+    for p, (begin, end) in enumerate(itertools.pairwise(edges)):
+        count = int(-(-(end - begin) // type.block))
+        nbytes = tiles * TILE_ROWS * count * type.block_bytes
+        panel = w[start : start + nbytes]
+        product = _quantised if type.quantised else _unquantised
+        if type.quantised:
+            width = count * blocks.ACTIVATION.itemsize
+            part = np.ascontiguousarray(x[:, x_start : x_start + width])
+            x_start += width
+        else:
+            part = x[:, begin:end]
+        sums[p] = product(type, panel, tiles, count, part)[:, :n]
+        start += nbytes
+    out[...] = lanes.tree(sums) if fold else sums
+
+
+def _quantised(type: BlockType, panel: U8, tiles: int, count: int, x: npt.NDArray[np.generic]) -> F32:
+    """Panel sums [m, tiles * 16]: the integer dot products through float32 BLAS, exact in any order below 2**24."""
+    w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
+    act = x.view(blocks.ACTIVATION)
+    q = (
+        w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
+    )  # block, row, byte
+    values = q.view(np.int8) if type == BlockType.Q8_0 else blocks.nibbles(q)
+    dots = np.matmul(
+        act["q"].transpose(1, 0, 2).astype(np.float32), values.astype(np.float32).transpose(0, 2, 1)
+    )
+    acc = np.zeros((len(x), tiles * TILE_ROWS), np.float32)
+    with np.errstate(all="ignore"):
+        for b in range(count):
+            scale = act["scale"][:, b, None]
+            total = act["sum"][:, b, None]
+            d = w["d"][:, b].reshape(-1).astype(np.float32)
+            exact = dots[b] - 8 * total.astype(np.float32) if type == BlockType.Q4_0 else dots[b]
+            acc = lanes.fma(exact, d * scale, acc)
+            if type == BlockType.Q4_1:
+                acc = lanes.fma(
+                    w["m"][:, b].reshape(-1).astype(np.float32), scale * total.astype(np.float32), acc
+                )
+    return acc
+
+
+def _unquantised(type: BlockType, panel: U8, tiles: int, count: int, x: npt.NDArray[np.generic]) -> F32:
+    """Panel sums [m, tiles * 16], one k after another."""
+    w = blocks.decode(type, panel.reshape(1, -1), tiles * count * TILE_ROWS).reshape(tiles, count, TILE_ROWS)
+    columns = np.ascontiguousarray(w.transpose(1, 0, 2)).reshape(count, tiles * TILE_ROWS)
+    xt = np.ascontiguousarray(x.T)
+    acc = np.zeros((len(x), tiles * TILE_ROWS), np.float32)
+    product = np.empty_like(acc)
+    with np.errstate(all="ignore"):
+        for i in range(count):
+            np.multiply(columns[i], xt[i][:, None], out=product)
+            acc += product
+    return acc
+
+
+def fold(parts: F32, out: F32, threads: int = 1) -> None:
+    """out [m, d] = the tree sum ((p0 + p1) + (p2 + p3)) ... of parts [P, m, d], P a power of two."""
+    count = len(parts)
+    if parts.ndim != 3 or count < 1 or count & (count - 1) or count > 64:
+        raise ValueError(f"parts must be [P, m, d] with P a power of two up to 64, not {parts.shape}")
+    require("parts", parts, parts.shape, np.float32)
+    require_rows("out", out, rows=parts.shape[1], width=parts.shape[2], dtype=np.float32)
+    out[:] = lanes.tree(parts)
+
+
+def rms_norm(x: F32, w: F32, eps: float, out: F32, threads: int = 1) -> None:
+    """out = w * (x * (1 / sqrt(mean(x**2) + eps))), row by row (Hugging Face's LlamaRMSNorm)."""
+    require_rows("x", x, dtype=np.float32)
+    require("w", w, (x.shape[1],), np.float32)
+    require_rows("out", out, rows=len(x), width=x.shape[1], dtype=np.float32)
+    with np.errstate(all="ignore"):
+        mean = lanes.lane_sum(x, squares=True) / np.float32(x.shape[1])
+        out[:] = w * (x * (np.float32(1) / np.sqrt(mean + np.float32(eps)))[:, None])
+
+
+def rope(x: F32, cos: F32, sin: F32, heads: int, hd: int, threads: int = 1) -> None:
+    """Rotate x [m, heads * hd] in place by cos, sin [m, hd / 2]; the pair of i is i + hd/2."""
+    require_rows("x", x, width=heads * hd, dtype=np.float32)
+    if hd % 2:
+        raise ValueError(f"rope needs an even head dimension, not {hd}")
+    require("cos", cos, (len(x), hd // 2), np.float32)
+    require("sin", sin, (len(x), hd // 2), np.float32)
+    for head in range(heads):
+        first, second = (x[:, head * hd + part * (hd // 2) :][:, : hd // 2] for part in (0, 1))
+        a, b = first.copy(), second.copy()
+        with np.errstate(all="ignore"):
+            first[:] = a * cos - b * sin
+            second[:] = b * cos + a * sin
+
+
+def silu_mul(gate: F32, up: F32, out: F32, threads: int = 1) -> None:
+    """out = gate / (1 + exp(-gate)) * up."""
+    require_rows("gate", gate, dtype=np.float32)
+    require_rows("up", up, rows=len(gate), width=gate.shape[1], dtype=np.float32)
+    require_rows("out", out, rows=len(gate), width=gate.shape[1], dtype=np.float32)
+    with np.errstate(all="ignore"):
+        out[:] = gate / (np.float32(1) + lanes.exp(-gate)) * up
+
+
+def softmax(x: F32, threads: int = 1) -> None:
+    """Softmax of each row of x [m, d], in place."""
+    require_rows("x", x, dtype=np.float32)
+    with np.errstate(all="ignore"):
+        e = lanes.exp(x - lanes.lane_max(x)[:, None])
+        x[:] = e / lanes.lane_sum(e)[:, None]
+
+
+def kv_store(kv_type: BlockType, k: F32, v: F32, block: I32, offset: I32, kpool: npt.NDArray[np.generic],
+             vpool: npt.NDArray[np.generic], kvh: int, hd: int) -> None:  # fmt: skip
+    """Put k, v [m, kvh * hd] at (block[i], offset[i]) of the pools [blocks, kvh, hd, 32] and [blocks, kvh, 32, hd]."""
+    element = require_kv_type(kv_type)
+    require_rows("k", k, width=kvh * hd, dtype=np.float32)
+    require_rows("v", v, rows=len(k), width=kvh * hd, dtype=np.float32)
+    require_pools(kv_type, kpool, vpool, kvh, hd)
+    for name, array, limit in (("block", block, len(kpool)), ("offset", offset, KV_BLOCK)):
+        require(name, array, (len(k),), np.int32)
+        if len(k) and not 0 <= array.min() <= array.max() < limit:
+            raise ValueError(f"{name} must be within 0..{limit - 1}")
+    with np.errstate(over="ignore"):
+        kpool.view(element)[block, :, :, offset] = k.reshape(len(k), kvh, hd).astype(element)
+        vpool.view(element)[block, :, offset, :] = v.reshape(len(k), kvh, hd).astype(element)
+
+
+def attention(kv_type: BlockType, q: F32, out: F32, kpool: npt.NDArray[np.generic], vpool: npt.NDArray[np.generic],
+              pos: I32, table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
+              threads: int = 1) -> None:  # fmt: skip
+    """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]]."""
+    element = require_kv_type(kv_type)
+    heads = len(kv_of_head)
+    require_rows("q", q, width=heads * hd, dtype=np.float32)
+    require_rows("out", out, rows=len(q), width=heads * hd, dtype=np.float32)
+    require_pools(kv_type, kpool, vpool, kvh, hd)
+    require("pos", pos, (len(q),), np.int32)
+    require("table_start", table_start, (len(q),), np.int32)
+    require("table", table, (len(table),), np.int32)
+    require("kv_of_head", kv_of_head, (heads,), np.int32)
+    if heads and not 0 <= kv_of_head.min() <= kv_of_head.max() < kvh:
+        raise ValueError(f"kv_of_head must be within 0..{kvh - 1}")
+    for i, (last, first) in enumerate(zip(pos.tolist(), table_start.tolist(), strict=True)):
+        if last < 0 or first < 0 or first + last // KV_BLOCK >= len(table):
+            raise ValueError(
+                f"row {i}: position {last} lies outside its block table of {len(table) - first} blocks"
+            )
+        begin = max(0, last - window + 1) if window else 0
+        used = table[first + begin // KV_BLOCK : first + last // KV_BLOCK + 1]
+        if not 0 <= used.min() <= used.max() < len(kpool):
+            raise ValueError(f"row {i}: the block table names a block outside the pool of {len(kpool)}")
+        keys = kpool.view(element)[used].astype(np.float32).transpose(1, 2, 0, 3).reshape(kvh, hd, -1)
+        values = vpool.view(element)[used].astype(np.float32).transpose(1, 0, 2, 3).reshape(kvh, -1, hd)
+        skip = begin % KV_BLOCK
+        span = slice(skip, skip + last - begin + 1)
+        for head, g in enumerate(kv_of_head.tolist()):
+            part = slice(head * hd, (head + 1) * hd)
+            out[i, part] = _attend(q[i, part], keys[g][:, span], values[g][span], np.float32(scale))
+
+
+def _attend(q: F32, keys: F32, values: F32, scale: np.float32) -> F32:
+    """One head of one row: q [hd], keys [hd, t], values [t, hd]."""
+    with np.errstate(all="ignore"):
+        scores = np.add.reduce(q[:, None] * keys, axis=0)[None] * scale
+        e = lanes.exp(scores - lanes.lane_max(scores)[:, None])
+        mixed: F32 = np.add.reduce(e[0][:, None] * values, axis=0) / lanes.lane_sum(e)[0]
+    return mixed
+
+
+def top_k(x: F32, k: int, values: F32, ids: I32, threads: int = 1) -> None:
+    """The k largest of each row of x [m, n], descending, lower id first among equals; beyond n: -inf and -1."""
+    require_rows("x", x, dtype=np.float32)
+    require("values", values, (len(x), k), np.float32)
+    require("ids", ids, (len(x), k), np.int32)
+    clean = np.where(np.isnan(x), np.float32(-np.inf), x)
+    order = np.argsort(-clean, axis=1, kind="stable")[:, :k]
+    values[:] = -np.inf
+    ids[:] = -1
+    ids[:, : order.shape[1]] = order
+    values[:, : order.shape[1]] = np.take_along_axis(clean, order, 1)
+
+
+def lse_parts(x: F32, inv_t: F32, bounds: I32, out: F32, threads: int = 1) -> None:
+    """out [m, P, 3] = max, sum exp(x - max), sum exp((x - max) * inv_t) of x[:, bounds[p]:bounds[p + 1]]."""
+    require_rows("x", x, dtype=np.float32)
+    edges = np.asarray(bounds)
+    if (
+        edges.ndim != 1
+        or len(edges) < 2
+        or edges[0] < 0
+        or edges[-1] > x.shape[1]
+        or (np.diff(edges) < 0).any()
+    ):
+        raise ValueError(f"bounds must rise within 0..{x.shape[1]}: {edges.tolist()}")
+    require("inv_t", inv_t, (len(x),), np.float32)
+    require("out", out, (len(x), len(edges) - 1, 3), np.float32)
+    with np.errstate(all="ignore"):
+        for p, (begin, end) in enumerate(itertools.pairwise(edges)):
+            part = x[:, begin:end]
+            top = lanes.lane_max(part)
+            shifted = part - np.where(np.isneginf(top), np.float32(0), top)[:, None]
+            out[:, p, 0] = top
+            out[:, p, 1] = lanes.lane_sum(lanes.exp(shifted))
+            out[:, p, 2] = lanes.lane_sum(lanes.exp(shifted * inv_t[:, None]))

@@ -1,0 +1,79 @@
+"""Block types of weights and the sizes that follow from a matrix's shape alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+I32 = npt.NDArray[np.int32]
+Bounds = Sequence[int] | npt.NDArray[Any]
+
+QUANT_BLOCK = 32  # values that share one scale (ggml's QK8_0 = QK4_0 = QK4_1)
+TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
+ACTIVATION_BLOCK_BYTES = 40  # int8 q[32], f32 scale, i32 sum(q)
+KV_BLOCK = 32  # tokens of one block of the KV cache
+
+
+class BlockType(IntEnum):
+    """How the elements of a matrix are stored; the layouts are ggml's."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    Q8_0 = 3
+    Q4_0 = 4
+    Q4_1 = 5
+
+    @property
+    def quantised(self) -> bool:
+        """True for types whose blocks of 32 values share a scale."""
+        return self >= BlockType.Q8_0
+
+    @property
+    def block(self) -> int:
+        """Values in one block: 32 or 1."""
+        return QUANT_BLOCK if self.quantised else 1
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in the canonical (ggml) form."""
+        return (4, 2, 2, 34, 18, 20)[self]
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of a canonical row of k values."""
+        return -(-k // self.block) * self.block_bytes
+
+
+def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
+    """Bytes of W [n, k] in kernel-ready form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
+    type = BlockType(type)
+    edges = check_bounds(bounds, k, type.block)
+    blocks = int((-(-np.diff(edges) // type.block)).sum())
+    return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.block_bytes
+
+
+def activation_nbytes(k: int, bounds: Bounds) -> int:
+    """Bytes of one row of k activations quantised for `matmul`, each panel padded to 32 values."""
+    edges = check_bounds(bounds, k, 1)
+    return int((-(-np.diff(edges) // QUANT_BLOCK)).sum()) * ACTIVATION_BLOCK_BYTES
+
+
+def check_bounds(bounds: Bounds, k: int, block: int) -> npt.NDArray[np.int64]:
+    """Return panel bounds as an array after checking them; ValueError says what is wrong."""
+    edges = np.asarray(bounds, dtype=np.int64)
+    panels = edges.size - 1
+    if edges.ndim != 1 or panels < 1 or panels & (panels - 1) or panels > 64:
+        raise ValueError(
+            f"bounds must be P + 1 integers with P a power of two up to 64, not {edges.size} integers"
+        )
+    if edges[0] != 0 or edges[-1] != k or (np.diff(edges) < 0).any():
+        raise ValueError(f"bounds must rise from 0 to k = {k}: {edges.tolist()}")
+    if (edges[:-1] % block).any():
+        raise ValueError(f"inner bounds of a quantised matrix must be multiples of {block}: {edges.tolist()}")
+    return edges
