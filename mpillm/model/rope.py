@@ -48,18 +48,20 @@ class RopeConfig:
 def inv_freq(rope: RopeConfig, head_dim: int) -> Floats:
     """The angle per position of each pair of a head's dimensions: f32 [head_dim / 2], scaling applied."""
     powers = _powers(rope.theta, head_dim)
-    plain = F32(1) / powers
+    plain: Floats = F32(1) / powers
     match rope.kind:
         case "default":
             return plain
         case "linear":
-            return plain / F32(rope.factor)
+            plain /= F32(rope.factor)
+            return plain
         case "llama3":
             return _llama3(rope, plain)
         case "yarn":
             return _yarn(rope, powers)
         case "factors":
-            return plain / np.array(rope.factors, F32)
+            plain /= np.array(rope.factors, F32)
+            return plain
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
@@ -109,7 +111,8 @@ def _yarn(rope: RopeConfig, powers: Floats) -> Floats:
     keep = F32(1) - ramp
     interpolated = F32(1) / (F32(rope.factor) * powers)
     extrapolated = F32(1) / powers
-    return interpolated * (F32(1) - keep) + extrapolated * keep
+    mixed: Floats = interpolated * (F32(1) - keep) + extrapolated * keep
+    return mixed
 
 
 class RopeTable:
