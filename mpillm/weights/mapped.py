@@ -1,0 +1,59 @@
+"""A file mapped for reading, whose pages are given back when they have been read."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError
+
+Bytes = NDArray[np.uint8]
+
+_PAGE = mmap.PAGESIZE
+
+
+class MappedFile:
+    """A whole file as read-only bytes. Nothing is read before it is looked at."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file; ModelError if it cannot be read or is empty."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise ModelError(f"{path} is empty; fetch the model again.") from None
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
+        self.size = len(self.bytes)
+
+    def view(self, offset: int, nbytes: int) -> Bytes:
+        """Bytes of the file, not copied; valid until `close`."""
+        assert 0 <= offset <= offset + nbytes <= self.size
+        return self.bytes[offset : offset + nbytes]
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Ask for these bytes to be read from the disk in one go."""
+        self._advise(mmap.MADV_WILLNEED, offset, nbytes)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Give back the pages that hold these bytes; looking at them again maps them again."""
+        self._advise(mmap.MADV_DONTNEED, offset, nbytes)
+
+    def close(self) -> None:
+        """Unmap the file (when the last view of it is gone)."""
+        self.bytes = self.bytes[:0].copy()
+        try:
+            self._map.close()
+        except BufferError:  # somebody still holds a view: the mapping goes with it
+            return
+
+    def _advise(self, advice: int, offset: int, nbytes: int) -> None:
+        # Outward to page borders: the mapping is read-only and nobody's data are lost with a page.
+        first = offset // _PAGE * _PAGE
+        if nbytes:
+            self._map.madvise(advice, first, offset + nbytes - first)

@@ -1,0 +1,100 @@
+"""Where weights come from: one small protocol, and what opens each kind of model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError
+from .gguf_file import open_gguf
+from .hf import open_hf
+from .names import ROLES, Key
+from .tensors import TensorInfo, TensorSource
+
+__all__ = ["Source", "TensorInfo", "column_unit", "fingerprint", "open_source"]
+
+SAMPLES = 64  # of a file, evenly spread
+SAMPLE_BYTES = 4096
+ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
+
+
+class Source(Protocol):
+    """A model's weights and configuration; see `TensorSource` for what each method returns."""
+
+    path: Path
+    files: tuple[Path, ...]
+    config: dict[str, Any]  # with the keys of Hugging Face's config.json
+    tensors: Mapping[Key, TensorInfo]
+    tokenizer: Path | dict[str, Any] | None  # tokenizer.json, or the tokenizer's fields of a GGUF file
+
+    def read(
+        self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1
+    ) -> NDArray[np.uint8]:
+        """A slice of a matrix in canonical blocks of its type."""
+
+    def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
+        """A vector, or rows of a matrix, as float32."""
+
+    def release(self, key: Key, rows: range | None = None) -> None:
+        """Give mapped pages back."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+def open_source(path: str | Path, quantize: str = "none") -> TensorSource:
+    """Open a Hugging Face directory, a GGUF file, or a directory that holds one.
+
+    `quantize` ("q8_0", "q4_0") quantises the matrices of layers and the output head while they are read: for models
+    that are not quantised yet, JobError otherwise. Norms, biases, routers and embedding rows stay as they are.
+    ModelError says what is wrong with the files.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; give a Hugging Face directory or a GGUF file.")
+    if not path.is_dir():
+        return open_gguf(path, quantize)
+    if not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 or (ggufs and ggufs[0].name.endswith(f"-00001-of-{len(ggufs):05d}.gguf")):
+            return open_gguf(ggufs[0], quantize)
+        if ggufs:
+            raise ModelError(f"{path} holds {len(ggufs)} GGUF files; give one of them as the model.")
+    return open_hf(path, quantize)
+
+
+def column_unit(source: Source) -> int:
+    """The granularity of column cuts (`grid.Shape.unit`): 32 if a matrix is delivered in blocks of 32, else 1."""
+    cut = (info.type.block for key, info in source.tensors.items() if ROLES[key.role].quantisable)
+    return max(cut, default=1)
+
+
+def fingerprint(source: Source) -> tuple[int, str]:
+    """The size of the source's files in bytes and a hash of samples of them: equal on all ranks that see one model."""
+    digest = hashlib.blake2b(digest_size=16)
+    total = 0
+    for path in source.files:
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{path.name}\0{size}\0".encode())
+                for offset, count in _samples(size):
+                    digest.update(os.pread(file.fileno(), count, offset))
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        total += size
+    return total, digest.hexdigest()
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Offsets and lengths: all of a small file, else both ends and samples between them."""
+    if size <= 2 * ENDS_BYTES + SAMPLES * SAMPLE_BYTES:
+        return [(0, size)]
+    between = [(i * (size - SAMPLE_BYTES) // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
+    return [(0, ENDS_BYTES), *between, (size - ENDS_BYTES, ENDS_BYTES)]

@@ -1,0 +1,230 @@
+"""Tensors in mapped files, read slice by slice: what every kind of source comes down to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import kernels
+from ..errors import JobError, ModelError
+from ..kernels.types import BlockType
+from .mapped import MappedFile
+from .names import ROLES, Key, Parsed
+from .stored import Bytes, Floats, Stored
+
+QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as it is delivered.
+
+    `shape` is [n, k] or [n], `type` the block type that `read` returns, `stored` the name of the type in the file and
+    `nbytes` its size there.
+    """
+
+    shape: tuple[int, ...]
+    type: BlockType
+    stored: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
+
+    `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
+    halves of each of so many heads are interleaved.
+    """
+
+    file: MappedFile
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    stored: Stored
+    rope_heads: int = 0
+
+    @property
+    def k(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n(self) -> int:
+        """Rows in the file; a vector is one row."""
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stored.row_bytes(self.k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n * self.row_bytes
+
+
+class TensorSource:
+    """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: Iterable[MappedFile],
+        metadata_files: Iterable[Path],
+        extents: Mapping[Key, Extent],
+        config: dict[str, Any],
+        tokenizer: Path | dict[str, Any] | None,
+        quantize: str = "none",
+    ) -> None:
+        """`metadata_files` are those that are read whole (config.json): they count in the fingerprint."""
+        self.path = path
+        self.config = config
+        self.tokenizer = tokenizer
+        self._mapped = tuple(files)
+        self.files = (*metadata_files, *(file.path for file in self._mapped))
+        self._extents = dict(extents)
+        self._quantize = self._quantised_to(quantize)
+        self.tensors: Mapping[Key, TensorInfo] = {
+            key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
+            for key, extent in self._extents.items()
+        }
+
+    def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
+        """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
+
+        Columns of a quantised matrix begin at a multiple of 32 and end at one or at the last. The result may be a view
+        of the mapped file (read-only): use it, then `release`.
+        """
+        extent, type = self._extents[key], self.tensors[key].type
+        rows = range(extent.n) if rows is None else rows
+        cols = range(extent.k) if cols is None else cols
+        assert cols.start % type.block == 0, (key, cols)
+        assert cols.stop % type.block == 0 or cols.stop == extent.k, (key, cols)
+        extent.file.will_need(*_span(extent, rows))
+        raw = _stored_rows(extent, rows)
+        if extent.stored.own and type == extent.stored.type:
+            first, stop = cols.start // type.block, -(-cols.stop // type.block)
+            cut = raw[:, first * type.block_bytes : stop * type.block_bytes]
+            unaligned = cut.ctypes.data % min(type.block_bytes, 4) if type.block == 1 else 0
+            return cut.copy() if unaligned else np.ascontiguousarray(cut)
+        values = _values(extent, raw, cols, threads)
+        out = np.empty((len(rows), type.row_bytes(len(cols))), np.uint8)
+        kernels.quantize(type, values, out, threads)
+        return out
+
+    def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
+        """Values as float32, as precise as they are stored: a vector (or some of its entries) [n], rows [m, k]."""
+        extent = self._extents[key]
+        if len(extent.shape) == 1:
+            values = extent.stored.decode(_stored_rows(extent, range(1)), extent.k, threads=1)[0]
+            index = np.arange(extent.k) if rows is None else np.asarray(rows)
+            result: Floats = values[_llama_cpp_rows(index, extent.k, extent.rope_heads)]
+        else:
+            rows = range(extent.n) if rows is None else rows
+            result = _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
+        self.release(key)
+        return result
+
+    def release(self, key: Key, rows: range | None = None) -> None:
+        """Give back the mapped pages of a tensor, or of some rows of it."""
+        extent = self._extents[key]
+        extent.file.release(*_span(extent, range(extent.n) if rows is None else rows))
+
+    def close(self) -> None:
+        """Unmap the files; arrays that `read` returned must not be used any more."""
+        for file in self._mapped:
+            file.close()
+
+    def _delivered(self, key: Key, extent: Extent) -> BlockType:
+        if self._quantize is not None and ROLES[key.role].quantisable:
+            return self._quantize
+        return extent.stored.type
+
+    def _quantised_to(self, quantize: str) -> BlockType | None:
+        if quantize not in QUANTIZE:
+            raise JobError(f'quantize = "{quantize}" is unknown; it must be one of {", ".join(QUANTIZE)}.')
+        if QUANTIZE[quantize] is None:
+            return None
+        for key, extent in self._extents.items():
+            if ROLES[key.role].quantisable and extent.stored.quantised:
+                raise JobError(
+                    f'quantize = "{quantize}" is for unquantised models, but {self.path} is quantised already '
+                    f'({extent.name} is {extent.stored.name}); leave quantize = "none".'
+                )
+        return QUANTIZE[quantize]
+
+
+def _span(extent: Extent, rows: range) -> tuple[int, int]:
+    """Offset and size of the bytes from the first of some rows to the last."""
+    first, stop = rows.start, rows.stop
+    if extent.rope_heads:  # a row comes from somewhere in its head
+        head = extent.n // extent.rope_heads
+        first, stop = first // head * head, -(-stop // head) * head
+    return extent.offset + first * extent.row_bytes, max(stop - first, 0) * extent.row_bytes
+
+
+def _llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
+    """Where rows of q or k lie in a GGUF file of the llama architecture; `rows` itself for 0 heads.
+
+    convert_hf_to_gguf.py's `permute` writes row (head, half, j) at (head, j, half).
+    """
+    if not heads:
+        return rows
+    size = n // heads
+    head, inside = np.divmod(rows, size)
+    half, j = np.divmod(inside, size // 2)
+    return head * size + 2 * j + half
+
+
+def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Bytes:
+    """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
+    whole = extent.file.view(extent.offset, extent.nbytes).reshape(extent.n, extent.row_bytes)
+    if isinstance(rows, range) and not extent.rope_heads:
+        assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
+        return whole[rows.start : rows.stop]
+    return whole[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads)]
+
+
+def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
+    """Columns of stored rows, decoded: f32 [len(raw), len(cols)]. Only the blocks that hold them are looked at."""
+    stored = extent.stored
+    first, stop = cols.start // stored.block, -(-cols.stop // stored.block)
+    cut = raw[:, first * stored.block_bytes : stop * stored.block_bytes]
+    values = stored.decode(cut, (stop - first) * stored.block, threads)
+    begin = cols.start - first * stored.block
+    return np.ascontiguousarray(values[:, begin : begin + len(cols)])
+
+
+def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[Key, Extent]]:
+    """Take a tensor of a file apart into the matrices and vectors it holds.
+
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins.
+    """
+    ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
+    if len(shape) != ndim:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
+        )
+    if 0 in shape or shape[-1] % extent.stored.block:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, whose rows are not whole blocks of "
+            f"{extent.stored.name}."
+        )
+    experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
+    inner = shape[1:] if parsed.stacked else shape
+    parts = len(parsed.roles)
+    if inner[0] % parts:
+        raise ModelError(f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves.")
+    part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
+    found = []
+    offset = extent.offset
+    for expert in experts:
+        for role in parsed.roles:
+            piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
+            found.append((Key(role, parsed.layer, expert), piece))
+            offset += piece.nbytes
+    return found
