@@ -1,0 +1,83 @@
+#!/bin/bash
+# The common part of the batch scripts: starts `python -m mpillm run "$@"` on the allocation's tasks, and
+# puts the job back into the queue when it was interrupted. What it needs to know it finds out:
+#
+#   MPILLM_VENV      the virtual environment, on a file system that all nodes see   (default: the checkout's .venv)
+#   MPILLM_LAUNCHER  srun or mpiexec   (default: srun if this Slurm speaks the installed MPI's protocol, else mpiexec)
+#   MPILLM_RESTARTS  how often an interrupted job may be queued again               (default: 100)
+set -uo pipefail
+
+say() { echo "run.sh: $*" >&2; }
+
+venv=${MPILLM_VENV:-$(cd "$(dirname "$0")/.." && pwd)/.venv}
+if [ ! -r "$venv/bin/activate" ]; then
+    say "no virtual environment at $venv; type 'make install' in the checkout, or set MPILLM_VENV"
+    exit 2
+fi
+# shellcheck disable=SC1091
+. "$venv/bin/activate"
+
+# Since Slurm 22.05 srun no longer takes --cpus-per-task from the allocation: without this every rank gets one core.
+[ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# Which MPI? Open MPI is started by srun through PMIx, MPICH and its kin through PMI2. With the wrong one, every
+# rank believes to be alone.
+protocol=$(python -c '
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print("pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2")') || exit 2
+
+# `srun --mpi=list` also names what cannot be loaded here (PMIx without its library), so it is tried.
+launcher=${MPILLM_LAUNCHER:-}
+if [ -z "$launcher" ]; then
+    launcher=mpiexec
+    srun "--mpi=$protocol" --nodes=1 --ntasks=1 true 2>/dev/null && launcher=srun
+fi
+case $launcher in
+    srun) start=(srun "--mpi=$protocol" --kill-on-bad-exit=1) ;;
+    mpiexec)
+        start=(mpiexec -n "${SLURM_NTASKS:-1}")
+        # Open MPI would bind each rank to one core, whatever --cpus-per-task says.
+        [ "$protocol" = pmix ] && start+=(--bind-to none)
+        ;;
+    *)
+        say "MPILLM_LAUNCHER=$launcher: it is srun or mpiexec"
+        exit 2
+        ;;
+esac
+
+# `#SBATCH --signal=B:USR1@120` tells this shell alone, 120 seconds before the time limit; and a preempted job gets
+# TERM. Both launchers pass USR1 on to every rank; on TERM mpiexec would kill the ranks at once.
+warned=0
+child=
+warn() {
+    warned=1
+    say "told to stop: the ranks finish what they have in hand"
+    [ -n "$child" ] && kill -USR1 "$child"
+}
+trap warn USR1 TERM
+
+say "${start[*]} python -m mpillm run $*"
+"${start[@]}" python -m mpillm run "$@" &
+child=$!
+wait "$child"
+code=$?
+# A trapped signal ends `wait` early, with a code above 128 while the child lives.
+while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+    code=$?
+done
+trap '' USR1 TERM
+
+# 75: interrupted, run it again. A launcher may report a rank that was stopped in its own way, so a non-zero code
+# after a warning counts too: the journal knows what is done, and going on loses nothing.
+if [ "$code" = 75 ] || { [ "$warned" = 1 ] && [ "$code" != 0 ] && [ "$code" != 1 ] && [ "$code" != 2 ]; }; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILLM_RESTARTS:-100}" ]; then
+        say "interrupted (exit code $code); back into the queue"
+        scontrol requeue "$SLURM_JOB_ID" && exit 75
+    fi
+    say "interrupted (exit code $code); the same sbatch command goes on where it stopped"
+    exit 75
+fi
+exit "$code"
