@@ -317,14 +317,19 @@ def _explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
     if path == "memory":  # said by Memory.__post_init__, which knows the key
         return f"memory.{text}" if ": " in text else f"memory: {text}"
     given = _look_up(values, path)
-    for word, plain in _PLAIN.items():
-        text = text.replace(f"`{word}`", plain)
-    text = text[0].lower() + text[1:]
+    text = plain_words(text)
     if text.startswith("invalid enum value") and (choices := _choices(path)):
         text = f"expected one of {choices}"
     shown = "" if given is _MISSING or isinstance(given, dict) else f", not {given!r}"
     text = re.sub(r", got [\w ]+$", "", text) if shown else text
     return f"{path}: {text}{shown}"
+
+
+def plain_words(text: str) -> str:
+    """One of msgspec's sentences, in the words of those who write TOML and JSON, to go on another one with."""
+    for word, plain in _PLAIN.items():
+        text = text.replace(f"`{word}`", plain)
+    return text[0].lower() + text[1:]
 
 
 def _look_up(values: Any, path: str) -> Any:
