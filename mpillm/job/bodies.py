@@ -134,8 +134,8 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of a line, or say why there is none (RequestError)."""
     try:
         value = msgspec.json.decode(raw)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the line is not UTF-8 text (byte {error.start + 1})") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"the line is not UTF-8 text (byte {_first_bad_byte(raw)})") from None
     except RecursionError:
         raise RequestError("the line is nested too deeply") from None
     except msgspec.MsgspecError as error:
@@ -144,6 +144,14 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError('the line is no JSON object such as {"prompt": "..."}')
     return value
+
+
+def _first_bad_byte(raw: bytes) -> int:
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.start + 1
+    return len(raw)
 
 
 def custom_id_of(line: dict[str, Any]) -> str | None:
@@ -214,11 +222,11 @@ def _refuse(key: str, value: Any, body: dict[str, Any], known: tuple[str, ...]) 
         raise RequestError(f"{key} {_short(value)} is not supported{_INSTEAD.get(key, '')}")
     if key in _REFUSED:
         raise RequestError(f"{key} is not supported{_INSTEAD.get(key, '')}")
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    hint = _INSTEAD.get(key) or (f"; did you mean {close[0]!r}?" if close else "")
-    raise RequestError(f"the key {key[:100]!r} is unknown{hint}".rstrip("?"))
+    close = difflib.get_close_matches(key, [*known, *_NEUTRAL], n=1, cutoff=0.75)
+    hint = _INSTEAD.get(key) or (f" (did you mean {close[0]!r}?)" if close else "")
+    raise RequestError(f"the key {key[:100]!r} is unknown{hint}")
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -307,11 +307,9 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
 def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
-    if (
-        isinstance(part, dict)
-        and part.get("type") in ("text", "input_text")
-        and isinstance(part.get("text"), str)
-    ):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    kind, text = (
+        (part.get("type"), part.get("text")) if isinstance(part, dict) else (type(part).__name__, None)
+    )
+    if kind == "text" and isinstance(text, str):
+        return text
     raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported")
