@@ -29,7 +29,11 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "only root can start a Slurm"
     absent = [name for name in (*DAEMONS, *CLIENTS) if not _find(name)]
-    return f"not installed: {', '.join(absent)} (apt install munge slurmctld slurmd slurm-client)" if absent else None
+    return (
+        f"not installed: {', '.join(absent)} (apt install munge slurmctld slurmd slurm-client)"
+        if absent
+        else None
+    )
 
 
 def _find(name: str) -> str | None:
@@ -155,7 +159,12 @@ class Slurm:
         )
         (root / "slurm.conf").write_text(CONF.format(host=host, root=root, ports=ports, nodes=nodes))
         # --force: munged has opinions about who may own the directories above; a test's are what they are.
-        files = {"socket": "munge.sock", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "seed"}
+        files = {
+            "socket": "munge.sock",
+            "pid-file": "munge.pid",
+            "log-file": "munge.log",
+            "seed-file": "seed",
+        }
         options = [f"--{option}={root / name}" for option, name in files.items()]
         self._spawn("munged", "--foreground", "--force", f"--key-file={key}", *options)
         self._until("munged", (root / "munge.sock").exists)
@@ -208,7 +217,9 @@ class Slurm:
                 process.wait()
 
     def _logs(self) -> str:
-        return "\n".join(f"--- {path.name}\n{_read(path)[-1500:]}" for path in sorted(self.root.glob("*.[lo][ou][gt]")))
+        return "\n".join(
+            f"--- {path.name}\n{_read(path)[-1500:]}" for path in sorted(self.root.glob("*.[lo][ou][gt]"))
+        )
 
 
 def _read(path: Path) -> str:

@@ -13,14 +13,14 @@ import pytest
 
 from tests.cluster import slurm as tools
 from tests.cluster.slurm import Slurm
-from tests.conftest import ROOT, Mpi
+from tests.conftest import ROOT, Mpi, run_bounded
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi, pytest.mark.timeout(180)]
 
 NODES = ("n0", "n1", "n2", "n3")
 
 # Stands for mpillm where the scripts themselves are looked at: says who it is, and can be made to wait.
-STUB = '''
+STUB = """
 import os, signal, sys, time
 from pathlib import Path
 from mpi4py import MPI
@@ -42,7 +42,7 @@ if "--wait" in sys.argv and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     sys.exit(75 if told else 3)
 if "--fail" in sys.argv:
     sys.exit(int(sys.argv[-1]))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,9 @@ def stub(tmp_path: Path, mpi: Mpi) -> Path:
     return tmp_path
 
 
+# What does not depend on the MPI is looked at with one.
+one_mpi = pytest.mark.parametrize("mpi", ["openmpi"], indirect=True)
+
 Submit = Callable[..., tools.Job]
 
 
@@ -88,19 +91,103 @@ def submit(slurm: Slurm) -> Submit:
     return type_and_wait
 
 
+def srun_can_start(slurm: Slurm, mpi: Mpi) -> bool:
+    protocol = "pmix" if mpi.name == "openmpi" else "pmi2"
+    return run_bounded(["srun", f"--mpi={protocol}", "true"], 30, slurm.environment()).returncode == 0
+
+
 @pytest.mark.parametrize("launcher", ["", "srun", "mpiexec"])
-def test_one_node(stub: Path, submit: Submit, launcher: str) -> None:
-    options = ["--ntasks=2", "--cpus-per-task=1"]
-    job = submit(stub, *options, "slurm/one-node.sbatch", "job.toml", "--set", "a=b c", env={"MPILLM_LAUNCHER": launcher})
+def test_one_node(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: str) -> None:
+    srun_works = srun_can_start(slurm, mpi)
+    if launcher == "srun" and not srun_works:
+        pytest.skip("this Slurm cannot load PMIx (apt install libpmix-dev)")
+    words = ["--ntasks=2", "slurm/one-node.sbatch", "job.toml", "--set", "a=b c"]
+    job = submit(stub, *words, env={"MPILLM_LAUNCHER": launcher})
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
-    assert re.search(r"ranks=2 nodes=n\d cpus=1 words=\['run', 'job.toml', '--set', 'a=b c'\]", job.log), job.log
-    assert ("srun --mpi=" in job.log) is (launcher != "mpiexec"), job.log
-
-
-@pytest.mark.parametrize("launcher", ["srun", "mpiexec"])
-def test_many_nodes(stub: Path, submit: Submit, launcher: str) -> None:
-    job = submit(
-        stub, "--nodes=3", "--cpus-per-task=2", "slurm/many-nodes.sbatch", "job.toml", env={"MPILLM_LAUNCHER": launcher}
+    assert re.search(r"ranks=2 nodes=n\d cpus=1 words=\['run', 'job.toml', '--set', 'a=b c'\]", job.log), (
+        job.log
     )
+    # Left to itself the script takes srun where it works, and mpiexec where it does not.
+    assert ("srun --mpi=" in job.log) is (launcher != "mpiexec" and srun_works), job.log
+
+
+@pytest.mark.parametrize("launcher", ["", "mpiexec"])
+def test_many_nodes(stub: Path, submit: Submit, launcher: str) -> None:
+    words = ["--nodes=3", "--cpus-per-task=2", "slurm/many-nodes.sbatch", "job.toml"]
+    job = submit(stub, *words, env={"MPILLM_LAUNCHER": launcher})
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
     assert re.search(r"ranks=3 nodes=n\d,n\d,n\d cpus=2 ", job.log), job.log
+
+
+@pytest.mark.parametrize(("launcher", "sent"), [("", "USR1"), ("mpiexec", "TERM")])
+def test_a_warning_reaches_the_ranks_and_the_job_goes_on_later(
+    stub: Path, slurm: Slurm, launcher: str, sent: str
+) -> None:
+    """USR1 comes ahead of the time limit (#SBATCH --signal=B:USR1@120), TERM with preemption."""
+    words = ["--nodes=2", "slurm/many-nodes.sbatch", "job.toml", "--wait"]
+    job = slurm.submit("--output=log", *words, cwd=stub, env={"MPILLM_LAUNCHER": launcher})
+    until(lambda: all((stub / f"ready{rank}").exists() for rank in range(2)), 30)
+    slurm.command("scancel", "--batch", f"--signal={sent}", str(job))
+    done = slurm.wait(job, stub / "log", timeout=90)
+    assert (done.state, done.exit_code, done.restarts) == ("COMPLETED", 0, 1), done.log
+    assert "told to stop" in done.log
+    assert "back into the queue" in done.log
+    assert len(re.findall("ranks=2 nodes=n", done.log)) == 2  # the log is appended to
+
+
+@one_mpi
+def test_the_warning_comes_before_the_time_limit(stub: Path, slurm: Slurm) -> None:
+    """The option in the scripts, with times that a test can wait for; a job that may not restart ends with 75."""
+    words = ["--time=1", "--signal=B:USR1@57", "slurm/one-node.sbatch", "job.toml", "--wait"]
+    job = slurm.submit("--output=log", *words, cwd=stub, env={"MPILLM_RESTARTS": "0"})
+    done = slurm.wait(job, stub / "log", timeout=90)
+    assert (done.state, done.exit_code, done.restarts) == ("FAILED", 75, 0), done.log
+    assert "the same sbatch command goes on where it stopped" in done.log
+
+
+@one_mpi
+@pytest.mark.parametrize("code", [1, 2])
+def test_other_exit_codes_are_the_job_s(stub: Path, submit: Submit, code: int) -> None:
+    job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--fail", str(code))
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", code, 0), job.log
+
+
+@one_mpi
+def test_array(stub: Path, slurm: Slurm) -> None:
+    """Each task takes the file of its number; one that has no file says so."""
+    parts = stub / "parts"
+    parts.mkdir()
+    for name in ("000", "001"):
+        (parts / f"{name}.jsonl").touch()
+    words = ["--array=0-2", "slurm/array.sbatch", "job.toml", "parts", "out/all", "--set", "sampling.seed=3"]
+    job = slurm.submit("--output=log%a", *words, cwd=stub)
+    ends = [slurm.wait(f"{job}_{task}", stub / f"log{task}") for task in range(3)]
+    assert [end.exit_code for end in ends] == [0, 0, 2], ends
+    for name, end in zip(("000", "001"), ends, strict=False):
+        words = ["run", "job.toml", "--input", f"parts/{name}.jsonl", "--output", f"out/all/{name}"]
+        assert f"words={[*words, '--set', 'sampling.seed=3']}" in end.log
+    assert "parts has 2 .jsonl files, and none for array task 2" in ends[2].log
+
+
+@one_mpi
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (
+            {"MPILLM_VENV": "/nowhere"},
+            "no virtual environment at /nowhere; type 'make install' in the checkout",
+        ),
+        ({"MPILLM_LAUNCHER": "aprun"}, "MPILLM_LAUNCHER=aprun: it is srun or mpiexec"),
+    ],
+)
+def test_what_is_wrong_is_said(stub: Path, submit: Submit, env: dict[str, str], says: str) -> None:
+    job = submit(stub, "slurm/one-node.sbatch", "job.toml", env=env)
+    assert (job.state, job.exit_code) == ("FAILED", 2), job.log
+    assert says in job.log
+
+
+def until(ready: Callable[[], bool], timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
