@@ -160,8 +160,8 @@ class _Fields:
 
 def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     """Begin and end of text; a chat's end of turn ends a text as well, as in llama.cpp."""
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = sorted({end for end in ends if type(end) is int})
+    found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = sorted({end for end in found if type(end) is int})
     return {"bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": ends or None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
         )
     for number in range(2, count + 1):
         part = path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
-        if not part.exists():
+        if not os.path.exists(part):
             raise ModelError(f"{first} is one of {count} parts, of which {part.name} is missing; fetch it.")
         files.append(MappedFile(part))
         headers.append(read_header(files[-1]))

@@ -156,7 +156,8 @@ class _Cursor:
         if code not in _SCALARS:
             raise broken(self.file, f"{shown} has the unknown type {code}")
         kind = np.dtype(_SCALARS[_Type(code)])
-        return np.frombuffer(self.take(count * kind.itemsize), kind).tolist()
+        values: list[Any] = np.frombuffer(self.take(count * kind.itemsize), kind).tolist()
+        return values
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """A tensor's name, shape, type number and offset in the data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +25,7 @@ def open_hf(path: Path, quantize: str = "none") -> TensorSource:
     config = read_json(path / "config.json")
     metadata = [path / "config.json"]
     generation = path / "generation_config.json"
-    if generation.exists():
+    if os.path.exists(generation):
         # What ends a text is said there by those who publish models; config.json often has less.
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
@@ -37,7 +38,7 @@ def open_hf(path: Path, quantize: str = "none") -> TensorSource:
             _add(extents, file, name, tensor)
         _tie(extents, config)
         tokenizer = path / "tokenizer.json"
-        found = tokenizer if tokenizer.exists() else None
+        found = tokenizer if os.path.exists(tokenizer) else None
         return TensorSource(path, files.values(), metadata, extents, config, found, quantize)
     except BaseException:
         for file in files.values():
@@ -64,15 +65,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _files(path: Path) -> dict[str, MappedFile]:
     """The weight files by name: the single one if it is there, as transformers has it, else those of the index."""
-    if (path / SINGLE).exists():
+    if os.path.exists(path / SINGLE):
         return {SINGLE: MappedFile(path / SINGLE)}
-    if not (path / INDEX).exists():
+    if not os.path.exists(path / INDEX):
         raise ModelError(
             f"{path} has neither {SINGLE} nor {INDEX}; only checkpoints in safetensors files can be run."
         )
     files: dict[str, MappedFile] = {}
     for name in sorted(set(_weight_map(path).values())):
-        if not (path / name).exists():
+        if not os.path.exists(path / name):
             raise ModelError(f"{path / INDEX} names {name}, which is missing; fetch the model again.")
         files[name] = MappedFile(path / name)
     return files

@@ -56,11 +56,11 @@ def open_source(path: str | Path, quantize: str = "none") -> TensorSource:
     ModelError says what is wrong with the files.
     """
     path = Path(path)
-    if not path.exists():
-        raise ModelError(f"{path} does not exist; give a Hugging Face directory or a GGUF file.")
-    if not path.is_dir():
+    if not os.path.exists(path):  # unlike Path.exists, False where a directory on the way is forbidden
+        raise ModelError(f"{path} does not exist or is out of reach; give a Hugging Face directory or a GGUF file.")
+    if not os.path.isdir(path):
         return open_gguf(path, quantize)
-    if not (path / "config.json").exists():
+    if not os.path.exists(path / "config.json"):
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 or (ggufs and ggufs[0].name.endswith(f"-00001-of-{len(ggufs):05d}.gguf")):
             return open_gguf(ggufs[0], quantize)

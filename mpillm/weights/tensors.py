@@ -177,7 +177,8 @@ def _llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArr
     size = n // heads
     head, inside = np.divmod(rows, size)
     half, j = np.divmod(inside, size // 2)
-    return head * size + 2 * j + half
+    result: NDArray[np.integer[Any]] = head * size + 2 * j + half
+    return result
 
 
 def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Bytes:
@@ -186,7 +187,8 @@ def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Byte
     if isinstance(rows, range) and not extent.rope_heads:
         assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
         return whole[rows.start : rows.stop]
-    return whole[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads)]
+    gathered: Bytes = whole[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads)]
+    return gathered
 
 
 def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:

@@ -1,0 +1,286 @@
+"""The weight cache: bounded, and read ahead of its use by a thread of its own.
+
+A step uses a rank's items (its layers, then the output head) one after the other, over and over. Two policies:
+
+- `cycle` keeps a fixed part of the items for good and streams the others through what is left of the budget, which
+  is the best that can be done for a cycle: its hit rate is the fixed part's share.
+- `lru` drops what was used longest ago. Once the items exceed the budget it hits nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Literal, TypeVar
+
+from ..errors import JobError
+from .layer import Bytes, LayerPlan, new_buffer
+
+T = TypeVar("T")
+
+Policy = Literal["cycle", "lru"]
+Loader = Callable[[LayerPlan, Bytes], T]
+
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many one takes
+
+
+@dataclass
+class Counters:
+    """What the cache did. A use is a hit if its item was still there from an earlier use, else a miss.
+
+    A miss that had to be waited for is a stall. `held` and `peak` are bytes of buffers, `loaded` bytes made ready.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    loads: int = 0
+    loaded: int = 0
+    load_seconds: float = 0.0
+    held: int = 0
+    peak: int = 0
+
+
+class _Slot(Generic[T]):
+    """An item in memory, or on its way there (`layer` is None until it is ready)."""
+
+    def __init__(self, buffer: Bytes) -> None:
+        self.buffer = buffer
+        self.layer: T | None = None
+        self.users = 0
+        self.used = False  # since it was loaded
+        self.last_use = 0
+
+
+class Use(Generic[T]):
+    """The right to an item while in the `with` block: it stays in memory until the block is left."""
+
+    def __init__(self, cache: WeightCache[T], item: int) -> None:
+        self._cache = cache
+        self._item = item
+
+    def __enter__(self) -> T:
+        return self._cache._acquire(self._item)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cache._release(self._item)
+
+
+class WeightCache(Generic[T]):
+    """Items in memory, never more than `budget` bytes of them (None: all may stay).
+
+    `loader(plan, buffer)` fills a buffer of `plan.nbytes` and returns what `use` hands out; it runs in the cache's
+    thread. What it raises, the next `use` raises, and every one after it. Uses may come from one thread at a time.
+    """
+
+    def __init__(
+        self, items: Sequence[LayerPlan], loader: Loader[T], budget: int | None = None, policy: Policy = "cycle"
+    ) -> None:
+        """JobError if the budget has no room for an item in use and the next one."""
+        if policy not in ("cycle", "lru"):
+            raise JobError(f'The weight cache has no policy "{policy}"; it has cycle and lru.')
+        self.items = tuple(items)
+        self.total = sum(item.nbytes for item in self.items)
+        self.budget = self.total if budget is None else budget
+        self.policy = policy
+        self.counters = Counters()
+        least = minimum_budget(self.items)
+        if self.budget < least:
+            raise JobError(
+                f"memory.weights is {self.budget} bytes, but this rank needs at least {least} bytes for the two "
+                f"neighbouring items that are largest (of {self.total} for all); give it more, or use more ranks."
+            )
+        self.fixed = fixed_part(self.items, self.budget) if policy == "cycle" else frozenset()
+        self._fixed_bytes = sum(self.items[i].nbytes for i in self.fixed)
+        self._loader = loader
+        self._slots: dict[int, _Slot[T]] = {}
+        self._wanted: int | None = None  # what a use waits for
+        self._cursor = -1  # the item used last
+        self._clock = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+        self._thread.start()
+
+    def use(self, item: int) -> Use[T]:
+        """Item number `item`, ready and kept in memory for the length of a `with` block."""
+        assert 0 <= item < len(self.items), item
+        return Use(self, item)
+
+    def close(self) -> None:
+        """Stop the thread (when it has finished the item it is at) and let all buffers go."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._slots.clear()
+        self.counters.held = 0
+
+    def _acquire(self, item: int) -> T:
+        with self._changed:
+            slot = self._slots.get(item)
+            if slot is not None and slot.used:
+                self.counters.hits += 1
+            else:
+                self.counters.misses += 1
+                slot = self._wait_for(item)
+            self._check()
+            assert slot.layer is not None
+            self._clock += 1
+            slot.users += 1
+            slot.used = True
+            slot.last_use = self._clock
+            self._cursor = item
+            self._changed.notify_all()
+            return slot.layer
+
+    def _wait_for(self, item: int) -> _Slot[T]:
+        def ready() -> bool:
+            slot = self._slots.get(item)
+            return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
+
+        if not ready():
+            pinned = sum(self.items[other].nbytes for other, slot in self._slots.items() if slot.users)
+            if item not in self._slots and pinned + self.items[item].nbytes > self.budget:
+                raise RuntimeError("more items of the weight cache are in use than its budget has room for")
+            start = time.monotonic()
+            self._wanted = item
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(ready)
+            finally:
+                self._wanted = None
+                self.counters.stalls += 1
+                self.counters.stall_seconds += time.monotonic() - start
+        self._check()
+        return self._slots[item]
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise RuntimeError("the weight cache is closed")
+
+    def _release(self, item: int) -> None:
+        with self._changed:
+            slot = self._slots.get(item)
+            if slot is not None:  # else the cache was closed meanwhile
+                slot.users -= 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """The thread: whatever is best loaded next, one item at a time, until the cache is closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._choose() is not None)
+                item = self._choose()
+                if self._closed or item is None:
+                    return
+                slot = self._slots[item] = _Slot(self._make_room(item))
+                self.counters.held += self.items[item].nbytes
+                self.counters.peak = max(self.counters.peak, self.counters.held)
+            start = time.monotonic()
+            try:
+                layer = self._loader(self.items[item], slot.buffer)
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                slot.layer = layer
+                self.counters.loads += 1
+                self.counters.loaded += self.items[item].nbytes
+                self.counters.load_seconds += time.monotonic() - start
+                self._changed.notify_all()
+
+    def _choose(self) -> int | None:
+        """The item to load now: what a use waits for, else the next ones of the cycle as far as there is room."""
+        if self._wanted is not None and self._wanted not in self._slots:
+            return self._wanted if self._victims(self._wanted) is not None else None
+        n = len(self.items)
+        ahead = [(self._cursor + step) % n for step in range(1, 2 if self.policy == "lru" else n + 1)]
+        blocked = False
+        for item in ahead:
+            if item in self._slots or (blocked and item not in self.fixed):
+                continue
+            if self._victims(item) is not None:
+                return item
+            blocked = True
+        return None
+
+    def _victims(self, item: int) -> list[int] | None:
+        """What has to go for an item to come; None if it cannot come now (or is not worth what would go)."""
+        if item in self.fixed:
+            return []  # its room is kept for it
+        size, room = self.items[item].nbytes, self.budget - self._fixed_bytes
+        streamed = [other for other in self._slots if other not in self.fixed]
+        room -= sum(self.items[other].nbytes for other in streamed)
+        idle = [other for other in streamed if self._slots[other].layer is not None and not self._slots[other].users]
+        if self.policy == "lru":
+            idle.sort(key=lambda other: self._slots[other].last_use or self._clock + 1)
+        else:
+            idle.sort(key=self._distance, reverse=True)
+            if item != self._wanted:  # what was used last may be used once more, before the cycle goes on
+                mine = self._distance(item)
+                idle = [other for other in idle if other != self._cursor and self._distance(other) > mine]
+        victims: list[int] = []
+        for other in idle:
+            if room >= size:
+                break
+            victims.append(other)
+            room += self.items[other].nbytes
+        return victims if room >= size else None
+
+    def _distance(self, item: int) -> int:
+        """How many uses from now an item's turn comes, if the cycle goes on."""
+        return (item - self._cursor - 1) % len(self.items)
+
+    def _make_room(self, item: int) -> Bytes:
+        """Drop what has to go; a buffer of the item's size is used again, for new memory costs time."""
+        buffer: Bytes | None = None
+        size = self.items[item].nbytes
+        for victim in self._victims(item) or []:
+            slot = self._slots.pop(victim)
+            self.counters.held -= self.items[victim].nbytes
+            if self.items[victim].nbytes == size:
+                buffer = slot.buffer
+        return new_buffer(size) if buffer is None else buffer
+
+
+def minimum_budget(items: Sequence[LayerPlan]) -> int:
+    """The least bytes that a cache of these items works with: an item in use, and the next one on its way."""
+    if len(items) < 2:
+        return sum(item.nbytes for item in items)
+    return _largest_pair([item.nbytes for item in items])
+
+
+def fixed_part(items: Sequence[LayerPlan], budget: int) -> frozenset[int]:
+    """The items that stay for good; there is always room besides for two neighbouring ones of the others.
+
+    Large items first, for they make the streaming part large; those of one size are spread evenly over the cycle, so
+    that the use of a fixed one gives time to load a streamed one.
+    """
+    sizes = [item.nbytes for item in items]
+    if sum(sizes) <= budget:
+        return frozenset(range(len(sizes)))
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i * _GOLDEN % 1.0))
+    fixed: set[int] = set()
+    for item in order:
+        rest = [size for i, size in enumerate(sizes) if i not in fixed and i != item]
+        needed = _largest_pair(rest) if len(rest) > 1 else sum(rest)
+        if sum(sizes[i] for i in fixed) + sizes[item] + needed <= budget:
+            fixed.add(item)
+    return frozenset(fixed)
+
+
+def _largest_pair(sizes: Sequence[int]) -> int:
+    """The most that two neighbours in the cycle have together."""
+    return max(size + sizes[(i + 1) % len(sizes)] for i, size in enumerate(sizes))
