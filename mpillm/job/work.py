@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -41,6 +41,7 @@ class Model:
     text: Text | None = None
     encode_chat: Callable[[list[dict[str, Any]], dict[str, Any]], list[int]] | None = None
     watch: Callable[[Sequence[str]], Callable[[int], bool]] | None = None
+    pieces: Callable[[Sequence[int]], Iterable[str]] | None = None  # the text that each token adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Options:
     echo_texts: tuple[str | None, ...] = ()  # the prompts as they came, None for one of token ids
     logprobs: int | None = None  # of the chosen tokens, and how many alternatives
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
     return_token_ids: bool = False
     names_token_ids: bool = False  # tokens are written "token_id:17"
     base64: bool = False
@@ -147,6 +149,7 @@ def _options(body: Generate, spec: Spec, **more: Any) -> Options:
     return Options(
         n=body.n or 1,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=frozenset(body.stop_token_ids or ()),
         return_token_ids=bool(body.return_token_ids),
         names_token_ids=bool(body.return_tokens_as_token_ids),
         **more,
