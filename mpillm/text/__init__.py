@@ -1,0 +1,14 @@
+"""Text in and out of token ids: tokenizers, chat templates, incremental decoding, stop strings."""
+
+from .decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
+from .tokenizer import Tokenizer, load_tokenizer, token_id_text
+
+__all__ = [
+    "IncrementalDecoder",
+    "StopStrings",
+    "StopWatch",
+    "Tokenizer",
+    "cut_at_stop",
+    "load_tokenizer",
+    "token_id_text",
+]

@@ -1,0 +1,264 @@
+"""A tokenizer built from the tokenizer.ggml fields of a GGUF file, to give the ids that llama.cpp gives.
+
+`gpt2` is byte-level BPE with merges, its words split by the expressions that tokenizer.ggml.pre names; `llama` is
+SentencePiece's BPE, which merges the pair whose piece has the highest score.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..errors import ModelError
+from .parts import END_NAMES, Parts, checked
+
+log = logging.getLogger(__name__)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+
+# Word splits, applied one after the other, from llama.cpp's src/llama-vocab.cpp (MIT).
+_CASE = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}"
+_QWEN2 = rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CASE}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CASE}?|"
+    rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"
+)
+_DEEPSEEK3 = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+    rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACE}"
+)
+_SPLITS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "tekken": (_TEKKEN,),
+    "gpt-4o": (_GPT4O,),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    "deepseek-coder": (
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}",
+    ),
+    "deepseek-v3": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3),
+    "seed-coder": (
+        rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACE}",
+    ),
+}
+_SAME = {
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral dbrx smaug-bpe glm4 chatglm-bpe",
+    "qwen2": "stablelm2 deepseek-r1-qwen kormo megrez hunyuan solar-open grok-2",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+    "gpt-2": "phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
+    "deepseek-v3": "hunyuan-dense",
+    "gpt-4o": "llama4 minimax-m2",
+}
+_PRE = {name: name for name in _SPLITS} | {
+    other: name for name, others in _SAME.items() for other in others.split()
+}
+# Of these, llama.cpp takes a word that is a token as it is, and begins texts with BOS where the file does not say.
+_WHOLE_WORDS = frozenset({"llama-bpe", "tekken", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"})
+
+_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+    "sep_token": "seperator_token_id",
+}
+_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | None:
+    """The tokenizer that GGUF metadata describe (plain values, or the gguf library's fields); None if they do not."""
+    ggml = _Fields(fields, where)
+    kind = ggml.get("model")
+    if kind is None or kind in {"none", "no_vocab"}:
+        return None
+    tokens = ggml.strings("tokens")
+    for id, token in enumerate(tokens):
+        if not token:
+            tokens[id] = f"[EMPTY_{id}]"
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        twice = next(token for id, token in enumerate(tokens) if vocab[token] != id)
+        raise ModelError(f"The tokenizer in {where} lists the token {twice!r} twice.")
+    types = [int(type) for type in ggml.array("token_type", len(tokens), [NORMAL] * len(tokens))]
+    for token in END_NAMES & vocab.keys():
+        types[vocab[token]] = CONTROL  # by mistake of some converters they are not
+
+    if kind == "gpt2":
+        core, begins = _byte_level(ggml, vocab)
+    elif kind == "llama":
+        core, begins = _sentencepiece(ggml, tokens, vocab, types), True
+    else:
+        raise ModelError(f"The tokenizer in {where} is of the type {kind!r}; gpt2 and llama are known.")
+
+    special = [token for token, type in zip(tokens, types, strict=True) if type in {CONTROL, UNKNOWN}]
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    own = [token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED]
+    core.add_tokens([AddedToken(token, normalized=False) for token in own])
+
+    given = {name: ggml.id(key, len(tokens)) for name, key in _IDS.items()}
+    named = {name: tokens[id] for name, id in given.items() if id is not None}
+    if kind == "llama":  # llama.cpp's defaults
+        named = {"bos_token": tokens[1], "eos_token": tokens[2]} | named if len(tokens) > 2 else named
+    ends = {id for id in (ggml.id(key, len(tokens)) for key in _END_IDS) if id is not None}
+    ends |= {vocab[token] for token in END_NAMES & set(special)}
+    if "eos_token" in named:
+        ends.add(vocab[named["eos_token"]])
+    control = set(special) | {named[name] for name in ("bos_token", "eos_token") if name in named}
+    return Parts(
+        core=core,
+        where=where,
+        named=named,
+        control=control,
+        end_ids=frozenset(ends),
+        add_bos=ggml.flag("add_bos_token", begins) and "bos_token" in named,
+        add_eos=ggml.flag("add_eos_token", False) and "eos_token" in named,
+        templates=_templates(fields),
+    )
+
+
+class _Fields:
+    """tokenizer.ggml.* by its short name, of the kind that is asked for or a ModelError."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def get(self, key: str) -> Any:
+        return plain(self.fields.get(f"tokenizer.ggml.{key}"))
+
+    def wrong(self, key: str, why: str) -> ModelError:
+        return ModelError(f"tokenizer.ggml.{key} in {self.where} {why}.")
+
+    def strings(self, key: str) -> list[str]:
+        value = self.get(key)
+        if value is None:
+            raise self.wrong(key, "is missing")
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "is no list of strings")
+        return list(value)
+
+    def array(self, key: str, length: int, default: list[Any]) -> list[Any]:
+        value = self.get(key)
+        if value is None:
+            return default
+        if isinstance(value, str) or len(value) != length:
+            raise self.wrong(key, f"does not have one value for each of the {length} tokens")
+        return list(value)
+
+    def id(self, key: str, count: int) -> int | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if not 0 <= int(value) < count:
+            raise self.wrong(key, f"is {value}, but there are {count} tokens")
+        return int(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key)
+        return default if value is None else bool(value)
+
+
+def plain(value: Any) -> Any:
+    """A field's value: itself, or what the gguf library's ReaderField holds."""
+    return value.contents() if hasattr(value, "contents") else value
+
+
+def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
+    first = "tokenizer.chat_template"
+    found = {"default": plain(fields[first])} if first in fields else {}
+    for key in fields:
+        if key.startswith(f"{first}."):
+            found[key.removeprefix(f"{first}.")] = plain(fields[key])
+    return {name: template for name, template in found.items() if isinstance(template, str)}
+
+
+def _byte_level(ggml: _Fields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
+    """The tokenizer, and whether texts begin with BOS where the file does not say."""
+    pre = ggml.get("pre")
+    if pre is None:
+        log.warning(
+            "%s names no pre-tokenizer (tokenizer.ggml.pre): 'default' is used, as llama.cpp does", ggml.where
+        )
+        pre = "default"
+    if pre not in _PRE:
+        raise ggml.wrong("pre", f"is {pre!r}, which is not known; known are {', '.join(sorted(_PRE))}")
+    merges = []
+    for merge in ggml.strings("merges"):
+        cut = merge.find(" ", 1)
+        if cut < 0:
+            raise ggml.wrong("merges", f"holds {merge!r}, which is no pair")
+        merges.append((merge[:cut], merge[cut + 1 :]))
+    whole_words = pre in _WHOLE_WORDS
+    core = checked(
+        lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words)), ggml.where
+    )
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in _SPLITS[_PRE[pre]]]
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    return core, whole_words
+
+
+def _sentencepiece(ggml: _Fields, tokens: list[str], vocab: dict[str, int], types: list[int]) -> Tokenizer:
+    scores = [float(score) for score in ggml.array("scores", len(tokens), [0.0] * len(tokens))]
+    unknown = ggml.id("unknown_token_id", len(tokens)) or 0
+    bytes_known = all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+    merges = merges_of_scores(tokens, scores, vocab, types)
+    core = checked(
+        lambda: Tokenizer(
+            models.BPE(
+                vocab=vocab,
+                merges=merges,
+                unk_token=tokens[unknown],
+                fuse_unk=True,
+                byte_fallback=bytes_known,
+            )
+        ),
+        ggml.where,
+    )
+    prefix = ggml.flag("add_space_prefix", True)
+    underline = normalizers.Replace(" ", "\u2581")
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), underline] if prefix else [underline]
+    )
+    tail = [decoders.Strip(" ", 1, 0)] if prefix else []
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+    )
+    return core
+
+
+def merges_of_scores(
+    tokens: list[str], scores: list[float], vocab: dict[str, int], types: list[int]
+) -> list[tuple[str, str]]:
+    """BPE merges that do what SentencePiece does with scores: all ways to make a piece, the best piece first.
+
+    As transformers' SentencePieceExtractor makes them, but for normal pieces alone: no text becomes a control token.
+    """
+    normal = {token for token, type in zip(tokens, types, strict=True) if type in {NORMAL, USER_DEFINED}}
+    found = []
+    for token in normal:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in normal and right in normal:
+                found.append((-scores[vocab[token]], -len(left), vocab[left], vocab[right], left, right))
+    found.sort()
+    return [(left, right) for *_, left, right in found]

@@ -1,0 +1,161 @@
+"""A tokenizer from a Hugging Face directory: tokenizer.json and the files that stand beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import ModelError
+from .parts import END_NAMES, Parts, checked, looks_special
+
+log = logging.getLogger(__name__)
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OLD_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def read(path: Path) -> Parts | None:
+    """The tokenizer of a directory (or of a tokenizer.json and its neighbours), None if it has none."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        if old := [name for name in OLD_FILES if (folder / name).exists()]:
+            log.warning(
+                "%s has %s but no tokenizer.json, so prompts must be token ids; transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one",
+                *(folder, old[0]),
+            )
+        return None
+    core = checked(lambda: tokenizers.Tokenizer.from_str(_text(file)), str(file))
+    core.no_truncation()
+    core.no_padding()
+    config = _object(folder / "tokenizer_config.json")
+    parts = Parts(core, str(file))
+    _added_tokens(parts, config)
+    parts.named = _named(_object(folder / "special_tokens_map.json") | config)
+    _control(parts, config)
+    parts.end_ids = _end_ids(parts, folder)
+    if (
+        "add_bos_token" in config or "add_eos_token" in config
+    ):  # then transformers, too, makes its own post-processor
+        parts.add_bos = bool(config.get("add_bos_token")) and "bos_token" in parts.named
+        parts.add_eos = bool(config.get("add_eos_token")) and "eos_token" in parts.named
+    parts.templates = _templates(folder, config)
+    return parts
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.") from error
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`, empty if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds no JSON object.")
+    return value
+
+
+def _content(token: object) -> str | None:
+    """A token's text, written as a string or as a serialised AddedToken."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _added_tokens(parts: Parts, config: dict[str, Any]) -> None:
+    """Add tokens that tokenizer_config.json alone knows, in the order of their ids, as transformers does."""
+    listed = config.get("added_tokens_decoder") or {}
+    known = {token.content for token in parts.core.get_added_tokens_decoder().values()}
+    try:
+        items = sorted((int(id), token) for id, token in listed.items())
+        for id, token in items:
+            if token["content"] in known:
+                continue
+            flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
+            normalized = bool(token.get("normalized", not flags["special"]))
+            added = tokenizers.AddedToken(token["content"], normalized=normalized, **flags)
+            parts.core.add_tokens([added])
+            if parts.core.token_to_id(token["content"]) != id:
+                raise ModelError(
+                    f"tokenizer_config.json beside {parts.where} gives {token['content']!r} the id {id}, "
+                    f"but it would be {parts.core.token_to_id(token['content'])}."
+                )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"added_tokens_decoder in tokenizer_config.json beside {parts.where} is malformed."
+        ) from error
+
+
+def _named(config: dict[str, Any]) -> dict[str, str]:
+    """What templates know as bos_token and so on; a null in tokenizer_config.json means that there is none."""
+    found = {name: _content(config.get(name)) for name in NAMED}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def _control(parts: Parts, config: dict[str, Any]) -> None:
+    """Tokens marked as special in either file, named ones, and those whose text says it."""
+    added = parts.core.get_added_tokens_decoder()
+    for id, token in added.items():
+        if token.special or looks_special(token.content):
+            parts.control.add(token.content)
+        if parts.core.token_to_id(token.content) != id:
+            raise ModelError(f"{parts.where} lists the added token {token.content!r} under two ids.")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    contents = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    for content in [*parts.named.values(), *contents]:
+        if content and parts.core.token_to_id(content) is not None:
+            parts.control.add(content)
+
+
+def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
+    """What generation_config.json, config.json and the tokenizer call the end; by name if the first is missing."""
+    ids: set[int] = set()
+    generation = _object(folder / "generation_config.json")
+    for source, name in (
+        (generation, "generation_config.json"),
+        (_object(folder / "config.json"), "config.json"),
+    ):
+        value = source.get("eos_token_id")
+        for id in value if isinstance(value, list) else [value]:
+            if id is None:
+                continue
+            if type(id) is not int or id < 0:
+                raise ModelError(f"eos_token_id in {folder / name} is {id!r}, which is no token id.")
+            ids.add(id)
+        if ids:
+            break
+    names = {parts.named.get("eos_token")} | (set() if generation else END_NAMES & parts.control)
+    ids |= {id for name in names if name and (id := parts.core.token_to_id(name)) is not None}
+    return frozenset(ids)
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name: files win over tokenizer_config.json, which has one or a list of named ones."""
+    found: dict[str, str] = {}
+    given = config.get("chat_template")
+    if isinstance(given, str):
+        found["default"] = given
+    elif isinstance(given, list):
+        for item in given:
+            if not (isinstance(item, dict) and isinstance(item.get("template"), str)):
+                raise ModelError(f"chat_template in {folder / 'tokenizer_config.json'} is malformed.")
+            found[str(item.get("name"))] = item["template"]
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        found["default"] = _text(file)
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = _text(file)
+    return found

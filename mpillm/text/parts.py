@@ -1,0 +1,68 @@
+"""What a model's files say of its tokenizer, whichever kind of files they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import tokenizers
+
+from ..errors import ModelError
+
+T = TypeVar("T")
+
+# Tokens that end a generation by their name, as llama.cpp's src/llama-vocab.cpp lists them.
+END_NAMES = frozenset(
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+    ]
+) | {"<\uff5cend\u2581of\u2581sentence\uff5c>"}
+
+
+@dataclass
+class Parts:
+    """A `tokenizers` tokenizer, and what is said of it beside it."""
+
+    core: tokenizers.Tokenizer
+    where: str  # the file, for messages
+    named: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", as templates know them
+    control: set[str] = field(default_factory=set)  # tokens that structure a text and are no part of it
+    end_ids: frozenset[int] = frozenset()
+    add_bos: bool | None = None  # both None: the tokenizer's own post-processor says what is added
+    add_eos: bool | None = None
+    templates: dict[str, str] = field(default_factory=dict)  # "default", "tool_use", ...
+
+
+def checked(make: Callable[[], T], where: str) -> T:
+    """What `make` returns; whatever the tokenizers library raises (even a Rust panic) as a ModelError."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit, ModelError):
+        raise
+    except BaseException as error:  # a panic is a BaseException
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"The tokenizer in {where} cannot be used: {first}.") from error
+
+
+def looks_special(content: str) -> bool:
+    """Whether an added token that is not marked as special means control, by the rule of llama.cpp's converter."""
+    return (
+        (content.startswith("<|") and content.endswith("|>"))
+        or (content.startswith("<\uff5c") and content.endswith("\uff5c>"))
+        or (content.startswith("<unused") and content.endswith(">"))
+        or content in {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
+    )

@@ -1,0 +1,315 @@
+"""One tokenizer for all sources, over the `tokenizers` library.
+
+Control tokens structure a text (<|im_end|>, <s>) and are no part of it: `encode` takes them as ordinary
+text wherever a user could have written them. Added tokens that are not control (Qwen3's <think>) are words like others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import ModelError, RequestError
+from . import from_gguf, hf
+from .chat import MARKS, ChatTemplate
+from .decode import StopWatch
+from .parts import Parts, checked
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def load_tokenizer(
+    source: Path | str | Mapping[str, Any] | None,
+    vocab: int | None = None,
+    now: Callable[[], datetime] = datetime.now,
+) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory (or its tokenizer.json), or of a GGUF file's metadata.
+
+    None where there is none: prompts must then be token ids. `vocab` is the number of rows of the model's
+    embedding, beyond which no token may lie. `now` is the date for chat templates that ask.
+    """
+    if source is None:
+        return None
+    parts = from_gguf.read(source) if isinstance(source, Mapping) else hf.read(Path(source))
+    if parts is None:
+        return None
+    largest = max(parts.core.get_vocab(with_added_tokens=False).values(), default=-1)
+    if largest < 0:
+        raise ModelError(f"The tokenizer in {parts.where} has no tokens.")
+    if vocab is not None and largest >= vocab:
+        raise ModelError(
+            f"The tokenizer in {parts.where} has a token of id {largest}, but the model's vocabulary has {vocab}; "
+            "they do not belong together."
+        )
+    return Tokenizer(parts, now)
+
+
+def token_id_text(id: int) -> str:
+    """How a token is written where there is no tokenizer."""
+    return f"token_id:{id}"
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, parts: Parts, now: Callable[[], datetime] = datetime.now) -> None:
+        core = self._core = parts.core
+        self._parts, self._now = parts, now
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        self.end_ids = parts.end_ids
+        # What was not marked as special must be, for `encode_special_tokens` to make it text.
+        unmarked = [
+            token for token in core.get_added_tokens_decoder().values() if token.content in parts.control
+        ]
+        named = parts.control - {token.content for token in unmarked}
+        core.add_special_tokens([_special(token) for token in unmarked if not token.special])
+        core.add_special_tokens(
+            [tokenizers.AddedToken(content, special=True, normalized=False) for content in named]
+        )
+        self._added = {id: token.content for id, token in core.get_added_tokens_decoder().items()}
+        self.control_ids = frozenset(id for id, content in self._added.items() if content in parts.control)
+        self._unknown = self._id_of("unk_token")
+        self._kind, self.strips_space = _decoding(core)
+        self._bytes: dict[int, bytes] = {}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._core.get_vocab().values()) + 1
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether each token is a run of bytes and texts are their concatenation."""
+        return self._kind != "other"
+
+    def is_control(self, id: int) -> bool:
+        """Whether the token is none of the text."""
+        return id in self.control_ids
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text, with BOS and EOS as the model wants them if `add_special`.
+
+        Control tokens written in the text are ordinary text, unless `parse_special`. RequestError if the text is
+        no Unicode (a lone surrogate).
+        """
+        parts = self._parts
+        own = add_special and parts.add_bos is None and parts.add_eos is None
+        encode = self._whole if parse_special else self._plain
+        ids = encode(text, own)
+        if add_special and parts.add_bos and self.bos_id is not None:
+            ids.insert(0, self.bos_id)
+        if add_special and parts.add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True, start: bool = True) -> str:
+        """The text of ids, without control tokens if `skip_special`.
+
+        Bytes that are no UTF-8 become U+FFFD. `start` says that the text begins with them: a SentencePiece
+        tokenizer puts a space before its first word, which is then taken away.
+        """
+        if not self.by_bytes:
+            kept = [id for id in ids if not (skip_special and self.is_control(id))]
+            return self._core.decode(kept, skip_special_tokens=False)
+        data = b"".join(self.token_bytes(id) for id in ids if not (skip_special and self.is_control(id)))
+        if start and self.strips_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes a token stands for; none for ids beyond the tokenizer (models pad their vocabulary)."""
+        found = self._bytes.get(id)
+        if found is None:
+            found = self._bytes[id] = self._bytes_of(id)
+        return found
+
+    def token_text(self, id: int) -> str:
+        """A token as text; bytes that are no whole characters become U+FFFD."""
+        return self.token_bytes(id).decode("utf-8", errors="replace")
+
+    def watch(self, stops: Sequence[str]) -> StopWatch:
+        """A new watcher for a request's stop strings."""
+        return StopWatch(self, stops)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return bool(self._parts.templates)
+
+    def render_chat(self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None) -> str:
+        """A chat as the text that the template makes of it; `options` are further variables of the template."""
+        return self._chat(options).render(messages, options)
+
+    def encode_chat(
+        self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """A chat as token ids; control tokens come from the template alone (see `chat`). RequestError if it fails."""
+        pieces = self._chat(options).pieces(messages, options)
+        return self._whole(pieces, False) if isinstance(pieces, str) else self._mixed(pieces)
+
+    def _chat(self, options: Mapping[str, Any] | None) -> ChatTemplate:
+        templates = self._parts.templates
+        name = "tool_use" if options and options.get("tools") and "tool_use" in templates else "default"
+        if name not in templates:
+            raise RequestError("The model has no chat template; use a prompt with /v1/completions.")
+        if name not in self._chats:
+            variables = dict(self._parts.named)
+            self._chats[name] = ChatTemplate(templates[name], self._parts.control, variables, self._now)
+        return self._chats[name]
+
+    @cached_property
+    def _chats(self) -> dict[str, ChatTemplate]:
+        return {}
+
+    def _id_of(self, name: str) -> int | None:
+        content = self._parts.named.get(name)
+        return None if content is None else self._core.token_to_id(content)
+
+    def _whole(self, text: str, own: bool) -> list[int]:
+        """Ids of a text whose control tokens are meant."""
+        return _ids(self._core, text, own, plain=False)
+
+    def _plain(self, text: str, own: bool) -> list[int]:
+        """Ids of a text without control tokens; `own` lets the post-processor add its own around them."""
+        ids = _ids(self._core, text, False, plain=True)
+        ids = [part for id in ids for part in self._spelled(id)]
+        if not own:
+            return ids
+        head, tail = self._around
+        return [*head, *ids, *tail]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        bare, full = (_ids(self._core, "a", own, plain=True) for own in (False, True))
+        at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
+        return full[:at], full[at + len(bare) :]
+
+    def _spelled(self, id: int) -> list[int]:
+        """The token itself, or, if it is control, its characters: a vocabulary may reach it by merges, too."""
+        if id not in self.control_ids or id == self._unknown:
+            return [id]
+        spelled = [part.id for char in self._added[id] for part in self._core.model.tokenize(char)]
+        return [part for part in spelled if part not in self.control_ids]
+
+    def _mixed(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        """Ids of pieces of one text: control tokens where a piece says so, ordinary text elsewhere.
+
+        In one go, so that what the tokenizer does at the beginning of texts and beside control tokens is done: each
+        control token is written as an alias that no text holds, and that an own copy of the tokenizer knows.
+        """
+        free = next((char for char in MARKS if not any(char in text for text, _ in pieces)), None)
+        if free is None:
+            raise RequestError("The messages use every noncharacter of Unicode; remove one.")
+        core, aliases, originals = self._aliased(free)
+        text = "".join(aliases[text] if control else text for text, control in pieces)
+        found = []
+        for id in _ids(core, text, False, plain=True):
+            found += [originals[id]] if id in originals else self._spelled(id)
+        return found
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
+    def _aliased(self, char: str) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+        """A copy of the tokenizer that knows an alias for each control token: alias by content, id by alias' id."""
+        core = tokenizers.Tokenizer.from_str(self._core.to_str())
+        tokens = [
+            token for id, token in self._core.get_added_tokens_decoder().items() if id in self.control_ids
+        ]
+        aliases = {token.content: f"{char}{number}{char}" for number, token in enumerate(tokens)}
+        core.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    aliases[token.content],
+                    single_word=False,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=False,  # so that it is found where special tokens are not
+                )
+                for token in tokens
+            ]
+        )
+        originals = {}
+        for content, alias in aliases.items():
+            id, new = self._core.token_to_id(content), core.token_to_id(alias)
+            assert id is not None
+            assert new is not None
+            originals[new] = id
+        return core, aliases, originals
+
+    def _bytes_of(self, id: int) -> bytes:
+        if id in self.control_ids:
+            return self._added[id].encode()
+        token = self._core.id_to_token(id)
+        if token is None:
+            return b""
+        if self._kind == "byte_level":
+            if id not in self._added and all(char in BYTE_OF for char in token):
+                return bytes(BYTE_OF[char] for char in token)
+            return token.encode()
+        if self._kind == "sentencepiece":
+            if BYTE_TOKEN.fullmatch(token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\u2581", " ").encode()
+        return token.encode()
+
+
+def _special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
+def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:
+    """Ids of a text; `plain` makes control tokens in it text, `own` adds the post-processor's."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"The text is no Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
+            ) from error
+    core.encode_special_tokens = plain
+    return list(core.encode(text, add_special_tokens=own).ids)
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that byte-level BPE writes for bytes (GPT-2's bytes_to_unicode, turned round)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+BYTE_OF = _byte_characters()
+
+
+def _decoding(core: tokenizers.Tokenizer) -> tuple[str, bool]:
+    """How tokens become text: byte_level, sentencepiece or other; and whether a text's first space is none of it."""
+    if core.decoder is None:
+        return "other", False
+    state = json.loads(checked(core.decoder.__getstate__, "tokenizer.json"))
+    steps = state.get("decoders", [state]) if state.get("type") == "Sequence" else [state]
+    kinds = {step["type"]: step for step in steps}
+    if "ByteLevel" in kinds:
+        return "byte_level", False
+    metaspace = kinds.get("Metaspace")
+    if metaspace:
+        return "sentencepiece", metaspace.get("prepend_scheme", "always") != "never"
+    underline = kinds.get("Replace", {})
+    if underline.get("content") == " " and underline.get("pattern") == {"String": "\u2581"}:
+        strip = kinds.get("Strip", {})
+        return "sentencepiece", strip.get("content") == " " and strip.get("start", 0) > 0
+    return "other", False
