@@ -58,10 +58,11 @@ $(VENV)/created:
 
 # Open MPI as it comes refuses more ranks than cores, binds ranks to cores (two to the same one, at times), and
 # refuses root. The first two have a settings file; root has environment variables only, so `activate` sets them.
+# (`slot` must be said: with `:oversubscribe` alone all ranks of a hostfile end up on its first host.)
 PRTE_CONF := $(VENV)/etc/prte-mca-params.conf
 define let_mpiexec_run
 grep -qs '^hwloc_default_binding_policy' $(PRTE_CONF) || \
-  printf '%s\n' 'rmaps_default_mapping_policy = :oversubscribe' 'hwloc_default_binding_policy = none' >> $(PRTE_CONF); \
+  printf '%s\n' 'rmaps_default_mapping_policy = slot:oversubscribe' 'hwloc_default_binding_policy = none' >> $(PRTE_CONF); \
 for name in OMPI_ALLOW_RUN_AS_ROOT OMPI_ALLOW_RUN_AS_ROOT_CONFIRM; do \
   grep -q "$$name=" $(BIN)/activate || echo "export $$name=1" >> $(BIN)/activate; \
   grep -q "$$name " $(BIN)/activate.fish || echo "set -gx $$name 1" >> $(BIN)/activate.fish; \

@@ -181,8 +181,7 @@ class Slurm:
     def _spawn(self, name: str, *options: str) -> None:
         program = _find(name)
         assert program
-        out = open(self.root / f"{name}{len(self.processes)}.out", "wb")
-        with out:
+        with open(self.root / f"{name}{len(self.processes)}.out", "wb") as out:
             process = subprocess.Popen(
                 [program, *options],
                 env=self.environment(),

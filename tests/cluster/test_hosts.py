@@ -1,0 +1,86 @@
+"""Hostfiles of both MPIs, with network namespaces as hosts: ranks land where the file says and talk over TCP."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import hosts as tools
+from tests.cluster.hosts import Hosts
+from tests.conftest import ROOT, Mpi, run_bounded
+
+pytestmark = [pytest.mark.hosts, pytest.mark.mpi, pytest.mark.timeout(120)]
+
+# Each rank sends its share of an all-reduce: nothing that shared memory may do for ranks on different hosts.
+REDUCE = """
+import socket, sys
+import numpy as np
+from mpi4py import MPI
+
+world = MPI.COMM_WORLD
+values = np.full(int(sys.argv[1]), world.rank + 1, np.float32)
+world.Allreduce(MPI.IN_PLACE, values)
+assert (values == world.size * (world.size + 1) / 2).all()
+hosts = world.gather(socket.gethostname())
+if world.rank == 0:
+    print("hosts:", *hosts)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    reason = tools.missing()
+    if reason:
+        pytest.skip(reason)
+    with Hosts(tmp_path_factory.mktemp("hosts"), 3).up() as up:
+        yield up
+
+
+@pytest.fixture
+def hostfile(hosts: Hosts, mpi: Mpi, tmp_path: Path) -> Path:
+    """The example of this MPI, with the addresses of the test's hosts in place of its names."""
+    text = (ROOT / "slurm" / "hosts" / f"{mpi.name}.hosts").read_text()
+    path = tmp_path / "hosts"
+    path.write_text(re.sub(r"^node(\d)", lambda found: hosts.addresses[int(found[1]) - 1], text, flags=re.M))
+    return path
+
+
+def environment(mpi: Mpi) -> dict[str, str]:
+    """What a login shell on the first host would have; MPICH would use shared memory between namespaces."""
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONPATH": str(ROOT), **mpi.env}
+    return {**env, "UCX_TLS": "tcp,self"} if mpi.name == "mpich" else env
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_land_as_listed_and_talk_over_the_network(
+    hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path, ranks: int
+) -> None:
+    program = tmp_path / "reduce.py"
+    program.write_text(REDUCE)
+    count = 1 << 19  # 2 MiB of float32
+    before = hosts.sent()
+    command = [*hosts.launcher(mpi, hostfile), "-n", str(ranks), sys.executable, program, str(count)]
+    done = run_bounded(hosts.on_first(command, environment(mpi)), 60)
+    sent = [now - then for now, then in zip(hosts.sent(), before, strict=True)]
+    assert done.returncode == 0, done.stderr
+    assert f"hosts: {' '.join(f'{hosts.prefix}{number}' for number in range(1, ranks + 1))}\n" in done.stdout
+    # Every rank's part must leave its host at least once; a host without a rank sends next to nothing.
+    assert min(sent[:ranks]) > 4 * count * 0.9, sent
+    assert max(sent[ranks:], default=0) < 100_000, sent
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    """Hosts go with their block, even when it fails."""
+    if tools.missing():
+        pytest.skip(str(tools.missing()))
+    inside = Hosts(tmp_path, 2)
+    inside.prefix, inside.switch = f"{inside.prefix}x", f"{inside.switch}x"
+    with pytest.raises(RuntimeError, match="inside"), inside.up():
+        assert inside.prefix in run_bounded(["ip", "netns", "list"]).stdout
+        raise RuntimeError("inside")
+    assert inside.prefix not in run_bounded(["ip", "netns", "list"]).stdout
