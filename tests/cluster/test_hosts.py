@@ -80,7 +80,12 @@ def test_nothing_is_left(tmp_path: Path) -> None:
         pytest.skip(str(tools.missing()))
     inside = Hosts(tmp_path, 2)
     inside.prefix, inside.switch = f"{inside.prefix}x", f"{inside.switch}x"
-    with pytest.raises(RuntimeError, match="inside"), inside.up():
-        assert inside.prefix in run_bounded(["ip", "netns", "list"]).stdout
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with inside.up():
+            assert inside.prefix in run_bounded(["ip", "netns", "list"]).stdout
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert inside.prefix not in run_bounded(["ip", "netns", "list"]).stdout
