@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.sequence import Completion, TopLogprobs
+from ..text import IncrementalDecoder, cut_at_stop
 from .work import Kind, Line, Model, Work
 
 CREATED = 0  # seconds since 1970 that every answer names as its own time
@@ -85,7 +86,6 @@ class Words:
 
     def __init__(self, model: Model, names_token_ids: bool = False) -> None:
         self._text = model.text
-        self._pieces = model.pieces
         self._names_ids = names_token_ids or model.text is None
 
     def token(self, token: int) -> str:
@@ -102,13 +102,18 @@ class Words:
         """The bytes a token stands for."""
         return f"token_id:{token}".encode() if self._text is None else self._text.token_bytes(token)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The text that tokens make, without special ones."""
-        return " ".join(self.pieces(ids)) if self._text is None else self._text.decode(ids)
+    def text(self, ids: Sequence[int], start: bool = True) -> str:
+        """The text that tokens make, without special ones; `start` is False where it goes on from a prompt."""
+        if self._text is None:
+            return " ".join(self.pieces(ids))
+        return self._text.decode(ids, start=start)
 
-    def pieces(self, ids: Sequence[int]) -> Iterable[str]:
-        """What each token adds to the text; nothing while a character is not complete."""
-        return map(self.token, ids) if self._pieces is None else self._pieces(ids)
+    def pieces(self, ids: Sequence[int], start: bool = True) -> Iterator[str]:
+        """What each token adds to the text: nothing while a character is not complete."""
+        if self._text is None:
+            return map(self.token, ids)
+        decoder = IncrementalDecoder(self._text, start=start)
+        return map(decoder.push, ids)
 
     @property
     def gap(self) -> str:
@@ -164,18 +169,16 @@ def normalized(vector: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _generated(work: Work, completion: Completion, words: Words) -> tuple[str, str | int | None]:
     """The generated text up to its stop, and what stopped it: a stop string, the line's own stop id, or neither."""
-    ids = completion.tokens
+    start = work.kind == "chat"
     if completion.stop_id is not None:
-        return words.text(
-            ids[:-1]
-        ), completion.stop_id if completion.stop_id in work.options.stop_token_ids else None
-    text = words.text(ids)
-    if completion.finish_reason == "stop":
-        found = [(text.find(stop), stop) for stop in work.options.stop if stop in text]
-        if found:
-            place, stop = min(found, key=lambda one: (one[0], -len(one[1])))
-            return text[:place], stop
-    return text, None
+        reason = completion.stop_id if completion.stop_id in work.options.stop_token_ids else None
+        return words.text(completion.tokens[:-1], start), reason
+    text = words.text(completion.tokens, start)
+    if completion.finish_reason == "length":
+        return text, None
+    kept, _ = cut_at_stop(text, work.options.stop)
+    rest = text[len(kept) :]
+    return kept, min((stop for stop in work.options.stop if rest.startswith(stop)), key=len, default=None)
 
 
 def _echoed(work: Work, completion: Completion, words: Words) -> str:
@@ -207,7 +210,9 @@ def _completion_logprobs(
     logprobs: list[float | None] = [*map(_finite, completion.logprobs)]
     chosen = _with_chosen(completion.tokens, completion.logprobs, completion.top)
     tops: list[dict[str, float] | None] = [_top(one, words) for one in chosen]
-    offsets = list(_offsets(words.pieces(ids), len(words.gap), len(before), len(before) + len(text)))
+    offsets = list(
+        _offsets(words.pieces(ids, start=False), len(words.gap), len(before), len(before) + len(text))
+    )
     if work.options.echo:
         prompt = completion.request.prompt
         scored = _with_chosen(prompt[1:], completion.prompt_logprobs, completion.prompt_top)

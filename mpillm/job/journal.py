@@ -7,6 +7,7 @@ lines; then come results, in the order in which they were finished, and further 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +42,7 @@ class Header(msgspec.Struct, tag="header", frozen=True):
 
     version: int
     identity: dict[str, Any]
+    began: str  # date and time in ISO 8601, with its zone
     written_by: str = ""
 
 
@@ -125,7 +128,7 @@ class Journal:
         self.damage: list[str] = []
         self._waiting: list[Result] = []
         keys = b"".join(map(line_key, lines))
-        header = Header(VERSION, msgspec.to_builtins(dict(identity)), __version__)
+        header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
         if not self.path.exists():
             with replacing(self.path) as file:
                 start = _framed(header, 0)
@@ -266,6 +269,23 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def began(claim: Claim) -> datetime:
+    """When the run that the claimed directory belongs to first began: now, if it has no readable journal yet.
+
+    A chat template that asks for the date is told this one, so that a run which goes on tomorrow gives the same bytes.
+    """
+    now = datetime.now().astimezone()
+    with explained(claim.directory / JOURNAL), contextlib.suppress(FileNotFoundError):
+        file = os.open(claim.directory / JOURNAL, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            payload = _payload(file, 0, os.fstat(file).st_size)
+        finally:
+            os.close(file)
+        if payload is not None and _tag(payload) == "header":
+            return datetime.fromisoformat(msgspec.msgpack.decode(payload, type=Header).began)
+    return now
 
 
 def _framed(record: Record, offset: int) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from ..engine.sequence import Request
 from ..errors import RequestError
+from ..text import StopWatch, Tokenizer
 from .bodies import Body, Chat, Completion, Embedding, Generate
 from .spec import Spec
 
@@ -15,33 +16,16 @@ Kind = Literal["chat", "completion", "embedding"]
 TokenIds = tuple[int, ...]
 
 
-class Text(Protocol):
-    """What a job needs of a model's tokenizer."""
-
-    def encode(self, text: str, add_special: bool, parse_special: bool = False) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
-
-    def token_bytes(self, token: int, /) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class Model:
-    """What of the model (and of the memory it gets) decides whether a request can run.
-
-    `encode_chat` turns messages and the template's keyword arguments into token ids, and `watch` makes a new
-    watcher for stop strings; they are None on a model without a tokenizer (or without a chat template).
-    """
+    """What of the model (and of the memory it gets) decides whether a request can run."""
 
     vocab: int
     max_position: int
     end_ids: frozenset[int] = frozenset()  # end of sequence and of turn
     kv_tokens: int | None = None  # tokens that the KV cache's budget holds, None if not known
     kv_token_bytes: int = 0  # of one token on one rank
-    text: Text | None = None
-    encode_chat: Callable[[list[dict[str, Any]], dict[str, Any]], list[int]] | None = None
-    watch: Callable[[Sequence[str]], Callable[[int], bool]] | None = None
-    pieces: Callable[[Sequence[int]], Iterable[str]] | None = None  # the text that each token adds
+    text: Tokenizer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +91,9 @@ def _chat(line: Line, body: Chat, spec: Spec, model: Model) -> Work:
         raise RequestError("top_logprobs needs logprobs: true")
     if model.text is None:
         raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
-    if model.encode_chat is None:
+    if not model.text.has_chat:
         raise RequestError("the model has no chat template; use a prompt with /v1/completions")
-    ids = model.encode_chat(_messages(body.messages), body.chat_template_kwargs or {})
+    ids = model.text.encode_chat(_messages(body.messages), body.chat_template_kwargs)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = _options(body, spec, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     requests = _requests(line, [tuple(ids)], asked, body, options, spec, model)
@@ -168,7 +152,7 @@ def _requests(
     """`n` requests for each prompt; `asked` is the line's own max_tokens, None if it has none."""
     settings = _settings(body, spec)
     stop_ids = _stop_ids(body, model)
-    if options.stop and model.watch is None:
+    if options.stop and model.text is None:
         raise RequestError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
     requests: list[Request] = []
     for index, ids in enumerate(prompts):
@@ -184,12 +168,18 @@ def _requests(
                 stop_ids=stop_ids,
                 logprobs=options.logprobs,
                 prompt_logprobs=options.logprobs if options.echo else None,
-                watch=model.watch(options.stop) if options.stop and model.watch else None,
+                watch=_watch(body, options, model),
                 **settings,
             )
             for choice in range(options.n)
         ]
     return tuple(requests)
+
+
+def _watch(body: Generate, options: Options, model: Model) -> StopWatch | None:
+    if not options.stop or model.text is None:
+        return None
+    return StopWatch(model.text, options.stop, start=isinstance(body, Chat))
 
 
 def _settings(body: Generate, spec: Spec) -> dict[str, Any]:
