@@ -42,7 +42,7 @@ def open_gguf(path: Path, quantize: str = "none") -> TensorSource:
             _mark_permuted(extents, config, path)
         extents.setdefault(Key("head"), extents[Key("embed")])  # a file without output.weight has tied weights
         tokenizer = {name: value for name, value in metadata.items() if name.startswith("tokenizer.")}
-        return TensorSource(path, files, (), extents, config, tokenizer or None, quantize)
+        return TensorSource(path, files, (), extents, config, tokenizer, quantize)
     except BaseException:
         for file in files:
             file.close()

@@ -37,9 +37,7 @@ def open_hf(path: Path, quantize: str = "none") -> TensorSource:
         for name, (file, tensor) in _tensors(path, files).items():
             _add(extents, file, name, tensor)
         _tie(extents, config)
-        tokenizer = path / "tokenizer.json"
-        found = tokenizer if os.path.exists(tokenizer) else None
-        return TensorSource(path, files.values(), metadata, extents, config, found, quantize)
+        return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
     except BaseException:
         for file in files.values():
             file.close()

@@ -31,7 +31,7 @@ class Source(Protocol):
     files: tuple[Path, ...]
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
-    tokenizer: Path | dict[str, Any] | None  # tokenizer.json, or the tokenizer's fields of a GGUF file
+    tokenizer: Path | dict[str, Any]  # the directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields
 
     def read(
         self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1

@@ -77,7 +77,7 @@ class TensorSource:
         metadata_files: Iterable[Path],
         extents: Mapping[Key, Extent],
         config: dict[str, Any],
-        tokenizer: Path | dict[str, Any] | None,
+        tokenizer: Path | dict[str, Any],
         quantize: str = "none",
     ) -> None:
         """`metadata_files` are those that are read whole (config.json): they count in the fingerprint."""

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from mpillm.errors import ModelError
+from mpillm.weights.mapped import MappedFile
+from mpillm.weights.safetensors import MAX_HEADER, read_header
+
+
+def header_of(path: Path):
+    file = MappedFile(path)
+    try:
+        return read_header(file)
+    finally:
+        file.close()
+
+
+def written(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(["float32", "float16", "int64", "uint8"]), st.lists(st.integers(0, 5), max_size=4)),
+        max_size=6,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_reads_what_the_library_writes(tmp_path_factory, tensors, random):
+    arrays = {
+        name: np.frombuffer(random.randbytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+        for name, (dtype, shape) in tensors.items()
+    }
+    path = tmp_path_factory.mktemp("st") / "m.safetensors"
+    data = save(arrays, {"note": "x"})
+    path.write_bytes(data)
+    header = header_of(path)
+    assert header.keys() == arrays.keys()
+    for name, array in arrays.items():
+        tensor = header[name]
+        assert tensor.shape == array.shape
+        assert data[tensor.offset : tensor.offset + tensor.nbytes] == array.tobytes()
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+A, B = entry(), entry(offsets=(8, 16))
+REFUSED = {
+    "no header": (b"\x01\x02", "has 2 bytes and no header"),
+    "not JSON": (b"{nonsense", "its header is not JSON"),
+    "not UTF-8": (b'{"\xff": 1}', "its header is not JSON"),
+    "deep": (b"[" * 100_000, "its header is not JSON"),
+    "huge number": (b'{"a": {"shape": [' + b"9" * 10_000 + b"]}}", "its header is not JSON"),
+    "not an object": (b"[1]", "its header is not a JSON object"),
+    "twice": (b'{"a": 1, "a": 2}', "its header names 'a' twice"),
+    "twice inside": (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "its header names 'dtype' twice"),
+    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "not described by dtype, shape and data_offsets"),
+    "no object": ({"a": [0, 8]}, "not described by dtype, shape and data_offsets"),
+    "dtype": ({"a": entry(dtype="F33")}, "unknown dtype 'F33'"),
+    "dtype type": ({"a": entry(dtype=["F32"])}, "unknown dtype"),
+    "shape": ({"a": entry(shape=(-2,))}, "impossible shape"),
+    "shape type": ({"a": entry(shape=(2.0,))}, "impossible shape"),
+    "shape bool": ({"a": entry(shape=(True, 2))}, "impossible shape"),
+    "shape size": ({"a": entry(shape=(2**40, 2**40))}, "but its shape and dtype make"),
+    "offsets": ({"a": entry(offsets=(0, 8, 16))}, "impossible data_offsets"),
+    "offsets backwards": ({"a": entry(offsets=(8, 0))}, "has -8 bytes, but its shape and dtype make 8"),
+    "offsets size": ({"a": entry(offsets=(0, 12))}, "has 12 bytes, but its shape and dtype make 8"),
+    "half bytes": ({"a": entry("F4", (3,), (0, 1))}, "but its shape and dtype make 1.5"),
+    "overlap": ({"a": A, "b": entry(offsets=(4, 12))}, "tensor 'b' overlaps another one"),
+    "same": ({"a": A, "b": A}, "tensor 'b' overlaps another one"),
+    "gap": ({"a": A, "b": entry(offsets=(12, 20))}, "gap of 4 bytes before tensor 'b'"),
+    "gap first": ({"a": entry(offsets=(4, 12))}, "gap of 4 bytes before tensor 'a'"),
+    "truncated": ({"a": A, "b": B, "c": entry(offsets=(16, 24))}, "it ends after"),
+    "left over": ({"a": A}, "8 bytes that belong to no tensor"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(tmp_path, case):
+    header, words = REFUSED[case]
+    path = tmp_path / "m.safetensors"
+    if case == "no header":
+        path.write_bytes(header)
+    else:
+        written(path, header, b"\0" * 16)
+    with pytest.raises(ModelError) as error:
+        header_of(path)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_long_headers_at_once(tmp_path):
+    path = tmp_path / "m.safetensors"
+    start = time.monotonic()
+    for length, words in ((2**63, "more than the format's limit"), (MAX_HEADER, "reaches beyond its end (108 bytes)")):
+        written(path, b" " * 100, length=length)
+        with pytest.raises(ModelError, match=r"is not a sound safetensors file") as error:
+            header_of(path)
+        assert words in str(error.value)
+    assert time.monotonic() - start < 1
+
+
+def test_empty_and_missing_files(tmp_path):
+    (tmp_path / "empty").touch()
+    with pytest.raises(ModelError, match="is empty; fetch the model again"):
+        MappedFile(tmp_path / "empty")
+    with pytest.raises(ModelError, match="cannot be read: No such file"):
+        MappedFile(tmp_path / "none")
+    with pytest.raises(ModelError, match="cannot be read: Is a directory"):
+        MappedFile(tmp_path)
+
+
+@given(st.data())
+def test_damaged_files_are_refused_or_sound(tmp_path_factory, data):
+    """Whatever bits flip in the header, and wherever the file ends: no other error, and as strict as the library."""
+    whole = bytearray(save({"a": np.arange(6, dtype=np.float32), "bb": np.ones((2, 3), np.float16)}))
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(data.draw(st.integers(0, 3))):
+        whole[data.draw(st.integers(0, header_end - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    if data.draw(st.booleans()):
+        del whole[data.draw(st.integers(1, len(whole))) :]
+    path = tmp_path_factory.mktemp("flip") / "m.safetensors"
+    path.write_bytes(whole)
+    try:
+        header = header_of(path)
+    except ModelError:
+        return
+    assert all(tensor.offset + tensor.nbytes <= len(whole) for tensor in header.values())
+    try:
+        with safe_open(path, "np") as library:
+            assert set(library.keys()) == set(header)
+    except SafetensorError as error:
+        pytest.fail(f"the library refuses what we took: {error}")
