@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -67,25 +68,25 @@ class Engine:
         self.totals = Totals()
         self._worker = worker
         self._channel = channel
-        self._scheduler = Scheduler(limits)
         self._limits = limits
         self._shard_vocab = shard_vocab  # vocabulary rows of each shard of the last stage
         self._last_stage = _last_stage_ranks(worker.decoder.place)
-        self._replies: dict[int, deque[Reply]] = {rank: deque() for rank in self._last_stage}
-
-    def check(self, request: Request) -> None:
-        """Refuse (RequestError) a request that the KV budget could not hold even alone."""
-        self._scheduler.check(Sequence(request))
+        self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: arrived, not taken yet
 
     def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """Compute checked requests; yields after every step what it finished (mostly nothing)."""
-        self._scheduler.add(Sequence(request) for request in requests)
+        """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing)."""
+        begun = time.monotonic()
+        scheduler = Scheduler(self._limits, (Sequence(request, begun) for request in requests))
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
-        while self._scheduler.has_work:
-            while len(in_flight) < self._limits.micro_batches and (chosen := self._scheduler.next()):
+        while scheduler.has_work:
+            while len(in_flight) < self._limits.micro_batches and (chosen := scheduler.next()):
+                self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
                 in_flight.append((self._start(chosen), chosen))
             step, chosen = in_flight.popleft()
-            yield self._finish(step, chosen)
+            done = self._finish(step, chosen)
+            for sequence in done:
+                scheduler.release(sequence)
+            yield [sequence.completion() for sequence in done]
 
     def stop(self, exit_code: int) -> None:
         """Send everybody home."""
@@ -95,7 +96,6 @@ class Engine:
         step = Step(self.totals.steps, tuple(_part(sequence, count) for sequence, count in chosen))
         self.totals.steps += 1
         self.totals.most_sequences = max(self.totals.most_sequences, len(chosen))
-        self.totals.most_blocks = max(self.totals.most_blocks, self._scheduler.blocks_in_use)
         self._post(step)
         return step
 
@@ -104,23 +104,18 @@ class Engine:
         self._channel.post(message.encode())
         own = self._worker.step(message) if isinstance(message, Step) else self._worker.fetch(message)
         if own is not None:
-            self._replies[0].append(own)
+            self._replies[0, own.step] = own
 
     def _collect(self, number: int) -> list[Reply]:
-        """The last stage's replies to step `number` that are not taken yet, by shard."""
-        replies = []
+        """The last stage's replies to step `number`, by shard; those to later steps may arrive before a fetch's."""
         for rank in self._last_stage:
-            kept = self._replies[rank]
-            while not kept or kept[-1].step != number:
-                # Replies arrive in the order of the messages; a fetch's comes behind those of later steps.
-                kept.append(self._receive(rank))
-            replies.append(kept.pop() if kept[0].step != number else kept.popleft())
-        return replies
+            while (rank, number) not in self._replies:
+                reply = Reply.decode(self._channel.collect(rank), self._worker.decoder.config.hidden)
+                self._replies[rank, reply.step] = reply
+        return [self._replies.pop((rank, number)) for rank in self._last_stage]
 
-    def _receive(self, rank: int) -> Reply:
-        return Reply.decode(self._channel.collect(rank), self._worker.decoder.config.hidden)
-
-    def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Completion]:
+    def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """Take a step's results; the sequences that it finished."""
         replies = self._collect(step.number)
         outputs = step.outputs()
         candidates = merge(replies, outputs, self._shard_vocab)
@@ -142,8 +137,7 @@ class Engine:
             if _is_done(sequence):
                 if part.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
-                self._scheduler.release(sequence)
-                finished.append(sequence.completion())
+                finished.append(sequence)
         return finished
 
     def _take(self, step: Step, sequence: Sequence, mine: list[tuple[int, Output, Candidates]]) -> None:
@@ -200,7 +194,7 @@ def _part(sequence: Sequence, count: int) -> Part:
         # As the followers will read them: float32.
         temperature=float(np.float32(request.temperature)),
         penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
-        seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else np.empty(0, np.int32),
+        seen=np.unique(np.array(sequence.tokens if penalised else [], np.int32)),
         hidden=hidden,
     )
 

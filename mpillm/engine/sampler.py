@@ -53,11 +53,16 @@ def candidates_wanted(request: Request) -> int:
     return max(alternatives, request.top_k if request.top_k > 0 else FIRST_LOOK)
 
 
+def inverse_temperature(temperature: float) -> float:
+    """1 / temperature as all ranks use it: a float32; 1 where nothing is drawn."""
+    return float(np.float32(1.0) / np.float32(temperature)) if temperature > 0 else 1.0
+
+
 def draw(candidates: Candidates, request: Request, u: float) -> int | None:
     """The index of the token drawn with the random number `u` in [0, 1); None if the list is too short to tell."""
     if request.temperature == 0.0:
         return 0
-    inv_t = float(np.float32(1.0 / np.float32(request.temperature)))
+    inv_t = inverse_temperature(request.temperature)
     # Rounded to float32, so that a last bit of the C library's exp cannot change what is drawn.
     scaled = [(float(value) - float(candidates.values[0])) * inv_t for value in candidates.values]
     weights = np.array([math.exp(value) for value in scaled], np.float32)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpillm.engine.sequence import Sequence
@@ -27,6 +27,17 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
 
 
+def check(sequence: Sequence, limits: Limits) -> None:
+    """Refuse (RequestError) what could never run, even alone."""
+    need, have, nbytes = blocks_for(sequence.max_length), limits.n_blocks, limits.block_nbytes
+    if need > have:
+        raise RequestError(
+            f"the request needs {need} KV blocks of {KV_BLOCK} tokens for {sequence.max_length} tokens "
+            f"({need} x {nbytes} = {need * nbytes} bytes per rank), but memory.kv holds {have} "
+            f"({have * nbytes} bytes); raise memory.kv or shorten the request"
+        )
+
+
 class Scheduler:
     """Admits sequences in order while their blocks fit, and fills each step: decoding first, then prompts in chunks.
 
@@ -34,36 +45,22 @@ class Scheduler:
     two can wait for each other; who does not fit yet waits.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, waiting: Iterator[Sequence]) -> None:
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._waiting = waiting  # taken from one by one: a job's sequences need not all be in memory
+        self._next = next(waiting, None)  # the first in the queue
         self._free = list(range(limits.n_blocks - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is not finished."""
-        return bool(self.waiting or self.running)
+        return self._next is not None or bool(self.running)
 
     @property
     def blocks_in_use(self) -> int:
         """KV blocks that sequences hold now."""
         return self.limits.n_blocks - len(self._free)
-
-    def check(self, sequence: Sequence) -> None:
-        """Refuse (RequestError) what could never run, even alone."""
-        need, have = blocks_for(sequence.max_length), self.limits.n_blocks
-        if need > have:
-            nbytes = self.limits.block_nbytes
-            raise RequestError(
-                f"the request needs {need} KV blocks of {KV_BLOCK} tokens for {sequence.max_length} tokens "
-                f"({need} x {nbytes} = {need * nbytes} bytes per rank), but memory.kv holds {have} "
-                f"({have * nbytes} bytes); raise memory.kv or shorten the request"
-            )
-
-    def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue checked sequences."""
-        self.waiting.extend(sequences)
 
     def next(self) -> list[tuple[Sequence, int]]:
         """The next step's sequences with how many tokens of each to compute; empty if all are in flight."""
@@ -93,10 +90,12 @@ class Scheduler:
 
     def _admit(self) -> None:
         most = self.limits.max_sequences * self.limits.micro_batches
-        while self.waiting and len(self.running) < most:
-            need = blocks_for(self.waiting[0].max_length)
+        while self._next is not None and len(self.running) < most:
+            sequence = self._next
+            need = blocks_for(sequence.max_length)
             if need > len(self._free):
                 return
-            sequence = self.waiting.popleft()
             sequence.blocks = [self._free.pop() for _ in range(need)]
+            sequence.started = time.monotonic()
             self.running.append(sequence)
+            self._next = next(self._waiting, None)

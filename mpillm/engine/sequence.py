@@ -57,14 +57,14 @@ class Completion:
     prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], if asked for
     prompt_top: list[TopLogprobs] = field(default_factory=list)  # per token of prompt[1:]
     embedding: NDArray[np.float32] | None = None  # [hidden], not normalised
-    seconds_waiting: float = 0.0  # from submission to the first step
+    seconds_waiting: float = 0.0  # from the run's beginning to its first step
     seconds_running: float = 0.0  # from the first step to the end
 
 
 class Sequence:
     """The state of one request while it runs; only the scheduler and the engine change it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, submitted: float = 0.0) -> None:
         self.request = request
         self.tokens = list(request.prompt)
         self.computed = 0  # tokens whose keys and values are in the KV cache
@@ -77,8 +77,8 @@ class Sequence:
         self.pooled: NDArray[np.float64] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
         self.stop_id: int | None = None
-        self.submitted = time.monotonic()
-        self.started = self.submitted
+        self.submitted = submitted  # as time.monotonic() says
+        self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
         self.key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), np.uint64)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.engine.sampler import inverse_temperature
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.decoder import Batch
 
@@ -43,6 +44,10 @@ class Hidden(IntEnum):
     ALL = 2
 
 
+def _no_ids() -> Ints:
+    return np.empty(0, np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One sequence's part of a step: tokens `start` to `start + len(tokens)` of it."""
@@ -56,7 +61,7 @@ class Part:
     raw_k: int = 0  # the same before the repetition penalty, where there is one
     temperature: float = 0.0
     penalty: float = 1.0
-    seen: Ints = np.empty(0, np.int32)  # distinct ids that the penalty is for
+    seen: Ints = field(default_factory=_no_ids)  # distinct ids that the penalty is for
     hidden: Hidden = Hidden.NONE
 
 
@@ -94,7 +99,7 @@ class Step:
                         yield Output(row + i, part.score_k, target, 1.0, index, False, False)
             last = row + count - 1
             if part.sample_k > 0:
-                inv_t = float(np.float32(1.0 / part.temperature)) if part.temperature > 0 else 1.0
+                inv_t = inverse_temperature(part.temperature)
                 penalised = part.penalty != 1.0
                 if penalised:
                     # Log-probabilities are of the model's own distribution: look at the row as it is, too.
