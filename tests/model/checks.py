@@ -1,0 +1,90 @@
+"""From reference values to requests, and from completions to what the tests assert: for one rank or many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpillm.engine.sequence import Completion, Request
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How near a log-probability must come (all of them, and on average), and an embedding's number."""
+
+    most: float
+    mean: float
+    embedding: float
+    margin: float  # greedy tokens are compared up to the first that led the next best by less
+
+
+# The engine in float32 throughout, and with quantised activations: measured on these models with a NumPy decoder that
+# quantises activations alike, mean 0.04 to 0.06, single tokens up to 0.7 (where another expert is chosen).
+EXACT = Bounds(most=2e-4, mean=2e-5, embedding=1e-4, margin=0.0)
+QUANTIZED = Bounds(most=1.5, mean=0.1, embedding=0.6, margin=1.0)
+
+
+def requests_of(reference: dict[str, Any], top: int = 5) -> list[Request]:
+    """All that a model's reference values can check: scores, greedy continuations, both embeddings."""
+    prompts = [tuple(prompt["ids"]) for prompt in reference["prompts"]]
+    requests = [
+        Request(id=f"score-{i}", prompt=prompt, max_tokens=0, prompt_logprobs=top)
+        for i, prompt in enumerate(prompts)
+    ]
+    for greedy in reference.get("greedy", ()):
+        prompt, count = prompts[greedy["prompt"]], len(greedy["ids"])
+        requests.append(Request(id=f"greedy-{greedy['prompt']}", prompt=prompt, max_tokens=count, logprobs=1))
+    if "embedding" in reference:
+        prompt = prompts[reference["embedding"]["prompt"]]
+        requests.append(Request(id="embed-mean", prompt=prompt, kind="embed", pooling="mean"))
+        requests.append(Request(id="embed-last", prompt=prompt, kind="embed", pooling="last"))
+    return requests
+
+
+def check(reference: dict[str, Any], completions: list[Completion], bounds: Bounds) -> None:
+    """Assert that completions of `requests_of(reference)` are what the reference says."""
+    by_id = {completion.request.id: completion for completion in completions}
+    assert len(by_id) == len(completions)
+    for greedy in reference.get("greedy", ()):
+        check_greedy(greedy, by_id[f"greedy-{greedy['prompt']}"], bounds)
+    errors: list[float] = []
+    for i, prompt in enumerate(reference["prompts"]):
+        scored = by_id[f"score-{i}"]
+        assert scored.tokens == []
+        assert len(scored.prompt_logprobs) == len(prompt["ids"]) - 1
+        errors += np.abs(np.subtract(scored.prompt_logprobs, prompt["logprobs"])).tolist()
+        if bounds is EXACT:
+            check_top(prompt, scored)
+    assert max(errors) < bounds.most, f"log-probabilities differ by up to {max(errors):.2g}"
+    assert np.mean(errors) < bounds.mean, f"log-probabilities differ by {np.mean(errors):.2g} on average"
+    for pooling in ("mean", "last") if "embedding" in reference else ():
+        ours = by_id[f"embed-{pooling}"].embedding
+        np.testing.assert_allclose(ours, reference["embedding"][pooling], atol=bounds.embedding, rtol=0)
+
+
+def check_greedy(greedy: dict[str, Any], completion: Completion, bounds: Bounds) -> None:
+    """Equal tokens, as far as the reference's own lead is no matter of rounding, with near log-probabilities."""
+    sure = next(
+        (i for i, margin in enumerate(greedy["margins"]) if margin < bounds.margin), len(greedy["ids"])
+    )
+    assert completion.finish_reason == "length"
+    assert len(completion.tokens) == len(greedy["ids"])
+    assert completion.tokens[:sure] == greedy["ids"][:sure]
+    np.testing.assert_allclose(
+        completion.logprobs[:sure], greedy["logprobs"][:sure], atol=bounds.most, rtol=0
+    )
+
+
+def check_top(prompt: dict[str, Any], completion: Completion) -> None:
+    """The likeliest tokens at some positions; neighbours closer than the bound may have changed places."""
+    for position, expected in prompt["top"].items():
+        ours = completion.prompt_top[int(position) - 1]
+        np.testing.assert_allclose([p for _, p in ours], [p for _, p in expected], atol=EXACT.most, rtol=0)
+        values = dict(expected)
+        for rank, (token, logprob) in enumerate(ours):
+            if token in values:
+                assert abs(logprob - values[token]) < EXACT.most
+            else:
+                assert rank == len(ours) - 1  # a tie with the first one that is not listed

@@ -1,0 +1,32 @@
+"""The committed reference values: what transformers computed for the tiny models of `tests/fixtures`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+MODELS = sorted(path.parent.name for path in (FIXTURES / "models").glob("*/config.json"))
+GGUFS = sorted(path.stem for path in (FIXTURES / "gguf").glob("*.gguf"))
+# Files without quantised blocks: their products take float32 activations, so they meet the tight bound.
+PLAIN_GGUFS = [name for name in GGUFS if name.rsplit("_", 1)[1] in {"f32", "f16", "bf16", "factors"}]
+QUANTIZED = sorted(
+    tuple(path.stem.rsplit(".", 1)) for path in (FIXTURES / "golden").glob("*.q?_0.json")
+)  # (model, block type) of models that are quantised while they are paged in
+
+
+def golden(name: str) -> dict[str, Any]:
+    """The reference values of `MODEL`, `MODEL.q8_0` or `FILE.gguf`."""
+    values: dict[str, Any] = json.loads((FIXTURES / "golden" / f"{name}.json").read_text())
+    return values
+
+
+def model_path(name: str) -> Path:
+    """The directory of a tiny model."""
+    return FIXTURES / "models" / name
+
+
+def gguf_path(name: str) -> Path:
+    """A tiny GGUF file."""
+    return FIXTURES / "gguf" / f"{name}.gguf"

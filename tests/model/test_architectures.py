@@ -1,0 +1,60 @@
+"""The real decoder, on one rank, against transformers (and where that has no values, against the NumPy twin)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpillm.engine.sequence import Request
+
+from .checks import EXACT, QUANTIZED, check, requests_of
+from .engine_harness import run_engine
+from .golden import GGUFS, MODELS, PLAIN_GGUFS, gguf_path, golden, model_path
+from .golden import QUANTIZED as QUANTIZED_MODELS
+from .oracle import Oracle
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_safetensors(name: str) -> None:
+    reference = golden(name)
+    check(reference, run_engine(model_path(name), requests_of(reference), activations="f32"), EXACT)
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_gguf(name: str) -> None:
+    reference = golden(f"{name}.gguf")
+    completions = run_engine(gguf_path(name), requests_of(reference), activations="f32", kv_type="f32")
+    check(reference, completions, EXACT if name in PLAIN_GGUFS else QUANTIZED)
+
+
+@pytest.mark.parametrize(("name", "kind"), QUANTIZED_MODELS)
+def test_quantised_while_paged_in(name: str, kind: str) -> None:
+    reference = golden(f"{name}.{kind}")
+    requests = requests_of(reference)
+    completions = run_engine(model_path(name), requests, quantize=kind, activations="f32", kv_type="f32")
+    check(reference, completions, QUANTIZED)
+
+    # Against a decoder that quantises weights and activations alike, what is left is rounding, and its consequences.
+    twin = Oracle(model_path(name), quantize=kind)
+    errors = []
+    for request, completion in zip(requests, completions, strict=True):
+        ids = list(request.prompt)
+        expected = twin.logprobs(ids)[np.arange(len(ids) - 1), ids[1:]]
+        errors += np.abs(np.subtract(completion.prompt_logprobs, expected)).tolist()
+    assert np.mean(errors) < 0.01
+
+
+@pytest.mark.parametrize("name", ["llama_yarn", "qwen2_window", "qwen3_moe", "mistral", "smol_bf16"])
+def test_prompts_of_any_length_in_one_batch(name: str) -> None:
+    """Lengths around the KV block's 32 tokens and the windows, all in one run, chunked by a small token budget."""
+    twin = Oracle(model_path(name))
+    random = np.random.default_rng(11)
+    lengths = [1, 2, 8, 9, 10, 12, 13, 31, 32, 33, 64, 65, 97]
+    prompts = [random.integers(0, twin.config["vocab_size"], length).tolist() for length in lengths]
+    requests = [
+        Request(id=str(i), prompt=tuple(p), max_tokens=0, prompt_logprobs=0) for i, p in enumerate(prompts)
+    ]
+    completions = run_engine(model_path(name), requests, activations="f32", max_num_batched_tokens=24)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = twin.logprobs(prompt)[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(completion.prompt_logprobs, expected, atol=EXACT.most, rtol=0)
