@@ -1,0 +1,108 @@
+"""How many cores a rank may use: its affinity, the control group's CPU quota, and what the job system says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import JobError
+
+COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module that loads libgomp
+
+
+@dataclass(frozen=True)
+class Cores:
+    """What one process may run on: core numbers, and the tightest CPU quota above it (cores, and where it is set)."""
+
+    affinity: frozenset[int]
+    quota: float = 0.0  # 0: none
+    quota_at: str = ""
+
+    @classmethod
+    def of_this_process(cls) -> Cores:
+        if hasattr(os, "sched_getaffinity"):
+            affinity = frozenset(os.sched_getaffinity(0))
+        else:
+            affinity = frozenset(range(os.cpu_count() or 1))
+        quota, where = cpu_quota(Path("/"))
+        return cls(affinity, quota, where)
+
+
+def cpu_quota(root: Path) -> tuple[float, str]:
+    """Return the tightest CPU quota on this process in cores, and its group's path; (0.0, "") if there is none.
+
+    Reads control groups of version 2 (cpu.max) and 1 (cpu.cfs_quota_us) below `root`, for a process in a
+    container too: there /proc names a group that is not below /sys/fs/cgroup, and the top one counts.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return 0.0, ""
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = mount / path.lstrip("/")
+        found += [(_quota_of(at), str(at)) for at in (group, *group.parents) if at.is_relative_to(mount)]
+    return min(((quota, where) for quota, where in found if quota > 0), default=(0.0, ""))
+
+
+def _quota_of(group: Path) -> float:
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return 0.0 if quota == "max" else float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def node_cores(ranks: list[Cores]) -> int:
+    """How many cores the ranks of one node have together.
+
+    Ranks bound to cores of their own count each of them; a quota that several share counts once.
+    """
+    cores = len(frozenset().union(*(rank.affinity for rank in ranks)))
+    if all(rank.quota for rank in ranks):
+        cores = min(cores, int(sum({rank.quota_at: rank.quota for rank in ranks}.values())))
+    return max(1, cores)
+
+
+def threads_per_rank(asked: int | str, cores: int, ranks: int, environ: Mapping[str, str]) -> int:
+    """Threads for a rank: what the job says, else OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the node."""
+    if asked != "auto":
+        return _positive("layout.threads", asked)
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        value = (
+            environ.get(name, "").split(",")[0].strip()
+        )  # OMP_NUM_THREADS may list a number per nested level
+        if value:
+            return _positive(name, value)
+    return max(1, cores // ranks)
+
+
+def _positive(name: str, value: int | str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise JobError(f"{name} = {value!r} is not a number of threads: give a whole number, at least 1.")
+    return number
+
+
+def keep_idle_threads_quiet() -> bool:
+    """Make OpenMP's idle threads sleep at once instead of spinning; False if it is too late to.
+
+    libgomp reads these variables once, while it is loaded: that is when the compiled kernels are imported.
+    What the user has set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return COMPILED_KERNELS not in sys.modules

