@@ -120,7 +120,8 @@ class TensorSource:
         """Values as float32, as precise as they are stored: a vector (or some of its entries) [n], rows [m, k]."""
         extent = self._extents[key]
         if len(extent.shape) == 1:
-            values = extent.stored.decode(_stored_rows(extent, range(1)), extent.k, threads=1)[0]
+            raw = extent.file.view(extent.offset, extent.nbytes)
+            values = extent.stored.decode(raw[None], extent.k, threads=1)[0]
             index = np.arange(extent.k) if rows is None else np.asarray(rows)
             result: Floats = values[_llama_cpp_rows(index, extent.k, extent.rope_heads)]
         else:
@@ -161,7 +162,9 @@ class TensorSource:
 def _span(extent: Extent, rows: range) -> tuple[int, int]:
     """Offset and size of the bytes from the first of some rows to the last."""
     first, stop = rows.start, rows.stop
-    if extent.rope_heads:  # a row comes from somewhere in its head
+    if len(extent.shape) == 1:
+        first, stop = 0, 1
+    elif extent.rope_heads:  # a row comes from somewhere in its head
         head = extent.n // extent.rope_heads
         first, stop = first // head * head, -(-stop // head) * head
     return extent.offset + first * extent.row_bytes, max(stop - first, 0) * extent.row_bytes

@@ -198,6 +198,7 @@ def write_gguf(
     drop: tuple[str, ...] = (),
     more: dict[str, Array] | None = None,
     split: int = 0,
+    alignment: int = 32,
 ) -> Path:
     """A GGUF file of the model, its matrices in `types` in turn; `extra` fields replace or (None) take away."""
     fields = {
@@ -230,6 +231,8 @@ def write_gguf(
             writer.add_string(full, value)
         elif value is not None:
             writer.add_array(full, value)
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
     matrices = 0
     for name, value in (gguf_tensors(model, arch, stacked) | (more or {})).items():
         if name in drop:
