@@ -1,4 +1,4 @@
-"""The finished run's files, made from the input's lines and the journal: results.jsonl, results.h5, report.json.
+"""The results, made from the input's lines and the journal: results.jsonl and results.h5.
 
 results.jsonl and results.h5 are the same bytes for the same job, however often it was stopped. What differs from run
 to run stays out of them: the timings lie in timings.h5, which results.h5 links to as its group /timings, and the
@@ -23,7 +23,7 @@ from .journal import Choice, Journal, Result, line_key
 from .output import replacing
 from .work import Line, Model, Work
 
-JSONL, HDF5, TIMINGS, REPORT = "results.jsonl", "results.h5", "timings.h5", "report.json"
+JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 
 _IDS, _REALS = np.dtype("<i4"), np.dtype("<f4")
 _PENDING = 1 << 16  # values of a column that are held before they are written
@@ -219,10 +219,3 @@ class _Columns:
 
     def _all(self) -> Iterator[_Column | _Ragged]:
         yield from (part for part in vars(self).values() if isinstance(part, _Column | _Ragged))
-
-
-def write_report(directory: Path, report: Any) -> None:
-    """Write report.json; `report` is a `report.Report`."""
-    with replacing(directory / REPORT) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        file.write(b"\n")
