@@ -1,0 +1,172 @@
+"""What the documentation says can be typed: every command in it is parsed, and what it names exists.
+
+Commands that need a cluster run in tests/cluster; the two at the top of the README run in CI.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpillm import cli
+from mpillm.job import spec
+from tests.conftest import ROOT, run_bounded
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted((ROOT / "slurm" / "hosts").iterdir())]
+
+# Options that stand between a launcher and the program, with the words that each takes.
+LAUNCHER_OPTIONS = {
+    "-n": 1,
+    "-f": 1,
+    "-iface": 1,
+    "--hostfile": 1,
+    "--mca": 2,
+    "--prtemca": 2,
+    "--map-by": 1,
+    "-x": 1,
+}
+# Programs that belong to the system; what they do is theirs.
+SYSTEM = {"export", "split", "apt", "pip", "."}
+MADE_UP = {"JOB.toml", "FILE.gguf"}
+
+
+def fenced(page: Path) -> Iterator[str]:
+    """The lines of a page's shell blocks, without comments."""
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+        yield from filter(None, (line.partition(" #")[0].strip() for line in block.splitlines()))
+
+
+def indented(script: Path) -> Iterator[str]:
+    """What a script's opening comment says to type."""
+    yield from (line[1:].strip() for line in script.read_text().splitlines() if line.startswith("#     "))
+
+
+COMMANDS = [(page, line) for page in PAGES for line in fenced(page)]
+COMMANDS += [(script, line) for script in SCRIPTS for line in indented(script)]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page.name}: {line}" for page, line in COMMANDS])
+def test_a_command_can_be_typed(page: Path, line: str) -> None:
+    words = shlex.split(line)
+    program = words[0].rpartition("/")[2]
+    if program == "make":
+        done = run_bounded(["make", "--dry-run", *words[1:]], cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    elif program == "sbatch":
+        check_sbatch(words[1:])
+    elif program in ("mpiexec", "srun"):
+        check_launch(words[1:])
+    elif program == "python":
+        check_python(words)
+    else:
+        assert program in SYSTEM, f"{page.name} has a command that no test knows: {line}"
+        check_extras(words)
+
+
+def check_sbatch(words: list[str]) -> None:
+    """Options, one of our scripts, then what `mpillm run` gets."""
+    at = next(index for index, word in enumerate(words) if not word.startswith("-"))
+    script = ROOT / words[at]
+    assert script.is_file(), script
+    rest = words[at + 1 :]
+    if script.name == "array.sbatch":
+        rest = [rest[0], "--input", rest[1], "--output", rest[2], *rest[3:]]
+    check_mpillm(["run", *rest])
+
+
+def check_launch(words: list[str]) -> None:
+    while words[0].startswith("-"):
+        option = words[0]
+        taken = 0 if "=" in option else LAUNCHER_OPTIONS[option]
+        if option in ("-f", "--hostfile"):
+            assert (ROOT / words[1]).is_file(), words[1]
+        words = words[1 + taken :]
+    check_python(words)
+
+
+def check_python(words: list[str]) -> None:
+    assert words[:3] == ["python", "-m", "mpillm"], words
+    check_mpillm(words[3:])
+
+
+def check_mpillm(words: list[str]) -> None:
+    """The command line parses, and the job it names is a good one."""
+    options = cli._parser().parse_args(words)
+    job = getattr(options, "job", None)
+    if job is not None and str(job) not in MADE_UP:
+        loaded = spec.load(
+            ROOT / job, options.set, model=options.model, input=options.input, output=options.output
+        )
+        assert options.input or loaded.input_path.is_file(), loaded.input
+    elif getattr(options, "input", None):
+        assert (ROOT / options.input).is_file(), options.input
+
+
+def check_extras(words: list[str]) -> None:
+    """`pip install '.[extra]'` names an extra that there is."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words:
+        for name in re.findall(r"^\.\[(.*)\]$", word):
+            assert set(name.split(",")) <= set(extras), word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+        assert not anchor or anchor in {
+            re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in headings
+        }
+
+
+def job_table() -> str:
+    """The part of docs/formats.md that has a row for each key of a job."""
+    return (ROOT / "docs" / "formats.md").read_text().partition("## The job file")[2].partition("\n## ")[0]
+
+
+def test_the_keys_of_a_job_are_described() -> None:
+    """Each key has a row, and no other has one; `.shards` after `layout.stages` is `layout.shards`."""
+    named: set[str] = set()
+    for row in re.findall(r"^\| (`[a-z_.`, ]+`) \|", job_table(), flags=re.M):
+        section = ""
+        for key in re.findall(r"`([a-z_.]+)`", row):
+            section = section if key.startswith(".") else key.rpartition(".")[0]
+            named.add(section + key if key.startswith(".") else key)
+    assert named == set(spec._known())
+
+
+def test_the_defaults_are_the_real_ones() -> None:
+    defaults = spec.Spec(input="a", output="b")
+    for key, shown in re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", job_table(), flags=re.M):
+        value: object = defaults
+        for name in key.split("."):
+            value = getattr(value, name)
+        assert tomllib.loads(f"value = {shown}")["value"] == value, key
+
+
+def test_numbers_in_memory_md_are_right() -> None:
+    """The KV cache of one token of SmolLM2, as the page works it out."""
+    text = (ROOT / "docs" / "memory.md").read_text()
+    product = re.search(r"2 x 30 x 3 x 64 x 2 bytes = ([\d.]+) KiB", text)
+    assert product
+    assert float(product[1]) * 1024 == 2 * 30 * 3 * 64 * 2
