@@ -6,19 +6,18 @@ import html
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from ..errors import JobError
 from .output import replacing
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 JSON, HTML = "report.json", "report.html"
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
 SHOWN_ERRORS = 20
+
+Axes = Any  # matplotlib's, which need not be installed
 
 
 class Requests(msgspec.Struct, kw_only=True):
@@ -189,16 +188,18 @@ def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: 
 
 def _rank_table(report: Report) -> str:
     head = (
-        "rank",
-        "host",
-        "place",
-        "threads",
-        "kernels",
-        "weights held (budget, share)",
-        "KV (budget)",
-        "process",
+        *(
+            "rank",
+            "host",
+            "place",
+            "threads",
+            "kernels",
+            "weights held (budget, share)",
+            "KV (budget)",
+            "process",
+        ),
+        *("hits", "misses", "stalls", "stalled s"),
     )
-    head = (*head, "hits", "misses", "stalls", "stalled s")
     rows = []
     for rank in report.ranks:
         cache = [f"{rank.cache.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
@@ -237,8 +238,8 @@ def _bytes(count: float) -> str:
 def _plots(report: Report) -> Iterator[tuple[str, str]]:
     """Captions and SVG; none without matplotlib."""
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]
+        from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return
 
