@@ -16,6 +16,7 @@ from mpillm.errors import ModelError
 from mpillm.model.config import MODEL_TYPES, ModelConfig
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
+PUBLISHED = json.loads((Path(__file__).parent.parent / "data/published_configs.json").read_text())
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 40,
@@ -52,6 +53,17 @@ def test_what_transformers_writes_is_read(name: str) -> None:
     )
     assert len(config.windows) == len(config.moe_layers) == config.n_layers
     assert hash(config) == hash(ModelConfig.from_dict(raw))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_published_is_read(name: str) -> None:
+    config = ModelConfig.from_dict(PUBLISHED[name])
+    assert config.hidden == PUBLISHED[name]["hidden_size"]
+    assert config.windows[0] == (4096 if name == "Mistral-7B-v0.1" else 0)
+    assert config.rope.kind == {
+        "Llama-3.2-1B-Instruct": "llama3",
+        "Qwen2.5-7B with its card's YaRN": "yarn",
+    }.get(name, "default")
 
 
 def test_llama() -> None:
