@@ -43,18 +43,15 @@ class Rank(msgspec.Struct, kw_only=True):
     host: str
     stage: int
     shard: int
+    layers: int
     threads: int
     kernels: str
-    weights_total: int  # of this rank's share, all layers
-    weights_budget: int
-    weights_peak: int
-    kv_budget: int
-    kv_peak: int
-    memory_peak: int  # of the process, as the system counts it
-    cache: dict[str, float] = {}  # hits, misses, stalls, stall_seconds, loaded, ...
-    wire: dict[
-        str, dict[str, float]
-    ] = {}  # per kind of message: messages, bytes_sent, bytes_received, seconds
+    weights: dict[
+        str, float
+    ]  # share (of all its layers), budget, peak, hits, misses, stalls, stall_seconds, loaded, ...
+    kv: dict[str, int]  # budget, bytes, blocks
+    messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
+    memory_peak: int = 0  # of the process, as the system counts it
     seconds: dict[str, float] = {}  # compute, wire, weights, idle, ...
 
 
@@ -89,9 +86,10 @@ class Report(msgspec.Struct, kw_only=True):
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes sent by all ranks, by kind of message."""
-        kinds = sorted({kind for rank in self.ranks for kind in rank.wire})
+        kinds = sorted({kind for rank in self.ranks for kind in rank.messages})
         return {
-            kind: sum(rank.wire.get(kind, {}).get("bytes_sent", 0) for rank in self.ranks) for kind in kinds
+            kind: sum(rank.messages.get(kind, {}).get("bytes_sent", 0) for rank in self.ranks)
+            for kind in kinds
         }
 
     def wire_bytes_per_token(self) -> dict[str, float]:
@@ -187,36 +185,16 @@ def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: 
 
 
 def _rank_table(report: Report) -> str:
-    head = (
-        *(
-            "rank",
-            "host",
-            "place",
-            "threads",
-            "kernels",
-            "weights held (budget, share)",
-            "KV (budget)",
-            "process",
-        ),
-        *("hits", "misses", "stalls", "stalled s"),
-    )
+    head = ["rank", "host", "place", "threads", "kernels", "weights: share", "budget", "held at most"]
+    head += ["KV cache", "process", "hits", "misses", "stalls", "stalled s"]
     rows = []
     for rank in report.ranks:
-        cache = [f"{rank.cache.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
-        rows.append(
-            (
-                rank.rank,
-                rank.host,
-                f"stage {rank.stage}, shard {rank.shard}",
-                rank.threads,
-                rank.kernels,
-                f"{_bytes(rank.weights_peak)} ({_bytes(rank.weights_budget)}, {_bytes(rank.weights_total)})",
-                f"{_bytes(rank.kv_peak)} ({_bytes(rank.kv_budget)})",
-                _bytes(rank.memory_peak),
-                *cache,
-                f"{rank.cache.get('stall_seconds', 0.0):.2f}",
-            )
-        )
+        place = f"stage {rank.stage}, shard {rank.shard}: {rank.layers} layers"
+        row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
+        row += [_bytes(rank.weights.get(key, 0)) for key in ("share", "budget", "peak")]
+        row += [_bytes(rank.kv.get("bytes", 0)), _bytes(rank.memory_peak)]
+        row += [f"{rank.weights.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
+        rows.append([*row, f"{rank.weights.get('stall_seconds', 0.0):.2f}"])
     return _table(head, rows)
 
 
@@ -278,13 +256,13 @@ def _draw_seconds(axes: Axes, report: Report) -> None:
 def _draw_wire(axes: Axes, report: Report) -> None:
     kinds = list(report.wire_bytes())
     _draw_stacked(
-        axes, report, kinds, lambda rank, kind: rank.wire.get(kind, {}).get("bytes_sent", 0) / 2**20
+        axes, report, kinds, lambda rank, kind: rank.messages.get(kind, {}).get("bytes_sent", 0) / 2**20
     )
     axes.set_xlabel("MiB")
 
 
 def _draw_cache(axes: Axes, report: Report) -> None:
-    _draw_stacked(axes, report, ["hits", "misses"], lambda rank, kind: rank.cache.get(kind, 0))
+    _draw_stacked(axes, report, ["hits", "misses"], lambda rank, kind: rank.weights.get(kind, 0))
     axes.set_xlabel("uses")
 
 
