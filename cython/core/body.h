@@ -1,0 +1,20 @@
+/* The kernels, written once over the 16-lane layer that was included before; NAME is the path's. */
+#include <math.h>
+#include <string.h>
+
+#include "half.h"
+#include "vec_common.h"
+
+#include "body_quant.h"
+
+#include "body_matmul.h"
+
+#include "body_small.h"
+
+#include "body_attention.h"
+
+#define PATH_TABLE(name) PATH_TABLE_(name)
+#define PATH_TABLE_(name)                                                                                       \
+    const mk_path mk_##name = {#name, quantize, dequantize, quantize_rows, matmul, fold, rms_norm, rope, silu_mul, \
+                               softmax, top_k, lse_parts, attention, to_f16};
+PATH_TABLE(NAME)

@@ -1,0 +1,150 @@
+/* Blocks: quantise and dequantise rows.  Items are rows. */
+
+/* 1/d, and 0 where that is no finite number: such a block's integers are 0. */
+MK_INLINE float inverse(float d) {
+    float inverse = 1.0f / d;
+    return inverse - inverse == 0.0f ? inverse : 0.0f;
+}
+
+/* Nearest integers, halves away from zero (C's roundf), of |x| < 2^31. */
+MK_INLINE vi round_away(vf x) {
+    vf whole = vf_from(vi_trunc(x)), rest = vf_sub(x, whole), zero = vf_set1(0.0f);
+    vf away = vf_gt(zero, x, vf_set1(-1.0f), vf_set1(1.0f));
+    return vi_trunc(vf_add(whole, vf_gt(vf_set1(0.5f), vf_abs(rest), zero, away)));
+}
+
+/* Whether all of a, b are finite. */
+MK_INLINE int all_finite(vf a, vf b) {
+    vf zero = vf_set1(0.0f);
+    return vf_hadd(vf_add(vf_mul(a, zero), vf_mul(b, zero))) == 0.0f;
+}
+
+/* 32 values to integers; the scale is amax / 127.  A block with inf or NaN gets scale NaN and zeros. */
+MK_INLINE int32_t quantise_q8(vf a, vf b, int8_t *q, float *scale) {
+    float d = vf_hmax(vf_max(vf_abs(a), vf_abs(b))) / 127.0f;
+    if (!all_finite(a, b)) {
+        memset(q, 0, MK_BLOCK);
+        *scale = mk_bits_float(0x7fc00000u);
+        return 0;
+    }
+    vf id = vf_set1(inverse(d));
+    vi lo = round_away(vf_mul(a, id)), hi = round_away(vf_mul(b, id));
+    vi_store_i8(q, lo);
+    vi_store_i8(q + MK_TILE, hi);
+    *scale = d;
+    return vi_sum(vi_add(lo, hi));
+}
+
+/* ggml's Q4_0: the value of largest magnitude (the first of equals) becomes -8. */
+MK_INLINE float quantise_q4(const float *x, uint8_t *q) {
+    vf a = vf_load(x), b = vf_load(x + MK_TILE), half = vf_set1(8.5f), top = vf_set1(15.0f);
+    int8_t lo[MK_TILE], hi[MK_TILE];
+    if (!all_finite(a, b)) {
+        memset(q, 0x88, MK_TILE);
+        return mk_bits_float(0x7fc00000u);
+    }
+    float peak = 0.0f, size = 0.0f;
+    for (int j = 0; j < MK_BLOCK; j++) {
+        float s = mk_bits_float(mk_float_bits(x[j]) & 0x7fffffffu);
+        if (s > size) size = s, peak = x[j];
+    }
+    float d = peak / -8.0f;
+    vf id = vf_set1(inverse(d));
+    a = vf_fma(a, id, half), b = vf_fma(b, id, half);
+    vi_store_i8(lo, vi_trunc(vf_gt(a, top, top, a)));
+    vi_store_i8(hi, vi_trunc(vf_gt(b, top, top, b)));
+    for (int j = 0; j < MK_TILE; j++) q[j] = (uint8_t)(lo[j] | hi[j] << 4);
+    return d;
+}
+
+static void quantize(const void *argument, long begin, long end) {
+    const mk_rows_job *job = argument;
+    long blocks = mk_blocks(job->k, MK_BLOCK), bytes = mk_block_bytes(job->type);
+    for (long row = begin; row < end; row++)
+        for (long b = 0; b < blocks; b++) {
+            const float *x = job->x + row * job->stride;
+            uint8_t *out = job->out + (row * blocks + b) * bytes;
+            vf lo = vf_row(x, b * MK_BLOCK, job->k, 0.0f), hi = vf_set1(0.0f);
+            if (b * MK_BLOCK + MK_TILE < job->k) hi = vf_row(x, b * MK_BLOCK + MK_TILE, job->k, 0.0f);
+            float d, values[MK_BLOCK];
+            if (job->type == MK_Q8_0) {
+                quantise_q8(lo, hi, (int8_t *)out + 2, &d);
+            } else {
+                vf_store(values, lo);
+                vf_store(values + MK_TILE, hi);
+                d = quantise_q4(values, out + 2);
+            }
+            uint16_t h = mk_to_f16(d);
+            memcpy(out, &h, 2);
+        }
+}
+
+/* Panels of activations, each padded to whole blocks with zeros. */
+static void quantize_rows(const void *argument, long begin, long end) {
+    const mk_rows_job *job = argument;
+    for (long row = begin; row < end; row++) {
+        const float *x = job->x + row * job->stride;
+        uint8_t *out = job->out + row * job->out_bytes;
+        for (int p = 0; p < job->panels; p++)
+            for (long i = job->bounds[p]; i < job->bounds[p + 1]; i += MK_BLOCK, out += MK_ACTIVATION) {
+                long limit = job->bounds[p + 1];
+                vf lo = vf_row(x, i, limit, 0.0f), hi = vf_set1(0.0f);
+                if (i + MK_TILE < limit) hi = vf_row(x, i + MK_TILE, limit, 0.0f);
+                float d;
+                int32_t sum = quantise_q8(lo, hi, (int8_t *)out, &d);
+                memcpy(out + MK_BLOCK, &d, 4);
+                memcpy(out + MK_BLOCK + 4, &sum, 4);
+            }
+    }
+}
+
+/* One block of up to 32 values; d * q is exact, so is it with or without fma. */
+MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
+    uint16_t h[2];
+    memcpy(h, in, type == MK_Q4_1 ? 4 : 2);
+    float d = mk_from_f16(h[0]), m = type == MK_Q4_1 ? mk_from_f16(h[1]) : 0.0f;
+    const uint8_t *q = in + (type == MK_Q4_1 ? 4 : 2);
+    if (type == MK_Q8_0) {
+        for (int j = 0; j < MK_BLOCK; j++) values[j] = d * (float)(int8_t)q[j];
+    } else if (type == MK_Q4_0) {
+        for (int j = 0; j < MK_TILE; j++) values[j] = d * (float)((q[j] & 15) - 8);
+        for (int j = 0; j < MK_TILE; j++) values[MK_TILE + j] = d * (float)((q[j] >> 4) - 8);
+    } else {
+        for (int j = 0; j < MK_TILE; j++) values[j] = d * (float)(q[j] & 15) + m;
+        for (int j = 0; j < MK_TILE; j++) values[MK_TILE + j] = d * (float)(q[j] >> 4) + m;
+    }
+}
+
+static void dequantize(const void *argument, long begin, long end) {
+    const mk_rows_job *job = argument;
+    long row_bytes = mk_blocks(job->k, mk_block(job->type)) * mk_block_bytes(job->type);
+    for (long row = begin; row < end; row++) {
+        const uint8_t *in = job->in + row * row_bytes;
+        float *out = job->values + row * job->stride;
+        if (job->type == MK_F32) {
+            memcpy(out, in, (size_t)row_bytes);
+        } else if (job->type < MK_Q8_0) {
+            for (long i = 0; i < job->k; i += MK_TILE) {
+                uint16_t half[MK_TILE] = {0};
+                long count = job->k - i < MK_TILE ? job->k - i : MK_TILE;
+                memcpy(half, in + 2 * i, (size_t)count * 2);
+                vf_row_store(out, i, job->k, job->type == MK_F16 ? vf_load_f16(half) : vf_load_bf16(half));
+            }
+        } else {
+            float values[MK_BLOCK];
+            for (long i = 0; i < job->k; i += MK_BLOCK, in += mk_block_bytes(job->type)) {
+                long count = job->k - i < MK_BLOCK ? job->k - i : MK_BLOCK;
+                dequantise_block(job->type, in, values);
+                memcpy(out + i, values, (size_t)count * sizeof *values);
+            }
+        }
+    }
+}
+
+static void to_f16(const float *x, uint16_t *out, long count) {
+    for (long i = 0; i < count; i += MK_TILE) {
+        uint16_t half[MK_TILE];
+        vf_store_f16(half, vf_row(x, i, count, 0.0f));
+        memcpy(out + i, half, (size_t)(count - i < MK_TILE ? count - i : MK_TILE) * 2);
+    }
+}

@@ -1,0 +1,155 @@
+/* Operations on rows.  Sums run in 16 lanes, folded in the layer's fixed tree.  Items are rows. */
+
+#define EACH(i, d) for (long i = 0; i < (d); i += MK_TILE)
+
+static void fold(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    long panel = job->m * job->d;
+    for (long row = begin; row < end; row++) EACH(i, job->d) {
+        vf pending[MK_MAX_LEVELS];
+        int depth = 0;
+        for (int p = 0; p < job->panels; p++) {
+            pending[depth++] = vf_row(job->a + p * panel + row * job->d, i, job->d, 0.0f);
+            for (int carry = p; carry & 1; carry >>= 1, depth--)
+                pending[depth - 2] = vf_add(pending[depth - 2], pending[depth - 1]);
+        }
+        vf_row_store(job->out + row * job->out_stride, i, job->d, pending[0]);
+    }
+}
+
+static void rms_norm(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++) {
+        const float *x = job->a + row * job->a_stride;
+        vf squares = vf_set1(0.0f);
+        EACH(i, job->d) {
+            vf v = vf_row(x, i, job->d, 0.0f);
+            squares = vf_fma(v, v, squares);
+        }
+        vf scale = vf_set1(1.0f / sqrtf(vf_hadd(squares) / (float)job->d + job->eps));
+        EACH(i, job->d) {
+            vf v = vf_mul(vf_row(x, i, job->d, 0.0f), scale);
+            vf_row_store(job->out + row * job->out_stride, i, job->d, vf_mul(vf_row(job->b, i, job->d, 0.0f), v));
+        }
+    }
+}
+
+static void rope(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    long half = job->hd / 2;
+    for (long row = begin; row < end; row++)
+        for (int head = 0; head < job->heads; head++) EACH(i, half) {
+            float *x = job->out + row * job->out_stride + (long)head * job->hd;
+            vf c = vf_row(job->a + row * half, i, half, 0.0f), s = vf_row(job->b + row * half, i, half, 0.0f);
+            vf a = vf_row(x, i, half, 0.0f), b = vf_row(x + half, i, half, 0.0f);
+            vf_row_store(x, i, half, vf_sub(vf_mul(a, c), vf_mul(b, s)));
+            vf_row_store(x + half, i, half, vf_add(vf_mul(b, c), vf_mul(a, s)));
+        }
+}
+
+static void silu_mul(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    vf zero = vf_set1(-0.0f), one = vf_set1(1.0f);
+    for (long row = begin; row < end; row++) EACH(i, job->d) {
+        vf g = vf_row(job->a + row * job->a_stride, i, job->d, 0.0f);
+        vf u = vf_row(job->b + row * job->b_stride, i, job->d, 0.0f);
+        vf s = vf_div(g, vf_add(one, vf_exp(vf_sub(zero, g))));
+        vf_row_store(job->out + row * job->out_stride, i, job->d, vf_mul(s, u));
+    }
+}
+
+MK_INLINE float row_max(const float *x, long d) {
+    vf top = vf_set1(-INFINITY);
+    EACH(i, d) top = vf_max(top, vf_row(x, i, d, -INFINITY));
+    return vf_hmax(top);
+}
+
+static void softmax(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++) {
+        float *x = job->out + row * job->out_stride;
+        vf top = vf_set1(row_max(x, job->d)), total = vf_set1(0.0f);
+        EACH(i, job->d) {
+            vf e = vf_exp(vf_sub(vf_row(x, i, job->d, -INFINITY), top));
+            total = vf_add(total, e);
+            vf_row_store(x, i, job->d, e);
+        }
+        total = vf_set1(vf_hadd(total));
+        EACH(i, job->d) vf_row_store(x, i, job->d, vf_div(vf_row(x, i, job->d, 0.0f), total));
+    }
+}
+
+/* Items are (row, panel). */
+static void lse_parts(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long item = begin; item < end; item++) {
+        int panel = (int)(item % job->panels);
+        long row = item / job->panels, from = job->bounds[panel], d = job->bounds[panel + 1] - from;
+        const float *x = job->a + row * job->a_stride + from;
+        float *out = job->out + 3 * item, top = row_max(x, d);
+        vf shift = vf_set1(top == -INFINITY ? 0.0f : top), inv_t = vf_set1(job->b[row]);
+        vf plain = vf_set1(0.0f), tempered = plain;
+        EACH(i, d) {
+            vf v = vf_sub(vf_row(x, i, d, -INFINITY), shift), u = vf_mul(v, inv_t);
+            if (i + MK_TILE > d) { /* beyond the end nothing is added, whatever inv_t is */
+                float lanes[MK_TILE];
+                vf_store(lanes, u);
+                u = vf_load_part(lanes, d - i, -INFINITY);
+            }
+            plain = vf_add(plain, vf_exp(v));
+            tempered = vf_add(tempered, vf_exp(u));
+        }
+        out[0] = top;
+        out[1] = vf_hadd(plain);
+        out[2] = vf_hadd(tempered);
+    }
+}
+
+/* The k best so far are a heap with the worst at its root: the lower value, of equals the higher id. */
+MK_INLINE int worse(float a, int32_t i, float b, int32_t j) { return a < b || (a == b && i > j); }
+
+static void sift(float *values, int32_t *ids, long size, long at) {
+    float value = values[at];
+    int32_t id = ids[at];
+    for (long child; (child = 2 * at + 1) < size; at = child) {
+        if (child + 1 < size && worse(values[child + 1], ids[child + 1], values[child], ids[child])) child++;
+        if (!worse(values[child], ids[child], value, id)) break;
+        values[at] = values[child];
+        ids[at] = ids[child];
+    }
+    values[at] = value;
+    ids[at] = id;
+}
+
+static void top_k(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++) {
+        const float *x = job->a + row * job->a_stride;
+        float *values = job->out + row * job->k;
+        int32_t *ids = job->ids + row * job->k;
+        long size = job->k < job->d ? job->k : job->d;
+        for (long i = 0; i < job->k; i++) {
+            values[i] = i < size && x[i] == x[i] ? x[i] : -INFINITY; /* NaN counts as -inf */
+            ids[i] = i < size ? (int32_t)i : -1;
+        }
+        if (!size) continue;
+        for (long i = size / 2; i-- > 0;) sift(values, ids, size, i);
+        for (long i = size; i < job->d; i += MK_TILE) {
+            vf v = vf_row(x, i, job->d, -INFINITY);
+            if (!vf_any_gt(v, vf_set1(values[0]))) continue;
+            for (long j = i; j < i + MK_TILE && j < job->d; j++)
+                if (x[j] > values[0]) {
+                    values[0] = x[j];
+                    ids[0] = (int32_t)j;
+                    sift(values, ids, size, 0);
+                }
+        }
+        for (long last = size; --last > 0;) { /* the worst goes to the end */
+            float value = values[0];
+            int32_t id = ids[0];
+            values[0] = values[last], ids[0] = ids[last];
+            values[last] = value, ids[last] = id;
+            sift(values, ids, last, 0);
+        }
+    }
+}

@@ -1,0 +1,85 @@
+/* Which paths this machine has, and which one is in use. */
+#include <string.h>
+
+#include "active.h"
+
+#ifdef MK_X86
+#include <cpuid.h>
+
+enum { XMM_YMM = 0x6, ZMM = 0xe6 }; /* XCR0: registers that the operating system saves */
+
+static int bit(unsigned word, int index) { return word >> index & 1; }
+
+static unsigned saved_registers(void) {
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    (void)high;
+    return low;
+}
+
+/* How many of the x86 paths run here, as one bit each. */
+static unsigned detect(void) {
+    unsigned a, b, c, d, c1, b7 = 0, c7 = 0, a71 = 0, found = 1;
+    if (!__get_cpuid(1, &a, &b, &c1, &d) || !bit(c1, 27)) return found; /* OSXSAVE */
+    unsigned xcr0 = saved_registers();
+    if ((xcr0 & XMM_YMM) != XMM_YMM || !bit(c1, 28)) return found;
+    found |= 2;
+    if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    if (!(bit(b7, 5) && bit(c1, 12) && bit(c1, 29))) return found; /* AVX2, FMA, F16C */
+    found |= 4;
+    if (bit(a71, 4)) found |= 8; /* AVX-VNNI */
+    if ((xcr0 & ZMM) != ZMM || !(bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31))) return found;
+    found |= 16; /* AVX-512 F, DQ, BW, VL */
+    if (bit(c7, 11)) found |= 32;
+    return found;
+}
+
+static const mk_path *const PATHS[] = {&mk_scalar, &mk_avx, &mk_avx2, &mk_avx2vnni, &mk_avx512, &mk_avx512vnni};
+#elif defined(MK_ARM)
+#ifdef __APPLE__
+static unsigned detect(void) { return 7; } /* every 64-bit Apple machine that runs Python has dotprod */
+#else
+#include <sys/auxv.h>
+
+static unsigned detect(void) { return getauxval(AT_HWCAP) & 1ul << 20 /* ASIMDDP */ ? 7 : 3; }
+#endif
+
+static const mk_path *const PATHS[] = {&mk_scalar, &mk_neon, &mk_neondot};
+#else
+static unsigned detect(void) { return 1; }
+
+static const mk_path *const PATHS[] = {&mk_scalar};
+#endif
+
+enum { COUNT = sizeof PATHS / sizeof *PATHS };
+
+const mk_path *mk_active = &mk_scalar;
+
+/* The index-th path that this machine has. */
+static const mk_path *usable(int index) {
+    unsigned found = detect();
+    for (int i = 0; i < COUNT; i++)
+        if (found >> i & 1 && index-- == 0) return PATHS[i];
+    return NULL;
+}
+
+int mk_path_count(void) {
+    int count = 0;
+    while (usable(count)) count++;
+    return count;
+}
+
+const char *mk_path_name(int index) {
+    const mk_path *path = usable(index);
+    return path ? path->name : NULL;
+}
+
+int mk_set_path(const char *name) {
+    const mk_path *path;
+    for (int i = 0; (path = usable(i)); i++)
+        if (!strcmp(path->name, name)) {
+            mk_active = path;
+            return 0;
+        }
+    return -1;
+}

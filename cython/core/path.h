@@ -1,0 +1,92 @@
+/* What a path is: one table of range functions.  Each does items begin..end-1 of a job; run.c splits jobs into ranges. */
+#ifndef MK_PATH_H
+#define MK_PATH_H
+
+#include "kernels.h"
+
+typedef void (*mk_range)(const void *job, long begin, long end);
+
+typedef struct {
+    int type, panels;
+    long n, k;
+    const uint8_t *in;
+    const float *x;
+    uint8_t *out;
+    float *values;
+    const int32_t *bounds;
+    long stride, out_bytes;
+} mk_rows_job; /* quantize, dequantize, quantize_rows: items are rows */
+
+typedef struct {
+    int type, panels;
+    long tiles, n, m, chunk; /* items are (chunk of rows of x, tile of W) */
+    const int32_t *bounds;
+    const uint8_t *w, *x;
+    long x_stride; /* bytes */
+    float *out;
+    long out_stride, panel_stride;
+} mk_matmul_job;
+
+typedef struct {
+    const float *a, *b, *c;
+    float *out;
+    const int32_t *bounds;
+    int32_t *ids;
+    long a_stride, b_stride, out_stride, m, d, k;
+    int panels, heads, hd;
+    float eps;
+} mk_small_job; /* the operations on rows: items are rows, for lse_parts (row, panel) */
+
+typedef struct {
+    int rows, heads;     /* queries of this item: rows x heads */
+    long row;
+    int head, kv_head;
+} mk_query_group;
+
+typedef struct {
+    int f16, kvh, hd, window;
+    float scale;
+    const float *q;
+    float *out;
+    long q_stride, out_stride;
+    const void *kpool, *vpool;
+    const int32_t *pos, *table, *table_start;
+    const mk_query_group *groups; /* items */
+} mk_attention_job;
+
+typedef struct {
+    const char *name;
+    mk_range quantize, dequantize, quantize_rows, matmul, fold, rms_norm, rope, silu_mul, softmax, top_k, lse_parts,
+        attention;
+    void (*to_f16)(const float *x, uint16_t *out, long count);
+} mk_path;
+
+/* Floats of attention's running sums on the stack of a thread; a group of queries fits in them. */
+enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 32 };
+
+#define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
+
+void mk_run(mk_range range, const void *job, long items, int threads, int uneven);
+
+#if defined(__x86_64__) || defined(__i386__)
+#define MK_X86 1
+extern const mk_path mk_avx, mk_avx2, mk_avx2vnni, mk_avx512, mk_avx512vnni;
+#elif defined(__aarch64__)
+#define MK_ARM 1
+extern const mk_path mk_neon, mk_neondot;
+#endif
+extern const mk_path mk_scalar;
+
+/* MK_TARGET("avx2") ... MK_TARGET_END: the instruction set of a file, without compiler flags. */
+#define MK_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define MK_TARGET(set) MK_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define MK_TARGET_END MK_PRAGMA(clang attribute pop)
+#else
+#define MK_TARGET(set) MK_PRAGMA(GCC target(set))
+#define MK_TARGET_END
+#endif
+
+#define MK_INLINE static inline __attribute__((always_inline))
+
+#endif

@@ -1,0 +1,11 @@
+#include "path.h"
+
+#ifdef MK_X86
+MK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
+#define VEC_VNNI
+#include "vec_avx512.h"
+
+#define NAME avx512vnni
+#include "body.h"
+MK_TARGET_END
+#endif

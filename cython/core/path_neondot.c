@@ -1,0 +1,11 @@
+#include "path.h"
+
+#ifdef MK_ARM
+MK_TARGET("+dotprod")
+#define VEC_DOT
+#include "vec_neon.h"
+
+#define NAME neondot
+#include "body.h"
+MK_TARGET_END
+#endif

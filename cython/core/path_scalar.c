@@ -1,0 +1,4 @@
+#include "vec_scalar.h"
+
+#define NAME scalar
+#include "body.h"

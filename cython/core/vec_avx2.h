@@ -1,0 +1,102 @@
+/* The layer for AVX2 + FMA + F16C; with VEC_VNNI the integer products are AVX-VNNI's. */
+#ifndef MK_VEC_H
+#define MK_VEC_H
+
+#include "vec_ymm.h"
+
+typedef struct { __m256i lo, hi; } vi;
+typedef vi vb;
+
+#ifdef VEC_VNNI
+enum { VEC_ROWS = 4, VEC_Q8_BIAS = 128 };
+#else
+enum { VEC_ROWS = 4, VEC_Q8_BIAS = 0 };
+#endif
+
+
+MK_INLINE __m128i ymm_load(const void *p) { return _mm_loadu_si128(p); }
+MK_INLINE vf vf_load_f16(const uint16_t *p) {
+    return (vf){_mm256_cvtph_ps(ymm_load(p)), _mm256_cvtph_ps(ymm_load(p + 8))};
+}
+MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+#define YMM_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(ymm_load(p)), 16))
+MK_INLINE vf vf_load_bf16(const uint16_t *p) { return (vf){YMM_BF16(p), YMM_BF16(p + 8)}; }
+MK_INLINE vf vf_fma(vf a, vf b, vf c) {
+    return (vf){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+MK_INLINE vf vf_from(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+MK_INLINE vi vi_trunc(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
+MK_INLINE vi vi_bits(vf a) { return (vi){_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+MK_INLINE vi vi_set1(int32_t x) { __m256i v = _mm256_set1_epi32(x); return (vi){v, v}; }
+MK_INLINE vi vi_add(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+MK_INLINE vi vi_sub(vi a, vi b) { return (vi){_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+MK_INLINE vi vi_half(vi a) { return (vi){_mm256_srai_epi32(a.lo, 1), _mm256_srai_epi32(a.hi, 1)}; }
+MK_INLINE vf vf_pow2(vi a) {
+    a = vi_add(a, vi_set1(127));
+    return (vf){_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 23)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 23))};
+}
+MK_INLINE void vi_store_i8(int8_t *p, vi a) {
+    __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), _MM_SHUFFLE(3, 1, 2, 0));
+    _mm_storeu_si128((void *)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+MK_INLINE int32_t vi_sum(vi a) {
+    __m256i w = _mm256_add_epi32(a.lo, a.hi);
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
+}
+
+MK_INLINE vb vb_load(const uint8_t *p) {
+    return (vb){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
+}
+MK_INLINE vb vb_low(vb a) {
+    __m256i mask = _mm256_set1_epi8(15);
+    return (vb){_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+MK_INLINE vb vb_high(vb a) {
+    return vb_low((vb){_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
+}
+MK_INLINE __m256i ymm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm256_set1_epi32(v); }
+
+#ifdef VEC_VNNI
+MK_INLINE vb vb_signed(vb a) {
+    __m256i flip = _mm256_set1_epi8(-128);
+    return (vb){_mm256_xor_si256(a.lo, flip), _mm256_xor_si256(a.hi, flip)};
+}
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 8; g++) {
+        __m256i xg = ymm_x4(x + 4 * g);
+        start.lo = _mm256_dpbusd_avx_epi32(start.lo, w[g].lo, xg);
+        start.hi = _mm256_dpbusd_avx_epi32(start.hi, w[g].hi, xg);
+    }
+    return start;
+}
+#define vb_dot_s8 vb_dot_u4
+#else
+MK_INLINE vb vb_signed(vb a) { return a; }
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
+    __m256i lo = _mm256_setzero_si256(), hi = lo, one = _mm256_set1_epi16(1);
+    for (int g = 0; g < 8; g++) { /* 8 * 2 * 15 * 127 fits in 16 bits */
+        __m256i xg = ymm_x4(x + 4 * g);
+        lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w[g].lo, xg));
+        hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w[g].hi, xg));
+    }
+    return vi_add(start, (vi){_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)});
+}
+MK_INLINE __m256i ymm_dot(__m256i start, __m256i w, __m256i x) { /* |w| * (x with w's sign): 2 * 128 * 127 fits */
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 8; g++) {
+        __m256i xg = ymm_x4(x + 4 * g);
+        start = (vi){ymm_dot(start.lo, w[g].lo, xg), ymm_dot(start.hi, w[g].hi, xg)};
+    }
+    return start;
+}
+#endif
+
+#endif

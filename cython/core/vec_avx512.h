@@ -1,0 +1,91 @@
+/* The layer for AVX-512 (F, BW, VL, DQ); with VEC_VNNI the integer products are VNNI's. */
+#ifndef MK_VEC_H
+#define MK_VEC_H
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "path.h"
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __m512i vb;
+
+#ifdef VEC_VNNI
+enum { VEC_ROWS = 12, VEC_Q8_BIAS = 128 };
+#else
+enum { VEC_ROWS = 8, VEC_Q8_BIAS = 0 };
+#endif
+
+MK_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+MK_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+MK_INLINE vf vf_load_bf16(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+MK_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+MK_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
+MK_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+MK_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+MK_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+MK_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+MK_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+MK_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+MK_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+MK_INLINE vf vf_gt(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x); }
+MK_INLINE int vf_any_gt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+MK_INLINE vf vf_from(vi a) { return _mm512_cvtepi32_ps(a); }
+
+MK_INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+MK_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+MK_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+MK_INLINE vi vi_half(vi a) { return _mm512_srai_epi32(a, 1); }
+MK_INLINE vi vi_trunc(vf a) { return _mm512_cvttps_epi32(a); }
+MK_INLINE vi vi_bits(vf a) { return _mm512_castps_si512(a); }
+MK_INLINE vf vf_pow2(vi a) { return _mm512_castsi512_ps(_mm512_slli_epi32(vi_add(a, vi_set1(127)), 23)); }
+MK_INLINE void vi_store_i8(int8_t *p, vi a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(a)); }
+MK_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+
+#define ZMM_FOLD(op)                                                                                  \
+    __m256 w = _mm256_##op##_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));             \
+    __m128 x = _mm_##op##_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));                 \
+    x = _mm_##op##_ps(x, _mm_movehl_ps(x, x));                                                        \
+    return _mm_cvtss_f32(_mm_##op##_ss(x, _mm_movehdup_ps(x)));
+MK_INLINE float vf_hadd(vf a) { ZMM_FOLD(add) }
+MK_INLINE float vf_hmax(vf a) { ZMM_FOLD(max) }
+
+MK_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+MK_INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+MK_INLINE vb vb_high(vb a) { return vb_low(_mm512_srli_epi16(a, 4)); }
+MK_INLINE __m512i zmm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
+
+#ifdef VEC_VNNI
+MK_INLINE vb vb_signed(vb a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 8; g++) start = _mm512_dpbusd_epi32(start, w[g], zmm_x4(x + 4 * g));
+    return start;
+}
+#define vb_dot_s8 vb_dot_u4
+#else
+MK_INLINE vb vb_signed(vb a) { return a; }
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
+    __m512i pairs = _mm512_setzero_si512();
+    for (int g = 0; g < 8; g++) /* 8 * 2 * 15 * 127 fits in 16 bits */
+        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(w[g], zmm_x4(x + 4 * g)));
+    return vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 8; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
+        __m512i xg = zmm_x4(x + 4 * g);
+        xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w[g]), _mm512_setzero_si512(), xg);
+        __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w[g]), xg);
+        start = vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+    return start;
+}
+#endif
+
+#endif

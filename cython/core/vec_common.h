@@ -1,0 +1,46 @@
+/* What follows from the layer alone: parts of vectors, and exp. */
+
+/* The first `count` lanes (0..16) of p, the others `fill`. */
+static inline vf vf_load_part(const float *p, long count, float fill) {
+    float lanes[MK_TILE];
+    for (int j = 0; j < MK_TILE; j++) lanes[j] = fill;
+    memcpy(lanes, p, (size_t)count * sizeof *lanes);
+    return vf_load(lanes);
+}
+
+static inline void vf_store_part(float *p, vf a, long count) {
+    float lanes[MK_TILE];
+    vf_store(lanes, a);
+    memcpy(p, lanes, (size_t)count * sizeof *lanes);
+}
+
+/* Lanes i .. i + 15 of a row of d values, whatever lies beyond being `fill`. */
+MK_INLINE vf vf_row(const float *row, long i, long d, float fill) {
+    return i + MK_TILE <= d ? vf_load(row + i) : vf_load_part(row + i, d - i, fill);
+}
+
+MK_INLINE void vf_row_store(float *row, long i, long d, vf a) {
+    if (i + MK_TILE <= d) vf_store(row + i, a);
+    else vf_store_part(row + i, a, d - i);
+}
+
+/* e**x within 2 ulp: x = n ln 2 + r, e**r = 1 + r + r^2 P(r) (Cephes' expf).  NaN stays NaN; the scaling in two steps
+ * rounds once on its way through the denormals.  mpillm/kernels/lanes.py has the same constants. */
+MK_INLINE vf vf_exp(vf x) {
+    const vf high = vf_set1(89.0f), low = vf_set1(-105.0f), magic = vf_set1(0x1.8p23f), one = vf_set1(1.0f);
+    x = vf_gt(x, high, high, x);
+    x = vf_gt(low, x, low, x);
+    vf shifted = vf_add(vf_mul(x, vf_set1(1.44269504088896341f)), magic); /* its low bits are n, to nearest even */
+    vf n = vf_sub(shifted, magic);
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+    vf y = vf_add(vf_fma(p, vf_mul(r, r), r), one);
+    vi power = vi_sub(vi_bits(shifted), vi_bits(magic)), half = vi_half(power);
+    return vf_mul(vf_mul(y, vf_pow2(half)), vf_pow2(vi_sub(power, half)));
+}

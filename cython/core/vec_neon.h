@@ -1,0 +1,98 @@
+/* The layer for 64-bit Arm; with VEC_DOT the integer products are the dotprod extension's. */
+#ifndef MK_VEC_H
+#define MK_VEC_H
+
+#include <arm_neon.h>
+#include <string.h>
+
+#include "path.h"
+
+typedef struct { float32x4_t q[4]; } vf;
+typedef struct { int32x4_t q[4]; } vi;
+typedef struct { int8x16_t q[4]; } vb;
+
+enum { VEC_ROWS = 4, VEC_Q8_BIAS = 0 };
+
+#define QUARTERS for (int j = 0; j < 4; j++)
+#define VF(name, args, value) MK_INLINE vf name args { vf r; QUARTERS r.q[j] = (value); return r; }
+#define VI(name, args, value) MK_INLINE vi name args { vi r; QUARTERS r.q[j] = (value); return r; }
+#define VB(name, args, value) MK_INLINE vb name args { vb r; QUARTERS r.q[j] = (value); return r; }
+
+VF(vf_load, (const float *p), vld1q_f32(p + 4 * j))
+VF(vf_load_f16, (const uint16_t *p), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * j))))
+VF(vf_load_bf16, (const uint16_t *p), vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * j), 16)))
+MK_INLINE void vf_store(float *p, vf a) { QUARTERS vst1q_f32(p + 4 * j, a.q[j]); }
+MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    QUARTERS vst1_u16(p + 4 * j, vreinterpret_u16_f16(vcvt_f16_f32(a.q[j])));
+}
+VF(vf_set1, (float x), vdupq_n_f32(x))
+VF(vf_add, (vf a, vf b), vaddq_f32(a.q[j], b.q[j]))
+VF(vf_sub, (vf a, vf b), vsubq_f32(a.q[j], b.q[j]))
+VF(vf_mul, (vf a, vf b), vmulq_f32(a.q[j], b.q[j]))
+VF(vf_div, (vf a, vf b), vdivq_f32(a.q[j], b.q[j]))
+VF(vf_fma, (vf a, vf b, vf c), vfmaq_f32(c.q[j], a.q[j], b.q[j]))
+VF(vf_abs, (vf a), vabsq_f32(a.q[j]))
+MK_INLINE float32x4_t neon_max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); } /* as x86 */
+VF(vf_max, (vf a, vf b), neon_max(a.q[j], b.q[j]))
+VF(vf_gt, (vf a, vf b, vf x, vf y), vbslq_f32(vcgtq_f32(a.q[j], b.q[j]), x.q[j], y.q[j]))
+VF(vf_from, (vi a), vcvtq_f32_s32(a.q[j]))
+VF(vf_pow2, (vi a), vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(a.q[j], vdupq_n_s32(127)), 23)))
+MK_INLINE int vf_any_gt(vf a, vf b) {
+    uint32x4_t lo = vorrq_u32(vcgtq_f32(a.q[0], b.q[0]), vcgtq_f32(a.q[1], b.q[1]));
+    uint32x4_t hi = vorrq_u32(vcgtq_f32(a.q[2], b.q[2]), vcgtq_f32(a.q[3], b.q[3]));
+    return vmaxvq_u32(vorrq_u32(lo, hi)) != 0;
+}
+
+VI(vi_set1, (int32_t x), vdupq_n_s32(x))
+VI(vi_add, (vi a, vi b), vaddq_s32(a.q[j], b.q[j]))
+VI(vi_sub, (vi a, vi b), vsubq_s32(a.q[j], b.q[j]))
+VI(vi_half, (vi a), vshrq_n_s32(a.q[j], 1))
+VI(vi_trunc, (vf a), vcvtq_s32_f32(a.q[j]))
+VI(vi_bits, (vf a), vreinterpretq_s32_f32(a.q[j]))
+MK_INLINE void vi_store_i8(int8_t *p, vi a) {
+    int16x8_t lo = vcombine_s16(vmovn_s32(a.q[0]), vmovn_s32(a.q[1]));
+    int16x8_t hi = vcombine_s16(vmovn_s32(a.q[2]), vmovn_s32(a.q[3]));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(lo), vmovn_s16(hi)));
+}
+MK_INLINE int32_t vi_sum(vi a) {
+    return vaddvq_s32(vaddq_s32(vaddq_s32(a.q[0], a.q[1]), vaddq_s32(a.q[2], a.q[3])));
+}
+
+/* Lane j with lane j + 8, then + 4, + 2, + 1. */
+#define NEON_FOLD(op)                                                                  \
+    float32x4_t x = op(op(a.q[0], a.q[2]), op(a.q[1], a.q[3]));                        \
+    x = op(x, vextq_f32(x, x, 2));                                                     \
+    return vgetq_lane_f32(op(x, vextq_f32(x, x, 1)), 0);
+MK_INLINE float vf_hadd(vf a) { NEON_FOLD(vaddq_f32) }
+MK_INLINE float vf_hmax(vf a) { NEON_FOLD(neon_max) }
+
+VB(vb_load, (const uint8_t *p), vreinterpretq_s8_u8(vld1q_u8(p + 16 * j)))
+VB(vb_low, (vb a), vandq_s8(a.q[j], vdupq_n_s8(15)))
+VB(vb_high, (vb a), vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.q[j]), 4)))
+MK_INLINE vb vb_signed(vb a) { return a; }
+MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
+
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
+#ifdef VEC_DOT
+    for (int g = 0; g < 8; g++) {
+        int8x16_t xg = neon_x4(x + 4 * g);
+        QUARTERS start.q[j] = vdotq_s32(start.q[j], w[g].q[j], xg);
+    }
+    return start;
+#else
+    int32x4_t lo[4], hi[4]; /* pairs of the rows 0, 1 and 2, 3 of each quarter */
+    QUARTERS lo[j] = hi[j] = vdupq_n_s32(0);
+    for (int g = 0; g < 8; g++) {
+        int8x16_t xg = neon_x4(x + 4 * g);
+        QUARTERS {
+            lo[j] = vpadalq_s16(lo[j], vmull_s8(vget_low_s8(w[g].q[j]), vget_low_s8(xg)));
+            hi[j] = vpadalq_s16(hi[j], vmull_high_s8(w[g].q[j], xg));
+        }
+    }
+    QUARTERS start.q[j] = vaddq_s32(start.q[j], vpaddq_s32(lo[j], hi[j]));
+    return start;
+#endif
+}
+#define vb_dot_u4 vb_dot_s8
+
+#endif

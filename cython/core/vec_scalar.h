@@ -1,0 +1,67 @@
+/* The 16-lane layer in plain C: the definition that every other header must equal bit for bit.
+ *
+ * vf: 16 floats; vi: 16 int32; vb: 64 bytes, 4 of each of 16 rows. */
+#ifndef MK_VEC_H
+#define MK_VEC_H
+
+#include <math.h>
+
+#include "half.h"
+#include "path.h"
+
+typedef struct { float f[16]; } vf;
+typedef struct { int32_t i[16]; } vi;
+typedef struct { int8_t b[64]; } vb;
+
+enum { VEC_ROWS = 4 /* rows of x in a product's main tile */, VEC_Q8_BIAS = 0 };
+
+#define LANES for (int j = 0; j < 16; j++)
+#define VF(name, args, value) MK_INLINE vf name args { vf r; LANES r.f[j] = (value); return r; }
+#define VI(name, args, value) MK_INLINE vi name args { vi r; LANES r.i[j] = (int32_t)(value); return r; }
+
+VF(vf_load, (const float *p), p[j])
+VF(vf_load_f16, (const uint16_t *p), mk_from_f16(p[j]))
+VF(vf_load_bf16, (const uint16_t *p), mk_from_bf16(p[j]))
+MK_INLINE void vf_store(float *p, vf a) { LANES p[j] = a.f[j]; }
+MK_INLINE void vf_store_f16(uint16_t *p, vf a) { LANES p[j] = mk_to_f16(a.f[j]); }
+VF(vf_set1, (float x), x)
+VF(vf_add, (vf a, vf b), a.f[j] + b.f[j])
+VF(vf_sub, (vf a, vf b), a.f[j] - b.f[j])
+VF(vf_mul, (vf a, vf b), a.f[j] * b.f[j])
+VF(vf_div, (vf a, vf b), a.f[j] / b.f[j])
+VF(vf_fma, (vf a, vf b, vf c), fmaf(a.f[j], b.f[j], c.f[j]))
+VF(vf_abs, (vf a), mk_bits_float(mk_float_bits(a.f[j]) & 0x7fffffffu))
+VF(vf_max, (vf a, vf b), a.f[j] > b.f[j] ? a.f[j] : b.f[j])
+VF(vf_gt, (vf a, vf b, vf x, vf y), a.f[j] > b.f[j] ? x.f[j] : y.f[j]) /* a > b ? x : y */
+VF(vf_from, (vi a), (float)a.i[j])
+VF(vf_pow2, (vi a), mk_bits_float((uint32_t)(a.i[j] + 127) << 23)) /* 2^a, -126 <= a <= 127 */
+MK_INLINE int vf_any_gt(vf a, vf b) { int any = 0; LANES any |= a.f[j] > b.f[j]; return any; }
+
+VI(vi_set1, (int32_t x), x)
+VI(vi_add, (vi a, vi b), (uint32_t)a.i[j] + (uint32_t)b.i[j])
+VI(vi_sub, (vi a, vi b), (uint32_t)a.i[j] - (uint32_t)b.i[j])
+VI(vi_half, (vi a), a.i[j] >> 1) /* arithmetic shift */
+VI(vi_trunc, (vf a), a.f[j])     /* |a| < 2^31 */
+VI(vi_bits, (vf a), mk_float_bits(a.f[j]))
+MK_INLINE void vi_store_i8(int8_t *p, vi a) { LANES p[j] = (int8_t)a.i[j]; } /* |a| <= 127 */
+MK_INLINE int32_t vi_sum(vi a) { int32_t s = 0; LANES s += a.i[j]; return s; }
+
+/* Lane j with lane j + 8, then + 4, + 2, + 1. */
+#define FOLD(expression) for (int w = 8; w; w /= 2) for (int j = 0; j < w; j++) a.f[j] = (expression); return a.f[0];
+MK_INLINE float vf_hadd(vf a) { FOLD(a.f[j] + a.f[j + w]) }
+MK_INLINE float vf_hmax(vf a) { FOLD(a.f[j] > a.f[j + w] ? a.f[j] : a.f[j + w]) }
+
+MK_INLINE vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }
+MK_INLINE vb vb_low(vb a) { for (int j = 0; j < 64; j++) a.b[j] &= 15; return a; }
+MK_INLINE vb vb_high(vb a) { for (int j = 0; j < 64; j++) a.b[j] = (int8_t)((uint8_t)a.b[j] >> 4); return a; }
+MK_INLINE vb vb_signed(vb a) { return a; } /* a Q8_0 operand as vb_dot_s8 wants it: q + VEC_Q8_BIAS */
+
+/* start + sum over 8 groups of 4 of w * x; w unsigned nibbles, or signed bytes.  |x| <= 127. */
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 8; g++)
+        LANES for (int b = 0; b < 4; b++) start.i[j] += w[g].b[4 * j + b] * x[4 * g + b];
+    return start;
+}
+#define vb_dot_u4 vb_dot_s8
+
+#endif

@@ -1,0 +1,39 @@
+/* Floats of the layer in two 256-bit halves: what AVX and AVX2 have in common. */
+#include <immintrin.h>
+#include <string.h>
+
+#include "path.h"
+
+typedef struct { __m256 lo, hi; } vf;
+
+#define YMM(name, op) MK_INLINE vf name(vf a, vf b) { return (vf){op(a.lo, b.lo), op(a.hi, b.hi)}; }
+
+MK_INLINE vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MK_INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+MK_INLINE vf vf_set1(float x) { __m256 v = _mm256_set1_ps(x); return (vf){v, v}; }
+YMM(vf_add, _mm256_add_ps)
+YMM(vf_sub, _mm256_sub_ps)
+YMM(vf_mul, _mm256_mul_ps)
+YMM(vf_div, _mm256_div_ps)
+YMM(vf_max, _mm256_max_ps)
+
+MK_INLINE vf vf_abs(vf a) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return (vf){_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+
+#define YMM_GT(a, b) _mm256_cmp_ps(a, b, _CMP_GT_OQ)
+MK_INLINE vf vf_gt(vf a, vf b, vf x, vf y) {
+    return (vf){_mm256_blendv_ps(y.lo, x.lo, YMM_GT(a.lo, b.lo)), _mm256_blendv_ps(y.hi, x.hi, YMM_GT(a.hi, b.hi))};
+}
+MK_INLINE int vf_any_gt(vf a, vf b) {
+    return _mm256_movemask_ps(_mm256_or_ps(YMM_GT(a.lo, b.lo), YMM_GT(a.hi, b.hi))) != 0;
+}
+
+#define YMM_FOLD(op)                                                                                  \
+    __m256 w = _mm256_##op##_ps(a.lo, a.hi);                                                          \
+    __m128 x = _mm_##op##_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));                 \
+    x = _mm_##op##_ps(x, _mm_movehl_ps(x, x));                                                        \
+    return _mm_cvtss_f32(_mm_##op##_ss(x, _mm_movehdup_ps(x)));
+MK_INLINE float vf_hadd(vf a) { YMM_FOLD(add) }
+MK_INLINE float vf_hmax(vf a) { YMM_FOLD(max) }

@@ -1,0 +1,351 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, embedsignature=True
+"""The compiled kernels: each function checks its arguments, lets the GIL go and calls core/kernels.h.
+
+Shapes, layouts and words of errors are those of the NumPy twin, mpillm/kernels/reference.py.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t
+
+import numpy as np
+
+cdef extern from "core/kernels.h" nogil:
+    enum: MK_F32, MK_F16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_ACTIVATION, MK_KV_BLOCK, MK_MAX_HEAD_DIM
+    int mk_block(int type)
+    int mk_block_bytes(int type)
+    long mk_blocks(long columns, int block)
+    const char *mk_path_name(int index)
+    int mk_set_path(const char *name)
+    void mk_pack(int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int panels, uint8_t *out,
+                 int threads)
+    void mk_quantize(int type, const float *x, long stride, long n, long k, uint8_t *out, int threads)
+    void mk_dequantize(int type, const uint8_t *canonical, long n, long k, float *out, long stride, int threads)
+    void mk_quantize_rows(const float *x, long stride, long m, const int32_t *bounds, int panels, uint8_t *out,
+                          long out_bytes, int threads)
+    void mk_matmul(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const void *x,
+                   long x_stride, long m, float *out, long out_stride, long panel_stride, int threads)
+    void mk_fold(const float *parts, int panels, long m, long d, float *out, long stride, int threads)
+    void mk_rms_norm(const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
+                     long out_stride, int threads)
+    void mk_rope(float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
+                 int threads)
+    void mk_silu_mul(const float *gate, long gate_stride, const float *up, long up_stride, long m, long d, float *out,
+                     long out_stride, int threads)
+    void mk_softmax(float *x, long stride, long m, long d, int threads)
+    void mk_top_k(const float *x, long stride, long m, long n, long k, float *values, int32_t *ids, int threads)
+    void mk_lse_parts(const float *x, long stride, const float *inv_t, long m, const int32_t *bounds, int panels,
+                      float *out, int threads)
+    void mk_kv_store(int kv_type, const float *k, long k_stride, const float *v, long v_stride, const int32_t *block,
+                     const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd)
+    int mk_attention(int kv_type, const float *q, long q_stride, float *out, long out_stride, const void *kpool,
+                     const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
+                     const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale, int window,
+                     int threads)
+
+
+def available():
+    """Names of the paths this build has and this machine can run, slowest first."""
+    names = []
+    while mk_path_name(len(names)) != NULL:
+        names.append(mk_path_name(len(names)).decode())
+    return tuple(names)
+
+
+def set_path(str name):
+    """Use a path; ValueError if it is not among `available()`."""
+    if mk_set_path(name.encode()):
+        raise ValueError(f"this machine has no kernel path {name!r}")
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+cdef int require(str name, tuple want, tuple got) except -1:
+    if want != got:
+        raise ValueError(f"{name} must have shape {list(want)}, not {list(got)}")
+    return 0
+
+
+cdef int require_vector(str name, Py_ssize_t want, Py_ssize_t got) except -1:
+    if want != got:
+        raise ValueError(f"{name} must have shape [{want}], not [{got}]")
+    return 0
+
+
+cdef int require_rows(str name, const float[:, :] x, Py_ssize_t rows, Py_ssize_t width) except -1:
+    """A matrix with contiguous rows; a negative count is any."""
+    if (rows >= 0 and x.shape[0] != rows) or (width >= 0 and x.shape[1] != width):
+        want = [x.shape[0] if rows < 0 else rows, x.shape[1] if width < 0 else width]
+        raise ValueError(f"{name} must have shape {want}, not {[x.shape[0], x.shape[1]]}")
+    if (x.shape[1] > 1 and x.strides[1] != 4) or x.strides[0] % 4:
+        raise ValueError(f"{name} must have contiguous rows")
+    return 0
+
+
+cdef int require_type(int type) except -1:
+    if not 0 <= type < MK_TYPES:
+        raise ValueError(f"there is no block type {type}")
+    return 0
+
+
+cdef const int32_t[::1] check_bounds(bounds, long k, int block):
+    """Panel bounds as int32; they rise from 0 to k, and inner ones are multiples of `block`."""
+    cdef const int32_t[::1] edges = np.ascontiguousarray(bounds, np.int32)
+    cdef Py_ssize_t panels = edges.shape[0] - 1, i
+    if panels < 1 or panels & (panels - 1) or panels > 64:
+        raise ValueError(f"bounds must be P + 1 integers with P a power of two up to 64, not {len(edges)} integers")
+    for i in range(panels):
+        if edges[0] or edges[panels] != k or edges[i + 1] < edges[i]:
+            raise ValueError(f"bounds must rise from 0 to k = {k}: {list(edges)}")
+        if edges[i] % block:
+            raise ValueError(f"inner bounds of a quantised matrix must be multiples of {block}: {list(edges)}")
+    return edges
+
+
+cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
+    cdef long blocks = 0
+    cdef Py_ssize_t i
+    for i in range(edges.shape[0] - 1):
+        blocks += mk_blocks(edges[i + 1] - edges[i], block)
+    return blocks
+
+
+cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
+    return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_block_bytes(type)
+
+
+cdef int require_pools(int kv_type, kpool, vpool, int kvh, int hd) except -1:
+    """Contiguous pools of the element type and the shape that are asked for."""
+    cdef const float[:, :, :, ::1] floats
+    cdef const uint16_t[:, :, :, ::1] halves
+    if kv_type != MK_F32 and kv_type != MK_F16:
+        raise ValueError(f"the KV cache holds F32 or F16, not block type {kv_type}")
+    if not 0 < hd <= MK_MAX_HEAD_DIM:
+        raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {hd}")
+    for pool in (kpool, vpool):
+        if kv_type == MK_F32:
+            floats = pool
+        else:
+            halves = pool
+    require("kpool", (len(kpool), kvh, hd, MK_KV_BLOCK), kpool.shape)
+    require("vpool", (len(kpool), kvh, MK_KV_BLOCK, hd), vpool.shape)
+    return 0
+
+
+cdef int require_range(str name, const int32_t[::1] values, int limit) except -1:
+    cdef Py_ssize_t i
+    for i in range(values.shape[0]):
+        if not 0 <= values[i] < limit:
+            raise ValueError(f"{name} must be within 0..{limit - 1}")
+    return 0
+
+
+cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const int32_t[::1] start, int window,
+                        Py_ssize_t pool) except -1:
+    """Every block that a row will read is in its table and in the pool."""
+    cdef Py_ssize_t row, first, last, b, low = 0, high = -1
+    for row in range(pos.shape[0]):
+        if pos[row] < 0 or start[row] < 0 or start[row] + pos[row] // MK_KV_BLOCK >= table.shape[0]:
+            raise ValueError(f"row {row}: position {pos[row]} lies outside its block table of "
+                             f"{table.shape[0] - start[row]} blocks")
+        first = (pos[row] - window + 1) // MK_KV_BLOCK if window and pos[row] >= window else 0
+        last = pos[row] // MK_KV_BLOCK
+        if row == 0 or start[row] != start[row - 1] or first < low:  # blocks low..high of the last sequence are fine
+            low, high = first, first - 1
+        for b in range(max(first, high + 1), last + 1):
+            if not 0 <= table[start[row] + b] < pool:
+                raise ValueError(f"row {row}: the block table names a block outside the pool of {pool}")
+        high = max(high, last)
+    return 0
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------
+
+
+def pack(int type, const uint8_t[:, ::1] canonical, long k, bounds, uint8_t[::1] out, int threads=1):
+    require_type(type)
+    cdef const int32_t[::1] edges = check_bounds(bounds, k, mk_block(type))
+    cdef long n = canonical.shape[0]
+    require("canonical", (n, mk_blocks(k, mk_block(type)) * mk_block_bytes(type)), (n, canonical.shape[1]))
+    require_vector("out", packed_bytes(type, n, edges), out.shape[0])
+    with nogil:
+        mk_pack(type, &canonical[0, 0], n, k, &edges[0], <int>edges.shape[0] - 1, &out[0], threads)
+
+
+def quantize(int type, const float[:, :] x, uint8_t[:, ::1] out, int threads=1):
+    require_type(type)
+    if type != MK_Q8_0 and type != MK_Q4_0:
+        raise ValueError(f"quantize makes Q8_0 or Q4_0, not block type {type}")
+    require_rows("x", x, -1, -1)
+    require("out", (x.shape[0], mk_blocks(x.shape[1], MK_BLOCK) * mk_block_bytes(type)), (out.shape[0], out.shape[1]))
+    with nogil:
+        mk_quantize(type, &x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], &out[0, 0], threads)
+
+
+def dequantize(int type, const uint8_t[:, ::1] canonical, long k, float[:, :] out, int threads=1):
+    require_type(type)
+    cdef long n = canonical.shape[0]
+    require("canonical", (n, mk_blocks(k, mk_block(type)) * mk_block_bytes(type)), (n, canonical.shape[1]))
+    require_rows("out", out, n, k)
+    with nogil:
+        mk_dequantize(type, &canonical[0, 0], n, k, &out[0, 0], out.strides[0] // 4, threads)
+
+
+def quantize_rows(const float[:, :] x, bounds, uint8_t[:, ::1] out, int threads=1):
+    require_rows("x", x, -1, -1)
+    cdef const int32_t[::1] edges = check_bounds(bounds, x.shape[1], 1)
+    require("out", (x.shape[0], count_blocks(edges, MK_BLOCK) * MK_ACTIVATION), (out.shape[0], out.shape[1]))
+    with nogil:
+        mk_quantize_rows(&x[0, 0], x.strides[0] // 4, x.shape[0], &edges[0], <int>edges.shape[0] - 1, &out[0, 0],
+                         out.shape[1], threads)
+
+
+def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True):
+    require_type(type)
+    cdef const int32_t[::1] edges = check_bounds(bounds, k, mk_block(type))
+    cdef int panels = <int>edges.shape[0] - 1
+    cdef const uint8_t[:, ::1] blocks
+    cdef const float[:, :] rows
+    cdef float[:, :] folded
+    cdef float[:, :, ::1] parts
+    cdef const void *from_
+    cdef float *to
+    cdef long m, x_stride, out_stride, panel_stride = 0
+    require_vector("w", packed_bytes(type, n, edges), w.shape[0])
+    if mk_block(type) > 1:
+        blocks = x
+        m, x_stride, from_ = blocks.shape[0], blocks.shape[1], &blocks[0, 0]
+        require("x", (m, count_blocks(edges, MK_BLOCK) * MK_ACTIVATION), (m, blocks.shape[1]))
+    else:
+        rows = x
+        require_rows("x", rows, -1, k)
+        m, x_stride, from_ = rows.shape[0], rows.strides[0] // 4, &rows[0, 0]
+    if fold:
+        folded = out
+        require_rows("out", folded, m, n)
+        out_stride, to = folded.strides[0] // 4, &folded[0, 0]
+    else:
+        parts = out
+        require("out", (panels, m, n), (parts.shape[0], parts.shape[1], parts.shape[2]))
+        out_stride, panel_stride, to = n, m * n, &parts[0, 0, 0]
+    if m and n:
+        with nogil:
+            mk_matmul(type, &w[0], n, &edges[0], panels, from_, x_stride, m, to, out_stride, panel_stride, threads)
+
+
+def fold(const float[:, :, ::1] parts, float[:, :] out, int threads=1):
+    cdef int count = <int>parts.shape[0]
+    if count < 1 or count & (count - 1) or count > 64:
+        raise ValueError("parts must be [P, m, d] with P a power of two up to 64, "
+                         f"not {(count, parts.shape[1], parts.shape[2])}")
+    require_rows("out", out, parts.shape[1], parts.shape[2])
+    with nogil:
+        mk_fold(&parts[0, 0, 0], count, parts.shape[1], parts.shape[2], &out[0, 0], out.strides[0] // 4, threads)
+
+
+def rms_norm(const float[:, :] x, const float[::1] w, float eps, float[:, :] out, int threads=1):
+    require_rows("x", x, -1, -1)
+    require_vector("w", x.shape[1], w.shape[0])
+    require_rows("out", out, x.shape[0], x.shape[1])
+    with nogil:
+        mk_rms_norm(&x[0, 0], x.strides[0] // 4, &w[0], eps, x.shape[0], x.shape[1], &out[0, 0],
+                    out.strides[0] // 4, threads)
+
+
+def rope(float[:, :] x, const float[:, ::1] cos, const float[:, ::1] sin, int heads, int hd, int threads=1):
+    require_rows("x", x, -1, <Py_ssize_t>heads * hd)
+    if hd % 2:
+        raise ValueError(f"rope needs an even head dimension, not {hd}")
+    require("cos", (x.shape[0], hd // 2), (cos.shape[0], cos.shape[1]))
+    require("sin", (x.shape[0], hd // 2), (sin.shape[0], sin.shape[1]))
+    with nogil:
+        mk_rope(&x[0, 0], x.strides[0] // 4, &cos[0, 0], &sin[0, 0], x.shape[0], heads, hd, threads)
+
+
+def silu_mul(const float[:, :] gate, const float[:, :] up, float[:, :] out, int threads=1):
+    require_rows("gate", gate, -1, -1)
+    require_rows("up", up, gate.shape[0], gate.shape[1])
+    require_rows("out", out, gate.shape[0], gate.shape[1])
+    with nogil:
+        mk_silu_mul(&gate[0, 0], gate.strides[0] // 4, &up[0, 0], up.strides[0] // 4, gate.shape[0], gate.shape[1],
+                    &out[0, 0], out.strides[0] // 4, threads)
+
+
+def softmax(float[:, :] x, int threads=1):
+    require_rows("x", x, -1, -1)
+    with nogil:
+        mk_softmax(&x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], threads)
+
+
+def kv_store(int kv_type, const float[:, :] k, const float[:, :] v, const int32_t[::1] block,
+             const int32_t[::1] offset, kpool, vpool, int kvh, int hd):
+    cdef float[:, :, :, ::1] kfloats, vfloats
+    cdef uint16_t[:, :, :, ::1] khalves, vhalves
+    cdef void *keys
+    cdef void *values
+    require_rows("k", k, -1, <Py_ssize_t>kvh * hd)
+    require_rows("v", v, k.shape[0], <Py_ssize_t>kvh * hd)
+    require_pools(kv_type, kpool, vpool, kvh, hd)
+    require_vector("block", k.shape[0], block.shape[0])
+    require_vector("offset", k.shape[0], offset.shape[0])
+    require_range("block", block, <int>len(kpool))
+    require_range("offset", offset, MK_KV_BLOCK)
+    if kv_type == MK_F32:
+        kfloats, vfloats = kpool, vpool
+        keys, values = &kfloats[0, 0, 0, 0], &vfloats[0, 0, 0, 0]
+    else:
+        khalves, vhalves = kpool, vpool
+        keys, values = &khalves[0, 0, 0, 0], &vhalves[0, 0, 0, 0]
+    with nogil:
+        mk_kv_store(kv_type, &k[0, 0], k.strides[0] // 4, &v[0, 0], v.strides[0] // 4, &block[0], &offset[0],
+                    k.shape[0], keys, values, kvh, hd)
+
+
+def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, const int32_t[::1] pos,
+              const int32_t[::1] table, const int32_t[::1] table_start, const int32_t[::1] kv_of_head, int kvh, int hd,
+              float scale, int window, int threads=1):
+    cdef const float[:, :, :, ::1] kfloats, vfloats
+    cdef const uint16_t[:, :, :, ::1] khalves, vhalves
+    cdef const void *keys
+    cdef const void *values
+    cdef int heads = <int>kv_of_head.shape[0], failed
+    require_rows("q", q, -1, <Py_ssize_t>heads * hd)
+    require_rows("out", out, q.shape[0], <Py_ssize_t>heads * hd)
+    require_pools(kv_type, kpool, vpool, kvh, hd)
+    require_vector("pos", q.shape[0], pos.shape[0])
+    require_vector("table_start", q.shape[0], table_start.shape[0])
+    require_range("kv_of_head", kv_of_head, kvh)
+    require_tables(pos, table, table_start, window, len(kpool))
+    if kv_type == MK_F32:
+        kfloats, vfloats = kpool, vpool
+        keys, values = &kfloats[0, 0, 0, 0], &vfloats[0, 0, 0, 0]
+    else:
+        khalves, vhalves = kpool, vpool
+        keys, values = &khalves[0, 0, 0, 0], &vhalves[0, 0, 0, 0]
+    with nogil:
+        failed = mk_attention(kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, keys, values,
+                              &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, scale,
+                              window, threads)
+    if failed:
+        raise MemoryError("attention")
+
+
+def top_k(const float[:, :] x, long k, float[:, ::1] values, int32_t[:, ::1] ids, int threads=1):
+    require_rows("x", x, -1, -1)
+    require("values", (x.shape[0], k), (values.shape[0], values.shape[1]))
+    require("ids", (x.shape[0], k), (ids.shape[0], ids.shape[1]))
+    with nogil:
+        mk_top_k(&x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], k, &values[0, 0], &ids[0, 0], threads)
+
+
+def lse_parts(const float[:, :] x, const float[::1] inv_t, bounds, float[:, :, ::1] out, int threads=1):
+    require_rows("x", x, -1, -1)
+    cdef const int32_t[::1] edges = np.ascontiguousarray(bounds, np.int32)
+    cdef Py_ssize_t panels = edges.shape[0] - 1, i
+    for i in range(max(panels, 1)):
+        if panels < 1 or edges[0] < 0 or edges[panels] > x.shape[1] or edges[i + 1] < edges[i]:
+            raise ValueError(f"bounds must rise within 0..{x.shape[1]}: {list(edges)}")
+    require_vector("inv_t", x.shape[0], inv_t.shape[0])
+    require("out", (x.shape[0], panels, 3), (out.shape[0], out.shape[1], out.shape[2]))
+    with nogil:
+        mk_lse_parts(&x[0, 0], x.strides[0] // 4, &inv_t[0], x.shape[0], &edges[0], <int>panels, &out[0, 0, 0],
+                     threads)

@@ -1,0 +1,51 @@
+"""Builds the compiled kernels; everything else about the package is in pyproject.toml.
+
+The kernels are optional: without a C compiler or Python's headers the package still installs, and NumPy serves.
+"""
+
+from __future__ import annotations
+
+from glob import glob
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
+
+# No -march: each instruction set has its own file with its own target, chosen at run time.  Contraction would let
+# the compiler fuse what must round twice; the kernels' bits are the same on every machine.
+FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError)
+
+
+class Build(build_ext):
+    """With OpenMP where the compiler has it; a failure costs the compiled kernels and nothing else."""
+
+    def build_extension(self, ext: Extension) -> None:
+        flags = ext.extra_compile_args
+        try:
+            ext.extra_compile_args, ext.extra_link_args = [*flags, "-fopenmp"], ["-fopenmp"]
+            super().build_extension(ext)
+        except FAILURES as error:
+            self.announce(f"no OpenMP ({error}); trying without", level=2)
+            ext.extra_compile_args, ext.extra_link_args = flags, []
+            super().build_extension(ext)
+
+
+def kernels() -> list[Extension]:
+    """The extension, or nothing where Cython is missing (a build without isolation)."""
+    try:
+        from Cython.Build import cythonize
+    except ImportError:
+        print("mpillm: no Cython, so the kernels are not compiled and NumPy serves")
+        return []
+    extension = Extension(
+        "mpillm.kernels._compiled",
+        sources=["cython/kernels.pyx", *sorted(glob("cython/core/*.c"))],
+        depends=sorted(glob("cython/core/*.h")),
+        extra_compile_args=FLAGS,
+        optional=True,
+    )
+    return cythonize([extension], quiet=True)
+
+
+setup(ext_modules=kernels(), cmdclass={"build_ext": Build})
