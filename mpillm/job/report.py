@@ -12,6 +12,7 @@ import msgspec
 
 from ..errors import JobError
 from .output import replacing
+from .spec import shown_bytes
 
 JSON, HTML = "report.json", "report.html"
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
@@ -171,7 +172,7 @@ def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: 
     parts.append(_rank_table(report))
     parts.append("<h2>Wire</h2>")
     rows = [
-        (kind, _bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")
+        (kind, shown_bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")
         for kind, count in report.wire_bytes().items()
     ]
     parts.append(_table(("message", "sent by all ranks", "bytes per token"), rows))
@@ -191,8 +192,8 @@ def _rank_table(report: Report) -> str:
     for rank in report.ranks:
         place = f"stage {rank.stage}, shard {rank.shard}: {rank.layers} layers"
         row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
-        row += [_bytes(rank.weights.get(key, 0)) for key in ("share", "budget", "peak")]
-        row += [_bytes(rank.kv.get("bytes", 0)), _bytes(rank.memory_peak)]
+        row += [shown_bytes(rank.weights.get(key, 0)) for key in ("share", "budget", "peak")]
+        row += [shown_bytes(rank.kv.get("bytes", 0)), shown_bytes(rank.memory_peak)]
         row += [f"{rank.weights.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
         rows.append([*row, f"{rank.weights.get('stall_seconds', 0.0):.2f}"])
     return _table(head, rows)
@@ -203,14 +204,6 @@ def _table(head: Sequence[str], rows: Any) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     return "<table>" + row(head, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _plots(report: Report) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,191 @@
+"""Before a run: which layout, what each rank will hold, what will travel. Reads the model's headers, and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from ..comm import grid
+from ..comm.grid import Place, Shape
+from ..kernels import KV_BLOCK, BlockType
+from ..model.config import ModelConfig
+from ..model.kv import block_nbytes
+from ..weights.cache import fixed_part, minimum_budget
+from ..weights.layer import check_tensors, rank_plans
+from ..weights.source import Source, column_unit
+from .spec import Spec, shown_bytes
+
+
+class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank will hold. Bytes."""
+
+    rank: int
+    stage: int
+    shard: int
+    layers: tuple[int, int]  # first, and the one behind the last
+    weights_share: int  # all that it is responsible for
+    weights_held: int  # at most
+    weights_least: int  # the smallest memory.weights that works here
+    weights_streamed: int  # read anew for every step
+    kv_token: int  # for each token in the cache
+    kv_held: int  # at most
+
+    @property
+    def held(self) -> int:
+        """Weights and KV cache together."""
+        return self.weights_held + self.kv_held
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A job on so many ranks. `problems` has a sentence for each thing that keeps it from running."""
+
+    model: str
+    architecture: str
+    stages: int
+    shards: int
+    layouts: list[tuple[int, int]]  # all that work, (stages, shards)
+    kv_type: str
+    kv_tokens: int  # that the KV cache holds
+    max_context: int
+    wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
+    wire_f32: float  # what all of it would be as float32
+    ranks: list[RankPlan]
+    problems: list[str]
+
+
+def make_plan(
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    ranks: int,
+    ranks_per_host: Sequence[int] | None = None,
+) -> Plan:
+    """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
+    shape = config.shape(column_unit(source))
+    check_tensors(source, shape, config)
+    stages, shards = grid.choose(shape, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
+    kv_type = BlockType[spec.kv_type(quantised=shape.unit > 1).upper()]
+    places = [Place(rank, stages, shards) for rank in range(ranks)]
+    blocks = {place: _kv_block(shape, place, kv_type) for place in places}
+    n_blocks = spec.memory.kv_bytes // max(blocks.values())
+    plans = [_rank(spec, source, config, shape, place, blocks[place], n_blocks) for place in places]
+    return Plan(
+        model=spec.model,
+        architecture=config.architecture,
+        stages=stages,
+        shards=shards,
+        layouts=grid.layouts(shape, ranks),
+        kv_type=kv_type.name.lower(),
+        kv_tokens=n_blocks * KV_BLOCK,
+        max_context=min(spec.memory.max_context, config.max_position),
+        wire=wire_bytes(shape, stages, shards, BlockType[spec.wire.activations.upper()]),
+        wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32).values()),
+        ranks=plans,
+        problems=list(_problems(spec, plans, n_blocks, max(blocks.values()))),
+    )
+
+
+def wire_bytes(shape: Shape, stages: int, shards: int, wire: BlockType) -> dict[str, float]:
+    """Bytes of activations that all ranks together send for each token, by kind of message.
+
+    In a stage every shard sends its part to every other one, twice a layer (after attention and after the
+    feed-forward block); between stages every shard sends the hidden state to its like.
+    """
+    row = wire.row_bytes(shape.hidden)
+    return {
+        "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * row),
+        "pipe": float((stages - 1) * shards * row),
+    }
+
+
+def _kv_block(shape: Shape, place: Place, kv_type: BlockType) -> int:
+    layers, heads = len(grid.stage_layers(shape, place)), len(grid.own_kv_heads(shape, place))
+    return block_nbytes(layers, heads, shape.head_dim, kv_type)
+
+
+def _rank(
+    spec: Spec, source: Source, config: ModelConfig, shape: Shape, place: Place, block: int, n_blocks: int
+) -> RankPlan:
+    items = rank_plans(shape, place, source, config)
+    share = sum(item.nbytes for item in items)
+    least = minimum_budget(items)
+    budget = spec.memory.weights_bytes
+    streamed = 0
+    if budget is not None and least <= budget < share:
+        fixed = fixed_part(items, budget) if spec.memory.policy == "cycle" else frozenset()
+        streamed = share - sum(items[index].nbytes for index in fixed)
+    layers = grid.stage_layers(shape, place)
+    return RankPlan(
+        rank=place.rank,
+        stage=place.stage,
+        shard=place.shard,
+        layers=(layers.start, layers.stop),
+        weights_share=share,
+        weights_held=share if budget is None else min(budget, share),
+        weights_least=least,
+        weights_streamed=streamed,
+        kv_token=block // KV_BLOCK,
+        kv_held=n_blocks * block,
+    )
+
+
+def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) -> Iterator[str]:
+    budget = spec.memory.weights_bytes
+    least = max(rank.weights_least for rank in ranks)
+    if budget is not None and budget < least:
+        yield (
+            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {least} bytes "
+            f"({shown_bytes(least)}) for two neighbouring layers; raise it or use more shards."
+        )
+    if not n_blocks:
+        yield (
+            f"memory.kv = {spec.memory.kv} is too small: {KV_BLOCK} tokens take {block} bytes ({shown_bytes(block)}) "
+            "on some rank; raise it."
+        )
+
+
+def table(plan: Plan) -> str:
+    """The plan as text."""
+    return "\n".join(_table(plan))
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    ranks = len(plan.ranks)
+    others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
+    yield f"model     {plan.model} ({plan.architecture})"
+    yield f"layout    {_layout(plan.stages, plan.shards)} on {_count(ranks, 'rank')}"
+    if others:
+        yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"
+    contexts = plan.kv_tokens / plan.max_context
+    yield (
+        f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
+        f"{plan.max_context} tokens at once"
+    )
+    total = sum(plan.wire.values())
+    if total:
+        parts = ", ".join(f"{kind} {count:.0f}" for kind, count in plan.wire.items() if count)
+        saved = 100 * (1 - total / plan.wire_f32)
+        less = f"; {saved:.1f} % less than float32" if saved else ""
+        yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
+    yield ""
+    head = ["rank", "stage", "shard", "layers", "weights: share", "held", "at least", "read per step"]
+    rows = [[*head, "KV per token", "KV held", "in all"]]
+    for rank in plan.ranks:
+        weights = [rank.weights_share, rank.weights_held, rank.weights_least, rank.weights_streamed]
+        sizes = [*weights, rank.kv_token, rank.kv_held, rank.held]
+        layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
+        rows.append([str(rank.rank), str(rank.stage), str(rank.shard), layers, *map(shown_bytes, sizes)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    yield ""
+    yield from plan.problems or ["It fits, where every rank finds the memory of its last column."]
+
+
+def _layout(stages: int, shards: int) -> str:
+    return f"{_count(stages, 'stage')} x {_count(shards, 'shard')}"
+
+
+def _count(number: int, kind: str) -> str:
+    return f"{number} {kind}{'' if number == 1 else 's'}"
