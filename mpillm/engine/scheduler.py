@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpillm.engine.sequence import Sequence
-from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 
 
@@ -16,7 +15,6 @@ class Limits:
     """What a step and the KV cache can take."""
 
     n_blocks: int  # KV blocks of `KV_BLOCK` tokens, the same number on every rank
-    block_nbytes: int  # of the rank whose blocks are largest, for the arithmetic of refusals
     max_sequences: int  # in one step
     max_tokens: int  # in one step
     micro_batches: int  # steps in flight at once: one for each stage keeps all of them busy
@@ -25,17 +23,6 @@ class Limits:
 def blocks_for(tokens: int) -> int:
     """KV blocks that hold `tokens` tokens."""
     return -(-tokens // KV_BLOCK)
-
-
-def check(sequence: Sequence, limits: Limits) -> None:
-    """Refuse (RequestError) what could never run, even alone."""
-    need, have, nbytes = blocks_for(sequence.max_length), limits.n_blocks, limits.block_nbytes
-    if need > have:
-        raise RequestError(
-            f"the request needs {need} KV blocks of {KV_BLOCK} tokens for {sequence.max_length} tokens "
-            f"({need} x {nbytes} = {need * nbytes} bytes per rank), but memory.kv holds {have} "
-            f"({have * nbytes} bytes); raise memory.kv or shorten the request"
-        )
 
 
 class Scheduler:
@@ -93,6 +80,7 @@ class Scheduler:
         while self._next is not None and len(self.running) < most:
             sequence = self._next
             need = blocks_for(sequence.max_length)
+            assert need <= self.limits.n_blocks, "a job refuses beforehand what could never run"
             if need > len(self._free):
                 return
             sequence.blocks = [self._free.pop() for _ in range(need)]

@@ -1,0 +1,108 @@
+"""What a run looks like in a terminal or a log file: progress on stderr, answers and the summary on stdout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mpillm.job import report
+from mpillm.job.progress import Bar
+
+# Under mpiexec stderr is a pipe, most often to a terminal, sometimes to a file that somebody reads tomorrow.
+SECONDS_BETWEEN = {True: 0.2, False: 2.0}
+FEW, SOME = 8, 3  # answers shown: all of a few, some of many
+LONGEST = 400  # characters of an answer shown
+
+
+class _Bar:
+    """tqdm with the rate that matters: tokens computed a second, prompts' and generated."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def update(self, answered: int, tokens: int) -> None:
+        elapsed = self._bar.format_dict["elapsed"]
+        if elapsed > 0:
+            self._bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+        self._bar.update(answered)
+
+
+class Console:
+    """A `Progress` for people."""
+
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
+        self._download: tqdm | None = None
+
+    def say(self, line: str) -> None:
+        """One line on stderr, from rank 0."""
+        if self._speaks:
+            tqdm.write(f"mpillm: {line}", file=sys.stderr)
+
+    def downloading(self, done: int, total: int) -> None:
+        """A bar of bytes."""
+        if not self._speaks:
+            return
+        if self._download is None:
+            self._download = self._bar(total=total or None, desc="model", unit="B", unit_scale=True)
+        self._download.update(done - self._download.n)
+        if total and done >= total:
+            self._download.close()
+            self._download = None
+
+    @contextmanager
+    def requests(self, total: int) -> Iterator[Bar]:
+        """A bar of requests, with rate and time left."""
+        with self._bar(total=total, desc="requests", unit="req") as bar:
+            yield _Bar(bar)
+
+    def finish(self, made: report.Report, directory: Path) -> None:
+        """The answers (a job's first ones, if it has many), and where the rest is."""
+        path = directory / "results.jsonl"
+        with path.open(encoding="utf-8") as lines:
+            shown = FEW if made.requests.total <= FEW else SOME
+            for line in itertools.islice(lines, shown):
+                print(_answer(json.loads(line)))
+        if made.requests.total > shown:
+            print(f"... and {made.requests.total - shown} more in {path}")
+        sys.stdout.flush()
+        for line in report.summary(made):
+            self.say(line)
+        self.say(f"The results are in {path}.")
+
+    def _bar(self, **settings: object) -> tqdm:
+        return tqdm(
+            file=sys.stderr,
+            disable=not self._speaks,
+            mininterval=SECONDS_BETWEEN[sys.stderr.isatty()],
+            dynamic_ncols=sys.stderr.isatty(),
+            **settings,
+        )
+
+
+def _answer(result: dict[str, Any]) -> str:
+    """One line of results.jsonl as a person reads it."""
+    body = result["response"]["body"]
+    if "error" in body:
+        texts = [f"ERROR: {body['error']['message']}"]
+    elif "data" in body:
+        texts = [_described(item["embedding"]) for item in body["data"]]
+    else:
+        texts = [choice.get("text") or choice.get("message", {}).get("content") or "" for choice in body["choices"]]
+    shown = [textwrap.shorten(text, LONGEST, placeholder=" ...") for text in texts]
+    return f"{result['custom_id']}: " + " | ".join(shown)
+
+
+def _described(embedding: list[float] | str) -> str:
+    if isinstance(embedding, str):
+        return f"an embedding of {len(embedding)} base64 characters"
+    begin = ", ".join(f"{value:.4f}" for value in embedding[:4])
+    return f"[{begin}, ...] ({len(embedding)} numbers)"

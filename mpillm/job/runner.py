@@ -1,0 +1,220 @@
+"""A job from its file to its results: rank 0 reads, asks and writes, all others follow."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .. import __version__
+from ..comm.world import World
+from ..engine.engine import Engine, follow
+from ..engine.sequence import Completion, Request
+from ..errors import MpillmError
+from ..kernels import KV_BLOCK
+from ..text import load_tokenizer
+from . import catalogue, report, requests, results
+from .journal import Journal, began
+from .output import Claim
+from .progress import Progress
+from .requests import Batch
+from .session import Session
+from .spec import Spec
+from .work import Model, Work
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
+
+
+def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
+    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong."""
+    begun = time.monotonic()
+    with ExitStack() as stack:
+        claim = None
+        with world.together():
+            if world.rank == 0:
+                claim = stack.enter_context(Claim(spec.output_path))
+        model = _model_path(world, spec, progress)
+        session = stack.enter_context(closing(Session(world, spec, model)))
+        leader = None
+        with world.together():
+            if claim is not None:
+                leader = stack.enter_context(closing(Leader(session, spec, model, claim, progress)))
+        if leader is None:
+            if follow(session.worker, session.channel) == 0:
+                world.gather(session.statistics())
+            return None
+        return leader.run(begun)
+
+
+def _model_path(world: World, spec: Spec, progress: Progress) -> Path:
+    """Where the model is: rank 0 fetches it if need be, then every rank looks for it on its own node."""
+    for ranks in (range(1), range(1, world.size)):
+        with world.together():
+            if world.rank in ranks:
+                path = catalogue.resolve(spec.model, progress.downloading)
+    return path
+
+
+@dataclass
+class _Pending:
+    """A line whose choices are being computed."""
+
+    work: Work
+    missing: int
+    completions: list[Completion | None] = field(default_factory=list)
+
+
+class Leader:
+    """Rank 0's side of a run: requests in, results out."""
+
+    def __init__(self, session: Session, spec: Spec, model: Path, claim: Claim, progress: Progress) -> None:
+        """Check the input and open the journal; MpillmError if either cannot be used."""
+        self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
+        self._path = model
+        self._phases: dict[str, float] = {}
+        self._clock = time.monotonic()
+        config, source = session.config, session.source
+        since = began(claim)
+        tokenizer = load_tokenizer(source.tokenizer, config.vocab, lambda: since)
+        self._model = Model(
+            vocab=config.vocab,
+            max_position=config.max_position,
+            end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
+            kv_tokens=session.limits.n_blocks * KV_BLOCK,
+            kv_token_bytes=session.kv_token_nbytes,
+            text=tokenizer,
+        )
+        self._batch: Batch = requests.check(spec.input_path, spec, self._model)
+        size, digest = session.fingerprint
+        identity = {"model": digest, "model_bytes": size, **spec.identity()}
+        self._journal = Journal(claim, identity, self._batch.lines)
+        self._pending: dict[str, _Pending] = {}
+        self._timeline: list[tuple[float, int, int]] = []
+        self._warnings = [*self._journal.damage, *self._model_names()]
+        self._phase("prepare")
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    def run(self, begun: float) -> report.Report:
+        """Compute what is not done yet, and write the results; the followers are sent home whatever happens."""
+        session, journal = self._session, self._journal
+        engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+        for warning in self._warnings:
+            self._progress.say(warning)
+        try:
+            self._compute(engine)
+        except MpillmError as error:
+            engine.stop(error.exit_code)
+            raise
+        engine.stop(0)
+        ranks = session.world.gather(session.statistics())
+        self._phase("compute")
+        lines, directory = self._batch.lines, self._claim.directory
+        errors = results.write_jsonl(directory, lines, journal)
+        results.write_hdf5(directory, lines, journal, self._metadata())
+        self._phase("write")
+        made = report.Report(
+            model=self._describe_model(),
+            job=msgspec.to_builtins(self._spec),
+            began=began(self._claim).isoformat(),
+            seconds=time.monotonic() - begun,
+            phases=self._phases,
+            requests=report.Requests(
+                total=len(lines), ok=len(lines) - errors, errors=errors, resumed=journal.resumed
+            ),
+            tokens=report.Tokens(prompt=engine.totals.prompt_tokens, generated=engine.totals.generated_tokens),
+            stages=session.place.stages,
+            shards=session.place.shards,
+            ranks=ranks,
+            versions=_versions(),
+            timeline=self._timeline,
+            errors=self._first_errors(),
+            warnings=self._warnings,
+        )
+        report.write(directory, made)
+        return made
+
+    def _compute(self, engine: Engine) -> None:
+        journal, batch = self._journal, self._batch
+        todo = len(batch) - len(batch.errors) - len(journal.done)
+        begun = time.monotonic()
+        with self._progress.requests(todo) as bar:
+            for finished in engine.run(self._requests()):
+                answered = sum(self._take(completion) for completion in finished)
+                if answered:
+                    journal.flush()
+                    self._timeline.append(
+                        (time.monotonic() - begun, engine.totals.generated_tokens, len(journal.done))
+                    )
+                bar.update(answered, engine.totals.prompt_tokens + engine.totals.generated_tokens)
+
+    def _requests(self) -> Iterator[Request]:
+        """The engine's requests, made line by line when their turn comes."""
+        for work in self._batch.works(done=self._journal.done):
+            count = len(work.requests)
+            self._pending[work.custom_id] = _Pending(work, count, [None] * count)
+            yield from work.requests
+
+    def _take(self, completion: Completion) -> int:
+        """Keep a completion; 1 if it was its line's last one, whose answer then goes to the journal."""
+        pending = self._pending[completion.request.id]
+        pending.completions[completion.request.choice] = completion
+        pending.missing -= 1
+        if pending.missing:
+            return 0
+        del self._pending[completion.request.id]
+        completions = [found for found in pending.completions if found is not None]
+        self._journal.append(results.finished(pending.work, completions, self._model, self._spec.model))
+        return 1
+
+    def _phase(self, name: str) -> None:
+        now = time.monotonic()
+        self._phases[name] = now - self._clock
+        self._clock = now
+
+    def _model_names(self) -> Iterator[str]:
+        """Lines may name a model, as OpenAI's do; this job has one, and says so where another is meant."""
+        for name, count in self._batch.other_models.items():
+            if name not in (self._spec.model, self._path.name, self._path.stem):
+                yield f"{count} request(s) name the model {name!r}; they are answered by {self._spec.model}."
+
+    def _describe_model(self) -> dict[str, Any]:
+        size, digest = self._session.fingerprint
+        config = self._session.config
+        return {
+            "name": self._spec.model,
+            "path": str(self._path),
+            "bytes": size,
+            "fingerprint": digest,
+            "architecture": config.architecture,
+            "layers": config.n_layers,
+            "hidden": config.hidden,
+            "vocab": config.vocab,
+        }
+
+    def _metadata(self) -> dict[str, Any]:
+        """Attributes of results.h5: only what is the same however the run went."""
+        described = self._describe_model()
+        del described["path"]
+        return {"model": described, "job": self._spec.identity()}
+
+    def _first_errors(self) -> dict[str, str]:
+        bad = self._batch.errors[: report.SHOWN_ERRORS]
+        return {line.custom_id: line.error or "" for line in bad}
+
+
+def _versions() -> dict[str, str]:
+    found = {"mpillm": __version__, "python": platform.python_version()}
+    return found | {package: metadata.version(package) for package in PACKAGES}

@@ -1,0 +1,163 @@
+"""A model laid out over all ranks and ready for steps: what every rank does alike before the first one."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import kernels
+from ..comm import grid
+from ..comm.collectives import Channel, Group, Pipe
+from ..comm.counters import Counters
+from ..comm.world import World
+from ..engine.engine import Worker
+from ..engine.scheduler import Limits, blocks_for
+from ..errors import JobError, ModelError
+from ..kernels import KV_BLOCK, BlockType
+from ..model.config import ModelConfig
+from ..model.decoder import Decoder
+from ..model.kv import KVCache, block_nbytes
+from ..weights.cache import WeightCache
+from ..weights.layer import Layer, check_tensors, load, rank_plans
+from ..weights.source import column_unit, fingerprint, open_source
+from .report import Rank
+from .spec import Spec
+
+log = logging.getLogger(__name__)
+
+MAX_NUM_SEQS = 256  # what "auto" means in [batch]
+MAX_NUM_BATCHED_TOKENS = 512
+
+
+class Session:
+    """One rank's part of a laid-out model. Making it is collective, and so is what can fail in it."""
+
+    def __init__(self, world: World, spec: Spec, model: Path) -> None:
+        """Open the model and lay it out; what any rank finds wrong, all ranks raise."""
+        self.world, self.spec = world, spec
+        with world.together():
+            self.source = open_source(model, spec.quantize)
+            self.config = ModelConfig.from_dict(self.source.config, str(model))
+            self.shape = self.config.shape(column_unit(self.source))
+            check_tensors(self.source, self.shape, self.config)
+            self.fingerprint = fingerprint(self.source)
+        self._same_model()
+        layout = spec.layout
+        stages, shards = grid.choose(
+            self.shape, world.size, layout.stages, layout.shards, world.ranks_per_host
+        )
+        self.place = grid.Place(world.rank, stages, shards)
+        self.threads = world.threads(layout.threads)
+        self.counters = Counters()
+        self.kv_type = BlockType[spec.kv_type(self.shape.unit > 1).upper()]
+        self.limits = self._limits()
+        with world.together():
+            plans = rank_plans(self.shape, self.place, self.source, self.config)
+            self.cache: WeightCache[Layer] = WeightCache(
+                plans,
+                lambda plan, buffer: load(plan, self.source, buffer, self.threads),
+                spec.memory.weights_bytes,
+                spec.memory.policy,
+            )
+        self.channel = Channel(world, self.counters)
+        self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
+        log.info(
+            "%s stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
+            world, self.place.stage, stages, self.place.shard, shards, self.threads, kernels.path(),
+            self.cache.total / 2**20,
+        )  # fmt: skip
+
+    @property
+    def shard_vocab(self) -> list[int]:
+        """Vocabulary rows of each shard of the last stage."""
+        stages, shards = self.place.stages, self.place.shards
+        return [len(grid.own_vocab(self.shape, grid.Place(shard, stages, shards))) for shard in range(shards)]
+
+    @property
+    def kv_token_nbytes(self) -> int:
+        """Bytes that one token's keys and values take on the rank that holds most."""
+        return self._largest_block // KV_BLOCK
+
+    def statistics(self) -> Rank:
+        """What this rank held, moved and waited for."""
+        cache, messages = self.cache.counters, self.counters.as_dict()
+        waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
+        used = self.worker.most_blocks * self.kv.nbytes // self.kv.n_blocks
+        return Rank(
+            rank=self.world.rank,
+            host=self.world.host,
+            stage=self.place.stage,
+            shard=self.place.shard,
+            layers=len(grid.stage_layers(self.shape, self.place)),
+            threads=self.threads,
+            kernels=kernels.path(),
+            weights={"share": self.cache.total, "budget": self.cache.budget, **asdict(cache)},
+            kv={"budget": self.spec.memory.kv_bytes, "bytes": used, "blocks": self.kv.n_blocks},
+            messages=messages,
+            memory_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            seconds={
+                "compute": self.worker.seconds - sum(waited.values()) - cache.stall_seconds,
+                "weights": cache.stall_seconds,
+                **waited,
+            },
+        )
+
+    def close(self) -> None:
+        """Stop the read-ahead thread and let go of the files."""
+        self.cache.close()
+        self.source.close()
+
+    def _same_model(self) -> None:
+        """ModelError if the ranks do not see one and the same model."""
+        prints = self.world.gather(self.fingerprint)
+        for rank, other in enumerate(prints):
+            if other != prints[0]:
+                raise ModelError(
+                    f"Rank {rank} on {self.world.hosts[rank]} sees another model at {self.source.path} ({other[0]} bytes, "
+                    f"hash {other[1][:12]}) than rank 0 on {self.world.hosts[0]} ({prints[0][0]} bytes, hash "
+                    f"{prints[0][1][:12]}); put the same files on every node."
+                )
+
+    def _limits(self) -> Limits:
+        """What a step and the KV cache take, the same on every rank."""
+        spec = self.spec
+        batch, memory = spec.batch, spec.memory
+        sequences = MAX_NUM_SEQS if batch.max_num_seqs == "auto" else batch.max_num_seqs
+        tokens = (
+            MAX_NUM_BATCHED_TOKENS if batch.max_num_batched_tokens == "auto" else batch.max_num_batched_tokens
+        )
+        # While weights are streamed, every step costs a pass over them: then one large step at a time.
+        micro_batches = self.place.stages if memory.weights_bytes is None else 1
+        places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
+        self._largest_block = max(
+            block_nbytes(
+                len(grid.stage_layers(self.shape, place)),
+                len(grid.own_kv_heads(self.shape, place)),
+                self.config.head_dim,
+                self.kv_type,
+            )
+            for place in places
+        )
+        useful = blocks_for(min(memory.max_context, self.config.max_position)) * sequences * micro_batches
+        n_blocks = min(memory.kv_bytes // self._largest_block, useful)
+        if n_blocks < 1:
+            raise JobError(
+                f"memory.kv = {memory.kv_bytes} bytes does not hold one block of {KV_BLOCK} tokens, which takes "
+                f"{self._largest_block} bytes; raise it."
+            )
+        return Limits(n_blocks, sequences, max(tokens, sequences), micro_batches)
+
+    def _decoder(self) -> Decoder:
+        config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire.activations
+        self.kv = KVCache(
+            len(grid.stage_layers(shape, place)),
+            self.limits.n_blocks,
+            len(grid.own_kv_heads(shape, place)),
+            config.head_dim,
+            self.kv_type,
+        )
+        group = Group(self.world, place, wire, self.counters, self.threads)
+        pipe = Pipe(self.world, place, wire, self.counters, self.threads)
+        return Decoder(config, shape, place, self.source, self.cache, self.kv, group, pipe, self.threads)
