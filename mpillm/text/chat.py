@@ -150,6 +150,8 @@ class ChatTemplate:
         return [(piece.replace(mark, ""), index % 2 == 1) for index, piece in enumerate(split)]
 
     def _render(self, messages: Any, options: Any) -> str:
+        if not messages:
+            raise RequestError("The chat has no messages.")
         environment, template = self._compiled
         environment.deadline = time.monotonic() + MAX_SECONDS
         variables = {"add_generation_prompt": True, "tools": None, "documents": None} | dict(self.variables)

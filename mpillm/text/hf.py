@@ -39,11 +39,6 @@ def read(path: Path) -> Parts | None:
     parts.named = _named(_object(folder / "special_tokens_map.json") | config)
     _control(parts, config)
     parts.end_ids = _end_ids(parts, folder)
-    if (
-        "add_bos_token" in config or "add_eos_token" in config
-    ):  # then transformers, too, makes its own post-processor
-        parts.add_bos = bool(config.get("add_bos_token")) and "bos_token" in parts.named
-        parts.add_eos = bool(config.get("add_eos_token")) and "eos_token" in parts.named
     parts.templates = _templates(folder, config)
     return parts
 

@@ -13,24 +13,12 @@ from ..errors import ModelError
 T = TypeVar("T")
 
 # Tokens that end a generation by their name, as llama.cpp's src/llama-vocab.cpp lists them.
-END_NAMES = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-    ]
-) | {"<\uff5cend\u2581of\u2581sentence\uff5c>"}
+_ENDS = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT>
+    _<EOT> <|end_of_text|> <end_of_utterance> <\uff5cend\u2581of\u2581sentence\uff5c> <|fim_pad|> <fim-pad> <fim_pad>
+    <|fim_repo|> <|repo_name|> <reponame> <|file_sep|>
+"""
+END_NAMES = frozenset(_ENDS.split())
 
 
 @dataclass
@@ -42,7 +30,9 @@ class Parts:
     named: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", as templates know them
     control: set[str] = field(default_factory=set)  # tokens that structure a text and are no part of it
     end_ids: frozenset[int] = frozenset()
-    add_bos: bool | None = None  # both None: the tokenizer's own post-processor says what is added
+    # None: the tokenizer's own post-processor says what is added. With a tokenizer.json it always does: transformers
+    # ignores add_bos_token in tokenizer_config.json then, too.
+    add_bos: bool | None = None
     add_eos: bool | None = None
     templates: dict[str, str] = field(default_factory=dict)  # "default", "tool_use", ...
 
