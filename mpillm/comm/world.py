@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 CRASHED = 70  # exit code of an error nobody foresaw (EX_SOFTWARE of sysexits.h)
 GRACE = 2.0  # seconds in which the other ranks must fail alike or finish, before one rank's error aborts all
-SPEAK_FIRST = 5.0  # seconds that ranks which cannot meet leave to the one that says why
+SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that says why
 
 
 class World:

