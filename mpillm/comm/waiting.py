@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 SPIN = 2e-3  # seconds of asking again and again, when every thread has a core of its own
-SPIN_CROWDED = 20e-6  # the same when it has not: a core given away is a core that computes
+SPIN_CROWDED = 100e-6  # the same when it has not: a core given away is a core that computes
 SHORTEST_PAUSE = 20e-6
 LONGEST_PAUSE = 2e-3  # a waiting rank then wakes 500 times a second: about 1 % of a core
 PATIENCE = 1 / 16  # a pause is at most this part of the time waited so far
