@@ -23,7 +23,8 @@ else:
     import tomli as tomllib
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted((ROOT / "slurm" / "hosts").iterdir())]
+FOLDERS = {"slurm": "*.sbatch", "slurm/hosts": "*", "jobs": "*.toml"}
+SCRIPTS = [path for folder, names in FOLDERS.items() for path in sorted((ROOT / folder).glob(names))]
 
 # Options that stand between a launcher and the program, with the words that each takes.
 LAUNCHER_OPTIONS = {
@@ -38,7 +39,7 @@ LAUNCHER_OPTIONS = {
 }
 # Programs that belong to the system; what they do is theirs.
 SYSTEM = {"export", "split", "apt", "pip", "."}
-MADE_UP = {"JOB.toml", "FILE.gguf"}
+MADE_UP = {"JOB.toml", "hosts"}
 
 
 def fenced(page: Path) -> Iterator[str]:
@@ -94,7 +95,7 @@ def check_launch(words: list[str]) -> None:
         option = words[0]
         taken = 0 if "=" in option else LAUNCHER_OPTIONS[option]
         if option in ("-f", "--hostfile"):
-            assert (ROOT / words[1]).is_file(), words[1]
+            assert words[1] in MADE_UP or (ROOT / words[1]).is_file(), words[1]
         words = words[1 + taken :]
     check_python(words)
 
