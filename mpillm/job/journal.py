@@ -276,16 +276,16 @@ def began(claim: Claim) -> datetime:
 
     A chat template that asks for the date is told this one, so that a run which goes on tomorrow gives the same bytes.
     """
-    now = datetime.now().astimezone()
-    with explained(claim.directory / JOURNAL), contextlib.suppress(FileNotFoundError):
-        file = os.open(claim.directory / JOURNAL, os.O_RDONLY | os.O_CLOEXEC)
+    path = claim.directory / JOURNAL
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             payload = _payload(file, 0, os.fstat(file).st_size)
         finally:
             os.close(file)
         if payload is not None and _tag(payload) == "header":
             return datetime.fromisoformat(msgspec.msgpack.decode(payload, type=Header).began)
-    return now
+    return claim.since
 
 
 def _framed(record: Record, offset: int) -> bytes:

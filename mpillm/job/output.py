@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -35,6 +36,7 @@ class Claim:
     def __init__(self, directory: Path) -> None:
         """Make the directory if need be; OutputError if it cannot be written, is foreign, or in use by another run."""
         self.directory = directory
+        self.since = datetime.now().astimezone()
         with explained(directory):
             _make(directory)
             self._file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
