@@ -76,7 +76,8 @@ class Tokenizer:
         )
         self._added = {id: token.content for id, token in core.get_added_tokens_decoder().items()}
         self.control_ids = frozenset(id for id, content in self._added.items() if content in parts.control)
-        self._unknown = self._id_of("unk_token")
+        unknown = getattr(core.model, "unk_token", None)
+        self._unknown = {self._id_of("unk_token"), core.token_to_id(unknown) if unknown else None}
         self._kind, self.strips_space = _decoding(core)
         self._bytes: dict[int, bytes] = {}
 
@@ -195,7 +196,7 @@ class Tokenizer:
 
     def _spelled(self, id: int) -> list[int]:
         """The token itself, or, if it is control, its characters: a vocabulary may reach it by merges, too."""
-        if id not in self.control_ids or id == self._unknown:
+        if id not in self.control_ids or id in self._unknown:
             return [id]
         spelled = [part.id for char in self._added[id] for part in self._core.model.tokenize(char)]
         return [part for part in spelled if part not in self.control_ids]
