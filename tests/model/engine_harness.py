@@ -1,19 +1,54 @@
-"""Run the real engine on one rank inside the test's process."""
+"""Run the real engine on requests: on one rank inside the test's process, or on all ranks of a program under mpiexec."""
 
 from __future__ import annotations
 
+import functools
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-import pytest
-
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
+from mpillm.job.session import Session
+from mpillm.job.spec import Batch, Layout, Memory, Spec, Wire
+
+SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": Batch}
 
 
-def run_engine(model: Path, requests: list[Request], **job: str | int) -> list[Completion]:
+def spec_of(model: Path, **job: Any) -> Spec:
+    """What a job file would say; `job` names its keys by their last parts."""
+    tables = {
+        name: kind(**{key: job.pop(key) for key in kind.__struct_fields__ if key in job})
+        for name, kind in SECTIONS.items()
+    }
+    return Spec(model=str(model), input="-", output="-", **tables, **job)
+
+
+def run_laid_out(world: World, model: Path, requests: list[Request], **job: Any) -> tuple[list[Completion], Session]:
+    """Collective: what all ranks make of `requests` (in their order, on rank 0), and the closed session."""
+    with closing(Session(world, spec_of(model, **job), model)) as session:
+        completions: dict[tuple[str, int], Completion] = {}
+        if world.rank > 0:
+            follow(session.worker, session.channel)
+        else:
+            engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+            for finished in engine.run(requests):
+                completions |= {(one.request.id, one.request.choice): one for one in finished}
+            engine.stop(0)
+        world.barrier()
+    return [completions[one.id, one.choice] for one in requests if completions], session
+
+
+@functools.cache
+def _alone() -> World:
+    return World.start()
+
+
+def run_engine(model: Path, requests: list[Request], **job: Any) -> list[Completion]:
     """What the engine makes of `requests`, in their order, on one rank.
 
     `model` is a Hugging Face directory or a GGUF file. `job` holds what a job file would say, by the last part of its
     keys: quantize, activations, kv_type, weights, policy, max_num_seqs, max_num_batched_tokens.
     """
-    # FILL IN HERE: open the source, make decoder, worker, channel and engine as the runner does for a world of one.
-    pytest.skip(f"the engine is not wired in yet ({model.name}, {len(requests)} requests, {job})")
+    return run_laid_out(_alone(), model, requests, **job)[0]
