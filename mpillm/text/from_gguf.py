@@ -7,15 +7,18 @@ SentencePiece's BPE, which merges the pair whose piece has the highest score.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import ModelError
 from .parts import END_NAMES, Parts, checked
 
 log = logging.getLogger(__name__)
+
+N = TypeVar("N", int, float)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
@@ -97,7 +100,7 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
     if len(vocab) != len(tokens):
         twice = next(token for id, token in enumerate(tokens) if vocab[token] != id)
         raise ModelError(f"The tokenizer in {where} lists the token {twice!r} twice.")
-    types = [int(type) for type in ggml.array("token_type", len(tokens), [NORMAL] * len(tokens))]
+    types = ggml.numbers("token_type", int, len(tokens), NORMAL)
     for token in END_NAMES & vocab.keys():
         types[vocab[token]] = CONTROL  # by mistake of some converters they are not
 
@@ -146,27 +149,39 @@ class _Fields:
     def wrong(self, key: str, why: str) -> ModelError:
         return ModelError(f"tokenizer.ggml.{key} in {self.where} {why}.")
 
-    def strings(self, key: str) -> list[str]:
+    def values(self, key: str) -> list[Any] | None:
         value = self.get(key)
         if value is None:
-            raise self.wrong(key, "is missing")
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-            raise self.wrong(key, "is no list of strings")
+            return None
+        if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+            raise self.wrong(key, "is no list")
         return list(value)
 
-    def array(self, key: str, length: int, default: list[Any]) -> list[Any]:
-        value = self.get(key)
+    def strings(self, key: str) -> list[str]:
+        value = self.values(key)
         if value is None:
-            return default
-        if isinstance(value, str) or len(value) != length:
-            raise self.wrong(key, f"does not have one value for each of the {length} tokens")
-        return list(value)
+            raise self.wrong(key, "is missing")
+        if not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "is no list of strings")
+        return value
+
+    def numbers(self, key: str, number: Callable[[Any], N], count: int, default: N) -> list[N]:
+        """One for each of the `count` tokens."""
+        value = self.values(key)
+        if value is None:
+            return [default] * count
+        if len(value) != count:
+            raise self.wrong(key, f"does not have one value for each of the {count} tokens")
+        try:
+            return [number(item) for item in value]
+        except (TypeError, ValueError) as error:
+            raise self.wrong(key, "holds something that is no number") from error
 
     def id(self, key: str, count: int) -> int | None:
         value = self.get(key)
         if value is None:
             return None
-        if not 0 <= int(value) < count:
+        if not isinstance(value, int | np.integer) or not 0 <= value < count:
             raise self.wrong(key, f"is {value}, but there are {count} tokens")
         return int(value)
 
@@ -218,7 +233,7 @@ def _byte_level(ggml: _Fields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(ggml: _Fields, tokens: list[str], vocab: dict[str, int], types: list[int]) -> Tokenizer:
-    scores = [float(score) for score in ggml.array("scores", len(tokens), [0.0] * len(tokens))]
+    scores = ggml.numbers("scores", float, len(tokens), 0.0)
     unknown = ggml.id("unknown_token_id", len(tokens)) or 0
     bytes_known = all(f"<0x{byte:02X}>" in vocab for byte in range(256))
     merges = merges_of_scores(tokens, scores, vocab, types)

@@ -101,17 +101,18 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _control(parts: Parts, config: dict[str, Any]) -> None:
-    """Tokens marked as special in either file, named ones, and those whose text says it."""
-    added = parts.core.get_added_tokens_decoder()
-    for id, token in added.items():
-        if token.special or looks_special(token.content):
-            parts.control.add(token.content)
-        if parts.core.token_to_id(token.content) != id:
-            raise ModelError(f"{parts.where} lists the added token {token.content!r} under two ids.")
+    """Tokens marked as special in either file, and those whose name or text says it."""
+    added = {token.content: token.special for token in parts.core.get_added_tokens_decoder().values()}
+    parts.control |= {content for content, special in added.items() if special or looks_special(content)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    contents = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
-    for content in [*parts.named.values(), *contents]:
+    extra = list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    for content in map(_content, extra):
         if content and parts.core.token_to_id(content) is not None:
+            parts.control.add(content)
+    for name, content in parts.named.items():
+        # A pad_token may be a word of the vocabulary (nobody reads it); as a word it stays.
+        known = parts.core.token_to_id(content) is not None
+        if content in added or (known and name in ("bos_token", "eos_token")):
             parts.control.add(content)
 
 

@@ -136,9 +136,9 @@ class Tokenizer:
         """A token as text; bytes that are no whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
-    def watch(self, stops: Sequence[str]) -> StopWatch:
-        """A new watcher for a request's stop strings."""
-        return StopWatch(self, stops)
+    def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
+        """A new watcher for a request's stop strings; `start` as in `decode`."""
+        return StopWatch(self, stops, start)
 
     @property
     def has_chat(self) -> bool:

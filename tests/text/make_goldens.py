@@ -29,7 +29,7 @@ def write(name: str, value: object) -> None:
 
 
 def fixtures() -> None:
-    import sentencepiece
+    import sentencepiece  # type: ignore[import-not-found]
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -76,7 +76,7 @@ def fixtures() -> None:
 
 def llamacpp() -> None:
     """Ids by llama.cpp's server, which wants a model: one tiny layer of zeros behind each tokenizer."""
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-not-found]
 
     from mpillm.job.catalogue import resolve
 
@@ -117,7 +117,7 @@ def _post(address: str, **body: object) -> list[int]:
 
 
 def _tiny(vocab: int) -> dict[str, Any]:
-    zeros = {
+    zeros: dict[str, tuple[int, ...]] = {
         "attn_q": (32, 32),
         "attn_k": (32, 32),
         "attn_v": (32, 32),
@@ -125,7 +125,7 @@ def _tiny(vocab: int) -> dict[str, Any]:
         "ffn_gate": (32, 32),
     }
     zeros |= {"ffn_up": (32, 32), "ffn_down": (32, 32), "attn_norm": (32,), "ffn_norm": (32,)}
-    shapes = {f"blk.0.{name}.weight": shape for name, shape in zeros.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}.weight": shape for name, shape in zeros.items()}
     shapes |= {"token_embd.weight": (vocab, 32), "output_norm.weight": (32,)}
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
@@ -153,7 +153,7 @@ def transformers() -> None:
                     case = {"template": name, "conversation": number, "error": str(error)}
                 found.append(case)
         encoded = {}
-        for style, options in vocabularies.STYLES.items():
+        for style in vocabularies.STYLES:
             where = Path(folder) / style
             vocabularies.write_directory(where, style)
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where)
@@ -166,7 +166,6 @@ def transformers() -> None:
                 "ids": [digest(one) for one in ids],
                 "texts": [digest(list(map(ord, one))) for one in texts],
             }
-            del options
     write("transformers.json", {"chats": found, "strings": encoded})
 
 

@@ -106,6 +106,25 @@ def test_control_tokens_that_are_not_marked_as_special(tmp_path: Path) -> None:
     assert tokenizer.decode(whole) == "a"
 
 
+def test_control_tokens_that_merges_reach(tmp_path: Path) -> None:
+    """SentencePiece vocabularies hold "<s>" as a piece, too; a text that spells it gets its characters."""
+    vocab = {piece: id for id, piece in enumerate(["<unk>", "<s>", "<", "s", ">", "<s", "a", "as"])}
+    core = Core(models.BPE(vocab=vocab, merges=[("<", "s"), ("<s", ">"), ("a", "s")], unk_token="<unk>"))
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>")])
+    core.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    assert tokenizer.encode("as<s>a", parse_special=True) == [7, 1, 6]
+    assert tokenizer.encode("as<s>a") == [7, 2, 3, 4, 6]
+    assert tokenizer.encode("a?") == [6, 0], "what the vocabulary lacks is its unknown token all the same"
+
+
+def test_a_pad_token_that_is_a_word(tmp_path: Path) -> None:
+    tokenizer = load(write_directory(tmp_path / "a", "qwen2"))
+    padded = load(write_directory(tmp_path / "b", "qwen2", pad_token="!", extra_special_tokens=7))
+    assert padded.encode("Hi! All!") == tokenizer.encode("Hi! All!")
+    assert padded.decode(padded.encode("Hi!")) == "Hi!"
+
+
 def test_chat_templates_by_file_and_name(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, "qwen2")
     hello = [{"role": "user", "content": "Hello"}]
