@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import Hosts
+from tests.cluster.jobs import reference, results, write_job
 from tests.conftest import ROOT, Mpi, run_bounded
 
 pytestmark = [pytest.mark.hosts, pytest.mark.mpi, pytest.mark.timeout(120)]
@@ -72,6 +73,32 @@ def test_ranks_land_as_listed_and_talk_over_the_network(
     # Every rank's part must leave its host at least once; a host without a rank sends next to nothing.
     assert min(sent[:ranks]) > 4 * count * 0.9, sent
     assert max(sent[ranks:], default=0) < 100_000, sent
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "shards=2"), (3, "stages=3")])
+def test_the_real_job_gives_the_same_bytes(
+    hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path, ranks: int, layout: str
+) -> None:
+    job = write_job(tmp_path)
+    before = hosts.sent()
+    program = [
+        sys.executable,
+        "-m",
+        "mpillm",
+        "run",
+        job,
+        "--output",
+        tmp_path / "out",
+        "--set",
+        f"layout.{layout}",
+    ]
+    command = [*hosts.launcher(mpi, hostfile), "-n", str(ranks), *program]
+    done = run_bounded(hosts.on_first(command, environment(mpi)), 90, cwd=tmp_path)
+    sent = [now - then for now, then in zip(hosts.sent(), before, strict=True)]
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == reference(tmp_path, mpi, job)
+    # Activations of every token leave each host that has a rank: hidden size 40, 4 bytes each.
+    assert min(sent[:ranks]) > 12 * 16 * 40 * 4, sent
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:

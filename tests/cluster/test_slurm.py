@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import slurm as tools
+from tests.cluster.jobs import reference, results, write_job
 from tests.cluster.slurm import Slurm
 from tests.conftest import ROOT, Mpi, run_bounded
 
@@ -68,12 +69,17 @@ def place(folder: Path, mpi: Mpi) -> None:
 
 
 @pytest.fixture
-def stub(tmp_path: Path, mpi: Mpi) -> Path:
+def checkout(tmp_path: Path, mpi: Mpi) -> Path:
     place(tmp_path, mpi)
-    (tmp_path / "mpillm").mkdir()
-    (tmp_path / "mpillm" / "__init__.py").touch()
-    (tmp_path / "mpillm" / "__main__.py").write_text(STUB)
     return tmp_path
+
+
+@pytest.fixture
+def stub(checkout: Path) -> Path:
+    (checkout / "mpillm").mkdir()
+    (checkout / "mpillm" / "__init__.py").touch()
+    (checkout / "mpillm" / "__main__.py").write_text(STUB)
+    return checkout
 
 
 # What does not depend on the MPI is looked at with one.
@@ -184,6 +190,56 @@ def test_what_is_wrong_is_said(stub: Path, submit: Submit, env: dict[str, str], 
     job = submit(stub, "slurm/one-node.sbatch", "job.toml", env=env)
     assert (job.state, job.exit_code) == ("FAILED", 2), job.log
     assert says in job.log
+
+
+@pytest.mark.parametrize(
+    ("options", "script"), [("--ntasks=2", "one-node.sbatch"), ("--nodes=3", "many-nodes.sbatch")]
+)
+def test_the_real_job_gives_the_same_bytes(
+    checkout: Path, mpi: Mpi, submit: Submit, options: str, script: str
+) -> None:
+    job = write_job(checkout)
+    done = submit(checkout, options, f"slurm/{script}", "job.toml")
+    assert (done.state, done.exit_code) == ("COMPLETED", 0), done.log
+    assert results(checkout) == reference(checkout, mpi, job)
+
+
+@one_mpi
+def test_the_real_job_goes_on_after_a_warning(checkout: Path, mpi: Mpi, slurm: Slurm) -> None:
+    """Told to stop when some requests are done, it comes back, runs the others, and ends in the same bytes."""
+    job = write_job(checkout, requests=16, max_tokens=60)
+    words = ["--nodes=2", "slurm/many-nodes.sbatch", "job.toml", "--set", "batch.max_num_seqs=1"]
+    number = slurm.submit("--output=log", *words, cwd=checkout)
+    journal = checkout / "out" / "journal"
+    sizes: set[int] = set()
+
+    def two_are_done() -> bool:
+        if journal.exists():
+            sizes.add(journal.stat().st_size)
+        return len(sizes) > 2
+
+    until(two_are_done, 60)
+    slurm.command("scancel", "--batch", "--signal=USR1", str(number))
+    done = slurm.wait(number, checkout / "log", timeout=120)
+    assert (done.state, done.exit_code, done.restarts) == ("COMPLETED", 0, 1), done.log
+    assert re.search(r"16 requests \([1-9]\d* of them by earlier runs\): 16 answered", done.log), done.log
+    assert results(checkout) == reference(checkout, mpi, job)
+
+
+@one_mpi
+def test_the_real_job_as_an_array(checkout: Path, mpi: Mpi, slurm: Slurm) -> None:
+    job = write_job(checkout)
+    lines = (checkout / "input.jsonl").read_bytes().splitlines(keepends=True)
+    parts = checkout / "parts"
+    parts.mkdir()
+    for part in range(2):
+        (parts / f"{part:03}.jsonl").write_bytes(b"".join(lines[part * 6 : part * 6 + 6]))
+    number = slurm.submit(
+        "--output=log%a", "--array=0-1", "slurm/array.sbatch", "job.toml", "parts", "out", cwd=checkout
+    )
+    ends = [slurm.wait(f"{number}_{part}", checkout / f"log{part}") for part in range(2)]
+    assert [end.exit_code for end in ends] == [0, 0], ends
+    assert results(checkout, "out/000") + results(checkout, "out/001") == reference(checkout, mpi, job)
 
 
 def until(ready: Callable[[], bool], timeout: float) -> None:
