@@ -210,11 +210,9 @@ class ChatTemplate:
         return re.compile("|".join([*map(re.escape, kept), edges])), first, last
 
     def _marked(self, value: Any, mark: str, key: str = "") -> Any:
-        """`value` with marks in all its strings, but for roles and types, which are names and not words."""
+        """`value` with marks in all its strings, but for roles: those that are known are no words of the user's."""
         if isinstance(value, str):
-            return (
-                value if key in ("role", "type") and value.isidentifier() else self._marked_text(value, mark)
-            )
+            return value if key == "role" and value in ROLES else self._marked_text(value, mark)
         if isinstance(value, dict):
             return {
                 self._marked_text(name, mark, inner=False): self._marked(item, mark, name)
