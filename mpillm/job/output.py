@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import os
 import socket
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from ..errors import Interrupted, MpillmError, OutputError
 
@@ -92,7 +92,7 @@ def _make(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[io.BufferedRandom]:
     """A file to write in place of `path`, which becomes it when all has gone well and is on disk, else is removed."""
     temporary = path.with_name(path.name + TEMPORARY)
     with explained(path):

@@ -7,7 +7,9 @@ layout, hosts and rates in report.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,7 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
     are as the model gave them, not normalised.
     """
-    with (
-        replacing(directory / HDF5) as file,
-        replacing(directory / TIMINGS) as timings_file,
-        _hdf5(file) as h5,
-        _hdf5(timings_file) as timings_h5,
-    ):
+    with _hdf5(directory / TIMINGS) as (timings_h5, check_timings), _hdf5(directory / HDF5) as (h5, check):
         _describe(h5, metadata)
         h5["timings"] = h5py.ExternalLink(TIMINGS, "/")
         columns = _Columns(h5)
@@ -101,6 +98,8 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
         for line in lines:
             result = None if line.error is not None else journal.read(line.custom_id)
             columns.add(line, result)
+            check()
+            check_timings()
             for choice in result.choices if result else ():
                 waiting.add([choice.seconds_waiting])
                 running.add([choice.seconds_running])
@@ -109,9 +108,49 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
         columns.close()
 
 
-def _hdf5(file: Any) -> h5py.File:
-    """An HDF5 file in `file`, of a format that does not depend on the library's newest."""
-    return h5py.File(file, "w", libver=("earliest", "v110"))
+class _Guarded:
+    """A file for the HDF5 library, which crashes if one that it has open cannot be written.
+
+    So a failed write is kept and nothing more is written; whoever closes the HDF5 file then calls `check`.
+    """
+
+    def __init__(self, file: io.BufferedRandom) -> None:
+        self._file = file
+        self._error: OSError | None = None
+        self.seek, self.tell, self.read, self.readinto = file.seek, file.tell, file.read, file.readinto
+
+    def write(self, data: Any) -> int:
+        self._try(lambda: self._file.write(data))
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self._try(lambda: self._file.truncate(size))
+        return size
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, do: Callable[[], object]) -> None:
+        if self._error is None:
+            try:
+                do()
+            except OSError as error:
+                self._error = error
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self._error is not None:
+            raise self._error
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """An HDF5 file that becomes `path`, of a format that does not depend on the library's newest, and its `check`."""
+    with replacing(path) as file:
+        guarded = _Guarded(file)
+        with h5py.File(guarded, "w", libver=("earliest", "v110")) as h5:
+            yield h5, guarded.check
+        guarded.check()
 
 
 def _describe(h5: h5py.File, metadata: Mapping[str, Any]) -> None:
