@@ -8,7 +8,9 @@ typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x,
 
 enum { MANY_TILES = 4, PREFETCH = 2048 /* bytes ahead in each of a single row's streams */ };
 enum { MAX_SUMS = (int)VEC_ROWS > (int)MANY_TILES ? (int)VEC_ROWS : (int)MANY_TILES };
+#ifndef UNROLL
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {

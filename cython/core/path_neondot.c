@@ -1,7 +1,7 @@
 #include "path.h"
 
 #ifdef MK_ARM
-MK_TARGET("+dotprod")
+MK_TARGET("arch=armv8.2-a+dotprod")
 #define VEC_DOT
 #include "vec_neon.h"
 

@@ -1,0 +1,252 @@
+"""Random calls of kernels as plain records: run here through `mpillm.kernels`, or elsewhere by harness.c."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.kernels import BlockType
+
+Array = np.ndarray[Any, Any]
+OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "silu_mul", "softmax", "top_k", "lse_parts",
+       "attention", "fold")  # fmt: skip
+
+
+@dataclass
+class Case:
+    """One call: numbers and arrays in, arrays out."""
+
+    op: str
+    ints: list[int]
+    arrays: list[Array]
+    threads: int = 1
+    label: str = field(default="")
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.ints} {self.label}"
+
+    def run(self) -> list[Array]:
+        """Its outputs from the kernels' path in use; inputs stay as they are."""
+        outputs: list[Array] = RUN[self.op](self.threads, *self.ints, *(a.copy() for a in self.arrays))
+        return outputs
+
+    def record(self) -> bytes:
+        """What harness.c reads."""
+        parts = [struct.pack(f"<ii{len(self.ints)}i", OPS.index(self.op), len(self.ints), *self.ints)]
+        parts.append(struct.pack("<i", len(self.arrays)))
+        for array in self.arrays:
+            raw = np.ascontiguousarray(array).tobytes()
+            parts.append(struct.pack("<q", len(raw)) + raw)
+        return b"".join(parts)
+
+
+def same(a: Array, b: Array) -> bool:
+    """Equal bit for bit, but for the sign and payload of NaNs, which processors choose as they like."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.dtype == np.float32:
+        a, b = (np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32) for x in (a, b))
+    return np.array_equal(a, b)
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def _product(threads: int, type: int, n: int, k: int, m: int, fold: int, canonical: Array, bounds: Array, x: Array) -> list[Array]:
+    kind = BlockType(type)
+    packed = np.full(kernels.packed_nbytes(kind, n, k, bounds), 0xAA, np.uint8)
+    kernels.pack(kind, canonical, k, bounds, packed, threads)
+    out = np.full((m, n) if fold else (len(bounds) - 1, m, n), np.nan, np.float32)
+    if not kind.quantised:
+        kernels.matmul(kind, packed, n, k, bounds, x, out, threads, bool(fold))
+        return [packed, out]
+    rows = np.full((m, kernels.activation_nbytes(k, bounds)), 0xAA, np.uint8)
+    kernels.quantize_rows(x, bounds, rows, threads)
+    kernels.matmul(kind, packed, n, k, bounds, rows, out, threads, bool(fold))
+    return [packed, rows, out]
+
+
+def _quantize(threads: int, type: int, n: int, k: int, x: Array) -> list[Array]:
+    out = np.full((n, BlockType(type).row_bytes(k)), 0xAA, np.uint8)
+    kernels.quantize(BlockType(type), x, out, threads)
+    return [out]
+
+
+def _dequantize(threads: int, type: int, n: int, k: int, canonical: Array) -> list[Array]:
+    out = np.full((n, k), np.nan, np.float32)
+    kernels.dequantize(BlockType(type), canonical, k, out, threads)
+    return [out]
+
+
+def _rms_norm(threads: int, m: int, d: int, x: Array, w: Array, eps: Array) -> list[Array]:
+    out = np.empty_like(x)
+    kernels.rms_norm(x, w, float(eps[0]), out, threads)
+    return [out]
+
+
+def _rope(threads: int, m: int, heads: int, hd: int, x: Array, cos: Array, sin: Array) -> list[Array]:
+    kernels.rope(x, cos, sin, heads, hd, threads)
+    return [x]
+
+
+def _silu_mul(threads: int, m: int, d: int, gate: Array, up: Array) -> list[Array]:
+    out = np.empty_like(gate)
+    kernels.silu_mul(gate, up, out, threads)
+    return [out]
+
+
+def _softmax(threads: int, m: int, d: int, x: Array) -> list[Array]:
+    kernels.softmax(x, threads)
+    return [x]
+
+
+def _top_k(threads: int, m: int, n: int, k: int, x: Array) -> list[Array]:
+    values, ids = np.empty((m, k), np.float32), np.empty((m, k), np.int32)
+    kernels.top_k(x, k, values, ids, threads)
+    return [values, ids]
+
+
+def _lse_parts(threads: int, m: int, n: int, panels: int, x: Array, inv_t: Array, bounds: Array) -> list[Array]:
+    out = np.empty((m, panels, 3), np.float32)
+    kernels.lse_parts(x, inv_t, bounds, out, threads)
+    return [out]
+
+
+def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, kvh: int, hd: int, window: int,
+               pool: int, k: Array, v: Array, block: Array, offset: Array, q: Array, pos: Array, table: Array,
+               table_start: Array, kv_of_head: Array, scale: Array) -> list[Array]:  # fmt: skip
+    kind = BlockType(kv_type)
+    element = np.float32 if kind == BlockType.F32 else np.uint16
+    fill = np.nan if kind == BlockType.F32 else 0x7E00  # what was never stored must not be read
+    kpool = np.full((pool, kvh, hd, 32), fill, element)
+    vpool = np.full((pool, kvh, 32, hd), fill, element)
+    kernels.kv_store(kind, k, v, block, offset, kpool, vpool, kvh, hd)
+    out = np.empty_like(q)
+    kernels.attention(kind, q, out, kpool, vpool, pos, table, table_start, kv_of_head, kvh, hd, float(scale[0]),
+                      window, threads)  # fmt: skip
+    return [kpool, vpool, out]
+
+
+def _fold(threads: int, panels: int, m: int, d: int, parts: Array) -> list[Array]:
+    out = np.empty((m, d), np.float32)
+    kernels.fold(parts, out, threads)
+    return [out]
+
+
+RUN: dict[str, Any] = {op: globals()[f"_{op}"] for op in OPS}
+
+
+# --- making ------------------------------------------------------------------------------------------------------
+
+
+def values(rng: np.random.Generator, *shape: int) -> Array:
+    """Normal values; of many rows some are zeros of both signs, tiny, denormal, huge or not finite."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    if len(shape) == 2 and shape[0] >= 5:
+        x[1] = np.where(rng.random(shape[1]) < 0.5, np.float32(0), np.float32(-0.0))
+        x[2] *= np.float32(1e-40)
+        x[3] *= np.float32(10.0) ** rng.integers(-30, 30, shape[1]).astype(np.float32)
+        x[4, rng.integers(shape[1])] = rng.choice([np.nan, np.inf, -np.inf])
+    return x
+
+
+def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Array:
+    """Rows of any type with all kinds of bits, scales of about 1."""
+    if not type.quantised:
+        x = values(rng, n, k)
+        if type == BlockType.F32:
+            return x.view(np.uint8)
+        if type == BlockType.BF16:
+            return np.ascontiguousarray((x.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).view(np.uint8)
+    blocks = -(-k // 32)
+    raw = rng.integers(0, 256, (n, blocks, type.block_bytes), dtype=np.uint8)
+    scales = 2 if type == BlockType.Q4_1 else 1
+    raw[:, :, : 2 * scales] = rng.standard_normal((n, blocks, scales)).astype(np.float16).view(np.uint8)
+    if k % 32:  # the last block is padded with zeros
+        quants = raw[:, -1, 2 * scales :]
+        if type == BlockType.Q8_0:
+            quants[:, k % 32 :] = 0
+        else:
+            zero = 8 if type == BlockType.Q4_0 else 0
+            for j in range(k % 32, 32):
+                shift = 4 * (j // 16)
+                quants[:, j % 16] = (quants[:, j % 16] & (0xF0 >> shift)) | zero << shift
+    return raw.reshape(n, -1)
+
+
+def panels(rng: np.random.Generator, type: BlockType, k: int) -> Array:
+    """1, 2, 4 or 8 panels of k columns, some perhaps empty."""
+    inner = int(rng.choice([0, 1, 3, 7]))
+    unit = type.block
+    cuts = np.sort(rng.integers(0, -(-k // unit), inner)) * unit
+    return np.array([0, *cuts, k], np.int32)
+
+
+def product(rng: np.random.Generator, type: BlockType, n: int, k: int, m: int, threads: int = 1, fold: int = 1) -> Case:
+    """A product of random shapes' data."""
+    arrays = [canonical(rng, type, n, k), panels(rng, type, k), values(rng, m, k)]
+    return Case("product", [int(type), n, k, m, fold], arrays, threads, type.name)
+
+
+def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
+              threads: int = 1) -> Case:  # fmt: skip
+    """Several sequences with scattered blocks; a few rows of each at random positions."""
+    lengths = rng.integers(1, 150, 3)
+    blocks = rng.permutation(40).astype(np.int32)
+    start = np.concatenate([[0], np.cumsum(-(-lengths // 32))])
+    where = [(blocks[start[s] + t // 32], t % 32) for s, length in enumerate(lengths) for t in range(length)]
+    block, offset = (np.array(column, np.int32) for column in zip(*where, strict=True))
+    owner = np.sort(rng.integers(0, 3, rows))
+    pos = np.array([rng.integers(lengths[s]) for s in owner], np.int32)
+    kv_of_head = np.sort(rng.integers(0, kvh, heads)).astype(np.int32)
+    stored = len(where)
+    k, v = (rng.standard_normal((stored, kvh * hd)).astype(np.float32) for _ in range(2))
+    q = 3 * rng.standard_normal((rows, heads * hd)).astype(np.float32)
+    ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40]
+    arrays = [k, v, block, offset, q, pos, blocks, start[owner].astype(np.int32), kv_of_head,
+              np.array([hd**-0.5], np.float32)]  # fmt: skip
+    return Case("attention", ints, arrays, threads, f"lengths {lengths.tolist()}")
+
+
+def small(rng: np.random.Generator, m: int, d: int, threads: int = 1) -> Iterator[Case]:
+    """Every operation on rows, for m rows of d values."""
+    x = values(rng, m, d)
+    yield Case("rms_norm", [m, d], [x, values(rng, d), np.array([1e-5], np.float32)], threads)
+    yield Case("silu_mul", [m, d], [8 * x, values(rng, m, d)], threads)
+    yield Case("softmax", [m, d], [5 * x], threads)
+    for k in (1, 7, d + 3):
+        coarse = np.where(np.abs(x) < 5, np.round(x * 4), x).astype(np.float32)  # ties
+        yield Case("top_k", [m, d, k], [coarse], threads)
+    cuts = np.sort(rng.integers(0, d + 1, 4)).astype(np.int32)
+    yield Case("lse_parts", [m, d, 3], [9 * x, rng.random(m).astype(np.float32) * 3, cuts], threads)
+    parts = int(rng.choice([1, 2, 4, 8]))
+    yield Case("fold", [parts, m, d], [rng.standard_normal((parts, m, d)).astype(np.float32)], threads)
+    for type in (BlockType.Q8_0, BlockType.Q4_0):
+        yield Case("quantize", [int(type), m, d], [x], threads)
+    for type in BlockType:
+        yield Case("dequantize", [int(type), m, d], [canonical(rng, type, m, d)], threads)
+    hd = 2 * (d // 2 + 1)
+    angles = rng.standard_normal((m, hd // 2)).astype(np.float32)
+    yield Case("rope", [m, 3, hd], [values(rng, m, 3 * hd), np.cos(angles), np.sin(angles)], threads)
+
+
+def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
+    """A mixture that touches every kernel, every type, tails of n, k, m and head dimensions."""
+    for type in BlockType:
+        for n, k, m in ((1, 33, 1), (16, 64, 2), (37, 257, 5), (70, 96, 1), (50, 100, 17), (33, 288, 33)):
+            yield product(rng, type, n, k, m, threads, fold=int(rng.integers(2)))
+        yield product(rng, type, 5, 1, 3, threads)
+    for m, d in ((1, 1), (3, 16), (6, 45), (7, 130), (5, 576)):
+        yield from small(rng, m, d, threads)
+    for hd in (8, 16, 24, 64, 80, 96, 128):
+        kv_type = BlockType(int(rng.integers(2)))
+        yield attention(rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 0, 20, 64])), threads=threads)
+    yield attention(rng, BlockType.F16, 64, heads=9, kvh=3, window=0, rows=40, threads=threads)
+    yield attention(rng, BlockType.F32, 300, heads=3, kvh=3, window=0, rows=3, threads=threads)

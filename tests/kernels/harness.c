@@ -1,0 +1,166 @@
+/* Runs the records that cases.py writes, on a machine without Python (an emulated one).
+ *
+ *     harness list                       the names of the paths that this machine has, one per line
+ *     harness PATH < records > outputs   every output array of every record, one after another
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+enum { MOST = 12 };
+
+static int ints[MOST];
+static void *arrays[MOST];
+static long sizes[MOST];
+
+static void stop(const char *why) {
+    fprintf(stderr, "harness: %s\n", why);
+    exit(2);
+}
+
+static void take(void *to, size_t bytes) {
+    if (fread(to, 1, bytes, stdin) != bytes) stop("the records end too soon");
+}
+
+static void *make(size_t bytes, int fill) {
+    void *p = malloc(bytes + 1);
+    if (!p) stop("no memory");
+    memset(p, fill, bytes);
+    return p;
+}
+
+static void give(void *p, size_t bytes) {
+    if (fwrite(p, 1, bytes, stdout) != bytes) stop("the output is full");
+    free(p);
+}
+
+static void product(void) {
+    int type = ints[0], fold = ints[4], panels = (int)(sizes[1] / 4) - 1, block = mk_block(type);
+    long n = ints[1], k = ints[2], m = ints[3], blocks = 0, units = 0, parts = fold ? 1 : panels;
+    const int32_t *bounds = arrays[1];
+    for (int p = 0; p < panels; p++) {
+        blocks += mk_blocks(bounds[p + 1] - bounds[p], block);
+        units += mk_blocks(bounds[p + 1] - bounds[p], MK_BLOCK);
+    }
+    size_t packed_bytes = (size_t)(mk_blocks(n, MK_TILE) * MK_TILE * blocks * mk_block_bytes(type));
+    size_t out_bytes = (size_t)(parts * m * n) * 4;
+    uint8_t *packed = make(packed_bytes, 0xAA);
+    float *out = make(out_bytes, 0);
+    const void *x = arrays[2];
+    mk_pack(type, arrays[0], n, k, bounds, panels, packed, 1);
+    if (block > 1) {
+        uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
+        mk_quantize_rows(x, k, m, bounds, panels, rows, units * MK_ACTIVATION, 1);
+        mk_matmul(type, packed, n, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n, 1);
+        give(packed, packed_bytes);
+        give(rows, (size_t)(m * units * MK_ACTIVATION));
+    } else {
+        mk_matmul(type, packed, n, bounds, panels, x, k, m, out, n, fold ? 0 : m * n, 1);
+        give(packed, packed_bytes);
+    }
+    give(out, out_bytes);
+}
+
+static void attention(void) {
+    int type = ints[0], stored = ints[1], rows = ints[2], heads = ints[3], kvh = ints[4], hd = ints[5];
+    size_t count = (size_t)ints[7] * (size_t)kvh * (size_t)hd * MK_KV_BLOCK, bytes = count * (type == MK_F32 ? 4 : 2);
+    const uint32_t nan = 0x7fc00000u;
+    const uint16_t half_nan = 0x7e00;
+    uint8_t *pools[2];
+    for (int p = 0; p < 2; p++) {
+        pools[p] = make(bytes, 0);
+        for (size_t i = 0; i < count; i++)
+            if (type == MK_F32) memcpy(pools[p] + 4 * i, &nan, 4);
+            else memcpy(pools[p] + 2 * i, &half_nan, 2);
+    }
+    float *out = make((size_t)(rows * heads * hd) * 4, 0), scale;
+    memcpy(&scale, arrays[9], 4);
+    mk_kv_store(type, arrays[0], kvh * hd, arrays[1], kvh * hd, arrays[2], arrays[3], stored, pools[0], pools[1], kvh, hd);
+    if (mk_attention(type, arrays[4], heads * hd, out, heads * hd, pools[0], pools[1], arrays[5], arrays[6], arrays[7],
+                     arrays[8], rows, heads, kvh, hd, scale, ints[6], 1))
+        stop("no memory");
+    give(pools[0], bytes);
+    give(pools[1], bytes);
+    give(out, (size_t)(rows * heads * hd) * 4);
+}
+
+/* The others: one or two outputs of the shape of the first array or stated by the numbers. */
+static void run(int op) {
+    long a = ints[0], b = ints[1], c = ints[2], blocks = mk_blocks(c, mk_block((int)a));
+    size_t cells = (size_t)(a * b) * 4;
+    float *out = NULL, eps;
+    int32_t *ids;
+    uint8_t *bytes;
+    switch (op) {
+    case 0: product(); return;
+    case 1:
+        bytes = make((size_t)(b * blocks * mk_block_bytes((int)a)), 0xAA);
+        mk_quantize((int)a, arrays[0], c, b, c, bytes, 1);
+        give(bytes, (size_t)(b * blocks * mk_block_bytes((int)a)));
+        return;
+    case 2:
+        out = make((size_t)(b * c) * 4, 0);
+        mk_dequantize((int)a, arrays[0], b, c, out, c, 1);
+        give(out, (size_t)(b * c) * 4);
+        return;
+    case 3:
+        memcpy(&eps, arrays[2], 4);
+        mk_rms_norm(arrays[0], b, arrays[1], eps, a, b, out = make(cells, 0), b, 1);
+        break;
+    case 4:
+        cells = (size_t)sizes[0];
+        memcpy(out = make(cells, 0), arrays[0], cells);
+        mk_rope(out, b * c, arrays[1], arrays[2], a, (int)b, (int)c, 1);
+        break;
+    case 5: mk_silu_mul(arrays[0], b, arrays[1], b, a, b, out = make(cells, 0), b, 1); break;
+    case 6:
+        memcpy(out = make(cells, 0), arrays[0], cells);
+        mk_softmax(out, b, a, b, 1);
+        break;
+    case 7:
+        cells = (size_t)(a * c) * 4;
+        mk_top_k(arrays[0], b, a, b, c, out = make(cells, 0), ids = make(cells, 0), 1);
+        give(out, cells);
+        give(ids, cells);
+        return;
+    case 8:
+        cells = (size_t)(a * c) * 12;
+        mk_lse_parts(arrays[0], b, arrays[1], a, arrays[2], (int)c, out = make(cells, 0), 1);
+        break;
+    case 9: attention(); return;
+    case 10:
+        cells = (size_t)(b * c) * 4;
+        mk_fold(arrays[0], (int)a, b, c, out = make(cells, 0), c, 1);
+        break;
+    default: stop("unknown operation");
+    }
+    give(out, cells);
+}
+
+int main(int argc, char **argv) {
+    if (argc != 2) stop("usage: harness list | harness PATH");
+    if (!strcmp(argv[1], "list")) {
+        for (int i = 0; i < mk_path_count(); i++) puts(mk_path_name(i));
+        return 0;
+    }
+    if (mk_set_path(argv[1])) stop("this machine lacks the path");
+    int32_t head[2], count;
+    while (fread(head, 4, 2, stdin) == 2) {
+        if (head[1] > MOST) stop("too many numbers");
+        memset(ints, 0, sizeof ints);
+        take(ints, 4 * (size_t)head[1]);
+        take(&count, 4);
+        if (count > MOST) stop("too many arrays");
+        for (int i = 0; i < count; i++) {
+            int64_t bytes;
+            take(&bytes, 8);
+            sizes[i] = (long)bytes;
+            take(arrays[i] = make((size_t)bytes, 0), (size_t)bytes);
+        }
+        run(head[0]);
+        for (int i = 0; i < count; i++) free(arrays[i]);
+    }
+    return 0;
+}

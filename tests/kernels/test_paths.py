@@ -1,0 +1,131 @@
+"""Every compiled path equals the scalar one bit for bit; threads, other rows and panels' cuts change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.kernels import BlockType
+
+from . import cases
+
+COMPILED = [name for name in kernels.available() if name != "numpy"]
+pytestmark = pytest.mark.skipif(not COMPILED, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = kernels.path()
+    yield
+    kernels.set_path(before)
+
+
+def scalar(case: cases.Case) -> list[cases.Array]:
+    kernels.set_path("scalar")
+    return case.run()
+
+
+@pytest.mark.parametrize("path", [name for name in COMPILED if name != "scalar"])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_scalar(path: str, seed: int) -> None:
+    for case in cases.everything(np.random.default_rng(seed), threads=1 + seed):
+        want = scalar(case)
+        kernels.set_path(path)
+        for got, expected in zip(case.run(), want, strict=True):
+            assert cases.same(got, expected), f"{path}: {case}"
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("type", list(BlockType))
+def test_rows_do_not_depend_on_their_batch_or_on_threads(path: str, type: BlockType) -> None:
+    rng = np.random.default_rng(int(type))
+    n, k = 83, 160
+    whole = cases.product(rng, type, n, k, 33)
+    kernels.set_path(path)
+    want = whole.run()[-1]
+    weights, bounds, x = whole.arrays
+    for first, m in ((0, 1), (32, 1), (3, 2), (1, 3), (7, 5), (8, 17), (0, 33)):
+        for threads in (1, 2, 3):
+            case = cases.Case("product", [int(type), n, k, m, 1], [weights, bounds, x[first : first + m]], threads)
+            assert cases.same(case.run()[-1], want[first : first + m]), (first, m, threads)
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("type", [BlockType.BF16, BlockType.Q4_1])
+def test_shards_fold_to_the_same_sum(path: str, type: BlockType) -> None:
+    """Panels computed apart and folded later give what one product gives."""
+    rng = np.random.default_rng(5)
+    n, k, m = 40, 8 * 64, 6
+    kernels.set_path(path)
+    weights, x = cases.canonical(rng, type, n, k), rng.standard_normal((m, k)).astype(np.float32)
+    bounds = np.arange(0, k + 1, 64, dtype=np.int32)
+    want = cases.Case("product", [int(type), n, k, m, 1], [weights, bounds, x]).run()[-1]
+    for shards in (2, 4, 8):
+        width = k // shards
+        parts = []
+        for s in range(shards):
+            size = type.block_bytes * width // type.block
+            mine = np.ascontiguousarray(weights[:, s * size : (s + 1) * size])
+            inner = np.arange(0, width + 1, 64, dtype=np.int32)
+            columns = np.ascontiguousarray(x[:, s * width : (s + 1) * width])
+            parts.append(cases.Case("product", [int(type), n, width, m, 1], [mine, inner, columns]).run()[-1])
+        assert cases.same(cases.Case("fold", [shards, m, n], [np.stack(parts)]).run()[0], want)
+
+
+@pytest.mark.parametrize("path", COMPILED)
+def test_attention_depends_on_positions_alone(path: str) -> None:
+    case = cases.attention(np.random.default_rng(11), BlockType.F16, 64, heads=8, kvh=2, window=40, rows=24)
+    kernels.set_path(path)
+    want = case.run()[-1]
+    ints, arrays = case.ints, case.arrays
+    for rows in ([5], [0, 23], list(range(3, 20)), list(range(24))):
+        picked = [a[rows] if i in (4, 5, 7) else a for i, a in enumerate(arrays)]
+        for threads in (1, 3):
+            part = cases.Case("attention", [*ints[:2], len(rows), *ints[3:]], picked, threads)
+            assert cases.same(part.run()[-1], want[rows])
+
+
+@pytest.mark.parametrize("path", kernels.available())
+def test_every_f16_converts_as_ieee_says(path: str) -> None:
+    every = np.arange(65536, dtype=np.uint16)
+    kernels.set_path(path)
+    out = np.empty((256, 256), np.float32)
+    kernels.dequantize(BlockType.F16, every.reshape(256, 256).view(np.uint8), 256, out, 1)
+    with np.errstate(invalid="ignore"):
+        assert cases.same(out.ravel(), every.view(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("path", kernels.available())
+def test_float32_rounds_to_f16_as_ieee_says(path: str) -> None:
+    rng = np.random.default_rng(3)
+    finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (finite[:-1] + finite[1:]) / np.float32(2)  # ties
+    edges = np.array([65519.996, 65520, 65536, 1e10, np.inf, 2**-25, 2**-26, 2.9e-8, 1e-45, 0], np.float32)
+    x = np.concatenate([finite, between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(np.inf)),
+                        rng.integers(0, 2**32, 9000, dtype=np.uint32).view(np.float32), edges])  # fmt: skip
+    x = np.concatenate([x, -x, np.zeros(-2 * len(x) % 64, np.float32)]).reshape(-1, 64)
+    kernels.set_path(path)
+    k, v = np.zeros((len(x), 1, 64, 32), np.uint16), np.zeros((len(x), 1, 32, 64), np.uint16)
+    rows = np.arange(len(x), dtype=np.int32)
+    kernels.kv_store(BlockType.F16, x, x, rows, rows % 32, k, v, 1, 64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = x.astype(np.float16)
+    for got in (k[rows, 0, :, rows % 32], v[rows, 0, rows % 32]):
+        ok = (got == want.view(np.uint16)) | (np.isnan(want) & np.isnan(got.view(np.float16)))
+        assert ok.all()
+
+
+def test_forcing_a_path() -> None:
+    from mpillm.errors import JobError
+
+    for name in kernels.available():
+        kernels.set_path(name)
+        assert kernels.path() == name
+    missing = next(name for name in kernels.PATHS if name not in kernels.available())
+    with pytest.raises(JobError, match=f"MPILLM_KERNELS = {missing} cannot be used on this machine; choose from numpy, scalar"):
+        kernels.set_path(missing)
+    with pytest.raises(JobError, match="no kernel path is called 'sse9'"):
+        kernels.set_path("sse9")
