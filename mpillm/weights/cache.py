@@ -14,12 +14,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from ..errors import JobError
 from .layer import Bytes, LayerPlan, new_buffer
 
-T = TypeVar("T")
+
+class Droppable(Protocol):
+    """What a loader makes of a buffer; `Layer` is one."""
+
+    def drop(self) -> None:
+        """Let go of the buffer: the cache gives it to another item, or back to the system."""
+
+
+T = TypeVar("T", bound=Droppable)
 
 Policy = Literal["cycle", "lru"]
 Loader = Callable[[LayerPlan, Bytes], T]
@@ -101,7 +109,7 @@ class WeightCache(Generic[T]):
         self._loader = loader
         self._slots: dict[int, _Slot[T]] = {}
         self._wanted: int | None = None  # what a use waits for
-        self._cursor = -1  # the item used last
+        self._cursor = -1  # the item that was asked for last
         self._clock = 0
         self._error: BaseException | None = None
         self._closed = False
@@ -120,11 +128,12 @@ class WeightCache(Generic[T]):
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-        self._slots.clear()
-        self.counters.held = 0
+        for item in tuple(self._slots):
+            self._drop(item)
 
     def _acquire(self, item: int) -> T:
         with self._changed:
+            self._cursor = item
             slot = self._slots.get(item)
             if slot is not None and slot.used:
                 self.counters.hits += 1
@@ -137,7 +146,6 @@ class WeightCache(Generic[T]):
             slot.users += 1
             slot.used = True
             slot.last_use = self._clock
-            self._cursor = item
             self._changed.notify_all()
             return slot.layer
 
@@ -147,8 +155,7 @@ class WeightCache(Generic[T]):
             return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
 
         if not ready():
-            pinned = sum(self.items[other].nbytes for other, slot in self._slots.items() if slot.users)
-            if item not in self._slots and pinned + self.items[item].nbytes > self.budget:
+            if item not in self._slots and item not in self.fixed and self._room_at_best() < self.items[item].nbytes:
                 raise RuntimeError("more items of the weight cache are in use than its budget has room for")
             start = time.monotonic()
             self._wanted = item
@@ -161,6 +168,11 @@ class WeightCache(Generic[T]):
                 self.counters.stall_seconds += time.monotonic() - start
         self._check()
         return self._slots[item]
+
+    def _room_at_best(self) -> int:
+        """Bytes for one more streamed item if everything else goes that is not in use."""
+        used = [other for other, slot in self._slots.items() if slot.users and other not in self.fixed]
+        return self.budget - self._fixed_bytes - sum(self.items[other].nbytes for other in used)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -224,13 +236,12 @@ class WeightCache(Generic[T]):
         streamed = [other for other in self._slots if other not in self.fixed]
         room -= sum(self.items[other].nbytes for other in streamed)
         idle = [other for other in streamed if self._slots[other].layer is not None and not self._slots[other].users]
-        if self.policy == "lru":
-            idle.sort(key=lambda other: self._slots[other].last_use or self._clock + 1)
-        else:
-            idle.sort(key=self._distance, reverse=True)
-            if item != self._wanted:  # what was used last may be used once more, before the cycle goes on
-                mine = self._distance(item)
-                idle = [other for other in idle if other != self._cursor and self._distance(other) > mine]
+        if item != self._wanted:
+            # Nothing goes that is needed sooner, nor what was asked for last: it may be used once more, or not yet.
+            idle = [other for other in idle if other != self._cursor]
+            if self.policy == "cycle":
+                idle = [other for other in idle if self._distance(other) > self._distance(item)]
+        idle.sort(key=self._worth)
         victims: list[int] = []
         for other in idle:
             if room >= size:
@@ -238,6 +249,11 @@ class WeightCache(Generic[T]):
             victims.append(other)
             room += self.items[other].nbytes
         return victims if room >= size else None
+
+    def _worth(self, item: int) -> tuple[bool, int]:
+        """Least for what was used longest ago; more for what was read ahead, most if its turn comes soon."""
+        slot = self._slots[item]
+        return (False, slot.last_use) if slot.used else (True, -self._distance(item))
 
     def _distance(self, item: int) -> int:
         """How many uses from now an item's turn comes, if the cycle goes on."""
@@ -248,11 +264,18 @@ class WeightCache(Generic[T]):
         buffer: Bytes | None = None
         size = self.items[item].nbytes
         for victim in self._victims(item) or []:
-            slot = self._slots.pop(victim)
-            self.counters.held -= self.items[victim].nbytes
-            if self.items[victim].nbytes == size:
-                buffer = slot.buffer
+            dropped = self._drop(victim)
+            if dropped.nbytes == size:
+                buffer = dropped
         return new_buffer(size) if buffer is None else buffer
+
+    def _drop(self, item: int) -> Bytes:
+        """Take an item out; whoever still has it in hand (after its `with` block) cannot keep the buffer alive."""
+        slot = self._slots.pop(item)
+        self.counters.held -= slot.buffer.nbytes
+        if slot.layer is not None:
+            slot.layer.drop()
+        return slot.buffer
 
 
 def minimum_budget(items: Sequence[LayerPlan]) -> int:

@@ -91,7 +91,7 @@ class LayerPlan:
 
 
 class Layer:
-    """A loaded item: its matrices and vectors, as views of the buffer."""
+    """A loaded item: its matrices and vectors, as views of the buffer, until it is dropped."""
 
     def __init__(self, plan: LayerPlan, buffer: Bytes) -> None:
         self.plan = plan
@@ -110,7 +110,12 @@ class Layer:
         values: Floats = self._bytes(entry).view(np.float32)
         return values
 
+    def drop(self) -> None:
+        """Let go of the buffer: others may have it now."""
+        self.buffer = np.empty(0, np.uint8)
+
     def _bytes(self, entry: Entry) -> Bytes:
+        assert self.buffer.nbytes == self.plan.nbytes, f"{self.plan.name} is used after it was dropped"
         return self.buffer[entry.offset : entry.offset + entry.nbytes]
 
 

@@ -13,6 +13,7 @@ from ..errors import ModelError
 Bytes = NDArray[np.uint8]
 
 _PAGE = mmap.PAGESIZE
+_AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it has it in memory anyway
 
 
 class MappedFile:
@@ -41,8 +42,12 @@ class MappedFile:
         self._advise(mmap.MADV_WILLNEED, offset, nbytes)
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Give back the pages that hold these bytes; looking at them again maps them again."""
-        self._advise(mmap.MADV_DONTNEED, offset, nbytes)
+        """Give back the pages that hold these bytes; looking at them again maps them again.
+
+        Those around them go as well. Nothing is lost with a page: the mapping is read-only.
+        """
+        first = max(offset - _AROUND, 0)
+        self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + _AROUND, self.size) - first)
 
     def close(self) -> None:
         """Unmap the file (when the last view of it is gone)."""
@@ -53,7 +58,6 @@ class MappedFile:
             return
 
     def _advise(self, advice: int, offset: int, nbytes: int) -> None:
-        # Outward to page borders: the mapping is read-only and nobody's data are lost with a page.
         first = offset // _PAGE * _PAGE
         if nbytes:
             self._map.madvise(advice, first, offset + nbytes - first)

@@ -92,6 +92,8 @@ class TensorSource:
             key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
             for key, extent in self._extents.items()
         }
+        for file in self._mapped:
+            file.release(0, file.size)  # the header has been read
 
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
         """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpillm.comm.grid import Place
+from mpillm.errors import JobError
+from mpillm.weights.cache import WeightCache, fixed_part, minimum_budget
+from mpillm.weights.layer import LayerPlan, load, rank_plans
+from mpillm.weights.source import open_source
+
+from .build import Tiny, write_hf
+
+
+def plans(*sizes: int) -> list[LayerPlan]:
+    return [LayerPlan(str(i), (), size) for i, size in enumerate(sizes)]
+
+
+class Item:
+    """What a use hands out."""
+
+    def __init__(self, buffer: np.ndarray) -> None:
+        self.data = buffer
+
+    def drop(self) -> None:
+        self.data = np.empty(0, np.uint8)
+
+
+class Loader:
+    """Fills a buffer with the item's number, and knows what it did."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.loads: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail_at: int | None = None
+
+    def __call__(self, plan: LayerPlan, buffer: np.ndarray) -> Item:
+        assert self.gate.wait(10)
+        time.sleep(self.seconds)
+        item = int(plan.name)
+        self.loads.append(item)
+        if item == self.fail_at:
+            raise OSError(f"item {item} cannot be read")
+        buffer[:] = item + 1
+        return Item(buffer)
+
+
+def run(cache: WeightCache[Item], order: Iterable[int]) -> None:
+    for number in order:
+        with cache.use(number) as item:
+            assert (item.data == number + 1).all()
+            assert len(item.data) == cache.items[number].nbytes
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("policy", ["cycle", "lru"])
+@pytest.mark.parametrize("budget", [None, 1000, 5000])
+def test_everything_fits(policy, budget):
+    loader = Loader()
+    cache = WeightCache(plans(*[100] * 10), loader, budget, policy)
+    run(cache, [*range(10)] * 5)
+    counters = cache.counters
+    assert (counters.hits, counters.misses, counters.loads) == (40, 10, 10)
+    assert (counters.loaded, counters.held, counters.peak) == (1000, 1000, 1000)
+    assert loader.loads == list(range(10))
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("budget", "fixed"), [(200, 0), (299, 0), (300, 1), (500, 3), (800, 6), (999, 7)])
+def test_a_cycle_hits_its_fixed_part(budget, fixed):
+    """Hits are exact: after the first round, one per fixed item and round; everything else is loaded once a round."""
+    loader = Loader()
+    cache = WeightCache(plans(*[100] * 10), loader, budget)
+    rounds = 6
+    run(cache, [*range(10)] * rounds)
+    counters = cache.counters
+    assert len(cache.fixed) == fixed
+    assert counters.hits == fixed * (rounds - 1)
+    assert counters.misses == 10 * rounds - counters.hits
+    cache.close()
+    assert counters.misses <= counters.loads <= counters.misses + 10  # what was read ahead at the end was not used
+    assert counters.peak <= budget
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("budget", [200, 500, 999])
+def test_lru_hits_nothing_in_a_cycle_that_does_not_fit(budget):
+    cache = WeightCache(plans(*[100] * 10), Loader(), budget, "lru")
+    run(cache, [*range(10)] * 5)
+    assert (cache.counters.hits, cache.counters.misses) == (0, 50)
+    assert cache.counters.peak <= budget
+    run(cache, [9, 9, 9])  # what was used last is still there
+    assert cache.counters.hits == 3
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_stalls_are_what_had_to_be_waited_for():
+    """Slow use: everything but the first item is read ahead in time. Slow loads: every miss is a stall."""
+    slow_use = WeightCache(plans(*[8] * 4), Loader(0.001), 16)
+    for item in [*range(4)] * 3:
+        with slow_use.use(item):
+            time.sleep(0.05)
+    assert slow_use.counters.misses == 12
+    assert slow_use.counters.stalls <= 2  # the first, and one for a machine that was busy
+    slow_use.close()
+    slow_load = WeightCache(plans(*[8] * 4), Loader(0.01), 16)
+    run(slow_load, [*range(4)] * 3)
+    assert slow_load.counters.stalls == slow_load.counters.misses == 12
+    assert 0.08 < slow_load.counters.stall_seconds < 5
+    assert slow_load.counters.load_seconds >= slow_load.counters.loads * 0.01
+    slow_load.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_reads_ahead_without_being_asked():
+    loader = Loader()
+    cache = WeightCache(plans(*[8] * 4), loader, None)
+    deadline = time.monotonic() + 10
+    while len(loader.loads) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    run(cache, range(4))
+    assert (cache.counters.misses, cache.counters.stalls) == (4, 0)
+    cache.close()
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=9),
+    st.integers(0, 200),
+    st.sampled_from(["cycle", "lru"]),
+    st.randoms(use_true_random=False),
+)
+def test_any_order_gives_the_same_bytes_within_the_budget(sizes, extra, policy, random):
+    """Also orders that are no cycle: a step may leave items out, or use one twice."""
+    items = plans(*sizes)
+    budget = minimum_budget(items) + extra
+    buffers: list[weakref.ref[np.ndarray]] = []
+    live: list[int] = [0]
+
+    def loader(plan: LayerPlan, buffer: np.ndarray) -> Item:
+        buffer[:] = int(plan.name) + 1
+        if not any(known() is buffer for known in buffers):
+            buffers.append(weakref.ref(buffer))
+        live.append(sum(known.nbytes for known in [ref() for ref in buffers] if known is not None))
+        return Item(buffer)
+
+    cache = WeightCache(items, loader, budget, policy)
+    try:
+        order = list(range(len(sizes))) * 3
+        for _ in range(6):
+            order.insert(random.randrange(len(order)), random.randrange(len(sizes)))
+            order.pop(random.randrange(len(order)))
+        run(cache, order)
+        assert cache.counters.hits + cache.counters.misses == len(order)
+        assert max(live) <= cache.counters.peak <= budget
+    finally:
+        cache.close()
+    assert cache.counters.held == 0
+
+
+def test_the_fixed_part_leaves_room_for_two_neighbours():
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        items = plans(*random.integers(1, 60, random.integers(1, 12)).tolist())
+        total = sum(item.nbytes for item in items)
+        budget = minimum_budget(items) + int(random.integers(0, total + 1))
+        fixed = fixed_part(items, budget)
+        streamed = [item for i, item in enumerate(items) if i not in fixed]
+        assert sum(items[i].nbytes for i in fixed) + minimum_budget(streamed) <= budget
+        assert (len(fixed) == len(items)) == (total <= budget)
+    head_stays = plans(10, 10, 10, 10, 80)
+    assert fixed_part(head_stays, 110) == {4, *fixed_part(head_stays, 110)}
+    spread = sorted(fixed_part(plans(*[10] * 16), 100))
+    assert len(spread) == 8
+    assert max(b - a for a, b in zip(spread, [*spread[1:], spread[0] + 16], strict=True)) <= 4
+
+
+def test_too_small_a_budget_is_refused():
+    items = plans(30, 10, 50, 20)
+    assert minimum_budget(items) == 70
+    with pytest.raises(JobError, match=r"memory\.weights is 69 bytes, but this rank needs at least 70 bytes .*of 110"):
+        WeightCache(items, Loader(), 69)
+    cache = WeightCache(items, Loader(), 70)
+    run(cache, [0, 1, 2, 3, 0, 1])
+    cache.close()
+    with pytest.raises(JobError, match='has no policy "fifo"; it has cycle and lru'):
+        WeightCache(items, Loader(), 70, "fifo")
+    assert minimum_budget(plans(30)) == 30
+    assert minimum_budget([]) == 0
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_item_is_not_used_after_its_end(tmp_path):
+    """Whoever keeps a layer beyond its `with` block keeps no memory, and notices when the layer has gone."""
+    model = Tiny(n_layers=3)
+    source = open_source(write_hf(tmp_path, model.weights(), model.config()))
+    items = rank_plans(model.shape(1), Place(0, 1, 1), source, model)
+    cache = WeightCache(items, lambda plan, buffer: load(plan, source, buffer, 1), minimum_budget(items))
+    with cache.use(0) as first:
+        first.matrix("q")
+    for item in (1, 2, 3):
+        with cache.use(item):
+            pass
+    with pytest.raises(AssertionError, match="layer 0 is used after it was dropped"):
+        first.matrix("q")
+    cache.close()
+    source.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_no_items():
+    WeightCache([], Loader(), 0).close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_the_loader_raises_is_raised_in_use():
+    loader = Loader()
+    loader.fail_at = 2
+    cache = WeightCache(plans(*[8] * 4), loader, 16)
+    run(cache, [0])
+    with pytest.raises(OSError, match="item 2 cannot be read"):
+        run(cache, [1, 2])
+    with pytest.raises(OSError, match="item 2 cannot be read"):
+        run(cache, [0])
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_error_in_a_use_gives_the_item_back():
+    cache = WeightCache(plans(*[8] * 4), Loader(), 16)
+    for item in [*range(4)] * 2:
+        with pytest.raises(KeyError), cache.use(item):
+            raise KeyError(item)
+    run(cache, [*range(4)] * 2)
+    assert cache.counters.peak <= 16
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_use_that_is_never_entered_costs_nothing():
+    cache = WeightCache(plans(*[8] * 4), Loader(), 16)
+    for item in range(4):
+        cache.use(item)
+    run(cache, range(4))
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_uses_within_uses():
+    cache = WeightCache(plans(*[8] * 4), Loader(), 16)
+    with cache.use(0) as a, cache.use(1) as b:
+        assert (a.data[0], b.data[0]) == (1, 2)
+        with pytest.raises(RuntimeError, match="more items of the weight cache are in use than"), cache.use(3):
+            pass
+    run(cache, [3, 0])
+    cache.close()
+    roomy = WeightCache(plans(*[8] * 5), Loader(), 32)
+    (kept, *_), streamed = roomy.fixed, [i for i in range(5) if i not in roomy.fixed]
+    with roomy.use(streamed[0]), roomy.use(streamed[1]), roomy.use(kept):
+        with pytest.raises(RuntimeError, match="more items of the weight cache are in use than"):
+            run(roomy, [streamed[2]])
+    roomy.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_close_in_the_middle():
+    loader = Loader()
+    loader.gate.clear()
+    cache = WeightCache(plans(*[8] * 4), loader, 16)
+    threading.Timer(0.05, loader.gate.set).start()
+    cache.close()  # waits for the item that is being loaded
+    with pytest.raises(RuntimeError, match="the weight cache is closed"), cache.use(0):
+        pass
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_close_within_a_use():
+    cache = WeightCache(plans(8, 8), Loader(), 16)
+    with cache.use(0):
+        cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_item_used_twice_in_a_row_stays():
+    """The head's norm and the head are two uses; reading ahead must not come between them."""
+    cache = WeightCache(plans(*[8] * 6), Loader(), 16)
+    for _ in range(5):
+        for item in range(6):
+            run(cache, [item])
+            time.sleep(0.002)
+            run(cache, [item])
+    assert (cache.counters.hits, cache.counters.misses) == (30, 30)
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_real_layers_are_the_same_whatever_the_budget(tmp_path):
+    model = Tiny(n_layers=5, seed=3)
+    source = open_source(write_hf(tmp_path, model.weights(), model.config(), "BF16"), "q8_0")
+    items = rank_plans(model.shape(32), Place(0, 1, 1), source, model)
+    seen = []
+    for policy, budget in (("cycle", None), ("cycle", minimum_budget(items)), ("lru", 2 * minimum_budget(items))):
+        cache = WeightCache(items, lambda plan, buffer: load(plan, source, buffer, 1), budget, policy)
+        contents = []
+        for item in [*range(6)] * 2:
+            with cache.use(item) as layer:
+                parts = [layer.buffer[entry.offset : entry.offset + entry.nbytes] for entry in layer.plan.entries]
+                contents.append(np.concatenate(parts).tobytes())
+        cache.close()
+        seen.append(contents)
+    assert seen[0] == seen[1] == seen[2]
+    source.close()
+    gc.collect()
