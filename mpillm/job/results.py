@@ -8,7 +8,7 @@ layout, hosts and rates in report.json.
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
     are as the model gave them, not normalised.
     """
-    with _hdf5(directory / TIMINGS) as (timings_h5, check_timings), _hdf5(directory / HDF5) as (h5, check):
+    with _hdf5(directory / HDF5) as (h5, check), _hdf5(directory / TIMINGS) as (timings_h5, check_timings):
         _describe(h5, metadata)
         h5["timings"] = h5py.ExternalLink(TIMINGS, "/")
         columns = _Columns(h5)
@@ -111,31 +111,48 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
 class _Guarded:
     """A file for the HDF5 library, which crashes if one that it has open cannot be written.
 
-    So a failed write is kept and nothing more is written; whoever closes the HDF5 file then calls `check`.
+    So none of this raises: a failed write's error is kept and nothing more is written, until someone calls `check`.
     """
 
-    def __init__(self, file: io.BufferedRandom) -> None:
-        self._file = file
+    def __init__(self, file: int) -> None:
+        self._file = file  # a descriptor
+        self._at = 0
         self._error: OSError | None = None
-        self.seek, self.tell, self.read, self.readinto = file.seek, file.tell, file.read, file.readinto
 
-    def write(self, data: Any) -> int:
-        self._try(lambda: self._file.write(data))
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (os.fstat(self._file).st_size if whence == os.SEEK_END else 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Zeros stand for what could not be written."""
+        buffer[:] = self.read(len(buffer)).ljust(len(buffer), b"\0")
+        return len(buffer)
+
+    def read(self, size: int) -> bytes:
+        return os.pread(self._file, size, self._at)
+
+    def write(self, data: memoryview) -> int:
+        left, at = memoryview(data).cast("B"), self._at
+        try:
+            while left and self._error is None:
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
+        except OSError as error:
+            self._error = error
         return len(data)
 
     def truncate(self, size: int) -> int:
-        self._try(lambda: self._file.truncate(size))
+        try:
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            self._error = self._error or error
         return size
 
     def flush(self) -> None:
-        self._try(self._file.flush)
-
-    def _try(self, do: Callable[[], object]) -> None:
-        if self._error is None:
-            try:
-                do()
-            except OSError as error:
-                self._error = error
+        """Nothing is held back."""
 
     def check(self) -> None:
         """Raise what went wrong."""
@@ -147,7 +164,7 @@ class _Guarded:
 def _hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
     """An HDF5 file that becomes `path`, of a format that does not depend on the library's newest, and its `check`."""
     with replacing(path) as file:
-        guarded = _Guarded(file)
+        guarded = _Guarded(file.fileno())
         with h5py.File(guarded, "w", libver=("earliest", "v110")) as h5:
             yield h5, guarded.check
         guarded.check()
