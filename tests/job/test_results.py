@@ -135,7 +135,9 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
         filler.write_bytes(bytes(free - 8192))
         with pytest.raises(Interrupted, match=r"no space left for .*results\.jsonl"):
             results.write_jsonl(disk / "out", batch.lines, journal)
-        for room in range(8192, 600_000, 65_536):  # the HDF5 library meets the end in many places, and never crashes
+        for room in range(
+            8192, 600_000, 65_536
+        ):  # the HDF5 library meets the end in many places, and never crashes
             filler.write_bytes(bytes(free - room))
             with pytest.raises(Interrupted, match=r"no space left for .*\.h5"):
                 results.write_hdf5(disk / "out", batch.lines, journal, METADATA)
