@@ -189,29 +189,34 @@ class WeightCache(Generic[T]):
 
     def _run(self) -> None:
         """The thread: whatever is best loaded next, one item at a time, until the cache is closed."""
-        while True:
+        try:
+            while self._load_next():
+                pass
+        except BaseException as error:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._choose() is not None)
-                item = self._choose()
-                if self._closed or item is None:
-                    return
-                slot = self._slots[item] = _Slot(self._make_room(item))
-                self.counters.held += self.items[item].nbytes
-                self.counters.peak = max(self.counters.peak, self.counters.held)
-            start = time.monotonic()
-            try:
-                layer = self._loader(self.items[item], slot.buffer)
-            except BaseException as error:
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                slot.layer = layer
-                self.counters.loads += 1
-                self.counters.loaded += self.items[item].nbytes
-                self.counters.load_seconds += time.monotonic() - start
+                self._error = error
                 self._changed.notify_all()
+
+    def _load_next(self) -> bool:
+        """Wait until an item can be loaded, and load it; False when the cache is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._choose() is not None)
+            item = self._choose()
+            if self._closed or item is None:
+                return False
+            plan = self.items[item]
+            slot = self._slots[item] = _Slot(self._make_room(item))
+            self.counters.held += plan.nbytes
+            self.counters.peak = max(self.counters.peak, self.counters.held)
+        start = time.monotonic()
+        layer = self._loader(plan, slot.buffer)
+        with self._changed:
+            slot.layer = layer
+            self.counters.loads += 1
+            self.counters.loaded += plan.nbytes
+            self.counters.load_seconds += time.monotonic() - start
+            self._changed.notify_all()
+        return True
 
     def _choose(self) -> int | None:
         """The item to load now: what a use waits for, else the next ones of the cycle as far as there is room."""

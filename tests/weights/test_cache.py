@@ -275,9 +275,13 @@ def test_uses_within_uses():
     cache.close()
     roomy = WeightCache(plans(*[8] * 5), Loader(), 32)
     (kept, *_), streamed = roomy.fixed, [i for i in range(5) if i not in roomy.fixed]
-    with roomy.use(streamed[0]), roomy.use(streamed[1]), roomy.use(kept):
-        with pytest.raises(RuntimeError, match="more items of the weight cache are in use than"):
-            run(roomy, [streamed[2]])
+    with (
+        roomy.use(streamed[0]),
+        roomy.use(streamed[1]),
+        roomy.use(kept),
+        pytest.raises(RuntimeError, match="more items of the weight cache are in use than"),
+    ):
+        run(roomy, [streamed[2]])
     roomy.close()
 
 
