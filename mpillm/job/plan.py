@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import msgspec
 
@@ -13,7 +14,8 @@ from ..model.config import ModelConfig
 from ..model.kv import block_nbytes
 from ..weights.cache import fixed_part, minimum_budget
 from ..weights.layer import check_tensors, rank_plans
-from ..weights.source import Source, column_unit
+from ..weights.source import Source, column_unit, open_source
+from . import catalogue
 from .spec import Spec, shown_bytes
 
 
@@ -52,6 +54,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     wire_f32: float  # what all of it would be as float32
     ranks: list[RankPlan]
     problems: list[str]
+
+
+def make(spec: Spec, ranks: int) -> Plan:
+    """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them."""
+    path = catalogue.resolve(spec.model)
+    with closing(open_source(path, spec.quantize)) as source:
+        return make_plan(spec, source, ModelConfig.from_dict(source.config, str(path)), ranks)
 
 
 def make_plan(
@@ -145,8 +154,13 @@ def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) 
         )
 
 
-def table(plan: Plan) -> str:
-    """The plan as text."""
+def as_json(plan: Plan) -> str:
+    """The plan for programs."""
+    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode()
+
+
+def as_text(plan: Plan) -> str:
+    """The plan as a table for people."""
     return "\n".join(_table(plan))
 
 

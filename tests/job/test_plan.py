@@ -20,13 +20,7 @@ MODELS = Path(__file__).parent.parent / "fixtures/models"
 
 
 def planned(model: str, ranks: int, *overrides: str) -> Plan:
-    path = MODELS / model
-    said = spec.load(None, overrides, model=str(path), input="in", output="out")
-    source = open_source(path, said.quantize)
-    try:
-        return plan.make_plan(said, source, ModelConfig.from_dict(source.config, str(path)), ranks)
-    finally:
-        source.close()
+    return plan.make(spec.load(None, overrides, model=str(MODELS / model), input="in", output="out"), ranks)
 
 
 @pytest.mark.parametrize("model", ["llama3", "qwen3_moe_step", "smol_bf16"])
@@ -73,13 +67,13 @@ def test_what_does_not_fit_is_said() -> None:
     assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
     assert weights.endswith("for two neighbouring layers; raise it or use more shards.")
     assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
-    assert plan.table(made).endswith(f"{weights}\n{kv}")
+    assert plan.as_text(made).endswith(f"{weights}\n{kv}")
     with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):
         planned("llama3", 7)
 
 
 def test_the_table() -> None:
-    text = plan.table(planned("llama3", 4, "memory.kv=1MiB"))
+    text = plan.as_text(planned("llama3", 4, "memory.kv=1MiB"))
     assert "layout    1 stage x 4 shards on 4 ranks" in text
     assert "also possible: 2 stages x 2 shards; 4 stages x 1 shard" in text
     assert "KV cache  f32, holds 4096 tokens: 8.0 requests of 512 tokens at once" in text
@@ -88,4 +82,4 @@ def test_the_table() -> None:
     assert text.endswith("It fits, where every rank finds the memory of its last column.")
     assert planned("llama3", 1).kv_type == "f32"
     assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
-    assert msgspec.json.decode(msgspec.json.encode(planned("llama3", 1)), type=Plan) == planned("llama3", 1)
+    assert msgspec.json.decode(plan.as_json(planned("llama3", 1)), type=Plan) == planned("llama3", 1)
