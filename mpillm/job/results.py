@@ -180,10 +180,10 @@ def _describe(h5: h5py.File, metadata: Mapping[str, Any]) -> None:
 class _Column:
     """A one-dimensional dataset that grows."""
 
-    def __init__(self, group: h5py.Group, name: str, kind: DTypeLike) -> None:
+    def __init__(self, group: h5py.Group, name: str, kind: DTypeLike, chunk: int = 1024) -> None:
         self.length = 0
         self._dataset = group.create_dataset(
-            name, shape=(0,), maxshape=(None,), dtype=kind, chunks=(8192,), track_times=False
+            name, shape=(0,), maxshape=(None,), dtype=kind, chunks=(chunk,), track_times=False
         )
         self._kind = None if self._dataset.dtype == object else np.dtype(self._dataset.dtype)
         self._pending: list[NDArray[Any]] = []
@@ -210,7 +210,7 @@ class _Ragged:
     """Rows of different lengths: all values one behind the other, and where each row begins and the last one ends."""
 
     def __init__(self, group: h5py.Group, values: str, kind: DTypeLike) -> None:
-        self._values = _Column(group, values, kind)
+        self._values = _Column(group, values, kind, chunk=8192)
         self._offsets = _Column(group, "offsets", np.int64)
         self._offsets.add([0])
         self._kind = kind
