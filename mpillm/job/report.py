@@ -85,6 +85,11 @@ class Report(msgspec.Struct, kw_only=True):
         """Generated tokens per second of computing."""
         return self.tokens.generated / self.computing if self.computing else 0.0
 
+    def total_rate(self) -> float:
+        """All tokens per second of computing, prompts' and generated."""
+        tokens = self.tokens.prompt + self.tokens.generated
+        return tokens / self.computing if self.computing else 0.0
+
     def wire_bytes(self) -> dict[str, float]:
         """Bytes sent by all ranks, by kind of message."""
         kinds = sorted({kind for rank in self.ranks for kind in rank.messages})
@@ -104,9 +109,10 @@ def summary(report: Report) -> Iterator[str]:
     done = report.requests
     resumed = f" ({done.resumed} of them by earlier runs)" if done.resumed else ""
     yield f"{done.total} requests{resumed}: {done.ok} answered, {done.errors} ended in an error."
+    generated = f", {report.rate():.1f} of them generated" if report.tokens.generated else ""
     yield (
-        f"{report.tokens.prompt} prompt and {report.tokens.generated} generated tokens in {report.seconds:.1f} s, "
-        f"{report.rate():.1f} generated tokens/s while computing."
+        f"{report.tokens.prompt} prompt and {report.tokens.generated} generated tokens in {report.seconds:.1f} s: "
+        f"{report.total_rate():.1f} tokens/s while computing{generated}."
     )
     wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}
     if wire:

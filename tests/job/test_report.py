@@ -35,7 +35,7 @@ def made(**more: Any) -> report.Report:
 def test_the_last_lines_of_a_run() -> None:
     assert list(report.summary(made())) == [
         "9 requests (4 of them by earlier runs): 8 answered, 1 ended in an error.",
-        "100 prompt and 50 generated tokens in 4.0 s, 25.0 generated tokens/s while computing.",
+        "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 of them generated.",
         "Wire bytes per token: all_reduce 6.",
     ]
 
