@@ -167,10 +167,8 @@ def head_tensors(shape: Shape) -> Iterator[tuple[Key, tuple[int, ...]]]:
 
 def check_tensors(source: Source, shape: Shape, flags: Flags) -> None:
     """ModelError if a tensor is missing, has another shape than the configuration says, or is not in it at all."""
-    expected = {Key("embed"): (shape.vocab, shape.hidden), **dict(head_tensors(shape))}
-    for layer in range(shape.n_layers):
-        expected |= dict(layer_tensors(shape, flags, layer))
-    for key, dims in expected.items():
+    known = set()
+    for key, dims in _all_tensors(shape, flags):
         info = source.tensors.get(key)
         if info is None:
             raise ModelError(f"{source.path} has no tensor for {_described(key)}; the model is not complete.")
@@ -179,9 +177,17 @@ def check_tensors(source: Source, shape: Shape, flags: Flags) -> None:
                 f"{source.path}: {_described(key)} has shape {list(info.shape)}, but the configuration makes it "
                 f"{list(dims)}."
             )
+        known.add(key)
     for key in source.tensors:
-        if key not in expected:
+        if key not in known:
             raise ModelError(f"{source.path} has {_described(key)}, which its configuration does not have.")
+
+
+def _all_tensors(shape: Shape, flags: Flags) -> Iterator[tuple[Key, tuple[int, ...]]]:
+    yield Key("embed"), (shape.vocab, shape.hidden)
+    yield from head_tensors(shape)
+    for layer in range(shape.n_layers):
+        yield from layer_tensors(shape, flags, layer)
 
 
 def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list[LayerPlan]:
