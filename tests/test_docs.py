@@ -5,6 +5,7 @@ Commands that need a cluster run in tests/cluster; the two at the top of the REA
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -124,6 +125,32 @@ def check_extras(words: list[str]) -> None:
     for word in words:
         for name in re.findall(r"^\.\[(.*)\]$", word):
             assert set(name.split(",")) <= set(extras), word
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_quickstart_runs_as_printed(tmp_path: Path) -> None:
+    """The README's first mpiexec, typed into a new shell after `make`: also as root, and on fewer than 4 cores."""
+    activate = ROOT / ".venv" / "bin" / "activate"
+    if not activate.exists():
+        pytest.skip("make has not been here: there is no .venv")
+    typed = [line for line in fenced(ROOT / "README.md") if line.startswith("mpiexec")][0]
+    env = {
+        name: os.environ[name]
+        for name in ("HOME", "PATH", "MPILLM_CACHE", "PIP_INDEX_URL")
+        if name in os.environ
+    }
+    script = f'. "{activate}" && python -m mpillm pull smollm2-135m && echo pulled && {typed}'
+    done = run_bounded(["sh", "-c", script], 390, env, tmp_path)
+    if "pulled" not in done.stdout:
+        pytest.skip(f"the default model cannot be had: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert "8 answered, 0 ended in an error" in done.stderr
+    lines = (tmp_path / "out" / "quickstart" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 8
+    again = run_bounded(["sh", "-c", f'. "{activate}" && {typed}'], 60, env, tmp_path)
+    assert "8 of them by earlier runs" in again.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
