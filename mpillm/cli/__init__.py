@@ -124,26 +124,34 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mpillm {mpillm.__version__}")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
     _job_arguments(run)
     plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
     _job_arguments(plan)
-    plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="how many ranks it will run on (1)")
+    plan.add_argument(
+        "--ranks", type=_positive, default=1, metavar="N", help="how many ranks it will run on (1)"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")
     report.add_argument("directory", type=Path, help="the run's output directory")
-    doctor = commands.add_parser("doctor", help="look at MPI, threads, kernels, the model file, network and disk")
+    doctor = commands.add_parser(
+        "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
+    )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
     return parser
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", nargs="?", type=Path, help="a job file (TOML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the job")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the job"
+    )
     parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
     parser.add_argument("--input", help="requests, one JSON object a line")
     parser.add_argument("--output", help="directory for the results")

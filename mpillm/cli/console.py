@@ -96,7 +96,9 @@ def _answer(result: dict[str, Any]) -> str:
     elif "data" in body:
         texts = [_described(item["embedding"]) for item in body["data"]]
     else:
-        texts = [choice.get("text") or choice.get("message", {}).get("content") or "" for choice in body["choices"]]
+        texts = [
+            choice.get("text") or choice.get("message", {}).get("content") or "" for choice in body["choices"]
+        ]
     shown = [textwrap.shorten(text, LONGEST, placeholder=" ...") for text in texts]
     return f"{result['custom_id']}: " + " | ".join(shown)
 

@@ -51,7 +51,9 @@ def follow(worker: Worker, channel: Channel) -> int:
         kind = messages.kind_of(message)
         if kind is Kind.STOP:
             return messages.exit_code_of(message)
-        reply = worker.step(Step.decode(message)) if kind is Kind.STEP else worker.fetch(Fetch.decode(message))
+        reply = (
+            worker.step(Step.decode(message)) if kind is Kind.STEP else worker.fetch(Fetch.decode(message))
+        )
         if reply is not None:
             channel.reply(reply.encode())
 
@@ -161,7 +163,7 @@ class Engine:
                 u = sequence.uniform() if request.temperature > 0 else 0.0
                 drawn = draw(found, request, u)
                 if drawn is None:
-                    found = self._fetch_row(step, index, output)  # noqa: PLW2901 the same row, all of it
+                    found = self._fetch_row(step, index, output)
                     drawn = draw(found, request, u)
                     assert drawn is not None
                 sequence.append(int(found.ids[drawn]))

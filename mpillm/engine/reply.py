@@ -58,7 +58,9 @@ class Reply:
         ends = np.cumsum([panels if size is None else size for size in sizes])
         ids, values, raw, parts, targets, hidden = np.split(words, ends[:-1])
         shape = (outputs, -1, PARTS) if outputs else (0, 0, PARTS)
-        return Reply(step, ids.view("<i4"), values, raw, parts.reshape(shape), targets, hidden.reshape(rows, width))
+        return Reply(
+            step, ids.view("<i4"), values, raw, parts.reshape(shape), targets, hidden.reshape(rows, width)
+        )
 
 
 class Answerer:
@@ -98,7 +100,9 @@ class Answerer:
         ]
         return self._join(step.number, pieces, np.empty((0, 0), np.float32))
 
-    def _candidates(self, step: Step, outputs: Seq[Output], logits: Floats) -> tuple[NDArray[np.generic], ...]:
+    def _candidates(
+        self, step: Step, outputs: Seq[Output], logits: Floats
+    ) -> tuple[NDArray[np.generic], ...]:
         vocab, bounds, threads = self._decoder.vocab, self._decoder.vocab_bounds, self._threads
         inv_t = np.array([output.inv_t for output in outputs], np.float32)
         values = logits

@@ -67,7 +67,9 @@ def draw(candidates: Candidates, request: Request, u: float) -> int | None:
     scaled = [(float(value) - float(candidates.values[0])) * inv_t for value in candidates.values]
     weights = np.array([math.exp(value) for value in scaled], np.float32)
     kept = len(weights)
-    closed = candidates.complete  # whether the last kept one is known to be the last that any filter lets through
+    closed = (
+        candidates.complete
+    )  # whether the last kept one is known to be the last that any filter lets through
     if request.min_p > 0.0:
         below = np.flatnonzero(weights < request.min_p)
         if len(below):

@@ -33,7 +33,9 @@ class Request:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    stop_ids: frozenset[int] = frozenset()  # ids that end the text: end-of-sequence ids unless ignored, and the user's
+    stop_ids: frozenset[int] = (
+        frozenset()
+    )  # ids that end the text: end-of-sequence ids unless ignored, and the user's
     logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     pooling: Literal["mean", "last"] = "mean"

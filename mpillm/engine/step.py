@@ -123,7 +123,9 @@ class Step:
     def batch(self) -> Batch:
         """The arrays that the decoder works on."""
         counts = [len(part.tokens) for part in self.parts]
-        positions = np.concatenate([np.arange(p.start, p.start + n, dtype=np.int32) for p, n in zip(self.parts, counts, strict=True)])
+        positions = np.concatenate(
+            [np.arange(p.start, p.start + n, dtype=np.int32) for p, n in zip(self.parts, counts, strict=True)]
+        )
         sizes = np.array([len(part.blocks) for part in self.parts], np.int32)
         begins = np.cumsum(sizes, dtype=np.int32) - sizes
         table_start = np.repeat(begins, counts).astype(np.int32)
@@ -157,7 +159,10 @@ class Step:
         seen = [part.seen for part in self.parts]
         body = np.concatenate([fields.ravel(), *tokens, *blocks, *seen])
         sizes = (sum(map(len, group)) for group in (tokens, blocks, seen))
-        return HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.parts), *sizes) + body.astype("<i4").tobytes()
+        return (
+            HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.parts), *sizes)
+            + body.astype("<i4").tobytes()
+        )
 
     @staticmethod
     def decode(message: bytes) -> Step:

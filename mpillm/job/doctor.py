@@ -152,4 +152,3 @@ def _network(world: World, measured: list[probe.Link]) -> Iterator[str]:
             f"{mark} network  rank 0 to rank {link.rank} ({where}): {link.latency * 1e6:.0f} us, "
             f"{link.bandwidth / 1e6:.0f} MB/s"
         )
-

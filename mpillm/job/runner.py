@@ -134,7 +134,9 @@ class Leader:
             requests=report.Requests(
                 total=len(lines), ok=len(lines) - errors, errors=errors, resumed=journal.resumed
             ),
-            tokens=report.Tokens(prompt=engine.totals.prompt_tokens, generated=engine.totals.generated_tokens),
+            tokens=report.Tokens(
+                prompt=engine.totals.prompt_tokens, generated=engine.totals.generated_tokens
+            ),
             stages=session.place.stages,
             shards=session.place.shards,
             ranks=ranks,

@@ -72,7 +72,7 @@ class Decoder:
         shape: grid.Shape,
         place: grid.Place,
         source: Source,
-        cache: WeightCache,
+        cache: WeightCache[Layer],
         kv: KVCache,
         group: Group,
         pipe: Pipe,
@@ -136,7 +136,9 @@ class Decoder:
         kernels.rms_norm(x, weight, self.config.rms_eps, out, self._threads)
         return out
 
-    def _attention(self, layer: Layer, i: int, number: int, x: Floats, batch: Batch, cos: Floats, sin: Floats) -> None:
+    def _attention(
+        self, layer: Layer, i: int, number: int, x: Floats, batch: Batch, cos: Floats, sin: Floats
+    ) -> None:
         config, threads, hd = self.config, self._threads, self.config.head_dim
         m = len(x)
         rows = Rows(self._norm(x, layer.vector("attn_norm")), threads)

@@ -22,7 +22,9 @@ class KVCache:
     attention's products run along contiguous memory. Memory is touched, and so used, only as blocks are written.
     """
 
-    def __init__(self, n_layers: int, n_blocks: int, kv_heads: int, head_dim: int, kv_type: BlockType) -> None:
+    def __init__(
+        self, n_layers: int, n_blocks: int, kv_heads: int, head_dim: int, kv_type: BlockType
+    ) -> None:
         dtype = _DTYPES[kv_type]
         self.kv_type = kv_type
         self.n_blocks = n_blocks

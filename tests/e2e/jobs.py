@@ -12,7 +12,7 @@ from tests.conftest import Mpi
 from tests.model.golden import model_path
 
 CHAT = model_path("chat")
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly box".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "quietly", "box"]
 
 
 def mixed_lines(count: int, seed: int = 0, tokens: int = 12) -> list[dict[str, Any]]:
@@ -22,7 +22,12 @@ def mixed_lines(count: int, seed: int = 0, tokens: int = 12) -> list[dict[str, A
     for number in range(count):
         text = " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
         chat = {"messages": [{"role": "user", "content": text}], "max_tokens": draw.randint(1, tokens)}
-        drawn = {"prompt": text, "max_tokens": draw.randint(1, tokens), "temperature": 1.1, "n": draw.randint(1, 2)}
+        drawn = {
+            "prompt": text,
+            "max_tokens": draw.randint(1, tokens),
+            "temperature": 1.1,
+            "n": draw.randint(1, 2),
+        }
         kinds: list[tuple[str, dict[str, Any]]] = [
             ("/v1/chat/completions", chat),
             ("/v1/completions", {**drawn, "top_p": 0.95, "logprobs": 2}),
@@ -42,7 +47,12 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 def command(source: Path, output: Path, *settings: str, model: Path = CHAT) -> list[str]:
     """The arguments of python for a run, with the f32 wire unless `settings` say otherwise."""
     words = ["-m", "mpillm", "run", "--model", model, "--input", source, "--output", output]
-    return [*map(str, words), "--set", "wire.activations=f32", *(w for one in settings for w in ("--set", one))]
+    return [
+        *map(str, words),
+        "--set",
+        "wire.activations=f32",
+        *(w for one in settings for w in ("--set", one)),
+    ]
 
 
 def run(

@@ -102,7 +102,10 @@ def small_disk(tmp_path: Path) -> Path:
     """A file system of 64 KiB."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if os.geteuid() != 0 or run_bounded(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount]).returncode:
+    if (
+        os.geteuid() != 0
+        or run_bounded(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount]).returncode
+    ):
         pytest.skip("needs root to mount a tmpfs")
     yield mount
     subprocess.run(["umount", mount], check=True)

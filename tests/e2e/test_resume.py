@@ -47,7 +47,9 @@ def wait_for_results(journal: Path, launcher: subprocess.Popen[bytes], nbytes: i
     assert launcher.poll() is None, "the run ended before it could be disturbed"
 
 
-@pytest.mark.parametrize(("victim", "number"), [("rank 1", signal.SIGKILL), ("rank 0", signal.SIGKILL), ("all", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("victim", "number"), [("rank 1", signal.SIGKILL), ("rank 0", signal.SIGKILL), ("all", signal.SIGTERM)]
+)
 def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
     output, settings = tmp_path / "out", ["batch.max_num_seqs=4"]

@@ -44,7 +44,10 @@ def test_every_request_once_in_order(undisturbed: Path) -> None:
     assert bodies[0]["object"] == "chat.completion"
     assert bodies[0]["choices"][0]["message"]["role"] == "assistant"
     assert bodies[2]["choices"][0]["logprobs"]["token_logprobs"][0] is None
-    assert len(bodies[3]["data"][0]["embedding"]) == json.loads((CHAT / "config.json").read_text())["hidden_size"]
+    assert (
+        len(bodies[3]["data"][0]["embedding"])
+        == json.loads((CHAT / "config.json").read_text())["hidden_size"]
+    )
     with h5py.File(undisturbed / "results.h5") as h5:
         assert h5["requests/custom_id"].asstr()[:].tolist() == [f"r{i}" for i in range(24)]
         assert "mpillm_version" in h5.attrs
@@ -53,7 +56,9 @@ def test_every_request_once_in_order(undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_same_bytes_under_each_mpi(mpi: Mpi, ranks: int, source: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_same_bytes_under_each_mpi(
+    mpi: Mpi, ranks: int, source: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     done = run(mpi, ranks, source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "24 answered" in done.stderr
@@ -107,13 +112,18 @@ def test_same_bytes_on_other_instruction_sets(
     assert_same_results(undisturbed, tmp_path / "out")
 
 
-def test_without_a_compiler_numpy_serves(source: Path, undisturbed: Path, tmp_path: Path, openmpi: Mpi) -> None:
+def test_without_a_compiler_numpy_serves(
+    source: Path, undisturbed: Path, tmp_path: Path, openmpi: Mpi
+) -> None:
     done = run(openmpi, 2, source, tmp_path / "out", MPILLM_KERNELS="numpy")
     assert done.returncode == 0, done.stderr
     ours, theirs = results(tmp_path / "out"), results(undisturbed)
     for one, other in zip(ours, theirs, strict=True):
         assert one["custom_id"] == other["custom_id"]
-    scored = [line["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"][1:] for line in (ours[2], theirs[2])]
+    scored = [
+        line["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"][1:]
+        for line in (ours[2], theirs[2])
+    ]
     assert scored[0] == pytest.approx(scored[1], abs=1e-3)
 
 
@@ -132,7 +142,9 @@ def test_bad_lines_cost_no_other_line(openmpi: Mpi, tmp_path: Path) -> None:
     found = results(tmp_path / "out")
     assert [line["response"]["status_code"] for line in found] == [200] * 4 + [400] * 5
     messages = [line["error"]["message"] for line in found[4:]]
-    for message, words in zip(messages, ["JSON", "/v1/nothing", "already that of line 2", "5000 tokens", "1000000"], strict=True):
+    for message, words in zip(
+        messages, ["JSON", "/v1/nothing", "already that of line 2", "5000 tokens", "1000000"], strict=True
+    ):
         assert words in message
         assert message.startswith("Line ")
 
@@ -155,8 +167,18 @@ def test_ranks_that_see_different_models_refuse_to_start(openmpi: Mpi, tmp_path:
         pytest.skip("needs root and mount namespaces")
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(2))
     words = [os.sys.executable, *command(source, tmp_path / "out")]
-    other = ["unshare", "-m", "sh", "-c", f'mount --bind {model_path("llama3")} {CHAT} && exec "$@"', "sh", *words]
-    done = run_bounded([openmpi.mpiexec, "-n", "1", *words, ":", "-n", "1", *other], env=openmpi.environment())
+    other = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        f'mount --bind {model_path("llama3")} {CHAT} && exec "$@"',
+        "sh",
+        *words,
+    ]
+    done = run_bounded(
+        [openmpi.mpiexec, "-n", "1", *words, ":", "-n", "1", *other], env=openmpi.environment()
+    )
     assert_one_sentence(done, 2, "Rank 1 on", "sees another model", "put the same files on every node")
 
 

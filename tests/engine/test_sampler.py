@@ -74,7 +74,9 @@ def test_frequencies_are_the_distributions(changes: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("changes", FILTERS)
-def test_a_short_list_decides_what_the_whole_row_would_or_says_that_it_cannot(changes: dict[str, float]) -> None:
+def test_a_short_list_decides_what_the_whole_row_would_or_says_that_it_cannot(
+    changes: dict[str, float],
+) -> None:
     rng = np.random.default_rng(7)
     undecided = 0
     for _ in range(200):

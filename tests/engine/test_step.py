@@ -48,7 +48,9 @@ def test_round_trip(made: list[Part], number: int) -> None:
     batch, other = step.batch(), back.batch()
     for name in ("tokens", "positions", "table", "table_start", "block", "offset"):
         assert np.array_equal(getattr(batch, name), getattr(other, name))
-    for row, (position, block, offset) in enumerate(zip(batch.positions, batch.block, batch.offset, strict=True)):
+    for row, (position, block, offset) in enumerate(
+        zip(batch.positions, batch.block, batch.offset, strict=True)
+    ):
         assert position % KV_BLOCK == offset
         assert batch.table[batch.table_start[row] + position // KV_BLOCK] == block
 
@@ -56,7 +58,9 @@ def test_round_trip(made: list[Part], number: int) -> None:
 def test_outputs_are_scored_rows_then_the_sampled_row() -> None:
     tokens = np.array([5, 6, 7], np.int32)
     scored = Part(0, tokens, np.zeros(1, np.int32), score_k=2, successor=8)
-    last = Part(3, tokens[:2], np.zeros(1, np.int32), score_k=0, sample_k=4, temperature=0.5, penalty=1.5, raw_k=3)
+    last = Part(
+        3, tokens[:2], np.zeros(1, np.int32), score_k=0, sample_k=4, temperature=0.5, penalty=1.5, raw_k=3
+    )
     outputs = Step(1, (scored, last)).outputs()
     assert [(o.row, o.k, o.target, o.sampled) for o in outputs] == [
         (0, 2, 6, False),

@@ -1,4 +1,4 @@
-"""Run the real engine on requests: on one rank inside the test's process, or on all ranks of a program under mpiexec."""
+"""Run the real engine: on one rank inside the test's process, or on all ranks of a program under mpiexec."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def spec_of(model: Path, **job: Any) -> Spec:
     return Spec(model=str(model), input="-", output="-", **tables, **job)
 
 
-def run_laid_out(world: World, model: Path, requests: list[Request], **job: Any) -> tuple[list[Completion], Session]:
+def run_laid_out(
+    world: World, model: Path, requests: list[Request], **job: Any
+) -> tuple[list[Completion], Session]:
     """Collective: what all ranks make of `requests` (in their order, on rank 0), and the closed session."""
     with closing(Session(world, spec_of(model, **job), model)) as session:
         completions: dict[tuple[str, int], Completion] = {}

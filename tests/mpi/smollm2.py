@@ -1,6 +1,6 @@
 """Run under mpiexec: SmolLM2 on a layout with both wires, against llama.cpp's values; rank 0 prints how far off it is.
 
-    smollm2.py STAGES SHARDS
+smollm2.py STAGES SHARDS
 """
 
 from __future__ import annotations
