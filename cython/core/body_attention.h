@@ -25,7 +25,7 @@ static inline vf load_kv_part(int f16, const void *base, long i, long count) {
 }
 
 /* Raw scores of Q queries with the block's 32 keys. */
-MK_INLINE void scores(const int f16, const int Q, const query *queries, const void *keys, int hd) {
+HOT void scores(const int f16, const int Q, const query *queries, const void *keys, int hd) {
     vf lo[QUERY_TILE], hi[QUERY_TILE];
     UNROLL
     for (int j = 0; j < Q; j++) lo[j] = hi[j] = vf_set1(0.0f);
@@ -46,7 +46,7 @@ MK_INLINE void scores(const int f16, const int Q, const query *queries, const vo
 }
 
 /* sums += p[from..to] * values, token by token; for hd's last part the values beyond it are not read. */
-MK_INLINE void mix(const int f16, const int Q, const query *queries, const void *values, int hd, long from, long to) {
+HOT void mix(const int f16, const int Q, const query *queries, const void *values, int hd, long from, long to) {
     for (long i = 0; i < hd; i += MK_TILE) {
         vf acc[QUERY_TILE];
         UNROLL
@@ -86,7 +86,7 @@ static void soften(query *q, long from, long to, float scale, int hd) {
 }
 
 /* One block of a group: `count` queries, of which those whose range misses the block pass it by. */
-MK_INLINE void visit(const int f16, const mk_attention_job *job, query *all, int count, long block, const void *keys,
+HOT void visit(const int f16, const mk_attention_job *job, query *all, int count, long block, const void *keys,
                      const void *values) {
     query *queries[MK_MAX_QUERIES];
     int live = 0;
@@ -113,7 +113,7 @@ MK_INLINE void visit(const int f16, const mk_attention_job *job, query *all, int
     }
 }
 
-MK_INLINE void attend(const int f16, const mk_attention_job *job, const mk_query_group *group) {
+HOT void attend(const int f16, const mk_attention_job *job, const mk_query_group *group) {
     float sums[MK_ATTENTION_SUMS], p[MK_MAX_QUERIES][MK_KV_BLOCK];
     query queries[MK_MAX_QUERIES];
     int hd = job->hd, lanes = MK_LANES(hd), count = 0;

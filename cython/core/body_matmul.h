@@ -8,9 +8,6 @@ typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x,
 
 enum { MANY_TILES = 4, PREFETCH = 2048 /* bytes ahead in each of a single row's streams */ };
 enum { MAX_SUMS = (int)VEC_ROWS > (int)MANY_TILES ? (int)VEC_ROWS : (int)MANY_TILES };
-#ifndef UNROLL
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
@@ -20,7 +17,7 @@ MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
         else groups[g] = g < 4 ? vb_low(vb_load(w + 64 * g)) : vb_high(vb_load(w + 64 * (g - 4)));
 }
 
-MK_INLINE void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
+HOT void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
                               const uint8_t *x, long x_stride, long count, vf *sums) {
     const int scales = type == MK_Q4_1 ? 64 : 32, bias = type == MK_Q4_0 ? 8 : type == MK_Q8_0 ? VEC_Q8_BIAS : 0;
     const long bytes = (long)mk_block_bytes(type) * MK_TILE;
@@ -57,7 +54,7 @@ MK_INLINE void quantised_tile(const int type, const int R, const int T, const ui
     for (int i = 0; i < R * T; i++) sums[i] = acc[i];
 }
 
-MK_INLINE void float_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
+HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
                           long x_stride, long count, vf *sums) {
     const int bytes = mk_block_bytes(type) * MK_TILE;
     vf acc[MAX_SUMS];

@@ -51,7 +51,8 @@ MK_INLINE __m128 avx_fma4(__m128 a, __m128 b, __m128 c) {
     }
     return _mm256_cvtpd_ps(_mm256_castsi256_pd(WIDEN(half[0], half[1])));
 }
-MK_INLINE __m256 avx_fma8(__m256 a, __m256 b, __m256 c) {
+/* A call, because there is too much of it for every place. */
+static __attribute__((noinline)) __m256 avx_fma8(__m256 a, __m256 b, __m256 c) {
     __m128 lo = avx_fma4(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b), _mm256_castps256_ps128(c));
     __m128 hi = avx_fma4(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1), _mm256_extractf128_ps(c, 1));
     return _mm256_insertf128_ps(_mm256_castps128_ps256(lo), hi, 1);

@@ -1,5 +1,10 @@
 /* What follows from the layer alone: parts of vectors, and exp. */
 
+#ifndef HOT /* code that is worth a copy in every place, with its constants, loops unrolled */
+#define HOT MK_INLINE
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 /* The first `count` lanes (0..16) of p, the others `fill`. */
 static inline vf vf_load_part(const float *p, long count, float fill) {
     float lanes[MK_TILE];
@@ -26,7 +31,7 @@ MK_INLINE void vf_row_store(float *row, long i, long d, vf a) {
 
 /* e**x within 2 ulp: x = n ln 2 + r, e**r = 1 + r + r^2 P(r) (Cephes' expf).  NaN stays NaN; the scaling in two steps
  * rounds once on its way through the denormals.  mpillm/kernels/lanes.py has the same constants. */
-MK_INLINE vf vf_exp(vf x) {
+HOT vf vf_exp(vf x) {
     const vf high = vf_set1(89.0f), low = vf_set1(-105.0f), magic = vf_set1(0x1.8p23f), one = vf_set1(1.0f);
     x = vf_gt(x, high, high, x);
     x = vf_gt(low, x, low, x);

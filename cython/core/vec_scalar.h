@@ -16,6 +16,7 @@ typedef struct { int8_t b[64]; } vb;
 enum { VEC_ROWS = 4 /* rows of x in a product's main tile */, VEC_Q8_BIAS = 0 };
 
 #define UNROLL /* 16 lanes are loop enough */
+#define HOT static __attribute__((noinline)) /* nor does it gain from copies */
 #define LANES for (int j = 0; j < 16; j++)
 #define VF(name, args, value) MK_INLINE vf name args { vf r; LANES r.f[j] = (value); return r; }
 #define VI(name, args, value) MK_INLINE vi name args { vi r; LANES r.i[j] = (int32_t)(value); return r; }

@@ -41,7 +41,7 @@ def require_rows(name: str, array: Array, rows: int | None = None, width: int | 
     want = [len(array) if rows is None else rows, array.shape[1] if width is None else width]
     if list(array.shape) != want:
         raise ValueError(f"{name} must have shape {want}, not {list(array.shape)}")
-    if array.shape[1] > 1 and array.strides[1] != array.itemsize:
+    if array.size and array.shape[1] > 1 and array.strides[1] != array.itemsize:
         raise ValueError(f"{name} must have contiguous rows")
 
 

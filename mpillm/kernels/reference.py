@@ -95,8 +95,10 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
     edges = require_weights(type, w, n, k, bounds)
     require_activations(type, x, k, edges)
     parts = len(edges) - 1
-    require_rows("out", out if fold else out.reshape(-1, n), rows=len(x) * (1 if fold else parts), width=n,
-                 dtype=np.float32)  # fmt: skip
+    if fold:
+        require_rows("out", out, rows=len(x), width=n, dtype=np.float32)
+    else:
+        require("out", out, (parts, len(x), n), np.float32)
     sums = np.empty((parts, len(x), n), np.float32)
     tiles = -(-n // TILE_ROWS)
     start = x_start = 0

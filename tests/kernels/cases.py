@@ -57,7 +57,9 @@ def same(a: Array, b: Array) -> bool:
 # --- running -----------------------------------------------------------------------------------------------------
 
 
-def _product(threads: int, type: int, n: int, k: int, m: int, fold: int, canonical: Array, bounds: Array, x: Array) -> list[Array]:
+def _product(
+    threads: int, type: int, n: int, k: int, m: int, fold: int, canonical: Array, bounds: Array, x: Array
+) -> list[Array]:
     kind = BlockType(type)
     packed = np.full(kernels.packed_nbytes(kind, n, k, bounds), 0xAA, np.uint8)
     kernels.pack(kind, canonical, k, bounds, packed, threads)
@@ -111,7 +113,9 @@ def _top_k(threads: int, m: int, n: int, k: int, x: Array) -> list[Array]:
     return [values, ids]
 
 
-def _lse_parts(threads: int, m: int, n: int, panels: int, x: Array, inv_t: Array, bounds: Array) -> list[Array]:
+def _lse_parts(
+    threads: int, m: int, n: int, panels: int, x: Array, inv_t: Array, bounds: Array
+) -> list[Array]:
     out = np.empty((m, panels, 3), np.float32)
     kernels.lse_parts(x, inv_t, bounds, out, threads)
     return [out]
@@ -189,7 +193,9 @@ def panels(rng: np.random.Generator, type: BlockType, k: int) -> Array:
     return np.array([0, *cuts, k], np.int32)
 
 
-def product(rng: np.random.Generator, type: BlockType, n: int, k: int, m: int, threads: int = 1, fold: int = 1) -> Case:
+def product(
+    rng: np.random.Generator, type: BlockType, n: int, k: int, m: int, threads: int = 1, fold: int = 1
+) -> Case:
     """A product of random shapes' data."""
     arrays = [canonical(rng, type, n, k), panels(rng, type, k), values(rng, m, k)]
     return Case("product", [int(type), n, k, m, fold], arrays, threads, type.name)
@@ -247,6 +253,8 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         yield from small(rng, m, d, threads)
     for hd in (8, 16, 24, 64, 80, 96, 128):
         kv_type = BlockType(int(rng.integers(2)))
-        yield attention(rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 0, 20, 64])), threads=threads)
+        yield attention(
+            rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 0, 20, 64])), threads=threads
+        )
     yield attention(rng, BlockType.F16, 64, heads=9, kvh=3, window=0, rows=40, threads=threads)
     yield attention(rng, BlockType.F32, 300, heads=3, kvh=3, window=0, rows=3, threads=threads)

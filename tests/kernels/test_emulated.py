@@ -21,7 +21,14 @@ from mpillm import kernels
 from . import cases
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=c11", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]  # and no OpenMP: it must build without
+FLAGS = [
+    "-std=c11",
+    "-O1",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]  # and no OpenMP: it must build without
 
 X86 = platform.machine() == "x86_64"
 MACHINES = {  # compiler, emulator with its processor, paths that processor has
@@ -39,7 +46,9 @@ class Machine:
     paths: list[str]
 
     def run(self, argument: str, stdin: bytes = b"") -> bytes:
-        done = subprocess.run([*self.command, argument], input=stdin, capture_output=True, timeout=100, check=False)
+        done = subprocess.run(
+            [*self.command, argument], input=stdin, capture_output=True, timeout=100, check=False
+        )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
@@ -56,7 +65,9 @@ def build(compiler: str, to: Path) -> Path:
 
     def compile(source: Path) -> str:
         target = str(to / f"{source.stem}.o")
-        subprocess.run([compiler, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True, timeout=100)
+        subprocess.run(
+            [compiler, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True, timeout=100
+        )
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -67,7 +78,9 @@ def build(compiler: str, to: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=list(MACHINES))
-def machine(request: pytest.FixtureRequest, programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Machine:
+def machine(
+    request: pytest.FixtureRequest, programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Machine:
     compiler, emulator, paths = MACHINES[request.param]
     if compiler == "gcc" and not X86:
         pytest.skip("this machine's gcc does not compile for x86-64")

@@ -49,7 +49,9 @@ def test_rows_do_not_depend_on_their_batch_or_on_threads(path: str, type: BlockT
     weights, bounds, x = whole.arrays
     for first, m in ((0, 1), (32, 1), (3, 2), (1, 3), (7, 5), (8, 17), (0, 33)):
         for threads in (1, 2, 3):
-            case = cases.Case("product", [int(type), n, k, m, 1], [weights, bounds, x[first : first + m]], threads)
+            case = cases.Case(
+                "product", [int(type), n, k, m, 1], [weights, bounds, x[first : first + m]], threads
+            )
             assert cases.same(case.run()[-1], want[first : first + m]), (first, m, threads)
 
 
@@ -125,7 +127,10 @@ def test_forcing_a_path() -> None:
         kernels.set_path(name)
         assert kernels.path() == name
     missing = next(name for name in kernels.PATHS if name not in kernels.available())
-    with pytest.raises(JobError, match=f"MPILLM_KERNELS = {missing} cannot be used on this machine; choose from numpy, scalar"):
+    with pytest.raises(
+        JobError,
+        match=f"MPILLM_KERNELS = {missing} cannot be used on this machine; choose from numpy, scalar",
+    ):
         kernels.set_path(missing)
     with pytest.raises(JobError, match="no kernel path is called 'sse9'"):
         kernels.set_path("sse9")

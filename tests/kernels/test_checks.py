@@ -1,0 +1,101 @@
+"""Wrong shapes, strides and types are refused in the same words by the compiled kernels and by NumPy's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.kernels import BlockType
+
+Q8, BF16, F32 = BlockType.Q8_0, BlockType.BF16, BlockType.F32
+
+
+def u8(*shape: int) -> Any:
+    return np.zeros(shape, np.uint8)
+
+
+def f4(*shape: int) -> Any:
+    return np.zeros(shape, np.float32)
+
+
+def i4(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
+def attend(pos: Any, table: Any, kv_of_head: Any = None, kv_type: BlockType = F32, pool: Any = None) -> None:
+    heads = i4(0, 0) if kv_of_head is None else kv_of_head
+    kpool = f4(4, 1, 8, 32) if pool is None else pool
+    kernels.attention(
+        kv_type, f4(1, 16), f4(1, 16), kpool, f4(4, 1, 32, 8), pos, table, i4(0), heads, 1, 8, 1.0, 0, 1
+    )
+
+
+@pytest.fixture(autouse=True, params=["numpy", kernels.available()[-1]])
+def _path(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = kernels.path()
+    kernels.set_path(request.param)
+    yield
+    kernels.set_path(before)
+
+
+WRONG: list[tuple[str, Callable[[], None]]] = [
+    (r"bounds must rise from 0 to k = 64: \[0, 32\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 32], u8(544))),
+    (r"bounds must be P \+ 1 integers .* not 4 integers", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 1, 2, 64], u8(9))),
+    (r"inner bounds .* multiples of 32: \[0, 16, 64\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 16, 64], u8(9))),
+    (r"canonical must have shape \[1, 68\], not \[1, 67\]", lambda: kernels.pack(Q8, u8(1, 67), 64, [0, 64], u8(9))),
+    (r"out must have shape \[1088\], not \[9\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 64], u8(9))),
+    (r"quantize makes Q8_0 or Q4_0", lambda: kernels.quantize(BlockType.Q4_1, f4(1, 32), u8(1, 20))),
+    (r"out must have shape \[1, 34\], not \[1, 36\]", lambda: kernels.quantize(Q8, f4(1, 32), u8(1, 36))),
+    (r"out must have shape \[2, 32\], not \[2, 33\]", lambda: kernels.dequantize(Q8, u8(2, 34), 32, f4(2, 33))),
+    (r"out must have shape \[2, 40\]", lambda: kernels.quantize_rows(f4(2, 32), [0, 32], u8(2, 80))),
+    (r"w must have shape \[512\], not \[5\]", lambda: kernels.matmul(BF16, u8(5), 3, 16, [0, 16], f4(1, 16), f4(1, 3))),
+    (r"x must have shape \[1, 16\], not \[1, 15\]",
+     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 15), f4(1, 3))),
+    (r"x must have shape \[1, 40\], not \[1, 34\]",
+     lambda: kernels.matmul(Q8, u8(544), 3, 32, [0, 32], u8(1, 34), f4(1, 3))),
+    (r"out must have shape \[1, 3\], not \[1, 4\]",
+     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 16), f4(1, 4))),
+    (r"out must have shape \[1, 1, 3\]",
+     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 16), f4(2, 1, 3), 1, False)),
+    (r"x must have contiguous rows",
+     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 32)[:, ::2], f4(1, 3))),
+    (r"float32|'float'", lambda: kernels.softmax(np.zeros((2, 2)))),
+    (r"uint8|'uint8_t'", lambda: kernels.matmul(Q8, f4(544), 3, 32, [0, 32], u8(1, 40), f4(1, 3))),
+    (r"parts must be .* not \(3, 1, 8\)", lambda: kernels.fold(f4(3, 1, 8), f4(1, 8))),
+    (r"w must have shape \[8\], not \[7\]", lambda: kernels.rms_norm(f4(1, 8), f4(7), 1e-5, f4(1, 8))),
+    (r"rope needs an even head dimension, not 7", lambda: kernels.rope(f4(1, 14), f4(1, 3), f4(1, 3), 2, 7)),
+    (r"sin must have shape \[1, 4\], not \[1, 3\]", lambda: kernels.rope(f4(1, 16), f4(1, 4), f4(1, 3), 2, 8)),
+    (r"up must have shape \[1, 8\], not \[2, 8\]", lambda: kernels.silu_mul(f4(1, 8), f4(2, 8), f4(1, 8))),
+    (r"ids must have shape \[1, 3\], not \[1, 4\]", lambda: kernels.top_k(f4(1, 8), 3, f4(1, 3), np.zeros((1, 4), np.int32))),
+    (r"bounds must rise within 0..8: \[0, 9\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 9), f4(1, 1, 3))),
+    (r"out must have shape \[1, 1, 3\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 8), f4(1, 1, 2))),
+    (r"the KV cache holds F32 or F16, not", lambda: attend(i4(0), i4(0), kv_type=Q8)),
+    (r"kpool must have shape \[4, 1, 8, 32\], not \[4, 1, 9, 32\]", lambda: attend(i4(0), i4(0), pool=f4(4, 1, 9, 32))),
+    (r"kv_of_head must be within 0..0", lambda: attend(i4(0), i4(0), i4(0, 1))),
+    (r"row 0: position 32 lies outside its block table of 1 blocks", lambda: attend(i4(32), i4(0))),
+    (r"row 0: the block table names a block outside the pool of 4", lambda: attend(i4(33), i4(0, 4))),
+    (r"offset must be within 0..31",
+     lambda: kernels.kv_store(F32, f4(1, 8), f4(1, 8), i4(0), i4(32), f4(4, 1, 8, 32), f4(4, 1, 32, 8), 1, 8)),
+    (r"block must be within 0..3",
+     lambda: kernels.kv_store(F32, f4(1, 8), f4(1, 8), i4(4), i4(0), f4(4, 1, 8, 32), f4(4, 1, 32, 8), 1, 8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "call"), WRONG)
+def test_refused(words: str, call: Callable[[], None]) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_nothing_to_do_is_fine() -> None:
+    out = f4(0, 3)
+    kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(0, 16), out)
+    kernels.rms_norm(f4(0, 8), f4(8), 1e-5, f4(0, 8))
+    kernels.softmax(f4(0, 8))
+    kernels.attention(
+        F32, f4(0, 8), f4(0, 8), f4(4, 1, 8, 32), f4(4, 1, 32, 8), i4(), i4(0), i4(), i4(0), 1, 8, 1.0, 0, 1
+    )

@@ -1,0 +1,230 @@
+"""What the kernels compute, on every path: against float64, NumPy's twin and the gguf library's own quantiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf.quants
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.kernels import BlockType, lanes, reference
+
+from . import cases
+
+
+@pytest.fixture(autouse=True, params=kernels.available())
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.path()
+    kernels.set_path(request.param)
+    yield request.param
+    kernels.set_path(before)
+
+
+GGUF = {t: gguf.GGMLQuantizationType[t.name] for t in BlockType}
+
+
+def quantized(type: BlockType, x: cases.Array) -> cases.Array:
+    return cases.Case("quantize", [int(type), *x.shape], [x]).run()[0]
+
+
+def dequantized(type: BlockType, raw: cases.Array, k: int) -> cases.Array:
+    return cases.Case("dequantize", [int(type), len(raw), k], [raw]).run()[0]
+
+
+@pytest.mark.parametrize("type", [BlockType.Q8_0, BlockType.Q4_0])
+def test_quantize_as_the_gguf_library(type: BlockType) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((40, 320)).astype(np.float32)
+    x[3], x[4, ::3] = 0, 0
+    x[5] = np.round(x[5] * 4)  # ties between magnitudes
+    x *= np.float32(10) ** rng.integers(-4, 5, (40, 1)).astype(np.float32)
+    assert np.array_equal(quantized(type, x), gguf.quants.quantize(x, GGUF[type]))
+
+
+@pytest.mark.parametrize("type", list(BlockType))
+def test_dequantize_as_the_gguf_library(type: BlockType) -> None:
+    rng = np.random.default_rng(2)
+    raw = cases.canonical(rng, type, 12, 96)
+    with np.errstate(all="ignore"):
+        want = gguf.quants.dequantize(raw.view(np.float32) if type == BlockType.F32 else raw, GGUF[type])
+    assert cases.same(dequantized(type, raw, 96), want.astype(np.float32))
+
+
+def test_q8_0_round_trip() -> None:
+    """The wire's promises: 34 bytes for 32 values, and a mean squared error below 1e-4 on unit variance."""
+    x = np.random.default_rng(3).standard_normal((64, 4096)).astype(np.float32)
+    raw = quantized(BlockType.Q8_0, x)
+    assert raw.nbytes / x.nbytes == pytest.approx(1 - 0.734, abs=5e-4)
+    assert np.mean((dequantized(BlockType.Q8_0, raw, 4096) - x) ** 2) < 1e-4
+
+
+@pytest.mark.parametrize("type", [BlockType.Q8_0, BlockType.Q4_0])
+def test_quantize_what_is_not_finite_shows(type: BlockType) -> None:
+    x = np.ones((4, 64), np.float32)
+    x[0, 3], x[1, 40], x[2, 5] = np.nan, np.inf, -np.inf
+    back = dequantized(type, quantized(type, x), 64)
+    for row, bad in ((0, slice(0, 32)), (1, slice(32, 64)), (2, slice(0, 32))):
+        assert np.isnan(back[row, bad]).all()
+    assert np.isfinite(back[3]).all() and np.isfinite(back[0, 32:]).all() and np.isfinite(back[1, :32]).all()
+
+
+@pytest.mark.parametrize("type", list(BlockType))
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (19, 45, 3), (64, 256, 20), (48, 1000, 2)])
+def test_products(type: BlockType, n: int, k: int, m: int) -> None:
+    """x W^T in float64 on what the blocks mean; float32 chains err by about k ulp at the very most."""
+    rng = np.random.default_rng(k)
+    weights = cases.canonical(rng, type, n, k)
+    w = dequantized(type, weights, k).astype(np.float64)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    finite = np.isfinite(w).all(axis=1)
+    w[~finite] = 0
+    bounds = np.array([0, k // 2 // type.block * type.block, k], np.int32)
+    got = cases.Case("product", [int(type), n, k, m, 1], [weights, bounds, x]).run()[-1]
+    exact = x.astype(np.float64)
+    if type.quantised:
+        padded = np.zeros((m, -(-k // 32) * 32), np.float32)
+        padded[:, :k] = x
+        blocks = padded.reshape(m, -1, 32)
+        scale = np.abs(blocks).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+        exact = (np.rint(blocks / scale) * scale.astype(np.float64)).reshape(m, -1)[:, :k]
+        np.testing.assert_allclose(exact, x, atol=0.02)
+    want = exact @ w.T
+    bound = (np.abs(exact) @ np.abs(w.T)) * (2e-3 if type.quantised else k * 6e-8) + 1e-30
+    assert (np.abs(got - want)[:, finite] <= bound[:, finite]).all()
+    assert not np.isfinite(got[:, ~finite]).any() or type.quantised
+
+
+def test_agrees_with_the_numpy_twin(path: str) -> None:
+    """Integers exactly, floats within 2e-5 of the largest value in a row."""
+    for case in cases.everything(np.random.default_rng(23)):
+        got = case.run()
+        kernels.set_path("numpy")
+        want = case.run()
+        kernels.set_path(path)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            if a.dtype != np.float32:
+                assert np.array_equal(a, b), str(case)
+                continue
+            with np.errstate(all="ignore"):
+                assert np.array_equal(np.isfinite(a), np.isfinite(b)), str(case)
+                size = np.abs(np.where(np.isfinite(b), b, 0)).max(axis=-1, keepdims=True)
+                close = np.abs(a - b) <= 2e-5 * size + 1e-37
+            assert (close | ~np.isfinite(b)).all(), str(case)
+
+
+def test_exp_within_2_ulp() -> None:
+    """Seen through sums of two in which the other vanishes: e^0 + e^x for large x, e^x / (e^0 + e^x) for small."""
+    x = np.linspace(-103.9, -20, 60000, dtype=np.float32)
+    pairs = np.stack([np.zeros_like(x), x], axis=1)
+    up = x[x > -88.7]
+    sums = np.empty((len(up), 1, 3), np.float32)
+    kernels.lse_parts(pairs[x > -88.7], np.full(len(up), -1, np.float32), np.array([0, 2], np.int32), sums, 1)
+    kernels.softmax(pairs, 1)
+    for got, exponent in ((pairs[:, 1], x), (sums[:, 0, 2], -up)):
+        want = np.exp(exponent.astype(np.float64))
+        assert (np.abs(got - want) <= 2 * np.spacing(want.astype(np.float32)).astype(np.float64)).all()
+
+
+def test_exp_of_the_twin_within_2_ulp() -> None:
+    x = np.concatenate([np.linspace(-104, 88.72, 200001), [0.0, -0.0, 1e-30]]).astype(np.float32)
+    want = np.exp(x.astype(np.float64))
+    error = np.abs(lanes.exp(x) - want) / np.spacing(want.astype(np.float32))
+    assert error.max() <= 2
+    edges = lanes.exp(np.array([np.nan, np.inf, -np.inf, 89, -200, 0], np.float32))
+    np.testing.assert_array_equal(edges, np.array([np.nan, np.inf, 0, np.inf, 0, 1], np.float32))
+
+
+@pytest.mark.parametrize("kv_type", [BlockType.F32, BlockType.F16])
+@pytest.mark.parametrize(
+    ("hd", "heads", "kvh", "window"), [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
+)
+def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int) -> None:
+    """Softmax attention in float64 over the rows that were stored."""
+    case = cases.attention(np.random.default_rng(hd), kv_type, hd, heads, kvh, window)
+    _, _, got = case.run()
+    k, v, block, offset, q, pos, table, table_start, kv_of_head, scale = case.arrays
+    place = {(b, o): i for i, (b, o) in enumerate(zip(block.tolist(), offset.tolist(), strict=True))}
+    if kv_type == BlockType.F16:
+        k, v = k.astype(np.float16), v.astype(np.float16)
+    for row, last in enumerate(pos.tolist()):
+        first = max(0, last - window + 1) if window else 0
+        rows = [place[int(table[table_start[row] + t // 32]), t % 32] for t in range(first, last + 1)]
+        for head, g in enumerate(kv_of_head.tolist()):
+            part, group = slice(head * hd, head * hd + hd), slice(g * hd, g * hd + hd)
+            s = k[rows, group].astype(np.float64) @ q[row, part] * float(scale[0])
+            p = np.exp(s - s.max())
+            np.testing.assert_allclose(
+                got[row, part], p / p.sum() @ v[rows, group].astype(np.float64), atol=1e-5
+            )
+
+
+def test_small_operations_mean_what_they_say() -> None:
+    rng = np.random.default_rng(9)
+    x, w = rng.standard_normal((5, 77)).astype(np.float32), rng.standard_normal(77).astype(np.float32)
+    d = x.astype(np.float64)
+    norm = cases.Case("rms_norm", [5, 77], [x, w, np.array([1e-6], np.float32)]).run()[0]
+    np.testing.assert_allclose(norm, w * d / np.sqrt((d**2).mean(1, keepdims=True) + 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(
+        cases.Case("silu_mul", [5, 77], [x, x]).run()[0], d / (1 + np.exp(-d)) * d, rtol=1e-6
+    )
+    e = np.exp(d)
+    np.testing.assert_allclose(
+        cases.Case("softmax", [5, 77], [x]).run()[0], e / e.sum(1, keepdims=True), rtol=1e-6
+    )
+    inv_t, cuts = np.array([0, 0.5, 1, 2, 3], np.float32), np.array([0, 0, 30, 77], np.int32)
+    parts = cases.Case("lse_parts", [5, 77, 3], [x, inv_t, cuts]).run()[0]
+    assert np.isneginf(parts[:, 0, 0]).all() and (parts[:, 0, 1:] == 0).all()  # an empty panel
+    for p, part in ((1, d[:, :30]), (2, d[:, 30:])):
+        top = part.max(1, keepdims=True)
+        want = [top[:, 0], np.exp(part - top).sum(1), np.exp((part - top) * inv_t[:, None]).sum(1)]
+        np.testing.assert_allclose(parts[:, p], np.stack(want, 1), rtol=1e-6)
+    cos, sin = rng.standard_normal((2, 5, 7)).astype(np.float32)
+    turned = cases.Case("rope", [5, 5, 14], [x[:, :70].copy(), cos, sin]).run()[0].reshape(5, 5, 14)
+    a, b = x[:, :70].reshape(5, 5, 14)[..., :7], x[:, :70].reshape(5, 5, 14)[..., 7:]
+    c, s = cos[:, None], sin[:, None]
+    assert np.array_equal(turned, np.concatenate([a * c - b * s, b * c + a * s], -1))
+
+
+def test_top_k_order() -> None:
+    x = np.array([[1, 3, 3, -np.inf, np.nan, 2, 3]], np.float32)
+    got, ids = cases.Case("top_k", [1, 7, 9], [x]).run()
+    assert ids.tolist() == [[1, 2, 6, 5, 0, 3, 4, -1, -1]]
+    assert got.tolist() == [[3, 3, 3, 2, 1, -np.inf, -np.inf, -np.inf, -np.inf]]
+    wide = np.random.default_rng(4).standard_normal((2, 5000)).astype(np.float32)
+    assert np.array_equal(
+        cases.Case("top_k", [2, 5000, 64], [wide]).run()[1], np.argsort(-wide, 1, kind="stable")[:, :64]
+    )
+
+
+def test_rows_may_be_strided() -> None:
+    """Views of wider matrices work where the interface says so, and nothing beside them is touched."""
+    rng = np.random.default_rng(6)
+    wide = rng.standard_normal((3, 200)).astype(np.float32)
+    x, out = wide[:, 10:74], np.full((3, 100), 7, np.float32)
+    w = np.ones(64, np.float32)
+    for call, plain in (
+        (lambda a, b: kernels.rms_norm(a, w, 1e-5, b, 1), np.empty((3, 64), np.float32)),
+        (lambda a, b: kernels.silu_mul(a, a, b, 1), np.empty((3, 64), np.float32)),
+    ):
+        call(x.copy(), plain)
+        call(x, out[:, 20:84])
+        assert np.array_equal(out[:, 20:84], plain)
+    weights = cases.canonical(rng, BlockType.BF16, 33, 64)
+    bounds = np.array([0, 64], np.int32)
+    packed = np.empty(kernels.packed_nbytes(BlockType.BF16, 33, 64, bounds), np.uint8)
+    kernels.pack(BlockType.BF16, weights, 64, bounds, packed, 1)
+    product, beside = np.empty((3, 33), np.float32), np.full((3, 100), 7, np.float32)
+    kernels.matmul(BlockType.BF16, packed, 33, 64, bounds, x.copy(), product, 1)
+    kernels.matmul(BlockType.BF16, packed, 33, 64, bounds, x, beside[:, 8:41], 2)
+    assert cases.same(beside[:, 8:41].copy(), product)
+    assert (out[:, :20] == 7).all() and (out[:, 84:] == 7).all()
+    assert (beside[:, :8] == 7).all() and (beside[:, 41:] == 7).all()
+
+
+def test_both_say_the_same_sizes() -> None:
+    assert reference.packed_nbytes(BlockType.Q4_0, 17, 70, [0, 64, 70]) == 32 * 3 * 18
+    assert reference.packed_nbytes(BlockType.BF16, 17, 70, [0, 7, 70]) == 32 * 70 * 2
+    assert reference.activation_nbytes(70, [0, 7, 70]) == 40 * 3
