@@ -67,6 +67,7 @@ def _plan(world: World, options: argparse.Namespace) -> int:
     if world.rank == 0:
         made = plan.make(spec, options.ranks)
         print(plan.as_json(made) if options.json else plan.as_text(made))
+        return JobError.exit_code if made.problems else 0
     return 0
 
 

@@ -97,9 +97,8 @@ class Sequence:
         return len(self.request.prompt) + max(0, self.request.max_tokens - 1)
 
     def uniform(self) -> float:
-        """The random number in [0, 1) that draws the next token: Philox keyed by seed and request, counted by position."""
-        counter = self.generated
-        return float(np.random.Generator(np.random.Philox(key=self.key, counter=counter)).random())
+        """The random number in [0, 1) that draws the next token: Philox, keyed by request, counted by position."""
+        return float(np.random.Generator(np.random.Philox(key=self.key, counter=self.generated)).random())
 
     def append(self, token: int) -> None:
         """Take a generated token and decide whether it ends the text."""

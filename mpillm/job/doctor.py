@@ -1,4 +1,4 @@
-"""Is this machine, or this cluster, fit for a run? Looks at MPI, threads, kernels, the model, the network and the disk."""
+"""Is this machine, or this cluster, fit for a run? MPI, threads, kernels, the model, the network and the disk."""
 
 from __future__ import annotations
 
@@ -118,13 +118,13 @@ def _nodes(world: World, everyone: list[_Rank]) -> Iterator[str]:
             continue
         seen.add(host)
         yield (
-            f"  node     {host}: {one.cores} cores, {one.ranks} rank(s) x {one.threads} thread(s), kernels {one.kernels}, "
-            f"{one.memory / 2**30:.1f} GiB free"
+            f"  node     {host}: {one.cores} cores, {one.ranks} rank(s) x {one.threads} thread(s), "
+            f"kernels {one.kernels}, {one.memory / 2**30:.1f} GiB free"
         )
         if one.oversubscribed:
             yield f"! node     {host}: more threads than cores; ranks that wait sleep, but start fewer ranks if you can"
         if one.kernels == "numpy":
-            yield f"! node     {host}: the compiled kernels are missing; install gcc and python3-dev and install mpillm again"
+            yield f"! node     {host}: the compiled kernels are missing; install gcc and python3-dev, then mpillm again"
 
 
 def _same_model(world: World, everyone: list[_Rank], path: Path | None) -> Iterator[str]:

@@ -81,6 +81,7 @@ class Leader:
         """Check the input and open the journal; MpillmError if either cannot be used."""
         self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
         self._path = model
+        self._name = model.stem if model.suffix == ".gguf" else model.resolve().name
         self._phases: dict[str, float] = {}
         self._clock = time.monotonic()
         config, source = session.config, session.source
@@ -178,7 +179,7 @@ class Leader:
             return 0
         del self._pending[completion.request.id]
         completions = [found for found in pending.completions if found is not None]
-        self._journal.append(results.finished(pending.work, completions, self._model, self._spec.model))
+        self._journal.append(results.finished(pending.work, completions, self._model, self._name))
         return 1
 
     def _phase(self, name: str) -> None:
@@ -189,14 +190,14 @@ class Leader:
     def _model_names(self) -> Iterator[str]:
         """Lines may name a model, as OpenAI's do; this job has one, and says so where another is meant."""
         for name, count in self._batch.other_models.items():
-            if name not in (self._spec.model, self._path.name, self._path.stem):
-                yield f"{count} request(s) name the model {name!r}; they are answered by {self._spec.model}."
+            if name not in (self._spec.model, self._path.name, self._name):
+                yield f"{count} request(s) name the model {name!r}; they are answered by {self._name}."
 
     def _describe_model(self) -> dict[str, Any]:
         size, digest = self._session.fingerprint
         config = self._session.config
         return {
-            "name": self._spec.model,
+            "name": self._name,
             "path": str(self._path),
             "bytes": size,
             "fingerprint": digest,

@@ -111,13 +111,15 @@ class Session:
 
     def _same_model(self) -> None:
         """ModelError if the ranks do not see one and the same model."""
-        prints = self.world.gather(self.fingerprint)
-        for rank, other in enumerate(prints):
-            if other != prints[0]:
+        world = self.world
+        prints = world.gather(self.fingerprint)
+        first_size, first_hash = prints[0]
+        for rank, (size, digest) in enumerate(prints):
+            if (size, digest) != prints[0]:
                 raise ModelError(
-                    f"Rank {rank} on {self.world.hosts[rank]} sees another model at {self.source.path} ({other[0]} bytes, "
-                    f"hash {other[1][:12]}) than rank 0 on {self.world.hosts[0]} ({prints[0][0]} bytes, hash "
-                    f"{prints[0][1][:12]}); put the same files on every node."
+                    f"Rank {rank} on {world.hosts[rank]} sees another model at {self.source.path} ({size} bytes, "
+                    f"hash {digest[:12]}) than rank 0 on {world.hosts[0]} ({first_size} bytes, hash "
+                    f"{first_hash[:12]}); put the same files on every node."
                 )
 
     def _limits(self) -> Limits:

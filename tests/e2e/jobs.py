@@ -12,7 +12,21 @@ from tests.conftest import Mpi
 from tests.model.golden import model_path
 
 CHAT = model_path("chat")
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "quietly", "box"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "box",
+]
 
 
 def mixed_lines(count: int, seed: int = 0, tokens: int = 12) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def test_same_bytes_under_each_mpi(
         ["layout.threads=3", "memory.kv=64KiB", "memory.max_context=64"],
         ["layout.stages=2", "layout.shards=1"],
     ],
-    ids=lambda settings: ",".join(settings),
+    ids=",".join,
 )
 def test_same_bytes_whatever_the_batch_the_threads_and_the_layout(
     settings: list[str], openmpi: Mpi, source: Path, undisturbed: Path, tmp_path: Path
