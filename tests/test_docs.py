@@ -135,7 +135,7 @@ def test_the_quickstart_runs_as_printed(tmp_path: Path) -> None:
     activate = ROOT / ".venv" / "bin" / "activate"
     if not activate.exists():
         pytest.skip("make has not been here: there is no .venv")
-    typed = [line for line in fenced(ROOT / "README.md") if line.startswith("mpiexec")][0]
+    typed = next(line for line in fenced(ROOT / "README.md") if line.startswith("mpiexec"))
     env = {
         name: os.environ[name]
         for name in ("HOME", "PATH", "MPILLM_CACHE", "PIP_INDEX_URL")
@@ -190,6 +190,29 @@ def test_the_defaults_are_the_real_ones() -> None:
         for name in key.split("."):
             value = getattr(value, name)
         assert tomllib.loads(f"value = {shown}")["value"] == value, key
+
+
+# What Python, Open MPI and the kernel say; all other messages in the page are ours.
+THEIRS = (
+    "The virtual environment was not created",
+    "requires a different Python",
+    "There are not enough slots available",
+    "prterun has detected",
+)
+
+
+def test_messages_in_troubleshooting_are_real() -> None:
+    """A message's parts, between its dots, are in the sources."""
+    sources = [path.read_text() for path in (ROOT / "mpillm").glob("**/*.py")]
+    # As a reader sees it: a sentence that the source breaks into several strings is one.
+    text = " ".join(re.sub(r"\"\s+f?\"", "", source) for source in sources)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
+    assert len(messages) > 8
+    for message in messages:
+        if not message.startswith(THEIRS):
+            for part in filter(None, (part.strip() for part in re.split(r"\.\.\.|\b\d+\b", message))):
+                assert part in text, (part, message)
 
 
 def test_numbers_in_memory_md_are_right() -> None:
