@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
-from tests.conftest import ROOT, run_bounded
+import pytest
+
+from tests.conftest import ROOT, clean_environment, run_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+BUILT_FROM = ("cython/", "mpillm/", "jobs/")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -36,22 +40,41 @@ def test_the_command_exists() -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_a_source_archive_has_what_a_build_needs(tmp_path: Path) -> None:
-    """Without the headers of the kernels, `pip install` from an archive would fall back to NumPy."""
-    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    copied = tmp_path / "checkout"
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-    names = [name for name in listed if name.startswith(("cython/", "mpillm/", "jobs/")) or "/" not in name]
-    if not names:  # no git here: the archive itself is what is tested
-        names = [str(path.relative_to(ROOT)) for path in ROOT.glob("cython/**/*") if path.is_file()]
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a build reads, so that nothing is built in place."""
+    listed = run_bounded(["git", "ls-files"], cwd=ROOT).stdout.split()
+    names = listed or [str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*") if path.is_file()]
+    folder = tmp_path / "checkout"
     for name in names:
-        (copied / name).parent.mkdir(parents=True, exist_ok=True)
-        (copied / name).write_bytes((ROOT / name).read_bytes())
-    done = run_bounded([sys.executable, "-c", code], 120, cwd=copied)
+        if name.startswith(BUILT_FROM) or "/" not in name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def build(what: str, checkout: Path, **env: str) -> list[str]:
+    """Return the names of the files in a new wheel or sdist."""
+    out = checkout.parent / "dist"
+    code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r})"
+    done = run_bounded([sys.executable, "-c", code], 120, clean_environment(**env), cwd=checkout)
     assert done.returncode == 0, done.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
-    packed = run_bounded(["tar", "tzf", archive]).stdout.split()
-    inside = {name.partition("/")[2] for name in packed}
-    assert {name for name in names if name.startswith(("cython/", "mpillm/", "jobs/"))} <= inside
+    (archive,) = out.iterdir()
+    if what == "wheel":
+        return zipfile.ZipFile(archive).namelist()
+    with tarfile.open(archive) as tar:
+        return [name.partition("/")[2] for name in tar.getnames()]
+
+
+def test_a_source_archive_has_what_a_build_needs(checkout: Path) -> None:
+    """Without the headers of the kernels, `pip install` from an archive would fall back to NumPy."""
+    there = {str(path.relative_to(checkout)) for path in checkout.glob("**/*") if path.is_file()}
+    assert {name for name in there if name.startswith(BUILT_FROM)} <= set(build("sdist", checkout))
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler_it_is_installed_all_the_same(checkout: Path, compiler: str) -> None:
+    """No compiler, or one that fails (as it does without Python's headers): NumPy's kernels serve."""
+    names = build("wheel", checkout, CC=compiler)
+    assert "mpillm/kernels/reference.py" in names
+    assert not [name for name in names if name.endswith(".so")]
