@@ -113,21 +113,27 @@ cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
     return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_block_bytes(type)
 
 
+cdef tuple four(const Py_ssize_t *shape):
+    return shape[0], shape[1], shape[2], shape[3]
+
+
 cdef int require_pools(int kv_type, kpool, vpool, int kvh, int hd) except -1:
     """Contiguous pools of the element type and the shape that are asked for."""
-    cdef const float[:, :, :, ::1] floats
-    cdef const uint16_t[:, :, :, ::1] halves
+    cdef const float[:, :, :, ::1] kfloats, vfloats
+    cdef const uint16_t[:, :, :, ::1] khalves, vhalves
+    cdef tuple keys, values
     if kv_type != MK_F32 and kv_type != MK_F16:
         raise ValueError(f"the KV cache holds F32 or F16, not block type {kv_type}")
     if not 0 < hd <= MK_MAX_HEAD_DIM:
         raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {hd}")
-    for pool in (kpool, vpool):
-        if kv_type == MK_F32:
-            floats = pool
-        else:
-            halves = pool
-    require("kpool", (len(kpool), kvh, hd, MK_KV_BLOCK), kpool.shape)
-    require("vpool", (len(kpool), kvh, MK_KV_BLOCK, hd), vpool.shape)
+    if kv_type == MK_F32:
+        kfloats, vfloats = kpool, vpool
+        keys, values = four(kfloats.shape), four(vfloats.shape)
+    else:
+        khalves, vhalves = kpool, vpool
+        keys, values = four(khalves.shape), four(vhalves.shape)
+    require("kpool", (keys[0], kvh, hd, MK_KV_BLOCK), keys)
+    require("vpool", (keys[0], kvh, MK_KV_BLOCK, hd), values)
     return 0
 
 

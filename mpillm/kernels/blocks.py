@@ -55,7 +55,7 @@ def quantise_q4(x: F32) -> tuple[F32, U8]:
     peak = np.abs(x).argmax(axis=-1)[..., None]
     with np.errstate(all="ignore"):
         d = (np.take_along_axis(x, peak, -1)[..., 0] + np.float32(0)) / np.float32(-8)  # -0.0 counts as 0.0
-        finite = np.isfinite(x).all(axis=-1, keepdims=True)
+        finite = np.asarray(np.isfinite(x).all(axis=-1, keepdims=True))
         d = np.where(finite[..., 0], d, np.float32(np.nan)).astype(np.float32)
         clean = np.where(finite, x, np.float32(0))
         q = np.clip(np.trunc(fma(clean, _inverse(d)[..., None], 8.5)), 0, 15)

@@ -72,9 +72,10 @@ def _blocks(x: F32, fill: float) -> F32:
     """x [m, d] as [ceil(d / 16), m, 16], padded with `fill`."""
     m, d = x.shape
     count = -(-d // TILE_ROWS)
-    padded = np.full((m, count * TILE_ROWS), fill, np.float32)
+    padded: F32 = np.full((m, count * TILE_ROWS), fill, np.float32)
     padded[:, :d] = x
-    return padded.reshape(m, count, TILE_ROWS).transpose(1, 0, 2)
+    blocks: F32 = padded.reshape(m, count, TILE_ROWS).transpose(1, 0, 2)
+    return blocks
 
 
 def lane_sum(x: F32, squares: bool = False) -> F32:

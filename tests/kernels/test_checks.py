@@ -22,6 +22,10 @@ def f4(*shape: int) -> Any:
     return np.zeros(shape, np.float32)
 
 
+def f8(*shape: int) -> Any:
+    return np.zeros(shape)
+
+
 def i4(*values: int) -> Any:
     return np.array(values, np.int32)
 
@@ -44,7 +48,8 @@ def _path(request: pytest.FixtureRequest) -> Iterator[None]:
 
 WRONG: list[tuple[str, Callable[[], None]]] = [
     (r"bounds must rise from 0 to k = 64: \[0, 32\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 32], u8(544))),
-    (r"bounds must be P \+ 1 integers .* not 4 integers", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 1, 2, 64], u8(9))),
+    (r"bounds must be P \+ 1 integers .* not 4 integers",
+     lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 1, 2, 64], u8(9))),
     (r"inner bounds .* multiples of 32: \[0, 16, 64\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 16, 64], u8(9))),
     (r"canonical must have shape \[1, 68\], not \[1, 67\]", lambda: kernels.pack(Q8, u8(1, 67), 64, [0, 64], u8(9))),
     (r"out must have shape \[1088\], not \[9\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 64], u8(9))),
@@ -63,14 +68,15 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
      lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 16), f4(2, 1, 3), 1, False)),
     (r"x must have contiguous rows",
      lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 32)[:, ::2], f4(1, 3))),
-    (r"float32|'float'", lambda: kernels.softmax(np.zeros((2, 2)))),
+    (r"float32|'float'", lambda: kernels.softmax(f8(2, 2))),
     (r"uint8|'uint8_t'", lambda: kernels.matmul(Q8, f4(544), 3, 32, [0, 32], u8(1, 40), f4(1, 3))),
     (r"parts must be .* not \(3, 1, 8\)", lambda: kernels.fold(f4(3, 1, 8), f4(1, 8))),
     (r"w must have shape \[8\], not \[7\]", lambda: kernels.rms_norm(f4(1, 8), f4(7), 1e-5, f4(1, 8))),
     (r"rope needs an even head dimension, not 7", lambda: kernels.rope(f4(1, 14), f4(1, 3), f4(1, 3), 2, 7)),
     (r"sin must have shape \[1, 4\], not \[1, 3\]", lambda: kernels.rope(f4(1, 16), f4(1, 4), f4(1, 3), 2, 8)),
     (r"up must have shape \[1, 8\], not \[2, 8\]", lambda: kernels.silu_mul(f4(1, 8), f4(2, 8), f4(1, 8))),
-    (r"ids must have shape \[1, 3\], not \[1, 4\]", lambda: kernels.top_k(f4(1, 8), 3, f4(1, 3), np.zeros((1, 4), np.int32))),
+    (r"ids must have shape \[1, 3\], not \[1, 4\]",
+     lambda: kernels.top_k(f4(1, 8), 3, f4(1, 3), np.zeros((1, 4), np.int32))),
     (r"bounds must rise within 0..8: \[0, 9\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 9), f4(1, 1, 3))),
     (r"out must have shape \[1, 1, 3\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 8), f4(1, 1, 2))),
     (r"the KV cache holds F32 or F16, not", lambda: attend(i4(0), i4(0), kv_type=Q8)),

@@ -106,7 +106,8 @@ def test_float32_rounds_to_f16_as_ieee_says(path: str) -> None:
     finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     between = (finite[:-1] + finite[1:]) / np.float32(2)  # ties
     edges = np.array([65519.996, 65520, 65536, 1e10, np.inf, 2**-25, 2**-26, 2.9e-8, 1e-45, 0], np.float32)
-    x = np.concatenate([finite, between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(np.inf)),
+    beside = [np.nextafter(between, np.float32(to)) for to in (0, np.inf)]
+    x = np.concatenate([finite, between, *beside,
                         rng.integers(0, 2**32, 9000, dtype=np.uint32).view(np.float32), edges])  # fmt: skip
     x = np.concatenate([x, -x, np.zeros(-2 * len(x) % 64, np.float32)]).reshape(-1, 64)
     kernels.set_path(path)

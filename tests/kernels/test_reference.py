@@ -67,7 +67,9 @@ def test_quantize_what_is_not_finite_shows(type: BlockType) -> None:
     back = dequantized(type, quantized(type, x), 64)
     for row, bad in ((0, slice(0, 32)), (1, slice(32, 64)), (2, slice(0, 32))):
         assert np.isnan(back[row, bad]).all()
-    assert np.isfinite(back[3]).all() and np.isfinite(back[0, 32:]).all() and np.isfinite(back[1, :32]).all()
+    assert np.isfinite(back[3]).all()
+    assert np.isfinite(back[0, 32:]).all()
+    assert np.isfinite(back[1, :32]).all()
 
 
 @pytest.mark.parametrize("type", list(BlockType))
@@ -176,7 +178,8 @@ def test_small_operations_mean_what_they_say() -> None:
     )
     inv_t, cuts = np.array([0, 0.5, 1, 2, 3], np.float32), np.array([0, 0, 30, 77], np.int32)
     parts = cases.Case("lse_parts", [5, 77, 3], [x, inv_t, cuts]).run()[0]
-    assert np.isneginf(parts[:, 0, 0]).all() and (parts[:, 0, 1:] == 0).all()  # an empty panel
+    assert np.isneginf(parts[:, 0, 0]).all()
+    assert (parts[:, 0, 1:] == 0).all()
     for p, part in ((1, d[:, :30]), (2, d[:, 30:])):
         top = part.max(1, keepdims=True)
         want = [top[:, 0], np.exp(part - top).sum(1), np.exp((part - top) * inv_t[:, None]).sum(1)]
@@ -205,13 +208,13 @@ def test_rows_may_be_strided() -> None:
     wide = rng.standard_normal((3, 200)).astype(np.float32)
     x, out = wide[:, 10:74], np.full((3, 100), 7, np.float32)
     w = np.ones(64, np.float32)
-    for call, plain in (
-        (lambda a, b: kernels.rms_norm(a, w, 1e-5, b, 1), np.empty((3, 64), np.float32)),
-        (lambda a, b: kernels.silu_mul(a, a, b, 1), np.empty((3, 64), np.float32)),
-    ):
-        call(x.copy(), plain)
-        call(x, out[:, 20:84])
-        assert np.array_equal(out[:, 20:84], plain)
+    plain = np.empty((3, 64), np.float32)
+    kernels.rms_norm(x.copy(), w, 1e-5, plain, 1)
+    kernels.rms_norm(x, w, 1e-5, out[:, 20:84], 1)
+    assert np.array_equal(out[:, 20:84], plain)
+    kernels.silu_mul(x.copy(), x.copy(), plain, 1)
+    kernels.silu_mul(x, x, out[:, 20:84], 1)
+    assert np.array_equal(out[:, 20:84], plain)
     weights = cases.canonical(rng, BlockType.BF16, 33, 64)
     bounds = np.array([0, 64], np.int32)
     packed = np.empty(kernels.packed_nbytes(BlockType.BF16, 33, 64, bounds), np.uint8)
@@ -220,8 +223,10 @@ def test_rows_may_be_strided() -> None:
     kernels.matmul(BlockType.BF16, packed, 33, 64, bounds, x.copy(), product, 1)
     kernels.matmul(BlockType.BF16, packed, 33, 64, bounds, x, beside[:, 8:41], 2)
     assert cases.same(beside[:, 8:41].copy(), product)
-    assert (out[:, :20] == 7).all() and (out[:, 84:] == 7).all()
-    assert (beside[:, :8] == 7).all() and (beside[:, 41:] == 7).all()
+    assert (out[:, :20] == 7).all()
+    assert (out[:, 84:] == 7).all()
+    assert (beside[:, :8] == 7).all()
+    assert (beside[:, 41:] == 7).all()
 
 
 def test_both_say_the_same_sizes() -> None:
