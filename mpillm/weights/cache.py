@@ -88,7 +88,11 @@ class WeightCache(Generic[T]):
     """
 
     def __init__(
-        self, items: Sequence[LayerPlan], loader: Loader[T], budget: int | None = None, policy: Policy = "cycle"
+        self,
+        items: Sequence[LayerPlan],
+        loader: Loader[T],
+        budget: int | None = None,
+        policy: Policy = "cycle",
     ) -> None:
         """JobError if the budget has no room for an item in use and the next one."""
         if policy not in ("cycle", "lru"):
@@ -155,7 +159,11 @@ class WeightCache(Generic[T]):
             return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
 
         if not ready():
-            if item not in self._slots and item not in self.fixed and self._room_at_best() < self.items[item].nbytes:
+            if (
+                item not in self._slots
+                and item not in self.fixed
+                and self._room_at_best() < self.items[item].nbytes
+            ):
                 raise RuntimeError("more items of the weight cache are in use than its budget has room for")
             start = time.monotonic()
             self._wanted = item
@@ -240,7 +248,11 @@ class WeightCache(Generic[T]):
         size, room = self.items[item].nbytes, self.budget - self._fixed_bytes
         streamed = [other for other in self._slots if other not in self.fixed]
         room -= sum(self.items[other].nbytes for other in streamed)
-        idle = [other for other in streamed if self._slots[other].layer is not None and not self._slots[other].users]
+        idle = [
+            other
+            for other in streamed
+            if self._slots[other].layer is not None and not self._slots[other].users
+        ]
         if item != self._wanted:
             # Nothing goes that is needed sooner, nor what was asked for last: it may be used once more, or not yet.
             idle = [other for other in idle if other != self._cursor]

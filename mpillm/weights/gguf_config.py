@@ -200,7 +200,9 @@ def _biases(model_type: str, shape_of: ShapeOf, path: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, kind in (("attention_bias", set(roles[:4])), ("mlp_bias", set(roles[4:]))):
         if present & kind and not kind <= present:
-            raise ModelError(f"{path} has {', '.join(sorted(present & kind))} without the other biases of its kind.")
+            raise ModelError(
+                f"{path} has {', '.join(sorted(present & kind))} without the other biases of its kind."
+            )
         if present & kind:
             result[name] = True
     return result
@@ -226,9 +228,13 @@ def _experts(
     norm = fields.raw("expert_weights_norm")
     if model_type == "mixtral":
         if width not in {0, fields.integer("feed_forward_length")}:
-            raise ModelError(f"{fields.path}: {fields.kind}.expert_feed_forward_length is not feed_forward_length.")
+            raise ModelError(
+                f"{fields.path}: {fields.kind}.expert_feed_forward_length is not feed_forward_length."
+            )
         if norm is False:
-            raise ModelError(f"{fields.path}: {fields.kind}.expert_weights_norm is off, which is not supported.")
+            raise ModelError(
+                f"{fields.path}: {fields.kind}.expert_weights_norm is off, which is not supported."
+            )
         return {"num_local_experts": experts, "num_experts_per_tok": used}
     if model_type == "qwen3_moe":
         dense = [layer for layer in range(min(n_layers, 4096)) if shape_of(Key("router", layer)) is None]
@@ -258,12 +264,18 @@ def _rope(fields: _Fields, config: dict[str, Any], factors: list[float] | None) 
         kind, factor = ("linear", factor or linear) if (factor or linear) else ("none", 0.0)
     rope: dict[str, Any] = {"rope_theta": theta}
     if kind not in {"none", "linear", "yarn"}:
-        raise ModelError(f"{fields.path}: {fields.kind}.rope.scaling.type {str(kind)[:40]!r} is not supported.")
+        raise ModelError(
+            f"{fields.path}: {fields.kind}.rope.scaling.type {str(kind)[:40]!r} is not supported."
+        )
     if attention != 1.0 and kind != "yarn":
-        raise ModelError(f"{fields.path}: {fields.kind}.rope.scaling.attn_factor without yarn is not supported.")
+        raise ModelError(
+            f"{fields.path}: {fields.kind}.rope.scaling.attn_factor without yarn is not supported."
+        )
     if factors is not None:
         if kind != "none" and factor not in {0.0, 1.0}:
-            raise ModelError(f"{fields.path}: rope_freqs.weight together with {kind} scaling is not supported.")
+            raise ModelError(
+                f"{fields.path}: rope_freqs.weight together with {kind} scaling is not supported."
+            )
         return rope | {"rope_type": "factors", "factors": factors}
     if kind == "none" or factor in {0.0, 1.0}:
         return rope | {"rope_type": "default"}

@@ -40,7 +40,9 @@ def open_gguf(path: Path, quantize: str = "none") -> TensorSource:
         config = config_of(metadata, path, lambda key: _shape(extents, key), factors)
         if kind in _PERMUTED:
             _mark_permuted(extents, config, path)
-        extents.setdefault(Key("head"), extents[Key("embed")])  # a file without output.weight has tied weights
+        extents.setdefault(
+            Key("head"), extents[Key("embed")]
+        )  # a file without output.weight has tied weights
         tokenizer = {name: value for name, value in metadata.items() if name.startswith("tokenizer.")}
         return TensorSource(path, files, (), extents, config, tokenizer, quantize)
     except BaseException:
@@ -72,7 +74,9 @@ def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
         files.append(MappedFile(part))
         headers.append(read_header(files[-1]))
         if headers[-1].metadata.get("split.no") != number - 1:
-            raise ModelError(f"{part} is not part {number} of {count} of the model in {first}; fetch it again.")
+            raise ModelError(
+                f"{part} is not part {number} of {count} of the model in {first}; fetch it again."
+            )
     return headers
 
 
@@ -106,7 +110,9 @@ def _mark_permuted(extents: dict[Key, Extent], config: dict[str, Any], path: Pat
         if key.role in {"q", "k", "q_bias", "k_bias"}:
             count = heads[key.role[0]]
             if count < 1 or extent.shape[0] % (2 * count):
-                raise ModelError(f"{path}: tensor {extent.name} has {extent.shape[0]} rows, not {count} even heads.")
+                raise ModelError(
+                    f"{path}: tensor {extent.name} has {extent.shape[0]} rows, not {count} even heads."
+                )
             extents[key] = Extent(
                 extent.file, extent.name, extent.offset, extent.shape, extent.stored, rope_heads=count
             )

@@ -190,7 +190,9 @@ def _placed(
             raise broken(file, f"{shown} is there twice")
         stored = stored_in_gguf(code)
         if stored is None:
-            raise ModelError(f"{file.path}: {shown} has block type {code}, which is unknown or cannot be decoded.")
+            raise ModelError(
+                f"{file.path}: {shown} has block type {code}, which is unknown or cannot be decoded."
+            )
         if shape[-1] % stored.block:
             raise broken(file, f"{shown} has rows of {shape[-1]} values, not whole blocks of {stored.name}")
         nbytes = math.prod(shape[:-1]) * stored.row_bytes(shape[-1])

@@ -48,10 +48,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ModelError if it is anything else."""
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB, which no such file is; fetch it again.")
+            raise ModelError(
+                f"{path} is larger than {MAX_JSON >> 20} MiB, which no such file is; fetch it again."
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}: it is not a complete Hugging Face model.") from None
+        raise ModelError(
+            f"{path.parent} has no {path.name}: it is not a complete Hugging Face model."
+        ) from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError):
@@ -84,9 +88,13 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise ModelError(f"{index} has no weight_map; fetch the model again.")
     for name, shard in entries.items():
         if not isinstance(shard, str) or shard in {"", ".", ".."} or PurePosixPath(shard).name != shard:
-            raise ModelError(f"{index} puts {name[:80]!r} into {str(shard)[:80]!r}, which is not a file of {path}.")
+            raise ModelError(
+                f"{index} puts {name[:80]!r} into {str(shard)[:80]!r}, which is not a file of {path}."
+            )
         if "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index} puts {name[:80]!r} into {shard[:80]!r}, which is not a safetensors file.")
+            raise ModelError(
+                f"{index} puts {name[:80]!r} into {shard[:80]!r}, which is not a safetensors file."
+            )
     return entries
 
 
@@ -98,7 +106,9 @@ def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[Mapped
     found = {}
     for name, shard in _weight_map(path).items():
         if name not in headers[shard]:
-            raise ModelError(f"{path / INDEX} puts tensor {name[:80]!r} into {shard}, which does not hold it.")
+            raise ModelError(
+                f"{path / INDEX} puts tensor {name[:80]!r} into {shard}, which does not hold it."
+            )
         found[name] = (files[shard], headers[shard][name])
     return found
 
@@ -110,7 +120,9 @@ def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
     if tensor.dtype not in {"F32", "F16", "BF16"}:
-        raise ModelError(f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported.")
+        raise ModelError(
+            f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
+        )
     extent = Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
     for key, piece in place(parsed, extent, tensor.shape):
         if key in extents:

@@ -247,7 +247,9 @@ def _plan(
     return LayerPlan(name, tuple(entries), offset)
 
 
-def _slices(key: Key, dims: tuple[int, ...], shape: Shape, place: Place) -> tuple[range, range, tuple[int, ...]]:
+def _slices(
+    key: Key, dims: tuple[int, ...], shape: Shape, place: Place
+) -> tuple[range, range, tuple[int, ...]]:
     """Rows, columns and column panels of a tensor that a rank holds; a vector has no panels."""
     rows, hd = range(dims[0]), shape.head_dim
     cols = range(dims[1]) if len(dims) == 2 else range(1)

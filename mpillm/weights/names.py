@@ -139,7 +139,9 @@ class _Pattern(NamedTuple):
 
 def _pattern(name: str, roles: tuple[str, ...], stacked: bool = False) -> _Pattern:
     number = "(?:0|[1-9][0-9]{0,5})"
-    regex = re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
+    regex = (
+        re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
+    )
     return _Pattern(re.compile(regex), roles, stacked)
 
 

@@ -36,7 +36,9 @@ def read_header(file: MappedFile) -> dict[str, Tensor]:
         raise _broken(file, f"it has {file.size} bytes and no header")
     length = int.from_bytes(file.view(0, 8).tobytes(), "little")
     if length > MAX_HEADER:
-        raise _broken(file, f"its header would have {length} bytes, more than the format's limit of {MAX_HEADER}")
+        raise _broken(
+            file, f"its header would have {length} bytes, more than the format's limit of {MAX_HEADER}"
+        )
     if 8 + length > file.size:
         raise _broken(file, f"its header of {length} bytes reaches beyond its end ({file.size} bytes)")
     header = _json(file, file.view(8, length).tobytes())

@@ -31,7 +31,9 @@ class Source(Protocol):
     files: tuple[Path, ...]
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
-    tokenizer: Path | dict[str, Any]  # the directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields
+    tokenizer: (
+        Path | dict[str, Any]
+    )  # the directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields
 
     def read(
         self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1
@@ -57,7 +59,9 @@ def open_source(path: str | Path, quantize: str = "none") -> TensorSource:
     """
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, False where a directory on the way is forbidden
-        raise ModelError(f"{path} does not exist or is out of reach; give a Hugging Face directory or a GGUF file.")
+        raise ModelError(
+            f"{path} does not exist or is out of reach; give a Hugging Face directory or a GGUF file."
+        )
     if not os.path.isdir(path):
         return open_gguf(path, quantize)
     if not os.path.exists(path / "config.json"):

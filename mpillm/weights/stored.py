@@ -46,8 +46,12 @@ class Stored:
         if self.own:
             kernels.dequantize(self.type, np.ascontiguousarray(raw), k, out, threads)
         else:
-            with np.errstate(all="ignore"):  # a damaged block's scale may be anything: its values are then infinite
-                out[...] = gguf.quants.dequantize(np.ascontiguousarray(raw), gguf.GGMLQuantizationType(self.code))
+            with np.errstate(
+                all="ignore"
+            ):  # a damaged block's scale may be anything: its values are then infinite
+                out[...] = gguf.quants.dequantize(
+                    np.ascontiguousarray(raw), gguf.GGMLQuantizationType(self.code)
+                )
         return out
 
 

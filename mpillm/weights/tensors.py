@@ -225,7 +225,9 @@ def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[
     inner = shape[1:] if parsed.stacked else shape
     parts = len(parsed.roles)
     if inner[0] % parts:
-        raise ModelError(f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves.")
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves."
+        )
     part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
     found = []
     offset = extent.offset
