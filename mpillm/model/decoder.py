@@ -116,6 +116,7 @@ class Decoder:
             with self._cache.use(i) as layer:
                 self._attention(layer, i, number, x, batch, *angles)
                 self._feed_forward(layer, number, x)
+            self._pipe.progress()  # what the previous step sent on leaves while this one computes
         if self.is_last:
             return x
         self._pipe.send(x)
