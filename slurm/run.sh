@@ -47,16 +47,18 @@ case $launcher in
         ;;
 esac
 
-# `#SBATCH --signal=B:USR1@120` tells this shell alone, 120 seconds before the time limit; and a preempted job gets
-# TERM. Both launchers pass USR1 on to every rank; on TERM mpiexec would kill the ranks at once.
-warned=0
+# `#SBATCH --signal=B:USR1@120` tells this shell alone, 120 seconds before the time limit. TERM comes with preemption,
+# where Slurm itself queues the job again, and with scancel, where nobody should. Both launchers pass USR1 on to every
+# rank; on TERM mpiexec would kill the ranks at once.
+warned=
 child=
 warn() {
-    warned=1
-    say "told to stop: the ranks finish what they have in hand"
+    warned=$1
+    say "told to stop ($1): the ranks finish what they have in hand"
     [ -n "$child" ] && kill -USR1 "$child"
 }
-trap warn USR1 TERM
+trap 'warn USR1' USR1
+trap 'warn TERM' TERM
 
 say "${start[*]} python -m mpillm run $*"
 "${start[@]}" python -m mpillm run "$@" &
@@ -70,14 +72,16 @@ while kill -0 "$child" 2>/dev/null; do
 done
 trap '' USR1 TERM
 
-# 75: interrupted, run it again. A launcher may report a rank that was stopped in its own way, so a non-zero code
-# after a warning counts too: the journal knows what is done, and going on loses nothing.
-if [ "$code" = 75 ] || { [ "$warned" = 1 ] && [ "$code" != 0 ] && [ "$code" != 1 ] && [ "$code" != 2 ]; }; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILLM_RESTARTS:-100}" ]; then
-        say "interrupted (exit code $code); back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" && exit 75
-    fi
-    say "interrupted (exit code $code); the same sbatch command goes on where it stopped"
-    exit 75
+# 75: interrupted, run it again. A launcher may report a rank that was stopped in its own way, so after a warning any
+# code but those of an end (0, 1, 2) counts too: the journal knows what is done, and going on loses nothing.
+interrupted=no
+[ "$code" = 75 ] && interrupted=yes
+[ -n "$warned" ] && [ "$code" -gt 2 ] && interrupted=yes
+[ "$interrupted" = no ] && exit "$code"
+
+if [ "$warned" != TERM ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILLM_RESTARTS:-100}" ]; then
+    say "interrupted (exit code $code); back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" && exit 75
 fi
-exit "$code"
+say "interrupted (exit code $code); the same sbatch command goes on where it stopped"
+exit 75

@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.conftest import clean_environment, run_bounded
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-CLIENTS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+CLIENTS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "setpriv")
 
 
 def missing() -> str | None:
@@ -183,7 +183,7 @@ class Slurm:
         assert program
         with open(self.root / f"{name}{len(self.processes)}.out", "wb") as out:
             process = subprocess.Popen(
-                [program, *options],
+                ["setpriv", "--pdeathsig=TERM", program, *options],  # a killed test leaves no daemon behind
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -202,7 +202,7 @@ class Slurm:
             time.sleep(0.1)
 
     def _stop(self) -> None:
-        """Cancel what runs, then end the daemons in reverse order, by process id."""
+        """Cancel what runs, then end the daemons in reverse order, and what is left, by process id."""
         with contextlib.suppress(AssertionError):
             self.command("scancel", "--user=root", "--signal=KILL", "--full")
             self.command("scancel", "--user=root")
@@ -214,6 +214,17 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for left in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+
+    def _left(self) -> Iterator[int]:
+        """Processes of this Slurm that outlived it: they have its configuration in their environment."""
+        mark = f"SLURM_CONF={self.root / 'slurm.conf'}\0".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if int(path.parent.name) != os.getpid() and mark in path.read_bytes() + b"\0":
+                    yield int(path.parent.name)
 
     def _logs(self) -> str:
         return "\n".join(

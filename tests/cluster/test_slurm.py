@@ -125,20 +125,37 @@ def test_many_nodes(stub: Path, submit: Submit, launcher: str) -> None:
     assert re.search(r"ranks=3 nodes=n\d,n\d,n\d cpus=2 ", job.log), job.log
 
 
-@pytest.mark.parametrize(("launcher", "sent"), [("", "USR1"), ("mpiexec", "TERM")])
+@pytest.mark.parametrize("launcher", ["", "mpiexec"])
 def test_a_warning_reaches_the_ranks_and_the_job_goes_on_later(
-    stub: Path, slurm: Slurm, launcher: str, sent: str
+    stub: Path, slurm: Slurm, launcher: str
 ) -> None:
-    """USR1 comes ahead of the time limit (#SBATCH --signal=B:USR1@120), TERM with preemption."""
-    words = ["--nodes=2", "slurm/many-nodes.sbatch", "job.toml", "--wait"]
-    job = slurm.submit("--output=log", *words, cwd=stub, env={"MPILLM_LAUNCHER": launcher})
-    until(lambda: all((stub / f"ready{rank}").exists() for rank in range(2)), 30)
-    slurm.command("scancel", "--batch", f"--signal={sent}", str(job))
+    """USR1 is what comes ahead of the time limit (#SBATCH --signal=B:USR1@120)."""
+    job = start_waiting(stub, slurm, launcher)
+    slurm.command("scancel", "--batch", "--signal=USR1", str(job))
     done = slurm.wait(job, stub / "log", timeout=90)
     assert (done.state, done.exit_code, done.restarts) == ("COMPLETED", 0, 1), done.log
-    assert "told to stop" in done.log
+    assert "told to stop (USR1)" in done.log
     assert "back into the queue" in done.log
     assert len(re.findall("ranks=2 nodes=n", done.log)) == 2  # the log is appended to
+
+
+@pytest.mark.parametrize("launcher", ["", "mpiexec"])
+def test_a_job_that_is_cancelled_stays_cancelled(stub: Path, slurm: Slurm, launcher: str) -> None:
+    job = start_waiting(stub, slurm, launcher)
+    slurm.command("scancel", str(job))
+    until(lambda: not slurm.command("squeue", "--noheader", f"--jobs={job}").strip(), 30)
+    done = slurm.wait(job, stub / "log")
+    assert (done.state, done.restarts) == ("CANCELLED", 0), done.log
+    assert "told to stop (TERM)" in done.log
+    assert "back into the queue" not in done.log
+
+
+def start_waiting(folder: Path, slurm: Slurm, launcher: str) -> int:
+    """Submit a job on two nodes whose ranks wait to be told to stop; return its number when they do."""
+    words = ["--nodes=2", "slurm/many-nodes.sbatch", "job.toml", "--wait"]
+    job = slurm.submit("--output=log", *words, cwd=folder, env={"MPILLM_LAUNCHER": launcher})
+    until(lambda: all((folder / f"ready{rank}").exists() for rank in range(2)), 30)
+    return job
 
 
 @one_mpi
