@@ -28,7 +28,10 @@ class Build(build_ext):
         except FAILURES as error:
             self.announce(f"no OpenMP ({error}); trying without", level=2)
             ext.extra_compile_args, ext.extra_link_args = flags, []
-            super().build_extension(ext)
+            try:
+                super().build_extension(ext)
+            except OSError as missing:  # no compiler at all: `optional` forgives a CompileError
+                raise CompileError(str(missing)) from missing
 
 
 def kernels() -> list[Extension]:
@@ -43,9 +46,11 @@ def kernels() -> list[Extension]:
         sources=["cython/kernels.pyx", *sorted(glob("cython/core/*.c"))],
         depends=sorted(glob("cython/core/*.h")),
         extra_compile_args=FLAGS,
-        optional=True,
     )
-    return cythonize([extension], quiet=True)
+    built: list[Extension] = cythonize([extension], quiet=True)
+    for each in built:
+        each.optional = True  # cythonize drops it
+    return built
 
 
 setup(ext_modules=kernels(), cmdclass={"build_ext": Build})
