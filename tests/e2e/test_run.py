@@ -73,7 +73,7 @@ def test_same_bytes_under_each_mpi(
     [
         ["batch.max_num_seqs=1"],
         ["batch.max_num_seqs=3", "batch.max_num_batched_tokens=5"],
-        ["layout.threads=3", "memory.kv=64KiB", "memory.max_context=64"],
+        ["layout.threads=3", "memory.kv=64KiB"],
         ["layout.stages=2", "layout.shards=1"],
     ],
     ids=",".join,
@@ -155,11 +155,11 @@ def test_a_request_that_cannot_fit_is_refused_with_its_arithmetic_and_others_wai
     lines = [{"custom_id": "big", "prompt": [7] * 200, "max_tokens": 8}]
     lines += [{"custom_id": f"small{i}", "prompt": [7, i + 1], "max_tokens": 8} for i in range(6)]
     source = write_lines(tmp_path / "in.jsonl", lines)
-    done = run(openmpi, 1, source, tmp_path / "out", "memory.kv=64KiB")
+    done = run(openmpi, 1, source, tmp_path / "out", "memory.kv=16KiB")
     assert done.returncode == 1, done.stderr
     found = results(tmp_path / "out")
     assert [line["response"]["status_code"] for line in found] == [400] + [200] * 6
-    assert "memory.kv = 64KiB holds" in found[0]["error"]["message"]
+    assert "memory.kv = 16KiB holds" in found[0]["error"]["message"]
 
 
 def test_ranks_that_see_different_models_refuse_to_start(openmpi: Mpi, tmp_path: Path) -> None:
