@@ -72,11 +72,18 @@ VB(vb_high, (vb a), vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.q[j]), 
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
 
+#ifdef VEC_DOT
+/* vdotq_s32, which compilers give only to files (clang) or architectures (gcc) that have dotprod throughout. */
+MK_INLINE void neon_dot(int32x4_t *sum, int8x16_t w, int8x16_t x) {
+    __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(*sum) : "w"(w), "w"(x));
+}
+#endif
+
 MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
 #ifdef VEC_DOT
     for (int g = 0; g < 8; g++) {
         int8x16_t xg = neon_x4(x + 4 * g);
-        QUARTERS start.q[j] = vdotq_s32(start.q[j], w[g].q[j], xg);
+        QUARTERS neon_dot(&start.q[j], w[g].q[j], xg);
     }
     return start;
 #else

@@ -1,0 +1,48 @@
+"""Without a compiler the package still installs, NumPy serves, and one line says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORT = (
+    "import sys; sys.modules['mpillm.kernels._compiled'] = None; import mpillm.kernels as k; print(k.path())"
+)
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def test_a_failing_compiler_is_no_error(tmp_path: Path) -> None:
+    pytest.importorskip("Cython")
+    where = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    done = run(sys.executable, "setup.py", "-q", "build_ext", *where, CC="/bin/false")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_one_line_says_that_numpy_serves() -> None:
+    done = run(sys.executable, "-c", IMPORT, MPILLM_KERNELS="")
+    assert done.stdout == "numpy\n"
+    (line,) = done.stderr.splitlines()
+    assert "the compiled kernels are missing" in line
+    assert "NumPy serves" in line
+
+
+def test_numpy_by_choice_says_nothing() -> None:
+    done = run(sys.executable, "-c", IMPORT, MPILLM_KERNELS="numpy")
+    assert (done.stdout, done.stderr) == ("numpy\n", "")
+
+
+def test_a_path_that_is_missing_is_an_error() -> None:
+    done = run(sys.executable, "-c", IMPORT, MPILLM_KERNELS="avx2")
+    assert done.returncode == 1
+    assert "MPILLM_KERNELS = avx2 cannot be used on this machine; choose from numpy" in done.stderr
