@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
+
 from mpillm.comm.world import World, guard
 from tests.model.engine_harness import run_laid_out
 from tests.model.test_smollm2 import check_smollm2, requests, smollm2
@@ -15,7 +17,8 @@ from tests.model.test_smollm2 import check_smollm2, requests, smollm2
 
 def main(world: World) -> int:
     stages, shards = map(int, sys.argv[1:])
-    off = {}
+    off: dict[str, dict[str, float]] = {}
+    scores = []
     for wire in ("f32", "q8_0"):
         completions, session = run_laid_out(
             world, smollm2(), requests(), stages=stages, shards=shards, activations=wire
@@ -24,7 +27,9 @@ def main(world: World) -> int:
         sent = world.gather(counts.all_reduce.bytes_sent + counts.pipe.bytes_sent)
         if world.rank == 0:
             off[wire] = {**check_smollm2(completions), "bytes": sum(sent)}
+            scores.append(np.concatenate([one.prompt_logprobs for one in completions]))
     if world.rank == 0:
+        off["between the wires"] = {"logprob": float(np.abs(scores[0] - scores[1]).mean())}
         print(json.dumps(off))
     return 0
 
