@@ -252,14 +252,14 @@ def _boot_id() -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, once: whoever sends them tends to send several."""
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted, once: who sends them tends to send several."""
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         for name in caught:
             signal.signal(name, signal.SIG_IGN)
         raise Interrupted(f"Stopped by {signal.Signals(number).name}; the same command goes on from here.")
 
-    caught: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    caught: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.signal(name, interrupt) for name in caught]
     try:
         yield

@@ -74,11 +74,20 @@ def agreed(world: World) -> int:
 
 def terminated(world: World) -> int:
     """All ranks get SIGTERM while they wait, as from a job system."""
+    return signalled(world, signal.SIGTERM)
+
+
+def warned(world: World) -> int:
+    """The same with the signal that Slurm is asked to send ahead of the time limit."""
+    return signalled(world, signal.SIGUSR1)
+
+
+def signalled(world: World, number: signal.Signals) -> int:
     pids = world.gather(os.getpid())
     if world.rank == 0:
         time.sleep(0.2)
         for pid in reversed(pids):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
         time.sleep(30)
     return blocked(world)
 

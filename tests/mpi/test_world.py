@@ -39,6 +39,7 @@ def test_all_end_well(mpi: Mpi) -> None:
     ("under_way", 2, "mpillm: There is no such job."),
     ("agreed", 2, "mpillm: Rank 1 cannot read the model. (on rank 1 of 3, host "),
     ("terminated", 75, "mpillm: Stopped by SIGTERM; the same command goes on from here."),
+    ("warned", 75, "mpillm: Stopped by SIGUSR1; the same command goes on from here."),
 ])  # fmt: skip
 def test_what_all_raise_is_said_once(mpi: Mpi, name: str, code: int, sentence: str) -> None:
     run = run_ending(mpi, 3, name)
