@@ -6,7 +6,8 @@
 /* w: R tiles, w_stride bytes apart; x: T rows, x_stride bytes apart; sums [R][T]. */
 typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, vf *sums);
 
-enum { MANY_TILES = 4, PREFETCH = 2048 /* bytes ahead in each of a single row's streams */ };
+/* Up to FEW rows memory is the limit: fetch so many bytes ahead in each stream of weights. */
+enum { MANY_TILES = 4, FEW = 4, PREFETCH = 2048 };
 enum { MAX_SUMS = (int)VEC_ROWS > (int)MANY_TILES ? (int)VEC_ROWS : (int)MANY_TILES };
 
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
@@ -28,7 +29,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
         UNROLL
         for (int r = 0; r < R; r++) {
             const uint8_t *tile = w + r * w_stride;
-            if (T == 1)
+            if (T <= FEW)
                 for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + PREFETCH + line);
             vb groups[8];
             load_groups(type, tile + scales, groups);
@@ -65,7 +66,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
         UNROLL
         for (int r = 0; r < R; r++) {
             const void *p = w + r * w_stride;
-            if (T == 1) __builtin_prefetch((const uint8_t *)p + PREFETCH);
+            if (T <= FEW) __builtin_prefetch((const uint8_t *)p + PREFETCH);
             row[r] = type == MK_F32 ? vf_load(p) : type == MK_F16 ? vf_load_f16(p) : vf_load_bf16(p);
         }
         UNROLL
