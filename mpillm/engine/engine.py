@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from mpillm.comm.grid import Place
 from mpillm.engine import step as messages
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
-from mpillm.engine.scheduler import Limits, Scheduler, blocks_for
+from mpillm.engine.scheduler import Limits, Scheduler, Totals, blocks_for
 from mpillm.engine.sequence import Completion, Request, Sequence
 from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
 from mpillm.model.decoder import Decoder
@@ -58,18 +57,6 @@ def follow(worker: Worker, channel: Channel) -> int:
             channel.reply(reply.encode())
 
 
-@dataclass(slots=True)
-class Totals:
-    """What the engine has done so far."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    fetched_rows: int = 0  # rows of logits that had to travel whole
-    most_sequences: int = 0
-    most_blocks: int = 0
-
-
 class Engine:
     """Leads the ranks through requests; lives on rank 0."""
 
@@ -85,7 +72,8 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing)."""
         begun = time.monotonic()
-        scheduler = Scheduler(self._limits, (Sequence(request, begun) for request in requests))
+        sequences = (Sequence(request, begun) for request in requests)
+        scheduler = Scheduler(self._limits, sequences, self.totals)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
         while scheduler.has_work:
             while len(in_flight) < self._limits.micro_batches and (chosen := scheduler.next()):
@@ -135,9 +123,7 @@ class Engine:
         finished = []
         for part, mine, (sequence, count) in zip(step.parts, by_part, chosen, strict=True):
             sequence.in_flight = False
-            prompt_left = len(sequence.request.prompt) - sequence.computed
-            self.totals.prompt_tokens += max(0, min(count, prompt_left))
-            sequence.computed += count
+            self._count(sequence, count)
             rows = {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[part.hidden]
             for _ in range(rows):
                 state = next(hidden).astype(np.float64)
@@ -148,6 +134,14 @@ class Engine:
                     sequence.pooled /= len(sequence.tokens)
                 finished.append(sequence)
         return finished
+
+    def _count(self, sequence: Sequence, count: int) -> None:
+        """Note that `count` more tokens of a sequence are in the KV cache."""
+        begin, end = max(sequence.computed, sequence.reached), sequence.computed + count
+        self.totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
+        self.totals.recomputed_tokens += min(count, begin - sequence.computed)
+        sequence.computed = end
+        sequence.reached = max(sequence.reached, end)
 
     def _take(self, step: Step, sequence: Sequence, mine: list[tuple[int, Output, Candidates]]) -> None:
         """Score the prompt's tokens and draw the next one from a part's outputs."""
@@ -187,10 +181,14 @@ def _part(sequence: Sequence, count: int) -> Part:
     prompt = request.prompt
     at_end = end == len(sequence.tokens)
     samples = request.kind == "generate" and request.max_tokens > 0 and at_end
-    scores = request.prompt_logprobs is not None and start < len(prompt) - 1
+    fresh = start >= sequence.reached  # what is computed again has been scored, or pooled
+    scores = request.prompt_logprobs is not None and fresh and start < len(prompt) - 1
     hidden = Hidden.NONE
     if request.kind == "embed":
-        hidden = Hidden.ALL if request.pooling == "mean" else (Hidden.LAST if at_end else Hidden.NONE)
+        if request.pooling == "mean":
+            hidden = Hidden.ALL if fresh else Hidden.NONE
+        elif at_end:
+            hidden = Hidden.LAST
     penalised = samples and request.repetition_penalty != 1.0
     return Part(
         start=start,
@@ -211,9 +209,7 @@ def _part(sequence: Sequence, count: int) -> Part:
 def _is_done(sequence: Sequence) -> bool:
     if sequence.finish_reason is not None:
         return True
-    request = sequence.request
-    only_reads = request.kind == "embed" or request.max_tokens == 0
-    return only_reads and sequence.computed == len(sequence.tokens)
+    return sequence.request.only_reads and sequence.computed == len(sequence.tokens)
 
 
 def _last_stage_ranks(place: Place) -> range:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mpillm.engine.sequence import Request, TopLogprobs
 
+COLDEST = 1e-5  # a temperature below it is taken for it
 FIRST_LOOK = 128  # candidates asked for when tokens are drawn: enough for nearly every draw
 
 
@@ -54,8 +55,8 @@ def candidates_wanted(request: Request) -> int:
 
 
 def inverse_temperature(temperature: float) -> float:
-    """1 / temperature as all ranks use it: a float32; 1 where nothing is drawn."""
-    return float(np.float32(1.0) / np.float32(temperature)) if temperature > 0 else 1.0
+    """1 / temperature as all ranks use it: a finite float32; 1 where nothing is drawn."""
+    return float(np.float32(1.0) / np.float32(max(temperature, COLDEST))) if temperature > 0 else 1.0
 
 
 def draw(candidates: Candidates, request: Request, u: float) -> int | None:

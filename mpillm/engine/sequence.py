@@ -11,6 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.engine.blocks import content_key
+from mpillm.kernels import KV_BLOCK
+
 TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likely first
 
 
@@ -41,6 +44,18 @@ class Request:
     pooling: Literal["mean", "last"] = "mean"
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether nothing is generated."""
+        return self.kind == "embed" or self.max_tokens == 0
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether what comes out depends on the last layer's output for every token of the prompt."""
+        if self.kind == "embed":
+            return self.pooling == "mean"
+        return self.prompt_logprobs is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -69,8 +84,11 @@ class Sequence:
     def __init__(self, request: Request, submitted: float = 0.0) -> None:
         self.request = request
         self.tokens = list(request.prompt)
+        self.number = 0  # in the order of admission: the lower, the older
         self.computed = 0  # tokens whose keys and values are in the KV cache
+        self.reached = 0  # the most that `computed` has been: less is computed again, after a preemption
         self.blocks: list[int] = []  # its KV blocks, in order of position
+        self._block_keys: list[bytes] = []
         self.in_flight = False  # part of a step whose reply is outstanding
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
@@ -95,6 +113,24 @@ class Sequence:
         if self.request.kind == "embed":
             return len(self.request.prompt)
         return len(self.request.prompt) + max(0, self.request.max_tokens - 1)
+
+    @property
+    def left(self) -> int:
+        """How many tokens the next step can compute of it."""
+        if self.computed < self.reached and self.request.needs_all_rows:
+            return (
+                self.reached - self.computed
+            )  # what follows also counts, so the two are not computed together
+        return len(self.tokens) - self.computed
+
+    def block_key(self, index: int) -> bytes:
+        """The content key of its block number `index`, all of whose tokens are known."""
+        keys = self._block_keys
+        for i in range(len(keys), index + 1):
+            keys.append(
+                content_key(keys[-1] if keys else b"", self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK])
+            )
+        return keys[index]
 
     def uniform(self) -> float:
         """The random number in [0, 1) that draws the next token: Philox, keyed by request, counted by position."""

@@ -33,8 +33,15 @@ class Requests(msgspec.Struct, kw_only=True):
 class Tokens(msgspec.Struct, kw_only=True):
     """What this run has computed, without what earlier runs of the same command had."""
 
-    prompt: int
+    prompt: int  # all tokens of the prompts
     generated: int
+    shared: int = 0  # of the prompts' tokens, those that were not computed: another request began alike
+    recomputed: int = 0  # computed a second time, because the KV cache was full
+
+    @property
+    def computed(self) -> int:
+        """Tokens that went through the model, each once."""
+        return self.prompt - self.shared + self.generated
 
 
 class Rank(msgspec.Struct, kw_only=True):
@@ -86,9 +93,8 @@ class Report(msgspec.Struct, kw_only=True):
         return self.tokens.generated / self.computing if self.computing else 0.0
 
     def total_rate(self) -> float:
-        """All tokens per second of computing, prompts' and generated."""
-        tokens = self.tokens.prompt + self.tokens.generated
-        return tokens / self.computing if self.computing else 0.0
+        """Tokens per second of computing, prompts' and generated, without those that were shared."""
+        return self.tokens.computed / self.computing if self.computing else 0.0
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes sent by all ranks, by kind of message."""
@@ -100,7 +106,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     def wire_bytes_per_token(self) -> dict[str, float]:
         """The same, divided by all tokens that went through the model."""
-        tokens = self.tokens.prompt + self.tokens.generated
+        tokens = self.tokens.computed
         return {kind: count / tokens if tokens else 0.0 for kind, count in self.wire_bytes().items()}
 
 
@@ -110,8 +116,10 @@ def summary(report: Report) -> Iterator[str]:
     resumed = f" ({done.resumed} of them by earlier runs)" if done.resumed else ""
     yield f"{done.total} requests{resumed}: {done.ok} answered, {done.errors} ended in an error."
     generated = f", {report.rate():.1f} of them generated" if report.tokens.generated else ""
+    tokens = report.tokens
+    shared = f" ({tokens.shared} of them shared)" if tokens.shared else ""
     yield (
-        f"{report.tokens.prompt} prompt and {report.tokens.generated} generated tokens in {report.seconds:.1f} s: "
+        f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
         f"{report.total_rate():.1f} tokens/s while computing{generated}."
     )
     wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}

@@ -17,6 +17,7 @@ import msgspec
 from .. import __version__
 from ..comm.world import World
 from ..engine.engine import Engine, follow
+from ..engine.scheduler import Totals
 from ..engine.sequence import Completion, Request
 from ..errors import MpillmError
 from ..kernels import KV_BLOCK
@@ -135,9 +136,7 @@ class Leader:
             requests=report.Requests(
                 total=len(lines), ok=len(lines) - errors, errors=errors, resumed=journal.resumed
             ),
-            tokens=report.Tokens(
-                prompt=engine.totals.prompt_tokens, generated=engine.totals.generated_tokens
-            ),
+            tokens=_tokens(engine.totals),
             stages=session.place.stages,
             shards=session.place.shards,
             ranks=ranks,
@@ -216,6 +215,15 @@ class Leader:
     def _first_errors(self) -> dict[str, str]:
         bad = self._batch.errors[: report.SHOWN_ERRORS]
         return {line.custom_id: line.error or "" for line in bad}
+
+
+def _tokens(totals: Totals) -> report.Tokens:
+    return report.Tokens(
+        prompt=totals.prompt_tokens + totals.shared_tokens,
+        generated=totals.generated_tokens,
+        shared=totals.shared_tokens,
+        recomputed=totals.recomputed_tokens,
+    )
 
 
 def _versions() -> dict[str, str]:

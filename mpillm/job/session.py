@@ -149,7 +149,9 @@ class Session:
                 f"memory.kv = {memory.kv_bytes} bytes does not hold one block of {KV_BLOCK} tokens, which takes "
                 f"{self._largest_block} bytes; raise it."
             )
-        return Limits(n_blocks, sequences, max(tokens, sequences), micro_batches)
+        return Limits(
+            n_blocks, sequences, max(tokens, sequences), micro_batches, prefix_sharing=batch.prefix_sharing
+        )
 
     def _decoder(self) -> Decoder:
         config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire.activations

@@ -146,6 +146,7 @@ class Batch(Section, frozen=True):
 
     max_num_seqs: Auto | Positive = "auto"
     max_num_batched_tokens: Auto | Positive = "auto"
+    prefix_sharing: bool = True  # prompts that begin alike are computed once up to where they differ
 
 
 class Spec(Section, frozen=True, kw_only=True):

@@ -40,6 +40,16 @@ def test_the_last_lines_of_a_run() -> None:
     ]
 
 
+def test_shared_tokens_are_said_and_are_no_work() -> None:
+    shared = made()
+    shared.tokens = report.Tokens(prompt=100, generated=50, shared=90)
+    assert list(report.summary(shared))[1:] == [
+        "100 prompt (90 of them shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
+        "25.0 of them generated.",
+        "Wire bytes per token: all_reduce 15.",
+    ]
+
+
 def test_it_is_read_back(tmp_path: Path) -> None:
     report.write(tmp_path, made())
     assert report.read(tmp_path) == made()

@@ -174,6 +174,7 @@ def test_the_fingerprint_knows_what_changes_results_and_nothing_else(tmp_path: P
         "memory.weights=1GiB",
         "memory.kv=2GiB",
         "batch.max_num_seqs=3",
+        "batch.prefix_sharing=false",
     ]
     same += ["memory.policy=lru", "output=elsewhere"]
     other = [

@@ -1,0 +1,80 @@
+"""Which KV block is whose and what it holds; full blocks are found again by their content.
+
+A full block's key is a hash chain: of its own tokens and of the key of the block before it, so it stands for all
+tokens up to the block's end, and what positions those are. Keys and values of a token depend on nothing else. Only
+full blocks are ever shared, and nobody writes into a full block, so none needs to be copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+
+def content_key(before: bytes, tokens: Sequence[int]) -> bytes:
+    """The key, 16 bytes, of a full block with `tokens`; `before` is the key of the block before it, b"" if none is."""
+    return hashlib.blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
+
+
+class BlockPool:
+    """The numbers of all KV blocks, the same ones on every rank.
+
+    A block that nobody uses any more keeps its content while others are free: those are taken first, and then the
+    one that has been idle for longest.
+    """
+
+    def __init__(self, n_blocks: int) -> None:
+        self._users = [0] * n_blocks
+        self._keys: list[bytes | None] = [None] * n_blocks
+        self._by_key: dict[bytes, int] = {}
+        self._empty = list(range(n_blocks - 1, -1, -1))
+        self._idle: dict[int, None] = {}  # unused blocks with content, the longest idle first
+
+    @property
+    def free(self) -> int:
+        """How many blocks `take` can give."""
+        return len(self._empty) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """How many blocks somebody uses."""
+        return len(self._users) - self.free
+
+    def take(self) -> int:
+        """A free block for a new content."""
+        if self._empty:
+            block = self._empty.pop()
+        else:
+            block = next(iter(self._idle))
+            del self._idle[block]
+            key = self._keys[block]
+            assert key is not None
+            del self._by_key[key]
+            self._keys[block] = None
+        self._users[block] = 1
+        return block
+
+    def find(self, key: bytes) -> int | None:
+        """The block with this content, which the caller then uses too; None if there is none."""
+        block = self._by_key.get(key)
+        if block is not None:
+            self._idle.pop(block, None)
+            self._users[block] += 1
+        return block
+
+    def name(self, block: int, key: bytes) -> None:
+        """Let a block be found by its content, unless another one with the same content is."""
+        if self._keys[block] is None and key not in self._by_key:
+            self._keys[block] = key
+            self._by_key[key] = block
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """One user less for each of a sequence's blocks, in its order; of them its last are the first to be reused."""
+        for block in reversed(list(blocks)):
+            self._users[block] -= 1
+            if not self._users[block]:
+                if self._keys[block] is None:
+                    self._empty.append(block)
+                else:
+                    self._idle[block] = None
