@@ -7,14 +7,17 @@ sentence and an exit code, and a failure of one rank into the end of all.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mpillm
 from mpillm.cli.console import Console
+from mpillm.comm import launch
 from mpillm.comm.world import World, guard
 from mpillm.errors import JobError
 
@@ -34,8 +37,21 @@ exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
-    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    with _only_first_speaks():
+        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     return guard(lambda world: _command(world, options))
+
+
+@contextlib.contextmanager
+def _only_first_speaks() -> Iterator[None]:
+    """Before MPI starts every rank parses the command line; what is to be said of it is said by one."""
+    started = launch.launched_by(os.environ)
+    with contextlib.ExitStack() as stack:
+        if started is not None and started.rank > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 def _command(world: World, options: argparse.Namespace) -> int:
