@@ -18,6 +18,8 @@ from mpillm.engine.sequence import Completion, Request, Sequence
 from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
 from mpillm.model.decoder import Decoder
 
+MORE = 16  # times as many candidates are asked for where they did not suffice
+
 
 class Worker:
     """A rank's part in any message: what leader and followers do alike."""
@@ -98,7 +100,8 @@ class Engine:
 
     def _post(self, message: Step | Fetch) -> None:
         """Tell all ranks, do this rank's part, and keep its reply if it has one."""
-        self._channel.post(message.encode())
+        if self._worker.decoder.place.size > 1:
+            self._channel.post(message.encode())
         own = self._worker.step(message) if isinstance(message, Step) else self._worker.fetch(message)
         if own is not None:
             self._replies[0, own.step] = own
@@ -114,7 +117,7 @@ class Engine:
     def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Sequence]:
         """Take a step's results; the sequences that it finished."""
         replies = self._collect(step.number)
-        outputs = step.outputs()
+        outputs = step.outputs
         candidates = merge(replies, outputs, self._shard_vocab)
         by_part: list[list[tuple[int, Output, Candidates]]] = [[] for _ in chosen]
         for i, (output, found) in enumerate(zip(outputs, candidates, strict=True)):
@@ -155,21 +158,18 @@ class Engine:
                 unpenalised = found
             else:
                 u = sequence.uniform() if request.temperature > 0 else 0.0
-                drawn = draw(found, request, u)
-                if drawn is None:
-                    found = self._fetch_row(step, index, output)
-                    drawn = draw(found, request, u)
-                    assert drawn is not None
+                while (drawn := draw(found, request, u)) is None:
+                    found = self._fetch(step, index, output, len(found.ids) * MORE)
                 sequence.append(int(found.ids[drawn]))
                 self.totals.generated_tokens += 1
                 if request.logprobs is not None:
                     sequence.logprobs.append(found.logprob(drawn))
                     sequence.top.append((unpenalised or found).top(request.logprobs))
 
-    def _fetch_row(self, step: Step, index: int, output: Output) -> Candidates:
-        """The whole row of an output: the draw went past the candidates."""
-        self.totals.fetched_rows += 1
-        k = sum(self._shard_vocab)
+    def _fetch(self, step: Step, index: int, output: Output, wanted: int) -> Candidates:
+        """More candidates of an output, as many as `wanted` if there are: the draw went past those known so far."""
+        self.totals.fetches += 1
+        k = min(wanted, sum(self._shard_vocab))
         self._post(Fetch(step.number, (index,), k))
         return merge(self._collect(step.number), [output._replace(k=k)], self._shard_vocab)[0]
 
@@ -197,11 +197,11 @@ def _part(sequence: Sequence, count: int) -> Part:
         score_k=request.prompt_logprobs or 0 if scores else -1,
         successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,
-        raw_k=request.logprobs or 0,
+        logprobs=-1 if request.logprobs is None else request.logprobs,
         # As the followers will read them: float32.
         temperature=float(np.float32(request.temperature)),
         penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
-        seen=np.unique(np.array(sequence.tokens if penalised else [], np.int32)),
+        seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else messages.NO_IDS,
         hidden=hidden,
     )
 

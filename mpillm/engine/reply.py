@@ -8,20 +8,22 @@ Shard 0 adds the final hidden states that embeddings are pooled from.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.engine.sampler import Candidates
-from mpillm.engine.step import NO_TARGET, Fetch, Output, Part, Step
+from mpillm.engine import exact
+from mpillm.engine.sampler import Candidates, weights_of
+from mpillm.engine.step import Fetch, Output, Part, Step
 from mpillm.model.decoder import Decoder
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 HEADER = struct.Struct("<4I")  # step, outputs, candidates, hidden rows
 PARTS = 4  # per panel: greatest raw logit, sum of exp(raw - it), greatest value, sum of exp((value - it) / T)
@@ -74,7 +76,7 @@ class Answerer:
 
     def answer(self, step: Step, x: Floats) -> Reply:
         """Answer a step whose rows left the last layer as `x` [m, d]."""
-        outputs, hidden_rows = step.outputs(), step.hidden_rows()
+        outputs, hidden_rows = step.outputs, step.hidden_rows()
         kept: dict[int, Floats] = {}
         pieces = []
         for begin in range(0, len(outputs), TILE):
@@ -94,40 +96,47 @@ class Answerer:
     def fetch(self, fetch: Fetch) -> Reply:
         """Answer a request for more candidates of a recent step."""
         step, kept = self._kept[fetch.number]
-        outputs = step.outputs()
         pieces = [
-            self._candidates(step, [outputs[i]._replace(k=fetch.k)], kept[i][None]) for i in fetch.outputs
+            self._candidates(step, [step.outputs[i]._replace(k=fetch.k)], kept[i][None])
+            for i in fetch.outputs
         ]
         return self._join(step.number, pieces, np.empty((0, 0), np.float32))
 
     def _candidates(
         self, step: Step, outputs: Seq[Output], logits: Floats
     ) -> tuple[NDArray[np.generic], ...]:
-        vocab, bounds, threads = self._decoder.vocab, self._decoder.vocab_bounds, self._threads
-        inv_t = np.array([output.inv_t for output in outputs], np.float32)
+        vocab, threads = self._decoder.vocab, self._threads
         values = logits
         if any(output.penalised for output in outputs):
             values = logits.copy()
             for row, output in zip(values, outputs, strict=True):
                 if output.penalised:
                     _penalise(row, step.parts[output.part], vocab)
-        k = min(max(output.k for output in outputs), len(vocab)) or 1
+        wanted = np.array([output.k for output in outputs])
+        k = min(int(wanted.max()), len(vocab)) or 1
         top, ids = np.empty((len(outputs), k), np.float32), np.empty((len(outputs), k), np.int32)
         kernels.top_k(values, k, top, ids, threads)
+        raw = top if values is logits else np.take_along_axis(logits, ids, axis=1)
+        targets = np.array([output.target for output in outputs]) - vocab.start
+        own = (targets >= 0) & (targets < len(vocab))  # NO_TARGET lies below every part of the vocabulary
+        found = np.where(own, logits[np.arange(len(outputs)), np.where(own, targets, 0)], np.float32(np.nan))
+        mask = np.arange(k) < wanted[:, None]
+        parts = self._normalisers(outputs, logits, values)
+        return ids[mask] + np.int32(vocab.start), top[mask], raw[mask], parts, found
+
+    def _normalisers(self, outputs: Seq[Output], logits: Floats, values: Floats) -> Floats:
+        """Parts of the normalisers [outputs, own panels, PARTS]: a pass over all logits, unless nobody needs them."""
+        bounds, threads = self._decoder.vocab_bounds, self._threads
+        if not any(output.normalised for output in outputs):
+            return np.zeros((len(outputs), len(bounds) - 1, PARTS), np.float32)
+        inv_t = np.array([output.inv_t for output in outputs], np.float32)
         sums = np.empty((2, len(outputs), len(bounds) - 1, 3), np.float32)
         kernels.lse_parts(logits, inv_t, bounds, sums[0], threads)
         if values is logits:
             sums[1] = sums[0]
         else:
             kernels.lse_parts(values, inv_t, bounds, sums[1], threads)
-        parts = np.concatenate([sums[0, :, :, :2], sums[1, :, :, ::2]], axis=2)
-        raw = np.take_along_axis(logits, ids, axis=1)
-        targets = np.full(len(outputs), np.nan, np.float32)
-        for i, output in enumerate(outputs):
-            if output.target != NO_TARGET and output.target in vocab:
-                targets[i] = logits[i, output.target - vocab.start]
-        mask = np.arange(k) < np.array([output.k for output in outputs])[:, None]
-        return ids[mask] + np.int32(vocab.start), top[mask], raw[mask], parts, targets
+        return np.concatenate([sums[0, :, :, :2], sums[1, :, :, ::2]], axis=2)
 
     def _join(self, number: int, pieces: list[tuple[NDArray[np.generic], ...]], hidden: Floats) -> Reply:
         if not pieces:
@@ -146,40 +155,74 @@ def _penalise(row: Floats, part: Part, vocab: range) -> None:
 
 def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> list[Candidates]:
     """The shards' replies to the same outputs as one list of candidates each; `shard_sizes` in vocabulary rows."""
-    merged = []
-    at = [0] * len(replies)
-    for i, output in enumerate(outputs):
-        ids, values, raw = [], [], []
-        for shard, reply in enumerate(replies):
-            end = at[shard] + min(output.k, shard_sizes[shard])
-            ids.append(reply.ids[at[shard] : end])
-            values.append(reply.values[at[shard] : end])
-            raw.append(reply.raw[at[shard] : end])
-            at[shard] = end
-        parts = np.concatenate([reply.parts[i] for reply in replies]).astype(np.float64)
-        log_z, _ = _log_sum(parts[:, 0], parts[:, 1], 1.0)
-        _, scaled_z = _log_sum(parts[:, 2], parts[:, 3], output.inv_t)
-        target = [reply.targets[i] for reply in replies if not math.isnan(reply.targets[i])]
-        all_ids, all_values, all_raw = np.concatenate(ids), np.concatenate(values), np.concatenate(raw)
-        order = np.lexsort((all_ids, -all_values))[: output.k]
-        merged.append(
-            Candidates(
-                all_ids[order],
-                all_values[order],
-                all_raw[order],
-                log_z,
-                scaled_z,
-                complete=output.k >= sum(shard_sizes),
-                target_logit=float(target[0]) if target else math.nan,
-            )
+    if not outputs:
+        return []
+    wanted = np.array([output.k for output in outputs])
+    counts = [np.minimum(wanted, size) for size in shard_sizes]
+    ids, values, raw = (
+        _tables([getattr(reply, name) for reply in replies], counts) for name in ("ids", "values", "raw")
+    )
+    if len(replies) > 1:
+        order = np.lexsort((ids, -values), axis=-1)
+        ids, values, raw = (np.take_along_axis(table, order, axis=1) for table in (ids, values, raw))
+    found = np.minimum(wanted, np.sum(counts, axis=0)).tolist()
+    drawn = [i for i, output in enumerate(outputs) if output.sampled and output.normalised]
+    weights = dict.fromkeys(range(len(outputs)), _NONE)
+    inv_t = np.array([output.inv_t for output in outputs])
+    if drawn:
+        weights.update(zip(drawn, weights_of(values[drawn], inv_t[drawn]), strict=True))
+    log_z, scaled_z = _normalisers(replies, outputs, inv_t)
+    targets = np.fmax.reduce([reply.targets for reply in replies]).tolist()
+    complete = (wanted >= sum(shard_sizes)).tolist()
+    return [
+        Candidates(
+            ids[i, :k],
+            values[i, :k],
+            raw[i, :k],
+            weights[i][:k],
+            log_z[i],
+            scaled_z[i],
+            complete[i],
+            targets[i],
         )
-    return merged
+        for i, k in enumerate(found)
+    ]
 
 
-def _log_sum(greatest: NDArray[np.float64], sums: NDArray[np.float64], inv_t: float) -> tuple[float, float]:
-    """(log of the whole sum, the whole sum relative to the greatest) from panels' parts, added in panel order."""
-    most = float(greatest.max())
-    total = 0.0
-    for top, part in zip(greatest.tolist(), sums.tolist(), strict=True):
-        total += part * math.exp((top - most) * inv_t)
-    return most * inv_t + math.log(total), total
+_NONE = np.empty(0, np.float32)
+
+
+def _tables(flat: Seq[NDArray[Any]], counts: Seq[NDArray[np.int64]]) -> NDArray[Any]:
+    """All shards' values as one row for each output; what a shard has too few of is -inf (or the lowest id)."""
+    tables = []
+    for values, count in zip(flat, counts, strict=True):
+        most = int(count.max())
+        if len(values) == most * len(count):
+            tables.append(values.reshape(len(count), most))
+            continue
+        lowest = -np.inf if values.dtype.kind == "f" else np.iinfo(np.int32).min
+        table = np.full((len(count), most), lowest, values.dtype)
+        table[np.arange(most) < count[:, None]] = values
+        tables.append(table)
+    return tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)
+
+
+def _normalisers(
+    replies: Seq[Reply], outputs: Seq[Output], inv_t: NDArray[np.float64]
+) -> tuple[list[float], list[float]]:
+    """`log_z` and `scaled_z` of each output, from the parts of all panels of the vocabulary, in their order."""
+    log_z, scaled_z = np.full((2, len(outputs)), np.nan)
+    at = [i for i, output in enumerate(outputs) if output.normalised]
+    if at:
+        parts = np.concatenate([reply.parts for reply in replies], axis=1)[at].astype(np.float64)
+        raw_most, raw_total = _total(parts[:, :, 0], parts[:, :, 1], np.ones(len(at)))
+        log_z[at] = raw_most + exact.log(raw_total)
+        _, scaled_z[at] = _total(parts[:, :, 2], parts[:, :, 3], inv_t[at])
+    return log_z.tolist(), scaled_z.tolist()
+
+
+def _total(greatest: Doubles, sums: Doubles, inv_t: Doubles) -> tuple[Doubles, Doubles]:
+    """Greatest values [n], and whole sums relative to them [n], from those of panels [n, panels] in their order."""
+    most = greatest.max(axis=1)
+    terms = sums * exact.exp((greatest - most[:, None]) * inv_t[:, None])
+    return most, np.cumsum(terms, axis=1)[:, -1]

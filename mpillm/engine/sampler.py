@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.engine import exact
 from mpillm.engine.sequence import Request, TopLogprobs
 
 COLDEST = 1e-5  # a temperature below it is taken for it
@@ -25,13 +26,15 @@ class Candidates:
     """The likeliest tokens of one row.
 
     `values` are the logits that decide (after the repetition penalty), descending; `raw` the model's own.
-    `log_z` is the logarithm of the sum of exp(raw logit) over the whole vocabulary, `scaled_z` the sum of
-    exp((value - greatest value) / temperature) over it. `complete` if no token is missing.
+    `weights` are exp((value - greatest value) / temperature), for rows that a token is drawn from. `log_z` is the
+    logarithm of the sum of exp(raw logit) over the whole vocabulary, `scaled_z` the sum of such weights over it;
+    both are NaN where no probability is wanted. `complete` if no token is missing.
     """
 
     ids: NDArray[np.int32]
     values: NDArray[np.float32]
     raw: NDArray[np.float32]
+    weights: NDArray[np.float32]
     log_z: float
     scaled_z: float
     complete: bool
@@ -43,7 +46,8 @@ class Candidates:
 
     def top(self, count: int) -> TopLogprobs:
         """The first `count` candidates with their log-probabilities."""
-        return [(int(self.ids[i]), self.logprob(i)) for i in range(min(count, len(self.ids)))]
+        pairs = zip(self.ids[:count].tolist(), self.raw[:count].tolist(), strict=True)
+        return [(token, logit - self.log_z) for token, logit in pairs]
 
 
 def candidates_wanted(request: Request) -> int:
@@ -59,14 +63,18 @@ def inverse_temperature(temperature: float) -> float:
     return float(np.float32(1.0) / np.float32(max(temperature, COLDEST))) if temperature > 0 else 1.0
 
 
+def weights_of(values: NDArray[np.float32], inv_t: NDArray[np.float64]) -> NDArray[np.float32]:
+    """`Candidates.weights` of rows [n, k] of descending values, with 1 / temperature [n]."""
+    scaled = values.astype(np.float64)
+    scaled -= scaled[:, :1].copy()
+    return exact.exp(scaled * inv_t[:, None]).astype(np.float32)
+
+
 def draw(candidates: Candidates, request: Request, u: float) -> int | None:
     """The index of the token drawn with the random number `u` in [0, 1); None if the list is too short to tell."""
     if request.temperature == 0.0:
         return 0
-    inv_t = inverse_temperature(request.temperature)
-    # Rounded to float32, so that a last bit of the C library's exp cannot change what is drawn.
-    scaled = [(float(value) - float(candidates.values[0])) * inv_t for value in candidates.values]
-    weights = np.array([math.exp(value) for value in scaled], np.float32)
+    weights = candidates.weights
     kept = len(weights)
     closed = (
         candidates.complete

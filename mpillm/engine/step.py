@@ -2,7 +2,9 @@
 
 A step is complete in itself: block tables, positions and token ids travel in it, so a follower keeps no state
 about sequences. The layout, all little-endian 32-bit words: a 24-byte header (kind and magic, step number, parts,
-tokens, table entries, seen ids), then for each part its ten fields, then all tokens, block tables and seen ids.
+tokens, table entries, seen ids), then for each part its ten fields (start, tokens, blocks, score_k, successor,
+sample_k with logprobs + 1 in its highest byte, seen ids, hidden, and as floats temperature and penalty), then all
+tokens, block tables and seen ids.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +47,7 @@ class Hidden(IntEnum):
     ALL = 2
 
 
-def _no_ids() -> Ints:
-    return np.empty(0, np.int32)
+NO_IDS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,10 @@ class Part:
     score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
     successor: int = NO_TARGET  # the token after the last one, if known
     sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
-    raw_k: int = 0  # the same before the repetition penalty, where there is one
+    logprobs: int = -1  # log-probabilities wanted of that token and of so many alternatives; -1: of none
     temperature: float = 0.0
     penalty: float = 1.0
-    seen: Ints = field(default_factory=_no_ids)  # distinct ids that the penalty is for
+    seen: Ints = field(default_factory=lambda: NO_IDS)  # distinct ids that the penalty is for
     hidden: Hidden = Hidden.NONE
 
 
@@ -75,6 +77,7 @@ class Output(NamedTuple):
     part: int  # index of the part, whose penalty applies if `penalised`
     penalised: bool
     sampled: bool  # a token is drawn from it, so more candidates may be asked for
+    normalised: bool  # probabilities are wanted, so both normalisers must be known
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Step:
     number: int
     parts: tuple[Part, ...]
 
+    @cached_property
     def outputs(self) -> list[Output]:
         """The outputs in the order of all replies: for each part its scored rows, then its sampled row."""
         return list(self._outputs())
@@ -96,15 +100,17 @@ class Step:
                 targets = [*part.tokens[1:].tolist(), part.successor]
                 for i, target in enumerate(targets):
                     if target != NO_TARGET:
-                        yield Output(row + i, part.score_k, target, 1.0, index, False, False)
+                        yield Output(row + i, part.score_k, target, 1.0, index, False, False, True)
             last = row + count - 1
             if part.sample_k > 0:
                 inv_t = inverse_temperature(part.temperature)
                 penalised = part.penalty != 1.0
-                if penalised:
+                wanted = part.logprobs >= 0
+                if penalised and wanted:
                     # Log-probabilities are of the model's own distribution: look at the row as it is, too.
-                    yield Output(last, max(part.raw_k, 1), NO_TARGET, 1.0, index, False, False)
-                yield Output(last, part.sample_k, NO_TARGET, inv_t, index, penalised, True)
+                    yield Output(last, max(part.logprobs, 1), NO_TARGET, 1.0, index, False, False, True)
+                normalised = wanted or part.temperature > 0
+                yield Output(last, part.sample_k, NO_TARGET, inv_t, index, penalised, True, normalised)
             row += count
 
     def hidden_rows(self) -> Ints:
@@ -122,16 +128,17 @@ class Step:
 
     def batch(self) -> Batch:
         """The arrays that the decoder works on."""
-        counts = [len(part.tokens) for part in self.parts]
-        positions = np.concatenate(
-            [np.arange(p.start, p.start + n, dtype=np.int32) for p, n in zip(self.parts, counts, strict=True)]
-        )
+        tokens = np.concatenate([part.tokens for part in self.parts])
+        counts = np.array([len(part.tokens) for part in self.parts], np.int32)
+        starts = np.array([part.start for part in self.parts], np.int32)
+        rows = np.cumsum(counts, dtype=np.int32) - counts
+        positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
         sizes = np.array([len(part.blocks) for part in self.parts], np.int32)
         begins = np.cumsum(sizes, dtype=np.int32) - sizes
-        table_start = np.repeat(begins, counts).astype(np.int32)
+        table_start = np.repeat(begins, counts)
         table = np.concatenate([part.blocks for part in self.parts])
         return Batch(
-            tokens=np.concatenate([part.tokens for part in self.parts]),
+            tokens=tokens,
             positions=positions,
             table=table,
             table_start=table_start,
@@ -141,19 +148,9 @@ class Step:
 
     def encode(self) -> bytes:
         """The message."""
-        fields = np.empty((len(self.parts), FIELDS), np.int32)
-        for row, part in zip(fields, self.parts, strict=True):
-            row[:8] = (
-                part.start,
-                len(part.tokens),
-                len(part.blocks),
-                part.score_k,
-                part.successor,
-                part.sample_k | part.raw_k << 24,
-                len(part.seen),
-                part.hidden,
-            )
-            row[8:].view(np.float32)[:] = part.temperature, part.penalty
+        fields = np.array([_fields(part) for part in self.parts], np.int32)
+        floats = [(part.temperature, part.penalty) for part in self.parts]
+        fields[:, 8:] = np.array(floats, np.float32).view(np.int32)
         tokens = [part.tokens for part in self.parts]
         blocks = [part.blocks for part in self.parts]
         seen = [part.seen for part in self.parts]
@@ -187,7 +184,7 @@ class Step:
                     score_k=score_k,
                     successor=successor,
                     sample_k=packed_k & 0xFFFFFF,
-                    raw_k=packed_k >> 24,
+                    logprobs=(packed_k >> 24) - 1,
                     temperature=temperature,
                     penalty=penalty,
                     seen=words[at_seen : at_seen + n_seen],
@@ -196,6 +193,13 @@ class Step:
             )
             at_tokens, at_table, at_seen = at_tokens + n_tokens, at_table + n_blocks, at_seen + n_seen
         return Step(number, tuple(decoded))
+
+
+def _fields(part: Part) -> tuple[int, ...]:
+    """A part's fields; the floats' bits go where the zeros are."""
+    packed_k = part.sample_k | (part.logprobs + 1) << 24
+    sizes = len(part.tokens), len(part.blocks), len(part.seen)
+    return part.start, *sizes[:2], part.score_k, part.successor, packed_k, sizes[2], part.hidden, 0, 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from mpillm.engine.sampler import FIRST_LOOK, Candidates, candidates_wanted, draw
+from mpillm.engine.sampler import (
+    FIRST_LOOK,
+    Candidates,
+    candidates_wanted,
+    draw,
+    inverse_temperature,
+    weights_of,
+)
 from mpillm.engine.sequence import Request, Sequence
 
 
@@ -15,11 +22,12 @@ def row(logits: np.ndarray, k: int, temperature: float = 1.0) -> Candidates:
     """The candidates that a row of logits gives, by the definition of each field."""
     order = np.lexsort((np.arange(len(logits)), -logits))[:k].astype(np.int32)
     exact = logits.astype(np.float64)
-    inv_t = 1 / temperature if temperature > 0 else 1.0
+    inv_t = inverse_temperature(temperature)
     return Candidates(
         ids=order,
         values=logits[order],
         raw=logits[order],
+        weights=weights_of(logits[order][None], np.array([inv_t]))[0],
         log_z=float(np.log(np.exp(exact - exact.max()).sum()) + exact.max()),
         scaled_z=float(np.exp((exact - exact.max()) * inv_t).sum()),
         complete=k >= len(logits),

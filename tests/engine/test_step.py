@@ -25,7 +25,7 @@ def parts(draw: st.DrawFn) -> Part:
         score_k=draw(st.integers(-1, 20)),
         successor=draw(st.sampled_from([-1, 17])),
         sample_k=draw(st.sampled_from([0, 1, 128, 200_000])),
-        raw_k=draw(st.integers(0, 20)),
+        logprobs=draw(st.integers(-1, 20)),
         temperature=draw(st.floats(0, 10, width=32)),
         penalty=draw(st.sampled_from([1.0, 1.25])),
         seen=ids(draw(st.integers(0, 9))),
@@ -43,7 +43,7 @@ def test_round_trip(made: list[Part], number: int) -> None:
     assert messages.kind_of(message) is Kind.STEP
     back = Step.decode(message)
     assert back.encode() == message
-    assert back.outputs() == step.outputs()
+    assert back.outputs == step.outputs
     assert np.array_equal(back.hidden_rows(), step.hidden_rows())
     batch, other = step.batch(), back.batch()
     for name in ("tokens", "positions", "table", "table_start", "block", "offset"):
@@ -59,9 +59,9 @@ def test_outputs_are_scored_rows_then_the_sampled_row() -> None:
     tokens = np.array([5, 6, 7], np.int32)
     scored = Part(0, tokens, np.zeros(1, np.int32), score_k=2, successor=8)
     last = Part(
-        3, tokens[:2], np.zeros(1, np.int32), score_k=0, sample_k=4, temperature=0.5, penalty=1.5, raw_k=3
+        3, tokens[:2], np.zeros(1, np.int32), score_k=0, sample_k=4, temperature=0.5, penalty=1.5, logprobs=3
     )
-    outputs = Step(1, (scored, last)).outputs()
+    outputs = Step(1, (scored, last)).outputs
     assert [(o.row, o.k, o.target, o.sampled) for o in outputs] == [
         (0, 2, 6, False),
         (1, 2, 7, False),
