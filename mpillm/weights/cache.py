@@ -150,7 +150,7 @@ class WeightCache(Generic[T]):
             slot.users += 1
             slot.used = True
             slot.last_use = self._clock
-            self._changed.notify_all()
+            self._tell_reader()
             return slot.layer
 
     def _wait_for(self, item: int) -> _Slot[T]:
@@ -188,12 +188,17 @@ class WeightCache(Generic[T]):
         if self._closed:
             raise RuntimeError("the weight cache is closed")
 
+    def _tell_reader(self) -> None:
+        """A use has begun or ended: the thread may now load what it could not, unless all items find room anyway."""
+        if self.budget < self.total:
+            self._changed.notify_all()
+
     def _release(self, item: int) -> None:
         with self._changed:
             slot = self._slots.get(item)
             if slot is not None:  # else the cache was closed meanwhile
                 slot.users -= 1
-            self._changed.notify_all()
+            self._tell_reader()
 
     def _run(self) -> None:
         """The thread: whatever is best loaded next, one item at a time, until the cache is closed."""
