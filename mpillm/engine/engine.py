@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpillm.comm.collectives import Channel
 from mpillm.comm.grid import Place
@@ -117,21 +119,18 @@ class Engine:
     def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Sequence]:
         """Take a step's results; the sequences that it finished."""
         replies = self._collect(step.number)
-        outputs = step.outputs
-        candidates = merge(replies, outputs, self._shard_vocab)
-        by_part: list[list[tuple[int, Output, Candidates]]] = [[] for _ in chosen]
-        for i, (output, found) in enumerate(zip(outputs, candidates, strict=True)):
-            by_part[output.part].append((i, output, found))
+        candidates = merge(replies, step.outputs, self._shard_vocab)
+        drawn = self._draw(step, chosen, candidates)
+        self.totals.generated_tokens += len(drawn)
+        pairs = zip(step.outputs, candidates, strict=True)
+        by_part = {part: list(group) for part, group in groupby(pairs, lambda pair: pair[0].part)}
         hidden = iter(replies[0].hidden)
         finished = []
-        for part, mine, (sequence, count) in zip(step.parts, by_part, chosen, strict=True):
+        for index, (part, (sequence, count)) in enumerate(zip(step.parts, chosen, strict=True)):
             sequence.in_flight = False
             self._count(sequence, count)
-            rows = {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[part.hidden]
-            for _ in range(rows):
-                state = next(hidden).astype(np.float64)
-                sequence.pooled = state if sequence.pooled is None else sequence.pooled + state
-            self._take(step, sequence, mine)
+            _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[part.hidden]))
+            _take(sequence, by_part.get(index, ()), drawn.get(index))
             if _is_done(sequence):
                 if part.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
@@ -146,32 +145,68 @@ class Engine:
         sequence.computed = end
         sequence.reached = max(sequence.reached, end)
 
-    def _take(self, step: Step, sequence: Sequence, mine: list[tuple[int, Output, Candidates]]) -> None:
-        """Score the prompt's tokens and draw the next one from a part's outputs."""
-        request = sequence.request
-        unpenalised: Candidates | None = None
-        for index, output, found in mine:
-            if output.target != messages.NO_TARGET:
-                sequence.prompt_logprobs.append(found.target_logit - found.log_z)
-                sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
-            elif not output.sampled:
-                unpenalised = found
-            else:
-                u = sequence.uniform() if request.temperature > 0 else 0.0
-                while (drawn := draw(found, request, u)) is None:
-                    found = self._fetch(step, index, output, len(found.ids) * MORE)
-                sequence.append(int(found.ids[drawn]))
-                self.totals.generated_tokens += 1
-                if request.logprobs is not None:
-                    sequence.logprobs.append(found.logprob(drawn))
-                    sequence.top.append((unpenalised or found).top(request.logprobs))
+    def _draw(
+        self, step: Step, chosen: list[tuple[Sequence, int]], candidates: list[Candidates]
+    ) -> dict[int, tuple[Candidates, int]]:
+        """By part: the next token, as an index into the candidates it was drawn from.
 
-    def _fetch(self, step: Step, index: int, output: Output, wanted: int) -> Candidates:
-        """More candidates of an output, as many as `wanted` if there are: the draw went past those known so far."""
-        self.totals.fetches += 1
-        k = min(wanted, sum(self._shard_vocab))
-        self._post(Fetch(step.number, (index,), k))
-        return merge(self._collect(step.number), [output._replace(k=k)], self._shard_vocab)[0]
+        Those whose draws go past the candidates at hand are asked for in one message, with more candidates each.
+        """
+        drawn: dict[int, tuple[Candidates, int]] = {}
+        known = {i: found for i, found in enumerate(candidates) if step.outputs[i].sampled}
+        numbers: dict[int, float] = {}
+        while known:
+            undecided = []
+            for i, found in known.items():
+                part = step.outputs[i].part
+                sequence, _ = chosen[part]
+                if i not in numbers:
+                    numbers[i] = sequence.uniform() if sequence.request.temperature > 0 else 0.0
+                index = draw(found, sequence.request, numbers[i])
+                if index is None:
+                    undecided.append(i)
+                else:
+                    drawn[part] = found, index
+            known = dict(zip(undecided, self._fetch(step, undecided, known), strict=True))
+        return drawn
+
+    def _fetch(self, step: Step, wanted: list[int], known: dict[int, Candidates]) -> list[Candidates]:
+        """More candidates of some outputs of a step."""
+        if not wanted:
+            return []
+        self.totals.fetched_rows += len(wanted)
+        k = min(MORE * max(len(known[i].ids) for i in wanted), sum(self._shard_vocab))
+        self._post(Fetch(step.number, tuple(wanted), k))
+        outputs = [step.outputs[i]._replace(k=k) for i in wanted]
+        return merge(self._collect(step.number), outputs, self._shard_vocab)
+
+
+def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:
+    """Add final hidden states to those of the tokens before."""
+    for state in states:
+        exact = state.astype(np.float64)
+        sequence.pooled = exact if sequence.pooled is None else sequence.pooled + exact
+
+
+def _take(
+    sequence: Sequence, outputs: Iterable[tuple[Output, Candidates]], drawn: tuple[Candidates, int] | None
+) -> None:
+    """Keep what is wanted of the prompt's tokens, and the token that was drawn."""
+    request = sequence.request
+    unpenalised: Candidates | None = None
+    for output, found in outputs:
+        if output.target != messages.NO_TARGET:
+            sequence.prompt_logprobs.append(found.target_logit - found.log_z)
+            sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
+        elif not output.sampled:
+            unpenalised = found
+        else:
+            assert drawn is not None
+            candidates, index = drawn
+            sequence.append(int(candidates.ids[index]))
+            if request.logprobs is not None:
+                sequence.logprobs.append(candidates.logprob(index))
+                sequence.top.append((unpenalised or found).top(request.logprobs))
 
 
 def _part(sequence: Sequence, count: int) -> Part:

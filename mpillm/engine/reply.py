@@ -96,11 +96,14 @@ class Answerer:
     def fetch(self, fetch: Fetch) -> Reply:
         """Answer a request for more candidates of a recent step."""
         step, kept = self._kept[fetch.number]
+        outputs = [step.outputs[i]._replace(k=fetch.k) for i in fetch.outputs]
         pieces = [
-            self._candidates(step, [step.outputs[i]._replace(k=fetch.k)], kept[i][None])
-            for i in fetch.outputs
+            self._candidates(
+                step, outputs[i : i + TILE], np.stack([kept[n] for n in fetch.outputs[i : i + TILE]])
+            )
+            for i in range(0, len(outputs), TILE)
         ]
-        return self._join(step.number, pieces, np.empty((0, 0), np.float32))
+        return self._join(fetch.number, pieces, np.empty((0, 0), np.float32))
 
     def _candidates(
         self, step: Step, outputs: Seq[Output], logits: Floats

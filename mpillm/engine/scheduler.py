@@ -33,7 +33,7 @@ class Totals:
     recomputed_tokens: int = 0  # computed before, and again because their blocks had been given away
     generated_tokens: int = 0
     preemptions: int = 0
-    fetches: int = 0  # draws that the candidates at hand could not decide, so more had to be asked for
+    fetched_rows: int = 0  # draws that the candidates at hand could not decide, so more had to be asked for
     most_sequences: int = 0
     most_blocks: int = 0
 
