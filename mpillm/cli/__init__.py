@@ -60,7 +60,14 @@ def _command(world: World, options: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.ERROR if quiet else verbosity, format=f"{world} %(message)s", stream=sys.stderr
     )
-    commands = {"run": _run, "plan": _plan, "pull": _pull, "report": _report, "doctor": _doctor}
+    commands = {
+        "run": _run,
+        "plan": _plan,
+        "pack": _pack,
+        "pull": _pull,
+        "report": _report,
+        "doctor": _doctor,
+    }
     return commands[options.command or "run"](world, options)
 
 
@@ -84,6 +91,18 @@ def _plan(world: World, options: argparse.Namespace) -> int:
         made = plan.make(spec, options.ranks)
         print(plan.as_json(made) if options.json else plan.as_text(made))
         return JobError.exit_code if made.problems else 0
+    return 0
+
+
+def _pack(world: World, options: argparse.Namespace) -> int:
+    from mpillm.job import pack
+
+    console = Console(speaks=world.rank == 0)
+    made = pack.pack(world, options.source, options.target, options.weights, console)
+    console.say(
+        f"{made.directory} is packed: {made.bytes / 1e6:.0f} MB in {made.files} files"
+        f"{f' ({made.kept} of them by earlier runs)' if made.kept else ''}, in {made.seconds:.1f} s."
+    )
     return 0
 
 
@@ -153,6 +172,17 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=_positive, default=1, metavar="N", help="how many ranks it will run on (1)"
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    pack = commands.add_parser(
+        "pack", help="store a model kernel-ready, for machines that it does not fit into"
+    )
+    pack.add_argument("source", metavar="SRC", help="catalogue name, Hugging Face directory or GGUF file")
+    pack.add_argument("target", metavar="DST", type=Path, help="a new directory, or one to finish")
+    pack.add_argument(
+        "--weights",
+        choices=("source", "q4_0", "q8_0", "bf16", "f32"),
+        default="source",
+        help="what matrices are stored as (as they are)",
+    )
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")

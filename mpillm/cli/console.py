@@ -49,10 +49,17 @@ class Console:
 
     def downloading(self, done: int, total: int) -> None:
         """A bar of bytes."""
+        self._bytes("model", done, total)
+
+    def packing(self, done: int, total: int) -> None:
+        """A bar of bytes: rank 0's, whose share is like that of the others."""
+        self._bytes("packing", done, total)
+
+    def _bytes(self, what: str, done: int, total: int) -> None:
         if not self._speaks:
             return
         if self._download is None:
-            self._download = self._bar(total=total or None, desc="model", unit="B", unit_scale=True)
+            self._download = self._bar(total=total or None, desc=what, unit="B", unit_scale=True)
         self._download.update(done - self._download.n)
         if total and done >= total:
             self._download.close()

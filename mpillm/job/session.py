@@ -20,7 +20,8 @@ from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.kv import KVCache, block_nbytes
 from ..weights.cache import WeightCache
-from ..weights.layer import Layer, check_tensors, load, rank_plans
+from ..weights.layer import Layer, check_tensors, rank_plans
+from ..weights.loaders import open_loader
 from ..weights.source import column_unit, fingerprint, open_source
 from .report import Rank
 from .spec import Spec
@@ -57,7 +58,7 @@ class Session:
             plans = rank_plans(self.shape, self.place, self.source, self.config)
             self.cache: WeightCache[Layer] = WeightCache(
                 plans,
-                lambda plan, buffer: load(plan, self.source, buffer, self.threads),
+                open_loader(self.source, spec.memory.loader, self.threads),
                 spec.memory.weights_bytes,
                 spec.memory.policy,
             )

@@ -106,6 +106,7 @@ class Memory(Section, frozen=True):
     kv: str | Positive = "1GiB"
     max_context: Positive = 4096
     policy: Literal["cycle", "lru"] = "cycle"
+    loader: Literal["auto", "mmap", "read"] = "auto"
     kv_type: Auto | KVType = "auto"
 
     @property

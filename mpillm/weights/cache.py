@@ -1,6 +1,7 @@
-"""The weight cache: bounded, and read ahead of its use by a thread of its own.
+"""The weight cache: bounded, and read ahead of its use by threads of its own.
 
-A step uses a rank's items (its layers, then the output head) one after the other, over and over. Two policies:
+A step uses a rank's items (the parts of its layers, then the output head) one after the other, over and over. Two
+policies:
 
 - `cycle` keeps a fixed part of the items for good and streams the others through what is left of the budget, which
   is the best that can be done for a cycle: its hit rate is the fixed part's share.
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
 
+import numpy as np
+
 from ..errors import JobError
 from .layer import Bytes, LayerPlan, new_buffer
 
@@ -28,9 +31,53 @@ class Droppable(Protocol):
 
 
 T = TypeVar("T", bound=Droppable)
+Made_co = TypeVar("Made_co", bound=Droppable, covariant=True)
 
 Policy = Literal["cycle", "lru"]
-Loader = Callable[[LayerPlan, Bytes], T]
+
+
+class Loader(Protocol[Made_co]):
+    """Where the items come from. The cache calls it from `parallel` threads of its own."""
+
+    parallel: int
+
+    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+        """Bytes for an item; those of items that have just been dropped may be used again."""
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> Made_co:
+        """Fill the item's bytes, and make of them what `use` hands out."""
+
+    def give_back(self, plan: LayerPlan) -> None:
+        """The item was dropped: nobody looks at its bytes any more."""
+
+    def close(self) -> None:
+        """The cache is closed."""
+
+
+class Heap(Generic[T]):
+    """Items that a function makes, in memory of the process's own."""
+
+    parallel = 1
+
+    def __init__(self, make: Callable[[LayerPlan, Bytes], T]) -> None:
+        self._make = make
+
+    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+        """A dropped buffer if one has the right size, for new memory costs time."""
+        for old in dropped:
+            if old.nbytes == plan.nbytes:
+                return old
+        return new_buffer(plan.nbytes)
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> T:
+        return self._make(plan, buffer)
+
+    def give_back(self, plan: LayerPlan) -> None:
+        """The memory goes with the last view of it."""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many one takes
 
@@ -39,11 +86,14 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however
 class Counters:
     """What the cache did. A use is a hit if its item was still there from an earlier use, else a miss.
 
-    A miss that had to be waited for is a stall. `held` and `peak` are bytes of buffers, `loaded` bytes made ready.
+    A miss that had to be waited for is a stall. `held` and `peak` are bytes of buffers, `loaded` bytes made ready;
+    `load_seconds` adds up what several threads spend.
     """
 
     hits: int = 0
+    hit_bytes: int = 0
     misses: int = 0
+    miss_bytes: int = 0
     stalls: int = 0
     stall_seconds: float = 0.0
     loads: int = 0
@@ -56,8 +106,8 @@ class Counters:
 class _Slot(Generic[T]):
     """An item in memory, or on its way there (`layer` is None until it is ready)."""
 
-    def __init__(self, buffer: Bytes) -> None:
-        self.buffer = buffer
+    def __init__(self) -> None:
+        self.buffer: Bytes = np.empty(0, np.uint8)
         self.layer: T | None = None
         self.users = 0
         self.used = False  # since it was loaded
@@ -83,8 +133,7 @@ class Use(Generic[T]):
 class WeightCache(Generic[T]):
     """Items in memory, never more than `budget` bytes of them (None: all may stay).
 
-    `loader(plan, buffer)` fills a buffer of `plan.nbytes` and returns what `use` hands out; it runs in the cache's
-    thread. What it raises, the next `use` raises, and every one after it. Uses may come from one thread at a time.
+    What the loader raises, the next `use` raises, and every one after it. Uses may come from one thread at a time.
     """
 
     def __init__(
@@ -117,9 +166,14 @@ class WeightCache(Generic[T]):
         self._clock = 0
         self._error: BaseException | None = None
         self._closed = False
+        self._unused = len(self.items)  # items that no use has seen yet
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"weights-{number}", daemon=True)
+            for number in range(loader.parallel)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def use(self, item: int) -> Use[T]:
         """Item number `item`, ready and kept in memory for the length of a `with` block."""
@@ -127,31 +181,49 @@ class WeightCache(Generic[T]):
         return Use(self, item)
 
     def close(self) -> None:
-        """Stop the thread (when it has finished the item it is at) and let all buffers go."""
+        """Stop the threads (when they have finished the items they are at) and let all buffers go."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         for item in tuple(self._slots):
             self._drop(item)
+            self._loader.give_back(self.items[item])
+        self._loader.close()
 
     def _acquire(self, item: int) -> T:
+        if not self._unused and len(self.fixed) == len(self.items) and not self._closed:
+            return self._acquire_at_rest(item)
         with self._changed:
             self._cursor = item
             slot = self._slots.get(item)
             if slot is not None and slot.used:
                 self.counters.hits += 1
+                self.counters.hit_bytes += self.items[item].nbytes
             else:
                 self.counters.misses += 1
+                self.counters.miss_bytes += self.items[item].nbytes
                 slot = self._wait_for(item)
             self._check()
             assert slot.layer is not None
             self._clock += 1
             slot.users += 1
+            if item in self.fixed and not slot.used:
+                self._unused -= 1
             slot.used = True
             slot.last_use = self._clock
             self._tell_reader()
             return slot.layer
+
+    def _acquire_at_rest(self, item: int) -> T:
+        """Everything is there and stays: nobody else looks at the slots, so no lock is needed."""
+        self.counters.hits += 1
+        self.counters.hit_bytes += self.items[item].nbytes
+        slot = self._slots[item]
+        assert slot.layer is not None
+        slot.users += 1
+        return slot.layer
 
     def _wait_for(self, item: int) -> _Slot[T]:
         def ready() -> bool:
@@ -201,7 +273,7 @@ class WeightCache(Generic[T]):
             self._tell_reader()
 
     def _run(self) -> None:
-        """The thread: whatever is best loaded next, one item at a time, until the cache is closed."""
+        """A thread: whatever is best loaded next, one item at a time, until the cache is closed."""
         try:
             while self._load_next():
                 pass
@@ -218,11 +290,17 @@ class WeightCache(Generic[T]):
             if self._closed or item is None:
                 return False
             plan = self.items[item]
-            slot = self._slots[item] = _Slot(self._make_room(item))
+            victims = self._victims(item) or []
+            dropped = [self._drop(victim) for victim in victims]
+            slot = self._slots[item] = _Slot()
             self.counters.held += plan.nbytes
             self.counters.peak = max(self.counters.peak, self.counters.held)
         start = time.monotonic()
-        layer = self._loader(plan, slot.buffer)
+        for victim in victims:
+            self._loader.give_back(self.items[victim])
+        slot.buffer = self._loader.room(plan, dropped)
+        dropped.clear()
+        layer = self._loader.load(plan, slot.buffer)
         with self._changed:
             slot.layer = layer
             self.counters.loads += 1
@@ -236,7 +314,8 @@ class WeightCache(Generic[T]):
         if self._wanted is not None and self._wanted not in self._slots:
             return self._wanted if self._victims(self._wanted) is not None else None
         n = len(self.items)
-        ahead = [(self._cursor + step) % n for step in range(1, 2 if self.policy == "lru" else n + 1)]
+        depth = min(self._loader.parallel, n) if self.policy == "lru" else n
+        ahead = [(self._cursor + step) % n for step in range(1, depth + 1)]
         blocked = False
         for item in ahead:
             if item in self._slots or (blocked and item not in self.fixed):
@@ -281,20 +360,10 @@ class WeightCache(Generic[T]):
         """How many uses from now an item's turn comes, if the cycle goes on."""
         return (item - self._cursor - 1) % len(self.items)
 
-    def _make_room(self, item: int) -> Bytes:
-        """Drop what has to go; a buffer of the item's size is used again, for new memory costs time."""
-        buffer: Bytes | None = None
-        size = self.items[item].nbytes
-        for victim in self._victims(item) or []:
-            dropped = self._drop(victim)
-            if dropped.nbytes == size:
-                buffer = dropped
-        return new_buffer(size) if buffer is None else buffer
-
     def _drop(self, item: int) -> Bytes:
         """Take an item out; whoever still has it in hand (after its `with` block) cannot keep the buffer alive."""
         slot = self._slots.pop(item)
-        self.counters.held -= slot.buffer.nbytes
+        self.counters.held -= self.items[item].nbytes
         if slot.layer is not None:
             slot.layer.drop()
         return slot.buffer

@@ -22,15 +22,7 @@ MAX_JSON = 64 * 2**20
 
 def open_hf(path: Path, quantize: str = "none") -> TensorSource:
     """The model in a directory with config.json; ModelError if it is not complete or not sound."""
-    config = read_json(path / "config.json")
-    metadata = [path / "config.json"]
-    generation = path / "generation_config.json"
-    if os.path.exists(generation):
-        # What ends a text is said there by those who publish models; config.json often has less.
-        eos = read_json(generation).get("eos_token_id")
-        if eos is not None:
-            config["eos_token_id"] = eos
-        metadata.append(generation)
+    config, metadata = read_config(path)
     files = _files(path)
     extents: dict[Key, Extent] = {}
     try:
@@ -42,6 +34,19 @@ def open_hf(path: Path, quantize: str = "none") -> TensorSource:
         for file in files.values():
             file.close()
         raise
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """What config.json and generation_config.json say, and which of them there are."""
+    config = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    if not os.path.exists(generation):
+        return config, (path / "config.json",)
+    # What ends a text is said there by those who publish models; config.json often has less.
+    eos = read_json(generation).get("eos_token_id")
+    if eos is not None:
+        config["eos_token_id"] = eos
+    return config, (path / "config.json", generation)
 
 
 def read_json(path: Path) -> dict[str, Any]:

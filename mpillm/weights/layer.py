@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,24 @@ from ..comm.grid import Place, Shape
 from ..errors import ModelError
 from ..kernels.types import TILE_ROWS, BlockType, packed_nbytes
 from .names import ROLES, Cut, Key
-from .source import Source
+
+if TYPE_CHECKING:
+    from .source import Source
+    from .tensors import TensorSource
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
+Tensors = list[tuple[Key, tuple[int, ...]]]  # with their whole shapes
+
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
 CHUNK = 4 * 2**20  # canonical bytes that are on their way into the buffer at a time
+
+# What is paged in together, in the order in which a step uses it: the smaller the parts, the less memory is bound by
+# what is in use and what is on its way, and the more can stay.
+ATTENTION, GATE, UP, DOWN, EXPERTS, HEAD = "attention", "gate", "up", "down", "experts", "the output head"
+_PART_OF = {"gate_bias": GATE, "up_bias": UP, "down_bias": DOWN, GATE: GATE, UP: UP, DOWN: DOWN}
 
 
 class Flags(Protocol):
@@ -43,13 +53,18 @@ class Flags(Protocol):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A kernel-ready matrix [n, k]: `data` is uint8, packed in column panels `bounds` (int32, P + 1)."""
+    """A kernel-ready matrix [n, k]: `data` is uint8, packed in column panels `bounds` (int32, P + 1).
+
+    In packed models a matrix may lie in `parts` (`data` is then empty): matrices with all of its columns, one under
+    the other, or with all of its rows and one or several of its column panels each, side by side.
+    """
 
     type: BlockType
     n: int
     k: int
     bounds: Ints
     data: Bytes
+    parts: tuple[Matrix, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,16 +93,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One item of the weight cache: a layer, or the output head. `nbytes` is the size of its buffer."""
+    """One item of the weight cache: a part of a layer, or the output head. `nbytes` is the size of its buffer.
+
+    In a packed model the buffer is the bytes from `offset` on in file number `file`, and a tensor may have several
+    entries: the parts of its matrix in their order.
+    """
 
     name: str
     entries: tuple[Entry, ...]
     nbytes: int
+    layer: int = -1
+    part: str = HEAD
+    file: int = -1
+    offset: int = 0
 
     @cached_property
-    def index(self) -> dict[tuple[str, int], Entry]:
+    def index(self) -> dict[tuple[str, int], tuple[Entry, ...]]:
         """Entries by role and expert."""
-        return {(entry.key.role, entry.key.expert): entry for entry in self.entries}
+        found: dict[tuple[str, int], tuple[Entry, ...]] = {}
+        for entry in self.entries:
+            where = (entry.key.role, entry.key.expert)
+            found[where] = (*found.get(where, ()), entry)
+        return found
 
 
 class Layer:
@@ -99,20 +126,38 @@ class Layer:
 
     def matrix(self, role: str, expert: int = -1) -> Matrix:
         """A matrix of the layer, or of one of its experts."""
-        entry = self.plan.index[role, expert]
-        assert entry.bounds, role
-        return Matrix(entry.type, entry.n, entry.k, np.array(entry.bounds, np.int32), self._bytes(entry))
+        parts = tuple(self._matrix(entry) for entry in self.plan.index[role, expert])
+        if len(parts) == 1:
+            return parts[0]
+        first, second, *_ = self.plan.index[role, expert]
+        n, k, bounds = first.n, first.k, parts[0].bounds
+        if first.rows == second.rows:
+            starts = np.cumsum([0, *(part.k for part in parts)], dtype=np.int32)
+            bounds = np.concatenate(
+                [
+                    np.zeros(1, np.int32),
+                    *(part.bounds[1:] + start for part, start in zip(parts, starts, strict=False)),
+                ]
+            )
+            k = int(starts[-1])
+        else:
+            n = sum(part.n for part in parts)
+        return Matrix(first.type, n, k, bounds, self.buffer[:0], parts)
 
     def vector(self, role: str) -> Floats:
         """A norm's weights, or a bias: f32 [n]."""
-        entry = self.plan.index[role, -1]
-        assert not entry.bounds, role
-        values: Floats = self._bytes(entry).view(np.float32)
-        return values
+        entries = self.plan.index[role, -1]
+        assert not entries[0].bounds, role
+        values = [self._bytes(entry).view(np.float32) for entry in entries]
+        return values[0] if len(values) == 1 else np.concatenate(values)
 
     def drop(self) -> None:
         """Let go of the buffer: others may have it now."""
         self.buffer = np.empty(0, np.uint8)
+
+    def _matrix(self, entry: Entry) -> Matrix:
+        assert entry.bounds, entry.key
+        return Matrix(entry.type, entry.n, entry.k, np.array(entry.bounds, np.int32), self._bytes(entry))
 
     def _bytes(self, entry: Entry) -> Bytes:
         assert self.buffer.nbytes == self.plan.nbytes, f"{self.plan.name} is used after it was dropped"
@@ -168,42 +213,56 @@ def head_tensors(shape: Shape) -> Iterator[tuple[Key, tuple[int, ...]]]:
 def check_tensors(source: Source, shape: Shape, flags: Flags) -> None:
     """ModelError if a tensor is missing, has another shape than the configuration says, or is not in it at all."""
     known = set()
-    for key, dims in _all_tensors(shape, flags):
+    for key, dims in all_tensors(shape, flags):
         info = source.tensors.get(key)
         if info is None:
-            raise ModelError(f"{source.path} has no tensor for {_described(key)}; the model is not complete.")
+            raise ModelError(f"{source.path} has no tensor for {described(key)}; the model is not complete.")
         if info.shape != dims:
             raise ModelError(
-                f"{source.path}: {_described(key)} has shape {list(info.shape)}, but the configuration makes it "
+                f"{source.path}: {described(key)} has shape {list(info.shape)}, but the configuration makes it "
                 f"{list(dims)}."
             )
         known.add(key)
     for key in source.tensors:
         if key not in known:
-            raise ModelError(f"{source.path} has {_described(key)}, which its configuration does not have.")
+            raise ModelError(f"{source.path} has {described(key)}, which its configuration does not have.")
 
 
-def _all_tensors(shape: Shape, flags: Flags) -> Iterator[tuple[Key, tuple[int, ...]]]:
+def all_tensors(shape: Shape, flags: Flags) -> Iterator[tuple[Key, tuple[int, ...]]]:
+    """Every tensor of a model, and its whole shape."""
     yield Key("embed"), (shape.vocab, shape.hidden)
     yield from head_tensors(shape)
     for layer in range(shape.n_layers):
         yield from layer_tensors(shape, flags, layer)
 
 
+def layer_parts(shape: Shape, flags: Flags, layer: int) -> dict[str, Tensors]:
+    """The tensors of a layer by the part in which they are paged in, in the order of use.
+
+    `ATTENTION` has what comes before the feed-forward products too: their norm, and the router.
+    """
+    parts: dict[str, Tensors] = {}
+    for key, dims in layer_tensors(shape, flags, layer):
+        part = EXPERTS if key.expert >= 0 else _PART_OF.get(key.role, ATTENTION)
+        parts.setdefault(part, []).append((key, dims))
+    return parts
+
+
 def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list[LayerPlan]:
-    """All that a rank holds: its stage's layers in order and, on the last stage, the output head."""
-    plans = [layer_plan(shape, place, source, flags, layer) for layer in grid.stage_layers(shape, place)]
+    """All that a rank holds, in the order of use: its stage's layers and, on the last stage, the output head.
+
+    `check_tensors` has found the source complete.
+    """
+    plans = []
+    for layer in grid.stage_layers(shape, place):
+        for part, tensors in layer_parts(shape, flags, layer).items():
+            plans.append(source.plan(part, layer, tensors, shape, place))
     if place.stage == place.stages - 1:
-        plans.append(_plan("the output head", head_tensors(shape), shape, place, source))
+        plans.append(source.plan(HEAD, -1, list(head_tensors(shape)), shape, place))
     return plans
 
 
-def layer_plan(shape: Shape, place: Place, source: Source, flags: Flags, layer: int) -> LayerPlan:
-    """What a rank holds of one layer. `check_tensors` has found the source complete."""
-    return _plan(f"layer {layer}", layer_tensors(shape, flags, layer), shape, place, source)
-
-
-def load(plan: LayerPlan, source: Source, buffer: Bytes, threads: int) -> Layer:
+def load(plan: LayerPlan, source: TensorSource, buffer: Bytes, threads: int) -> Layer:
     """Read what is planned and make it kernel-ready in `buffer` (uint8 [plan.nbytes], 64-byte aligned).
 
     Besides the buffer, little more than `CHUNK` bytes (and their float32 values, where they are requantised) are held.
@@ -211,43 +270,90 @@ def load(plan: LayerPlan, source: Source, buffer: Bytes, threads: int) -> Layer:
     assert buffer.nbytes == plan.nbytes
     assert buffer.ctypes.data % ALIGNMENT == 0
     for entry in plan.entries:
-        out = buffer[entry.offset : entry.offset + entry.nbytes]
-        if entry.bounds:
-            _load_matrix(entry, source, out, threads)
-        else:
-            out.view(np.float32)[:] = source.read_f32(entry.key, entry.rows)
+        fill([(entry, buffer[entry.offset : entry.offset + entry.nbytes])], source, threads)
     return Layer(plan, buffer)
 
 
-def new_buffer(nbytes: int) -> Bytes:
-    """Uninitialised bytes that begin at a multiple of ALIGNMENT."""
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % ALIGNMENT
+def fill(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource, threads: int) -> None:
+    """Read rows of a tensor once and make them kernel-ready in several places.
+
+    The entries have the same key and rows, and columns of their own; with each comes where its bytes go.
+    """
+    key, rows = entries[0][0].key, entries[0][0].rows
+    if not entries[0][0].bounds:
+        values = source.read_f32(key, rows)
+        for _, out in entries:
+            out.view(np.float32)[:] = values
+        return
+    type = entries[0][0].type
+    cols = range(min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries))
+    step = max(CHUNK // (type.row_bytes(len(cols)) * TILE_ROWS), 1) * TILE_ROWS
+    for first in range(0, len(rows), step):
+        some = rows[first : first + step]
+        chunk = source.read(key, some, cols, threads)
+        for entry, out in entries:
+            begin = (entry.cols.start - cols.start) // type.block * type.block_bytes
+            _pack(chunk[:, begin : begin + type.row_bytes(entry.k)], entry, first, out, threads)
+        del chunk
+        source.release(key, some)
+
+
+def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes, threads: int) -> None:
+    """Pack rows `first`... of an entry into its bytes: a panel's tiles lie in the order of their rows."""
+    type, count, begin = entry.type, len(chunk), 0
+    for left, right in zip(entry.bounds[:-1], entry.bounds[1:], strict=True):
+        width = right - left
+        panel = chunk[:, left // type.block * type.block_bytes :][:, : type.row_bytes(width)]
+        at = begin + packed_nbytes(type, first, width, (0, width))
+        size = packed_nbytes(type, count, width, (0, width))
+        kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + size], threads)
+        begin += packed_nbytes(type, entry.n, width, (0, width))
+
+
+def new_buffer(nbytes: int, alignment: int = ALIGNMENT) -> Bytes:
+    """Uninitialised bytes that begin at a multiple of `alignment`."""
+    raw = np.empty(nbytes + alignment, np.uint8)
+    begin = -raw.ctypes.data % alignment
     return raw[begin : begin + nbytes]
 
 
-def _described(key: Key) -> str:
+def described(key: Key) -> str:
     of = "" if key.layer < 0 else f" of layer {key.layer}"
     return f"{key.role}{of}" + ("" if key.expert < 0 else f", expert {key.expert}")
 
 
-def _plan(
-    name: str, tensors: Iterator[tuple[Key, tuple[int, ...]]], shape: Shape, place: Place, source: Source
-) -> LayerPlan:
+def plan_entries(
+    tensors: Tensors, shape: Shape, place: Place, type_of: Callable[[Key], BlockType]
+) -> tuple[tuple[Entry, ...], int]:
+    """What a rank holds of these tensors, each from a multiple of ALIGNMENT on, and the bytes that takes."""
     entries, offset = [], 0
     for key, dims in tensors:
-        rows, cols, bounds = _slices(key, dims, shape, place)
-        if len(dims) == 1:
-            type, nbytes = BlockType.F32, 4 * len(rows)
-        else:
-            type = source.tensors[key].type
-            nbytes = packed_nbytes(type, len(rows), len(cols), bounds)
-        entries.append(Entry(key, rows, cols, type, bounds, offset, nbytes))
-        offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return LayerPlan(name, tuple(entries), offset)
+        entries.append(plan_entry(key, *slices(key, dims, shape, place), type_of(key), offset))
+        offset += aligned(entries[-1].nbytes)
+    return tuple(entries), offset
 
 
-def _slices(
+def plan_entry(
+    key: Key, rows: range, cols: range, bounds: tuple[int, ...], type: BlockType, offset: int
+) -> Entry:
+    """An entry of some rows and columns; vectors are float32 whatever they are stored as."""
+    if not bounds:
+        return Entry(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
+    nbytes = packed_nbytes(type, len(rows), len(cols), bounds)
+    return Entry(key, rows, cols, type, bounds, offset, nbytes)
+
+
+def plan_name(part: str, layer: int) -> str:
+    """What messages call an item."""
+    return part if layer < 0 else f"layer {layer}, {part}"
+
+
+def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
+def slices(
     key: Key, dims: tuple[int, ...], shape: Shape, place: Place
 ) -> tuple[range, range, tuple[int, ...]]:
     """Rows, columns and column panels of a tensor that a rank holds; a vector has no panels."""
@@ -276,23 +382,3 @@ def _slices(
 
 def _scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
-
-
-def _load_matrix(entry: Entry, source: Source, out: Bytes, threads: int) -> None:
-    """Pack a matrix into `out`, some tiles of rows at a time: a panel's tiles lie in the order of their rows."""
-    type, n = entry.type, entry.n
-    step = max(CHUNK // (type.row_bytes(entry.k) * TILE_ROWS), 1) * TILE_ROWS
-    for first in range(0, n, step):
-        count = min(step, n - first)
-        rows = range(entry.rows.start + first, entry.rows.start + first + count)
-        chunk = source.read(entry.key, rows, entry.cols, threads)
-        begin = 0
-        for left, right in zip(entry.bounds[:-1], entry.bounds[1:], strict=True):
-            width = right - left
-            panel = chunk[:, left // type.block * type.block_bytes :][:, : type.row_bytes(width)]
-            at = begin + packed_nbytes(type, first, width, (0, width))
-            size = packed_nbytes(type, count, width, (0, width))
-            kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + size], threads)
-            begin += packed_nbytes(type, n, width, (0, width))
-        del chunk, panel
-        source.release(entry.key, rows)

@@ -32,6 +32,11 @@ class Tensor(NamedTuple):
 
 def read_header(file: MappedFile) -> dict[str, Tensor]:
     """The tensors of a file by name; ModelError if the header is not what the format allows."""
+    return read_metadata(file)[0]
+
+
+def read_metadata(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, and what its writer says of them in `__metadata__`."""
     if file.size < 8:
         raise _broken(file, f"it has {file.size} bytes and no header")
     length = int.from_bytes(file.view(0, 8).tobytes(), "little")
@@ -42,10 +47,12 @@ def read_header(file: MappedFile) -> dict[str, Tensor]:
     if 8 + length > file.size:
         raise _broken(file, f"its header of {length} bytes reaches beyond its end ({file.size} bytes)")
     header = _json(file, file.view(8, length).tobytes())
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        metadata = {}
     tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
     _check_extents(file, tensors, 8 + length)
-    return tensors
+    return tensors, metadata
 
 
 def _broken(file: MappedFile, problem: str) -> ModelError:

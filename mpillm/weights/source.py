@@ -11,10 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..comm.grid import Place, Shape
 from ..errors import ModelError
 from .gguf_file import open_gguf
 from .hf import open_hf
+from .layer import LayerPlan, Tensors
 from .names import ROLES, Key
+from .packed_layout import INDEX, UNFINISHED
+from .packed_source import PackedSource, open_packed
 from .tensors import TensorInfo, TensorSource
 
 __all__ = ["Source", "TensorInfo", "column_unit", "fingerprint", "open_source"]
@@ -25,33 +29,27 @@ ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
 
 
 class Source(Protocol):
-    """A model's weights and configuration; see `TensorSource` for what each method returns."""
+    """A model's weights and configuration; see `TensorSource` and `PackedSource` for what each method returns."""
 
     path: Path
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # whose samples say whether two ranks see the same model
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
-    tokenizer: (
-        Path | dict[str, Any]
-    )  # the directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields
+    # The directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields.
+    tokenizer: Path | dict[str, Any]
 
-    def read(
-        self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1
-    ) -> NDArray[np.uint8]:
-        """A slice of a matrix in canonical blocks of its type."""
+    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
+        """What a rank holds of the tensors that are paged in together as a part of a layer."""
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
-        """A vector, or rows of a matrix, as float32."""
-
-    def release(self, key: Key, rows: range | None = None) -> None:
-        """Give mapped pages back."""
+        """Rows of the embedding table, as float32."""
 
     def close(self) -> None:
         """Let go of the files."""
 
 
-def open_source(path: str | Path, quantize: str = "none") -> TensorSource:
-    """Open a Hugging Face directory, a GGUF file, or a directory that holds one.
+def open_source(path: str | Path, quantize: str = "none") -> TensorSource | PackedSource:
+    """Open a Hugging Face directory, a GGUF file, a directory that holds one, or a packed directory.
 
     `quantize` ("q8_0", "q4_0") quantises the matrices of layers and the output head while they are read: for models
     that are not quantised yet, JobError otherwise. Norms, biases, routers and embedding rows stay as they are.
@@ -64,6 +62,10 @@ def open_source(path: str | Path, quantize: str = "none") -> TensorSource:
         )
     if not os.path.isdir(path):
         return open_gguf(path, quantize)
+    if os.path.exists(path / INDEX):
+        return open_packed(path, quantize)
+    if os.path.exists(path / UNFINISHED):
+        raise ModelError(f"{path} is not packed completely; run the same pack command again to finish it.")
     if not os.path.exists(path / "config.json"):
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 or (ggufs and ggufs[0].name.endswith(f"-00001-of-{len(ggufs):05d}.gguf")):

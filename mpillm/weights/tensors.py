@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
+from ..comm.grid import Place, Shape
 from ..errors import JobError, ModelError
 from ..kernels.types import BlockType
+from .layer import LayerPlan, Tensors, plan_entries, plan_name
 from .mapped import MappedFile
 from .names import ROLES, Key, Parsed
 from .stored import Bytes, Floats, Stored
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
+WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ class TensorSource:
             unaligned = cut.ctypes.data % min(type.block_bytes, 4) if type.block == 1 else 0
             return cut.copy() if unaligned else np.ascontiguousarray(cut)
         values = _values(extent, raw, cols, threads)
+        if type is BlockType.F32:
+            return values.view(np.uint8)
+        if type is BlockType.BF16:
+            return values.astype(ml_dtypes.bfloat16).view(np.uint8)
         out = np.empty((len(rows), type.row_bytes(len(cols))), np.uint8)
         kernels.quantize(type, values, out, threads)
         return out
@@ -132,6 +140,17 @@ class TensorSource:
         self.release(key)
         return result
 
+    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
+        """What a rank holds of the tensors that are paged in together as a part of a layer."""
+        entries, nbytes = plan_entries(tensors, shape, place, lambda key: self.tensors[key].type)
+        return LayerPlan(plan_name(part, layer), entries, nbytes, layer, part)
+
+    def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
+        """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
+        extent = self._extents[key]
+        extent.file.will_need(*_span(extent, rows))
+        return extent.stored, _stored_rows(extent, rows)
+
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""
         extent = self._extents[key]
@@ -148,9 +167,10 @@ class TensorSource:
         return extent.stored.type
 
     def _quantised_to(self, quantize: str) -> BlockType | None:
-        if quantize not in QUANTIZE:
+        types = QUANTIZE | WIDEN
+        if quantize not in types:
             raise JobError(f'quantize = "{quantize}" is unknown; it must be one of {", ".join(QUANTIZE)}.')
-        if QUANTIZE[quantize] is None:
+        if types[quantize] is None:
             return None
         for key, extent in self._extents.items():
             if ROLES[key.role].quantisable and extent.stored.quantised:
@@ -158,7 +178,7 @@ class TensorSource:
                     f'quantize = "{quantize}" is for unquantised models, but {self.path} is quantised already '
                     f'({extent.name} is {extent.stored.name}); leave quantize = "none".'
                 )
-        return QUANTIZE[quantize]
+        return types[quantize]
 
 
 def _span(extent: Extent, rows: range) -> tuple[int, int]:

@@ -80,7 +80,10 @@ class Tiny:
             return self.state
         random = np.random.default_rng(self.seed)
         d, q, kv = self.hidden, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, d), "model.norm.weight": (d,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab, d),
+            "model.norm.weight": (d,),
+        }
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab, d)
         for layer in range(self.n_layers):
@@ -104,7 +107,11 @@ class Tiny:
 
     def _ffn(self, at: str, width: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, n, k in (("gate", width, self.hidden), ("up", width, self.hidden), ("down", self.hidden, width)):
+        for name, n, k in (
+            ("gate", width, self.hidden),
+            ("up", width, self.hidden),
+            ("down", self.hidden, width),
+        ):
             shapes[f"{at}{name}_proj.weight"] = (n, k)
             if self.mlp_bias:
                 shapes[f"{at}{name}_proj.bias"] = (n,)

@@ -35,7 +35,9 @@ def blocks_of(values: np.ndarray, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", OWN)
 def test_own_types_are_delivered_as_they_are(tmp_path, arch, kind):
     """Also q and k of the llama architecture, whose rows lie in another order in the file."""
-    model = Tiny(head_dim=24, attention_bias=arch != "qwen3", o_bias=arch == "llama", qk_norm=arch == "qwen3", seed=7)
+    model = Tiny(
+        head_dim=24, attention_bias=arch != "qwen3", o_bias=arch == "llama", qk_norm=arch == "qwen3", seed=7
+    )
     source = open_source(write_gguf(tmp_path / "m.gguf", model, arch, (kind,)))
     assert len(source.tensors) == len(model.weights())
     block = BlockType[kind]
@@ -63,7 +65,9 @@ def decodable() -> list[str]:
 
 
 def test_kinds_that_can_be_decoded():
-    assert {"Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(decodable())
+    assert {"Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(
+        decodable()
+    )
     assert stored_in_gguf(int(gguf.GGMLQuantizationType.I32)) is None
     assert stored_in_gguf(int(gguf.GGMLQuantizationType.Q8_K)) is None
     assert stored_in_gguf(4) is None
@@ -154,7 +158,9 @@ def test_split_files(tmp_path):
     with pytest.raises(ModelError, match=f"is not part 2 of {count} of the model in"):
         open_source(parts[0])
     parts[1].unlink()
-    with pytest.raises(ModelError, match=rf"is one of {count} parts, of which m-00002-of-{count:05d}\.gguf is missing"):
+    with pytest.raises(
+        ModelError, match=rf"is one of {count} parts, of which m-00002-of-{count:05d}\.gguf is missing"
+    ):
         open_source(parts[0])
     renamed = parts[0].rename(tmp_path / "x.gguf")
     with pytest.raises(ModelError, match=rf"its name does not end in -00001-of-{count:05d}\.gguf"):
@@ -230,7 +236,11 @@ def test_config_of_the_others(tmp_path):
     experts = Tiny(n_experts=3, moe_intermediate=96)
     mixtral = config_of(tmp_path, experts)
     assert mixtral["architectures"] == ["MixtralForCausalLM"]
-    assert (mixtral["num_local_experts"], mixtral["num_experts_per_tok"], mixtral["sliding_window"]) == (3, 2, None)
+    assert (mixtral["num_local_experts"], mixtral["num_experts_per_tok"], mixtral["sliding_window"]) == (
+        3,
+        2,
+        None,
+    )
     assert config_of(tmp_path, Tiny(attention_bias=True), "qwen2")["model_type"] == "qwen2"
     assert config_of(tmp_path, Tiny(qk_norm=True), "qwen3")["model_type"] == "qwen3"
     dense = Tiny(n_experts=3, moe_intermediate=32, qk_norm=True, dense_layers=(0,), n_layers=3)
@@ -249,7 +259,11 @@ def test_config_of_the_others(tmp_path):
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
         (
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64},
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 8.0,
+                "rope.scaling.original_context_length": 64,
+            },
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
         ),
         (
@@ -294,24 +308,51 @@ def test_rope_factors(tmp_path):
         ({"extra": {"attention.causal": False}}, "llama.attention.causal = False may change the result"),
         ({"extra": {"logit_scale": 0.5}}, "llama.logit_scale = 0.5 may change the result"),
         ({"extra": {"rope.scaling.type": "longrope"}}, "rope.scaling.type 'longrope' is not supported"),
-        ({"extra": {"rope.dimension_count": 8}}, "rope.dimension_count is 8, but only models that rotate the whole"),
+        (
+            {"extra": {"rope.dimension_count": 8}},
+            "rope.dimension_count is 8, but only models that rotate the whole",
+        ),
         ({"extra": {"attention.value_length": 8}}, "keys and values of different lengths are not supported"),
-        ({"extra": {"attention.head_count_kv": [2, 1]}}, "attention.head_count_kv is [2, 1], but must be one whole"),
+        (
+            {"extra": {"attention.head_count_kv": [2, 1]}},
+            "attention.head_count_kv is [2, 1], but must be one whole",
+        ),
         ({"extra": {"attention.head_count": 0}}, "head_count is 0, but must be at least 1"),
         ({"extra": {"attention.head_count": 5}}, "tensor blk.0.attn_q.weight has 64 rows, not 5 even heads"),
         ({"extra": {"block_count": None}}, "metadata field llama.block_count is missing"),
         ({"extra": {"context_length": "long"}}, "llama.context_length is long, but must be one whole number"),
-        ({"extra": {"rope.freq_base": float("nan")}}, "llama.rope.freq_base is nan, but must be one finite number"),
+        (
+            {"extra": {"rope.freq_base": float("nan")}},
+            "llama.rope.freq_base is nan, but must be one finite number",
+        ),
         ({"extra": {"rope.scaling.attn_factor": 2.0}}, "attn_factor without yarn is not supported"),
         ({"arch": "gptneox"}, "has architecture 'gptneox'; supported in GGUF files are llama, qwen2"),
-        ({"arch": "qwen2", "extra": {"attention.sliding_window": 8}}, "sliding_window is not supported in qwen2"),
+        (
+            {"arch": "qwen2", "extra": {"attention.sliding_window": 8}},
+            "sliding_window is not supported in qwen2",
+        ),
         ({"arch": "qwen2", "extra": {"expert_count": 8}}, "experts are not supported in qwen2 files"),
         ({"drop": ("token_embd.weight",)}, "has no tensor token_embd.weight"),
-        ({"more": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "'blk.0.attn_sinks.weight' belongs to no"),
-        ({"more": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, "has q_bias without the other biases of its kind"),
-        ({"more": {"output_norm.weight": np.ones((1, 64), np.float32)}}, "shape [1, 64], but must have 1 dimensions"),
-        ({"more": {"rope_freqs.weight": np.ones((2, 8), np.float32)}}, "rope_freqs.weight must be a vector of F32"),
-        ({"more": {"blk.0.ffn_up_exps.weight": np.ones((2, 8), np.float32)}}, "shape [2, 8], but must have 3 dim"),
+        (
+            {"more": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}},
+            "'blk.0.attn_sinks.weight' belongs to no",
+        ),
+        (
+            {"more": {"blk.0.attn_q.bias": np.ones(64, np.float32)}},
+            "has q_bias without the other biases of its kind",
+        ),
+        (
+            {"more": {"output_norm.weight": np.ones((1, 64), np.float32)}},
+            "shape [1, 64], but must have 1 dimensions",
+        ),
+        (
+            {"more": {"rope_freqs.weight": np.ones((2, 8), np.float32)}},
+            "rope_freqs.weight must be a vector of F32",
+        ),
+        (
+            {"more": {"blk.0.ffn_up_exps.weight": np.ones((2, 8), np.float32)}},
+            "shape [2, 8], but must have 3 dim",
+        ),
         ({"extra": {"split.count": 2}}, "llama.split.count = 2 may change the result"),
     ],
 )
@@ -333,9 +374,13 @@ def header_of(path: Path):
 @pytest.mark.parametrize("alignment", [32, 256])
 def test_header_agrees_with_the_library(tmp_path, alignment):
     extra = {"general.tags": ["a", "", "\u4e2d"], "general.x": [1.5, 2.5], "general.y": [True]}
-    path = write_gguf(tmp_path / "m.gguf", Tiny(), types=("Q4_1", "F16", "Q5_0"), extra=extra, alignment=alignment)
+    path = write_gguf(
+        tmp_path / "m.gguf", Tiny(), types=("Q4_1", "F16", "Q5_0"), extra=extra, alignment=alignment
+    )
     header, library = header_of(path), gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in library.fields.items() if not name.startswith("GGUF.")}
+    fields = {
+        name: field.contents() for name, field in library.fields.items() if not name.startswith("GGUF.")
+    }
     assert header.metadata == fields
     assert list(header.tensors) == [tensor.name for tensor in library.tensors]
     for tensor in library.tensors:
@@ -386,7 +431,10 @@ REFUSED = {
     "items": (gguf_bytes([field(b"a", ARRAY, struct.pack("<IQ", 0, 2**40))]), f"announces {2**40} items"),
     "item type": (gguf_bytes([field(b"a", ARRAY, struct.pack("<IQ", 77, 1))]), "'a' has the unknown type 77"),
     "numbers": (gguf_bytes([field(b"a", ARRAY, struct.pack("<IQ", 10, 2**20))]), "reaches beyond its end"),
-    "strings": (gguf_bytes([field(b"a", ARRAY, struct.pack("<IQ", STRING, 2**20))]), "more than the file can hold"),
+    "strings": (
+        gguf_bytes([field(b"a", ARRAY, struct.pack("<IQ", STRING, 2**20))]),
+        "more than the file can hold",
+    ),
     "a string": (
         gguf_bytes([field(b"a", ARRAY, struct.pack("<IQQ", STRING, 2, 2**50))]),
         "'a' reaches beyond the end of the file",
@@ -395,10 +443,19 @@ REFUSED = {
         gguf_bytes([field(b"a", ARRAY, struct.pack("<IQQ", STRING, 2, 20) + bytes(20))], data=0),
         "'a' reaches beyond the end of the file",
     ),
-    "string text": (gguf_bytes([field(b"a", ARRAY, struct.pack("<IQQ", STRING, 1, 1) + b"\xff")]), "is not UTF-8"),
-    "alignment": (gguf_bytes([field(b"general.alignment", U32, struct.pack("<I", 24))]), "alignment is 24, which is"),
+    "string text": (
+        gguf_bytes([field(b"a", ARRAY, struct.pack("<IQQ", STRING, 1, 1) + b"\xff")]),
+        "is not UTF-8",
+    ),
+    "alignment": (
+        gguf_bytes([field(b"general.alignment", U32, struct.pack("<I", 24))]),
+        "alignment is 24, which is",
+    ),
     "alignment 0": (gguf_bytes([field(b"general.alignment", U32, bytes(4))]), "alignment is 0, which is"),
-    "alignment type": (gguf_bytes([field(b"general.alignment", STRING, text(b"32"))]), "alignment is 32, which is"),
+    "alignment type": (
+        gguf_bytes([field(b"general.alignment", STRING, text(b"32"))]),
+        "alignment is 32, which is",
+    ),
     "dims": (gguf_bytes(tensors=[tensor(b"t", (1,) * 5)]), "tensor 't' has 5 dimensions"),
     "no dims": (gguf_bytes(tensors=[tensor(b"t", ())]), "tensor 't' has 0 dimensions"),
     "many dims": (
@@ -406,9 +463,18 @@ REFUSED = {
         "tensor 't' has 4294967295 dimensions",
     ),
     "size": (gguf_bytes(tensors=[tensor(b"t", (2**32, 2**32))]), "has the impossible shape"),
-    "block type": (gguf_bytes(tensors=[tensor(b"t", kind=99)]), "tensor 't' has block type 99, which is unknown"),
-    "removed type": (gguf_bytes(tensors=[tensor(b"t", kind=4)]), "block type 4, which is unknown or cannot be"),
-    "integers": (gguf_bytes(tensors=[tensor(b"t", kind=26)]), "block type 26, which is unknown or cannot be decoded"),
+    "block type": (
+        gguf_bytes(tensors=[tensor(b"t", kind=99)]),
+        "tensor 't' has block type 99, which is unknown",
+    ),
+    "removed type": (
+        gguf_bytes(tensors=[tensor(b"t", kind=4)]),
+        "block type 4, which is unknown or cannot be",
+    ),
+    "integers": (
+        gguf_bytes(tensors=[tensor(b"t", kind=26)]),
+        "block type 26, which is unknown or cannot be decoded",
+    ),
     "blocks": (gguf_bytes(tensors=[tensor(b"t", (48, 2), 2)]), "rows of 48 values, not whole blocks of Q4_0"),
     "offset": (gguf_bytes(tensors=[tensor(b"t", offset=4)]), "offset of tensor 't' is not a multiple of 32"),
     "beyond": (gguf_bytes(tensors=[tensor(b"t", offset=64)]), "tensor 't' reaches beyond its end"),
@@ -417,7 +483,10 @@ REFUSED = {
         gguf_bytes(tensors=[tensor(b"t", (9,)), tensor(b"u", offset=32)], data=96),
         "tensor 'u' overlaps another one",
     ),
-    "tensor twice": (gguf_bytes(tensors=[tensor(b"t"), tensor(b"t", offset=32)]), "tensor 't' is there twice"),
+    "tensor twice": (
+        gguf_bytes(tensors=[tensor(b"t"), tensor(b"t", offset=32)]),
+        "tensor 't' is there twice",
+    ),
 }
 
 

@@ -54,7 +54,8 @@ def test_tensors_that_lie_askew(tmp_path):
     """An F32 tensor behind an odd number of F16 values is not aligned in the file, but is when delivered."""
     model = Tiny(vocab=33, hidden=48, seed=3)
     tensors = {
-        name: value.astype(np.float16) if value.ndim == 1 else value for name, value in model.weights().items()
+        name: value.astype(np.float16) if value.ndim == 1 else value
+        for name, value in model.weights().items()
     }
     path = write_hf(tmp_path, tensors, model.config())
     data = (path / "model.safetensors").read_bytes()
@@ -191,7 +192,9 @@ def test_refuses_bad_indexes(tmp_path):
         with pytest.raises(ModelError, match="which is not a safetensors file"):
             open_source(path)
     index_of(path, good | {name: "other.safetensors"})
-    with pytest.raises(ModelError, match=r"names other\.safetensors, which is missing; fetch the model again"):
+    with pytest.raises(
+        ModelError, match=r"names other\.safetensors, which is missing; fetch the model again"
+    ):
         open_source(path)
     index_of(path, good | {"model.layers.9.mlp.up_proj.weight": shard})
     with pytest.raises(ModelError, match=f"into {shard}, which does not hold it"):
@@ -206,7 +209,9 @@ def test_refuses_bad_indexes(tmp_path):
 
 
 def test_refuses_bad_directories(tmp_path):
-    with pytest.raises(ModelError, match="does not exist or is out of reach; give a Hugging Face directory or a GGUF"):
+    with pytest.raises(
+        ModelError, match="does not exist or is out of reach; give a Hugging Face directory or a GGUF"
+    ):
         open_source(tmp_path / "none")
     with pytest.raises(ModelError, match=r"has no config\.json: it is not a complete Hugging Face model"):
         open_source(tmp_path)
@@ -234,13 +239,22 @@ def test_refuses_bad_directories(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model.layers.0.self_attn.sinks": np.ones(4, np.float32)}, "'model.layers.0.self_attn.sinks' belongs to no"),
+        (
+            {"model.layers.0.self_attn.sinks": np.ones(4, np.float32)},
+            "'model.layers.0.self_attn.sinks' belongs to no",
+        ),
         ({"model.norm.weight": np.ones(64, np.int64)}, "model.norm.weight has dtype I64; F32, F16 and BF16"),
-        ({"model.norm.weight": np.ones((1, 64), np.float32)}, "has shape [1, 64], but must have 1 dimensions"),
+        (
+            {"model.norm.weight": np.ones((1, 64), np.float32)},
+            "has shape [1, 64], but must have 1 dimensions",
+        ),
         ({"lm_head.weight": np.ones(64, np.float32)}, "has shape [64], but must have 2 dimensions"),
         ({"lm_head.weight": np.ones((0, 64), np.float32)}, "has shape [0, 64], whose rows"),
         ({"norm.weight": np.ones(64, np.float32)}, "are the same weights"),
-        ({"model.layers.0.mlp.experts.gate_up_proj": np.ones((2, 5, 64), np.float32)}, "5 rows, which are not 2"),
+        (
+            {"model.layers.0.mlp.experts.gate_up_proj": np.ones((2, 5, 64), np.float32)},
+            "5 rows, which are not 2",
+        ),
     ],
 )
 def test_refuses_bad_tensors(tmp_path, change, words):

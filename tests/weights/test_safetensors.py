@@ -33,15 +33,21 @@ def written(path: Path, header: object, data: bytes = b"", length: int | None = 
 
 @given(
     st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(["float32", "float16", "int64", "uint8"]), st.lists(st.integers(0, 5), max_size=4)),
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
+            lambda name: name != "__metadata__"
+        ),
+        st.tuples(
+            st.sampled_from(["float32", "float16", "int64", "uint8"]), st.lists(st.integers(0, 5), max_size=4)
+        ),
         max_size=6,
     ),
     st.randoms(use_true_random=False),
 )
 def test_reads_what_the_library_writes(tmp_path_factory, tensors, random):
     arrays = {
-        name: np.frombuffer(random.randbytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+        name: np.frombuffer(random.randbytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(
+            shape
+        )
         for name, (dtype, shape) in tensors.items()
     }
     path = tmp_path_factory.mktemp("st") / "m.safetensors"
@@ -69,7 +75,10 @@ REFUSED = {
     "not an object": (b"[1]", "its header is not a JSON object"),
     "twice": (b'{"a": 1, "a": 2}', "its header names 'a' twice"),
     "twice inside": (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "its header names 'dtype' twice"),
-    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "not described by dtype, shape and data_offsets"),
+    "no dtype": (
+        {"a": {"shape": [2], "data_offsets": [0, 8]}},
+        "not described by dtype, shape and data_offsets",
+    ),
     "no object": ({"a": [0, 8]}, "not described by dtype, shape and data_offsets"),
     "dtype": ({"a": entry(dtype="F33")}, "unknown dtype 'F33'"),
     "dtype type": ({"a": entry(dtype=["F32"])}, "unknown dtype"),
@@ -108,7 +117,10 @@ def test_refuses(tmp_path, case):
 def test_refuses_long_headers_at_once(tmp_path):
     path = tmp_path / "m.safetensors"
     start = time.monotonic()
-    for length, words in ((2**63, "more than the format's limit"), (MAX_HEADER, "reaches beyond its end (108 bytes)")):
+    for length, words in (
+        (2**63, "more than the format's limit"),
+        (MAX_HEADER, "reaches beyond its end (108 bytes)"),
+    ):
         written(path, b" " * 100, length=length)
         with pytest.raises(ModelError, match=r"is not a sound safetensors file") as error:
             header_of(path)

@@ -1,0 +1,228 @@
+"""Packing: any model becomes a directory of kernel-ready files, layer by layer, on as many ranks as there are."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from ..comm.world import World
+from ..errors import Interrupted, JobError, OutputError
+from ..model.config import ModelConfig
+from ..weights.layer import check_tensors
+from ..weights.names import ROLES
+from ..weights.packed_files import TEMPORARY, FilePlan, Writer, plan_files
+from ..weights.packed_layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
+from ..weights.source import column_unit, fingerprint, open_source
+from ..weights.tensors import TensorSource
+from . import catalogue
+from .output import explained, replacing
+from .spec import shown_bytes
+
+Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
+TOKENIZER_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+SPARE = 16 * 2**20  # bytes that stay free on the disk
+
+
+class Progress(Protocol):
+    """How packing speaks."""
+
+    def packing(self, done: int, total: int) -> None:
+        """So many bytes of this rank's files are on the disk, of so many."""
+
+    def downloading(self, done: int, total: int) -> None:
+        """The model is being fetched."""
+
+
+class Packed(msgspec.Struct, frozen=True, kw_only=True):
+    """What packing came to."""
+
+    directory: Path
+    files: int
+    bytes: int
+    kept: int  # files that an earlier run had finished
+    seconds: float
+
+
+def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
+    """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
+    begun = time.monotonic()
+    with world.together():
+        path = catalogue.resolve(source, progress.downloading) if world.rank == 0 else Path()
+    path = world.bcast(path)
+    with contextlib.ExitStack() as stack:
+        with world.together():
+            opened = stack.enter_context(closing(_open(path, weights)))
+            config = ModelConfig.from_dict(opened.config, str(path))
+            shape = config.shape(column_unit(opened))
+            check_tensors(opened, shape, config)
+            size, digest = fingerprint(opened)
+            about = {
+                "source": path.name,
+                "source_bytes": str(size),
+                "source_hash": digest,
+                "weights": weights,
+            }
+            plans = plan_files(opened, shape, config, about)
+        with world.together():
+            if world.rank == 0:
+                stack.enter_context(_claim(path, target, about))
+        with world.together(), explained(target), _full_disk(target):
+            digests, kept = _write(world, opened, target, plans, progress)
+        everywhere = world.gather((digests, kept))
+        with world.together(), explained(target):
+            if world.rank == 0:
+                _finish(
+                    opened, target, plans, {k: v for found, _ in everywhere for k, v in found.items()}, about
+                )
+    return Packed(
+        directory=target,
+        files=len(plans),
+        bytes=sum(plan.nbytes for plan in plans),
+        kept=sum(count for _, count in everywhere),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _open(path: Path, weights: Weights) -> TensorSource:
+    """The source, delivering what is to be stored."""
+    source = open_source(path)
+    if not isinstance(source, TensorSource):
+        source.close()
+        raise JobError(f"{path} is packed already; pack the model that it was made from.")
+    matrices = [info for key, info in source.tensors.items() if ROLES[key.role].quantisable]
+    if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
+        return source
+    source.close()
+    quantised = sorted({info.stored for info in matrices} - {"F32", "F16", "BF16"})
+    if quantised:
+        raise JobError(
+            f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
+            "--weights away to keep its own types, or pack the unquantised model."
+        )
+    opened = open_source(path, weights)
+    assert isinstance(opened, TensorSource)
+    return opened
+
+
+@contextlib.contextmanager
+def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
+    """The right to write to the target; OutputError if it holds what is not ours, or another model."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; give a directory to pack to.")
+    here, there = target.resolve(), source.resolve()
+    if here == there or there in here.parents:
+        raise OutputError(
+            f"{target} lies in the model {source}, which is never touched; pack to another directory."
+        )
+    with explained(target):
+        target.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in target.iterdir()}
+        mark = next((name for name in (INDEX, UNFINISHED) if name in names), None)
+        if mark is None and names - {UNFINISHED + TEMPORARY}:
+            raise OutputError(
+                f"{target} holds {min(names)!r} and no packed model; give a new or an empty directory."
+            )
+        if mark is not None and _about(target / mark) != about:
+            raise OutputError(
+                f"{target} has another model, or this one packed otherwise; give a new or an empty directory."
+            )
+        if mark is None:
+            _write_json(target / UNFINISHED, {"format": FORMAT, "version": VERSION, **about})
+        descriptor = os.open(target / (mark or UNFINISHED), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
+                return
+            raise OutputError(f"Another process is packing to {target}; wait for its end.")
+        finally:
+            os.close(descriptor)
+
+
+def _about(path: Path) -> dict[str, str] | None:
+    """What a packed directory was made from; None if that cannot be read."""
+    try:
+        values = json.loads(path.read_bytes())
+        if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+            return None
+        values.pop("files", None)
+        found: dict[str, str] = values
+        return found
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _write(
+    world: World, source: TensorSource, target: Path, plans: list[FilePlan], progress: Progress
+) -> tuple[dict[str, str], int]:
+    """Write this rank's files: hashes by name, and how many were there already."""
+    mine = plans[world.rank :: world.size]
+    total, done = sum(plan.nbytes for plan in mine), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.packing(done, total)
+
+    writer = Writer(source, target, world.threads(), advance)
+    missing = [plan for plan in mine if not writer.keep(plan)]
+    needed = sum(sum(sizes) for sizes in world.gather([plan.nbytes for plan in missing]))
+    free = shutil.disk_usage(target).free
+    if needed and needed + SPARE > free:
+        raise OutputError(
+            f"{target} needs {shown_bytes(needed + SPARE)} more, but its disk has {shown_bytes(free)} free; make space."
+        )
+    try:
+        for plan in missing:
+            writer.write(plan)
+    finally:
+        writer.close()
+    return writer.digests, len(mine) - len(missing)
+
+
+@contextlib.contextmanager
+def _full_disk(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Interrupted(
+                f"There is no space left for {target}; finished layers are kept: make space and run the same command."
+            ) from None
+        raise
+
+
+def _finish(
+    source: TensorSource, target: Path, plans: list[FilePlan], digests: dict[str, str], about: dict[str, str]
+) -> None:
+    """Carry configuration and tokenizer along; the index comes last, and says that all is there."""
+    if isinstance(source.tokenizer, Path):
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (source.tokenizer / name).exists():
+                shutil.copyfile(source.tokenizer / name, target / name)
+    else:
+        _write_json(target / "config.json", source.config)
+        _write_json(target / TOKENIZER, source.tokenizer)
+    files = [{"name": plan.name, "bytes": plan.nbytes, "sha256": digests[plan.name]} for plan in plans]
+    _write_json(target / INDEX, {"format": FORMAT, "version": VERSION, **about, "files": files})
+    with contextlib.suppress(FileNotFoundError):
+        (target / UNFINISHED).unlink()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

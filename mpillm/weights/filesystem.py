@@ -1,0 +1,58 @@
+"""What the system says about a file: the kind of its file system, and calls that Python does not have."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+# statfs's f_type of file systems whose bytes come over a network (man 2 statfs, and the systems' own sources). There
+# a page fault is slow, and one that fails kills the process.
+NETWORK = {
+    0x6969: "nfs",
+    0x0BD00BD0: "lustre",
+    0x47504653: "gpfs",
+    0x19830326: "beegfs",
+    0x00C36400: "ceph",
+    0x517B: "smb",
+    0xFE534D42: "smb2",
+    0xFF534D42: "cifs",
+    0x5346414F: "afs",
+    0x6B414653: "kafs",
+    0x01021997: "9p",
+    0x65735546: "fuse",
+    0x7461636F: "ocfs2",
+    0x20030528: "orangefs",
+    0xAAD7AAEA: "panfs",
+    0x73757245: "coda",
+}
+POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, since Linux 5.14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def network_kind(path: Path) -> str | None:
+    """The name of the network file system on which a file lies; None if it is a local one, or nobody knows."""
+    found = ctypes.create_string_buffer(512)  # struct statfs begins with f_type, a C long on Linux
+    if _libc.statfs(os.fsencode(path), found):
+        return None
+    number = ctypes.c_long.from_buffer(found).value
+    return NETWORK.get(number & 0xFFFFFFFF)
+
+
+def madvise(address: int, nbytes: int, advice: int) -> None:
+    """madvise(2), during which other threads run (mmap.madvise holds them up); OSError if it fails."""
+    if _libc.madvise(address, nbytes, advice):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def can_populate() -> bool:
+    """Whether this kernel knows MADV_POPULATE_READ."""
+    try:
+        madvise(0, 0, POPULATE_READ)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True

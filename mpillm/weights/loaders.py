@@ -1,0 +1,196 @@
+"""Where items of a source come from: made kernel-ready, mapped, or read into buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Literal
+
+from ..errors import JobError, ModelError
+from .cache import Heap, Loader
+from .filesystem import POPULATE_READ, can_populate, madvise, network_kind
+from .layer import Bytes, Layer, LayerPlan, load, new_buffer
+from .mapped import MappedFile
+from .packed_layout import PAGE
+from .packed_source import PackedFile, PackedSource, changed, read_at
+from .source import Source
+from .tensors import TensorSource
+
+Kind = Literal["auto", "mmap", "read"]
+
+REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
+REQUEST_BYTES = 4 * 2**20
+
+
+def open_loader(source: Source, kind: Kind, threads: int) -> Loader[Layer]:
+    """The loader of a source's items. For packed ones `kind` says how; "auto" maps local files, reads network ones."""
+    if isinstance(source, TensorSource):
+        unpacked = source
+        return Heap(lambda plan, buffer: load(plan, unpacked, buffer, threads))
+    assert isinstance(source, PackedSource)
+    if kind == "auto":
+        kind = "read" if network_kind(source.path) or not can_populate() else "mmap"
+    if kind == "mmap" and not can_populate():
+        raise JobError(
+            'memory.loader = "mmap" needs Linux 5.14 or newer; leave it "auto", or make it "read".'
+        )
+    return Mapped(source.packed_files) if kind == "mmap" else Reading(source.packed_files)
+
+
+class _Watched:
+    """A file that must stay as it was: who truncates a file in use would change what is computed."""
+
+    def __init__(self, file: PackedFile) -> None:
+        self.path = file.path
+        self.descriptor = _open(file.path, os.O_RDONLY)
+        self._first = os.fstat(self.descriptor)
+        if self._first.st_size != file.size:
+            raise changed(file.path)
+
+    def check(self) -> None:
+        """ModelError if the file's size or its time of change is not what it was."""
+        now = os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self._first.st_size, self._first.st_mtime_ns):
+            raise changed(self.path)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class _Parallel:
+    """Loads an item in pieces, several at a time; the cache's two threads keep the queue filled between items."""
+
+    parallel = 2
+
+    def __init__(self, files: Sequence[PackedFile]) -> None:
+        self._files: list[_Watched] = []
+        self._pool = ThreadPoolExecutor(REQUESTS, "weights-read")
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            self._files.extend(_Watched(file) for file in files)
+            stack.pop_all()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._pool.shutdown()
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    def _in_pieces(self, plan: LayerPlan, fetch: Callable[[int, int], None]) -> None:
+        """Call fetch(offset, nbytes) for all of an item, offsets counted from its beginning."""
+        file = self._files[plan.file]
+        file.check()
+        pieces = [
+            self._pool.submit(fetch, begin, min(REQUEST_BYTES, plan.nbytes - begin))
+            for begin in range(0, plan.nbytes, REQUEST_BYTES)
+        ]
+        wait(pieces)
+        for piece in pieces:
+            piece.result()
+        file.check()
+
+
+class Mapped(_Parallel):
+    """Items are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
+
+    def __init__(self, files: Sequence[PackedFile]) -> None:
+        super().__init__(files)
+        self._maps = [MappedFile(file.path) for file in files]
+
+    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+        return self._maps[plan.file].view(plan.offset, plan.nbytes)
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        """Have all pages in memory: looking at them later then never waits for the disk, nor fails."""
+        address = buffer.ctypes.data
+
+        def fetch(begin: int, nbytes: int) -> None:
+            try:
+                madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
+                madvise(address + begin, nbytes, POPULATE_READ)
+            except OSError as error:
+                path = self._files[plan.file].path
+                if error.errno in (errno.ENOMEM, errno.EAGAIN):
+                    raise ModelError(f"There is no memory left to map {path} ({error.strerror}).") from None
+                self._files[plan.file].check()
+                raise ModelError(
+                    f"{path} cannot be read any more: its disk failed ({error.strerror})."
+                ) from None
+
+        self._in_pieces(plan, fetch)
+        return Layer(plan, buffer)
+
+    def give_back(self, plan: LayerPlan) -> None:
+        """Unmap an item's pages; the system may keep them as long as nobody needs the memory."""
+        buffer = self._maps[plan.file].view(plan.offset, plan.nbytes)
+        madvise(buffer.ctypes.data, buffer.nbytes, mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._files[plan.file].descriptor, plan.offset, plan.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        super().close()
+        for file in getattr(self, "_maps", ()):
+            file.close()
+
+
+class Reading(_Parallel):
+    """Items are read into buffers of their own, past the page cache where the file system allows it."""
+
+    def __init__(self, files: Sequence[PackedFile]) -> None:
+        super().__init__(files)
+        self._direct = [_open_direct(file.path) for file in files]
+
+    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+        for old in dropped:
+            if old.nbytes == plan.nbytes:
+                return old
+        return new_buffer(plan.nbytes, PAGE)
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        file, direct = self._files[plan.file], self._direct[plan.file]
+
+        def fetch(begin: int, nbytes: int) -> None:
+            out = buffer[begin : begin + nbytes]
+            if direct < 0 or not _read_direct(direct, plan.offset + begin, out):
+                read_at(file.descriptor, file.path, plan.offset + begin, out)
+
+        self._in_pieces(plan, fetch)
+        return Layer(plan, buffer)
+
+    def give_back(self, plan: LayerPlan) -> None:
+        """The memory goes with the last view of it."""
+
+    def close(self) -> None:
+        super().close()
+        for descriptor in getattr(self, "_direct", ()):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._direct = []
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor that reads past the page cache; -1 where the file system has none (tmpfs)."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return -1
+
+
+def _read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
+    """Fill `out`; False if that did not work as a whole: the ordinary way then finds out why, or works."""
+    try:
+        return os.preadv(descriptor, [out.data], offset) == out.nbytes
+    except OSError:
+        return False

@@ -1,0 +1,256 @@
+"""Writes the files of a packed model: one for each layer, one for the output head, one for the embedding table.
+
+A file is written under another name, read back and compared by hash, and then renamed: under its own name it is
+complete, and its header says by which hash to know that. docs/packed.md describes what is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..comm.grid import Shape
+from ..errors import ModelError
+from ..kernels.types import BlockType
+from .layer import HEAD, Bytes, Entry, Flags, aligned, fill, head_tensors, layer_parts
+from .mapped import MappedFile
+from .names import Key
+from .packed_layout import (
+    EMBED,
+    FORMAT,
+    PAGE,
+    VERSION,
+    Panel,
+    described,
+    layer_file,
+    panel_name,
+    panels_of,
+)
+from .safetensors import read_metadata
+from .tensors import TensorSource
+
+TEMPORARY = ".tmp"
+CHUNK = 32 * 2**20  # bytes of the embedding table, or of a file that is read back, held at a time
+_DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
+
+Progress = Callable[[int], None]  # so many more bytes are safe
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is paged in together."""
+
+    name: str
+    layer: int
+    panels: tuple[Panel, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(panel.nbytes for panel in self.panels)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file to be: its parts, or the embedding table of so many bytes."""
+
+    name: str
+    header: dict[str, Any]
+    parts: tuple[Part, ...]
+    data_bytes: int
+
+    def head(self, digest: str) -> bytes:
+        """The file's beginning, as long as it will be whatever the hash of the rest."""
+        metadata = self.header["__metadata__"] | {"sha256": digest}
+        text = json.dumps(self.header | {"__metadata__": metadata}, separators=(",", ":")).encode()
+        length = aligned(8 + len(text), PAGE) - 8
+        return length.to_bytes(8, "little") + text.ljust(length)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.head("0" * 64)) + self.data_bytes
+
+
+def plan_files(source: TensorSource, shape: Shape, flags: Flags, about: dict[str, str]) -> list[FilePlan]:
+    """All files of a model; `about` says in each where it comes from."""
+    about = {"format": FORMAT, "version": str(VERSION), **about}
+    plans = []
+    for layer in range(shape.n_layers):
+        parts = [
+            Part(name, layer, tuple(panels_of(tensors, shape, lambda key: source.tensors[key].type)))
+            for name, tensors in layer_parts(shape, flags, layer).items()
+        ]
+        plans.append(_plan(layer_file(layer), tuple(parts), about))
+    panels = panels_of(list(head_tensors(shape)), shape, lambda key: source.tensors[key].type)
+    plans.append(_plan("head.safetensors", (Part(HEAD, -1, tuple(panels)),), about))
+    return [*plans, _plan_embed(source, about)]
+
+
+def _plan(name: str, parts: tuple[Part, ...], about: dict[str, str]) -> FilePlan:
+    header: dict[str, Any] = {}
+    pieces: list[dict[str, Any]] = []
+    offset = 0
+    for part in parts:
+        pieces += described(list(part.panels), part.name, part.layer)
+        for panel in part.panels:
+            tensor = {
+                "dtype": "U8",
+                "shape": [panel.nbytes],
+                "data_offsets": [offset, offset + panel.nbytes],
+            }
+            header[panel_name(part.name, part.layer, panel.number)] = tensor
+            offset += panel.nbytes
+    metadata = {**about, "pieces": json.dumps(pieces, separators=(",", ":"))}
+    return FilePlan(name, {"__metadata__": metadata, **header}, parts, offset)
+
+
+def _plan_embed(source: TensorSource, about: dict[str, str]) -> FilePlan:
+    n, k = source.tensors[Key(EMBED)].shape
+    stored, _ = source.stored_rows(Key(EMBED), range(0))
+    plain = stored.own and stored.type in _DTYPES
+    shape = [n, k] if plain else [n, stored.row_bytes(k)]
+    size = n * stored.row_bytes(k)
+    metadata = {**about, "stored": stored.name, "columns": str(k)}
+    tensor = {"dtype": stored.name if plain else "U8", "shape": shape, "data_offsets": [0, size]}
+    return FilePlan(f"{EMBED}.safetensors", {"__metadata__": metadata, EMBED: tensor}, (), size)
+
+
+class Writer:
+    """Writes files one after the other: while one part is made ready, the one before goes to the disk."""
+
+    def __init__(self, source: TensorSource, directory: Path, threads: int, progress: Progress) -> None:
+        self._source = source
+        self._directory = directory
+        self._threads = threads
+        self._progress = progress
+        self._pool = ThreadPoolExecutor(1, "packing")
+        self._last: Future[None] | None = None  # at most one part waits, so little more than one is held
+        self.digests: dict[str, str] = {}
+
+    def keep(self, plan: FilePlan) -> bool:
+        """Whether a file is there already, from an earlier run, and is sound."""
+        path = self._directory / plan.name
+        if not os.path.exists(path) or path.stat().st_size != plan.nbytes:
+            return False
+        try:
+            digest = _digest_in(path)
+        except ModelError:
+            return False
+        head = plan.head(digest)
+        with path.open("rb") as file:
+            if file.read(len(head)) != head:
+                return False
+        if _read_back(path, len(head)) != digest:
+            return False
+        self.digests[plan.name] = digest
+        self._progress(plan.nbytes)
+        return True
+
+    def write(self, plan: FilePlan) -> None:
+        """Write a file; it is complete when the next one has been written, or after `close`."""
+        temporary = self._directory / (plan.name + TEMPORARY)
+        digest = hashlib.sha256()
+        at = begin = len(plan.head("0" * 64))
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        for data in self._pieces(plan):
+
+            def save(data: Bytes = data, at: int = at) -> None:
+                _write_at(descriptor, data.data, at)
+                digest.update(data.data)
+                self._progress(data.nbytes)
+
+            self._after(save)
+            at += data.nbytes
+            del data
+        assert at - begin == plan.data_bytes, plan.name
+
+        def finish() -> None:
+            found = digest.hexdigest()
+            _write_at(descriptor, memoryview(plan.head(found)), 0)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            if _read_back(temporary, begin) != found:
+                raise ModelError(
+                    f"{temporary} does not hold what was written to it: the disk fails; pack to another one."
+                )
+            os.replace(temporary, self._directory / plan.name)
+            self.digests[plan.name] = found
+            self._progress(begin)
+
+        self._after(finish)
+
+    def close(self) -> None:
+        """Wait for the last file."""
+        self._after(lambda: None)
+        last, self._last = self._last, None
+        assert last is not None
+        last.result()
+        self._pool.shutdown()
+
+    def _after(self, work: Callable[[], None]) -> None:
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(work)
+
+    def _pieces(self, plan: FilePlan) -> Iterator[Bytes]:
+        """The file's data in order, piece by piece."""
+        for part in plan.parts:
+            data = np.zeros(part.nbytes, np.uint8)
+            for entries in _alike(part, data):
+                fill(entries, self._source, self._threads)
+            yield data
+            del data
+        if not plan.parts:
+            key = Key(EMBED)
+            n = self._source.tensors[key].shape[0]
+            step = max(CHUNK * n // plan.data_bytes, 1)
+            for first in range(0, n, step):
+                rows = range(first, min(first + step, n))
+                yield np.ascontiguousarray(self._source.stored_rows(key, rows)[1]).reshape(-1)
+                self._source.release(key, rows)
+
+
+def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
+    """The pieces of a part with where they go, those together that take the same rows of a tensor."""
+    groups: dict[tuple[Key, range], list[tuple[Entry, Bytes]]] = {}
+    begin = 0
+    for panel in part.panels:
+        for piece in panel.pieces:
+            entry = piece.entry
+            out = data[begin + entry.offset : begin + entry.offset + entry.nbytes]
+            groups.setdefault((entry.key, entry.rows), []).append((entry, out))
+        begin += panel.nbytes
+    yield from groups.values()
+
+
+def _write_at(descriptor: int, data: memoryview, at: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], at + done)
+
+
+def _digest_in(path: Path) -> str:
+    file = MappedFile(path)
+    with contextlib.closing(file):
+        _, metadata = read_metadata(file)
+    return metadata.get("sha256", "")
+
+
+def _read_back(path: Path, begin: int) -> str:
+    """The hash of what lies behind a file's header on the disk, not of what is still in memory."""
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(begin)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest()
