@@ -1,0 +1,122 @@
+"""A batch that uses every feature of the engine at once, and what must not change however it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
+from mpillm.engine.scheduler import Totals
+from mpillm.engine.sequence import Completion, Request
+from mpillm.job.session import Session
+from mpillm.kernels import KV_BLOCK
+from mpillm.model.config import ModelConfig
+from mpillm.weights.source import open_source
+from tests.model.engine_harness import spec_of
+from tests.model.golden import gguf_path, model_path
+
+Name = tuple[str, int]
+Values = tuple[Any, ...]
+
+# Dense, with experts, with a sliding window, quantised (K-quants, and mixed): all decoders' code and KV of both types.
+MODELS = ["llama3", "qwen3_moe", "mistral", "llama_mixed.gguf"]
+
+
+def path_of(model: str) -> Path:
+    return gguf_path(model.removesuffix(".gguf")) if model.endswith(".gguf") else model_path(model)
+
+
+def vocab_of(model: str) -> int:
+    with closing(open_source(path_of(model))) as source:
+        return ModelConfig.from_dict(source.config).vocab
+
+
+def batch(vocab: int) -> list[Request]:
+    """Requests of every kind, most of which begin with the same 70 tokens, in an order that mixes kinds."""
+    rng = np.random.default_rng(5)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, vocab, count).tolist())
+
+    system = ids(70)
+    made = [Request(f"chat-{i}", system + ids(3 + 9 * i), max_tokens=8, logprobs=2) for i in range(4)]
+    made += [
+        Request("choices", system + ids(20), choice=i, max_tokens=10, temperature=1.0, logprobs=0)
+        for i in range(3)
+    ]
+    made += [
+        Request(f"score-{i}", system[: 70 - i] + ids(15), max_tokens=0, prompt_logprobs=3) for i in range(3)
+    ]
+    made += [
+        Request("mean", system + ids(9), kind="embed", pooling="mean"),
+        Request("last", system + ids(9), kind="embed", pooling="last"),
+        Request("greedy", system, max_tokens=12),
+        Request("twice", system[:64], max_tokens=4, logprobs=1),
+        Request("twice", system[:64], choice=1, max_tokens=4, logprobs=1),
+        Request("echo", ids(40), max_tokens=30, prompt_logprobs=1, logprobs=1, temperature=0.7, top_p=0.9),
+        Request("penalty", ids(33), max_tokens=12, repetition_penalty=1.3, logprobs=4),
+        Request("cold penalty", ids(31), max_tokens=6, repetition_penalty=1.3, temperature=0.4, min_p=0.05),
+        Request("hot", system + ids(1), max_tokens=12, temperature=30.0, seed=3, logprobs=1),
+        Request("top_k", ids(1), max_tokens=40, temperature=1.5, top_k=7),
+        Request("stop", ids(5), max_tokens=40, temperature=2.0, stop_ids=frozenset(range(0, vocab, 9))),
+    ]
+    made += [Request(f"long-{i}", ids(20 + i), max_tokens=60) for i in range(4)]
+    order = np.random.default_rng(6).permutation(len(made))
+    return [made[i] for i in order]
+
+
+def values(completion: Completion) -> Values:
+    """All that came out, every bit of it."""
+    embedding = None if completion.embedding is None else completion.embedding.tobytes()
+    return (
+        completion.tokens, completion.finish_reason, completion.stop_id, completion.logprobs, completion.top,
+        completion.prompt_logprobs, completion.prompt_top, embedding,
+    )  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What a run gave, and what it took."""
+
+    values: dict[Name, Values]
+    totals: Totals
+    rows: int  # in all steps
+    uses: int  # of layers, by all steps
+    n_blocks: int
+
+
+def run(world: World, model: Path, requests: Sequence[Request], kv_blocks: int = 0, **job: Any) -> Outcome:
+    """Collective; the values are on rank 0. `kv_blocks` is the KV budget in blocks, 0 for a wide one."""
+    with closing(Session(world, spec_of(model, **job), model)) as session:
+        block = session.kv_token_nbytes * KV_BLOCK
+    if kv_blocks:
+        job["kv"] = block * kv_blocks
+    with closing(Session(world, spec_of(model, **job), model)) as session:
+        found: dict[Name, Values] = {}
+        totals = Totals()
+        rows = 0
+        if world.rank > 0:
+            follow(session.worker, session.channel)
+        else:
+            engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+            compute = session.worker.step
+
+            def counted(step: Any) -> Any:
+                nonlocal rows
+                rows += sum(len(part.tokens) for part in step.parts)
+                return compute(step)
+
+            session.worker.step = counted  # type: ignore[method-assign]
+            for finished in engine.run(requests):
+                found |= {(one.request.id, one.request.choice): values(one) for one in finished}
+            engine.stop(0)
+            totals = engine.totals
+        world.barrier()
+        cache = session.cache.counters
+        return Outcome(found, totals, rows, cache.hits + cache.misses, session.limits.n_blocks)

@@ -1,0 +1,42 @@
+"""The same bits from several ranks, whose steps overlap: with shared prefixes, and with preemption among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Mpi
+
+from .program import digest
+from .test_same_bits import TIGHT, expected
+
+PROGRAM = Path(__file__).with_name("program.py")
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"prefix_sharing": False},
+    {"kv_blocks": TIGHT, "max_num_seqs": 7},
+    {"kv_blocks": TIGHT, "max_num_seqs": 7, "prefix_sharing": False, "max_num_batched_tokens": 16},
+]
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.mark.parametrize(
+    ("model", "stages", "shards"), [("llama3", 2, 1), ("llama3", 2, 2), ("llama_mixed.gguf", 2, 1)]
+)
+def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
+    target = tmp_path / "outcomes.json"
+    layout = {"stages": stages, "shards": shards, "activations": "f32"}
+    settings = [json.dumps({**layout, **way}) for way in WAYS]
+    done = openmpi.run(stages * shards, PROGRAM, target, model, *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads(target.read_text())
+    for way, outcome in zip(WAYS, made, strict=True):
+        assert outcome["digest"] == digest(expected(model)), way
+        totals = outcome["totals"]
+        assert (totals["shared_tokens"] > 0) is way.get("prefix_sharing", True)
+        if "kv_blocks" in way:
+            assert totals["preemptions"] > 0

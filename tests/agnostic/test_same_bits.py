@@ -1,0 +1,114 @@
+"""Promise 4 on one rank: the same tokens and the same bits, whatever the batch, the cuts, the budget, the machine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.comm.world import World
+from mpillm.engine.sequence import Request
+
+from . import harness
+from .harness import MODELS, Outcome
+
+COMPILED = [name for name in kernels.available() if name != "numpy"]
+TIGHT = 5  # blocks: the longest request needs four
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = kernels.path()
+    yield
+    kernels.set_path(before)
+
+
+@functools.cache
+def world() -> World:
+    return World.start()
+
+
+@functools.cache
+def requests(model: str) -> list[Request]:
+    return harness.batch(harness.vocab_of(model))
+
+
+def run(model: str, some: list[Request] | None = None, **job: Any) -> Outcome:
+    return harness.run(world(), harness.path_of(model), requests(model) if some is None else some, **job)
+
+
+@functools.cache
+def expected(model: str) -> dict[harness.Name, harness.Values]:
+    """What each request gives alone, at once, on one thread."""
+    outcome = run(model, max_num_seqs=1, threads=1, prefix_sharing=False)
+    assert len(outcome.values) == len(requests(model))
+    assert outcome.totals.shared_tokens == outcome.totals.preemptions == 0
+    return outcome.values
+
+
+def assert_same(model: str, outcome: Outcome, some: list[Request] | None = None) -> None:
+    names = {(one.id, one.choice) for one in (requests(model) if some is None else some)}
+    assert outcome.values == {name: value for name, value in expected(model).items() if name in names}
+
+
+CUTS = [(1, 512, True), (7, 512, False), (7, 16, True), (7, 16, False), (32, 512, True), (32, 40, True)]
+
+
+@pytest.mark.parametrize(("sequences", "tokens", "prefix_sharing"), CUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_batches_and_chunks(model: str, sequences: int, tokens: int, prefix_sharing: bool) -> None:
+    outcome = run(
+        model, max_num_seqs=sequences, max_num_batched_tokens=tokens, prefix_sharing=prefix_sharing, threads=2
+    )
+    assert_same(model, outcome)
+    assert (outcome.totals.shared_tokens > 0) is prefix_sharing
+    assert outcome.totals.fetched_rows > 0 or harness.vocab_of(model) <= 128
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_token_at_a_time(model: str) -> None:
+    some = requests(model)[::4]
+    assert_same(model, run(model, some, max_num_seqs=1, max_num_batched_tokens=1), some)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_threads(model: str, threads: int) -> None:
+    assert_same(model, run(model, threads=threads))
+
+
+@pytest.mark.skipif(not COMPILED, reason="the extension is not built")
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe", "llama_mixed.gguf"])
+def test_instruction_sets(model: str, path: str) -> None:
+    kernels.set_path(path)
+    assert_same(model, run(model))
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_tight_kv_cache(model: str, prefix_sharing: bool) -> None:
+    outcome = run(model, kv_blocks=TIGHT, prefix_sharing=prefix_sharing)
+    assert outcome.n_blocks == TIGHT
+    assert outcome.totals.preemptions > 0
+    assert outcome.totals.recomputed_tokens > 0
+    assert_same(model, outcome)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_another_order_and_everything_else_too(model: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shuffled = [requests(model)[i] for i in rng.permutation(len(requests(model)))]
+    job = {
+        "max_num_seqs": int(rng.integers(2, 12)),
+        "max_num_batched_tokens": int(rng.integers(12, 200)),
+        "threads": int(rng.integers(1, 4)),
+        "kv_blocks": int(rng.integers(TIGHT, 12)),
+        "prefix_sharing": bool(rng.integers(2)),
+    }
+    assert_same(model, run(model, shuffled, **job))
