@@ -20,7 +20,7 @@ from mpillm.engine.sequence import Completion, Request, Sequence
 from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
 from mpillm.model.decoder import Decoder
 
-MORE = 16  # times as many candidates are asked for where they did not suffice
+MORE = 8  # times as many candidates are asked for where they did not suffice
 
 
 class Worker:
