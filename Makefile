@@ -30,7 +30,7 @@ lint: $(VENV)/installed-lint
 
 clean:
 	rm -rf $(VENV) $(MPICH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f cython/kernels.c mpillm/kernels/*.so
+	rm -f cython/*.c mpillm/kernels/*.so
 	find mpillm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package is installed in place, because `python -m mpillm` in this directory imports ./mpillm.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mpillm
+from mpillm.cli import bench
 from mpillm.cli.console import Console
 from mpillm.comm import launch
 from mpillm.comm.world import World, guard
@@ -67,6 +68,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "pull": _pull,
         "report": _report,
         "doctor": _doctor,
+        "bench": bench.run,
     }
     return commands[options.command or "run"](world, options)
 
@@ -191,6 +193,11 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
+    bench.add(
+        commands.add_parser(
+            "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
+        )
+    )
     return parser
 
 

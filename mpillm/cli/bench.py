@@ -1,0 +1,96 @@
+"""`mpillm bench` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mpillm.cli.console import Console
+from mpillm.comm.world import World
+from mpillm.errors import JobError
+
+WHAT = ("kernels", "prefill", "decode", "batch", "startup")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", default="smollm2-135m", help="catalogue name or GGUF file (smollm2-135m)")
+    model.add_argument(
+        "--synthetic",
+        metavar="SHAPE",
+        help="a random-weight model instead: llama-1b, llama-8b, llama-70b, qwen3-30b-a3b",
+    )
+    parser.add_argument(
+        "--weights", default="q4_0", help="the synthetic model's: q4_0, q4_1, q8_0, bf16, f16 or f32 (q4_0)"
+    )
+    parser.add_argument("--what", type=_words, default=WHAT, help=f"some of {','.join(WHAT)} (all of them)")
+    for name, default, meaning in (
+        ("threads", (), "of each rank (its share of the node)"),
+        ("sequences", (1, 8, 32, 128), "that decode together (1,8,32,128); 1 is decode, more is batch"),
+        ("prompt", (512,), "tokens of a prompt in prefill (512)"),
+        ("context", (16,), "tokens of each sequence before its first decoded one (16)"),
+    ):
+        parser.add_argument(f"--{name}", type=_numbers, default=default, metavar="N[,N...]", help=meaning)
+    parser.add_argument(
+        "--repeats", type=_number, default=5, metavar="N", help="of which the median is shown (5)"
+    )
+    parser.add_argument(
+        "--against", metavar="PEER", help="llama.cpp: run it in turns with us, on the same file"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
+
+
+def run(world: World, options: argparse.Namespace) -> int:
+    """Measure and print."""
+    from mpillm.job.bench import suite, tables  # what computes is loaded when the threads are known
+    from mpillm.job.bench.runs import Options
+
+    with world.together():
+        if world.rank == 0 and options.json is not None:
+            _write(options.json, "")  # that it can be written is better known before than after
+    measured = Options(
+        what=frozenset(options.what),
+        threads=options.threads,
+        sequences=options.sequences,
+        prompts=options.prompt,
+        contexts=options.context,
+        repeats=options.repeats,
+    )
+    asked = suite.Asked(options.model, options.synthetic, options.weights, options.against, measured)
+    made = suite.bench(world, asked, Console(speaks=world.rank == 0))
+    if made is None:
+        return 0
+    print(tables.as_text(made), flush=True)
+    if options.json is not None:
+        _write(options.json, tables.as_json(made) + "\n")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise JobError(f"The file {path} cannot be written: {error.strerror}.") from error
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(text.split(","))
+    for word in words:
+        if word not in WHAT:
+            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(WHAT)}")
+    return words
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_number(word) for word in text.split(","))
+
+
+def _number(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number

@@ -1,0 +1,71 @@
+"""What a bench found out: structs that become JSON. Seconds, bytes, and rates per second, all medians of repeats."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Machine(msgspec.Struct, kw_only=True):
+    """The limits that nothing on this machine can beat, by number of threads; empty where they cannot be measured."""
+
+    cpu: str
+    cores: int
+    kernels: str  # the path in use
+    read: dict[int, float]  # bytes of memory that can be read
+    int8: dict[int, float]  # multiplications and additions of 8-bit integers in registers
+
+
+class Kernel(msgspec.Struct, kw_only=True):
+    """One kernel on so many rows.
+
+    `rate` is of bytes read and written, `operations` of multiplications and additions (0: not counted).
+    """
+
+    name: str
+    detail: str  # the type of weights, the sizes
+    rows: int
+    threads: int
+    seconds: float
+    rate: float
+    operations: float
+    read_share: float | None = None  # of the limits, where they are known
+    int8_share: float | None = None
+    over_scalar: float | None = None  # how many times faster than the scalar path
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """The engine at work on all ranks; `peer_...` and `ratio` (above 1: we are faster) if there was a peer."""
+
+    what: str  # prefill, decode (one sequence), batch (decode of many) or startup
+    threads: int  # of each rank
+    sequences: int
+    tokens: int  # of the prompt; in decode, before the first decoded one
+    seconds: float = 0.0  # a step; all of a prompt; a start
+    rate: float = 0.0  # tokens
+    weight_bytes: int = 0  # that rank 0 reads in a step
+    kv_bytes: int = 0
+    read_share: float | None = None  # of the memory's limit
+    wire_bytes: float = 0.0  # sent by all ranks for each token, prompts' tokens included
+    overhead: float | None = None  # the part of a step that is spent outside the kernels
+    kernels: dict[str, float] = {}  # parts of a step
+    peer_seconds: float | None = None
+    peer_rate: float | None = None
+    ratio: float | None = None
+
+
+class Bench(msgspec.Struct, kw_only=True):
+    """Everything, with what is needed to repeat it."""
+
+    version: str
+    began: str
+    command: list[str]
+    ranks: int
+    hosts: int
+    model: str
+    model_bytes: int
+    stages: int
+    shards: int
+    machine: Machine
+    kernels: list[Kernel]
+    runs: list[Run]
+    peer: str | None = None  # name and version
