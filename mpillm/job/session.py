@@ -22,6 +22,7 @@ from ..model.kv import KVCache, block_nbytes
 from ..weights.cache import WeightCache
 from ..weights.layer import Layer, check_tensors, rank_plans
 from ..weights.loaders import open_loader
+from ..weights.lost_pages import say_when_lost
 from ..weights.source import column_unit, fingerprint, open_source
 from .report import Rank
 from .spec import Spec
@@ -38,6 +39,10 @@ class Session:
     def __init__(self, world: World, spec: Spec, model: Path) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise."""
         self.world, self.spec = world, spec
+        say_when_lost(
+            f"{world} {model} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
+            "put it back and run the same command again."
+        )
         with world.together():
             self.source = open_source(model, spec.quantize)
             self.config = ModelConfig.from_dict(self.source.config, str(model))

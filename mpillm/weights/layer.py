@@ -28,7 +28,7 @@ Ints = NDArray[np.int32]
 Tensors = list[tuple[Key, tuple[int, ...]]]  # with their whole shapes
 
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
-CHUNK = 4 * 2**20  # canonical bytes that are on their way into the buffer at a time
+CHUNK = 2**20  # canonical bytes that are on their way into the buffer at a time
 
 # What is paged in together, in the order in which a step uses it: the smaller the parts, the less memory is bound by
 # what is in use and what is on its way, and the more can stay.
@@ -300,14 +300,14 @@ def fill(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource, threads: 
 
 def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes, threads: int) -> None:
     """Pack rows `first`... of an entry into its bytes: a panel's tiles lie in the order of their rows."""
-    type, count, begin = entry.type, len(chunk), 0
+    type, begin = entry.type, 0
+    before, tall, whole = (-(-rows // TILE_ROWS) * TILE_ROWS for rows in (first, len(chunk), entry.n))
     for left, right in zip(entry.bounds[:-1], entry.bounds[1:], strict=True):
-        width = right - left
-        panel = chunk[:, left // type.block * type.block_bytes :][:, : type.row_bytes(width)]
-        at = begin + packed_nbytes(type, first, width, (0, width))
-        size = packed_nbytes(type, count, width, (0, width))
-        kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + size], threads)
-        begin += packed_nbytes(type, entry.n, width, (0, width))
+        width, row = right - left, type.row_bytes(right - left)
+        panel = chunk[:, left // type.block * type.block_bytes :][:, :row]
+        at = begin + before * row
+        kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + tall * row], threads)
+        begin += whole * row
 
 
 def new_buffer(nbytes: int, alignment: int = ALIGNMENT) -> Bytes:

@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,10 @@ from .safetensors import read_metadata
 from .tensors import TensorSource
 
 TEMPORARY = ".tmp"
-CHUNK = 32 * 2**20  # bytes of the embedding table, or of a file that is read back, held at a time
+MAKERS = (
+    3  # parts that are made ready at a time; each with a thread of its own beats one after the other with all
+)
+CHUNK = 8 * 2**20  # bytes of the embedding table, or of a file that is read back, held at a time
 _DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
 
 Progress = Callable[[int], None]  # so many more bytes are safe
@@ -124,15 +129,22 @@ def _plan_embed(source: TensorSource, about: dict[str, str]) -> FilePlan:
 
 
 class Writer:
-    """Writes files one after the other: while one part is made ready, the one before goes to the disk."""
+    """Writes files one after the other. While parts are made ready, those before go to the disk and are hashed."""
 
     def __init__(self, source: TensorSource, directory: Path, threads: int, progress: Progress) -> None:
         self._source = source
         self._directory = directory
-        self._threads = threads
+        # A part for each maker and one on its way to the disk: together no more than a layer.
+        makers = min(threads, MAKERS)
+        self._threads = threads // makers
         self._progress = progress
-        self._pool = ThreadPoolExecutor(1, "packing")
-        self._last: Future[None] | None = None  # at most one part waits, so little more than one is held
+        self._makers = ThreadPoolExecutor(makers, "packing")
+        self._ahead = makers
+        self._disk, self._hash, self._ends = (
+            ThreadPoolExecutor(1, name) for name in ("write", "hash", "check")
+        )
+        self._last: list[Future[None]] = []  # what became of the piece before
+        self._files: list[Future[None]] = []
         self.digests: dict[str, str] = {}
 
     def keep(self, plan: FilePlan) -> bool:
@@ -155,67 +167,79 @@ class Writer:
         return True
 
     def write(self, plan: FilePlan) -> None:
-        """Write a file; it is complete when the next one has been written, or after `close`."""
+        """Write a file; it is complete when `close` returns."""
         temporary = self._directory / (plan.name + TEMPORARY)
         digest = hashlib.sha256()
         at = begin = len(plan.head("0" * 64))
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        for data in self._pieces(plan):
-
-            def save(data: Bytes = data, at: int = at) -> None:
-                _write_at(descriptor, data.data, at)
-                digest.update(data.data)
-                self._progress(data.nbytes)
-
-            self._after(save)
+        for data in self._in_order(self._pieces(plan)):
+            self._wait()
+            self._last = [
+                self._disk.submit(_write_at, descriptor, data, at),
+                self._hash.submit(digest.update, data.data),
+            ]
             at += data.nbytes
+            self._progress(data.nbytes)
             del data
+        self._wait()
         assert at - begin == plan.data_bytes, plan.name
-
-        def finish() -> None:
-            found = digest.hexdigest()
-            _write_at(descriptor, memoryview(plan.head(found)), 0)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            if _read_back(temporary, begin) != found:
-                raise ModelError(
-                    f"{temporary} does not hold what was written to it: the disk fails; pack to another one."
-                )
-            os.replace(temporary, self._directory / plan.name)
-            self.digests[plan.name] = found
-            self._progress(begin)
-
-        self._after(finish)
+        self._progress(begin)
+        self._files.append(self._ends.submit(self._finish, plan, temporary, descriptor, digest.hexdigest()))
 
     def close(self) -> None:
-        """Wait for the last file."""
-        self._after(lambda: None)
-        last, self._last = self._last, None
-        assert last is not None
-        last.result()
-        self._pool.shutdown()
+        """Wait for all files; what went wrong with one is raised."""
+        for pool in (self._makers, self._disk, self._hash, self._ends):
+            pool.shutdown()
+        for file in self._files:
+            file.result()
 
-    def _after(self, work: Callable[[], None]) -> None:
-        if self._last is not None:
-            self._last.result()
-        self._last = self._pool.submit(work)
+    def _finish(self, plan: FilePlan, temporary: Path, descriptor: int, digest: str) -> None:
+        """Bring a file to the disk, and give it its name if it holds what was written to it."""
+        head = plan.head(digest)
+        _write_at(descriptor, np.frombuffer(head, np.uint8), 0)
+        os.fsync(descriptor)  # tells of what the disk could not take; the hash, of everything else
+        os.close(descriptor)
+        if _read_back(temporary, len(head)) != digest:
+            raise ModelError(f"{temporary} does not hold what was written to it; pack to another disk.")
+        os.replace(temporary, self._directory / plan.name)
+        self.digests[plan.name] = digest
 
-    def _pieces(self, plan: FilePlan) -> Iterator[Bytes]:
-        """The file's data in order, piece by piece."""
+    def _wait(self) -> None:
+        last, self._last = self._last, []
+        for done in last:
+            done.result()
+
+    def _in_order(self, pieces: Iterator[Callable[[], Bytes]]) -> Iterator[Bytes]:
+        """What the functions return, some of them called at a time."""
+        waiting: deque[Future[Bytes]] = deque()
+        for make in pieces:
+            waiting.append(self._makers.submit(make))
+            if len(waiting) >= self._ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _pieces(self, plan: FilePlan) -> Iterator[Callable[[], Bytes]]:
+        """What makes the file's data, piece by piece."""
         for part in plan.parts:
-            data = np.zeros(part.nbytes, np.uint8)
-            for entries in _alike(part, data):
-                fill(entries, self._source, self._threads)
-            yield data
-            del data
+            yield partial(self._part, part)
         if not plan.parts:
-            key = Key(EMBED)
-            n = self._source.tensors[key].shape[0]
+            n = self._source.tensors[Key(EMBED)].shape[0]
             step = max(CHUNK * n // plan.data_bytes, 1)
             for first in range(0, n, step):
-                rows = range(first, min(first + step, n))
-                yield np.ascontiguousarray(self._source.stored_rows(key, rows)[1]).reshape(-1)
-                self._source.release(key, rows)
+                yield partial(self._embed, range(first, min(first + step, n)))
+
+    def _part(self, part: Part) -> Bytes:
+        data = np.zeros(part.nbytes, np.uint8)
+        for entries in _alike(part, data):
+            fill(entries, self._source, self._threads)
+        return data
+
+    def _embed(self, rows: range) -> Bytes:
+        data: Bytes = self._source.stored_rows(Key(EMBED), rows)[1].copy()
+        self._source.release(Key(EMBED), rows)
+        flat: Bytes = data.reshape(-1)
+        return flat
 
 
 def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
@@ -231,10 +255,10 @@ def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
     yield from groups.values()
 
 
-def _write_at(descriptor: int, data: memoryview, at: int) -> None:
+def _write_at(descriptor: int, data: Bytes, at: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], at + done)
+        done += os.pwrite(descriptor, data[done:].data, at + done)
 
 
 def _digest_in(path: Path) -> str:
@@ -245,12 +269,10 @@ def _digest_in(path: Path) -> str:
 
 
 def _read_back(path: Path, begin: int) -> str:
-    """The hash of what lies behind a file's header on the disk, not of what is still in memory."""
+    """The hash of what lies behind a file's header."""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(begin)
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.hexdigest()
