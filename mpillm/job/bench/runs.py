@@ -5,6 +5,7 @@ Every function is collective, and returns on rank 0 what it measured, on the oth
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -67,6 +68,7 @@ def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer
     ours, theirs = [], []
     prompt = _prompts(1, START, 256)
     for turn in range(-1, options.repeats):  # the first one warms up
+        gc.collect()  # a session is part of a cycle: the last one's memory is given back before the next one's is taken
         world.barrier()
         begun = time.perf_counter()
         with closing(Session(world, spec, model)) as session:

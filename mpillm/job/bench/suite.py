@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,7 @@ def _engine(
             yield runs.start_up(world, spec, path, options, peer), layout
         if not what & ENGINE:
             return
+        gc.collect()  # see start_up
         session = stack.enter_context(closing(Session(world, spec, path)))
         layout = session.place.stages, session.place.shards
         if "prefill" in what:

@@ -38,6 +38,8 @@ def _lines(made: Bench) -> Iterator[str]:
         int8 = machine.int8.get(threads)
         more = "" if int8 is None else f", {int8 / 1e9:.0f} GOP/s of 8-bit integers in registers"
         yield f"limits   {_threads(threads)}: {read / 1e9:.1f} GB/s read from memory{more}"
+    if made.peer:
+        yield f"peer     {made.peer}"
     if made.kernels:
         yield ""
         head = [
@@ -65,7 +67,7 @@ def _lines(made: Bench) -> Iterator[str]:
             "sent a token",
             "outside kernels",
         ]
-        peer = [made.peer or "", "ratio"] if made.peer else []
+        peer = ["the peer's", "ratio"] if made.peer else []
         yield from _table([[*head, *peer], *(_run_row(run, bool(made.peer)) for run in made.runs)])
         yield ""
         for run in made.runs:
