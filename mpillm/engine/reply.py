@@ -161,6 +161,7 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     if not outputs:
         return []
     wanted = np.array([output.k for output in outputs])
+    inv_t = np.array([output.inv_t for output in outputs])
     counts = [np.minimum(wanted, size) for size in shard_sizes]
     ids, values, raw = (
         _tables([getattr(reply, name) for reply in replies], counts) for name in ("ids", "values", "raw")
@@ -171,7 +172,6 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     found = np.minimum(wanted, np.sum(counts, axis=0)).tolist()
     drawn = [i for i, output in enumerate(outputs) if output.sampled and output.normalised]
     weights = dict.fromkeys(range(len(outputs)), _NONE)
-    inv_t = np.array([output.inv_t for output in outputs])
     if drawn:
         weights.update(zip(drawn, weights_of(values[drawn], inv_t[drawn]), strict=True))
     log_z, scaled_z = _normalisers(replies, outputs, inv_t)
@@ -214,13 +214,14 @@ def _normalisers(
     replies: Seq[Reply], outputs: Seq[Output], inv_t: NDArray[np.float64]
 ) -> tuple[list[float], list[float]]:
     """`log_z` and `scaled_z` of each output, from the parts of all panels of the vocabulary, in their order."""
-    log_z, scaled_z = np.full((2, len(outputs)), np.nan)
     at = [i for i, output in enumerate(outputs) if output.normalised]
-    if at:
-        parts = np.concatenate([reply.parts for reply in replies], axis=1)[at].astype(np.float64)
-        raw_most, raw_total = _total(parts[:, :, 0], parts[:, :, 1], np.ones(len(at)))
-        log_z[at] = raw_most + exact.log(raw_total)
-        _, scaled_z[at] = _total(parts[:, :, 2], parts[:, :, 3], inv_t[at])
+    if not at:
+        return [np.nan] * len(outputs), [np.nan] * len(outputs)
+    log_z, scaled_z = np.full((2, len(outputs)), np.nan)
+    parts = np.concatenate([reply.parts for reply in replies], axis=1)[at].astype(np.float64)
+    raw_most, raw_total = _total(parts[:, :, 0], parts[:, :, 1], np.ones(len(at)))
+    log_z[at] = raw_most + exact.log(raw_total)
+    _, scaled_z[at] = _total(parts[:, :, 2], parts[:, :, 3], inv_t[at])
     return log_z.tolist(), scaled_z.tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.engine import philox
 from mpillm.engine.blocks import content_key
 from mpillm.kernels import KV_BLOCK
 
@@ -100,7 +102,7 @@ class Sequence:
         self.submitted = submitted  # as time.monotonic() says
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
-        self.key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), np.uint64)
+        self._stream = struct.unpack("<2Q", hashlib.blake2b(name, digest_size=16).digest())
 
     @property
     def generated(self) -> int:
@@ -133,8 +135,8 @@ class Sequence:
         return keys[index]
 
     def uniform(self) -> float:
-        """The random number in [0, 1) that draws the next token: Philox, keyed by request, counted by position."""
-        return float(np.random.Generator(np.random.Philox(key=self.key, counter=self.generated)).random())
+        """The random number in [0, 1) that draws the next token: keyed by request, counted by position."""
+        return philox.uniform(self._stream, self.generated)
 
     def append(self, token: int) -> None:
         """Take a generated token and decide whether it ends the text."""
