@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -60,7 +61,13 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
 
 def activation_nbytes(k: int, bounds: Bounds) -> int:
     """Bytes of one row of k activations quantised for `matmul`, each panel padded to 32 values."""
-    edges = check_bounds(bounds, k, 1)
+    edges = np.asarray(bounds, np.int64)
+    return _activation_nbytes(k, edges.shape, edges.tobytes())
+
+
+@functools.lru_cache(maxsize=256)  # it is asked before every product of a step, for the same few matrices
+def _activation_nbytes(k: int, shape: tuple[int, ...], data: bytes) -> int:
+    edges = check_bounds(np.frombuffer(data, np.int64).reshape(shape), k, 1)
     return int((-(-np.diff(edges) // QUANT_BLOCK)).sum()) * ACTIVATION_BLOCK_BYTES
 
 
