@@ -189,6 +189,10 @@ def machine_has_limits() -> bool:
         (["--synthetic", "llama-2b"], "There is no synthetic model llama-2b"),
         (["--synthetic", "tiny-llama", "--against", "vllm"], "cannot run against vllm; it knows llama.cpp"),
         (
+            ["--synthetic", "tiny-llama", "--what", "decode", "--context", "32760"],
+            "takes 32768 tokens, but sequences of 32776",
+        ),
+        (
             ["--synthetic", "tiny-llama", "--what", "decode", "--json", "/nowhere/x"],
             "/nowhere/x cannot be written",
         ),

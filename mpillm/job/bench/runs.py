@@ -40,6 +40,11 @@ class Options:
     contexts: tuple[int, ...] = (16,)  # tokens before the first decoded one
     repeats: int = 5
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(*self.prompts, *self.contexts, START) + TOKENS
+
 
 @dataclass(frozen=True)
 class Step:
@@ -52,13 +57,12 @@ class Step:
 
 def spec_for(model: str, threads: int, options: Options) -> Spec:
     """The job that a bench's session is made with: the defaults, and room for the largest run."""
-    longest = max(*options.prompts, *options.contexts, START) + TOKENS
     return Spec(
         model=model,
         input="-",
         output="-",
         layout=Layout(threads=threads),
-        memory=Memory(kv=KV, max_context=longest),
+        memory=Memory(kv=KV, max_context=options.longest),
         batch=Batch(max_num_seqs=max(1, *options.sequences)),
     )
 

@@ -134,6 +134,11 @@ def _engine(
             return
         gc.collect()  # see start_up
         session = stack.enter_context(closing(Session(world, spec, path)))
+        if options.longest > session.config.max_position:
+            raise JobError(
+                f"{path} takes {session.config.max_position} tokens, but sequences of {options.longest} are asked for; "
+                "lower --prompt or --context."
+            )
         layout = session.place.stages, session.place.shards
         if "prefill" in what:
             for length in options.prompts:
