@@ -26,7 +26,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..errors import Interrupted, JobError, MpillmError
-from . import cores, launch
+from . import cores, deadline, launch
 from .waiting import wait
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class World:
         nodes = [(host, boot) for host, boot, _ in everyone]
         #: lengths of the runs of consecutive ranks on one host, as `grid.choose` takes them
         self.ranks_per_host: tuple[int, ...] = tuple(len(list(run)) for _, run in itertools.groupby(nodes))
+        self._near_first = nodes[self.rank] == nodes[0]
+        self._watch: deadline.Watch | None = None
         here = [usable for *node, usable in everyone if tuple(node) == nodes[self.rank]]
         self.node_ranks, self.node_cores = len(here), cores.node_cores(here)
         self.oversubscribed = self.node_ranks > self.node_cores
@@ -153,6 +155,7 @@ class World:
         code, error = 0, None
         with _interruptible():
             try:
+                self._watch = self._begin_watch()
                 self.threads()
                 code = program(self)
             except MpillmError as found:
@@ -163,6 +166,19 @@ class World:
                 log.debug("%s", "".join(traceback.format_exception(bug)))
                 self.abort(_in_a_line(bug), CRASHED)
             return self._leave(code, error)
+
+    def _begin_watch(self) -> deadline.Watch | None:
+        """From here on a rank that falls silent ends the world (see `deadline`)."""
+        listener = door = None
+        with self.together():
+            if self.rank == 0 and self.size > 1 and (seconds := deadline.limit(os.environ)):
+                listener, door = deadline.open_door(seconds)
+        shared, watch = self.bcast(door), None
+        if shared is not None:
+            watch = deadline.Watch(self.rank, self.hosts, shared, listener, self._near_first)
+        self.barrier()  # all hear each other now, so what ends a start that takes too long is needed no longer
+        deadline.alarm(0)
+        return watch
 
     def _leave(self, code: int, error: MpillmError | None) -> int:
         mine = np.array([error.exit_code if error else code, error is not None], np.int32)
@@ -205,11 +221,18 @@ class World:
             watch.daemon = True
             watch.start()
         sys.stdout.flush()
+        if self._watch:
+            deadline.alarm(self._watch.limit)
         MPI.Finalize()
+        if self._watch:
+            deadline.alarm(0)
+            self._watch.stop()
 
 
 def guard(program: Callable[[World], int]) -> int:
     """Start the world, run `program(world)` on every rank, and return the exit code (see `World.run`)."""
+    deadline.die_with_launcher()
+    deadline.alarm(deadline.starting_limit(os.environ))
     try:
         world = World.start()
     except MpillmError as error:

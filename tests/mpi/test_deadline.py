@@ -1,0 +1,96 @@
+"""Ranks that fall silent end the world with a sentence; ranks that are busy do not; nobody outlives the launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mpillm.comm import deadline
+from mpillm.errors import JobError
+from tests.conftest import Mpi
+
+pytestmark = pytest.mark.mpi
+
+PROGRAM = Path(__file__).with_name("silences.py")
+
+
+@pytest.mark.parametrize("victim", ["0", "2"])
+def test_a_stopped_rank_ends_the_world(mpi: Mpi, victim: str) -> None:
+    start = time.monotonic()
+    done = mpi.run(3, PROGRAM, "stopped", env={"VICTIM": victim, "MPILLM_DEADLINE": "1.5"}, timeout=30)
+    assert time.monotonic() - start < 15
+    # MPICH's mpiexec may tell instead by which signal it ended the stopped one.
+    assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
+    said = (
+        rf"Rank {victim} on \S+ has not been heard of for 1\.5 s: it is stopped, .*the same command goes on"
+    )
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_a_busy_rank_is_not_silent(mpi: Mpi) -> None:
+    done = mpi.run(2, PROGRAM, "busy", env={"SECONDS": "3", "MPILLM_DEADLINE": "1.5"}, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_rank_that_is_stopped_before_the_ranks_meet(mpi: Mpi) -> None:
+    """MPI_Init lets nobody say it in words; the launcher tells, in its own, of the SIGALRM that ended the others."""
+    done = mpi.run(2, PROGRAM, "stopped_while_starting", env={"MPILLM_DEADLINE": "0.4"}, timeout=30)
+    assert done.returncode != 0
+
+
+def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:
+    """Not even a stopped rank, and without waiting for a deadline."""
+    with subprocess.Popen(
+        [str(word) for word in mpi.command(3, PROGRAM, "gone")],
+        env=mpi.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as launcher:
+        assert launcher.stdout is not None
+        pids = [int(launcher.stdout.readline().split()[1]) for _ in range(3)]
+        ranks = [psutil.Process(pid) for pid in pids]
+        time.sleep(0.2)
+        launcher.kill()
+        _, left = psutil.wait_procs(ranks, timeout=10)
+        for process in left:
+            process.kill()
+        assert not left
+
+
+def test_a_stranger_at_the_door() -> None:
+    """Who does not know the token is sent away, and costs nothing."""
+    listener, door = deadline.open_door(60)
+    watch = deadline.Watch(0, ["here", "here"], door, listener, near=True)
+    try:
+        for words in (b"", b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", door.token + b"\xff\xff\xff\xff"):
+            with socket.create_connection(("127.0.0.1", door.port), 5) as stranger:
+                stranger.sendall(words)
+                stranger.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionResetError):
+                    assert stranger.recv(16) == b""
+    finally:
+        watch.stop()
+
+
+def test_what_the_variable_may_say() -> None:
+    assert deadline.limit({}) == deadline.LIMIT == 20
+    assert deadline.limit({"MPILLM_DEADLINE": "0"}) == 0
+    for wrong in ("soon", "-1", "inf", "nan"):
+        with pytest.raises(JobError, match=f"MPILLM_DEADLINE = '{wrong}' is not a number of seconds"):
+            deadline.limit({"MPILLM_DEADLINE": wrong})
+
+
+def test_the_alarm_is_off_again() -> None:
+    deadline.alarm(30)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    deadline.alarm(0)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
