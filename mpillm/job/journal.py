@@ -3,6 +3,10 @@
 A record is a head of 20 bytes (magic, length of the payload, CRC-32 of place and length, BLAKE2b-64 of place and
 payload) and a payload in MessagePack. The first record is the header (what job this is), the next one the input's
 lines; then come results, in the order in which they were finished, and further records of lines where the input grew.
+The last one says that the results have been written.
+
+Results are brought to disk in groups: not more often than SYNC_EVERY, and so seldom that waiting for the disk stays
+under SYNC_SHARE of the time, however slow it is. What a crash finds between two syncs is computed again.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ import hashlib
 import logging
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +36,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 KEY_BYTES = 8
+
+SYNC_EVERY = 0.1  # seconds
+SYNC_SHARE = 0.02
 
 _MAGIC = b"mpiJ"
 _HEAD = struct.Struct("<4sIIQ")
@@ -75,6 +84,12 @@ class Result(msgspec.Struct, tag="result", frozen=True):
     choices: list[Choice] = []
 
 
+class Finished(msgspec.Struct, tag="finished", frozen=True):
+    """All lines known so far have their result, and the files with the results are written."""
+
+    errors: int  # requests that ended in one
+
+
 class _Name(msgspec.Struct, frozen=True):
     """What of a result is needed to know that it is there."""
 
@@ -83,7 +98,7 @@ class _Name(msgspec.Struct, frozen=True):
     status: int
 
 
-Record = Header | Lines | Result
+Record = Header | Lines | Result | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -108,6 +123,7 @@ class _Scan:
     keys: bytes | None = None
     done: dict[str, Place] = field(default_factory=dict)
     done_keys: dict[str, bytes] = field(default_factory=dict)
+    finished: Finished | None = None  # unless something came after it
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
     end: int = 0  # of the last good record
 
@@ -126,6 +142,8 @@ class Journal:
         """
         self.path = claim.directory / JOURNAL
         self.damage: list[str] = []
+        self.seconds = 0.0  # spent on bringing results to disk
+        self._due = 0.0  # when the next group may go, as time.monotonic() says
         self._waiting: list[Result] = []
         keys = b"".join(map(line_key, lines))
         header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
@@ -208,6 +226,10 @@ class Journal:
         """Take a finished request; it is on disk after the next `flush`."""
         self._waiting.append(result)
 
+    def commit(self) -> int:
+        """`flush`, if it is time again; call it often."""
+        return self.flush() if time.monotonic() >= self._due else 0
+
     def flush(self) -> int:
         """Bring what was appended to disk, all in one go, and return how many results that were.
 
@@ -220,10 +242,18 @@ class Journal:
             data.append(_framed(result, at))
             places.append((result.custom_id, Place(at, len(data[-1]) - _HEAD.size, result.status)))
             at += len(data[-1])
+        begun = time.monotonic()
         self._write(b"".join(data))
+        now = time.monotonic()
+        self.seconds += now - begun
+        self._due = now + max(SYNC_EVERY, (now - begun) * (1 / SYNC_SHARE - 1))
         self.done.update(places)
         self._waiting.clear()
         return len(places)
+
+    def finish(self, errors: int) -> None:
+        """Note that the results are written: from now on the run is complete, whatever becomes of its processes."""
+        self._write(_framed(Finished(errors), self._end))
 
     def _write(self, data: bytes) -> None:
         """Write at the end, to disk; after a failure the file ends where it did."""
@@ -288,6 +318,18 @@ def began(claim: Claim) -> datetime:
     return claim.since
 
 
+def finished(directory: Path) -> Finished | None:
+    """How the run in this directory ended; None if it has not come to its end, or its input has grown since."""
+    path = directory / JOURNAL
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _scan(file).finished
+        finally:
+            os.close(file)
+    return None
+
+
 def _framed(record: Record, offset: int) -> bytes:
     """The bytes of a record that will begin at `offset`."""
     payload = msgspec.msgpack.encode(record)
@@ -329,6 +371,7 @@ def _scan(file: int) -> _Scan:
             found.damage.append((found.end, offset))
         found.end = offset + _HEAD.size + len(payload)
         tag = _tag(payload)
+        found.finished = msgspec.msgpack.decode(payload, type=Finished) if tag == "finished" else None
         if tag == "result":
             name = msgspec.msgpack.decode(payload, type=_Name)
             if name.custom_id not in found.done:

@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..text import load_tokenizer
 from . import catalogue, report, requests, results
 from .journal import Journal, began
 from .output import Claim
-from .progress import Progress
+from .progress import Bar, Progress
 from .requests import Batch
 from .session import Session
 from .spec import Spec
@@ -118,6 +118,8 @@ class Leader:
         try:
             self._compute(engine)
         except MpillmError as error:
+            with suppress(MpillmError):  # a full disk, most likely: the first error says it
+                journal.flush()
             engine.stop(error.exit_code)
             raise
         engine.stop(0)
@@ -146,6 +148,7 @@ class Leader:
             warnings=self._warnings,
         )
         report.write(directory, made)
+        journal.finish(errors)
         return made
 
     def _compute(self, engine: Engine) -> None:
@@ -154,13 +157,19 @@ class Leader:
         begun = time.monotonic()
         with self._progress.requests(todo) as bar:
             for finished in engine.run(self._requests()):
-                answered = sum(self._take(completion) for completion in finished)
-                if answered:
-                    journal.flush()
-                    self._timeline.append(
-                        (time.monotonic() - begun, engine.totals.generated_tokens, len(journal.done))
-                    )
-                bar.update(answered, engine.totals.prompt_tokens + engine.totals.generated_tokens)
+                for completion in finished:
+                    self._take(completion)
+                self._safe(journal.commit(), begun, engine, bar)
+            self._safe(journal.flush(), begun, engine, bar)
+
+    def _safe(self, count: int, begun: float, engine: Engine, bar: Bar) -> None:
+        """Tell of `count` more requests, which are on disk now."""
+        totals = engine.totals
+        if count:
+            self._timeline.append(
+                (time.monotonic() - begun, totals.generated_tokens, len(self._journal.done))
+            )
+        bar.update(count, totals.prompt_tokens + totals.generated_tokens)
 
     def _requests(self) -> Iterator[Request]:
         """The engine's requests, made line by line when their turn comes."""
@@ -169,17 +178,16 @@ class Leader:
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
             yield from work.requests
 
-    def _take(self, completion: Completion) -> int:
-        """Keep a completion; 1 if it was its line's last one, whose answer then goes to the journal."""
+    def _take(self, completion: Completion) -> None:
+        """Keep a completion; if it was its line's last one, the answer goes to the journal."""
         pending = self._pending[completion.request.id]
         pending.completions[completion.request.choice] = completion
         pending.missing -= 1
         if pending.missing:
-            return 0
+            return
         del self._pending[completion.request.id]
         completions = [found for found in pending.completions if found is not None]
         self._journal.append(results.finished(pending.work, completions, self._model, self._name))
-        return 1
 
     def _phase(self, name: str) -> None:
         now = time.monotonic()

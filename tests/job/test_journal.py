@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.errors import Interrupted, OutputError
-from mpillm.job.journal import Journal, began
+from mpillm.job.journal import Finished, Journal, began, finished
 from mpillm.job.output import Claim
 from mpillm.job.work import Line
 
@@ -302,3 +303,67 @@ def test_a_killed_run_goes_on_with_all_that_it_told(tmp_path: Path) -> None:
     assert set(told) <= set(finished)
     assert len(finished) <= len(told) + 2  # at most one for each kill was on disk and not told yet
     assert len(told) == len(set(told))
+
+
+def test_a_group_goes_to_disk_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk, it takes a fiftieth of the time."""
+    now = [100.0]
+
+    def slow(_file: int) -> None:
+        now[0] += 0.5
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    names = [f"r{number}" for number in range(2000)]
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*names)) as journal:
+        begun = now[0]
+        for name in names:
+            journal.append(result(name))
+            journal.commit()
+            assert len(journal.done) <= names.index(name) + 1
+            now[0] += 0.05
+        assert 0.015 < journal.seconds / (now[0] - begun) <= 0.025
+        journal.flush()
+        assert list(journal.done) == names
+
+
+def test_a_fast_disk_is_not_asked_more_often_than_makes_sense(tmp_path: Path) -> None:
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        journal.append(result("a"))
+        assert journal.commit() == 1  # the first one at once
+        journal.append(result("b"))
+        assert journal.commit() == 0
+        assert list(journal.done) == ["a"]
+        assert journal.flush() == 1
+
+
+@pytest.mark.parametrize("lost", ["cut off", "zeros"])
+def test_a_power_cut_costs_only_what_was_not_synced(tmp_path: Path, lost: str) -> None:
+    """Whatever the disk has of the bytes after the last sync: nothing, a part, or a length without content."""
+    path = tmp_path / "journal"
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        journal.append(result("a"))
+        journal.flush()
+        synced = path.stat().st_size
+        journal.append(result("b"))
+        journal.append(result("c"))
+        journal.flush()
+    whole = path.read_bytes()
+    for end in range(synced, len(whole) + 1):
+        path.write_bytes(whole[:end] + (bytes(len(whole) - end) if lost == "zeros" else b""))
+        assert done(tmp_path)[0] == "a"
+        finish(tmp_path, *(name for name in NAMES if name not in done(tmp_path)))
+        assert sorted(done(tmp_path)) == sorted(NAMES)
+
+
+def test_the_end_of_a_run_is_noted(tmp_path: Path) -> None:
+    assert finished(tmp_path / "nowhere") is None
+    finish(tmp_path, *NAMES)
+    assert finished(tmp_path) is None
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        journal.finish(errors=2)
+    assert finished(tmp_path) == Finished(2)
+    finish(tmp_path)  # started again, nothing to do
+    assert finished(tmp_path) == Finished(2)
+    finish(tmp_path, "f", of=(*NAMES, "f"))  # a line more
+    assert finished(tmp_path) is None
