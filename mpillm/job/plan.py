@@ -145,7 +145,7 @@ def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) 
     if budget is not None and budget < least:
         yield (
             f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {least} bytes "
-            f"({shown_bytes(least)}) for two neighbouring layers; raise it or use more shards."
+            f"({shown_bytes(least)}) for two neighbouring parts of layers; raise it or use more shards."
         )
     if not n_blocks:
         yield (

@@ -19,8 +19,8 @@ from ..kernels import KV_BLOCK, BlockType
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.kv import KVCache, block_nbytes
-from ..weights.cache import WeightCache
-from ..weights.layer import Layer, check_tensors, rank_plans
+from ..weights.cache import Loader, WeightCache
+from ..weights.layer import Layer, LayerPlan, check_tensors, rank_plans
 from ..weights.loaders import open_loader
 from ..weights.lost_pages import say_when_lost
 from ..weights.source import column_unit, fingerprint, open_source
@@ -63,7 +63,7 @@ class Session:
             plans = rank_plans(self.shape, self.place, self.source, self.config)
             self.cache: WeightCache[Layer] = WeightCache(
                 plans,
-                open_loader(self.source, spec.memory.loader, self.threads),
+                self._loader(plans),
                 spec.memory.weights_bytes,
                 spec.memory.policy,
             )
@@ -127,6 +127,11 @@ class Session:
                     f"hash {digest[:12]}) than rank 0 on {world.hosts[0]} ({first_size} bytes, hash "
                     f"{first_hash[:12]}); put the same files on every node."
                 )
+
+    def _loader(self, plans: list[LayerPlan]) -> Loader[Layer]:
+        budget = self.spec.memory.weights_bytes
+        streamed = budget is not None and budget < sum(plan.nbytes for plan in plans)
+        return open_loader(self.source, self.spec.memory.loader, self.threads, streamed)
 
     def _limits(self) -> Limits:
         """What a step and the KV cache take, the same on every rank."""

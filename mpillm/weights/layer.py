@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -269,36 +270,66 @@ def load(plan: LayerPlan, source: TensorSource, buffer: Bytes, threads: int) -> 
     """
     assert buffer.nbytes == plan.nbytes
     assert buffer.ctypes.data % ALIGNMENT == 0
-    for entry in plan.entries:
-        fill([(entry, buffer[entry.offset : entry.offset + entry.nbytes])], source, threads)
+    fill(
+        [[(entry, buffer[entry.offset : entry.offset + entry.nbytes])] for entry in plan.entries],
+        source,
+        threads,
+    )
     return Layer(plan, buffer)
 
 
-def fill(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource, threads: int) -> None:
-    """Read rows of a tensor once and make them kernel-ready in several places.
+def fill(groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, threads: int) -> None:
+    """Read rows of tensors and make them kernel-ready, each in one or several places.
 
-    The entries have the same key and rows, and columns of their own; with each comes where its bytes go.
+    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. Threads
+    take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all the time.
     """
-    key, rows = entries[0][0].key, entries[0][0].rows
-    if not entries[0][0].bounds:
-        values = source.read_f32(key, rows)
-        for _, out in entries:
-            out.view(np.float32)[:] = values
+    work = [task for group in groups for task in _tasks(group, source)]
+    if threads == 1 or len(work) == 1:
+        for task in work:
+            task()
         return
-    type = entries[0][0].type
+    with ThreadPoolExecutor(threads, "packing") as pool:
+        for done in [pool.submit(task) for task in work]:
+            done.result()
+
+
+def _tasks(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -> Iterator[Callable[[], None]]:
+    """What there is to do for a group's entries, chunk by chunk."""
+    key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type
+    if not entries[0][0].bounds:
+        yield partial(_fill_vector, entries, source)
+        return
     cols = range(min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries))
     step = max(CHUNK // (type.row_bytes(len(cols)) * TILE_ROWS), 1) * TILE_ROWS
     for first in range(0, len(rows), step):
-        some = rows[first : first + step]
-        chunk = source.read(key, some, cols, threads)
-        for entry, out in entries:
-            begin = (entry.cols.start - cols.start) // type.block * type.block_bytes
-            _pack(chunk[:, begin : begin + type.row_bytes(entry.k)], entry, first, out, threads)
-        del chunk
-        source.release(key, some)
+        yield partial(_fill_rows, entries, source, key, first, rows[first : first + step], cols)
 
 
-def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes, threads: int) -> None:
+def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -> None:
+    values = source.read_f32(entries[0][0].key, entries[0][0].rows)
+    for _, out in entries:
+        out.view(np.float32)[:] = values
+
+
+def _fill_rows(
+    entries: Sequence[tuple[Entry, Bytes]],
+    source: TensorSource,
+    key: Key,
+    first: int,
+    rows: range,
+    cols: range,
+) -> None:
+    """Rows of a matrix, of which the first is number `first` of the entries'."""
+    chunk = source.read(key, rows, cols)
+    for entry, out in entries:
+        begin = (entry.cols.start - cols.start) // entry.type.block * entry.type.block_bytes
+        _pack(chunk[:, begin : begin + entry.type.row_bytes(entry.k)], entry, first, out)
+    del chunk
+    source.release(key, rows)
+
+
+def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes) -> None:
     """Pack rows `first`... of an entry into its bytes: a panel's tiles lie in the order of their rows."""
     type, begin = entry.type, 0
     before, tall, whole = (-(-rows // TILE_ROWS) * TILE_ROWS for rows in (first, len(chunk), entry.n))
@@ -306,7 +337,7 @@ def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes, threads: int) -> N
         width, row = right - left, type.row_bytes(right - left)
         panel = chunk[:, left // type.block * type.block_bytes :][:, :row]
         at = begin + before * row
-        kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + tall * row], threads)
+        kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + tall * row], 1)
         begin += whole * row
 
 

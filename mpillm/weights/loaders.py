@@ -27,14 +27,18 @@ REQUESTS = 4  # under way at a time: a disk is busy only while it has more than 
 REQUEST_BYTES = 4 * 2**20
 
 
-def open_loader(source: Source, kind: Kind, threads: int) -> Loader[Layer]:
-    """The loader of a source's items. For packed ones `kind` says how; "auto" maps local files, reads network ones."""
+def open_loader(source: Source, kind: Kind, threads: int, streamed: bool) -> Loader[Layer]:
+    """The loader of a source's items; `streamed`: not all of them stay. For packed sources `kind` says how.
+
+    "auto" maps what stays, for that costs nothing but reading it once. What is streamed, it reads past the page cache,
+    which is faster than filling that cache and emptying it again; and what comes over a network, always.
+    """
     if isinstance(source, TensorSource):
-        unpacked = source
-        return Heap(lambda plan, buffer: load(plan, unpacked, buffer, threads))
+        unpacked, half = source, max(threads // 2, 1)  # a step computes meanwhile
+        return Heap(lambda plan, buffer: load(plan, unpacked, buffer, half))
     assert isinstance(source, PackedSource)
     if kind == "auto":
-        kind = "read" if network_kind(source.path) or not can_populate() else "mmap"
+        kind = "read" if streamed or network_kind(source.path) or not can_populate() else "mmap"
     if kind == "mmap" and not can_populate():
         raise JobError(
             'memory.loader = "mmap" needs Linux 5.14 or newer; leave it "auto", or make it "read".'
@@ -127,7 +131,7 @@ class Mapped(_Parallel):
         return Layer(plan, buffer)
 
     def give_back(self, plan: LayerPlan) -> None:
-        """Unmap an item's pages; the system may keep them as long as nobody needs the memory."""
+        """Unmap an item's pages; the system keeps them as long as nobody else needs the memory."""
         buffer = self._maps[plan.file].view(plan.offset, plan.nbytes)
         madvise(buffer.ctypes.data, buffer.nbytes, mmap.MADV_DONTNEED)
         os.posix_fadvise(self._files[plan.file].descriptor, plan.offset, plan.nbytes, os.POSIX_FADV_DONTNEED)

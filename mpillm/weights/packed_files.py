@@ -134,7 +134,7 @@ class Writer:
     def __init__(self, source: TensorSource, directory: Path, threads: int, progress: Progress) -> None:
         self._source = source
         self._directory = directory
-        # A part for each maker and one on its way to the disk: together no more than a layer.
+        # A part for each maker and one on its way to the disk: together about a layer.
         makers = min(threads, MAKERS)
         self._threads = threads // makers
         self._progress = progress
@@ -231,8 +231,7 @@ class Writer:
 
     def _part(self, part: Part) -> Bytes:
         data = np.zeros(part.nbytes, np.uint8)
-        for entries in _alike(part, data):
-            fill(entries, self._source, self._threads)
+        fill(_alike(part, data), self._source, self._threads)
         return data
 
     def _embed(self, rows: range) -> Bytes:

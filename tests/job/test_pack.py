@@ -254,7 +254,7 @@ def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, ch
     source = open_source(tmp_path / "p")
     config = ModelConfig.from_dict(source.config)
     items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
-    cache = WeightCache(items, open_loader(source, loader, 1), minimum_budget(items))
+    cache = WeightCache(items, open_loader(source, loader, 1, streamed=True), minimum_budget(items))
     with cache.use(0):
         pass
     file = tmp_path / "p" / "layer-00001.safetensors"

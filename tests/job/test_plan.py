@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_said() -> None:
     made = planned("llama3", 2, "memory.weights=1KiB", "memory.kv=1KiB", "layout.stages=1")
     weights, kv = made.problems
     assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
-    assert weights.endswith("for two neighbouring layers; raise it or use more shards.")
+    assert weights.endswith("for two neighbouring parts of layers; raise it or use more shards.")
     assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
     assert plan.as_text(made).endswith(f"{weights}\n{kv}")
     with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillm.comm.grid import Place
+from mpillm.comm.grid import Place, Shape
 from mpillm.errors import JobError
+from mpillm.kernels import BlockType
 from mpillm.weights.cache import Heap, WeightCache, fixed_part, minimum_budget
-from mpillm.weights.layer import LayerPlan, load, rank_plans
+from mpillm.weights.layer import LayerPlan, head_tensors, layer_parts, load, rank_plans
+from mpillm.weights.packed_layout import panels_of, shard_extent
 from mpillm.weights.source import open_source
 
 from .build import Tiny, write_hf
@@ -353,3 +355,38 @@ def test_real_layers_are_the_same_whatever_the_budget(tmp_path):
     assert seen[0] == seen[1] == seen[2]
     source.close()
     gc.collect()
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(32, 4096, 32, 8, 128, 14336, 128256), Shape(80, 8192, 64, 8, 128, 28672, 128256)]
+)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_what_stays_of_large_models_is_nearly_the_budget(shape, shards):
+    """Models of 8B and 70B, in Q4_0, planned as they lie in packed files."""
+    flags, place = Tiny(n_layers=shape.n_layers), Place(shards - 1, 1, shards)
+    parts = [
+        tensors for layer in range(shape.n_layers) for tensors in layer_parts(shape, flags, layer).values()
+    ]
+    sizes = [
+        shard_extent(panels_of(tensors, shape, lambda _: BlockType.Q4_0), place)[2]
+        for tensors in [*parts, list(head_tensors(shape))]
+    ]
+    items, total = plans(*sizes), sum(sizes)
+    for share in (0.25, 0.5, 0.75):
+        stays = sum(sizes[i] for i in fixed_part(items, int(share * total)))
+        assert share - 0.02 < stays / total <= share
+    assert minimum_budget(items) < 0.08 * total
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("policy", ["cycle", "lru"])
+@pytest.mark.parametrize("budget", [200, 350, 1000])
+def test_several_loads_at_a_time(policy, budget):
+    """The next item is on its way before this one is there, and the budget holds all the same."""
+    loader = Loader(0.001, parallel=3)
+    cache = WeightCache(plans(*[100] * 10), loader, budget, policy)
+    run(cache, [*range(10)] * 6)
+    assert cache.counters.hits + cache.counters.misses == 60
+    assert cache.counters.hit_bytes + cache.counters.miss_bytes == 6000
+    assert cache.counters.peak <= budget
+    cache.close()
