@@ -1,0 +1,130 @@
+"""What shards answer and how it is put together: the same candidates and bits however the vocabulary is cut."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm.engine.reply import Answerer, Reply, merge
+from mpillm.engine.sampler import Candidates, inverse_temperature
+from mpillm.engine.step import NO_IDS, Fetch, Part, Step
+
+VOCAB, PANELS, WIDTH = 160, 8, 3
+
+
+def step() -> Step:
+    """A part of every kind: scored, drawn, greedy, penalised, and one that is only read."""
+    ids = lambda *values: np.array(values, np.int32)  # noqa: E731
+    parts = [
+        Part(0, ids(5, 6, 7), NO_IDS, score_k=2, successor=159),
+        Part(9, ids(1), NO_IDS, sample_k=128, temperature=0.7),
+        Part(9, ids(2), NO_IDS, sample_k=1),
+        Part(0, ids(3, 4), NO_IDS),
+        Part(9, ids(1), NO_IDS, sample_k=4, logprobs=3, penalty=1.5, seen=ids(*range(0, VOCAB, 3))),
+        Part(9, ids(1), NO_IDS, score_k=0, successor=20, sample_k=30, temperature=2.0, logprobs=0),
+    ]
+    return Step(7, tuple(parts))
+
+
+def answers(shards: int, logits: np.ndarray) -> tuple[list[Answerer], list[Reply]]:
+    """Each shard's answerer, with a decoder whose hidden states are rows' numbers, and their replies as they travel."""
+    answerers = []
+    for shard in range(shards):
+        vocab = range(shard * VOCAB // shards, (shard + 1) * VOCAB // shards)
+        own = np.ascontiguousarray(logits[:, vocab.start : vocab.stop])
+        decoder: Any = SimpleNamespace(
+            place=SimpleNamespace(shard=shard),
+            vocab=vocab,
+            vocab_bounds=np.arange(0, len(vocab) + 1, VOCAB // PANELS, dtype=np.int32),
+            final_norm=lambda x: x,
+            logits=lambda x, own=own: own[x[:, 0].astype(int)],
+        )
+        answerers.append(Answerer(decoder, keep_steps=1, threads=1))
+    x = np.repeat(np.arange(len(logits), dtype=np.float32)[:, None], WIDTH, axis=1)
+    return answerers, [_travel(answerer.answer(step(), x)) for answerer in answerers]
+
+
+def _travel(reply: Reply) -> Reply:
+    return Reply.decode(reply.encode(), WIDTH)
+
+
+def same(one: Candidates, other: Candidates) -> bool:
+    arrays = all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("ids", "values", "raw", "weights")
+    )
+    numbers = [(c.log_z, c.scaled_z, c.target_logit) for c in (one, other)]
+    return arrays and np.array_equal(*numbers, equal_nan=True) and one.complete == other.complete
+
+
+def rows() -> np.ndarray:
+    logits = np.random.default_rng(1).normal(0, 3, (9, VOCAB)).astype(np.float32)
+    logits[:, 40:44] = logits[:, 120:124]  # ties across shards
+    return logits
+
+
+def test_one_shard_gives_what_the_logits_say() -> None:
+    logits = rows()
+    outputs = step().outputs
+    merged = merge(answers(1, logits)[1], outputs, [VOCAB])
+    assert [output.row for output in outputs] == [0, 1, 2, 3, 4, 7, 7, 8, 8]
+    for output, found in zip(outputs, merged, strict=True):
+        raw, part = logits[output.row], step().parts[output.part]
+        values = raw.copy()
+        if output.penalised:
+            values[part.seen] = np.where(raw > 0, raw / np.float32(1.5), raw * np.float32(1.5))[part.seen]
+        order = np.lexsort((np.arange(VOCAB), -values))[: output.k]
+        assert found.ids.tolist() == order.tolist()
+        assert found.values.tolist() == values[order].tolist()
+        assert found.raw.tolist() == raw[order].tolist()
+        assert found.complete == (output.k == VOCAB)
+        exact = raw.astype(np.float64)
+        if output.target >= 0:
+            assert found.target_logit == raw[output.target]
+        if output.normalised:
+            assert found.log_z == pytest.approx(np.log(np.exp(exact).sum()), rel=1e-6)
+            inv_t = inverse_temperature(part.temperature) if output.sampled else 1.0
+            relative = np.exp((values.astype(np.float64) - values.max()) * inv_t)
+            assert found.scaled_z == pytest.approx(relative.sum(), rel=1e-5)
+            if output.sampled:
+                assert found.weights == pytest.approx(relative[order], rel=1e-6)
+        else:
+            assert np.isnan(found.log_z)
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_shards_give_the_same_bits_as_one(shards: int) -> None:
+    logits, outputs = rows(), step().outputs
+    whole = merge(answers(1, logits)[1], outputs, [VOCAB])
+    parts = merge(answers(shards, logits)[1], outputs, [VOCAB // shards] * shards)
+    assert all(same(one, other) for one, other in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("k", [140, VOCAB])
+def test_more_candidates_go_on_where_the_first_ended(shards: int, k: int) -> None:
+    logits, outputs = rows(), step().outputs
+    answerers, replies = answers(shards, logits)
+    sizes = [VOCAB // shards] * shards
+    first = merge(replies, outputs, sizes)
+    wanted = (3, 8)
+    fetched = [_travel(answerer.fetch(Fetch(7, wanted, k))) for answerer in answerers]
+    more = merge(fetched, [outputs[i]._replace(k=k) for i in wanted], sizes)
+    for i, found in zip(wanted, more, strict=True):
+        known = len(first[i].ids)
+        assert len(found.ids) == k
+        assert found.complete == (k == VOCAB)
+        assert np.array_equal(found.ids[:known], first[i].ids)
+        assert np.array_equal(found.weights[:known], first[i].weights)
+        assert (found.log_z, found.scaled_z) == (first[i].log_z, first[i].scaled_z)
+
+
+def test_a_step_that_only_computes_has_an_empty_answer() -> None:
+    only = Step(1, (Part(0, np.zeros(2, np.int32), NO_IDS),))
+    assert only.outputs == []
+    decoder: Any = SimpleNamespace(place=SimpleNamespace(shard=0), final_norm=lambda x: x)
+    reply = Answerer(decoder, keep_steps=1, threads=1).answer(only, np.zeros((2, WIDTH), np.float32))
+    assert merge([_travel(reply)], only.outputs, [VOCAB]) == []
