@@ -10,7 +10,7 @@ MPICH  := .venv-mpich
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-SOURCES := pyproject.toml setup.py $(wildcard cython/*.pyx cython/core/*.[ch])
+SOURCES := pyproject.toml setup.py $(wildcard cython/*.pyx cython/*.pxi cython/core/*.[ch])
 
 .DELETE_ON_ERROR:
 .PHONY: run test lint clean install

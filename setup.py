@@ -13,12 +13,12 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError
 
 # No -march: each instruction set has its own file with its own target, chosen at run time.  Contraction would let
 # the compiler fuse what must round twice; the kernels' bits are the same on every machine.
-FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
 FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError)
 
 
 class Build(build_ext):
-    """With OpenMP where the compiler has it; a failure costs the compiled kernels and nothing else."""
+    """With OpenMP (for the bench's limits) where the compiler has it; a failure costs the compiled kernels and nothing else."""
 
     def build_extension(self, ext: Extension) -> None:
         flags = ext.extra_compile_args
@@ -27,7 +27,7 @@ class Build(build_ext):
             super().build_extension(ext)
         except FAILURES as error:
             self.announce(f"no OpenMP ({error}); trying without", level=2)
-            ext.extra_compile_args, ext.extra_link_args = flags, []
+            ext.extra_compile_args, ext.extra_link_args = flags, ["-pthread"]
             try:
                 super().build_extension(ext)
             except OSError as missing:  # no compiler at all: `optional` forgives a CompileError
@@ -44,7 +44,7 @@ def kernels() -> list[Extension]:
     extension = Extension(
         "mpillm.kernels._compiled",
         sources=["cython/kernels.pyx", *sorted(glob("cython/core/*.c"))],
-        depends=sorted(glob("cython/core/*.h")),
+        depends=sorted([*glob("cython/*.pxi"), *glob("cython/core/*.h")]),
         extra_compile_args=FLAGS,
     )
     limits = Extension(

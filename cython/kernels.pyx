@@ -8,38 +8,51 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t
 
 import numpy as np
 
-cdef extern from "core/kernels.h" nogil:
-    enum: MK_F32, MK_F16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_ACTIVATION, MK_KV_BLOCK, MK_MAX_HEAD_DIM
+cdef extern from "core/path.h" nogil:
+    enum: MK_F32, MK_F16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_ACTIVATION
+    enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS
     int mk_block(int type)
     int mk_block_bytes(int type)
     long mk_blocks(long columns, int block)
     const char *mk_path_name(int index)
     int mk_set_path(const char *name)
-    void mk_pack(int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int panels, uint8_t *out,
-                 int threads)
-    void mk_quantize(int type, const float *x, long stride, long n, long k, uint8_t *out, int threads)
-    void mk_dequantize(int type, const uint8_t *canonical, long n, long k, float *out, long stride, int threads)
-    void mk_quantize_rows(const float *x, long stride, long m, const int32_t *bounds, int panels, uint8_t *out,
-                          long out_bytes, int threads)
-    void mk_matmul(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const void *x,
-                   long x_stride, long m, float *out, long out_stride, long panel_stride, int threads)
-    void mk_fold(const float *parts, int panels, long m, long d, float *out, long stride, int threads)
-    void mk_rms_norm(const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
-                     long out_stride, int threads)
-    void mk_rope(float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
-                 int threads)
-    void mk_silu_mul(const float *gate, long gate_stride, const float *up, long up_stride, long m, long d, float *out,
-                     long out_stride, int threads)
-    void mk_softmax(float *x, long stride, long m, long d, int threads)
-    void mk_top_k(const float *x, long stride, long m, long n, long k, float *values, int32_t *ids, int threads)
-    void mk_lse_parts(const float *x, long stride, const float *inv_t, long m, const int32_t *bounds, int panels,
-                      float *out, int threads)
-    void mk_kv_store(int kv_type, const float *k, long k_stride, const float *v, long v_stride, const int32_t *block,
-                     const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd)
-    int mk_attention(int kv_type, const float *q, long q_stride, float *out, long out_stride, const void *kpool,
-                     const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
-                     const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale, int window,
-                     int threads)
+    ctypedef struct mk_work:
+        int count
+    void mk_begin(mk_work *work)
+    void mk_join(mk_work *work, int on)
+    int mk_run(mk_work *work, int threads)
+    int mk_regions()
+    void mk_add_row(mk_work *work, float *x, long stride, const float *row, long m, long d)
+    void mk_pack(mk_work *work, int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int
+                 panels, uint8_t *out)
+    void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
+    void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long
+                       stride)
+    void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int
+                          panels, uint8_t *out, long out_bytes)
+    long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at)
+    void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int
+                   panels, const void *x, long x_stride, long m, float *out, long out_stride, long
+                   panel_stride)
+    void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride)
+    void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d,
+                     float *out, long out_stride)
+    void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int
+                 heads, int hd)
+    void mk_silu_mul(mk_work *work, const float *gate, long gate_stride, const float *up, long up_stride, long
+                     m, long d, float *out, long out_stride)
+    void mk_softmax(mk_work *work, float *x, long stride, long m, long d)
+    void mk_top_k(mk_work *work, const float *x, long stride, long m, long n, long k, float *values, int32_t
+                  *ids)
+    void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t, long m, const int32_t
+                      *bounds, int panels, float *out)
+    void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride,
+                     const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh,
+                     int hd)
+    void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride,
+                      const void *kpool, const void *vpool, const int32_t *pos, const int32_t *table, const
+                      int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd,
+                      float scale, int window)
 
 
 def available():
@@ -117,11 +130,18 @@ cdef tuple four(const Py_ssize_t *shape):
     return shape[0], shape[1], shape[2], shape[3]
 
 
-cdef int require_pools(int kv_type, kpool, vpool, int kvh, int hd) except -1:
-    """Contiguous pools of the element type and the shape that are asked for."""
+cdef struct Pools:
+    void *keys
+    void *values
+    Py_ssize_t blocks
+
+
+cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd) except *:
+    """Contiguous pools of the element type and the shape that are asked for; the caller keeps the arrays."""
     cdef const float[:, :, :, ::1] kfloats, vfloats
     cdef const uint16_t[:, :, :, ::1] khalves, vhalves
     cdef tuple keys, values
+    cdef Pools pools
     if kv_type != MK_F32 and kv_type != MK_F16:
         raise ValueError(f"the KV cache holds F32 or F16, not block type {kv_type}")
     if not 0 < hd <= MK_MAX_HEAD_DIM:
@@ -129,12 +149,15 @@ cdef int require_pools(int kv_type, kpool, vpool, int kvh, int hd) except -1:
     if kv_type == MK_F32:
         kfloats, vfloats = kpool, vpool
         keys, values = four(kfloats.shape), four(vfloats.shape)
+        pools.keys, pools.values = <void *>&kfloats[0, 0, 0, 0], <void *>&vfloats[0, 0, 0, 0]
     else:
         khalves, vhalves = kpool, vpool
         keys, values = four(khalves.shape), four(vhalves.shape)
+        pools.keys, pools.values = <void *>&khalves[0, 0, 0, 0], <void *>&vhalves[0, 0, 0, 0]
+    pools.blocks = keys[0]
     require("kpool", (keys[0], kvh, hd, MK_KV_BLOCK), keys)
     require("vpool", (keys[0], kvh, MK_KV_BLOCK, hd), values)
-    return 0
+    return pools
 
 
 cdef int require_range(str name, const int32_t[::1] values, int limit) except -1:
@@ -164,6 +187,24 @@ cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const 
     return 0
 
 
+# --- running ----------------------------------------------------------------------------------------------------
+
+
+cdef int finish(mk_work *work, int threads) except -1:
+    """Run what has been added, without the GIL."""
+    cdef int failed
+    with nogil:
+        failed = mk_run(work, threads)
+    if failed:
+        raise MemoryError("attention")
+    return 0
+
+
+def regions():
+    """How many times work was given to the threads since the start of the process."""
+    return mk_regions()
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -173,8 +214,10 @@ def pack(int type, const uint8_t[:, ::1] canonical, long k, bounds, uint8_t[::1]
     cdef long n = canonical.shape[0]
     require("canonical", (n, mk_blocks(k, mk_block(type)) * mk_block_bytes(type)), (n, canonical.shape[1]))
     require_vector("out", packed_bytes(type, n, edges), out.shape[0])
-    with nogil:
-        mk_pack(type, &canonical[0, 0], n, k, &edges[0], <int>edges.shape[0] - 1, &out[0], threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_pack(&work, type, &canonical[0, 0], n, k, &edges[0], <int>edges.shape[0] - 1, &out[0])
+    finish(&work, threads)
 
 
 def quantize(int type, const float[:, :] x, uint8_t[:, ::1] out, int threads=1):
@@ -183,8 +226,10 @@ def quantize(int type, const float[:, :] x, uint8_t[:, ::1] out, int threads=1):
         raise ValueError(f"quantize makes Q8_0 or Q4_0, not block type {type}")
     require_rows("x", x, -1, -1)
     require("out", (x.shape[0], mk_blocks(x.shape[1], MK_BLOCK) * mk_block_bytes(type)), (out.shape[0], out.shape[1]))
-    with nogil:
-        mk_quantize(type, &x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], &out[0, 0], threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_quantize(&work, type, &x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], &out[0, 0])
+    finish(&work, threads)
 
 
 def dequantize(int type, const uint8_t[:, ::1] canonical, long k, float[:, :] out, int threads=1):
@@ -192,50 +237,96 @@ def dequantize(int type, const uint8_t[:, ::1] canonical, long k, float[:, :] ou
     cdef long n = canonical.shape[0]
     require("canonical", (n, mk_blocks(k, mk_block(type)) * mk_block_bytes(type)), (n, canonical.shape[1]))
     require_rows("out", out, n, k)
-    with nogil:
-        mk_dequantize(type, &canonical[0, 0], n, k, &out[0, 0], out.strides[0] // 4, threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_dequantize(&work, type, &canonical[0, 0], n, k, &out[0, 0], out.strides[0] // 4)
+    finish(&work, threads)
 
 
 def quantize_rows(const float[:, :] x, bounds, uint8_t[:, ::1] out, int threads=1):
     require_rows("x", x, -1, -1)
     cdef const int32_t[::1] edges = check_bounds(bounds, x.shape[1], 1)
     require("out", (x.shape[0], count_blocks(edges, MK_BLOCK) * MK_ACTIVATION), (out.shape[0], out.shape[1]))
-    with nogil:
-        mk_quantize_rows(&x[0, 0], x.strides[0] // 4, x.shape[0], &edges[0], <int>edges.shape[0] - 1, &out[0, 0],
-                         out.shape[1], threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_quantize_rows(&work, &x[0, 0], x.strides[0] // 4, x.shape[0], &edges[0], <int>edges.shape[0] - 1, &out[0, 0],
+                     out.shape[1])
+    finish(&work, threads)
+
+
+cdef class Product:
+    """A packed matrix [n, k], checked once; its panels may lie apart."""
+
+    cdef list data
+    cdef const uint8_t *at[MK_MAX_PANELS]
+    cdef const int32_t[::1] edges
+    cdef int type, panels
+    cdef long n, k, x_bytes
+
+    def __init__(self, int type, long n, long k, bounds):
+        require_type(type)
+        self.edges = check_bounds(bounds, k, mk_block(type))
+        self.type, self.n, self.k, self.data = type, n, k, []
+        self.panels = <int>self.edges.shape[0] - 1
+        self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
+
+    cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:
+        """Panels first .. first + count - 1 lie in w, one after the other."""
+        cdef const int32_t *edges = &self.edges[first]
+        require_vector("w", mk_panels(self.type, NULL, self.n, edges, count, &self.at[first]), w.shape[0])
+        mk_panels(self.type, &w[0], self.n, edges, count, &self.at[first])
+        self.data.append(w)
+        return 0
+
+    cdef int quantised(self) noexcept:
+        return mk_block(self.type) > 1
+
+    cdef void add(self, mk_work *work, const void *x, long x_stride, long m, float *out, long out_stride,
+                  long panel_stride) noexcept:
+        """x: activations and bytes, or floats and elements."""
+        if m and self.n:
+            mk_matmul(work, self.type, self.at, self.n, &self.edges[0], self.panels, x, x_stride, m, out, out_stride,
+                      panel_stride)
 
 
 def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True):
-    require_type(type)
-    cdef const int32_t[::1] edges = check_bounds(bounds, k, mk_block(type))
-    cdef int panels = <int>edges.shape[0] - 1
+    cdef Product product = Product(type, n, k, bounds)
     cdef const uint8_t[:, ::1] blocks
     cdef const float[:, :] rows
-    cdef float[:, :] folded
-    cdef float[:, :, ::1] parts
     cdef const void *from_
-    cdef float *to
-    cdef long m, x_stride, out_stride, panel_stride = 0
-    require_vector("w", packed_bytes(type, n, edges), w.shape[0])
-    if mk_block(type) > 1:
+    cdef long m, x_stride
+    product.put(0, product.panels, w)
+    if product.quantised():
         blocks = x
         m, x_stride, from_ = blocks.shape[0], blocks.shape[1], &blocks[0, 0]
-        require("x", (m, count_blocks(edges, MK_BLOCK) * MK_ACTIVATION), (m, blocks.shape[1]))
+        require("x", (m, product.x_bytes), (m, blocks.shape[1]))
     else:
         rows = x
         require_rows("x", rows, -1, k)
         m, x_stride, from_ = rows.shape[0], rows.strides[0] // 4, &rows[0, 0]
+    cdef Sums sums = sums_of(out, product.panels, m, n, fold)
+    cdef mk_work work
+    mk_begin(&work)
+    product.add(&work, from_, x_stride, m, sums.to, sums.stride, sums.panel_stride)
+    finish(&work, threads)
+
+
+cdef struct Sums:
+    float *to
+    long stride, panel_stride
+
+
+cdef Sums sums_of(out, int panels, long m, long n, bint fold) except *:
+    """Where a product goes: out [m, n] if its panels are folded, else [panels, m, n]; the caller keeps the array."""
+    cdef float[:, :] folded
+    cdef float[:, :, ::1] parts
     if fold:
         folded = out
         require_rows("out", folded, m, n)
-        out_stride, to = folded.strides[0] // 4, &folded[0, 0]
-    else:
-        parts = out
-        require("out", (panels, m, n), (parts.shape[0], parts.shape[1], parts.shape[2]))
-        out_stride, panel_stride, to = n, m * n, &parts[0, 0, 0]
-    if m and n:
-        with nogil:
-            mk_matmul(type, &w[0], n, &edges[0], panels, from_, x_stride, m, to, out_stride, panel_stride, threads)
+        return Sums(&folded[0, 0], folded.strides[0] // 4, 0)
+    parts = out
+    require("out", (panels, m, n), (parts.shape[0], parts.shape[1], parts.shape[2]))
+    return Sums(&parts[0, 0, 0], n, m * n)
 
 
 def fold(const float[:, :, ::1] parts, float[:, :] out, int threads=1):
@@ -244,17 +335,21 @@ def fold(const float[:, :, ::1] parts, float[:, :] out, int threads=1):
         raise ValueError("parts must be [P, m, d] with P a power of two up to 64, "
                          f"not {(count, parts.shape[1], parts.shape[2])}")
     require_rows("out", out, parts.shape[1], parts.shape[2])
-    with nogil:
-        mk_fold(&parts[0, 0, 0], count, parts.shape[1], parts.shape[2], &out[0, 0], out.strides[0] // 4, threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_fold(&work, &parts[0, 0, 0], count, parts.shape[1], parts.shape[2], &out[0, 0], out.strides[0] // 4)
+    finish(&work, threads)
 
 
 def rms_norm(const float[:, :] x, const float[::1] w, float eps, float[:, :] out, int threads=1):
     require_rows("x", x, -1, -1)
     require_vector("w", x.shape[1], w.shape[0])
     require_rows("out", out, x.shape[0], x.shape[1])
-    with nogil:
-        mk_rms_norm(&x[0, 0], x.strides[0] // 4, &w[0], eps, x.shape[0], x.shape[1], &out[0, 0],
-                    out.strides[0] // 4, threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_rms_norm(&work, &x[0, 0], x.strides[0] // 4, &w[0], eps, x.shape[0], x.shape[1], &out[0, 0],
+                out.strides[0] // 4)
+    finish(&work, threads)
 
 
 def rope(float[:, :] x, const float[:, ::1] cos, const float[:, ::1] sin, int heads, int hd, int threads=1):
@@ -263,84 +358,76 @@ def rope(float[:, :] x, const float[:, ::1] cos, const float[:, ::1] sin, int he
         raise ValueError(f"rope needs an even head dimension, not {hd}")
     require("cos", (x.shape[0], hd // 2), (cos.shape[0], cos.shape[1]))
     require("sin", (x.shape[0], hd // 2), (sin.shape[0], sin.shape[1]))
-    with nogil:
-        mk_rope(&x[0, 0], x.strides[0] // 4, &cos[0, 0], &sin[0, 0], x.shape[0], heads, hd, threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_rope(&work, &x[0, 0], x.strides[0] // 4, &cos[0, 0], &sin[0, 0], x.shape[0], heads, hd)
+    finish(&work, threads)
 
 
 def silu_mul(const float[:, :] gate, const float[:, :] up, float[:, :] out, int threads=1):
     require_rows("gate", gate, -1, -1)
     require_rows("up", up, gate.shape[0], gate.shape[1])
     require_rows("out", out, gate.shape[0], gate.shape[1])
-    with nogil:
-        mk_silu_mul(&gate[0, 0], gate.strides[0] // 4, &up[0, 0], up.strides[0] // 4, gate.shape[0], gate.shape[1],
-                    &out[0, 0], out.strides[0] // 4, threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_silu_mul(&work, &gate[0, 0], gate.strides[0] // 4, &up[0, 0], up.strides[0] // 4, gate.shape[0], gate.shape[1],
+                &out[0, 0], out.strides[0] // 4)
+    finish(&work, threads)
 
 
 def softmax(float[:, :] x, int threads=1):
     require_rows("x", x, -1, -1)
-    with nogil:
-        mk_softmax(&x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_softmax(&work, &x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1])
+    finish(&work, threads)
 
 
 def kv_store(int kv_type, const float[:, :] k, const float[:, :] v, const int32_t[::1] block,
              const int32_t[::1] offset, kpool, vpool, int kvh, int hd):
-    cdef float[:, :, :, ::1] kfloats, vfloats
-    cdef uint16_t[:, :, :, ::1] khalves, vhalves
-    cdef void *keys
-    cdef void *values
+    cdef Pools pools
     require_rows("k", k, -1, <Py_ssize_t>kvh * hd)
     require_rows("v", v, k.shape[0], <Py_ssize_t>kvh * hd)
-    require_pools(kv_type, kpool, vpool, kvh, hd)
+    pools = pools_of(kv_type, kpool, vpool, kvh, hd)
     require_vector("block", k.shape[0], block.shape[0])
     require_vector("offset", k.shape[0], offset.shape[0])
-    require_range("block", block, <int>len(kpool))
+    require_range("block", block, <int>pools.blocks)
     require_range("offset", offset, MK_KV_BLOCK)
-    if kv_type == MK_F32:
-        kfloats, vfloats = kpool, vpool
-        keys, values = &kfloats[0, 0, 0, 0], &vfloats[0, 0, 0, 0]
-    else:
-        khalves, vhalves = kpool, vpool
-        keys, values = &khalves[0, 0, 0, 0], &vhalves[0, 0, 0, 0]
-    with nogil:
-        mk_kv_store(kv_type, &k[0, 0], k.strides[0] // 4, &v[0, 0], v.strides[0] // 4, &block[0], &offset[0],
-                    k.shape[0], keys, values, kvh, hd)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_kv_store(&work, kv_type, &k[0, 0], k.strides[0] // 4, &v[0, 0], v.strides[0] // 4, &block[0], &offset[0],
+                k.shape[0], pools.keys, pools.values, kvh, hd)
+    finish(&work, 1)
 
 
 def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, const int32_t[::1] pos,
               const int32_t[::1] table, const int32_t[::1] table_start, const int32_t[::1] kv_of_head, int kvh, int hd,
               float scale, int window, int threads=1):
-    cdef const float[:, :, :, ::1] kfloats, vfloats
-    cdef const uint16_t[:, :, :, ::1] khalves, vhalves
-    cdef const void *keys
-    cdef const void *values
-    cdef int heads = <int>kv_of_head.shape[0], failed
+    cdef Pools pools
+    cdef int heads = <int>kv_of_head.shape[0]
     require_rows("q", q, -1, <Py_ssize_t>heads * hd)
     require_rows("out", out, q.shape[0], <Py_ssize_t>heads * hd)
-    require_pools(kv_type, kpool, vpool, kvh, hd)
+    pools = pools_of(kv_type, kpool, vpool, kvh, hd)
     require_vector("pos", q.shape[0], pos.shape[0])
     require_vector("table_start", q.shape[0], table_start.shape[0])
     require_range("kv_of_head", kv_of_head, kvh)
-    require_tables(pos, table, table_start, window, len(kpool))
-    if kv_type == MK_F32:
-        kfloats, vfloats = kpool, vpool
-        keys, values = &kfloats[0, 0, 0, 0], &vfloats[0, 0, 0, 0]
-    else:
-        khalves, vhalves = kpool, vpool
-        keys, values = &khalves[0, 0, 0, 0], &vhalves[0, 0, 0, 0]
-    with nogil:
-        failed = mk_attention(kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, keys, values,
-                              &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, scale,
-                              window, threads)
-    if failed:
-        raise MemoryError("attention")
+    require_tables(pos, table, table_start, window, pools.blocks)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_attention(&work, kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, pools.keys,
+                 pools.values, &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, scale,
+                 window)
+    finish(&work, threads)
 
 
 def top_k(const float[:, :] x, long k, float[:, ::1] values, int32_t[:, ::1] ids, int threads=1):
     require_rows("x", x, -1, -1)
     require("values", (x.shape[0], k), (values.shape[0], values.shape[1]))
     require("ids", (x.shape[0], k), (ids.shape[0], ids.shape[1]))
-    with nogil:
-        mk_top_k(&x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], k, &values[0, 0], &ids[0, 0], threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_top_k(&work, &x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], k, &values[0, 0], &ids[0, 0])
+    finish(&work, threads)
 
 
 def lse_parts(const float[:, :] x, const float[::1] inv_t, bounds, float[:, :, ::1] out, int threads=1):
@@ -352,6 +439,10 @@ def lse_parts(const float[:, :] x, const float[::1] inv_t, bounds, float[:, :, :
             raise ValueError(f"bounds must rise within 0..{x.shape[1]}: {list(edges)}")
     require_vector("inv_t", x.shape[0], inv_t.shape[0])
     require("out", (x.shape[0], panels, 3), (out.shape[0], out.shape[1], out.shape[2]))
-    with nogil:
-        mk_lse_parts(&x[0, 0], x.strides[0] // 4, &inv_t[0], x.shape[0], &edges[0], <int>panels, &out[0, 0, 0],
-                     threads)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_lse_parts(&work, &x[0, 0], x.strides[0] // 4, &inv_t[0], x.shape[0], &edges[0], <int>panels, &out[0, 0, 0])
+    finish(&work, threads)
+
+
+include "halves.pxi"

@@ -7,7 +7,7 @@
 typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, vf *sums);
 
 /* Up to FEW rows memory is the limit: fetch so many bytes ahead in each stream of weights. */
-enum { MANY_TILES = 4, FEW = 4, PREFETCH = 2048 };
+enum { MANY_TILES = MK_MANY_TILES, FEW = 4, PREFETCH = 2048 };
 enum { MAX_SUMS = (int)VEC_ROWS > (int)MANY_TILES ? (int)VEC_ROWS : (int)MANY_TILES };
 
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
@@ -115,14 +115,13 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
 static void product(const mk_matmul_job *job, tile_function function, long tile, int tiles, long row, int rows) {
     const int block = mk_block(job->type), x_bytes = job->type >= MK_Q8_0 ? MK_ACTIVATION : 4;
     const long bytes = (long)mk_block_bytes(job->type) * MK_TILE;
-    const uint8_t *w = job->w, *x = job->x + row * job->x_stride;
+    const uint8_t *x = job->x + row * job->x_stride;
     vf pending[MK_MAX_LEVELS][MAX_SUMS]; /* sums of 2^i panels that wait for their neighbour */
     int depth = 0;
     for (int p = 0; p < job->panels; p++) {
         long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], block), stride = count * bytes;
         vf *sums = pending[depth++];
-        function(w + tile * stride, stride, x, job->x_stride, count, sums);
-        w += job->tiles * stride;
+        function(job->at[p] + tile * stride, stride, x, job->x_stride, count, sums);
         x += count * x_bytes;
         if (job->panel_stride) {
             store_tiles(job, sums, tile, tiles, row, rows, job->out + p * job->panel_stride);

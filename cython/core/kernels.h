@@ -1,8 +1,8 @@
 /* The compute kernels' C interface: what kernels.pyx and the tests' harness call.
  *
  * Shapes and layouts are those of mpillm/kernels (types.py, reference.py); arguments have been checked by the caller.
- * Every function splits its items over at most `threads` threads and gives the same bits for any number of them, on
- * every path. */
+ * Functions that take a `work` add a step to it; mk_run does the steps with at most `threads` threads, and gives the
+ * same bits for any number of them, on every path. */
 #ifndef MK_KERNELS_H
 #define MK_KERNELS_H
 
@@ -15,7 +15,8 @@ enum {
     MK_BLOCK = 32,           /* values that share a scale */
     MK_ACTIVATION = 40,      /* bytes: int8 q[32], f32 scale, i32 sum(q) */
     MK_KV_BLOCK = 32,        /* tokens */
-    MK_MAX_LEVELS = 7,       /* of the tree over panels: 64 panels */
+    MK_MAX_LEVELS = 7,       /* of the tree over panels */
+    MK_MAX_PANELS = 64,
     MK_MAX_HEAD_DIM = 2048,
 };
 
@@ -33,31 +34,46 @@ int mk_path_count(void);
 const char *mk_path_name(int index); /* NULL past the end */
 int mk_set_path(const char *name);   /* 0, or -1: not on this machine */
 
+/* Work: begin, add at most MK_STEPS steps, run; after a run it is empty and may be filled again. */
+enum { MK_STEPS = 48, MK_MOST_PRODUCTS = 32 /* of one activation */ };
+typedef struct mk_work mk_work;
+void mk_begin(mk_work *work);
+void mk_join(mk_work *work, int on); /* whether a step may run beside the one before it */
+int mk_run(mk_work *work, int threads); /* 0, or -1: no memory, and nothing was done */
+int mk_regions(void); /* runs since the start of the process, by any thread */
+
 /* Strides are in elements.  bounds: int32 [panels + 1]. */
-void mk_pack(int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int panels, uint8_t *out,
-             int threads);
-void mk_quantize(int type, const float *x, long stride, long n, long k, uint8_t *out, int threads);
-void mk_dequantize(int type, const uint8_t *canonical, long n, long k, float *out, long stride, int threads);
-void mk_quantize_rows(const float *x, long stride, long m, const int32_t *bounds, int panels, uint8_t *out,
-                      long out_bytes, int threads);
-/* x: activations (x_stride in bytes) for quantised types, else f32.  panel_stride: 0 folds the panels. */
-void mk_matmul(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const void *x, long x_stride,
-               long m, float *out, long out_stride, long panel_stride, int threads);
-void mk_fold(const float *parts, int panels, long m, long d, float *out, long stride, int threads);
-void mk_rms_norm(const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
-                 long out_stride, int threads);
-void mk_rope(float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd, int threads);
-void mk_silu_mul(const float *gate, long gate_stride, const float *up, long up_stride, long m, long d, float *out,
-                 long out_stride, int threads);
-void mk_softmax(float *x, long stride, long m, long d, int threads);
-void mk_top_k(const float *x, long stride, long m, long n, long k, float *values, int32_t *ids, int threads);
-void mk_lse_parts(const float *x, long stride, const float *inv_t, long m, const int32_t *bounds, int panels,
-                  float *out, int threads);
-void mk_kv_store(int kv_type, const float *k, long k_stride, const float *v, long v_stride, const int32_t *block,
+void mk_pack(mk_work *work, int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int panels,
+             uint8_t *out);
+void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out);
+void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
+void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int panels,
+                      uint8_t *out, long out_bytes);
+/* Where the panels of a packed matrix begin; returns its bytes. */
+long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at);
+/* at: where each panel begins; x: activations (x_stride in bytes) for quantised types, else f32.
+ * panel_stride: 0 folds the panels. */
+void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
+               const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
+void mk_add_row(mk_work *work, float *x, long stride, const float *row, long m, long d); /* x += row */
+void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
+void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
+                 long out_stride);
+void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd);
+void mk_silu_mul(mk_work *work, const float *gate, long gate_stride, const float *up, long up_stride, long m, long d,
+                 float *out,
+                 long out_stride);
+void mk_softmax(mk_work *work, float *x, long stride, long m, long d);
+void mk_top_k(mk_work *work, const float *x, long stride, long m, long n, long k, float *values, int32_t *ids);
+void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t, long m, const int32_t *bounds, int
+                  panels,
+                  float *out);
+void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride, const
+                 int32_t *block,
                  const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd);
-/* 0, or -1: no memory */
-int mk_attention(int kv_type, const float *q, long q_stride, float *out, long out_stride, const void *kpool,
+void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride, const void
+                  *kpool,
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
-                 const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale, int window, int threads);
+                 const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale, int window);
 
 #endif

@@ -2,9 +2,19 @@
 #ifndef MK_PATH_H
 #define MK_PATH_H
 
+#include <stdatomic.h>
+
 #include "kernels.h"
 
 typedef void (*mk_range)(const void *job, long begin, long end);
+
+typedef struct {
+    int type, panels;
+    long n, blocks; /* items are tiles */
+    const int32_t *bounds;
+    const uint8_t *in;
+    uint8_t *out;
+} mk_pack_job;
 
 typedef struct {
     int type, panels;
@@ -21,7 +31,8 @@ typedef struct {
     int type, panels;
     long tiles, n, m, chunk; /* items are (chunk of rows of x, tile of W) */
     const int32_t *bounds;
-    const uint8_t *w, *x;
+    const uint8_t *const *at; /* the panels of W */
+    const uint8_t *x;
     long x_stride; /* bytes */
     float *out;
     long out_stride, panel_stride;
@@ -55,6 +66,42 @@ typedef struct {
 } mk_attention_job;
 
 typedef struct {
+    int f16, kvh, hd;
+    const float *k, *v;
+    long k_stride, v_stride;
+    const int32_t *block, *offset;
+    void *kpool, *vpool;
+} mk_store_job; /* items are rows */
+
+typedef union {
+    mk_pack_job pack;
+    mk_rows_job rows;
+    mk_matmul_job matmul;
+    mk_small_job small;
+    mk_attention_job attention;
+    mk_store_job store;
+} mk_job;
+
+typedef struct {
+    mk_range range;
+    mk_job job;
+    long items, grain, parts; /* `grain` items are never parted */
+    int uneven;               /* items differ much in cost: each is a part */
+    int joined;               /* needs nothing of the step before it */
+    atomic_long next;         /* the part to be taken next */
+} mk_step;
+
+/* What one call does: steps, each split over the threads, all of one done before the next begins. */
+struct mk_work {
+    int count, joining, failed;
+    mk_query_group *groups; /* attention's; freed after the run */
+    mk_step steps[MK_STEPS];
+    int helpers;            /* threads besides the caller's */
+    atomic_int first, last; /* the steps whose parts may be taken now */
+    atomic_long done;       /* parts of them that are done */
+};
+
+typedef struct {
     const char *name;
     mk_range quantize, dequantize, quantize_rows, matmul, fold, rms_norm, rope, silu_mul, softmax, top_k, lse_parts,
         attention;
@@ -64,9 +111,13 @@ typedef struct {
 /* Floats of attention's running sums on the stack of a thread; a group of queries fits in them. */
 enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 32 };
 
+/* A product's tiles of W for one row of x; a multiple of every path's rows of x in a tile. */
+enum { MK_MANY_TILES = 4, MK_ROWS = 24 };
+
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 
-void mk_run(mk_range range, const void *job, long items, int threads, int uneven);
+/* A new step of `items`; its job is all zeros. */
+mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven);
 
 #if defined(__x86_64__) || defined(__i386__)
 #define MK_X86 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import JobError
 
-COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module that loads libgomp
+COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module with threads of its own
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _positive(name: str, value: int | str) -> int:
 
 
 def keep_idle_threads_quiet() -> bool:
-    """Make OpenMP's idle threads sleep at once instead of spinning; False if it is too late to.
+    """Make idle threads sleep at once instead of spinning; False if it is too late to.
 
-    libgomp reads these variables once, while it is loaded: that is when the compiled kernels are imported.
+    OpenMP reads this variable while it is loaded, and the compiled kernels (core/run.c) when their first helper starts.
     What the user has set stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

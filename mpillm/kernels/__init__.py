@@ -14,7 +14,8 @@ from typing import Any
 
 from mpillm.errors import JobError
 
-from . import reference
+from . import halves, reference
+from .halves import AttentionHalf, FeedForwardHalf, Products
 from .reference import (
     activation_nbytes,
     attention,
@@ -36,19 +37,26 @@ from .reference import (
 from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType
 
 __all__ = [
-    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "BlockType", "activation_nbytes", "attention",
-    "available", "dequantize", "fold", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize",
-    "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
+    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "FeedForwardHalf",
+    "Products", "activation_nbytes", "attention", "available", "compute", "dequantize", "fold", "kv_store",
+    "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope",
+    "set_path", "silu_mul", "softmax", "top_k",
 ]  # fmt: skip
 
 PATHS = ("scalar", "avx", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon", "neondot", "numpy")
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
+HALVES = ("AttentionHalf", "FeedForwardHalf", "Products")
 
 _compiled: Any = None
 try:
     _compiled = importlib.import_module("mpillm.kernels._compiled")
 except ImportError as error:
     _why = str(error)
+
+
+def compute(work: Products | AttentionHalf | FeedForwardHalf, *arguments: Any, **options: Any) -> None:
+    """Call what was prepared: like the single kernels it passes through this package, where it can be timed."""
+    work(*arguments, **options)
 
 
 def path() -> str:
@@ -68,16 +76,16 @@ def set_path(name: str) -> None:
         choice = ", ".join(available())
         raise JobError(f"{known}MPILLM_KERNELS = {name} cannot be used on this machine; choose from {choice}")
     if name == "numpy":
-        _bind(reference, name)
+        _bind(name, reference, halves)
     else:
         _compiled.set_path(name)
-        _bind(_compiled, name)
+        _bind(name, _compiled, _compiled)
 
 
-def _bind(module: ModuleType, name: str) -> None:
-    """Let this package's functions be those of `module`."""
-    wanted = (f for f in reference.__all__ if f not in SHARED)
-    globals().update({f: getattr(module, f) for f in wanted}, _path=name)
+def _bind(name: str, module: ModuleType, of_halves: ModuleType) -> None:
+    """Let this package's functions and classes be those of these modules."""
+    wanted = {f: getattr(module, f) for f in reference.__all__ if f not in SHARED}
+    globals().update(wanted, **{c: getattr(of_halves, c) for c in HALVES}, _path=name)
 
 
 _path = "numpy"

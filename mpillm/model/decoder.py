@@ -6,7 +6,10 @@ step, of any sequences), d = hidden size, h = this shard's query heads, hd = hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +28,7 @@ from mpillm.weights.source import Source
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-
-FOLD_ROWS = 128  # rows whose panels' sums are held at a time, where a matrix lies in parts
+Half = Any  # kernels.AttentionHalf or FeedForwardHalf
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,63 +41,6 @@ class Batch:
     table_start: Ints  # where each row's sequence begins in `table`
     block: Ints  # the KV block that takes the row's keys and values
     offset: Ints  # the place in that block
-
-
-class Rows:
-    """Activations [m, k] on their way into products: quantised once for each way that a matrix cuts its columns."""
-
-    def __init__(self, x: Floats, threads: int) -> None:
-        self.x = x
-        self._threads = threads
-        self._quantised: dict[tuple[int, bytes], NDArray[np.uint8]] = {}
-
-    def times(self, matrix: Matrix, fold: bool = True) -> Floats:
-        """x @ matrix.T: [m, n], or the panels' sums [P, m, n] if they are not to be folded."""
-        m, n, panels = len(self.x), matrix.n, len(matrix.bounds) - 1
-        out = np.empty((m, n) if fold else (panels, m, n), np.float32)
-        if not matrix.parts:
-            self._product(matrix, 0, slice(None), out, fold)
-        elif panels == 1:
-            self._rows(matrix, out)
-        elif not fold:
-            self._panels(matrix, slice(None), out)
-        else:
-            for first in range(0, m, FOLD_ROWS):
-                some = slice(first, first + FOLD_ROWS)
-                sums = np.empty((panels, len(out[some]), n), np.float32)
-                self._panels(matrix, some, sums)
-                kernels.fold(sums, out[some], self._threads)
-        return out
-
-    def _rows(self, matrix: Matrix, out: Floats) -> None:
-        """A matrix whose parts lie one under the other: each makes columns of `out` [m, n]."""
-        first = 0
-        for part in matrix.parts:
-            self._product(part, 0, slice(None), out[:, first : first + part.n], fold=True)
-            first += part.n
-
-    def _panels(self, matrix: Matrix, some: slice, sums: Floats) -> None:
-        """A matrix whose parts lie side by side: each makes the sums [P, m, n] of its panels, for some rows."""
-        column = panel = 0
-        for part in matrix.parts:
-            count = len(part.bounds) - 1
-            self._product(part, column, some, sums[panel : panel + count], fold=False)
-            column, panel = column + part.k, panel + count
-
-    def _product(self, matrix: Matrix, column: int, some: slice, out: Floats, fold: bool) -> None:
-        """Some rows' product with a matrix that takes their columns from `column` on."""
-        x: NDArray[Any] = self.x[:, column : column + matrix.k]
-        if matrix.type.quantised:
-            x = self._as_bytes(x, column, matrix.bounds)
-        n, k, bounds = matrix.n, matrix.k, matrix.bounds
-        kernels.matmul(matrix.type, matrix.data, n, k, bounds, x[some], out, self._threads, fold)
-
-    def _as_bytes(self, x: Floats, column: int, bounds: Ints) -> NDArray[np.uint8]:
-        key = (column, bounds.tobytes())
-        if key not in self._quantised:
-            self._quantised[key] = np.empty((len(x), kernels.activation_nbytes(x.shape[1], bounds)), np.uint8)
-            kernels.quantize_rows(x, bounds, self._quantised[key], self._threads)
-        return self._quantised[key]
 
 
 class Decoder:
@@ -122,10 +67,12 @@ class Decoder:
         self._pipe = pipe
         self._threads = threads
         self._layers = grid.stage_layers(shape, place)
+        self._at_rest = cache.budget >= cache.total  # what was loaded stays where it is
+        self._halves: dict[tuple[object, ...], Half] = {}
         self._items = {(item.layer, item.part): number for number, item in enumerate(cache.items)}
         heads, kv_heads = grid.own_heads(shape, place), grid.own_kv_heads(shape, place)
         share = config.n_heads // config.n_kv_heads
-        self._heads, self._kv_heads = len(heads), len(kv_heads)
+        self._kv_heads = len(kv_heads)
         self._kv_of_head = np.array([head // share - kv_heads.start for head in heads], np.int32)
         self.vocab = grid.own_vocab(shape, place)
         panels = [bound for bound in grid.vocab_panels(shape) if self.vocab.start <= bound <= self.vocab.stop]
@@ -149,17 +96,19 @@ class Decoder:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         angles = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
         for i, number in enumerate(self._layers):
+            mixture = self.config.moe_layers[number]
             with self._use(number, ATTENTION) as layer:
                 self._attention(layer, i, number, x, batch, *angles)
+                if self._at_rest and not mixture:
+                    self._feed_forward(layer, number, x)
+                    continue
                 h = self._norm(x, layer.vector("ffn_norm"))
-                routed = self._route(layer, h) if self.config.moe_layers[number] else None
+                routed = self._route(layer, h) if mixture else None
             if routed is None:
-                self._feed_forward(number, h, x)
+                self._feed_forward_in_parts(number, h, x)
             else:
                 with self._use(number, EXPERTS) as layer:
-                    out = self._experts(layer, h, *routed)
-                self._group.all_reduce(out)
-                x += out
+                    self._add(self._experts(layer, number, h, *routed), x)
         if self.is_last:
             return x
         self._pipe.send(x)
@@ -173,7 +122,7 @@ class Decoder:
     def logits(self, hidden: Floats) -> Floats:
         """Logits [m, this shard's part of the vocabulary] of rows from `final_norm`."""
         with self._use(-1, HEAD) as head:
-            return Rows(hidden, self._threads).times(head.matrix("head"))
+            return self._times(hidden, head.matrix("head"))
 
     def _use(self, layer: int, part: str) -> Use[Layer]:
         return self._cache.use(self._items[layer, part])
@@ -183,76 +132,99 @@ class Decoder:
         kernels.rms_norm(x, weight, self.config.rms_eps, out, self._threads)
         return out
 
+    def _times(self, x: Floats, matrix: Matrix) -> Floats:
+        """x @ matrix.T: [m, n]."""
+        out = np.empty((len(x), matrix.n), np.float32)
+        kernels.compute(kernels.Products(matrix), x, [out], self._threads)
+        return out
+
+    def _kept(self, make: Callable[[], Half], *key: object) -> Half:
+        """What `make` makes of the layers in use: made once if all stay in memory, else their bytes may move."""
+        if not self._at_rest:
+            return make()
+        if key not in self._halves:
+            self._halves[key] = make()
+        return self._halves[key]
+
+    def _add(self, part: Floats, x: Floats) -> None:
+        """Add to x what all shards make together."""
+        self._group.all_reduce(part)
+        x += part
+
     def _attention(
         self, layer: Layer, i: int, number: int, x: Floats, batch: Batch, cos: Floats, sin: Floats
     ) -> None:
-        config, threads, hd = self.config, self._threads, self.config.head_dim
-        m = len(x)
-        rows = Rows(self._norm(x, layer.vector("attn_norm")), threads)
-        q, k, v = (rows.times(layer.matrix(role)) for role in "qkv")
-        if config.attention_bias:
-            q += layer.vector("q_bias")
-            k += layer.vector("k_bias")
-            v += layer.vector("v_bias")
-        if config.qk_norm:
-            q = self._norm(q.reshape(-1, hd), layer.vector("q_norm")).reshape(m, -1)
-            k = self._norm(k.reshape(-1, hd), layer.vector("k_norm")).reshape(m, -1)
-        kernels.rope(q, cos, sin, self._heads, hd, threads)
-        kernels.rope(k, cos, sin, self._kv_heads, hd, threads)
-        keys, values = self._kv.pools[i]
-        kv_type = self._kv.kv_type
-        kernels.kv_store(kv_type, k, v, batch.block, batch.offset, keys, values, self._kv_heads, hd)
-        mixed = np.empty_like(q)
-        kernels.attention(
-            kv_type,
-            q,
-            mixed,
-            keys,
-            values,
-            batch.positions,
-            batch.table,
-            batch.table_start,
-            self._kv_of_head,
-            self._kv_heads,
-            hd,
-            hd**-0.5,
-            config.windows[number],
-            threads,
-        )
-        out = Rows(mixed, threads).times(layer.matrix("o"))
-        self._group.all_reduce(out)
-        x += out
-        if config.o_bias:
+        half = self._kept(lambda: self._attention_half(layer, number), ATTENTION, number)
+        out = np.empty_like(x)
+        kernels.compute(half, x, cos, sin, self._kv.kv_type, *self._kv.pools[i], batch.block, batch.offset,
+                        batch.positions, batch.table, batch.table_start, out, self._threads)  # fmt: skip
+        self._add(out, x)
+        if self.config.o_bias:
             x += layer.vector("o_bias")
 
-    def _feed_forward(self, number: int, h: Floats, x: Floats) -> None:
-        """Add to x [m, d] what a layer without experts makes of the normed rows h [m, d]."""
-        rows, bias = Rows(h, self._threads), self.config.mlp_bias
+    def _attention_half(self, layer: Layer, number: int) -> kernels.AttentionHalf:
+        config, vector = self.config, layer.vector
+        biases = (vector("q_bias"), vector("k_bias"), vector("v_bias")) if config.attention_bias else None
+        return kernels.AttentionHalf(
+            vector("attn_norm"),
+            config.rms_eps,
+            layer.matrix("q"),
+            layer.matrix("k"),
+            layer.matrix("v"),
+            layer.matrix("o"),
+            self._kv_of_head,
+            self._kv_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            config.windows[number],
+            biases,
+            (vector("q_norm"), vector("k_norm")) if config.qk_norm else None,
+        )
+
+    def _feed_forward(self, layer: Layer, number: int, x: Floats) -> None:
+        """Add to x [m, d] what a layer without experts makes of it; `layer` has the norm."""
+        half = self._kept(lambda: self._feed_forward_half(layer, number), DOWN, number)
+        out = np.empty_like(x)
+        kernels.compute(half, x, out, self._threads)
+        self._add(out, x)
+        if self.config.mlp_bias:
+            with self._use(number, DOWN) as down:
+                x += down.vector("down_bias")
+
+    def _feed_forward_half(self, layer: Layer, number: int) -> kernels.FeedForwardHalf:
+        with ExitStack() as stack:
+            gate, up, down = (stack.enter_context(self._use(number, part)) for part in (GATE, UP, DOWN))
+            return kernels.FeedForwardHalf(
+                layer.vector("ffn_norm"),
+                self.config.rms_eps,
+                gate.matrix("gate"),
+                up.matrix("up"),
+                down.matrix("down"),
+                (gate.vector("gate_bias"), up.vector("up_bias")) if self.config.mlp_bias else None,
+            )
+
+    def _feed_forward_in_parts(self, number: int, h: Floats, x: Floats) -> None:
+        """The same of the normed rows h, with one matrix in memory at a time."""
+        bias = self.config.mlp_bias
         with self._use(number, GATE) as layer:
-            gate = rows.times(layer.matrix("gate"))
+            gate = self._times(h, layer.matrix("gate"))
             if bias:
                 gate += layer.vector("gate_bias")
         with self._use(number, UP) as layer:
-            up = rows.times(layer.matrix("up"))
+            up = self._times(h, layer.matrix("up"))
             if bias:
                 up += layer.vector("up_bias")
         with self._use(number, DOWN) as layer:
-            out = Rows(self._activate(gate, up), self._threads).times(layer.matrix("down"))
-            self._group.all_reduce(out)
-            x += out
+            kernels.silu_mul(gate, up, gate, self._threads)
+            self._add(self._times(gate, layer.matrix("down")), x)
             if bias:
                 x += layer.vector("down_bias")
-
-    def _activate(self, gate: Floats, up: Floats) -> Floats:
-        out = np.empty_like(gate)
-        kernels.silu_mul(gate, up, out, self._threads)
-        return out
 
     def _route(self, layer: Layer, h: Floats) -> tuple[Floats, Ints]:
         """Each row's `experts_per_token` likeliest experts: their weights by the router's softmax, their numbers."""
         config, threads = self.config, self._threads
         m, chosen = len(h), config.experts_per_token
-        scores = Rows(h, threads).times(layer.matrix("router"))
+        scores = self._times(h, layer.matrix("router"))
         kernels.softmax(scores, threads)
         weights, ids = np.empty((m, chosen), np.float32), np.empty((m, chosen), np.int32)
         kernels.top_k(scores, chosen, weights, ids, threads)
@@ -263,23 +235,26 @@ class Decoder:
             weights /= total[:, None]
         return weights, ids
 
-    def _experts(self, layer: Layer, h: Floats, weights: Floats, ids: Ints) -> Floats:
+    def _experts(self, layer: Layer, number: int, h: Floats, weights: Floats, ids: Ints) -> Floats:
         """Mixture of experts: the weighted sum of what each row's experts make of it.
 
         Experts are added up in the order of their numbers within each column panel, and only then are panels
         folded: the sums are the same however many shards the panels are spread over.
         """
-        config, threads, m = self.config, self._threads, len(h)
+        m, d = h.shape
         panels: Floats | None = None
         for expert in np.unique(ids).tolist():
             at, slot = np.nonzero(ids == expert)
-            rows = Rows(np.ascontiguousarray(h[at]), threads)
-            gate, up = rows.times(layer.matrix("gate", expert)), rows.times(layer.matrix("up", expert))
-            down = Rows(self._activate(gate, up), threads).times(layer.matrix("down", expert), fold=False)
+            gate, up, down = (layer.matrix(role, expert) for role in ("gate", "up", "down"))
+            half = self._kept(
+                partial(kernels.FeedForwardHalf, None, 0.0, gate, up, down), EXPERTS, number, expert
+            )
+            sums = np.empty((len(down.bounds) - 1, len(at), d), np.float32)
+            kernels.compute(half, np.ascontiguousarray(h[at]), sums, self._threads, fold=False)
             if panels is None:
-                panels = np.zeros((len(down), m, config.hidden), np.float32)
-            panels[:, at] += weights[at, slot][:, None] * down
+                panels = np.zeros((len(sums), m, d), np.float32)
+            panels[:, at] += weights[at, slot][:, None] * sums
         assert panels is not None
-        out = np.empty((m, config.hidden), np.float32)
-        kernels.fold(panels, out, threads)
+        out = np.empty((m, d), np.float32)
+        kernels.fold(panels, out, self._threads)
         return out

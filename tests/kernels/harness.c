@@ -7,13 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "path.h"
 
 enum { MOST = 12 };
 
 static int ints[MOST];
 static void *arrays[MOST];
 static long sizes[MOST];
+static mk_work work;
 
 static void stop(const char *why) {
     fprintf(stderr, "harness: %s\n", why);
@@ -31,7 +32,9 @@ static void *make(size_t bytes, int fill) {
     return p;
 }
 
+/* What has been asked for so far is done before anything of it is given. */
 static void give(void *p, size_t bytes) {
+    if (mk_run(&work, 1)) stop("no memory");
     if (fwrite(p, 1, bytes, stdout) != bytes) stop("the output is full");
     free(p);
 }
@@ -49,15 +52,17 @@ static void product(void) {
     uint8_t *packed = make(packed_bytes, 0xAA);
     float *out = make(out_bytes, 0);
     const void *x = arrays[2];
-    mk_pack(type, arrays[0], n, k, bounds, panels, packed, 1);
+    const uint8_t *at[MK_MAX_PANELS];
+    mk_panels(type, packed, n, bounds, panels, at);
+    mk_pack(&work, type, arrays[0], n, k, bounds, panels, packed);
     if (block > 1) {
         uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
-        mk_quantize_rows(x, k, m, bounds, panels, rows, units * MK_ACTIVATION, 1);
-        mk_matmul(type, packed, n, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n, 1);
+        mk_quantize_rows(&work, x, k, m, bounds, panels, rows, units * MK_ACTIVATION);
+        mk_matmul(&work, type, at, n, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
         give(rows, (size_t)(m * units * MK_ACTIVATION));
     } else {
-        mk_matmul(type, packed, n, bounds, panels, x, k, m, out, n, fold ? 0 : m * n, 1);
+        mk_matmul(&work, type, at, n, bounds, panels, x, k, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
     }
     give(out, out_bytes);
@@ -77,10 +82,10 @@ static void attention(void) {
     }
     float *out = make((size_t)(rows * heads * hd) * 4, 0), scale;
     memcpy(&scale, arrays[9], 4);
-    mk_kv_store(type, arrays[0], kvh * hd, arrays[1], kvh * hd, arrays[2], arrays[3], stored, pools[0], pools[1], kvh, hd);
-    if (mk_attention(type, arrays[4], heads * hd, out, heads * hd, pools[0], pools[1], arrays[5], arrays[6], arrays[7],
-                     arrays[8], rows, heads, kvh, hd, scale, ints[6], 1))
-        stop("no memory");
+    mk_kv_store(&work, type, arrays[0], kvh * hd, arrays[1], kvh * hd, arrays[2], arrays[3], stored, pools[0], pools[1],
+                kvh, hd);
+    mk_attention(&work, type, arrays[4], heads * hd, out, heads * hd, pools[0], pools[1], arrays[5], arrays[6],
+                 arrays[7], arrays[8], rows, heads, kvh, hd, scale, ints[6]);
     give(pools[0], bytes);
     give(pools[1], bytes);
     give(out, (size_t)(rows * heads * hd) * 4);
@@ -97,42 +102,42 @@ static void run(int op) {
     case 0: product(); return;
     case 1:
         bytes = make((size_t)(b * blocks * mk_block_bytes((int)a)), 0xAA);
-        mk_quantize((int)a, arrays[0], c, b, c, bytes, 1);
+        mk_quantize(&work, (int)a, arrays[0], c, b, c, bytes);
         give(bytes, (size_t)(b * blocks * mk_block_bytes((int)a)));
         return;
     case 2:
         out = make((size_t)(b * c) * 4, 0);
-        mk_dequantize((int)a, arrays[0], b, c, out, c, 1);
+        mk_dequantize(&work, (int)a, arrays[0], b, c, out, c);
         give(out, (size_t)(b * c) * 4);
         return;
     case 3:
         memcpy(&eps, arrays[2], 4);
-        mk_rms_norm(arrays[0], b, arrays[1], eps, a, b, out = make(cells, 0), b, 1);
+        mk_rms_norm(&work, arrays[0], b, arrays[1], eps, a, b, out = make(cells, 0), b);
         break;
     case 4:
         cells = (size_t)sizes[0];
         memcpy(out = make(cells, 0), arrays[0], cells);
-        mk_rope(out, b * c, arrays[1], arrays[2], a, (int)b, (int)c, 1);
+        mk_rope(&work, out, b * c, arrays[1], arrays[2], a, (int)b, (int)c);
         break;
-    case 5: mk_silu_mul(arrays[0], b, arrays[1], b, a, b, out = make(cells, 0), b, 1); break;
+    case 5: mk_silu_mul(&work, arrays[0], b, arrays[1], b, a, b, out = make(cells, 0), b); break;
     case 6:
         memcpy(out = make(cells, 0), arrays[0], cells);
-        mk_softmax(out, b, a, b, 1);
+        mk_softmax(&work, out, b, a, b);
         break;
     case 7:
         cells = (size_t)(a * c) * 4;
-        mk_top_k(arrays[0], b, a, b, c, out = make(cells, 0), ids = make(cells, 0), 1);
+        mk_top_k(&work, arrays[0], b, a, b, c, out = make(cells, 0), ids = make(cells, 0));
         give(out, cells);
         give(ids, cells);
         return;
     case 8:
         cells = (size_t)(a * c) * 12;
-        mk_lse_parts(arrays[0], b, arrays[1], a, arrays[2], (int)c, out = make(cells, 0), 1);
+        mk_lse_parts(&work, arrays[0], b, arrays[1], a, arrays[2], (int)c, out = make(cells, 0));
         break;
     case 9: attention(); return;
     case 10:
         cells = (size_t)(b * c) * 4;
-        mk_fold(arrays[0], (int)a, b, c, out = make(cells, 0), c, 1);
+        mk_fold(&work, arrays[0], (int)a, b, c, out = make(cells, 0), c);
         break;
     default: stop("unknown operation");
     }
@@ -146,6 +151,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     if (mk_set_path(argv[1])) stop("this machine lacks the path");
+    mk_begin(&work);
     int32_t head[2], count;
     while (fread(head, 4, 2, stdin) == 2) {
         if (head[1] > MOST) stop("too many numbers");

@@ -28,7 +28,8 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Werror",
-]  # and no OpenMP: it must build without
+    "-pthread",
+]
 
 X86 = platform.machine() == "x86_64"
 MACHINES = {  # compiler, emulator with its processor, paths that processor has
@@ -73,7 +74,9 @@ def build(compiler: str, to: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile, sources))
     program = to / "harness"
-    subprocess.run([compiler, "-static", *objects, "-o", str(program), "-lm"], check=True, timeout=100)
+    subprocess.run(
+        [compiler, "-static", "-pthread", *objects, "-o", str(program), "-lm"], check=True, timeout=100
+    )
     return program
 
 

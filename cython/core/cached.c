@@ -1,0 +1,70 @@
+/* Steps that write and read the KV cache. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "active.h"
+
+/* One row of K goes to one column of its block, one row of V to one row. */
+static void store(const void *argument, long begin, long end) {
+    const mk_store_job *job = argument;
+    int hd = job->hd;
+    uint16_t half[MK_MAX_HEAD_DIM];
+    for (long row = begin; row < end; row++)
+        for (int head = 0; head < job->kvh; head++) {
+            long offset = job->offset[row], at = ((long)job->block[row] * job->kvh + head) * hd * MK_KV_BLOCK;
+            const float *from = job->k + row * job->k_stride + (long)head * hd;
+            const float *value = job->v + row * job->v_stride + (long)head * hd;
+            if (job->f16) {
+                uint16_t *to = (uint16_t *)job->kpool + at + offset;
+                mk_active->to_f16(from, half, hd);
+                for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = half[i];
+                mk_active->to_f16(value, (uint16_t *)job->vpool + at + offset * hd, hd);
+            } else {
+                float *to = (float *)job->kpool + at + offset;
+                for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = from[i];
+                memcpy((float *)job->vpool + at + offset * hd, value, (size_t)hd * sizeof *value);
+            }
+        }
+}
+
+void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride,
+                 const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd) {
+    mk_step_of(work, store, m, 1, 0)->store = (mk_store_job){
+        .f16 = kv_type == MK_F16, .kvh = kvh, .hd = hd, .k = k, .v = v, .k_stride = k_stride, .v_stride = v_stride,
+        .block = block, .offset = offset, .kpool = kpool, .vpool = vpool};
+}
+
+/* Groups: runs of rows of one sequence times runs of heads of one KV head, as many as a thread's stack holds. */
+static long group_queries(mk_query_group *groups, const int32_t *table_start, const int32_t *kv_of_head, long m,
+                          int heads, int hd) {
+    int most = MK_ATTENTION_SUMS / MK_LANES(hd);
+    long count = 0;
+    if (most > MK_MAX_QUERIES) most = MK_MAX_QUERIES;
+    for (int head = 0; head < heads;) {
+        int width = 1;
+        while (width < most && head + width < heads && kv_of_head[head + width] == kv_of_head[head]) width++;
+        for (long row = 0; row < m;) {
+            int rows = 1;
+            while ((rows + 1) * width <= most && row + rows < m && table_start[row + rows] == table_start[row]) rows++;
+            groups[count++] = (mk_query_group){rows, width, row, head, kv_of_head[head]};
+            row += rows;
+        }
+        head += width;
+    }
+    return count;
+}
+
+void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride,
+                  const void *kpool, const void *vpool, const int32_t *pos, const int32_t *table,
+                  const int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale,
+                  int window) {
+    if (m < 1 || heads < 1) return;
+    work->groups = malloc((size_t)m * (size_t)heads * sizeof *work->groups);
+    work->failed = !work->groups;
+    if (work->failed) return;
+    long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd);
+    mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){
+        .f16 = kv_type == MK_F16, .kvh = kvh, .hd = hd, .window = window, .scale = scale, .q = q, .out = out,
+        .q_stride = q_stride, .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
+        .table_start = table_start, .groups = work->groups};
+}

@@ -1,0 +1,153 @@
+"""Half a layer as one piece of work gives the bits of the single kernels, in whatever parts its matrices lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.kernels import BlockType, halves
+
+from . import cases
+
+COMPILED = [name for name in kernels.available() if name != "numpy"]
+pytestmark = pytest.mark.skipif(not COMPILED, reason="the extension is not built")
+HD, HEADS, KVH, D, FFN, BLOCKS = 16, 6, 2, 70, 160, 4
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = kernels.path()
+    yield
+    kernels.set_path(before)
+
+
+@dataclass
+class Matrix:
+    type: BlockType
+    n: int
+    k: int
+    bounds: Any
+    data: Any
+    parts: tuple[Matrix, ...] = ()
+
+
+def packed(type: BlockType, raw: Any, k: int, bounds: Any) -> Matrix:
+    data = np.empty(kernels.packed_nbytes(type, len(raw), k, bounds), np.uint8)
+    kernels.pack(type, np.ascontiguousarray(raw), k, bounds, data)
+    return Matrix(type, len(raw), k, np.array(bounds, np.int32), data)
+
+
+def matrix(
+    rng: np.random.Generator, type: BlockType, n: int, k: int, panels: int = 1, cut: str = ""
+) -> Matrix:
+    """Random weights in one piece, or in two: `rows` one under the other, `columns` side by side."""
+    raw = cases.canonical(rng, type, n, k)
+    bounds = [k // 32 * p // panels * 32 for p in range(panels)] + [k]
+    whole = packed(type, raw, k, bounds)
+    if cut == "rows":
+        parts = (packed(type, raw[: n // 2], k, bounds), packed(type, raw[n // 2 :], k, bounds))
+    elif cut == "columns":
+        half = bounds[panels // 2]
+        left = type.row_bytes(half)
+        parts = (
+            packed(type, raw[:, :left], half, bounds[: panels // 2 + 1]),
+            packed(type, raw[:, left:], k - half, [b - half for b in bounds[panels // 2 :]]),
+        )
+    else:
+        return whole
+    return replace(whole, data=whole.data[:0], parts=parts)
+
+
+def unfused(half: type[Any]) -> Any:
+    """The twin's class over the compiled single kernels."""
+    return type(half.__name__, (half,), {"ops": kernels._compiled})
+
+
+def vector(rng: np.random.Generator, n: int) -> Any:
+    return rng.standard_normal(n).astype(np.float32)
+
+
+def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    """What a half gives, and the pools after it; the first row of each of two sequences is at a position of its own."""
+    rng = np.random.default_rng(seed)
+    types = list(BlockType)
+    q, k, v = (
+        matrix(rng, types[(seed + i) % len(types)], n * HD, D, cut="rows" if cut else "")
+        for i, n in enumerate((HEADS, KVH, KVH))
+    )
+    o = matrix(rng, types[(seed + 3) % len(types)], D, HEADS * HD, 2, cut="columns" if cut else "")
+    biases = tuple(vector(rng, n * HD) for n in (HEADS, KVH, KVH)) if seed % 2 else None
+    norms = (vector(rng, HD), vector(rng, HD)) if seed % 3 else None
+    kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
+    half = make(vector(rng, D), 1e-5, q, k, v, o, kv_of_head, KVH, HD, 0.25, 0, biases, norms)
+    table = np.array([2, 0, 3, 1], np.int32)
+    row = np.arange(m, dtype=np.int32)
+    pos, start = row // 2, row % 2 * 2
+    block = table[start + pos // 32]
+    pools = np.zeros((BLOCKS, KVH, HD, 32), np.uint16), np.zeros((BLOCKS, KVH, 32, HD), np.uint16)
+    cos, sin = rng.standard_normal((2, m, HD // 2)).astype(np.float32)
+    out = np.empty((m, D), np.float32)
+    order = np.argsort(start, kind="stable")  # a sequence's rows are neighbours
+    x, index = rng.standard_normal((m, D)).astype(np.float32), (order,)
+    half(x, cos, sin, BlockType.F16, *pools, *(np.ascontiguousarray(a[index]) for a in (block, pos % 32, pos)),
+         table, np.ascontiguousarray(start[order]), out, threads)  # fmt: skip
+    return [out, *pools]
+
+
+def feed_forward_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    type = list(BlockType)[seed % len(BlockType)]
+    gate, up = (matrix(rng, type, FFN, D, cut="rows" if cut else "") for _ in range(2))
+    down = matrix(rng, BlockType.Q8_0, D, FFN, 4, cut="columns" if cut else "")
+    norm = vector(rng, D) if seed % 2 else None
+    biases = (vector(rng, FFN), vector(rng, FFN)) if seed % 3 else None
+    half = make(norm, 1e-5, gate, up, down, biases)
+    x = rng.standard_normal((m, D)).astype(np.float32)
+    out, panels = np.empty((m, D), np.float32), np.empty((4, m, D), np.float32)
+    half(x, out, threads)
+    half(x, panels, threads, fold=False)
+    return [out, panels]
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("results", [attention_results, feed_forward_results])
+def test_one_piece_of_work_gives_the_single_kernels_bits(path: str, results: Any) -> None:
+    name = "AttentionHalf" if results is attention_results else "FeedForwardHalf"
+    kernels.set_path(path)
+    for seed in range(6):
+        for m, threads, cut in ((1, 1, False), (1, 3, True), (7, 2, True), (40, 3, seed % 2 == 0)):
+            want = results(unfused(getattr(halves, name)), seed, m, 1, cut)
+            got = results(getattr(kernels, name), seed, m, threads, cut)
+            for a, b in zip(got, want, strict=True):
+                assert cases.same(a, b), (seed, m, threads, cut)
+
+
+def test_products_of_parts_are_the_whole() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((5, 96)).astype(np.float32)
+    for type in BlockType:
+        for cut, panels in (("rows", 1), ("columns", 2)):
+            parted = matrix(np.random.default_rng(3), type, 50, 96, panels, cut)
+            whole = matrix(np.random.default_rng(3), type, 50, 96, panels)
+            outs = [np.empty((5, 50), np.float32) for _ in range(2)]
+            kernels.Products(parted)(x, outs[:1], 2)
+            kernels.Products(whole)(x, outs[1:], 2)
+            assert cases.same(*outs)
+
+
+def test_matrices_of_the_same_rows_cut_them_alike() -> None:
+    rng = np.random.default_rng(4)
+    with pytest.raises(ValueError, match="cut their columns alike"):
+        kernels.Products(matrix(rng, BlockType.Q8_0, 16, 64), matrix(rng, BlockType.Q8_0, 16, 96))
+
+
+def test_half_a_layer_is_one_piece_of_work() -> None:
+    before = kernels._compiled.regions()
+    feed_forward_results(kernels.FeedForwardHalf, 1, 3, 2, cut=False)
+    made = kernels._compiled.regions() - before
+    assert made == 3 + 2  # three matrices packed, two calls
