@@ -96,7 +96,8 @@ class Scheduler:
                 continue
             # Decoding goes first, but for the oldest: it always goes on.
             kept = 0 if decodes else min(decoding, most - len(chosen) - 1)
-            count = self._give_blocks(sequence, min(sequence.left, max(budget - kept, not chosen)))
+            room = max(budget - kept, int(not chosen))
+            count = self._give_blocks(sequence, min(sequence.left, room)) if room else 0
             if count:
                 self._count_shared(sequence)
                 if limits.prefix_sharing:
