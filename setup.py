@@ -18,7 +18,7 @@ FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError, O
 
 
 class Build(build_ext):
-    """With OpenMP (for the bench's limits) where the compiler has it; a failure costs the compiled kernels and nothing else."""
+    """With OpenMP (the bench's limits use it) where there is some; a failure costs the kernels and nothing else."""
 
     def build_extension(self, ext: Extension) -> None:
         flags = ext.extra_compile_args
