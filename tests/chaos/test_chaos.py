@@ -1,0 +1,20 @@
+"""A short run of the chaos harness; `python -m tests.chaos --disturbances 500` is the long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mpi
+
+from .harness import Chaos
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_disturbances(openmpi: Mpi, tmp_path: Path) -> None:
+    counts = Chaos(openmpi, tmp_path, seed=1).run(20)
+    assert counts.disturbances.total() == 20
+    print(counts)
