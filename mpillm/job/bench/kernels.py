@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -13,13 +11,15 @@ from numpy.typing import NDArray
 
 from ... import kernels
 from ...kernels import KV_BLOCK, BlockType
+from .machine import seconds
 from .result import Kernel, Machine
 from .synthetic import random_blocks
 
 ROWS = (1, 32, 512)
-ENOUGH = 0.02  # seconds that a repeat is to last
-MATRIX_BYTES = 2**29  # all copies of W together: products of one row read memory, as in a model, not a cache
-MOST_COPIES = 64
+ENOUGH = 0.002  # seconds that a timing is to last, unless one call takes longer
+TIMINGS = 5  # for each repeat
+MATRIX_BYTES = 2**30  # all copies of W together: products of one row read memory, as in a model, not a cache
+MOST_COPIES = 128
 TOP = 40  # candidates of a draw with top_k
 
 Floats = NDArray[np.float32]
@@ -64,15 +64,15 @@ def measure(
     scalar = "scalar" if "scalar" in kernels.available() else "numpy"
     for case in cases(sizes, types, rows):
         for count in threads:
-            seconds = _time(case, count, repeats)
+            taken = _time(case, count, repeats)
             made = Kernel(
                 name=case.name,
                 detail=case.detail,
                 rows=case.rows,
                 threads=count,
-                seconds=seconds,
-                rate=case.nbytes / seconds,
-                operations=case.operations / seconds,
+                seconds=taken,
+                rate=case.nbytes / taken,
+                operations=case.operations / taken,
             )
             if count in machine.read:
                 made.read_share = made.rate / machine.read[count]
@@ -81,7 +81,7 @@ def measure(
             if not case.product:
                 try:
                     kernels.set_path(scalar)
-                    made.over_scalar = _time(case, count, repeats) / seconds
+                    made.over_scalar = _time(case, count, repeats) / taken
                 finally:
                     kernels.set_path(usual)
             yield made
@@ -99,18 +99,15 @@ def cases(sizes: Sizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iter
 
 
 def _time(case: Case, threads: int, repeats: int) -> float:
-    """Seconds of one call: the median of repeats that last long enough to be timed."""
+    """Seconds of one call: the fastest timing, which others on the machine disturbed least."""
     case.call(threads)
-    begun = time.perf_counter()
-    case.call(threads)
-    calls = max(1, min(10_000, int(ENOUGH / max(time.perf_counter() - begun, 1e-7))))
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
+    calls = max(1, min(10_000, int(ENOUGH / max(seconds(case.call, threads), 1e-7))))
+
+    def timing() -> None:
         for _ in range(calls):
             case.call(threads)
-        seconds.append((time.perf_counter() - begun) / calls)
-    return median(seconds)
+
+    return min(seconds(timing) for _ in range(repeats * TIMINGS)) / calls
 
 
 def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: int) -> Case:

@@ -1,4 +1,4 @@
-"""What a bench found out: structs that become JSON. Seconds, bytes, and rates per second, all medians of repeats."""
+"""What a bench found out: structs that become JSON. Seconds, bytes, and rates per second."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
         raise JobError(f"mpillm bench cannot run against {asked.against}; it knows {', '.join(PEERS)}.")
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path = _model(world, asked, progress)
+    with world.together():
+        config = _config(path, asked.options)
     counts = tuple(dict.fromkeys(world.threads(count) for count in asked.options.threads or ("auto",)))
     options = replace(asked.options, threads=counts)
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
@@ -55,7 +57,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
         if "kernels" in options.what:
             progress.say(f"measuring the kernels {limits.kernels} ...")
             found = list(
-                kernels.measure(_sizes(path, options), tuple(BlockType), counts, limits, options.repeats)
+                kernels.measure(_sizes(config, options), tuple(BlockType), counts, limits, options.repeats)
             )
     world.barrier()
     measured, layout = [], (1, 1)
@@ -99,9 +101,19 @@ def _model(world: World, asked: Asked, progress: Progress) -> Path:
     return path
 
 
-def _sizes(path: Path, options: Options) -> kernels.Sizes:
+def _config(path: Path, options: Options) -> ModelConfig:
+    """The model's configuration; JobError if it does not take sequences as long as are asked for."""
     with closing(open_source(path)) as source:
         config = ModelConfig.from_dict(source.config, str(path))
+    if options.longest > config.max_position:
+        raise JobError(
+            f"{path} takes {config.max_position} tokens, but sequences of {options.longest} are asked for; "
+            "lower --prompt or --context."
+        )
+    return config
+
+
+def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
     return kernels.Sizes(
         hidden=config.hidden,
         ffn=config.moe_intermediate if all(config.moe_layers) else config.intermediate,
@@ -134,11 +146,6 @@ def _engine(
             return
         gc.collect()  # see start_up
         session = stack.enter_context(closing(Session(world, spec, path)))
-        if options.longest > session.config.max_position:
-            raise JobError(
-                f"{path} takes {session.config.max_position} tokens, but sequences of {options.longest} are asked for; "
-                "lower --prompt or --context."
-            )
         layout = session.place.stages, session.place.shards
         if "prefill" in what:
             for length in options.prompts:
