@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from ..comm.world import World
-from ..errors import Interrupted, JobError, OutputError
+from ..errors import JobError, OutputError
 from ..model.config import ModelConfig
 from ..weights.layer import check_tensors
 from ..weights.names import ROLES
@@ -80,8 +79,15 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         with world.together():
             if world.rank == 0:
                 stack.enter_context(_claim(path, target, about))
-        with world.together(), explained(target), _full_disk(target):
-            digests, kept = _write(world, opened, target, plans, progress)
+        mine = plans[world.rank :: world.size]
+        with world.together(), explained(target):
+            done = _Count(progress, sum(plan.nbytes for plan in mine))
+            writer = Writer(opened, target, world.threads(), done)
+            missing = [plan for plan in mine if not writer.keep(plan)]
+        needed = sum(world.gather(sum(plan.nbytes for plan in missing)))
+        with world.together(), explained(target):
+            _write(writer, missing, needed, target)
+        digests, kept = writer.digests, len(mine) - len(missing)
         everywhere = world.gather((digests, kept))
         with world.together(), explained(target):
             if world.rank == 0:
@@ -166,21 +172,19 @@ def _about(path: Path) -> dict[str, str] | None:
         return None
 
 
-def _write(
-    world: World, source: TensorSource, target: Path, plans: list[FilePlan], progress: Progress
-) -> tuple[dict[str, str], int]:
-    """Write this rank's files: hashes by name, and how many were there already."""
-    mine = plans[world.rank :: world.size]
-    total, done = sum(plan.nbytes for plan in mine), 0
+class _Count:
+    """Bytes that are safe, told to `progress` as they grow."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress.packing(done, total)
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
 
-    writer = Writer(source, target, world.threads(), advance)
-    missing = [plan for plan in mine if not writer.keep(plan)]
-    needed = sum(sum(sizes) for sizes in world.gather([plan.nbytes for plan in missing]))
+    def __call__(self, count: int) -> None:
+        self._done += count
+        self._progress.packing(self._done, self._total)
+
+
+def _write(writer: Writer, missing: list[FilePlan], needed: int, target: Path) -> None:
+    """Write this rank's files, if there is room for those of all ranks."""
     free = shutil.disk_usage(target).free
     if needed and needed + SPARE > free:
         raise OutputError(
@@ -191,19 +195,6 @@ def _write(
             writer.write(plan)
     finally:
         writer.close()
-    return writer.digests, len(mine) - len(missing)
-
-
-@contextlib.contextmanager
-def _full_disk(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Interrupted(
-                f"There is no space left for {target}; finished layers are kept: make space and run the same command."
-            ) from None
-        raise
 
 
 def _finish(

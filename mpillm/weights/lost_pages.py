@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 
 from ..errors import ModelError
 
@@ -22,9 +23,10 @@ def say_when_lost(sentence: str) -> None:
     Python's own signal handlers run between instructions, which a thread that waits for its page never reaches; C's
     run at once, in the thread that looked. The kernels let the interpreter go, so that thread can have it.
     """
-    line = f"{sentence}\n".encode()
+    line, first = f"{sentence}\n".encode(), threading.Lock()
 
     def lost(_number: int) -> None:
+        first.acquire()  # for good: other threads that lose pages wait here for the end
         os.write(2, line)
         os._exit(ModelError.exit_code)
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,16 +172,21 @@ class Writer:
         digest = hashlib.sha256()
         at = begin = len(plan.head("0" * 64))
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        for data in self._in_order(self._pieces(plan)):
+        try:
+            for data in self._in_order(self._pieces(plan)):
+                self._wait()
+                self._last = [
+                    self._disk.submit(_write_at, descriptor, data, at),
+                    self._hash.submit(digest.update, data.data),
+                ]
+                at += data.nbytes
+                self._progress(data.nbytes)
+                del data
             self._wait()
-            self._last = [
-                self._disk.submit(_write_at, descriptor, data, at),
-                self._hash.submit(digest.update, data.data),
-            ]
-            at += data.nbytes
-            self._progress(data.nbytes)
-            del data
-        self._wait()
+        except BaseException:
+            wait(self._last)
+            os.close(descriptor)
+            raise
         assert at - begin == plan.data_bytes, plan.name
         self._progress(begin)
         self._files.append(self._ends.submit(self._finish, plan, temporary, descriptor, digest.hexdigest()))
@@ -196,9 +201,11 @@ class Writer:
     def _finish(self, plan: FilePlan, temporary: Path, descriptor: int, digest: str) -> None:
         """Bring a file to the disk, and give it its name if it holds what was written to it."""
         head = plan.head(digest)
-        _write_at(descriptor, np.frombuffer(head, np.uint8), 0)
-        os.fsync(descriptor)  # tells of what the disk could not take; the hash, of everything else
-        os.close(descriptor)
+        try:
+            _write_at(descriptor, np.frombuffer(head, np.uint8), 0)
+            os.fsync(descriptor)  # tells of what the disk could not take; the hash, of everything else
+        finally:
+            os.close(descriptor)
         if _read_back(temporary, len(head)) != digest:
             raise ModelError(f"{temporary} does not hold what was written to it; pack to another disk.")
         os.replace(temporary, self._directory / plan.name)

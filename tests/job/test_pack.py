@@ -20,18 +20,22 @@ from safetensors.numpy import load_file
 
 from mpillm import kernels
 from mpillm.comm.grid import Place
-from mpillm.errors import JobError, ModelError, OutputError
+from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.job.pack import Packed, Weights, pack
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
+from mpillm.weights import loaders
 from mpillm.weights.cache import WeightCache, minimum_budget
+from mpillm.weights.filesystem import network_kind
 from mpillm.weights.layer import rank_plans
-from mpillm.weights.loaders import Kind, open_loader
+from mpillm.weights.loaders import Kind, Mapped, Reading, open_loader
 from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed_files import FilePlan, Writer
 from mpillm.weights.packed_layout import INDEX, UNFINISHED
+from mpillm.weights.packed_source import read_at
 from mpillm.weights.source import column_unit, open_source
 from tests.conftest import Mpi, run_bounded
+from tests.job.conftest import Mount
 from tests.model.checks import requests_of
 from tests.model.engine_harness import _alone, run_engine
 from tests.model.golden import FIXTURES, golden
@@ -329,3 +333,46 @@ kernels.dequantize(BlockType.BF16, raw, 32, np.empty((len(raw), 32), np.float32)
     done = run_bounded([sys.executable, "-c", program])
     assert done.returncode == 2
     assert done.stderr == "[0@here] the model is gone; put it back.\n"
+
+
+def test_a_full_disk_keeps_what_is_finished(mounted: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up while packing (its free space was not what it seemed): run the same command again."""
+    target = mounted("size=600k") / "p"
+    usage = shutil.disk_usage(target.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
+    with pytest.raises(Interrupted, match=r"There is no space left for .*what was finished is safe"):
+        packed("llama3", target)
+    with pytest.raises(ModelError, match="is not packed completely"):
+        open_source(target)
+
+
+def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 10)
+    descriptor = os.open(file, os.O_RDONLY)
+    out = np.zeros(8, np.uint8)
+    read_at(descriptor, file, 2, out)
+    assert (out == ord("x")).all()
+    with pytest.raises(ModelError, match="was shortened or changed while it was in use"):
+        read_at(descriptor, file, 3, out)
+    os.close(descriptor)
+    with pytest.raises(ModelError, match=r"file cannot be read any more: Bad file descriptor"):
+        read_at(descriptor, file, 2, out)
+
+
+def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed("llama3", tmp_path / "p")
+    assert network_kind(tmp_path) is None
+    with closing(open_source(tmp_path / "p")) as source:
+
+        def chosen(kind: Kind, streamed: bool) -> type:
+            with closing(open_loader(source, kind, 1, streamed)) as loader:
+                return type(loader)
+
+        assert chosen("auto", streamed=True) is chosen("read", streamed=False) is Reading
+        assert chosen("auto", streamed=False) is chosen("mmap", streamed=True) is Mapped
+        monkeypatch.setattr(loaders, "network_kind", lambda _: "nfs")
+        assert chosen("auto", streamed=False) is Reading
+        monkeypatch.setattr(loaders, "can_populate", lambda: False)
+        with pytest.raises(JobError, match=r'memory\.loader = "mmap" needs Linux 5\.14 or newer'):
+            chosen("mmap", streamed=False)
