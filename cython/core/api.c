@@ -2,7 +2,7 @@
 #include "active.h"
 
 /* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile. */
-enum { CACHE = 1 << 19, FEW_TILES = 32 };
+enum { CACHE = 1 << 18, FEW_TILES = 32 };
 
 #define ADD(range, items, kind, ...) \
     mk_step_of(work, mk_active->range, items, 1, 0)->kind = (mk_##kind##_job){__VA_ARGS__}

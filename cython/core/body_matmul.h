@@ -8,7 +8,7 @@ typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x,
 
 /* Up to FEW rows memory is the limit: fetch so many bytes ahead in each stream of weights. */
 enum { MANY_TILES = MK_MANY_TILES, FEW = 4, PREFETCH = 2048 };
-enum { MAX_SUMS = (int)VEC_ROWS > (int)MANY_TILES ? (int)VEC_ROWS : (int)MANY_TILES };
+enum { MAX_SUMS = 2 * (int)VEC_ROWS > (int)MANY_TILES ? 2 * (int)VEC_ROWS : (int)MANY_TILES };
 
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
@@ -89,7 +89,8 @@ enum { MANY = VEC_ROWS };
         kind##_tile(type, R, T, w, w_stride, x, x_stride, count, sums);                                         \
     }
 #define TILES(kind, type) \
-    TILE(kind, type, 4, 1) TILE(kind, type, 1, 1) TILE(kind, type, 1, 2) TILE(kind, type, 1, 4) TILE(kind, type, 1, MANY)
+    TILE(kind, type, 4, 1) TILE(kind, type, 1, 1) TILE(kind, type, 1, 2) TILE(kind, type, 1, 4) \
+    TILE(kind, type, 1, MANY)
 TILES(float, MK_F32)
 TILES(float, MK_F16)
 TILES(float, MK_BF16)
@@ -97,12 +98,28 @@ TILES(quantised, MK_Q8_0)
 TILES(quantised, MK_Q4_0)
 TILES(quantised, MK_Q4_1)
 
+#if VEC_WIDE /* products of floats: a value of x that is fetched serves two tiles */
+enum { WIDE = 2, WIDE_SHAPES = 2 };
+#define WIDE_TILES(type) TILE(float, type, 2, MANY) TILE(float, type, 2, 4)
+WIDE_TILES(MK_F32)
+WIDE_TILES(MK_F16)
+WIDE_TILES(MK_BF16)
+#define WIDE_FUNCTIONS(type) {type##_2_MANY, type##_2_4}
+#else
+enum { WIDE = 1, WIDE_SHAPES = 1 };
+#define WIDE_FUNCTIONS(type) {type##_1_MANY}
+#endif
+static const tile_function WIDE_TILE_FUNCTIONS[MK_Q8_0][WIDE_SHAPES] = {
+    WIDE_FUNCTIONS(MK_F32), WIDE_FUNCTIONS(MK_F16), WIDE_FUNCTIONS(MK_BF16),
+};
+
 /* Columns: MANY_TILES x 1, then 1 x ROWS[i]. */
 enum { SHAPES = 4 };
 static const int ROWS[SHAPES] = {VEC_ROWS, 4, 2, 1};
 #define FUNCTIONS(type) {type##_4_1, type##_1_MANY, type##_1_4, type##_1_2, type##_1_1}
 static const tile_function TILE_FUNCTIONS[MK_TYPES][1 + SHAPES] = {
-    FUNCTIONS(MK_F32), FUNCTIONS(MK_F16), FUNCTIONS(MK_BF16), FUNCTIONS(MK_Q8_0), FUNCTIONS(MK_Q4_0), FUNCTIONS(MK_Q4_1),
+    FUNCTIONS(MK_F32),  FUNCTIONS(MK_F16),  FUNCTIONS(MK_BF16),
+    FUNCTIONS(MK_Q8_0), FUNCTIONS(MK_Q4_0), FUNCTIONS(MK_Q4_1),
 };
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
@@ -145,11 +162,15 @@ static void matmul(const void *argument, long begin, long end) {
         for (; tile < end; tile++) product(job, functions[SHAPES], tile, 1, 0, 1);
         return;
     }
-    for (long item = begin; item < end; item++) {
+    for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
+        tiles = job->type < MK_Q8_0 && item + WIDE <= end && tile + WIDE <= job->tiles ? WIDE : 1;
+        for (int shape = 0; tiles > 1 && shape < WIDE_SHAPES; shape++)
+            for (; row + ROWS[shape] <= limit; row += ROWS[shape])
+                product(job, WIDE_TILE_FUNCTIONS[job->type][shape], tile, WIDE, row, ROWS[shape]);
         for (int shape = 0; shape < SHAPES; shape++)
             for (; row + ROWS[shape] <= limit; row += ROWS[shape])
-                product(job, functions[1 + shape], tile, 1, row, ROWS[shape]);
+                for (int t = 0; t < tiles; t++) product(job, functions[1 + shape], tile + t, 1, row, ROWS[shape]);
     }
 }

@@ -7,6 +7,8 @@
 
 #include "path.h"
 
+#define VEC_WIDE 1 /* 32 registers */
+
 typedef __m512 vf;
 typedef __m512i vi;
 typedef __m512i vb;
