@@ -102,6 +102,8 @@ def check_launch(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
+    if words[:3] == ["python", "-m", "tests.chaos"]:
+        return  # tests/chaos runs it
     assert words[:3] == ["python", "-m", "mpillm"], words
     check_mpillm(words[3:])
 
@@ -109,6 +111,9 @@ def check_python(words: list[str]) -> None:
 def check_mpillm(words: list[str]) -> None:
     """The command line parses, and the job it names is a good one."""
     options = cli._parser().parse_args(words)
+    if options.command == "launch":
+        assert options.hostfile is None or (ROOT / options.hostfile).is_file(), options.hostfile
+        return check_mpillm(options.words)
     job = getattr(options, "job", None)
     if job is not None and str(job) not in MADE_UP:
         loaded = spec.load(
@@ -213,6 +218,15 @@ def test_messages_in_troubleshooting_are_real() -> None:
         if not message.startswith(THEIRS):
             for part in filter(None, (part.strip() for part in re.split(r"\.\.\.|\b\d+\b", message))):
                 assert part in text, (part, message)
+
+
+def test_each_way_of_dying_has_its_test() -> None:
+    page = (ROOT / "docs" / "failures.md").read_text()
+    rows = [row for row in page.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 12
+    for row in rows:
+        path, name = re.findall(r"`(tests/[^`:]+)::(\w+)` \|$", row)[0]
+        assert f"def {name}(" in (ROOT / path).read_text(), row
 
 
 def test_numbers_in_memory_md_are_right() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mpillm
-from mpillm.cli import bench
+from mpillm.cli import bench, supervise
 from mpillm.cli.console import Console
 from mpillm.comm import launch
 from mpillm.comm.world import World, guard
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     with _only_first_speaks():
         options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    if options.command == "launch":
+        return supervise.run(options, _job_of)
     return guard(lambda world: _command(world, options))
 
 
@@ -137,21 +139,30 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
 
 def _spec(world: World, options: argparse.Namespace) -> Spec:
     """The job, as rank 0 reads it."""
-    from mpillm.job import spec
-
     job = None
     with world.together():
         if world.rank == 0:
-            job = spec.load(
-                _job_file(options),
-                getattr(options, "set", ()),
-                model=getattr(options, "model", None),
-                input=getattr(options, "input", None),
-                output=getattr(options, "output", None),
-            )
+            job = _load(options)
     shared = world.bcast(job)
     assert shared is not None
     return shared
+
+
+def _load(options: argparse.Namespace) -> Spec:
+    from mpillm.job import spec
+
+    return spec.load(
+        _job_file(options),
+        getattr(options, "set", ()),
+        model=getattr(options, "model", None),
+        input=getattr(options, "input", None),
+        output=getattr(options, "output", None),
+    )
+
+
+def _job_of(words: list[str]) -> Spec:
+    """The job that a command line is about."""
+    return _load(_parser().parse_args(words))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
+    supervise.add(
+        commands.add_parser(
+            "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
+        )
+    )
     bench.add(
         commands.add_parser(
             "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"

@@ -100,10 +100,10 @@ def open_door(seconds: float) -> tuple[socket.socket, Door]:
     listener = socket.socket()
     listener.bind(("", 0))
     listener.listen(128)
-    return listener, Door(_own_addresses(), listener.getsockname()[1], secrets.token_bytes(16), seconds)
+    return listener, Door(own_addresses(), listener.getsockname()[1], secrets.token_bytes(16), seconds)
 
 
-def _own_addresses() -> tuple[str, ...]:
+def own_addresses() -> tuple[str, ...]:
     """This machine's IPv4 addresses, without the loopback's."""
     found = [
         address.address

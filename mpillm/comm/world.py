@@ -66,18 +66,16 @@ class World:
             warnings.simplefilter(
                 "ignore"
             )  # mpi4py's and the library's doubts about the launcher: said better here
-            mpi = _import_mpi()
-            name, version = mpi.get_vendor()
-            library = launch.Library(name, version, mpi.Get_library_version(), launch.loaded_library_path())
+            mpi, loaded = _import_mpi(), library()
             started = launch.launched_by(os.environ, launch.starter_folder())
-            if launch.cannot_meet(library, started, os.environ):
-                _refuse(library, started)
+            if launch.cannot_meet(loaded, started, os.environ):
+                _refuse(loaded, started)
             if not mpi.Is_initialized():
                 mpi.Init_thread(
                     mpi.THREAD_FUNNELED
                 )  # only the main thread talks; the others read and compute
         if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
-            _refuse(library, started)
+            _refuse(loaded, started)
         return cls(mpi.COMM_WORLD.Dup())
 
     def __str__(self) -> str:
@@ -241,6 +239,13 @@ def guard(program: Callable[[World], int]) -> int:
     return world.run(program)
 
 
+def library() -> launch.Library:
+    """The MPI library that this Python loads; JobError if there is none."""
+    mpi = _import_mpi()
+    name, version = mpi.get_vendor()
+    return launch.Library(name, version, mpi.Get_library_version(), launch.loaded_library_path())
+
+
 def _import_mpi() -> ModuleType:
     import mpi4py
 
@@ -256,13 +261,13 @@ def _import_mpi() -> ModuleType:
     return MPI
 
 
-def _refuse(library: launch.Library, started: launch.Launch | None) -> NoReturn:
+def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:
     """End a rank that will never meet the others; the launcher's rank 0 says why, and must be able to finish first."""
     assert started is not None
     if started.rank > 0:
         time.sleep(SPEAK_FIRST)
         raise SystemExit(JobError.exit_code)
-    raise JobError(launch.wrong_launcher(library, started))
+    raise JobError(launch.wrong_launcher(loaded, started))
 
 
 def _boot_id() -> str:

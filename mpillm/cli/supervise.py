@@ -1,0 +1,54 @@
+"""`mpillm launch`: what people type to have mpiexec watched."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpillm.comm.world import library
+from mpillm.errors import JobError, MpillmError
+
+if TYPE_CHECKING:
+    from mpillm.job.spec import Spec
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `launch`."""
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("-n", type=int, metavar="N", dest="ranks", help="so many ranks on this machine")
+    where.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="these machines; lines may be added while it runs"
+    )
+    parser.add_argument(
+        "--agent", default="ssh", metavar="COMMAND", help="starts a command on another machine (ssh)"
+    )
+    parser.add_argument(
+        "--mpi-option", action="append", default=[], metavar="WORD", help="a further word for mpiexec"
+    )
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="run ...", help="as for mpillm run")
+
+
+def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
+    """Run the supervisor; the exit code. `read` makes a job of the words behind `launch`."""
+    # Not when the ranks start: what this needs is loaded when their threads are known.
+    from mpillm.job import launch
+
+    try:
+        if options.words[:1] != ["run"]:
+            raise JobError("launch starts runs: mpillm launch -n 2 run JOB.toml.")
+        if options.ranks is not None and options.ranks < 1:
+            raise JobError(f"-n {options.ranks} is not a number of ranks.")
+        settings = launch.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
+        program = launch.program(options.words)
+        return launch.Supervisor(read(options.words), library(), settings, program, _say).run()
+    except MpillmError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"mpillm: {line}\n")
+    sys.stderr.flush()

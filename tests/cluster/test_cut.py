@@ -1,0 +1,75 @@
+"""A cut cable under `mpillm launch`: the run ends in time, and goes on with the hosts that are left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import hosts as tools
+from tests.cluster.hosts import NETWORK, Hosts
+from tests.conftest import Mpi, run_bounded
+from tests.e2e.jobs import command, mixed_lines, run, write_lines
+
+pytestmark = [pytest.mark.hosts, pytest.mark.mpi, pytest.mark.timeout(240)]
+
+
+def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
+    if reason := tools.missing():
+        pytest.skip(reason)
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
+    output, hostfile = tmp_path / "out", tmp_path / "hosts"
+    hostfile.write_text("".join(f"{NETWORK}.{number}:1\n" for number in (1, 2)))
+    with Hosts(tmp_path, 2).up() as hosts:
+        # A namespace whose cable is cut is still reached without the network; a host would not be.
+        unreachable = tmp_path / "unreachable"
+        agent = hosts.agent.read_text().replace(
+            "shift\nspace", f'shift\n[ -e "{unreachable}" ] && [ "$host" != {NETWORK}.1 ] && exit 255\nspace'
+        )
+        hosts.agent.write_text(agent)
+        words = command(source, output, "batch.max_num_seqs=2", "layout.threads=1")
+        where = ["--hostfile", hostfile, "--agent", hosts.agent, *options(mpi)]
+        env = {
+            **{name: os.environ[name] for name in ("HOME", "PATH")},
+            **mpi.env,
+            "UCX_TLS": "tcp,self",  # MPICH would use shared memory between namespaces
+            "MPILLM_DEADLINE": "3",
+            "PYTHONPATH": mpi.environment()["PYTHONPATH"],
+        }
+        line = hosts.on_first([sys.executable, *words[:2], "launch", *where, *words[2:]], env)
+        supervisor = subprocess.Popen(
+            [str(word) for word in line], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            wait_for_results(output / "journal")
+            unreachable.touch()
+            run_bounded(["ip", "-n", hosts.switch, "link", "set", "port2", "down"])
+            _, said = supervisor.communicate(timeout=120)
+        finally:
+            supervisor.kill()
+            supervisor.communicate()
+    assert supervisor.returncode == 0, said
+    assert "Rank 1 on" in said
+    assert f"The host {NETWORK}.2 does not answer; going on without it." in said
+    assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
+    assert (output / "results.jsonl").read_bytes() == (
+        tmp_path / "undisturbed" / "results.jsonl"
+    ).read_bytes()
+
+
+def options(mpi: Mpi) -> list[str]:
+    """Which network to take, in this MPI's words."""
+    lan = f"{NETWORK}.0/24"
+    words = ["-iface", "eth0"] if mpi.name == "mpich" else ["--prtemca", "prte_if_include", lan]
+    words += [] if mpi.name == "mpich" else ["--mca", "btl_tcp_if_include", lan]
+    return [f"--mpi-option={word}" for word in words]
+
+
+def wait_for_results(journal: Path) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (journal.exists() and journal.stat().st_size > 4000):
+        time.sleep(0.05)

@@ -1,0 +1,136 @@
+"""`mpillm launch`: starts a run again after a kill, makes it larger, and leaves nobody behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Mpi, run_bounded
+
+from .jobs import command, mixed_lines, run, write_lines
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
+SETTINGS = ["batch.max_num_seqs=2"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
+
+
+@contextlib.contextmanager
+def launched(mpi: Mpi, source: Path, output: Path, *where: str) -> Iterator[subprocess.Popen[str]]:
+    """A supervisor at work; killed at the end of the block if it still is."""
+    words = command(source, output, *SETTINGS)
+    process = subprocess.Popen(
+        [sys.executable, *words[:2], "launch", *where, *words[2:]],
+        env=mpi.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ranks(output: Path) -> list[psutil.Process]:
+    """The processes that work on this output, without mpiexec and its supervisor."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if str(output) in words and words[1:4] == ["-m", "mpillm", "run"]:
+                found.append(process)
+    return found
+
+
+def wait_for_results(output: Path, nbytes: int = 6000) -> None:
+    until = time.monotonic() + 60
+    journal = output / "journal"
+    while time.monotonic() < until and not (journal.exists() and journal.stat().st_size > nbytes):
+        time.sleep(0.05)
+
+
+def assert_nobody_left(output: Path) -> None:
+    until = time.monotonic() + 15
+    while (left := ranks(output)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_goes_on_after_a_kill_and_grows(mpi: Mpi, source: Path, tmp_path: Path) -> None:
+    output, hosts = tmp_path / "out", tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n")
+    with launched(mpi, source, output, "--hostfile", str(hosts)) as supervisor:
+        wait_for_results(output)
+        only = ranks(output)
+        assert len(only) == 1
+        only[0].kill()
+        hosts.write_text("localhost slots=3\n")  # three do not work with this model, two do
+        _, said = supervisor.communicate(timeout=150)
+        assert supervisor.returncode == 0, said
+    assert "The run ended before it was complete" in said
+    assert "by earlier runs" in said
+    assert '"shards":2' in (output / "report.json").read_text().replace(" ", "")
+    assert_nobody_left(output)
+    assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
+    for name in ("results.jsonl", "results.h5"):
+        assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_hosts_that_are_added_are_used(openmpi: Mpi, source: Path, tmp_path: Path) -> None:
+    output, hosts = tmp_path / "out", tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n")
+    with launched(openmpi, source, output, "--hostfile", str(hosts)) as supervisor:
+        wait_for_results(output, 1)
+        for stopped in ranks(output):
+            stopped.suspend()  # so that it is not done before the supervisor has looked
+        hosts.write_text("localhost slots=2\n")
+        time.sleep(4)
+        for stopped in ranks(output):
+            stopped.resume()
+        _, said = supervisor.communicate(timeout=150)
+    assert supervisor.returncode == 0, said
+    assert "The hostfile has changed" in said
+    assert '"shards":2' in (output / "report.json").read_text().replace(" ", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_who_stops_the_supervisor_stops_the_run(
+    mpi: Mpi, source: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    with launched(mpi, source, output, "-n", "2") as supervisor:
+        wait_for_results(output)
+        os.kill(supervisor.pid, number)
+        supervisor.wait(40)
+        assert supervisor.returncode == (75 if number == signal.SIGTERM else -number)
+        assert_nobody_left(output)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-n", "2", "plan"], "launch starts runs"),
+        (["-n", "0", "run"], "-n 0 is not a number of ranks"),
+        (["--hostfile", "/nowhere", "run"], "The hostfile /nowhere cannot be read"),
+    ],
+)
+def test_mistakes_are_not_repeated(openmpi: Mpi, words: list[str], said: str) -> None:
+    done = run_bounded([sys.executable, "-m", "mpillm", "launch", *words], 30, openmpi.environment())
+    assert done.returncode == 2
+    assert said in done.stderr
