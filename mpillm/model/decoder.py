@@ -96,6 +96,7 @@ class Decoder:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         angles = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
         for i, number in enumerate(self._layers):
+            self._pipe.progress()  # what the previous step sent on leaves while this one computes
             mixture = self.config.moe_layers[number]
             with self._use(number, ATTENTION) as layer:
                 self._attention(layer, i, number, x, batch, *angles)
