@@ -26,8 +26,8 @@ from tests.e2e.jobs import command, mixed_lines, write_lines
 RANKS = 4
 REQUESTS = 200
 PATIENCE = 30.0  # seconds from a disturbance to the end of all processes
-DEADLINE = 3.0  # MPILLM_DEADLINE of the disturbed runs; while ranks start it is six times that
-LATEST = 1.5  # disturbances come between the start and this many times the length of an undisturbed run
+DEADLINE = 2.0  # MPILLM_DEADLINE of the disturbed runs; while ranks start it is six times that
+LATEST = 0.9  # disturbances come between the start and this part of the length of an undisturbed run
 RESULTS = ("results.jsonl", "results.h5")
 
 
@@ -64,8 +64,9 @@ class Chaos:
     ) -> None:
         self._mpi, self._folder, self._say = mpi, folder, say
         self._random = random.Random(seed)
+        self._deck: list[str] = []
         self.counts = Counts(seed)
-        self._input = write_lines(folder / "in.jsonl", mixed_lines(REQUESTS, seed=5, tokens=60))
+        self._input = write_lines(folder / "in.jsonl", mixed_lines(REQUESTS, seed=5, tokens=30))
         self._disk = folder / "disk"
         self._disk.mkdir()
         self._kinds: dict[str, Callable[[subprocess.Popen[bytes]], object]] = {
@@ -125,13 +126,19 @@ class Chaos:
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(after)
         if launcher.poll() is None:
-            kind = self._random.choice(sorted(self._kinds))
+            kind = self._next_kind()
             self.counts.disturbances[kind] += 1
             self._say(f"{self.counts.disturbances.total()}: {kind} after {after:.1f} s")
             self._kinds[kind](launcher)
         self._end(launcher, output)
         self.counts.codes[launcher.returncode] += 1
         (self._disk / "filler").unlink(missing_ok=True)
+
+    def _next_kind(self) -> str:
+        """Each kind once, in some order, before any comes again."""
+        if not self._deck:
+            self._deck = self._random.sample(sorted(self._kinds), len(self._kinds))
+        return self._deck.pop()
 
     def _end(self, launcher: subprocess.Popen[bytes], output: Path) -> None:
         """Wait for mpiexec and all its ranks."""
