@@ -26,7 +26,7 @@ class Link:
     bandwidth: float  # bytes per second
 
 
-def library() -> Library:
+def mpi_library() -> Library:
     """The MPI library of this rank."""
     return Library(*MPI.get_vendor(), MPI.Get_library_version(), loaded_library_path())
 

@@ -86,7 +86,7 @@ class World:
         """Return the threads this rank computes with, and hold the math libraries of NumPy to it.
 
         Call it before the compiled kernels are imported: where there are more threads than cores, it also tells
-        OpenMP not to spin, which OpenMP hears only while it is loaded.
+        their helper threads not to spin, which they hear only when the first of them starts.
         """
         threads = cores.threads_per_rank(asked, self.node_cores, self.node_ranks, os.environ)
         self.oversubscribed = self.node_ranks * threads > self.node_cores

@@ -84,7 +84,7 @@ def _look(world: World, path: Path | None, trouble: str) -> _Rank:
         oversubscribed=world.oversubscribed,
         kernels=kernels.path(),
         memory=psutil.virtual_memory().available,
-        mpi=str(probe.library()),
+        mpi=str(probe.mpi_library()),
         model=model,
         trouble=trouble,
         disk=disk,
