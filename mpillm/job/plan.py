@@ -76,7 +76,7 @@ def make_plan(
     stages, shards = grid.choose(shape, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
     kv_type = BlockType[spec.kv_type(quantised=shape.unit > 1).upper()]
     places = [Place(rank, stages, shards) for rank in range(ranks)]
-    blocks = {place: _kv_block(shape, place, kv_type) for place in places}
+    blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
     n_blocks = spec.memory.kv_bytes // max(blocks.values())
     plans = [_rank(spec, source, config, shape, place, blocks[place], n_blocks) for place in places]
     return Plan(
@@ -106,11 +106,6 @@ def wire_bytes(shape: Shape, stages: int, shards: int, wire: BlockType) -> dict[
         "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * row),
         "pipe": float((stages - 1) * shards * row),
     }
-
-
-def _kv_block(shape: Shape, place: Place, kv_type: BlockType) -> int:
-    layers, heads = len(grid.stage_layers(shape, place)), len(grid.own_kv_heads(shape, place))
-    return block_nbytes(layers, heads, shape.head_dim, kv_type)
 
 
 def _rank(

@@ -144,15 +144,7 @@ class Session:
         # While weights are streamed, every step costs a pass over them: then one large step at a time.
         micro_batches = self.place.stages if memory.weights_bytes is None else 1
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
-        self._largest_block = max(
-            block_nbytes(
-                len(grid.stage_layers(self.shape, place)),
-                len(grid.own_kv_heads(self.shape, place)),
-                self.config.head_dim,
-                self.kv_type,
-            )
-            for place in places
-        )
+        self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
         useful = blocks_for(min(memory.max_context, self.config.max_position)) * sequences * micro_batches
         n_blocks = min(memory.kv_bytes // self._largest_block, useful)
         if n_blocks < 1:
@@ -166,13 +158,7 @@ class Session:
 
     def _decoder(self) -> Decoder:
         config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire.activations
-        self.kv = KVCache(
-            len(grid.stage_layers(shape, place)),
-            self.limits.n_blocks,
-            len(grid.own_kv_heads(shape, place)),
-            config.head_dim,
-            self.kv_type,
-        )
+        self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type)
         group = Group(self.world, place, wire, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire, self.counters, self.threads)
         return Decoder(config, shape, place, self.source, self.cache, self.kv, group, pipe, self.threads)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.comm import grid
+from mpillm.comm.grid import Place, Shape
 from mpillm.kernels import KV_BLOCK, BlockType
 
 _DTYPES = {BlockType.F32: np.float32, BlockType.F16: np.uint16}
 
 
-def block_nbytes(n_layers: int, kv_heads: int, head_dim: int, kv_type: BlockType) -> int:
-    """Bytes that one block of `KV_BLOCK` tokens takes on a rank with `n_layers` layers and `kv_heads` KV heads."""
-    return 2 * n_layers * kv_heads * head_dim * KV_BLOCK * np.dtype(_DTYPES[kv_type]).itemsize
+def block_nbytes(shape: Shape, place: Place, kv_type: BlockType) -> int:
+    """Bytes that one block of `KV_BLOCK` tokens takes on the rank at `place`, of all its layers and KV heads."""
+    layers, heads = len(grid.stage_layers(shape, place)), len(grid.own_kv_heads(shape, place))
+    return 2 * layers * heads * shape.head_dim * KV_BLOCK * np.dtype(_DTYPES[kv_type]).itemsize
 
 
 class KVCache:
@@ -22,15 +25,14 @@ class KVCache:
     attention's products run along contiguous memory. Memory is touched, and so used, only as blocks are written.
     """
 
-    def __init__(
-        self, n_layers: int, n_blocks: int, kv_heads: int, head_dim: int, kv_type: BlockType
-    ) -> None:
+    def __init__(self, shape: Shape, place: Place, n_blocks: int, kv_type: BlockType) -> None:
         dtype = _DTYPES[kv_type]
         self.kv_type = kv_type
         self.n_blocks = n_blocks
-        self.nbytes = n_blocks * block_nbytes(n_layers, kv_heads, head_dim, kv_type)
-        keys = (n_blocks, kv_heads, head_dim, KV_BLOCK)
-        values = (n_blocks, kv_heads, KV_BLOCK, head_dim)
+        self.nbytes = n_blocks * block_nbytes(shape, place, kv_type)
+        heads, head_dim = len(grid.own_kv_heads(shape, place)), shape.head_dim
+        keys = (n_blocks, heads, head_dim, KV_BLOCK)
+        values = (n_blocks, heads, KV_BLOCK, head_dim)
         self.pools: list[tuple[NDArray[np.generic], NDArray[np.generic]]] = [
-            (np.zeros(keys, dtype), np.zeros(values, dtype)) for _ in range(n_layers)
+            (np.zeros(keys, dtype), np.zeros(values, dtype)) for _ in grid.stage_layers(shape, place)
         ]

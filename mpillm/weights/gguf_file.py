@@ -16,7 +16,7 @@ from .gguf_config import architecture, config_of
 from .gguf_header import Header, Tensor, read_header
 from .mapped import MappedFile
 from .names import Key
-from .tensors import Extent, TensorSource, place
+from .tensors import Extent, TensorSource, add
 
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_SPLITS = 999
@@ -87,10 +87,7 @@ def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
     extent = Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
-    for key, piece in place(parsed, extent, tensor.shape):
-        if key in extents:
-            raise ModelError(f"{file.path}: tensors {extents[key].name} and {name} are the same weights.")
-        extents[key] = piece
+    add(extents, parsed, extent)
 
 
 def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:

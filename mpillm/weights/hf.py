@@ -13,7 +13,7 @@ from .mapped import MappedFile
 from .names import Key
 from .safetensors import Tensor, read_header
 from .stored import OWN
-from .tensors import Extent, TensorSource, place
+from .tensors import Extent, TensorSource, add
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -129,10 +129,7 @@ def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor
             f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
         )
     extent = Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
-    for key, piece in place(parsed, extent, tensor.shape):
-        if key in extents:
-            raise ModelError(f"{file.path}: tensors {extents[key].name} and {name} are the same weights.")
-        extents[key] = piece
+    add(extents, parsed, extent)
 
 
 def _tie(extents: dict[Key, Extent], config: dict[str, Any]) -> None:

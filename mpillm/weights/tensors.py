@@ -226,6 +226,16 @@ def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
 
 
+def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already."""
+    for key, piece in place(parsed, extent, extent.shape):
+        if key in extents:
+            raise ModelError(
+                f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
+            )
+        extents[key] = piece
+
+
 def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[Key, Extent]]:
     """Take a tensor of a file apart into the matrices and vectors it holds.
 
