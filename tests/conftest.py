@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ hypothesis.settings.register_profile("shared", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("shared")
 
 # An outer mpiexec or Slurm job leaves variables that would make a test's ranks join it.
-_FOREIGN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIR_", "HYDI_", "HYDRA_", "SLURM_", "MPILLM_")
+_FOREIGN = ("OMP_", "OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIR_", "HYDI_", "HYDRA_", "SLURM_", "MPILLM_")
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -53,6 +54,16 @@ def run_bounded(
                 pytest.fail(f"no end within {timeout} s: {command}\n{out[-4000:]}\n{err[-4000:]}")
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_put_back() -> Iterator[None]:
+    """What the program under test sets for its own process (OMP_WAIT_POLICY) must not reach the next test."""
+    before = dict(os.environ)
+    yield
+    if before != dict(os.environ):
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @dataclass(frozen=True)
