@@ -16,7 +16,7 @@ from mpillm.engine import step as messages
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
 from mpillm.engine.scheduler import Limits, Scheduler, Totals, blocks_for
-from mpillm.engine.sequence import Completion, Request, Sequence
+from mpillm.engine.sequence import Begun, Completion, Request, Sequence
 from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
 from mpillm.model.decoder import Decoder
 
@@ -71,13 +71,14 @@ class Engine:
         self._limits = limits
         self._shard_vocab = shard_vocab  # vocabulary rows of each shard of the last stage
         self._last_stage = _last_stage_ranks(worker.decoder.place)
+        self._scheduler: Scheduler | None = None  # of the run that goes on, or went on last
         self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: arrived, not taken yet
 
     def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing)."""
-        begun = time.monotonic()
-        sequences = (Sequence(request, begun) for request in requests)
-        scheduler = Scheduler(self._limits, sequences, self.totals)
+        ended: list[Sequence] = []  # whose last token an earlier run has drawn
+        scheduler = Scheduler(self._limits, _begin(requests, ended), self.totals)
+        self._scheduler = scheduler
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
         while scheduler.has_work:
             while len(in_flight) < self._limits.micro_batches and (chosen := scheduler.next()):
@@ -87,7 +88,21 @@ class Engine:
             done = self._finish(step, chosen)
             for sequence in done:
                 scheduler.release(sequence)
-            yield [sequence.completion() for sequence in done]
+            yield [sequence.completion() for sequence in (*ended, *done)]
+            ended.clear()
+        if ended:
+            yield [sequence.completion() for sequence in ended]
+
+    def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, Begun]]:
+        """What unfinished sequences have generated since this gave it last, where it is so many tokens.
+
+        With each its request, and how many tokens were given before.
+        """
+        for sequence in self._scheduler.unfinished if self._scheduler else ():
+            if sequence.generated - sequence.saved >= at_least:
+                begun, start = sequence.begun(), sequence.saved
+                sequence.saved = len(begun.tokens)
+                yield sequence.request, start, begun.since(start)
 
     def stop(self, exit_code: int) -> None:
         """Send everybody home."""
@@ -179,6 +194,18 @@ class Engine:
         self._post(Fetch(step.number, tuple(wanted), k))
         outputs = [step.outputs[i]._replace(k=k) for i in wanted]
         return merge(self._collect(step.number), outputs, self._shard_vocab)
+
+
+def _begin(requests: Iterable[Request], ended: list[Sequence]) -> Iterator[Sequence]:
+    """The requests' sequences; those whose last token an earlier run has drawn go to `ended` instead."""
+    begun = time.monotonic()
+    for request in requests:
+        sequence = Sequence(request, begun)
+        if sequence.finish_reason is None:
+            yield sequence
+        else:
+            sequence.started = time.monotonic()
+            ended.append(sequence)
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:

@@ -70,6 +70,11 @@ class Scheduler:
         return bool(self.running or self._preempted or self._next)
 
     @property
+    def unfinished(self) -> list[Sequence]:
+        """Who has been admitted and is not finished."""
+        return [*self.running, *self._preempted]
+
+    @property
     def blocks_in_use(self) -> int:
         """KV blocks that sequences hold now."""
         return self._pool.used

@@ -19,6 +19,45 @@ from mpillm.kernels import KV_BLOCK
 TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likely first
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What has been generated of a request: all that is needed to go on from there and end in the same bytes."""
+
+    tokens: list[int]
+    logprobs: list[float] = field(default_factory=list)  # of `tokens`, if asked for
+    top: list[TopLogprobs] = field(default_factory=list)  # per token of `tokens`
+    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], if asked for
+    prompt_top: list[TopLogprobs] = field(default_factory=list)  # per token of prompt[1:]
+    seconds_waiting: float = 0.0  # from the run's beginning to its first step
+    seconds_running: float = 0.0  # from the first step on, in all runs that it took
+
+    def since(self, start: int) -> Begun:
+        """The stretch from token `start` on; what belongs to the prompt lies in the stretch from 0 on."""
+        return Begun(
+            tokens=self.tokens[start:],
+            logprobs=self.logprobs[start:],
+            top=self.top[start:],
+            prompt_logprobs=[] if start else self.prompt_logprobs,
+            prompt_top=[] if start else self.prompt_top,
+            seconds_waiting=self.seconds_waiting,
+            seconds_running=self.seconds_running,
+        )
+
+    def continued(self, start: int, more: Begun) -> Begun:
+        """This up to token `start`, and then a stretch that begins there; this alone if it does not reach there."""
+        if start > len(self.tokens):
+            return self
+        return Begun(
+            tokens=self.tokens[:start] + more.tokens,
+            logprobs=self.logprobs[:start] + more.logprobs,
+            top=self.top[:start] + more.top,
+            prompt_logprobs=self.prompt_logprobs if start else more.prompt_logprobs,
+            prompt_top=self.prompt_top if start else more.prompt_top,
+            seconds_waiting=more.seconds_waiting,
+            seconds_running=more.seconds_running,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to compute: a prompt of token ids and how to go on from it.
@@ -45,6 +84,7 @@ class Request:
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     pooling: Literal["mean", "last"] = "mean"
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
+    begun: Begun | None = None  # what an earlier run has generated of it
 
     @property
     def only_reads(self) -> bool:
@@ -59,25 +99,18 @@ class Request:
         return self.prompt_logprobs is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a request ended in.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion(Begun):
+    """What became of a request.
 
-    `tokens` include the stop id if one ended the text (then it is `stop_id` too). Log-probabilities are of
-    the model's own distribution, before penalties and temperature, natural logarithm.
+    `tokens` includes an end token that ended the text (then it is `stop_id` too). Log-probabilities are of the
+    model's own distribution, before penalties and temperature, natural logarithm.
     """
 
     request: Request
-    tokens: list[int]
     finish_reason: Literal["stop", "length"]
     stop_id: int | None = None
-    logprobs: list[float] = field(default_factory=list)  # of `tokens`, if asked for
-    top: list[TopLogprobs] = field(default_factory=list)  # per token of `tokens`
-    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], if asked for
-    prompt_top: list[TopLogprobs] = field(default_factory=list)  # per token of prompt[1:]
     embedding: NDArray[np.float32] | None = None  # [hidden], not normalised
-    seconds_waiting: float = 0.0  # from the run's beginning to its first step
-    seconds_running: float = 0.0  # from the first step to the end
 
 
 class Sequence:
@@ -99,10 +132,22 @@ class Sequence:
         self.pooled: NDArray[np.float64] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
         self.stop_id: int | None = None
+        self.saved = 0  # generated tokens that are safe, or were found so
         self.submitted = submitted  # as time.monotonic() says
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
         self._stream = struct.unpack("<2Q", hashlib.blake2b(name, digest_size=16).digest())
+        if request.begun is not None:
+            self._take_up(request.begun)
+
+    def _take_up(self, begun: Begun) -> None:
+        """Go on from what an earlier run has generated, as after a preemption: all but the last token was computed."""
+        for token in begun.tokens:
+            self.append(token)  # what ends the text is seen again
+        self.saved = self.generated
+        self.reached = len(self.tokens) - 1
+        self.logprobs, self.top = list(begun.logprobs), list(begun.top)
+        self.prompt_logprobs, self.prompt_top = list(begun.prompt_logprobs), list(begun.prompt_top)
 
     @property
     def generated(self) -> int:
@@ -149,9 +194,21 @@ class Sequence:
         elif self.generated >= request.max_tokens:
             self.finish_reason = "length"
 
+    def begun(self) -> Begun:
+        """What has been generated so far, also where an interruption came between a token and its log-probability."""
+        request = self.request
+        known = self.generated if request.logprobs is None else min(len(self.logprobs), len(self.top))
+        return Begun(
+            tokens=self.tokens[len(request.prompt) :][:known],
+            logprobs=self.logprobs[:known],
+            top=self.top[:known],
+            prompt_logprobs=self.prompt_logprobs,
+            prompt_top=self.prompt_top,
+            **self._seconds(),
+        )
+
     def completion(self) -> Completion:
         """The finished request's result."""
-        now = time.monotonic()
         embedding = None
         if self.request.kind == "embed":
             assert self.pooled is not None
@@ -166,6 +223,11 @@ class Sequence:
             prompt_logprobs=self.prompt_logprobs,
             prompt_top=self.prompt_top,
             embedding=embedding,
-            seconds_waiting=self.started - self.submitted,
-            seconds_running=now - self.started,
+            **self._seconds(),
         )
+
+    def _seconds(self) -> dict[str, float]:
+        waited, ran = self.started - self.submitted, time.monotonic() - self.started
+        if (before := self.request.begun) is not None:
+            waited, ran = before.seconds_waiting, before.seconds_running + ran
+        return {"seconds_waiting": waited, "seconds_running": ran}

@@ -2,7 +2,8 @@
 
 A record is a head of 20 bytes (magic, length of the payload, CRC-32 of place and length, BLAKE2b-64 of place and
 payload) and a payload in MessagePack. The first record is the header (what job this is), the next one the input's
-lines; then come results, in the order in which they were finished, and further records of lines where the input grew.
+lines; then come results, in the order in which they were finished, parts of long answers that are not finished yet,
+and further records of lines where the input grew. A record of a kind that the reader does not know is passed over.
 The last one says that the results have been written.
 
 Results are brought to disk in groups: not more often than SYNC_EVERY, and so seldom that waiting for the disk stays
@@ -28,6 +29,7 @@ from typing import Any
 import msgspec
 
 from .. import __version__
+from ..engine.sequence import Begun
 from ..errors import OutputError
 from .output import JOURNAL, Claim, explained, explanation, replacing
 from .work import Line
@@ -84,6 +86,16 @@ class Result(msgspec.Struct, tag="result", frozen=True):
     choices: list[Choice] = []
 
 
+class Part(msgspec.Struct, tag="part", frozen=True):
+    """What a choice that was not finished had generated from its token `start` on; the rest lies in parts before."""
+
+    custom_id: str
+    key: bytes  # of its line
+    choice: int
+    start: int
+    begun: Begun
+
+
 class Finished(msgspec.Struct, tag="finished", frozen=True):
     """All lines known so far have their result, and the files with the results are written."""
 
@@ -98,7 +110,13 @@ class _Name(msgspec.Struct, frozen=True):
     status: int
 
 
-Record = Header | Lines | Result | Finished
+class _Named(msgspec.Struct, frozen=True):
+    """Whose a record is."""
+
+    custom_id: str
+
+
+Record = Header | Lines | Result | Part | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -123,6 +141,7 @@ class _Scan:
     keys: bytes | None = None
     done: dict[str, Place] = field(default_factory=dict)
     done_keys: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, list[int]] = field(default_factory=dict)  # offsets, by custom_id of what is not done
     finished: Finished | None = None  # unless something came after it
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
     end: int = 0  # of the last good record
@@ -144,7 +163,8 @@ class Journal:
         self.damage: list[str] = []
         self.seconds = 0.0  # spent on bringing results to disk
         self._due = 0.0  # when the next group may go, as time.monotonic() says
-        self._waiting: list[Result] = []
+        self._waiting: list[Result | Part] = []
+        self._parts: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
         header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
         if not self.path.exists():
@@ -164,7 +184,7 @@ class Journal:
         with explained(self.path):
             found = _scan(self._file)
             size = os.fstat(self._file).st_size
-        self.done = found.done
+        self.done, self._parts = found.done, found.parts
         self._end = found.end
         if found.header is None:
             raise OutputError(
@@ -222,25 +242,26 @@ class Journal:
         begin = f"The output directory {self.path.parent} belongs to another job"
         return f"{begin}: {what}; restore it or give another output."
 
-    def append(self, result: Result) -> None:
-        """Take a finished request; it is on disk after the next `flush`."""
-        self._waiting.append(result)
+    def append(self, record: Result | Part) -> None:
+        """Take a finished request, or a part of one; it is on disk after the next `flush`."""
+        self._waiting.append(record)
 
     def commit(self) -> int:
         """`flush`, if it is time again; call it often."""
         return self.flush() if time.monotonic() >= self._due else 0
 
     def flush(self) -> int:
-        """Bring what was appended to disk, all in one go, and return how many results that were.
+        """Bring what was appended to disk, all in one go, and return how many requests that finished.
 
         Interrupted if the disk is full: what waited still waits, and a later flush may go well.
         """
         if not self._waiting:
             return 0
         data, places, at = [], [], self._end
-        for result in self._waiting:
-            data.append(_framed(result, at))
-            places.append((result.custom_id, Place(at, len(data[-1]) - _HEAD.size, result.status)))
+        for record in self._waiting:
+            data.append(_framed(record, at))
+            if isinstance(record, Result):
+                places.append((record.custom_id, Place(at, len(data[-1]) - _HEAD.size, record.status)))
             at += len(data[-1])
         begun = time.monotonic()
         self._write(b"".join(data))
@@ -285,6 +306,19 @@ class Journal:
                 "run the same command again."
             )
         return msgspec.msgpack.decode(payload, type=Result)
+
+    def begun(self, line: Line) -> dict[int, Begun]:
+        """What runs before this one have generated of a line that they did not finish, by choice; gives it once."""
+        found: dict[int, Begun] = {}
+        with explained(self.path):
+            size = os.fstat(self._file).st_size
+            for offset in self._parts.pop(line.custom_id, ()):
+                payload = _payload(self._file, offset, size)
+                part = msgspec.msgpack.decode(payload, type=Part) if payload is not None else None
+                if part is not None and part.key == line_key(line):
+                    before = found.get(part.choice, Begun(tokens=[]))
+                    found[part.choice] = before.continued(part.start, part.begun)
+        return {choice: begun for choice, begun in found.items() if begun.tokens}
 
     def close(self) -> None:
         """Close the file; what was not flushed is lost."""
@@ -377,6 +411,11 @@ def _scan(file: int) -> _Scan:
             if name.custom_id not in found.done:
                 found.done[name.custom_id] = Place(offset, len(payload), name.status)
                 found.done_keys[name.custom_id] = name.key
+                found.parts.pop(name.custom_id, None)
+        elif tag == "part":
+            of = msgspec.msgpack.decode(payload, type=_Named)
+            if of.custom_id not in found.done:
+                found.parts.setdefault(of.custom_id, []).append(offset)
         elif tag == "lines":
             found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
         elif tag == "header" and offset == 0:

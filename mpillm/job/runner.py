@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from .. import __version__
 from ..comm.world import World
 from ..engine.engine import Engine, follow
 from ..engine.scheduler import Totals
-from ..engine.sequence import Completion, Request
+from ..engine.sequence import Begun, Completion, Request
 from ..errors import MpillmError
 from ..kernels import KV_BLOCK
 from ..text import load_tokenizer
 from . import catalogue, report, requests, results
-from .journal import Journal, began
+from .journal import Journal, Part, began, line_key
 from .output import Claim
 from .progress import Bar, Progress
 from .requests import Batch
@@ -119,6 +120,7 @@ class Leader:
             self._compute(engine)
         except MpillmError as error:
             with suppress(MpillmError):  # a full disk, most likely: the first error says it
+                self._save_everything(engine)
                 journal.flush()
             engine.stop(error.exit_code)
             raise
@@ -152,13 +154,16 @@ class Leader:
         return made
 
     def _compute(self, engine: Engine) -> None:
-        journal, batch = self._journal, self._batch
+        journal, batch, every = self._journal, self._batch, self._spec.job.checkpoint_tokens
         todo = len(batch) - len(batch.errors) - len(journal.done)
         begun = time.monotonic()
         with self._progress.requests(todo) as bar:
             for finished in engine.run(self._requests()):
                 for completion in finished:
                     self._take(completion)
+                if every:
+                    for unsaved in engine.unsaved(every):
+                        self._save(*unsaved)
                 self._safe(journal.commit(), begun, engine, bar)
             self._safe(journal.flush(), begun, engine, bar)
 
@@ -176,7 +181,9 @@ class Leader:
         for work in self._batch.works(done=self._journal.done):
             count = len(work.requests)
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
-            yield from work.requests
+            begun = self._journal.begun(work.line)
+            for request in work.requests:
+                yield replace(request, begun=begun.get(request.choice))
 
     def _take(self, completion: Completion) -> None:
         """Keep a completion; if it was its line's last one, the answer goes to the journal."""
@@ -184,10 +191,28 @@ class Leader:
         pending.completions[completion.request.choice] = completion
         pending.missing -= 1
         if pending.missing:
+            if len(completion.tokens) >= (self._spec.job.checkpoint_tokens or math.inf):
+                self._save(completion.request, 0, completion.since(0))
             return
         del self._pending[completion.request.id]
         completions = [found for found in pending.completions if found is not None]
         self._journal.append(results.finished(pending.work, completions, self._model, self._name))
+
+    def _save(self, request: Request, start: int, begun: Begun) -> None:
+        """Let the journal have what a choice has generated from token `start` on."""
+        key = line_key(self._pending[request.id].work.line)
+        self._journal.append(Part(request.id, key, request.choice, start, begun))
+
+    def _save_everything(self, engine: Engine) -> None:
+        """The run ends before its time: let nothing be generated again that need not be."""
+        if not self._spec.job.checkpoint_tokens:
+            return
+        for unsaved in engine.unsaved():
+            self._save(*unsaved)
+        for pending in self._pending.values():
+            for completion in pending.completions:
+                if completion is not None and completion.tokens:
+                    self._save(completion.request, 0, completion.since(0))
 
     def _phase(self, name: str) -> None:
         now = time.monotonic()

@@ -150,6 +150,12 @@ class Batch(Section, frozen=True):
     prefix_sharing: bool = True  # prompts that begin alike are computed once up to where they differ
 
 
+class Job(Section, frozen=True):
+    """How the run goes about it; changes no result."""
+
+    checkpoint_tokens: Annotated[int, Meta(ge=0)] = 64  # answers are saved every so many tokens; 0: when done
+
+
 class Spec(Section, frozen=True, kw_only=True):
     """A checked job: what the job file and the command line say together."""
 
@@ -163,6 +169,7 @@ class Spec(Section, frozen=True, kw_only=True):
     wire: Wire = Wire()
     embeddings: Embeddings = Embeddings()
     batch: Batch = Batch()
+    job: Job = Job()
 
     @property
     def input_path(self) -> Path:
@@ -183,7 +190,7 @@ class Spec(Section, frozen=True, kw_only=True):
     def identity(self) -> dict[str, Any]:
         """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.
 
-        Not in it: the layout, the budgets, the batch (they change no result), and the model's and the input's
+        Not in it: the layout, the budgets, the batch, `job` (they change no result), and the model's and the input's
         content, which the journal knows by their own fingerprints.
         """
         values: dict[str, Any] = {"quantize": self.quantize}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.job.session import Session
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
@@ -120,3 +120,23 @@ def run(world: World, model: Path, requests: Sequence[Request], kv_blocks: int =
         world.barrier()
         cache = session.cache.counters
         return Outcome(found, totals, rows, cache.hits + cache.misses, session.limits.n_blocks)
+
+
+def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: int, **job: Any) -> Outcome:
+    """What `run` gives on one rank, where runs are broken off again and again and go on from what was saved."""
+    rng = np.random.default_rng(seed)
+    found: dict[Name, Values] = {}
+    saved: dict[Name, Begun] = {}
+    totals = Totals()
+    while todo := [one for one in requests if (one.id, one.choice) not in found]:
+        begun = [replace(one, begun=saved.get((one.id, one.choice))) for one in todo]
+        every = int(rng.integers(1, 9))
+        with closing(Session(world, spec_of(model, **job), model)) as session:
+            engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+            engine.totals = totals
+            for _, finished in zip(range(rng.integers(3, 25)), engine.run(begun), strict=False):
+                found |= {(one.request.id, one.request.choice): values(one) for one in finished}
+                for request, start, more in engine.unsaved(every):
+                    name = request.id, request.choice
+                    saved[name] = saved.get(name, Begun(tokens=[])).continued(start, more)
+    return Outcome(found, totals, 0, 0, session.limits.n_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.comm.world import World
-from mpillm.engine.sequence import Request
+from mpillm.engine.sequence import Begun, Request
 
 from . import harness
 from .harness import MODELS, Outcome
@@ -114,3 +115,29 @@ def test_another_order_and_everything_else_too(model: str, seed: int) -> None:
         "prefix_sharing": bool(rng.integers(2)),
     }
     assert_same(model, run(model, shuffled, **job))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_broken_off_and_gone_on_from_what_was_saved(model: str) -> None:
+    """Log-probabilities, echoes, penalties and draws of a saved part are those of a run that was never broken off."""
+    outcome = harness.run_in_pieces(world(), harness.path_of(model), requests(model), seed=1, max_num_seqs=9)
+    assert_same(model, outcome)
+    whole = sum(len(value[0]) for value in expected(model).values())
+    assert whole <= outcome.totals.generated_tokens < 1.4 * whole
+    assert outcome.totals.recomputed_tokens > 0
+
+
+def test_what_was_saved_to_its_last_token_is_not_computed_again() -> None:
+    some = [one for one in requests("llama3") if one.kind == "generate" and one.max_tokens]
+    ended = {}
+    for one in some:
+        tokens, _, _, logprobs, top, prompt_logprobs, prompt_top, _ = expected("llama3")[one.id, one.choice]
+        begun = Begun(
+            tokens=tokens, logprobs=logprobs, top=top, prompt_logprobs=prompt_logprobs, prompt_top=prompt_top
+        )
+        ended[one.id, one.choice] = replace(one, begun=begun)
+    outcome = run("llama3", list(ended.values()))
+    assert outcome.totals.steps == outcome.rows == 0
+    assert_same("llama3", outcome, some)
+    some_more = [requests("llama3")[0], *ended.values()]
+    assert_same("llama3", run("llama3", some_more), some_more)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.conftest import Mpi
+from tests.conftest import Mpi, get_mpi
 
 from .jobs import command, mixed_lines, run, write_lines
 
@@ -75,3 +77,59 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
     assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
     for name in ("results.jsonl", "results.h5"):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def long_lines() -> list[dict[str, Any]]:
+    """A short answer, and long ones of every kind: stop strings, an echo, choices, penalties, log-probabilities."""
+    prompt, warm = {"prompt": "the quick brown fox", "ignore_eos": True}, {"temperature": 1.2, "logprobs": 2}
+    chat = {
+        "messages": [{"role": "user", "content": "a lazy dog"}],
+        "stop": ["never to be seen"],
+        "logprobs": True,
+    }
+    bodies: list[dict[str, Any]] = [
+        {**prompt, "max_tokens": 40},
+        {**chat, "max_tokens": 200, "ignore_eos": True, "top_logprobs": 3},
+        {**prompt, **warm, "max_tokens": 220, "echo": True, "n": 2},
+        {**prompt, **warm, "max_tokens": 240, "n": 3, "stop_token_ids": list(range(7, 300, 90))},
+        {**prompt, "max_tokens": 250, "repetition_penalty": 1.2},
+    ]
+    return [{"custom_id": str(number), **body} for number, body in enumerate(bodies)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the long lines give at a stretch."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = write_lines(folder / "in.jsonl", long_lines())
+    done = run(get_mpi("openmpi"), 1, source, folder / "out", "job.checkpoint_tokens=0")
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("every", "number"), [(16, signal.SIGKILL), (100_000, signal.SIGUSR1)])
+def test_long_answers_go_on_from_their_middle(
+    every: int, number: signal.Signals, undisturbed: Path, openmpi: Mpi, tmp_path: Path
+) -> None:
+    """Killed, they lose what came after the last checkpoint; who is warned ahead saves everything."""
+    source, output = write_lines(tmp_path / "in.jsonl", long_lines()), tmp_path / "out"
+    setting = f"job.checkpoint_tokens={every}"
+    launcher = start(openmpi, 2, command(source, output, setting))
+    try:
+        wait_for_results(output / "journal", launcher, 8000 if number == signal.SIGKILL else 10)
+        launcher.send_signal(number)
+        launcher.wait(30)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert not (output / "results.jsonl").exists()
+    again = run(openmpi, 2, source, output, setting)
+    assert again.returncode == 0, again.stderr
+    assert run(openmpi, 1, source, tmp_path / "undisturbed", "job.checkpoint_tokens=0").returncode == 0
+    for name in ("results.jsonl", "results.h5"):
+        assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    reports = [
+        json.loads((folder / "report.json").read_text()) for folder in (output, tmp_path / "undisturbed")
+    ]
+    again_tokens, all_tokens = (report["tokens"]["generated"] for report in reports)
+    assert again_tokens < all_tokens - 16

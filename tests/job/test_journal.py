@@ -7,14 +7,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpillm.engine.sequence import Begun
 from mpillm.errors import Interrupted, OutputError
-from mpillm.job.journal import Finished, Journal, began, finished
+from mpillm.job.journal import Finished, Journal, Part, Result, _framed, began, finished, line_key
 from mpillm.job.output import Claim
 from mpillm.job.work import Line
 
@@ -354,6 +357,76 @@ def test_a_power_cut_costs_only_what_was_not_synced(tmp_path: Path, lost: str) -
         assert done(tmp_path)[0] == "a"
         finish(tmp_path, *(name for name in NAMES if name not in done(tmp_path)))
         assert sorted(done(tmp_path)) == sorted(NAMES)
+
+
+def part(name: str, start: int, *tokens: int, choice: int = 0) -> Part:
+    """A stretch of a choice; a token's values are made of it."""
+    begun = Begun(
+        tokens=list(tokens),
+        logprobs=[-token / 3 for token in tokens],
+        top=[[(token, -token / 7), (token + 1, float("-inf"))] for token in tokens],
+        prompt_logprobs=[] if start else [-0.1, -0.2],
+        prompt_top=[] if start else [[(5, -0.1)], [(6, -1e-300)]],
+        seconds_waiting=0.5,
+        seconds_running=start + 1.5,
+    )
+    return Part(name, line_key(lines(name)[0]), choice, start, begun)
+
+
+def begun(folder: Path, name: str, of: tuple[str, ...] = NAMES) -> dict[int, Begun]:
+    with Claim(folder) as claim, Journal(claim, IDENTITY, lines(*of)) as journal:
+        found = journal.begun(next(line for line in lines(*of) if line.custom_id == name))
+        assert journal.begun(lines(name)[0]) == {}  # given once
+        return found
+
+
+def append(folder: Path, *records: Part | Result) -> None:
+    with Claim(folder) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        for record in records:
+            journal.append(record)
+        assert journal.flush() == sum(isinstance(record, Result) for record in records)
+
+
+def test_parts_of_a_long_answer_are_put_together_again(tmp_path: Path) -> None:
+    append(tmp_path, part("a", 0, 1, 2, 3), part("b", 0, 7), part("a", 0, 9, choice=1))
+    append(tmp_path, part("a", 3, 4, 5), result("c"))
+    assert done(tmp_path) == ["c"]
+    assert begun(tmp_path, "c") == begun(tmp_path, "d") == {}
+    whole = replace(part("a", 0, 1, 2, 3, 4, 5).begun, seconds_running=4.5)
+    assert begun(tmp_path, "a") == {0: whole, 1: part("a", 0, 9).begun}
+    # From an earlier token again (a later part was lost), or from the start (a choice that has come to its end).
+    append(tmp_path, part("a", 4, 6), part("b", 0, 7, 8))
+    assert begun(tmp_path, "a")[0].tokens == [1, 2, 3, 4, 6]
+    assert begun(tmp_path, "b") == {0: part("b", 0, 7, 8).begun}
+    append(tmp_path, result("a"))
+    assert begun(tmp_path, "a") == {}
+
+
+def test_a_damaged_part_costs_what_comes_after_it(tmp_path: Path) -> None:
+    ends = []
+    for record in (part("a", 0, 1, 2), part("a", 2, 3), part("a", 3, 4)):
+        append(tmp_path, record)
+        ends.append((tmp_path / "journal").stat().st_size)
+    raw = (tmp_path / "journal").read_bytes()
+    for hit, left in ((ends[0] - 1, {}), (ends[1] - 1, {0: [1, 2]}), (ends[2] - 1, {0: [1, 2, 3]})):
+        (tmp_path / "journal").write_bytes(raw[:hit] + bytes([raw[hit] ^ 4]) + raw[hit + 1 :])
+        assert {choice: found.tokens for choice, found in begun(tmp_path, "a").items()} == left
+
+
+def test_a_part_of_a_line_that_has_changed_is_left(tmp_path: Path) -> None:
+    append(tmp_path, part("a", 0, 1))
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        assert journal.begun(Line(1, 0, 0, "a", b"other words")) == {}
+
+
+def test_records_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
+    class Novelty(msgspec.Struct, tag="novelty"):
+        what: str
+
+    finish(tmp_path, "a")
+    with (tmp_path / "journal").open("ab") as file:
+        file.write(_framed(Novelty("?"), file.tell()))  # type: ignore[arg-type]
+    assert done(tmp_path) == ["a"]
 
 
 def test_the_end_of_a_run_is_noted(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_the_fingerprint_knows_what_changes_results_and_nothing_else(tmp_path: P
         "batch.max_num_seqs=3",
         "batch.prefix_sharing=false",
     ]
-    same += ["memory.policy=lru", "output=elsewhere"]
+    same += ["memory.policy=lru", "job.checkpoint_tokens=0", "output=elsewhere"]
     other = [
         "sampling.seed=1",
         "sampling.stop=x",
