@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mpillm.comm.collectives import Channel
 from mpillm.comm.grid import Place
 from mpillm.engine import step as messages
+from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
 from mpillm.engine.scheduler import Limits, Scheduler, Totals, blocks_for
@@ -41,6 +42,11 @@ class Worker:
         reply = None if x is None else self._answerer.answer(step, x)
         self.seconds += time.perf_counter() - begun
         return reply
+
+    @property
+    def paging(self) -> tuple[float, float]:
+        """Seconds so far of waiting for weights, and of loading them."""
+        return self.decoder.paging
 
     def fetch(self, fetch: Fetch) -> Reply | None:
         """Answer a request for candidates, on a last-stage rank."""
@@ -79,11 +85,13 @@ class Engine:
         ended: list[Sequence] = []  # whose last token an earlier run has drawn
         scheduler = Scheduler(self._limits, _begin(requests, ended), self.totals)
         self._scheduler = scheduler
+        pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
         while scheduler.has_work:
-            while len(in_flight) < self._limits.micro_batches and (chosen := scheduler.next()):
+            while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
                 self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
-                in_flight.append((self._start(chosen), chosen))
+                with pace.measured(self._worker):
+                    in_flight.append((self._start(chosen), chosen))
             step, chosen = in_flight.popleft()
             done = self._finish(step, chosen)
             for sequence in done:

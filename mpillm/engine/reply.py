@@ -66,7 +66,10 @@ class Reply:
 
 
 class Answerer:
-    """Makes a last-stage rank's replies, and keeps the logits of drawn rows until they cannot be asked for again."""
+    """Makes a last-stage rank's replies, and keeps the rows drawn from until they cannot be asked for again.
+
+    Rows as they enter the output head, that is, not their logits: those may be a hundred times as large.
+    """
 
     def __init__(self, decoder: Decoder, keep_steps: int, threads: int) -> None:
         self._decoder = decoder
@@ -82,9 +85,9 @@ class Answerer:
         for begin in range(0, len(outputs), TILE):
             tile = outputs[begin : begin + TILE]
             rows = np.array([output.row for output in tile])
-            logits = self._decoder.logits(self._decoder.final_norm(x[rows]))
-            kept.update({begin + i: logits[i] for i, output in enumerate(tile) if output.sampled})
-            pieces.append(self._candidates(step, tile, logits))
+            normed = self._decoder.final_norm(x[rows])
+            kept.update({begin + i: normed[i] for i, output in enumerate(tile) if output.sampled})
+            pieces.append(self._candidates(step, tile, self._decoder.logits(normed)))
         hidden = np.empty((0, x.shape[1]), np.float32)
         if len(hidden_rows) and self._decoder.place.shard == 0:
             hidden = self._decoder.final_norm(x[hidden_rows])
@@ -97,10 +100,9 @@ class Answerer:
         """Answer a request for more candidates of a recent step."""
         step, kept = self._kept[fetch.number]
         outputs = [step.outputs[i]._replace(k=fetch.k) for i in fetch.outputs]
+        rows = [kept[i] for i in fetch.outputs]
         pieces = [
-            self._candidates(
-                step, outputs[i : i + TILE], np.stack([kept[n] for n in fetch.outputs[i : i + TILE]])
-            )
+            self._candidates(step, outputs[i : i + TILE], self._decoder.logits(np.stack(rows[i : i + TILE])))
             for i in range(0, len(outputs), TILE)
         ]
         return self._join(fetch.number, pieces, np.empty((0, 0), np.float32))

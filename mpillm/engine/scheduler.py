@@ -19,8 +19,9 @@ class Limits:
     n_blocks: int  # KV blocks of `KV_BLOCK` tokens, the same number on every rank
     max_sequences: int  # in one step
     max_tokens: int  # in one step
-    micro_batches: int  # steps in flight at once: one for each stage keeps all of them busy
+    micro_batches: int  # steps in flight at once, at most: one for each stage keeps all of them busy
     prefix_sharing: bool = True  # compute what sequences begin with alike only once
+    streams: bool = False  # each step costs some rank a pass over weights that do not stay in memory
 
 
 @dataclass(slots=True)
@@ -79,11 +80,14 @@ class Scheduler:
         """KV blocks that sequences hold now."""
         return self._pool.used
 
-    def next(self) -> list[tuple[Sequence, int]]:
-        """The next step's sequences with how many tokens of each to compute; empty if all are in flight."""
+    def next(self, micro_batches: int) -> list[tuple[Sequence, int]]:
+        """The next step's sequences with how many tokens of each to compute; empty if all are in flight.
+
+        At most `micro_batches` steps will be in flight, so it takes its share of all sequences.
+        """
         limits = self.limits
         self._admit()
-        share = -(-len(self.running) // limits.micro_batches)  # leave the others for the micro-batches behind
+        share = -(-len(self.running) // micro_batches)  # leave the others for the micro-batches behind
         most = min(share, limits.max_sequences)
         budget = limits.max_tokens
         decoding = sum(sequence.left == 1 for sequence in self.running if not sequence.in_flight)

@@ -16,6 +16,7 @@ from ..weights.cache import fixed_part, minimum_budget
 from ..weights.layer import check_tensors, rank_plans
 from ..weights.source import Source, column_unit, open_source
 from . import catalogue
+from .limits import described_step, step_size
 from .spec import Spec, shown_bytes
 
 
@@ -49,6 +50,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     layouts: list[tuple[int, int]]  # all that work, (stages, shards)
     kv_type: str
     kv_tokens: int  # that the KV cache holds
+    step_sequences: int  # in one step, at most
+    step_tokens: int
+    activations: int  # bytes of a step's rows on the rank that has most, at most
     max_context: int
     wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
     wire_f32: float  # what all of it would be as float32
@@ -79,6 +83,9 @@ def make_plan(
     blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
     n_blocks = spec.memory.kv_bytes // max(blocks.values())
     plans = [_rank(spec, source, config, shape, place, blocks[place], n_blocks) for place in places]
+    max_context = min(spec.memory.max_context, config.max_position)
+    streams = any(plan.weights_streamed for plan in plans)
+    step = step_size(spec, shape, places, streams)
     return Plan(
         model=spec.model,
         architecture=config.architecture,
@@ -87,7 +94,10 @@ def make_plan(
         layouts=grid.layouts(shape, ranks),
         kv_type=kv_type.name.lower(),
         kv_tokens=n_blocks * KV_BLOCK,
-        max_context=min(spec.memory.max_context, config.max_position),
+        step_sequences=min(step.sequences, max(n_blocks, 1)),
+        step_tokens=step.tokens,
+        activations=step.activations,
+        max_context=max_context,
         wire=wire_bytes(shape, stages, shards, BlockType[spec.wire.activations.upper()]),
         wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32).values()),
         ranks=plans,
@@ -171,6 +181,10 @@ def _table(plan: Plan) -> Iterator[str]:
         f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
         f"{plan.max_context} tokens at once"
     )
+    yield "batch     " + described_step(
+        plan.step_sequences, plan.step_tokens, max(rank.weights_streamed for rank in plan.ranks)
+    )
+    yield f"          activations of such a step take up to {shown_bytes(plan.activations)} on a rank"
     total = sum(plan.wire.values())
     if total:
         parts = ", ".join(f"{kind} {count:.0f}" for kind, count in plan.wire.items() if count)

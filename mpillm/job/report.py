@@ -44,6 +44,17 @@ class Tokens(msgspec.Struct, kw_only=True):
         return self.prompt - self.shared + self.generated
 
 
+class Batch(msgspec.Struct, kw_only=True):
+    """What steps could take on, and what they did."""
+
+    max_sequences: int
+    max_tokens: int
+    kv_blocks: int
+    steps: int
+    most_sequences: int  # in one step
+    streamed: int  # bytes of weights that all ranks together load for each step
+
+
 class Rank(msgspec.Struct, kw_only=True):
     """One process: its place, and its budgets and counters. Bytes and seconds."""
 
@@ -73,6 +84,7 @@ class Report(msgspec.Struct, kw_only=True):
     phases: dict[str, float]  # seconds of checking the input, loading, computing, writing
     requests: Requests
     tokens: Tokens
+    batch: Batch
     stages: int
     shards: int
     ranks: list[Rank]
@@ -95,6 +107,11 @@ class Report(msgspec.Struct, kw_only=True):
     def total_rate(self) -> float:
         """Tokens per second of computing, prompts' and generated, without those that were shared."""
         return self.tokens.computed / self.computing if self.computing else 0.0
+
+    def weights_per_token(self) -> float:
+        """Bytes of weights that all ranks have loaded, divided by all tokens that went through the model."""
+        tokens = self.tokens.computed
+        return sum(rank.weights.get("loaded", 0) for rank in self.ranks) / tokens if tokens else 0.0
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes sent by all ranks, by kind of message."""
@@ -122,6 +139,11 @@ def summary(report: Report) -> Iterator[str]:
         f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
         f"{report.total_rate():.1f} tokens/s while computing{generated}."
     )
+    if report.batch.streamed:
+        yield (
+            f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "
+            f"weights read per token: {shown_bytes(report.weights_per_token())}."
+        )
     wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}
     if wire:
         yield (

@@ -25,6 +25,7 @@ from ..kernels import KV_BLOCK
 from ..text import load_tokenizer
 from . import catalogue, report, requests, results
 from .journal import Journal, Part, began, line_key
+from .limits import described_step
 from .output import Claim
 from .progress import Bar, Progress
 from .requests import Batch
@@ -116,6 +117,9 @@ class Leader:
         engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
         for warning in self._warnings:
             self._progress.say(warning)
+        if streamed := max(session.streamed):
+            size = described_step(session.limits.max_sequences, session.limits.max_tokens, streamed)
+            self._progress.say(size[0].upper() + size[1:] + ".")
         try:
             self._compute(engine)
         except MpillmError as error:
@@ -141,6 +145,7 @@ class Leader:
                 total=len(lines), ok=len(lines) - errors, errors=errors, resumed=journal.resumed
             ),
             tokens=_tokens(engine.totals),
+            batch=_batch(engine.totals, session),
             stages=session.place.stages,
             shards=session.place.shards,
             ranks=ranks,
@@ -256,6 +261,18 @@ def _tokens(totals: Totals) -> report.Tokens:
         generated=totals.generated_tokens,
         shared=totals.shared_tokens,
         recomputed=totals.recomputed_tokens,
+    )
+
+
+def _batch(totals: Totals, session: Session) -> report.Batch:
+    limits = session.limits
+    return report.Batch(
+        max_sequences=limits.max_sequences,
+        max_tokens=limits.max_tokens,
+        kv_blocks=limits.n_blocks,
+        steps=totals.steps,
+        most_sequences=totals.most_sequences,
+        streamed=sum(session.streamed),
     )
 
 

@@ -13,8 +13,8 @@ from ..comm.collectives import Channel, Group, Pipe
 from ..comm.counters import Counters
 from ..comm.world import World
 from ..engine.engine import Worker
-from ..engine.scheduler import Limits, blocks_for
-from ..errors import JobError, ModelError
+from ..engine.scheduler import Limits
+from ..errors import ModelError
 from ..kernels import KV_BLOCK, BlockType
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
@@ -24,13 +24,11 @@ from ..weights.layer import Layer, LayerPlan, check_tensors, rank_plans
 from ..weights.loaders import open_loader
 from ..weights.lost_pages import say_when_lost
 from ..weights.source import column_unit, fingerprint, open_source
+from .limits import limits
 from .report import Rank
 from .spec import Spec
 
 log = logging.getLogger(__name__)
-
-MAX_NUM_SEQS = 256  # what "auto" means in [batch]
-MAX_NUM_BATCHED_TOKENS = 512
 
 
 class Session:
@@ -58,7 +56,6 @@ class Session:
         self.threads = world.threads(layout.threads)
         self.counters = Counters()
         self.kv_type = BlockType[spec.kv_type(self.shape.unit > 1).upper()]
-        self.limits = self._limits()
         with world.together():
             plans = rank_plans(self.shape, self.place, self.source, self.config)
             self.cache: WeightCache[Layer] = WeightCache(
@@ -67,6 +64,8 @@ class Session:
                 spec.memory.weights_bytes,
                 spec.memory.policy,
             )
+        self.streamed = world.gather(self.cache.streamed)
+        self.limits = self._limits()
         self.channel = Channel(world, self.counters)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
         log.info(
@@ -135,26 +134,10 @@ class Session:
 
     def _limits(self) -> Limits:
         """What a step and the KV cache take, the same on every rank."""
-        spec = self.spec
-        batch, memory = spec.batch, spec.memory
-        sequences = MAX_NUM_SEQS if batch.max_num_seqs == "auto" else batch.max_num_seqs
-        tokens = (
-            MAX_NUM_BATCHED_TOKENS if batch.max_num_batched_tokens == "auto" else batch.max_num_batched_tokens
-        )
-        # While weights are streamed, every step costs a pass over them: then one large step at a time.
-        micro_batches = self.place.stages if memory.weights_bytes is None else 1
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
         self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
-        useful = blocks_for(min(memory.max_context, self.config.max_position)) * sequences * micro_batches
-        n_blocks = min(memory.kv_bytes // self._largest_block, useful)
-        if n_blocks < 1:
-            raise JobError(
-                f"memory.kv = {memory.kv_bytes} bytes does not hold one block of {KV_BLOCK} tokens, which takes "
-                f"{self._largest_block} bytes; raise it."
-            )
-        return Limits(
-            n_blocks, sequences, max(tokens, sequences), micro_batches, prefix_sharing=batch.prefix_sharing
-        )
+        max_context = min(self.spec.memory.max_context, self.config.max_position)
+        return limits(self.spec, self.shape, places, self.kv_type, max_context, any(self.streamed))
 
     def _decoder(self) -> Decoder:
         config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire.activations

@@ -88,6 +88,11 @@ class Decoder:
         """Whether hidden states end, and logits arise, on this rank."""
         return self.place.stage == self.place.stages - 1
 
+    @property
+    def paging(self) -> tuple[float, float]:
+        """Seconds so far of waiting for weights, and of loading them."""
+        return self._cache.counters.stall_seconds, self._cache.counters.load_seconds
+
     def forward(self, batch: Batch) -> Floats | None:
         """Run the step's rows through this stage: the last layer's output [m, d] on the last stage, else None."""
         if self.is_first:

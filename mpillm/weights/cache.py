@@ -175,6 +175,11 @@ class WeightCache(Generic[T]):
         for thread in self._threads:
             thread.start()
 
+    @property
+    def streamed(self) -> int:
+        """Bytes that every round of uses loads anew."""
+        return self.total - self._fixed_bytes
+
     def use(self, item: int) -> Use[T]:
         """Item number `item`, ready and kept in memory for the length of a `with` block."""
         assert 0 <= item < len(self.items), item

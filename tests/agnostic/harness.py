@@ -17,6 +17,7 @@ from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.job.session import Session
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
+from mpillm.weights.cache import minimum_budget
 from mpillm.weights.source import open_source
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path
@@ -88,15 +89,28 @@ class Outcome:
     totals: Totals
     rows: int  # in all steps
     uses: int  # of layers, by all steps
-    n_blocks: int
+    session: Session  # rank 0's, closed
 
 
-def run(world: World, model: Path, requests: Sequence[Request], kv_blocks: int = 0, **job: Any) -> Outcome:
-    """Collective; the values are on rank 0. `kv_blocks` is the KV budget in blocks, 0 for a wide one."""
+def run(
+    world: World,
+    model: Path,
+    requests: Sequence[Request],
+    kv_blocks: int = 0,
+    streams: bool = False,
+    **job: Any,
+) -> Outcome:
+    """Collective; the values are on rank 0.
+
+    `kv_blocks` is the KV budget in blocks, 0 for a wide one; `streams` makes the weights' as small as it may be.
+    """
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK
+        least = max(world.gather(minimum_budget(session.cache.items)))
     if kv_blocks:
         job["kv"] = block * kv_blocks
+    if streams:
+        job["weights"] = least
     with closing(Session(world, spec_of(model, **job), model)) as session:
         found: dict[Name, Values] = {}
         totals = Totals()
@@ -119,7 +133,7 @@ def run(world: World, model: Path, requests: Sequence[Request], kv_blocks: int =
             totals = engine.totals
         world.barrier()
         cache = session.cache.counters
-        return Outcome(found, totals, rows, cache.hits + cache.misses, session.limits.n_blocks)
+        return Outcome(found, totals, rows, cache.hits + cache.misses, session)
 
 
 def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: int, **job: Any) -> Outcome:
@@ -139,4 +153,4 @@ def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: 
                 for request, start, more in engine.unsaved(every):
                     name = request.id, request.choice
                     saved[name] = saved.get(name, Begun(tokens=[])).continued(start, more)
-    return Outcome(found, totals, 0, 0, session.limits.n_blocks)
+    return Outcome(found, totals, 0, 0, session)

@@ -59,6 +59,21 @@ def test_steps_and_uses_of_layers_do_not_grow_with_the_batch() -> None:
     assert len({outcome.uses for outcome in outcomes}) == 1
 
 
+def test_what_is_streamed_for_a_token_falls_as_the_batch_grows() -> None:
+    loaded = []
+    for count in (1, 16, 300):  # the last is more than a step takes while nothing is streamed
+        some = [Request(str(i), (i // 100, i % 100, *range(8)), max_tokens=9) for i in range(count)]
+        outcome = run(MODEL, some, streams=True)
+        assert (outcome.totals.steps, outcome.totals.most_sequences) == (9, count)
+        cache = outcome.session.cache
+        fixed = cache.total - cache.streamed
+        read_ahead = cache.counters.loaded - fixed - 9 * cache.streamed
+        assert 0 <= read_ahead <= cache.budget - fixed
+        loaded.append(cache.counters.loaded / outcome.totals.generated_tokens)
+    for tokens, count in zip(loaded, (1, 16, 300), strict=True):
+        assert tokens * count == pytest.approx(loaded[0], rel=0.12)  # what was read ahead at the end
+
+
 def test_a_steps_kernel_calls_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

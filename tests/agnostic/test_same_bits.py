@@ -96,9 +96,16 @@ def test_instruction_sets(model: str, path: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tight_kv_cache(model: str, prefix_sharing: bool) -> None:
     outcome = run(model, kv_blocks=TIGHT, prefix_sharing=prefix_sharing)
-    assert outcome.n_blocks == TIGHT
+    assert outcome.session.limits.n_blocks == TIGHT
     assert outcome.totals.preemptions > 0
     assert outcome.totals.recomputed_tokens > 0
+    assert_same(model, outcome)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_streamed_weights(model: str) -> None:
+    outcome = run(model, streams=True)
+    assert outcome.session.cache.streamed > 0
     assert_same(model, outcome)
 
 

@@ -46,7 +46,9 @@ class Ranks:
         """Yields every step as it is sent."""
         scheduler = self.scheduler
         while scheduler.has_work:
-            while len(self._in_flight) < self.limits.micro_batches and (chosen := scheduler.next()):
+            while len(self._in_flight) < self.limits.micro_batches and (
+                chosen := scheduler.next(self.limits.micro_batches)
+            ):
                 self._compute(chosen)
                 self._in_flight.append(chosen)
                 yield chosen
@@ -217,7 +219,7 @@ def test_readers_go_longest_first_within_a_window() -> None:
     assert taken == ["3", "generates"]  # who generates goes on as it comes
     order = []
     while scheduler.has_work:
-        for one, count in scheduler.next():
+        for one, count in scheduler.next(1):
             one.in_flight = False
             one.computed += count
             if one.computed == len(one.tokens):
@@ -228,10 +230,10 @@ def test_readers_go_longest_first_within_a_window() -> None:
 
 def test_micro_batches_share_the_sequences() -> None:
     scheduler = Scheduler(limits(micro_batches=2), (sequence(str(i), 4, 9) for i in range(6)))
-    first, second = scheduler.next(), scheduler.next()
+    first, second = scheduler.next(2), scheduler.next(2)
     assert [one.request.id for one, _ in first] == ["0", "1", "2"]
     assert [one.request.id for one, _ in second] == ["3", "4", "5"]
-    assert scheduler.next() == []
+    assert scheduler.next(2) == []
 
 
 def test_blocks_for() -> None:

@@ -27,7 +27,9 @@ def made(**more: Any) -> report.Report:
     return report.Report(
         model={"name": "small & <b>old</b>"}, job={"sampling": {"seed": 3}}, began="2026-01-01T00:00:00+00:00",
         seconds=4.0, phases={"load": 1.0, "compute": 2.0}, requests=report.Requests(total=9, ok=8, errors=1, resumed=4),
-        tokens=report.Tokens(prompt=100, generated=50), stages=1, shards=2, ranks=ranks, versions={"mpillm": "0"},
+        tokens=report.Tokens(prompt=100, generated=50),
+        batch=report.Batch(max_sequences=256, max_tokens=512, kv_blocks=5, steps=70, most_sequences=9, streamed=0),
+        stages=1, shards=2, ranks=ranks, versions={"mpillm": "0"},
         timeline=[(0.0, 0, 0), (1.0, 20, 2), (2.0, 50, 5)], errors={"bad": "Line 2: no."}, **more,
     )  # fmt: skip
 
@@ -48,6 +50,16 @@ def test_shared_tokens_are_said_and_are_no_work() -> None:
         "25.0 of them generated.",
         "Wire bytes per token: all_reduce 15.",
     ]
+
+
+def test_what_streaming_costs_a_token() -> None:
+    streamed = made()
+    streamed.batch.streamed = 500
+    for rank in streamed.ranks:
+        rank.weights["loaded"] = 75 * 2**20
+    assert list(report.summary(streamed))[2] == (
+        "70 steps of up to 9 sequences; weights read per token: 1.0 MiB."
+    )
 
 
 def test_it_is_read_back(tmp_path: Path) -> None:
