@@ -12,8 +12,8 @@ from ..comm.grid import Place, Shape
 from ..kernels import KV_BLOCK, BlockType
 from ..model.config import ModelConfig
 from ..model.kv import block_nbytes
-from ..weights.cache import fixed_part, minimum_budget
 from ..weights.layer import check_tensors, rank_plans
+from ..weights.paging import minimum_budget, streamed
 from ..weights.source import Source, column_unit, open_source
 from . import catalogue
 from .limits import described_step, step_size
@@ -125,10 +125,6 @@ def _rank(
     share = sum(item.nbytes for item in items)
     least = minimum_budget(items)
     budget = spec.memory.weights_bytes
-    streamed = 0
-    if budget is not None and least <= budget < share:
-        fixed = fixed_part(items, budget) if spec.memory.policy == "cycle" else frozenset()
-        streamed = share - sum(items[index].nbytes for index in fixed)
     layers = grid.stage_layers(shape, place)
     return RankPlan(
         rank=place.rank,
@@ -138,7 +134,7 @@ def _rank(
         weights_share=share,
         weights_held=share if budget is None else min(budget, share),
         weights_least=least,
-        weights_streamed=streamed,
+        weights_streamed=streamed(items, budget, spec.memory.policy),
         kv_token=block // KV_BLOCK,
         kv_held=n_blocks * block,
     )

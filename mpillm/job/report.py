@@ -69,6 +69,7 @@ class Rank(msgspec.Struct, kw_only=True):
         str, float
     ]  # share (of all its layers), budget, peak, hits, misses, stalls, stall_seconds, loaded, ...
     kv: dict[str, int]  # budget, bytes, blocks
+    experts: dict[str, float] = {}  # the same of a mixture's experts, which weights has none of then
     messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
     memory_peak: int = 0  # of the process, as the system counts it
     seconds: dict[str, float] = {}  # compute, wire, weights, idle, ...
@@ -111,7 +112,14 @@ class Report(msgspec.Struct, kw_only=True):
     def weights_per_token(self) -> float:
         """Bytes of weights that all ranks have loaded, divided by all tokens that went through the model."""
         tokens = self.tokens.computed
-        return sum(rank.weights.get("loaded", 0) for rank in self.ranks) / tokens if tokens else 0.0
+        loaded = sum(of.get("loaded", 0) for rank in self.ranks for of in (rank.weights, rank.experts))
+        return loaded / tokens if tokens else 0.0
+
+    def expert_hits(self) -> tuple[int, int]:
+        """How often an expert was still in memory when it was used, and all its uses, on all ranks."""
+        counts = [(rank.experts["hits"], rank.experts["misses"]) for rank in self.ranks if rank.experts]
+        hits = sum(hit for hit, _ in counts)
+        return int(hits), int(hits + sum(missed for _, missed in counts))
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes sent by all ranks, by kind of message."""
@@ -144,6 +152,10 @@ def summary(report: Report) -> Iterator[str]:
             f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "
             f"weights read per token: {shown_bytes(report.weights_per_token())}."
         )
+    hits, uses = report.expert_hits()
+    if uses:
+        read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
+        yield f"Experts: {100 * hits / uses:.1f} % of their uses found them in memory; {shown_bytes(read)} were read."
     wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}
     if wire:
         yield (
@@ -223,15 +235,21 @@ def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: 
 
 def _rank_table(report: Report) -> str:
     head = ["rank", "host", "place", "threads", "kernels", "weights: share", "budget", "held at most"]
-    head += ["KV cache", "process", "hits", "misses", "stalls", "stalled s"]
+    head += ["KV cache", "process"]
+    mixture = any(rank.experts for rank in report.ranks)
+    for kind in ("", "experts: ") if mixture else ("",):
+        head += [kind + "hits", "misses", "stalls", "stalled s"]
     rows = []
     for rank in report.ranks:
         place = f"stage {rank.stage}, shard {rank.shard}: {rank.layers} layers"
         row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
-        row += [shown_bytes(rank.weights.get(key, 0)) for key in ("share", "budget", "peak")]
+        caches = [rank.weights, rank.experts] if mixture else [rank.weights]
+        row += [shown_bytes(sum(of.get(key, 0) for of in caches)) for key in ("share", "budget", "peak")]
         row += [shown_bytes(rank.kv.get("bytes", 0)), shown_bytes(rank.memory_peak)]
-        row += [f"{rank.weights.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
-        rows.append([*row, f"{rank.weights.get('stall_seconds', 0.0):.2f}"])
+        for of in caches:
+            row += [f"{of.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
+            row.append(f"{of.get('stall_seconds', 0.0):.2f}")
+        rows.append(row)
     return _table(head, rows)
 
 

@@ -19,10 +19,12 @@ from ..kernels import KV_BLOCK, BlockType
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.kv import KVCache, block_nbytes
-from ..weights.cache import Loader, WeightCache
-from ..weights.layer import Layer, LayerPlan, check_tensors, rank_plans
+from ..weights.cache import WeightCache
+from ..weights.experts import ExpertCache
+from ..weights.layer import Layer, check_tensors, rank_plans
 from ..weights.loaders import open_loader
 from ..weights.lost_pages import say_when_lost
+from ..weights.paging import Weights
 from ..weights.source import column_unit, fingerprint, open_source
 from .limits import limits
 from .report import Rank
@@ -58,20 +60,23 @@ class Session:
         self.kv_type = BlockType[spec.kv_type(self.shape.unit > 1).upper()]
         with world.together():
             plans = rank_plans(self.shape, self.place, self.source, self.config)
-            self.cache: WeightCache[Layer] = WeightCache(
+            self.weights = Weights(
                 plans,
-                self._loader(plans),
+                lambda streamed, small: open_loader(
+                    self.source, spec.memory.loader, self.threads, streamed, small
+                ),
                 spec.memory.weights_bytes,
                 spec.memory.policy,
+                self.config.experts_per_token / max(self.config.n_experts, 1),
             )
-        self.streamed = world.gather(self.cache.streamed)
+        self.streamed = world.gather(self.weights.streamed)
         self.limits = self._limits()
         self.channel = Channel(world, self.counters)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
         log.info(
             "%s stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
             world, self.place.stage, stages, self.place.shard, shards, self.threads, kernels.path(),
-            self.cache.total / 2**20,
+            self.weights.total / 2**20,
         )  # fmt: skip
 
     @property
@@ -87,7 +92,7 @@ class Session:
 
     def statistics(self) -> Rank:
         """What this rank held, moved and waited for."""
-        cache, messages = self.cache.counters, self.counters.as_dict()
+        weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         used = self.worker.most_blocks * self.kv.nbytes // self.kv.n_blocks
         return Rank(
@@ -98,20 +103,21 @@ class Session:
             layers=len(grid.stage_layers(self.shape, self.place)),
             threads=self.threads,
             kernels=kernels.path(),
-            weights={"share": self.cache.total, "budget": self.cache.budget, **asdict(cache)},
+            weights=_described(weights.cycle),
+            experts=_described(weights.experts) if weights.experts else {},
             kv={"budget": self.spec.memory.kv_bytes, "bytes": used, "blocks": self.kv.n_blocks},
             messages=messages,
             memory_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             seconds={
-                "compute": self.worker.seconds - sum(waited.values()) - cache.stall_seconds,
-                "weights": cache.stall_seconds,
+                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds,
+                "weights": weights.stall_seconds,
                 **waited,
             },
         )
 
     def close(self) -> None:
         """Stop the read-ahead thread and let go of the files."""
-        self.cache.close()
+        self.weights.close()
         self.source.close()
 
     def _same_model(self) -> None:
@@ -127,11 +133,6 @@ class Session:
                     f"{first_hash[:12]}); put the same files on every node."
                 )
 
-    def _loader(self, plans: list[LayerPlan]) -> Loader[Layer]:
-        budget = self.spec.memory.weights_bytes
-        streamed = budget is not None and budget < sum(plan.nbytes for plan in plans)
-        return open_loader(self.source, self.spec.memory.loader, self.threads, streamed)
-
     def _limits(self) -> Limits:
         """What a step and the KV cache take, the same on every rank."""
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
@@ -144,4 +145,8 @@ class Session:
         self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type)
         group = Group(self.world, place, wire, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire, self.counters, self.threads)
-        return Decoder(config, shape, place, self.source, self.cache, self.kv, group, pipe, self.threads)
+        return Decoder(config, shape, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+
+
+def _described(cache: WeightCache[Layer] | ExpertCache[Layer]) -> dict[str, float]:
+    return {"share": cache.total, "budget": cache.budget, **asdict(cache.counters)}

@@ -6,10 +6,9 @@ step, of any sequences), d = hidden size, h = this shard's query heads, hd = hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from mpillm.comm.collectives import Group, Pipe
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.rope import cos_sin
-from mpillm.weights.cache import Use, WeightCache
-from mpillm.weights.layer import ATTENTION, DOWN, EXPERTS, GATE, HEAD, UP, Layer, Matrix
+from mpillm.weights.cache import Use
+from mpillm.weights.layer import ATTENTION, DOWN, GATE, HEAD, UP, Layer, Matrix
 from mpillm.weights.names import Key
+from mpillm.weights.paging import Weights
 from mpillm.weights.source import Source
 
 Floats = NDArray[np.float32]
@@ -52,7 +52,7 @@ class Decoder:
         shape: grid.Shape,
         place: grid.Place,
         source: Source,
-        cache: WeightCache[Layer],
+        weights: Weights,
         kv: KVCache,
         group: Group,
         pipe: Pipe,
@@ -61,15 +61,19 @@ class Decoder:
         self.config = config
         self.place = place
         self._source = source
-        self._cache = cache
+        self._weights = weights
+        self._cache = weights.cycle
+        self._experts = weights.experts
         self._kv = kv
         self._group = group
         self._pipe = pipe
         self._threads = threads
         self._layers = grid.stage_layers(shape, place)
-        self._at_rest = cache.budget >= cache.total  # what was loaded stays where it is
+        self._at_rest = self._cache.budget >= self._cache.total  # what was loaded stays where it is
         self._halves: dict[tuple[object, ...], Half] = {}
-        self._items = {(item.layer, item.part): number for number, item in enumerate(cache.items)}
+        self._items = {(item.layer, item.part): number for number, item in enumerate(self._cache.items)}
+        experts = self._experts.items if self._experts else ()
+        self._first_expert = {item.layer: number for number, item in enumerate(experts) if not item.expert}
         heads, kv_heads = grid.own_heads(shape, place), grid.own_kv_heads(shape, place)
         share = config.n_heads // config.n_kv_heads
         self._kv_heads = len(kv_heads)
@@ -91,7 +95,7 @@ class Decoder:
     @property
     def paging(self) -> tuple[float, float]:
         """Seconds so far of waiting for weights, and of loading them."""
-        return self._cache.counters.stall_seconds, self._cache.counters.load_seconds
+        return self._weights.stall_seconds, self._weights.load_seconds
 
     def forward(self, batch: Batch) -> Floats | None:
         """Run the step's rows through this stage: the last layer's output [m, d] on the last stage, else None."""
@@ -113,8 +117,7 @@ class Decoder:
             if routed is None:
                 self._feed_forward_in_parts(number, h, x)
             else:
-                with self._use(number, EXPERTS) as layer:
-                    self._add(self._experts(layer, number, h, *routed), x)
+                self._add(self._mixture(number, h, *routed), x)
         if self.is_last:
             return x
         self._pipe.send(x)
@@ -241,7 +244,7 @@ class Decoder:
             weights /= total[:, None]
         return weights, ids
 
-    def _experts(self, layer: Layer, number: int, h: Floats, weights: Floats, ids: Ints) -> Floats:
+    def _mixture(self, number: int, h: Floats, weights: Floats, ids: Ints) -> Floats:
         """Mixture of experts: the weighted sum of what each row's experts make of it.
 
         Experts are added up in the order of their numbers within each column panel, and only then are panels
@@ -249,13 +252,10 @@ class Decoder:
         """
         m, d = h.shape
         panels: Floats | None = None
-        for expert in np.unique(ids).tolist():
+        for expert, layer in self._chosen(number, ids):
             at, slot = np.nonzero(ids == expert)
-            gate, up, down = (layer.matrix(role, expert) for role in ("gate", "up", "down"))
-            half = self._kept(
-                partial(kernels.FeedForwardHalf, None, 0.0, gate, up, down), EXPERTS, number, expert
-            )
-            sums = np.empty((len(down.bounds) - 1, len(at), d), np.float32)
+            half, count = layer.keep(_expert)
+            sums = np.empty((count, len(at), d), np.float32)
             kernels.compute(half, np.ascontiguousarray(h[at]), sums, self._threads, fold=False)
             if panels is None:
                 panels = np.zeros((len(sums), m, d), np.float32)
@@ -264,3 +264,16 @@ class Decoder:
         out = np.empty((m, d), np.float32)
         kernels.fold(panels, out, self._threads)
         return out
+
+    def _chosen(self, number: int, ids: Ints) -> Iterator[tuple[int, Layer]]:
+        """The experts that some row was sent to, in the order of their numbers, each in memory until the next."""
+        assert self._experts is not None
+        chosen = np.unique(ids).tolist()
+        first = self._first_expert[number]
+        yield from zip(chosen, self._experts.in_turn([first + expert for expert in chosen]), strict=True)
+
+
+def _expert(layer: Layer) -> tuple[kernels.FeedForwardHalf, int]:
+    """An expert's products, and the number of column panels that it sums by."""
+    gate, up, down = (layer.matrix(role) for role in ("gate", "up", "down"))
+    return kernels.FeedForwardHalf(None, 0.0, gate, up, down), len(down.bounds) - 1

@@ -57,10 +57,9 @@ class Loader(Protocol[Made_co]):
 class Heap(Generic[T]):
     """Items that a function makes, in memory of the process's own."""
 
-    parallel = 1
-
-    def __init__(self, make: Callable[[LayerPlan, Bytes], T]) -> None:
+    def __init__(self, make: Callable[[LayerPlan, Bytes], T], parallel: int = 1) -> None:
         self._make = make
+        self.parallel = parallel
 
     def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
         """A dropped buffer if one has the right size, for new memory costs time."""
@@ -103,7 +102,7 @@ class Counters:
     peak: int = 0
 
 
-class _Slot(Generic[T]):
+class Slot(Generic[T]):
     """An item in memory, or on its way there (`layer` is None until it is ready)."""
 
     def __init__(self) -> None:
@@ -160,7 +159,7 @@ class WeightCache(Generic[T]):
         self.fixed = fixed_part(self.items, self.budget) if policy == "cycle" else frozenset()
         self._fixed_bytes = sum(self.items[i].nbytes for i in self.fixed)
         self._loader = loader
-        self._slots: dict[int, _Slot[T]] = {}
+        self._slots: dict[int, Slot[T]] = {}
         self._wanted: int | None = None  # what a use waits for
         self._cursor = -1  # the item that was asked for last
         self._clock = 0
@@ -230,7 +229,7 @@ class WeightCache(Generic[T]):
         slot.users += 1
         return slot.layer
 
-    def _wait_for(self, item: int) -> _Slot[T]:
+    def _wait_for(self, item: int) -> Slot[T]:
         def ready() -> bool:
             slot = self._slots.get(item)
             return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
@@ -297,7 +296,7 @@ class WeightCache(Generic[T]):
             plan = self.items[item]
             victims = self._victims(item) or []
             dropped = [self._drop(victim) for victim in victims]
-            slot = self._slots[item] = _Slot()
+            slot = self._slots[item] = Slot()
             self.counters.held += plan.nbytes
             self.counters.peak = max(self.counters.peak, self.counters.held)
         start = time.monotonic()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
+T = TypeVar("T")
+
 Tensors = list[tuple[Key, tuple[int, ...]]]  # with their whole shapes
 
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
@@ -33,7 +35,7 @@ CHUNK = 2**20  # canonical bytes that are on their way into the buffer at a time
 
 # What is paged in together, in the order in which a step uses it: the smaller the parts, the less memory is bound by
 # what is in use and what is on its way, and the more can stay.
-ATTENTION, GATE, UP, DOWN, EXPERTS, HEAD = "attention", "gate", "up", "down", "experts", "the output head"
+ATTENTION, GATE, UP, DOWN, EXPERT, HEAD = "attention", "gate", "up", "down", "expert", "the output head"
 _PART_OF = {"gate_bias": GATE, "up_bias": UP, "down_bias": DOWN, GATE: GATE, UP: UP, DOWN: DOWN}
 
 
@@ -94,10 +96,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One item of the weight cache: a part of a layer, or the output head. `nbytes` is the size of its buffer.
+    """One item of the weight cache: a part of a layer, one of its experts, or the output head.
 
-    In a packed model the buffer is the bytes from `offset` on in file number `file`, and a tensor may have several
-    entries: the parts of its matrix in their order.
+    `nbytes` is the size of its buffer. In a packed model that is the bytes from `offset` on in file number `file`, and
+    a tensor may have several entries: the parts of its matrix in their order. A layer's experts are all alike there,
+    and may share the entries of the first one.
     """
 
     name: str
@@ -107,14 +110,14 @@ class LayerPlan:
     part: str = HEAD
     file: int = -1
     offset: int = 0
+    expert: int = -1
 
     @cached_property
-    def index(self) -> dict[tuple[str, int], tuple[Entry, ...]]:
-        """Entries by role and expert."""
-        found: dict[tuple[str, int], tuple[Entry, ...]] = {}
+    def index(self) -> dict[str, tuple[Entry, ...]]:
+        """Entries by role."""
+        found: dict[str, tuple[Entry, ...]] = {}
         for entry in self.entries:
-            where = (entry.key.role, entry.key.expert)
-            found[where] = (*found.get(where, ()), entry)
+            found[entry.key.role] = (*found.get(entry.key.role, ()), entry)
         return found
 
 
@@ -124,13 +127,14 @@ class Layer:
     def __init__(self, plan: LayerPlan, buffer: Bytes) -> None:
         self.plan = plan
         self.buffer = buffer
+        self._kept: Any = None
 
-    def matrix(self, role: str, expert: int = -1) -> Matrix:
-        """A matrix of the layer, or of one of its experts."""
-        parts = tuple(self._matrix(entry) for entry in self.plan.index[role, expert])
+    def matrix(self, role: str) -> Matrix:
+        """A matrix of the item."""
+        parts = tuple(self._matrix(entry) for entry in self.plan.index[role])
         if len(parts) == 1:
             return parts[0]
-        first, second, *_ = self.plan.index[role, expert]
+        first, second, *_ = self.plan.index[role]
         n, k, bounds = first.n, first.k, parts[0].bounds
         if first.rows == second.rows:
             starts = np.cumsum([0, *(part.k for part in parts)], dtype=np.int32)
@@ -147,14 +151,22 @@ class Layer:
 
     def vector(self, role: str) -> Floats:
         """A norm's weights, or a bias: f32 [n]."""
-        entries = self.plan.index[role, -1]
+        entries = self.plan.index[role]
         assert not entries[0].bounds, role
         values = [self._bytes(entry).view(np.float32) for entry in entries]
         return values[0] if len(values) == 1 else np.concatenate(values)
 
+    def keep(self, make: Callable[[Layer], T]) -> T:
+        """What `make` makes of the item, made once for as long as it stays in memory."""
+        if self._kept is None:
+            self._kept = make(self)
+        kept: T = self._kept
+        return kept
+
     def drop(self) -> None:
         """Let go of the buffer: others may have it now."""
         self.buffer = np.empty(0, np.uint8)
+        self._kept = None
 
     def _matrix(self, entry: Entry) -> Matrix:
         assert entry.bounds, entry.key
@@ -190,10 +202,8 @@ def layer_tensors(shape: Shape, flags: Flags, layer: int) -> Iterator[tuple[Key,
     yield own("ffn_norm", d)
     if flags.moe_layers[layer]:
         yield own("router", shape.n_experts, d)
-        width = shape.moe_intermediate
         for expert in range(shape.n_experts):
-            for role in ("gate", "up", "down"):
-                yield Key(role, layer, expert), (d, width) if role == "down" else (width, d)
+            yield from expert_tensors(shape, layer, expert)
         return
     width = shape.intermediate
     yield own("gate", width, d)
@@ -203,6 +213,13 @@ def layer_tensors(shape: Shape, flags: Flags, layer: int) -> Iterator[tuple[Key,
         yield own("gate_bias", width)
         yield own("up_bias", width)
         yield own("down_bias", d)
+
+
+def expert_tensors(shape: Shape, layer: int, expert: int) -> Tensors:
+    """The tensors of an expert and their whole shapes."""
+    d, width = shape.hidden, shape.moe_intermediate
+    dims = {"gate": (width, d), "up": (width, d), "down": (d, width)}
+    return [(Key(role, layer, expert), size) for role, size in dims.items()]
 
 
 def head_tensors(shape: Shape) -> Iterator[tuple[Key, tuple[int, ...]]]:
@@ -238,14 +255,14 @@ def all_tensors(shape: Shape, flags: Flags) -> Iterator[tuple[Key, tuple[int, ..
 
 
 def layer_parts(shape: Shape, flags: Flags, layer: int) -> dict[str, Tensors]:
-    """The tensors of a layer by the part in which they are paged in, in the order of use.
+    """The tensors of a layer by the part in which they are paged in, in the order of use; without experts.
 
     `ATTENTION` has what comes before the feed-forward products too: their norm, and the router.
     """
     parts: dict[str, Tensors] = {}
     for key, dims in layer_tensors(shape, flags, layer):
-        part = EXPERTS if key.expert >= 0 else _PART_OF.get(key.role, ATTENTION)
-        parts.setdefault(part, []).append((key, dims))
+        if key.expert < 0:
+            parts.setdefault(_PART_OF.get(key.role, ATTENTION), []).append((key, dims))
     return parts
 
 
@@ -258,6 +275,8 @@ def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list
     for layer in grid.stage_layers(shape, place):
         for part, tensors in layer_parts(shape, flags, layer).items():
             plans.append(source.plan(part, layer, tensors, shape, place))
+        if flags.moe_layers[layer]:
+            plans += source.plan_experts(layer, shape, place)
     if place.stage == place.stages - 1:
         plans.append(source.plan(HEAD, -1, list(head_tensors(shape)), shape, place))
     return plans
@@ -374,9 +393,9 @@ def plan_entry(
     return Entry(key, rows, cols, type, bounds, offset, nbytes)
 
 
-def plan_name(part: str, layer: int) -> str:
+def plan_name(part: str, layer: int, expert: int = -1) -> str:
     """What messages call an item."""
-    return part if layer < 0 else f"layer {layer}, {part}"
+    return part if layer < 0 else f"layer {layer}, {part}" + (f" {expert}" if expert >= 0 else "")
 
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:

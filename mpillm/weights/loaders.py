@@ -27,14 +27,20 @@ REQUESTS = 4  # under way at a time: a disk is busy only while it has more than 
 REQUEST_BYTES = 4 * 2**20
 
 
-def open_loader(source: Source, kind: Kind, threads: int, streamed: bool) -> Loader[Layer]:
+def open_loader(
+    source: Source, kind: Kind, threads: int, streamed: bool, small: bool = False
+) -> Loader[Layer]:
     """The loader of a source's items; `streamed`: not all of them stay. For packed sources `kind` says how.
+
+    `small` items (experts) are loaded several at a time, others in several pieces.
 
     "auto" maps what stays, for that costs nothing but reading it once. What is streamed, it reads past the page cache,
     which is faster than filling that cache and emptying it again; and what comes over a network, always.
     """
     if isinstance(source, TensorSource):
         unpacked, half = source, max(threads // 2, 1)  # a step computes meanwhile
+        if small:
+            return Heap(lambda plan, buffer: load(plan, unpacked, buffer, 1), half)
         return Heap(lambda plan, buffer: load(plan, unpacked, buffer, half))
     assert isinstance(source, PackedSource)
     if kind == "auto":
@@ -43,7 +49,11 @@ def open_loader(source: Source, kind: Kind, threads: int, streamed: bool) -> Loa
         raise JobError(
             'memory.loader = "mmap" needs Linux 5.14 or newer; leave it "auto", or make it "read".'
         )
-    return Mapped(source.packed_files) if kind == "mmap" else Reading(source.packed_files)
+    parallel = (
+        REQUESTS if small else 2
+    )  # the second fills the queue while the first waits for its last pieces
+    how = Mapped if kind == "mmap" else Reading
+    return how(source.packed_files, parallel)
 
 
 class _Watched:
@@ -67,11 +77,10 @@ class _Watched:
 
 
 class _Parallel:
-    """Loads an item in pieces, several at a time; the cache's two threads keep the queue filled between items."""
+    """Loads an item in pieces, several at a time, and so many items."""
 
-    parallel = 2
-
-    def __init__(self, files: Sequence[PackedFile]) -> None:
+    def __init__(self, files: Sequence[PackedFile], parallel: int = 2) -> None:
+        self.parallel = parallel
         self._files: list[_Watched] = []
         self._pool = ThreadPoolExecutor(REQUESTS, "weights-read")
         with contextlib.ExitStack() as stack:
@@ -103,8 +112,8 @@ class _Parallel:
 class Mapped(_Parallel):
     """Items are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
 
-    def __init__(self, files: Sequence[PackedFile]) -> None:
-        super().__init__(files)
+    def __init__(self, files: Sequence[PackedFile], parallel: int = 2) -> None:
+        super().__init__(files, parallel)
         self._maps = [MappedFile(file.path) for file in files]
 
     def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
@@ -145,8 +154,8 @@ class Mapped(_Parallel):
 class Reading(_Parallel):
     """Items are read into buffers of their own, past the page cache where the file system allows it."""
 
-    def __init__(self, files: Sequence[PackedFile]) -> None:
-        super().__init__(files)
+    def __init__(self, files: Sequence[PackedFile], parallel: int = 2) -> None:
+        super().__init__(files, parallel)
         self._direct = [_open_direct(file.path) for file in files]
 
     def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:

@@ -195,6 +195,11 @@ def hf_name(key: Key) -> str:
     return ("" if key.role == "head" else "model.") + name.format(l=key.layer, e=key.expert)
 
 
+def hf_name_of_experts(key: Key) -> str:
+    """The same for all experts of a layer, with a star for the expert's number."""
+    return hf_name(key._replace(expert=0)).replace(".experts.0.", ".experts.*.")
+
+
 def gguf_name(key: Key) -> str:
     """The usual name of a tensor in a GGUF file; experts lie in one tensor there."""
     role = ROLES[key.role]

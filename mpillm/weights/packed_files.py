@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 from ..comm.grid import Shape
 from ..errors import ModelError
 from ..kernels.types import BlockType
-from .layer import HEAD, Bytes, Entry, Flags, aligned, fill, head_tensors, layer_parts
+from .layer import EXPERT, HEAD, Bytes, Entry, Flags, aligned, expert_tensors, fill, head_tensors, layer_parts
 from .mapped import MappedFile
 from .names import Key
 from .packed_layout import (
@@ -52,11 +53,12 @@ Progress = Callable[[int], None]  # so many more bytes are safe
 
 @dataclass(frozen=True)
 class Part:
-    """What is paged in together."""
+    """What is paged in together. An expert's panels are those of the layer's first one."""
 
     name: str
     layer: int
     panels: tuple[Panel, ...]
+    expert: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -93,26 +95,45 @@ def plan_files(source: TensorSource, shape: Shape, flags: Flags, about: dict[str
             Part(name, layer, tuple(panels_of(tensors, shape, lambda key: source.tensors[key].type)))
             for name, tensors in layer_parts(shape, flags, layer).items()
         ]
+        if flags.moe_layers[layer]:
+            parts += _experts(source, shape, layer)
         plans.append(_plan(layer_file(layer), tuple(parts), about))
     panels = panels_of(list(head_tensors(shape)), shape, lambda key: source.tensors[key].type)
     plans.append(_plan("head.safetensors", (Part(HEAD, -1, tuple(panels)),), about))
     return [*plans, _plan_embed(source, about)]
 
 
+def _experts(source: TensorSource, shape: Shape, layer: int) -> Iterator[Part]:
+    """A layer's experts; ModelError if they are not all of the same types."""
+    first = expert_tensors(shape, layer, 0)
+    panels = tuple(panels_of(first, shape, lambda key: source.tensors[key].type))
+    for expert in range(shape.n_experts):
+        for key, _ in first:
+            if source.tensors[key._replace(expert=expert)].type != source.tensors[key].type:
+                raise ModelError(
+                    f"{source.path}: the experts of layer {layer} are of different types, which cannot be packed; "
+                    "name one with --weights."
+                )
+        yield Part(EXPERT, layer, panels, expert)
+
+
 def _plan(name: str, parts: tuple[Part, ...], about: dict[str, str]) -> FilePlan:
     header: dict[str, Any] = {}
     pieces: list[dict[str, Any]] = []
     offset = 0
+    experts = sum(part.expert >= 0 for part in parts)
     for part in parts:
+        if part.expert > 0:  # is like the first one, and lies in the same tensor
+            continue
         pieces += described(list(part.panels), part.name, part.layer)
-        for panel in part.panels:
-            tensor = {
-                "dtype": "U8",
-                "shape": [panel.nbytes],
-                "data_offsets": [offset, offset + panel.nbytes],
-            }
-            header[panel_name(part.name, part.layer, panel.number)] = tensor
-            offset += panel.nbytes
+        one = part.expert == 0
+        for number, dims in enumerate(
+            [(experts, part.nbytes)] if one else [(p.nbytes,) for p in part.panels]
+        ):
+            end = offset + math.prod(dims)
+            tensor = {"dtype": "U8", "shape": list(dims), "data_offsets": [offset, end]}
+            header[panel_name(part.name, part.layer, number)] = tensor
+            offset = end
     metadata = {**about, "pieces": json.dumps(pieces, separators=(",", ":"))}
     return FilePlan(name, {"__metadata__": metadata, **header}, parts, offset)
 
@@ -255,6 +276,8 @@ def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
     for panel in part.panels:
         for piece in panel.pieces:
             entry = piece.entry
+            if part.expert >= 0:
+                entry = replace(entry, key=entry.key._replace(expert=part.expert))
             out = data[begin + entry.offset : begin + entry.offset + entry.nbytes]
             groups.setdefault((entry.key, entry.rows), []).append((entry, out))
         begin += panel.nbytes

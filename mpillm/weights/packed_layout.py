@@ -2,7 +2,8 @@
 
 What is paged in together (a part of a layer, or the output head) lies in panels, one behind the other: panel p is
 what shard p would hold if there were as many shards as the model can be cut into (8, or a smaller power of two). So
-the panels of any shard, of any number of shards, are one run of bytes. docs/packed.md describes it for other readers.
+the panels of any shard, of any number of shards, are one run of bytes. A layer's experts, which are all alike, lie one
+behind the other, each in panels of its own. docs/packed.md describes it for other readers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 from ..comm import grid
 from ..comm.grid import Place, Shape
 from ..kernels.types import BlockType
-from .layer import HEAD, Entry, Tensors, aligned, plan_entry, slices
-from .names import Key, hf_name
+from .layer import EXPERT, HEAD, Entry, Tensors, aligned, plan_entry, slices
+from .names import Key, hf_name, hf_name_of_experts
 
-FORMAT, VERSION = "mpillm-packed", 1
+FORMAT, VERSION = "mpillm-packed", 2
 INDEX = "packed.json"
 UNFINISHED = "packing.json"  # instead of the index, until all files are there
 TOKENIZER = "tokenizer.gguf.json"  # a GGUF file's tokenizer.* fields
@@ -80,7 +81,9 @@ def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[Entry, ...], 
 
 
 def panel_name(part: str, layer: int, number: int) -> str:
-    """The name of a panel's bytes in a safetensors file."""
+    """The name in a safetensors file of a panel's bytes, or of all experts'."""
+    if part == EXPERT:
+        return f"layers.{layer}.experts"
     return f"head.panel.{number}" if part == HEAD else f"layers.{layer}.{part}.panel.{number}"
 
 
@@ -90,14 +93,15 @@ def layer_file(layer: int) -> str:
 
 
 def described(panels: list[Panel], part: str, layer: int) -> Iterator[dict[str, Any]]:
-    """A panel's pieces for the file's metadata: all that another reader needs to find its way."""
+    """The panels' pieces for the file's metadata: all that another reader needs to find its way."""
+    begin = 0
     for panel in panels:
         for piece in panel.pieces:
             entry = piece.entry
             yield {
-                "tensor": hf_name(entry.key),
+                "tensor": hf_name(entry.key) if part != EXPERT else hf_name_of_experts(entry.key),
                 "panel": panel_name(part, layer, panel.number),
-                "offset": entry.offset,
+                "offset": begin + entry.offset,
                 "nbytes": entry.nbytes,
                 "type": entry.type.name,
                 "rows": [entry.rows.start, entry.rows.stop],
@@ -105,3 +109,5 @@ def described(panels: list[Panel], part: str, layer: int) -> Iterator[dict[str, 
                 "bounds": list(entry.bounds),
                 "repeated": piece.repeated,
             }
+        if part == EXPERT:
+            begin += panel.nbytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..comm.grid import Place, Shape
 from ..errors import JobError, ModelError
 from ..kernels.types import BlockType
 from .hf import read_config, read_json
-from .layer import LayerPlan, Tensors, plan_name
+from .layer import EXPERT, LayerPlan, Tensors, expert_tensors, plan_name
 from .mapped import MappedFile
 from .names import Key, parse_hf
 from .packed_layout import (
@@ -26,6 +26,7 @@ from .packed_layout import (
     INDEX,
     TOKENIZER,
     VERSION,
+    Panel,
     described,
     panel_name,
     panels_of,
@@ -36,6 +37,7 @@ from .stored import OWN, Bytes, Floats, Stored, stored_in_gguf
 from .tensors import TensorInfo
 
 PACK_AGAIN = "pack the model again"
+MOST_EXPERTS = 65_536  # of a layer; who says more does not describe a model
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,44 @@ class PackedSource:
     def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
         """What a rank holds of a part: one run of bytes. ModelError if it is not laid out as this version does it."""
         panels = panels_of(tensors, shape, lambda key: self.tensors[key].type)
-        number = self._where.get(panel_name(part, layer, 0), -1)
+        number, begin = self._find(part, layer, panels, [(panel.nbytes,) for panel in panels])
+        entries, offset, nbytes = shard_extent(panels, place)
+        return LayerPlan(plan_name(part, layer), entries, nbytes, layer, part, number, begin + offset)
+
+    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each expert of a layer: one run of bytes."""
+        panels = panels_of(expert_tensors(shape, layer, 0), shape, lambda key: self.tensors[key].type)
+        whole = sum(panel.nbytes for panel in panels)
+        number, begin = self._find(EXPERT, layer, panels, [(shape.n_experts, whole)])
+        entries, offset, nbytes = shard_extent(panels, place)
+        return [
+            LayerPlan(
+                plan_name(EXPERT, layer, expert),
+                entries,
+                nbytes,
+                layer,
+                EXPERT,
+                number,
+                begin + expert * whole + offset,
+                expert,
+            )
+            for expert in range(shape.n_experts)
+        ]
+
+    def _find(
+        self, part: str, layer: int, panels: list[Panel], shapes: Sequence[tuple[int, ...]]
+    ) -> tuple[int, int]:
+        """The file's number and where the panels begin in it, if they have these shapes; else a ModelError."""
+        names = [panel_name(part, layer, number) for number in range(len(shapes))]
+        number = self._where.get(names[0], -1)
         file = self.packed_files[number]
-        names = [panel_name(part, layer, panel.number) for panel in panels]
-        begin = file.panels[names[0]].offset if names[0] in file.panels else 0
-        sizes = [file.panels[name].nbytes if name in file.panels else 0 for name in names]
+        found = [file.panels[name].shape if name in file.panels else () for name in names]
         wanted, inside = list(described(panels, part, layer)), set(names)
-        if sizes != [panel.nbytes for panel in panels] or wanted != [
-            row for row in file.table if row.get("panel") in inside
-        ]:
+        if found != list(shapes) or wanted != [row for row in file.table if row.get("panel") in inside]:
             raise ModelError(
                 f"{file.path} is not laid out as its configuration asks for ({plan_name(part, layer)}); {PACK_AGAIN}."
             )
-        entries, offset, nbytes = shard_extent(panels, place)
-        return LayerPlan(plan_name(part, layer), entries, nbytes, layer, part, number, begin + offset)
+        return number, file.panels[names[0]].offset
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
         """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""
@@ -115,6 +141,7 @@ class PackedSource:
         found: dict[Key, TensorInfo] = {}
         for file in self.packed_files:
             try:
+                experts: dict[Key, int] = {}
                 for row in file.table:
                     key, info = _described(row)
                     n, k = (0, 0) if key not in found else (*found[key].shape, 0)[:2]
@@ -123,6 +150,10 @@ class PackedSource:
                     if row["repeated"]:
                         info = TensorInfo(info.shape, info.type, info.stored, 0)
                     found[key] = TensorInfo(shape, info.type, info.stored, size + info.nbytes)
+                    if key.expert >= 0:
+                        experts[key] = _experts_in(file.panels[row["panel"]])
+                for key, count in experts.items():
+                    found.update((key._replace(expert=expert), found[key]) for expert in range(1, count))
             except (KeyError, TypeError, ValueError, IndexError):
                 raise ModelError(
                     f"{file.path} does not describe its panels as version {VERSION} does; {PACK_AGAIN}."
@@ -209,7 +240,7 @@ def _open(folder: Path, entry: tuple[str, int]) -> PackedFile:
 
 def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     """A piece's tensor, as large as the piece shows it to be."""
-    parsed = parse_hf(row["tensor"])
+    parsed = parse_hf(row["tensor"].replace(".experts.*.", ".experts.0."))  # the first of all that are alike
     if parsed is None:
         raise ValueError(row["tensor"])
     type = BlockType[row["type"]]
@@ -218,6 +249,13 @@ def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     return Key(parsed.roles[0], parsed.layer, parsed.expert), TensorInfo(
         shape, type, type.name, int(row["nbytes"])
     )
+
+
+def _experts_in(tensor: Tensor) -> int:
+    count = tensor.shape[0]
+    if count > MOST_EXPERTS:
+        raise ValueError(count)
+    return count
 
 
 def _stored(name: str) -> Stored | None:

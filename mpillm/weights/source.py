@@ -41,6 +41,9 @@ class Source(Protocol):
     def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
         """What a rank holds of the tensors that are paged in together as a part of a layer."""
 
+    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each expert of a layer."""
+
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """Rows of the embedding table, as float32."""
 

@@ -15,7 +15,7 @@ from .. import kernels
 from ..comm.grid import Place, Shape
 from ..errors import JobError, ModelError
 from ..kernels.types import BlockType
-from .layer import LayerPlan, Tensors, plan_entries, plan_name
+from .layer import EXPERT, LayerPlan, Tensors, expert_tensors, plan_entries, plan_name
 from .mapped import MappedFile
 from .names import ROLES, Key, Parsed
 from .stored import Bytes, Floats, Stored
@@ -143,7 +143,13 @@ class TensorSource:
     def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
         """What a rank holds of the tensors that are paged in together as a part of a layer."""
         entries, nbytes = plan_entries(tensors, shape, place, lambda key: self.tensors[key].type)
-        return LayerPlan(plan_name(part, layer), entries, nbytes, layer, part)
+        expert = tensors[0][0].expert
+        return LayerPlan(plan_name(part, layer, expert), entries, nbytes, layer, part, expert=expert)
+
+    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each expert of a layer."""
+        tensors = (expert_tensors(shape, layer, expert) for expert in range(shape.n_experts))
+        return [self.plan(EXPERT, layer, expert, shape, place) for expert in tensors]
 
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""

@@ -17,7 +17,7 @@ from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.job.session import Session
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
-from mpillm.weights.cache import minimum_budget
+from mpillm.weights.paging import minimum_budget
 from mpillm.weights.source import open_source
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path
@@ -106,7 +106,7 @@ def run(
     """
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK
-        least = max(world.gather(minimum_budget(session.cache.items)))
+        least = max(world.gather(minimum_budget(session.weights.items)))
     if kv_blocks:
         job["kv"] = block * kv_blocks
     if streams:
@@ -132,7 +132,7 @@ def run(
             engine.stop(0)
             totals = engine.totals
         world.barrier()
-        cache = session.cache.counters
+        cache = session.weights.cycle.counters
         return Outcome(found, totals, rows, cache.hits + cache.misses, session)
 
 

@@ -65,7 +65,7 @@ def test_what_is_streamed_for_a_token_falls_as_the_batch_grows() -> None:
         some = [Request(str(i), (i // 100, i % 100, *range(8)), max_tokens=9) for i in range(count)]
         outcome = run(MODEL, some, streams=True)
         assert (outcome.totals.steps, outcome.totals.most_sequences) == (9, count)
-        cache = outcome.session.cache
+        cache = outcome.session.weights.cycle
         fixed = cache.total - cache.streamed
         read_ahead = cache.counters.loaded - fixed - 9 * cache.streamed
         assert 0 <= read_ahead <= cache.budget - fixed

@@ -105,7 +105,7 @@ def test_a_tight_kv_cache(model: str, prefix_sharing: bool) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_streamed_weights(model: str) -> None:
     outcome = run(model, streams=True)
-    assert outcome.session.cache.streamed > 0
+    assert outcome.session.weights.streamed > 0
     assert_same(model, outcome)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from mpillm.comm.grid import Place
 from mpillm.comm.world import World, guard
 from mpillm.model.config import ModelConfig
-from mpillm.weights.cache import minimum_budget
 from mpillm.weights.layer import rank_plans
+from mpillm.weights.paging import minimum_budget
 from mpillm.weights.source import column_unit, open_source
 from tests.model.checks import requests_of
 from tests.model.engine_harness import run_laid_out

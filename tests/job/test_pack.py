@@ -25,7 +25,7 @@ from mpillm.job.pack import Packed, Weights, pack
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.weights import loaders
-from mpillm.weights.cache import WeightCache, minimum_budget
+from mpillm.weights.cache import WeightCache
 from mpillm.weights.filesystem import network_kind
 from mpillm.weights.layer import rank_plans
 from mpillm.weights.loaders import Kind, Mapped, Reading, open_loader
@@ -33,6 +33,7 @@ from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed_files import FilePlan, Writer
 from mpillm.weights.packed_layout import INDEX, UNFINISHED
 from mpillm.weights.packed_source import read_at
+from mpillm.weights.paging import minimum_budget
 from mpillm.weights.source import column_unit, open_source
 from tests.conftest import Mpi, run_bounded
 from tests.job.conftest import Mount
@@ -98,10 +99,9 @@ def test_packed_is_as_unpacked(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("loader", ["mmap", "read"])
-@pytest.mark.parametrize("policy", ["cycle", "lru"])
-def test_any_loader_budget_and_policy(tmp_path: Path, loader: str, policy: str) -> None:
-    """Also the least budget there is: two parts, one in use and the next on its way."""
-    name = "llama3"
+@pytest.mark.parametrize(("name", "policy"), [("llama3", "cycle"), ("llama3", "lru"), ("qwen3_moe", "cycle")])
+def test_any_loader_budget_and_policy(tmp_path: Path, loader: str, name: str, policy: str) -> None:
+    """Also the least budget there is: two parts (and two experts), one in use and the next on its way."""
     packed(name, tmp_path / "p")
     with closing(open_source(tmp_path / "p")) as source:
         config = ModelConfig.from_dict(source.config)
@@ -110,6 +110,15 @@ def test_any_loader_budget_and_policy(tmp_path: Path, loader: str, policy: str) 
     for budget in (least, (least + total) // 2) if loader == "mmap" else (least,):
         job = {"weights": budget, "loader": loader, "policy": policy}
         assert outcome(tmp_path / "p", name, **job) == expected(name)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3moe_q8_0.gguf"])
+def test_experts_are_paged_from_any_source(name: str) -> None:
+    with closing(open_source(model_path(name))) as source:
+        config = ModelConfig.from_dict(source.config)
+        items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+    for budget in (minimum_budget(items), sum(item.nbytes for item in items) - 1):
+        assert outcome(model_path(name), name, weights=budget) == expected(name)
 
 
 @pytest.mark.parametrize("weights", ["q8_0", "q4_0"])
@@ -123,11 +132,12 @@ def test_bf16_as_f32_is_the_same(tmp_path: Path) -> None:
     assert outcome(tmp_path / "p", "smol_bf16") == expected("smol_bf16")
 
 
-def test_every_piece_is_the_tensor_it_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama_mixed.gguf", "qwen3_moe"])
+def test_every_piece_is_the_tensor_it_says(tmp_path: Path, name: str) -> None:
     """Another reader: the safetensors library, docs/packed.md, and NumPy."""
-    packed("llama_mixed.gguf", tmp_path / "p")
+    packed(name, tmp_path / "p")
     seen = 0
-    with closing(open_source(model_path("llama_mixed.gguf"))) as source:
+    with closing(open_source(model_path(name))) as source:
         for path in sorted((tmp_path / "p").glob("*.safetensors")):
             raw = path.read_bytes()
             length = int.from_bytes(raw[:8], "little")
@@ -136,20 +146,21 @@ def test_every_piece_is_the_tensor_it_says(tmp_path: Path) -> None:
             assert hashlib.sha256(raw[8 + length :]).hexdigest() == metadata["sha256"]
             arrays = load_file(path)
             for piece in json.loads(metadata.get("pieces", "[]")):
-                parsed = parse_hf(piece["tensor"])
-                assert parsed is not None
-                key = Key(parsed.roles[0], parsed.layer, parsed.expert)
-                data = arrays[piece["panel"]][piece["offset"] :][: piece["nbytes"]]
-                values = decoded(piece, data)
-                rows, cols = range(*piece["rows"]), range(*piece["cols"])
-                if piece["bounds"]:
-                    canonical = source.read(key, rows, cols)
-                    whole = np.empty((len(rows), len(cols)), np.float32)
-                    kernels.dequantize(BlockType[piece["type"]], canonical, len(cols), whole)
-                else:
-                    whole = source.read_f32(key, rows)
-                assert (values == whole).all(), piece
-                seen += 1
+                panel = arrays[piece["panel"]]
+                for expert, row in enumerate(panel if panel.ndim == 2 else [panel]):
+                    parsed = parse_hf(piece["tensor"].replace("*", str(expert)))
+                    assert parsed is not None
+                    key = Key(parsed.roles[0], parsed.layer, parsed.expert)
+                    values = decoded(piece, row[piece["offset"] :][: piece["nbytes"]])
+                    rows, cols = range(*piece["rows"]), range(*piece["cols"])
+                    if piece["bounds"]:
+                        canonical = source.read(key, rows, cols)
+                        whole = np.empty((len(rows), len(cols)), np.float32)
+                        kernels.dequantize(BlockType[piece["type"]], canonical, len(cols), whole)
+                    else:
+                        whole = source.read_f32(key, rows)
+                    assert (values == whole).all(), piece
+                    seen += 1
         with closing(open_source(tmp_path / "p")) as again:
             ids = np.array([5, 0, 5, 19])
             assert (again.read_f32(Key("embed"), ids) == source.read_f32(Key("embed"), ids)).all()
@@ -288,7 +299,7 @@ def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, ch
             "names layer-00001.safetensors, which is missing",
         ),
         (lambda p: os.truncate(p / "head.safetensors", 8192), "has 8192 bytes, not"),
-        (lambda p: (p / INDEX).write_text('{"format": "mpillm-packed", "version": 2}'), "version 2, not"),
+        (lambda p: (p / INDEX).write_text('{"format": "mpillm-packed", "version": 1}'), "version 1, not"),
         (lambda p: (p / INDEX).write_text("{}"), "is of format 'None', version None"),
     ],
 )
@@ -307,8 +318,9 @@ def test_ranks_pack_together_and_page_together(openmpi: Mpi, tmp_path: Path) -> 
     assert "is packed" in done.stderr
     assert content(tmp_path / "a") == content(tmp_path / "b")
     program = Path(__file__).with_name("packed_ranks.py")
-    for ranks in (2, 4):
-        done = openmpi.run(ranks, program, tmp_path / "b", "llama3", expected("llama3"))
+    packed("qwen3_moe", tmp_path / "c")
+    for ranks, folder, name in ((2, "b", "llama3"), (4, "c", "qwen3_moe")):
+        done = openmpi.run(ranks, program, tmp_path / folder, name, expected(name))
         assert done.returncode == 0, done.stderr
 
 

@@ -40,8 +40,7 @@ class Loader(Heap[Item]):
     """Fills a buffer with the item's number, and knows what it did."""
 
     def __init__(self, seconds: float = 0.0, parallel: int = 1) -> None:
-        super().__init__(self._make)
-        self.parallel = parallel
+        super().__init__(self._make, parallel)
         self.seconds = seconds
         self.loads: list[int] = []
         self.gate = threading.Event()

@@ -187,7 +187,7 @@ def weight_bytes(session: Session, rows: int) -> int:
     picked = 1.0
     if config.n_experts:
         picked = 1 - (1 - config.experts_per_token / config.n_experts) ** rows
-    entries = [entry for item in session.cache.items for entry in item.entries]
+    entries = [entry for item in session.weights.items for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
 
 

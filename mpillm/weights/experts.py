@@ -1,0 +1,267 @@
+"""The cache of a mixture's experts: what a step's tokens chose is paged in, each once, and the most used stay.
+
+Which experts a layer needs is known only when its router has spoken, so nothing is read ahead of that; but then all
+that are missing are read at a time, while those before them are computed.
+
+What goes is what is likely to be needed last. An item's layer comes round once a step; its expert is chosen there with
+a probability p that the steps so far tell, so its next use lies (steps until its layer's turn) + 1/p - 1 steps ahead.
+Where all experts are used in every step (large batches) that keeps a fixed part and streams the rest, as the cycle of
+the other weights does; where few are, it keeps those that are chosen most.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from ..errors import JobError
+from .cache import Counters, Droppable, Loader, Slot
+from .layer import Bytes, LayerPlan
+
+T = TypeVar("T", bound=Droppable)
+
+SMOOTHING = 1 / 32  # how much of an expert's probability the last step decides
+RAREST = 1e-4  # no probability falls below: what was never used goes in the order of the layers
+
+
+class ExpertCache(Generic[T]):
+    """Experts in memory, never more than `budget` bytes of them; uses come from one thread at a time.
+
+    `items` come in the order of their layers. What the loader raises, the next use raises, and every one after it.
+    """
+
+    def __init__(self, items: Sequence[LayerPlan], loader: Loader[T], budget: int, chosen: float) -> None:
+        """`chosen` is the share of a layer's experts that a token is sent to. JobError if the budget is too small."""
+        self.items = tuple(items)
+        self.total = sum(item.nbytes for item in self.items)
+        self.budget = budget
+        self.counters = Counters()
+        least = minimum_budget(self.items)
+        if budget < least:
+            raise JobError(f"Experts get {budget} bytes of memory.weights, but need at least {least} bytes.")
+        self._loader = loader
+        self._slots: dict[int, Slot[T]] = {}
+        self._turn: list[int] = []  # the items of the layer at hand that are still to be used, in their order
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        layers = sorted({item.layer for item in self.items})
+        place = {layer: number for number, layer in enumerate(layers)}
+        self._layer = np.array([place[item.layer] for item in self.items])
+        self._layers = len(layers)
+        self._now = -1  # the layer at hand
+        self._probability = np.full(len(self.items), chosen)
+        self._used = np.zeros(len(self.items), bool)  # in this step
+        self._idle = np.zeros(len(self.items), bool)  # is in memory and not in use: may go
+        self._ahead = (
+            0 if self.total <= budget else len(self.items)
+        )  # next to be read without being asked for
+        self._threads = [
+            threading.Thread(target=self._run, name=f"experts-{number}", daemon=True)
+            for number in range(loader.parallel)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def stays(self) -> bool:
+        """Whether all items stay in memory once they are there."""
+        return self.total <= self.budget
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that a step loads anew if its tokens choose every expert."""
+        return max(self.total - self.budget, 0)
+
+    def in_turn(self, items: Sequence[int]) -> Iterator[T]:
+        """Items of one layer, each ready and kept in memory until the next one is asked for. Run it to its end."""
+        if self.stays and self.counters.loads == len(self.items) and not self._closed:
+            yield from self._at_rest(items)
+            return
+        with self._changed:
+            self._check()
+            self._begin(items)
+            self._turn = list(items)
+            self._changed.notify_all()
+        try:
+            for item in items:
+                slot = self._acquire(item)
+                try:
+                    assert slot.layer is not None
+                    yield slot.layer
+                finally:
+                    self._release(item, slot)
+        finally:
+            with self._changed:
+                self._turn = []
+
+    def close(self) -> None:
+        """Stop the threads (when they have finished the items they are at) and let all buffers go."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for item in tuple(self._slots):
+            self._drop(item)
+            self._loader.give_back(self.items[item])
+        self._loader.close()
+
+    def _begin(self, items: Sequence[int]) -> None:
+        """Note which experts the layer at hand needs, and whether a step has ended."""
+        if not items:
+            return
+        layer = int(self._layer[items[0]])
+        if layer <= self._now:
+            self._probability += SMOOTHING * (self._used - self._probability)
+            np.maximum(self._probability, RAREST, out=self._probability)
+            self._used[:] = False
+        self._now = layer
+        self._used[list(items)] = True
+
+    def _at_rest(self, items: Sequence[int]) -> Iterator[T]:
+        """Everything is there and stays: nobody else looks at the slots, so no lock is needed."""
+        for item in items:
+            slot = self._slots[item]
+            self._count(item, slot)
+            slot.used = True
+            assert slot.layer is not None
+            yield slot.layer
+
+    def _count(self, item: int, slot: Slot[T] | None) -> None:
+        if slot is not None and slot.used:
+            self.counters.hits += 1
+            self.counters.hit_bytes += self.items[item].nbytes
+        else:
+            self.counters.misses += 1
+            self.counters.miss_bytes += self.items[item].nbytes
+
+    def _acquire(self, item: int) -> Slot[T]:
+        with self._changed:
+            slot = self._slots.get(item)
+            self._count(item, slot)
+            if slot is None or slot.layer is None:
+                slot = self._wait_for(item)
+            slot.used = True
+            slot.users += 1
+            self._idle[item] = False
+            self._turn = self._turn[1:]
+            return slot
+
+    def _wait_for(self, item: int) -> Slot[T]:
+        def ready() -> bool:
+            slot = self._slots.get(item)
+            return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
+
+        start = time.monotonic()
+        self._changed.notify_all()
+        self._changed.wait_for(ready)
+        self.counters.stalls += 1
+        self.counters.stall_seconds += time.monotonic() - start
+        self._check()
+        return self._slots[item]
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise RuntimeError("the cache of experts is closed")
+
+    def _release(self, item: int, slot: Slot[T]) -> None:
+        with self._changed:
+            slot.users -= 1
+            if item in self._slots:  # else the cache was closed meanwhile
+                self._idle[item] = True
+            if not self.stays:
+                self._changed.notify_all()
+
+    def _run(self) -> None:
+        """A thread: whatever is wanted next, one item at a time, until the cache is closed."""
+        try:
+            while self._load_next():
+                pass
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _load_next(self) -> bool:
+        """Wait until an item can be loaded, and load it; False when the cache is closed."""
+        with self._changed:
+            found: tuple[int, list[int]] | None = None
+            while not self._closed and (found := self._choose()) is None:
+                self._changed.wait()
+            if self._closed or found is None:
+                return False
+            item, victims = found
+            plan = self.items[item]
+            dropped = [self._drop(victim) for victim in victims]
+            slot = self._slots[item] = Slot()
+            self.counters.held += plan.nbytes
+            self.counters.peak = max(self.counters.peak, self.counters.held)
+        start = time.monotonic()
+        for victim in victims:
+            self._loader.give_back(self.items[victim])
+        slot.buffer = self._loader.room(plan, dropped)
+        dropped.clear()
+        layer = self._loader.load(plan, slot.buffer)
+        with self._changed:
+            slot.layer = layer
+            self._idle[item] = True
+            self.counters.loads += 1
+            self.counters.loaded += plan.nbytes
+            self.counters.load_seconds += time.monotonic() - start
+            self._changed.notify_all()
+        return True
+
+    def _choose(self) -> tuple[int, list[int]] | None:
+        """The item to load now, and what has to go for it: what the layer at hand needs, in its order."""
+        for place, item in enumerate(self._turn):
+            if item not in self._slots:
+                victims = self._victims(item, place)
+                return None if victims is None else (item, victims)
+        while self._ahead < len(self.items) and self._ahead in self._slots:
+            self._ahead += 1
+        return (self._ahead, []) if self._ahead < len(self.items) else None
+
+    def _victims(self, item: int, place: int) -> list[int] | None:
+        """What goes for the item at this place of the turn; None if it cannot come before others have been used."""
+        room, size = self.budget - self.counters.held, self.items[item].nbytes
+        if room >= size:
+            return []
+        victims: list[int] = []
+        distance = (self._layer - self._now - 1) % self._layers / self._layers + 1 / self._probability
+        distance[~self._idle] = distance[self._turn] = 0.0
+        while room < size and distance[other := int(distance.argmax())]:
+            victims.append(other)
+            room += self.items[other].nbytes
+            distance[other] = 0.0
+        if room >= size:
+            return victims
+        if place:
+            return None
+        # It is waited for: what comes after it in its turn goes, the last one first, and is loaded once more.
+        for other in reversed(self._turn[1:]):
+            if self._idle[other]:
+                victims.append(other)
+                room += self.items[other].nbytes
+                if room >= size:
+                    return victims
+        return None
+
+    def _drop(self, item: int) -> Bytes:
+        slot = self._slots.pop(item)
+        self._idle[item] = False
+        self.counters.held -= self.items[item].nbytes
+        if slot.layer is not None:
+            slot.layer.drop()
+        return slot.buffer
+
+
+def minimum_budget(items: Sequence[LayerPlan]) -> int:
+    """The least bytes that experts work with: one in use, and the next one on its way."""
+    return sum(sorted(item.nbytes for item in items)[-2:])

@@ -1,0 +1,106 @@
+"""A rank's weights under one budget: the parts that every step uses, and the experts that only some tokens need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import JobError
+from . import cache, experts
+from .cache import Loader, Policy, WeightCache, fixed_part
+from .experts import ExpertCache
+from .layer import Layer, LayerPlan
+
+OpenLoader = Callable[[bool, bool], Loader[Layer]]  # of (streamed, experts)
+
+
+class Weights:
+    """The caches that page a rank's items."""
+
+    def __init__(
+        self,
+        plans: Sequence[LayerPlan],
+        open_loader: OpenLoader,
+        budget: int | None = None,
+        policy: Policy = "cycle",
+        chosen: float = 1.0,
+    ) -> None:
+        """`chosen` is the share of a layer's experts that a token is sent to. JobError if the budget is too small."""
+        parts, mixture = split(plans)
+        self.total = sum(item.nbytes for item in plans)
+        self.budget = self.total if budget is None else budget
+        least = minimum_budget(plans)
+        if self.budget < least:
+            raise JobError(
+                f"memory.weights is {self.budget} bytes, but this rank needs at least {least} bytes for the two "
+                f"neighbouring items that are largest{' and two experts' if mixture else ''} (of {self.total} for "
+                "all); give it more, or use more ranks."
+            )
+        for_parts, for_experts = budgets(plans, self.budget)
+        streamed = for_parts < sum(item.nbytes for item in parts)
+        self.cycle = WeightCache(parts, open_loader(streamed, False), for_parts, policy)
+        self.experts: ExpertCache[Layer] | None = None
+        if mixture:
+            streamed = for_experts < sum(item.nbytes for item in mixture)
+            self.experts = ExpertCache(mixture, open_loader(streamed, True), for_experts, chosen)
+
+    @property
+    def items(self) -> tuple[LayerPlan, ...]:
+        """All that is paged."""
+        return self.cycle.items + (self.experts.items if self.experts else ())
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that a step loads anew if its tokens choose every expert."""
+        return self.cycle.streamed + (self.experts.streamed if self.experts else 0)
+
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds that were waited for weights."""
+        return sum(counters.stall_seconds for counters in self._counters)
+
+    @property
+    def load_seconds(self) -> float:
+        """Seconds of loading, of all threads together."""
+        return sum(counters.load_seconds for counters in self._counters)
+
+    def close(self) -> None:
+        """Stop reading ahead, and let all buffers go."""
+        self.cycle.close()
+        if self.experts:
+            self.experts.close()
+
+    @property
+    def _counters(self) -> list[cache.Counters]:
+        return [self.cycle.counters, *([self.experts.counters] if self.experts else [])]
+
+
+def split(plans: Sequence[LayerPlan]) -> tuple[list[LayerPlan], list[LayerPlan]]:
+    """What every step uses, and the experts."""
+    return [item for item in plans if item.expert < 0], [item for item in plans if item.expert >= 0]
+
+
+def minimum_budget(plans: Sequence[LayerPlan]) -> int:
+    """The least bytes that paging works with."""
+    parts, mixture = split(plans)
+    return cache.minimum_budget(parts) + experts.minimum_budget(mixture)
+
+
+def budgets(plans: Sequence[LayerPlan], budget: int) -> tuple[int, int]:
+    """What of a budget the parts get, and the experts: no byte of an expert is used as often as one of a part."""
+    parts, mixture = split(plans)
+    for_parts = min(sum(item.nbytes for item in parts), budget - experts.minimum_budget(mixture))
+    return for_parts, budget - for_parts
+
+
+def streamed(plans: Sequence[LayerPlan], budget: int | None, policy: Policy) -> int:
+    """Bytes that a step loads anew if its tokens choose every expert."""
+    total = sum(item.nbytes for item in plans)
+    if budget is None or total <= budget or budget < minimum_budget(plans):
+        return 0
+    parts, mixture = split(plans)
+    for_parts, for_experts = budgets(plans, budget)
+    fixed = (
+        fixed_part(parts, for_parts) if policy == "cycle" or for_parts == sum(i.nbytes for i in parts) else ()
+    )
+    stays = sum(parts[index].nbytes for index in fixed) + min(for_experts, sum(i.nbytes for i in mixture))
+    return total - stays

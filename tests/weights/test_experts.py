@@ -1,0 +1,158 @@
+"""The cache of experts: what stays, what is read and how often, and that nothing else is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpillm.errors import JobError
+from mpillm.weights.experts import ExpertCache, minimum_budget
+from mpillm.weights.layer import LayerPlan
+from mpillm.weights.paging import budgets, streamed
+
+from .test_cache import Item, Loader, plans
+
+
+def experts(layers: int, each: int, size: int = 100) -> list[LayerPlan]:
+    return [
+        LayerPlan(str(layer * each + expert), (), size, layer, "expert", expert=expert)
+        for layer in range(layers)
+        for expert in range(each)
+    ]
+
+
+def run(cache: ExpertCache[Item], steps: Iterable[Iterable[list[int]]]) -> None:
+    """Steps of layers of chosen items."""
+    for step in steps:
+        for chosen in step:
+            for item, held in zip(chosen, cache.in_turn(chosen), strict=True):
+                assert (held.data == (item + 1) % 256).all()
+                assert len(held.data) == cache.items[item].nbytes
+
+
+@pytest.fixture
+def loader() -> Loader:
+    return Loader(parallel=3)
+
+
+def test_only_what_was_chosen_is_read_and_once_a_step(loader: Loader) -> None:
+    cache = ExpertCache(experts(3, 4), loader, 500, 0.5)
+    run(cache, [[[0, 2], [5], [8, 9, 11]]])
+    cache.close()
+    assert sorted(loader.loads) == [0, 2, 5, 8, 9, 11]
+    counters = cache.counters
+    assert (counters.hits, counters.misses, counters.loads) == (0, 6, 6)
+    assert (counters.loaded, counters.miss_bytes) == (600, 600)
+    assert counters.peak <= 500
+
+
+@pytest.mark.parametrize("budget", [300, 600, 1100])
+def test_where_all_are_used_a_fixed_part_stays(loader: Loader, budget: int) -> None:
+    """Large batches choose every expert: then hits are what stays, as in the cycle of the other weights."""
+    cache = ExpertCache(experts(3, 4), loader, budget, 0.5)
+    every = [[[4 * layer + expert for expert in range(4)] for layer in range(3)]]
+    run(cache, every * 10)
+    before = cache.counters.hits
+    run(cache, every * 10)
+    cache.close()
+    hits = (cache.counters.hits - before) / 10
+    stays = budget // 100
+    assert stays - 3 <= hits <= stays
+    assert cache.counters.peak <= budget
+
+
+def test_the_most_used_stay(loader: Loader) -> None:
+    """Each step takes one expert of a layer that all like, and one of the others in turn."""
+    layers, each = 4, 8
+    cache = ExpertCache(experts(layers, each), loader, 100 * (layers + 2), 2 / each)
+    liked = [layer * each + layer for layer in range(layers)]
+
+    def step(number: int) -> list[list[int]]:
+        other = number % (each - 1)
+        return [sorted([liked[layer], layer * each + other + (other >= layer)]) for layer in range(layers)]
+
+    run(cache, (step(number) for number in range(64)))
+    loads = Counter(loader.loads)
+    run(cache, (step(number) for number in range(64, 128)))
+    cache.close()
+    late = Counter(loader.loads) - loads
+    assert not any(late[item] for item in liked)
+    assert sum(late.values()) == 64 * layers
+
+
+def test_what_fits_is_all_read_ahead(loader: Loader) -> None:
+    cache = ExpertCache(experts(2, 4), loader, 800, 0.5)
+    run(cache, [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3)
+    cache.close()
+    assert cache.stays
+    assert cache.streamed == 0
+    assert sorted(loader.loads) == list(range(8))
+    assert (cache.counters.hits, cache.counters.misses) == (16, 8)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_any_choice_gives_the_same_bytes_within_the_budget(data: st.DataObject) -> None:
+    layers, each = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    items = [
+        LayerPlan(plan.name, (), data.draw(st.integers(1, 50)), plan.layer, "expert", expert=plan.expert)
+        for plan in experts(layers, each)
+    ]
+    budget = minimum_budget(items) + data.draw(st.integers(0, 300))
+    choice = st.lists(st.integers(0, each - 1), unique=True, max_size=each).map(sorted)
+    steps = [
+        [[layer * each + expert for expert in data.draw(choice)] for layer in range(layers)] for _ in range(4)
+    ]
+    cache = ExpertCache(items, Loader(parallel=data.draw(st.integers(1, 4))), budget, 0.5)
+    try:
+        run(cache, steps)
+        uses = sum(len(chosen) for step in steps for chosen in step)
+        assert cache.counters.hits + cache.counters.misses == uses
+        assert cache.counters.peak <= budget
+    finally:
+        cache.close()
+    assert cache.counters.held == 0
+
+
+def test_what_the_loader_raises_is_raised_in_use(loader: Loader) -> None:
+    loader.fail_at = 2
+    cache = ExpertCache(experts(1, 4), loader, 200, 0.5)
+    with pytest.raises(OSError, match="item 2 cannot be read"):
+        run(cache, [[[0, 1, 2, 3]]])
+    with pytest.raises(OSError, match="item 2 cannot be read"):
+        run(cache, [[[0]]])
+    cache.close()
+
+
+def test_a_use_that_breaks_off_gives_the_item_back(loader: Loader) -> None:
+    cache = ExpertCache(experts(1, 4), loader, 200, 0.5)
+    for _ in range(3):
+        turn = cache.in_turn([0, 1, 2, 3])
+        next(turn)
+        turn.close()
+    run(cache, [[[0, 1, 2, 3]]])
+    cache.close()
+    with pytest.raises(RuntimeError, match="the cache of experts is closed"):
+        next(cache.in_turn([0]))
+
+
+def test_too_small_a_budget_is_refused(loader: Loader) -> None:
+    with pytest.raises(JobError, match=r"Experts get 199 bytes of memory\.weights, but need at least 200"):
+        ExpertCache(experts(2, 2), loader, 199, 0.5)
+
+
+def test_experts_get_what_the_parts_leave() -> None:
+    items = [*plans(30, 10, 50), *experts(2, 4, 10)]
+    assert minimum_budget(items[3:]) == 20
+    assert budgets(items, 80) == (60, 20)
+    assert budgets(items, 120) == (90, 30)
+    assert budgets(items, 500) == (90, 410)
+    assert streamed(items, 120, "cycle") == 50
+    assert streamed(items, 169, "lru") == 1
+    assert streamed(items, 170, "cycle") == streamed(items, None, "lru") == 0
+    assert np.isclose(streamed(items, 100, "lru"), 170 - 20)
