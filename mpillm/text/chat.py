@@ -10,6 +10,8 @@ control token found in M is therefore the template's own:
 - M without its marks is something else, and the control tokens differ, too: the template looked at the very
   characters (it measured or cut the string), and the request is refused.
 
+What a template may take of time and memory is bounded by where it runs (see `confined`).
+
 Strings that the template itself asks for ("</think>" in content) are not broken up: they are read from its
 source, and get marks around them only where they could be part of a control token. So tests of content, trims
 and repeated use give M and T the same text.
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,8 +35,8 @@ import jinja2.sandbox
 
 from ..errors import RequestError
 
-MAX_TEXT = 1 << 26  # characters of a rendered chat, and of any string made on the way
-MAX_SECONDS = 20.0
+MAX_TEXT = 1 << 24  # characters of a rendered chat
+REFUSES = "The model's chat template refuses these messages"
 MARKS = "".join(chr(0xFDD0 + n) for n in range(32))  # noncharacters; a text that has one does not have all
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed
@@ -53,43 +54,6 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """transformers' sandbox, with a deadline and a bound on what a template may make."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-    deadline = float("inf")
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        self.check()
-        if operator == "**" and not (abs(left) <= 1 << 16 and abs(right) <= 64):
-            raise jinja2.TemplateError("a power is too large")
-        if operator == "*":
-            for many, times in ((left, right), (right, left)):
-                if isinstance(many, (str, list, tuple)) and len(many) * times > MAX_TEXT:
-                    raise jinja2.TemplateError("a repeated string is too long")
-        if operator == "%" and isinstance(left, str) and re.search(r"[*]|\d{5}", left):
-            raise jinja2.TemplateError("a format is too wide")
-        if operator == "+" and isinstance(left, (str, list)) and len(left) + len(right) > MAX_TEXT:
-            raise jinja2.TemplateError("a string is too long")
-        return super().call_binop(context, operator, left, right)
-
-    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.check()
-        return super().call(__context, __obj, *args, **kwargs)
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.check()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.check()
-        return super().getitem(obj, argument)
-
-    def check(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise jinja2.TemplateError(f"it takes more than {MAX_SECONDS:.0f} seconds")
 
 
 def _raise_exception(message: str) -> None:
@@ -152,25 +116,23 @@ class ChatTemplate:
     def _render(self, messages: Any, options: Any) -> str:
         if not messages:
             raise RequestError("The chat has no messages.")
-        environment, template = self._compiled
-        environment.deadline = time.monotonic() + MAX_SECONDS
         variables = {"add_generation_prompt": True, "tools": None, "documents": None} | dict(self.variables)
         length, pieces = 0, []
         try:
-            for piece in template.generate(variables | {**options, "messages": messages}):
-                environment.check()
+            for piece in self._compiled.generate(variables | {**options, "messages": messages}):
                 length += len(piece)
                 if length > MAX_TEXT:
                     raise jinja2.TemplateError(f"it gives more than {MAX_TEXT} characters")
                 pieces.append(piece)
+        except MemoryError:
+            raise
         except Exception as error:  # a template may fail in any way that Python can
-            reason = str(error) or type(error).__name__
-            raise RequestError(f"The model's chat template refuses these messages: {reason}") from error
+            raise RequestError(f"{REFUSES}: {str(error)[:1000] or type(error).__name__}") from error
         return "".join(pieces)
 
     @cached_property
-    def _environment(self) -> _Environment:
-        environment = _Environment(
+    def _environment(self) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
@@ -179,9 +141,9 @@ class ChatTemplate:
         return environment
 
     @cached_property
-    def _compiled(self) -> tuple[_Environment, jinja2.Template]:
+    def _compiled(self) -> jinja2.Template:
         try:
-            return self._environment, self._environment.from_string(self.source)
+            return self._environment.from_string(self.source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise RequestError(f"The model's chat template is no template: {error}") from error
 

@@ -18,7 +18,8 @@ import tokenizers
 
 from ..errors import ModelError, RequestError
 from . import from_gguf, hf
-from .chat import MARKS, ChatTemplate
+from .chat import MARKS
+from .confined import ConfinedTemplate
 from .decode import StopWatch
 from .parts import Parts, checked
 
@@ -156,18 +157,18 @@ class Tokenizer:
         pieces = self._chat(options).pieces(messages, options)
         return self._whole(pieces, False) if isinstance(pieces, str) else self._mixed(pieces)
 
-    def _chat(self, options: Mapping[str, Any] | None) -> ChatTemplate:
+    def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
         templates = self._parts.templates
         name = "tool_use" if options and options.get("tools") and "tool_use" in templates else "default"
         if name not in templates:
             raise RequestError("The model has no chat template; use a prompt with /v1/completions.")
         if name not in self._chats:
             variables = dict(self._parts.named)
-            self._chats[name] = ChatTemplate(templates[name], self._parts.control, variables, self._now)
+            self._chats[name] = ConfinedTemplate(templates[name], self._parts.control, variables, self._now)
         return self._chats[name]
 
     @cached_property
-    def _chats(self) -> dict[str, ChatTemplate]:
+    def _chats(self) -> dict[str, ConfinedTemplate]:
         return {}
 
     def _id_of(self, name: str) -> int | None:
