@@ -51,14 +51,14 @@ cdef class Products:
     cdef list matrices  # pieces of each
     cdef tuple widths
     cdef Product first
-    cdef bint quantised
+    cdef bint quantised, floating
 
     def __init__(self, *matrices):
         cdef Product piece
         self.matrices = [pieces_of(matrix) for matrix in matrices]
         self.widths = tuple([matrix.n for matrix in matrices])
         self.first = self.matrices[0][0]
-        self.quantised = False
+        self.quantised = self.floating = False
         if sum([len(pieces) for pieces in self.matrices]) > MK_MOST_PRODUCTS:
             raise ValueError(f"no more than {MK_MOST_PRODUCTS} pieces of matrices run side by side")
         for pieces in self.matrices:
@@ -66,27 +66,30 @@ cdef class Products:
                 if piece.x_bytes != self.first.x_bytes or piece.k != self.first.k:
                     raise ValueError("matrices of the same activations must cut their columns alike")
                 self.quantised |= piece.quantised()
+                self.floating |= not piece.quantised()
 
     cdef size_t space(self, long m) noexcept:
-        """Bytes of the quantised activations."""
-        return whole_lines(m * self.first.x_bytes) if self.quantised else 0
+        """Bytes of the activations as products take them."""
+        return ((whole_lines(m * self.first.x_bytes) if self.quantised else 0)
+                + (grouped_space(m, self.first.k) if self.floating else 0))
 
     cdef int add(self, mk_work *work, Space space, const float *x, long stride, long m, Sums *sums) except -1:
         """sums[i] = x times matrix i."""
         cdef uint8_t *blocks = NULL
+        cdef const float *rows = NULL
         cdef Product piece
         cdef long column
         cdef Py_ssize_t i
         if self.quantised:
             blocks = <uint8_t *>space.take(m * self.first.x_bytes)
             mk_quantize_rows(work, x, stride, m, &self.first.edges[0], self.first.panels, blocks, self.first.x_bytes)
+        if self.floating:
+            rows = grouped(work, space, x, stride, m, self.first.k)
         for i in range(len(self.matrices)):
             column = 0
             for piece in <list>self.matrices[i]:
-                if piece.quantised():
-                    piece.add(work, blocks, piece.x_bytes, m, sums[i].to + column, sums[i].stride, sums[i].panel_stride)
-                else:
-                    piece.add(work, x, stride, m, sums[i].to + column, sums[i].stride, sums[i].panel_stride)
+                piece.add(work, <const void *>blocks if piece.quantised() else <const void *>rows, m,
+                          sums[i].to + column, sums[i].stride, sums[i].panel_stride)
                 column += piece.n
                 mk_join(work, 1)
         mk_join(work, 0)

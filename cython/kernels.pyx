@@ -28,6 +28,7 @@ cdef extern from "core/path.h" nogil:
     void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
     void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long
                        stride)
+    void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, float *out)
     void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int
                           panels, uint8_t *out, long out_bytes)
     long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at)
@@ -281,34 +282,50 @@ cdef class Product:
     cdef int quantised(self) noexcept:
         return mk_block(self.type) > 1
 
-    cdef void add(self, mk_work *work, const void *x, long x_stride, long m, float *out, long out_stride,
-                  long panel_stride) noexcept:
-        """x: activations and bytes, or floats and elements."""
+    cdef void add(self, mk_work *work, const void *x, long m, float *out, long out_stride, long panel_stride) noexcept:
+        """x: rows in groups, activations or floats."""
         if m and self.n:
-            mk_matmul(work, self.type, self.at, self.n, &self.edges[0], self.panels, x, x_stride, m, out, out_stride,
-                      panel_stride)
+            mk_matmul(work, self.type, self.at, self.n, &self.edges[0], self.panels, x,
+                      self.x_bytes if self.quantised() else 4 * self.k, m, out, out_stride, panel_stride)
 
 
 def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True):
     cdef Product product = Product(type, n, k, bounds)
     cdef const uint8_t[:, ::1] blocks
     cdef const float[:, :] rows
+    cdef Space space
+    cdef mk_work work
     cdef const void *from_
-    cdef long m, x_stride
+    cdef long m
     product.put(0, product.panels, w)
+    mk_begin(&work)
     if product.quantised():
         blocks = x
-        m, x_stride, from_ = blocks.shape[0], blocks.shape[1], &blocks[0, 0]
+        m, from_ = blocks.shape[0], &blocks[0, 0]
         require("x", (m, product.x_bytes), (m, blocks.shape[1]))
     else:
         rows = x
         require_rows("x", rows, -1, k)
-        m, x_stride, from_ = rows.shape[0], rows.strides[0] // 4, &rows[0, 0]
+        m = rows.shape[0]
+        space = Space(grouped_space(m, k))
+        from_ = grouped(&work, space, &rows[0, 0], rows.strides[0] // 4, m, k)
     cdef Sums sums = sums_of(out, product.panels, m, n, fold)
-    cdef mk_work work
-    mk_begin(&work)
-    product.add(&work, from_, x_stride, m, sums.to, sums.stride, sums.panel_stride)
+    product.add(&work, from_, m, sums.to, sums.stride, sums.panel_stride)
     finish(&work, threads)
+
+
+cdef size_t grouped_space(long m, long k) noexcept:
+    return whole_lines(4 * m * k) if m > 1 else 0
+
+
+cdef const float *grouped(mk_work *work, Space space, const float *x, long stride, long m, long k) noexcept:
+    """Rows of floats in groups, as products take them; one row is in order as it is."""
+    cdef float *rows
+    if m <= 1:
+        return x
+    rows = <float *>space.take(4 * m * k)
+    mk_group_rows(work, x, stride, m, k, rows)
+    return rows
 
 
 cdef struct Sums:

@@ -17,8 +17,27 @@ void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, lo
 
 void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int panels,
                       uint8_t *out, long out_bytes) {
-    ADD(quantize_rows, m, rows, .panels = panels, .x = x, .out = out, .bounds = bounds, .stride = stride,
+    ADD(quantize_rows, m, rows, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .stride = stride,
         .out_bytes = out_bytes);
+}
+
+static void group_rows(const void *argument, long begin, long end) { /* moves only: one form serves all paths */
+    const mk_rows_job *job = argument;
+    for (long row = begin * MK_GROUP, k = job->k, stride = job->stride; row < end * MK_GROUP; row += MK_GROUP) {
+        const float *x = job->x + row * stride;
+        float *out = job->values + row * k;
+        if (job->n - row >= MK_GROUP)
+            for (long i = 0; i < k; i++)
+                for (int t = 0; t < MK_GROUP; t++) out[i * MK_GROUP + t] = x[t * stride + i];
+        else
+            for (long i = 0, rows = job->n - row; i < k; i++)
+                for (long t = 0; t < rows; t++) out[i * rows + t] = x[t * stride + i];
+    }
+}
+
+void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, float *out) {
+    mk_step_of(work, group_rows, mk_blocks(m, MK_GROUP), 1, 0)->rows =
+        (mk_rows_job){.n = m, .k = k, .x = x, .values = out, .stride = stride};
 }
 
 long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at) {
@@ -35,7 +54,6 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const 
     mk_matmul_job job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
                          .bounds = bounds, .at = at, .x = x, .x_stride = x_stride, .out = out,
                          .out_stride = out_stride, .panel_stride = panel_stride};
-    if (type < MK_Q8_0) job.x_stride *= 4;
     job.chunk = CACHE / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
     if (job.chunk < MK_ROWS) job.chunk = MK_ROWS;
     if (job.tiles < FEW_TILES && job.chunk > 2 * MK_ROWS) job.chunk = 2 * MK_ROWS; /* share out the rows too */

@@ -79,21 +79,22 @@ static void quantize(const void *argument, long begin, long end) {
         }
 }
 
-/* Panels of activations, each padded to whole blocks with zeros. */
+/* Panels of activations, each padded to whole blocks with zeros; rows in groups. */
 static void quantize_rows(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
     for (long row = begin; row < end; row++) {
         const float *x = job->x + row * job->stride;
-        uint8_t *out = job->out + row * job->out_bytes;
+        long first = row / MK_GROUP * MK_GROUP, rows = job->n - first < MK_GROUP ? job->n - first : MK_GROUP;
+        mk_activation *out = (mk_activation *)(job->out + first * job->out_bytes) + (row - first);
         for (int p = 0; p < job->panels; p++)
-            for (long i = job->bounds[p]; i < job->bounds[p + 1]; i += MK_BLOCK, out += MK_ACTIVATION) {
+            for (long i = job->bounds[p]; i < job->bounds[p + 1]; i += MK_BLOCK, out += rows) {
                 long limit = job->bounds[p + 1];
                 vf lo = vf_row(x, i, limit, 0.0f), hi = vf_set1(0.0f);
                 if (i + MK_TILE < limit) hi = vf_row(x, i + MK_TILE, limit, 0.0f);
-                float d;
-                int32_t sum = quantise_q8(lo, hi, (int8_t *)out, &d);
-                memcpy(out + MK_BLOCK, &d, 4);
-                memcpy(out + MK_BLOCK + 4, &sum, 4);
+                int32_t sum = quantise_q8(lo, hi, out->q, &out->scale);
+                out->total = out->scale * (float)sum;
+                out->less8 = -8 * sum;
+                out->less128 = -128 * sum;
             }
     }
 }

@@ -13,7 +13,8 @@ enum { MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_Q4_1, MK_TYPES };
 enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
-    MK_ACTIVATION = 40,      /* bytes: int8 q[32], f32 scale, i32 sum(q) */
+    MK_ACTIVATION = 48,      /* bytes of mk_activation */
+    MK_GROUP = 4,            /* rows of x that are interleaved */
     MK_KV_BLOCK = 32,        /* tokens */
     MK_MAX_LEVELS = 7,       /* of the tree over panels */
     MK_MAX_PANELS = 64,
@@ -28,6 +29,14 @@ static inline int mk_block_bytes(int type) {
 }
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
+
+/* 32 activations, with what products begin with ready to be loaded.  Rows of x come in groups of MK_GROUP, block after
+ * block (or value after value) and in each the rows one after the other; fewer rows at the end are a smaller group. */
+typedef struct {
+    int8_t q[MK_BLOCK];
+    float scale, total;   /* scale * sum(q) */
+    int32_t less8, less128; /* -8 * sum(q), -128 * sum(q): weights are stored greater by so much */
+} mk_activation;
 
 /* Paths: names of the instruction sets that this build has and this machine can run, slowest first. */
 int mk_path_count(void);
@@ -49,9 +58,10 @@ void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, l
 void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
 void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int panels,
                       uint8_t *out, long out_bytes);
+void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, float *out); /* contiguous groups */
 /* Where the panels of a packed matrix begin; returns its bytes. */
 long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at);
-/* at: where each panel begins; x: activations (x_stride in bytes) for quantised types, else f32.
+/* at: where each panel begins; x: activations for quantised types, else f32; grouped, x_stride bytes a row.
  * panel_stride: 0 folds the panels. */
 void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
                const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);

@@ -112,7 +112,7 @@ typedef struct {
 enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 32 };
 
 /* A product's tiles of W for one row of x; a multiple of every path's rows of x in a tile. */
-enum { MK_MANY_TILES = 4, MK_ROWS = 24 };
+enum { MK_MANY_TILES = 4, MK_ROWS = 16 };
 
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 

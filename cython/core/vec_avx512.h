@@ -7,14 +7,12 @@
 
 #include "path.h"
 
-#define VEC_WIDE 1 /* 32 registers */
-
 typedef __m512 vf;
 typedef __m512i vi;
 typedef __m512i vb;
 
 #ifdef VEC_VNNI
-enum { VEC_ROWS = 12, VEC_Q8_BIAS = 128 };
+enum { VEC_ROWS = 16, VEC_Q8_BIAS = 128 };
 #else
 enum { VEC_ROWS = 8, VEC_Q8_BIAS = 0 };
 #endif

@@ -1,9 +1,5 @@
 /* What follows from the layer alone: parts of vectors, and exp. */
 
-#ifndef VEC_WIDE
-#define VEC_WIDE 0
-#endif
-
 #ifndef HOT /* code that is worth a copy in every place, with its constants, loops unrolled */
 #define HOT MK_INLINE
 #define UNROLL _Pragma("GCC unroll 16")

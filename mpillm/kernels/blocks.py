@@ -1,16 +1,29 @@
-"""Blocks in NumPy: quantise, dequantise, interleave 16 rows, and the activations' own 40-byte blocks."""
+"""Blocks in NumPy: quantise, dequantise, interleave 16 rows, and the activations' own blocks in groups of rows."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .lanes import fma
-from .types import ACTIVATION_BLOCK_BYTES, F32, QUANT_BLOCK, TILE_ROWS, U8, BlockType, Bounds, check_bounds
+from .types import (
+    ACTIVATION_BLOCK_BYTES,
+    F32,
+    QUANT_BLOCK,
+    ROW_GROUP,
+    TILE_ROWS,
+    U8,
+    BlockType,
+    Bounds,
+    check_bounds,
+)
 
-ACTIVATION = np.dtype([("q", "i1", QUANT_BLOCK), ("scale", "<f4"), ("sum", "<i4")])
+ACTIVATION = np.dtype(
+    [("q", "i1", QUANT_BLOCK), ("scale", "<f4"), ("total", "<f4"), ("less8", "<i4"), ("less128", "<i4")]
+)
 assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
 PACKED = {
     BlockType.Q8_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (8, TILE_ROWS, 4))]),
@@ -69,7 +82,7 @@ def to_f16(d: F32) -> npt.NDArray[np.float16]:
 
 
 def activations(x: F32, bounds: Bounds) -> U8:
-    """x [m, k] as uint8 [m, activation_nbytes(k, bounds)]."""
+    """x [m, k] as uint8 [m, activation_nbytes(k, bounds)], its rows in groups (`ungrouped` undoes that)."""
     edges = check_bounds(bounds, x.shape[1], 1)
     rows = []
     for begin, end in itertools.pairwise(edges):
@@ -79,8 +92,22 @@ def activations(x: F32, bounds: Bounds) -> U8:
     blocks = np.concatenate(rows, axis=1)
     out = np.empty(blocks.shape[:2], ACTIVATION)
     out["scale"], out["q"] = quantise_q8(blocks)
-    out["sum"] = out["q"].sum(axis=-1, dtype=np.int32)
-    return out.view(np.uint8).reshape(len(x), -1)
+    total = out["q"].sum(axis=-1, dtype=np.int32)
+    with np.errstate(all="ignore"):
+        out["total"] = out["scale"] * total.astype(np.float32)
+    out["less8"], out["less128"] = -8 * total, -128 * total
+    groups = [out[row : row + ROW_GROUP].T.reshape(-1) for row in range(0, len(out), ROW_GROUP)]
+    return np.concatenate(groups).view(np.uint8).reshape(len(x), -1)
+
+
+def ungrouped(x: npt.NDArray[Any]) -> npt.NDArray[np.void]:
+    """Activations that `activations` made as [m, blocks]: a group holds block after block, and in each its rows."""
+    grouped = x.view(ACTIVATION)
+    rows = np.empty_like(grouped)
+    for row in range(0, len(x), ROW_GROUP):
+        part = grouped[row : row + ROW_GROUP]
+        rows[row : row + ROW_GROUP] = part.reshape(part.shape[::-1]).T
+    return rows
 
 
 def nibbles(q: U8) -> U8:

@@ -9,6 +9,7 @@ results agree with the compiled ones within about k * 6e-8 of the sum of magnitu
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,27 +102,21 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
         require("out", out, (parts, len(x), n), np.float32)
     sums = np.empty((parts, len(x), n), np.float32)
     tiles = -(-n // TILE_ROWS)
-    start = x_start = 0
+    rows: npt.NDArray[Any] = blocks.ungrouped(x) if type.quantised else x
+    start = column = 0
     for p, (begin, end) in enumerate(itertools.pairwise(edges)):
         count = int(-(-(end - begin) // type.block))
         nbytes = tiles * TILE_ROWS * count * type.block_bytes
         panel = w[start : start + nbytes]
         product = _quantised if type.quantised else _unquantised
-        if type.quantised:
-            width = count * blocks.ACTIVATION.itemsize
-            part = np.ascontiguousarray(x[:, x_start : x_start + width])
-            x_start += width
-        else:
-            part = x[:, begin:end]
-        sums[p] = product(type, panel, tiles, count, part)[:, :n]
-        start += nbytes
+        sums[p] = product(type, panel, tiles, count, rows[:, column : column + count])[:, :n]
+        start, column = start + nbytes, column + count
     out[...] = lanes.tree(sums) if fold else sums
 
 
-def _quantised(type: BlockType, panel: U8, tiles: int, count: int, x: npt.NDArray[np.generic]) -> F32:
+def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
     """Panel sums [m, tiles * 16]: the integer dot products through float32 BLAS, exact in any order below 2**24."""
     w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
-    act = x.view(blocks.ACTIVATION)
     q = (
         w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
     )  # block, row, byte
@@ -129,18 +124,17 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, x: npt.NDArra
     dots = np.matmul(
         act["q"].transpose(1, 0, 2).astype(np.float32), values.astype(np.float32).transpose(0, 2, 1)
     )
-    acc = np.zeros((len(x), tiles * TILE_ROWS), np.float32)
+    acc = np.zeros((len(act), tiles * TILE_ROWS), np.float32)
     with np.errstate(all="ignore"):
         for b in range(count):
             scale = act["scale"][:, b, None]
-            total = act["sum"][:, b, None]
             d = w["d"][:, b].reshape(-1).astype(np.float32)
-            exact = dots[b] - 8 * total.astype(np.float32) if type == BlockType.Q4_0 else dots[b]
+            exact = (
+                dots[b] + act["less8"][:, b, None].astype(np.float32) if type == BlockType.Q4_0 else dots[b]
+            )
             acc = lanes.fma(exact, d * scale, acc)
             if type == BlockType.Q4_1:
-                acc = lanes.fma(
-                    w["m"][:, b].reshape(-1).astype(np.float32), scale * total.astype(np.float32), acc
-                )
+                acc = lanes.fma(w["m"][:, b].reshape(-1).astype(np.float32), act["total"][:, b, None], acc)
     return acc
 
 

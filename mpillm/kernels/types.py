@@ -17,7 +17,8 @@ Bounds = Sequence[int] | npt.NDArray[Any]
 
 QUANT_BLOCK = 32  # values that share one scale (ggml's QK8_0 = QK4_0 = QK4_1)
 TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
-ACTIVATION_BLOCK_BYTES = 40  # int8 q[32], f32 scale, i32 sum(q)
+ACTIVATION_BLOCK_BYTES = 48  # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8 * sum(q), i32 -128 * sum(q)
+ROW_GROUP = 4  # rows of activations that are interleaved
 KV_BLOCK = 32  # tokens of one block of the KV cache
 
 

@@ -62,8 +62,11 @@ static void product(void) {
         give(packed, packed_bytes);
         give(rows, (size_t)(m * units * MK_ACTIVATION));
     } else {
-        mk_matmul(&work, type, at, n, bounds, panels, x, k, m, out, n, fold ? 0 : m * n);
+        float *rows = make((size_t)(m * k) * 4, 0);
+        mk_group_rows(&work, x, k, m, k, rows);
+        mk_matmul(&work, type, at, n, bounds, panels, rows, 4 * k, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
+        free(rows);
     }
     give(out, out_bytes);
 }

@@ -232,4 +232,4 @@ def test_rows_may_be_strided() -> None:
 def test_both_say_the_same_sizes() -> None:
     assert reference.packed_nbytes(BlockType.Q4_0, 17, 70, [0, 64, 70]) == 32 * 3 * 18
     assert reference.packed_nbytes(BlockType.BF16, 17, 70, [0, 7, 70]) == 32 * 70 * 2
-    assert reference.activation_nbytes(70, [0, 7, 70]) == 40 * 3
+    assert reference.activation_nbytes(70, [0, 7, 70]) == 48 * 3
