@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 
 
 def content_key(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -20,15 +21,16 @@ def content_key(before: bytes, tokens: Sequence[int]) -> bytes:
 class BlockPool:
     """The numbers of all KV blocks, the same ones on every rank.
 
-    A block that nobody uses any more keeps its content while others are free: those are taken first, and then the
-    one that has been idle for longest.
+    A block that nobody uses any more keeps its content while others are free: those are taken first, the lowest of
+    them, and then the one that has been idle for longest. Only then those that do not fit into memory are.
     """
 
-    def __init__(self, n_blocks: int) -> None:
+    def __init__(self, n_blocks: int, in_memory: int | None = None) -> None:
         self._users = [0] * n_blocks
         self._keys: list[bytes | None] = [None] * n_blocks
         self._by_key: dict[bytes, int] = {}
-        self._empty = list(range(n_blocks - 1, -1, -1))
+        self._empty = list(range(n_blocks))  # a heap
+        self._in_memory = n_blocks if in_memory is None else in_memory
         self._idle: dict[int, None] = {}  # unused blocks with content, the longest idle first
 
     @property
@@ -43,8 +45,8 @@ class BlockPool:
 
     def take(self) -> int:
         """A free block for a new content."""
-        if self._empty:
-            block = self._empty.pop()
+        if self._empty and (self._empty[0] < self._in_memory or not self._idle):
+            block = heappop(self._empty)
         else:
             block = next(iter(self._idle))
             del self._idle[block]
@@ -75,6 +77,6 @@ class BlockPool:
             self._users[block] -= 1
             if not self._users[block]:
                 if self._keys[block] is None:
-                    self._empty.append(block)
+                    heappush(self._empty, block)
                 else:
                     self._idle[block] = None

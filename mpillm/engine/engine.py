@@ -30,15 +30,12 @@ class Worker:
     def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
         self.decoder = decoder
         self.seconds = 0.0  # in steps, with all that they waited for
-        self.most_blocks = 0  # highest KV block that was written, plus one
         self._answerer = Answerer(decoder, keep_steps=micro_batches, threads=threads)
 
     def step(self, step: Step) -> Reply | None:
         """Compute this rank's part of a step; a last-stage rank's reply."""
         begun = time.perf_counter()
-        batch = step.batch()
-        self.most_blocks = max(self.most_blocks, int(batch.block.max()) + 1)
-        x = self.decoder.forward(batch)
+        x = self.decoder.forward(step.batch())
         reply = None if x is None else self._answerer.answer(step, x)
         self.seconds += time.perf_counter() - begun
         return reply

@@ -17,6 +17,7 @@ class Limits:
     """What a step and the KV cache can take."""
 
     n_blocks: int  # KV blocks of `KV_BLOCK` tokens, the same number on every rank
+    blocks_in_memory: int  # of them: when more are in use, layers lie on disk
     max_sequences: int  # in one step
     max_tokens: int  # in one step
     micro_batches: int  # steps in flight at once, at most: one for each stage keeps all of them busy
@@ -63,7 +64,7 @@ class Scheduler:
         self._slots = limits.max_sequences * limits.micro_batches
         self._waiting = enumerate(_longest_first(waiting, self._slots))
         self._next = self._take_next()
-        self._pool = BlockPool(limits.n_blocks)
+        self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
 
     @property
     def has_work(self) -> bool:

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..comm.grid import Place, Shape
+from ..comm.grid import Place, Shape, stage_layers
 from ..engine.scheduler import Limits, blocks_for
 from ..errors import JobError
 from ..kernels import KV_BLOCK, BlockType
 from ..model.activations import row_nbytes
 from ..model.kv import block_nbytes
+from ..model.spill import layers_in_file, most_blocks
 from .spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
@@ -51,28 +52,58 @@ def step_size(spec: Spec, shape: Shape, places: Sequence[Place], streams: bool) 
 
 
 def limits(
-    spec: Spec, shape: Shape, places: Sequence[Place], kv_type: BlockType, max_context: int, streams: bool
+    spec: Spec,
+    shape: Shape,
+    places: Sequence[Place],
+    kv_type: BlockType,
+    max_context: int,
+    streamed: Sequence[int],
 ) -> Limits:
     """What steps and the KV cache of ranks at `places` take; JobError if that is nothing.
 
-    `streams` says whether any rank streams weights, `max_context` is the longest request's tokens.
+    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens.
     """
+    streams = any(streamed)
     step, stages = step_size(spec, shape, places, streams), places[0].stages
-    block = max(block_nbytes(shape, place, kv_type) for place in places)
-    n_blocks = min(spec.memory.kv_bytes // block, blocks_for(max_context) * step.sequences * stages)
+    useful = blocks_for(max_context) * step.sequences * stages
+    n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, streamed)
     if n_blocks < 1:
+        block = max(block_nbytes(shape, place, kv_type) for place in places)
         raise JobError(
             f"memory.kv = {spec.memory.kv_bytes} bytes does not hold one block of {KV_BLOCK} tokens, which takes "
             f"{block} bytes; raise it."
         )
+    n_blocks = min(n_blocks, useful)
     return Limits(
         n_blocks=n_blocks,
+        blocks_in_memory=min(in_memory, n_blocks),
         max_sequences=min(step.sequences, n_blocks),
         max_tokens=step.tokens,
         micro_batches=stages,
         prefix_sharing=spec.batch.prefix_sharing,
         streams=streams,
     )
+
+
+def kv_blocks(
+    spec: Spec, shape: Shape, places: Sequence[Place], kv_type: BlockType, streamed: Sequence[int]
+) -> tuple[int, int]:
+    """Blocks that all ranks can have, and those of them that memory alone holds."""
+    budget, spill = spec.memory.kv_bytes, spec.memory.kv_spill_bytes
+    together, in_memory = [], []
+    for place, weights in zip(places, streamed, strict=True):
+        n_layers, block = len(stage_layers(shape, place)), block_nbytes(shape, place, kv_type)
+        in_memory.append(budget // block)
+        of_a_layer = block // n_layers
+        together.append(most_blocks(n_layers, budget // of_a_layer, min(weights, spill) // of_a_layer))
+    return min(together), min(in_memory)
+
+
+def kv_in_file(spec: Spec, shape: Shape, place: Place, kv_type: BlockType, n_blocks: int) -> int:
+    """Bytes of the KV cache that lie on disk on the rank at `place` when all of so many blocks are in use."""
+    n_layers, block = len(stage_layers(shape, place)), block_nbytes(shape, place, kv_type)
+    of_a_layer = block // n_layers
+    return layers_in_file(n_layers, spec.memory.kv_bytes // of_a_layer, n_blocks) * n_blocks * of_a_layer
 
 
 def described_step(sequences: int, tokens: int, streamed: int) -> str:

@@ -12,11 +12,11 @@ from ..comm.grid import Place, Shape
 from ..kernels import KV_BLOCK, BlockType
 from ..model.config import ModelConfig
 from ..model.kv import block_nbytes
-from ..weights.layer import check_tensors, rank_plans
+from ..weights.layer import LayerPlan, check_tensors, rank_plans
 from ..weights.paging import minimum_budget, streamed
 from ..weights.source import Source, column_unit, open_source
 from . import catalogue
-from .limits import described_step, step_size
+from .limits import described_step, kv_blocks, kv_in_file, step_size
 from .spec import Spec, shown_bytes
 
 
@@ -33,6 +33,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_streamed: int  # read anew for every step
     kv_token: int  # for each token in the cache
     kv_held: int  # at most
+    kv_in_file: int  # on disk, at most
 
     @property
     def held(self) -> int:
@@ -50,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     layouts: list[tuple[int, int]]  # all that work, (stages, shards)
     kv_type: str
     kv_tokens: int  # that the KV cache holds
+    kv_tokens_in_memory: int  # of those; the others lie on disk
     step_sequences: int  # in one step, at most
     step_tokens: int
     activations: int  # bytes of a step's rows on the rank that has most, at most
@@ -81,11 +83,14 @@ def make_plan(
     kv_type = BlockType[spec.kv_type(quantised=shape.unit > 1).upper()]
     places = [Place(rank, stages, shards) for rank in range(ranks)]
     blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
-    n_blocks = spec.memory.kv_bytes // max(blocks.values())
-    plans = [_rank(spec, source, config, shape, place, blocks[place], n_blocks) for place in places]
-    max_context = min(spec.memory.max_context, config.max_position)
-    streams = any(plan.weights_streamed for plan in plans)
-    step = step_size(spec, shape, places, streams)
+    shares = [_weights(spec, rank_plans(shape, place, source, config)) for place in places]
+    read = [share["streamed"] for share in shares]
+    n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
+    plans = [
+        _rank(spec, shape, place, kv_type, n_blocks, share)
+        for place, share in zip(places, shares, strict=True)
+    ]
+    step = step_size(spec, shape, places, any(read))
     return Plan(
         model=spec.model,
         architecture=config.architecture,
@@ -94,10 +99,11 @@ def make_plan(
         layouts=grid.layouts(shape, ranks),
         kv_type=kv_type.name.lower(),
         kv_tokens=n_blocks * KV_BLOCK,
+        kv_tokens_in_memory=in_memory * KV_BLOCK,
         step_sequences=min(step.sequences, max(n_blocks, 1)),
         step_tokens=step.tokens,
         activations=step.activations,
-        max_context=max_context,
+        max_context=min(spec.memory.max_context, config.max_position),
         wire=wire_bytes(shape, stages, shards, BlockType[spec.wire.activations.upper()]),
         wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32).values()),
         ranks=plans,
@@ -118,25 +124,34 @@ def wire_bytes(shape: Shape, stages: int, shards: int, wire: BlockType) -> dict[
     }
 
 
-def _rank(
-    spec: Spec, source: Source, config: ModelConfig, shape: Shape, place: Place, block: int, n_blocks: int
-) -> RankPlan:
-    items = rank_plans(shape, place, source, config)
+def _weights(spec: Spec, items: Sequence[LayerPlan]) -> dict[str, int]:
     share = sum(item.nbytes for item in items)
     least = minimum_budget(items)
     budget = spec.memory.weights_bytes
-    layers = grid.stage_layers(shape, place)
+    return {
+        "share": share,
+        "held": share if budget is None else min(budget, share),
+        "least": least,
+        "streamed": streamed(items, budget, spec.memory.policy),
+    }
+
+
+def _rank(
+    spec: Spec, shape: Shape, place: Place, kv_type: BlockType, n_blocks: int, weights: dict[str, int]
+) -> RankPlan:
+    layers, block = grid.stage_layers(shape, place), block_nbytes(shape, place, kv_type)
     return RankPlan(
         rank=place.rank,
         stage=place.stage,
         shard=place.shard,
         layers=(layers.start, layers.stop),
-        weights_share=share,
-        weights_held=share if budget is None else min(budget, share),
-        weights_least=least,
-        weights_streamed=streamed(items, budget, spec.memory.policy),
+        weights_share=weights["share"],
+        weights_held=weights["held"],
+        weights_least=weights["least"],
+        weights_streamed=weights["streamed"],
         kv_token=block // KV_BLOCK,
-        kv_held=n_blocks * block,
+        kv_held=min(n_blocks * block, spec.memory.kv_bytes),
+        kv_in_file=kv_in_file(spec, shape, place, kv_type, n_blocks),
     )
 
 
@@ -177,6 +192,10 @@ def _table(plan: Plan) -> Iterator[str]:
         f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
         f"{plan.max_context} tokens at once"
     )
+    if in_file := max(rank.kv_in_file for rank in plan.ranks):
+        yield (
+            f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank lie on disk"
+        )
     yield "batch     " + described_step(
         plan.step_sequences, plan.step_tokens, max(rank.weights_streamed for rank in plan.ranks)
     )

@@ -68,8 +68,10 @@ class Rank(msgspec.Struct, kw_only=True):
     weights: dict[
         str, float
     ]  # share (of all its layers), budget, peak, hits, misses, stalls, stall_seconds, loaded, ...
-    kv: dict[str, int]  # budget, bytes, blocks
-    experts: dict[str, float] = {}  # the same of a mixture's experts, which weights has none of then
+    kv: dict[
+        str, float
+    ]  # budget, bytes, blocks; layers_in_file, read, written, stalls, stall_seconds if it spills
+    experts: dict[str, float] = {}  # as weights, of a mixture's experts, which weights has none of then
     messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
     memory_peak: int = 0  # of the process, as the system counts it
     seconds: dict[str, float] = {}  # compute, wire, weights, idle, ...
@@ -156,6 +158,13 @@ def summary(report: Report) -> Iterator[str]:
     if uses:
         read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
         yield f"Experts: {100 * hits / uses:.1f} % of their uses found them in memory; {shown_bytes(read)} were read."
+    if any(rank.kv.get("layers_in_file") for rank in report.ranks):
+        read, written = (sum(rank.kv.get(key, 0) for rank in report.ranks) for key in ("read", "written"))
+        waited = max(rank.kv.get("stall_seconds", 0.0) for rank in report.ranks)
+        yield (
+            f"KV cache on disk: {shown_bytes(read)} read, {shown_bytes(written)} written, at most {waited:.1f} s "
+            "waited for it."
+        )
     wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}
     if wire:
         yield (

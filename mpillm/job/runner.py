@@ -117,9 +117,8 @@ class Leader:
         engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
         for warning in self._warnings:
             self._progress.say(warning)
-        if streamed := max(session.streamed):
-            size = described_step(session.limits.max_sequences, session.limits.max_tokens, streamed)
-            self._progress.say(size[0].upper() + size[1:] + ".")
+        for line in self._size():
+            self._progress.say(line)
         try:
             self._compute(engine)
         except MpillmError as error:
@@ -229,6 +228,20 @@ class Leader:
         for name, count in self._batch.other_models.items():
             if name not in (self._spec.model, self._path.name, self._name):
                 yield f"{count} request(s) name the model {name!r}; they are answered by {self._name}."
+
+    def _size(self) -> Iterator[str]:
+        """What a step takes on, where that is more than usual."""
+        session, limits, memory = self._session, self._session.limits, self._spec.memory
+        if streamed := max(session.streamed):
+            size = described_step(limits.max_sequences, limits.max_tokens, streamed)
+            yield size[0].upper() + size[1:] + "."
+        if limits.n_blocks > limits.blocks_in_memory:
+            yield (
+                f"The KV cache holds {limits.blocks_in_memory * KV_BLOCK} tokens in memory, and "
+                f"{limits.n_blocks * KV_BLOCK} with layers in {memory.spill_folder}."
+            )
+        elif memory.kv_spill_bytes:
+            yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."
 
     def _describe_model(self) -> dict[str, Any]:
         size, digest = self._session.fingerprint

@@ -94,7 +94,7 @@ class Session:
         """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
-        used = self.worker.most_blocks * self.kv.nbytes // self.kv.n_blocks
+        spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
         return Rank(
             rank=self.world.rank,
             host=self.world.host,
@@ -105,18 +105,30 @@ class Session:
             kernels=kernels.path(),
             weights=_described(weights.cycle),
             experts=_described(weights.experts) if weights.experts else {},
-            kv={"budget": self.spec.memory.kv_bytes, "bytes": used, "blocks": self.kv.n_blocks},
+            kv=self._describe_kv(),
             messages=messages,
             memory_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             seconds={
-                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds,
+                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
                 "weights": weights.stall_seconds,
+                "kv": spilled,
                 **waited,
             },
         )
 
+    def _describe_kv(self) -> dict[str, float]:
+        spill = self.kv.spill
+        on_disk = {"layers_in_file": spill.layers, **asdict(spill.counters)} if spill else {}
+        return {
+            "budget": self.spec.memory.kv_bytes,
+            "bytes": self.kv.peak,
+            "blocks": self.kv.n_blocks,
+            **on_disk,
+        }
+
     def close(self) -> None:
-        """Stop the read-ahead thread and let go of the files."""
+        """Stop the read-ahead threads and let go of the files."""
+        self.kv.close()
         self.weights.close()
         self.source.close()
 
@@ -138,11 +150,13 @@ class Session:
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
         self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self.shape, places, self.kv_type, max_context, any(self.streamed))
+        return limits(self.spec, self.shape, places, self.kv_type, max_context, self.streamed)
 
     def _decoder(self) -> Decoder:
         config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire.activations
-        self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type)
+        with self.world.together():
+            budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
+            self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type, budget, folder)
         group = Group(self.world, place, wire, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire, self.counters, self.threads)
         return Decoder(config, shape, place, self.source, self.weights, self.kv, group, pipe, self.threads)

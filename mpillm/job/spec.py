@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -104,6 +105,8 @@ class Memory(Section, frozen=True):
 
     weights: str | Positive = "all"
     kv: str | Positive = "1GiB"
+    kv_spill: str | Positive = "none"
+    spill_dir: Word = "auto"
     max_context: Positive = 4096
     policy: Literal["cycle", "lru"] = "cycle"
     loader: Literal["auto", "mmap", "read"] = "auto"
@@ -119,9 +122,20 @@ class Memory(Section, frozen=True):
         """The KV cache's budget per rank."""
         return byte_size(self.kv)
 
+    @property
+    def kv_spill_bytes(self) -> int:
+        """How much of the KV cache may lie on disk, per rank."""
+        return 0 if self.kv_spill == "none" else byte_size(self.kv_spill)
+
+    @property
+    def spill_folder(self) -> Path:
+        """Where it lies, on every node."""
+        return Path(tempfile.gettempdir() if self.spill_dir == "auto" else self.spill_dir).expanduser()
+
     def __post_init__(self) -> None:
-        for key, value in (("weights", self.weights), ("kv", self.kv)):
-            if value == "all" and key == "weights":
+        words = {"weights": "all", "kv_spill": "none"}  # that stand for a size
+        for key, value in (("weights", self.weights), ("kv", self.kv), ("kv_spill", self.kv_spill)):
+            if value == words.get(key):
                 continue
             try:
                 byte_size(value)

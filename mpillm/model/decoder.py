@@ -104,6 +104,7 @@ class Decoder:
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         angles = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
+        self._kv.begin(batch.table, batch.block, batch.offset)
         for i, number in enumerate(self._layers):
             self._pipe.progress()  # what the previous step sent on leaves while this one computes
             mixture = self.config.moe_layers[number]
@@ -165,8 +166,9 @@ class Decoder:
     ) -> None:
         half = self._kept(lambda: self._attention_half(layer, number), ATTENTION, number)
         out = np.empty_like(x)
-        kernels.compute(half, x, cos, sin, self._kv.kv_type, *self._kv.pools[i], batch.block, batch.offset,
+        kernels.compute(half, x, cos, sin, self._kv.kv_type, *self._kv.take(i), batch.block, batch.offset,
                         batch.positions, batch.table, batch.table_start, out, self._threads)  # fmt: skip
+        self._kv.give(i)
         self._add(out, x)
         if self.config.o_bias:
             x += layer.vector("o_bias")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import grid
 from mpillm.comm.grid import Place, Shape
 from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.model.spill import Pools, Spill
 
 _DTYPES = {BlockType.F32: np.float32, BlockType.F16: np.uint16}
+
+HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
+
+Ints = NDArray[np.int32]
 
 
 def block_nbytes(shape: Shape, place: Place, kv_type: BlockType) -> int:
@@ -25,14 +35,74 @@ class KVCache:
     attention's products run along contiguous memory. Memory is touched, and so used, only as blocks are written.
     """
 
-    def __init__(self, shape: Shape, place: Place, n_blocks: int, kv_type: BlockType) -> None:
-        dtype = _DTYPES[kv_type]
+    def __init__(
+        self,
+        shape: Shape,
+        place: Place,
+        n_blocks: int,
+        kv_type: BlockType,
+        budget: int | None = None,
+        spill_dir: Path | None = None,
+    ) -> None:
+        """`budget` in bytes; if the blocks take more, layers lie in a file in `spill_dir` (see `spill`)."""
         self.kv_type = kv_type
         self.n_blocks = n_blocks
-        self.nbytes = n_blocks * block_nbytes(shape, place, kv_type)
-        heads, head_dim = len(grid.own_kv_heads(shape, place)), shape.head_dim
-        keys = (n_blocks, heads, head_dim, KV_BLOCK)
-        values = (n_blocks, heads, KV_BLOCK, head_dim)
-        self.pools: list[tuple[NDArray[np.generic], NDArray[np.generic]]] = [
-            (np.zeros(keys, dtype), np.zeros(values, dtype)) for _ in grid.stage_layers(shape, place)
-        ]
+        self._shape = len(grid.own_kv_heads(shape, place)), shape.head_dim
+        self._block_nbytes = block_nbytes(shape, place, kv_type)
+        self._most = 0  # blocks that have been in use
+        self.peak = 0  # bytes of memory that were in use
+        n_layers = len(grid.stage_layers(shape, place))
+        self.spill: Spill | None = None
+        if budget is not None and n_blocks * self._block_nbytes > budget:
+            assert spill_dir is not None
+            room = budget // (self._block_nbytes // n_layers)
+            self.spill = Spill(spill_dir, self._new_pools, n_layers, room, n_blocks)
+        self._pools: list[Pools | None] = [self._new_pools() for _ in range(n_layers)]
+
+    def begin(self, table: Ints, block: Ints, offset: Ints) -> None:
+        """A step begins that looks at all blocks of `table`, and writes tokens to these blocks at these offsets."""
+        top = int(block.max()) + 1
+        if self.spill is not None:
+            self.spill.make_room(top, self._pools)
+            if self.spill.layers:
+                begun = np.unique(block[offset == 0])  # by this very step: nothing is in them yet
+                self.spill.begin(np.setdiff1d(table, begun), np.unique(block))
+        if top > self._most:
+            self._most = top
+            held = top * self._block_nbytes if self.spill is None else self.spill.held
+            self.peak = max(self.peak, held)
+
+    def take(self, i: int) -> Pools:
+        """Keys and values of this rank's layer number i, in the order of the layers."""
+        pools = self._pools[i]
+        if pools is None:
+            assert self.spill is not None
+            pools = self.spill.take(i)
+        return pools
+
+    def give(self, i: int) -> None:
+        """The step is done with that layer."""
+        if self._pools[i] is None:
+            assert self.spill is not None
+            self.spill.give(i)
+
+    def close(self) -> None:
+        """Let go of the file, if there is one."""
+        if self.spill is not None:
+            self.spill.close()
+
+    def _new_pools(self) -> Pools:
+        """A layer's keys and values, all zero, in memory of their own that begins at a page and goes with them."""
+        heads, head_dim = self._shape
+        dtype: np.dtype[Any] = np.dtype(_DTYPES[self.kv_type])
+        shapes = (self.n_blocks, heads, head_dim, KV_BLOCK), (self.n_blocks, heads, KV_BLOCK, head_dim)
+        return tuple(_zeros(shape, dtype) for shape in shapes)
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= HUGE:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)

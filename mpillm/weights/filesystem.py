@@ -27,6 +27,7 @@ NETWORK = {
     0xAAD7AAEA: "panfs",
     0x73757245: "coda",
 }
+IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, since Linux 5.14
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,11 +36,20 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 def network_kind(path: Path) -> str | None:
     """The name of the network file system on which a file lies; None if it is a local one, or nobody knows."""
+    return NETWORK.get(_type(path))
+
+
+def in_memory(path: Path) -> bool:
+    """Whether what is written there takes memory, and no disk."""
+    return _type(path) in IN_MEMORY
+
+
+def _type(path: Path) -> int:
+    """statfs's f_type of a file or folder, 0 if there is none."""
     found = ctypes.create_string_buffer(512)  # struct statfs begins with f_type, a C long on Linux
     if _libc.statfs(os.fsencode(path), found):
-        return None
-    number = ctypes.c_long.from_buffer(found).value
-    return NETWORK.get(number & 0xFFFFFFFF)
+        return 0
+    return ctypes.c_long.from_buffer(found).value & 0xFFFFFFFF
 
 
 def madvise(address: int, nbytes: int, advice: int) -> None:

@@ -30,6 +30,9 @@ MODELS = ["llama3", "qwen3_moe", "mistral", "llama_mixed.gguf"]
 
 
 def path_of(model: str) -> Path:
+    """Of a fixture, or of a directory that some test has made."""
+    if "/" in model:
+        return Path(model)
     return gguf_path(model.removesuffix(".gguf")) if model.endswith(".gguf") else model_path(model)
 
 

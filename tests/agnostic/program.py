@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mpillm.comm.world import World, guard
 from tests.agnostic import harness
@@ -25,10 +26,12 @@ def digest(values: dict[harness.Name, harness.Values]) -> str:
 def main(world: World) -> int:
     target, model, *settings = sys.argv[1:]
     requests = harness.batch(harness.vocab_of(model))
-    made = []
+    made: list[dict[str, Any]] = []
     for job in map(json.loads, settings):
         outcome = harness.run(world, harness.path_of(model), requests, **job)
-        made.append({"digest": digest(outcome.values), "totals": asdict(outcome.totals)})
+        spill = outcome.session.kv.spill
+        read = min(world.gather(spill.counters.read if spill else 0))
+        made.append({"digest": digest(outcome.values), "totals": asdict(outcome.totals), "spill_read": read})
     if world.rank == 0:
         Path(target).write_text(json.dumps(made))
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Mpi
+from tests.weights.build import Tiny, write_hf
 
 from .program import digest
 from .test_same_bits import COMPILED, TIGHT, expected
@@ -43,3 +44,18 @@ def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path:
         assert (totals["shared_tokens"] > 0) is way.get("prefix_sharing", True)
         if "kv_blocks" in way:
             assert totals["preemptions"] > 0
+
+
+@pytest.mark.parametrize(("stages", "shards"), [(2, 1), (1, 2)])
+def test_a_kv_cache_on_disk(stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
+    tiny = Tiny(n_layers=12, vocab=300)
+    model = str(write_hf(tmp_path / "model", tiny.weights(), tiny.config()))
+    target = tmp_path / "outcomes.json"
+    job = {"stages": stages, "shards": shards, "activations": "f32", "streams": True, "kv_blocks": TIGHT}
+    spills = {**job, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}
+    done = openmpi.run(stages * shards, PROGRAM, target, model, json.dumps(job), json.dumps(spills))
+    assert done.returncode == 0, done.stderr[-3000:]
+    without, with_it = json.loads(target.read_text())
+    assert with_it["digest"] == without["digest"] == digest(expected(model))
+    assert with_it["spill_read"] > 0 == without["spill_read"]
+    assert with_it["totals"]["steps"] < without["totals"]["steps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,21 @@ def test_streamed_weights(model: str) -> None:
     outcome = run(model, streams=True)
     assert outcome.session.weights.streamed > 0
     assert_same(model, outcome)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe"])
+def test_a_kv_cache_on_disk(model: str, kv_type: str, tmp_path: Path) -> None:
+    job = {"kv_blocks": TIGHT, "streams": True, "kv_type": kv_type}
+    without = run(model, **job)
+    outcome = run(model, **job, kv_spill="1GiB", spill_dir=str(tmp_path))
+    assert outcome.session.limits.n_blocks > TIGHT == outcome.session.limits.blocks_in_memory
+    assert outcome.session.kv.spill.counters.read > 0
+    assert outcome.session.kv.peak <= outcome.session.spec.memory.kv_bytes
+    assert outcome.totals.preemptions < without.totals.preemptions
+    assert outcome.values == without.values
+    if kv_type == "f32":
+        assert_same(model, outcome)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

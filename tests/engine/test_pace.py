@@ -12,7 +12,14 @@ from mpillm.engine.scheduler import Limits
 
 def pace(stages: int, **more: Any) -> Pace:
     return Pace(
-        Limits(n_blocks=9, max_sequences=9, max_tokens=9, micro_batches=stages, **{"streams": True, **more})
+        Limits(
+            n_blocks=9,
+            blocks_in_memory=9,
+            max_sequences=9,
+            max_tokens=9,
+            micro_batches=stages,
+            **{"streams": True, **more},
+        )
     )
 
 

@@ -17,7 +17,13 @@ Chosen = list[tuple[Sequence, int]]
 
 
 def limits(**changes: Any) -> Limits:
-    values = {"n_blocks": 100, "max_sequences": 8, "max_tokens": 64, "micro_batches": 1}
+    values = {
+        "n_blocks": 100,
+        "blocks_in_memory": 100,
+        "max_sequences": 8,
+        "max_tokens": 64,
+        "micro_batches": 1,
+    }
     return Limits(**{**values, **changes})
 
 

@@ -24,7 +24,7 @@ def spec(weights: int | str = "all", kv: int = GIB, **batch: Any) -> Spec:
 def made(
     job: Spec, streams: bool, max_context: int = 4096, places: list[Place] = ALONE
 ) -> tuple[int, int, int]:
-    found = limits(job, LLAMA_8B, places, BlockType.F16, max_context, streams)
+    found = limits(job, LLAMA_8B, places, BlockType.F16, max_context, [int(streams) for _ in places])
     assert found.streams is streams
     assert found.micro_batches == places[0].stages
     return found.n_blocks, found.max_sequences, found.max_tokens
