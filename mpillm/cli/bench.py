@@ -10,6 +10,7 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 WHAT = ("kernels", "prefill", "decode", "batch", "startup")
+MORE = ("paging",)  # is done only where it is asked for: it reads the model again and again
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", default="q4_0", help="the synthetic model's: q4_0, q4_1, q8_0, bf16, f16 or f32 (q4_0)"
     )
-    parser.add_argument("--what", type=_words, default=WHAT, help=f"some of {','.join(WHAT)} (all of them)")
+    parser.add_argument(
+        "--what", type=_words, default=WHAT, help=f"some of {','.join(WHAT)} (all of these), or paging"
+    )
     for name, default, meaning in (
         ("threads", (), "of each rank (its share of the node)"),
         ("sequences", (1, 8, 32, 128), "that decode together (1,8,32,128); 1 is decode, more is batch"),
@@ -32,6 +35,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         ("context", (16,), "tokens of each sequence before its first decoded one (16)"),
     ):
         parser.add_argument(f"--{name}", type=_numbers, default=default, metavar="N[,N...]", help=meaning)
+    parser.add_argument(
+        "--budget", type=_budgets, default=("25%",), metavar="B[,B...]",
+        help="weights that a rank holds in paging: a part of its share, or bytes such as 4GiB (25%%)",
+    )  # fmt: skip
     parser.add_argument(
         "--repeats", type=_number, default=5, metavar="N", help="of which the median is shown (5)"
     )
@@ -55,6 +62,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         sequences=options.sequences,
         prompts=options.prompt,
         contexts=options.context,
+        budgets=options.budget,
         repeats=options.repeats,
     )
     asked = suite.Asked(options.model, options.synthetic, options.weights, options.against, measured)
@@ -77,8 +85,22 @@ def _write(path: Path, text: str) -> None:
 def _words(text: str) -> tuple[str, ...]:
     words = tuple(text.split(","))
     for word in words:
-        if word not in WHAT:
-            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(WHAT)}")
+        if word not in WHAT + MORE:
+            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(WHAT + MORE)}")
+    return words
+
+
+def _budgets(text: str) -> tuple[str, ...]:
+    from mpillm.job.spec import byte_size
+
+    words = tuple(text.split(","))
+    for word in words:
+        try:
+            good = float(word[:-1]) > 0 if word.endswith("%") else byte_size(word) > 0
+        except ValueError:
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"{word!r} is neither a percentage nor a size such as 4GiB")
     return words
 
 

@@ -91,7 +91,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         everywhere = world.gather((digests, kept))
         with world.together(), explained(target):
             if world.rank == 0:
-                _finish(
+                finish(
                     opened, target, plans, {k: v for found, _ in everywhere for k, v in found.items()}, about
                 )
     return Packed(
@@ -197,7 +197,7 @@ def _write(writer: Writer, missing: list[FilePlan], needed: int, target: Path) -
         writer.close()
 
 
-def _finish(
+def finish(
     source: TensorSource, target: Path, plans: list[FilePlan], digests: dict[str, str], about: dict[str, str]
 ) -> None:
     """Carry configuration and tokenizer along; the index comes last, and says that all is there."""

@@ -156,7 +156,7 @@ class Reading(_Parallel):
 
     def __init__(self, files: Sequence[PackedFile], parallel: int = 2) -> None:
         super().__init__(files, parallel)
-        self._direct = [_open_direct(file.path) for file in files]
+        self._direct = [open_direct(file.path) for file in files]
 
     def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
         for old in dropped:
@@ -169,7 +169,7 @@ class Reading(_Parallel):
 
         def fetch(begin: int, nbytes: int) -> None:
             out = buffer[begin : begin + nbytes]
-            if direct < 0 or not _read_direct(direct, plan.offset + begin, out):
+            if direct < 0 or not read_direct(direct, plan.offset + begin, out):
                 read_at(file.descriptor, file.path, plan.offset + begin, out)
 
         self._in_pieces(plan, fetch)
@@ -193,7 +193,7 @@ def _open(path: Path, flags: int) -> int:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _open_direct(path: Path) -> int:
+def open_direct(path: Path) -> int:
     """A descriptor that reads past the page cache; -1 where the file system has none (tmpfs)."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -201,7 +201,7 @@ def _open_direct(path: Path) -> int:
         return -1
 
 
-def _read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
+def read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
     """Fill `out`; False if that did not work as a whole: the ordinary way then finds out why, or works."""
     try:
         return os.preadv(descriptor, [out.data], offset) == out.nbytes

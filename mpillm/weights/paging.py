@@ -54,6 +54,11 @@ class Weights:
         return self.cycle.streamed + (self.experts.streamed if self.experts else 0)
 
     @property
+    def loaded(self) -> int:
+        """Bytes that were made ready so far."""
+        return sum(counters.loaded for counters in self._counters)
+
+    @property
     def stall_seconds(self) -> float:
         """Seconds that were waited for weights."""
         return sum(counters.stall_seconds for counters in self._counters)

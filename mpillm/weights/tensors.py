@@ -157,6 +157,15 @@ class TensorSource:
         extent.file.will_need(*_span(extent, rows))
         return extent.stored, _stored_rows(extent, rows)
 
+    def repeated(self, layers: int) -> TensorSource:
+        """This model with so many layers, each the same as the first; closing either closes both."""
+        extents = {key: extent for key, extent in self._extents.items() if key.layer < 0}
+        for key, extent in self._extents.items():
+            if key.layer == 0:
+                extents.update((key._replace(layer=layer), extent) for layer in range(layers))
+        config = {**self.config, "num_hidden_layers": layers}
+        return TensorSource(self.path, self._mapped, (), extents, config, self.tokenizer)
+
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""
         extent = self._extents[key]

@@ -5,6 +5,7 @@ Nothing here looks at the clock: times are whatever they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
+from mpillm.comm.grid import Place
 from mpillm.comm.world import World, guard
 from mpillm.errors import JobError
-from mpillm.job.bench import against, machine, runs, synthetic, tables
+from mpillm.job.bench import against, machine, packed, runs, synthetic, tables
 from mpillm.job.bench import kernels as kernel_bench
 from mpillm.job.bench.profile import Profile
 from mpillm.job.bench.result import Bench, Machine, Run
@@ -27,7 +29,7 @@ from mpillm.job.bench.runs import Options, Step, _typical
 from mpillm.job.session import Session
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
-from mpillm.weights.layer import check_tensors
+from mpillm.weights.layer import check_tensors, rank_plans
 from mpillm.weights.source import column_unit, open_source
 from tests.conftest import Mpi, clean_environment, run_bounded
 
@@ -87,6 +89,63 @@ def test_sizes_are_those_of_the_models_they_are_named_after() -> None:
     assert gib("llama-8b", "q4_0") == pytest.approx(4.33, rel=0.01)  # Meta-Llama-3-8B.Q4_0.gguf
     assert gib("llama-70b", "q4_0") == pytest.approx(37.2, rel=0.01)
     assert gib("qwen3-30b-a3b", "q8_0") == pytest.approx(30.25, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-moe"])
+def test_a_synthetic_model_in_packed_form_is_a_whole_model(cache: Path, shape: str) -> None:
+    """Every layer is there, with bytes of its own on the disk; the hashes are right, so packing would keep them."""
+    path = packed.create(shape, "q4_0", 1)
+    assert [file.name for file in (cache / "synthetic").iterdir()] == [path.name]
+    assert packed.create(shape, "q4_0", 1) == path
+    sizes = synthetic.SHAPES[shape]
+    with closing(open_source(path)) as source:
+        config = ModelConfig.from_dict(source.config, str(path))
+        check_tensors(source, config.shape(column_unit(source)), config)
+        assert (config.n_layers, config.n_experts) == (sizes.layers, sizes.experts)
+    index = json.loads((path / "packed.json").read_text())
+    layers = 0
+    for entry in index["files"]:
+        raw = (path / entry["name"]).read_bytes()
+        begin = 8 + int.from_bytes(raw[:8], "little")
+        assert (len(raw), hashlib.sha256(raw[begin:]).hexdigest()) == (entry["bytes"], entry["sha256"])
+        assert (path / entry["name"]).stat().st_blocks * 512 >= len(raw)
+        layers += entry["name"].startswith("layer-")
+    assert layers == sizes.layers
+
+
+def test_paging_says_what_was_read(cache: Path) -> None:
+    """Bytes, not times: what a step reads is what the budget leaves out, and a percentage is one of the share."""
+    file = cache.parent / "bench.json"
+    done = bench(
+        cache, "--synthetic", "tiny-llama", "--what", "paging", "--budget", "60%,480KiB", "--sequences", "1,3",
+        "--repeats", "3", "--threads", "1", "--json", str(file),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = msgspec.json.decode(file.read_bytes(), type=Bench, strict=True)
+    with closing(open_source(Path(made.model))) as source:
+        config = ModelConfig.from_dict(source.config)
+        shape = config.shape(column_unit(source))
+        share = sum(item.nbytes for item in rank_plans(shape, Place(0, 1, 1), source, config))
+    assert [(run.what, run.sequences) for run in made.runs] == [("paging", 1), ("paging", 3)] * 2
+    for run, budget in zip(made.runs, [int(0.6 * share)] * 2 + [480 * 1024] * 2, strict=True):
+        assert run.budget == budget
+        assert share - budget <= run.streamed < share
+        assert min(run.rate, run.ready, run.first_step, run.memory) > 0
+        assert (run.disk is None) == (run.disk_share is None)
+    assert made.model_bytes > share
+    head, *rows = (line for line in done.stdout.splitlines() if line.startswith(("paging", "decode x")))
+    assert "of the limit" in head
+    assert len(rows) == 4
+
+
+def test_a_budget_that_is_none_is_refused(cache: Path) -> None:
+    done = bench(cache, "--what", "paging", "--budget", "much")
+    assert done.returncode == 2
+    assert "'much' is neither a percentage nor a size such as 4GiB" in done.stderr
+    done = bench(cache, "--synthetic", "tiny-llama", "--what", "paging", "--budget", "1%", "--threads", "1")
+    assert done.returncode == 2
+    assert "--budget 1% is" in done.stderr
+    assert "are the least that works" in done.stderr
 
 
 def test_no_room_for_a_synthetic_model_is_said_before_it_is_written(

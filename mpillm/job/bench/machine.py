@@ -26,11 +26,14 @@ FAST = 0.9  # of the pieces are slower than what counts: a few may have found th
 
 def measure(threads: Iterable[int], nbytes: int = READ_BYTES, rounds: int = ROUNDS) -> Machine:
     """Measure with each number of threads; without compiled limits there are none."""
+    threads = sorted(set(threads))
     made = Machine(cpu=_cpu(), cores=os.cpu_count() or 1, kernels=kernels.path(), read={}, int8={})
+    if not threads:
+        return made
     with contextlib.suppress(ImportError):
         limits: Any = importlib.import_module("mpillm.kernels._limits")
         data = np.ones(nbytes, np.uint8)
-        for count in sorted(set(threads)):
+        for count in threads:
             pieces = [data[i : i + PIECE_BYTES] for i in range(0, nbytes, PIECE_BYTES)]
             rates = [len(piece) / seconds(limits.read, piece, count) for piece in pieces * 2]
             made.read[count] = float(np.quantile(rates, FAST))

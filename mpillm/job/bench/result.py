@@ -36,7 +36,7 @@ class Kernel(msgspec.Struct, kw_only=True):
 class Run(msgspec.Struct, kw_only=True):
     """The engine at work on all ranks; `peer_...` and `ratio` (above 1: we are faster) if there was a peer."""
 
-    what: str  # prefill, decode (one sequence), batch (decode of many) or startup
+    what: str  # prefill, decode (one sequence), batch (decode of many), startup or paging
     threads: int  # of each rank
     sequences: int
     tokens: int  # of the prompt; in decode, before the first decoded one
@@ -48,6 +48,15 @@ class Run(msgspec.Struct, kw_only=True):
     wire_bytes: float = 0.0  # sent by all ranks for each token, prompts' tokens included
     overhead: float | None = None  # the part of a step that is spent outside the kernels
     kernels: dict[str, float] = {}  # parts of a step
+    # Of paging, where a "step" is a token of each sequence:
+    budget: int = 0  # bytes of weights that a rank may hold
+    streamed: float = 0.0  # bytes that all ranks read in a step
+    waited: float = 0.0  # the part of the time in which the rank that waited most waited for weights
+    disk: float | None = None  # bytes a second that the disk gives, read one after the other
+    disk_share: float | None = None  # of that limit: (weights - budget) / disk / seconds
+    ready: float = 0.0  # seconds from opening the model to the first step
+    first_step: float = 0.0  # the prompts and one token, while what stays comes into memory
+    memory: int = 0  # resident at most, of the rank with most
     peer_seconds: float | None = None
     peer_rate: float | None = None
     ratio: float | None = None

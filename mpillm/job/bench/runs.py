@@ -38,6 +38,7 @@ class Options:
     sequences: tuple[int, ...] = (1, 8, 32, 128)  # that decode together
     prompts: tuple[int, ...] = (512,)  # lengths
     contexts: tuple[int, ...] = (16,)  # tokens before the first decoded one
+    budgets: tuple[str, ...] = ("25%",)  # for weights, where they are paged: of a rank's share, or bytes
     repeats: int = 5
 
     @property
@@ -70,13 +71,13 @@ def spec_for(model: str, threads: int, options: Options) -> Spec:
 def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer | None) -> Run:
     """From opening the model to the first token, with whatever the page cache holds after a first start."""
     ours, theirs = [], []
-    prompt = _prompts(1, START, 256)
+    prompt = prompts_of(1, START, 256)
     for turn in range(-1, options.repeats):  # the first one warms up
         gc.collect()  # a session is part of a cycle: the last one's memory is given back before the next one's is taken
         world.barrier()
         begun = time.perf_counter()
         with closing(Session(world, spec, model)) as session:
-            _run(session, prompt, 1)
+            run_steps(session, prompt, 1)
             seconds = time.perf_counter() - begun
             threads = session.threads
         other = peer.start(prompt[0]) if peer else 0.0
@@ -92,7 +93,7 @@ def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer
 def prefill(session: Session, length: int, options: Options, peer: Peer | None) -> Run:
     """One prompt, to its first token; rate in prompt tokens."""
     made = Run(what="prefill", threads=session.threads, sequences=1, tokens=length)
-    return _measure(session, made, _prompts(1, length, session.config.vocab), 1, options, peer)
+    return _measure(session, made, prompts_of(1, length, session.config.vocab), 1, options, peer)
 
 
 def decode(session: Session, sequences: int, context: int, options: Options, peer: Peer | None) -> Run:
@@ -101,7 +102,7 @@ def decode(session: Session, sequences: int, context: int, options: Options, pee
     made = Run(what=what, threads=session.threads, sequences=sequences, tokens=context)
     made.weight_bytes = weight_bytes(session, sequences)
     made.kv_bytes = sequences * (context + TOKENS // 2) * session.kv_token_nbytes
-    prompts = _prompts(sequences, context, session.config.vocab)
+    prompts = prompts_of(sequences, context, session.config.vocab)
     return _measure(session, made, prompts, TOKENS, options, peer)
 
 
@@ -111,7 +112,7 @@ def _measure(
     """Fill in the median rates of runs that alternate with the peer's, and where a step's time goes."""
     ours, theirs, seconds = [], [], []
     for turn in range(-1, options.repeats):  # the first one warms up
-        step = _typical(_run(session, prompts, tokens), made)
+        step = _typical(run_steps(session, prompts, tokens), made)
         other = _peer_rate(peer.run(prompts, tokens), made) if peer else 1.0
         if turn >= 0 and step is not None:
             ours.append((step.prompt + step.generated) / step.seconds)
@@ -119,7 +120,7 @@ def _measure(
             theirs.append(other)
     sent = _sent(session)
     with Profile() as profile:
-        step = _typical(_run(session, prompts, tokens, profile), made)
+        step = _typical(run_steps(session, prompts, tokens, profile), made)
     made.wire_bytes = (_sent(session) - sent) / (len(prompts) * (len(prompts[0]) + tokens - 1))
     if step is None:
         return made
@@ -131,7 +132,7 @@ def _measure(
     return made
 
 
-def _run(session: Session, prompts: Prompts, tokens: int, profile: Profile | None = None) -> list[Step]:
+def run_steps(session: Session, prompts: Prompts, tokens: int, profile: Profile | None = None) -> list[Step]:
     """Run prompts to `tokens` greedy tokens each: rank 0's steps, nothing on the others."""
     if session.world.rank:
         follow(session.worker, session.channel)
@@ -191,7 +192,7 @@ def weight_bytes(session: Session, rows: int) -> int:
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
 
 
-def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+def prompts_of(count: int, length: int, vocab: int) -> list[list[int]]:
     """Random tokens: no two prompts share a beginning."""
     random = np.random.default_rng(count * 65_537 + length)
     drawn: list[list[int]] = random.integers(0, vocab, (count, length)).tolist()

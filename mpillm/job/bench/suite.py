@@ -21,7 +21,7 @@ from ...weights.source import open_source
 from .. import catalogue
 from ..progress import Progress
 from ..session import Session
-from . import kernels, machine, runs, synthetic, tables
+from . import kernels, machine, packed, paging, runs, synthetic, tables
 from .against import LlamaCpp, Peer
 from .result import Bench, Kernel, Machine, Run
 from .runs import Options
@@ -53,7 +53,9 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     options = replace(asked.options, threads=counts)
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
     if world.rank == 0:
-        limits = machine.measure({*counts, *(count * world.node_ranks for count in counts)})
+        # What is only paged is not limited by memory, and shows what a run itself takes of it.
+        measured_with = counts if options.what - {"paging"} else ()
+        limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.node_ranks})
         if "kernels" in options.what:
             progress.say(f"measuring the kernels {limits.kernels} ...")
             found = list(
@@ -76,7 +78,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
         ranks=world.size,
         hosts=len(set(world.hosts)),
         model=str(path),
-        model_bytes=path.stat().st_size if path.is_file() else 0,
+        model_bytes=sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])),
         stages=layout[0],
         shards=layout[1],
         machine=limits,
@@ -97,8 +99,15 @@ def _model(world: World, asked: Asked, progress: Progress) -> Path:
                 if asked.synthetic is None:
                     path = catalogue.resolve(asked.model, progress.downloading)
                 else:
-                    path = synthetic.create(asked.synthetic, asked.weights)
+                    path = _synthetic(asked.synthetic, asked)
     return path
+
+
+def _synthetic(shape: str, asked: Asked) -> Path:
+    """A model in packed form where it is to be paged, for that is what pages best."""
+    if "paging" in asked.options.what:
+        return packed.create(shape, asked.weights, os.cpu_count() or 1)
+    return synthetic.create(shape, asked.weights)
 
 
 def _config(path: Path, options: Options) -> ModelConfig:
@@ -140,6 +149,8 @@ def _engine(
             if world.rank == 0 and asked.against:
                 peer = stack.enter_context(LlamaCpp(path, threads * world.node_ranks, cores))
         layout = (1, 1)
+        if "paging" in what:
+            yield from paging.measure(world, spec, path, options)
         if "startup" in what:
             yield runs.start_up(world, spec, path, options, peer), layout
         if not what & ENGINE:

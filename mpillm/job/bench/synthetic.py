@@ -8,6 +8,7 @@ them, so that writing is as fast as the disk. Tensors have the types that llama.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import zlib
@@ -59,21 +60,33 @@ WEIGHTS = {name.lower(): Type[name] for name in ("Q4_0", "Q4_1", "Q8_0", "BF16",
 
 def create(shape: str, weights: str) -> Path:
     """Return the file of a shape with weights of a type, writing it to `folder()` first if it is not there yet."""
+    check(shape, weights)
+    path = folder() / f"{shape}.{weights}.gguf"
+    with said(path):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, shape, SHAPES[shape], weights)
+    return path
+
+
+def check(shape: str, weights: str) -> None:
+    """JobError if there is no such model."""
     if shape not in SHAPES or weights not in WEIGHTS:
         raise JobError(
             f"There is no synthetic model {shape} with {weights} weights; shapes are {', '.join(SHAPES)}, "
             f"weights {', '.join(WEIGHTS)}."
         )
-    path = folder() / f"{shape}.{weights}.gguf"
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, shape, weights)
-        except OSError as error:
-            raise JobError(
-                f"The synthetic model {path} cannot be written ({error.strerror or error}); set MPILLM_CACHE."
-            ) from error
-    return path
+
+
+@contextlib.contextmanager
+def said(path: Path) -> Iterator[None]:
+    """A JobError where the system cannot write a model."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"The synthetic model {path} cannot be written ({error.strerror or error}); set MPILLM_CACHE."
+        ) from error
 
 
 def folder() -> Path:
@@ -113,16 +126,10 @@ def nbytes(kind: Type, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * block_bytes
 
 
-def _write(path: Path, name: str, weights: str) -> None:
-    shape = SHAPES[name]
+def write(path: Path, name: str, shape: Shape, weights: str) -> None:
+    """Write the GGUF file of a model of that name and shape."""
     listed = list(tensors(shape, WEIGHTS[weights]))
-    needed = sum(nbytes(kind, sizes) + ALIGNMENT for _, sizes, kind in listed) + 2**20
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise JobError(
-            f"The synthetic model {path} takes {shown_bytes(needed)}, but {shown_bytes(free)} are free; make room, or "
-            "set MPILLM_CACHE to a directory with more."
-        )
+    require_room(path, sum(nbytes(kind, sizes) + ALIGNMENT for _, sizes, kind in listed) + 2**20)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         _write_header(part, name, shape, listed)
@@ -145,6 +152,16 @@ def _write(path: Path, name: str, weights: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def require_room(path: Path, needed: int) -> None:
+    """JobError if the disk has not so many bytes free."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise JobError(
+            f"The synthetic model {path} takes {shown_bytes(needed)}, but {shown_bytes(free)} are free; make room, or "
+            "set MPILLM_CACHE to a directory with more."
+        )
 
 
 def _write_header(

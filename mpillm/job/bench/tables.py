@@ -25,6 +25,8 @@ def as_text(made: Bench) -> str:
 def run_line(run: Run) -> str:
     """One run in a line, said as soon as it is known."""
     beside = "" if run.ratio is None else f", {run.ratio:.2f} x the peer"
+    if run.disk_share is not None:
+        beside = f" with {shown_bytes(run.budget)} of weights, {_percent(run.disk_share)} of the disk's limit"
     return f"{_what(run)}, {_threads(run.threads)}: {_speed(run)}{beside}"
 
 
@@ -55,7 +57,23 @@ def _lines(made: Bench) -> Iterator[str]:
             "over scalar",
         ]
         yield from _table([head, *map(_kernel_row, made.kernels)])
-    if made.runs:
+    paged = [run for run in made.runs if run.what == "paging"]
+    if paged:
+        yield ""
+        head = [
+            "paging",
+            "threads",
+            "budget",
+            "tokens/s",
+            "time",
+            "read",
+            "GB/s",
+            "disk GB/s",
+            "of the limit",
+        ]
+        yield from _table([[*head, "waited", "to 1st step", "1st step", "memory"], *map(_paging_row, paged)])
+    others = [run for run in made.runs if run.what != "paging"]
+    if others:
         yield ""
         head = [
             "run",
@@ -68,9 +86,9 @@ def _lines(made: Bench) -> Iterator[str]:
             "outside kernels",
         ]
         peer = ["the peer's", "ratio"] if made.peer else []
-        yield from _table([[*head, *peer], *(_run_row(run, bool(made.peer)) for run in made.runs)])
+        yield from _table([[*head, *peer], *(_run_row(run, bool(made.peer)) for run in others)])
         yield ""
-        for run in made.runs:
+        for run in others:
             if run.kernels:
                 shares = [f"{name} {100 * share:.1f} %" for name, share in list(run.kernels.items())[:SHOWN]]
                 yield f"{_what(run)}, {_threads(run.threads)}: {', '.join(shares)}"
@@ -96,6 +114,15 @@ def _run_row(run: Run, peer: bool) -> list[str]:
     return row
 
 
+def _paging_row(run: Run) -> list[str]:
+    disk = "" if run.disk is None else f"{run.disk / 1e9:.2f}"
+    return [
+        _what(run), str(run.threads), shown_bytes(run.budget), f"{run.rate:.2f}", _time(run.seconds),
+        shown_bytes(run.streamed), f"{run.streamed / run.seconds / 1e9:.2f}", disk, _percent(run.disk_share),
+        _percent(run.waited), _time(run.ready), _time(run.first_step), shown_bytes(run.memory),
+    ]  # fmt: skip
+
+
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns set flush, the first two to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -116,7 +143,7 @@ def _what(run: Run) -> str:
 
 
 def _speed(run: Run) -> str:
-    return f"{run.rate:.1f} tokens/s" if run.rate else _time(run.seconds)
+    return f"{run.rate:.{1 if run.rate >= 10 else 2}f} tokens/s" if run.rate else _time(run.seconds)
 
 
 def _threads(count: int) -> str:
