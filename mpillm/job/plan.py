@@ -104,23 +104,30 @@ def make_plan(
         step_tokens=step.tokens,
         activations=step.activations,
         max_context=min(spec.memory.max_context, config.max_position),
-        wire=wire_bytes(shape, stages, shards, BlockType[spec.wire.activations.upper()]),
-        wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32).values()),
+        wire=wire_bytes(
+            shape,
+            stages,
+            shards,
+            BlockType[spec.wire.activations.upper()],
+            BlockType[spec.wire.between_stages.upper()],
+        ),
+        wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
         problems=list(_problems(spec, plans, n_blocks, max(blocks.values()))),
     )
 
 
-def wire_bytes(shape: Shape, stages: int, shards: int, wire: BlockType) -> dict[str, float]:
+def wire_bytes(
+    shape: Shape, stages: int, shards: int, activations: BlockType, between_stages: BlockType
+) -> dict[str, float]:
     """Bytes of activations that all ranks together send for each token, by kind of message.
 
     In a stage every shard sends its part to every other one, twice a layer (after attention and after the
     feed-forward block); between stages every shard sends the hidden state to its like.
     """
-    row = wire.row_bytes(shape.hidden)
     return {
-        "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * row),
-        "pipe": float((stages - 1) * shards * row),
+        "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * activations.row_bytes(shape.hidden)),
+        "pipe": float((stages - 1) * shards * between_stages.row_bytes(shape.hidden)),
     }
 
 

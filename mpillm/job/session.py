@@ -153,12 +153,12 @@ class Session:
         return limits(self.spec, self.shape, places, self.kv_type, max_context, self.streamed)
 
     def _decoder(self) -> Decoder:
-        config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire.activations
+        config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
             self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type, budget, folder)
-        group = Group(self.world, place, wire, self.counters, self.threads)
-        pipe = Pipe(self.world, place, wire, self.counters, self.threads)
+        group = Group(self.world, place, wire.activations, self.counters, self.threads)
+        pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
         return Decoder(config, shape, place, self.source, self.weights, self.kv, group, pipe, self.threads)
 
 

@@ -144,9 +144,14 @@ class Memory(Section, frozen=True):
 
 
 class Wire(Section, frozen=True):
-    """How activations travel: Q8_0 blocks (34 bytes for 32 values), or exactly."""
+    """How activations travel: Q8_0 blocks (34 bytes for 32 values), or exactly.
 
-    activations: Literal["q8_0", "f32"] = "q8_0"
+    What shards sum travels twice a layer; what goes from stage to stage travels once a step. The latter is exact by
+    default, so that the number of stages changes no result, at a cost that only slow networks feel.
+    """
+
+    activations: Literal["q8_0", "f32"] = "q8_0"  # between the shards of a stage
+    between_stages: Literal["q8_0", "f32"] = "f32"
 
 
 class Embeddings(Section, frozen=True):

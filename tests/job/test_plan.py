@@ -47,8 +47,14 @@ def test_wire_bytes() -> None:
     source = open_source(MODELS / "llama3", "none")
     config = ModelConfig.from_dict(source.config, "llama3")
     blocks = -(-config.hidden // 32)
-    assert made.wire == {"all_reduce": 2.0 * config.n_layers * 2 * 34 * blocks, "pipe": 2.0 * 34 * blocks}
-    assert plan.wire_bytes(config.shape(1), 1, 1, BlockType.F32) == {"all_reduce": 0.0, "pipe": 0.0}
+    all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.between_stages=q8_0")
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 34 * blocks}
+    assert plan.wire_bytes(config.shape(1), 1, 1, BlockType.F32, BlockType.F32) == {
+        "all_reduce": 0.0,
+        "pipe": 0.0,
+    }
     source.close()
 
 

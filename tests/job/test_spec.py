@@ -103,7 +103,7 @@ def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> N
         ("[sampling]\ntemprature = 1", "unknown key 'sampling.temprature'; did you mean 'sampling.temperature'?"),
         ("temperature = 1", "has an unknown key 'temperature'; did you mean 'sampling.temperature'?"),
         ("[samplng]\nseed = 1", "has an unknown key 'samplng'; did you mean 'sampling'?"),
-        ("[wire]\ncolour = 1", "has an unknown key 'wire.colour'; there are wire.activations."),
+        ("[wire]\ncolour = 1", "has an unknown key 'wire.colour'; there are wire.activations, wire.between_stages."),
         ("[sampling]\nseed = 'x'", ": sampling.seed: expected a whole number, not 'x'."),
         ("[sampling]\ntop_p = 0", ": sampling.top_p: expected a number > 0.0, not 0."),
         ("[sampling]\nmin_p = 1.5", ": sampling.min_p: expected a number <= 1.0, not 1.5."),

@@ -21,7 +21,7 @@ def main(world: World) -> int:
     scores = []
     for wire in ("f32", "q8_0"):
         completions, session = run_laid_out(
-            world, smollm2(), requests(), stages=stages, shards=shards, activations=wire
+            world, smollm2(), requests(), stages=stages, shards=shards, activations=wire, between_stages=wire
         )
         counts = session.counters
         sent = world.gather(counts.all_reduce.bytes_sent + counts.pipe.bytes_sent)

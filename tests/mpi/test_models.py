@@ -42,9 +42,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run(get_mpi("openmpi"), 1, ALL, tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_all_models_on_all_layouts(ranks: int, alone: dict[str, str], tmp_path: Path) -> None:
-    digests = run(get_mpi("openmpi"), ranks, ALL, tmp_path)
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def digests(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """All models in all layouts of so many ranks."""
+    return run(get_mpi("openmpi"), ranks, ALL, tmp_path_factory.mktemp("ranks"))
+
+
+def test_all_models_on_all_layouts(digests: dict[str, str], alone: dict[str, str]) -> None:
     laid_out = 0
     for name in ALL:
         expected = alone[f"{name} f32 1x1"]
@@ -53,6 +62,20 @@ def test_all_models_on_all_layouts(ranks: int, alone: dict[str, str], tmp_path: 
         assert set(exact.values()) <= {expected}, f"{name}: {exact}"
     # Every model in stages, and most of them in shards: not those whose quantised blocks leave too few panels.
     assert laid_out > 1.5 * len(ALL)
+
+
+def test_only_what_shards_sum_is_rounded(digests: dict[str, str], alone: dict[str, str]) -> None:
+    stages_alone, shards = 0, 0
+    for name in ALL:
+        for (_, n_shards), digest in by_layout(digests, name, "q8_0").items():
+            if n_shards == 1:
+                assert digest == alone[f"{name} f32 1x1"], name
+                stages_alone += 1
+            else:
+                assert digest != alone[f"{name} f32 1x1"], name
+                shards += 1
+    assert stages_alone >= 4  # few of them have four layers
+    assert shards > 0.5 * len(ALL)
 
 
 @pytest.mark.parametrize("ranks", [3, 6, 8])
