@@ -39,7 +39,8 @@ BEAT = 1.0  # seconds, unless the limit is short
 AFTER_CLOSE = (
     3.0  # seconds in which the launcher may end the others itself, once a process is gone without a word
 )
-CONNECTING = 2.0  # seconds for each address of rank 0's machine
+CONNECTING = 2.0  # seconds for each address of rank 0's machine, and for who knocks there to say who it is
+STRANGERS = 64  # so many more than there are ranks may be at the door at once
 
 _ALIVE, _LEAVING, _END = b".", b"-", b"!"
 _HELLO = struct.Struct("<16sI")  # the token, the rank
@@ -127,6 +128,14 @@ class _Peer:
             self.connection.send(word)
 
 
+class _Guest:
+    """Somebody who has connected, and has not said the token yet."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection, self.words, self.patience = connection, b"", CONNECTING
+
+
 class Watch:
     """This rank's heartbeat, and its ear for those of others: rank 0 hears all, the others hear rank 0."""
 
@@ -137,6 +146,7 @@ class Watch:
         self._rank, self._hosts, self._door, self._listener, self._near = rank, hosts, door, listener, near
         self._beat = min(BEAT, door.limit / 4)
         self._peers: list[_Peer] = []
+        self._guests: list[_Guest] = []
         self._selector = selectors.DefaultSelector()
         self._stopped = False
         self._wake, self._waker = os.pipe()
@@ -172,6 +182,8 @@ class Watch:
         for peer in self._peers:
             peer.say(_LEAVING)
             peer.connection.close()
+        for guest in self._guests:
+            guest.connection.close()
         if self._listener is not None:
             self._listener.close()
         self._selector.close()
@@ -183,6 +195,10 @@ class Watch:
             peer.patience -= self._beat
             if peer.patience <= 0:
                 self._end(peer)
+        for guest in list(self._guests):
+            guest.patience -= self._beat
+            if guest.patience <= 0:
+                self._dismiss(guest)
 
     def _hear_stop(self) -> None:
         self._stopped = True
@@ -210,22 +226,41 @@ class Watch:
             self._forget(peer)
             peer.closed, peer.patience = True, min(peer.patience, AFTER_CLOSE)
 
-    def _forget(self, peer: _Peer) -> None:
+    def _forget(self, peer: _Peer | _Guest) -> None:
         self._selector.unregister(peer.connection)
         peer.connection.close()
 
     def _accept(self) -> None:
-        """Rank 0: let a rank in that knows the token, and tell it the token's other half."""
+        """Rank 0: somebody is at the door. Who says nothing is not waited for: the others must hear this rank."""
         assert self._listener is not None
-        with contextlib.suppress(OSError, struct.error), contextlib.ExitStack() as unless_let_in:
-            connection, _ = self._listener.accept()
-            unless_let_in.enter_context(connection)
-            connection.settimeout(CONNECTING)
-            token, rank = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
-            if token == self._door.token and 0 < rank < len(self._hosts):
-                connection.sendall(_answer(token))
-                unless_let_in.pop_all()
-                self._add(_Peer(rank, connection, self._door.limit))
+        with contextlib.suppress(OSError):
+            guest = _Guest(self._listener.accept()[0])
+            self._guests.append(guest)
+            self._selector.register(guest.connection, selectors.EVENT_READ, lambda: self._greet(guest))
+            if len(self._guests) > len(self._hosts) + STRANGERS:
+                self._dismiss(self._guests[0])
+
+    def _greet(self, guest: _Guest) -> None:
+        """Rank 0: let a rank in that knows the token, and tell it the token's other half."""
+        words = b""
+        with contextlib.suppress(OSError):
+            words = guest.connection.recv(_HELLO.size - len(guest.words))
+        guest.words += words
+        if words and len(guest.words) < _HELLO.size:
+            return
+        token, rank = _HELLO.unpack(guest.words.ljust(_HELLO.size, b"\0"))
+        if secrets.compare_digest(token, self._door.token) and 0 < rank < len(self._hosts):
+            self._guests.remove(guest)
+            self._selector.unregister(guest.connection)
+            peer = _Peer(rank, guest.connection, self._door.limit)
+            self._add(peer)
+            peer.say(_answer(token))
+        else:
+            self._dismiss(guest)
+
+    def _dismiss(self, guest: _Guest) -> None:
+        self._guests.remove(guest)
+        self._forget(guest)
 
     def _connect(self) -> None:
         """Find rank 0, and surely this world's: machines may have the same private address.

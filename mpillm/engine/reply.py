@@ -51,6 +51,8 @@ class Reply:
     @staticmethod
     def decode(message: bytes, width: int) -> Reply:
         """The reply of a message; `width` is the model's hidden size, for replies that carry hidden states."""
+        if len(message) < HEADER.size or len(message) % 4:
+            raise ValueError(f"a reply of {len(message)} bytes is shorter than its header, or no whole words")
         step, outputs, candidates, rows = HEADER.unpack_from(message)
         words = np.frombuffer(message, "<f4", offset=HEADER.size)
         sizes = [candidates, candidates, candidates, None, outputs, rows * width]
@@ -165,6 +167,12 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     wanted = np.array([output.k for output in outputs])
     inv_t = np.array([output.inv_t for output in outputs])
     counts = [np.minimum(wanted, size) for size in shard_sizes]
+    for shard, (reply, count) in enumerate(zip(replies, counts, strict=True)):
+        if len(reply.targets) != len(outputs) or len(reply.ids) != count.sum():
+            raise ValueError(
+                f"shard {shard} answered {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
+                f"{count.sum()} of {len(outputs)} were asked for"
+            )
     ids, values, raw = (
         _tables([getattr(reply, name) for reply in replies], counts) for name in ("ids", "values", "raw")
     )

@@ -169,6 +169,7 @@ class Step:
         if len(words) != parts * FIELDS + tokens + table + seen:
             raise ValueError(f"a step message of {len(message)} bytes does not match its header")
         fields = words[: parts * FIELDS].reshape(parts, FIELDS)
+        _check(fields, tokens, table, seen)
         at_tokens = parts * FIELDS
         at_table = at_tokens + tokens
         at_seen = at_table + table
@@ -193,6 +194,16 @@ class Step:
             )
             at_tokens, at_table, at_seen = at_tokens + n_tokens, at_table + n_blocks, at_seen + n_seen
         return Step(number, tuple(decoded))
+
+
+def _check(fields: Ints, tokens: int, table: int, seen: int) -> None:
+    """ValueError unless the parts' sizes make up the header's, and each part's tokens lie in its blocks."""
+    starts, counts = fields[:, 0].astype(np.int64), fields[:, [1, 2, 6]].astype(np.int64)
+    if not len(fields) or counts.min() < 0 or counts.sum(axis=0).tolist() != [tokens, table, seen]:
+        raise ValueError("a step message's parts do not make up what its header says")
+    ends = starts + counts[:, 0]
+    if starts.min() < 0 or counts[:, 0].min() < 1 or (ends > counts[:, 1] * KV_BLOCK).any():
+        raise ValueError("a step message has a part whose tokens lie outside its blocks")
 
 
 def _fields(part: Part) -> tuple[int, ...]:

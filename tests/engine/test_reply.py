@@ -128,3 +128,17 @@ def test_a_step_that_only_computes_has_an_empty_answer() -> None:
     decoder: Any = SimpleNamespace(place=SimpleNamespace(shard=0), final_norm=lambda x: x)
     reply = Answerer(decoder, keep_steps=1, threads=1).answer(only, np.zeros((2, WIDTH), np.float32))
     assert merge([_travel(reply)], only.outputs, [VOCAB]) == []
+
+
+def test_an_answer_to_something_else_is_refused() -> None:
+    _, (reply,) = answers(1, rows())
+    message = reply.encode()
+    for wrong in (b"", message[:8], message[:-3]):
+        with pytest.raises(ValueError, match="is shorter than its header, or no whole words"):
+            Reply.decode(wrong, WIDTH)
+    with pytest.raises(ValueError, match="does not match its header"):
+        Reply.decode(message[:40], WIDTH)
+    with pytest.raises(
+        ValueError, match=r"shard 0 answered \d+ candidates of \d+ outputs where \d+ of 2 were"
+    ):
+        merge([reply], step().outputs[:2], [VOCAB])

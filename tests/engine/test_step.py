@@ -92,3 +92,8 @@ def test_what_is_no_message_is_refused() -> None:
         Step.decode(step[:-4])
     with pytest.raises(ValueError, match="does not match its header"):
         Fetch.decode(Fetch(1, (1, 2), 3).encode()[:-4])
+    for at, wrong in ((1, 4), (1, -3), (2, 2), (0, -1), (0, 30)):  # tokens, blocks, start of the only part
+        words = np.frombuffer(step, "<i4").copy()
+        words[HEADER.size // 4 + at] = wrong
+        with pytest.raises(ValueError, match=r"do not make up what its header says|lie outside its blocks"):
+            Step.decode(words.tobytes())

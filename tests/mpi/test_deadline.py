@@ -80,6 +80,29 @@ def test_a_stranger_at_the_door() -> None:
         watch.stop()
 
 
+def test_strangers_who_say_nothing_keep_nobody_waiting() -> None:
+    """A scanner that opens connections keeps rank 0 neither from being heard nor from letting ranks in."""
+    listener, door = deadline.open_door(1.0)
+    watch = deadline.Watch(0, ["here", "here"], door, listener, near=True)
+    strangers: list[socket.socket] = []
+    try:
+        strangers += [
+            socket.create_connection(("127.0.0.1", door.port), 5) for _ in range(deadline.STRANGERS + 20)
+        ]
+        strangers[-1].sendall(door.token)  # and no more
+        with socket.create_connection(("127.0.0.1", door.port), 5) as rank:
+            rank.sendall(door.token + b"\1\0\0\0")
+            assert rank.recv(16, socket.MSG_WAITALL) == door.token[::-1]
+            assert rank.recv(1) == b"."
+            rank.sendall(b"-")
+        assert strangers[0].recv(1) == b""  # one too many
+        assert strangers[-1].recv(1) == b""  # too slow
+    finally:
+        watch.stop()
+        for stranger in strangers:
+            stranger.close()
+
+
 def test_what_the_variable_may_say() -> None:
     assert deadline.limit({}) == deadline.LIMIT == 20
     assert deadline.limit({"MPILLM_DEADLINE": "0"}) == 0
