@@ -84,6 +84,7 @@ def _measure(
 def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
     """The job with a budget for weights, and a KV cache that holds its sequences."""
     planned = plan.make(spec, world.size)
+    longest += KV_BLOCK  # all are admitted at once only if each finds a block to grow into
     blocks = blocks_for(longest) * sequences
     kv = blocks * KV_BLOCK * max(rank.kv_token for rank in planned.ranks)
     if budget.endswith("%"):
