@@ -20,7 +20,8 @@ from typing import Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from ..errors import JobError
-from .layer import Bytes, LayerPlan, new_buffer
+from .layer import ALIGNMENT, Bytes, LayerPlan
+from .reading import new_buffer
 
 
 class Droppable(Protocol):
@@ -66,7 +67,7 @@ class Heap(Generic[T]):
         for old in dropped:
             if old.nbytes == plan.nbytes:
                 return old
-        return new_buffer(plan.nbytes)
+        return new_buffer(plan.nbytes, ALIGNMENT)
 
     def load(self, plan: LayerPlan, buffer: Bytes) -> T:
         return self._make(plan, buffer)

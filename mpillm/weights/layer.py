@@ -31,7 +31,7 @@ T = TypeVar("T")
 Tensors = list[tuple[Key, tuple[int, ...]]]  # with their whole shapes
 
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
-CHUNK = 2**20  # canonical bytes that are on their way into the buffer at a time
+CHUNK = 2**20  # bytes that are on their way into the buffer at a time
 
 # What is paged in together, in the order in which a step uses it: the smaller the parts, the less memory is bound by
 # what is in use and what is on its way, and the more can stay.
@@ -282,10 +282,11 @@ def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list
     return plans
 
 
-def load(plan: LayerPlan, source: TensorSource, buffer: Bytes, threads: int) -> Layer:
+def load(plan: LayerPlan, source: TensorSource, buffer: Bytes, threads: int, chunk: int = CHUNK) -> Layer:
     """Read what is planned and make it kernel-ready in `buffer` (uint8 [plan.nbytes], 64-byte aligned).
 
-    Besides the buffer, little more than `CHUNK` bytes (and their float32 values, where they are requantised) are held.
+    Besides the buffer, little more than `chunk` bytes for each thread (and their float32 values, where they are
+    requantised) are held.
     """
     assert buffer.nbytes == plan.nbytes
     assert buffer.ctypes.data % ALIGNMENT == 0
@@ -293,17 +294,20 @@ def load(plan: LayerPlan, source: TensorSource, buffer: Bytes, threads: int) -> 
         [[(entry, buffer[entry.offset : entry.offset + entry.nbytes])] for entry in plan.entries],
         source,
         threads,
+        chunk,
     )
     return Layer(plan, buffer)
 
 
-def fill(groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, threads: int) -> None:
+def fill(
+    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, threads: int, chunk: int = CHUNK
+) -> None:
     """Read rows of tensors and make them kernel-ready, each in one or several places.
 
     A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. Threads
     take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all the time.
     """
-    work = [task for group in groups for task in _tasks(group, source)]
+    work = [task for group in groups for task in _tasks(group, source, chunk)]
     if threads == 1 or len(work) == 1:
         for task in work:
             task()
@@ -313,14 +317,17 @@ def fill(groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, 
             done.result()
 
 
-def _tasks(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -> Iterator[Callable[[], None]]:
+def _tasks(
+    entries: Sequence[tuple[Entry, Bytes]], source: TensorSource, chunk: int
+) -> Iterator[Callable[[], None]]:
     """What there is to do for a group's entries, chunk by chunk."""
     key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type
     if not entries[0][0].bounds:
         yield partial(_fill_vector, entries, source)
         return
     cols = range(min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries))
-    step = max(CHUNK // (type.row_bytes(len(cols)) * TILE_ROWS), 1) * TILE_ROWS
+    row = max(type.row_bytes(len(cols)), source.stored_row_bytes(key))
+    step = max(chunk // (row * TILE_ROWS), 1) * TILE_ROWS
     for first in range(0, len(rows), step):
         yield partial(_fill_rows, entries, source, key, first, rows[first : first + step], cols)
 
@@ -358,13 +365,6 @@ def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes) -> None:
         at = begin + before * row
         kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + tall * row], 1)
         begin += whole * row
-
-
-def new_buffer(nbytes: int, alignment: int = ALIGNMENT) -> Bytes:
-    """Uninitialised bytes that begin at a multiple of `alignment`."""
-    raw = np.empty(nbytes + alignment, np.uint8)
-    begin = -raw.ctypes.data % alignment
-    return raw[begin : begin + nbytes]
 
 
 def described(key: Key) -> str:

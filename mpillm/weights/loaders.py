@@ -8,43 +8,54 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Literal
 
 from ..errors import JobError, ModelError
 from .cache import Heap, Loader
 from .filesystem import POPULATE_READ, can_populate, madvise, network_kind
-from .layer import Bytes, Layer, LayerPlan, load, new_buffer
+from .layer import Bytes, Layer, LayerPlan, load
 from .mapped import MappedFile
 from .packed_layout import PAGE
-from .packed_source import PackedFile, PackedSource, changed, read_at
+from .packed_source import PackedFile, PackedSource
+from .reading import (
+    REQUEST_BYTES,
+    REQUESTS,
+    changed,
+    new_buffer,
+    open_direct,
+    open_file,
+    read_at,
+    read_direct,
+)
 from .source import Source
 from .tensors import TensorSource
 
 Kind = Literal["auto", "mmap", "read"]
 
-REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
-REQUEST_BYTES = 4 * 2**20
-
 
 def open_loader(
     source: Source, kind: Kind, threads: int, streamed: bool, small: bool = False
 ) -> Loader[Layer]:
-    """The loader of a source's items; `streamed`: not all of them stay. For packed sources `kind` says how.
+    """The loader of a source's items, of the given kind; `streamed`: not all of them stay.
 
     `small` items (experts) are loaded several at a time, others in several pieces.
 
     "auto" maps what stays, for that costs nothing but reading it once. What is streamed, it reads past the page cache,
     which is faster than filling that cache and emptying it again; and what comes over a network, always.
     """
+    slow_faults = network_kind(source.path) is not None
     if isinstance(source, TensorSource):
         unpacked, half = source, max(threads // 2, 1)  # a step computes meanwhile
+        if kind == "read" or (kind == "auto" and (streamed or slow_faults)):
+            unpacked.read_past_cache()
+            parallel, each = (REQUESTS, 1) if small else (2, REQUESTS // 2)
+            return Heap(lambda plan, buffer: load(plan, unpacked, buffer, each, REQUEST_BYTES), parallel)
         if small:
             return Heap(lambda plan, buffer: load(plan, unpacked, buffer, 1), half)
         return Heap(lambda plan, buffer: load(plan, unpacked, buffer, half))
     assert isinstance(source, PackedSource)
     if kind == "auto":
-        kind = "read" if streamed or network_kind(source.path) or not can_populate() else "mmap"
+        kind = "read" if streamed or slow_faults or not can_populate() else "mmap"
     if kind == "mmap" and not can_populate():
         raise JobError(
             'memory.loader = "mmap" needs Linux 5.14 or newer; leave it "auto", or make it "read".'
@@ -61,7 +72,7 @@ class _Watched:
 
     def __init__(self, file: PackedFile) -> None:
         self.path = file.path
-        self.descriptor = _open(file.path, os.O_RDONLY)
+        self.descriptor = open_file(file.path, os.O_RDONLY)
         self._first = os.fstat(self.descriptor)
         if self._first.st_size != file.size:
             raise changed(file.path)
@@ -184,26 +195,3 @@ class Reading(_Parallel):
             if descriptor >= 0:
                 os.close(descriptor)
         self._direct = []
-
-
-def _open(path: Path, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def open_direct(path: Path) -> int:
-    """A descriptor that reads past the page cache; -1 where the file system has none (tmpfs)."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
-        return -1
-
-
-def read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
-    """Fill `out`; False if that did not work as a whole: the ordinary way then finds out why, or works."""
-    try:
-        return os.preadv(descriptor, [out.data], offset) == out.nbytes
-    except OSError:
-        return False

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
+from .reading import DirectFile
 
 Bytes = NDArray[np.uint8]
 
@@ -31,27 +32,39 @@ class MappedFile:
             raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
         self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
         self.size = len(self.bytes)
+        self._direct: DirectFile | None = None
 
     def view(self, offset: int, nbytes: int) -> Bytes:
         """Bytes of the file, not copied; valid until `close`."""
         assert 0 <= offset <= offset + nbytes <= self.size
         return self.bytes[offset : offset + nbytes]
 
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Ask for these bytes to be read from the disk in one go."""
+    def read_past_cache(self) -> None:
+        """From now on `read` reads past the page cache: what is read over and over would only push other pages out."""
+        self._direct = self._direct or DirectFile(self.path, self.size)
+
+    def read(self, offset: int, nbytes: int) -> Bytes:
+        """Bytes of the file, read in one go: a view that is valid until `release`, or a copy past the page cache."""
+        if self._direct:
+            return self._direct.read(offset, nbytes)
         self._advise(mmap.MADV_WILLNEED, offset, nbytes)
+        return self.view(offset, nbytes)
 
     def release(self, offset: int, nbytes: int) -> None:
         """Give back the pages that hold these bytes; looking at them again maps them again.
 
         Those around them go as well. Nothing is lost with a page: the mapping is read-only.
         """
+        if self._direct:
+            return
         first = max(offset - _AROUND, 0)
         self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + _AROUND, self.size) - first)
 
     def close(self) -> None:
         """Unmap the file (when the last view of it is gone)."""
         self.bytes = self.bytes[:0].copy()
+        if self._direct:
+            self._direct.close()
         try:
             self._map.close()
         except BufferError:  # somebody still holds a view: the mapping goes with it

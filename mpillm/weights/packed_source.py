@@ -32,8 +32,9 @@ from .packed_layout import (
     panels_of,
     shard_extent,
 )
+from .reading import read_at
 from .safetensors import Tensor, read_metadata
-from .stored import OWN, Bytes, Floats, Stored, stored_in_gguf
+from .stored import OWN, Floats, Stored, stored_in_gguf
 from .tensors import TensorInfo
 
 PACK_AGAIN = "pack the model again"
@@ -184,28 +185,6 @@ def open_packed(path: Path, quantize: str = "none") -> PackedSource:
         )
     config, files = read_config(path)
     return PackedSource(path, config, files)
-
-
-def read_at(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
-    """Fill `out` from a file; ModelError if it cannot be read or has become too short."""
-    view = out.data
-    done = 0
-    while done < len(view):
-        try:
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read any more: {error.strerror}.") from None
-        if count == 0:
-            raise changed(path)
-        done += count
-
-
-def changed(path: Path) -> ModelError:
-    """The sentence for a file that is not what it was when it was opened."""
-    return ModelError(
-        f"{path} was shortened or changed while it was in use; put the model's file back and run the same command "
-        "again."
-    )
 
 
 def _listed(index: dict[str, Any], path: Path) -> list[tuple[str, int]]:

@@ -110,7 +110,6 @@ class TensorSource:
         cols = range(extent.k) if cols is None else cols
         assert cols.start % type.block == 0, (key, cols)
         assert cols.stop % type.block == 0 or cols.stop == extent.k, (key, cols)
-        extent.file.will_need(*_span(extent, rows))
         raw = _stored_rows(extent, rows)
         if extent.stored.own and type == extent.stored.type:
             first, stop = cols.start // type.block, -(-cols.stop // type.block)
@@ -154,8 +153,16 @@ class TensorSource:
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
         extent = self._extents[key]
-        extent.file.will_need(*_span(extent, rows))
         return extent.stored, _stored_rows(extent, rows)
+
+    def stored_row_bytes(self, key: Key) -> int:
+        """Bytes of a row of a matrix in its file."""
+        return self._extents[key].row_bytes
+
+    def read_past_cache(self) -> None:
+        """From now on rows of matrices are read past the page cache, and nothing is kept of them there."""
+        for file in self._mapped:
+            file.read_past_cache()
 
     def repeated(self, layers: int) -> TensorSource:
         """This model with so many layers, each the same as the first; closing either closes both."""
@@ -223,11 +230,16 @@ def _llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArr
 
 def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Bytes:
     """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
-    whole = extent.file.view(extent.offset, extent.nbytes).reshape(extent.n, extent.row_bytes)
-    if isinstance(rows, range) and not extent.rope_heads:
+    if isinstance(rows, range):
         assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
-        return whole[rows.start : rows.stop]
-    gathered: Bytes = whole[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads)]
+        offset, nbytes = _span(extent, rows)
+        raw = extent.file.read(offset, nbytes).reshape(-1, extent.row_bytes)
+        if not extent.rope_heads:
+            return raw
+        first = (offset - extent.offset) // extent.row_bytes
+    else:
+        raw, first = extent.file.view(extent.offset, extent.nbytes).reshape(extent.n, extent.row_bytes), 0
+    gathered: Bytes = raw[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads) - first]
     return gathered
 
 

@@ -32,8 +32,8 @@ from mpillm.weights.loaders import Kind, Mapped, Reading, open_loader
 from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed_files import FilePlan, Writer
 from mpillm.weights.packed_layout import INDEX, UNFINISHED
-from mpillm.weights.packed_source import read_at
 from mpillm.weights.paging import minimum_budget
+from mpillm.weights.reading import read_at
 from mpillm.weights.source import column_unit, open_source
 from tests.conftest import Mpi, run_bounded
 from tests.job.conftest import Mount

@@ -12,8 +12,9 @@ from mpillm.comm.grid import Place, max_shards
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.weights import layer as layer_module
-from mpillm.weights.layer import check_tensors, load, new_buffer, rank_plans
+from mpillm.weights.layer import ALIGNMENT, check_tensors, load, rank_plans
 from mpillm.weights.names import Cut, Key
+from mpillm.weights.reading import new_buffer
 from mpillm.weights.source import column_unit, open_source
 
 from .build import Tiny, through, write_gguf, write_hf
@@ -60,7 +61,7 @@ def names_of(model, layers):
 
 
 def loaded(plan, source):
-    return load(plan, source, new_buffer(plan.nbytes), threads=1)
+    return load(plan, source, new_buffer(plan.nbytes, ALIGNMENT), threads=1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,15 +172,14 @@ def test_tensors_must_be_those_of_the_configuration(tmp_path, change, drop, word
     assert str(tmp_path) in str(error.value)
 
 
-def test_loading_takes_little_memory_besides_the_buffer(tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_module, "CHUNK", 2**16)
+def test_loading_takes_little_memory_besides_the_buffer(tmp_path):
     model = Tiny(hidden=512, n_heads=8, head_dim=64, intermediate=8192, n_layers=1, vocab=64)
     source = hf(tmp_path, model, "BF16", "q8_0")
     plan = rank_plans(model.shape(32), Place(0, 1, 1), source, model)[3]
-    buffer = new_buffer(plan.nbytes)
-    load(plan, source, buffer, 1)
+    buffer = new_buffer(plan.nbytes, ALIGNMENT)
+    load(plan, source, buffer, 1, chunk=2**16)
     tracemalloc.start()
-    load(plan, source, buffer, 1)
+    load(plan, source, buffer, 1, chunk=2**16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.nbytes > 4_000_000

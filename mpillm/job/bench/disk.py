@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from ...weights.layer import new_buffer
-from ...weights.loaders import open_direct, read_direct
 from ...weights.packed_layout import PAGE
+from ...weights.reading import new_buffer, open_direct, read_direct
 
 READERS = (1, 4)  # the faster one counts: some disks want several requests at a time, others one
 REQUEST_BYTES = 16 * 2**20
