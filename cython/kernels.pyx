@@ -9,10 +9,11 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t
 import numpy as np
 
 cdef extern from "core/path.h" nogil:
-    enum: MK_F32, MK_F16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_ACTIVATION
+    enum: MK_F32, MK_F16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_SUPER, MK_ACTIVATION
     enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS
     int mk_block(int type)
     int mk_block_bytes(int type)
+    int mk_packed_bytes(int type)
     long mk_blocks(long columns, int block)
     const char *mk_path_name(int index)
     int mk_set_path(const char *name)
@@ -112,7 +113,16 @@ cdef const int32_t[::1] check_bounds(bounds, long k, int block):
             raise ValueError(f"bounds must rise from 0 to k = {k}: {list(edges)}")
         if edges[i] % block:
             raise ValueError(f"inner bounds of a quantised matrix must be multiples of {block}: {list(edges)}")
+    if block == MK_SUPER:
+        require_whole(k)
     return edges
+
+
+cdef int require_whole(long k) except -1:
+    """K-quants come in whole blocks."""
+    if k % MK_SUPER:
+        raise ValueError(f"the columns of a K-quant matrix must be a multiple of {MK_SUPER}, not {k}")
+    return 0
 
 
 cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
@@ -124,7 +134,7 @@ cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
 
 
 cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
-    return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_block_bytes(type)
+    return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)
 
 
 cdef tuple four(const Py_ssize_t *shape):
@@ -235,6 +245,8 @@ def quantize(int type, const float[:, :] x, uint8_t[:, ::1] out, int threads=1):
 
 def dequantize(int type, const uint8_t[:, ::1] canonical, long k, float[:, :] out, int threads=1):
     require_type(type)
+    if mk_block(type) == MK_SUPER:
+        require_whole(k)
     cdef long n = canonical.shape[0]
     require("canonical", (n, mk_blocks(k, mk_block(type)) * mk_block_bytes(type)), (n, canonical.shape[1]))
     require_rows("out", out, n, k)

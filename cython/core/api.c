@@ -41,7 +41,7 @@ void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, f
 }
 
 long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at) {
-    long begin = 0, tiles = mk_blocks(n, MK_TILE), bytes = (long)mk_block_bytes(type) * MK_TILE;
+    long begin = 0, tiles = mk_blocks(n, MK_TILE), bytes = (long)mk_packed_bytes(type) * MK_TILE;
     for (int p = 0; p < panels; p++) {
         at[p] = w + begin;
         begin += tiles * mk_blocks(bounds[p + 1] - bounds[p], mk_block(type)) * bytes;

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "half.h"
+#include "super.h"
 #include "vec_common.h"
 
 #include "body_quant.h"

@@ -19,6 +19,10 @@ MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
     for (int g = 0; g < 8; g++)
         if (type == MK_Q8_0) groups[g] = vb_signed(vb_load(w + 64 * g));
         else groups[g] = g < 4 ? vb_low(vb_load(w + 64 * g)) : vb_high(vb_load(w + 64 * (g - 4)));
+    UNROLL
+    for (int g = 0; g < 8; g++)
+        if (type == MK_Q5_K) groups[g] = vb_more(groups[g], vb_load(w + 256), g, 1);
+        else if (type == MK_Q6_K) groups[g] = vb_more(groups[g], vb_load(w + 256 + 64 * (g / 4)), g % 4 * 2, 3);
 }
 
 HOT void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
@@ -45,6 +49,57 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
                 vf *to = &acc[r * T + t];
                 *to = vf_fma(vf_from(dot), vf_mul(d, vf_set1(a->scale)), *to);
                 if (type == MK_Q4_1) *to = vf_fma(m, vf_set1(a->total), *to);
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+}
+
+/* K-quants, 32 columns after 32.  Scales of 6 or 8 bits times an f16 are exact, and so is the sum of both halves of
+ * Q6_K times theirs: it is an integer below 2^24.  What rounds is as with the others: one fma for the columns, and one
+ * for their minima. */
+HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
+                          long x_stride, long count, vf *sums) {
+    const int bytes = mk_part_bytes(type);
+    vf acc[MAX_SUMS], d[MANY_TILES], m[MANY_TILES];
+    UNROLL
+    for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
+    for (long block = 0; block < count; block++, w += mk_packed_bytes(type) * MK_TILE) {
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            d[r] = vf_load_f16((const void *)(w + r * w_stride));
+            if (type != MK_Q6_K) m[r] = vf_sub(vf_set1(0.0f), vf_load_f16((const void *)(w + r * w_stride + 32)));
+        }
+        const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
+        for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += 32, values += bytes) {
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                const uint8_t *small = scales + r * w_stride, *part = values + r * w_stride;
+                __builtin_prefetch(small + PREFETCH);
+                for (int line = 0; line < bytes; line += 64) __builtin_prefetch(part + PREFETCH + line);
+                vb groups[8];
+                load_groups(type, part, groups);
+                vf a = type == MK_Q6_K ? vf_load_i8(small) : vf_mul(d[r], vf_load_u8(small));
+                vf b = type == MK_Q6_K ? vf_load_i8(small + 16) : vf_mul(m[r], vf_load_u8(small + 16));
+                UNROLL
+                for (int t = 0; t < T; t++) {
+                    const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
+                    const vf scale = vf_set1(act->scale);
+                    vf *to = &acc[r * T + t];
+                    if (type == MK_Q6_K) {
+                        vi first = vb_dot_u6(vi_set1(act->less32[0]), groups, act->q);
+                        vi second = vb_dot_u6(vi_set1(act->less32[1]), groups + 4, act->q + 16);
+                        vf dot = vf_fma(vf_from(second), b, vf_mul(vf_from(first), a));
+                        *to = vf_fma(dot, vf_mul(d[r], scale), *to);
+                    } else {
+                        const vi none = vi_set1(0);
+                        vi dot = type == MK_Q4_K ? vb_dot_u4(none, groups, act->q)
+                                                 : vb_dot_u6(vb_dot_u6(none, groups, act->q), groups + 4, act->q + 16);
+                        *to = vf_fma(vf_from(dot), vf_mul(a, scale), *to);
+                        *to = vf_fma(b, vf_set1(act->total), *to);
+                    }
+                }
             }
         }
     }
@@ -89,6 +144,9 @@ TILES(float, MK_BF16)
 TILES(quantised, MK_Q8_0)
 TILES(quantised, MK_Q4_0)
 TILES(quantised, MK_Q4_1)
+TILES(super, MK_Q4_K)
+TILES(super, MK_Q5_K)
+TILES(super, MK_Q6_K)
 
 /* Columns: MANY_TILES x 1, then 1 x ROWS[i]. */
 enum { SHAPES = 5 };
@@ -97,6 +155,7 @@ static const int ROWS[SHAPES] = {MANY, 4, 3, 2, 1};
 static const tile_function TILE_FUNCTIONS[MK_TYPES][1 + SHAPES] = {
     FUNCTIONS(MK_F32),  FUNCTIONS(MK_F16),  FUNCTIONS(MK_BF16),
     FUNCTIONS(MK_Q8_0), FUNCTIONS(MK_Q4_0), FUNCTIONS(MK_Q4_1),
+    FUNCTIONS(MK_Q4_K), FUNCTIONS(MK_Q5_K), FUNCTIONS(MK_Q6_K),
 };
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
@@ -107,8 +166,8 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
 
 /* Outputs of `tiles` tiles for `rows` rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)). */
 static void product(const mk_matmul_job *job, tile_function function, long tile, int tiles, long row, int rows) {
-    const int block = mk_block(job->type), x_bytes = job->type >= MK_Q8_0 ? MK_ACTIVATION : 4;
-    const long bytes = (long)mk_block_bytes(job->type) * MK_TILE;
+    const int block = mk_block(job->type), x_bytes = block == 1 ? 4 : block / MK_BLOCK * MK_ACTIVATION;
+    const long bytes = (long)mk_packed_bytes(job->type) * MK_TILE;
     const uint8_t *x = job->x + row * job->x_stride;
     vf pending[MK_MAX_LEVELS][MAX_SUMS]; /* sums of 2^i panels that wait for their neighbour */
     int depth = 0;

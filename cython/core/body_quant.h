@@ -19,20 +19,23 @@ MK_INLINE int all_finite(vf a, vf b) {
     return vf_hadd(vf_add(vf_mul(a, zero), vf_mul(b, zero))) == 0.0f;
 }
 
-/* 32 values to integers; the scale is amax / 127.  A block with inf or NaN gets scale NaN and zeros. */
-MK_INLINE int32_t quantise_q8(vf a, vf b, int8_t *q, float *scale) {
+/* 32 values to integers; the scale is amax / 127.  A block with inf or NaN gets scale NaN and zeros.
+ * sums: of the first 16 integers, and of the others. */
+MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
     float d = vf_hmax(vf_max(vf_abs(a), vf_abs(b))) / 127.0f;
     if (!all_finite(a, b)) {
         memset(q, 0, MK_BLOCK);
         *scale = mk_bits_float(0x7fc00000u);
-        return 0;
+        sums[0] = sums[1] = 0;
+        return;
     }
     vf id = vf_set1(inverse(d));
     vi lo = round_away(vf_mul(a, id)), hi = round_away(vf_mul(b, id));
     vi_store_i8(q, lo);
     vi_store_i8(q + MK_TILE, hi);
     *scale = d;
-    return vi_sum(vi_add(lo, hi));
+    sums[0] = vi_sum(lo);
+    sums[1] = vi_sum(hi);
 }
 
 /* ggml's Q4_0: the value of largest magnitude (the first of equals) becomes -8. */
@@ -67,8 +70,9 @@ static void quantize(const void *argument, long begin, long end) {
             vf lo = vf_row(x, b * MK_BLOCK, job->k, 0.0f), hi = vf_set1(0.0f);
             if (b * MK_BLOCK + MK_TILE < job->k) hi = vf_row(x, b * MK_BLOCK + MK_TILE, job->k, 0.0f);
             float d, values[MK_BLOCK];
+            int32_t sums[2];
             if (job->type == MK_Q8_0) {
-                quantise_q8(lo, hi, (int8_t *)out + 2, &d);
+                quantise_q8(lo, hi, (int8_t *)out + 2, &d, sums);
             } else {
                 vf_store(values, lo);
                 vf_store(values + MK_TILE, hi);
@@ -91,10 +95,12 @@ static void quantize_rows(const void *argument, long begin, long end) {
                 long limit = job->bounds[p + 1];
                 vf lo = vf_row(x, i, limit, 0.0f), hi = vf_set1(0.0f);
                 if (i + MK_TILE < limit) hi = vf_row(x, i + MK_TILE, limit, 0.0f);
-                int32_t sum = quantise_q8(lo, hi, out->q, &out->scale);
-                out->total = out->scale * (float)sum;
-                out->less8 = -8 * sum;
-                out->less128 = -128 * sum;
+                int32_t sums[2];
+                quantise_q8(lo, hi, out->q, &out->scale, sums);
+                out->total = out->scale * (float)(sums[0] + sums[1]);
+                out->less8 = -8 * (sums[0] + sums[1]);
+                out->less128 = -128 * (sums[0] + sums[1]);
+                for (int h = 0; h < 2; h++) out->less32[h] = -32 * sums[h];
             }
     }
 }
@@ -116,6 +122,24 @@ MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
     }
 }
 
+/* A K-quant's block: the products are exact, so a value is rounded once. */
+static void dequantise_super(int type, const uint8_t *in, float *values) {
+    mk_part parts[MK_PARTS];
+    mk_split(type, in, parts);
+    uint16_t h[2];
+    memcpy(h, in + (type == MK_Q6_K ? 208 : 0), type == MK_Q6_K ? 2 : 4);
+    float d = mk_from_f16(h[0]), dmin = type == MK_Q6_K ? 0.0f : mk_from_f16(h[1]);
+    for (int s = 0; s < MK_PARTS; s++, values += MK_BLOCK)
+        for (int j = 0; j < MK_BLOCK; j++) {
+            const mk_part *part = &parts[s];
+            int half = j / 16, q = part->low[j % 16] >> 4 * half & 15;
+            if (type == MK_Q5_K) q |= (part->high[j % 4] >> j / 4 & 1) << 4;
+            if (type == MK_Q6_K) q |= (part->high[4 * half + j % 4] >> j % 16 / 4 * 2 & 3) << 4;
+            values[j] = type == MK_Q6_K ? d * (float)(int8_t)part->scales[half] * (float)(q - 32)
+                                        : d * (float)part->scales[0] * (float)q - dmin * (float)part->scales[1];
+        }
+}
+
 static void dequantize(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
     long row_bytes = mk_blocks(job->k, mk_block(job->type)) * mk_block_bytes(job->type);
@@ -131,6 +155,9 @@ static void dequantize(const void *argument, long begin, long end) {
                 memcpy(half, in + 2 * i, (size_t)count * 2);
                 vf_row_store(out, i, job->k, job->type == MK_F16 ? vf_load_f16(half) : vf_load_bf16(half));
             }
+        } else if (job->type >= MK_Q4_K) {
+            for (long i = 0; i < job->k; i += MK_SUPER, in += mk_block_bytes(job->type))
+                dequantise_super(job->type, in, out + i);
         } else {
             float values[MK_BLOCK];
             for (long i = 0; i < job->k; i += MK_BLOCK, in += mk_block_bytes(job->type)) {

@@ -9,11 +9,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_Q4_1, MK_TYPES };
+enum { MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_Q4_1, MK_Q4_K, MK_Q5_K, MK_Q6_K, MK_TYPES };
 enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
-    MK_ACTIVATION = 48,      /* bytes of mk_activation */
+    MK_SUPER = 256,          /* values of a K-quant's block */
+    MK_ACTIVATION = 56,      /* bytes of mk_activation */
     MK_GROUP = 4,            /* rows of x that are interleaved */
     MK_KV_BLOCK = 32,        /* tokens */
     MK_MAX_LEVELS = 7,       /* of the tree over panels */
@@ -21,10 +22,15 @@ enum {
     MK_MAX_HEAD_DIM = 2048,
 };
 
-static inline int mk_block(int type) { return type >= MK_Q8_0 ? MK_BLOCK : 1; }
+static inline int mk_block(int type) { return type >= MK_Q4_K ? MK_SUPER : type >= MK_Q8_0 ? MK_BLOCK : 1; }
 
-static inline int mk_block_bytes(int type) {
-    static const int bytes[MK_TYPES] = {4, 2, 2, 34, 18, 20};
+static inline int mk_block_bytes(int type) { /* in ggml's form */
+    static const int bytes[MK_TYPES] = {4, 2, 2, 34, 18, 20, 144, 176, 210};
+    return bytes[type];
+}
+
+static inline int mk_packed_bytes(int type) { /* of a block, in a tile: 6-bit scales become bytes */
+    static const int bytes[MK_TYPES] = {4, 2, 2, 34, 18, 20, 148, 180, 210};
     return bytes[type];
 }
 
@@ -36,6 +42,7 @@ typedef struct {
     int8_t q[MK_BLOCK];
     float scale, total;   /* scale * sum(q) */
     int32_t less8, less128; /* -8 * sum(q), -128 * sum(q): weights are stored greater by so much */
+    int32_t less32[2];      /* -32 times the sum of q's first half, and of its second */
 } mk_activation;
 
 /* Paths: names of the instruction sets that this build has and this machine can run, slowest first. */

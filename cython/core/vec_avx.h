@@ -70,6 +70,17 @@ MK_INLINE vi vi_bits(vf a) {
     struct { __m256i lo, hi; } r = {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
     return (vi){NARROW(r)};
 }
+MK_INLINE __m128i avx_word(const uint8_t *p) { int32_t v; memcpy(&v, p, 4); return _mm_cvtsi32_si128(v); }
+MK_INLINE vf vf_load_u8(const uint8_t *p) {
+    vi r;
+    QUARTERS r.q[j] = _mm_cvtepu8_epi32(avx_word(p + 4 * j));
+    return vf_from(r);
+}
+MK_INLINE vf vf_load_i8(const uint8_t *p) {
+    vi r;
+    QUARTERS r.q[j] = _mm_cvtepi8_epi32(avx_word(p + 4 * j));
+    return vf_from(r);
+}
 XMM(vi_set1, (int32_t x), _mm_set1_epi32(x))
 XMM(vi_add, (vi a, vi b), _mm_add_epi32(a.q[j], b.q[j]))
 XMM(vi_sub, (vi a, vi b), _mm_sub_epi32(a.q[j], b.q[j]))
@@ -91,6 +102,13 @@ MK_INLINE int32_t vi_sum(vi a) {
 XMM(vb_load, (const uint8_t *p), _mm_loadu_si128((const void *)(p + 16 * j)))
 XMM(vb_low, (vb a), _mm_and_si128(a.q[j], _mm_set1_epi8(15)))
 XMM(vb_high, (vb a), _mm_and_si128(_mm_srli_epi16(a.q[j], 4), _mm_set1_epi8(15)))
+MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
+    QUARTERS {
+        __m128i b = from < 4 ? _mm_slli_epi16(bits.q[j], 4 - from) : _mm_srli_epi16(bits.q[j], from - 4);
+        low.q[j] = _mm_or_si128(low.q[j], _mm_and_si128(b, _mm_set1_epi8((char)(mask << 4))));
+    }
+    return low;
+}
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }
 
@@ -102,6 +120,16 @@ MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
         QUARTERS pairs.q[j] = _mm_add_epi16(pairs.q[j], _mm_maddubs_epi16(w[g].q[j], xg));
     }
     QUARTERS start.q[j] = _mm_add_epi32(start.q[j], _mm_madd_epi16(pairs.q[j], _mm_set1_epi16(1)));
+    return start;
+}
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 4; g += 2) { /* 2 * 2 * 63 * 127 fits in 16 bits */
+        __m128i a = avx_x4(x + 4 * g), b = avx_x4(x + 4 * g + 4);
+        QUARTERS {
+            __m128i pairs = _mm_add_epi16(_mm_maddubs_epi16(w[g].q[j], a), _mm_maddubs_epi16(w[g + 1].q[j], b));
+            start.q[j] = _mm_add_epi32(start.q[j], _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+        }
+    }
     return start;
 }
 MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {

@@ -22,6 +22,11 @@ MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     _mm_storeu_si128((void *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
+#define YMM_BYTES(cvt, p)                                                                          \
+    (vf) { _mm256_cvtepi32_ps(cvt(_mm_loadl_epi64((const void *)(p)))),                              \
+           _mm256_cvtepi32_ps(cvt(_mm_loadl_epi64((const void *)((p) + 8)))) }
+MK_INLINE vf vf_load_u8(const uint8_t *p) { return YMM_BYTES(_mm256_cvtepu8_epi32, p); }
+MK_INLINE vf vf_load_i8(const uint8_t *p) { return YMM_BYTES(_mm256_cvtepi8_epi32, p); }
 #define YMM_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(ymm_load(p)), 16))
 MK_INLINE vf vf_load_bf16(const uint16_t *p) { return (vf){YMM_BF16(p), YMM_BF16(p + 8)}; }
 MK_INLINE vf vf_fma(vf a, vf b, vf c) {
@@ -59,6 +64,13 @@ MK_INLINE vb vb_low(vb a) {
 MK_INLINE vb vb_high(vb a) {
     return vb_low((vb){_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
 }
+MK_INLINE __m256i ymm_more(__m256i low, __m256i bits, const int from, const int mask) {
+    bits = from < 4 ? _mm256_slli_epi16(bits, 4 - from) : _mm256_srli_epi16(bits, from - 4);
+    return _mm256_or_si256(low, _mm256_and_si256(bits, _mm256_set1_epi8((char)(mask << 4))));
+}
+MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
+    return (vb){ymm_more(low.lo, bits.lo, from, mask), ymm_more(low.hi, bits.hi, from, mask)};
+}
 MK_INLINE __m256i ymm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm256_set1_epi32(v); }
 
 #ifdef VEC_VNNI
@@ -75,6 +87,14 @@ MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
     return start;
 }
 #define vb_dot_s8 vb_dot_u4
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 4; g++) {
+        __m256i xg = ymm_x4(x + 4 * g);
+        start.lo = _mm256_dpbusd_avx_epi32(start.lo, w[g].lo, xg);
+        start.hi = _mm256_dpbusd_avx_epi32(start.hi, w[g].hi, xg);
+    }
+    return start;
+}
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
@@ -85,6 +105,16 @@ MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
         hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w[g].hi, xg));
     }
     return vi_add(start, (vi){_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)});
+}
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
+    __m256i one = _mm256_set1_epi16(1);
+    for (int g = 0; g < 4; g += 2) { /* 2 * 2 * 63 * 127 fits in 16 bits */
+        __m256i a = ymm_x4(x + 4 * g), b = ymm_x4(x + 4 * g + 4);
+        __m256i lo = _mm256_add_epi16(_mm256_maddubs_epi16(w[g].lo, a), _mm256_maddubs_epi16(w[g + 1].lo, b));
+        __m256i hi = _mm256_add_epi16(_mm256_maddubs_epi16(w[g].hi, a), _mm256_maddubs_epi16(w[g + 1].hi, b));
+        start = vi_add(start, (vi){_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)});
+    }
+    return start;
 }
 MK_INLINE __m256i ymm_dot(__m256i start, __m256i w, __m256i x) { /* |w| * (x with w's sign): 2 * 128 * 127 fits */
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));

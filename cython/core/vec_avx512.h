@@ -23,6 +23,12 @@ MK_INLINE vf vf_load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+MK_INLINE vf vf_load_u8(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
+}
+MK_INLINE vf vf_load_i8(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
 MK_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -60,6 +66,10 @@ MK_INLINE float vf_hmax(vf a) { ZMM_FOLD(max) }
 MK_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 MK_INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 MK_INLINE vb vb_high(vb a) { return vb_low(_mm512_srli_epi16(a, 4)); }
+MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
+    bits = from < 4 ? _mm512_slli_epi16(bits, 4 - from) : _mm512_srli_epi16(bits, from - 4);
+    return _mm512_or_si512(low, _mm512_and_si512(bits, _mm512_set1_epi8((char)(mask << 4))));
+}
 MK_INLINE __m512i zmm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
 
 #ifdef VEC_VNNI
@@ -69,6 +79,10 @@ MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
     return start;
 }
 #define vb_dot_s8 vb_dot_u4
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 4; g++) start = _mm512_dpbusd_epi32(start, w[g], zmm_x4(x + 4 * g));
+    return start;
+}
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
@@ -76,6 +90,14 @@ MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
     for (int g = 0; g < 8; g++) /* 8 * 2 * 15 * 127 fits in 16 bits */
         pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(w[g], zmm_x4(x + 4 * g)));
     return vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 4; g += 2) { /* 2 * 2 * 63 * 127 fits in 16 bits */
+        __m512i pairs = _mm512_maddubs_epi16(w[g], zmm_x4(x + 4 * g));
+        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(w[g + 1], zmm_x4(x + 4 * g + 4)));
+        start = vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+    return start;
 }
 MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
     for (int g = 0; g < 8; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */

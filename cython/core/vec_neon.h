@@ -21,6 +21,18 @@ enum { VEC_ROWS = 4, VEC_Q8_BIAS = 0 };
 VF(vf_load, (const float *p), vld1q_f32(p + 4 * j))
 VF(vf_load_f16, (const uint16_t *p), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * j))))
 VF(vf_load_bf16, (const uint16_t *p), vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * j), 16)))
+MK_INLINE vf vf_load_u8(const uint8_t *p) {
+    uint8x16_t b = vld1q_u8(p);
+    uint16x8_t lo = vmovl_u8(vget_low_u8(b)), hi = vmovl_high_u8(b);
+    return (vf){{vcvtq_f32_u32(vmovl_u16(vget_low_u16(lo))), vcvtq_f32_u32(vmovl_high_u16(lo)),
+                 vcvtq_f32_u32(vmovl_u16(vget_low_u16(hi))), vcvtq_f32_u32(vmovl_high_u16(hi))}};
+}
+MK_INLINE vf vf_load_i8(const uint8_t *p) {
+    int8x16_t b = vreinterpretq_s8_u8(vld1q_u8(p));
+    int16x8_t lo = vmovl_s8(vget_low_s8(b)), hi = vmovl_high_s8(b);
+    return (vf){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo))), vcvtq_f32_s32(vmovl_high_s16(lo)),
+                 vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi))), vcvtq_f32_s32(vmovl_high_s16(hi))}};
+}
 MK_INLINE void vf_store(float *p, vf a) { QUARTERS vst1q_f32(p + 4 * j, a.q[j]); }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     QUARTERS vst1_u16(p + 4 * j, vreinterpret_u16_f16(vcvt_f16_f32(a.q[j])));
@@ -69,6 +81,14 @@ MK_INLINE float vf_hmax(vf a) { NEON_FOLD(neon_max) }
 VB(vb_load, (const uint8_t *p), vreinterpretq_s8_u8(vld1q_u8(p + 16 * j)))
 VB(vb_low, (vb a), vandq_s8(a.q[j], vdupq_n_s8(15)))
 VB(vb_high, (vb a), vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.q[j]), 4)))
+MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
+    QUARTERS {
+        uint8x16_t b = vshlq_u8(vreinterpretq_u8_s8(bits.q[j]), vdupq_n_s8((int8_t)(4 - from)));
+        b = vandq_u8(b, vdupq_n_u8((uint8_t)(mask << 4)));
+        low.q[j] = vorrq_s8(low.q[j], vreinterpretq_s8_u8(b));
+    }
+    return low;
+}
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
 
@@ -79,9 +99,9 @@ MK_INLINE void neon_dot(int32x4_t *sum, int8x16_t w, int8x16_t x) {
 }
 #endif
 
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
+MK_INLINE vi neon_dots(vi start, const vb *w, const int8_t *x, const int groups) {
 #ifdef VEC_DOT
-    for (int g = 0; g < 8; g++) {
+    for (int g = 0; g < groups; g++) {
         int8x16_t xg = neon_x4(x + 4 * g);
         QUARTERS neon_dot(&start.q[j], w[g].q[j], xg);
     }
@@ -89,7 +109,7 @@ MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
 #else
     int32x4_t lo[4], hi[4]; /* pairs of the rows 0, 1 and 2, 3 of each quarter */
     QUARTERS lo[j] = hi[j] = vdupq_n_s32(0);
-    for (int g = 0; g < 8; g++) {
+    for (int g = 0; g < groups; g++) {
         int8x16_t xg = neon_x4(x + 4 * g);
         QUARTERS {
             lo[j] = vpadalq_s16(lo[j], vmull_s8(vget_low_s8(w[g].q[j]), vget_low_s8(xg)));
@@ -100,6 +120,8 @@ MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
     return start;
 #endif
 }
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 8); }
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 4); }
 #define vb_dot_u4 vb_dot_s8
 
 #endif

@@ -24,6 +24,8 @@ enum { VEC_ROWS = 4 /* rows of x in a product's main tile */, VEC_Q8_BIAS = 0 };
 VF(vf_load, (const float *p), p[j])
 VF(vf_load_f16, (const uint16_t *p), mk_from_f16(p[j]))
 VF(vf_load_bf16, (const uint16_t *p), mk_from_bf16(p[j]))
+VF(vf_load_u8, (const uint8_t *p), (float)p[j])
+VF(vf_load_i8, (const uint8_t *p), (float)(int8_t)p[j])
 MK_INLINE void vf_store(float *p, vf a) { LANES p[j] = a.f[j]; }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) { LANES p[j] = mk_to_f16(a.f[j]); }
 VF(vf_set1, (float x), x)
@@ -56,6 +58,11 @@ MK_INLINE float vf_hmax(vf a) { FOLD(a.f[j] > a.f[j + w] ? a.f[j] : a.f[j + w]) 
 MK_INLINE vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }
 MK_INLINE vb vb_low(vb a) { for (int j = 0; j < 64; j++) a.b[j] &= 15; return a; }
 MK_INLINE vb vb_high(vb a) { for (int j = 0; j < 64; j++) a.b[j] = (int8_t)((uint8_t)a.b[j] >> 4); return a; }
+/* Nibbles with more bits above: those of `bits` from `from` on, as many as `mask` (1 or 3) has. */
+MK_INLINE vb vb_more(vb low, vb bits, int from, int mask) {
+    for (int j = 0; j < 64; j++) low.b[j] |= (int8_t)(((uint8_t)bits.b[j] >> from & mask) << 4);
+    return low;
+}
 MK_INLINE vb vb_signed(vb a) { return a; } /* a Q8_0 operand as vb_dot_s8 wants it: q + VEC_Q8_BIAS */
 
 /* start + sum over 8 groups of 4 of w * x; w unsigned nibbles, or signed bytes.  |x| <= 127. */
@@ -65,5 +72,11 @@ MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
     return start;
 }
 #define vb_dot_u4 vb_dot_s8
+/* The same over 4 groups; w within 0..63. */
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
+    for (int g = 0; g < 4; g++)
+        LANES for (int b = 0; b < 4; b++) start.i[j] += w[g].b[4 * j + b] * x[4 * g + b];
+    return start;
+}
 
 #endif

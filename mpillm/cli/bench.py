@@ -23,7 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a random-weight model instead: llama-1b, llama-8b, llama-70b, qwen3-30b-a3b",
     )
     parser.add_argument(
-        "--weights", default="q4_0", help="the synthetic model's: q4_0, q4_1, q8_0, bf16, f16 or f32 (q4_0)"
+        "--weights",
+        default="q4_0",
+        help="the synthetic model's: q4_0, q4_1, q8_0, q4_k, q5_k, q6_k, q4_k_m, q5_k_m, bf16, f16 or f32 (q4_0)",
     )
     parser.add_argument(
         "--what", type=_words, default=WHAT, help=f"some of {','.join(WHAT)} (all of these), or paging"

@@ -26,7 +26,8 @@ Auto = Literal["auto"]
 class Shape:
     """What of a model decides how it can be cut.
 
-    `unit` is the granularity of column cuts: 32 if any weight is quantised (a block is never cut), else 1.
+    `unit` is the granularity of column cuts: a block is never cut, so 32 if any weight is quantised, 256 if those that
+    are cut by columns are K-quants, else 1.
     """
 
     n_layers: int

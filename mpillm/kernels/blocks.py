@@ -14,6 +14,7 @@ from .types import (
     F32,
     QUANT_BLOCK,
     ROW_GROUP,
+    SUPER_BLOCK,
     TILE_ROWS,
     U8,
     BlockType,
@@ -22,20 +23,57 @@ from .types import (
 )
 
 ACTIVATION = np.dtype(
-    [("q", "i1", QUANT_BLOCK), ("scale", "<f4"), ("total", "<f4"), ("less8", "<i4"), ("less128", "<i4")]
+    [
+        ("q", "i1", QUANT_BLOCK),
+        ("scale", "<f4"),
+        ("total", "<f4"),
+        ("less8", "<i4"),
+        ("less128", "<i4"),
+        ("less32", "<i4", 2),
+    ]
 )
 assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
+PARTS = SUPER_BLOCK // QUANT_BLOCK
 PACKED = {
     BlockType.Q8_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (8, TILE_ROWS, 4))]),
     BlockType.Q4_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]),
     BlockType.Q4_1: np.dtype(
         [("d", "<f2", TILE_ROWS), ("m", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]
     ),
+    # K-quants: two small numbers for each part and row (scale and minimum, or two scales), then the parts' values.
+    BlockType.Q4_K: np.dtype(
+        [
+            ("d", "<f2", TILE_ROWS),
+            ("m", "<f2", TILE_ROWS),
+            ("scales", "u1", (PARTS, 2, TILE_ROWS)),
+            ("q", "u1", (PARTS, 4, TILE_ROWS, 4)),
+        ]
+    ),
+    BlockType.Q5_K: np.dtype(
+        [
+            ("d", "<f2", TILE_ROWS),
+            ("m", "<f2", TILE_ROWS),
+            ("scales", "u1", (PARTS, 2, TILE_ROWS)),
+            ("q", "u1", (PARTS, 5, TILE_ROWS, 4)),
+        ]
+    ),
+    BlockType.Q6_K: np.dtype(
+        [
+            ("d", "<f2", TILE_ROWS),
+            ("scales", "u1", (PARTS, 2, TILE_ROWS)),
+            ("q", "u1", (PARTS, 6, TILE_ROWS, 4)),
+        ]
+    ),
 }
 CANONICAL = {
     BlockType.Q8_0: np.dtype([("d", "<f2"), ("q", "u1", 32)]),
     BlockType.Q4_0: np.dtype([("d", "<f2"), ("q", "u1", 16)]),
     BlockType.Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]),
+    BlockType.Q4_K: np.dtype([("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("low", "u1", 128)]),
+    BlockType.Q5_K: np.dtype(
+        [("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("high", "u1", 32), ("low", "u1", 128)]
+    ),
+    BlockType.Q6_K: np.dtype([("low", "u1", 128), ("high", "u1", 64), ("scales", "u1", 16), ("d", "<f2")]),
 }
 
 
@@ -96,6 +134,7 @@ def activations(x: F32, bounds: Bounds) -> U8:
     with np.errstate(all="ignore"):
         out["total"] = out["scale"] * total.astype(np.float32)
     out["less8"], out["less128"] = -8 * total, -128 * total
+    out["less32"] = -32 * out["q"].reshape(*blocks.shape[:2], 2, 16).sum(axis=-1, dtype=np.int32)
     groups = [out[row : row + ROW_GROUP].T.reshape(-1) for row in range(0, len(out), ROW_GROUP)]
     return np.concatenate(groups).view(np.uint8).reshape(len(x), -1)
 
@@ -115,6 +154,76 @@ def nibbles(q: U8) -> U8:
     return np.concatenate([q & 15, q >> 4], axis=-1)
 
 
+def integers(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
+    """The values' integers uint8 [..., 8, 32] of K-quant blocks, before scales, minima and Q6_K's -32."""
+    chunk = 64 if type == BlockType.Q6_K else 32  # bytes whose low halves come before their high ones
+    low = blocks["low"].reshape(*blocks.shape, 128 // chunk, 1, chunk)
+    values: U8 = np.concatenate([low & 15, low >> 4], axis=-2).reshape(*blocks.shape, PARTS, QUANT_BLOCK)
+    if type == BlockType.Q4_K:
+        return values
+    bits = 1 if type == BlockType.Q5_K else 2
+    turns = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    more = blocks["high"].reshape(*blocks.shape, bits, 1, QUANT_BLOCK) >> turns & (2**bits - 1)
+    values |= more.reshape(values.shape) << 4
+    return values
+
+
+def high_bits(words: U8) -> U8:
+    """What lies above the nibbles of rows [n, bytes] of a packed part: uint8 [n, 32] (or 0)."""
+    bits = {0: 0, 4: 1, 8: 2}[words.shape[1]]
+    if not bits:
+        return np.zeros((len(words), 1), np.uint8)
+    places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    more: U8 = words.reshape(len(words), -1, 1, 4) >> places & (2**bits - 1)
+    return more.reshape(len(words), QUANT_BLOCK)
+
+
+def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
+    """Of each part of K-quant blocks: scale and minimum, or both scales (of int8): uint8 [..., 8, 2]."""
+    q = blocks["scales"]
+    if type == BlockType.Q6_K:
+        return q.reshape(*blocks.shape, PARTS, 2)
+    first, second, mixed = q[..., :4], q[..., 4:8], q[..., 8:]
+    scale = np.concatenate([first & 63, mixed & 15 | first >> 6 << 4], axis=-1)
+    minimum = np.concatenate([second & 63, mixed >> 4 | second >> 6 << 4], axis=-1)
+    return np.stack([scale, minimum], axis=-1)
+
+
+def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
+    """Values f32 [..., 256] of K-quant blocks: the products are exact, so that a value is rounded once."""
+    q, scales = integers(type, blocks), small_scales(type, blocks)
+    d = blocks["d"].astype(np.float32)[..., None, None]
+    with np.errstate(all="ignore"):
+        if type == BlockType.Q6_K:
+            halves = (q.view(np.int8) - np.int8(32)).reshape(*q.shape[:-1], 2, 16)
+            values = d[..., None] * scales.view(np.int8)[..., None] * halves
+        else:
+            minimum = blocks["m"].astype(np.float32)[..., None, None] * scales[..., 1:]
+            values = d * scales[..., :1] * q - minimum
+    result: F32 = values.astype(np.float32, copy=False).reshape(*blocks.shape, SUPER_BLOCK)
+    return result
+
+
+def interleaved_super(type: BlockType, source: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Tiles [tile, block] of K-quant blocks [tile, block, 16]: super.h says where each bit goes."""
+    packed = np.empty(source.shape[:2], PACKED[type])
+    packed["d"] = source["d"]
+    if type != BlockType.Q6_K:
+        packed["m"] = source["m"]
+    packed["scales"] = small_scales(type, source).transpose(0, 1, 3, 4, 2)
+    q = integers(type, source).transpose(0, 1, 3, 2, 4)  # tile, block, part, row, column
+    low = q & 15
+    nibbles = low[..., :16] | low[..., 16:] << 4
+    groups = [nibbles.reshape(*q.shape[:-1], 4, 4)]
+    if type != BlockType.Q4_K:  # columns of a word: as many groups of 4 as its bytes have room for
+        bits = 1 if type == BlockType.Q5_K else 2
+        more = (q >> 4).reshape(*q.shape[:-1], bits, 8 // bits, 4)
+        places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+        groups.append(np.bitwise_or.reduce(more << places, axis=-2))
+    packed["q"] = np.concatenate(groups, axis=-2).swapaxes(-3, -2)
+    return packed
+
+
 def decode(type: BlockType, canonical: U8, k: int) -> F32:
     """Canonical rows uint8 [n, row_bytes] to f32 [n, k]."""
     canonical = np.ascontiguousarray(canonical)
@@ -125,6 +234,8 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
     if type == BlockType.BF16:
         return (canonical.view("<u2")[:, :k].astype(np.uint32) << 16).view(np.float32)
     blocks = canonical.view(CANONICAL[type])
+    if type.k_quant:
+        return decode_super(type, blocks).reshape(len(canonical), -1)
     with np.errstate(invalid="ignore"):
         d = blocks["d"].astype(np.float32)[..., None]
         if type == BlockType.Q8_0:
@@ -148,7 +259,10 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
         part = blocks[:, :, begin // type.block : -(-end // type.block)].transpose(
             0, 2, 1, 3
         )  # tile, block, row, byte
-        if type.quantised:
+        if type.k_quant:
+            source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
+            panels.append(interleaved_super(type, source).view(np.uint8).reshape(-1))
+        elif type.quantised:
             source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
             packed = np.empty(source.shape[:2], PACKED[type])
             for field in set(source.dtype.names or ()) - {"q"}:

@@ -34,6 +34,7 @@ from .types import (
     Bounds,
     activation_nbytes,
     check_bounds,
+    check_whole,
     packed_nbytes,
 )
 
@@ -79,6 +80,8 @@ def dequantize(type: BlockType, canonical: U8, k: int, out: F32, threads: int = 
     type = BlockType(type)
     require_rows("canonical", canonical, width=type.row_bytes(k))
     require_rows("out", out, rows=len(canonical), width=k, dtype=np.float32)
+    if type.k_quant:
+        check_whole(k)
     out[:] = blocks.decode(type, canonical, k)
 
 
@@ -106,11 +109,12 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
     start = column = 0
     for p, (begin, end) in enumerate(itertools.pairwise(edges)):
         count = int(-(-(end - begin) // type.block))
-        nbytes = tiles * TILE_ROWS * count * type.block_bytes
+        nbytes = tiles * TILE_ROWS * count * type.packed_bytes
         panel = w[start : start + nbytes]
-        product = _quantised if type.quantised else _unquantised
-        sums[p] = product(type, panel, tiles, count, rows[:, column : column + count])[:, :n]
-        start, column = start + nbytes, column + count
+        product = _k_quants if type.k_quant else _quantised if type.quantised else _unquantised
+        width = count * max(type.block // QUANT_BLOCK, 1)
+        sums[p] = product(type, panel, tiles, count, rows[:, column : column + width])[:, :n]
+        start, column = start + nbytes, column + width
     out[...] = lanes.tree(sums) if fold else sums
 
 
@@ -135,6 +139,30 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
             acc = lanes.fma(exact, d * scale, acc)
             if type == BlockType.Q4_1:
                 acc = lanes.fma(w["m"][:, b].reshape(-1).astype(np.float32), act["total"][:, b, None], acc)
+    return acc
+
+
+def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
+    """As `_quantised`, part by part of 32 columns; Q6_K's halves have scales of their own."""
+    w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
+    acc = np.zeros((len(act), tiles * TILE_ROWS), np.float32)
+    with np.errstate(all="ignore"):
+        for b, s in itertools.product(range(count), range(blocks.PARTS)):
+            part = act[:, b * blocks.PARTS + s]
+            words = w["q"][:, b, s].transpose(0, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)  # row, byte
+            q = blocks.nibbles(words[:, :16]) | blocks.high_bits(words[:, 16:]) << 4
+            small = w["scales"][:, b, s].transpose(1, 0, 2).reshape(2, -1)
+            d, scale = w["d"][:, b].reshape(-1).astype(np.float32), part["scale"][:, None]
+            values, wanted = q.astype(np.float32), part["q"].astype(np.float32)
+            if type == BlockType.Q6_K:
+                values -= 32
+                first, second = (wanted[:, h] @ values[:, h].T for h in (slice(16), slice(16, None)))
+                dot = first * small[0].view(np.int8) + second * small[1].view(np.int8)
+                acc = lanes.fma(dot, d * scale, acc)
+            else:
+                m = w["m"][:, b].reshape(-1).astype(np.float32)
+                acc = lanes.fma(wanted @ values.T, d * small[0] * scale, acc)
+                acc = lanes.fma(-(m * small[1]), part["total"][:, None], acc)
     return acc
 
 

@@ -16,8 +16,10 @@ I32 = npt.NDArray[np.int32]
 Bounds = Sequence[int] | npt.NDArray[Any]
 
 QUANT_BLOCK = 32  # values that share one scale (ggml's QK8_0 = QK4_0 = QK4_1)
+SUPER_BLOCK = 256  # values of a K-quant's block: 8 parts of 32 with small scales of their own (ggml's QK_K)
 TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
-ACTIVATION_BLOCK_BYTES = 48  # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8 * sum(q), i32 -128 * sum(q)
+# int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
+ACTIVATION_BLOCK_BYTES = 56
 ROW_GROUP = 4  # rows of activations that are interleaved
 KV_BLOCK = 32  # tokens of one block of the KV cache
 
@@ -31,21 +33,34 @@ class BlockType(IntEnum):
     Q8_0 = 3
     Q4_0 = 4
     Q4_1 = 5
+    Q4_K = 6
+    Q5_K = 7
+    Q6_K = 8
 
     @property
     def quantised(self) -> bool:
-        """True for types whose blocks of 32 values share a scale."""
+        """True for types whose values share scales."""
         return self >= BlockType.Q8_0
 
     @property
+    def k_quant(self) -> bool:
+        """True for types whose rows are whole blocks of 256."""
+        return self >= BlockType.Q4_K
+
+    @property
     def block(self) -> int:
-        """Values in one block: 32 or 1."""
-        return QUANT_BLOCK if self.quantised else 1
+        """Values in one block: 256, 32 or 1. Columns are cut between blocks."""
+        return SUPER_BLOCK if self.k_quant else QUANT_BLOCK if self.quantised else 1
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in the canonical (ggml) form."""
-        return (4, 2, 2, 34, 18, 20)[self]
+        return (4, 2, 2, 34, 18, 20, 144, 176, 210)[self]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of one block in the kernel-ready form: the 6-bit scales of Q4_K and Q5_K become bytes."""
+        return (4, 2, 2, 34, 18, 20, 148, 180, 210)[self]
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a canonical row of k values."""
@@ -57,7 +72,7 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
     type = BlockType(type)
     edges = check_bounds(bounds, k, type.block)
     blocks = int((-(-np.diff(edges) // type.block)).sum())
-    return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.block_bytes
+    return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.packed_bytes
 
 
 def activation_nbytes(k: int, bounds: Bounds) -> int:
@@ -84,4 +99,12 @@ def check_bounds(bounds: Bounds, k: int, block: int) -> npt.NDArray[np.int64]:
         raise ValueError(f"bounds must rise from 0 to k = {k}: {edges.tolist()}")
     if (edges[:-1] % block).any():
         raise ValueError(f"inner bounds of a quantised matrix must be multiples of {block}: {edges.tolist()}")
+    if block == SUPER_BLOCK:
+        check_whole(k)
     return edges
+
+
+def check_whole(k: int) -> None:
+    """ValueError if rows of k values are not whole blocks of K-quants."""
+    if k % SUPER_BLOCK:
+        raise ValueError(f"the columns of a K-quant matrix must be a multiple of {SUPER_BLOCK}, not {k}")

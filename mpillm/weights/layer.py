@@ -360,8 +360,11 @@ def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes) -> None:
     type, begin = entry.type, 0
     before, tall, whole = (-(-rows // TILE_ROWS) * TILE_ROWS for rows in (first, len(chunk), entry.n))
     for left, right in zip(entry.bounds[:-1], entry.bounds[1:], strict=True):
-        width, row = right - left, type.row_bytes(right - left)
-        panel = chunk[:, left // type.block * type.block_bytes :][:, :row]
+        width, row = (
+            right - left,
+            packed_nbytes(type, TILE_ROWS, right - left, (0, right - left)) // TILE_ROWS,
+        )
+        panel = chunk[:, left // type.block * type.block_bytes :][:, : type.row_bytes(width)]
         at = begin + before * row
         kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + tall * row], 1)
         begin += whole * row

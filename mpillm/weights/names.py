@@ -53,6 +53,11 @@ class Role:
     gguf_expert: tuple[str, ...] = ()
     gguf_stacked: tuple[str, ...] = ()
 
+    @property
+    def cut_by_columns(self) -> bool:
+        """Whether shards hold columns of it: its blocks must then be narrow enough."""
+        return self.cut in (Cut.COLS_HEADS, Cut.COLS_FFN)
+
 
 def _vector(name: str, cut: Cut, hf: str, gguf: str) -> Role:
     return Role(name, cut, 1, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}")

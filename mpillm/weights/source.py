@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..comm.grid import Place, Shape
 from ..errors import ModelError
+from ..kernels.types import QUANT_BLOCK
 from .gguf_file import open_gguf
 from .hf import open_hf
 from .layer import LayerPlan, Tensors
@@ -79,9 +80,16 @@ def open_source(path: str | Path, quantize: str = "none") -> TensorSource | Pack
 
 
 def column_unit(source: Source) -> int:
-    """The granularity of column cuts (`grid.Shape.unit`): 32 if a matrix is delivered in blocks of 32, else 1."""
-    cut = (info.type.block for key, info in source.tensors.items() if ROLES[key.role].quantisable)
-    return max(cut, default=1)
+    """The granularity of column cuts (`grid.Shape.unit`).
+
+    256 if a matrix that is cut by columns is delivered as K-quants, 32 if any other one is quantised (activations are,
+    32 at a time), else 1.
+    """
+    unit = 1
+    for key, info in source.tensors.items():
+        if ROLES[key.role].quantisable and info.type.quantised:
+            unit = max(unit, info.type.block if ROLES[key.role].cut_by_columns else QUANT_BLOCK)
+    return unit
 
 
 def fingerprint(source: Source) -> tuple[int, str]:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..comm.grid import Place, Shape
+from ..comm.grid import PANELS, Place, Shape
 from ..errors import JobError, ModelError
-from ..kernels.types import BlockType
+from ..kernels.types import SUPER_BLOCK, BlockType
 from .layer import EXPERT, LayerPlan, Tensors, expert_tensors, plan_entries, plan_name
 from .mapped import MappedFile
 from .names import ROLES, Key, Parsed
@@ -92,6 +92,11 @@ class TensorSource:
         self.files = (*metadata_files, *(file.path for file in self._mapped))
         self._extents = dict(extents)
         self._quantize = self._quantised_to(quantize)
+        self._cut_in_blocks = all(
+            extent.k >= PANELS * SUPER_BLOCK
+            for key, extent in self._extents.items()
+            if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns
+        )
         self.tensors: Mapping[Key, TensorInfo] = {
             key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
             for key, extent in self._extents.items()
@@ -102,8 +107,8 @@ class TensorSource:
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
         """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
 
-        Columns of a quantised matrix begin at a multiple of 32 and end at one or at the last. The result may be a view
-        of the mapped file (read-only): use it, then `release`.
+        Columns of a quantised matrix begin at a multiple of its type's block and end at one or at the last. The result
+        may be a view of the mapped file (read-only): use it, then `release`.
         """
         extent, type = self._extents[key], self.tensors[key].type
         rows = range(extent.n) if rows is None else rows
@@ -186,6 +191,8 @@ class TensorSource:
     def _delivered(self, key: Key, extent: Extent) -> BlockType:
         if self._quantize is not None and ROLES[key.role].quantisable:
             return self._quantize
+        if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns and not self._cut_in_blocks:
+            return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
         return extent.stored.type
 
     def _quantised_to(self, quantize: str) -> BlockType | None:

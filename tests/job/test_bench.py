@@ -49,7 +49,7 @@ def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("weights", synthetic.WEIGHTS)
+@pytest.mark.parametrize("weights", synthetic.WEIGHTS | synthetic.MIXTURES)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-moe"])
 def test_a_synthetic_model_is_a_whole_model(cache: Path, shape: str, weights: str) -> None:
     path = synthetic.create(shape, weights)
@@ -81,12 +81,12 @@ def test_a_synthetic_model_is_made_once(cache: Path) -> None:
 
 def test_sizes_are_those_of_the_models_they_are_named_after() -> None:
     def gib(shape: str, weights: str) -> float:
-        kind = synthetic.WEIGHTS[weights]
-        sizes = synthetic.tensors(synthetic.SHAPES[shape], kind)
+        sizes = synthetic.tensors(synthetic.SHAPES[shape], weights)
         return sum(synthetic.nbytes(stored, dims) for _, dims, stored in sizes) / 2**30
 
     assert gib("llama-1b", "q4_0") == pytest.approx(609 / 1024, rel=0.001)
     assert gib("llama-8b", "q4_0") == pytest.approx(4.33, rel=0.01)  # Meta-Llama-3-8B.Q4_0.gguf
+    assert gib("llama-8b", "q4_k_m") == pytest.approx(4.58, rel=0.01)  # Meta-Llama-3-8B.Q4_K_M.gguf
     assert gib("llama-70b", "q4_0") == pytest.approx(37.2, rel=0.01)
     assert gib("qwen3-30b-a3b", "q8_0") == pytest.approx(30.25, rel=0.01)
 

@@ -179,6 +179,9 @@ def decoded(piece: dict[str, Any], data: np.ndarray) -> np.ndarray:
             dtype = np.dtype(PLAIN[type])
             size = tiles * 16 * width * dtype.itemsize
             values = data[:size].view(dtype).reshape(tiles, width, 16).swapaxes(1, 2)
+        elif type.endswith("_K"):
+            size = tiles * width // 256 * 16 * {"Q4_K": 148, "Q5_K": 180, "Q6_K": 210}[type]
+            values = decoded_k(type, data[:size].reshape(tiles, width // 256, -1))
         else:
             half = {"Q8_0": 32 + 512, "Q4_0": 32 + 256, "Q4_1": 64 + 256}[type]
             size = tiles * width // 32 * half
@@ -197,6 +200,32 @@ def decoded(piece: dict[str, Any], data: np.ndarray) -> np.ndarray:
         panels.append(values.reshape(tiles * 16, width)[:n].astype(np.float32))
         data = data[size:]
     return np.concatenate(panels, axis=1)
+
+
+def decoded_k(type: str, blocks: np.ndarray) -> np.ndarray:
+    """Values [tile, row, column] of K-quants' blocks [tile, block, bytes]."""
+    tiles, count = blocks.shape[:2]
+
+    def scale(at: int) -> np.ndarray:
+        return blocks[..., at : at + 32].copy().view("<f2").astype(np.float32)[..., None]
+
+    begin = 32 if type == "Q6_K" else 64
+    small = blocks[..., begin : begin + 256].reshape(tiles, count, 8, 2, 16, 1)
+    parts = blocks[..., begin + 256 :].reshape(tiles, count, 8, -1, 16, 4).swapaxes(3, 4)  # group after row
+    q = parts[..., :4, :].reshape(tiles, count, 8, 16, 16)
+    q = np.concatenate([q & 15, q >> 4], axis=-1)
+    for column in range(32):
+        group, byte = column // 4, column % 4
+        if type == "Q5_K":
+            q[..., column] |= (parts[..., 4, byte] >> group & 1) << 4
+        if type == "Q6_K":
+            q[..., column] |= (parts[..., 4 + group // 4, byte] >> 2 * (group % 4) & 3) << 4
+    if type == "Q6_K":
+        each = np.repeat(small.view(np.int8).swapaxes(3, 4)[..., 0], 16, axis=-1)  # columns 0..15, 16..31
+        values = scale(0)[:, :, None] * each * (q.astype(np.float32) - 32)
+    else:
+        values = scale(0)[:, :, None] * small[:, :, :, 0] * q - scale(32)[:, :, None] * small[:, :, :, 1]
+    return values.transpose(0, 3, 1, 2, 4).reshape(tiles, 16, -1)
 
 
 def test_a_packing_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

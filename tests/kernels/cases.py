@@ -169,8 +169,13 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
             return np.ascontiguousarray((x.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint8)
-    blocks = -(-k // 32)
+    blocks = -(-k // type.block)
     raw = rng.integers(0, 256, (n, blocks, type.block_bytes), dtype=np.uint8)
+    if type.k_quant:
+        for at in (208,) if type == BlockType.Q6_K else (0, 2):
+            scale = rng.standard_normal((n, blocks, 1)) / 100
+            raw[:, :, at : at + 2] = scale.astype(np.float16).view(np.uint8)
+        return raw.reshape(n, -1)
     scales = 2 if type == BlockType.Q4_1 else 1
     raw[:, :, : 2 * scales] = rng.standard_normal((n, blocks, scales)).astype(np.float16).view(np.uint8)
     if k % 32:  # the last block is padded with zeros
@@ -185,6 +190,11 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
     return raw.reshape(n, -1)
 
 
+def whole(type: BlockType, k: int) -> int:
+    """So many columns, or as many more as K-quants need."""
+    return -(-k // type.block) * type.block if type.k_quant else k
+
+
 def panels(rng: np.random.Generator, type: BlockType, k: int) -> Array:
     """1, 2, 4 or 8 panels of k columns, some perhaps empty."""
     inner = int(rng.choice([0, 1, 3, 7]))
@@ -196,7 +206,8 @@ def panels(rng: np.random.Generator, type: BlockType, k: int) -> Array:
 def product(
     rng: np.random.Generator, type: BlockType, n: int, k: int, m: int, threads: int = 1, fold: int = 1
 ) -> Case:
-    """A product of random shapes' data."""
+    """A product of random shapes' data; K-quants get whole blocks."""
+    k = whole(type, k)
     arrays = [canonical(rng, type, n, k), panels(rng, type, k), values(rng, m, k)]
     return Case("product", [int(type), n, k, m, fold], arrays, threads, type.name)
 
@@ -237,7 +248,9 @@ def small(rng: np.random.Generator, m: int, d: int, threads: int = 1) -> Iterato
     for type in (BlockType.Q8_0, BlockType.Q4_0):
         yield Case("quantize", [int(type), m, d], [x], threads)
     for type in BlockType:
-        yield Case("dequantize", [int(type), m, d], [canonical(rng, type, m, d)], threads)
+        yield Case(
+            "dequantize", [int(type), m, whole(type, d)], [canonical(rng, type, m, whole(type, d))], threads
+        )
     hd = 2 * (d // 2 + 1)
     angles = rng.standard_normal((m, hd // 2)).astype(np.float32)
     yield Case("rope", [m, 3, hd], [values(rng, m, 3 * hd), np.cos(angles), np.sin(angles)], threads)

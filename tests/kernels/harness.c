@@ -47,7 +47,7 @@ static void product(void) {
         blocks += mk_blocks(bounds[p + 1] - bounds[p], block);
         units += mk_blocks(bounds[p + 1] - bounds[p], MK_BLOCK);
     }
-    size_t packed_bytes = (size_t)(mk_blocks(n, MK_TILE) * MK_TILE * blocks * mk_block_bytes(type));
+    size_t packed_bytes = (size_t)(mk_blocks(n, MK_TILE) * MK_TILE * blocks * mk_packed_bytes(type));
     size_t out_bytes = (size_t)(parts * m * n) * 4;
     uint8_t *packed = make(packed_bytes, 0xAA);
     float *out = make(out_bytes, 0);

@@ -11,7 +11,7 @@ import pytest
 from mpillm import kernels
 from mpillm.kernels import BlockType
 
-Q8, BF16, F32 = BlockType.Q8_0, BlockType.BF16, BlockType.F32
+Q8, Q4_K, BF16, F32 = BlockType.Q8_0, BlockType.Q4_K, BlockType.BF16, BlockType.F32
 
 
 def u8(*shape: int) -> Any:
@@ -51,16 +51,21 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
     (r"bounds must be P \+ 1 integers .* not 4 integers",
      lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 1, 2, 64], u8(9))),
     (r"inner bounds .* multiples of 32: \[0, 16, 64\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 16, 64], u8(9))),
+    (r"multiples of 256: \[0, 32, 256\]", lambda: kernels.pack(Q4_K, u8(1, 144), 256, [0, 32, 256], u8(9))),
+    (r"columns of a K-quant matrix must be a multiple of 256, not 288",
+     lambda: kernels.pack(Q4_K, u8(1, 288), 288, [0, 288], u8(9))),
+    (r"columns of a K-quant matrix must be a multiple of 256, not 32",
+     lambda: kernels.dequantize(Q4_K, u8(1, 144), 32, f4(1, 32))),
     (r"canonical must have shape \[1, 68\], not \[1, 67\]", lambda: kernels.pack(Q8, u8(1, 67), 64, [0, 64], u8(9))),
     (r"out must have shape \[1088\], not \[9\]", lambda: kernels.pack(Q8, u8(1, 68), 64, [0, 64], u8(9))),
     (r"quantize makes Q8_0 or Q4_0", lambda: kernels.quantize(BlockType.Q4_1, f4(1, 32), u8(1, 20))),
     (r"out must have shape \[1, 34\], not \[1, 36\]", lambda: kernels.quantize(Q8, f4(1, 32), u8(1, 36))),
     (r"out must have shape \[2, 32\], not \[2, 33\]", lambda: kernels.dequantize(Q8, u8(2, 34), 32, f4(2, 33))),
-    (r"out must have shape \[2, 48\]", lambda: kernels.quantize_rows(f4(2, 32), [0, 32], u8(2, 90))),
+    (r"out must have shape \[2, 56\]", lambda: kernels.quantize_rows(f4(2, 32), [0, 32], u8(2, 90))),
     (r"w must have shape \[512\], not \[5\]", lambda: kernels.matmul(BF16, u8(5), 3, 16, [0, 16], f4(1, 16), f4(1, 3))),
     (r"x must have shape \[1, 16\], not \[1, 15\]",
      lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 15), f4(1, 3))),
-    (r"x must have shape \[1, 48\], not \[1, 34\]",
+    (r"x must have shape \[1, 56\], not \[1, 34\]",
      lambda: kernels.matmul(Q8, u8(544), 3, 32, [0, 32], u8(1, 34), f4(1, 3))),
     (r"out must have shape \[1, 3\], not \[1, 4\]",
      lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 16), f4(1, 4))),

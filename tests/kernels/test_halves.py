@@ -16,7 +16,8 @@ from . import cases
 
 COMPILED = [name for name in kernels.available() if name != "numpy"]
 pytestmark = pytest.mark.skipif(not COMPILED, reason="the extension is not built")
-HD, HEADS, KVH, D, FFN, BLOCKS = 16, 6, 2, 70, 160, 4
+HD, HEADS, KVH, FFN, BLOCKS = 16, 6, 2, 160, 4
+HIDDEN = (70, 256)  # by the seed; K-quants have whole blocks of 256
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,8 @@ def matrix(
 ) -> Matrix:
     """Random weights in one piece, or in two: `rows` one under the other, `columns` side by side."""
     raw = cases.canonical(rng, type, n, k)
-    bounds = [k // 32 * p // panels * 32 for p in range(panels)] + [k]
+    unit = max(32, type.block)
+    bounds = [k // unit * p // panels * unit for p in range(panels)] + [k]
     whole = packed(type, raw, k, bounds)
     if cut == "rows":
         parts = (packed(type, raw[: n // 2], k, bounds), packed(type, raw[n // 2 :], k, bounds))
@@ -63,6 +65,12 @@ def matrix(
     return replace(whole, data=whole.data[:0], parts=parts)
 
 
+def fitting(k: int, number: int) -> BlockType:
+    """One of the types that have rows of k values."""
+    types = [type for type in BlockType if cases.whole(type, k) == k]
+    return types[number % len(types)]
+
+
 def unfused(half: type[Any]) -> Any:
     """The twin's class over the compiled single kernels."""
     return type(half.__name__, (half,), {"ops": kernels._compiled})
@@ -75,25 +83,25 @@ def vector(rng: np.random.Generator, n: int) -> Any:
 def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
     """What a half gives, and the pools after it; the first row of each of two sequences is at a position of its own."""
     rng = np.random.default_rng(seed)
-    types = list(BlockType)
+    d = HIDDEN[seed % 2]
     q, k, v = (
-        matrix(rng, types[(seed + i) % len(types)], n * HD, D, cut="rows" if cut else "")
+        matrix(rng, fitting(d, 2 * seed + i), n * HD, d, cut="rows" if cut else "")
         for i, n in enumerate((HEADS, KVH, KVH))
     )
-    o = matrix(rng, types[(seed + 3) % len(types)], D, HEADS * HD, 2, cut="columns" if cut else "")
+    o = matrix(rng, fitting(HEADS * HD, seed + 3), d, HEADS * HD, 2, cut="columns" if cut else "")
     biases = tuple(vector(rng, n * HD) for n in (HEADS, KVH, KVH)) if seed % 2 else None
     norms = (vector(rng, HD), vector(rng, HD)) if seed % 3 else None
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
-    half = make(vector(rng, D), 1e-5, q, k, v, o, kv_of_head, KVH, HD, 0.25, 0, biases, norms)
+    half = make(vector(rng, d), 1e-5, q, k, v, o, kv_of_head, KVH, HD, 0.25, 0, biases, norms)
     table = np.array([2, 0, 3, 1], np.int32)
     row = np.arange(m, dtype=np.int32)
     pos, start = row // 2, row % 2 * 2
     block = table[start + pos // 32]
     pools = np.zeros((BLOCKS, KVH, HD, 32), np.uint16), np.zeros((BLOCKS, KVH, 32, HD), np.uint16)
     cos, sin = rng.standard_normal((2, m, HD // 2)).astype(np.float32)
-    out = np.empty((m, D), np.float32)
+    out = np.empty((m, d), np.float32)
     order = np.argsort(start, kind="stable")  # a sequence's rows are neighbours
-    x, index = rng.standard_normal((m, D)).astype(np.float32), (order,)
+    x, index = rng.standard_normal((m, d)).astype(np.float32), (order,)
     half(x, cos, sin, BlockType.F16, *pools, *(np.ascontiguousarray(a[index]) for a in (block, pos % 32, pos)),
          table, np.ascontiguousarray(start[order]), out, threads)  # fmt: skip
     return [out, *pools]
@@ -101,14 +109,14 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
 
 def feed_forward_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
     rng = np.random.default_rng(seed)
-    type = list(BlockType)[seed % len(BlockType)]
-    gate, up = (matrix(rng, type, FFN, D, cut="rows" if cut else "") for _ in range(2))
-    down = matrix(rng, BlockType.Q8_0, D, FFN, 4, cut="columns" if cut else "")
-    norm = vector(rng, D) if seed % 2 else None
+    d = HIDDEN[seed % 2]
+    gate, up = (matrix(rng, fitting(d, seed // 2 + 4), FFN, d, cut="rows" if cut else "") for _ in range(2))
+    down = matrix(rng, BlockType.Q8_0, d, FFN, 4, cut="columns" if cut else "")
+    norm = vector(rng, d) if seed % 2 else None
     biases = (vector(rng, FFN), vector(rng, FFN)) if seed % 3 else None
     half = make(norm, 1e-5, gate, up, down, biases)
-    x = rng.standard_normal((m, D)).astype(np.float32)
-    out, panels = np.empty((m, D), np.float32), np.empty((4, m, D), np.float32)
+    x = rng.standard_normal((m, d)).astype(np.float32)
+    out, panels = np.empty((m, d), np.float32), np.empty((4, m, d), np.float32)
     half(x, out, threads)
     half(x, panels, threads, fold=False)
     return [out, panels]
@@ -129,11 +137,12 @@ def test_one_piece_of_work_gives_the_single_kernels_bits(path: str, results: Any
 
 def test_products_of_parts_are_the_whole() -> None:
     rng = np.random.default_rng(2)
-    x = rng.standard_normal((5, 96)).astype(np.float32)
     for type in BlockType:
+        k = 3 * max(32, type.block)
+        x = rng.standard_normal((5, k)).astype(np.float32)
         for cut, panels in (("rows", 1), ("columns", 2)):
-            parted = matrix(np.random.default_rng(3), type, 50, 96, panels, cut)
-            whole = matrix(np.random.default_rng(3), type, 50, 96, panels)
+            parted = matrix(np.random.default_rng(3), type, 50, k, panels, cut)
+            whole = matrix(np.random.default_rng(3), type, 50, k, panels)
             outs = [np.empty((5, 50), np.float32) for _ in range(2)]
             kernels.Products(parted)(x, outs[:1], 2)
             kernels.Products(whole)(x, outs[1:], 2)

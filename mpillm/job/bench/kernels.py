@@ -91,6 +91,8 @@ def cases(sizes: Sizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iter
     """All that is measured. The matrix is a feed-forward's: the widest, and most of a model's weights."""
     random = np.random.default_rng(1)
     for kind in types:
+        if kind.k_quant and sizes.hidden % kind.block:
+            continue  # no such model has K-quants
         for m in rows:
             yield _product(random, kind, sizes.ffn, sizes.hidden, m)
     for m in rows:

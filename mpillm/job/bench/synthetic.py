@@ -55,7 +55,17 @@ SHAPES: dict[str, Shape] = {
     "tiny-llama": Shape("llama", 256, 2, 4, 2, 64, 512, 1024),
     "tiny-moe": Shape("qwen3moe", 256, 2, 4, 2, 64, 64, 1024, 8, 2),
 }
-WEIGHTS = {name.lower(): Type[name] for name in ("Q4_0", "Q4_1", "Q8_0", "BF16", "F16", "F32")}
+WEIGHTS = {
+    name.lower(): Type[name]
+    for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+}
+# llama.cpp's usual mixtures: these types, and Q6_K where `_more_bits` says.
+MIXTURES = {"q4_k_m": Type.Q4_K, "q5_k_m": Type.Q5_K}
+INSTEAD = {
+    Type.Q4_K: Type.Q5_0,
+    Type.Q5_K: Type.Q5_1,
+    Type.Q6_K: Type.Q8_0,
+}  # of rows that are no whole blocks
 
 
 def create(shape: str, weights: str) -> Path:
@@ -71,10 +81,10 @@ def create(shape: str, weights: str) -> Path:
 
 def check(shape: str, weights: str) -> None:
     """JobError if there is no such model."""
-    if shape not in SHAPES or weights not in WEIGHTS:
+    if shape not in SHAPES or weights not in WEIGHTS | MIXTURES:
         raise JobError(
             f"There is no synthetic model {shape} with {weights} weights; shapes are {', '.join(SHAPES)}, "
-            f"weights {', '.join(WEIGHTS)}."
+            f"weights {', '.join(WEIGHTS | MIXTURES)}."
         )
 
 
@@ -94,17 +104,24 @@ def folder() -> Path:
     return models_dir().parent / "synthetic"
 
 
-def tensors(shape: Shape, weights: Type) -> Iterator[tuple[str, tuple[int, ...], Type]]:
+def tensors(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
     """Name, shape and type of every tensor, in the order of llama.cpp's files."""
+    for name, sizes, kind in _wanted(shape, recipe):
+        yield name, sizes, INSTEAD[kind] if sizes[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _wanted(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
     d, hd = shape.hidden, shape.head_dim
+    weights = (WEIGHTS | MIXTURES)[recipe]
     head = weights if weights in {Type.Q8_0, Type.F16, Type.BF16, Type.F32} else Type.Q6_K
     yield "token_embd.weight", (shape.vocab, d), weights
     for layer in range(shape.layers):
         block = f"blk.{layer}."
+        more = Type.Q6_K if recipe in MIXTURES and _more_bits(layer, shape.layers) else weights
         yield f"{block}attn_norm.weight", (d,), Type.F32
         yield f"{block}attn_q.weight", (shape.heads * hd, d), weights
         yield f"{block}attn_k.weight", (shape.kv_heads * hd, d), weights
-        yield f"{block}attn_v.weight", (shape.kv_heads * hd, d), weights
+        yield f"{block}attn_v.weight", (shape.kv_heads * hd, d), more
         yield f"{block}attn_output.weight", (d, shape.heads * hd), weights
         if shape.architecture.startswith("qwen3"):
             yield f"{block}attn_q_norm.weight", (hd,), Type.F32
@@ -115,9 +132,14 @@ def tensors(shape: Shape, weights: Type) -> Iterator[tuple[str, tuple[int, ...],
         stack, name = ((shape.experts,), "_exps") if shape.experts else ((), "")
         yield f"{block}ffn_gate{name}.weight", (*stack, shape.ffn, d), weights
         yield f"{block}ffn_up{name}.weight", (*stack, shape.ffn, d), weights
-        yield f"{block}ffn_down{name}.weight", (*stack, d, shape.ffn), weights
+        yield f"{block}ffn_down{name}.weight", (*stack, d, shape.ffn), more
     yield "output_norm.weight", (d,), Type.F32
     yield "output.weight", (shape.vocab, d), head
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third one between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def nbytes(kind: Type, shape: tuple[int, ...]) -> int:
@@ -128,7 +150,7 @@ def nbytes(kind: Type, shape: tuple[int, ...]) -> int:
 
 def write(path: Path, name: str, shape: Shape, weights: str) -> None:
     """Write the GGUF file of a model of that name and shape."""
-    listed = list(tensors(shape, WEIGHTS[weights]))
+    listed = list(tensors(shape, weights))
     require_room(path, sum(nbytes(kind, sizes) + ALIGNMENT for _, sizes, kind in listed) + 2**20)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -226,7 +248,10 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
 _SCALES: dict[Type, dict[int, float]] = {
     Type.Q4_0: {0: 1 / 4.6},
     Type.Q4_1: {0: 1 / 4.6, 2: -7.5 / 4.6},
+    Type.Q5_0: {0: 1 / 9.2},
+    Type.Q5_1: {0: 1 / 9.2, 2: -15.5 / 9.2},
     Type.Q8_0: {0: 1 / 74},
     Type.Q4_K: {0: 1 / 250, 2: 1 / 36},
+    Type.Q5_K: {0: 1 / 500, 2: 1 / 36},
     Type.Q6_K: {208: 1 / 1360},
 }
