@@ -15,7 +15,7 @@ from ..model.kv import block_nbytes
 from ..weights.layer import LayerPlan, check_tensors, rank_plans
 from ..weights.paging import minimum_budget, streamed
 from ..weights.source import Source, column_unit, open_source
-from . import catalogue
+from . import catalogue, memory
 from .limits import described_step, kv_blocks, kv_in_file, step_size
 from .spec import Spec, shown_bytes
 
@@ -34,11 +34,13 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_token: int  # for each token in the cache
     kv_held: int  # at most
     kv_in_file: int  # on disk, at most
+    activations: int  # of a step's rows, at most
+    process: int  # Python, MPI, libraries, tokenizer, at most
 
     @property
     def held(self) -> int:
-        """Weights and KV cache together."""
-        return self.weights_held + self.kv_held
+        """All of it together."""
+        return self.weights_held + self.kv_held + self.activations + self.process
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +56,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens_in_memory: int  # of those; the others lie on disk
     step_sequences: int  # in one step, at most
     step_tokens: int
-    activations: int  # bytes of a step's rows on the rank that has most, at most
     max_context: int
     wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
     wire_f32: float  # what all of it would be as float32
@@ -83,14 +84,18 @@ def make_plan(
     kv_type = BlockType[spec.kv_type(quantised=shape.unit > 1).upper()]
     places = [Place(rank, stages, shards) for rank in range(ranks)]
     blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
-    shares = [_weights(spec, rank_plans(shape, place, source, config)) for place in places]
+    items = [rank_plans(shape, place, source, config) for place in places]
+    shares = [_weights(spec, own) for own in items]
     read = [share["streamed"] for share in shares]
     n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
-    plans = [
-        _rank(spec, shape, place, kv_type, n_blocks, share)
-        for place, share in zip(places, shares, strict=True)
-    ]
     step = step_size(spec, shape, places, any(read))
+    processes = [
+        memory.process(source, shape, place, len(own)) for place, own in zip(places, items, strict=True)
+    ]
+    plans = [
+        _rank(spec, shape, place, kv_type, n_blocks, share, step.tokens, process)
+        for place, share, process in zip(places, shares, processes, strict=True)
+    ]
     return Plan(
         model=spec.model,
         architecture=config.architecture,
@@ -102,7 +107,6 @@ def make_plan(
         kv_tokens_in_memory=in_memory * KV_BLOCK,
         step_sequences=min(step.sequences, max(n_blocks, 1)),
         step_tokens=step.tokens,
-        activations=step.activations,
         max_context=min(spec.memory.max_context, config.max_position),
         wire=wire_bytes(
             shape,
@@ -144,7 +148,14 @@ def _weights(spec: Spec, items: Sequence[LayerPlan]) -> dict[str, int]:
 
 
 def _rank(
-    spec: Spec, shape: Shape, place: Place, kv_type: BlockType, n_blocks: int, weights: dict[str, int]
+    spec: Spec,
+    shape: Shape,
+    place: Place,
+    kv_type: BlockType,
+    n_blocks: int,
+    weights: dict[str, int],
+    tokens: int,
+    process: int,
 ) -> RankPlan:
     layers, block = grid.stage_layers(shape, place), block_nbytes(shape, place, kv_type)
     return RankPlan(
@@ -159,6 +170,8 @@ def _rank(
         kv_token=block // KV_BLOCK,
         kv_held=min(n_blocks * block, spec.memory.kv_bytes),
         kv_in_file=kv_in_file(spec, shape, place, kv_type, n_blocks),
+        activations=memory.activations(shape, place, tokens),
+        process=process,
     )
 
 
@@ -206,7 +219,6 @@ def _table(plan: Plan) -> Iterator[str]:
     yield "batch     " + described_step(
         plan.step_sequences, plan.step_tokens, max(rank.weights_streamed for rank in plan.ranks)
     )
-    yield f"          activations of such a step take up to {shown_bytes(plan.activations)} on a rank"
     total = sum(plan.wire.values())
     if total:
         parts = ", ".join(f"{kind} {count:.0f}" for kind, count in plan.wire.items() if count)
@@ -215,10 +227,10 @@ def _table(plan: Plan) -> Iterator[str]:
         yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
     yield ""
     head = ["rank", "stage", "shard", "layers", "weights: share", "held", "at least", "read per step"]
-    rows = [[*head, "KV per token", "KV held", "in all"]]
+    rows = [[*head, "KV per token", "KV held", "a step's rows", "process", "in all"]]
     for rank in plan.ranks:
         weights = [rank.weights_share, rank.weights_held, rank.weights_least, rank.weights_streamed]
-        sizes = [*weights, rank.kv_token, rank.kv_held, rank.held]
+        sizes = [*weights, rank.kv_token, rank.kv_held, rank.activations, rank.process, rank.held]
         layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
         rows.append([str(rank.rank), str(rank.stage), str(rank.shard), layers, *map(shown_bytes, sizes)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

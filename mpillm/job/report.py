@@ -73,6 +73,7 @@ class Rank(msgspec.Struct, kw_only=True):
     ]  # budget, bytes, blocks; layers_in_file, read, written, stalls, stall_seconds if it spills
     experts: dict[str, float] = {}  # as weights, of a mixture's experts, which weights has none of then
     messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
+    memory: dict[str, int] = {}  # what was planned, at most: weights, kv, activations, process
     memory_peak: int = 0  # of the process, as the system counts it
     seconds: dict[str, float] = {}  # compute, wire, weights, idle, ...
 
@@ -154,6 +155,10 @@ def summary(report: Report) -> Iterator[str]:
             f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "
             f"weights read per token: {shown_bytes(report.weights_per_token())}."
         )
+    used = [(rank.memory_peak, sum(rank.memory.values())) for rank in report.ranks if rank.memory]
+    if used:
+        most, planned = max(used)
+        yield f"Memory: at most {shown_bytes(most)} on a rank, of {shown_bytes(planned)} that were planned."
     hits, uses = report.expert_hits()
     if uses:
         read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
@@ -244,7 +249,7 @@ def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: 
 
 def _rank_table(report: Report) -> str:
     head = ["rank", "host", "place", "threads", "kernels", "weights: share", "budget", "held at most"]
-    head += ["KV cache", "process"]
+    head += ["KV cache", "planned", "process"]
     mixture = any(rank.experts for rank in report.ranks)
     for kind in ("", "experts: ") if mixture else ("",):
         head += [kind + "hits", "misses", "stalls", "stalled s"]
@@ -254,7 +259,8 @@ def _rank_table(report: Report) -> str:
         row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
         caches = [rank.weights, rank.experts] if mixture else [rank.weights]
         row += [shown_bytes(sum(of.get(key, 0) for of in caches)) for key in ("share", "budget", "peak")]
-        row += [shown_bytes(rank.kv.get("bytes", 0)), shown_bytes(rank.memory_peak)]
+        row += [shown_bytes(rank.kv.get("bytes", 0)), shown_bytes(sum(rank.memory.values()))]
+        row.append(shown_bytes(rank.memory_peak))
         for of in caches:
             row += [f"{of.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
             row.append(f"{of.get('stall_seconds', 0.0):.2f}")

@@ -7,6 +7,8 @@ import resource
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
+
 from .. import kernels
 from ..comm import grid
 from ..comm.collectives import Channel, Group, Pipe
@@ -26,6 +28,7 @@ from ..weights.loaders import open_loader
 from ..weights.lost_pages import say_when_lost
 from ..weights.paging import Weights
 from ..weights.source import column_unit, fingerprint, open_source
+from . import memory
 from .limits import limits
 from .report import Rank
 from .spec import Spec
@@ -71,6 +74,7 @@ class Session:
             )
         self.streamed = world.gather(self.weights.streamed)
         self.limits = self._limits()
+        self.memory = self._memory()
         self.channel = Channel(world, self.counters)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
         log.info(
@@ -107,6 +111,7 @@ class Session:
             experts=_described(weights.experts) if weights.experts else {},
             kv=self._describe_kv(),
             messages=messages,
+            memory=msgspec.to_builtins(self.memory),
             memory_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             seconds={
                 "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
@@ -151,6 +156,17 @@ class Session:
         self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self.shape, places, self.kv_type, max_context, self.streamed)
+
+    def _memory(self) -> memory.Memory:
+        """What this rank may come to hold."""
+        weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
+        block = block_nbytes(shape, place, self.kv_type)
+        return memory.Memory(
+            weights=min(weights.total, weights.budget),
+            kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
+            activations=memory.activations(shape, place, limits.max_tokens),
+            process=memory.process(self.source, shape, place, len(weights.items)),
+        )
 
     def _decoder(self) -> Decoder:
         config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from pathlib import Path
 
@@ -15,6 +17,7 @@ Bytes = NDArray[np.uint8]
 SECTOR = 4096  # what reading past the page cache is aligned to, in the file and in memory
 REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
 REQUEST_BYTES = 4 * 2**20
+LARGE = 2 * 2**20  # bytes of a buffer that is worth a call to the system
 
 
 class DirectFile:
@@ -43,7 +46,17 @@ class DirectFile:
 
 
 def new_buffer(nbytes: int, alignment: int) -> Bytes:
-    """Uninitialised bytes that begin at a multiple of `alignment`."""
+    """Bytes of any values that begin at a multiple of `alignment`, at most a page.
+
+    Large ones come from the system and go back to it with the last view of them: `malloc` may keep what it is given
+    back, and a process would hold more than its budgets.
+    """
+    assert mmap.PAGESIZE % alignment == 0, alignment
+    if nbytes >= LARGE:
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, np.uint8)
     raw = np.empty(nbytes + alignment, np.uint8)
     begin = -raw.ctypes.data % alignment
     return raw[begin : begin + nbytes]

@@ -36,7 +36,7 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
         assert rank.weights_share == rank.weights_held == sum(item.nbytes for item in items)
         assert rank.weights_streamed == 0
         assert 0 < rank.kv_held <= 4 * 2**20
-        assert rank.held == rank.weights_held + rank.kv_held
+        assert rank.held == rank.weights_held + rank.kv_held + rank.activations + rank.process
     source.close()
     covered = {layer for rank in made.ranks for layer in range(*rank.layers)}
     assert covered == set(range(config.n_layers))

@@ -1,0 +1,53 @@
+"""All of a rank's memory: its two budgets, what a step's rows take, and what the process itself does.
+
+It is known before the run (`plan` prints it), and the report says what of it was used.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..comm import grid
+from ..comm.grid import Place, Shape
+from ..engine.reply import TILE
+from ..model.activations import row_nbytes
+from ..weights.packed_source import PackedSource
+from ..weights.source import Source
+
+# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 35 for the libraries, 10 for a heap in use.
+PROCESS = 112 * 2**20
+WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
+FIELD = 256  # and among a GGUF file's fields, which all have
+ITEM = 2048  # of what is known of a part that is paged
+UNPACKED = 48 * 2**20  # rows on their way from an unpacked model into kernel-ready form
+LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of one rank, at most."""
+
+    weights: int
+    kv: int
+    activations: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.activations + self.process
+
+
+def activations(shape: Shape, place: Place, rows: int) -> int:
+    """Bytes that a step of so many rows takes on a rank, the logits and what is under way to others included."""
+    found = rows * row_nbytes(shape, place)
+    if place.stage == place.stages - 1:
+        found += LOGITS * 4 * TILE * len(grid.own_vocab(shape, place))
+    if place.stages > 1:
+        found += 2 * rows * 4 * shape.hidden  # one message leaves, or comes, while the next is made
+    return found
+
+
+def process(source: Source, shape: Shape, place: Place, items: int) -> int:
+    """Bytes of Python, MPI and the libraries, the tokenizer, and what is known of the model and its `items`."""
+    found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
+    return found if isinstance(source, PackedSource) else found + UNPACKED
