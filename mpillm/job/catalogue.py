@@ -82,7 +82,7 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
         return pull(model, progress)
     if not model:
         raise JobError(f"No model is named; give a path, hf:owner/name or one of {known()}.")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     try:
         if path.is_file():
             return path
@@ -150,7 +150,7 @@ def models_dir() -> Path:
     """$MPILLM_CACHE/models, or $XDG_CACHE_HOME/mpillm/models, or ~/.cache/mpillm/models."""
     own = os.environ.get("MPILLM_CACHE")
     if own:
-        return Path(own).expanduser() / "models"
+        return Path(os.path.expanduser(own)) / "models"
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # a relative one is to be ignored, says the XDG base directory specification
         return Path(base) / "mpillm" / "models"

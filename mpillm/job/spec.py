@@ -130,7 +130,7 @@ class Memory(Section, frozen=True):
     @property
     def spill_folder(self) -> Path:
         """Where it lies, on every node."""
-        return Path(tempfile.gettempdir() if self.spill_dir == "auto" else self.spill_dir).expanduser()
+        return Path(tempfile.gettempdir() if self.spill_dir == "auto" else os.path.expanduser(self.spill_dir))
 
     def __post_init__(self) -> None:
         words = {"weights": "all", "kv_spill": "none"}  # that stand for a size
@@ -258,6 +258,9 @@ def load(
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {_explain(error, values)}.") from None
+    for key in ("model", "input", "output"):
+        if "\0" in getattr(spec, key):
+            raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
     _refuse_overwriting(spec)
     return spec
 
@@ -281,10 +284,10 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
     """Make a job file's `input`, and a `model` that is a path, start from the job file's directory."""
     source = values.get("input")
     if isinstance(source, str) and source:
-        values["input"] = str(folder / Path(source).expanduser())
+        values["input"] = str(folder / os.path.expanduser(source))
     model = values.get("model")
     if isinstance(model, str) and model and not model.startswith("hf:"):
-        path = folder / Path(model).expanduser()
+        path = folder / os.path.expanduser(model)
         if "/" in model or model.endswith(".gguf"):
             values["model"] = str(path)
 

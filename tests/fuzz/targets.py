@@ -211,7 +211,9 @@ def _toml(folder: Path) -> Target:
         b'input = "a"\noutput = "b"\n[memory]\nweights = "2GiB"\n[sampling]\nstop = ["x", "y"]\nseed = -1\n'
     )
     return Target(
-        run, seeds, (b"[layout]", b'"auto"', b"[[", b"]]", b"inf", b"nan", b"1e400", b"{", b"'''", b"GiB")
+        run,
+        seeds,
+        (b"[layout]", b'"auto"', b"[[", b"]]", b"inf", b"nan", b"1e400", b"{", b"'''", b"~", b"\\u0000"),
     )
 
 

@@ -147,6 +147,13 @@ def test_wrong_overrides(tmp_path: Path) -> None:
         load(tmp_path, LEAST + 'quantize = "none"\n', "quantize.x=3")
 
 
+def test_paths_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"job\.toml: model holds a zero byte, which no path can\.$"):
+        load(tmp_path, LEAST + 'model = "a\\u0000b"')
+    (tmp_path / "job.toml").write_text('input = "~nobody-of-this-name/in.jsonl"\noutput = "out"\n')
+    assert spec.load(tmp_path / "job.toml").input == str(tmp_path / "~nobody-of-this-name/in.jsonl")
+
+
 def test_files_that_are_no_jobs(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"is not TOML: .*line 2"):
         load(tmp_path, "input = 'a'\n[sampling\n")
