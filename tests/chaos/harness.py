@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from mpillm.errors import JobError
 from mpillm.job.journal import finished
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
@@ -43,7 +44,7 @@ VARIATIONS = (
     ("batch.max_num_seqs=4",),
     ("batch.max_num_seqs=4", "job.checkpoint_tokens=1"),
     ("batch.max_num_seqs=3", "job.checkpoint_tokens=5", "memory.kv={kv}"),
-    ("batch.max_num_seqs=5", "job.checkpoint_tokens=0", "layout.stages=4", "batch.max_num_batched_tokens=16"),
+    ("batch.max_num_seqs=5", "job.checkpoint_tokens=0", "batch.max_num_batched_tokens=16"),
     ("batch.max_num_seqs=4", "job.checkpoint_tokens=3", "memory.weights={weights}"),
 )
 
@@ -241,7 +242,8 @@ class Chaos:
         self.counts.longest = max(self.counts.longest, time.monotonic() - begun)
         if on_hosts:
             self._restore()
-        launcher.wait()
+        if launcher.wait() == JobError.exit_code:
+            raise self._wrong("the job was refused")
 
     def _restore(self) -> None:
         """What is left of MPI itself on the hosts is ended, as its owner would, and the cable is mended."""
