@@ -29,6 +29,7 @@ SCRIPTS = [path for folder, names in FOLDERS.items() for path in sorted((ROOT / 
 
 # Options that stand between a launcher and the program, with the words that each takes.
 LAUNCHER_OPTIONS = {
+    "--with-ft": 1,
     "-n": 1,
     "-f": 1,
     "-iface": 1,

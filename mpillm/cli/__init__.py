@@ -78,7 +78,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
 def _run(world: World, options: argparse.Namespace) -> int:
     from mpillm.job import runner  # what computes is loaded when the threads are known
 
-    progress = Console(speaks=world.rank == 0)
+    progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
     report = runner.run(world, spec, progress)
     if report is None:
@@ -101,7 +101,7 @@ def _plan(world: World, options: argparse.Namespace) -> int:
 def _pack(world: World, options: argparse.Namespace) -> int:
     from mpillm.job import pack
 
-    console = Console(speaks=world.rank == 0)
+    console = Console(lambda: world.rank == 0)
     made = pack.pack(world, options.source, options.target, options.weights, console)
     console.say(
         f"{made.directory} is packed: {made.bytes / 1e6:.0f} MB in {made.files} files"
@@ -114,7 +114,7 @@ def _pull(world: World, options: argparse.Namespace) -> int:
     from mpillm.job import catalogue
 
     if world.rank == 0:
-        print(catalogue.pull(options.name, Console(speaks=True).downloading))
+        print(catalogue.pull(options.name, Console().downloading))
     return 0
 
 

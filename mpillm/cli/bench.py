@@ -68,7 +68,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         repeats=options.repeats,
     )
     asked = suite.Asked(options.model, options.synthetic, options.weights, options.against, measured)
-    made = suite.bench(world, asked, Console(speaks=world.rank == 0))
+    made = suite.bench(world, asked, Console(lambda: world.rank == 0))
     if made is None:
         return 0
     print(tables.as_text(made), flush=True)

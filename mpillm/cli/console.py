@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ class _Bar:
 class Console:
     """A `Progress` for people."""
 
-    def __init__(self, speaks: bool) -> None:
+    def __init__(self, speaks: Callable[[], bool] = lambda: True) -> None:
+        """`speaks` says whether this process does now: rank 0 may be lost, and then another one does."""
         self._speaks = speaks
         self._download: tqdm | None = None
 
     def say(self, line: str) -> None:
         """One line on stderr, from rank 0."""
-        if self._speaks:
+        if self._speaks():
             tqdm.write(f"mpillm: {line}", file=sys.stderr)
 
     def downloading(self, done: int, total: int) -> None:
@@ -56,7 +57,7 @@ class Console:
         self._bytes("packing", done, total)
 
     def _bytes(self, what: str, done: int, total: int) -> None:
-        if not self._speaks:
+        if not self._speaks():
             return
         if self._download is None:
             self._download = self._bar(total=total or None, desc=what, unit="B", unit_scale=True)
@@ -88,7 +89,7 @@ class Console:
     def _bar(self, **settings: object) -> tqdm:
         return tqdm(
             file=sys.stderr,
-            disable=not self._speaks,
+            disable=not self._speaks(),
             mininterval=SECONDS_BETWEEN[sys.stderr.isatty()],
             dynamic_ncols=sys.stderr.isatty(),
             **settings,

@@ -19,6 +19,7 @@ from mpi4py import MPI
 from .. import kernels
 from ..kernels import BlockType
 from .counters import Count, Counters
+from .faults import RankLost
 from .grid import Place
 from .world import World
 
@@ -80,11 +81,13 @@ class _Outbox:
     def __init__(self, world: World, count: Count) -> None:
         self._world, self._count = world, count
         self._under_way: deque[tuple[list[MPI.Request], object]] = deque()
+        world.outlives(self._under_way)
 
     def send(self, data: U8 | bytes, ranks: list[int], tag: Tag) -> None:
         self.progress()
-        requests = [self._world.comm.Isend([data, MPI.BYTE], rank, tag) for rank in ranks]
+        requests: list[MPI.Request] = []
         self._under_way.append((requests, data))
+        requests.extend(self._world.comm.Isend([data, MPI.BYTE], rank, tag) for rank in ranks)
         self._count.sent(len(ranks), len(data))
 
     def progress(self) -> bool:
@@ -103,7 +106,10 @@ def _finish(world: World, requests: list[MPI.Request], expected: list[int], coun
     statuses = [MPI.Status() for _ in requests]
     try:
         count.seconds += world.wait(lambda: MPI.Request.Testall(requests, statuses))
-    except MPI.Exception as error:
+    except (MPI.Exception, RankLost) as error:
+        world.outlives(requests)
+        if world.is_loss(error):
+            raise
         raise WireError(
             f"a message could not be received, {expected} bytes were expected: {error}"
         ) from error

@@ -22,7 +22,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -140,10 +140,22 @@ class Watch:
     """This rank's heartbeat, and its ear for those of others: rank 0 hears all, the others hear rank 0."""
 
     def __init__(
-        self, rank: int, hosts: Sequence[str], door: Door, listener: socket.socket | None, near: bool
+        self,
+        rank: int,
+        hosts: Sequence[str],
+        door: Door,
+        listener: socket.socket | None,
+        near: bool,
+        each_beat: Callable[[], None] | None = None,
     ) -> None:
-        """Begin. `listener` is rank 0's (see `open_door`); `near` says that rank 0 is on this machine."""
+        """Begin. `listener` is rank 0's (see `open_door`); `near` says that rank 0 is on this machine.
+
+        `each_beat` is given where ranks may die (see `faults`), and is called once a beat: a rank that is gone does
+        not end this one then, but makes `lost` true.
+        """
         self._rank, self._hosts, self._door, self._listener, self._near = rank, hosts, door, listener, near
+        self._each_beat = each_beat
+        self.lost = False
         self._beat = min(BEAT, door.limit / 4)
         self._peers: list[_Peer] = []
         self._guests: list[_Guest] = []
@@ -199,6 +211,8 @@ class Watch:
             guest.patience -= self._beat
             if guest.patience <= 0:
                 self._dismiss(guest)
+        if self._each_beat is not None:
+            self._each_beat()
 
     def _hear_stop(self) -> None:
         self._stopped = True
@@ -222,6 +236,10 @@ class Watch:
             self._peers.remove(peer)
         elif words:
             peer.patience = self._door.limit
+        elif self._each_beat is not None:
+            self._forget(peer)
+            self._peers.remove(peer)
+            self.lost = True
         else:
             self._forget(peer)
             peer.closed, peer.patience = True, min(peer.patience, AFTER_CLOSE)

@@ -204,6 +204,22 @@ def choose(
     return (within or fits)[0]
 
 
+def choose_fewer(
+    shape: Shape, ranks: int, shards: int, same_shards: bool, ranks_per_host: Sequence[int] | None = None
+) -> tuple[int, int]:
+    """Return (stages, shards) for the `ranks` ranks that are left of a run with `shards` shards; some may be left over.
+
+    As many ranks as can be used, and then the shards there were; the other way round if `same_shards`.
+    """
+    works = [pair for used in range(1, ranks + 1) for pair in layouts(shape, used)]
+
+    def worth(pair: tuple[int, int]) -> tuple[bool, int, bool, bool, int]:
+        used, same = pair[0] * pair[1], pair[1] == shards
+        return same and same_shards, used, same, not _crosses_hosts(pair[1], ranks_per_host), pair[1]
+
+    return max(works, key=worth)
+
+
 def _crosses_hosts(shards: int, ranks_per_host: Sequence[int] | None) -> bool:
     """True if some shard group has ranks of two hosts."""
     border = 0

@@ -13,11 +13,12 @@ LONGEST_PAUSE = 2e-3  # a waiting rank then wakes 500 times a second: about 1 % 
 PATIENCE = 1 / 16  # a pause is at most this part of the time waited so far
 
 
-def wait(done: Callable[[], object], crowded: bool) -> float:
+def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | None = None) -> float:
     """Call `done` until it returns something true; return the seconds that took.
 
     Every call of MPI moves all outstanding messages on, so waiting for one also finishes the others. Unlike a
-    blocking MPI call it leaves room for Python's signal handlers and for other threads.
+    blocking MPI call it leaves room for Python's signal handlers and for other threads. `look` is called now and
+    then, if it takes longer: it raises what makes waiting senseless.
     """
     if done():
         return 0.0
@@ -28,6 +29,8 @@ def wait(done: Callable[[], object], crowded: bool) -> float:
             return waited
         os.sched_yield()  # next to nothing when nobody wants the core; a whole time slice saved when somebody does
     while not done():
+        if look is not None:
+            look()
         waited = time.perf_counter() - start
         time.sleep(min(max(SHORTEST_PAUSE, waited * PATIENCE), LONGEST_PAUSE))
     return time.perf_counter() - start

@@ -6,6 +6,7 @@ program calls `guard`, which starts the world, runs the program on every rank, a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -20,13 +21,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..errors import Interrupted, JobError, MpillmError
-from . import cores, deadline, launch
+from . import cores, deadline, faults, launch
+from .faults import RankLost
 from .waiting import wait
 
 if TYPE_CHECKING:
@@ -44,19 +46,33 @@ class World:
     """All ranks of this run. Collective methods must be called by every rank, in the same order."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
+        #: whether the others can go on when a rank dies (see `faults`)
+        self.survives = comm.Get_size() > 1 and faults.survivable(os.environ)
+        self.lost = 0  # ranks that have died so far
+        self._outliving: list[object] = []
+        self._watch: deadline.Watch | None = None
+        self._join(comm)
+
+    def _join(self, comm: MPI.Intracomm) -> None:
+        """Become the world of these ranks."""
         self.comm = comm  # for messages between ranks; start-up and the end have communicators of their own
         self._startup, self._leaving = comm.Dup(), comm.Dup()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        everyone = self.gather((socket.gethostname(), _boot_id(), cores.Cores.of_this_process()))
-        self.hosts: tuple[str, ...] = tuple(host for host, _, _ in everyone)
+        process = faults.Process.own()
+        everyone = self.gather((socket.gethostname(), _boot_id(), cores.Cores.of_this_process(), process))
+        self.hosts: tuple[str, ...] = tuple(host for host, *_ in everyone)
         self.host = self.hosts[self.rank]
-        nodes = [(host, boot) for host, boot, _ in everyone]
+        nodes = [(host, boot) for host, boot, *_ in everyone]
         #: lengths of the runs of consecutive ranks on one host, as `grid.choose` takes them
         self.ranks_per_host: tuple[int, ...] = tuple(len(list(run)) for _, run in itertools.groupby(nodes))
         self._near_first = nodes[self.rank] == nodes[0]
-        self._watch: deadline.Watch | None = None
-        here = [usable for *node, usable in everyone if tuple(node) == nodes[self.rank]]
-        self.node_ranks, self.node_cores = len(here), cores.node_cores(here)
+        near = [rank for rank, node in enumerate(nodes) if node == nodes[self.rank]]
+        here = near.index(self.rank)
+        self._neighbours = faults.Neighbours(
+            process, [everyone[rank][-1] for rank in (*near[here + 1 :], *near[:here])]
+        )
+        usable = [everyone[rank][2] for rank in near]
+        self.node_ranks, self.node_cores = len(near), cores.node_cores(usable)
         self.oversubscribed = self.node_ranks > self.node_cores
 
     @classmethod
@@ -97,7 +113,12 @@ class World:
 
     def wait(self, done: Callable[[], object]) -> float:
         """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
-        return wait(done, self.oversubscribed)
+        return wait(done, self.oversubscribed, self._look if self.survives else None)
+
+    def _look(self) -> None:
+        """Where MPI has not said so to this rank: another one knows that a rank is lost, or its heart has stopped."""
+        if self.comm.Is_revoked() or (self._watch is not None and self._watch.lost):
+            raise RankLost
 
     # Python objects, for start-up only: collective, slow, and of any type that pickles.
 
@@ -112,7 +133,7 @@ class World:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank."""
-        wait(self._startup.Ibarrier().Test, crowded=True)
+        wait(self._startup.Ibarrier().Test, crowded=True, look=self._look if self.survives else None)
         return self._startup.allgather(value)
 
     def agree(self, error: MpillmError | None) -> None:
@@ -133,6 +154,63 @@ class World:
         except MpillmError as found:
             error = found
         self.agree(error)
+
+    # Lost ranks.
+
+    def is_loss(self, error: BaseException) -> bool:
+        """Whether this error of a message means that a rank was lost, and the others can go on."""
+        return self.survives and faults.is_loss(error, self.comm)
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """In the block, whatever MPI says when a rank is lost becomes RankLost."""
+        try:
+            yield
+        except Exception as error:
+            if not self.is_loss(error):
+                raise
+            raise RankLost from None
+
+    def outlives(self, under_way: object) -> None:
+        """Keep messages (with their buffers) as long as MPI may still look at them: when a rank is lost, for good."""
+        self._outliving.append(under_way)
+
+    def keep(self, ranks: int) -> None:
+        """Go on as the first `ranks` ranks; for the others there is nothing to do, and their processes end here."""
+        if ranks == self.size:
+            return
+        with faults.bounded(self._watch.limit if self._watch else 0.0, str(self)):
+            comm = self.comm.Split(int(self.rank >= ranks))
+            if self.rank >= ranks:
+                self._exit(0)
+            self._rejoin(comm)
+
+    def shrink(self, busy: float = 0.0) -> list[str]:
+        """After RankLost, on every rank that is left: become the world of these ranks, in the same order.
+
+        All messages of before are gone. Returns who was lost. Others may compute for `busy` seconds more before
+        they notice. Ends this process if they do not do the same then, or cannot: the same command goes on.
+        """
+        before, hosts = self.comm.Get_group(), self.hosts
+        with faults.bounded(self._watch.limit + busy if self._watch else 0.0, str(self)):
+            while True:
+                for comm in (self.comm, self._startup, self._leaving):
+                    comm.Revoke()  # whoever still waits for messages hears of it
+                with contextlib.suppress(RankLost), self.losses():  # one more may be lost meanwhile
+                    self._rejoin(self.comm.Shrink())
+                    break
+        left = self.comm.Get_group()
+        at = left.Translate_ranks(None, before)
+        gone = [rank for rank in range(before.Get_size()) if rank not in at]
+        self.lost += len(gone)
+        return [f"rank {rank} on {hosts[rank]}" for rank in gone]
+
+    def _rejoin(self, comm: MPI.Comm) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:  # what it says of the ranks that were is not about these
+            watch.stop()
+        self._join(cast("MPI.Intracomm", comm))
+        self._watch = self._begin_watch()
 
     # The end.
 
@@ -161,6 +239,8 @@ class World:
             except SystemExit as found:
                 code = found.code if isinstance(found.code, int) else int(found.code is not None)
             except BaseException as bug:
+                if self.is_loss(bug):
+                    self.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
                 log.debug("%s", "".join(traceback.format_exception(bug)))
                 self.abort(_in_a_line(bug), CRASHED)
             return self._leave(code, error)
@@ -173,28 +253,56 @@ class World:
                 listener, door = deadline.open_door(seconds)
         shared, watch = self.bcast(door), None
         if shared is not None:
-            watch = deadline.Watch(self.rank, self.hosts, shared, listener, self._near_first)
-        self.barrier()  # all hear each other now, so what ends a start that takes too long is needed no longer
+            watch = deadline.Watch(
+                self.rank,
+                self.hosts,
+                shared,
+                listener,
+                self._near_first,
+                self._neighbours.look if self.survives else None,
+            )
+        try:
+            self.barrier()  # all hear each other now, so what ends a start that takes too long is not needed
+        except BaseException:
+            if watch is not None:
+                watch.stop()
+            raise
         deadline.alarm(0)
         return watch
 
     def _leave(self, code: int, error: MpillmError | None) -> int:
         mine = np.array([error.exit_code if error else code, error is not None], np.int32)
         all_ranks = np.empty((self.size, 2), np.int32)
-        arrival = self._leaving.Iallgather(mine, all_ranks)
         try:
-            arrived = self._all_arrive(arrival, error)
-        except Interrupted as signalled:
-            error = error or signalled
-            arrived = self._all_arrive(arrival, error)
+            with self.losses():
+                arrival = self._leaving.Iallgather(mine, all_ranks)
+                try:
+                    arrived = self._all_arrive(arrival, error)
+                except Interrupted as signalled:
+                    error = error or signalled
+                    arrived = self._all_arrive(arrival, error)
+        except RankLost:  # too late to matter: what this rank had to do is done, or has failed
+            if error:
+                _say(f"{self} {error}" if self.rank else f"mpillm: {error}")
+            self._exit(error.exit_code if error else code)
         if error and not arrived:
             self.abort(str(error), error.exit_code)
         failed = np.flatnonzero(all_ranks[:, 1])
         if error and self.rank == failed[0]:
             _say(f"{self} {error}" if self.rank else f"mpillm: {error}")
         final = int(all_ranks[failed[0], 0] if len(failed) else all_ranks[:, 0].max())
+        if self.lost:
+            self._exit(final)  # MPI_Finalize may wait for the dead
         self._finalize(final, orderly=not len(failed))
         return final
+
+    def _exit(self, code: int) -> NoReturn:
+        """End this process, and MPI as it is."""
+        if self._watch:
+            self._watch.stop()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def _all_arrive(self, arrival: MPI.Request, error: MpillmError | None) -> bool:
         """Wait for the other ranks to leave as well; after an error, no longer than GRACE."""

@@ -30,6 +30,7 @@ class Worker:
     def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
         self.decoder = decoder
         self.seconds = 0.0  # in steps, with all that they waited for
+        self.longest = 0.0  # seconds of the longest step
         self._answerer = Answerer(decoder, keep_steps=micro_batches, threads=threads)
 
     def step(self, step: Step) -> Reply | None:
@@ -37,7 +38,9 @@ class Worker:
         begun = time.perf_counter()
         x = self.decoder.forward(step.batch())
         reply = None if x is None else self._answerer.answer(step, x)
-        self.seconds += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        self.seconds += seconds
+        self.longest = max(self.longest, seconds)
         return reply
 
     @property
@@ -67,8 +70,16 @@ def follow(worker: Worker, channel: Channel) -> int:
 class Engine:
     """Leads the ranks through requests; lives on rank 0."""
 
-    def __init__(self, worker: Worker, channel: Channel, limits: Limits, shard_vocab: list[int]) -> None:
-        self.totals = Totals()
+    def __init__(
+        self,
+        worker: Worker,
+        channel: Channel,
+        limits: Limits,
+        shard_vocab: list[int],
+        totals: Totals | None = None,
+    ) -> None:
+        """`totals` are those of an engine that this one succeeds."""
+        self.totals = totals or Totals()
         self._worker = worker
         self._channel = channel
         self._limits = limits

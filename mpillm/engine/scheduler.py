@@ -129,7 +129,9 @@ class Scheduler:
         if numbered is None:
             return None
         number, sequence = numbered
-        assert blocks_for(sequence.max_length) <= self.limits.n_blocks, "a job refuses what could never run"
+        assert blocks_for(sequence.request.max_length) <= self.limits.n_blocks, (
+            "a job refuses what could never run"
+        )
         sequence.number = number
         return sequence
 

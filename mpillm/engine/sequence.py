@@ -92,6 +92,13 @@ class Request:
         return self.kind == "embed" or self.max_tokens == 0
 
     @property
+    def max_length(self) -> int:
+        """The most tokens whose keys and values it will ever hold."""
+        if self.kind == "embed":
+            return len(self.prompt)
+        return len(self.prompt) + max(0, self.max_tokens - 1)
+
+    @property
     def needs_all_rows(self) -> bool:
         """Whether what comes out depends on the last layer's output for every token of the prompt."""
         if self.kind == "embed":
@@ -153,13 +160,6 @@ class Sequence:
     def generated(self) -> int:
         """How many tokens have been generated."""
         return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens whose keys and values it will ever hold."""
-        if self.request.kind == "embed":
-            return len(self.request.prompt)
-        return len(self.request.prompt) + max(0, self.request.max_tokens - 1)
 
     @property
     def left(self) -> int:

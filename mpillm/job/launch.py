@@ -86,13 +86,17 @@ def write_hosts(path: Path, hosts: Sequence[Host], library: Library) -> None:
 
 
 def command(library: Library, settings: Settings, ranks: int, hostfile: Path | None) -> list[str]:
-    """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent."""
+    """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
+
+    Where it can (Open MPI 5), it lets the others go on when a rank dies.
+    """
     mpiexec = str(library.mpiexec() or "mpiexec")
     if library.name == "MPICH":
         words = [mpiexec, *(["-f", str(hostfile)] if hostfile else [])]
         words += ["-launcher", "ssh", "-launcher-exec", settings.agent] if settings.agent != "ssh" else []
     else:
         words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
+        words += ["--with-ft", "ulfm"] if library.version >= (5,) else []
         words += ["--hostfile", str(hostfile)] if hostfile else []
         words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []
     return [*words, *settings.mpi_options, "-n", str(ranks)]

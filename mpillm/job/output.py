@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "journal"
 LOCK = "journal.lock"
+LOOK = 0.05  # seconds between two looks at a lock
 TEMPORARY = ".tmp"  # behind the name of a file that is being written
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -33,34 +35,45 @@ class Claim:
     file's existence: a crashed run leaves nothing behind that has to be removed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Make the directory if need be; OutputError if it cannot be written, is foreign, or in use by another run."""
+    def __init__(self, directory: Path, patience: float = 0.0) -> None:
+        """Make the directory if need be; OutputError if it cannot be written, is foreign, or in use by another run.
+
+        `patience` is for how many seconds another run may still have it.
+        """
         self.directory = directory
         self.since = datetime.now().astimezone()
         with explained(directory):
             _make(directory)
             self._file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            self._lock()
+            self._lock(patience)
         except BaseException:
             os.close(self._file)
             raise
 
-    def _lock(self) -> None:
+    def _lock(self, patience: float) -> None:
+        until = time.monotonic() + patience
+        while not self._try_lock():
+            if time.monotonic() >= until:
+                owner = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "unknown"
+                raise OutputError(
+                    f"Another run ({owner}) is writing to {self.directory}; wait for its end or give another output."
+                )
+            time.sleep(LOOK)
+        with contextlib.suppress(OSError):  # who holds the lock is good to know, and no more than that
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "unknown"
-            raise OutputError(
-                f"Another run ({owner}) is writing to {self.directory}; wait for its end or give another output."
-            ) from None
+            return False
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             log.warning("%s has no file locks: a second run on it would not be noticed.", self.directory)
-        with contextlib.suppress(OSError):  # who holds the lock is good to know, and no more than that
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return True
 
     def close(self) -> None:
         """Give the directory free."""

@@ -16,11 +16,12 @@ from typing import Any
 import msgspec
 
 from .. import __version__
+from ..comm.faults import RankLost
 from ..comm.world import World
 from ..engine.engine import Engine, follow
-from ..engine.scheduler import Totals
+from ..engine.scheduler import Totals, blocks_for
 from ..engine.sequence import Begun, Completion, Request
-from ..errors import MpillmError
+from ..errors import Interrupted, MpillmError
 from ..kernels import KV_BLOCK
 from ..text import load_tokenizer
 from . import catalogue, report, requests, results
@@ -29,34 +30,130 @@ from .limits import described_step
 from .output import Claim
 from .progress import Bar, Progress
 from .requests import Batch
-from .session import Session
+from .session import Origin, Session
 from .spec import Spec
 from .work import Model, Work
 
 log = logging.getLogger(__name__)
 
+TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
+
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
 
 def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
-    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong."""
-    begun = time.monotonic()
+    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong.
+
+    Where MPI can go on without lost ranks, those that are left lay the model out anew and go on. When rank 0 is lost,
+    another one takes its place, and the journal tells it where.
+    """
     with ExitStack() as stack:
-        claim = None
+        part = _Part(world, spec, progress, stack)
+        while True:
+            try:
+                with world.losses():
+                    return part.play()
+            except RankLost:
+                noticed = time.monotonic()
+            # Not in the except block: there the error still holds what the part had in memory.
+            part.lose(world.shrink(3 * part.longest_step), noticed)
+
+
+class _Part:
+    """What a rank does in a run, and what it keeps when others are lost."""
+
+    def __init__(self, world: World, spec: Spec, progress: Progress, stack: ExitStack) -> None:
+        """What must be closed at the end goes to `stack`."""
+        self._world, self._spec, self._progress, self._stack = world, spec, progress, stack
+        self._begun = time.monotonic()
+        self._claim: Claim | None = None
+        self._leader: Leader | None = None
+        self._origin: Origin | None = None
+        self._lost: list[str] = []
+        self._noticed = 0.0
+        self.longest_step = 0.0  # seconds
+
+    def lose(self, lost: list[str], noticed: float) -> None:
+        """These ranks are gone, which this one noticed at `noticed`."""
+        log.info("%s lost %s; agreed after %.3f s", self._world, ", ".join(lost), time.monotonic() - noticed)
+        self._lost, self._noticed = [*self._lost, *lost], noticed
+
+    def play(self) -> report.Report | None:
+        """Do this rank's part until all is written; RankLost may come at any time."""
+        world, leader = self._world, self._leader
+        if not world.bcast(leader is not None and leader.computed):
+            if self._origin is not None:
+                stages, shards = self._origin.layout(world, self._spec.wire)
+                world.keep(stages * shards)
+            with ExitStack() as while_computing:
+                try:
+                    session = self._prepare(while_computing)
+                except Interrupted:
+                    raise
+                except MpillmError as error:
+                    if not world.lost:
+                        raise
+                    raise Interrupted(
+                        f"After the loss of {', '.join(self._lost)} the others cannot go on: {error} "
+                        "The same command goes on from here."
+                    ) from error
+                if not self._compute(session):
+                    return None
+        made = None
+        with world.together():  # nobody leaves before everything is written
+            if self._leader is not None:
+                made = self._leader.write(self._begun)
+        return made
+
+    def _prepare(self, while_computing: ExitStack) -> Session:
+        """A session, and on rank 0 a leader for it."""
+        world, spec = self._world, self._spec
         with world.together():
-            if world.rank == 0:
-                claim = stack.enter_context(Claim(spec.output_path))
-        model = _model_path(world, spec, progress)
-        session = stack.enter_context(closing(Session(world, spec, model)))
-        leader = None
+            if world.rank == 0 and self._claim is None:
+                patience = TAKEOVER if world.lost else 0.0
+                self._claim = self._stack.enter_context(Claim(spec.output_path, patience))
+        model = _model_path(world, spec, self._progress)
+        session = while_computing.enter_context(closing(Session(world, spec, model, self._origin)))
+        self._origin = session.origin
         with world.together():
-            if claim is not None:
-                leader = stack.enter_context(closing(Leader(session, spec, model, claim, progress)))
-        if leader is None:
+            if self._leader is not None:
+                self._leader.go_on(session)
+            elif self._claim is not None:
+                leader = Leader(session, spec, model, self._claim, self._progress)
+                self._leader = self._stack.enter_context(closing(leader))
+        if self._leader is not None and self._lost:
+            self._leader.warn(self._what_was_lost(session))
+            self._lost = []
+        return session
+
+    def _what_was_lost(self, session: Session) -> str:
+        place, origin = session.place, session.origin
+        line = (
+            f"Lost {', '.join(self._lost)}; the others went on after {time.monotonic() - self._noticed:.1f} s, as "
+            f"{place.stages} stage(s) x {place.shards} shard(s)."
+        )
+        wire = self._spec.wire
+        if (place.shards != origin.shards and wire.activations != "f32") or (
+            place.stages != origin.stages and wire.between_stages != "f32"
+        ):
+            line += (
+                f" What is computed from here on may differ in its last digits from what {origin.stages} stage(s) x "
+                f"{origin.shards} shard(s) would have given ([wire] f32 would not)."
+            )
+        return line
+
+    def _compute(self, session: Session) -> bool:
+        """Whether all is computed; else the run ends before its time."""
+        try:
+            if self._leader is not None:
+                self._leader.compute()
+                return True
             if follow(session.worker, session.channel) == 0:
-                world.gather(session.statistics())
-            return None
-        return leader.run(begun)
+                self._world.gather(session.statistics())
+                return True
+            return False
+        finally:
+            self.longest_step = session.worker.longest
 
 
 def _model_path(world: World, spec: Spec, progress: Progress) -> Path:
@@ -94,42 +191,71 @@ class Leader:
             vocab=config.vocab,
             max_position=config.max_position,
             end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
-            kv_tokens=session.limits.n_blocks * KV_BLOCK,
+            kv_tokens=session.origin.kv_tokens,
             kv_token_bytes=session.kv_token_nbytes,
             text=tokenizer,
         )
         self._batch: Batch = requests.check(spec.input_path, spec, self._model)
-        size, digest = session.fingerprint
-        identity = {"model": digest, "model_bytes": size, **spec.identity()}
-        self._journal = Journal(claim, identity, self._batch.lines)
+        self._journal = self._open_journal()
+        self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
         self._timeline: list[tuple[float, int, int]] = []
         self._warnings = [*self._journal.damage, *self._model_names()]
+        for warning in self._warnings:
+            progress.say(warning)
+        self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+        self._ranks: list[report.Rank] = []
+        self.computed = False  # all that is to be computed
         self._phase("prepare")
+        self._computing_since = self._clock
+
+    def _open_journal(self) -> Journal:
+        size, digest = self._session.fingerprint
+        identity = {"model": digest, "model_bytes": size, **self._spec.identity()}
+        return Journal(self._claim, identity, self._batch.lines)
 
     def close(self) -> None:
         """Close the journal."""
         self._journal.close()
 
-    def run(self, begun: float) -> report.Report:
-        """Compute what is not done yet, and write the results; the followers are sent home whatever happens."""
-        session, journal = self._session, self._journal
-        engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
-        for warning in self._warnings:
-            self._progress.say(warning)
+    def warn(self, warning: str) -> None:
+        """Say it now, and in the report."""
+        self._progress.say(warning)
+        self._warnings.append(warning)
+
+    def go_on(self, session: Session) -> None:
+        """Go on with a new session, as a new start of the run would, but for what this process knows already."""
+        self._save_everything()
+        self._journal.flush()
+        self._journal.close()
+        self._session, self._pending = session, {}
+        self._journal = self._open_journal()
+        self._engine = Engine(
+            session.worker, session.channel, session.limits, session.shard_vocab, self._engine.totals
+        )
+
+    def compute(self) -> None:
+        """Compute what is not done yet; the followers are sent home if that fails, and when it is done."""
         for line in self._size():
             self._progress.say(line)
         try:
-            self._compute(engine)
+            self._compute()
         except MpillmError as error:
             with suppress(MpillmError):  # a full disk, most likely: the first error says it
-                self._save_everything(engine)
-                journal.flush()
-            engine.stop(error.exit_code)
+                if self._spec.job.checkpoint_tokens:
+                    self._save_everything()
+                self._journal.flush()
+            self._engine.stop(error.exit_code)
             raise
-        engine.stop(0)
-        ranks = session.world.gather(session.statistics())
+        self._engine.stop(0)
+        self.computed = True
+        self._ranks = [self._session.statistics()]  # if no more can be had
+        self._ranks = self._session.world.gather(self._session.statistics())
         self._phase("compute")
+
+    def write(self, begun: float) -> report.Report:
+        """Write the results, of a run that began at `begun`."""
+        session, journal = self._session, self._journal
         lines, directory = self._batch.lines, self._claim.directory
         errors = results.write_jsonl(directory, lines, journal)
         results.write_hdf5(directory, lines, journal, self._metadata())
@@ -141,13 +267,13 @@ class Leader:
             seconds=time.monotonic() - begun,
             phases=self._phases,
             requests=report.Requests(
-                total=len(lines), ok=len(lines) - errors, errors=errors, resumed=journal.resumed
+                total=len(lines), ok=len(lines) - errors, errors=errors, resumed=self._resumed
             ),
-            tokens=_tokens(engine.totals),
-            batch=_batch(engine.totals, session),
+            tokens=_tokens(self._engine.totals),
+            batch=_batch(self._engine.totals, session),
             stages=session.place.stages,
             shards=session.place.shards,
-            ranks=ranks,
+            ranks=self._ranks,
             versions=_versions(),
             timeline=self._timeline,
             errors=self._first_errors(),
@@ -157,10 +283,10 @@ class Leader:
         journal.finish(errors)
         return made
 
-    def _compute(self, engine: Engine) -> None:
+    def _compute(self) -> None:
         journal, batch, every = self._journal, self._batch, self._spec.job.checkpoint_tokens
+        engine = self._engine
         todo = len(batch) - len(batch.errors) - len(journal.done)
-        begun = time.monotonic()
         with self._progress.requests(todo) as bar:
             for finished in engine.run(self._requests()):
                 for completion in finished:
@@ -168,16 +294,15 @@ class Leader:
                 if every:
                     for unsaved in engine.unsaved(every):
                         self._save(*unsaved)
-                self._safe(journal.commit(), begun, engine, bar)
-            self._safe(journal.flush(), begun, engine, bar)
+                self._safe(journal.commit(), bar)
+            self._safe(journal.flush(), bar)
 
-    def _safe(self, count: int, begun: float, engine: Engine, bar: Bar) -> None:
+    def _safe(self, count: int, bar: Bar) -> None:
         """Tell of `count` more requests, which are on disk now."""
-        totals = engine.totals
+        totals = self._engine.totals
         if count:
-            self._timeline.append(
-                (time.monotonic() - begun, totals.generated_tokens, len(self._journal.done))
-            )
+            since = time.monotonic() - self._computing_since
+            self._timeline.append((since, totals.generated_tokens, len(self._journal.done)))
         bar.update(count, totals.prompt_tokens + totals.generated_tokens)
 
     def _requests(self) -> Iterator[Request]:
@@ -187,6 +312,11 @@ class Leader:
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
             begun = self._journal.begun(work.line)
             for request in work.requests:
+                if blocks_for(request.max_length) > self._session.limits.n_blocks:
+                    raise Interrupted(
+                        f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
+                        "the same command goes on with as many ranks as before."
+                    )
                 yield replace(request, begun=begun.get(request.choice))
 
     def _take(self, completion: Completion) -> None:
@@ -207,11 +337,9 @@ class Leader:
         key = line_key(self._pending[request.id].work.line)
         self._journal.append(Part(request.id, key, request.choice, start, begun))
 
-    def _save_everything(self, engine: Engine) -> None:
+    def _save_everything(self) -> None:
         """The run ends before its time: let nothing be generated again that need not be."""
-        if not self._spec.job.checkpoint_tokens:
-            return
-        for unsaved in engine.unsaved():
+        for unsaved in self._engine.unsaved():
             self._save(*unsaved)
         for pending in self._pending.values():
             for completion in pending.completions:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import resource
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
@@ -31,31 +32,64 @@ from ..weights.source import column_unit, fingerprint, open_source
 from . import memory
 from .limits import limits
 from .report import Rank
-from .spec import Spec
+from .spec import Spec, Wire
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
+
+    shape: grid.Shape
+    stages: int
+    shards: int
+    kv_tokens: int  # that the KV cache held: what is longer was refused
+
+    def layout(self, world: World, wire: Wire) -> tuple[int, int]:
+        """(stages, shards) for the ranks that are left, or for some of them."""
+        return grid.choose_fewer(
+            self.shape,
+            world.size,
+            self.shards,
+            same_shards=wire.activations != "f32",
+            ranks_per_host=world.ranks_per_host,
+        )
 
 
 class Session:
     """One rank's part of a laid-out model. Making it is collective, and so is what can fail in it."""
 
-    def __init__(self, world: World, spec: Spec, model: Path) -> None:
-        """Open the model and lay it out; what any rank finds wrong, all ranks raise."""
-        self.world, self.spec = world, spec
+    def __init__(self, world: World, spec: Spec, model: Path, origin: Origin | None = None) -> None:
+        """Open the model and lay it out; what any rank finds wrong, all ranks raise.
+
+        `origin` is what the run began with, if ranks were lost since, and the world has as many ranks as its layout.
+        """
+        self.world, self.spec, self._origin = world, spec, origin
+        with ExitStack() as unless_made:
+            self._open_files = unless_made
+            self._make(model)
+            self._open_files = unless_made.pop_all()
+
+    def _make(self, model: Path) -> None:
+        world, spec, origin = self.world, self.spec, self._origin
         say_when_lost(
             f"{world} {model} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
             "put it back and run the same command again."
         )
         with world.together():
             self.source = open_source(model, spec.quantize)
+            self._open_files.callback(self.source.close)
             self.config = ModelConfig.from_dict(self.source.config, str(model))
             self.shape = self.config.shape(column_unit(self.source))
             check_tensors(self.source, self.shape, self.config)
             self.fingerprint = fingerprint(self.source)
         self._same_model()
         layout = spec.layout
-        stages, shards = grid.choose(
-            self.shape, world.size, layout.stages, layout.shards, world.ranks_per_host
+        stages, shards = (
+            origin.layout(world, spec.wire)
+            if origin is not None
+            else grid.choose(self.shape, world.size, layout.stages, layout.shards, world.ranks_per_host)
         )
         self.place = grid.Place(world.rank, stages, shards)
         self.threads = world.threads(layout.threads)
@@ -72,6 +106,7 @@ class Session:
                 spec.memory.policy,
                 self.config.experts_per_token / max(self.config.n_experts, 1),
             )
+            self._open_files.callback(self.weights.close)
         self.streamed = world.gather(self.weights.streamed)
         self.limits = self._limits()
         self.memory = self._memory()
@@ -82,6 +117,12 @@ class Session:
             world, self.place.stage, stages, self.place.shard, shards, self.threads, kernels.path(),
             self.weights.total / 2**20,
         )  # fmt: skip
+
+    @property
+    def origin(self) -> Origin:
+        """What this run began with."""
+        kv_tokens = self.limits.n_blocks * KV_BLOCK
+        return self._origin or Origin(self.shape, self.place.stages, self.place.shards, kv_tokens)
 
     @property
     def shard_vocab(self) -> list[int]:
@@ -133,9 +174,7 @@ class Session:
 
     def close(self) -> None:
         """Stop the read-ahead threads and let go of the files."""
-        self.kv.close()
-        self.weights.close()
-        self.source.close()
+        self._open_files.close()
 
     def _same_model(self) -> None:
         """ModelError if the ranks do not see one and the same model."""
@@ -173,6 +212,7 @@ class Session:
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
             self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type, budget, folder)
+            self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
         return Decoder(config, shape, place, self.source, self.weights, self.kv, group, pipe, self.threads)

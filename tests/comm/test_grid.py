@@ -220,3 +220,18 @@ def test_impossible_layouts_say_what_works(
 ) -> None:
     with pytest.raises(LayoutError, match=words):
         grid.choose(shape, ranks, asked.get("stages", "auto"), asked.get("shards", "auto"))
+
+
+@pytest.mark.parametrize(("shape", "ranks", "shards", "same_shards", "expected"), [
+    (LLAMA_1B, 7, 2, False, (7, 1)),  # all that are left
+    (LLAMA_1B, 7, 2, True, (3, 2)),  # the same numbers on the Q8_0 wire, and one rank left over
+    (LLAMA_1B, 6, 2, False, (3, 2)),
+    (LLAMA_1B, 6, 4, False, (3, 2)),
+    (LLAMA_1B, 3, 4, True, (3, 1)),  # four shards are no more
+    (TINY, 7, 4, False, (3, 2)),
+    (TINY, 1, 4, True, (1, 1)),
+])  # fmt: skip
+def test_the_layout_after_a_loss(
+    shape: Shape, ranks: int, shards: int, same_shards: bool, expected: tuple[int, int]
+) -> None:
+    assert grid.choose_fewer(shape, ranks, shards, same_shards) == expected

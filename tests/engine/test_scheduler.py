@@ -150,7 +150,7 @@ def test_everybody_finishes_and_every_block_comes_back(
     for one in made:
         if one.request.needs_all_rows:
             assert set(range(len(one.request.prompt))) <= set(ranks.computed[one.request.id])
-    assert ranks.fresh + totals.shared_tokens == sum(one.max_length or 1 for one in made)
+    assert ranks.fresh + totals.shared_tokens == sum(one.request.max_length or 1 for one in made)
 
 
 def test_a_prefix_is_computed_once_and_followers_wait_for_it() -> None:

@@ -48,9 +48,9 @@ def test_the_words_for_each_mpi() -> None:
     hosts = Path("h")
     plain, agent = Settings(ranks=2), Settings(hostfile=hosts, agent="/a", mpi_options=("-x", "A"))
     assert launch.command(OPENMPI, plain, 2, None) == [
-        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-n", "2"]
+        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--with-ft", "ulfm", "-n", "2"]
     ]
-    assert launch.command(OPENMPI, agent, 3, hosts)[5:] == [
+    assert launch.command(OPENMPI, agent, 3, hosts)[7:] == [
         *["--hostfile", "h", "--prtemca", "plm_ssh_agent", "/a", "-x", "A", "-n", "3"]
     ]
     assert launch.command(MPICH, plain, 2, None) == ["mpiexec", "-n", "2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_a_second_run_is_refused_at_once(tmp_path: Path) -> None:
         )
         assert caught.value.exit_code == 2
     Claim(tmp_path / "out").close()
+
+
+def test_who_takes_over_waits_for_the_lock(tmp_path: Path) -> None:
+    with Claim(tmp_path) as claim:
+        timer = threading.Timer(0.2, claim.close)
+        timer.start()
+        Claim(tmp_path, patience=10).close()
+        timer.join()
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:

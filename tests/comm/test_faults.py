@@ -1,0 +1,75 @@
+"""Lost ranks: who is killed for being stopped, and what ends an agreement that does not come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mpillm.comm import faults
+from tests.conftest import run_bounded
+
+
+def test_the_launcher_says_whether_ranks_may_die() -> None:
+    assert faults.survivable({"OMPI_MCA_mpi_ft_enable": "1"})
+    assert not faults.survivable({})
+    assert not faults.survivable({"OMPI_MCA_mpi_ft_enable": "0"})
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_only_a_stopped_neighbour_is_killed(stopped: bool) -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        try:
+            other = faults.Process(
+                sleeper.pid, psutil.Process(sleeper.pid).create_time(), faults.Process.own().namespace
+            )
+            neighbours = faults.Neighbours(faults.Process.own(), [other])
+            if stopped:
+                os.kill(sleeper.pid, signal.SIGSTOP)
+                until = time.monotonic() + 10
+                while psutil.Process(sleeper.pid).status() != psutil.STATUS_STOPPED:
+                    assert time.monotonic() < until
+            for _ in range(faults.STOPPED - 1):
+                neighbours.look()
+            assert sleeper.poll() is None
+            neighbours.look()
+            if stopped:
+                assert sleeper.wait(10) == -signal.SIGKILL
+            else:
+                neighbours.look()
+                assert sleeper.poll() is None
+        finally:
+            sleeper.kill()
+
+
+def test_another_process_of_that_number_is_left_alone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        try:
+            os.kill(sleeper.pid, signal.SIGSTOP)
+            own = faults.Process.own()
+            began = psutil.Process(sleeper.pid).create_time()
+            others = [faults.Process(sleeper.pid, began - 5, own.namespace)]
+            others.append(faults.Process(sleeper.pid, began, own.namespace + 1))  # in another container
+            neighbours = faults.Neighbours(own, others)
+            for _ in range(faults.STOPPED + 1):
+                neighbours.look()
+            assert sleeper.poll() is None
+        finally:
+            sleeper.kill()
+
+
+def test_an_agreement_that_does_not_come_ends_the_process() -> None:
+    program = (
+        "import time; from mpillm.comm import faults\nwith faults.bounded(0.1, '[1@here]'): time.sleep(30)"
+    )
+    done = run_bounded([sys.executable, "-c", program], 20)
+    assert done.returncode == 75
+    assert done.stderr == (
+        "[1@here] The ranks that are left have not agreed within 0.1 s how to go on; "
+        "the same command goes on from here.\n"
+    )

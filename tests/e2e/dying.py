@@ -1,0 +1,49 @@
+"""Program for test_lost_ranks.py: `dying.py PLAN ARGUMENTS...` is mpillm with ranks that die at points of the plan.
+
+A plan is `RANK:POINT:COUNT:SIGNAL,...`: the rank gets the signal when it comes to the point for the COUNTth time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mpillm.cli import main
+from mpillm.comm.world import World
+
+
+def die(point: str, owner: type, method: str) -> None:
+    """Have this rank die, if the plan says so, when `owner.method` is called."""
+    for rank, at, count, number in (item.split(":") for item in sys.argv[1].split(",")):
+        if at == point and rank == os.environ["OMPI_COMM_WORLD_RANK"]:
+            original: Callable[..., Any] = getattr(owner, method)
+            left = int(count)
+
+            def dying(*args: Any, original: Any = original, number: str = number, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.Signals[number])
+                return original(*args, **kwargs)
+
+            setattr(owner, method, dying)
+
+
+def run(world: World, *args: Any) -> Any:
+    """What computes is loaded only when the program's threads are known."""
+    from mpillm.engine.engine import Worker
+    from mpillm.job.runner import Leader
+
+    die("step", Worker, "step")
+    die("write", Leader, "write")
+    return threads(world, *args)
+
+
+if __name__ == "__main__":
+    threads = World.threads
+    World.threads = run  # type: ignore[method-assign]
+    die("shrink", World, "_rejoin")
+    sys.exit(main(sys.argv[2:]))

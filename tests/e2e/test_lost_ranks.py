@@ -1,0 +1,95 @@
+"""Ranks die inside a run: with Open MPI's ULFM the others go on, and end in the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Mpi, get_mpi, run_bounded
+
+from .jobs import command, mixed_lines, write_lines
+
+pytestmark = pytest.mark.mpi
+PROGRAM = Path(__file__).with_name("dying.py")
+SETTINGS = ["batch.max_num_seqs=4"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("lost") / "in.jsonl", mixed_lines(24, seed=6, tokens=20))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path) -> Path:
+    output = source.with_name("undisturbed")
+    done = get_mpi("openmpi").run(1, *command(source, output, *SETTINGS))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def dying(mpi: Mpi, ranks: int, plan: str, source: Path, output: Path, *settings: str) -> str:
+    """Run with ranks that die as planned; what was said. The run must end well, and leave nobody behind."""
+    mpiexec, *words = mpi.command(ranks, PROGRAM, plan, *command(source, output, *SETTINGS, *settings)[2:])
+    done = run_bounded(
+        [mpiexec, "--with-ft", "ulfm", *words], timeout=60, env=mpi.environment(MPILLM_DEADLINE="8")
+    )
+    assert done.returncode == 0, done.stderr
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            assert str(output) not in process.cmdline()
+    return done.stderr
+
+
+def assert_same(output: Path, undisturbed: Path) -> None:
+    for name in ("results.jsonl", "results.h5"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plan", "layout"),
+    [
+        pytest.param(2, "1:step:9:SIGKILL", "1 x 1", id="one of two shards"),
+        pytest.param(4, "3:step:9:SIGKILL", "1 x 2", id="one of four"),
+        pytest.param(4, "0:step:9:SIGKILL", "1 x 2", id="rank 0"),
+        pytest.param(4, "1:step:9:SIGKILL,2:step:9:SIGKILL", "1 x 2", id="two at once"),
+        pytest.param(4, "3:step:9:SIGKILL,1:shrink:1:SIGKILL", "1 x 2", id="one more in the shrink"),
+        pytest.param(4, "0:step:9:SIGKILL,1:shrink:1:SIGKILL", "1 x 2", id="rank 0 and its heir"),
+        pytest.param(2, "0:step:9:SIGSTOP", "1 x 1", id="rank 0 stopped"),
+        pytest.param(2, "0:write:1:SIGKILL", "1 x 1", id="rank 0 while it writes"),
+    ],
+)
+def test_the_others_go_on(
+    ranks: int, plan: str, layout: str, source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path
+) -> None:
+    said = dying(openmpi, ranks, plan, source, tmp_path / "out")
+    for victim in plan.split(","):
+        assert re.search(rf"^mpillm: Lost .*\brank {victim[0]} on ", said, re.MULTILINE), said
+    assert_same(tmp_path / "out", undisturbed)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert f"{report['stages']} x {report['shards']}" == layout
+    assert any(warning.startswith("Lost rank ") for warning in report["warnings"])
+
+
+def test_no_token_is_drawn_twice(source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path) -> None:
+    """A follower dies: what had been generated is kept, also without checkpoints."""
+    dying(openmpi, 2, "1:step:20:SIGKILL", source, tmp_path / "out", "job.checkpoint_tokens=0")
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", undisturbed)]
+    assert reports[0]["tokens"]["generated"] == reports[1]["tokens"]["generated"]
+    assert reports[0]["tokens"]["recomputed"] > 0
+
+
+def test_with_the_q8_0_wire_as_many_shards_give_the_same_bytes(
+    source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path
+) -> None:
+    """Stages may come and go; of other shards it is said that they change what follows."""
+    wire = "wire.activations=q8_0"
+    said = dying(openmpi, 2, "1:step:9:SIGKILL", source, tmp_path / "stages", wire, "layout.stages=2")
+    assert "may differ" not in said
+    ours, theirs = (folder / "results.jsonl" for folder in (tmp_path / "stages", undisturbed))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert "may differ" in dying(openmpi, 2, "1:step:9:SIGKILL", source, tmp_path / "shards", wire)
