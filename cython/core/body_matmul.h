@@ -6,8 +6,9 @@
 /* w: R tiles, w_stride bytes apart; x: T rows, whose groups are x_stride bytes apart; sums [R][T]. */
 typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, vf *sums);
 
-enum { MANY = VEC_ROWS, MANY_TILES = MK_MANY_TILES, MAX_SUMS = (int)MANY > (int)MANY_TILES ? (int)MANY : (int)MANY_TILES };
-enum { PREFETCH = 2048 /* bytes ahead in each stream of weights */ };
+enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROWS : MK_MANY_TILES };
+enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
+enum { PREFETCH = 4096 /* bytes of weights that are fetched ahead: with few rows memory is the limit */ };
 
 /* Row t of T in a block of groups, and how many rows a group has. */
 #define ROW(T, t, x, x_stride, bytes) ((x) + (t) / MK_GROUP * (x_stride) + (t) % MK_GROUP * (long)(bytes))
@@ -36,7 +37,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
         UNROLL
         for (int r = 0; r < R; r++) {
             const uint8_t *tile = w + r * w_stride;
-            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + PREFETCH + line);
+            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + PREFETCH / R + line);
             vb groups[8];
             load_groups(type, tile + scales, groups);
             vf d = vf_load_f16((const void *)tile), m = d;
@@ -117,7 +118,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
         UNROLL
         for (int r = 0; r < R; r++) {
             const void *p = w + r * w_stride;
-            __builtin_prefetch((const uint8_t *)p + PREFETCH);
+            __builtin_prefetch((const uint8_t *)p + PREFETCH / (2 * R));
             vf row = type == MK_F32 ? vf_load(p) : type == MK_F16 ? vf_load_f16(p) : vf_load_bf16(p);
             UNROLL
             for (int t = 0; t < T; t++) {
@@ -135,9 +136,22 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
                                  vf *sums) {                                                                    \
         kind##_tile(type, R, T, w, w_stride, x, x_stride, count, sums);                                         \
     }
-#define TILES(kind, type) \
-    TILE(kind, type, 4, 1) TILE(kind, type, 1, 1) TILE(kind, type, 1, 2) TILE(kind, type, 1, 3) \
-    TILE(kind, type, 1, 4) TILE(kind, type, 1, MANY)
+#if VEC_ROWS > 8
+#define MORE_TILES(kind, type) TILE(kind, type, 1, 16) TILE(kind, type, 1, 8)
+#define MORE_FUNCTIONS(type) type##_1_16, type##_1_8,
+#define MORE_ROWS 16, 8,
+#elif VEC_ROWS > 4
+#define MORE_TILES(kind, type) TILE(kind, type, 1, 8)
+#define MORE_FUNCTIONS(type) type##_1_8,
+#define MORE_ROWS 8,
+#else
+#define MORE_TILES(kind, type)
+#define MORE_FUNCTIONS(type)
+#define MORE_ROWS
+#endif
+#define TILES(kind, type)                                                                           \
+    MORE_TILES(kind, type) TILE(kind, type, 1, 4) TILE(kind, type, 1, 3) TILE(kind, type, 1, 2) \
+    TILE(kind, type, 1, 1)
 TILES(float, MK_F32)
 TILES(float, MK_F16)
 TILES(float, MK_BF16)
@@ -148,15 +162,20 @@ TILES(super, MK_Q4_K)
 TILES(super, MK_Q5_K)
 TILES(super, MK_Q6_K)
 
-/* Columns: MANY_TILES x 1, then 1 x ROWS[i]. */
-enum { SHAPES = 5 };
-static const int ROWS[SHAPES] = {MANY, 4, 3, 2, 1};
-#define FUNCTIONS(type) {type##_4_1, type##_1_MANY, type##_1_4, type##_1_3, type##_1_2, type##_1_1}
-static const tile_function TILE_FUNCTIONS[MK_TYPES][1 + SHAPES] = {
+static const int ROWS[] = {MORE_ROWS 4, 3, 2, 1};
+enum { SHAPES = sizeof ROWS / sizeof *ROWS };
+#define FUNCTIONS(type) {MORE_FUNCTIONS(type) type##_1_4, type##_1_3, type##_1_2, type##_1_1}
+static const tile_function TILE_FUNCTIONS[MK_TYPES][SHAPES] = {
     FUNCTIONS(MK_F32),  FUNCTIONS(MK_F16),  FUNCTIONS(MK_BF16),
     FUNCTIONS(MK_Q8_0), FUNCTIONS(MK_Q4_0), FUNCTIONS(MK_Q4_1),
     FUNCTIONS(MK_Q4_K), FUNCTIONS(MK_Q5_K), FUNCTIONS(MK_Q6_K),
 };
+
+/* One row of floats: several tiles at once, for one chain of fma alone is slower than memory. */
+TILE(float, MK_F32, 4, 1)
+TILE(float, MK_F16, 4, 1)
+TILE(float, MK_BF16, 4, 1)
+static const tile_function ONE_ROW_FUNCTIONS[MK_Q8_0] = {MK_F32_4_1, MK_F16_4_1, MK_BF16_4_1};
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int r = 0; r < tiles; r++)
@@ -164,17 +183,31 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
             vf_row_store(out + (row + t) * job->out_stride, (tile + r) * MK_TILE, job->n, sums[r * rows + t]);
 }
 
-/* Outputs of `tiles` tiles for `rows` rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)). */
-static void product(const mk_matmul_job *job, tile_function function, long tile, int tiles, long row, int rows) {
-    const int block = mk_block(job->type), x_bytes = block == 1 ? 4 : block / MK_BLOCK * MK_ACTIVATION;
-    const long bytes = (long)mk_packed_bytes(job->type) * MK_TILE;
+/* One panel of `tiles` tiles, which lie one after the other, for ROWS[shape] rows of x: sums [tiles][rows]. */
+static void panel(const mk_matmul_job *job, int shape, const uint8_t *w, long stride, int tiles, const uint8_t *x,
+                  long count, vf *sums) {
+    int tile = 0, rows = ROWS[shape];
+    if (rows == 1 && job->type < MK_Q8_0)
+        for (; tile + MANY_TILES <= tiles; tile += MANY_TILES)
+            ONE_ROW_FUNCTIONS[job->type](w + tile * stride, stride, x, 0, count, sums + tile);
+    for (; tile < tiles; tile++)
+        TILE_FUNCTIONS[job->type][shape](w + tile * stride, stride, x, MK_GROUP * job->x_stride, count,
+                                         sums + tile * rows);
+}
+
+/* Outputs of `tiles` tiles for ROWS[shape] rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
+ * All tiles' parts of a panel come before the next panel, so that weights are read as they lie in memory. */
+static void product(const mk_matmul_job *job, int shape, long tile, int tiles, long row) {
+    const int rows = ROWS[shape], block = mk_block(job->type);
+    const int x_bytes = block == 1 ? 4 : block / MK_BLOCK * MK_ACTIVATION;
     const uint8_t *x = job->x + row * job->x_stride;
-    vf pending[MK_MAX_LEVELS][MAX_SUMS]; /* sums of 2^i panels that wait for their neighbour */
+    vf pending[MK_MAX_LEVELS][RUN_SUMS]; /* sums of 2^i panels that wait for their neighbour */
     int depth = 0;
     for (int p = 0; p < job->panels; p++) {
-        long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], block), stride = count * bytes;
+        long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], block);
+        long stride = count * mk_packed_bytes(job->type) * MK_TILE;
         vf *sums = pending[depth++];
-        function(job->at[p] + tile * stride, stride, x, MK_GROUP * job->x_stride, count, sums);
+        panel(job, shape, job->at[p] + tile * stride, stride, tiles, x, count, sums);
         x += count * x_bytes * GROUP(rows);
         if (job->panel_stride) {
             store_tiles(job, sums, tile, tiles, row, rows, job->out + p * job->panel_stride);
@@ -191,18 +224,15 @@ static void product(const mk_matmul_job *job, tile_function function, long tile,
 
 static void matmul(const void *argument, long begin, long end) {
     const mk_matmul_job *job = argument;
-    const tile_function *functions = TILE_FUNCTIONS[job->type];
-    if (job->m == 1) {
-        long tile = begin;
-        for (; tile + MANY_TILES <= end; tile += MANY_TILES) product(job, functions[0], tile, MANY_TILES, 0, 1);
-        for (; tile < end; tile++) product(job, functions[SHAPES], tile, 1, 0, 1);
-        return;
-    }
-    for (long item = begin; item < end; item++) {
+    for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
-        for (int shape = 0; shape < SHAPES; shape++)
-            for (; row + ROWS[shape] <= limit; row += ROWS[shape])
-                product(job, functions[1 + shape], tile, 1, row, ROWS[shape]);
+        int shape = 0;
+        while (ROWS[shape] > limit - row) shape++;
+        tiles = RUN_SUMS / ROWS[shape];
+        if (tiles > end - item) tiles = end - item;
+        if (tiles > job->tiles - tile) tiles = job->tiles - tile;
+        for (; shape < SHAPES; shape++)
+            for (; row + ROWS[shape] <= limit; row += ROWS[shape]) product(job, shape, tile, (int)tiles, row);
     }
 }

@@ -111,7 +111,7 @@ typedef struct {
 /* Floats of attention's running sums on the stack of a thread; a group of queries fits in them. */
 enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 32 };
 
-/* A product's tiles of W for one row of x; a multiple of every path's rows of x in a tile. */
+/* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
 enum { MK_MANY_TILES = 4, MK_ROWS = 16 };
 
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)

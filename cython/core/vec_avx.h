@@ -8,7 +8,8 @@
 typedef struct { __m128i q[4]; } vi;
 typedef vi vb;
 
-enum { VEC_ROWS = 4, VEC_Q8_BIAS = 0 };
+#define VEC_ROWS 4
+enum { VEC_Q8_BIAS = 0 };
 
 #define QUARTERS for (int j = 0; j < 4; j++)
 #define XMM(name, args, value) MK_INLINE vi name args { vi r; QUARTERS r.q[j] = (value); return r; }

@@ -8,9 +8,11 @@ typedef struct { __m256i lo, hi; } vi;
 typedef vi vb;
 
 #ifdef VEC_VNNI
-enum { VEC_ROWS = 4, VEC_Q8_BIAS = 128 };
+#define VEC_ROWS 4
+enum { VEC_Q8_BIAS = 128 };
 #else
-enum { VEC_ROWS = 4, VEC_Q8_BIAS = 0 };
+#define VEC_ROWS 4
+enum { VEC_Q8_BIAS = 0 };
 #endif
 
 

@@ -12,9 +12,11 @@ typedef __m512i vi;
 typedef __m512i vb;
 
 #ifdef VEC_VNNI
-enum { VEC_ROWS = 16, VEC_Q8_BIAS = 128 };
+#define VEC_ROWS 16
+enum { VEC_Q8_BIAS = 128 };
 #else
-enum { VEC_ROWS = 8, VEC_Q8_BIAS = 0 };
+#define VEC_ROWS 8
+enum { VEC_Q8_BIAS = 0 };
 #endif
 
 MK_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }

@@ -11,7 +11,8 @@ typedef struct { float32x4_t q[4]; } vf;
 typedef struct { int32x4_t q[4]; } vi;
 typedef struct { int8x16_t q[4]; } vb;
 
-enum { VEC_ROWS = 4, VEC_Q8_BIAS = 0 };
+#define VEC_ROWS 4
+enum { VEC_Q8_BIAS = 0 };
 
 #define QUARTERS for (int j = 0; j < 4; j++)
 #define VF(name, args, value) MK_INLINE vf name args { vf r; QUARTERS r.q[j] = (value); return r; }

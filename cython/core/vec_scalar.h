@@ -13,7 +13,8 @@ typedef struct { float f[16]; } vf;
 typedef struct { int32_t i[16]; } vi;
 typedef struct { int8_t b[64]; } vb;
 
-enum { VEC_ROWS = 4 /* rows of x in a product's main tile */, VEC_Q8_BIAS = 0 };
+#define VEC_ROWS 4 /* rows of x in a product's main tile */
+enum { VEC_Q8_BIAS = 0 };
 
 #define UNROLL /* 16 lanes are loop enough */
 #define HOT static __attribute__((noinline)) /* nor does it gain from copies */
