@@ -1,0 +1,79 @@
+"""How much work a step is, in counts: what makes batches fast is that more sequences are no more products."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from mpillm import kernels
+from mpillm.engine.sequence import Request
+from mpillm.model.config import ModelConfig
+from mpillm.weights.source import open_source
+
+from .engine_harness import run_engine
+from .golden import model_path
+
+MORE = 4  # steps
+
+
+def steps(monkeypatch: pytest.MonkeyPatch, name: str, sequences: int) -> tuple[list[Any], int]:
+    """The prepared pieces of work that MORE steps of decoding do, in their order, and how often threads were called."""
+    found = []
+    for tokens in (2, 2 + MORE):
+        done: list[Any] = []
+        compute = kernels.compute
+
+        def counting(
+            work: Any, *args: Any, done: list[Any] = done, compute: Any = compute, **named: Any
+        ) -> None:
+            done.append(work)
+            compute(work, *args, **named)
+
+        requests = [Request(id=str(i), prompt=(3 + i, 5), max_tokens=tokens) for i in range(sequences)]
+        before = kernels._compiled.regions() if kernels._compiled else 0
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "compute", counting)
+            run_engine(model_path(name), requests)
+        found.append((done, kernels._compiled.regions() - before if kernels._compiled else 0))
+    (few, before), (many, after) = found
+    return many[len(few) :], after - before
+
+
+def config(name: str) -> ModelConfig:
+    with closing(open_source(model_path(name))) as source:
+        return ModelConfig.from_dict(source.config, name)
+
+
+def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = config("mistral").n_layers
+    one, regions = steps(monkeypatch, "mistral", 1)
+    eight, regions_of_eight = steps(monkeypatch, "mistral", 8)
+    kinds = Counter(type(work).__name__ for work in one)
+    assert kinds == {"AttentionHalf": MORE * layers, "FeedForwardHalf": MORE * layers, "Products": MORE}
+    assert Counter(type(work).__name__ for work in eight) == kinds
+    # Beside them: embeddings, the final norm, candidates and log-sum-exp of the logits.
+    assert regions == regions_of_eight <= MORE * (2 * layers + 5)
+
+
+def test_an_expert_is_computed_once_a_step_for_all_the_rows_that_chose_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = config("qwen3_moe")
+    for sequences in (1, 8):
+        work, _ = steps(monkeypatch, "qwen3_moe", sequences)
+        # What lies between two attentions is the router, and then the experts of one layer.
+        chosen: list[list[int]] = [[]]
+        for one in work:
+            if isinstance(one, kernels.AttentionHalf):
+                chosen.append([])
+            elif isinstance(one, kernels.FeedForwardHalf):
+                chosen[-1].append(id(one))
+        assert all(len(set(experts)) == len(experts) for experts in chosen)
+        most = min(shape.n_experts, sequences * shape.experts_per_token)
+        assert max(map(len, chosen)) <= most
+        assert sum(map(len, chosen)) <= MORE * sum(most if mixture else 1 for mixture in shape.moe_layers)
