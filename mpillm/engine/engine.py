@@ -41,6 +41,7 @@ class Worker:
         seconds = time.perf_counter() - begun
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
+        self.decoder.stepped(seconds)
         return reply
 
     @property

@@ -138,15 +138,17 @@ class Scheduler:
     def _admit(self) -> None:
         """Admit who has been preempted, then who waits, while their tokens and the next of all others find blocks."""
         owed = sum(_missing(sequence) for sequence in self.running)
+        growing = sum(_grows(sequence) for sequence in self.running)
         while len(self.running) < self._slots:
             sequence = self._preempted[0] if self._preempted else self._next
             if sequence is None:
                 return
             self._share(sequence)
             owed += _missing(sequence)
-            if self.running and owed + len(self.running) > self._pool.free:
+            if self.running and owed + growing > self._pool.free:
                 self._clear(sequence)
                 return
+            growing += _grows(sequence)
             if self._preempted:
                 del self._preempted[0]
             else:
@@ -218,6 +220,11 @@ class Scheduler:
 def _missing(sequence: Sequence) -> int:
     """Blocks that a sequence still needs for the tokens it has."""
     return blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+
+
+def _grows(sequence: Sequence) -> bool:
+    """Whether it may come to need more blocks than for the tokens it has."""
+    return sequence.request.max_length > blocks_for(len(sequence.tokens)) * KV_BLOCK
 
 
 def _number(sequence: Sequence) -> int:

@@ -97,6 +97,10 @@ class Decoder:
         """Seconds so far of waiting for weights, and of loading them."""
         return self._weights.stall_seconds, self._weights.load_seconds
 
+    def stepped(self, seconds: float) -> None:
+        """Note how long a step took (see `Weights.stepped`)."""
+        self._weights.stepped(seconds)
+
     def forward(self, batch: Batch) -> Floats | None:
         """Run the step's rows through this stage: the last layer's output [m, d] on the last stage, else None."""
         if self.is_first:

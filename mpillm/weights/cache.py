@@ -79,6 +79,7 @@ class Heap(Generic[T]):
         """There is nothing to let go of."""
 
 
+SMALL = 20  # an item that is less than one part in so many may be given up for reading further ahead
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many one takes
 
 
@@ -184,6 +185,17 @@ class WeightCache(Generic[T]):
         """Item number `item`, ready and kept in memory for the length of a `with` block."""
         assert 0 <= item < len(self.items), item
         return Use(self, item)
+
+    def deepen(self) -> None:
+        """Let one item of the fixed part go, if a small one does: from now on one more is read ahead."""
+        with self._changed:
+            needed = max((item.nbytes for i, item in enumerate(self.items) if i not in self.fixed), default=0)
+            suits = [i for i in self.fixed if needed <= self.items[i].nbytes <= self.total // SMALL]
+            if suits:
+                item = min(suits, key=lambda i: self.items[i].nbytes)
+                self.fixed -= {item}
+                self._fixed_bytes -= self.items[item].nbytes
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Stop the threads (when they have finished the items they are at) and let all buffers go."""

@@ -10,6 +10,9 @@ from .cache import Loader, Policy, WeightCache, fixed_part
 from .experts import ExpertCache
 from .layer import Layer, LayerPlan
 
+EVEN = 0.05  # of a step may be waited for weights without a remedy
+PATIENCE = 3  # steps that wait for longer before there is one
+
 OpenLoader = Callable[[bool, bool], Loader[Layer]]  # of (streamed, experts)
 
 
@@ -25,6 +28,7 @@ class Weights:
         chosen: float = 1.0,
     ) -> None:
         """`chosen` is the share of a layer's experts that a token is sent to. JobError if the budget is too small."""
+        self._waited, self._uneven = 0.0, 0  # seconds up to the last step; steps that computed and waited
         parts, mixture = split(plans)
         self.total = sum(item.nbytes for item in plans)
         self.budget = self.total if budget is None else budget
@@ -67,6 +71,22 @@ class Weights:
     def load_seconds(self) -> float:
         """Seconds of loading, of all threads together."""
         return sum(counters.load_seconds for counters in self._counters)
+
+    def stepped(self, seconds: float) -> None:
+        """Note that a step took so long, and read further ahead if steps keep waiting though they compute as well.
+
+        Where the disk alone is the limit (a few sequences), the largest fixed part is best. Where computing takes
+        about as long, parts that need longer than others to read or to compute make either wait for the other, unless
+        one more is on its way.
+        """
+        waited, self._waited = (
+            self.cycle.counters.stall_seconds - self._waited,
+            self.cycle.counters.stall_seconds,
+        )
+        if EVEN * seconds < waited < seconds / 2:
+            self._uneven += 1
+            if self._uneven == PATIENCE and self.cycle.fixed:
+                self.cycle.deepen()
 
     def close(self) -> None:
         """Stop reading ahead, and let all buffers go."""

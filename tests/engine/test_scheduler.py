@@ -210,6 +210,13 @@ def test_nobody_is_admitted_whom_the_next_tokens_of_the_others_would_push_out() 
     assert [one.request.id for one in ranks.scheduler.running] == ["a", "b"]
 
 
+def test_no_block_is_kept_for_who_will_not_need_one() -> None:
+    # All of a sequence's 64 tokens have room in two blocks: as many run as there are pairs.
+    ranks = Ranks([sequence(str(i), 40, 25) for i in range(9)], n_blocks=16, max_sequences=9, max_tokens=500)
+    assert [len(step) for step in ranks.run()][:2] == [8, 8]
+    assert ranks.scheduler.totals.preemptions == 0
+
+
 def test_readers_go_longest_first_within_a_window() -> None:
     lengths = [3, 9, 5, 7, 8, 2]
     made = [sequence(str(n), n, 0, prompt_logprobs=0) for n in lengths]

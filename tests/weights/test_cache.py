@@ -17,6 +17,7 @@ from mpillm.kernels import BlockType
 from mpillm.weights.cache import Heap, WeightCache, fixed_part, minimum_budget
 from mpillm.weights.layer import LayerPlan, head_tensors, layer_parts, load, rank_plans
 from mpillm.weights.packed_layout import panels_of, shard_extent
+from mpillm.weights.paging import PATIENCE, Weights
 from mpillm.weights.source import open_source
 
 from .build import Tiny, write_hf
@@ -375,6 +376,47 @@ def test_what_stays_of_large_models_is_nearly_the_budget(shape, shards):
         stays = sum(sizes[i] for i in fixed_part(items, int(share * total)))
         assert share - 0.02 < stays / total <= share
     assert minimum_budget(items) < 0.08 * total
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("head", "given_up"), [(300, 100), (100, 100), (50, 100)])
+def test_more_is_read_ahead_when_one_that_stayed_goes(head, given_up):
+    """An item as large as those that are streamed, but not a large head."""
+    loader = Loader(parallel=2)
+    cache = WeightCache(plans(*[100] * 40, head), loader, 1000)
+    items = len(cache.items)
+    for gone in (0, given_up):
+        streamed, before = cache.streamed, cache.counters.loaded
+        run(cache, [*range(items)] * 3)
+        fixed = cache.total - streamed
+        ahead = cache.counters.loaded - before - 3 * streamed - (0 if gone else fixed)
+        assert -(1000 - fixed) <= ahead <= 1000 - fixed
+        assert cache.counters.peak <= 1000
+        cache.deepen()
+        assert cache.streamed == streamed + given_up
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_large_part_is_not_given_up():
+    cache = WeightCache(plans(*[100] * 10), Loader(), 500)
+    streamed = cache.streamed
+    cache.deepen()
+    assert cache.streamed == streamed
+    cache.close()
+
+
+@pytest.mark.usefixtures("threads")
+def test_it_reads_further_ahead_if_steps_compute_and_wait():
+    for waited, deeper in ((0.01, False), (0.2, True), (0.9, False)):  # of each step of a second
+        weights = Weights(plans(*[100] * 40), lambda streamed, small: Loader(), 500)
+        fixed = weights.cycle.fixed
+        for step in range(8):
+            assert (weights.cycle.fixed < fixed) == (deeper and step >= PATIENCE)
+            weights.cycle.counters.stall_seconds += waited
+            weights.stepped(1.0)
+        assert len(weights.cycle.fixed) == len(fixed) - deeper  # by one, once
+        weights.close()
 
 
 @pytest.mark.usefixtures("threads")
