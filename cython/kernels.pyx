@@ -15,6 +15,7 @@ cdef extern from "core/path.h" nogil:
     int mk_block_bytes(int type)
     int mk_packed_bytes(int type)
     long mk_blocks(long columns, int block)
+    long mk_kv_bytes(int type, int hd)
     const char *mk_path_name(int index)
     int mk_set_path(const char *name)
     ctypedef struct mk_work:
@@ -137,10 +138,6 @@ cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
     return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)
 
 
-cdef tuple four(const Py_ssize_t *shape):
-    return shape[0], shape[1], shape[2], shape[3]
-
-
 cdef struct Pools:
     void *keys
     void *values
@@ -151,23 +148,30 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd) except *:
     """Contiguous pools of the element type and the shape that are asked for; the caller keeps the arrays."""
     cdef const float[:, :, :, ::1] kfloats, vfloats
     cdef const uint16_t[:, :, :, ::1] khalves, vhalves
-    cdef tuple keys, values
+    cdef const uint8_t[:, :, ::1] kbytes, vbytes
     cdef Pools pools
-    if kv_type != MK_F32 and kv_type != MK_F16:
-        raise ValueError(f"the KV cache holds F32 or F16, not block type {kv_type}")
+    if kv_type != MK_F32 and kv_type != MK_F16 and kv_type != MK_Q8_0:
+        raise ValueError(f"the KV cache holds F32, F16 or Q8_0, not block type {kv_type}")
     if not 0 < hd <= MK_MAX_HEAD_DIM:
         raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {hd}")
+    if kv_type == MK_Q8_0 and hd % MK_BLOCK:
+        raise ValueError(f"a Q8_0 KV cache needs heads of a multiple of {MK_BLOCK} dimensions, not {hd}")
     if kv_type == MK_F32:
         kfloats, vfloats = kpool, vpool
-        keys, values = four(kfloats.shape), four(vfloats.shape)
         pools.keys, pools.values = <void *>&kfloats[0, 0, 0, 0], <void *>&vfloats[0, 0, 0, 0]
-    else:
+    elif kv_type == MK_F16:
         khalves, vhalves = kpool, vpool
-        keys, values = four(khalves.shape), four(vhalves.shape)
         pools.keys, pools.values = <void *>&khalves[0, 0, 0, 0], <void *>&vhalves[0, 0, 0, 0]
-    pools.blocks = keys[0]
-    require("kpool", (keys[0], kvh, hd, MK_KV_BLOCK), keys)
-    require("vpool", (keys[0], kvh, MK_KV_BLOCK, hd), values)
+    else:
+        kbytes, vbytes = kpool, vpool
+        pools.keys, pools.values = <void *>&kbytes[0, 0, 0], <void *>&vbytes[0, 0, 0]
+    pools.blocks = kpool.shape[0]
+    if kv_type == MK_Q8_0:
+        require("kpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, hd)), kpool.shape)
+        require("vpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, hd)), vpool.shape)
+    else:
+        require("kpool", (pools.blocks, kvh, hd, MK_KV_BLOCK), kpool.shape)
+        require("vpool", (pools.blocks, kvh, MK_KV_BLOCK, hd), vpool.shape)
     return pools
 
 

@@ -168,11 +168,3 @@ static void dequantize(const void *argument, long begin, long end) {
         }
     }
 }
-
-static void to_f16(const float *x, uint16_t *out, long count) {
-    for (long i = 0; i < count; i += MK_TILE) {
-        uint16_t half[MK_TILE];
-        vf_store_f16(half, vf_row(x, i, count, 0.0f));
-        memcpy(out + i, half, (size_t)(count - i < MK_TILE ? count - i : MK_TILE) * 2);
-    }
-}

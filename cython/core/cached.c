@@ -4,6 +4,15 @@
 
 #include "active.h"
 
+/* Q8_0: the integers of one row (`step` 1) or column (`step` 32) of a head's block, and their scales. */
+static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at, long step) {
+    int8_t q[MK_MAX_HEAD_DIM];
+    uint16_t scales[MK_MAX_HEAD_DIM / MK_BLOCK];
+    mk_active->to_q8(x, q, scales, hd);
+    for (int i = 0; i < hd; i++) block[2 * hd + at + i * step] = (uint8_t)q[i];
+    for (int i = 0; i < hd / MK_BLOCK; i++) memcpy(block + 2 * (i * MK_KV_BLOCK + offset), &scales[i], 2);
+}
+
 /* One row of K goes to one column of its block, one row of V to one row. */
 static void store(const void *argument, long begin, long end) {
     const mk_store_job *job = argument;
@@ -14,7 +23,11 @@ static void store(const void *argument, long begin, long end) {
             long offset = job->offset[row], at = ((long)job->block[row] * job->kvh + head) * hd * MK_KV_BLOCK;
             const float *from = job->k + row * job->k_stride + (long)head * hd;
             const float *value = job->v + row * job->v_stride + (long)head * hd;
-            if (job->f16) {
+            if (job->type == MK_Q8_0) {
+                at = at / MK_KV_BLOCK / hd * mk_kv_bytes(MK_Q8_0, hd);
+                put_q8(from, (uint8_t *)job->kpool + at, hd, offset, offset, MK_KV_BLOCK);
+                put_q8(value, (uint8_t *)job->vpool + at, hd, offset, offset * hd, 1);
+            } else if (job->type == MK_F16) {
                 uint16_t *to = (uint16_t *)job->kpool + at + offset;
                 mk_active->to_f16(from, half, hd);
                 for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = half[i];
@@ -30,7 +43,7 @@ static void store(const void *argument, long begin, long end) {
 void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride,
                  const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd) {
     mk_step_of(work, store, m, 1, 0)->store = (mk_store_job){
-        .f16 = kv_type == MK_F16, .kvh = kvh, .hd = hd, .k = k, .v = v, .k_stride = k_stride, .v_stride = v_stride,
+        .type = kv_type, .kvh = kvh, .hd = hd, .k = k, .v = v, .k_stride = k_stride, .v_stride = v_stride,
         .block = block, .offset = offset, .kpool = kpool, .vpool = vpool};
 }
 
@@ -40,6 +53,8 @@ static long group_queries(mk_query_group *groups, const int32_t *table_start, co
     int most = MK_ATTENTION_SUMS / MK_LANES(hd);
     long count = 0;
     if (most > MK_MAX_QUERIES) most = MK_MAX_QUERIES;
+    if (most >= MK_QUERY_TILE) most -= most % MK_QUERY_TILE;
+    else most = most >= 8 ? 8 : 4; /* heads have at most MK_MAX_HEAD_DIM dimensions */
     for (int head = 0; head < heads;) {
         int width = 1;
         while (width < most && head + width < heads && kv_of_head[head + width] == kv_of_head[head]) width++;
@@ -64,7 +79,7 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
     if (work->failed) return;
     long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd);
     mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){
-        .f16 = kv_type == MK_F16, .kvh = kvh, .hd = hd, .window = window, .scale = scale, .q = q, .out = out,
+        .type = kv_type, .kvh = kvh, .hd = hd, .window = window, .scale = scale, .q = q, .out = out,
         .q_stride = q_stride, .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
         .table_start = table_start, .groups = work->groups};
 }

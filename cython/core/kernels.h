@@ -34,6 +34,9 @@ static inline int mk_packed_bytes(int type) { /* of a block, in a tile: 6-bit sc
     return bytes[type];
 }
 
+/* Bytes of one head's keys, or values, in a block: with Q8_0 first the scales, [hd / 32][token], then the integers. */
+static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK_F32 ? 128 : type == MK_F16 ? 64 : 34); }
+
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
 
 /* 32 activations, with what products begin with ready to be loaded.  Rows of x come in groups of MK_GROUP, block after

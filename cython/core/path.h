@@ -55,7 +55,7 @@ typedef struct {
 } mk_query_group;
 
 typedef struct {
-    int f16, kvh, hd, window;
+    int type, kvh, hd, window;
     float scale;
     const float *q;
     float *out;
@@ -66,7 +66,7 @@ typedef struct {
 } mk_attention_job;
 
 typedef struct {
-    int f16, kvh, hd;
+    int type, kvh, hd;
     const float *k, *v;
     long k_stride, v_stride;
     const int32_t *block, *offset;
@@ -106,10 +106,12 @@ typedef struct {
     mk_range quantize, dequantize, quantize_rows, matmul, fold, rms_norm, rope, silu_mul, softmax, top_k, lse_parts,
         attention;
     void (*to_f16)(const float *x, uint16_t *out, long count);
+    void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
 } mk_path;
 
-/* Floats of attention's running sums on the stack of a thread; a group of queries fits in them. */
-enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 32 };
+/* Attention's queries and running sums lie on the stack of a thread: so many floats of each, for a group of queries.
+ * MK_QUERY_TILE is a multiple of every path's tiles. */
+enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12 };
 
 /* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
 enum { MK_MANY_TILES = 4, MK_ROWS = 16 };

@@ -43,6 +43,9 @@ MK_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 MK_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 MK_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 MK_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+MK_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+#define VEC_SCALE /* y * 2^n for whole n, rounded once */
+MK_INLINE vf vf_scale(vf y, vf n) { return _mm512_scalef_ps(y, n); }
 MK_INLINE vf vf_gt(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x); }
 MK_INLINE int vf_any_gt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 MK_INLINE vf vf_from(vi a) { return _mm512_cvtepi32_ps(a); }

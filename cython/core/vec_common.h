@@ -33,8 +33,7 @@ MK_INLINE void vf_row_store(float *row, long i, long d, vf a) {
  * rounds once on its way through the denormals.  mpillm/kernels/lanes.py has the same constants. */
 HOT vf vf_exp(vf x) {
     const vf high = vf_set1(89.0f), low = vf_set1(-105.0f), magic = vf_set1(0x1.8p23f), one = vf_set1(1.0f);
-    x = vf_gt(x, high, high, x);
-    x = vf_gt(low, x, low, x);
+    x = vf_max(low, vf_min(high, x));
     vf shifted = vf_add(vf_mul(x, vf_set1(1.44269504088896341f)), magic); /* its low bits are n, to nearest even */
     vf n = vf_sub(shifted, magic);
     vf r = vf_fma(n, vf_set1(-0.693359375f), x);
@@ -46,6 +45,10 @@ HOT vf vf_exp(vf x) {
     p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
     p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
     vf y = vf_add(vf_fma(p, vf_mul(r, r), r), one);
+#ifdef VEC_SCALE
+    return vf_scale(y, n);
+#else
     vi power = vi_sub(vi_bits(shifted), vi_bits(magic)), half = vi_half(power);
     return vf_mul(vf_mul(y, vf_pow2(half)), vf_pow2(vi_sub(power, half)));
+#endif
 }

@@ -47,6 +47,8 @@ VF(vf_fma, (vf a, vf b, vf c), vfmaq_f32(c.q[j], a.q[j], b.q[j]))
 VF(vf_abs, (vf a), vabsq_f32(a.q[j]))
 MK_INLINE float32x4_t neon_max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); } /* as x86 */
 VF(vf_max, (vf a, vf b), neon_max(a.q[j], b.q[j]))
+MK_INLINE float32x4_t neon_min(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+VF(vf_min, (vf a, vf b), neon_min(a.q[j], b.q[j]))
 VF(vf_gt, (vf a, vf b, vf x, vf y), vbslq_f32(vcgtq_f32(a.q[j], b.q[j]), x.q[j], y.q[j]))
 VF(vf_from, (vi a), vcvtq_f32_s32(a.q[j]))
 VF(vf_pow2, (vi a), vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(a.q[j], vdupq_n_s32(127)), 23)))

@@ -37,6 +37,7 @@ VF(vf_div, (vf a, vf b), a.f[j] / b.f[j])
 VF(vf_fma, (vf a, vf b, vf c), fmaf(a.f[j], b.f[j], c.f[j]))
 VF(vf_abs, (vf a), mk_bits_float(mk_float_bits(a.f[j]) & 0x7fffffffu))
 VF(vf_max, (vf a, vf b), a.f[j] > b.f[j] ? a.f[j] : b.f[j])
+VF(vf_min, (vf a, vf b), a.f[j] < b.f[j] ? a.f[j] : b.f[j])
 VF(vf_gt, (vf a, vf b, vf x, vf y), a.f[j] > b.f[j] ? x.f[j] : y.f[j]) /* a > b ? x : y */
 VF(vf_from, (vi a), (float)a.i[j])
 VF(vf_pow2, (vi a), mk_bits_float((uint32_t)(a.i[j] + 127) << 23)) /* 2^a, -126 <= a <= 127 */

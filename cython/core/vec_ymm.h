@@ -16,6 +16,7 @@ YMM(vf_sub, _mm256_sub_ps)
 YMM(vf_mul, _mm256_mul_ps)
 YMM(vf_div, _mm256_div_ps)
 YMM(vf_max, _mm256_max_ps)
+YMM(vf_min, _mm256_min_ps)
 
 MK_INLINE vf vf_abs(vf a) {
     __m256 sign = _mm256_set1_ps(-0.0f);

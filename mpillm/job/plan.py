@@ -11,7 +11,7 @@ from ..comm import grid
 from ..comm.grid import Place, Shape
 from ..kernels import KV_BLOCK, BlockType
 from ..model.config import ModelConfig
-from ..model.kv import block_nbytes
+from ..model.kv import block_nbytes, stored_type
 from ..weights.layer import LayerPlan, check_tensors, rank_plans
 from ..weights.paging import minimum_budget, streamed
 from ..weights.source import Source, column_unit, open_source
@@ -81,7 +81,7 @@ def make_plan(
     shape = config.shape(column_unit(source))
     check_tensors(source, shape, config)
     stages, shards = grid.choose(shape, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
-    kv_type = BlockType[spec.kv_type(quantised=shape.unit > 1).upper()]
+    kv_type = stored_type(spec.memory.kv_type, shape)
     places = [Place(rank, stages, shards) for rank in range(ranks)]
     blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
     items = [rank_plans(shape, place, source, config) for place in places]

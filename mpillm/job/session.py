@@ -18,10 +18,10 @@ from ..comm.world import World
 from ..engine.engine import Worker
 from ..engine.scheduler import Limits
 from ..errors import ModelError
-from ..kernels import KV_BLOCK, BlockType
+from ..kernels import KV_BLOCK
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
-from ..model.kv import KVCache, block_nbytes
+from ..model.kv import KVCache, block_nbytes, stored_type
 from ..weights.cache import WeightCache
 from ..weights.experts import ExpertCache
 from ..weights.layer import Layer, check_tensors, rank_plans
@@ -83,6 +83,7 @@ class Session:
             self.config = ModelConfig.from_dict(self.source.config, str(model))
             self.shape = self.config.shape(column_unit(self.source))
             check_tensors(self.source, self.shape, self.config)
+            self.kv_type = stored_type(spec.memory.kv_type, self.shape)
             self.fingerprint = fingerprint(self.source)
         self._same_model()
         layout = spec.layout
@@ -94,7 +95,6 @@ class Session:
         self.place = grid.Place(world.rank, stages, shards)
         self.threads = world.threads(layout.threads)
         self.counters = Counters()
-        self.kv_type = BlockType[spec.kv_type(self.shape.unit > 1).upper()]
         with world.together():
             plans = rank_plans(self.shape, self.place, self.source, self.config)
             self.weights = Weights(

@@ -40,7 +40,7 @@ Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
 Quantize = Literal["none", "q8_0", "q4_0"]
 Pooling = Literal["mean", "last"]
-KVType = Literal["f32", "f16"]
+KVType = Literal["f32", "f16", "q8_0"]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
@@ -199,12 +199,6 @@ class Spec(Section, frozen=True, kw_only=True):
     def output_path(self) -> Path:
         """The output directory."""
         return Path(self.output)
-
-    def kv_type(self, quantised: bool) -> KVType:
-        """The KV cache's number type: "auto" is f16 where the weights are quantised, else f32."""
-        if self.memory.kv_type == "auto":
-            return "f16" if quantised else "f32"
-        return self.memory.kv_type
 
     def identity(self) -> dict[str, Any]:
         """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.

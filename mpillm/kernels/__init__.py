@@ -34,11 +34,11 @@ from .reference import (
     softmax,
     top_k,
 )
-from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType
+from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType, kv_pools
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "FeedForwardHalf",
-    "Products", "activation_nbytes", "attention", "available", "compute", "dequantize", "fold", "kv_store",
+    "Products", "activation_nbytes", "attention", "available", "compute", "dequantize", "fold", "kv_pools", "kv_store",
     "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope",
     "set_path", "silu_mul", "softmax", "top_k",
 ]  # fmt: skip

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from .types import (
     ACTIVATION_BLOCK_BYTES,
-    KV_BLOCK,
     QUANT_BLOCK,
     BlockType,
     Bounds,
     check_bounds,
+    kv_pools,
     packed_nbytes,
 )
 
@@ -61,15 +61,8 @@ def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np
         require_rows("x", x, width=k, dtype=np.float32)
 
 
-def require_kv_type(kv_type: BlockType) -> npt.DTypeLike:
-    """NumPy's element type of the pools."""
-    if kv_type not in (BlockType.F32, BlockType.F16):
-        raise ValueError(f"the KV cache holds F32 or F16, not {BlockType(kv_type).name}")
-    return np.float32 if kv_type == BlockType.F32 else np.float16
-
-
 def require_pools(kv_type: BlockType, kpool: Array, vpool: Array, kvh: int, hd: int) -> None:
-    """Pools [blocks, kvh, hd, 32] and [blocks, kvh, 32, hd], float32 or F16 seen as uint16."""
-    dtype = np.float32 if kv_type == BlockType.F32 else np.uint16
-    require("kpool", kpool, (len(kpool), kvh, hd, KV_BLOCK), dtype)
-    require("vpool", vpool, (len(kpool), kvh, KV_BLOCK, hd), dtype)
+    """Pools as `kv_pools` has them."""
+    keys, values = kv_pools(kv_type, len(kpool), kvh, hd)
+    require("kpool", kpool, *keys)
+    require("vpool", vpool, *values)

@@ -18,7 +18,6 @@ from . import blocks, lanes
 from .checks import (
     require,
     require_activations,
-    require_kv_type,
     require_pools,
     require_rows,
     require_weights,
@@ -37,6 +36,8 @@ from .types import (
     check_whole,
     packed_nbytes,
 )
+
+Pool = npt.NDArray[Any]
 
 __all__ = [
     "activation_nbytes", "attention", "dequantize", "fold", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes",
@@ -232,27 +233,62 @@ def softmax(x: F32, threads: int = 1) -> None:
         x[:] = e / lanes.lane_sum(e)[:, None]
 
 
-def kv_store(kv_type: BlockType, k: F32, v: F32, block: I32, offset: I32, kpool: npt.NDArray[np.generic],
-             vpool: npt.NDArray[np.generic], kvh: int, hd: int) -> None:  # fmt: skip
-    """Put k, v [m, kvh * hd] at (block[i], offset[i]) of the pools [blocks, kvh, hd, 32] and [blocks, kvh, 32, hd]."""
-    element = require_kv_type(kv_type)
+def kv_store(kv_type: BlockType, k: F32, v: F32, block: I32, offset: I32, kpool: Pool, vpool: Pool, kvh: int,
+             hd: int) -> None:  # fmt: skip
+    """Put k, v [m, kvh * hd] at (block[i], offset[i]) of the pools (`types.kv_pools` has their layouts)."""
+    require_pools(kv_type, kpool, vpool, kvh, hd)
     require_rows("k", k, width=kvh * hd, dtype=np.float32)
     require_rows("v", v, rows=len(k), width=kvh * hd, dtype=np.float32)
-    require_pools(kv_type, kpool, vpool, kvh, hd)
     for name, array, limit in (("block", block, len(kpool)), ("offset", offset, KV_BLOCK)):
         require(name, array, (len(k),), np.int32)
         if len(k) and not 0 <= array.min() <= array.max() < limit:
             raise ValueError(f"{name} must be within 0..{limit - 1}")
+    rows, values = (x.reshape(len(k), kvh, hd) for x in (k, v))
+    if kv_type == BlockType.Q8_0:
+        for x, pool, is_keys in ((rows, kpool, True), (values, vpool, False)):
+            q, scales = _q8_parts(pool, hd, is_keys)
+            done = np.empty((len(k) * kvh, kv_type.row_bytes(hd)), np.uint8)
+            quantize(kv_type, np.ascontiguousarray(x).reshape(-1, hd), done)
+            blocks = done.reshape(len(k), kvh, -1, kv_type.block_bytes)
+            scales[block, :, :, offset] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+            mine = blocks[..., 2:].view(np.int8).reshape(len(k), kvh, hd)
+            if is_keys:
+                q[block, :, :, offset] = mine
+            else:
+                q[block, :, offset, :] = mine
+        return
+    element = np.float32 if kv_type == BlockType.F32 else np.float16
     with np.errstate(over="ignore"):
-        kpool.view(element)[block, :, :, offset] = k.reshape(len(k), kvh, hd).astype(element)
-        vpool.view(element)[block, :, offset, :] = v.reshape(len(k), kvh, hd).astype(element)
+        kpool.view(element)[block, :, :, offset] = rows.astype(element)
+        vpool.view(element)[block, :, offset, :] = values.astype(element)
 
 
-def attention(kv_type: BlockType, q: F32, out: F32, kpool: npt.NDArray[np.generic], vpool: npt.NDArray[np.generic],
-              pos: I32, table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
+def _q8_parts(pool: Pool, hd: int, is_keys: bool) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Views of a Q8_0 pool: integers, [block, head, dim, token] of keys and [.., token, dim] of values, and scales
+    [block, head, dim / 32, token]."""
+    heads = pool.shape[:2]
+    q = pool[..., 2 * hd :].view(np.int8).reshape(*heads, *((hd, KV_BLOCK) if is_keys else (KV_BLOCK, hd)))
+    scales = pool[..., : 2 * hd].view(np.float16).reshape(*heads, hd // QUANT_BLOCK, KV_BLOCK)
+    return q, scales
+
+
+def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool) -> F32:
+    """Blocks of a pool as f32 [block, head, dim, token], of values [.., token, dim]."""
+    if kv_type != BlockType.Q8_0:
+        found: F32 = pool.view(np.float32 if kv_type == BlockType.F32 else np.float16)[used].astype(
+            np.float32
+        )
+        return found
+    q, scales = _q8_parts(pool[used], hd, is_keys)
+    by_dim = np.repeat(scales.astype(np.float32), QUANT_BLOCK, axis=2)
+    product: F32 = q.astype(np.float32) * (by_dim if is_keys else by_dim.swapaxes(2, 3))
+    return product
+
+
+def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool, pos: I32,
+              table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
               threads: int = 1) -> None:  # fmt: skip
     """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]]."""
-    element = require_kv_type(kv_type)
     heads = len(kv_of_head)
     require_rows("q", q, width=heads * hd, dtype=np.float32)
     require_rows("out", out, rows=len(q), width=heads * hd, dtype=np.float32)
@@ -272,8 +308,8 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: npt.NDArray[np.generi
         used = table[first + begin // KV_BLOCK : first + last // KV_BLOCK + 1]
         if not 0 <= used.min() <= used.max() < len(kpool):
             raise ValueError(f"row {i}: the block table names a block outside the pool of {len(kpool)}")
-        keys = kpool.view(element)[used].astype(np.float32).transpose(1, 2, 0, 3).reshape(kvh, hd, -1)
-        values = vpool.view(element)[used].astype(np.float32).transpose(1, 0, 2, 3).reshape(kvh, -1, hd)
+        keys = _kv_floats(kv_type, kpool, used, hd, True).transpose(1, 2, 0, 3).reshape(kvh, hd, -1)
+        values = _kv_floats(kv_type, vpool, used, hd, False).transpose(1, 0, 2, 3).reshape(kvh, -1, hd)
         skip = begin % KV_BLOCK
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):
@@ -284,7 +320,7 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: npt.NDArray[np.generi
 def _attend(q: F32, keys: F32, values: F32, scale: np.float32) -> F32:
     """One head of one row: q [hd], keys [hd, t], values [t, hd]."""
     with np.errstate(all="ignore"):
-        scores = np.add.reduce(q[:, None] * keys, axis=0)[None] * scale
+        scores = np.add.reduce((q * scale)[:, None] * keys, axis=0)[None]
         e = lanes.exp(scores - lanes.lane_max(scores)[:, None])
         mixed: F32 = np.add.reduce(e[0][:, None] * values, axis=0) / lanes.lane_sum(e)[0]
     return mixed

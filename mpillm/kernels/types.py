@@ -108,3 +108,25 @@ def check_whole(k: int) -> None:
     """ValueError if rows of k values are not whole blocks of K-quants."""
     if k % SUPER_BLOCK:
         raise ValueError(f"the columns of a K-quant matrix must be a multiple of {SUPER_BLOCK}, not {k}")
+
+
+def kv_pools(
+    kv_type: BlockType, blocks: int, heads: int, head_dim: int
+) -> tuple[tuple[tuple[int, ...], type], tuple[tuple[int, ...], type]]:
+    """Shapes and element types of the pools of keys and of values, of so many KV blocks of `KV_BLOCK` tokens.
+
+    F32 and F16 (seen as uint16): keys [block, head, dim, token] and values [block, head, token, dim]. Q8_0: bytes
+    [block, head, 34 * dim], of which the first are F16 scales [dim / 32, token], the others integers in that order.
+    ValueError if the cache cannot be of this type.
+    """
+    if kv_type not in (BlockType.F32, BlockType.F16, BlockType.Q8_0):
+        raise ValueError(f"the KV cache holds F32, F16 or Q8_0, not {BlockType(kv_type).name}")
+    if kv_type == BlockType.Q8_0 and head_dim % QUANT_BLOCK:
+        raise ValueError(
+            f"a Q8_0 KV cache needs heads of a multiple of {QUANT_BLOCK} dimensions, not {head_dim}"
+        )
+    if kv_type == BlockType.Q8_0:
+        shape = (blocks, heads, kv_type.row_bytes(head_dim) * KV_BLOCK)
+        return (shape, np.uint8), (shape, np.uint8)
+    dtype = np.float32 if kv_type == BlockType.F32 else np.uint16
+    return ((blocks, heads, head_dim, KV_BLOCK), dtype), ((blocks, heads, KV_BLOCK, head_dim), dtype)

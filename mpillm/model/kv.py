@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,42 @@ from numpy.typing import NDArray
 
 from mpillm.comm import grid
 from mpillm.comm.grid import Place, Shape
-from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.errors import JobError
+from mpillm.kernels import QUANT_BLOCK, BlockType, kv_pools
 from mpillm.model.spill import Pools, Spill
-
-_DTYPES = {BlockType.F32: np.float32, BlockType.F16: np.uint16}
 
 HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
 
 Ints = NDArray[np.int32]
 
 
+def stored_type(asked: str, shape: Shape) -> BlockType:
+    """The number type that `memory.kv_type` means; "auto" is f16 where the weights are quantised, else f32.
+
+    JobError if this model's keys and values cannot be kept in it.
+    """
+    if asked == "q8_0" and shape.head_dim % QUANT_BLOCK:
+        raise JobError(
+            f'memory.kv_type = "q8_0" needs heads of a multiple of {QUANT_BLOCK} dimensions, and this model\'s have '
+            f'{shape.head_dim}; use "f16".'
+        )
+    if asked == "auto":
+        return BlockType.F16 if shape.unit > 1 else BlockType.F32
+    return BlockType[asked.upper()]
+
+
 def block_nbytes(shape: Shape, place: Place, kv_type: BlockType) -> int:
     """Bytes that one block of `KV_BLOCK` tokens takes on the rank at `place`, of all its layers and KV heads."""
     layers, heads = len(grid.stage_layers(shape, place)), len(grid.own_kv_heads(shape, place))
-    return 2 * layers * heads * shape.head_dim * KV_BLOCK * np.dtype(_DTYPES[kv_type]).itemsize
+    pools = kv_pools(kv_type, 1, heads, shape.head_dim)
+    return layers * sum(math.prod(sizes) * np.dtype(dtype).itemsize for sizes, dtype in pools)
 
 
 class KVCache:
-    """Pools of blocks, one pair for each of the rank's layers.
+    """Pools of blocks, one pair for each of the rank's layers; `kernels.kv_pools` says what they look like.
 
-    Keys are [block, KV head, dim, token] and values [block, KV head, token, dim], so that the lanes of both of
-    attention's products run along contiguous memory. Memory is touched, and so used, only as blocks are written.
+    The lanes of both of attention's products run along contiguous memory. Memory is touched, and so used, only as
+    blocks are written.
     """
 
     def __init__(
@@ -93,10 +109,10 @@ class KVCache:
 
     def _new_pools(self) -> Pools:
         """A layer's keys and values, all zero, in memory of their own that begins at a page and goes with them."""
-        heads, head_dim = self._shape
-        dtype: np.dtype[Any] = np.dtype(_DTYPES[self.kv_type])
-        shapes = (self.n_blocks, heads, head_dim, KV_BLOCK), (self.n_blocks, heads, KV_BLOCK, head_dim)
-        return tuple(_zeros(shape, dtype) for shape in shapes)
+        return tuple(
+            _zeros(shape, np.dtype(dtype))
+            for shape, dtype in kv_pools(self.kv_type, self.n_blocks, *self._shape)
+        )
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -93,6 +93,17 @@ def test_instruction_sets(model: str, path: str) -> None:
     assert_same(model, run(model))
 
 
+def test_keys_and_values_in_q8_0() -> None:
+    model = "llama_mixed.gguf"
+    job: dict[str, Any] = {"kv_type": "q8_0"}
+    alone = run(model, max_num_seqs=1, threads=1, prefix_sharing=False, **job).values
+    assert alone != expected(model)
+    for path in {"scalar", *COMPILED[-2:]}:
+        kernels.set_path(path)
+        assert run(model, threads=2, max_num_batched_tokens=40, **job).values == alone
+    assert run(model, kv_blocks=TIGHT, **job).values == alone
+
+
 @pytest.mark.parametrize("prefix_sharing", [True, False])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tight_kv_cache(model: str, prefix_sharing: bool) -> None:

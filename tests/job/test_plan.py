@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from mpillm.comm.grid import Place
-from mpillm.errors import LayoutError
+from mpillm.errors import JobError, LayoutError
 from mpillm.job import plan, spec
 from mpillm.job.plan import Plan
-from mpillm.kernels import BlockType
+from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.weights.layer import rank_plans
 from mpillm.weights.source import column_unit, open_source
+from tests.model.golden import gguf_path
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
 
@@ -88,4 +90,18 @@ def test_the_table() -> None:
     assert text.endswith("It fits, where every rank finds the memory of its last column.")
     assert planned("llama3", 1).kv_type == "f32"
     assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
+
+
+def test_a_q8_0_kv_cache() -> None:
+    """34 bytes for 32 values; heads must be made of whole blocks."""
+    f16, q8 = (
+        planned(str(gguf_path("llama_mixed")), 1, f"memory.kv_type={kind}") for kind in ("f16", "q8_0")
+    )
+    assert q8.kv_tokens // KV_BLOCK == f16.kv_tokens // KV_BLOCK * 64 // 34
+    words = 'memory.kv_type = "q8_0" needs heads of a multiple of 32 dimensions, and this model\'s have 8; use "f16".'
+    with pytest.raises(JobError, match=re.escape(words)):
+        planned("llama3", 1, "memory.kv_type=q8_0")
+
+
+def test_as_json() -> None:
     assert msgspec.json.decode(plan.as_json(planned("llama3", 1)), type=Plan) == planned("llama3", 1)

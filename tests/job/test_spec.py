@@ -49,8 +49,7 @@ def test_the_briefs_values_are_the_defaults(tmp_path: Path) -> None:
     assert said == load(tmp_path, 'input = "prompts.jsonl"\noutput = "out/quickstart"\n')
     assert said.memory.weights_bytes is None
     assert said.memory.kv_bytes == 1024**3
-    assert (said.kv_type(quantised=False), said.kv_type(quantised=True)) == ("f32", "f16")
-    assert load(tmp_path, BRIEF, "memory.kv_type=f32").kv_type(quantised=True) == "f32"
+    assert said.memory.kv_type == "auto"
 
 
 def test_what_is_read_lies_beside_the_job_file_and_what_is_written_here(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mpillm import kernels
 from mpillm.kernels import BlockType
 
 Array = np.ndarray[Any, Any]
+KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0)
 OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "silu_mul", "softmax", "top_k", "lse_parts",
        "attention", "fold")  # fmt: skip
 
@@ -125,10 +126,11 @@ def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, k
                pool: int, k: Array, v: Array, block: Array, offset: Array, q: Array, pos: Array, table: Array,
                table_start: Array, kv_of_head: Array, scale: Array) -> list[Array]:  # fmt: skip
     kind = BlockType(kv_type)
-    element = np.float32 if kind == BlockType.F32 else np.uint16
-    fill = np.nan if kind == BlockType.F32 else 0x7E00  # what was never stored must not be read
-    kpool = np.full((pool, kvh, hd, 32), fill, element)
-    vpool = np.full((pool, kvh, 32, hd), fill, element)
+    kpool, vpool = (np.empty(shape, dtype) for shape, dtype in kernels.kv_pools(kind, pool, kvh, hd))
+    for one in (kpool, vpool):  # NaN: what was never stored must not be read
+        one.view(np.float32 if kind == BlockType.F32 else np.uint16)[...] = (
+            np.nan if kind == BlockType.F32 else 0x7E00
+        )
     kernels.kv_store(kind, k, v, block, offset, kpool, vpool, kvh, hd)
     out = np.empty_like(q)
     kernels.attention(kind, q, out, kpool, vpool, pos, table, table_start, kv_of_head, kvh, hd, float(scale[0]),
@@ -265,9 +267,12 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
     for m, d in ((1, 1), (3, 16), (6, 45), (7, 130), (5, 576)):
         yield from small(rng, m, d, threads)
     for hd in (8, 16, 24, 64, 80, 96, 128):
-        kv_type = BlockType(int(rng.integers(2)))
+        kv_type = KV_TYPES[int(rng.integers(2 if hd % 32 else 3))]
         yield attention(
             rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 0, 20, 64])), threads=threads
         )
-    yield attention(rng, BlockType.F16, 64, heads=9, kvh=3, window=0, rows=40, threads=threads)
-    yield attention(rng, BlockType.F32, 300, heads=3, kvh=3, window=0, rows=3, threads=threads)
+    for kv_type in KV_TYPES:  # groups of one tile and of several, and heads too wide for that
+        yield attention(
+            rng, kv_type, 64, heads=9, kvh=3, window=int(rng.choice([0, 50])), rows=40, threads=threads
+        )
+        yield attention(rng, kv_type, 320, heads=3, kvh=1, window=0, rows=12, threads=threads)

@@ -73,15 +73,12 @@ static void product(void) {
 
 static void attention(void) {
     int type = ints[0], stored = ints[1], rows = ints[2], heads = ints[3], kvh = ints[4], hd = ints[5];
-    size_t count = (size_t)ints[7] * (size_t)kvh * (size_t)hd * MK_KV_BLOCK, bytes = count * (type == MK_F32 ? 4 : 2);
-    const uint32_t nan = 0x7fc00000u;
-    const uint16_t half_nan = 0x7e00;
+    size_t bytes = (size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, hd);
+    const uint32_t nan = type == MK_F32 ? 0x7fc00000u : 0x7e007e00u;
     uint8_t *pools[2];
     for (int p = 0; p < 2; p++) {
         pools[p] = make(bytes, 0);
-        for (size_t i = 0; i < count; i++)
-            if (type == MK_F32) memcpy(pools[p] + 4 * i, &nan, 4);
-            else memcpy(pools[p] + 2 * i, &half_nan, 2);
+        for (size_t i = 0; i < bytes; i += 4) memcpy(pools[p] + i, &nan, bytes - i < 4 ? bytes - i : 4);
     }
     float *out = make((size_t)(rows * heads * hd) * 4, 0), scale;
     memcpy(&scale, arrays[9], 4);

@@ -141,9 +141,17 @@ def test_exp_of_the_twin_within_2_ulp() -> None:
     np.testing.assert_array_equal(edges, np.array([np.nan, np.inf, 0, np.inf, 0, 1], np.float32))
 
 
-@pytest.mark.parametrize("kv_type", [BlockType.F32, BlockType.F16])
+SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
+
+
 @pytest.mark.parametrize(
-    ("hd", "heads", "kvh", "window"), [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
+    ("kv_type", "hd", "heads", "kvh", "window"),
+    [
+        (kind, *shape)
+        for kind in cases.KV_TYPES
+        for shape in SHAPES
+        if kind != BlockType.Q8_0 or shape[0] >= 32
+    ],
 )
 def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int) -> None:
     """Softmax attention in float64 over the rows that were stored."""
@@ -153,6 +161,8 @@ def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: in
     place = {(b, o): i for i, (b, o) in enumerate(zip(block.tolist(), offset.tolist(), strict=True))}
     if kv_type == BlockType.F16:
         k, v = k.astype(np.float16), v.astype(np.float16)
+    elif kv_type == BlockType.Q8_0:
+        k, v = (rounded(x) for x in (k, v))
     for row, last in enumerate(pos.tolist()):
         first = max(0, last - window + 1) if window else 0
         rows = [place[int(table[table_start[row] + t // 32]), t % 32] for t in range(first, last + 1)]
@@ -163,6 +173,13 @@ def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: in
             np.testing.assert_allclose(
                 got[row, part], p / p.sum() @ v[rows, group].astype(np.float64), atol=1e-5
             )
+
+
+def rounded(x: cases.Array) -> cases.Array:
+    """What is left of whole blocks of 32 values in Q8_0."""
+    n, k = x.shape
+    canonical = cases.Case("quantize", [BlockType.Q8_0, n, k], [x]).run()[0]
+    return cases.Case("dequantize", [BlockType.Q8_0, n, k], [canonical]).run()[0]
 
 
 def test_small_operations_mean_what_they_say() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ... import kernels
 
-_NO_WORK = {"activation_nbytes", "available", "packed_nbytes", "path", "set_path"}
+_NO_WORK = {"activation_nbytes", "available", "kv_pools", "packed_nbytes", "path", "set_path"}
 
 
 class Profile:
