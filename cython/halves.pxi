@@ -95,11 +95,6 @@ cdef class Products:
         mk_join(work, 0)
         return 0
 
-    cdef int add_last(self, mk_work *work, Space space, const float *x, long m, out, bint fold) except -1:
-        """The only matrix times contiguous x, into the caller's array."""
-        cdef Sums sums = sums_of(out, self.first.panels, m, self.widths[0], fold)
-        return self.add(work, space, x, self.first.k, m, &sums)
-
     def __call__(self, const float[:, ::1] x, outs, int threads=1):
         cdef long m = x.shape[0]
         cdef Sums sums[MK_MOST_PRODUCTS]
@@ -111,6 +106,31 @@ cdef class Products:
         mk_begin(&work)
         self.add(&work, space, &x[0, 0], self.first.k, m, sums)
         finish(&work, threads)
+
+
+cdef struct Rows:
+    long m
+    const float *cos
+    const float *sin
+    const int32_t *block
+    const int32_t *offset
+    const int32_t *pos
+    const int32_t *table
+    const int32_t *table_start
+
+
+cdef Rows rows_of(const float[:, ::1] cos, const float[:, ::1] sin, const int32_t[::1] block,
+                  const int32_t[::1] offset, const int32_t[::1] pos, const int32_t[::1] table,
+                  const int32_t[::1] table_start, long m, long hd, int window, Py_ssize_t blocks) except *:
+    """Where the rows of a step belong, checked; the caller keeps the arrays."""
+    require("cos", (m, hd // 2), (cos.shape[0], cos.shape[1]))
+    require("sin", (m, hd // 2), (sin.shape[0], sin.shape[1]))
+    require("block, offset, pos and table_start", (m, m, m, m),
+            (block.shape[0], offset.shape[0], pos.shape[0], table_start.shape[0]))
+    require_range("block", block, <int>blocks)
+    require_range("offset", offset, MK_KV_BLOCK)
+    require_tables(pos, table, table_start, window, blocks)
+    return Rows(m, &cos[0, 0], &sin[0, 0], &block[0], &offset[0], &pos[0], &table[0], &table_start[0])
 
 
 cdef class AttentionHalf:
@@ -143,16 +163,17 @@ cdef class AttentionHalf:
     def __call__(self, const float[:, :] x, const float[:, ::1] cos, const float[:, ::1] sin, int kv_type, kpool,
                  vpool, const int32_t[::1] block, const int32_t[::1] offset, const int32_t[::1] pos,
                  const int32_t[::1] table, const int32_t[::1] table_start, out, int threads=1):
-        cdef long m = x.shape[0], d = x.shape[1], hd = self.hd, wide = self.heads * hd, narrow = self.kvh * hd
         cdef Pools pools = pools_of(kv_type, kpool, vpool, self.kvh, self.hd)
+        cdef Rows rows = rows_of(cos, sin, block, offset, pos, table, table_start, x.shape[0], self.hd, self.window,
+                                 pools.blocks)
         require_rows("x", x, -1, self.norm.shape[0])
-        require("cos", (m, hd // 2), (cos.shape[0], cos.shape[1]))
-        require("sin", (m, hd // 2), (sin.shape[0], sin.shape[1]))
-        require("block, offset, pos and table_start", (m, m, m, m),
-                (block.shape[0], offset.shape[0], pos.shape[0], table_start.shape[0]))
-        require_range("block", block, <int>pools.blocks)
-        require_range("offset", offset, MK_KV_BLOCK)
-        require_tables(pos, table, table_start, self.window, pools.blocks)
+        cdef Sums sums = sums_of(out, self.o.first.panels, x.shape[0], self.o.widths[0], True)
+        self.compute(&x[0, 0], x.strides[0] // 4, &rows, kv_type, &pools, &sums, NULL, threads)
+
+    cdef int compute(self, const float *x, long stride, const Rows *rows, int kv_type, const Pools *pools, Sums *out,
+                     float *add_to, int threads) except -1:
+        """out = what the half makes of x, and add_to (x itself, or nothing) += it."""
+        cdef long m = rows.m, d = self.norm.shape[0], hd = self.hd, wide = self.heads * hd, narrow = self.kvh * hd
         cdef Space space = Space(whole_lines(4 * m * d) + 2 * whole_lines(4 * m * wide)
                                  + 2 * whole_lines(4 * m * narrow) + self.qkv.space(m) + self.o.space(m))
         cdef float *normed = <float *>space.take(4 * m * d)
@@ -163,29 +184,31 @@ cdef class AttentionHalf:
         cdef Sums *sums = [Sums(q, wide, 0), Sums(k, narrow, 0), Sums(v, narrow, 0)]
         cdef mk_work work
         mk_begin(&work)
-        mk_rms_norm(&work, &x[0, 0], x.strides[0] // 4, &self.norm[0], self.eps, m, d, normed, d)
+        mk_rms_norm(&work, x, stride, &self.norm[0], self.eps, m, d, normed, d)
         self.qkv.add(&work, space, normed, d, m, sums)
         if self.biased:
-            mk_add_row(&work, q, wide, &self.q_bias[0], m, wide)
+            mk_add_rows(&work, q, wide, &self.q_bias[0], 0, m, wide)
             mk_join(&work, 1)
-            mk_add_row(&work, k, narrow, &self.k_bias[0], m, narrow)
-            mk_add_row(&work, v, narrow, &self.v_bias[0], m, narrow)
+            mk_add_rows(&work, k, narrow, &self.k_bias[0], 0, m, narrow)
+            mk_add_rows(&work, v, narrow, &self.v_bias[0], 0, m, narrow)
             mk_join(&work, 0)
         if self.normed:
             mk_rms_norm(&work, q, hd, &self.q_norm[0], self.eps, m * self.heads, hd, q, hd)
             mk_join(&work, 1)
             mk_rms_norm(&work, k, hd, &self.k_norm[0], self.eps, m * self.kvh, hd, k, hd)
             mk_join(&work, 0)
-        mk_rope(&work, q, wide, &cos[0, 0], &sin[0, 0], m, self.heads, self.hd)
+        mk_rope(&work, q, wide, rows.cos, rows.sin, m, self.heads, self.hd)
         mk_join(&work, 1)
-        mk_rope(&work, k, narrow, &cos[0, 0], &sin[0, 0], m, self.kvh, self.hd)
+        mk_rope(&work, k, narrow, rows.cos, rows.sin, m, self.kvh, self.hd)
         mk_join(&work, 0)
-        mk_kv_store(&work, kv_type, k, narrow, v, narrow, &block[0], &offset[0], m, pools.keys, pools.values, self.kvh,
-                    self.hd)
-        mk_attention(&work, kv_type, q, wide, mixed, wide, pools.keys, pools.values, &pos[0], &table[0],
-                     &table_start[0], &self.kv_of_head[0], m, self.heads, self.kvh, self.hd, self.scale, self.window)
-        self.o.add_last(&work, space, mixed, m, out, True)
-        finish(&work, threads)
+        mk_kv_store(&work, kv_type, k, narrow, v, narrow, rows.block, rows.offset, m, pools.keys, pools.values,
+                    self.kvh, self.hd)
+        mk_attention(&work, kv_type, q, wide, mixed, wide, pools.keys, pools.values, rows.pos, rows.table,
+                     rows.table_start, &self.kv_of_head[0], m, self.heads, self.kvh, self.hd, self.scale, self.window)
+        self.o.add(&work, space, mixed, wide, m, out)
+        if add_to:
+            mk_add_rows(&work, add_to, stride, out.to, out.stride, m, d)
+        return finish(&work, threads)
 
 
 cdef class FeedForwardHalf:
@@ -205,11 +228,16 @@ cdef class FeedForwardHalf:
             self.up_bias = vector_of("up's bias", biases[1], up.n)
 
     def __call__(self, const float[:, :] x, out, int threads=1, bint fold=True):
-        cdef long m = x.shape[0], d = x.shape[1], width = self.down.first.k, stride = x.strides[0] // 4
         require_rows("x", x, -1, self.gate_up.first.k)
+        cdef Sums sums = sums_of(out, self.down.first.panels, x.shape[0], self.down.widths[0], fold)
+        self.compute(&x[0, 0], x.strides[0] // 4, x.shape[0], &sums, NULL, threads)
+
+    cdef int compute(self, const float *x, long stride, long m, Sums *out, float *add_to, int threads) except -1:
+        """out = what the half makes of x, and add_to (x itself, or nothing) += it."""
+        cdef long d = self.gate_up.first.k, width = self.down.first.k, rows_stride = stride
         cdef Space space = Space((whole_lines(4 * m * d) if self.normed else 0) + 2 * whole_lines(4 * m * width)
                                  + self.gate_up.space(m) + self.down.space(m))
-        cdef const float *rows = &x[0, 0]
+        cdef const float *rows = x
         cdef float *normed
         cdef float *gate = <float *>space.take(4 * m * width)
         cdef float *up = <float *>space.take(4 * m * width)
@@ -218,14 +246,45 @@ cdef class FeedForwardHalf:
         mk_begin(&work)
         if self.normed:
             normed = <float *>space.take(4 * m * d)
-            mk_rms_norm(&work, rows, stride, &self.norm[0], self.eps, m, d, normed, d)
-            rows, stride = normed, d
-        self.gate_up.add(&work, space, rows, stride, m, sums)
+            mk_rms_norm(&work, x, stride, &self.norm[0], self.eps, m, d, normed, d)
+            rows, rows_stride = normed, d
+        self.gate_up.add(&work, space, rows, rows_stride, m, sums)
         if self.biased:
-            mk_add_row(&work, gate, width, &self.gate_bias[0], m, width)
+            mk_add_rows(&work, gate, width, &self.gate_bias[0], 0, m, width)
             mk_join(&work, 1)
-            mk_add_row(&work, up, width, &self.up_bias[0], m, width)
+            mk_add_rows(&work, up, width, &self.up_bias[0], 0, m, width)
             mk_join(&work, 0)
         mk_silu_mul(&work, gate, width, up, width, m, width, gate, width)
-        self.down.add_last(&work, space, gate, m, out, fold)
-        finish(&work, threads)
+        self.down.add(&work, space, gate, width, m, out)
+        if add_to:
+            mk_add_rows(&work, add_to, stride, out.to, out.stride, m, d)
+        return finish(&work, threads)
+
+
+cdef class Layers:
+    cdef list attention, feed_forward, pools
+    cdef int kv_type
+
+    def __init__(self, halves, int kv_type, pools):
+        self.attention, self.feed_forward = map(list, zip(*halves))
+        self.kv_type, self.pools = kv_type, list(pools)
+        if len(self.pools) != len(self.attention):
+            raise ValueError(f"{len(self.attention)} layers have as many pools, not {len(self.pools)}")
+
+    def __call__(self, float[:, ::1] x, const float[:, ::1] cos, const float[:, ::1] sin, const int32_t[::1] block,
+                 const int32_t[::1] offset, const int32_t[::1] pos, const int32_t[::1] table,
+                 const int32_t[::1] table_start, between, int threads=1):
+        cdef AttentionHalf attention = self.attention[0]
+        cdef FeedForwardHalf feed_forward
+        cdef long m = x.shape[0], d = attention.norm.shape[0]
+        cdef Pools pools = pools_of(self.kv_type, self.pools[0][0], self.pools[0][1], attention.kvh, attention.hd)
+        cdef Rows rows = rows_of(cos, sin, block, offset, pos, table, table_start, m, attention.hd, 0, pools.blocks)
+        cdef Space space = Space(4 * m * d)
+        cdef Sums sums = Sums(<float *>space.take(4 * m * d), d, 0)
+        require_rows("x", x, -1, d)
+        for i in range(len(self.pools)):
+            between()
+            attention, feed_forward = self.attention[i], self.feed_forward[i]
+            pools = pools_of(self.kv_type, self.pools[i][0], self.pools[i][1], attention.kvh, attention.hd)
+            attention.compute(&x[0, 0], d, &rows, self.kv_type, &pools, &sums, &x[0, 0], threads)
+            feed_forward.compute(&x[0, 0], d, m, &sums, &x[0, 0], threads)

@@ -24,7 +24,7 @@ cdef extern from "core/path.h" nogil:
     void mk_join(mk_work *work, int on)
     int mk_run(mk_work *work, int threads)
     int mk_regions()
-    void mk_add_row(mk_work *work, float *x, long stride, const float *row, long m, long d)
+    void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d)
     void mk_pack(mk_work *work, int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int
                  panels, uint8_t *out)
     void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)

@@ -98,12 +98,16 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
         .out = out);
 }
 
-static void add_row(const void *argument, long begin, long end) { /* one rounding: one form serves all paths */
+static void add_rows(const void *argument, long begin, long end) { /* one rounding: one form serves all paths */
     const mk_small_job *job = argument;
-    for (long row = begin; row < end; row++)
-        for (long i = 0; i < job->d; i++) job->out[row * job->out_stride + i] += job->b[i];
+    for (long row = begin; row < end; row++) {
+        float *to = job->out + row * job->out_stride;
+        const float *from = job->b + row * job->b_stride;
+        for (long i = 0; i < job->d; i++) to[i] += from[i];
+    }
 }
 
-void mk_add_row(mk_work *work, float *x, long stride, const float *row, long m, long d) {
-    mk_step_of(work, add_row, m, 1, 0)->small = (mk_small_job){.b = row, .d = d, .out = x, .out_stride = stride};
+void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d) {
+    mk_step_of(work, add_rows, m, 1, 0)->small = (mk_small_job){.b = rows, .b_stride = rows_stride, .d = d, .out = x,
+                                                                .out_stride = stride};
 }

@@ -75,7 +75,8 @@ long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int pa
  * panel_stride: 0 folds the panels. */
 void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
                const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
-void mk_add_row(mk_work *work, float *x, long stride, const float *row, long m, long d); /* x += row */
+/* x += rows, which with rows_stride 0 are all the same one */
+void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d);
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
 void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
                  long out_stride);

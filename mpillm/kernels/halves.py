@@ -7,7 +7,7 @@ one or several of its column panels each, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,3 +138,26 @@ class FeedForwardHalf(_Half):
             up += self._biases[1]
         self.ops.silu_mul(gate, up, gate, threads)
         self._multiply(gate, self._down, out, threads, fold)
+
+
+class Layers:
+    """Whole layers, whose keys and values lie in these pools: x [m, d] += its attention half, and then the other one.
+
+    `between` is called before each layer: what else has to go on meanwhile.
+    """
+
+    def __init__(self, halves: Sequence[tuple[AttentionHalf, FeedForwardHalf]], kv_type: BlockType,
+                 pools: Sequence[tuple[Pool, ...]]) -> None:  # fmt: skip
+        self._layers = list(zip(halves, pools, strict=True))
+        self._kv_type = kv_type
+
+    def __call__(self, x: F32, cos: F32, sin: F32, block: I32, offset: I32, pos: I32, table: I32, table_start: I32,
+                 between: Callable[[], object], threads: int = 1) -> None:  # fmt: skip
+        out = np.empty_like(x)
+        for (attention, feed_forward), (kpool, vpool) in self._layers:
+            between()
+            attention(x, cos, sin, self._kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
+                      threads)  # fmt: skip
+            x += out
+            feed_forward(x, out, threads)
+            x += out

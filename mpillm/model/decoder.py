@@ -28,7 +28,7 @@ from mpillm.weights.source import Source
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-Half = Any  # kernels.AttentionHalf or FeedForwardHalf
+Half = Any  # kernels.AttentionHalf, FeedForwardHalf or Products
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,17 @@ class Decoder:
         self._layers = grid.stage_layers(shape, place)
         self._at_rest = self._cache.budget >= self._cache.total  # what was loaded stays where it is
         self._halves: dict[tuple[object, ...], Half] = {}
+        # Nothing comes between the halves of layers, so that all layers can be one call once the halves have been made.
+        self._plain = (
+            self._at_rest
+            and kv.spill is None
+            and place.shards == 1
+            and not (config.o_bias or config.mlp_bias)
+            and not any(config.moe_layers[number] for number in self._layers)
+        )
+        self._whole: kernels.Layers | None = None
         self._items = {(item.layer, item.part): number for number, item in enumerate(self._cache.items)}
+        self._whole_bytes = sum(item.nbytes for item in self._cache.items if item.part == ATTENTION)
         experts = self._experts.items if self._experts else ()
         self._first_expert = {item.layer: number for number, item in enumerate(experts) if not item.expert}
         heads, kv_heads = grid.own_heads(shape, place), grid.own_kv_heads(shape, place)
@@ -109,6 +119,19 @@ class Decoder:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         angles = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
         self._kv.begin(batch.table, batch.block, batch.offset)
+        if self._whole is None:
+            self._layer_by_layer(x, batch, *angles)
+        else:
+            kernels.compute(self._whole, x, *angles, batch.block, batch.offset, batch.positions, batch.table,
+                            batch.table_start, self._pipe.progress, self._threads)  # fmt: skip
+            self._cache.count_hits(len(self._layers), self._whole_bytes)
+        if self.is_last:
+            return x
+        self._pipe.send(x)
+        return None
+
+    def _layer_by_layer(self, x: Floats, batch: Batch, *angles: Floats) -> None:
+        """Add to x [m, d] what this stage's layers make of it."""
         for i, number in enumerate(self._layers):
             self._pipe.progress()  # what the previous step sent on leaves while this one computes
             mixture = self.config.moe_layers[number]
@@ -123,10 +146,12 @@ class Decoder:
                 self._feed_forward_in_parts(number, h, x)
             else:
                 self._add(self._mixture(number, h, *routed), x)
-        if self.is_last:
-            return x
-        self._pipe.send(x)
-        return None
+        if self._plain:
+            halves = [
+                (self._halves[ATTENTION, number], self._halves[DOWN, number]) for number in self._layers
+            ]
+            pools = [self._kv.take(i) for i in range(len(self._layers))]
+            self._whole = kernels.Layers(halves, self._kv.kv_type, pools)
 
     def final_norm(self, x: Floats) -> Floats:
         """The rows [m, d] as they enter the output head; what embeddings are pooled from."""
@@ -136,7 +161,10 @@ class Decoder:
     def logits(self, hidden: Floats) -> Floats:
         """Logits [m, this shard's part of the vocabulary] of rows from `final_norm`."""
         with self._use(-1, HEAD) as head:
-            return self._times(hidden, head.matrix("head"))
+            product = self._kept(lambda: kernels.Products(head.matrix("head")), HEAD)
+            out = np.empty((len(hidden), len(self.vocab)), np.float32)
+            kernels.compute(product, hidden, [out], self._threads)
+            return out
 
     def _use(self, layer: int, part: str) -> Use[Layer]:
         return self._cache.use(self._items[layer, part])

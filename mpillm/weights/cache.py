@@ -233,6 +233,11 @@ class WeightCache(Generic[T]):
             self._tell_reader()
             return slot.layer
 
+    def count_hits(self, items: int, nbytes: int) -> None:
+        """Note uses of items by somebody who kept what they gave, as one may once everything is there and stays."""
+        self.counters.hits += items
+        self.counters.hit_bytes += nbytes
+
     def _acquire_at_rest(self, item: int) -> T:
         """Everything is there and stays: nobody else looks at the slots, so no lock is needed."""
         self.counters.hits += 1
