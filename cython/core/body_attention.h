@@ -327,7 +327,8 @@ static void to_f16(const float *x, uint16_t *out, long count) {
 static void to_q8(const float *x, int8_t *q, uint16_t *d, long count) {
     for (long i = 0; i < count; i += MK_BLOCK) {
         float scale;
-        quantise_q8(vf_load(x + i), vf_load(x + i + MK_TILE), q + i, &scale);
+        int32_t sums[2];
+        quantise_q8(vf_load(x + i), vf_load(x + i + MK_TILE), q + i, &scale, sums);
         d[i / MK_BLOCK] = mk_to_f16(scale);
     }
 }
