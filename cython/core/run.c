@@ -58,7 +58,7 @@ static int take_part(mk_work *work) {
 #include <sched.h>
 
 /* Spins of about 50 ns: how long an idle helper looks for the next step before it sleeps. */
-enum { MOST = 255, SPINS = 4000, YIELD = 64 };
+enum { MOST = 255, SPINS = 4000, YIELD = 64, STACK = 1024 * 1024 };
 
 static struct {
     pthread_mutex_t busy, asleep; /* busy: held by the caller whose work it is */
@@ -119,11 +119,15 @@ static void start(int helpers) {
         pool.spins = policy && (*policy == 'p' || *policy == 'P') ? 0 : SPINS;
         prepared = !pthread_atfork(NULL, NULL, forget);
     }
+    pthread_attr_t attributes; /* attention keeps blocks on the stack; some systems give threads 128 KiB */
+    if (pthread_attr_init(&attributes)) return;
+    pthread_attr_setstacksize(&attributes, STACK);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     for (; pool.helpers < helpers; pool.helpers++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(intptr_t)pool.helpers)) return;
-        pthread_detach(thread);
+        if (pthread_create(&thread, &attributes, help, (void *)(intptr_t)pool.helpers)) break;
     }
+    pthread_attr_destroy(&attributes);
 }
 
 static void announce(void) {

@@ -137,20 +137,20 @@ def test_one_piece_of_work_gives_the_single_kernels_bits(path: str, results: Any
 
 def test_layers_are_their_halves_in_turn() -> None:
     """The same bits as half by half, in two pieces of work a layer, with room for others before each."""
-    rng, m, count = np.random.default_rng(8), 5, 3
+    rng, m, count, d = np.random.default_rng(8), 5, 3, HIDDEN[0]
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
     made = []
     for _ in range(count):
-        q, k, v = (matrix(rng, BlockType.Q4_0, n * HD, D) for n in (HEADS, KVH, KVH))
-        o = matrix(rng, BlockType.Q8_0, D, HEADS * HD, 2)
-        attention = kernels.AttentionHalf(vector(rng, D), 1e-5, q, k, v, o, kv_of_head, KVH, HD, 0.25, 3)
-        gate, up = (matrix(rng, BlockType.F16, FFN, D) for _ in range(2))
-        down = matrix(rng, BlockType.Q8_0, D, FFN, 4)
-        made.append((attention, kernels.FeedForwardHalf(vector(rng, D), 1e-5, gate, up, down)))
+        q, k, v = (matrix(rng, BlockType.Q4_0, n * HD, d) for n in (HEADS, KVH, KVH))
+        o = matrix(rng, BlockType.Q8_0, d, HEADS * HD, 2)
+        attention = kernels.AttentionHalf(vector(rng, d), 1e-5, q, k, v, o, kv_of_head, KVH, HD, 0.25, 3)
+        gate, up = (matrix(rng, BlockType.F16, FFN, d) for _ in range(2))
+        down = matrix(rng, BlockType.Q8_0, d, FFN, 4)
+        made.append((attention, kernels.FeedForwardHalf(vector(rng, d), 1e-5, gate, up, down)))
     pos, table, zeros = np.arange(m, dtype=np.int32), np.array([1], np.int32), np.zeros(m, np.int32)
     where = zeros + 1, pos, pos, table, zeros  # block, offset, position, table, where it begins
     cos, sin = rng.standard_normal((2, m, HD // 2)).astype(np.float32)
-    x = rng.standard_normal((m, D)).astype(np.float32)
+    x = rng.standard_normal((m, d)).astype(np.float32)
     results, calls = [], []
     for module in (kernels, halves):
         pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, HD)) for _ in made]

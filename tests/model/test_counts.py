@@ -50,11 +50,12 @@ def config(name: str) -> ModelConfig:
 def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """All layers are one call of Python's, and two regions of the threads each."""
     layers = config("mistral").n_layers
     one, regions = steps(monkeypatch, "mistral", 1)
     eight, regions_of_eight = steps(monkeypatch, "mistral", 8)
     kinds = Counter(type(work).__name__ for work in one)
-    assert kinds == {"AttentionHalf": MORE * layers, "FeedForwardHalf": MORE * layers, "Products": MORE}
+    assert kinds == {"Layers": MORE, "Products": MORE}
     assert Counter(type(work).__name__ for work in eight) == kinds
     # Beside them: embeddings, the final norm, candidates and log-sum-exp of the logits.
     assert regions == regions_of_eight <= MORE * (2 * layers + 5)
