@@ -75,8 +75,8 @@ def _with_atheris(atheris, targets, options: argparse.Namespace) -> None:  # typ
             f"-timeout={LONGEST}",
             f"-rss_limit_mb={MEMORY}",
         ]
-        flags += [f"-max_len={longest}", f"-dict={words}", f"-artifact_prefix=finding-{options.target}-"]
-        flags += ["-print_final_stats=1"]
+        flags += [f"-max_len={longest}", f"-artifact_prefix=finding-{options.target}-"]
+        flags += ["-print_final_stats=1", *([f"-dict={words}"] if target.words else [])]
         atheris.Setup([sys.argv[0], *flags, str(corpus)], target.run)
         atheris.Fuzz()
 
