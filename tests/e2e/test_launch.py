@@ -80,6 +80,8 @@ def test_goes_on_after_a_kill_and_grows(mpi: Mpi, source: Path, tmp_path: Path) 
         only = ranks(output)
         assert len(only) == 1
         only[0].kill()
+        while psutil.Process(supervisor.pid).children():  # until mpiexec has ended; then it waits a second
+            time.sleep(0.01)
         hosts.write_text("localhost slots=3\n")  # three do not work with this model, two do
         _, said = supervisor.communicate(timeout=150)
         assert supervisor.returncode == 0, said
@@ -97,15 +99,18 @@ def test_hosts_that_are_added_are_used(openmpi: Mpi, source: Path, tmp_path: Pat
     hosts.write_text("localhost slots=1\n")
     with launched(openmpi, source, output, "--hostfile", str(hosts)) as supervisor:
         wait_for_results(output, 1)
-        for stopped in ranks(output):
-            stopped.suspend()  # so that it is not done before the supervisor has looked
+        at_work = ranks(output)
+        assert at_work
+        for rank in at_work:
+            rank.suspend()  # so that it is not done before the supervisor has looked
         hosts.write_text("localhost slots=2\n")
-        time.sleep(4)
-        for stopped in ranks(output):
-            stopped.resume()
+        assert supervisor.stderr is not None
+        while "The hostfile has changed" not in (line := supervisor.stderr.readline()):
+            assert line, "the supervisor has ended"
+        for rank in at_work:
+            rank.resume()
         _, said = supervisor.communicate(timeout=150)
     assert supervisor.returncode == 0, said
-    assert "The hostfile has changed" in said
     assert '"shards":2' in (output / "report.json").read_text().replace(" ", "")
 
 

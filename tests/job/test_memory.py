@@ -1,4 +1,4 @@
-"""Runs in a memory cgroup of the planned size and a tenth: nothing is killed, nothing swaps, the bytes are the same."""
+"""Runs in a memory cgroup of the planned size and a tenth: nothing is killed, nothing swaps."""
 
 from __future__ import annotations
 
