@@ -66,6 +66,14 @@ def run(cache: WeightCache[Item], order: Iterable[int]) -> None:
             assert len(item.data) == cache.items[number].nbytes
 
 
+def at_rest(cache: WeightCache) -> None:
+    """Wait until the threads have read ahead as far as they can."""
+    with cache._changed:
+        cache._changed.wait_for(
+            lambda: cache._choose() is None and all(slot.layer is not None for slot in cache._slots.values())
+        )
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = set(threading.enumerate())
@@ -384,14 +392,16 @@ def test_more_is_read_ahead_when_one_that_stayed_goes(head, given_up):
     """An item as large as those that are streamed, but not a large head."""
     loader = Loader(parallel=2)
     cache = WeightCache(plans(*[100] * 40, head), loader, 1000)
-    items = len(cache.items)
+    items, before = len(cache.items), 0  # the threads have begun already
     for gone in (0, given_up):
-        streamed, before = cache.streamed, cache.counters.loaded
+        streamed = cache.streamed
         run(cache, [*range(items)] * 3)
+        at_rest(cache)
         fixed = cache.total - streamed
         ahead = cache.counters.loaded - before - 3 * streamed - (0 if gone else fixed)
         assert -(1000 - fixed) <= ahead <= 1000 - fixed
         assert cache.counters.peak <= 1000
+        before = cache.counters.loaded
         cache.deepen()
         assert cache.streamed == streamed + given_up
     cache.close()
