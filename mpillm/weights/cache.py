@@ -115,6 +115,132 @@ class Slot(Generic[T]):
         self.last_use = 0
 
 
+class Pager(Generic[T]):
+    """Items in memory, and the threads that load them; subclasses choose what comes next, and what goes for it.
+
+    What the loader raises, the next use raises, and every one after it.
+    """
+
+    name: str  # of the cache, in words
+
+    def __init__(self, items: Sequence[LayerPlan], loader: Loader[T]) -> None:
+        self.items = tuple(items)
+        self.total = sum(item.nbytes for item in self.items)
+        self.counters = Counters()
+        self._loader = loader
+        self._slots: dict[int, Slot[T]] = {}
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{self.name} {number}", daemon=True)
+            for number in range(loader.parallel)
+        ]
+
+    def close(self) -> None:
+        """Stop the threads (when they have finished the items they are at) and let all buffers go."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for item in tuple(self._slots):
+            self._drop(item)
+            self._loader.give_back(self.items[item])
+        self._loader.close()
+
+    def _start(self) -> None:
+        """Let the threads begin: all that `_choose` looks at is there."""
+        for thread in self._threads:
+            thread.start()
+
+    def _choose(self) -> tuple[int, list[int]] | None:
+        """The item to load now, and what has to go for it; None if nothing can be loaded."""
+        raise NotImplementedError
+
+    def _is_loaded(self, item: int) -> None:
+        """An item has become ready."""
+
+    def _count(self, item: int, slot: Slot[T] | None) -> bool:
+        """Count a use; whether it is a hit."""
+        hit = slot is not None and slot.used
+        if hit:
+            self.counters.hits += 1
+            self.counters.hit_bytes += self.items[item].nbytes
+        else:
+            self.counters.misses += 1
+            self.counters.miss_bytes += self.items[item].nbytes
+        return hit
+
+    def _settled(self, item: int) -> bool:
+        """Whether there is nothing to wait for: the item is ready, or never will be."""
+        slot = self._slots.get(item)
+        return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
+
+    def _stall(self, item: int) -> None:
+        """Wait until an item is settled, and count that."""
+        start = time.monotonic()
+        self._changed.notify_all()
+        try:
+            self._changed.wait_for(lambda: self._settled(item))
+        finally:
+            self.counters.stalls += 1
+            self.counters.stall_seconds += time.monotonic() - start
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise RuntimeError(f"the {self.name} is closed")
+
+    def _run(self) -> None:
+        """A thread: whatever is best loaded next, one item at a time, until the cache is closed."""
+        try:
+            while self._load_next():
+                pass
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _load_next(self) -> bool:
+        """Wait until an item can be loaded, and load it; False when the cache is closed."""
+        with self._changed:
+            found: tuple[int, list[int]] | None = None
+            while not self._closed and (found := self._choose()) is None:
+                self._changed.wait()
+            if self._closed or found is None:
+                return False
+            item, victims = found
+            plan = self.items[item]
+            dropped = [self._drop(victim) for victim in victims]
+            slot = self._slots[item] = Slot()
+            self.counters.held += plan.nbytes
+            self.counters.peak = max(self.counters.peak, self.counters.held)
+        start = time.monotonic()
+        for victim in victims:
+            self._loader.give_back(self.items[victim])
+        slot.buffer = self._loader.room(plan, dropped)
+        dropped.clear()
+        layer = self._loader.load(plan, slot.buffer)
+        with self._changed:
+            slot.layer = layer
+            self._is_loaded(item)
+            self.counters.loads += 1
+            self.counters.loaded += plan.nbytes
+            self.counters.load_seconds += time.monotonic() - start
+            self._changed.notify_all()
+        return True
+
+    def _drop(self, item: int) -> Bytes:
+        """Take an item out; whoever still has it in hand (after its `with` block) cannot keep the buffer alive."""
+        slot = self._slots.pop(item)
+        self.counters.held -= self.items[item].nbytes
+        if slot.layer is not None:
+            slot.layer.drop()
+        return slot.buffer
+
+
 class Use(Generic[T]):
     """The right to an item while in the `with` block: it stays in memory until the block is left."""
 
@@ -131,11 +257,13 @@ class Use(Generic[T]):
         self._cache._release(self._item)
 
 
-class WeightCache(Generic[T]):
+class WeightCache(Pager[T]):
     """Items in memory, never more than `budget` bytes of them (None: all may stay).
 
-    What the loader raises, the next `use` raises, and every one after it. Uses may come from one thread at a time.
+    Uses may come from one thread at a time.
     """
+
+    name = "weight cache"
 
     def __init__(
         self,
@@ -147,11 +275,9 @@ class WeightCache(Generic[T]):
         """JobError if the budget has no room for an item in use and the next one."""
         if policy not in ("cycle", "lru"):
             raise JobError(f'The weight cache has no policy "{policy}"; it has cycle and lru.')
-        self.items = tuple(items)
-        self.total = sum(item.nbytes for item in self.items)
+        super().__init__(items, loader)
         self.budget = self.total if budget is None else budget
         self.policy = policy
-        self.counters = Counters()
         least = minimum_budget(self.items)
         if self.budget < least:
             raise JobError(
@@ -160,21 +286,11 @@ class WeightCache(Generic[T]):
             )
         self.fixed = fixed_part(self.items, self.budget) if policy == "cycle" else frozenset()
         self._fixed_bytes = sum(self.items[i].nbytes for i in self.fixed)
-        self._loader = loader
-        self._slots: dict[int, Slot[T]] = {}
         self._wanted: int | None = None  # what a use waits for
         self._cursor = -1  # the item that was asked for last
         self._clock = 0
-        self._error: BaseException | None = None
-        self._closed = False
         self._unused = len(self.items)  # items that no use has seen yet
-        self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"weights-{number}", daemon=True)
-            for number in range(loader.parallel)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._start()
 
     @property
     def streamed(self) -> int:
@@ -197,30 +313,13 @@ class WeightCache(Generic[T]):
                 self._fixed_bytes -= self.items[item].nbytes
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Stop the threads (when they have finished the items they are at) and let all buffers go."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        for item in tuple(self._slots):
-            self._drop(item)
-            self._loader.give_back(self.items[item])
-        self._loader.close()
-
     def _acquire(self, item: int) -> T:
         if not self._unused and len(self.fixed) == len(self.items) and not self._closed:
             return self._acquire_at_rest(item)
         with self._changed:
             self._cursor = item
             slot = self._slots.get(item)
-            if slot is not None and slot.used:
-                self.counters.hits += 1
-                self.counters.hit_bytes += self.items[item].nbytes
-            else:
-                self.counters.misses += 1
-                self.counters.miss_bytes += self.items[item].nbytes
+            if not self._count(item, slot) or slot is None:
                 slot = self._wait_for(item)
             self._check()
             assert slot.layer is not None
@@ -248,26 +347,18 @@ class WeightCache(Generic[T]):
         return slot.layer
 
     def _wait_for(self, item: int) -> Slot[T]:
-        def ready() -> bool:
-            slot = self._slots.get(item)
-            return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
-
-        if not ready():
+        if not self._settled(item):
             if (
                 item not in self._slots
                 and item not in self.fixed
                 and self._room_at_best() < self.items[item].nbytes
             ):
                 raise RuntimeError("more items of the weight cache are in use than its budget has room for")
-            start = time.monotonic()
             self._wanted = item
-            self._changed.notify_all()
             try:
-                self._changed.wait_for(ready)
+                self._stall(item)
             finally:
                 self._wanted = None
-                self.counters.stalls += 1
-                self.counters.stall_seconds += time.monotonic() - start
         self._check()
         return self._slots[item]
 
@@ -275,12 +366,6 @@ class WeightCache(Generic[T]):
         """Bytes for one more streamed item if everything else goes that is not in use."""
         used = [other for other, slot in self._slots.items() if slot.users and other not in self.fixed]
         return self.budget - self._fixed_bytes - sum(self.items[other].nbytes for other in used)
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._closed:
-            raise RuntimeError("the weight cache is closed")
 
     def _tell_reader(self) -> None:
         """A use has begun or ended: the thread may now load what it could not, unless all items find room anyway."""
@@ -294,47 +379,11 @@ class WeightCache(Generic[T]):
                 slot.users -= 1
             self._tell_reader()
 
-    def _run(self) -> None:
-        """A thread: whatever is best loaded next, one item at a time, until the cache is closed."""
-        try:
-            while self._load_next():
-                pass
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-    def _load_next(self) -> bool:
-        """Wait until an item can be loaded, and load it; False when the cache is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._choose() is not None)
-            item = self._choose()
-            if self._closed or item is None:
-                return False
-            plan = self.items[item]
-            victims = self._victims(item) or []
-            dropped = [self._drop(victim) for victim in victims]
-            slot = self._slots[item] = Slot()
-            self.counters.held += plan.nbytes
-            self.counters.peak = max(self.counters.peak, self.counters.held)
-        start = time.monotonic()
-        for victim in victims:
-            self._loader.give_back(self.items[victim])
-        slot.buffer = self._loader.room(plan, dropped)
-        dropped.clear()
-        layer = self._loader.load(plan, slot.buffer)
-        with self._changed:
-            slot.layer = layer
-            self.counters.loads += 1
-            self.counters.loaded += plan.nbytes
-            self.counters.load_seconds += time.monotonic() - start
-            self._changed.notify_all()
-        return True
-
-    def _choose(self) -> int | None:
-        """The item to load now: what a use waits for, else the next ones of the cycle as far as there is room."""
+    def _choose(self) -> tuple[int, list[int]] | None:
+        """What a use waits for, else the next ones of the cycle as far as there is room."""
         if self._wanted is not None and self._wanted not in self._slots:
-            return self._wanted if self._victims(self._wanted) is not None else None
+            victims = self._victims(self._wanted)
+            return None if victims is None else (self._wanted, victims)
         n = len(self.items)
         depth = min(self._loader.parallel, n) if self.policy == "lru" else n
         ahead = [(self._cursor + step) % n for step in range(1, depth + 1)]
@@ -342,8 +391,8 @@ class WeightCache(Generic[T]):
         for item in ahead:
             if item in self._slots or (blocked and item not in self.fixed):
                 continue
-            if self._victims(item) is not None:
-                return item
+            if (victims := self._victims(item)) is not None:
+                return item, victims
             blocked = True
         return None
 
@@ -381,14 +430,6 @@ class WeightCache(Generic[T]):
     def _distance(self, item: int) -> int:
         """How many uses from now an item's turn comes, if the cycle goes on."""
         return (item - self._cursor - 1) % len(self.items)
-
-    def _drop(self, item: int) -> Bytes:
-        """Take an item out; whoever still has it in hand (after its `with` block) cannot keep the buffer alive."""
-        slot = self._slots.pop(item)
-        self.counters.held -= self.items[item].nbytes
-        if slot.layer is not None:
-            slot.layer.drop()
-        return slot.buffer
 
 
 def minimum_budget(items: Sequence[LayerPlan]) -> int:

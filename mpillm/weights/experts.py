@@ -11,15 +11,13 @@ the other weights does; where few are, it keeps those that are chosen most.
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from ..errors import JobError
-from .cache import Counters, Droppable, Loader, Slot
+from .cache import Droppable, Loader, Pager, Slot
 from .layer import Bytes, LayerPlan
 
 T = TypeVar("T", bound=Droppable)
@@ -28,27 +26,22 @@ SMOOTHING = 1 / 32  # how much of an expert's probability the last step decides
 RAREST = 1e-4  # no probability falls below: what was never used goes in the order of the layers
 
 
-class ExpertCache(Generic[T]):
+class ExpertCache(Pager[T]):
     """Experts in memory, never more than `budget` bytes of them; uses come from one thread at a time.
 
-    `items` come in the order of their layers. What the loader raises, the next use raises, and every one after it.
+    `items` come in the order of their layers.
     """
+
+    name = "cache of experts"
 
     def __init__(self, items: Sequence[LayerPlan], loader: Loader[T], budget: int, chosen: float) -> None:
         """`chosen` is the share of a layer's experts that a token is sent to. JobError if the budget is too small."""
-        self.items = tuple(items)
-        self.total = sum(item.nbytes for item in self.items)
+        super().__init__(items, loader)
         self.budget = budget
-        self.counters = Counters()
         least = minimum_budget(self.items)
         if budget < least:
             raise JobError(f"Experts get {budget} bytes of memory.weights, but need at least {least} bytes.")
-        self._loader = loader
-        self._slots: dict[int, Slot[T]] = {}
         self._turn: list[int] = []  # the items of the layer at hand that are still to be used, in their order
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
         layers = sorted({item.layer for item in self.items})
         place = {layer: number for number, layer in enumerate(layers)}
         self._layer = np.array([place[item.layer] for item in self.items])
@@ -60,12 +53,7 @@ class ExpertCache(Generic[T]):
         self._ahead = (
             0 if self.total <= budget else len(self.items)
         )  # next to be read without being asked for
-        self._threads = [
-            threading.Thread(target=self._run, name=f"experts-{number}", daemon=True)
-            for number in range(loader.parallel)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._start()
 
     @property
     def stays(self) -> bool:
@@ -99,18 +87,6 @@ class ExpertCache(Generic[T]):
             with self._changed:
                 self._turn = []
 
-    def close(self) -> None:
-        """Stop the threads (when they have finished the items they are at) and let all buffers go."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        for item in tuple(self._slots):
-            self._drop(item)
-            self._loader.give_back(self.items[item])
-        self._loader.close()
-
     def _begin(self, items: Sequence[int]) -> None:
         """Note which experts the layer at hand needs, and whether a step has ended."""
         if not items:
@@ -132,44 +108,19 @@ class ExpertCache(Generic[T]):
             assert slot.layer is not None
             yield slot.layer
 
-    def _count(self, item: int, slot: Slot[T] | None) -> None:
-        if slot is not None and slot.used:
-            self.counters.hits += 1
-            self.counters.hit_bytes += self.items[item].nbytes
-        else:
-            self.counters.misses += 1
-            self.counters.miss_bytes += self.items[item].nbytes
-
     def _acquire(self, item: int) -> Slot[T]:
         with self._changed:
             slot = self._slots.get(item)
             self._count(item, slot)
             if slot is None or slot.layer is None:
-                slot = self._wait_for(item)
+                self._stall(item)
+                self._check()
+                slot = self._slots[item]
             slot.used = True
             slot.users += 1
             self._idle[item] = False
             self._turn = self._turn[1:]
             return slot
-
-    def _wait_for(self, item: int) -> Slot[T]:
-        def ready() -> bool:
-            slot = self._slots.get(item)
-            return self._error is not None or self._closed or (slot is not None and slot.layer is not None)
-
-        start = time.monotonic()
-        self._changed.notify_all()
-        self._changed.wait_for(ready)
-        self.counters.stalls += 1
-        self.counters.stall_seconds += time.monotonic() - start
-        self._check()
-        return self._slots[item]
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._closed:
-            raise RuntimeError("the cache of experts is closed")
 
     def _release(self, item: int, slot: Slot[T]) -> None:
         with self._changed:
@@ -178,45 +129,6 @@ class ExpertCache(Generic[T]):
                 self._idle[item] = True
             if not self.stays:
                 self._changed.notify_all()
-
-    def _run(self) -> None:
-        """A thread: whatever is wanted next, one item at a time, until the cache is closed."""
-        try:
-            while self._load_next():
-                pass
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-    def _load_next(self) -> bool:
-        """Wait until an item can be loaded, and load it; False when the cache is closed."""
-        with self._changed:
-            found: tuple[int, list[int]] | None = None
-            while not self._closed and (found := self._choose()) is None:
-                self._changed.wait()
-            if self._closed or found is None:
-                return False
-            item, victims = found
-            plan = self.items[item]
-            dropped = [self._drop(victim) for victim in victims]
-            slot = self._slots[item] = Slot()
-            self.counters.held += plan.nbytes
-            self.counters.peak = max(self.counters.peak, self.counters.held)
-        start = time.monotonic()
-        for victim in victims:
-            self._loader.give_back(self.items[victim])
-        slot.buffer = self._loader.room(plan, dropped)
-        dropped.clear()
-        layer = self._loader.load(plan, slot.buffer)
-        with self._changed:
-            slot.layer = layer
-            self._idle[item] = True
-            self.counters.loads += 1
-            self.counters.loaded += plan.nbytes
-            self.counters.load_seconds += time.monotonic() - start
-            self._changed.notify_all()
-        return True
 
     def _choose(self) -> tuple[int, list[int]] | None:
         """The item to load now, and what has to go for it: what the layer at hand needs, in its order."""
@@ -253,13 +165,12 @@ class ExpertCache(Generic[T]):
                     return victims
         return None
 
+    def _is_loaded(self, item: int) -> None:
+        self._idle[item] = True
+
     def _drop(self, item: int) -> Bytes:
-        slot = self._slots.pop(item)
         self._idle[item] = False
-        self.counters.held -= self.items[item].nbytes
-        if slot.layer is not None:
-            slot.layer.drop()
-        return slot.buffer
+        return super()._drop(item)
 
 
 def minimum_budget(items: Sequence[LayerPlan]) -> int:
