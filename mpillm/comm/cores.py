@@ -1,34 +1,66 @@
-"""How many cores a rank may use: its affinity, the control group's CPU quota, and what the job system says."""
+"""How many cores a rank may use: its affinity, the control group's CPU quota, and what the job system says.
+
+Threads are held to no core of their own: a rank's are where its launcher allows them (mpiexec --bind-to, srun
+--cpu-bind), and the system moves them away from cores that others need.  Parts of a step go to whoever is free.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import JobError
 
 COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module with threads of its own
+#: Processes of Open MPI and MPICH that start the ranks of a node, as the system names them.
+LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prted", "hydra_pmi_proxy")
 
 
 @dataclass(frozen=True)
 class Cores:
-    """What one process may run on: core numbers, and the tightest CPU quota above it (cores, and where it is set)."""
+    """What one process may run on: cores, and the tightest CPU quota above it (in cores, and where it is set).
+
+    A core is known by its first hardware thread: products of integers gain nothing from a core's second one.
+    """
 
     affinity: frozenset[int]
     quota: float = 0.0  # 0: none
     quota_at: str = ""
+    launcher: frozenset[int] = frozenset()  # the cores of the mpiexec that started it; empty: none did
 
     @classmethod
     def of_this_process(cls) -> Cores:
-        if hasattr(os, "sched_getaffinity"):
-            affinity = frozenset(os.sched_getaffinity(0))
-        else:
-            affinity = frozenset(range(os.cpu_count() or 1))
-        quota, where = cpu_quota(Path("/"))
-        return cls(affinity, quota, where)
+        root = Path("/")
+        if not hasattr(os, "sched_getaffinity"):
+            return cls(frozenset(range(os.cpu_count() or 1)))
+        affinity = physical(os.sched_getaffinity(0), root)
+        return cls(affinity, *cpu_quota(root), physical(_of_launcher(os.getppid(), root), root))
+
+
+def physical(cpus: Iterable[int], root: Path) -> frozenset[int]:
+    """The cores that these logical CPUs lie on, each named by its first one."""
+    return frozenset(_first_sibling(cpu, root) for cpu in cpus)
+
+
+def _first_sibling(cpu: int, root: Path) -> int:
+    about = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+    try:
+        return min(int(first) for first in re.findall(r"(?:^|,)(\d+)", about.read_text()))
+    except (OSError, ValueError):  # not told: then every one is a core
+        return cpu
+
+
+def _of_launcher(parent: int, root: Path) -> set[int]:
+    try:
+        if (root / f"proc/{parent}/comm").read_text().strip() in LAUNCHERS:
+            return os.sched_getaffinity(parent)
+    except OSError:
+        pass
+    return set()
 
 
 def cpu_quota(root: Path) -> tuple[float, str]:
@@ -73,6 +105,23 @@ def node_cores(ranks: list[Cores]) -> int:
     if all(rank.quota for rank in ranks):
         cores = min(cores, int(sum({rank.quota_at: rank.quota for rank in ranks}.values())))
     return max(1, cores)
+
+
+def binding(host: str, ranks: list[Cores]) -> str:
+    """What to tell the user if mpiexec, by itself, has left cores of this node without a rank; else nothing.
+
+    Open MPI binds each of up to two ranks to one core, and a rank's threads with it.
+    """
+    used, there = (
+        frozenset().union(*sets)
+        for sets in zip(*((rank.affinity, rank.launcher) for rank in ranks), strict=True)
+    )
+    if not used < there:
+        return ""
+    return (
+        f"On {host} mpiexec has bound the ranks to {len(used)} of {len(there)} cores, and the others stay idle: "
+        "add --bind-to none after mpiexec."
+    )
 
 
 def threads_per_rank(asked: int | str, cores: int, ranks: int, environ: Mapping[str, str]) -> int:

@@ -74,6 +74,15 @@ class World:
         usable = [everyone[rank][2] for rank in near]
         self.node_ranks, self.node_cores = len(near), cores.node_cores(usable)
         self.oversubscribed = self.node_ranks > self.node_cores
+        self._everyones_cores = [(host, usable) for host, _, usable, _ in everyone]
+
+    @property
+    def bindings(self) -> list[str]:
+        """What to tell the user about hosts where mpiexec left cores without a rank."""
+        hosts: dict[str, list[cores.Cores]] = {}
+        for host, usable in self._everyones_cores:
+            hosts.setdefault(host, []).append(usable)
+        return list(filter(None, (cores.binding(host, ranks) for host, ranks in hosts.items())))
 
     @classmethod
     def start(cls) -> World:

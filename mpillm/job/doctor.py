@@ -125,6 +125,7 @@ def _nodes(world: World, everyone: list[_Rank]) -> Iterator[str]:
             yield f"! node     {host}: more threads than cores; ranks that wait sleep, but start fewer ranks if you can"
         if one.kernels == "numpy":
             yield f"! node     {host}: the compiled kernels are missing; install gcc and python3-dev, then mpillm again"
+    yield from (f"! node     {line}" for line in world.bindings)
 
 
 def _same_model(world: World, everyone: list[_Rank], path: Path | None) -> Iterator[str]:

@@ -200,7 +200,7 @@ class Leader:
         self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
         self._timeline: list[tuple[float, int, int]] = []
-        self._warnings = [*self._journal.damage, *self._model_names()]
+        self._warnings = [*self._journal.damage, *self._model_names(), *session.bindings]
         for warning in self._warnings:
             progress.say(warning)
         self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)

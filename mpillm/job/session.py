@@ -94,6 +94,7 @@ class Session:
         )
         self.place = grid.Place(world.rank, stages, shards)
         self.threads = world.threads(layout.threads)
+        self.bindings = world.bindings if layout.threads == "auto" else []
         self.counters = Counters()
         with world.together():
             plans = rank_plans(self.shape, self.place, self.source, self.config)

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from mpillm.comm import cores
-from mpillm.comm.cores import Cores, cpu_quota, node_cores, threads_per_rank
+from mpillm.comm.cores import Cores, binding, cpu_quota, node_cores, physical, threads_per_rank
 from mpillm.errors import JobError
 
 
@@ -23,7 +23,27 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_this_process() -> None:
-    assert Cores.of_this_process().affinity == os.sched_getaffinity(0)
+    assert Cores.of_this_process().affinity == physical(os.sched_getaffinity(0), Path("/"))
+    assert not Cores.of_this_process().launcher  # pytest is no mpiexec
+
+
+def test_hardware_threads_of_a_core_count_once(tmp_path: Path) -> None:
+    siblings = ["0,4", "1,5", "2-3", "2-3", "0,4", "1,5"]
+    write(tmp_path, {
+        f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": f"{text}\n"
+        for cpu, text in enumerate(siblings)
+    })  # fmt: skip
+    assert physical(range(6), tmp_path) == {0, 1, 2}
+    assert physical([3, 4], tmp_path) == {2, 0}
+    assert physical([6, 7], tmp_path) == {6, 7}  # not told
+
+
+def test_what_mpiexec_bound_away() -> None:
+    there = frozenset(range(16))
+    bound = [Cores(frozenset({rank}), launcher=there) for rank in range(2)]
+    assert "On node7 mpiexec has bound the ranks to 2 of 16 cores" in binding("node7", bound)
+    assert not binding("node7", [Cores(there, launcher=there)] * 2)
+    assert not binding("node7", [Cores(frozenset({0}))])  # srun, or nobody: as asked for
 
 
 def test_the_tightest_group_counts(tmp_path: Path) -> None:

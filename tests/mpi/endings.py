@@ -131,6 +131,7 @@ def threads(world: World) -> int:
     chosen = world.threads(os.environ.get("ASKED", "auto"))
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
     print(f"{chosen} {policy} {world.node_ranks} {world.node_cores}\n", end="", flush=True)
+    print(*world.bindings, sep="\n", end="", flush=True)
     return 0
 
 

@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from mpillm.comm.cores import physical
 from tests.conftest import Mpi, clean_environment, run_bounded
 
 PROGRAM = Path(__file__).with_name("endings.py")
@@ -83,9 +84,20 @@ def test_threads(mpi: Mpi) -> None:
     assert int(ranks) == 2
     assert int(chosen) == max(1, int(cores) // 2)
     assert policy == "unset"
+    assert "bound" not in run.stdout
     many = str(int(cores) + 1)
     run = mpi.run(2, PROGRAM, "threads", env={"OMP_NUM_THREADS": many})
     assert run.stdout.startswith(f"{many} passive")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing to bind away")
+def test_a_rank_that_mpiexec_bound_to_one_core_is_told(mpi: Mpi) -> None:
+    mpiexec, *rest = mpi.command(1, PROGRAM, "threads")
+    run = run_bounded([mpiexec, "--bind-to", "core", *rest], 30, mpi.environment())
+    assert run.stdout.startswith("1 unset 1 1")
+    cores = len(physical(os.sched_getaffinity(0), Path("/")))
+    assert f"mpiexec has bound the ranks to 1 of {cores} cores" in run.stdout
+    assert "add --bind-to none after mpiexec" in run.stdout
 
 
 @pytest.mark.parametrize(("name", "code", "words"), [
