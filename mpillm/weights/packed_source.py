@@ -155,7 +155,7 @@ class PackedSource:
                         experts[key] = _experts_in(file.panels[row["panel"]])
                 for key, count in experts.items():
                     found.update((key._replace(expert=expert), found[key]) for expert in range(1, count))
-            except (KeyError, TypeError, ValueError, IndexError):
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError):
                 raise ModelError(
                     f"{file.path} does not describe its panels as version {VERSION} does; {PACK_AGAIN}."
                 ) from None
@@ -190,7 +190,7 @@ def open_packed(path: Path, quantize: str = "none") -> PackedSource:
 def _listed(index: dict[str, Any], path: Path) -> list[tuple[str, int]]:
     try:
         files = [(str(entry["name"]), int(entry["bytes"])) for entry in index["files"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last: 1e999
         raise ModelError(f"{path / INDEX} does not list the model's files; {PACK_AGAIN}.") from None
     if any(name in ("", ".", "..") or Path(name).name != name for name, _ in files):
         raise ModelError(f"{path / INDEX} names a file outside of {path}; {PACK_AGAIN}.")

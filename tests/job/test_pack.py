@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import closing
@@ -330,6 +331,12 @@ def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, ch
         (lambda p: os.truncate(p / "head.safetensors", 8192), "has 8192 bytes, not"),
         (lambda p: (p / INDEX).write_text('{"format": "mpillm-packed", "version": 1}'), "version 1, not"),
         (lambda p: (p / INDEX).write_text("{}"), "is of format 'None', version None"),
+        (
+            lambda p: (p / INDEX).write_text(
+                re.sub(r'"bytes": *\d+', '"bytes": 1e999', (p / INDEX).read_text(), count=1)
+            ),
+            "does not list the model's files",
+        ),
     ],
 )
 def test_what_is_not_as_it_was_packed(tmp_path: Path, spoil: Any, words: str) -> None:
