@@ -25,8 +25,8 @@ cdef extern from "core/path.h" nogil:
     int mk_run(mk_work *work, int threads)
     int mk_regions()
     void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d)
-    void mk_pack(mk_work *work, int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int
-                 panels, uint8_t *out)
+    void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
+                 int32_t *bounds, int panels, uint8_t *out, long first, long whole)
     void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
     void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long
                        stride)
@@ -223,15 +223,27 @@ def regions():
 # --- kernels ----------------------------------------------------------------------------------------------------
 
 
-def pack(int type, const uint8_t[:, ::1] canonical, long k, bounds, uint8_t[::1] out, int threads=1):
+def pack(int type, const uint8_t[:, :] canonical, long k, bounds, uint8_t[::1] out, int threads=1, stored=None,
+         long first=0, whole=None, long head=0):
     require_type(type)
+    cdef int kind = type if stored is None else stored
     cdef const int32_t[::1] edges = check_bounds(bounds, k, mk_block(type))
-    cdef long n = canonical.shape[0]
-    require("canonical", (n, mk_blocks(k, mk_block(type)) * mk_block_bytes(type)), (n, canonical.shape[1]))
-    require_vector("out", packed_bytes(type, n, edges), out.shape[0])
+    cdef long n = canonical.shape[0], rows = first + n if whole is None else whole
+    require_type(kind)
+    if kind != type and (kind >= MK_Q8_0 or (type != MK_Q8_0 and type != MK_Q4_0)):
+        raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {kind}")
+    require("canonical", (n, mk_blocks(k, mk_block(kind)) * mk_block_bytes(kind)), (n, canonical.shape[1]))
+    if canonical.shape[1] > 1 and canonical.strides[1] != 1:
+        raise ValueError("canonical must have contiguous rows")
+    if first < 0 or first % MK_TILE or first + n > rows or (n % MK_TILE and first + n < rows):
+        raise ValueError(f"rows {first} to {first + n} are no whole tiles of {rows} rows")
+    if head < 0 or head % 2 or (head and n % head):
+        raise ValueError(f"{n} rows are no whole heads of two halves: {head} rows each")
+    require_vector("out", packed_bytes(type, rows, edges), out.shape[0])
     cdef mk_work work
     mk_begin(&work)
-    mk_pack(&work, type, &canonical[0, 0], n, k, &edges[0], <int>edges.shape[0] - 1, &out[0])
+    mk_pack(&work, type, kind, &canonical[0, 0], canonical.strides[0], n, head, &edges[0],
+            <int>edges.shape[0] - 1, &out[0], first, rows)
     finish(&work, threads)
 
 

@@ -62,8 +62,10 @@ int mk_run(mk_work *work, int threads); /* 0, or -1: no memory, and nothing was 
 int mk_regions(void); /* runs since the start of the process, by any thread */
 
 /* Strides are in elements.  bounds: int32 [panels + 1]. */
-void mk_pack(mk_work *work, int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int panels,
-             uint8_t *out);
+/* `n` canonical rows of the type `stored` (a float type, if not `type`), `stride` bytes apart, to rows `first`... of
+ * `whole`.  head > 0: the halves of so many rows are interleaved, as llama.cpp stores q and k. */
+void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
+             int32_t *bounds, int panels, uint8_t *out, long first, long whole);
 void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out);
 void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
 void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int panels,

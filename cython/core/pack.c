@@ -1,32 +1,38 @@
-/* Packing moves bytes only, so one form serves all paths.  Items are tiles; the type is a constant in the loops. */
+/* Packing moves bytes, so one form serves all paths; where it quantises as well, the active path does that.  Items are
+ * tiles; the type is a constant in the loops. */
 #include <string.h>
 
-#include "path.h"
+#include "active.h"
 #include "super.h"
 
-enum { COLUMNS = 32 /* of floats that are moved together: no more than a cache line of each row */ };
+enum {
+    COLUMNS = 32, /* of floats that are moved together: no more than a cache line of each row */
+    PIECE = 512   /* columns of a tile that are converted together: they stay in the first cache */
+};
 
-/* Fewer than 16 rows: the others are zeros. */
-MK_INLINE void pack_floats(const int bytes, const uint8_t *in, long row_bytes, int rows, long columns, uint8_t *out) {
+/* in: the tile's rows, `at` bytes before the columns in question.  Fewer than 16 rows: the others are zeros. */
+MK_INLINE void pack_floats(const int bytes, const uint8_t *const *in, long at, int rows, long columns, uint8_t *out) {
     if (rows < MK_TILE) memset(out, 0, (size_t)(columns * bytes * MK_TILE));
     for (int r = 0; r < rows; r++)
         for (long c = 0; c < columns; c++)
-            memcpy(out + (c * MK_TILE + r) * bytes, in + r * row_bytes + c * bytes, (size_t)bytes);
+            memcpy(out + (c * MK_TILE + r) * bytes, in[r] + at + c * bytes, (size_t)bytes);
 }
 
-MK_INLINE void pack_block(const int bytes, const int heads, const uint8_t *in, long row_bytes, int rows, uint8_t *out) {
+MK_INLINE void pack_block(const int bytes, const int heads, const uint8_t *const *in, long at, int rows, uint8_t *out) {
     if (rows < MK_TILE) memset(out, 0, (size_t)bytes * MK_TILE);
-    for (int r = 0; r < rows; r++, in += row_bytes) {
-        for (int h = 0; h < heads; h++) memcpy(out + h * 32 + r * 2, in + h * 2, 2);
+    for (int r = 0; r < rows; r++) {
+        const uint8_t *from = in[r] + at;
+        for (int h = 0; h < heads; h++) memcpy(out + h * 32 + r * 2, from + h * 2, 2);
         for (int g = 0; 2 * heads + 4 * g < bytes; g++)
-            memcpy(out + 2 * heads * MK_TILE + 64 * g + 4 * r, in + 2 * heads + 4 * g, 4);
+            memcpy(out + 2 * heads * MK_TILE + 64 * g + 4 * r, from + 2 * heads + 4 * g, 4);
     }
 }
 
-MK_INLINE void pack_super(const int type, const uint8_t *in, long row_bytes, int rows, uint8_t *out) {
+MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at, int rows, uint8_t *out) {
     const int bytes = mk_part_bytes(type), words = mk_high_words(type);
     if (rows < MK_TILE) memset(out, 0, (size_t)mk_packed_bytes(type) * MK_TILE);
-    for (int r = 0; r < rows; r++, in += row_bytes) {
+    for (int r = 0; r < rows; r++) {
+        const uint8_t *in = rows_in[r] + at;
         mk_part parts[MK_PARTS];
         mk_split(type, in, parts);
         if (type == MK_Q6_K) memcpy(out + 2 * r, in + 208, 2);
@@ -42,53 +48,84 @@ MK_INLINE void pack_super(const int type, const uint8_t *in, long row_bytes, int
 }
 
 /* `count` blocks of a tile's rows. */
-MK_INLINE void pack_rows(const int type, const int bytes, const uint8_t *in, long row_bytes, int rows, long count,
+MK_INLINE void pack_rows(const int type, const int bytes, const uint8_t *const *in, long at, int rows, long count,
                          uint8_t *out) {
     if (type < MK_Q8_0) {
         for (long c = 0; c < count; c += COLUMNS)
-            pack_floats(bytes, in + c * bytes, row_bytes, rows, count - c < COLUMNS ? count - c : COLUMNS,
+            pack_floats(bytes, in, at + c * bytes, rows, count - c < COLUMNS ? count - c : COLUMNS,
                         out + c * bytes * MK_TILE);
         return;
     }
     for (long b = 0; b < count && type >= MK_Q4_K; b++)
-        pack_super(type, in + b * bytes, row_bytes, rows, out + b * mk_packed_bytes(type) * MK_TILE);
+        pack_super(type, in, at + b * bytes, rows, out + b * mk_packed_bytes(type) * MK_TILE);
     for (long b = 0; b < count && type < MK_Q4_K; b++)
-        pack_block(bytes, type == MK_Q4_1 ? 2 : 1, in + b * bytes, row_bytes, rows, out + b * bytes * MK_TILE);
+        pack_block(bytes, type == MK_Q4_1 ? 2 : 1, in, at + b * bytes, rows, out + b * bytes * MK_TILE);
 }
 
-static void pack_panel(int type, const uint8_t *in, long row_bytes, int rows, long count, uint8_t *out) {
+static void pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
     switch (type) {
-    case MK_F32: pack_rows(MK_F32, 4, in, row_bytes, rows, count, out); break;
+    case MK_F32: pack_rows(MK_F32, 4, in, at, rows, count, out); break;
     case MK_F16:
-    case MK_BF16: pack_rows(MK_F16, 2, in, row_bytes, rows, count, out); break;
-    case MK_Q8_0: pack_rows(MK_Q8_0, 34, in, row_bytes, rows, count, out); break;
-    case MK_Q4_0: pack_rows(MK_Q4_0, 18, in, row_bytes, rows, count, out); break;
-    case MK_Q4_1: pack_rows(MK_Q4_1, 20, in, row_bytes, rows, count, out); break;
-    case MK_Q4_K: pack_rows(MK_Q4_K, 144, in, row_bytes, rows, count, out); break;
-    case MK_Q5_K: pack_rows(MK_Q5_K, 176, in, row_bytes, rows, count, out); break;
-    case MK_Q6_K: pack_rows(MK_Q6_K, 210, in, row_bytes, rows, count, out); break;
+    case MK_BF16: pack_rows(MK_F16, 2, in, at, rows, count, out); break;
+    case MK_Q8_0: pack_rows(MK_Q8_0, 34, in, at, rows, count, out); break;
+    case MK_Q4_0: pack_rows(MK_Q4_0, 18, in, at, rows, count, out); break;
+    case MK_Q4_1: pack_rows(MK_Q4_1, 20, in, at, rows, count, out); break;
+    case MK_Q4_K: pack_rows(MK_Q4_K, 144, in, at, rows, count, out); break;
+    case MK_Q5_K: pack_rows(MK_Q5_K, 176, in, at, rows, count, out); break;
+    case MK_Q6_K: pack_rows(MK_Q6_K, 210, in, at, rows, count, out); break;
     }
+}
+
+/* Columns begin..end-1 of a tile's rows of floats, quantised on the way. */
+static void quantise_panel(const mk_pack_job *job, const uint8_t *const *in, int rows, long begin, long end,
+                           uint8_t *out) {
+    float values[PIECE];
+    uint8_t made[MK_TILE][PIECE / MK_BLOCK * 34];
+    const uint8_t *blocks[MK_TILE];
+    for (int r = 0; r < MK_TILE; r++) blocks[r] = made[r];
+    for (long first = begin; first < end; first += PIECE) {
+        long width = end - first < PIECE ? end - first : PIECE, count = mk_blocks(width, MK_BLOCK);
+        for (int r = 0; r < rows; r++) {
+            mk_rows_job read = {.type = job->stored, .k = width, .in = in[r] + first * mk_block_bytes(job->stored),
+                                .values = values};
+            mk_rows_job write = {.type = job->type, .k = width, .x = values, .out = made[r]};
+            mk_active->dequantize(&read, 0, 1);
+            mk_active->quantize(&write, 0, 1);
+        }
+        pack_panel(job->type, blocks, 0, rows, count, out);
+        out += count * mk_packed_bytes(job->type) * MK_TILE;
+    }
+}
+
+/* Where a row lies; in llama.cpp's order row (head, half, j) of q and k lies at (head, j, half). */
+static long place_of(long row, long head) {
+    if (!head) return row;
+    long inside = row % head, half = head / 2;
+    return row - inside + 2 * (inside % half) + inside / half;
 }
 
 static void pack_tiles(const void *argument, long begin, long end) {
     const mk_pack_job *job = argument;
     int block = mk_block(job->type);
-    long bytes = mk_block_bytes(job->type), tiles = mk_blocks(job->n, MK_TILE), row_bytes = job->blocks * bytes;
-    long packed = mk_packed_bytes(job->type) * MK_TILE;
+    long bytes = mk_block_bytes(job->type), packed = mk_packed_bytes(job->type) * MK_TILE;
+    long tiles = mk_blocks(job->whole, MK_TILE), before = job->first / MK_TILE;
     for (long tile = begin; tile < end; tile++) {
+        const uint8_t *in[MK_TILE];
         int rows = job->n - tile * MK_TILE < MK_TILE ? (int)(job->n - tile * MK_TILE) : MK_TILE;
+        for (int r = 0; r < rows; r++) in[r] = job->in + place_of(tile * MK_TILE + r, job->head) * job->stride;
         uint8_t *out = job->out;
         for (int p = 0; p < job->panels; p++) {
-            long first = job->bounds[p] / block, count = mk_blocks(job->bounds[p + 1] - job->bounds[p], block);
-            pack_panel(job->type, job->in + tile * MK_TILE * row_bytes + first * bytes, row_bytes, rows, count,
-                       out + tile * count * packed);
+            long first = job->bounds[p], last = job->bounds[p + 1], count = mk_blocks(last - first, block);
+            uint8_t *to = out + (before + tile) * count * packed;
+            if (job->stored != job->type) quantise_panel(job, in, rows, first, last, to);
+            else pack_panel(job->type, in, first / block * bytes, rows, count, to);
             out += tiles * count * packed;
         }
     }
 }
 
-void mk_pack(mk_work *work, int type, const uint8_t *canonical, long n, long k, const int32_t *bounds, int panels,
-             uint8_t *out) {
+void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
+             int32_t *bounds, int panels, uint8_t *out, long first, long whole) {
     mk_step_of(work, pack_tiles, mk_blocks(n, MK_TILE), 1, 0)->pack =
-        (mk_pack_job){type, panels, n, mk_blocks(k, mk_block(type)), bounds, canonical, out};
+        (mk_pack_job){type, stored, panels, n, head, stride, first, whole, bounds, canonical, out};
 }

@@ -9,8 +9,9 @@
 typedef void (*mk_range)(const void *job, long begin, long end);
 
 typedef struct {
-    int type, panels;
-    long n, blocks; /* items are tiles */
+    int type, stored, panels;
+    long n, head, stride; /* the rows that are there: items are their tiles */
+    long first, whole;    /* of the matrix's rows */
     const int32_t *bounds;
     const uint8_t *in;
     uint8_t *out;

@@ -100,8 +100,8 @@ class Session:
             plans = rank_plans(self.shape, self.place, self.source, self.config)
             self.weights = Weights(
                 plans,
-                lambda streamed, small: open_loader(
-                    self.source, spec.memory.loader, self.threads, streamed, small
+                lambda items, streamed: open_loader(
+                    self.source, spec.memory.loader, self.threads, items, streamed
                 ),
                 spec.memory.weights_bytes,
                 spec.memory.policy,

@@ -45,13 +45,47 @@ __all__ = [
 ]  # fmt: skip
 
 
-def pack(type: BlockType, canonical: U8, k: int, bounds: Bounds, out: U8, threads: int = 1) -> None:
-    """Interleave canonical rows uint8 [n, row_bytes] into kernel-ready form."""
-    type = BlockType(type)
-    require_rows("canonical", canonical, width=type.row_bytes(k))
+def pack(
+    type: BlockType,
+    canonical: U8,
+    k: int,
+    bounds: Bounds,
+    out: U8,
+    threads: int = 1,
+    stored: BlockType | None = None,
+    first: int = 0,
+    whole: int | None = None,
+    head: int = 0,
+) -> None:
+    """Interleave canonical rows uint8 [n, row bytes] into kernel-ready form: rows `first`... of a matrix of `whole`.
+
+    `stored` is their type if it is another one: floats, which are then quantised. With `head` > 0 they lie as
+    llama.cpp stores q and k: row (head, half, j) of heads of so many rows at (head, j, half).
+    """
+    type, stored = BlockType(type), BlockType(type if stored is None else stored)
     edges = check_bounds(bounds, k, type.block)
-    require("out", out, (packed_nbytes(type, len(canonical), k, edges),), np.uint8)
-    out[:] = np.concatenate(blocks.interleave(type, canonical, edges))
+    n, rows = len(canonical), first + len(canonical) if whole is None else whole
+    if stored != type and (stored >= BlockType.Q8_0 or type not in (BlockType.Q8_0, BlockType.Q4_0)):
+        raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {stored}")
+    require_rows("canonical", canonical, width=stored.row_bytes(k))
+    if first < 0 or first % TILE_ROWS or first + n > rows or (n % TILE_ROWS and first + n < rows):
+        raise ValueError(f"rows {first} to {first + n} are no whole tiles of {rows} rows")
+    if head < 0 or head % 2 or (head and n % head):
+        raise ValueError(f"{n} rows are no whole heads of two halves: {head} rows each")
+    require("out", out, (packed_nbytes(type, rows, k, edges),), np.uint8)
+    if head:
+        shape = n // head, head // 2, 2, canonical.shape[1]
+        canonical = np.ascontiguousarray(canonical).reshape(shape).swapaxes(1, 2).reshape(n, shape[3])
+    if stored != type:
+        values = np.empty((n, k), np.float32)
+        dequantize(stored, np.ascontiguousarray(canonical), k, values)
+        canonical = np.empty((n, type.row_bytes(k)), np.uint8)
+        quantize(type, values, canonical)
+    begin, tiles = 0, -(-rows // TILE_ROWS)
+    for panel in blocks.interleave(type, canonical, edges):
+        tile = panel.nbytes // max(-(-n // TILE_ROWS), 1)
+        out[begin + first // TILE_ROWS * tile :][: panel.nbytes] = panel
+        begin += tiles * tile
 
 
 def quantize(type: BlockType, x: F32, out: U8, threads: int = 1) -> None:

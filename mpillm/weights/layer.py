@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -282,39 +283,46 @@ def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list
     return plans
 
 
-def load(plan: LayerPlan, source: TensorSource, buffer: Bytes, threads: int, chunk: int = CHUNK) -> Layer:
+def load(
+    plan: LayerPlan,
+    source: TensorSource,
+    buffer: Bytes,
+    pool: Executor | None = None,
+    chunk: int = CHUNK,
+) -> Layer:
     """Read what is planned and make it kernel-ready in `buffer` (uint8 [plan.nbytes], 64-byte aligned).
 
-    Besides the buffer, little more than `chunk` bytes for each thread (and their float32 values, where they are
-    requantised) are held.
+    Besides the buffer, little more than `chunk` bytes for each of the pool's threads is held (and their float32
+    values, where `kernels.pack` cannot convert them).
     """
     assert buffer.nbytes == plan.nbytes
     assert buffer.ctypes.data % ALIGNMENT == 0
-    fill(
-        [[(entry, buffer[entry.offset : entry.offset + entry.nbytes])] for entry in plan.entries],
-        source,
-        threads,
-        chunk,
-    )
+    groups = [[(entry, buffer[entry.offset : entry.offset + entry.nbytes])] for entry in plan.entries]
+    fill(groups, source, pool, chunk)
     return Layer(plan, buffer)
 
 
 def fill(
-    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, threads: int, chunk: int = CHUNK
+    groups: Iterable[Sequence[tuple[Entry, Bytes]]],
+    source: TensorSource,
+    pool: Executor | None = None,
+    chunk: int = CHUNK,
 ) -> None:
     """Read rows of tensors and make them kernel-ready, each in one or several places.
 
-    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. Threads
-    take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all the time.
+    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. The
+    pool's threads take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all
+    the time.
     """
     work = [task for group in groups for task in _tasks(group, source, chunk)]
-    if threads == 1 or len(work) == 1:
+    if pool is None or len(work) == 1:
         for task in work:
             task()
         return
-    with ThreadPoolExecutor(threads, "packing") as pool:
-        for done in [pool.submit(task) for task in work]:
-            done.result()
+    tasks = [pool.submit(task) for task in work]
+    wait(tasks)  # all of them, even if one fails: they write to what the caller gave
+    for done in tasks:
+        done.result()
 
 
 def _tasks(
@@ -327,7 +335,8 @@ def _tasks(
         return
     cols = range(min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries))
     row = max(type.row_bytes(len(cols)), source.stored_row_bytes(key))
-    step = max(chunk // (row * TILE_ROWS), 1) * TILE_ROWS
+    unit = math.lcm(TILE_ROWS, source.head_rows(key) or 1)
+    step = max(chunk // (row * unit), 1) * unit
     for first in range(0, len(rows), step):
         yield partial(_fill_rows, entries, source, key, first, rows[first : first + step], cols)
 
@@ -347,27 +356,13 @@ def _fill_rows(
     cols: range,
 ) -> None:
     """Rows of a matrix, of which the first is number `first` of the entries'."""
-    chunk = source.read(key, rows, cols)
+    stored, chunk, head = source.rows_to_pack(key, rows, cols)
     for entry, out in entries:
-        begin = (entry.cols.start - cols.start) // entry.type.block * entry.type.block_bytes
-        _pack(chunk[:, begin : begin + entry.type.row_bytes(entry.k)], entry, first, out)
+        begin = (entry.cols.start - cols.start) // stored.block * stored.block_bytes
+        part = chunk[:, begin : begin + stored.row_bytes(entry.k)]
+        kernels.pack(entry.type, part, entry.k, entry.bounds, out, 1, stored, first, entry.n, head)
     del chunk
     source.release(key, rows)
-
-
-def _pack(chunk: Bytes, entry: Entry, first: int, out: Bytes) -> None:
-    """Pack rows `first`... of an entry into its bytes: a panel's tiles lie in the order of their rows."""
-    type, begin = entry.type, 0
-    before, tall, whole = (-(-rows // TILE_ROWS) * TILE_ROWS for rows in (first, len(chunk), entry.n))
-    for left, right in zip(entry.bounds[:-1], entry.bounds[1:], strict=True):
-        width, row = (
-            right - left,
-            packed_nbytes(type, TILE_ROWS, right - left, (0, right - left)) // TILE_ROWS,
-        )
-        panel = chunk[:, left // type.block * type.block_bytes :][:, : type.row_bytes(width)]
-        at = begin + before * row
-        kernels.pack(type, np.ascontiguousarray(panel), width, (0, width), out[at : at + tall * row], 1)
-        begin += whole * row
 
 
 def described(key: Key) -> str:

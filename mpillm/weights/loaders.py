@@ -8,12 +8,13 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import accumulate
 from typing import Literal
 
 from ..errors import JobError, ModelError
 from .cache import Heap, Loader
 from .filesystem import POPULATE_READ, can_populate, madvise, network_kind
-from .layer import Bytes, Layer, LayerPlan, load
+from .layer import ALIGNMENT, Bytes, Layer, LayerPlan, load
 from .mapped import MappedFile
 from .packed_layout import PAGE
 from .packed_source import PackedFile, PackedSource
@@ -32,27 +33,24 @@ from .tensors import TensorSource
 
 Kind = Literal["auto", "mmap", "read"]
 
+UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
+
 
 def open_loader(
-    source: Source, kind: Kind, threads: int, streamed: bool, small: bool = False
+    source: Source, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
 ) -> Loader[Layer]:
-    """The loader of a source's items, of the given kind; `streamed`: not all of them stay.
+    """The loader of some of a source's items, of the given kind; `streamed`: not all of them stay.
 
-    `small` items (experts) are loaded several at a time, others in several pieces.
+    Experts are loaded several at a time, larger items in several pieces.
 
     "auto" maps what stays, for that costs nothing but reading it once. What is streamed, it reads past the page cache,
     which is faster than filling that cache and emptying it again; and what comes over a network, always.
     """
     slow_faults = network_kind(source.path) is not None
+    small = items[0].expert >= 0
     if isinstance(source, TensorSource):
-        unpacked, half = source, max(threads // 2, 1)  # a step computes meanwhile
-        if kind == "read" or (kind == "auto" and (streamed or slow_faults)):
-            unpacked.read_past_cache()
-            parallel, each = (REQUESTS, 1) if small else (2, REQUESTS // 2)
-            return Heap(lambda plan, buffer: load(plan, unpacked, buffer, each, REQUEST_BYTES), parallel)
-        if small:
-            return Heap(lambda plan, buffer: load(plan, unpacked, buffer, 1), half)
-        return Heap(lambda plan, buffer: load(plan, unpacked, buffer, half))
+        past_cache = kind == "read" or (kind == "auto" and (streamed or slow_faults))
+        return Unpacked(source, threads, items, streamed, past_cache)
     assert isinstance(source, PackedSource)
     if kind == "auto":
         kind = "read" if streamed or slow_faults or not can_populate() else "mmap"
@@ -65,6 +63,48 @@ def open_loader(
     )  # the second fills the queue while the first waits for its last pieces
     how = Mapped if kind == "mmap" else Reading
     return how(source.packed_files, parallel)
+
+
+class Unpacked(Heap[Layer]):
+    """Items of an unpacked model, made kernel-ready by threads that all items share."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        threads: int,
+        items: Sequence[LayerPlan],
+        streamed: bool,
+        past_cache: bool,
+    ) -> None:
+        if past_cache:
+            source.read_past_cache()
+            workers = REQUESTS
+        else:
+            # What stays is awaited by the first step, which has nothing else to do.
+            workers = max(threads // 2, 1) if streamed else threads
+        self._source = source
+        self._chunk = min(UNDER_WAY // workers, REQUEST_BYTES)
+        self._pool = ThreadPoolExecutor(workers, "weights-made")
+        super().__init__(self._make, workers if items[0].expert >= 0 else 2)
+        self._arena, self._begins = new_buffer(0, ALIGNMENT), dict[str, int]()
+        if not streamed:
+            # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
+            sizes = [item.nbytes for item in items]
+            self._arena = new_buffer(sum(sizes), ALIGNMENT)
+            self._begins = dict(
+                zip((item.name for item in items), accumulate(sizes, initial=0), strict=False)
+            )
+
+    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+        if not self._begins:
+            return super().room(plan, dropped)
+        return self._arena[self._begins[plan.name] :][: plan.nbytes]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _make(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        return load(plan, self._source, buffer, self._pool, self._chunk)
 
 
 class _Watched:

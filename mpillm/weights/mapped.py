@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
+from .filesystem import madvise
 from .reading import DirectFile
 
 Bytes = NDArray[np.uint8]
@@ -73,4 +74,4 @@ class MappedFile:
     def _advise(self, advice: int, offset: int, nbytes: int) -> None:
         first = offset // _PAGE * _PAGE
         if nbytes:
-            self._map.madvise(advice, first, offset + nbytes - first)
+            madvise(self.bytes.ctypes.data + first, offset + nbytes - first, advice)

@@ -157,7 +157,7 @@ class Writer:
         self._directory = directory
         # A part for each maker and one on its way to the disk: together about a layer.
         makers = min(threads, MAKERS)
-        self._threads = threads // makers
+        self._rows = ThreadPoolExecutor(threads, "rows")
         self._progress = progress
         self._makers = ThreadPoolExecutor(makers, "packing")
         self._ahead = makers
@@ -214,7 +214,7 @@ class Writer:
 
     def close(self) -> None:
         """Wait for all files; what went wrong with one is raised."""
-        for pool in (self._makers, self._disk, self._hash, self._ends):
+        for pool in (self._makers, self._rows, self._disk, self._hash, self._ends):
             pool.shutdown()
         for file in self._files:
             file.result()
@@ -259,7 +259,7 @@ class Writer:
 
     def _part(self, part: Part) -> Bytes:
         data = np.zeros(part.nbytes, np.uint8)
-        fill(_alike(part, data), self._source, self._threads)
+        fill(_alike(part, data), self._source, self._rows)
         return data
 
     def _embed(self, rows: range) -> Bytes:

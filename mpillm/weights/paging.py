@@ -13,7 +13,7 @@ from .layer import Layer, LayerPlan
 EVEN = 0.05  # of a step may be waited for weights without a remedy
 PATIENCE = 3  # steps that wait for longer before there is one
 
-OpenLoader = Callable[[bool, bool], Loader[Layer]]  # of (streamed, experts)
+OpenLoader = Callable[[Sequence[LayerPlan], bool], Loader[Layer]]  # of (items, streamed)
 
 
 class Weights:
@@ -41,11 +41,11 @@ class Weights:
             )
         for_parts, for_experts = budgets(plans, self.budget)
         streamed = for_parts < sum(item.nbytes for item in parts)
-        self.cycle = WeightCache(parts, open_loader(streamed, False), for_parts, policy)
+        self.cycle = WeightCache(parts, open_loader(parts, streamed), for_parts, policy)
         self.experts: ExpertCache[Layer] | None = None
         if mixture:
             streamed = for_experts < sum(item.nbytes for item in mixture)
-            self.experts = ExpertCache(mixture, open_loader(streamed, True), for_experts, chosen)
+            self.experts = ExpertCache(mixture, open_loader(mixture, streamed), for_experts, chosen)
 
     @property
     def items(self) -> tuple[LayerPlan, ...]:

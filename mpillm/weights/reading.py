@@ -17,7 +17,7 @@ Bytes = NDArray[np.uint8]
 SECTOR = 4096  # what reading past the page cache is aligned to, in the file and in memory
 REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
 REQUEST_BYTES = 4 * 2**20
-LARGE = 2 * 2**20  # bytes of a buffer that is worth a call to the system
+HUGE = 2 * 2**20  # bytes of a huge page, and of a buffer that is worth a call to the system
 
 
 class DirectFile:
@@ -52,11 +52,14 @@ def new_buffer(nbytes: int, alignment: int) -> Bytes:
     back, and a process would hold more than its budgets.
     """
     assert mmap.PAGESIZE % alignment == 0, alignment
-    if nbytes >= LARGE:
-        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= HUGE:
+        memory = mmap.mmap(-1, nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        everything = np.frombuffer(memory, np.uint8)
+        begin = -everything.ctypes.data % HUGE
         with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, np.uint8)
+            # Only whole ones: what is touched of the last one would take all of it.
+            memory.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // HUGE * HUGE)
+        return everything[begin : begin + nbytes]
     raw = np.empty(nbytes + alignment, np.uint8)
     begin = -raw.ctypes.data % alignment
     return raw[begin : begin + nbytes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -71,6 +71,14 @@ class Extent:
         return self.n * self.row_bytes
 
 
+class Rows(NamedTuple):
+    """Rows of a matrix for `kernels.pack`: canonical blocks of `type`, and its `head` if their order is llama.cpp's."""
+
+    type: BlockType
+    data: Bytes
+    head: int
+
+
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
 
@@ -117,8 +125,7 @@ class TensorSource:
         assert cols.stop % type.block == 0 or cols.stop == extent.k, (key, cols)
         raw = _stored_rows(extent, rows)
         if extent.stored.own and type == extent.stored.type:
-            first, stop = cols.start // type.block, -(-cols.stop // type.block)
-            cut = raw[:, first * type.block_bytes : stop * type.block_bytes]
+            cut = _blocks(extent.stored, raw, cols)
             unaligned = cut.ctypes.data % min(type.block_bytes, 4) if type.block == 1 else 0
             return cut.copy() if unaligned else np.ascontiguousarray(cut)
         values = _values(extent, raw, cols, threads)
@@ -129,6 +136,24 @@ class TensorSource:
         out = np.empty((len(rows), type.row_bytes(len(cols))), np.uint8)
         kernels.quantize(type, values, out, threads)
         return out
+
+    def rows_to_pack(self, key: Key, rows: range, cols: range) -> Rows:
+        """Rows and columns of a matrix as they lie in the file, not copied, if `kernels.pack` can take them so."""
+        extent, type = self._extents[key], self.tensors[key].type
+        stored, head = extent.stored, self.head_rows(key)
+        same = stored.own and type == stored.type
+        if not same and (stored.quantised or type not in QUANTIZE.values()):
+            return Rows(type, self.read(key, rows, cols), 0)
+        if head and (rows.start % head or rows.stop % head):
+            raw, head = _stored_rows(extent, rows), 0
+        else:
+            raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
+        return Rows(stored.type, _blocks(stored, raw, cols), head)
+
+    def head_rows(self, key: Key) -> int:
+        """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
+        extent = self._extents[key]
+        return extent.n // extent.rope_heads if extent.rope_heads else 0
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
         """Values as float32, as precise as they are stored: a vector (or some of its entries) [n], rows [m, k]."""
@@ -250,13 +275,18 @@ def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Byte
     return gathered
 
 
+def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:
+    """The blocks of stored rows in which some columns lie; a view."""
+    first, stop = cols.start // stored.block, -(-cols.stop // stored.block)
+    return raw[:, first * stored.block_bytes : stop * stored.block_bytes]
+
+
 def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     """Columns of stored rows, decoded: f32 [len(raw), len(cols)]. Only the blocks that hold them are looked at."""
     stored = extent.stored
-    first, stop = cols.start // stored.block, -(-cols.stop // stored.block)
-    cut = raw[:, first * stored.block_bytes : stop * stored.block_bytes]
-    values = stored.decode(cut, (stop - first) * stored.block, threads)
-    begin = cols.start - first * stored.block
+    cut = _blocks(stored, raw, cols)
+    values = stored.decode(cut, cut.shape[1] // stored.block_bytes * stored.block, threads)
+    begin = cols.start % stored.block
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
 
 

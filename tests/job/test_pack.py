@@ -299,7 +299,7 @@ def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, ch
     source = open_source(tmp_path / "p")
     config = ModelConfig.from_dict(source.config)
     items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
-    cache = WeightCache(items, open_loader(source, loader, 1, streamed=True), minimum_budget(items))
+    cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=True), minimum_budget(items))
     with cache.use(0):
         pass
     file = tmp_path / "p" / "layer-00001.safetensors"
@@ -412,9 +412,11 @@ def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.Mo
     packed("llama3", tmp_path / "p")
     assert network_kind(tmp_path) is None
     with closing(open_source(tmp_path / "p")) as source:
+        config = ModelConfig.from_dict(source.config)
+        items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
 
         def chosen(kind: Kind, streamed: bool) -> type:
-            with closing(open_loader(source, kind, 1, streamed)) as loader:
+            with closing(open_loader(source, kind, 1, items, streamed)) as loader:
                 return type(loader)
 
         assert chosen("auto", streamed=True) is chosen("read", streamed=False) is Reading

@@ -27,7 +27,9 @@ def paging(model: Path, loader: Kind) -> Iterator[WeightCache[Layer]]:
     with closing(open_source(model)) as source:
         config = ModelConfig.from_dict(source.config)
         items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
-        cache = WeightCache(items, open_loader(source, loader, 1, streamed=True), minimum_budget(items))
+        cache = WeightCache(
+            items, open_loader(source, loader, 1, items, streamed=True), minimum_budget(items)
+        )
         with closing(cache):
             yield cache
 

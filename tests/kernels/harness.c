@@ -54,7 +54,7 @@ static void product(void) {
     const void *x = arrays[2];
     const uint8_t *at[MK_MAX_PANELS];
     mk_panels(type, packed, n, bounds, panels, at);
-    mk_pack(&work, type, arrays[0], n, k, bounds, panels, packed);
+    mk_pack(&work, type, type, arrays[0], mk_blocks(k, block) * mk_block_bytes(type), n, 0, bounds, panels, packed, 0, n);
     if (block > 1) {
         uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
         mk_quantize_rows(&work, x, k, m, bounds, panels, rows, units * MK_ACTIVATION);

@@ -231,9 +231,7 @@ def test_an_item_is_not_used_after_its_end(tmp_path):
     model = Tiny(n_layers=3)
     source = open_source(write_hf(tmp_path, model.weights(), model.config()))
     items = rank_plans(model.shape(1), Place(0, 1, 1), source, model)
-    cache = WeightCache(
-        items, Heap(lambda plan, buffer: load(plan, source, buffer, 1)), minimum_budget(items)
-    )
+    cache = WeightCache(items, Heap(lambda plan, buffer: load(plan, source, buffer)), minimum_budget(items))
     with cache.use(0) as first:
         first.matrix("q")
     for item in (1, 2, 3):
@@ -350,7 +348,7 @@ def test_real_layers_are_the_same_whatever_the_budget(tmp_path):
         ("cycle", minimum_budget(items)),
         ("lru", 2 * minimum_budget(items)),
     ):
-        cache = WeightCache(items, Heap(lambda plan, buffer: load(plan, source, buffer, 1)), budget, policy)
+        cache = WeightCache(items, Heap(lambda plan, buffer: load(plan, source, buffer)), budget, policy)
         contents = []
         for item in [*range(6)] * 2:
             with cache.use(item) as layer:

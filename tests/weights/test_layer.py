@@ -12,7 +12,7 @@ from mpillm.comm.grid import Place, max_shards
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.weights import layer as layer_module
-from mpillm.weights.layer import ALIGNMENT, check_tensors, load, rank_plans
+from mpillm.weights.layer import ALIGNMENT, CHUNK, check_tensors, load, rank_plans
 from mpillm.weights.names import Cut, Key
 from mpillm.weights.reading import new_buffer
 from mpillm.weights.source import column_unit, open_source
@@ -60,15 +60,14 @@ def names_of(model, layers):
     ]
 
 
-def loaded(plan, source):
-    return load(plan, source, new_buffer(plan.nbytes, ALIGNMENT), threads=1)
+def loaded(plan, source, chunk=CHUNK):
+    return load(plan, source, new_buffer(plan.nbytes, ALIGNMENT), chunk=chunk)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chunk", [1, 4 * 2**20])
-def test_what_a_rank_holds(tmp_path, monkeypatch, case, chunk):
+def test_what_a_rank_holds(tmp_path, case, chunk):
     """Every shard's matrices are the packed slices of the whole ones; together the shards have every row and column."""
-    monkeypatch.setattr(layer_module, "CHUNK", chunk)  # down to a single tile of rows at a time
     model, make = CASES[case]
     source = make(tmp_path)
     shape = model.shape(column_unit(source))
@@ -83,7 +82,7 @@ def test_what_a_rank_holds(tmp_path, monkeypatch, case, chunk):
                 "the output head",
             ]
             for plan in plans:
-                layer = loaded(plan, source)
+                layer = loaded(plan, source, chunk)  # down to a single tile of rows at a time
                 for entry in plan.entries:
                     key = entry.key
                     seen[key] = seen.get(key, 0) + entry.n * entry.k
@@ -177,13 +176,41 @@ def test_loading_takes_little_memory_besides_the_buffer(tmp_path):
     source = hf(tmp_path, model, "BF16", "q8_0")
     plan = rank_plans(model.shape(32), Place(0, 1, 1), source, model)[3]
     buffer = new_buffer(plan.nbytes, ALIGNMENT)
-    load(plan, source, buffer, 1, chunk=2**16)
+    load(plan, source, buffer, chunk=2**16)
     tracemalloc.start()
-    load(plan, source, buffer, 1, chunk=2**16)
+    load(plan, source, buffer, chunk=2**16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.nbytes > 4_000_000
     assert peak < 32 * 2**16  # the NumPy kernels take most of it; the matrix as float32 has 16 MB
+
+
+@pytest.mark.parametrize(("arch", "quantize"), [("llama", "none"), ("qwen2", "none"), ("bf16", "q8_0")])
+def test_rows_go_from_the_file_to_their_place_in_one_go(tmp_path, monkeypatch, arch, quantize):
+    """No copy is made of them, cut by columns, in llama.cpp's order or quantised; a tensor is packed by one call."""
+    model = Tiny(hidden=1024, n_heads=8, n_kv_heads=8, head_dim=128, intermediate=2048, n_layers=1)
+    source = (
+        hf(tmp_path, model, "BF16", quantize)
+        if arch == "bf16"
+        else gguf(tmp_path, model, arch, "Q8_0", "Q4_0")
+    )
+    if kernels.path() == "numpy":
+        pytest.skip("NumPy's twin makes copies")
+    plans = rank_plans(model.shape(32), Place(1, 1, 2), source, model)
+    buffers = [new_buffer(plan.nbytes, ALIGNMENT) for plan in plans]
+    calls = []
+    for of, name in ((kernels, "pack"), (source, "release")):
+        plain = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *a, plain=plain, name=name: (calls.append(name), plain(*a)))
+    tracemalloc.start()
+    for plan, buffer in zip(plans, buffers, strict=True):
+        load(plan, source, buffer, chunk=2**22)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 128 * 1024  # the smallest matrix has 278528 bytes
+    entries = [entry for plan in plans for entry in plan.entries]
+    assert calls.count("pack") == sum(bool(entry.bounds) for entry in entries)
+    assert calls.count("release") == len(entries)
 
 
 def mapped_kib(path: Path) -> int:
