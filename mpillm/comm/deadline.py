@@ -83,17 +83,22 @@ def die_with_launcher() -> None:
 def alarm(seconds: float) -> None:
     """End this process by SIGALRM after so many seconds, unless told otherwise before; 0: do not.
 
-    For MPI_Init and MPI_Finalize, which wait for all ranks and keep Python's lock meanwhile: no thread can watch them.
+    For MPI_Finalize, which waits for all ranks and keeps Python's lock meanwhile: no thread can watch it.
     """
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def starting_limit(environ: Mapping[str, str]) -> float:
-    """The seconds that ranks may take to meet; 0 means for ever."""
+    """The seconds that ranks may take to meet (see `meeting`); 0 means for ever."""
     try:
         return STARTING * limit(environ)
     except JobError:  # it is said when the ranks have met
         return STARTING * LIMIT
+
+
+def beat(limit: float) -> float:
+    """The seconds between two looks at the others."""
+    return min(BEAT, limit / 4)
 
 
 def open_door(seconds: float) -> tuple[socket.socket, Door]:
@@ -156,7 +161,7 @@ class Watch:
         self._rank, self._hosts, self._door, self._listener, self._near = rank, hosts, door, listener, near
         self._each_beat = each_beat
         self.lost = False
-        self._beat = min(BEAT, door.limit / 4)
+        self._beat = beat(door.limit)
         self._peers: list[_Peer] = []
         self._guests: list[_Guest] = []
         self._selector = selectors.DefaultSelector()

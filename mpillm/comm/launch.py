@@ -73,6 +73,12 @@ def launched_by(environ: Mapping[str, str], folder: str = "") -> Launch | None:
     return None
 
 
+def ranks_on_this_machine(environ: Mapping[str, str]) -> int:
+    """How many ranks the launcher says it has started on this machine; 0 if it does not."""
+    said = (environ.get(name, "") for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+    return next((int(number) for number in said if number.isdecimal()), 0)
+
+
 def starter_folder() -> str:
     """The folder of the program that started this process, if that is an MPI launcher; else ""."""
     try:

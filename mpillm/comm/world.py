@@ -29,6 +29,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import Interrupted, JobError, MpillmError
 from . import cores, deadline, faults, launch
 from .faults import RankLost
+from .meeting import Meeting, initialise
 from .waiting import wait
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that 
 class World:
     """All ranks of this run. Collective methods must be called by every rank, in the same order."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, meeting: Meeting | None = None) -> None:
+        """`meeting` watches over the start until the ranks can hear each other."""
+        self._meeting = meeting
         #: whether the others can go on when a rank dies (see `faults`)
         self.survives = comm.Get_size() > 1 and faults.survivable(os.environ)
         self.lost = 0  # ranks that have died so far
@@ -95,13 +98,21 @@ class World:
             started = launch.launched_by(os.environ, launch.starter_folder())
             if launch.cannot_meet(loaded, started, os.environ):
                 _refuse(loaded, started)
+            meeting = None
             if not mpi.Is_initialized():
-                mpi.Init_thread(
-                    mpi.THREAD_FUNNELED
-                )  # only the main thread talks; the others read and compute
+                meeting = _begin_meeting(started)
+                initialise(mpi, loaded.path)
         if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
+            if meeting is not None:
+                meeting.over()
             _refuse(loaded, started)
-        return cls(mpi.COMM_WORLD.Dup())
+        try:
+            return cls(mpi.COMM_WORLD.Dup(), meeting)
+        except (mpi.Exception, RankLost):
+            if not faults.survivable(os.environ):
+                raise
+        _say("mpillm: A rank was lost before the ranks had met; the same command goes on from here.")
+        os._exit(Interrupted.exit_code)
 
     def __str__(self) -> str:
         """This rank, as log lines name it."""
@@ -240,7 +251,11 @@ class World:
         code, error = 0, None
         with _interruptible():
             try:
-                self._watch = self._begin_watch()
+                try:
+                    self._watch = self._begin_watch()
+                finally:
+                    if self._meeting is not None:
+                        self._meeting.over()
                 self.threads()
                 code = program(self)
             except MpillmError as found:
@@ -271,12 +286,11 @@ class World:
                 self._neighbours.look if self.survives else None,
             )
         try:
-            self.barrier()  # all hear each other now, so what ends a start that takes too long is not needed
+            self.barrier()  # all hear each other now
         except BaseException:
             if watch is not None:
                 watch.stop()
             raise
-        deadline.alarm(0)
         return watch
 
     def _leave(self, code: int, error: MpillmError | None) -> int:
@@ -347,7 +361,6 @@ class World:
 def guard(program: Callable[[World], int]) -> int:
     """Start the world, run `program(world)` on every rank, and return the exit code (see `World.run`)."""
     deadline.die_with_launcher()
-    deadline.alarm(deadline.starting_limit(os.environ))
     try:
         world = World.start()
     except MpillmError as error:
@@ -376,6 +389,13 @@ def _import_mpi() -> ModuleType:
             "or set MPI4PY_LIBMPI to the system's libmpi.so."
         ) from error
     return MPI
+
+
+def _begin_meeting(started: launch.Launch | None) -> Meeting | None:
+    limit = deadline.starting_limit(os.environ)
+    if started is None or started.size == 1 or not limit:
+        return None
+    return Meeting(limit, deadline.beat(limit / deadline.STARTING), faults.survivable(os.environ))
 
 
 def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,9 @@ def main() -> None:
         parser.error(f"there is no {options.mpi} (see tests/conftest.py)")
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         chaos = Chaos(mpi, Path(folder), options.seed, lambda line: print(line, flush=True))
-        print(chaos.run(options.disturbances))
+        counts = chaos.run(options.disturbances)
+        print(counts)
+        sys.exit(1 if counts.wrong else 0)
 
 
 if __name__ == "__main__":

@@ -17,4 +17,5 @@ from .harness import Chaos
 def test_twenty_disturbances(openmpi: Mpi, tmp_path: Path) -> None:
     counts = Chaos(openmpi, tmp_path, seed=1).run(20)
     assert counts.disturbances.total() == 20
+    assert not counts.wrong, counts
     print(counts)

@@ -36,13 +36,20 @@ def busy(world: World) -> int:
     return 0
 
 
-def stopped_while_starting(_world: World) -> int:
+def never(_world: World) -> int:
     raise AssertionError("the ranks cannot have met")
 
+
+STARTING = {
+    "stopped_while_starting": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "killed_while_starting": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "asleep_while_starting": lambda: time.sleep(60),
+}
 
 if __name__ == "__main__":
     name = sys.argv[1]
     launched = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK")
-    if name == "stopped_while_starting" and launched == "1":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    sys.exit(guard(globals()[name]))
+    if name in STARTING and launched == "1":
+        time.sleep(float(os.environ.get("WHEN", "0")))
+        STARTING[name]()
+    sys.exit(guard(globals().get(name, never)))

@@ -15,7 +15,7 @@ import pytest
 
 from mpillm.comm import deadline
 from mpillm.errors import JobError
-from tests.conftest import Mpi
+from tests.conftest import Mpi, run_bounded
 
 pytestmark = pytest.mark.mpi
 
@@ -40,10 +40,30 @@ def test_a_busy_rank_is_not_silent(mpi: Mpi) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_rank_that_is_stopped_before_the_ranks_meet(mpi: Mpi) -> None:
-    """MPI_Init lets nobody say it in words; the launcher tells, in its own, of the SIGALRM that ended the others."""
-    done = mpi.run(2, PROGRAM, "stopped_while_starting", env={"MPILLM_DEADLINE": "0.4"}, timeout=30)
-    assert done.returncode != 0
+@pytest.mark.parametrize(
+    ("how", "when", "ulfm"),
+    [("stopped", "1", False), ("stopped", "1", True), ("killed", "1", True), ("killed", "0", True)],
+)
+def test_a_rank_that_is_lost_before_the_ranks_meet(openmpi: Mpi, how: str, when: str, ulfm: bool) -> None:
+    """With ULFM the launcher ends neither the others nor who is stopped; they may not even have seen it."""
+    mpiexec, *words = openmpi.command(3, PROGRAM, f"{how}_while_starting")
+    done = run_bounded(
+        [mpiexec, *(["--with-ft", "ulfm"] if ulfm else []), *words],
+        timeout=30,
+        env=openmpi.environment(MPILLM_DEADLINE="2", WHEN=when),
+    )
+    assert done.returncode == 75, done.stderr
+    said = r"^mpillm: The ranks had not met when one on \S+ was stopped or ended; the same command goes on from here\.$"
+    assert len(re.findall(said, done.stderr, re.MULTILINE)) == 1, done.stderr
+
+
+def test_ranks_that_do_not_meet_end(mpi: Mpi) -> None:
+    """One that sleeps looks like any that starts slowly: only time tells."""
+    done = mpi.run(2, PROGRAM, "asleep_while_starting", env={"MPILLM_DEADLINE": "0.2"}, timeout=30)
+    assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
+    assert (
+        "mpillm: The ranks have not met within 1.2 s: one does not start, its machine is gone" in done.stderr
+    )
 
 
 def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:
