@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import JobError
 from .layer import ALIGNMENT, Bytes, LayerPlan
-from .reading import new_buffer
+from .reading import used_again
 
 
 class Droppable(Protocol):
@@ -42,8 +42,8 @@ class Loader(Protocol[Made_co]):
 
     parallel: int
 
-    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
-        """Bytes for an item; those of items that have just been dropped may be used again."""
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        """Bytes for an item; those of items that have just been dropped may be taken for it."""
 
     def load(self, plan: LayerPlan, buffer: Bytes) -> Made_co:
         """Fill the item's bytes, and make of them what `use` hands out."""
@@ -62,12 +62,8 @@ class Heap(Generic[T]):
         self._make = make
         self.parallel = parallel
 
-    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
-        """A dropped buffer if one has the right size, for new memory costs time."""
-        for old in dropped:
-            if old.nbytes == plan.nbytes:
-                return old
-        return new_buffer(plan.nbytes, ALIGNMENT)
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        return used_again(dropped, plan.nbytes, ALIGNMENT)
 
     def load(self, plan: LayerPlan, buffer: Bytes) -> T:
         return self._make(plan, buffer)

@@ -27,6 +27,7 @@ from .reading import (
     open_file,
     read_at,
     read_direct,
+    used_again,
 )
 from .source import Source
 from .tensors import TensorSource
@@ -95,7 +96,7 @@ class Unpacked(Heap[Layer]):
                 zip((item.name for item in items), accumulate(sizes, initial=0), strict=False)
             )
 
-    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
         if not self._begins:
             return super().room(plan, dropped)
         return self._arena[self._begins[plan.name] :][: plan.nbytes]
@@ -167,7 +168,7 @@ class Mapped(_Parallel):
         super().__init__(files, parallel)
         self._maps = [MappedFile(file.path) for file in files]
 
-    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
         return self._maps[plan.file].view(plan.offset, plan.nbytes)
 
     def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
@@ -209,11 +210,8 @@ class Reading(_Parallel):
         super().__init__(files, parallel)
         self._direct = [open_direct(file.path) for file in files]
 
-    def room(self, plan: LayerPlan, dropped: Sequence[Bytes]) -> Bytes:
-        for old in dropped:
-            if old.nbytes == plan.nbytes:
-                return old
-        return new_buffer(plan.nbytes, PAGE)
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        return used_again(dropped, plan.nbytes, PAGE)
 
     def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
         file, direct = self._files[plan.file], self._direct[plan.file]

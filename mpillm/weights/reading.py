@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
+from .filesystem import madvise
 
 Bytes = NDArray[np.uint8]
 
@@ -53,16 +54,52 @@ def new_buffer(nbytes: int, alignment: int) -> Bytes:
     """
     assert mmap.PAGESIZE % alignment == 0, alignment
     if nbytes >= HUGE:
-        memory = mmap.mmap(-1, nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        everything = np.frombuffer(memory, np.uint8)
+        everything = np.frombuffer(
+            mmap.mmap(-1, nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8
+        )
         begin = -everything.ctypes.data % HUGE
-        with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
-            # Only whole ones: what is touched of the last one would take all of it.
-            memory.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // HUGE * HUGE)
+        _only_whole(everything, begin, nbytes)
         return everything[begin : begin + nbytes]
     raw = np.empty(nbytes + alignment, np.uint8)
     begin = -raw.ctypes.data % alignment
     return raw[begin : begin + nbytes]
+
+
+def used_again(dropped: list[Bytes], nbytes: int, alignment: int) -> Bytes:
+    """Bytes as of `new_buffer`, out of buffers that nobody looks at any more; `dropped` is empty afterwards.
+
+    The system fills new memory with zeros, which takes a third of the time that a fast disk takes to fill it. So a
+    large buffer may become shorter, and again as long as it was: only what it lacks is new then.
+    """
+    dropped.sort(key=len)
+    found = next((old for old in dropped if old.nbytes == nbytes), None)
+    if found is None and nbytes >= HUGE:
+        found = next((cut for old in dropped if (cut := _cut(old, nbytes)) is not None), None)
+    dropped.clear()  # what is not needed goes before anything is added
+    return new_buffer(nbytes, alignment) if found is None else found
+
+
+def _cut(old: Bytes, nbytes: int) -> Bytes | None:
+    """A large buffer's memory, as so many bytes; None if it has not enough."""
+    everything = old.base
+    if not isinstance(everything, np.ndarray) or everything.flags.owndata:
+        return None
+    begin = old.ctypes.data - everything.ctypes.data
+    if begin + nbytes > everything.nbytes:
+        return None
+    end, old_end = (begin + -(-size // SECTOR) * SECTOR for size in (nbytes, old.nbytes))
+    if end < old_end:
+        madvise(everything.ctypes.data + end, old_end - end, mmap.MADV_DONTNEED)
+    _only_whole(everything, begin, nbytes)
+    return everything[begin : begin + nbytes]
+
+
+def _only_whole(everything: Bytes, begin: int, nbytes: int) -> None:
+    """Have whole huge pages in a buffer, but none at its end: what is touched of one takes all of it."""
+    address, whole = everything.ctypes.data + begin, nbytes // HUGE * HUGE
+    with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
+        madvise(address, whole, mmap.MADV_HUGEPAGE)
+        madvise(address + whole, everything.nbytes // SECTOR * SECTOR - begin - whole, mmap.MADV_NOHUGEPAGE)
 
 
 def open_file(path: Path, flags: int) -> int:

@@ -23,6 +23,7 @@ from mpillm.comm.world import World, guard
 from mpillm.errors import JobError
 from mpillm.job.bench import against, machine, packed, runs, synthetic, tables
 from mpillm.job.bench import kernels as kernel_bench
+from mpillm.job.bench.paging import WARM, all_decode
 from mpillm.job.bench.profile import Profile
 from mpillm.job.bench.result import Bench, Machine, Run
 from mpillm.job.bench.runs import Options, Step, _typical
@@ -136,6 +137,15 @@ def test_paging_says_what_was_read(cache: Path) -> None:
     head, *rows = (line for line in done.stdout.splitlines() if line.startswith(("paging", "decode x")))
     assert "of the limit" in head
     assert len(rows) == 4
+
+
+def test_paging_counts_steps_in_which_all_generate() -> None:
+    """Neither prompts, nor the first steps after them, nor what is left when some have ended."""
+    prompts, warm, end = [Step(10, 2, 9.0), Step(6, 4, 9.0)], [Step(0, 4, 8.0)] * WARM, [Step(0, 2, 7.0)]
+    all_generate = [Step(0, 4, 1.0), Step(0, 4, 2.0)]
+    assert all_decode(prompts + warm + all_generate + all_generate[:1] + end, 4, 2) == all_generate
+    halves = [Step(0, 2, 3.0)] * 4  # two micro-batches
+    assert all_decode(prompts + [Step(0, 2, 8.0)] * 2 * WARM + halves + end, 4, 2) == halves
 
 
 def test_a_budget_that_is_none_is_refused(cache: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mpillm.errors import ModelError
 from mpillm.weights.mapped import MappedFile
-from mpillm.weights.reading import DirectFile, new_buffer
+from mpillm.weights.reading import HUGE, DirectFile, new_buffer, used_again
 
 SIZE = 3 * 4096 + 517
 
@@ -61,3 +61,35 @@ def test_buffers_are_aligned(alignment: int) -> None:
         buffer = new_buffer(nbytes, alignment)
         assert buffer.nbytes == nbytes
         assert buffer.ctypes.data % alignment == 0
+
+
+def test_a_dropped_buffer_becomes_shorter_and_as_long_again() -> None:
+    """What is there stays there: its pages are not new ones, which the system would fill with zeros."""
+    old = new_buffer(5 * HUGE + 5000, 4096)
+    old[:] = 7
+    dropped = [new_buffer(HUGE, 4096), old]
+    shorter = used_again(dropped, 3 * HUGE + 1, 4096)
+    assert not dropped
+    assert shorter.nbytes == 3 * HUGE + 1
+    assert shorter.ctypes.data == old.ctypes.data
+    assert (shorter == 7).all()
+    again = used_again([shorter], 5 * HUGE, 4096)
+    assert (again[: 3 * HUGE + 1] == 7).all()
+    assert not again[3 * HUGE + 4096 :].any(), "what was cut off went back to the system"
+
+
+@pytest.mark.parametrize("sizes", [[], [100, 5000], [2 * HUGE, HUGE - 1]])
+def test_a_buffer_that_is_too_short_is_not_taken(sizes: list[int]) -> None:
+    dropped = [new_buffer(size, 4096) for size in sizes]
+    before = list(dropped)
+    new = used_again(dropped, 4 * HUGE, 4096)
+    assert new.nbytes == 4 * HUGE
+    assert not dropped
+    assert not any(np.shares_memory(new, old) for old in before)
+
+
+@pytest.mark.parametrize("nbytes", [100, HUGE])
+def test_a_buffer_of_the_same_size_is_taken_as_it_is(nbytes: int) -> None:
+    dropped = [new_buffer(nbytes + 1, 64), old := new_buffer(nbytes, 64)]
+    assert used_again(dropped, nbytes, 64) is old
+    assert not dropped

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from ...engine.scheduler import blocks_for
 from ...errors import JobError
 from ...kernels import KV_BLOCK
 from ...weights.packed_source import PackedSource
+from ...weights.paging import PATIENCE
 from .. import plan
+from ..limits import TOKENS
 from ..session import Session
 from ..spec import Batch, Memory, Spec, byte_size
 from . import disk
 from .result import Run
-from .runs import Options, prompts_of, run_steps
+from .runs import Options, Step, prompts_of, run_steps
 
-WARM = 2  # tokens of each sequence before those that count
+WARM = PATIENCE + 1  # tokens of each sequence before those that count: how far to read ahead has settled then
 
 
 def measure(world: World, spec: Spec, model: Path, options: Options) -> Iterator[tuple[Run, tuple[int, int]]]:
@@ -38,7 +40,10 @@ def measure(world: World, spec: Spec, model: Path, options: Options) -> Iterator
 def _measure(
     world: World, spec: Spec, model: Path, budget: str, sequences: int, options: Options
 ) -> tuple[Run, tuple[int, int]]:
-    context, tokens = options.contexts[0], WARM + options.repeats
+    context = options.contexts[0]
+    # Prompts may take several steps, beside the tokens of those whose prompt was in the first: who began then must not
+    # end before all that counts is done.
+    tokens = WARM + options.repeats + 2 * -(-sequences * context // TOKENS)
     with world.together():
         spec = _bounded(world, spec, budget, sequences, context + tokens)
     world.barrier()
@@ -59,19 +64,14 @@ def _measure(
         made = Run(what="paging", threads=session.threads, sequences=sequences, tokens=context)
     if not steps:
         return made, layout
-    generated, counted, seconds = 0, 0, 0.0
-    for step in steps:
-        if generated >= WARM * sequences:
-            counted += step.generated
-            seconds += step.seconds
-        generated += step.generated
-    made.rate = counted / seconds
+    counted = all_decode(steps, sequences, options.repeats)
+    made.rate = sum(step.generated for step in counted) / sum(step.seconds for step in counted)
     made.seconds = sequences / made.rate
     loaded, waited = (
         [late[i] - early[i] for early, late in zip(before, after, strict=True)] for i in range(2)
     )
     made.budget = weights[0][1]
-    made.streamed = sum(loaded) / tokens
+    made.streamed = sum(loaded) / len(steps) * len(counted) / options.repeats
     made.waited = max(waited) / sum(step.seconds for step in steps)
     made.ready, made.first_step, made.memory = ready, first, max(peaks)
     if all(disks):
@@ -79,6 +79,17 @@ def _measure(
         must = sum(max(total - budget, 0) for total, budget in weights)
         made.disk_share = must / made.disk / made.seconds
     return made, layout
+
+
+def all_decode(steps: Sequence[Step], sequences: int, repeats: int) -> list[Step]:
+    """Those in which all sequences generate and do nothing else: `repeats` tokens of each, after the warm ones."""
+    begin = max(number for number, step in enumerate(steps) if step.prompt) + 1
+    generated, found = 0, []
+    for step in steps[begin:]:
+        if WARM * sequences <= generated < (WARM + repeats) * sequences:
+            found.append(step)
+        generated += step.generated
+    return found
 
 
 def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
