@@ -29,6 +29,7 @@ import psutil
 
 from ..errors import Interrupted, JobError
 from . import launch
+from .stillness import Stillness
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,10 @@ class Watch:
         self._rank, self._hosts, self._door, self._listener, self._near = rank, hosts, door, listener, near
         self._each_beat = each_beat
         self.lost = False
+        self.computing = (
+            False  # while it is set, this rank is ended if it does nothing for as long as the limit
+        )
+        self._stillness, self._idle = Stillness(), 0.0
         self._beat = beat(door.limit)
         self._peers: list[_Peer] = []
         self._guests: list[_Guest] = []
@@ -216,6 +221,10 @@ class Watch:
             guest.patience -= self._beat
             if guest.patience <= 0:
                 self._dismiss(guest)
+        idle = self._stillness.look() and self.computing
+        self._idle = self._idle + self._beat if idle else 0.0
+        if self._idle >= self._door.limit:
+            self._end_hanging()
         if self._each_beat is not None:
             self._each_beat()
 
@@ -314,12 +323,24 @@ class Watch:
             else f"{where} has not been heard of for {self._door.limit:g} s: it is stopped, its machine is gone, "
             "or the network is cut"
         )
-        speaker = f"[{self._rank}@{self._hosts[self._rank]}]" if self._rank else "mpillm:"
-        sys.stderr.write(f"{speaker} {what}; the same command goes on from here.\n")
-        sys.stderr.flush()
+        self._say(what)
         for peer in self._peers:
             peer.say(_END)
         os._exit(Interrupted.exit_code)
+
+    def _end_hanging(self) -> None:
+        """Say that this rank gets nowhere, and end it."""
+        self._say(
+            f"This rank has neither computed, nor read, nor waited for others for {self._door.limit:g} s: it hangs"
+        )
+        if self._each_beat is not None:  # the others go on without one that is killed
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(Interrupted.exit_code)
+
+    def _say(self, what: str) -> None:
+        speaker = f"[{self._rank}@{self._hosts[self._rank]}]" if self._rank else "mpillm:"
+        sys.stderr.write(f"{speaker} {what}; the same command goes on from here.\n")
+        sys.stderr.flush()
 
 
 def _answer(token: bytes) -> bytes:

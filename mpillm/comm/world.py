@@ -175,6 +175,18 @@ class World:
             error = found
         self.agree(error)
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """In the block a rank that hangs (see `stillness`) is ended after the deadline."""
+        watch = self._watch
+        if watch is not None:
+            watch.computing = True
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.computing = False
+
     # Lost ranks.
 
     def is_loss(self, error: BaseException) -> bool:

@@ -145,13 +145,14 @@ class _Part:
     def _compute(self, session: Session) -> bool:
         """Whether all is computed; else the run ends before its time."""
         try:
-            if self._leader is not None:
-                self._leader.compute()
-                return True
-            if follow(session.worker, session.channel) == 0:
-                self._world.gather(session.statistics())
-                return True
-            return False
+            with self._world.computing():
+                if self._leader is not None:
+                    self._leader.compute()
+                    return True
+                if follow(session.worker, session.channel) == 0:
+                    self._world.gather(session.statistics())
+                    return True
+                return False
         finally:
             self.longest_step = session.worker.longest
 

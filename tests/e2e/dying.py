@@ -1,6 +1,7 @@
 """Program for test_lost_ranks.py: `dying.py PLAN ARGUMENTS...` is mpillm with ranks that die at points of the plan.
 
-A plan is `RANK:POINT:COUNT:SIGNAL,...`: the rank gets the signal when it comes to the point for the COUNTth time.
+A plan is `RANK:POINT:COUNT:SIGNAL,...`: the rank gets the signal when it comes to the point for the COUNTth time;
+`HANG` instead of a signal lets it do nothing any more.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,8 @@ def die(point: str, owner: type, method: str) -> None:
             def dying(*args: Any, original: Any = original, number: str = number, **kwargs: Any) -> Any:
                 nonlocal left
                 left -= 1
+                if left == 0 and number == "HANG":
+                    threading.Event().wait()
                 if left == 0:
                     os.kill(os.getpid(), signal.Signals[number])
                 return original(*args, **kwargs)

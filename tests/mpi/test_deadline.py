@@ -35,9 +35,26 @@ def test_a_stopped_rank_ends_the_world(mpi: Mpi, victim: str) -> None:
     assert re.search(said, done.stderr), done.stderr
 
 
-def test_a_busy_rank_is_not_silent(mpi: Mpi) -> None:
-    done = mpi.run(2, PROGRAM, "busy", env={"SECONDS": "3", "MPILLM_DEADLINE": "1.5"}, timeout=30)
+@pytest.mark.parametrize("how", ["busy", "waits_for_a_disk"])
+def test_a_slow_rank_is_not_silent(mpi: Mpi, how: str, tmp_path: Path) -> None:
+    env = {"SECONDS": "1.6", "MPILLM_DEADLINE": "0.8"}
+    done = mpi.run(2, PROGRAM, how, tmp_path / "pipe", env=env, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_rank_that_hangs_ends_the_world(mpi: Mpi, tmp_path: Path) -> None:
+    """Its process lives, and its heartbeat goes on."""
+    victim = "0" if mpi.name == "mpich" else "1"
+    env = {"VICTIM": victim, "MPILLM_DEADLINE": "0.8"}
+    done = mpi.run(2, PROGRAM, "hangs", tmp_path / "pipe", env=env, timeout=30)
+    assert done.returncode == 75
+    speaker = {"0": "mpillm:", "1": "[1@"}[victim]
+    (said,) = (line for line in done.stderr.splitlines() if "This rank" in line)
+    assert said.startswith(speaker)
+    assert said.endswith(
+        "This rank has neither computed, nor read, nor waited for others for 0.8 s: it hangs; "
+        "the same command goes on from here."
+    )
 
 
 @pytest.mark.parametrize(
