@@ -134,7 +134,7 @@ class _Cursor:
 
     def _strings(self, count: int, shown: str) -> list[str]:
         """As `string`, without its calls: a vocabulary has hundreds of thousands."""
-        data, at, size = self.file.bytes.data, self.at, self.file.size
+        data, at, size = self.file.map, self.at, self.file.size
         unpack = struct.Struct("<Q").unpack_from
         result = []
         try:
@@ -143,7 +143,7 @@ class _Cursor:
                 at += 8
                 if length > size - at:
                     raise broken(self.file, f"{shown} reaches beyond the end of the file")
-                result.append(str(data[at : at + length], "utf-8"))
+                result.append(data[at : at + length].decode())
                 at += length
         except struct.error:
             raise broken(self.file, f"{shown} reaches beyond the end of the file") from None

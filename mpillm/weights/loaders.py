@@ -67,7 +67,11 @@ def open_loader(
 
 
 class Unpacked(Heap[Layer]):
-    """Items of an unpacked model, made kernel-ready by threads that all items share."""
+    """Items of an unpacked model, made kernel-ready by threads that all items share.
+
+    Several items are loaded at a time: small ones each by one thread, for handing pieces over takes as long as packing
+    them, unless they are read past the page cache, where the disk is to be kept busy.
+    """
 
     def __init__(
         self,
@@ -80,13 +84,15 @@ class Unpacked(Heap[Layer]):
         if past_cache:
             source.read_past_cache()
             workers = REQUESTS
+            parallel = REQUESTS if items[0].expert >= 0 else 2
         else:
             # What stays is awaited by the first step, which has nothing else to do.
-            workers = max(threads // 2, 1) if streamed else threads
+            workers = parallel = max(threads // 2, 1) if streamed else threads
         self._source = source
         self._chunk = min(UNDER_WAY // workers, REQUEST_BYTES)
+        self._small = 0 if past_cache else 4 * self._chunk
         self._pool = ThreadPoolExecutor(workers, "weights-made")
-        super().__init__(self._make, workers if items[0].expert >= 0 else 2)
+        super().__init__(self._make, parallel)
         self._arena, self._begins = new_buffer(0, ALIGNMENT), dict[str, int]()
         if not streamed:
             # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
@@ -105,7 +111,8 @@ class Unpacked(Heap[Layer]):
         self._pool.shutdown()
 
     def _make(self, plan: LayerPlan, buffer: Bytes) -> Layer:
-        return load(plan, self._source, buffer, self._pool, self._chunk)
+        pool = None if plan.nbytes <= self._small else self._pool
+        return load(plan, self._source, buffer, pool, self._chunk)
 
 
 class _Watched:

@@ -19,19 +19,19 @@ _AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it h
 
 
 class MappedFile:
-    """A whole file as read-only bytes. Nothing is read before it is looked at."""
+    """A whole file as read-only `bytes`; short pieces of its `map` are copied faster. Nothing is read beforehand."""
 
     def __init__(self, path: Path) -> None:
         """Map the file; ModelError if it cannot be read or is empty."""
         self.path = path
         try:
             with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise ModelError(f"{path} is empty; fetch the model again.") from None
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
+        self.bytes: Bytes = np.frombuffer(self.map, np.uint8)
         self.size = len(self.bytes)
         self._direct: DirectFile | None = None
 
@@ -67,7 +67,7 @@ class MappedFile:
         if self._direct:
             self._direct.close()
         try:
-            self._map.close()
+            self.map.close()
         except BufferError:  # somebody still holds a view: the mapping goes with it
             return
 
