@@ -118,6 +118,11 @@ class Report(msgspec.Struct, kw_only=True):
         loaded = sum(of.get("loaded", 0) for rank in self.ranks for of in (rank.weights, rank.experts))
         return loaded / tokens if tokens else 0.0
 
+    def waited_for_weights(self) -> float:
+        """The part of the computing time in which the rank that waited most waited for weights."""
+        waited = max((rank.seconds.get("weights", 0.0) for rank in self.ranks), default=0.0)
+        return waited / self.computing if self.computing else 0.0
+
     def expert_hits(self) -> tuple[int, int]:
         """How often an expert was still in memory when it was used, and all its uses, on all ranks."""
         counts = [(rank.experts["hits"], rank.experts["misses"]) for rank in self.ranks if rank.experts]
@@ -153,7 +158,8 @@ def summary(report: Report) -> Iterator[str]:
     if report.batch.streamed:
         yield (
             f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "
-            f"weights read per token: {shown_bytes(report.weights_per_token())}."
+            f"weights read per token: {shown_bytes(report.weights_per_token())}; "
+            f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
         )
     used = [(rank.memory_peak, sum(rank.memory.values())) for rank in report.ranks if rank.memory]
     if used:

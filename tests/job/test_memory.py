@@ -1,11 +1,17 @@
-"""Runs in a memory cgroup of the planned size and a tenth: nothing is killed, nothing swaps."""
+"""What runs take, as the system counts it: in a memory cgroup of the planned size and a tenth, of a step's rows, of
+pages that processes share; and what a slow disk does to them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import pytest
@@ -74,7 +80,128 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPILLM_CACHE", str(folder))
         patch.setitem(synthetic.SHAPES, "small", SHAPE)
-        yield {"packed": packed.create("small", "q4_0", 1), "gguf": synthetic.create("small", "q4_0")}
+        patch.setitem(synthetic.SHAPES, "flat", replace(SHAPE, layers=1))
+        yield {
+            "packed": packed.create("small", "q4_0", 1),
+            "gguf": synthetic.create("small", "q4_0"),
+            "flat": packed.create("flat", "q4_0", 1),
+        }
+
+
+def run(
+    command: list[str], model: Path, folder: Path, *settings: str, prompt: int, count: int
+) -> report.Report:
+    """The report of a run of `command` with so many prompts of a length, each of which gets two tokens."""
+    folder.mkdir()
+    lines = [
+        {"custom_id": str(i), "prompt": [(i * 31 + j * 7) % 16_000 for j in range(prompt)], "max_tokens": 2}
+        for i in range(count)
+    ]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = [f"--set={setting}" for setting in ("layout.threads=1", *settings)]
+    arguments += [f"--model={model}", f"--input={folder / 'in.jsonl'}", f"--output={folder / 'out'}"]
+    done = run_bounded([*command, "-m", "mpillm", "run", *arguments])
+    assert done.returncode == 0, done.stderr
+    return report.read(folder / "out")
+
+
+def test_a_slow_disk_is_seen_in_the_report(models: dict[str, Path], tmp_path: Path) -> None:
+    """The system lets the run read so many bytes a second: then most of it is waiting, and the report says so."""
+    slow = 200 * 2**20
+    device = os.stat(models["packed"]).st_dev
+    try:
+        own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+        group = CGROUPS / "blkio" / own["blkio"][1:] / f"mpillm-test-{os.getpid()}"
+        group.mkdir()
+    except (OSError, KeyError) as error:
+        pytest.skip(f"no block I/O cgroup can be made here (root can, with version 1): {error}")
+    try:
+        try:
+            limit = f"{os.major(device)}:{os.minor(device)} {slow}"
+            (group / "blkio.throttle.read_bps_device").write_text(limit)
+        except OSError as error:
+            pytest.skip(f"the disk of {models['packed']} cannot be slowed down: {error}")
+        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+        made = run(
+            ["sh", "-c", enter, "sh", sys.executable], models["packed"], tmp_path / "slow",
+            "memory.weights=30MiB", "memory.loader=read", prompt=8, count=2,
+        )  # fmt: skip
+    finally:
+        group.rmdir()
+    (rank,) = made.ranks
+    least = rank.weights["loaded"] / slow
+    assert rank.weights["loaded"] > 200 * 2**20
+    assert least / 2 < rank.seconds["weights"] < made.seconds
+    assert rank.seconds["weights"] == rank.weights["stall_seconds"]
+    assert made.waited_for_weights() > 0.5
+    assert f"{100 * made.waited_for_weights():.0f} % of the time was waited for them." in "".join(
+        report.summary(made)
+    )
+
+
+def test_a_step_of_many_rows_takes_what_is_planned_for_them(models: dict[str, Path], tmp_path: Path) -> None:
+    """Besides keys and values, 4096 rows take more than 512 by what the plan says, and not by half of it."""
+    taken, planned = [], []
+    for rows in (512, 4096):
+        (rank,) = run(
+            [sys.executable], models["flat"], tmp_path / str(rows),
+            "memory.kv=8MiB", "memory.max_context=4608", f"batch.max_num_batched_tokens={rows}", prompt=rows, count=1,
+        ).ranks  # fmt: skip
+        assert rank.memory_peak <= sum(rank.memory.values())
+        taken.append(rank.memory_peak - rank.kv["bytes"])
+        planned.append(rank.memory["activations"])
+    (few, many), (planned_few, planned_many) = taken, planned
+    assert 0.5 < (many - few) / (planned_many - planned_few) <= 1
+
+
+MAP = """
+import sys
+from pathlib import Path
+from tests.job.test_shared_files import content, paging
+with paging(Path(sys.argv[1]), "mmap", everything=True) as cache:
+    for item in range(len(cache.items)):
+        content(cache, item)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_ranks_of_a_node_share_the_pages_of_mapped_weights(models: dict[str, Path]) -> None:
+    """Each process counts all pages as its own; there is one of each."""
+    weights = sum(file.stat().st_size for file in models["packed"].glob("[lh]*.safetensors"))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAP, str(models["packed"])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert _stream(rank.stdout).readline() == b"ready\n"
+        own, shared = (
+            sum(_mapped(rank.pid, models["packed"], kind) for rank in ranks) for kind in ("Rss", "Pss")
+        )
+    finally:
+        for rank in ranks:
+            rank.communicate()
+    assert 1.95 * weights < own
+    assert shared < 1.02 * weights
+
+
+def _stream(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None
+    return stream
+
+
+def _mapped(pid: int, folder: Path, kind: str) -> int:
+    """Bytes of files of a folder that a process has in memory, by one of /proc/PID/smaps's ways of counting."""
+    found, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = f" {folder}/" in line
+        elif inside and line.startswith(f"{kind}:"):
+            found += 1024 * int(line.split()[1])
+    return found
 
 
 @pytest.mark.mpi

@@ -57,8 +57,9 @@ def test_what_streaming_costs_a_token() -> None:
     streamed.batch.streamed = 500
     for rank in streamed.ranks:
         rank.weights["loaded"] = 75 * 2**20
+        rank.seconds["weights"] = 1.0 / (1 + rank.rank)
     assert list(report.summary(streamed))[2] == (
-        "70 steps of up to 9 sequences; weights read per token: 1.0 MiB."
+        "70 steps of up to 9 sequences; weights read per token: 1.0 MiB; 50 % of the time was waited for them."
     )
 
 

@@ -22,14 +22,13 @@ LOADERS = pytest.mark.parametrize("loader", ["mmap", "read"])
 
 
 @contextmanager
-def paging(model: Path, loader: Kind) -> Iterator[WeightCache[Layer]]:
-    """A cache with the least budget: everything passes through it in every round."""
+def paging(model: Path, loader: Kind, everything: bool = False) -> Iterator[WeightCache[Layer]]:
+    """A cache with the least budget, through which everything passes in every round, or one that holds `everything`."""
     with closing(open_source(model)) as source:
         config = ModelConfig.from_dict(source.config)
         items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
-        cache = WeightCache(
-            items, open_loader(source, loader, 1, items, streamed=True), minimum_budget(items)
-        )
+        budget = None if everything else minimum_budget(items)
+        cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=not everything), budget)
         with closing(cache):
             yield cache
 

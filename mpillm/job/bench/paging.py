@@ -60,7 +60,7 @@ def _measure(
         disks.append(_disk(session))
         weights = world.gather((session.weights.total, session.weights.budget))
         peaks = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        layout = session.place.stages, session.place.shards
+        layout, mixture = (session.place.stages, session.place.shards), session.weights.experts is not None
         made = Run(what="paging", threads=session.threads, sequences=sequences, tokens=context)
     if not steps:
         return made, layout
@@ -75,7 +75,8 @@ def _measure(
     made.waited = max(waited) / sum(step.seconds for step in steps)
     made.ready, made.first_step, made.memory = ready, first, max(peaks)
     if all(disks):
-        made.disk = max(rate or 0.0 for rate in disks)
+        made.disk = sum(rate or 0.0 for rate in disks) / len(disks)
+    if made.disk is not None and not mixture:  # which experts tokens will choose, nobody knows
         must = sum(max(total - budget, 0) for total, budget in weights)
         made.disk_share = must / made.disk / made.seconds
     return made, layout

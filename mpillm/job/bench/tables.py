@@ -25,8 +25,10 @@ def as_text(made: Bench) -> str:
 def run_line(run: Run) -> str:
     """One run in a line, said as soon as it is known."""
     beside = "" if run.ratio is None else f", {run.ratio:.2f} x the peer"
+    if run.what == "paging":
+        beside = f" with {shown_bytes(run.budget)} of weights"
     if run.disk_share is not None:
-        beside = f" with {shown_bytes(run.budget)} of weights, {_percent(run.disk_share)} of the disk's limit"
+        beside += f", {_percent(run.disk_share)} of the disk's limit"
     return f"{_what(run)}, {_threads(run.threads)}: {_speed(run)}{beside}"
 
 
