@@ -5,6 +5,10 @@ It is known before the run (`plan` prints it), and the report says what of it wa
 
 from __future__ import annotations
 
+import re
+import resource
+from pathlib import Path
+
 import msgspec
 
 from ..comm import grid
@@ -51,3 +55,13 @@ def process(source: Source, shape: Shape, place: Place, items: int) -> int:
     """Bytes of Python, MPI and the libraries, the tokenizer, and what is known of the model and its `items`."""
     found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
     return found if isinstance(source, PackedSource) else found + UNPACKED
+
+
+def peak() -> int:
+    """The most bytes that this process has had in memory.
+
+    On Linux a process's own: getrusage's begin with those of the program that started it.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,7 +153,7 @@ class Session:
             kv=self._describe_kv(),
             messages=messages,
             memory=msgspec.to_builtins(self.memory),
-            memory_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            memory_peak=memory.peak(),
             seconds={
                 "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
                 "weights": weights.stall_seconds,

@@ -5,7 +5,6 @@ Every function is collective, and returns on rank 0 what it measured, on the oth
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -19,7 +18,7 @@ from ...errors import JobError
 from ...kernels import KV_BLOCK
 from ...weights.packed_source import PackedSource
 from ...weights.paging import PATIENCE
-from .. import plan
+from .. import memory, plan
 from ..limits import TOKENS
 from ..session import Session
 from ..spec import Batch, Memory, Spec, byte_size
@@ -59,7 +58,7 @@ def _measure(
         after = _counters(session)
         disks.append(_disk(session))
         weights = world.gather((session.weights.total, session.weights.budget))
-        peaks = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peaks = world.gather(memory.peak())
         layout, mixture = (session.place.stages, session.place.shards), session.weights.experts is not None
         made = Run(what="paging", threads=session.threads, sequences=sequences, tokens=context)
     if not steps:
@@ -109,8 +108,8 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
         raise JobError(
             f"--budget {budget} is {weights} bytes for each rank, but {least} are the least that works."
         )
-    memory = Memory(weights=weights, kv=kv, max_context=longest)
-    return msgspec.structs.replace(spec, memory=memory, batch=Batch(max_num_seqs=sequences))
+    room = Memory(weights=weights, kv=kv, max_context=longest)
+    return msgspec.structs.replace(spec, memory=room, batch=Batch(max_num_seqs=sequences))
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:

@@ -237,7 +237,9 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
         values = (random.standard_normal(POOL_BLOCKS) / k**0.5).astype(np.float32)
         return gguf.quants.quantize(values, kind).view(np.uint8).reshape(POOL_BLOCKS, block_bytes)
     blocks = random.integers(0, 256, (POOL_BLOCKS, block_bytes), np.uint8)
-    scale = random.uniform(0.7, 1.3, POOL_BLOCKS) / k**0.5
+    # Of both signs: integers are not centred, and with a mean of their own all rows of activations would soon be alike,
+    # and a mixture's tokens all choose the same experts.
+    scale = random.choice((-1, 1), POOL_BLOCKS) * random.uniform(0.7, 1.3, POOL_BLOCKS) / k**0.5
     for offset, size in _SCALES[kind].items():
         blocks[:, offset : offset + 2] = (size * scale).astype(np.float16).view(np.uint8).reshape(-1, 2)
     return blocks
