@@ -24,6 +24,7 @@ cdef extern from "core/path.h" nogil:
     void mk_join(mk_work *work, int on)
     int mk_run(mk_work *work, int threads)
     int mk_regions()
+    long mk_weights_read()
     void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d)
     void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
                  int32_t *bounds, int panels, uint8_t *out, long first, long whole)
@@ -218,6 +219,11 @@ cdef int finish(mk_work *work, int threads) except -1:
 def regions():
     """How many times work was given to the threads since the start of the process."""
     return mk_regions()
+
+
+def weights_read():
+    """Bytes of matrices that their products passed through since the start of the process."""
+    return mk_weights_read()
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------

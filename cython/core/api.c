@@ -1,8 +1,9 @@
 /* kernels.h on top of the active path: a step with its job and how many items it has. */
 #include "active.h"
 
-/* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile. */
-enum { CACHE = 1 << 18, FEW_TILES = 32 };
+/* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile; but FEW_ROWS
+ * pass together whatever they take, so that W is read once for a batch that decodes. */
+enum { CACHE = 1 << 18, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
 
 #define ADD(range, items, kind, ...) \
     mk_step_of(work, mk_active->range, items, 1, 0)->kind = (mk_##kind##_job){__VA_ARGS__}
@@ -55,10 +56,13 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const 
                          .bounds = bounds, .at = at, .x = x, .x_stride = x_stride, .out = out,
                          .out_stride = out_stride, .panel_stride = panel_stride};
     job.chunk = CACHE / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
-    if (job.chunk < MK_ROWS) job.chunk = MK_ROWS;
-    if (job.tiles < FEW_TILES && job.chunk > 2 * MK_ROWS) job.chunk = 2 * MK_ROWS; /* share out the rows too */
-    mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), m == 1 ? MK_MANY_TILES : 1, 0)
-        ->matmul = job;
+    if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
+    if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
+    const long chunks = mk_blocks(m, (int)job.chunk);
+    for (int p = 0; p < panels; p++)
+        work->weights += chunks * job.tiles * MK_TILE * mk_blocks(bounds[p + 1] - bounds[p], mk_block(type)) *
+                         mk_packed_bytes(type);
+    mk_step_of(work, mk_active->matmul, job.tiles * chunks, m == 1 ? MK_MANY_TILES : 1, 0)->matmul = job;
 }
 
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride) {

@@ -70,7 +70,8 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
         UNROLL
         for (int r = 0; r < R; r++) {
             d[r] = vf_load_f16((const void *)(w + r * w_stride));
-            if (type != MK_Q6_K) m[r] = vf_sub(vf_set1(0.0f), vf_load_f16((const void *)(w + r * w_stride + 32)));
+            m[r] = vf_set1(0.0f);
+            if (type != MK_Q6_K) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
         }
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += 32, values += bytes) {

@@ -60,6 +60,7 @@ void mk_begin(mk_work *work);
 void mk_join(mk_work *work, int on); /* whether a step may run beside the one before it */
 int mk_run(mk_work *work, int threads); /* 0, or -1: no memory, and nothing was done */
 int mk_regions(void); /* runs since the start of the process, by any thread */
+long mk_weights_read(void); /* bytes of matrices that their products passed through, likewise */
 
 /* Strides are in elements.  bounds: int32 [panels + 1]. */
 /* `n` canonical rows of the type `stored` (a float type, if not `type`), `stride` bytes apart, to rows `first`... of

@@ -95,6 +95,7 @@ typedef struct {
 /* What one call does: steps, each split over the threads, all of one done before the next begins. */
 struct mk_work {
     int count, joining, failed;
+    long weights;           /* bytes that products read */
     mk_query_group *groups; /* attention's; freed after the run */
     mk_step steps[MK_STEPS];
     int helpers;            /* threads besides the caller's */

@@ -12,11 +12,14 @@
 enum { PARTS = 4 /* for each thread, so that a slow one gets fewer */ };
 
 static atomic_int regions;
+static atomic_long weights_read;
 
 int mk_regions(void) { return atomic_load(&regions); }
+long mk_weights_read(void) { return atomic_load(&weights_read); }
 
 void mk_begin(mk_work *work) {
     work->count = work->joining = work->failed = 0;
+    work->weights = 0;
     work->groups = NULL;
 }
 
@@ -196,6 +199,7 @@ static void prepare(mk_work *work, int threads) {
 int mk_run(mk_work *work, int threads) {
     int failed = work->failed;
     atomic_fetch_add(&regions, 1);
+    atomic_fetch_add(&weights_read, work->weights);
     if (!failed) {
         prepare(work, threads);
         if (threads > 1 && open_pool(work)) {

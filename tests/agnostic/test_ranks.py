@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpillm.job.bench import synthetic
+from mpillm.kernels import BlockType
+from mpillm.weights.names import Key
+from mpillm.weights.source import open_source
 from tests.conftest import Mpi
 from tests.weights.build import Tiny, write_hf
 
@@ -59,3 +64,18 @@ def test_a_kv_cache_on_disk(stages: int, shards: int, openmpi: Mpi, tmp_path: Pa
     assert with_it["digest"] == without["digest"] == digest(expected(model))
     assert with_it["spill_read"] > 0 == without["spill_read"]
     assert with_it["totals"]["steps"] < without["totals"]["steps"]
+
+
+def test_k_quants_over_shards(openmpi: Mpi, tmp_path: Path) -> None:
+    """Columns of o and down that suffice for eight panels of whole blocks stay what they are, and are shared out."""
+    path = tmp_path / "model.gguf"
+    synthetic.write(path, "wide", synthetic.Shape("llama", 256, 2, 32, 8, 64, 2048, 300), "q4_k_m")
+    with closing(open_source(path)) as source:
+        types = {source.tensors[Key(role, layer)].type for role in ("o", "down") for layer in range(2)}
+    assert types == {BlockType.Q4_K, BlockType.Q6_K}
+    target = tmp_path / "outcomes.json"
+    for shards in (2, 4):
+        settings = json.dumps({"shards": shards, "activations": "f32", "threads": 1})
+        done = openmpi.run(shards, PROGRAM, target, path, settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(target.read_text())[0]["digest"] == digest(expected(str(path)))
