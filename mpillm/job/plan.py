@@ -89,8 +89,10 @@ def make_plan(
     read = [share["streamed"] for share in shares]
     n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
     step = step_size(spec, shape, places, any(read))
+    lines = memory.lines_in(spec.input_path)
     processes = [
-        memory.process(source, shape, place, len(own)) for place, own in zip(places, items, strict=True)
+        memory.process(source, shape, place, len(own), lines)
+        for place, own in zip(places, items, strict=True)
     ]
     plans = [
         _rank(spec, shape, place, kv_type, n_blocks, share, step.tokens, process)

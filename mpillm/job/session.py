@@ -200,11 +200,12 @@ class Session:
         """What this rank may come to hold."""
         weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
         block = block_nbytes(shape, place, self.kv_type)
+        lines = memory.lines_in(self.spec.input_path) if place.rank == 0 else 0
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
             activations=memory.activations(shape, place, limits.max_tokens),
-            process=memory.process(self.source, shape, place, len(weights.items)),
+            process=memory.process(self.source, shape, place, len(weights.items), lines),
         )
 
     def _decoder(self) -> Decoder:

@@ -107,7 +107,7 @@ def run(
 
 def test_a_slow_disk_is_seen_in_the_report(models: dict[str, Path], tmp_path: Path) -> None:
     """The system lets the run read so many bytes a second: then most of it is waiting, and the report says so."""
-    slow = 200 * 2**20
+    slow = 100 * 2**20
     device = os.stat(models["packed"]).st_dev
     try:
         own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
@@ -131,9 +131,9 @@ def test_a_slow_disk_is_seen_in_the_report(models: dict[str, Path], tmp_path: Pa
     (rank,) = made.ranks
     least = rank.weights["loaded"] / slow
     assert rank.weights["loaded"] > 200 * 2**20
-    assert least / 2 < rank.seconds["weights"] < made.seconds
+    assert rank.seconds["compute"] + rank.seconds["weights"] > 0.8 * least
+    assert least / 4 < rank.seconds["weights"] < made.seconds, "what is not computed meanwhile is waited for"
     assert rank.seconds["weights"] == rank.weights["stall_seconds"]
-    assert made.waited_for_weights() > 0.5
     assert f"{100 * made.waited_for_weights():.0f} % of the time was waited for them." in "".join(
         report.summary(made)
     )

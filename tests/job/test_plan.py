@@ -15,6 +15,7 @@ from mpillm.job.plan import Plan
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.weights.layer import rank_plans
+from mpillm.weights.names import Key
 from mpillm.weights.source import column_unit, open_source
 from tests.model.golden import gguf_path
 
@@ -33,12 +34,17 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
     source = open_source(MODELS / model, "none")
     config = ModelConfig.from_dict(source.config, model)
     shape = config.shape(column_unit(source))
+    held = set[Key]()
     for rank in made.ranks:
         items = rank_plans(shape, Place(rank.rank, stages, ranks // stages), source, config)
         assert rank.weights_share == rank.weights_held == sum(item.nbytes for item in items)
         assert rank.weights_streamed == 0
+        held.update(entry.key for item in items for entry in item.entries)
         assert 0 < rank.kv_held <= 4 * 2**20
         assert rank.held == rank.weights_held + rank.kv_held + rank.activations + rank.process
+    assert held == set(source.tensors) - {Key("embed")}, (
+        "norms and the output head count, embeddings are read by rows"
+    )
     source.close()
     covered = {layer for rank in made.ranks for layer in range(*rank.layers)}
     assert covered == set(range(config.n_layers))
@@ -58,6 +64,14 @@ def test_wire_bytes() -> None:
         "pipe": 0.0,
     }
     source.close()
+
+
+def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text('{"prompt": "a"}\n' * 3000)
+    asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
+    with_input, without = plan.make(asked, 2), planned("llama3", 2)
+    more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
+    assert more == [3000 * 512, 0]
 
 
 def test_a_budget_smaller_than_the_share_is_streamed() -> None:
