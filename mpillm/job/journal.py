@@ -2,9 +2,9 @@
 
 A record is a head of 20 bytes (magic, length of the payload, CRC-32 of place and length, BLAKE2b-64 of place and
 payload) and a payload in MessagePack. The first record is the header (what job this is), the next one the input's
-lines; then come results, in the order in which they were finished, parts of long answers that are not finished yet,
-and further records of lines where the input grew. A record of a kind that the reader does not know is passed over.
-The last one says that the results have been written.
+lines; then come results, in the order in which they were finished, and parts of long answers that are not finished
+yet; the layout, wherever what follows was computed on another one; and lines again where the input grew. A record of a
+kind that the reader does not know is passed over. The last one says that the results have been written.
 
 Results are brought to disk in groups: not more often than SYNC_EVERY, and so seldom that waiting for the disk stays
 under SYNC_SHARE of the time, however slow it is. What a crash finds between two syncs is computed again.
@@ -19,6 +19,7 @@ import os
 import struct
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -96,6 +97,16 @@ class Part(msgspec.Struct, tag="part", frozen=True):
     begun: Begun
 
 
+class Layout(msgspec.Struct, tag="layout", frozen=True):
+    """What follows was computed by so many stages of so many shards."""
+
+    stages: int
+    shards: int
+
+    def __str__(self) -> str:
+        return f"{self.stages} stage(s) x {self.shards} shard(s)"
+
+
 class Finished(msgspec.Struct, tag="finished", frozen=True):
     """All lines known so far have their result, and the files with the results are written."""
 
@@ -116,7 +127,7 @@ class _Named(msgspec.Struct, frozen=True):
     custom_id: str
 
 
-Record = Header | Lines | Result | Part | Finished
+Record = Header | Lines | Result | Part | Layout | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -143,6 +154,8 @@ class _Scan:
     done_keys: dict[str, bytes] = field(default_factory=dict)
     parts: dict[str, list[int]] = field(default_factory=dict)  # offsets, by custom_id of what is not done
     finished: Finished | None = None  # unless something came after it
+    layout: Layout | None = None  # of the last results
+    answered: Counter[Layout] = field(default_factory=Counter)  # requests, by layout where it is known
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
     end: int = 0  # of the last good record
 
@@ -151,11 +164,18 @@ class Journal:
     """An open journal. A result counts once `flush` has returned: then it is on disk.
 
     `done` has what was finished, by custom_id (also in runs before this one); `damage` has a sentence for each
-    stretch of the file that a disk or a person has changed: the requests in it are simply run again.
+    stretch of the file that a disk or a person has changed: the requests in it are simply run again. `answered` says
+    on which layouts earlier runs have answered how many requests.
     """
 
-    def __init__(self, claim: Claim, identity: Mapping[str, Any], lines: Sequence[Line]) -> None:
-        """Open the claimed directory's journal, or begin one.
+    def __init__(
+        self,
+        claim: Claim,
+        identity: Mapping[str, Any],
+        lines: Sequence[Line],
+        layout: Layout | None = None,
+    ) -> None:
+        """Open the claimed directory's journal, or begin one; `layout` is that of what will be appended.
 
         OutputError says what differs if it is another job's, or if a line that it knows is not in the input any more.
         """
@@ -163,7 +183,8 @@ class Journal:
         self.damage: list[str] = []
         self.seconds = 0.0  # spent on bringing results to disk
         self._due = 0.0  # when the next group may go, as time.monotonic() says
-        self._waiting: list[Result | Part] = []
+        self._waiting: list[Result | Part | Layout] = []
+        self._layout = layout
         self._parts: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
         header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
@@ -185,6 +206,7 @@ class Journal:
             found = _scan(self._file)
             size = os.fstat(self._file).st_size
         self.done, self._parts = found.done, found.parts
+        self.answered, self._last_layout = found.answered, found.layout
         self._end = found.end
         if found.header is None:
             raise OutputError(
@@ -244,6 +266,9 @@ class Journal:
 
     def append(self, record: Result | Part) -> None:
         """Take a finished request, or a part of one; it is on disk after the next `flush`."""
+        if self._layout is not None and self._layout != self._last_layout:
+            self._waiting.append(self._layout)
+            self._last_layout = self._layout
         self._waiting.append(record)
 
     def commit(self) -> int:
@@ -352,6 +377,22 @@ def began(claim: Claim) -> datetime:
     return claim.since
 
 
+def first_layout(claim: Claim) -> Layout | None:
+    """The layout on which the run that the claimed directory belongs to has answered its first requests."""
+    path = claim.directory / JOURNAL
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for _, payload in _good_records(file):
+                if (tag := _tag(payload)) == "layout":
+                    return msgspec.msgpack.decode(payload, type=Layout)
+                if tag not in ("header", "lines"):
+                    break
+        finally:
+            os.close(file)
+    return None
+
+
 def finished(directory: Path) -> Finished | None:
     """How the run in this directory ended; None if it has not come to its end, or its input has grown since."""
     path = directory / JOURNAL
@@ -409,6 +450,8 @@ def _scan(file: int) -> _Scan:
         if tag == "result":
             name = msgspec.msgpack.decode(payload, type=_Name)
             if name.custom_id not in found.done:
+                if found.layout is not None:
+                    found.answered[found.layout] += 1
                 found.done[name.custom_id] = Place(offset, len(payload), name.status)
                 found.done_keys[name.custom_id] = name.key
                 found.parts.pop(name.custom_id, None)
@@ -416,6 +459,8 @@ def _scan(file: int) -> _Scan:
             of = msgspec.msgpack.decode(payload, type=_Named)
             if of.custom_id not in found.done:
                 found.parts.setdefault(of.custom_id, []).append(offset)
+        elif tag == "layout":
+            found.layout = msgspec.msgpack.decode(payload, type=Layout)
         elif tag == "lines":
             found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
         elif tag == "header" and offset == 0:

@@ -25,13 +25,13 @@ from ..errors import Interrupted, MpillmError
 from ..kernels import KV_BLOCK
 from ..text import load_tokenizer
 from . import catalogue, report, requests, results
-from .journal import Journal, Part, began, line_key
+from .journal import Journal, Layout, Part, began, first_layout, line_key
 from .limits import described_step
 from .output import Claim
 from .progress import Bar, Progress
 from .requests import Batch
 from .session import Origin, Session
-from .spec import Spec
+from .spec import Spec, Wire
 from .work import Model, Work
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ class _Part:
                 patience = TAKEOVER if world.lost else 0.0
                 self._claim = self._stack.enter_context(Claim(spec.output_path, patience))
         model = _model_path(world, spec, self._progress)
-        session = while_computing.enter_context(closing(Session(world, spec, model, self._origin)))
+        session = Session(world, spec, model, self._origin, self._shards_before())
+        while_computing.enter_context(closing(session))
         self._origin = session.origin
         with world.together():
             if self._leader is not None:
@@ -126,19 +127,24 @@ class _Part:
             self._lost = []
         return session
 
+    def _shards_before(self) -> int | None:
+        """How many shards the run was begun with, by its journal, where that matters for the results."""
+        if self._spec.wire.activations == "f32":
+            return None
+        begun_with = None
+        with self._world.together():
+            if self._claim is not None:
+                begun_with = first_layout(self._claim)
+        return self._world.bcast(begun_with.shards if begun_with is not None else None)
+
     def _what_was_lost(self, session: Session) -> str:
-        place, origin = session.place, session.origin
-        line = (
-            f"Lost {', '.join(self._lost)}; the others went on after {time.monotonic() - self._noticed:.1f} s, as "
-            f"{place.stages} stage(s) x {place.shards} shard(s)."
-        )
-        wire = self._spec.wire
-        if (place.shards != origin.shards and wire.activations != "f32") or (
-            place.stages != origin.stages and wire.between_stages != "f32"
-        ):
+        now, before = session.layout, Layout(session.origin.stages, session.origin.shards)
+        seconds = time.monotonic() - self._noticed
+        line = f"Lost {', '.join(self._lost)}; the others went on after {seconds:.1f} s, as {now}."
+        if _differ(now, before, self._spec.wire):
             line += (
-                f" What is computed from here on may differ in its last digits from what {origin.stages} stage(s) x "
-                f"{origin.shards} shard(s) would have given ([wire] f32 would not)."
+                f" What is computed from here on may differ in its last digits from what {before} would have given "
+                "([wire] f32 would not)."
             )
         return line
 
@@ -155,6 +161,13 @@ class _Part:
                 return False
         finally:
             self.longest_step = session.worker.longest
+
+
+def _differ(one: Layout, other: Layout, wire: Wire) -> bool:
+    """Whether the last digits of results may differ between the layouts."""
+    return (one.shards != other.shards and wire.activations != "f32") or (
+        one.stages != other.stages and wire.between_stages != "f32"
+    )
 
 
 def _model_path(world: World, spec: Spec, progress: Progress) -> Path:
@@ -201,7 +214,12 @@ class Leader:
         self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
         self._timeline: list[tuple[float, int, int]] = []
-        self._warnings = [*self._journal.damage, *self._model_names(), *session.bindings]
+        self._warnings = [
+            *self._journal.damage,
+            *self._other_layouts(),
+            *self._model_names(),
+            *session.bindings,
+        ]
         for warning in self._warnings:
             progress.say(warning)
         self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
@@ -213,7 +231,7 @@ class Leader:
     def _open_journal(self) -> Journal:
         size, digest = self._session.fingerprint
         identity = {"model": digest, "model_bytes": size, **self._spec.identity()}
-        return Journal(self._claim, identity, self._batch.lines)
+        return Journal(self._claim, identity, self._batch.lines, self._session.layout)
 
     def close(self) -> None:
         """Close the journal."""
@@ -285,10 +303,9 @@ class Leader:
         return made
 
     def _compute(self) -> None:
-        journal, batch, every = self._journal, self._batch, self._spec.job.checkpoint_tokens
+        journal, every = self._journal, self._spec.job.checkpoint_tokens
         engine = self._engine
-        todo = len(batch) - len(batch.errors) - len(journal.done)
-        with self._progress.requests(todo) as bar:
+        with self._progress.requests(self._todo()) as bar:
             for finished in engine.run(self._requests()):
                 for completion in finished:
                     self._take(completion)
@@ -297,6 +314,9 @@ class Leader:
                         self._save(*unsaved)
                 self._safe(journal.commit(), bar)
             self._safe(journal.flush(), bar)
+
+    def _todo(self) -> int:
+        return len(self._batch) - len(self._batch.errors) - len(self._journal.done)
 
     def _safe(self, count: int, bar: Bar) -> None:
         """Tell of `count` more requests, which are on disk now."""
@@ -357,6 +377,18 @@ class Leader:
         for name, count in self._batch.other_models.items():
             if name not in (self._spec.model, self._path.name, self._name):
                 yield f"{count} request(s) name the model {name!r}; they are answered by {self._name}."
+
+    def _other_layouts(self) -> Iterator[str]:
+        """Runs before this one had other layouts, and that can be seen in the results."""
+        answered, now = self._journal.answered, self._session.layout
+        rest = [now] if self._todo() else []
+        if any(_differ(one, other, self._spec.wire) for one in answered for other in (*answered, *rest)):
+            counts = [f"{count} as {layout}" for layout, count in answered.items()]
+            counts += [f"{self._todo()} now as {now}"] if rest else []
+            yield (
+                f"Requests are answered on several layouts: {', '.join(counts)}. With this [wire] the last digits of "
+                "results depend on it (f32 would not)."
+            )
 
     def _size(self) -> Iterator[str]:
         """What a step takes on, where that is more than usual."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..comm.counters import Counters
 from ..comm.world import World
 from ..engine.engine import Worker
 from ..engine.scheduler import Limits
-from ..errors import ModelError
+from ..errors import LayoutError, ModelError
 from ..kernels import KV_BLOCK
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
@@ -29,6 +29,7 @@ from ..weights.lost_pages import say_when_lost
 from ..weights.paging import Weights
 from ..weights.source import column_unit, fingerprint, open_source
 from . import memory
+from .journal import Layout
 from .limits import limits
 from .report import Rank
 from .spec import Spec, Wire
@@ -59,12 +60,20 @@ class Origin:
 class Session:
     """One rank's part of a laid-out model. Making it is collective, and so is what can fail in it."""
 
-    def __init__(self, world: World, spec: Spec, model: Path, origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        spec: Spec,
+        model: Path,
+        origin: Origin | None = None,
+        shards_before: int | None = None,
+    ) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise.
 
         `origin` is what the run began with, if ranks were lost since, and the world has as many ranks as its layout.
+        So many shards as `shards_before` are taken where the job leaves it open and they work.
         """
-        self.world, self.spec, self._origin = world, spec, origin
+        self.world, self.spec, self._origin, self._shards_before = world, spec, origin, shards_before
         with ExitStack() as unless_made:
             self._open_files = unless_made
             self._make(model)
@@ -85,15 +94,10 @@ class Session:
             self.kv_type = stored_type(spec.memory.kv_type, self.shape)
             self.fingerprint = fingerprint(self.source)
         self._same_model()
-        layout = spec.layout
-        stages, shards = (
-            origin.layout(world, spec.wire)
-            if origin is not None
-            else grid.choose(self.shape, world.size, layout.stages, layout.shards, world.ranks_per_host)
-        )
+        stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
-        self.threads = world.threads(layout.threads)
-        self.bindings = world.bindings if layout.threads == "auto" else []
+        self.threads = world.threads(spec.layout.threads)
+        self.bindings = world.bindings if spec.layout.threads == "auto" else []
         self.counters = Counters()
         with world.together():
             plans = rank_plans(self.shape, self.place, self.source, self.config)
@@ -117,6 +121,18 @@ class Session:
             world, self.place.stage, stages, self.place.shard, shards, self.threads, kernels.path(),
             self.weights.total / 2**20,
         )  # fmt: skip
+
+    def _choose_layout(self) -> tuple[int, int]:
+        world, stages, shards = self.world, self.spec.layout.stages, self.spec.layout.shards
+        if shards == "auto" and self._shards_before is not None:
+            with suppress(LayoutError):  # then with others
+                return grid.choose(self.shape, world.size, stages, self._shards_before)
+        return grid.choose(self.shape, world.size, stages, shards, world.ranks_per_host)
+
+    @property
+    def layout(self) -> Layout:
+        """As the journal notes it."""
+        return Layout(self.place.stages, self.place.shards)
 
     @property
     def origin(self) -> Origin:

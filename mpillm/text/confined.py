@@ -29,7 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import Interrupted, RequestError
 from .chat import REFUSES, ChatTemplate, Special
 
 MAX_SECONDS = 5.0  # of processor time, for a chat
@@ -37,6 +37,7 @@ MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with 
 MAX_MEMORY = 1 << 30  # bytes that the child may have beyond what it starts with
 MAX_ANSWER = 1 << 28  # bytes
 MAX_DEATHS = 3  # after so many the template is not tried again
+MAX_KILLS = 3  # that are not its doing: after so many in one chat the run ends
 
 _LENGTH = struct.Struct("<Q")
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from mpillm.text.confined import serve; serve()"
@@ -74,10 +75,8 @@ class ConfinedTemplate:
             raise RequestError(
                 f"The model's chat template had to be ended {MAX_DEATHS} times; it is not tried again"
             )
-        child = _child()
         question = {
             "template": self._number,
-            "define": None if self._number in child.knows else self._definition,
             "what": what,
             "messages": messages,
             "options": dict(options or {}),
@@ -85,22 +84,38 @@ class ConfinedTemplate:
             "seconds": MAX_SECONDS,
         }
         try:
-            asked = json.dumps(question).encode()
-        except (RecursionError, ValueError):
-            raise RequestError("The messages are nested too deeply, or hold what JSON has not.") from None
-        try:
-            answer = json.loads(child.ask(asked))
+            answer = self._answer(question)
         except _LostError as lost:
             self._deaths += 1
             raise RequestError(f"{REFUSES}: {lost}") from None
-        child.knows.add(self._number)
         if "error" in answer:
             raise RequestError(str(answer["error"]))
         return answer["result"]
 
+    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        child = _child()
+        for _ in range(MAX_KILLS):
+            question["define"] = None if self._number in child.knows else self._definition
+            try:
+                asked = json.dumps(question).encode()
+            except (RecursionError, ValueError):
+                raise RequestError("The messages are nested too deeply, or hold what JSON has not.") from None
+            with contextlib.suppress(_KilledError):
+                answer: dict[str, Any] = json.loads(child.ask(asked))
+                child.knows.add(self._number)
+                return answer
+        raise Interrupted(
+            f"The process that applies the model's chat template was killed {MAX_KILLS} times (by the kernel, for "
+            "want of memory?); the same command goes on from here."
+        )
+
 
 class _LostError(Exception):
     """The child has ended instead of answering; says why."""
+
+
+class _KilledError(Exception):
+    """The child was killed from outside, which is not the template's doing."""
 
 
 class _Child:
@@ -111,7 +126,7 @@ class _Child:
         self._running: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 
     def ask(self, question: bytes) -> bytes:
-        """The answer; _LostError if the process ends before it."""
+        """The answer; _LostError or _KilledError if the process ends before it."""
         if self._running is None:
             self._running = _start()
         parent, process = self._running
@@ -123,6 +138,8 @@ class _Child:
             raise _LostError(f"it takes more than {MAX_WAIT:g} seconds") from None
         except OSError:
             self.close()
+            if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+                raise _KilledError from None
             if process.returncode == -signal.SIGPROF:
                 raise _LostError(f"it takes more than {MAX_SECONDS:g} seconds") from None
             raise _LostError(f"its process ended with exit code {process.returncode}") from None

@@ -133,3 +133,25 @@ def test_long_answers_go_on_from_their_middle(
     ]
     again_tokens, all_tokens = (report["tokens"]["generated"] for report in reports)
     assert again_tokens < all_tokens - 16
+
+
+def test_other_shards_are_avoided_or_said(openmpi: Mpi, tmp_path: Path) -> None:
+    """With Q8_0 sums; lines are added, so that each run has something to answer."""
+    lines, output = mixed_lines(8), tmp_path / "out"
+    said, layouts = [], []
+    for count, ranks, shards in ((3, 1, "'auto'"), (5, 2, "'auto'"), (6, 2, "2"), (8, 2, "'auto'")):
+        source = write_lines(tmp_path / "in.jsonl", lines[:count])
+        done = run(openmpi, ranks, source, output, "wire.activations=q8_0", f"layout.shards={shards}")
+        assert done.returncode in (0, 1), done.stderr
+        report = json.loads((output / "report.json").read_text())
+        said.append([line for line in report["warnings"] if "several layouts" in line])
+        assert all(f"mpillm: {line}" in done.stderr for line in said[-1])
+        layouts.append((report["stages"], report["shards"]))
+    assert layouts == [(1, 1), (2, 1), (1, 2), (2, 1)]
+    words = "With this [wire] the last digits of results depend on it (f32 would not)."
+    assert said[:2] == [[], []]
+    assert said[2] == [
+        "Requests are answered on several layouts: 3 as 1 stage(s) x 1 shard(s), 2 as 2 stage(s) x 1 shard(s), "
+        f"1 now as 1 stage(s) x 2 shard(s). {words}"
+    ]
+    assert "1 as 1 stage(s) x 2 shard(s), 2 now as 2 stage(s) x 1 shard(s)" in said[3][0]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpillm.errors import RequestError
+from mpillm.errors import Interrupted, RequestError
 from mpillm.text import Tokenizer, load_tokenizer
 from tests.conftest import run_bounded
 
@@ -298,23 +298,39 @@ def test_a_template_that_does_not_end(make: Make, template: str, monkeypatch: py
     assert make("{{ messages[0].content }}").render_chat(user("x")) == "x"
 
 
-def test_a_template_whose_process_is_killed_or_stopped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def template_process() -> psutil.Process:
+    below = psutil.Process().children()
+    (found,) = [one for one in below if "mpillm.text.confined" in " ".join(one.cmdline())]
+    return found
+
+
+def test_a_template_whose_process_is_stopped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make("{{ messages[0].content }}!")
     assert tokenizer.render_chat(user("x")) == "x!"
-    for number, words in (
-        (signal.SIGKILL, "ended with exit code -9"),
-        (signal.SIGSTOP, "more than 0.2 seconds"),
-    ):
-        monkeypatch.setattr("mpillm.text.confined.MAX_WAIT", 0.2)
-        (child,) = [
-            one for one in psutil.Process().children() if "mpillm.text.confined" in " ".join(one.cmdline())
-        ]
-        child.send_signal(number)
-        with pytest.raises(RequestError, match=words):
-            tokenizer.render_chat(user("x"))
-        monkeypatch.undo()
-        assert not child.is_running()
-        assert tokenizer.render_chat(user("y")) == "y!"
+    monkeypatch.setattr("mpillm.text.confined.MAX_WAIT", 0.2)
+    child = template_process()
+    child.send_signal(signal.SIGSTOP)
+    with pytest.raises(RequestError, match=r"more than 0\.2 seconds"):
+        tokenizer.render_chat(user("x"))
+    monkeypatch.undo()
+    assert not child.is_running()
+    assert tokenizer.render_chat(user("y")) == "y!"
+
+
+def test_a_template_whose_process_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the template's doing: it is asked again, and no request is to blame if that does not help."""
+    tokenizer = make("{{ messages[0].content }}!")
+    assert tokenizer.render_chat(user("x")) == "x!"
+    template_process().kill()
+    assert tokenizer.render_chat(user("y")) == "y!"
+    monkeypatch.setattr("mpillm.text.confined.MAX_KILLS", 1)
+    template_process().kill()
+    with pytest.raises(Interrupted) as caught:
+        tokenizer.render_chat(user("x"))
+    assert str(caught.value) == (
+        "The process that applies the model's chat template was killed 1 times (by the kernel, for want of memory?); "
+        "the same command goes on from here."
+    )
 
 
 def test_a_template_can_write_no_file(tmp_path: Path) -> None:
