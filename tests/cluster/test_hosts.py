@@ -101,6 +101,21 @@ def test_the_real_job_gives_the_same_bytes(
     assert min(sent[:ranks]) > 12 * 16 * 40 * 4, sent
 
 
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_rank_killed_on_another_host_is_survived(
+    hosts: Hosts, openmpi: Mpi, tmp_path: Path, victim: str
+) -> None:
+    """With ULFM, over TCP: whoever is left goes on alone."""
+    job, hostfile = write_job(tmp_path), tmp_path / "hosts"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses[:2]))
+    program = [sys.executable, ROOT / "tests" / "e2e" / "dying.py", f"{victim}:step:9:SIGKILL", "run", job]
+    command = [*hosts.launcher(openmpi, hostfile), "--with-ft", "ulfm", "-n", "2", *program]
+    done = run_bounded(hosts.on_first(command, environment(openmpi)), 90, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"mpillm: Lost rank {victim} on {hosts.prefix}{int(victim) + 1}; the others went on" in done.stderr
+    assert results(tmp_path) == reference(tmp_path, openmpi, job)
+
+
 def test_nothing_is_left(tmp_path: Path) -> None:
     """Hosts go with their block, even when it fails."""
     if tools.missing():

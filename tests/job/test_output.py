@@ -12,6 +12,7 @@ import pytest
 
 from mpillm.errors import Interrupted, OutputError
 from mpillm.job.output import Claim, replacing
+from tests.conftest import run_bounded
 
 from .conftest import Mount
 
@@ -48,6 +49,28 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
             Claim(tmp_path / "out")
         process.kill()
     Claim(tmp_path / "out").close()
+
+
+# Lets the kernel answer flock with ENOLCK, as a file system without locks does: seccomp(2), in the words of its BPF.
+WITHOUT_LOCKS = """
+import ctypes, errno, platform, struct, sys
+number = {"x86_64": 73, "aarch64": 32}[platform.machine()]
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, 0x50000 | errno.ENOLCK), (6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+program = struct.pack("HP", len(rules), ctypes.addressof(code))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+"""
+
+
+def test_a_file_system_without_locks_is_used_and_said(tmp_path: Path) -> None:
+    script = WITHOUT_LOCKS + "from pathlib import Path; from mpillm.job.output import Claim\n"
+    script += "with Claim(Path(sys.argv[1])), Claim(Path(sys.argv[1])): pass"
+    done = run_bounded([sys.executable, "-c", script, tmp_path])
+    assert done.returncode == 0, done.stderr
+    said = f"{tmp_path} has no file locks: a second run on it would not be noticed."
+    assert done.stderr.splitlines() == [said, said]
 
 
 def test_foreign_directories_and_files_are_left_alone(tmp_path: Path) -> None:
