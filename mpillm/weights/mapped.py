@@ -45,7 +45,7 @@ class MappedFile:
         self._direct = self._direct or DirectFile(self.path, self.size)
 
     def read(self, offset: int, nbytes: int) -> Bytes:
-        """Bytes of the file, read in one go: a view that is valid until `release`, or a copy past the page cache."""
+        """Bytes of the file, read in one go: they are valid until `release`, and until this thread reads others."""
         if self._direct:
             return self._direct.read(offset, nbytes)
         self._advise(mmap.MADV_WILLNEED, offset, nbytes)

@@ -1,7 +1,8 @@
 """Writes the files of a packed model: one for each layer, one for the output head, one for the embedding table.
 
-A file is written under another name, read back and compared by hash, and then renamed: under its own name it is
-complete, and its header says by which hash to know that. docs/packed.md describes what is in it.
+A file is written under another name, each piece of it is read back from the disk and compared, and then it is renamed:
+under its own name it is complete, and its header says by which hash to know that. docs/packed.md describes what is in
+it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ from .packed_layout import (
     panel_name,
     panels_of,
 )
+from .reading import REQUESTS, new_buffer
 from .safetensors import read_metadata
 from .tensors import TensorSource
+from .verified import VerifiedFile
 
 TEMPORARY = ".tmp"
 MAKERS = (
-    3  # parts that are made ready at a time; each with a thread of its own beats one after the other with all
+    2  # parts that are made ready at a time: while the last rows of one are under way, the next one begins
 )
-CHUNK = 8 * 2**20  # bytes of the embedding table, or of a file that is read back, held at a time
+WRITERS = 4  # pieces that are written and read back at a time
+CHUNK = 8 * 2**20  # bytes of the embedding table, or of a file that is looked at again, held at a time
 _DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
 
 Progress = Callable[[int], None]  # so many more bytes are safe
@@ -153,18 +157,18 @@ class Writer:
     """Writes files one after the other. While parts are made ready, those before go to the disk and are hashed."""
 
     def __init__(self, source: TensorSource, directory: Path, threads: int, progress: Progress) -> None:
+        """The source is read past the page cache from now on."""
+        source.read_past_cache()
         self._source = source
         self._directory = directory
-        # A part for each maker and one on its way to the disk: together about a layer.
-        makers = min(threads, MAKERS)
-        self._rows = ThreadPoolExecutor(threads, "rows")
         self._progress = progress
-        self._makers = ThreadPoolExecutor(makers, "packing")
-        self._ahead = makers
-        self._disk, self._hash, self._ends = (
-            ThreadPoolExecutor(1, name) for name in ("write", "hash", "check")
-        )
-        self._last: list[Future[None]] = []  # what became of the piece before
+        # Parts that are made and one on its way to the disk are about a layer.
+        self._makers = ThreadPoolExecutor(MAKERS, "packing")
+        self._rows = ThreadPoolExecutor(threads + REQUESTS, "rows")  # some wait for the disk
+        self._disk = ThreadPoolExecutor(WRITERS, "write")
+        self._hash, self._ends = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "end")
+        self._last: list[Future[None]] = []  # what becomes of the piece before
+        self._spare: list[Bytes] = []  # a buffer that has been written, for new memory takes long
         self._files: list[Future[None]] = []
         self.digests: dict[str, str] = {}
 
@@ -181,7 +185,7 @@ class Writer:
         with path.open("rb") as file:
             if file.read(len(head)) != head:
                 return False
-        if _read_back(path, len(head)) != digest:
+        if _hash_of(path, len(head)) != digest:
             return False
         self.digests[plan.name] = digest
         self._progress(plan.nbytes)
@@ -189,51 +193,51 @@ class Writer:
 
     def write(self, plan: FilePlan) -> None:
         """Write a file; it is complete when `close` returns."""
-        temporary = self._directory / (plan.name + TEMPORARY)
+        file = VerifiedFile(self._directory / (plan.name + TEMPORARY), plan.nbytes)
         digest = hashlib.sha256()
         at = begin = len(plan.head("0" * 64))
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
+            before: Bytes | None = None
             for data in self._in_order(self._pieces(plan)):
                 self._wait()
-                self._last = [
-                    self._disk.submit(_write_at, descriptor, data, at),
-                    self._hash.submit(digest.update, data.data),
-                ]
+                if before is not None and not self._spare:
+                    self._spare.append(before)
+                self._last = [self._hash.submit(digest.update, data.data), *file.put(data, at, self._disk)]
                 at += data.nbytes
                 self._progress(data.nbytes)
+                before = data
                 del data
             self._wait()
         except BaseException:
             wait(self._last)
-            os.close(descriptor)
+            file.close()
             raise
         assert at - begin == plan.data_bytes, plan.name
         self._progress(begin)
-        self._files.append(self._ends.submit(self._finish, plan, temporary, descriptor, digest.hexdigest()))
+        self._files.append(self._ends.submit(self._finish, plan, file, digest.hexdigest()))
 
     def close(self) -> None:
         """Wait for all files; what went wrong with one is raised."""
-        for pool in (self._makers, self._rows, self._disk, self._hash, self._ends):
+        for pool in (self._makers, self._rows, self._hash, self._ends, self._disk):
             pool.shutdown()
         for file in self._files:
             file.result()
 
-    def _finish(self, plan: FilePlan, temporary: Path, descriptor: int, digest: str) -> None:
-        """Bring a file to the disk, and give it its name if it holds what was written to it."""
-        head = plan.head(digest)
+    def _finish(self, plan: FilePlan, file: VerifiedFile, digest: str) -> None:
+        """Bring a file to the disk, and give it its name."""
+        head = np.frombuffer(plan.head(digest), np.uint8)
         try:
-            _write_at(descriptor, np.frombuffer(head, np.uint8), 0)
-            os.fsync(descriptor)  # tells of what the disk could not take; the hash, of everything else
+            for done in file.put(head, 0, self._disk):
+                done.result()
+            file.finish()
         finally:
-            os.close(descriptor)
-        if _read_back(temporary, len(head)) != digest:
-            raise ModelError(f"{temporary} does not hold what was written to it; pack to another disk.")
-        os.replace(temporary, self._directory / plan.name)
+            file.close()
+        os.replace(file.path, self._directory / plan.name)
         self.digests[plan.name] = digest
 
     def _wait(self) -> None:
         last, self._last = self._last, []
+        wait(last)
         for done in last:
             done.result()
 
@@ -242,7 +246,7 @@ class Writer:
         waiting: deque[Future[Bytes]] = deque()
         for make in pieces:
             waiting.append(self._makers.submit(make))
-            if len(waiting) >= self._ahead:
+            if len(waiting) >= MAKERS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -253,20 +257,37 @@ class Writer:
             yield partial(self._part, part)
         if not plan.parts:
             n = self._source.tensors[Key(EMBED)].shape[0]
-            step = max(CHUNK * n // plan.data_bytes, 1)
+            row = plan.data_bytes // n
+            even = PAGE // math.gcd(row, PAGE)  # rows whose bytes are whole pages
+            step = max(CHUNK // (row * even), 1) * even
             for first in range(0, n, step):
                 yield partial(self._embed, range(first, min(first + step, n)))
 
     def _part(self, part: Part) -> Bytes:
-        data = np.zeros(part.nbytes, np.uint8)
+        data = self._room(part.nbytes)
+        end = begin = 0
+        for panel in part.panels:  # what lies between the pieces is zeros
+            for piece in panel.pieces:
+                data[end : begin + piece.entry.offset] = 0
+                end = begin + piece.entry.offset + piece.entry.nbytes
+            begin += panel.nbytes
+        data[end:] = 0
         fill(_alike(part, data), self._source, self._rows)
         return data
 
+    def _room(self, nbytes: int) -> Bytes:
+        with contextlib.suppress(IndexError):
+            spare = self._spare.pop()
+            if spare.nbytes == nbytes:
+                return spare
+        return new_buffer(nbytes, PAGE)
+
     def _embed(self, rows: range) -> Bytes:
-        data: Bytes = self._source.stored_rows(Key(EMBED), rows)[1].copy()
+        stored = self._source.stored_rows(Key(EMBED), rows)[1]
+        data = new_buffer(stored.nbytes, PAGE)
+        data.reshape(stored.shape)[:] = stored
         self._source.release(Key(EMBED), rows)
-        flat: Bytes = data.reshape(-1)
-        return flat
+        return data
 
 
 def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
@@ -284,12 +305,6 @@ def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
     yield from groups.values()
 
 
-def _write_at(descriptor: int, data: Bytes, at: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:].data, at + done)
-
-
 def _digest_in(path: Path) -> str:
     file = MappedFile(path)
     with contextlib.closing(file):
@@ -297,7 +312,7 @@ def _digest_in(path: Path) -> str:
     return metadata.get("sha256", "")
 
 
-def _read_back(path: Path, begin: int) -> str:
+def _hash_of(path: Path, begin: int) -> str:
     """The hash of what lies behind a file's header."""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:

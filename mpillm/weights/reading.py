@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ Bytes = NDArray[np.uint8]
 SECTOR = 4096  # what reading past the page cache is aligned to, in the file and in memory
 REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
 REQUEST_BYTES = 4 * 2**20
+KEPT = (
+    REQUEST_BYTES + 2 * SECTOR
+)  # bytes of a buffer that a thread keeps: a request, and what is before and behind it
 HUGE = 2 * 2**20  # bytes of a huge page, and of a buffer that is worth a call to the system
 
 
@@ -27,14 +31,15 @@ class DirectFile:
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self._size = size
+        self._buffers = threading.local()
         self._ordinary = open_file(path, os.O_RDONLY)
         self._direct = open_direct(path)
 
     def read(self, offset: int, nbytes: int) -> Bytes:
-        """Bytes in memory of their own. ModelError if they cannot be read, or are there no more."""
+        """Bytes that are this thread's until it reads again. ModelError if they cannot be read, or are no more."""
         begin = offset // SECTOR * SECTOR
         end = -(-(offset + nbytes) // SECTOR) * SECTOR
-        raw = new_buffer(end - begin, SECTOR)
+        raw = self._room(end - begin)
         if self._direct < 0 or end > self._size or not read_direct(self._direct, begin, raw):
             read_at(self._ordinary, self.path, offset, raw[offset - begin :][:nbytes])
         return raw[offset - begin :][:nbytes]
@@ -44,6 +49,15 @@ class DirectFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._ordinary = self._direct = -1
+
+    def _room(self, nbytes: int) -> Bytes:
+        """A buffer that this thread keeps, for new memory costs nearly as much as reading; large ones are not kept."""
+        if nbytes > KEPT:
+            return new_buffer(nbytes, SECTOR)
+        if not hasattr(self._buffers, "own"):
+            self._buffers.own = new_buffer(KEPT, SECTOR)
+        buffer: Bytes = self._buffers.own[:nbytes]
+        return buffer
 
 
 def new_buffer(nbytes: int, alignment: int) -> Bytes:
@@ -110,10 +124,10 @@ def open_file(path: Path, flags: int) -> int:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def open_direct(path: Path) -> int:
-    """A descriptor that reads past the page cache; -1 where the file system has none (tmpfs)."""
+def open_direct(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor that goes past the page cache; -1 where the file system has none (tmpfs)."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
         return -1
 

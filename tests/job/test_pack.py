@@ -25,7 +25,7 @@ from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.job.pack import Packed, Weights, pack
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
-from mpillm.weights import loaders
+from mpillm.weights import loaders, verified
 from mpillm.weights.cache import WeightCache
 from mpillm.weights.filesystem import network_kind
 from mpillm.weights.layer import rank_plans
@@ -34,8 +34,9 @@ from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed_files import FilePlan, Writer
 from mpillm.weights.packed_layout import INDEX, UNFINISHED
 from mpillm.weights.paging import minimum_budget
-from mpillm.weights.reading import read_at
+from mpillm.weights.reading import DirectFile, read_at
 from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.verified import VerifiedFile
 from tests.conftest import Mpi, run_bounded
 from tests.job.conftest import Mount
 from tests.model.checks import requests_of
@@ -255,6 +256,40 @@ def test_a_packing_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert spoiled.stat().st_mtime_ns != before[spoiled.name]
     assert content(first) == content(again)
     assert packed("llama3", again).kept == made.files
+
+
+def test_every_byte_is_read_once_hashed_once_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what does not come back from the disk as it was written never gets its file's name."""
+    read, compared = [], []
+    plain, put = DirectFile.read, VerifiedFile._put
+
+    def counted(self: DirectFile, offset: int, nbytes: int) -> np.ndarray:
+        read.append(nbytes)
+        return plain(self, offset, nbytes)
+
+    def noted(self: VerifiedFile, data: np.ndarray, at: int) -> None:
+        compared.append(len(data))
+        put(self, data, at)
+
+    monkeypatch.setattr(DirectFile, "read", counted)
+    monkeypatch.setattr(VerifiedFile, "_put", noted)
+    made = packed("llama3", tmp_path / "p")
+    with closing(open_source(model_path("llama3"))) as source:
+        matrices = [info.nbytes for key, info in source.tensors.items() if len(info.shape) == 2]
+    assert sum(read) == sum(matrices)
+    assert sum(compared) == made.bytes
+
+    def forgotten(*arguments: Any) -> bool:
+        arguments[-1][:] = 0
+        return True
+
+    for name in ("read_direct", "read_at"):
+        monkeypatch.setattr(verified, name, forgotten)
+    with pytest.raises(ModelError, match=r"does not hold what was written to it; pack to another disk"):
+        packed("llama3", tmp_path / "q")
+    assert not list((tmp_path / "q").glob("*.safetensors"))
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
