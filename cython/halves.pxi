@@ -234,31 +234,64 @@ cdef class FeedForwardHalf:
 
     cdef int compute(self, const float *x, long stride, long m, Sums *out, float *add_to, int threads) except -1:
         """out = what the half makes of x, and add_to (x itself, or nothing) += it."""
+        cdef Space space = Space(self.space(m))
+        cdef mk_work work
+        mk_begin(&work)
+        self.add(&work, space, x, stride, m, out)
+        if add_to:
+            mk_add_rows(&work, add_to, stride, out.to, out.stride, m, self.gate_up.first.k)
+        return finish(&work, threads)
+
+    cdef size_t space(self, long m) noexcept:
+        return ((whole_lines(4 * m * self.gate_up.first.k) if self.normed else 0)
+                + 2 * whole_lines(4 * m * self.down.first.k) + self.gate_up.space(m) + self.down.space(m))
+
+    cdef int add(self, mk_work *work, Space space, const float *x, long stride, long m, Sums *out) except -1:
+        """out = what the half makes of x."""
         cdef long d = self.gate_up.first.k, width = self.down.first.k, rows_stride = stride
-        cdef Space space = Space((whole_lines(4 * m * d) if self.normed else 0) + 2 * whole_lines(4 * m * width)
-                                 + self.gate_up.space(m) + self.down.space(m))
         cdef const float *rows = x
         cdef float *normed
         cdef float *gate = <float *>space.take(4 * m * width)
         cdef float *up = <float *>space.take(4 * m * width)
         cdef Sums *sums = [Sums(gate, width, 0), Sums(up, width, 0)]
-        cdef mk_work work
-        mk_begin(&work)
         if self.normed:
             normed = <float *>space.take(4 * m * d)
-            mk_rms_norm(&work, x, stride, &self.norm[0], self.eps, m, d, normed, d)
+            mk_rms_norm(work, x, stride, &self.norm[0], self.eps, m, d, normed, d)
             rows, rows_stride = normed, d
-        self.gate_up.add(&work, space, rows, rows_stride, m, sums)
+        self.gate_up.add(work, space, rows, rows_stride, m, sums)
         if self.biased:
-            mk_add_rows(&work, gate, width, &self.gate_bias[0], 0, m, width)
-            mk_join(&work, 1)
-            mk_add_rows(&work, up, width, &self.up_bias[0], 0, m, width)
-            mk_join(&work, 0)
-        mk_silu_mul(&work, gate, width, up, width, m, width, gate, width)
-        self.down.add(&work, space, gate, width, m, out)
-        if add_to:
-            mk_add_rows(&work, add_to, stride, out.to, out.stride, m, d)
-        return finish(&work, threads)
+            mk_add_rows(work, gate, width, &self.gate_bias[0], 0, m, width)
+            mk_join(work, 1)
+            mk_add_rows(work, up, width, &self.up_bias[0], 0, m, width)
+            mk_join(work, 0)
+        mk_silu_mul(work, gate, width, up, width, m, width, gate, width)
+        return self.down.add(work, space, gate, width, m, out)
+
+
+cdef class Expert:
+    cdef FeedForwardHalf half
+
+    def __init__(self, gate, up, down):
+        self.half = FeedForwardHalf(None, 0.0, gate, up, down)
+
+    def __call__(self, const float[:, ::1] h, const int32_t[::1] at, const float[::1] weights,
+                 float[:, :, ::1] panels, int threads=1):
+        cdef long m = at.shape[0], k = self.half.gate_up.first.k, d = self.half.down.widths[0]
+        cdef int count = self.half.down.first.panels
+        require_rows("h", h, -1, k)
+        require_range("at", at, <int>h.shape[0])
+        require_vector("weights", m, weights.shape[0])
+        require("panels", (count, h.shape[0], d), (panels.shape[0], panels.shape[1], panels.shape[2]))
+        cdef Space space = Space(whole_lines(4 * m * k) + whole_lines(4 * count * m * d) + self.half.space(m))
+        cdef float *rows = <float *>space.take(4 * m * k)
+        cdef float *parts = <float *>space.take(4 * count * m * d)
+        cdef Sums sums = Sums(parts, d, m * d)
+        cdef mk_work work
+        mk_begin(&work)
+        mk_gather(&work, &h[0, 0], k, &at[0], m, k, rows)
+        self.half.add(&work, space, rows, k, m, &sums)
+        mk_mix(&work, parts, &weights[0], &at[0], count, m, d, &panels[0, 0, 0], h.shape[0])
+        finish(&work, threads)
 
 
 cdef class Layers:

@@ -38,6 +38,9 @@ cdef extern from "core/path.h" nogil:
     void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int
                    panels, const void *x, long x_stride, long m, float *out, long out_stride, long
                    panel_stride)
+    void mk_gather(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out)
+    void mk_mix(mk_work *work, const float *parts, const float *weights, const int32_t *at, int panels, long m,
+                long d, float *out, long rows)
     void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride)
     void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d,
                      float *out, long out_stride)

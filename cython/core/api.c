@@ -1,4 +1,6 @@
 /* kernels.h on top of the active path: a step with its job and how many items it has. */
+#include <string.h>
+
 #include "active.h"
 
 /* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile; but FEW_ROWS
@@ -114,4 +116,30 @@ static void add_rows(const void *argument, long begin, long end) { /* one roundi
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d) {
     mk_step_of(work, add_rows, m, 1, 0)->small = (mk_small_job){.b = rows, .b_stride = rows_stride, .d = d, .out = x,
                                                                 .out_stride = stride};
+}
+
+static void gather(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++)
+        memcpy(job->out + row * job->d, job->a + job->bounds[row] * job->a_stride, (size_t)job->d * sizeof(float));
+}
+
+void mk_gather(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out) {
+    mk_step_of(work, gather, m, 1, 0)->small = (mk_small_job){.a = x, .a_stride = stride, .bounds = at, .d = k, .out = out};
+}
+
+static void mix(const void *argument, long begin, long end) { /* two roundings: one form serves all paths */
+    const mk_small_job *job = argument;
+    for (long item = begin; item < end; item++) {
+        long panel = item / job->m, row = item % job->m;
+        float *to = job->out + panel * job->out_stride + job->bounds[row] * job->d, weight = job->b[row];
+        const float *from = job->a + item * job->d;
+        for (long i = 0; i < job->d; i++) to[i] += weight * from[i];
+    }
+}
+
+void mk_mix(mk_work *work, const float *parts, const float *weights, const int32_t *at, int panels, long m, long d,
+            float *out, long rows) {
+    mk_step_of(work, mix, m * panels, 1, 0)->small = (mk_small_job){
+        .a = parts, .b = weights, .bounds = at, .m = m, .d = d, .out = out, .out_stride = rows * d};
 }

@@ -80,6 +80,11 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const 
                const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
 /* x += rows, which with rows_stride 0 are all the same one */
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d);
+/* out[i] = x[at[i]], of k values */
+void mk_gather(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out);
+/* panels [P, rows, d]: panel p's row at[i] += weights[i] * panel p's row i of parts [P, m, d] */
+void mk_mix(mk_work *work, const float *parts, const float *weights, const int32_t *at, int panels, long m, long d,
+            float *out, long rows);
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
 void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
                  long out_stride);

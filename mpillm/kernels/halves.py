@@ -140,6 +140,23 @@ class FeedForwardHalf(_Half):
         self._multiply(gate, self._down, out, threads, fold)
 
 
+class Expert(_Half):
+    """Add to column panels [P, m, d], rows `at`, `weights` times what an expert makes of these rows of h [m, k].
+
+    Panels are not folded, for that comes after the last expert: sums are then the same over any number of shards.
+    """
+
+    def __init__(self, gate: Packed, up: Packed, down: Packed) -> None:
+        self._gate, self._up, self._down = gate, up, down
+
+    def __call__(self, h: F32, at: I32, weights: F32, panels: F32, threads: int = 1) -> None:
+        half = FeedForwardHalf(None, 0.0, self._gate, self._up, self._down)
+        half.ops = self.ops
+        sums = np.empty((len(panels), len(at), panels.shape[2]), np.float32)
+        half(np.ascontiguousarray(h[at]), sums, threads, fold=False)
+        panels[:, at] += weights[:, None] * sums
+
+
 class Layers:
     """Whole layers, whose keys and values lie in these pools: x [m, d] += its attention half, and then the other one.
 

@@ -288,12 +288,10 @@ class Decoder:
         panels: Floats | None = None
         for expert, layer in self._chosen(number, ids):
             at, slot = np.nonzero(ids == expert)
-            half, count = layer.keep(_expert)
-            sums = np.empty((count, len(at), d), np.float32)
-            kernels.compute(half, np.ascontiguousarray(h[at]), sums, self._threads, fold=False)
+            work, count = layer.keep(_expert)
             if panels is None:
-                panels = np.zeros((len(sums), m, d), np.float32)
-            panels[:, at] += weights[at, slot][:, None] * sums
+                panels = np.zeros((count, m, d), np.float32)
+            kernels.compute(work, h, at.astype(np.int32), weights[at, slot], panels, self._threads)
         assert panels is not None
         out = np.empty((m, d), np.float32)
         kernels.fold(panels, out, self._threads)
@@ -307,7 +305,7 @@ class Decoder:
         yield from zip(chosen, self._experts.in_turn([first + expert for expert in chosen]), strict=True)
 
 
-def _expert(layer: Layer) -> tuple[kernels.FeedForwardHalf, int]:
+def _expert(layer: Layer) -> tuple[kernels.Expert, int]:
     """An expert's products, and the number of column panels that it sums by."""
     gate, up, down = (layer.matrix(role) for role in ("gate", "up", "down"))
-    return kernels.FeedForwardHalf(None, 0.0, gate, up, down), len(down.bounds) - 1
+    return kernels.Expert(gate, up, down), len(down.bounds) - 1

@@ -135,6 +135,25 @@ def test_one_piece_of_work_gives_the_single_kernels_bits(path: str, results: Any
                 assert cases.same(a, b), (seed, m, threads, cut)
 
 
+@pytest.mark.parametrize("path", COMPILED)
+def test_an_expert_adds_to_the_rows_that_chose_it_in_one_piece_of_work(path: str) -> None:
+    kernels.set_path(path)
+    d = HIDDEN[0]
+    for seed, rows in enumerate(([4], [0, 2, 6], list(range(7)))):
+        rng = np.random.default_rng(seed)
+        gate, up = (matrix(rng, BlockType.Q4_0, FFN, d) for _ in range(2))
+        down = matrix(rng, BlockType.Q8_0, d, FFN, 4)
+        h, at = rng.standard_normal((7, d)).astype(np.float32), np.array(rows, np.int32)
+        weights = rng.random(len(at)).astype(np.float32)
+        want = rng.standard_normal((4, 7, d)).astype(np.float32)
+        got = want.copy()
+        unfused(halves.Expert)(gate, up, down)(h, at, weights, want)
+        before = kernels._compiled.regions()
+        kernels.Expert(gate, up, down)(h, at, weights, got, 2)
+        assert kernels._compiled.regions() - before == 1
+        assert cases.same(got, want)
+
+
 def test_layers_are_their_halves_in_turn() -> None:
     """The same bits as half by half, in two pieces of work a layer, with room for others before each."""
     rng, m, count, d = np.random.default_rng(8), 5, 3, HIDDEN[0]

@@ -98,7 +98,7 @@ def test_an_expert_is_computed_once_a_step_for_all_the_rows_that_chose_it(
         for one in work:
             if isinstance(one, kernels.AttentionHalf):
                 chosen.append([])
-            elif isinstance(one, kernels.FeedForwardHalf):
+            elif isinstance(one, kernels.Expert):
                 chosen[-1].append(id(one))
         assert all(len(set(experts)) == len(experts) for experts in chosen)
         most = min(shape.n_experts, sequences * shape.experts_per_token)
