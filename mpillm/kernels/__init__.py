@@ -38,9 +38,9 @@ from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, Blo
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "Expert",
-    "FeedForwardHalf", "Layers", "Products", "activation_nbytes", "attention", "available", "compute", "dequantize", "fold", "kv_pools",
-    "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope",
-    "set_path", "silu_mul", "softmax", "top_k",
+    "FeedForwardHalf", "Layers", "Products", "activation_nbytes", "attention", "available", "compute",
+    "dequantize", "fold", "kv_pools", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path",
+    "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
 ]  # fmt: skip
 
 PATHS = ("scalar", "avx", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon", "neondot", "numpy")
