@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from ..errors import Interrupted
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+NEWS = 1.0  # seconds after a message has failed in which MPI must know of a lost rank, if that was the reason
 LOOKED_AT = 4  # neighbours: more do not stop at once, and if so the deadline ends all
 STOPPED = (
     3  # beats in which a neighbour must have been seen stopped, one after the other, before it is killed
@@ -48,9 +50,19 @@ def is_loss(error: BaseException, comm: MPI.Intracomm) -> bool:
         return False
     if error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
         return True
-    # Of several requests at once it says no more than that one of them failed.
-    in_some = error.Get_error_class() == MPI.ERR_IN_STATUS
-    return in_some and (comm.Is_revoked() or comm.Get_failed().Get_size() > 0)
+    # Of several requests at once, and of a step inside a nonblocking collective, it says no more than that one failed.
+    vague = error.Get_error_class() in (MPI.ERR_IN_STATUS, MPI.ERR_OTHER, MPI.ERR_INTERN)
+    return vague and _known(comm)
+
+
+def _known(comm: MPI.Intracomm) -> bool:
+    """Whether MPI knows of a loss, or hears of it in a moment: the message that failed may be faster than the news."""
+    until = time.monotonic() + NEWS
+    while not (comm.Is_revoked() or comm.Get_failed().Get_size() > 0):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mpillm.comm import faults
-from tests.conftest import run_bounded
+from tests.conftest import Mpi, run_bounded
 
 
 def test_the_launcher_says_whether_ranks_may_die() -> None:
@@ -73,3 +73,27 @@ def test_an_agreement_that_does_not_come_ends_the_process() -> None:
         "[1@here] The ranks that are left have not agreed within 0.1 s how to go on; "
         "the same command goes on from here.\n"
     )
+
+
+@pytest.mark.mpi
+def test_a_vague_error_is_a_loss_if_mpi_hears_of_one_in_a_moment(openmpi: Mpi) -> None:
+    """A nonblocking collective that had just begun its next round says MPI_ERR_OTHER, and may say it first."""
+    program = """
+import time
+from mpi4py import MPI
+from mpillm.comm.faults import is_loss
+
+class Comm:
+    def __init__(self, lost_after):
+        self.lost_at = time.monotonic() + lost_after
+    def Is_revoked(self):
+        return False
+    def Get_failed(self):
+        return MPI.COMM_SELF.Get_group() if time.monotonic() > self.lost_at else MPI.GROUP_EMPTY
+
+print([is_loss(MPI.Exception(kind), Comm(after)) for kind, after in (
+    (MPI.ERR_OTHER, 0.0), (MPI.ERR_OTHER, 0.2), (MPI.ERR_INTERN, 0.2), (MPI.ERR_OTHER, 60.0), (MPI.ERR_TYPE, 0.0)
+)])
+"""
+    run = openmpi.run(1, "-c", program)
+    assert run.stdout.strip() == "[True, True, True, False, False]", run.stderr
