@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import JobError
+from .launch import starter_folder
 
 COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module with threads of its own
-#: Processes of Open MPI and MPICH that start the ranks of a node, as the system names them.
-LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prted", "hydra_pmi_proxy")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Cores:
         if not hasattr(os, "sched_getaffinity"):
             return cls(frozenset(range(os.cpu_count() or 1)))
         affinity = physical(os.sched_getaffinity(0), root)
-        return cls(affinity, *cpu_quota(root), physical(_of_launcher(os.getppid(), root), root))
+        return cls(affinity, *cpu_quota(root), physical(_of_launcher(), root))
 
 
 def physical(cpus: Iterable[int], root: Path) -> frozenset[int]:
@@ -54,13 +53,11 @@ def _first_sibling(cpu: int, root: Path) -> int:
         return cpu
 
 
-def _of_launcher(parent: int, root: Path) -> set[int]:
+def _of_launcher() -> set[int]:
     try:
-        if (root / f"proc/{parent}/comm").read_text().strip() in LAUNCHERS:
-            return os.sched_getaffinity(parent)
+        return os.sched_getaffinity(os.getppid()) if starter_folder() else set()
     except OSError:
-        pass
-    return set()
+        return set()
 
 
 def cpu_quota(root: Path) -> tuple[float, str]:

@@ -31,7 +31,7 @@ class DirectFile:
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self._size = size
-        self._buffers = threading.local()
+        self._buffer = OwnBuffer(KEPT)
         self._ordinary = open_file(path, os.O_RDONLY)
         self._direct = open_direct(path)
 
@@ -39,7 +39,7 @@ class DirectFile:
         """Bytes that are this thread's until it reads again. ModelError if they cannot be read, or are no more."""
         begin = offset // SECTOR * SECTOR
         end = -(-(offset + nbytes) // SECTOR) * SECTOR
-        raw = self._room(end - begin)
+        raw = self._buffer(end - begin)
         if self._direct < 0 or end > self._size or not read_direct(self._direct, begin, raw):
             read_at(self._ordinary, self.path, offset, raw[offset - begin :][:nbytes])
         return raw[offset - begin :][:nbytes]
@@ -50,13 +50,21 @@ class DirectFile:
                 os.close(descriptor)
         self._ordinary = self._direct = -1
 
-    def _room(self, nbytes: int) -> Bytes:
-        """A buffer that this thread keeps, for new memory costs nearly as much as reading; large ones are not kept."""
-        if nbytes > KEPT:
+
+class OwnBuffer:
+    """A buffer for each thread, the same one each time: new memory costs nearly as much as reading."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._threads = threading.local()
+
+    def __call__(self, nbytes: int) -> Bytes:
+        """The first bytes of this thread's; a larger one than is kept is new."""
+        if nbytes > self._nbytes:
             return new_buffer(nbytes, SECTOR)
-        if not hasattr(self._buffers, "own"):
-            self._buffers.own = new_buffer(KEPT, SECTOR)
-        buffer: Bytes = self._buffers.own[:nbytes]
+        if not hasattr(self._threads, "own"):
+            self._threads.own = new_buffer(self._nbytes, SECTOR)
+        buffer: Bytes = self._threads.own[:nbytes]
         return buffer
 
 

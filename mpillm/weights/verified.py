@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ModelError
-from .reading import SECTOR, Bytes, new_buffer, open_direct, read_at, read_direct
+from .reading import SECTOR, Bytes, OwnBuffer, open_direct, read_at, read_direct
 
 PIECE = 8 * 2**20  # bytes that are written, and read back, in one go
 
@@ -26,7 +25,7 @@ class VerifiedFile:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
-        self._buffers = threading.local()
+        self._buffer = OwnBuffer(PIECE)
         self._ordinary = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._direct = open_direct(path, os.O_RDWR)
         os.ftruncate(self._ordinary, nbytes)  # writes that lengthen a file wait for one another
@@ -68,13 +67,6 @@ class VerifiedFile:
         except OSError:
             return False
         return written == len(data) and read_direct(self._direct, at, back)
-
-    def _buffer(self, nbytes: int) -> Bytes:
-        """Bytes of this thread's own, the same ones each time."""
-        if not hasattr(self._buffers, "own"):
-            self._buffers.own = new_buffer(PIECE, SECTOR)
-        buffer: Bytes = self._buffers.own[:nbytes]
-        return buffer
 
 
 def write_at(descriptor: int, data: Bytes, at: int) -> None:
