@@ -21,16 +21,17 @@ from mpillm import kernels
 from mpillm.comm.grid import Place
 from mpillm.comm.world import World, guard
 from mpillm.errors import JobError
-from mpillm.job.bench import against, machine, packed, runs, synthetic, tables
+from mpillm.job.bench import against, disk, machine, packed, runs, synthetic, tables
 from mpillm.job.bench import kernels as kernel_bench
-from mpillm.job.bench.paging import WARM, all_decode
+from mpillm.job.bench.paging import TURN, WARM, all_decode
 from mpillm.job.bench.profile import Profile
 from mpillm.job.bench.result import Bench, Machine, Run
 from mpillm.job.bench.runs import Options, Step, _typical
 from mpillm.job.session import Session
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
-from mpillm.weights.layer import check_tensors, rank_plans
+from mpillm.weights.layer import Bytes, check_tensors, rank_plans
+from mpillm.weights.reading import read_direct
 from mpillm.weights.source import column_unit, open_source
 from tests.conftest import Mpi, clean_environment, run_bounded
 
@@ -140,12 +141,44 @@ def test_paging_says_what_was_read(cache: Path) -> None:
 
 
 def test_paging_counts_steps_in_which_all_generate() -> None:
-    """Neither prompts, nor the first steps after them, nor what is left when some have ended."""
-    prompts, warm, end = [Step(10, 2, 9.0), Step(6, 4, 9.0)], [Step(0, 4, 8.0)] * WARM, [Step(0, 2, 7.0)]
-    all_generate = [Step(0, 4, 1.0), Step(0, 4, 2.0)]
-    assert all_decode(prompts + warm + all_generate + all_generate[:1] + end, 4, 2) == all_generate
-    halves = [Step(0, 2, 3.0)] * 4  # two micro-batches
-    assert all_decode(prompts + [Step(0, 2, 8.0)] * 2 * WARM + halves + end, 4, 2) == halves
+    """Neither prompts, nor the first steps after them or after the disk was measured, nor when some have ended."""
+    rng = np.random.default_rng()
+    prompts = [Step(10, 2, 9.0), Step(0, 2, 9.0), Step(6, 4, 9.0)]
+    warm, end = [Step(0, 4, 8.0)] * (WARM + 1), [Step(0, 2, 7.0)]
+    counted = [Step(0, 4, seconds) for seconds in rng.random(TURN)]  # more than a turn has besides its first
+    run = [*prompts, *warm, *counted[:-1], Step(0, 4, 6.0), counted[-1], Step(0, 4, 5.0), *end]
+    assert all_decode(run, 4, len(counted)) == counted
+    assert all_decode(run, 4, 1) == counted[:1]
+    halves = [Step(0, 2, seconds) for seconds in rng.random(4)]  # two micro-batches
+    assert all_decode(prompts + [Step(0, 2, 8.0)] * 2 * (WARM + 1) + halves + end, 4, 2) == halves
+
+
+def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:
+    """Each measurement goes on where the last one ended, over all files and round again, and reads what it says."""
+    sizes, requests = [3, 2], list[tuple[int, int]]()
+    paths = [tmp_path / str(size) for size in sizes]
+    for path, size in zip(paths, sizes, strict=True):
+        with path.open("wb") as file:
+            file.truncate(size * disk.REQUEST_BYTES + 4096)
+
+    def read(descriptor: int, offset: int, out: Bytes) -> bool:
+        assert out.nbytes == disk.REQUEST_BYTES
+        requests.append((descriptor, offset))
+        return read_direct(descriptor, offset, out)
+
+    with pytest.MonkeyPatch.context() as patch, closing(disk.Disk(paths)) as measured:
+        patch.setattr(disk, "read_direct", read)
+        patch.setattr(disk, "READERS", (1,))
+        patch.setattr(disk, "MOST_BYTES", 3 * disk.REQUEST_BYTES)
+        for _ in range(4):
+            measured.measure()
+    if not measured.rates:
+        pytest.skip("files cannot be read past the page cache here")
+    assert len(measured.rates) == 4
+    assert min(measured.rates) > 0
+    assert len(requests) == 12
+    assert len(set(requests)) == 5
+    assert requests == [requests[number % 5] for number in range(12)]
 
 
 def test_a_budget_that_is_none_is_refused(cache: Path) -> None:

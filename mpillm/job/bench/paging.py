@@ -27,6 +27,9 @@ from .result import Run
 from .runs import Options, Step, prompts_of, run_steps
 
 WARM = PATIENCE + 1  # tokens of each sequence before those that count: how far to read ahead has settled then
+# Disks change their pace from one second to the next. So the disk is measured between tokens too: before each turn of
+# so many, of which the first does not count, for some of its weights were read ahead meanwhile.
+TURN = 3
 
 
 def measure(world: World, spec: Spec, model: Path, options: Options) -> Iterator[tuple[Run, tuple[int, int]]]:
@@ -42,7 +45,9 @@ def _measure(
     context = options.contexts[0]
     # Prompts may take several steps, beside the tokens of those whose prompt was in the first: who began then must not
     # end before all that counts is done.
-    tokens = WARM + options.repeats + 2 * -(-sequences * context // TOKENS)
+    tokens = (
+        WARM + options.repeats + -(-options.repeats // (TURN - 1)) + 2 * -(-sequences * context // TOKENS)
+    )
     with world.together():
         spec = _bounded(world, spec, budget, sequences, context + tokens)
     world.barrier()
@@ -53,10 +58,20 @@ def _measure(
         begun = time.perf_counter()
         run_steps(session, prompts, 1)  # what stays comes into memory
         first = time.perf_counter() - begun
-        disks, before = [_disk(session)], _counters(session)
-        steps = run_steps(session, prompts, tokens)
-        after = _counters(session)
-        disks.append(_disk(session))
+        before = _counters(session)
+        with closing(_Disks(session)) as disks:
+            disks.measure()
+            pace = _Pace(sequences)
+
+            def between(step: Step) -> None:
+                pace.add(step)
+                if pace.turn:
+                    disks.measure()
+
+            steps = run_steps(session, prompts, tokens, between=between)
+            after = _counters(session)
+            disks.measure()
+            rate = disks.rate()
         weights = world.gather((session.weights.total, session.weights.budget))
         peaks = world.gather(memory.peak())
         layout, mixture = (session.place.stages, session.place.shards), session.weights.experts is not None
@@ -73,22 +88,48 @@ def _measure(
     made.streamed = sum(loaded) / len(steps) * len(counted) / options.repeats
     made.waited = max(waited) / sum(step.seconds for step in steps)
     made.ready, made.first_step, made.memory = ready, first, max(peaks)
-    if all(disks):
-        made.disk = sum(rate or 0.0 for rate in disks) / len(disks)
+    made.disk = rate
     if made.disk is not None and not mixture:  # which experts tokens will choose, nobody knows
         must = sum(max(total - budget, 0) for total, budget in weights)
         made.disk_share = must / made.disk / made.seconds
     return made, layout
 
 
+class _Pace:
+    """How many tokens of each sequence have come, since all generate and do nothing else."""
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences, self._generated = sequences, 0
+
+    def add(self, step: Step) -> None:
+        """A step is done; those with prompts, and those before them, do not matter."""
+        self._generated = 0 if step.prompt else self._generated + step.generated
+
+    @property
+    def turn(self) -> bool:
+        """Whether a turn begins now."""
+        token, others = divmod(self._generated, self._sequences)
+        return not others and token >= WARM and (token - WARM) % TURN == 0
+
+    @property
+    def number(self) -> int:
+        """The next token's, among those that count; -1 if it does not."""
+        turn, place = divmod(self._generated // self._sequences - WARM, TURN)
+        return turn * (TURN - 1) + place - 1 if turn >= 0 and place else -1
+
+
 def all_decode(steps: Sequence[Step], sequences: int, repeats: int) -> list[Step]:
-    """Those in which all sequences generate and do nothing else: `repeats` tokens of each, after the warm ones."""
-    begin = max(number for number, step in enumerate(steps) if step.prompt) + 1
-    generated, found = 0, []
-    for step in steps[begin:]:
-        if WARM * sequences <= generated < (WARM + repeats) * sequences:
+    """Those in which all sequences generate and do nothing else: `repeats` tokens of each.
+
+    Neither the warm ones, nor the first of each turn.
+    """
+    pace, found = _Pace(sequences), list[Step]()
+    for step in steps:
+        if step.prompt:
+            found.clear()
+        elif 0 <= pace.number < repeats:
             found.append(step)
-        generated += step.generated
+        pace.add(step)
     return found
 
 
@@ -117,15 +158,31 @@ def _counters(session: Session) -> list[tuple[int, float]]:
     return session.world.gather((session.weights.loaded, session.weights.stall_seconds))
 
 
-def _disk(session: Session) -> float | None:
-    """What the disks of all hosts give together; None if the model is not packed, or one of them cannot say."""
-    world, source = session.world, session.source
-    if not isinstance(source, PackedSource):
-        return None
-    rate = None
-    if world.hosts.index(world.host) == world.rank:
-        rate = disk.rate([file.path for file in source.packed_files])
-    rates = [
-        found for rank, found in enumerate(world.gather(rate)) if world.hosts.index(world.hosts[rank]) == rank
-    ]
-    return sum(found or 0.0 for found in rates) if all(rates) else None
+class _Disks:
+    """The disks of all hosts: the first rank on each measures its own."""
+
+    def __init__(self, session: Session) -> None:
+        self._world, source = session.world, session.source
+        self._own: disk.Disk | None = None
+        if isinstance(source, PackedSource) and self._first(self._world.rank):
+            self._own = disk.Disk([file.path for file in source.packed_files])
+
+    def measure(self) -> None:
+        """Note what this rank's disk gives now."""
+        if self._own:
+            self._own.measure()
+
+    def rate(self) -> float | None:
+        """The mean rates of all together (collective); None if the model is not packed, or a disk cannot say."""
+        everyone = self._world.gather(self._own.rates if self._own else [])
+        hosts = [rates for rank, rates in enumerate(everyone) if self._first(rank)]
+        return sum(sum(rates) / len(rates) for rates in hosts) if all(hosts) else None
+
+    def close(self) -> None:
+        if self._own:
+            self._own.close()
+
+    def _first(self, rank: int) -> bool:
+        """Whether it is the first one on its host."""
+        hosts = self._world.hosts
+        return hosts.index(hosts[rank]) == rank

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +132,27 @@ def _measure(
     return made
 
 
-def run_steps(session: Session, prompts: Prompts, tokens: int, profile: Profile | None = None) -> list[Step]:
-    """Run prompts to `tokens` greedy tokens each: rank 0's steps, nothing on the others."""
+def run_steps(
+    session: Session,
+    prompts: Prompts,
+    tokens: int,
+    profile: Profile | None = None,
+    between: Callable[[Step], None] | None = None,
+) -> list[Step]:
+    """Run prompts to `tokens` greedy tokens each: rank 0's steps, nothing on the others.
+
+    `between` is called with each step on rank 0, before the next one begins and off the clock.
+    """
     if session.world.rank:
         follow(session.worker, session.channel)
         return []
     engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
     requests = (Request(str(i), tuple(prompt), max_tokens=tokens) for i, prompt in enumerate(prompts))
-    steps = list(_steps(engine, engine.run(requests), profile))
+    steps = []
+    for step in _steps(engine, engine.run(requests), profile):
+        steps.append(step)
+        if between is not None:
+            between(step)
     engine.stop(0)
     return steps
 
