@@ -45,6 +45,11 @@ cdef list pieces_of(matrix):
     return [product]
 
 
+cdef struct Taken:  # rows of activations: whichever of both forms products take
+    const void *blocks
+    const void *rows
+
+
 cdef class Products:
     """Products of the same activations [m, k]: they are quantised once, and the products run side by side."""
 
@@ -73,25 +78,37 @@ cdef class Products:
         return ((whole_lines(m * self.first.x_bytes) if self.quantised else 0)
                 + (grouped_space(m, self.first.k) if self.floating else 0))
 
-    cdef int add(self, mk_work *work, Space space, const float *x, long stride, long m, Sums *sums) except -1:
-        """sums[i] = x times matrix i."""
-        cdef uint8_t *blocks = NULL
-        cdef const float *rows = NULL
+    cdef Taken take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m) noexcept:
+        """Rows `at` of x (NULL: the first m) as products take them; if that takes a step, what follows is joined."""
+        cdef Taken taken = Taken(NULL, NULL)
+        cdef uint8_t *blocks
+        if self.quantised:
+            taken.blocks = blocks = <uint8_t *>space.take(m * self.first.x_bytes)
+            mk_quantize_rows(work, x, stride, at, m, &self.first.edges[0], self.first.panels, blocks,
+                             self.first.x_bytes)
+            mk_join(work, 1)
+        if self.floating:
+            taken.rows = grouped(work, space, x, stride, at, m, self.first.k)
+        return taken
+
+    cdef int multiply(self, mk_work *work, Taken taken, long m, Sums *sums) except -1:
+        """sums[i] = what was taken times matrix i; what follows is joined."""
         cdef Product piece
         cdef long column
         cdef Py_ssize_t i
-        if self.quantised:
-            blocks = <uint8_t *>space.take(m * self.first.x_bytes)
-            mk_quantize_rows(work, x, stride, m, &self.first.edges[0], self.first.panels, blocks, self.first.x_bytes)
-        if self.floating:
-            rows = grouped(work, space, x, stride, m, self.first.k)
         for i in range(len(self.matrices)):
             column = 0
             for piece in <list>self.matrices[i]:
-                piece.add(work, <const void *>blocks if piece.quantised() else <const void *>rows, m,
-                          sums[i].to + column, sums[i].stride, sums[i].panel_stride)
+                piece.add(work, taken.blocks if piece.quantised() else taken.rows, m, sums[i].to + column,
+                          sums[i].stride, sums[i].panel_stride)
                 column += piece.n
-                mk_join(work, 1)
+        return 0
+
+    cdef int add(self, mk_work *work, Space space, const float *x, long stride, long m, Sums *sums) except -1:
+        """sums[i] = x times matrix i."""
+        cdef Taken taken = self.take(work, space, x, stride, NULL, m)
+        mk_join(work, 0)
+        self.multiply(work, taken, m, sums)
         mk_join(work, 0)
         return 0
 
@@ -269,29 +286,100 @@ cdef class FeedForwardHalf:
 
 
 cdef class Expert:
-    cdef FeedForwardHalf half
+    cdef Products gate_up, down
+    cdef tuple sizes
+    cdef long steps  # at most
 
     def __init__(self, gate, up, down):
-        self.half = FeedForwardHalf(None, 0.0, gate, up, down)
+        self.gate_up, self.down = Products(gate, up), Products(down)
+        require("n of gate and up", (down.k, down.k), (gate.n, up.n))
+        if len(self.down.matrices[0]) > 1:
+            raise ValueError("an expert's down may lie in column panels, but not in rows")
+        self.sizes = (gate.k, down.k, down.n, self.down.first.panels)
+        self.steps = 4 + len(self.gate_up.matrices[0]) + len(self.gate_up.matrices[1])
 
-    def __call__(self, const float[:, ::1] h, const int32_t[::1] at, const float[::1] weights,
-                 float[:, :, ::1] panels, int threads=1):
-        cdef long m = at.shape[0], k = self.half.gate_up.first.k, d = self.half.down.widths[0]
-        cdef int count = self.half.down.first.panels
-        require_rows("h", h, -1, k)
+    cdef size_t space(self, long m) noexcept:
+        return self.gate_up.space(m) + self.down.space(m)
+
+
+cdef enum:
+    MIXED_ROWS = 512  # of all experts at once, unless one alone has more: their activations take room
+
+
+cdef class Mixture:
+    cdef list experts
+    cdef Expert first
+
+    def __init__(self, experts):
+        cdef Expert expert
+        self.experts = list(experts)
+        self.first = self.experts[0]
+        for expert in self.experts:
+            if expert.sizes != self.first.sizes:
+                raise ValueError(f"experts of one mixture are alike, not {self.first.sizes} and {expert.sizes}")
+
+    def __call__(self, const float[:, ::1] h, const int32_t[::1] at, const int32_t[::1] starts,
+                 const float[::1] weights, float[:, :, ::1] panels, int threads=1):
+        cdef Py_ssize_t first = 0, last, count = len(self.experts), i
+        require_rows("h", h, -1, self.first.gate_up.first.k)
         require_range("at", at, <int>h.shape[0])
-        require_vector("weights", m, weights.shape[0])
-        require("panels", (count, h.shape[0], d), (panels.shape[0], panels.shape[1], panels.shape[2]))
-        cdef Space space = Space(whole_lines(4 * m * k) + whole_lines(4 * count * m * d) + self.half.space(m))
-        cdef float *rows = <float *>space.take(4 * m * k)
-        cdef float *parts = <float *>space.take(4 * count * m * d)
-        cdef Sums sums = Sums(parts, d, m * d)
+        require_vector("weights", at.shape[0], weights.shape[0])
+        require("panels", (self.first.down.first.panels, h.shape[0], self.first.down.widths[0]),
+                (panels.shape[0], panels.shape[1], panels.shape[2]))
+        require_vector("starts", count + 1, starts.shape[0])
+        for i in range(count):
+            if starts[0] or starts[count] != at.shape[0] or starts[i + 1] <= starts[i]:
+                raise ValueError(f"starts must rise from 0 to {at.shape[0]}: {list(starts)}")
+        while first < count:
+            last = first + 1
+            while last < count and starts[last + 1] - starts[first] <= MIXED_ROWS:
+                last += 1
+            self.mix(first, last, h, &at[0], &starts[0], &weights[0], panels, threads)
+            first = last
+
+    cdef int mix(self, Py_ssize_t first, Py_ssize_t last, const float[:, ::1] h, const int32_t *at,
+                 const int32_t *starts, const float *weights, float[:, :, ::1] panels, int threads) except -1:
+        """Experts first .. last - 1, in one piece of work."""
+        cdef long k = h.shape[1], width = self.first.down.first.k, d = panels.shape[2], m = starts[last] - starts[first]
+        cdef long count = last - first, steps = 2, row
+        cdef size_t size = 2 * whole_lines(4 * m * width)
+        cdef Expert expert
+        cdef Py_ssize_t i
+        for i in range(first, last):
+            expert = self.experts[i]
+            steps += expert.steps
+            size += expert.space(starts[i + 1] - starts[i])
+        cdef Space space = Space(size + whole_lines(steps * sizeof(mk_step)) + whole_lines(count * sizeof(Taken))
+                                 + whole_lines(count * sizeof(mk_product)))
+        cdef mk_step *room = <mk_step *>space.take(steps * sizeof(mk_step))
+        cdef Taken *taken = <Taken *>space.take(count * sizeof(Taken))
+        cdef mk_product *products = <mk_product *>space.take(count * sizeof(mk_product))
+        cdef float *gate = <float *>space.take(4 * m * width)
+        cdef float *up = <float *>space.take(4 * m * width)
+        cdef Sums *sums = [Sums(gate, width, 0), Sums(up, width, 0)]
         cdef mk_work work
-        mk_begin(&work)
-        mk_gather(&work, &h[0, 0], k, &at[0], m, k, rows)
-        self.half.add(&work, space, rows, k, m, &sums)
-        mk_mix(&work, parts, &weights[0], &at[0], count, m, d, &panels[0, 0, 0], h.shape[0])
-        finish(&work, threads)
+        mk_begin_in(&work, room, steps)
+        for i in range(first, last):
+            expert = self.experts[i]
+            taken[i - first] = expert.gate_up.take(&work, space, &h[0, 0], k, at + starts[i], starts[i + 1] - starts[i])
+        mk_join(&work, 0)
+        for i in range(first, last):
+            expert, row = self.experts[i], starts[i] - starts[first]
+            sums[0].to, sums[1].to = gate + row * width, up + row * width
+            expert.gate_up.multiply(&work, taken[i - first], starts[i + 1] - starts[i], sums)
+        mk_join(&work, 0)
+        mk_silu_mul(&work, gate, width, up, width, m, width, gate, width)
+        for i in range(first, last):
+            expert, row = self.experts[i], starts[i] - starts[first]
+            taken[i - first] = expert.down.take(&work, space, gate + row * width, width, NULL,
+                                                starts[i + 1] - starts[i])
+            expert.down.first.weigh(&work, &products[i - first],
+                                    taken[i - first].blocks if expert.down.quantised else taken[i - first].rows,
+                                    starts[i + 1] - starts[i], &panels[0, 0, 0], d, h.shape[0] * d, at + starts[i],
+                                    weights + starts[i])
+        mk_join(&work, 0)
+        mk_mixture(&work, products, count)
+        return finish(&work, threads)
 
 
 cdef class Layers:

@@ -18,9 +18,14 @@ cdef extern from "core/path.h" nogil:
     long mk_kv_bytes(int type, int hd)
     const char *mk_path_name(int index)
     int mk_set_path(const char *name)
+    ctypedef struct mk_step:
+        pass
+    ctypedef struct mk_product:
+        pass
     ctypedef struct mk_work:
-        int count
+        pass
     void mk_begin(mk_work *work)
+    void mk_begin_in(mk_work *work, mk_step *steps, long most)
     void mk_join(mk_work *work, int on)
     int mk_run(mk_work *work, int threads)
     int mk_regions()
@@ -31,16 +36,17 @@ cdef extern from "core/path.h" nogil:
     void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
     void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long
                        stride)
-    void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, float *out)
-    void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int
-                          panels, uint8_t *out, long out_bytes)
+    void mk_group_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out)
+    void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t
+                          *bounds, int panels, uint8_t *out, long out_bytes)
     long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at)
     void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int
                    panels, const void *x, long x_stride, long m, float *out, long out_stride, long
                    panel_stride)
-    void mk_gather(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out)
-    void mk_mix(mk_work *work, const float *parts, const float *weights, const int32_t *at, int panels, long m,
-                long d, float *out, long rows)
+    void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, const int32_t
+                  *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
+                  panel_stride, const int32_t *rows, const float *weights)
+    void mk_mixture(mk_work *work, const mk_product *products, long count)
     void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride)
     void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d,
                      float *out, long out_stride)
@@ -287,8 +293,8 @@ def quantize_rows(const float[:, :] x, bounds, uint8_t[:, ::1] out, int threads=
     require("out", (x.shape[0], count_blocks(edges, MK_BLOCK) * MK_ACTIVATION), (out.shape[0], out.shape[1]))
     cdef mk_work work
     mk_begin(&work)
-    mk_quantize_rows(&work, &x[0, 0], x.strides[0] // 4, x.shape[0], &edges[0], <int>edges.shape[0] - 1, &out[0, 0],
-                     out.shape[1])
+    mk_quantize_rows(&work, &x[0, 0], x.strides[0] // 4, NULL, x.shape[0], &edges[0], <int>edges.shape[0] - 1,
+                     &out[0, 0], out.shape[1])
     finish(&work, threads)
 
 
@@ -320,10 +326,20 @@ cdef class Product:
         return mk_block(self.type) > 1
 
     cdef void add(self, mk_work *work, const void *x, long m, float *out, long out_stride, long panel_stride) noexcept:
-        """x: rows in groups, activations or floats."""
+        """x: rows in groups, activations or floats. What follows is joined."""
         if m and self.n:
-            mk_matmul(work, self.type, self.at, self.n, &self.edges[0], self.panels, x,
-                      self.x_bytes if self.quantised() else 4 * self.k, m, out, out_stride, panel_stride)
+            mk_matmul(work, self.type, self.at, self.n, &self.edges[0], self.panels, x, self.x_stride(), m, out,
+                      out_stride, panel_stride)
+            mk_join(work, 1)
+
+    cdef void weigh(self, mk_work *work, mk_product *to, const void *x, long m, float *out, long out_stride,
+                    long panel_stride, const int32_t *rows, const float *weights) noexcept:
+        """The same as a product of a mixture."""
+        mk_weigh(work, to, self.type, self.at, self.n, &self.edges[0], self.panels, x, self.x_stride(), m, out,
+                 out_stride, panel_stride, rows, weights)
+
+    cdef long x_stride(self) noexcept:
+        return self.x_bytes if self.quantised() else 4 * self.k
 
 
 def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True):
@@ -345,7 +361,8 @@ def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int t
         require_rows("x", rows, -1, k)
         m = rows.shape[0]
         space = Space(grouped_space(m, k))
-        from_ = grouped(&work, space, &rows[0, 0], rows.strides[0] // 4, m, k)
+        from_ = grouped(&work, space, &rows[0, 0], rows.strides[0] // 4, NULL, m, k)
+    mk_join(&work, 0)
     cdef Sums sums = sums_of(out, product.panels, m, n, fold)
     product.add(&work, from_, m, sums.to, sums.stride, sums.panel_stride)
     finish(&work, threads)
@@ -355,13 +372,18 @@ cdef size_t grouped_space(long m, long k) noexcept:
     return whole_lines(4 * m * k) if m > 1 else 0
 
 
-cdef const float *grouped(mk_work *work, Space space, const float *x, long stride, long m, long k) noexcept:
-    """Rows of floats in groups, as products take them; one row is in order as it is."""
+cdef const float *grouped(mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m,
+                          long k) noexcept:
+    """Rows `at` of x (NULL: the first m) in groups, as products take them; one row is in order as it is.
+
+    What follows is joined if this was a step.
+    """
     cdef float *rows
     if m <= 1:
-        return x
+        return x + (at[0] * stride if at and m else 0)
     rows = <float *>space.take(4 * m * k)
-    mk_group_rows(work, x, stride, m, k, rows)
+    mk_group_rows(work, x, stride, at, m, k, rows)
+    mk_join(work, 1)
     return rows
 
 

@@ -18,29 +18,31 @@ void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, lo
     ADD(dequantize, n, rows, .type = type, .k = k, .in = canonical, .values = out, .stride = stride);
 }
 
-void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int panels,
-                      uint8_t *out, long out_bytes) {
-    ADD(quantize_rows, m, rows, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .stride = stride,
-        .out_bytes = out_bytes);
+void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
+                      int panels, uint8_t *out, long out_bytes) {
+    ADD(quantize_rows, m, rows, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .at = at,
+        .stride = stride, .out_bytes = out_bytes);
 }
 
 static void group_rows(const void *argument, long begin, long end) { /* moves only: one form serves all paths */
     const mk_rows_job *job = argument;
-    for (long row = begin * MK_GROUP, k = job->k, stride = job->stride; row < end * MK_GROUP; row += MK_GROUP) {
-        const float *x = job->x + row * stride;
+    for (long row = begin * MK_GROUP, k = job->k; row < end * MK_GROUP; row += MK_GROUP) {
+        const long rows = job->n - row < MK_GROUP ? job->n - row : MK_GROUP;
+        const float *x[MK_GROUP];
         float *out = job->values + row * k;
-        if (job->n - row >= MK_GROUP)
+        for (long t = 0; t < rows; t++) x[t] = job->x + (job->at ? job->at[row + t] : row + t) * job->stride;
+        if (rows == MK_GROUP)
             for (long i = 0; i < k; i++)
-                for (int t = 0; t < MK_GROUP; t++) out[i * MK_GROUP + t] = x[t * stride + i];
+                for (int t = 0; t < MK_GROUP; t++) out[i * MK_GROUP + t] = x[t][i];
         else
-            for (long i = 0, rows = job->n - row; i < k; i++)
-                for (long t = 0; t < rows; t++) out[i * rows + t] = x[t * stride + i];
+            for (long i = 0; i < k; i++)
+                for (long t = 0; t < rows; t++) out[i * rows + t] = x[t][i];
     }
 }
 
-void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, float *out) {
+void mk_group_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out) {
     mk_step_of(work, group_rows, mk_blocks(m, MK_GROUP), 1, 0)->rows =
-        (mk_rows_job){.n = m, .k = k, .x = x, .values = out, .stride = stride};
+        (mk_rows_job){.n = m, .k = k, .x = x, .values = out, .at = at, .stride = stride};
 }
 
 long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at) {
@@ -52,9 +54,10 @@ long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int pa
     return begin;
 }
 
-void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
-               const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride) {
-    mk_matmul_job job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
+static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds,
+                             int panels, const void *x, long x_stride, long m, float *out, long out_stride,
+                             long panel_stride) {
+    mk_product job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
                          .bounds = bounds, .at = at, .x = x, .x_stride = x_stride, .out = out,
                          .out_stride = out_stride, .panel_stride = panel_stride};
     job.chunk = CACHE / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
@@ -64,7 +67,27 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const 
     for (int p = 0; p < panels; p++)
         work->weights += chunks * job.tiles * MK_TILE * mk_blocks(bounds[p + 1] - bounds[p], mk_block(type)) *
                          mk_packed_bytes(type);
-    mk_step_of(work, mk_active->matmul, job.tiles * chunks, m == 1 ? MK_MANY_TILES : 1, 0)->matmul = job;
+    return job;
+}
+
+void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
+               const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride) {
+    mk_product job = product_of(work, type, at, n, bounds, panels, x, x_stride, m, out, out_stride, panel_stride);
+    mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), m == 1 ? MK_MANY_TILES : 1, 0)
+        ->matmul = job;
+}
+
+void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, const int32_t *bounds,
+              int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride,
+              const int32_t *rows, const float *weights) {
+    *product = product_of(work, type, at, n, bounds, panels, x, x_stride, m, out, out_stride, panel_stride);
+    product->rows = rows;
+    product->weights = weights;
+}
+
+void mk_mixture(mk_work *work, const mk_product *products, long count) {
+    mk_step_of(work, mk_active->mixture, products->panels * products->tiles, 1, 0)->mixture =
+        (mk_mixture_job){.products = products, .count = count};
 }
 
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride) {
@@ -116,30 +139,4 @@ static void add_rows(const void *argument, long begin, long end) { /* one roundi
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d) {
     mk_step_of(work, add_rows, m, 1, 0)->small = (mk_small_job){.b = rows, .b_stride = rows_stride, .d = d, .out = x,
                                                                 .out_stride = stride};
-}
-
-static void gather(const void *argument, long begin, long end) {
-    const mk_small_job *job = argument;
-    for (long row = begin; row < end; row++)
-        memcpy(job->out + row * job->d, job->a + job->bounds[row] * job->a_stride, (size_t)job->d * sizeof(float));
-}
-
-void mk_gather(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out) {
-    mk_step_of(work, gather, m, 1, 0)->small = (mk_small_job){.a = x, .a_stride = stride, .bounds = at, .d = k, .out = out};
-}
-
-static void mix(const void *argument, long begin, long end) { /* two roundings: one form serves all paths */
-    const mk_small_job *job = argument;
-    for (long item = begin; item < end; item++) {
-        long panel = item / job->m, row = item % job->m;
-        float *to = job->out + panel * job->out_stride + job->bounds[row] * job->d, weight = job->b[row];
-        const float *from = job->a + item * job->d;
-        for (long i = 0; i < job->d; i++) to[i] += weight * from[i];
-    }
-}
-
-void mk_mix(mk_work *work, const float *parts, const float *weights, const int32_t *at, int panels, long m, long d,
-            float *out, long rows) {
-    mk_step_of(work, mix, m * panels, 1, 0)->small = (mk_small_job){
-        .a = parts, .b = weights, .bounds = at, .m = m, .d = d, .out = out, .out_stride = rows * d};
 }

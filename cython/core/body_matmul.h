@@ -180,8 +180,13 @@ static const tile_function ONE_ROW_FUNCTIONS[MK_Q8_0] = {MK_F32_4_1, MK_F16_4_1,
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int r = 0; r < tiles; r++)
-        for (int t = 0; t < rows; t++)
-            vf_row_store(out + (row + t) * job->out_stride, (tile + r) * MK_TILE, job->n, sums[r * rows + t]);
+        for (int t = 0; t < rows; t++) {
+            const long i = (tile + r) * MK_TILE;
+            vf sum = sums[r * rows + t];
+            float *to = out + (job->rows ? job->rows[row + t] : row + t) * job->out_stride;
+            if (job->rows) sum = vf_add(vf_row(to, i, job->n, 0.0f), vf_mul(vf_set1(job->weights[row + t]), sum));
+            vf_row_store(to, i, job->n, sum);
+        }
 }
 
 /* One panel of `tiles` tiles, which lie one after the other, for ROWS[shape] rows of x: sums [tiles][rows]. */
@@ -207,6 +212,10 @@ static void product(const mk_matmul_job *job, int shape, long tile, int tiles, l
     for (int p = 0; p < job->panels; p++) {
         long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], block);
         long stride = count * mk_packed_bytes(job->type) * MK_TILE;
+        if (p < job->skip) {
+            x += count * x_bytes * GROUP(rows);
+            continue;
+        }
         vf *sums = pending[depth++];
         panel(job, shape, job->at[p] + tile * stride, stride, tiles, x, count, sums);
         x += count * x_bytes * GROUP(rows);
@@ -235,5 +244,22 @@ static void matmul(const void *argument, long begin, long end) {
         if (tiles > job->tiles - tile) tiles = job->tiles - tile;
         for (; shape < SHAPES; shape++)
             for (; row + ROWS[shape] <= limit; row += ROWS[shape]) product(job, shape, tile, (int)tiles, row);
+    }
+}
+
+/* A row's experts are added up one after the other: who has a panel's tile has all experts' rows of it. */
+static void mixture(const void *argument, long begin, long end) {
+    const mk_mixture_job *job = argument;
+    for (long item = begin, tiles; item < end; item += tiles) {
+        long panel = item / job->products->tiles, tile = item % job->products->tiles;
+        tiles = job->products->tiles - tile;
+        if (tiles > end - item) tiles = end - item;
+        for (long i = 0; i < job->count; i++) {
+            mk_product product = job->products[i];
+            product.skip = (int)panel;
+            product.panels = (int)panel + 1;
+            for (long row = 0, from = tile; row < product.m; row += product.chunk, from += product.tiles)
+                matmul(&product, from, from + tiles);
+        }
     }
 }

@@ -87,7 +87,7 @@ static void quantize(const void *argument, long begin, long end) {
 static void quantize_rows(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
     for (long row = begin; row < end; row++) {
-        const float *x = job->x + row * job->stride;
+        const float *x = job->x + (job->at ? job->at[row] : row) * job->stride;
         long first = row / MK_GROUP * MK_GROUP, rows = job->n - first < MK_GROUP ? job->n - first : MK_GROUP;
         mk_activation *out = (mk_activation *)(job->out + first * job->out_bytes) + (row - first);
         for (int p = 0; p < job->panels; p++)

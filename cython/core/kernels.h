@@ -56,7 +56,10 @@ int mk_set_path(const char *name);   /* 0, or -1: not on this machine */
 /* Work: begin, add at most MK_STEPS steps, run; after a run it is empty and may be filled again. */
 enum { MK_STEPS = 48, MK_MOST_PRODUCTS = 32 /* of one activation */ };
 typedef struct mk_work mk_work;
+typedef struct mk_step mk_step;
+typedef struct mk_product mk_product;
 void mk_begin(mk_work *work);
+void mk_begin_in(mk_work *work, mk_step *steps, long most); /* with room of the caller's own, until the run */
 void mk_join(mk_work *work, int on); /* whether a step may run beside the one before it */
 int mk_run(mk_work *work, int threads); /* 0, or -1: no memory, and nothing was done */
 int mk_regions(void); /* runs since the start of the process, by any thread */
@@ -69,9 +72,10 @@ void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long
              int32_t *bounds, int panels, uint8_t *out, long first, long whole);
 void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out);
 void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
-void mk_quantize_rows(mk_work *work, const float *x, long stride, long m, const int32_t *bounds, int panels,
-                      uint8_t *out, long out_bytes);
-void mk_group_rows(mk_work *work, const float *x, long stride, long m, long k, float *out); /* contiguous groups */
+/* at: the m rows of x that are taken, or NULL: the first m */
+void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
+                      int panels, uint8_t *out, long out_bytes);
+void mk_group_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out);
 /* Where the panels of a packed matrix begin; returns its bytes. */
 long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at);
 /* at: where each panel begins; x: activations for quantised types, else f32; grouped, x_stride bytes a row.
@@ -80,11 +84,12 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const 
                const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
 /* x += rows, which with rows_stride 0 are all the same one */
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d);
-/* out[i] = x[at[i]], of k values */
-void mk_gather(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out);
-/* panels [P, rows, d]: panel p's row at[i] += weights[i] * panel p's row i of parts [P, m, d] */
-void mk_mix(mk_work *work, const float *parts, const float *weights, const int32_t *at, int panels, long m, long d,
-            float *out, long rows);
+/* A product of a mixture: row rows[i] of out += weights[i] * what mk_matmul would write to row i.  The products of a
+ * step have as many rows of W each, and add up one after the other. */
+void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, const int32_t *bounds,
+              int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride,
+              const int32_t *rows, const float *weights);
+void mk_mixture(mk_work *work, const mk_product *products, long count);
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
 void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
                  long out_stride);

@@ -24,12 +24,12 @@ typedef struct {
     const float *x;
     uint8_t *out;
     float *values;
-    const int32_t *bounds;
+    const int32_t *bounds, *at; /* at: which rows of x, or NULL */
     long stride, out_bytes;
 } mk_rows_job; /* quantize, dequantize, quantize_rows: items are rows */
 
-typedef struct {
-    int type, panels;
+struct mk_product {
+    int type, skip, panels; /* of the panels the first `skip` are passed over */
     long tiles, n, m, chunk; /* items are (chunk of rows of x, tile of W) */
     const int32_t *bounds;
     const uint8_t *const *at; /* the panels of W */
@@ -37,7 +37,15 @@ typedef struct {
     long x_stride; /* bytes */
     float *out;
     long out_stride, panel_stride;
-} mk_matmul_job;
+    const int32_t *rows;  /* NULL, or row i is added to this row of out, */
+    const float *weights; /* so many times */
+};
+typedef mk_product mk_matmul_job;
+
+typedef struct {
+    const mk_product *products; /* with as many panels and rows of W each; items are (panel, tile) */
+    long count;
+} mk_mixture_job;
 
 typedef struct {
     const float *a, *b, *c;
@@ -78,35 +86,39 @@ typedef union {
     mk_pack_job pack;
     mk_rows_job rows;
     mk_matmul_job matmul;
+    mk_mixture_job mixture;
     mk_small_job small;
     mk_attention_job attention;
     mk_store_job store;
 } mk_job;
 
-typedef struct {
+struct mk_step {
     mk_range range;
     mk_job job;
     long items, grain, parts; /* `grain` items are never parted */
     int uneven;               /* items differ much in cost: each is a part */
-    int joined;               /* needs nothing of the step before it */
+    int joined;               /* needs nothing of the step before it: is of the same set */
+    long before;              /* parts of its set before its own */
+    long set, all;            /* of a set's first step: how many steps there are in it, and parts; */
     atomic_long next;         /* the part to be taken next */
-} mk_step;
+};
 
-/* What one call does: steps, each split over the threads, all of one done before the next begins. */
+/* What one call does: sets of steps, split over the threads, all of one done before the next begins. */
 struct mk_work {
-    int count, joining, failed;
+    long count, most;
+    int joining, failed;
     long weights;           /* bytes that products read */
     mk_query_group *groups; /* attention's; freed after the run */
-    mk_step steps[MK_STEPS];
+    mk_step *steps, own[MK_STEPS];
     int helpers;            /* threads besides the caller's */
-    atomic_int first, last; /* the steps whose parts may be taken now */
-    atomic_long done;       /* parts of them that are done */
+    atomic_long now;        /* the first step of the set whose parts may be taken, or -1 */
+    atomic_long done;       /* parts of it that are done */
 };
 
 typedef struct {
     const char *name;
-    mk_range quantize, dequantize, quantize_rows, matmul, fold, rms_norm, rope, silu_mul, softmax, top_k, lse_parts,
-        attention;
+    mk_range quantize, dequantize, quantize_rows, matmul, mixture, fold, rms_norm, rope, silu_mul, softmax, top_k,
+        lse_parts, attention;
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
 } mk_path;

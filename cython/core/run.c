@@ -18,6 +18,12 @@ int mk_regions(void) { return atomic_load(&regions); }
 long mk_weights_read(void) { return atomic_load(&weights_read); }
 
 void mk_begin(mk_work *work) {
+    mk_begin_in(work, work->own, MK_STEPS);
+}
+
+void mk_begin_in(mk_work *work, mk_step *steps, long most) {
+    work->steps = steps;
+    work->most = most;
     work->count = work->joining = work->failed = 0;
     work->weights = 0;
     work->groups = NULL;
@@ -26,7 +32,7 @@ void mk_begin(mk_work *work) {
 void mk_join(mk_work *work, int on) { work->joining = on; }
 
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven) {
-    assert(work->count < MK_STEPS);
+    assert(work->count < work->most);
     mk_step *step = &work->steps[work->count++];
     step->range = range;
     step->items = items;
@@ -44,16 +50,20 @@ static void do_part(mk_step *step, long part) {
 
 /* Do one part of what may be done now; 0 if all are taken. */
 static int take_part(mk_work *work) {
-    for (int i = atomic_load(&work->first), last = atomic_load(&work->last); i < last; i++) {
-        mk_step *step = &work->steps[i];
-        if (atomic_load(&step->next) >= step->parts) continue;
-        long part = atomic_fetch_add(&step->next, 1);
-        if (part >= step->parts) continue;
-        do_part(step, part);
-        atomic_fetch_add(&work->done, 1);
-        return 1;
+    long now = atomic_load(&work->now), low = 0;
+    if (now < 0) return 0;
+    mk_step *set = &work->steps[now];
+    if (atomic_load(&set->next) >= set->all) return 0;
+    long part = atomic_fetch_add(&set->next, 1);
+    if (part >= set->all) return 0;
+    for (long high = set->set; high - low > 1;) { /* the last step that begins with this part or before it */
+        long middle = (low + high) / 2;
+        if (set[middle].before <= part) low = middle;
+        else high = middle;
     }
-    return 0;
+    do_part(&set[low], part - set[low].before);
+    atomic_fetch_add(&work->done, 1);
+    return 1;
 }
 
 #ifndef _WIN32
@@ -170,13 +180,10 @@ static void run_alone(mk_work *work) {
 }
 
 static void run_together(mk_work *work) {
-    for (int first = 0, last; first < work->count; first = last) {
-        long parts = 0;
-        for (last = first; last < work->count && (last == first || work->steps[last].joined); last++)
-            parts += work->steps[last].parts;
+    for (long now = 0; now < work->count; now += work->steps[now].set) {
+        const long parts = work->steps[now].all;
         atomic_store(&work->done, 0);
-        atomic_store(&work->first, first);
-        atomic_store(&work->last, last);
+        atomic_store(&work->now, now);
         if (parts > 1) announce();
         while (take_part(work)) {}
         wait_for(work, parts);
@@ -186,13 +193,19 @@ static void run_together(mk_work *work) {
 /* Cut the steps into parts; nothing may be taken yet. */
 static void prepare(mk_work *work, int threads) {
     work->helpers = threads - 1;
-    atomic_store(&work->first, 0);
-    atomic_store(&work->last, 0);
-    for (mk_step *step = work->steps; step < work->steps + work->count; step++) {
+    atomic_store(&work->now, -1);
+    for (mk_step *step = work->steps, *set = step; step < work->steps + work->count; step++) {
         long most = step->uneven ? step->items : PARTS * (long)threads;
         step->parts = step->items > 0 ? mk_blocks(step->items, (int)step->grain) : 0;
         if (step->parts > most) step->parts = most;
-        atomic_store(&step->next, 0);
+        if (!step->joined || step == work->steps) {
+            set = step;
+            set->set = set->all = 0;
+            atomic_store(&set->next, 0);
+        }
+        step->before = set->all;
+        set->set++;
+        set->all += step->parts;
     }
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 from mpillm.errors import JobError
 
 from . import halves, reference
-from .halves import AttentionHalf, Expert, FeedForwardHalf, Layers, Products
+from .halves import AttentionHalf, Expert, FeedForwardHalf, Layers, Mixture, Products
 from .reference import (
     activation_nbytes,
     attention,
@@ -38,14 +38,14 @@ from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, Blo
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "Expert",
-    "FeedForwardHalf", "Layers", "Products", "activation_nbytes", "attention", "available", "compute",
+    "FeedForwardHalf", "Layers", "Mixture", "Products", "activation_nbytes", "attention", "available", "compute",
     "dequantize", "fold", "kv_pools", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path",
     "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
 ]  # fmt: skip
 
 PATHS = ("scalar", "avx", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon", "neondot", "numpy")
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
-HALVES = ("AttentionHalf", "Expert", "FeedForwardHalf", "Layers", "Products")
+HALVES = ("AttentionHalf", "Expert", "FeedForwardHalf", "Layers", "Mixture", "Products")
 
 _compiled: Any = None
 try:
@@ -55,7 +55,7 @@ except ImportError as error:
 
 
 def compute(
-    work: Products | AttentionHalf | FeedForwardHalf | Expert | Layers, *arguments: Any, **options: Any
+    work: Products | AttentionHalf | FeedForwardHalf | Mixture | Layers, *arguments: Any, **options: Any
 ) -> None:
     """Call what was prepared: like the single kernels it passes through this package, where it can be timed."""
     work(*arguments, **options)

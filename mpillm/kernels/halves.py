@@ -140,21 +140,32 @@ class FeedForwardHalf(_Half):
         self._multiply(gate, self._down, out, threads, fold)
 
 
-class Expert(_Half):
-    """Add to column panels [P, m, d], rows `at`, `weights` times what an expert makes of these rows of h [m, k].
-
-    Panels are not folded, for that comes after the last expert: sums are then the same over any number of shards.
-    """
+class Expert:
+    """The matrices of a `Mixture`'s expert."""
 
     def __init__(self, gate: Packed, up: Packed, down: Packed) -> None:
-        self._gate, self._up, self._down = gate, up, down
+        self.matrices = gate, up, down
 
-    def __call__(self, h: F32, at: I32, weights: F32, panels: F32, threads: int = 1) -> None:
-        half = FeedForwardHalf(None, 0.0, self._gate, self._up, self._down)
-        half.ops = self.ops
-        sums = np.empty((len(panels), len(at), panels.shape[2]), np.float32)
-        half(np.ascontiguousarray(h[at]), sums, threads, fold=False)
-        panels[:, at] += weights[:, None] * sums
+
+class Mixture(_Half):
+    """Add to column panels [P, m, d] what experts make of rows of h [m, k], C-contiguous, times weights.
+
+    Rows `at[starts[i]:starts[i + 1]]`, at least one, go to expert i, with these of the weights; experts are added up in
+    their order. Panels are not folded, for that comes after the last expert: sums are then the same over any number of
+    shards.
+    """
+
+    def __init__(self, experts: Sequence[Expert]) -> None:
+        self._experts = experts
+
+    def __call__(self, h: F32, at: I32, starts: I32, weights: F32, panels: F32, threads: int = 1) -> None:
+        for expert, begin, end in zip(self._experts, starts[:-1], starts[1:], strict=True):
+            half = FeedForwardHalf(None, 0.0, *expert.matrices)
+            half.ops = self.ops
+            rows = at[begin:end]
+            sums = np.empty((len(panels), len(rows), panels.shape[2]), np.float32)
+            half(np.ascontiguousarray(h[rows]), sums, threads, fold=False)
+            panels[:, rows] += weights[begin:end, None] * sums
 
 
 class Layers:

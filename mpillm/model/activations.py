@@ -12,7 +12,8 @@ def row_nbytes(shape: Shape, place: Place) -> int:
     """Bytes of activations for each row of a step, at most.
 
     Float32: the hidden state, what a half layer makes of it and its norm; then either queries, keys, values and
-    attention's output, or gate and up of the feed-forward part, with experts also the sums of all column panels.
+    attention's output, or gate and up of the feed-forward part, with experts also the sums of all column panels, and as
+    much again for a row's copies for each of its experts (which are some megabytes at most: see `kernels.Mixture`).
     Shards decode all parts of a sum beside each other. What matrices are multiplied with is copied as int8.
     """
     d, shards = shape.hidden, place.shards

@@ -6,7 +6,7 @@ step, of any sequences), d = hidden size, h = this shard's query heads, hd = hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -83,14 +83,16 @@ class Decoder:
         self._items = {(item.layer, item.part): number for number, item in enumerate(self._cache.items)}
         self._whole_bytes = sum(item.nbytes for item in self._cache.items if item.part == ATTENTION)
         experts = self._experts.items if self._experts else ()
+        panels = grid.ffn_panels(shape, config.moe_intermediate) if config.n_experts else ()
+        self._expert_panels = (len(panels) - 1) // place.shards
         self._first_expert = {item.layer: number for number, item in enumerate(experts) if not item.expert}
         heads, kv_heads = grid.own_heads(shape, place), grid.own_kv_heads(shape, place)
         share = config.n_heads // config.n_kv_heads
         self._kv_heads = len(kv_heads)
         self._kv_of_head = np.array([head // share - kv_heads.start for head in heads], np.int32)
         self.vocab = grid.own_vocab(shape, place)
-        panels = [bound for bound in grid.vocab_panels(shape) if self.vocab.start <= bound <= self.vocab.stop]
-        self.vocab_bounds = np.array(panels, np.int32) - self.vocab.start
+        vocab = [bound for bound in grid.vocab_panels(shape) if self.vocab.start <= bound <= self.vocab.stop]
+        self.vocab_bounds = np.array(vocab, np.int32) - self.vocab.start
 
     @property
     def is_first(self) -> bool:
@@ -284,28 +286,22 @@ class Decoder:
         Experts are added up in the order of their numbers within each column panel, and only then are panels
         folded: the sums are the same however many shards the panels are spread over.
         """
-        m, d = h.shape
-        panels: Floats | None = None
-        for expert, layer in self._chosen(number, ids):
-            at, slot = np.nonzero(ids == expert)
-            work, count = layer.keep(_expert)
-            if panels is None:
-                panels = np.zeros((count, m, d), np.float32)
-            kernels.compute(work, h, at.astype(np.int32), weights[at, slot], panels, self._threads)
-        assert panels is not None
-        out = np.empty((m, d), np.float32)
+        assert self._experts is not None
+        order = ids.argsort(axis=None, kind="stable")  # all choices, by their expert and then by their row
+        chosen, starts = np.unique(ids.ravel()[order], return_index=True)
+        starts = np.append(starts, len(order)).astype(np.int32)
+        at, weights = (order // ids.shape[1]).astype(np.int32), weights.ravel()[order]
+        panels, done = np.zeros((self._expert_panels, *h.shape), np.float32), 0
+        for layers in self._experts.in_turn((self._first_expert[number] + chosen).tolist()):
+            work = kernels.Mixture([layer.keep(_expert) for layer in layers])
+            own = starts[done : done + len(layers) + 1]
+            rows = slice(own[0], own[-1])
+            kernels.compute(work, h, at[rows], own - own[0], weights[rows], panels, self._threads)
+            done += len(layers)
+        out = np.empty(h.shape, np.float32)
         kernels.fold(panels, out, self._threads)
         return out
 
-    def _chosen(self, number: int, ids: Ints) -> Iterator[tuple[int, Layer]]:
-        """The experts that some row was sent to, in the order of their numbers, each in memory until the next."""
-        assert self._experts is not None
-        chosen = np.unique(ids).tolist()
-        first = self._first_expert[number]
-        yield from zip(chosen, self._experts.in_turn([first + expert for expert in chosen]), strict=True)
 
-
-def _expert(layer: Layer) -> tuple[kernels.Expert, int]:
-    """An expert's products, and the number of column panels that it sums by."""
-    gate, up, down = (layer.matrix(role) for role in ("gate", "up", "down"))
-    return kernels.Expert(gate, up, down), len(down.bounds) - 1
+def _expert(layer: Layer) -> kernels.Expert:
+    return kernels.Expert(*(layer.matrix(role) for role in ("gate", "up", "down")))

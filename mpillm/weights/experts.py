@@ -65,10 +65,13 @@ class ExpertCache(Pager[T]):
         """Bytes that a step loads anew if its tokens choose every expert."""
         return max(self.total - self.budget, 0)
 
-    def in_turn(self, items: Sequence[int]) -> Iterator[T]:
-        """Items of one layer, each ready and kept in memory until the next one is asked for. Run it to its end."""
+    def in_turn(self, items: Sequence[int]) -> Iterator[list[T]]:
+        """Items of one layer in their order, those together that are there, and in memory until the next are asked for.
+
+        Run it to its end.
+        """
         if self.stays and self.counters.loads == len(self.items) and not self._closed:
-            yield from self._at_rest(items)
+            yield self._at_rest(items)
             return
         with self._changed:
             self._check()
@@ -76,13 +79,12 @@ class ExpertCache(Pager[T]):
             self._turn = list(items)
             self._changed.notify_all()
         try:
-            for item in items:
-                slot = self._acquire(item)
+            while self._turn:
+                held = self._acquire()
                 try:
-                    assert slot.layer is not None
-                    yield slot.layer
+                    yield [layer for slot in held.values() if (layer := slot.layer) is not None]
                 finally:
-                    self._release(item, slot)
+                    self._release(held)
         finally:
             with self._changed:
                 self._turn = []
@@ -99,34 +101,48 @@ class ExpertCache(Pager[T]):
         self._now = layer
         self._used[list(items)] = True
 
-    def _at_rest(self, items: Sequence[int]) -> Iterator[T]:
+    def _at_rest(self, items: Sequence[int]) -> list[T]:
         """Everything is there and stays: nobody else looks at the slots, so no lock is needed."""
+        found = []
         for item in items:
             slot = self._slots[item]
             self._count(item, slot)
             slot.used = True
             assert slot.layer is not None
-            yield slot.layer
+            found.append(slot.layer)
+        return found
 
-    def _acquire(self, item: int) -> Slot[T]:
-        with self._changed:
-            slot = self._slots.get(item)
-            self._count(item, slot)
-            if slot is None or slot.layer is None:
-                self._stall(item)
-                self._check()
-                slot = self._slots[item]
-            slot.used = True
-            slot.users += 1
-            self._idle[item] = False
-            self._turn = self._turn[1:]
-            return slot
+    def _acquire(self) -> dict[int, Slot[T]]:
+        """Wait for the first item of the turn, and take those behind it that are there too.
 
-    def _release(self, item: int, slot: Slot[T]) -> None:
+        They take half of the budget at most, so that others find room meanwhile.
+        """
         with self._changed:
-            slot.users -= 1
-            if item in self._slots:  # else the cache was closed meanwhile
-                self._idle[item] = True
+            held: dict[int, Slot[T]] = {}
+            room = self.budget // 2
+            for item in self._turn:
+                slot = self._slots.get(item)
+                there = slot is not None and slot.layer is not None
+                room -= self.items[item].nbytes
+                if held and (not there or room < 0):
+                    break
+                self._count(item, slot)
+                if not there:
+                    self._stall(item)
+                    self._check()
+                slot = held[item] = self._slots[item]
+                slot.used = True
+                slot.users += 1
+                self._idle[item] = False
+            self._turn = self._turn[len(held) :]
+            return held
+
+    def _release(self, held: dict[int, Slot[T]]) -> None:
+        with self._changed:
+            for item, slot in held.items():
+                slot.users -= 1
+                if item in self._slots:  # else the cache was closed meanwhile
+                    self._idle[item] = True
             if not self.stays:
                 self._changed.notify_all()
 

@@ -57,13 +57,13 @@ static void product(void) {
     mk_pack(&work, type, type, arrays[0], mk_blocks(k, block) * mk_block_bytes(type), n, 0, bounds, panels, packed, 0, n);
     if (block > 1) {
         uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
-        mk_quantize_rows(&work, x, k, m, bounds, panels, rows, units * MK_ACTIVATION);
+        mk_quantize_rows(&work, x, k, NULL, m, bounds, panels, rows, units * MK_ACTIVATION);
         mk_matmul(&work, type, at, n, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
         give(rows, (size_t)(m * units * MK_ACTIVATION));
     } else {
         float *rows = make((size_t)(m * k) * 4, 0);
-        mk_group_rows(&work, x, k, m, k, rows);
+        mk_group_rows(&work, x, k, NULL, m, k, rows);
         mk_matmul(&work, type, at, n, bounds, panels, rows, 4 * k, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
         free(rows);

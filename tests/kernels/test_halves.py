@@ -136,22 +136,85 @@ def test_one_piece_of_work_gives_the_single_kernels_bits(path: str, results: Any
 
 
 @pytest.mark.parametrize("path", COMPILED)
-def test_an_expert_adds_to_the_rows_that_chose_it_in_one_piece_of_work(path: str) -> None:
+@pytest.mark.parametrize("rows", [[1], [1, 1, 1], [1, 8, 2, 1], [2, 1, 7, 40, 5]])
+def test_a_mixture_adds_up_its_experts_in_one_piece_of_work(path: str, rows: list[int]) -> None:
     kernels.set_path(path)
-    d = HIDDEN[0]
-    for seed, rows in enumerate(([4], [0, 2, 6], list(range(7)))):
+    for seed, cut in enumerate((False, True, True, False)):
         rng = np.random.default_rng(seed)
-        gate, up = (matrix(rng, BlockType.Q4_0, FFN, d) for _ in range(2))
-        down = matrix(rng, BlockType.Q8_0, d, FFN, 4)
-        h, at = rng.standard_normal((7, d)).astype(np.float32), np.array(rows, np.int32)
-        weights = rng.random(len(at)).astype(np.float32)
-        want = rng.standard_normal((4, 7, d)).astype(np.float32)
-        got = want.copy()
-        unfused(halves.Expert)(gate, up, down)(h, at, weights, want)
-        before = kernels._compiled.regions()
-        kernels.Expert(gate, up, down)(h, at, weights, got, 2)
-        assert kernels._compiled.regions() - before == 1
-        assert cases.same(got, want)
+        d, m = HIDDEN[seed % 2], max(rows)
+        kinds = [fitting(d, 3 * seed + i + len(rows)) for i in range(3)]
+        experts = [
+            [
+                matrix(rng, kinds[0], FFN, d, cut="rows" if cut else ""),
+                matrix(rng, kinds[1], FFN, d, cut="rows" if cut else ""),
+                matrix(rng, fitting(FFN, seed + len(rows)), d, FFN, 4, cut="columns" if cut else ""),
+            ]
+            for _ in rows
+        ]
+        at = np.concatenate([np.sort(rng.permutation(m)[:count]) for count in rows]).astype(np.int32)
+        starts = np.cumsum([0, *rows], dtype=np.int32)
+        h, weights = rng.standard_normal((m, d)).astype(np.float32), rng.random(len(at)).astype(np.float32)
+        want = rng.standard_normal((4, m, d)).astype(np.float32)
+        got = [want.copy() for _ in range(3)]
+        with np.errstate(over="ignore", invalid="ignore"):  # some scales are as large as floats are
+            unfused(halves.Mixture)([halves.Expert(*parts) for parts in experts])(
+                h, at, starts, weights, want
+            )
+        work = kernels.Mixture([kernels.Expert(*parts) for parts in experts])
+        for threads, panels in enumerate(got, 1):
+            before = kernels._compiled.regions()
+            work(h, at, starts, weights, panels, threads)
+            assert kernels._compiled.regions() - before == 1
+            assert cases.same(panels, want), (seed, cut, threads)
+
+
+def test_a_mixture_of_very_many_rows_takes_some_experts_at_a_time() -> None:
+    """Activations of all would take much room; the sums are the same."""
+    rng, m, d = np.random.default_rng(1), 300, HIDDEN[0]
+    experts = [
+        [
+            *(matrix(rng, BlockType.Q4_0, FFN, d) for _ in range(2)),
+            matrix(rng, BlockType.Q8_0, d, FFN, 2),
+        ]
+        for _ in range(3)
+    ]
+    at, starts = np.tile(np.arange(m, dtype=np.int32), 3), np.arange(4, dtype=np.int32) * m
+    h, weights = rng.standard_normal((m, d)).astype(np.float32), rng.random(3 * m).astype(np.float32)
+    want = np.zeros((2, m, d), np.float32)
+    got = want.copy()
+    unfused(halves.Mixture)([halves.Expert(*parts) for parts in experts])(h, at, starts, weights, want)
+    before = kernels._compiled.regions()
+    kernels.Mixture([kernels.Expert(*parts) for parts in experts])(h, at, starts, weights, got, 2)
+    assert 1 < kernels._compiled.regions() - before <= len(experts)
+    assert cases.same(got, want)
+
+
+def test_what_is_no_mixture_is_refused() -> None:
+    rng, d = np.random.default_rng(2), 64
+    one, other = (
+        kernels.Expert(
+            *(matrix(rng, BlockType.Q8_0, width, d) for _ in range(2)), matrix(rng, BlockType.Q8_0, d, width)
+        )
+        for width in (32, 64)
+    )
+    gate = matrix(rng, BlockType.Q8_0, 32, d)
+    with pytest.raises(ValueError, match="but not in rows"):
+        kernels.Expert(gate, gate, matrix(rng, BlockType.Q8_0, d, 32, cut="rows"))
+    with pytest.raises(ValueError, match="experts of one mixture are alike"):
+        kernels.Mixture([one, other])
+    mixture, h = kernels.Mixture([one, one]), np.zeros((3, d), np.float32)
+    at, weights, panels = (
+        np.array([0, 2, 1], np.int32),
+        np.ones(3, np.float32),
+        np.zeros((1, 3, d), np.float32),
+    )
+    for starts in ([0, 0, 3], [0, 2, 4], [1, 2, 3], [0, 3, 2]):
+        with pytest.raises(ValueError, match="starts must rise from 0 to 3"):
+            mixture(h, at, np.array(starts, np.int32), weights, panels)
+    with pytest.raises(ValueError, match=r"at must be within 0\.\.2"):
+        mixture(h, at + 1, np.array([0, 1, 3], np.int32), weights, panels)
+    with pytest.raises(ValueError, match="panels must have shape"):
+        mixture(h, at, np.array([0, 1, 3], np.int32), weights, panels[:, :2])
 
 
 def test_layers_are_their_halves_in_turn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mpillm.comm.grid import Place
 from mpillm.engine.sequence import Request
 from mpillm.job.bench import synthetic
 from mpillm.model.config import ModelConfig
+from mpillm.weights.experts import ExpertCache
 from mpillm.weights.layer import rank_plans
 from mpillm.weights.source import column_unit, open_source
 
@@ -87,23 +89,24 @@ def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
     assert regions == regions_of_eight <= MORE * (2 * layers + 5)
 
 
-def test_an_expert_is_computed_once_a_step_for_all_the_rows_that_chose_it(
+def test_a_layers_experts_are_one_piece_of_work_for_any_number_of_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shape = config("qwen3_moe")
-    for sequences in (1, 8):
-        work, _ = steps(monkeypatch, "qwen3_moe", sequences)
-        # What lies between two attentions is the router, and then the experts of one layer.
-        chosen: list[list[int]] = [[]]
-        for one in work:
-            if isinstance(one, kernels.AttentionHalf):
-                chosen.append([])
-            elif isinstance(one, kernels.Expert):
-                chosen[-1].append(id(one))
-        assert all(len(set(experts)) == len(experts) for experts in chosen)
-        most = min(shape.n_experts, sequences * shape.experts_per_token)
-        assert max(map(len, chosen)) <= most
-        assert sum(map(len, chosen)) <= MORE * sum(most if mixture else 1 for mixture in shape.moe_layers)
+    mixtures = sum(config("qwen3_moe").moe_layers)
+    in_turn = ExpertCache.in_turn
+
+    def when_all_are_there(cache: ExpertCache[Any], items: Sequence[int]) -> Iterator[list[Any]]:
+        with cache._changed:
+            cache._changed.wait_for(lambda: cache.counters.loads == len(cache.items))
+        return in_turn(cache, items)
+
+    monkeypatch.setattr(ExpertCache, "in_turn", when_all_are_there)
+    one, regions = steps(monkeypatch, "qwen3_moe", 1)
+    eight, regions_of_eight = steps(monkeypatch, "qwen3_moe", 8)
+    kinds = Counter(type(work).__name__ for work in one)
+    assert Counter(type(work).__name__ for work in eight) == kinds
+    assert kinds["Mixture"] == MORE * mixtures
+    assert regions == regions_of_eight
 
 
 @pytest.mark.skipif(kernels._compiled is None, reason="only the compiled kernels count what they read")

@@ -30,7 +30,8 @@ def run(cache: ExpertCache[Item], steps: Iterable[Iterable[list[int]]]) -> None:
     """Steps of layers of chosen items."""
     for step in steps:
         for chosen in step:
-            for item, held in zip(chosen, cache.in_turn(chosen), strict=True):
+            ready = (held for some in cache.in_turn(chosen) for held in some)
+            for item, held in zip(chosen, ready, strict=True):
                 assert (held.data == (item + 1) % 256).all()
                 assert len(held.data) == cache.items[item].nbytes
 
@@ -64,6 +65,22 @@ def test_where_all_are_used_a_fixed_part_stays(loader: Loader, budget: int) -> N
     stays = budget // 100
     assert stays - 3 <= hits <= stays
     assert cache.counters.peak <= budget
+
+
+@pytest.mark.parametrize(("budget", "most"), [(200, 1), (400, 2), (700, 3), (800, 8)])
+def test_what_is_there_comes_together(loader: Loader, budget: int, most: int) -> None:
+    """All of a layer's items at once where they stay, else as many as leave half of the room to those that follow."""
+    cache = ExpertCache(experts(1, 8), loader, budget, 0.5)
+    run(cache, [[list(range(8))]] * 3)
+    sizes = []
+    for some in cache.in_turn(range(8)):
+        with cache._changed:  # the loaders fetch whatever finds room meanwhile
+            cache._changed.wait_for(lambda: cache._choose() is None, timeout=0.1)
+        sizes.append(len(some))
+    cache.close()
+    assert sum(sizes) == 8
+    assert max(sizes) <= most
+    assert budget < 800 or sizes == [8]
 
 
 def test_the_most_used_stay(loader: Loader) -> None:
