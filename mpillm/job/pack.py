@@ -191,8 +191,7 @@ def _write(writer: Writer, missing: list[FilePlan], needed: int, target: Path) -
             f"{target} needs {shown_bytes(needed + SPARE)} more, but its disk has {shown_bytes(free)} free; make space."
         )
     try:
-        for plan in missing:
-            writer.write(plan)
+        writer.write(missing)
     finally:
         writer.close()
 

@@ -32,6 +32,7 @@ POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, since Linux 5.14
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def network_kind(path: Path) -> str | None:
@@ -57,6 +58,11 @@ def madvise(address: int, nbytes: int, advice: int) -> None:
     if _libc.madvise(address, nbytes, advice):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def same_bytes(one: int, other: int, nbytes: int) -> bool:
+    """Whether the bytes from two addresses on are alike; other threads run meanwhile."""
+    return bool(_libc.memcmp(one, other, nbytes) == 0)
 
 
 def can_populate() -> bool:

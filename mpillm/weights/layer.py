@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -310,11 +310,12 @@ def fill(
 ) -> None:
     """Read rows of tensors and make them kernel-ready, each in one or several places.
 
-    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. The
+    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. Groups
+    that follow one another in the file are read together, up to `chunk` bytes. The
     pool's threads take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all
     the time.
     """
-    work = [task for group in groups for task in _tasks(group, source, chunk)]
+    work = list(_tasks(groups, source, chunk))
     if pool is None or len(work) == 1:
         for task in work:
             task()
@@ -325,20 +326,48 @@ def fill(
         done.result()
 
 
+class _Portion(NamedTuple):
+    """Rows and columns of a matrix, of which the first row is number `first` of the entries'."""
+
+    entries: Sequence[tuple[Entry, Bytes]]
+    first: int
+    rows: range
+    cols: range
+
+    @property
+    def key(self) -> Key:
+        return self.entries[0][0].key
+
+
 def _tasks(
-    entries: Sequence[tuple[Entry, Bytes]], source: TensorSource, chunk: int
+    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, chunk: int
 ) -> Iterator[Callable[[], None]]:
-    """What there is to do for a group's entries, chunk by chunk."""
-    key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type
-    if not entries[0][0].bounds:
-        yield partial(_fill_vector, entries, source)
-        return
-    cols = range(min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries))
-    row = max(type.row_bytes(len(cols)), source.stored_row_bytes(key))
-    unit = math.lcm(TILE_ROWS, source.head_rows(key) or 1)
-    step = max(chunk // (row * unit), 1) * unit
-    for first in range(0, len(rows), step):
-        yield partial(_fill_rows, entries, source, key, first, rows[first : first + step], cols)
+    """What there is to do, one request of the file after the other."""
+    together: list[_Portion] = []
+    for entries in groups:
+        key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type
+        if not entries[0][0].bounds:
+            yield partial(_fill_vector, entries, source)
+            continue
+        cols = range(
+            min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries)
+        )
+        head = source.head_rows(key) or 1
+        unit = math.lcm(TILE_ROWS, head)
+        most = max(chunk // (max(type.row_bytes(len(cols)), source.stored_row_bytes(key)) * unit), 1) * unit
+        first = 0
+        while first < len(rows):
+            room = most - sum(len(portion.rows) for portion in together)
+            last = together[-1] if together else None
+            goes_on = last and (last.key, last.cols, last.rows.stop) == (key, cols, rows[first])
+            if not goes_on or room < unit or rows[first] % head:
+                if together:
+                    yield partial(_fill_rows, together, source)
+                together, room = [], most
+            together.append(_Portion(entries, first, rows[first : first + room // unit * unit], cols))
+            first += len(together[-1].rows)
+    if together:
+        yield partial(_fill_rows, together, source)
 
 
 def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -> None:
@@ -347,20 +376,20 @@ def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -
         out.view(np.float32)[:] = values
 
 
-def _fill_rows(
-    entries: Sequence[tuple[Entry, Bytes]],
-    source: TensorSource,
-    key: Key,
-    first: int,
-    rows: range,
-    cols: range,
-) -> None:
-    """Rows of a matrix, of which the first is number `first` of the entries'."""
+def _fill_rows(portions: Sequence[_Portion], source: TensorSource) -> None:
+    """Rows of a matrix that follow one another."""
+    key, cols, begin = portions[0].key, portions[0].cols, portions[0].rows.start
+    rows = range(begin, portions[-1].rows.stop)
     stored, chunk, head = source.rows_to_pack(key, rows, cols)
-    for entry, out in entries:
-        begin = (entry.cols.start - cols.start) // stored.block * stored.block_bytes
-        part = chunk[:, begin : begin + stored.row_bytes(entry.k)]
-        kernels.pack(entry.type, part, entry.k, entry.bounds, out, 1, stored, first, entry.n, head)
+    for portion in portions:
+        own = chunk[portion.rows.start - begin : portion.rows.stop - begin]
+        for entry, out in portion.entries:
+            at = (entry.cols.start - cols.start) // stored.block * stored.block_bytes
+            part = own[:, at : at + stored.row_bytes(entry.k)]
+            kernels.pack(
+                entry.type, part, entry.k, entry.bounds, out, 1, stored, portion.first, entry.n, head
+            )
+        del own, part
     del chunk
     source.release(key, rows)
 

@@ -19,6 +19,7 @@ from .mapped import MappedFile
 from .packed_layout import PAGE
 from .packed_source import PackedFile, PackedSource
 from .reading import (
+    PORTION,
     REQUEST_BYTES,
     REQUESTS,
     changed,
@@ -89,7 +90,7 @@ class Unpacked(Heap[Layer]):
             # What stays is awaited by the first step, which has nothing else to do.
             workers = parallel = max(threads // 2, 1) if streamed else threads
         self._source = source
-        self._chunk = min(UNDER_WAY // workers, REQUEST_BYTES)
+        self._chunk = min(UNDER_WAY // workers, PORTION)
         self._small = 0 if past_cache else 4 * self._chunk
         self._pool = ThreadPoolExecutor(workers, "weights-made")
         super().__init__(self._make, parallel)

@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from .packed_layout import (
     panel_name,
     panels_of,
 )
-from .reading import REQUESTS, new_buffer
+from .reading import PORTION, REQUESTS, new_buffer
 from .safetensors import read_metadata
 from .tensors import TensorSource
 from .verified import VerifiedFile
@@ -48,8 +49,9 @@ TEMPORARY = ".tmp"
 MAKERS = (
     2  # parts that are made ready at a time: while the last rows of one are under way, the next one begins
 )
+LEAVING = 2  # parts on their way to the disk: one of them may still be hashed
 WRITERS = 4  # pieces that are written and read back at a time
-CHUNK = 8 * 2**20  # bytes of the embedding table, or of a file that is looked at again, held at a time
+CHUNK = 8 * 2**20  # bytes of a file that is looked at again, held at a time
 _DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
 
 Progress = Callable[[int], None]  # so many more bytes are safe
@@ -153,6 +155,13 @@ def _plan_embed(source: TensorSource, about: dict[str, str]) -> FilePlan:
     return FilePlan(f"{EMBED}.safetensors", {"__metadata__": metadata, EMBED: tensor}, (), size)
 
 
+class Made:
+    """A piece of a file that is ready for the disk, in memory that may be longer."""
+
+    def __init__(self, memory: Bytes, nbytes: int) -> None:
+        self.memory, self.data = memory, memory[:nbytes]
+
+
 class Writer:
     """Writes files one after the other. While parts are made ready, those before go to the disk and are hashed."""
 
@@ -162,13 +171,14 @@ class Writer:
         self._source = source
         self._directory = directory
         self._progress = progress
-        # Parts that are made and one on its way to the disk are about a layer.
+        # Parts that are made and those on their way to the disk are about a layer.
         self._makers = ThreadPoolExecutor(MAKERS, "packing")
         self._rows = ThreadPoolExecutor(threads + REQUESTS, "rows")  # some wait for the disk
         self._disk = ThreadPoolExecutor(WRITERS, "write")
         self._hash, self._ends = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "end")
-        self._last: list[Future[None]] = []  # what becomes of the piece before
-        self._spare: list[Bytes] = []  # a buffer that has been written, for new memory takes long
+        self._leaving: deque[tuple[Made, list[Future[None]]]] = deque()  # on their way to the disk
+        self._lock = threading.Lock()
+        self._spare: list[Bytes] = []  # memory that has been written from: new memory takes long
         self._files: list[Future[None]] = []
         self.digests: dict[str, str] = {}
 
@@ -191,30 +201,29 @@ class Writer:
         self._progress(plan.nbytes)
         return True
 
-    def write(self, plan: FilePlan) -> None:
-        """Write a file; it is complete when `close` returns."""
-        file = VerifiedFile(self._directory / (plan.name + TEMPORARY), plan.nbytes)
-        digest = hashlib.sha256()
-        at = begin = len(plan.head("0" * 64))
+    def write(self, plans: Iterable[FilePlan]) -> None:
+        """Write files one behind the other; they are complete when `close` returns.
+
+        The parts of one are made while the last ones of the file before go to the disk.
+        """
+        file: _Growing | None = None
         try:
-            before: Bytes | None = None
-            for data in self._in_order(self._pieces(plan)):
-                self._wait()
-                if before is not None and not self._spare:
-                    self._spare.append(before)
-                self._last = [self._hash.submit(digest.update, data.data), *file.put(data, at, self._disk)]
-                at += data.nbytes
-                self._progress(data.nbytes)
-                before = data
-                del data
-            self._wait()
+            for plan, made in self._in_order(self._pieces(plans)):
+                self._wait(LEAVING - 1)
+                file = file or _Growing(plan, self._directory)
+                last = file.put(made.data, self._hash, self._disk)
+                self._leaving.append((made, last))
+                self._progress(made.data.nbytes)
+                if file.whole:
+                    self._progress(file.begin)
+                    self._files.append(self._ends.submit(self._finish, file, last))
+                    file = None
+            self._wait(0)
         except BaseException:
-            wait(self._last)
-            file.close()
+            wait([done for _, last in self._leaving for done in last])
+            if file is not None:
+                file.close()
             raise
-        assert at - begin == plan.data_bytes, plan.name
-        self._progress(begin)
-        self._files.append(self._ends.submit(self._finish, plan, file, digest.hexdigest()))
 
     def close(self) -> None:
         """Wait for all files; what went wrong with one is raised."""
@@ -223,76 +232,120 @@ class Writer:
         for file in self._files:
             file.result()
 
-    def _finish(self, plan: FilePlan, file: VerifiedFile, digest: str) -> None:
+    def _finish(self, file: _Growing, last: Sequence[Future[None]]) -> None:
         """Bring a file to the disk, and give it its name."""
-        head = np.frombuffer(plan.head(digest), np.uint8)
         try:
-            for done in file.put(head, 0, self._disk):
+            for done in last:
                 done.result()
-            file.finish()
+            path, digest = file.finish()
         finally:
             file.close()
-        os.replace(file.path, self._directory / plan.name)
-        self.digests[plan.name] = digest
+        os.replace(path, self._directory / file.plan.name)
+        self.digests[file.plan.name] = digest
 
-    def _wait(self) -> None:
-        last, self._last = self._last, []
-        wait(last)
-        for done in last:
-            done.result()
+    def _wait(self, most: int) -> None:
+        """Until at most so many pieces are on their way to the disk: the others' memory serves again."""
+        while len(self._leaving) > most:
+            made, last = self._leaving[0]
+            wait(last)
+            for done in last:
+                done.result()
+            self._leaving.popleft()
+            with self._lock:
+                self._spare.append(made.memory)
 
-    def _in_order(self, pieces: Iterator[Callable[[], Bytes]]) -> Iterator[Bytes]:
+    def _in_order(
+        self, pieces: Iterator[tuple[FilePlan, Callable[[], Made]]]
+    ) -> Iterator[tuple[FilePlan, Made]]:
         """What the functions return, some of them called at a time."""
-        waiting: deque[Future[Bytes]] = deque()
-        for make in pieces:
-            waiting.append(self._makers.submit(make))
+        waiting: deque[tuple[FilePlan, Future[Made]]] = deque()
+        for plan, make in pieces:
+            waiting.append((plan, self._makers.submit(make)))
             if len(waiting) >= MAKERS:
-                yield waiting.popleft().result()
+                plan, made = waiting.popleft()
+                yield plan, made.result()
         while waiting:
-            yield waiting.popleft().result()
+            plan, made = waiting.popleft()
+            yield plan, made.result()
 
-    def _pieces(self, plan: FilePlan) -> Iterator[Callable[[], Bytes]]:
-        """What makes the file's data, piece by piece."""
-        for part in plan.parts:
-            yield partial(self._part, part)
-        if not plan.parts:
-            n = self._source.tensors[Key(EMBED)].shape[0]
-            row = plan.data_bytes // n
-            even = PAGE // math.gcd(row, PAGE)  # rows whose bytes are whole pages
-            step = max(CHUNK // (row * even), 1) * even
-            for first in range(0, n, step):
-                yield partial(self._embed, range(first, min(first + step, n)))
+    def _pieces(self, plans: Iterable[FilePlan]) -> Iterator[tuple[FilePlan, Callable[[], Made]]]:
+        """What makes the files' data, piece by piece."""
+        for plan in plans:
+            for part in plan.parts:
+                yield plan, partial(self._part, part)
+            if not plan.parts:
+                n = self._source.tensors[Key(EMBED)].shape[0]
+                row = plan.data_bytes // n
+                even = PAGE // math.gcd(row, PAGE)  # rows whose bytes are whole pages
+                step = max(PORTION // (row * even), 1) * even
+                for first in range(0, n, step):
+                    yield plan, partial(self._embed, range(first, min(first + step, n)))
 
-    def _part(self, part: Part) -> Bytes:
-        data = self._room(part.nbytes)
+    def _part(self, part: Part) -> Made:
+        made = self._room(part.nbytes)
         end = begin = 0
         for panel in part.panels:  # what lies between the pieces is zeros
             for piece in panel.pieces:
-                data[end : begin + piece.entry.offset] = 0
+                made.data[end : begin + piece.entry.offset] = 0
                 end = begin + piece.entry.offset + piece.entry.nbytes
             begin += panel.nbytes
-        data[end:] = 0
-        fill(_alike(part, data), self._source, self._rows)
-        return data
+        made.data[end:] = 0
+        fill(_alike(part, made.data), self._source, self._rows, PORTION)
+        return made
 
-    def _room(self, nbytes: int) -> Bytes:
-        with contextlib.suppress(IndexError):
-            spare = self._spare.pop()
-            if spare.nbytes == nbytes:
-                return spare
-        return new_buffer(nbytes, PAGE)
-
-    def _embed(self, rows: range) -> Bytes:
+    def _embed(self, rows: range) -> Made:
         stored = self._source.stored_rows(Key(EMBED), rows)[1]
-        data = new_buffer(stored.nbytes, PAGE)
-        data.reshape(stored.shape)[:] = stored
+        made = self._room(stored.nbytes)
+        made.data.reshape(stored.shape)[:] = stored
         self._source.release(Key(EMBED), rows)
-        return data
+        return made
+
+    def _room(self, nbytes: int) -> Made:
+        """The smallest memory that is long enough, of what has been written; else new, and some of that goes."""
+        with self._lock:
+            self._spare.sort(key=len)
+            for number, memory in enumerate(self._spare):
+                if memory.nbytes >= nbytes:
+                    return Made(self._spare.pop(number), nbytes)
+            if self._spare:
+                self._spare.pop()
+        return Made(new_buffer(nbytes, PAGE), nbytes)
+
+
+class _Growing:
+    """A file on its way to the disk."""
+
+    def __init__(self, plan: FilePlan, directory: Path) -> None:
+        self.plan = plan
+        self.begin = self._at = len(plan.head("0" * 64))
+        self._file = VerifiedFile(directory / (plan.name + TEMPORARY), plan.nbytes)
+        self._digest = hashlib.sha256()
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is nothing more to put."""
+        return self._at == self.plan.nbytes
+
+    def put(self, data: Bytes, hash: Executor, disk: Executor) -> list[Future[None]]:
+        """Write and hash what comes next; it must stay as it is meanwhile."""
+        assert self._at + data.nbytes <= self.plan.nbytes, self.plan.name
+        at, self._at = self._at, self._at + data.nbytes
+        return [hash.submit(self._digest.update, data.data), *self._file.put(data, at, disk)]
+
+    def finish(self) -> tuple[Path, str]:
+        """Write the file's head, and have the disk keep it all: its name, and the hash of its data."""
+        digest = self._digest.hexdigest()
+        self._file.write(np.frombuffer(self.plan.head(digest), np.uint8), 0)
+        self._file.finish()
+        return self._file.path, digest
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
-    """The pieces of a part with where they go, those together that take the same rows of a tensor."""
-    groups: dict[tuple[Key, range], list[tuple[Entry, Bytes]]] = {}
+    """The pieces of a part with where they go, those together that take the same rows; tensor after tensor."""
+    groups: dict[Key, dict[range, list[tuple[Entry, Bytes]]]] = {}
     begin = 0
     for panel in part.panels:
         for piece in panel.pieces:
@@ -300,9 +353,10 @@ def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
             if part.expert >= 0:
                 entry = replace(entry, key=entry.key._replace(expert=part.expert))
             out = data[begin + entry.offset : begin + entry.offset + entry.nbytes]
-            groups.setdefault((entry.key, entry.rows), []).append((entry, out))
+            groups.setdefault(entry.key, {}).setdefault(entry.rows, []).append((entry, out))
         begin += panel.nbytes
-    yield from groups.values()
+    for of_tensor in groups.values():
+        yield from of_tensor.values()
 
 
 def _digest_in(path: Path) -> str:

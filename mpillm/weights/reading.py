@@ -19,10 +19,12 @@ Bytes = NDArray[np.uint8]
 SECTOR = 4096  # what reading past the page cache is aligned to, in the file and in memory
 REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
 REQUEST_BYTES = 4 * 2**20
-KEPT = (
-    REQUEST_BYTES + 2 * SECTOR
-)  # bytes of a buffer that a thread keeps: a request, and what is before and behind it
+PORTION = (
+    REQUEST_BYTES - 2 * SECTOR
+)  # of a file, wherever it begins: a request has all sectors that it touches
 HUGE = 2 * 2**20  # bytes of a huge page, and of a buffer that is worth a call to the system
+
+_threads = threading.local()
 
 
 class DirectFile:
@@ -31,7 +33,6 @@ class DirectFile:
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self._size = size
-        self._buffer = OwnBuffer(KEPT)
         self._ordinary = open_file(path, os.O_RDONLY)
         self._direct = open_direct(path)
 
@@ -39,7 +40,7 @@ class DirectFile:
         """Bytes that are this thread's until it reads again. ModelError if they cannot be read, or are no more."""
         begin = offset // SECTOR * SECTOR
         end = -(-(offset + nbytes) // SECTOR) * SECTOR
-        raw = self._buffer(end - begin)
+        raw = own_buffer(end - begin)
         if self._direct < 0 or end > self._size or not read_direct(self._direct, begin, raw):
             read_at(self._ordinary, self.path, offset, raw[offset - begin :][:nbytes])
         return raw[offset - begin :][:nbytes]
@@ -51,21 +52,14 @@ class DirectFile:
         self._ordinary = self._direct = -1
 
 
-class OwnBuffer:
-    """A buffer for each thread, the same one each time: new memory costs nearly as much as reading."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._threads = threading.local()
-
-    def __call__(self, nbytes: int) -> Bytes:
-        """The first bytes of this thread's; a larger one than is kept is new."""
-        if nbytes > self._nbytes:
-            return new_buffer(nbytes, SECTOR)
-        if not hasattr(self._threads, "own"):
-            self._threads.own = new_buffer(self._nbytes, SECTOR)
-        buffer: Bytes = self._threads.own[:nbytes]
-        return buffer
+def own_buffer(nbytes: int) -> Bytes:
+    """Bytes that are this thread's until it asks again: new memory costs nearly as much as reading."""
+    if nbytes > REQUEST_BYTES:
+        return new_buffer(nbytes, SECTOR)
+    if not hasattr(_threads, "own"):
+        _threads.own = new_buffer(REQUEST_BYTES, SECTOR)
+    buffer: Bytes = _threads.own[:nbytes]
+    return buffer
 
 
 def new_buffer(nbytes: int, alignment: int) -> Bytes:

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import ModelError
-from .reading import SECTOR, Bytes, OwnBuffer, open_direct, read_at, read_direct
+from .filesystem import same_bytes
+from .reading import SECTOR, Bytes, open_direct, own_buffer, read_at, read_direct
 
-PIECE = 8 * 2**20  # bytes that are written, and read back, in one go
+PIECE = 4 * 2**20  # bytes that are written, and read back, in one go
 
 
 class VerifiedFile:
@@ -25,7 +24,6 @@ class VerifiedFile:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
-        self._buffer = OwnBuffer(PIECE)
         self._ordinary = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._direct = open_direct(path, os.O_RDWR)
         os.ftruncate(self._ordinary, nbytes)  # writes that lengthen a file wait for one another
@@ -33,7 +31,20 @@ class VerifiedFile:
     def put(self, data: Bytes, at: int, pool: Executor) -> Iterator[Future[None]]:
         """Write bytes piece by piece; each is a ModelError if it does not lie on the disk then."""
         for begin in range(0, len(data), PIECE):
-            yield pool.submit(self._put, data[begin : begin + PIECE], at + begin)
+            yield pool.submit(self.write, data[begin : begin + PIECE], at + begin)
+
+    def write(self, data: Bytes, at: int) -> None:
+        """Write up to `PIECE` bytes. ModelError if they do not lie on the disk then."""
+        back = own_buffer(len(data))
+        aligned = not (len(data) % SECTOR or at % SECTOR or data.ctypes.data % SECTOR)
+        if not (aligned and self._direct >= 0 and self._put_direct(data, at, back)):
+            write_at(self._ordinary, data, at)
+            os.fdatasync(self._ordinary)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._ordinary, at, len(data), os.POSIX_FADV_DONTNEED)
+            read_at(self._ordinary, self.path, at, back)
+        if not same_bytes(data.ctypes.data, back.ctypes.data, len(data)):
+            raise ModelError(f"{self.path} does not hold what was written to it; pack to another disk.")
 
     def finish(self) -> None:
         """Have the disk keep it all; an OSError tells of what it could not take."""
@@ -44,21 +55,6 @@ class VerifiedFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._ordinary = self._direct = -1
-
-    def _put(self, data: Bytes, at: int) -> None:
-        back = self._buffer(len(data))
-        aligned = not (len(data) % SECTOR or at % SECTOR or data.ctypes.data % SECTOR)
-        if not (aligned and self._direct >= 0 and self._put_direct(data, at, back)):
-            write_at(self._ordinary, data, at)
-            os.fdatasync(self._ordinary)
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._ordinary, at, len(data), os.POSIX_FADV_DONTNEED)
-            read_at(self._ordinary, self.path, at, back)
-        words = len(data) // 8 * 8
-        if (back[:words].view(np.uint64) != data[:words].view(np.uint64)).any() or (
-            back[words:] != data[words:]
-        ).any():
-            raise ModelError(f"{self.path} does not hold what was written to it; pack to another disk.")
 
     def _put_direct(self, data: Bytes, at: int, back: Bytes) -> bool:
         """False if the file system does not do that (as a whole): the ordinary way then works, or says why not."""

@@ -63,8 +63,7 @@ def _write(part: Path, path: Path, name: str, weights: str, threads: int) -> Non
         writer = Writer(whole, part, threads, lambda _: None)
         first, copies = plans[0], plans[1 : shape.layers]
         try:
-            for plan in (first, *plans[shape.layers :]):
-                writer.write(plan)
+            writer.write([first, *plans[shape.layers :]])
         finally:
             writer.close()
         digests = writer.digests
