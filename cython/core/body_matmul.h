@@ -132,27 +132,31 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
     for (int i = 0; i < R * T; i++) sums[i] = acc[i];
 }
 
-#define TILE(kind, type, R, T)                                                                                  \
-    static void type##_##R##_##T(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count,  \
-                                 vf *sums) {                                                                    \
+/* Tiles of W at once with T rows of x.  With few rows memory is the limit, and one stream of weights has fewer lines
+ * under way than memory can give (nor is one chain of fma fast enough); more rows would only want more registers. */
+#define AT_ONCE(T) ((T) > 4 || VEC_ROWS < 2 * (T) ? 1 : VEC_ROWS / (T) < MANY_TILES ? VEC_ROWS / (T) : MANY_TILES)
+
+#define TILE(kind, type, name, R, T)                                                                            \
+    static void type##_##name##_##T(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, \
+                                    vf *sums) {                                                                 \
         kind##_tile(type, R, T, w, w_stride, x, x_stride, count, sums);                                         \
     }
+#define BOTH(kind, type, T) TILE(kind, type, one, 1, T) TILE(kind, type, many, AT_ONCE(T), T)
 #if VEC_ROWS > 8
-#define MORE_TILES(kind, type) TILE(kind, type, 1, 16) TILE(kind, type, 1, 8)
-#define MORE_FUNCTIONS(type) type##_1_16, type##_1_8,
+#define MORE_TILES(kind, type) TILE(kind, type, one, 1, 16) TILE(kind, type, one, 1, 8)
+#define MORE_FUNCTIONS(type) type##_one_16, type##_one_8,
 #define MORE_ROWS 16, 8,
 #elif VEC_ROWS > 4
-#define MORE_TILES(kind, type) TILE(kind, type, 1, 8)
-#define MORE_FUNCTIONS(type) type##_1_8,
+#define MORE_TILES(kind, type) TILE(kind, type, one, 1, 8)
+#define MORE_FUNCTIONS(type) type##_one_8,
 #define MORE_ROWS 8,
 #else
 #define MORE_TILES(kind, type)
 #define MORE_FUNCTIONS(type)
 #define MORE_ROWS
 #endif
-#define TILES(kind, type)                                                                           \
-    MORE_TILES(kind, type) TILE(kind, type, 1, 4) TILE(kind, type, 1, 3) TILE(kind, type, 1, 2) \
-    TILE(kind, type, 1, 1)
+#define TILES(kind, type) \
+    MORE_TILES(kind, type) BOTH(kind, type, 4) BOTH(kind, type, 3) BOTH(kind, type, 2) BOTH(kind, type, 1)
 TILES(float, MK_F32)
 TILES(float, MK_F16)
 TILES(float, MK_BF16)
@@ -165,18 +169,16 @@ TILES(super, MK_Q6_K)
 
 static const int ROWS[] = {MORE_ROWS 4, 3, 2, 1};
 enum { SHAPES = sizeof ROWS / sizeof *ROWS };
-#define FUNCTIONS(type) {MORE_FUNCTIONS(type) type##_1_4, type##_1_3, type##_1_2, type##_1_1}
-static const tile_function TILE_FUNCTIONS[MK_TYPES][SHAPES] = {
-    FUNCTIONS(MK_F32),  FUNCTIONS(MK_F16),  FUNCTIONS(MK_BF16),
-    FUNCTIONS(MK_Q8_0), FUNCTIONS(MK_Q4_0), FUNCTIONS(MK_Q4_1),
-    FUNCTIONS(MK_Q4_K), FUNCTIONS(MK_Q5_K), FUNCTIONS(MK_Q6_K),
-};
-
-/* One row of floats: several tiles at once, for one chain of fma alone is slower than memory. */
-TILE(float, MK_F32, 4, 1)
-TILE(float, MK_F16, 4, 1)
-TILE(float, MK_BF16, 4, 1)
-static const tile_function ONE_ROW_FUNCTIONS[MK_Q8_0] = {MK_F32_4_1, MK_F16_4_1, MK_BF16_4_1};
+#define FUNCTIONS(type, name) \
+    {MORE_FUNCTIONS(type) type##_##name##_4, type##_##name##_3, type##_##name##_2, type##_##name##_1}
+#define ALL_FUNCTIONS(name)                                                                               \
+    {                                                                                                     \
+        FUNCTIONS(MK_F32, name), FUNCTIONS(MK_F16, name), FUNCTIONS(MK_BF16, name), FUNCTIONS(MK_Q8_0, name), \
+        FUNCTIONS(MK_Q4_0, name), FUNCTIONS(MK_Q4_1, name), FUNCTIONS(MK_Q4_K, name),                     \
+        FUNCTIONS(MK_Q5_K, name), FUNCTIONS(MK_Q6_K, name),                                               \
+    }
+static const tile_function ONE_TILE[MK_TYPES][SHAPES] = ALL_FUNCTIONS(one);
+static const tile_function MANY_AT_ONCE[MK_TYPES][SHAPES] = ALL_FUNCTIONS(many);
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int r = 0; r < tiles; r++)
@@ -192,13 +194,13 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
 /* One panel of `tiles` tiles, which lie one after the other, for ROWS[shape] rows of x: sums [tiles][rows]. */
 static void panel(const mk_matmul_job *job, int shape, const uint8_t *w, long stride, int tiles, const uint8_t *x,
                   long count, vf *sums) {
-    int tile = 0, rows = ROWS[shape];
-    if (rows == 1 && job->type < MK_Q8_0)
-        for (; tile + MANY_TILES <= tiles; tile += MANY_TILES)
-            ONE_ROW_FUNCTIONS[job->type](w + tile * stride, stride, x, 0, count, sums + tile);
+    const int rows = ROWS[shape], many = AT_ONCE(rows);
+    int tile = 0;
+    for (; tile + many <= tiles; tile += many)
+        MANY_AT_ONCE[job->type][shape](w + tile * stride, stride, x, MK_GROUP * job->x_stride, count,
+                                       sums + tile * rows);
     for (; tile < tiles; tile++)
-        TILE_FUNCTIONS[job->type][shape](w + tile * stride, stride, x, MK_GROUP * job->x_stride, count,
-                                         sums + tile * rows);
+        ONE_TILE[job->type][shape](w + tile * stride, stride, x, MK_GROUP * job->x_stride, count, sums + tile * rows);
 }
 
 /* Outputs of `tiles` tiles for ROWS[shape] rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
