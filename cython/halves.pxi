@@ -9,19 +9,23 @@ cdef const float[::1] vector_of(str name, values, long n):
     return vector
 
 
+cdef enum: LINE = 64
+
+
 cdef class Space:
     """Memory of one call, handed out in pieces of whole cache lines."""
 
-    cdef char *start
+    cdef void *memory
     cdef char *at
 
     def __cinit__(self, size_t size):
-        self.start = self.at = <char *>malloc(size)
-        if not self.start:
+        self.memory = malloc(size + LINE)
+        if not self.memory:
             raise MemoryError(f"no {size} bytes for activations")
+        self.at = <char *>self.memory + (-<size_t>self.memory) % LINE
 
     def __dealloc__(self):
-        free(self.start)
+        free(self.memory)
 
     cdef void *take(self, size_t size) noexcept:
         self.at += whole_lines(size)
@@ -29,7 +33,7 @@ cdef class Space:
 
 
 cdef size_t whole_lines(size_t size) noexcept:
-    return (size + 63) // 64 * 64
+    return (size + LINE - 1) // LINE * LINE
 
 
 cdef list pieces_of(matrix):
@@ -37,7 +41,7 @@ cdef list pieces_of(matrix):
     cdef Product product
     if matrix.parts and len(matrix.parts[0].bounds) == len(matrix.bounds):
         return [piece for part in matrix.parts for piece in pieces_of(part)]
-    product = Product(matrix.type, matrix.n, matrix.k, matrix.bounds)
+    product = Product(matrix.type, matrix.n, matrix.k, matrix.bounds, matrix.row_bytes)
     first = 0
     for part in matrix.parts or (matrix,):
         product.put(first, <int>len(part.bounds) - 1, part.data)
@@ -45,50 +49,49 @@ cdef list pieces_of(matrix):
     return [product]
 
 
-cdef struct Taken:  # rows of activations: whichever of both forms products take
-    const void *blocks
-    const void *rows
+cdef struct Taken:  # activations in the forms that products take
+    const void *rows[FORMS]
 
 
 cdef class Products:
-    """Products of the same activations [m, k]: they are quantised once, and the products run side by side."""
+    """Products of the same activations [m, k]: each form of these is made once, and the products run side by side."""
 
     cdef list matrices  # pieces of each
     cdef tuple widths
     cdef Product first
-    cdef bint quantised, floating
+    cdef list takers  # for each form the first piece that takes it, or None
 
     def __init__(self, *matrices):
         cdef Product piece
         self.matrices = [pieces_of(matrix) for matrix in matrices]
         self.widths = tuple([matrix.n for matrix in matrices])
-        self.first = self.matrices[0][0]
-        self.quantised = self.floating = False
+        self.first, self.takers = self.matrices[0][0], [None] * FORMS
         if sum([len(pieces) for pieces in self.matrices]) > MK_MOST_PRODUCTS:
             raise ValueError(f"no more than {MK_MOST_PRODUCTS} pieces of matrices run side by side")
         for pieces in self.matrices:
             for piece in pieces:
-                if piece.x_bytes != self.first.x_bytes or piece.k != self.first.k:
+                if list(piece.edges) != list(self.first.edges):
                     raise ValueError("matrices of the same activations must cut their columns alike")
-                self.quantised |= piece.quantised()
-                self.floating |= not piece.quantised()
+                self.takers[piece.form()] = self.takers[piece.form()] or piece
 
     cdef size_t space(self, long m) noexcept:
         """Bytes of the activations as products take them."""
-        return ((whole_lines(m * self.first.x_bytes) if self.quantised else 0)
-                + (grouped_space(m, self.first.k) if self.floating else 0))
+        cdef Product piece
+        cdef size_t size = 0
+        for taker in self.takers:
+            if taker is not None:
+                piece = taker
+                size += whole_lines(m * piece.x_bytes)
+        return size
 
     cdef Taken take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m) noexcept:
-        """Rows `at` of x (NULL: the first m) as products take them; if that takes a step, what follows is joined."""
-        cdef Taken taken = Taken(NULL, NULL)
-        cdef uint8_t *blocks
-        if self.quantised:
-            taken.blocks = blocks = <uint8_t *>space.take(m * self.first.x_bytes)
-            mk_quantize_rows(work, x, stride, at, m, &self.first.edges[0], self.first.panels, blocks,
-                             self.first.x_bytes)
-            mk_join(work, 1)
-        if self.floating:
-            taken.rows = grouped(work, space, x, stride, at, m, self.first.k)
+        """Rows `at` of x (NULL: the first m) in all forms that products take. What follows is joined."""
+        cdef Taken taken
+        cdef Product piece
+        for i in range(FORMS):
+            if self.takers[i] is not None:
+                piece = self.takers[i]
+                taken.rows[i] = piece.take(work, space, x, stride, at, m)
         return taken
 
     cdef int multiply(self, mk_work *work, Taken taken, long m, Sums *sums) except -1:
@@ -99,8 +102,7 @@ cdef class Products:
         for i in range(len(self.matrices)):
             column = 0
             for piece in <list>self.matrices[i]:
-                piece.add(work, taken.blocks if piece.quantised() else taken.rows, m, sums[i].to + column,
-                          sums[i].stride, sums[i].panel_stride)
+                piece.add(work, taken.rows[piece.form()], m, sums[i].to + column, sums[i].stride, sums[i].panel_stride)
                 column += piece.n
         return 0
 
@@ -296,7 +298,7 @@ cdef class Expert:
         if len(self.down.matrices[0]) > 1:
             raise ValueError("an expert's down may lie in column panels, but not in rows")
         self.sizes = (gate.k, down.k, down.n, self.down.first.panels)
-        self.steps = 4 + len(self.gate_up.matrices[0]) + len(self.gate_up.matrices[1])
+        self.steps = 2 * FORMS + len(self.gate_up.matrices[0]) + len(self.gate_up.matrices[1])
 
     cdef size_t space(self, long m) noexcept:
         return self.gate_up.space(m) + self.down.space(m)
@@ -374,7 +376,7 @@ cdef class Mixture:
             taken[i - first] = expert.down.take(&work, space, gate + row * width, width, NULL,
                                                 starts[i + 1] - starts[i])
             expert.down.first.weigh(&work, &products[i - first],
-                                    taken[i - first].blocks if expert.down.quantised else taken[i - first].rows,
+                                    taken[i - first].rows[expert.down.first.form()],
                                     starts[i + 1] - starts[i], &panels[0, 0, 0], d, h.shape[0] * d, at + starts[i],
                                     weights + starts[i])
         mk_join(&work, 0)

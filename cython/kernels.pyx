@@ -9,7 +9,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t
 import numpy as np
 
 cdef extern from "core/path.h" nogil:
-    enum: MK_F32, MK_F16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_SUPER, MK_ACTIVATION
+    enum: MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_SUPER, MK_ACTIVATION
     enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS
     int mk_block(int type)
     int mk_block_bytes(int type)
@@ -36,15 +36,18 @@ cdef extern from "core/path.h" nogil:
     void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
     void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long
                        stride)
-    void mk_group_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out)
+    void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m, const int32_t
+                       *bounds, int panels, uint8_t *out, long out_bytes)
+    long mk_float_bytes(int type, const int32_t *bounds, int panels)
     void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t
                           *bounds, int panels, uint8_t *out, long out_bytes)
-    long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at)
-    void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int
-                   panels, const void *x, long x_stride, long m, float *out, long out_stride, long
+    long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t *bounds, int panels, const
+                   uint8_t **at)
+    void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes, const int32_t *bounds,
+                   int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
                    panel_stride)
-    void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, const int32_t
-                  *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
+    void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes, const
+                  int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
                   panel_stride, const int32_t *rows, const float *weights)
     void mk_mixture(mk_work *work, const mk_product *products, long count)
     void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride)
@@ -145,6 +148,8 @@ cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
 
 
 cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
+    if mk_block(type) == 1:
+        return n * edges[edges.shape[0] - 1] * mk_block_bytes(type)
     return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)
 
 
@@ -299,51 +304,73 @@ def quantize_rows(const float[:, :] x, bounds, uint8_t[:, ::1] out, int threads=
 
 
 cdef class Product:
-    """A packed matrix [n, k], checked once; its panels may lie apart."""
+    """A matrix [n, k], checked once; its panels may lie apart, and rows of floats `row_bytes` (0: they are packed)."""
 
     cdef list data
     cdef const uint8_t *at[MK_MAX_PANELS]
     cdef const int32_t[::1] edges
     cdef int type, panels
-    cdef long n, k, x_bytes
+    cdef long n, k, row_bytes, x_bytes
 
-    def __init__(self, int type, long n, long k, bounds):
+    def __init__(self, int type, long n, long k, bounds, long row_bytes=0):
         require_type(type)
         self.edges = check_bounds(bounds, k, mk_block(type))
-        self.type, self.n, self.k, self.data = type, n, k, []
+        self.type, self.n, self.k, self.row_bytes, self.data = type, n, k, row_bytes, []
         self.panels = <int>self.edges.shape[0] - 1
-        self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
+        if mk_block(type) > 1:
+            self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
+        else:
+            self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
+        if row_bytes and (mk_block(type) > 1 or row_bytes < k * mk_block_bytes(type)):
+            raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
 
     cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:
         """Panels first .. first + count - 1 lie in w, one after the other."""
         cdef const int32_t *edges = &self.edges[first]
-        require_vector("w", mk_panels(self.type, NULL, self.n, edges, count, &self.at[first]), w.shape[0])
-        mk_panels(self.type, &w[0], self.n, edges, count, &self.at[first])
+        require_vector("w", mk_panels(self.type, NULL, self.n, self.row_bytes, edges, count, &self.at[first]),
+                       w.shape[0])
+        mk_panels(self.type, &w[0], self.n, self.row_bytes, edges, count, &self.at[first])
         self.data.append(w)
         return 0
 
     cdef int quantised(self) noexcept:
         return mk_block(self.type) > 1
 
+    cdef int form(self) noexcept:
+        """Which of the forms of activations it takes (`Forms`)."""
+        return 0 if self.quantised() else 2 if self.type == MK_BF16 else 1
+
     cdef void add(self, mk_work *work, const void *x, long m, float *out, long out_stride, long panel_stride) noexcept:
-        """x: rows in groups, activations or floats. What follows is joined."""
+        """x: activations of its form, in groups. What follows is joined."""
         if m and self.n:
-            mk_matmul(work, self.type, self.at, self.n, &self.edges[0], self.panels, x, self.x_stride(), m, out,
-                      out_stride, panel_stride)
+            mk_matmul(work, self.type, self.at, self.n, self.row_bytes, &self.edges[0], self.panels, x, self.x_bytes, m,
+                      out, out_stride, panel_stride)
             mk_join(work, 1)
 
     cdef void weigh(self, mk_work *work, mk_product *to, const void *x, long m, float *out, long out_stride,
                     long panel_stride, const int32_t *rows, const float *weights) noexcept:
         """The same as a product of a mixture."""
-        mk_weigh(work, to, self.type, self.at, self.n, &self.edges[0], self.panels, x, self.x_stride(), m, out,
-                 out_stride, panel_stride, rows, weights)
+        mk_weigh(work, to, self.type, self.at, self.n, self.row_bytes, &self.edges[0], self.panels, x, self.x_bytes, m,
+                 out, out_stride, panel_stride, rows, weights)
 
-    cdef long x_stride(self) noexcept:
-        return self.x_bytes if self.quantised() else 4 * self.k
+    cdef const void *take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m
+                          ) noexcept:
+        """Rows `at` of x (NULL: the first m) in its form, in a piece of the space. What follows is joined."""
+        cdef uint8_t *rows = <uint8_t *>space.take(m * self.x_bytes)
+        if self.quantised():
+            mk_quantize_rows(work, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
+        else:
+            mk_float_rows(work, self.type, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
+        mk_join(work, 1)
+        return rows
 
 
-def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True):
-    cdef Product product = Product(type, n, k, bounds)
+cdef enum: FORMS = 3  # of activations: quantised, floats, rounded to BF16
+
+
+def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True,
+           long row_bytes=0):
+    cdef Product product = Product(type, n, k, bounds, row_bytes)
     cdef const uint8_t[:, ::1] blocks
     cdef const float[:, :] rows
     cdef Space space
@@ -360,31 +387,12 @@ def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int t
         rows = x
         require_rows("x", rows, -1, k)
         m = rows.shape[0]
-        space = Space(grouped_space(m, k))
-        from_ = grouped(&work, space, &rows[0, 0], rows.strides[0] // 4, NULL, m, k)
+        space = Space(whole_lines(m * product.x_bytes))
+        from_ = product.take(&work, space, &rows[0, 0], rows.strides[0] // 4, NULL, m)
     mk_join(&work, 0)
     cdef Sums sums = sums_of(out, product.panels, m, n, fold)
     product.add(&work, from_, m, sums.to, sums.stride, sums.panel_stride)
     finish(&work, threads)
-
-
-cdef size_t grouped_space(long m, long k) noexcept:
-    return whole_lines(4 * m * k) if m > 1 else 0
-
-
-cdef const float *grouped(mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m,
-                          long k) noexcept:
-    """Rows `at` of x (NULL: the first m) in groups, as products take them; one row is in order as it is.
-
-    What follows is joined if this was a step.
-    """
-    cdef float *rows
-    if m <= 1:
-        return x + (at[0] * stride if at and m else 0)
-    rows = <float *>space.take(4 * m * k)
-    mk_group_rows(work, x, stride, at, m, k, rows)
-    mk_join(work, 1)
-    return rows
 
 
 cdef struct Sums:

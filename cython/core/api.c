@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "active.h"
+#include "half.h"
 
 /* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile; but FEW_ROWS
  * pass together whatever they take, so that W is read once for a batch that decodes. */
@@ -24,63 +25,100 @@ void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t 
         .stride = stride, .out_bytes = out_bytes);
 }
 
-static void group_rows(const void *argument, long begin, long end) { /* moves only: one form serves all paths */
-    const mk_rows_job *job = argument;
-    for (long row = begin * MK_GROUP, k = job->k; row < end * MK_GROUP; row += MK_GROUP) {
-        const long rows = job->n - row < MK_GROUP ? job->n - row : MK_GROUP;
-        const float *x[MK_GROUP];
-        float *out = job->values + row * k;
-        for (long t = 0; t < rows; t++) x[t] = job->x + (job->at ? job->at[row + t] : row + t) * job->stride;
-        if (rows == MK_GROUP)
-            for (long i = 0; i < k; i++)
-                for (int t = 0; t < MK_GROUP; t++) out[i * MK_GROUP + t] = x[t][i];
-        else
-            for (long i = 0; i < k; i++)
-                for (long t = 0; t < rows; t++) out[i * rows + t] = x[t][i];
+/* Nearest BF16, ties to even, as the float it is; NaNs stay NaNs. */
+static inline uint32_t rounded(float x) {
+    uint32_t u = mk_float_bits(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (u | 0x400000u) & 0xffff0000u;
+    return (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+}
+
+/* A step of `count` columns of a row of x. */
+static void float_step(int type, int bytes, const float *x, long count, uint8_t *out) {
+    float values[32] = {0};
+    uint32_t words[32];
+    memcpy(values, x, (size_t)count * sizeof *values);
+    if (type != MK_BF16) {
+        memcpy(out, values, 64);
+        return;
+    }
+    for (int i = 0; i < 32; i++) words[i] = rounded(values[i]);
+    for (int i = 0; i < 16; i++) {
+        const uint32_t even = words[2 * i], odd = words[2 * i + 1], pair = even >> 16 | odd;
+        if (bytes == MK_BF16_HALVES) memcpy(out + 4 * i, &odd, 4), memcpy(out + 64 + 4 * i, &even, 4);
+        else memcpy(out + 4 * i, &pair, 4);
     }
 }
 
-void mk_group_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out) {
-    mk_step_of(work, group_rows, mk_blocks(m, MK_GROUP), 1, 0)->rows =
-        (mk_rows_job){.n = m, .k = k, .x = x, .values = out, .at = at, .stride = stride};
+/* Panels of x for float weights, each filled up to whole steps with zeros; rows in groups. */
+static void float_rows(const void *argument, long begin, long end) {
+    const mk_rows_job *job = argument;
+    const int type = job->type, step = mk_float_step(type), bytes = type == MK_BF16 ? mk_active->bf16_step : 64;
+    for (long row = begin; row < end; row++) {
+        const float *x = job->x + (job->at ? job->at[row] : row) * job->stride;
+        long first = row / MK_GROUP * MK_GROUP, rows = job->n - first < MK_GROUP ? job->n - first : MK_GROUP;
+        uint8_t *out = job->out + first * job->out_bytes + (row - first) * bytes;
+        for (int p = 0; p < job->panels; p++)
+            for (long i = job->bounds[p], last = job->bounds[p + 1]; i < last; i += step, out += rows * bytes)
+                float_step(type, bytes, x + i, last - i < step ? last - i : step, out);
+    }
 }
 
-long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at) {
-    long begin = 0, tiles = mk_blocks(n, MK_TILE), bytes = (long)mk_packed_bytes(type) * MK_TILE;
+void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m,
+                   const int32_t *bounds, int panels, uint8_t *out, long out_bytes) {
+    mk_step_of(work, float_rows, m, 1, 0)->rows =
+        (mk_rows_job){.type = type, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .at = at,
+                      .stride = stride, .out_bytes = out_bytes};
+}
+
+long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest form; x of another may have gaps */
+    long steps = 0;
+    for (int p = 0; p < panels; p++) steps += mk_blocks(bounds[p + 1] - bounds[p], mk_float_step(type));
+    return steps * (type == MK_BF16 ? MK_BF16_HALVES : 64);
+}
+
+/* Bytes of columns of W [n, .] as they are packed. */
+static long panel_bytes(int type, long n, long columns) {
+    if (type < MK_Q8_0) return n * columns * mk_block_bytes(type);
+    return mk_blocks(n, MK_TILE) * MK_TILE * mk_blocks(columns, mk_block(type)) * mk_packed_bytes(type);
+}
+
+long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t *bounds, int panels, const uint8_t **at) {
+    long begin = 0;
     for (int p = 0; p < panels; p++) {
         at[p] = w + begin;
-        begin += tiles * mk_blocks(bounds[p + 1] - bounds[p], mk_block(type)) * bytes;
+        begin += row_bytes ? (bounds[p + 1] - bounds[p]) * mk_block_bytes(type)
+                           : panel_bytes(type, n, bounds[p + 1] - bounds[p]);
     }
-    return begin;
+    return row_bytes && n ? begin + (n - 1) * row_bytes : begin;
 }
 
-static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds,
+static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes,
+                             const int32_t *bounds,
                              int panels, const void *x, long x_stride, long m, float *out, long out_stride,
                              long panel_stride) {
     mk_product job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
-                         .bounds = bounds, .at = at, .x = x, .x_stride = x_stride, .out = out,
+                         .bounds = bounds, .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
                          .out_stride = out_stride, .panel_stride = panel_stride};
     job.chunk = CACHE / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
     if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
     const long chunks = mk_blocks(m, (int)job.chunk);
-    for (int p = 0; p < panels; p++)
-        work->weights += chunks * job.tiles * MK_TILE * mk_blocks(bounds[p + 1] - bounds[p], mk_block(type)) *
-                         mk_packed_bytes(type);
+    for (int p = 0; p < panels; p++) work->weights += chunks * panel_bytes(type, n, bounds[p + 1] - bounds[p]);
     return job;
 }
 
-void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
-               const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride) {
-    mk_product job = product_of(work, type, at, n, bounds, panels, x, x_stride, m, out, out_stride, panel_stride);
+void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes, const int32_t *bounds,
+               int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride) {
+    mk_product job = product_of(work, type, at, n, row_bytes, bounds, panels, x, x_stride, m, out, out_stride,
+                                panel_stride);
     mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), m == 1 ? MK_MANY_TILES : 1, 0)
         ->matmul = job;
 }
 
-void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, const int32_t *bounds,
-              int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride,
-              const int32_t *rows, const float *weights) {
-    *product = product_of(work, type, at, n, bounds, panels, x, x_stride, m, out, out_stride, panel_stride);
+void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,
+              const int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride,
+              long panel_stride, const int32_t *rows, const float *weights) {
+    *product = product_of(work, type, at, n, row_bytes, bounds, panels, x, x_stride, m, out, out_stride, panel_stride);
     product->rows = rows;
     product->weights = weights;
 }

@@ -17,5 +17,5 @@
 #define PATH_TABLE(name) PATH_TABLE_(name)
 #define PATH_TABLE_(name)                                                                                       \
     const mk_path mk_##name = {#name, quantize, dequantize, quantize_rows, matmul, mixture, fold, rms_norm, rope, \
-                               silu_mul, softmax, top_k, lse_parts, attention, to_f16, to_q8};
+                               silu_mul, softmax, top_k, lse_parts, attention, to_f16, to_q8, BF16_STEP};
 PATH_TABLE(NAME)

@@ -1,7 +1,8 @@
-/* Products: lanes are 16 rows of W, and each output is one chain of fma over the blocks (or k) of a panel.
+/* Products with quantised weights: lanes are 16 rows of W, and each output is one chain of fma over a panel's blocks.
  *
  * A tile function does R tiles of W (64-byte lanes x R) for T rows of x over one panel; R, T and the type are constants
- * in it, so its sums stay in registers.  How the work is cut never changes an output's chain. */
+ * in it, so its sums stay in registers.  How the work is cut never changes an output's chain.  Float weights have
+ * tiles of their own (body_float.h), and the rest in common. */
 
 /* w: R tiles, w_stride bytes apart; x: T rows, whose groups are x_stride bytes apart; sums [R][T]. */
 typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, vf *sums);
@@ -13,6 +14,8 @@ enum { PREFETCH = 4096 /* bytes of weights that are fetched ahead: with few rows
 /* Row t of T in a block of groups, and how many rows a group has. */
 #define ROW(T, t, x, x_stride, bytes) ((x) + (t) / MK_GROUP * (x_stride) + (t) % MK_GROUP * (long)(bytes))
 #define GROUP(T) ((T) < MK_GROUP ? (T) : MK_GROUP)
+
+#include "body_float.h"
 
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
@@ -109,31 +112,8 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
     for (int i = 0; i < R * T; i++) sums[i] = acc[i];
 }
 
-HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
-                          long x_stride, long count, vf *sums) {
-    const int bytes = mk_block_bytes(type) * MK_TILE;
-    vf acc[MAX_SUMS];
-    UNROLL
-    for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
-    for (long i = 0; i < count; i++, w += bytes, x += GROUP(T) * sizeof(float)) {
-        UNROLL
-        for (int r = 0; r < R; r++) {
-            const void *p = w + r * w_stride;
-            __builtin_prefetch((const uint8_t *)p + PREFETCH / (2 * R));
-            vf row = type == MK_F32 ? vf_load(p) : type == MK_F16 ? vf_load_f16(p) : vf_load_bf16(p);
-            UNROLL
-            for (int t = 0; t < T; t++) {
-                const float *value = (const void *)ROW(T, t, x, x_stride, sizeof(float));
-                acc[r * T + t] = vf_fma(row, vf_set1(*value), acc[r * T + t]);
-            }
-        }
-    }
-    UNROLL
-    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
-}
-
 /* Tiles of W at once with T rows of x.  With few rows memory is the limit, and one stream of weights has fewer lines
- * under way than memory can give (nor is one chain of fma fast enough); more rows would only want more registers. */
+ * under way than memory can give; more rows would only want more registers. */
 #define AT_ONCE(T) ((T) > 4 || VEC_ROWS < 2 * (T) ? 1 : VEC_ROWS / (T) < MANY_TILES ? VEC_ROWS / (T) : MANY_TILES)
 
 #define TILE(kind, type, name, R, T)                                                                            \
@@ -157,9 +137,6 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #endif
 #define TILES(kind, type) \
     MORE_TILES(kind, type) BOTH(kind, type, 4) BOTH(kind, type, 3) BOTH(kind, type, 2) BOTH(kind, type, 1)
-TILES(float, MK_F32)
-TILES(float, MK_F16)
-TILES(float, MK_BF16)
 TILES(quantised, MK_Q8_0)
 TILES(quantised, MK_Q4_0)
 TILES(quantised, MK_Q4_1)
@@ -168,17 +145,16 @@ TILES(super, MK_Q5_K)
 TILES(super, MK_Q6_K)
 
 static const int ROWS[] = {MORE_ROWS 4, 3, 2, 1};
-enum { SHAPES = sizeof ROWS / sizeof *ROWS };
+enum { SHAPES = sizeof ROWS / sizeof *ROWS, FIRST_FLOATS = VEC_ROWS > 8 /* of float weights */ };
 #define FUNCTIONS(type, name) \
     {MORE_FUNCTIONS(type) type##_##name##_4, type##_##name##_3, type##_##name##_2, type##_##name##_1}
-#define ALL_FUNCTIONS(name)                                                                               \
-    {                                                                                                     \
-        FUNCTIONS(MK_F32, name), FUNCTIONS(MK_F16, name), FUNCTIONS(MK_BF16, name), FUNCTIONS(MK_Q8_0, name), \
-        FUNCTIONS(MK_Q4_0, name), FUNCTIONS(MK_Q4_1, name), FUNCTIONS(MK_Q4_K, name),                     \
-        FUNCTIONS(MK_Q5_K, name), FUNCTIONS(MK_Q6_K, name),                                               \
+#define ALL_FUNCTIONS(name)                                                                           \
+    {                                                                                                 \
+        FUNCTIONS(MK_Q8_0, name), FUNCTIONS(MK_Q4_0, name), FUNCTIONS(MK_Q4_1, name),                 \
+        FUNCTIONS(MK_Q4_K, name), FUNCTIONS(MK_Q5_K, name), FUNCTIONS(MK_Q6_K, name),                 \
     }
-static const tile_function ONE_TILE[MK_TYPES][SHAPES] = ALL_FUNCTIONS(one);
-static const tile_function MANY_AT_ONCE[MK_TYPES][SHAPES] = ALL_FUNCTIONS(many);
+static const tile_function ONE_TILE[][SHAPES] = ALL_FUNCTIONS(one);
+static const tile_function MANY_AT_ONCE[][SHAPES] = ALL_FUNCTIONS(many);
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int r = 0; r < tiles; r++)
@@ -191,36 +167,53 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
         }
 }
 
-/* One panel of `tiles` tiles, which lie one after the other, for ROWS[shape] rows of x: sums [tiles][rows]. */
-static void panel(const mk_matmul_job *job, int shape, const uint8_t *w, long stride, int tiles, const uint8_t *x,
-                  long count, vf *sums) {
-    const int rows = ROWS[shape], many = AT_ONCE(rows);
-    int tile = 0;
-    for (; tile + many <= tiles; tile += many)
-        MANY_AT_ONCE[job->type][shape](w + tile * stride, stride, x, MK_GROUP * job->x_stride, count,
-                                       sums + tile * rows);
-    for (; tile < tiles; tile++)
-        ONE_TILE[job->type][shape](w + tile * stride, stride, x, MK_GROUP * job->x_stride, count, sums + tile * rows);
+/* Tiles `tile`... of panel p, for ROWS[shape] rows of x: sums [tiles][rows]. */
+static void float_panel(const mk_matmul_job *job, int shape, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+    const int type = job->type;
+    const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
+    const long stride = job->row_bytes ? job->row_bytes : columns * mk_block_bytes(type);
+    const unsigned mode = type == MK_BF16 ? mk_flush_denormals() : 0;
+    for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += ROWS[shape]) {
+        const int rows = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
+        FLOAT_TILE_FUNCTIONS[type][shape - FIRST_FLOATS](job->at[p] + first * stride, stride, rows, x, x_stride, columns,
+                                                         sums);
+    }
+    if (type == MK_BF16) mk_restore(mode);
+}
+
+static void panel(const mk_matmul_job *job, int shape, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+    const int type = job->type - MK_Q8_0, rows = ROWS[shape], many = AT_ONCE(rows);
+    const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(job->type));
+    const long stride = count * mk_packed_bytes(job->type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
+    const uint8_t *w = job->at[p] + tile * stride;
+    int done = 0;
+    for (; done + many <= tiles; done += many)
+        MANY_AT_ONCE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
+    for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
+}
+
+/* Bytes of a row's columns in a panel of activations. */
+static long x_bytes(int type, long columns) {
+    if (type < MK_Q8_0) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64);
+    return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION;
 }
 
 /* Outputs of `tiles` tiles for ROWS[shape] rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
  * All tiles' parts of a panel come before the next panel, so that weights are read as they lie in memory. */
 static void product(const mk_matmul_job *job, int shape, long tile, int tiles, long row) {
-    const int rows = ROWS[shape], block = mk_block(job->type);
-    const int x_bytes = block == 1 ? 4 : block / MK_BLOCK * MK_ACTIVATION;
+    const int rows = ROWS[shape];
     const uint8_t *x = job->x + row * job->x_stride;
     vf pending[MK_MAX_LEVELS][RUN_SUMS]; /* sums of 2^i panels that wait for their neighbour */
     int depth = 0;
     for (int p = 0; p < job->panels; p++) {
-        long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], block);
-        long stride = count * mk_packed_bytes(job->type) * MK_TILE;
+        const long bytes = x_bytes(job->type, job->bounds[p + 1] - job->bounds[p]) * GROUP(rows);
         if (p < job->skip) {
-            x += count * x_bytes * GROUP(rows);
+            x += bytes;
             continue;
         }
         vf *sums = pending[depth++];
-        panel(job, shape, job->at[p] + tile * stride, stride, tiles, x, count, sums);
-        x += count * x_bytes * GROUP(rows);
+        (job->type < MK_Q8_0 ? float_panel : panel)(job, shape, p, tile, tiles, x, sums);
+        x += bytes;
         if (job->panel_stride) {
             store_tiles(job, sums, tile, tiles, row, rows, job->out + p * job->panel_stride);
             depth--;
@@ -239,7 +232,7 @@ static void matmul(const void *argument, long begin, long end) {
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
-        int shape = 0;
+        int shape = job->type < MK_Q8_0 ? FIRST_FLOATS : 0;
         while (ROWS[shape] > limit - row) shape++;
         tiles = RUN_SUMS / ROWS[shape];
         if (tiles > end - item) tiles = end - item;

@@ -17,24 +17,34 @@ static unsigned saved_registers(void) {
     return low;
 }
 
-/* How many of the x86 paths run here, as one bit each. */
-static unsigned detect(void) {
-    unsigned a, b, c, d, c1, b7 = 0, c7 = 0, a71 = 0, found = 1;
+/* Which of the x86 paths run here, as one bit each. */
+static unsigned look(void) {
+    unsigned a, b, c, d, c1, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = 1;
     if (!__get_cpuid(1, &a, &b, &c1, &d) || !bit(c1, 27)) return found; /* OSXSAVE */
     unsigned xcr0 = saved_registers();
     if ((xcr0 & XMM_YMM) != XMM_YMM || !bit(c1, 28)) return found;
     found |= 2;
-    if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
     if (!(bit(b7, 5) && bit(c1, 12) && bit(c1, 29))) return found; /* AVX2, FMA, F16C */
     found |= 4;
     if (bit(a71, 4)) found |= 8; /* AVX-VNNI */
     if ((xcr0 & ZMM) != ZMM || !(bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31))) return found;
     found |= 16; /* AVX-512 F, DQ, BW, VL */
-    if (bit(c7, 11)) found |= 32;
+    if (!bit(c7, 11)) return found;
+    found |= 64;
+    if (bit(a71, 5) && mk_pairs_are_chains()) found |= bit(d7, 22) ? 32 : 128; /* AVX512_BF16; AMX-BF16 */
     return found;
 }
 
-static const mk_path *const PATHS[] = {&mk_scalar, &mk_avx, &mk_avx2, &mk_avx2vnni, &mk_avx512, &mk_avx512vnni};
+static unsigned detect(void) {
+    static unsigned found;
+    if (!found) found = look();
+    return found;
+}
+
+/* Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do two in the time of one. */
+static const mk_path *const PATHS[] = {&mk_scalar,     &mk_avx,        &mk_avx2,       &mk_avx2vnni,
+                                       &mk_avx512,     &mk_avx512bf16, &mk_avx512vnni, &mk_avx512bf16};
 #elif defined(MK_ARM)
 #ifdef __APPLE__
 static unsigned detect(void) { return 7; } /* every 64-bit Apple machine that runs Python has dotprod */

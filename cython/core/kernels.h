@@ -34,13 +34,15 @@ static inline int mk_packed_bytes(int type) { /* of a block, in a tile: 6-bit sc
     return bytes[type];
 }
 
+static inline int mk_float_step(int type) { return type == MK_BF16 ? 32 : 16; } /* columns of float weights at a time */
+
 /* Bytes of one head's keys, or values, in a block: with Q8_0 first the scales, [hd / 32][token], then the integers. */
 static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK_F32 ? 128 : type == MK_F16 ? 64 : 34); }
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
 
 /* 32 activations, with what products begin with ready to be loaded.  Rows of x come in groups of MK_GROUP, block after
- * block (or value after value) and in each the rows one after the other; fewer rows at the end are a smaller group. */
+ * block and in each the rows one after the other; fewer rows at the end are a smaller group. */
 typedef struct {
     int8_t q[MK_BLOCK];
     float scale, total;   /* scale * sum(q) */
@@ -75,20 +77,24 @@ void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, lo
 /* at: the m rows of x that are taken, or NULL: the first m */
 void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
                       int panels, uint8_t *out, long out_bytes);
-void mk_group_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, long k, float *out);
-/* Where the panels of a packed matrix begin; returns its bytes. */
-long mk_panels(int type, const uint8_t *w, long n, const int32_t *bounds, int panels, const uint8_t **at);
-/* at: where each panel begins; x: activations for quantised types, else f32; grouped, x_stride bytes a row.
+/* The same for weights of a float type: out_bytes is mk_float_bytes. */
+void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m,
+                   const int32_t *bounds, int panels, uint8_t *out, long out_bytes);
+long mk_float_bytes(int type, const int32_t *bounds, int panels);
+/* Where the panels of a matrix begin; returns its bytes.  row_bytes: of float weights whose rows lie so far apart, with
+ * all of their panels; 0: packed. */
+long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t *bounds, int panels, const uint8_t **at);
+/* at: where each panel begins; x: activations for the type, grouped, x_stride bytes a row.
  * panel_stride: 0 folds the panels. */
-void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, const int32_t *bounds, int panels,
-               const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
+void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes, const int32_t *bounds,
+               int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
 /* x += rows, which with rows_stride 0 are all the same one */
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d);
 /* A product of a mixture: row rows[i] of out += weights[i] * what mk_matmul would write to row i.  The products of a
  * step have as many rows of W each, and add up one after the other. */
-void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, const int32_t *bounds,
-              int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride,
-              const int32_t *rows, const float *weights);
+void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,
+              const int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride,
+              long panel_stride, const int32_t *rows, const float *weights);
 void mk_mixture(mk_work *work, const mk_product *products, long count);
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
 void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,

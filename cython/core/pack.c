@@ -5,65 +5,28 @@
 #include "active.h"
 #include "super.h"
 
-enum {
-    COLUMNS = 64, /* of floats that are moved together: few cache lines of each row */
-    PIECE = 512   /* columns of a tile that are converted together: they stay in the first cache */
-};
+enum { PIECE = 512 /* columns of a tile that are converted together: they stay in the first cache */ };
 
-/* Four words, or eight halves of words: every compiler turns them into its machine's vectors. */
+/* Four words: every compiler turns them into its machine's vectors. */
 typedef uint32_t words __attribute__((vector_size(16)));
-typedef uint16_t halves __attribute__((vector_size(16)));
 #ifdef __clang__
-#define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #endif
 
-/* 16 bytes from `at` on of four rows: out[i] has word i of each row. */
-MK_INLINE void turn(const uint8_t *const *in, long at, words *out) {
-    words a, b, c, d;
-    memcpy(&a, in[0] + at, 16), memcpy(&b, in[1] + at, 16), memcpy(&c, in[2] + at, 16), memcpy(&d, in[3] + at, 16);
-    words ab = SHUFFLE(words, a, b, 0, 4, 1, 5), cd = SHUFFLE(words, c, d, 0, 4, 1, 5);
-    out[0] = SHUFFLE(words, ab, cd, 0, 1, 4, 5), out[1] = SHUFFLE(words, ab, cd, 2, 3, 6, 7);
-    ab = SHUFFLE(words, a, b, 2, 6, 3, 7), cd = SHUFFLE(words, c, d, 2, 6, 3, 7);
-    out[2] = SHUFFLE(words, ab, cd, 0, 1, 4, 5), out[3] = SHUFFLE(words, ab, cd, 2, 3, 6, 7);
-}
-
-/* 16 bytes of 16 rows: word i of row r goes to word 16 i + r. */
+/* 16 bytes from `at` on of 16 rows: word i of row r goes to word 16 i + r. */
 MK_INLINE void turn_words(const uint8_t *const *in, long at, uint8_t *out) {
     for (int r = 0; r < MK_TILE; r += 4) {
-        words turned[4];
-        turn(in + r, at, turned);
+        words a, b, c, d, turned[4];
+        memcpy(&a, in[r] + at, 16), memcpy(&b, in[r + 1] + at, 16);
+        memcpy(&c, in[r + 2] + at, 16), memcpy(&d, in[r + 3] + at, 16);
+        words ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+        turned[0] = SHUFFLE(ab, cd, 0, 1, 4, 5), turned[1] = SHUFFLE(ab, cd, 2, 3, 6, 7);
+        ab = SHUFFLE(a, b, 2, 6, 3, 7), cd = SHUFFLE(c, d, 2, 6, 3, 7);
+        turned[2] = SHUFFLE(ab, cd, 0, 1, 4, 5), turned[3] = SHUFFLE(ab, cd, 2, 3, 6, 7);
         for (int i = 0; i < 4; i++) memcpy(out + 64 * i + 4 * r, &turned[i], 16);
     }
-}
-
-/* The same of halves of words. */
-MK_INLINE void turn_halves(const uint8_t *const *in, long at, uint8_t *out) {
-    for (int r = 0; r < MK_TILE; r += 8) {
-        words first[4], second[4];
-        turn(in + r, at, first);
-        turn(in + r + 4, at, second);
-        for (int i = 0; i < 4; i++) {
-            halves a = (halves)first[i], b = (halves)second[i];
-            halves even = SHUFFLE(halves, a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-            halves odd = SHUFFLE(halves, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-            memcpy(out + 64 * i + 2 * r, &even, 16);
-            memcpy(out + 64 * i + 32 + 2 * r, &odd, 16);
-        }
-    }
-}
-
-/* in: the tile's rows, `at` bytes before the columns in question.  Fewer than 16 rows: the others are zeros. */
-MK_INLINE void pack_floats(const int bytes, const uint8_t *const *in, long at, int rows, long columns, uint8_t *out) {
-    long c = 0;
-    if (rows < MK_TILE) memset(out, 0, (size_t)(columns * bytes * MK_TILE));
-    else
-        for (const long each = 16 / bytes; c + each <= columns; c += each)
-            if (bytes == 4) turn_words(in, at + c * bytes, out + c * bytes * MK_TILE);
-            else turn_halves(in, at + c * bytes, out + c * bytes * MK_TILE);
-    for (; c < columns; c++)
-        for (int r = 0; r < rows; r++) memcpy(out + (c * MK_TILE + r) * bytes, in[r] + at + c * bytes, (size_t)bytes);
 }
 
 MK_INLINE void pack_block(const int bytes, const int heads, const uint8_t *const *in, long at, int rows, uint8_t *out) {
@@ -100,12 +63,6 @@ MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at
 /* `count` blocks of a tile's rows. */
 MK_INLINE void pack_rows(const int type, const int bytes, const uint8_t *const *in, long at, int rows, long count,
                          uint8_t *out) {
-    if (type < MK_Q8_0) {
-        for (long c = 0; c < count; c += COLUMNS)
-            pack_floats(bytes, in, at + c * bytes, rows, count - c < COLUMNS ? count - c : COLUMNS,
-                        out + c * bytes * MK_TILE);
-        return;
-    }
     for (long b = 0; b < count && type >= MK_Q4_K; b++)
         pack_super(type, in, at + b * bytes, rows, out + b * mk_packed_bytes(type) * MK_TILE);
     for (long b = 0; b < count && type < MK_Q4_K; b++)
@@ -113,10 +70,13 @@ MK_INLINE void pack_rows(const int type, const int bytes, const uint8_t *const *
 }
 
 static void pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
+    const size_t width = (size_t)(count * mk_block_bytes(type));
     switch (type) {
-    case MK_F32: pack_rows(MK_F32, 4, in, at, rows, count, out); break;
+    case MK_F32:
     case MK_F16:
-    case MK_BF16: pack_rows(MK_F16, 2, in, at, rows, count, out); break;
+    case MK_BF16: /* as they are, row by row */
+        for (int r = 0; r < rows; r++) memcpy(out + (size_t)r * width, in[r] + at, width);
+        break;
     case MK_Q8_0: pack_rows(MK_Q8_0, 34, in, at, rows, count, out); break;
     case MK_Q4_0: pack_rows(MK_Q4_0, 18, in, at, rows, count, out); break;
     case MK_Q4_1: pack_rows(MK_Q4_1, 20, in, at, rows, count, out); break;
@@ -169,7 +129,7 @@ static void pack_tiles(const void *argument, long begin, long end) {
             uint8_t *to = out + (before + tile) * count * packed;
             if (job->stored != job->type) quantise_panel(job, in, rows, first, last, to);
             else pack_panel(job->type, in, first / block * bytes, rows, count, to);
-            out += tiles * count * packed;
+            out += job->type < MK_Q8_0 ? job->whole * count * bytes : tiles * count * packed;
         }
     }
 }

@@ -33,6 +33,7 @@ struct mk_product {
     long tiles, n, m, chunk; /* items are (chunk of rows of x, tile of W) */
     const int32_t *bounds;
     const uint8_t *const *at; /* the panels of W */
+    long row_bytes;           /* from one row of float weights to the next; 0: a panel's rows follow one another */
     const uint8_t *x;
     long x_stride; /* bytes */
     float *out;
@@ -121,6 +122,7 @@ typedef struct {
         lse_parts, attention;
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
+    int bf16_step; /* bytes of 32 values of x for BF16 weights */
 } mk_path;
 
 /* Attention's queries and running sums lie on the stack of a thread: so many floats of each, for a group of queries.
@@ -130,6 +132,9 @@ enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12 };
 /* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
 enum { MK_MANY_TILES = 4, MK_ROWS = 16 };
 
+/* 32 values of x for BF16 weights: 16 floats of odd columns and 16 of even ones, or BF16 in their order. */
+enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
+
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 
 /* A new step of `items`; its job is all zeros. */
@@ -137,7 +142,8 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 
 #if defined(__x86_64__) || defined(__i386__)
 #define MK_X86 1
-extern const mk_path mk_avx, mk_avx2, mk_avx2vnni, mk_avx512, mk_avx512vnni;
+extern const mk_path mk_avx, mk_avx2, mk_avx2vnni, mk_avx512, mk_avx512vnni, mk_avx512bf16;
+int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS is what body_float.h says */
 #elif defined(__aarch64__)
 #define MK_ARM 1
 extern const mk_path mk_neon, mk_neondot;
@@ -155,5 +161,27 @@ extern const mk_path mk_scalar;
 #endif
 
 #define MK_INLINE static inline __attribute__((always_inline))
+
+/* Denormals count as zeros, and results that would be denormal are: from here to mk_restore, in this thread. */
+#ifdef __SSE__
+#include <xmmintrin.h>
+static inline unsigned mk_flush_denormals(void) {
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040); /* FTZ, DAZ */
+    return mode;
+}
+static inline void mk_restore(unsigned mode) { _mm_setcsr(mode); }
+#elif defined(MK_ARM)
+static inline unsigned mk_flush_denormals(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode | 1ul << 24) : "memory"); /* FZ */
+    return (unsigned)mode;
+}
+static inline void mk_restore(unsigned mode) { __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode) : "memory"); }
+#else /* such a processor keeps them, and its sums may differ by them */
+static inline unsigned mk_flush_denormals(void) { return 0; }
+static inline void mk_restore(unsigned mode) { (void)mode; }
+#endif
 
 #endif

@@ -32,6 +32,11 @@ MK_INLINE vf vf_load_bf16(const uint16_t *p) {
     return (vf){_mm256_castsi256_ps(WIDEN(_mm_unpacklo_epi16(zero, a), _mm_unpackhi_epi16(zero, a))),
                 _mm256_castsi256_ps(WIDEN(_mm_unpacklo_epi16(zero, b), _mm_unpackhi_epi16(zero, b)))};
 }
+MK_INLINE __m256 avx_even(const uint16_t *p) { /* of 16 BF16 */
+    __m128i a = _mm_loadu_si128((const void *)p), b = _mm_loadu_si128((const void *)(p + 8));
+    return _mm256_castsi256_ps(WIDEN(_mm_slli_epi32(a, 16), _mm_slli_epi32(b, 16)));
+}
+MK_INLINE vf vf_even(const uint16_t *p) { return (vf){avx_even(p), avx_even(p + 16)}; }
 
 /* fma of four floats.  In double the product is exact; the sum is rounded to odd (its error, exact by TwoSum, decides
  * to which neighbour), and rounding an odd 53-bit number to 24 bits is rounding the exact sum (Boldo and Melquiond). */

@@ -31,6 +31,10 @@ MK_INLINE vf vf_load_u8(const uint8_t *p) { return YMM_BYTES(_mm256_cvtepu8_epi3
 MK_INLINE vf vf_load_i8(const uint8_t *p) { return YMM_BYTES(_mm256_cvtepi8_epi32, p); }
 #define YMM_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(ymm_load(p)), 16))
 MK_INLINE vf vf_load_bf16(const uint16_t *p) { return (vf){YMM_BF16(p), YMM_BF16(p + 8)}; }
+MK_INLINE __m256 ymm_even(const uint16_t *p) { /* of 16 BF16 */
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)p), 16));
+}
+MK_INLINE vf vf_even(const uint16_t *p) { return (vf){ymm_even(p), ymm_even(p + 16)}; }
 MK_INLINE vf vf_fma(vf a, vf b, vf c) {
     return (vf){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }

@@ -19,12 +19,25 @@ enum { VEC_Q8_BIAS = 128 };
 enum { VEC_Q8_BIAS = 0 };
 #endif
 
+enum { VEC_SUMS = 24 };
+
+#ifdef VEC_BF16 /* y + x's odd * w's odd + x's even * w's even, of pairs */
+MK_INLINE vf vf_pairs(vf w, vf x, vf y) {
+    return _mm512_dpbf16_ps(y, (__m512bh)_mm512_castps_si512(w), (__m512bh)_mm512_castps_si512(x));
+}
+#endif
+
 MK_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 MK_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 MK_INLINE vf vf_load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+MK_INLINE __m512i zmm_pairs(const uint16_t *p) { return _mm512_loadu_si512(p); }
+MK_INLINE vf vf_odd(const uint16_t *p) { /* of 32 BF16 */
+    return _mm512_castsi512_ps(_mm512_and_si512(zmm_pairs(p), _mm512_set1_epi32((int)0xffff0000)));
+}
+MK_INLINE vf vf_even(const uint16_t *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(zmm_pairs(p), 16)); }
 MK_INLINE vf vf_load_u8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
 }
@@ -35,6 +48,7 @@ MK_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
+MK_INLINE vf vf_keep(vf a) { __asm__("" : "+v"(a)); return a; } /* in a register: one load serves several uses */
 MK_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
 MK_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 MK_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -67,6 +81,19 @@ MK_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
     return _mm_cvtss_f32(_mm_##op##_ss(x, _mm_movehdup_ps(x)));
 MK_INLINE float vf_hadd(vf a) { ZMM_FOLD(add) }
 MK_INLINE float vf_hmax(vf a) { ZMM_FOLD(max) }
+
+/* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
+#define ZMM_ADD(shuffle, a, b, low, high) _mm512_add_ps(shuffle(a, b, low), shuffle(a, b, high))
+MK_INLINE vf vf_sums(const vf *a, const int step) {
+    vf eighths[8], quarters[4], pairs[2];
+    for (int i = 0; i < 8; i++) {
+        int r = i / 4 * 8 + i % 4;
+        eighths[i] = ZMM_ADD(_mm512_shuffle_f32x4, a[r * step], a[(r + 4) * step], 0x44, 0xee);
+    }
+    for (int i = 0; i < 4; i++) quarters[i] = ZMM_ADD(_mm512_shuffle_f32x4, eighths[i], eighths[i + 4], 0x88, 0xdd);
+    for (int i = 0; i < 2; i++) pairs[i] = ZMM_ADD(_mm512_shuffle_ps, quarters[2 * i], quarters[2 * i + 1], 0x44, 0xee);
+    return ZMM_ADD(_mm512_shuffle_ps, pairs[0], pairs[1], 0x88, 0xdd);
+}
 
 MK_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 MK_INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }

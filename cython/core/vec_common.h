@@ -2,7 +2,7 @@
 
 #ifndef HOT /* code that is worth a copy in every place, with its constants, loops unrolled */
 #define HOT MK_INLINE
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 #endif
 
 /* The first `count` lanes (0..16) of p, the others `fill`. */

@@ -12,6 +12,7 @@ typedef struct { int32x4_t q[4]; } vi;
 typedef struct { int8x16_t q[4]; } vb;
 
 #define VEC_ROWS 4
+enum { VEC_SUMS = 4 };
 enum { VEC_Q8_BIAS = 0 };
 
 #define QUARTERS for (int j = 0; j < 4; j++)
@@ -22,6 +23,9 @@ enum { VEC_Q8_BIAS = 0 };
 VF(vf_load, (const float *p), vld1q_f32(p + 4 * j))
 VF(vf_load_f16, (const uint16_t *p), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * j))))
 VF(vf_load_bf16, (const uint16_t *p), vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * j), 16)))
+MK_INLINE uint32x4_t neon_pairs(const uint16_t *p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
+VF(vf_odd, (const uint16_t *p), vreinterpretq_f32_u32(vandq_u32(neon_pairs(p + 8 * j), vdupq_n_u32(0xffff0000u))))
+VF(vf_even, (const uint16_t *p), vreinterpretq_f32_u32(vshlq_n_u32(neon_pairs(p + 8 * j), 16)))
 MK_INLINE vf vf_load_u8(const uint8_t *p) {
     uint8x16_t b = vld1q_u8(p);
     uint16x8_t lo = vmovl_u8(vget_low_u8(b)), hi = vmovl_high_u8(b);
@@ -38,6 +42,7 @@ MK_INLINE void vf_store(float *p, vf a) { QUARTERS vst1q_f32(p + 4 * j, a.q[j]);
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     QUARTERS vst1_u16(p + 4 * j, vreinterpret_u16_f16(vcvt_f16_f32(a.q[j])));
 }
+MK_INLINE vf vf_keep(vf a) { return a; }
 VF(vf_set1, (float x), vdupq_n_f32(x))
 VF(vf_add, (vf a, vf b), vaddq_f32(a.q[j], b.q[j]))
 VF(vf_sub, (vf a, vf b), vsubq_f32(a.q[j], b.q[j]))
@@ -80,6 +85,17 @@ MK_INLINE int32_t vi_sum(vi a) {
     return vgetq_lane_f32(op(x, vextq_f32(x, x, 1)), 0);
 MK_INLINE float vf_hadd(vf a) { NEON_FOLD(vaddq_f32) }
 MK_INLINE float vf_hmax(vf a) { NEON_FOLD(neon_max) }
+
+/* Lane r is vf_hadd(a[r * step]): four of them share their shuffles. */
+MK_INLINE float32x4_t neon_halves(vf a, vf b) { /* lanes j + (j + 2) of both, when four are left of each */
+    float32x4_t x = vaddq_f32(vaddq_f32(a.q[0], a.q[2]), vaddq_f32(a.q[1], a.q[3]));
+    float32x4_t y = vaddq_f32(vaddq_f32(b.q[0], b.q[2]), vaddq_f32(b.q[1], b.q[3]));
+    float64x2_t low = vtrn1q_f64(vreinterpretq_f64_f32(x), vreinterpretq_f64_f32(y));
+    float64x2_t high = vtrn2q_f64(vreinterpretq_f64_f32(x), vreinterpretq_f64_f32(y));
+    return vaddq_f32(vreinterpretq_f32_f64(low), vreinterpretq_f32_f64(high));
+}
+VF(vf_sums, (const vf *a, const int step), vpaddq_f32(neon_halves(a[4 * j * step], a[(4 * j + 1) * step]),
+                                                      neon_halves(a[(4 * j + 2) * step], a[(4 * j + 3) * step])))
 
 VB(vb_load, (const uint8_t *p), vreinterpretq_s8_u8(vld1q_u8(p + 16 * j)))
 VB(vb_low, (vb a), vandq_s8(a.q[j], vdupq_n_s8(15)))

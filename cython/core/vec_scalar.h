@@ -14,6 +14,7 @@ typedef struct { int32_t i[16]; } vi;
 typedef struct { int8_t b[64]; } vb;
 
 #define VEC_ROWS 4 /* rows of x in a product's main tile */
+enum { VEC_SUMS = 4 /* of floats, in registers at a time */ };
 enum { VEC_Q8_BIAS = 0 };
 
 #define UNROLL /* 16 lanes are loop enough */
@@ -25,10 +26,13 @@ enum { VEC_Q8_BIAS = 0 };
 VF(vf_load, (const float *p), p[j])
 VF(vf_load_f16, (const uint16_t *p), mk_from_f16(p[j]))
 VF(vf_load_bf16, (const uint16_t *p), mk_from_bf16(p[j]))
+VF(vf_odd, (const uint16_t *p), mk_from_bf16(p[2 * j + 1])) /* of 32 BF16 */
+VF(vf_even, (const uint16_t *p), mk_from_bf16(p[2 * j]))
 VF(vf_load_u8, (const uint8_t *p), (float)p[j])
 VF(vf_load_i8, (const uint8_t *p), (float)(int8_t)p[j])
 MK_INLINE void vf_store(float *p, vf a) { LANES p[j] = a.f[j]; }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) { LANES p[j] = mk_to_f16(a.f[j]); }
+MK_INLINE vf vf_keep(vf a) { return a; } /* in registers, where several uses should share a load */
 VF(vf_set1, (float x), x)
 VF(vf_add, (vf a, vf b), a.f[j] + b.f[j])
 VF(vf_sub, (vf a, vf b), a.f[j] - b.f[j])
@@ -56,6 +60,8 @@ MK_INLINE int32_t vi_sum(vi a) { int32_t s = 0; LANES s += a.i[j]; return s; }
 #define FOLD(expression) for (int w = 8; w; w /= 2) for (int j = 0; j < w; j++) a.f[j] = (expression); return a.f[0];
 MK_INLINE float vf_hadd(vf a) { FOLD(a.f[j] + a.f[j + w]) }
 MK_INLINE float vf_hmax(vf a) { FOLD(a.f[j] > a.f[j + w] ? a.f[j] : a.f[j + w]) }
+
+VF(vf_sums, (const vf *a, int step), vf_hadd(a[j * step])) /* of 16 vectors that lie so far apart */
 
 MK_INLINE vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }
 MK_INLINE vb vb_low(vb a) { for (int j = 0; j < 64; j++) a.b[j] &= 15; return a; }

@@ -6,9 +6,16 @@
 
 typedef struct { __m256 lo, hi; } vf;
 
+enum { VEC_SUMS = 4 };
+
+MK_INLINE vf vf_keep(vf a) { return a; }
 #define YMM(name, op) MK_INLINE vf name(vf a, vf b) { return (vf){op(a.lo, b.lo), op(a.hi, b.hi)}; }
 
 MK_INLINE vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MK_INLINE __m256 ymm_odd(const uint16_t *p) { /* of 16 BF16 */
+    return _mm256_and_ps(_mm256_loadu_ps((const void *)p), _mm256_castsi256_ps(_mm256_set1_epi32((int)0xffff0000)));
+}
+MK_INLINE vf vf_odd(const uint16_t *p) { return (vf){ymm_odd(p), ymm_odd(p + 16)}; }
 MK_INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
 MK_INLINE vf vf_set1(float x) { __m256 v = _mm256_set1_ps(x); return (vf){v, v}; }
 YMM(vf_add, _mm256_add_ps)
@@ -38,3 +45,15 @@ MK_INLINE int vf_any_gt(vf a, vf b) {
     return _mm_cvtss_f32(_mm_##op##_ss(x, _mm_movehdup_ps(x)));
 MK_INLINE float vf_hadd(vf a) { YMM_FOLD(add) }
 MK_INLINE float vf_hmax(vf a) { YMM_FOLD(max) }
+
+/* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
+#define YMM_ADD(shuffle, a, b, low, high) _mm256_add_ps(shuffle(a, b, low), shuffle(a, b, high))
+MK_INLINE __m256 ymm_sums(const vf *a, const int step) {
+    __m256 halves[8], quarters[4], low, high;
+    for (int r = 0; r < 8; r++) halves[r] = _mm256_add_ps(a[r * step].lo, a[r * step].hi);
+    for (int r = 0; r < 4; r++) quarters[r] = YMM_ADD(_mm256_permute2f128_ps, halves[r], halves[r + 4], 0x20, 0x31);
+    low = YMM_ADD(_mm256_shuffle_ps, quarters[0], quarters[1], 0x44, 0xee);
+    high = YMM_ADD(_mm256_shuffle_ps, quarters[2], quarters[3], 0x44, 0xee);
+    return YMM_ADD(_mm256_shuffle_ps, low, high, 0x88, 0xdd);
+}
+MK_INLINE vf vf_sums(const vf *a, const int step) { return (vf){ymm_sums(a, step), ymm_sums(a + 8 * step, step)}; }

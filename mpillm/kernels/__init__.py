@@ -43,7 +43,18 @@ __all__ = [
     "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
 ]  # fmt: skip
 
-PATHS = ("scalar", "avx", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon", "neondot", "numpy")
+PATHS = (
+    "scalar",
+    "avx",
+    "avx2",
+    "avx2vnni",
+    "avx512",
+    "avx512bf16",
+    "avx512vnni",
+    "neon",
+    "neondot",
+    "numpy",
+)
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
 HALVES = ("AttentionHalf", "Expert", "FeedForwardHalf", "Layers", "Mixture", "Products")
 

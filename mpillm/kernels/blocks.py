@@ -139,6 +139,14 @@ def activations(x: F32, bounds: Bounds) -> U8:
     return np.concatenate(groups).view(np.uint8).reshape(len(x), -1)
 
 
+def rounded(x: F32) -> F32:
+    """The nearest BF16, ties to even, as float32; NaNs stay NaNs."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
+    kept: F32 = (np.where(np.isnan(x), bits | 0x400000, nearest) & np.uint32(0xFFFF0000)).view(np.float32)
+    return kept
+
+
 def ungrouped(x: npt.NDArray[Any]) -> npt.NDArray[np.void]:
     """Activations that `activations` made as [m, blocks]: a group holds block after block, and in each its rows."""
     grouped = x.view(ACTIVATION)
@@ -249,6 +257,9 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
 
 def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
     """Kernel-ready bytes of each panel of canonical rows."""
+    if not type.quantised:
+        edges = bounds * type.block_bytes
+        return [canonical[:, begin:end].reshape(-1) for begin, end in itertools.pairwise(edges)]
     n = len(canonical)
     tiles = -(-n // TILE_ROWS)
     padded = np.zeros((tiles * TILE_ROWS, canonical.shape[1]), np.uint8)
@@ -259,16 +270,13 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
         part = blocks[:, :, begin // type.block : -(-end // type.block)].transpose(
             0, 2, 1, 3
         )  # tile, block, row, byte
+        source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
         if type.k_quant:
-            source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
             panels.append(interleaved_super(type, source).view(np.uint8).reshape(-1))
-        elif type.quantised:
-            source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
-            packed = np.empty(source.shape[:2], PACKED[type])
-            for field in set(source.dtype.names or ()) - {"q"}:
-                packed[field] = source[field]
-            packed["q"] = source["q"].reshape(*source.shape, packed["q"].shape[2], 4).transpose(0, 1, 3, 2, 4)
-            panels.append(packed.view(np.uint8).reshape(-1))
-        else:
-            panels.append(np.ascontiguousarray(part).reshape(-1))
+            continue
+        packed = np.empty(source.shape[:2], PACKED[type])
+        for field in set(source.dtype.names or ()) - {"q"}:
+            packed[field] = source[field]
+        packed["q"] = source["q"].reshape(*source.shape, packed["q"].shape[2], 4).transpose(0, 1, 3, 2, 4)
+        panels.append(packed.view(np.uint8).reshape(-1))
     return panels

@@ -16,6 +16,7 @@ from .types import (
     check_bounds,
     kv_pools,
     packed_nbytes,
+    strided_nbytes,
 )
 
 Array = npt.NDArray[Any]
@@ -45,10 +46,15 @@ def require_rows(name: str, array: Array, rows: int | None = None, width: int | 
         raise ValueError(f"{name} must have contiguous rows")
 
 
-def require_weights(type: BlockType, w: Array, n: int, k: int, bounds: Bounds) -> npt.NDArray[np.int64]:
-    """The packed bytes of W [n, k]; returns the checked bounds."""
+def require_weights(
+    type: BlockType, w: Array, n: int, k: int, bounds: Bounds, row_bytes: int
+) -> npt.NDArray[np.int64]:
+    """The packed bytes of W [n, k], or its rows `row_bytes` apart; returns the checked bounds."""
     edges = check_bounds(bounds, k, type.block)
-    require("w", w, (packed_nbytes(type, n, k, edges),), np.uint8)
+    if row_bytes and (type.quantised or row_bytes < k * type.block_bytes):
+        raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
+    nbytes = strided_nbytes(type, n, k, row_bytes) if row_bytes else packed_nbytes(type, n, k, edges)
+    require("w", w, (nbytes,), np.uint8)
     return edges
 
 

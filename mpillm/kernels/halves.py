@@ -20,7 +20,7 @@ Pool = npt.NDArray[Any]
 
 
 class Packed(Protocol):
-    """A packed matrix [n, k] with its column panels."""
+    """A matrix [n, k] with its column panels: packed, or rows of floats `row_bytes` apart."""
 
     @property
     def type(self) -> BlockType: ...
@@ -32,6 +32,8 @@ class Packed(Protocol):
     def k(self) -> int: ...
     @property
     def bounds(self) -> Bounds: ...
+    @property
+    def row_bytes(self) -> int: ...
     @property
     def parts(self) -> Sequence[Packed]: ...
 
@@ -68,7 +70,8 @@ class _Half:
         if matrix.type.quantised:
             rows = np.empty((len(x), activation_nbytes(matrix.k, matrix.bounds)), np.uint8)
             self.ops.quantize_rows(x, matrix.bounds, rows, threads)
-        self.ops.matmul(matrix.type, matrix.data, matrix.n, matrix.k, matrix.bounds, rows, out, threads, fold)
+        self.ops.matmul(matrix.type, matrix.data, matrix.n, matrix.k, matrix.bounds, rows, out, threads, fold,
+                        matrix.row_bytes)  # fmt: skip
 
     def _norm(self, x: F32, weight: F32, eps: float, threads: int) -> F32:
         out = np.empty(x.shape, np.float32)

@@ -57,7 +57,7 @@ def tree(x: F32) -> F32:
     return result
 
 
-def _halves(lanes: F32, op: Any) -> F32:
+def halves(lanes: F32, op: Any) -> F32:
     """Fold the last axis of 16 lanes: lane j with lane j + 8, then + 4, + 2, + 1."""
     width = lanes.shape[-1]
     with np.errstate(all="ignore"):
@@ -84,7 +84,7 @@ def lane_sum(x: F32, squares: bool = False) -> F32:
     with np.errstate(all="ignore"):
         for part in _blocks(x, 0.0):
             acc = fma(part, part, acc) if squares else acc + part
-    return _halves(acc, np.add)
+    return halves(acc, np.add)
 
 
 def lane_max(x: F32) -> F32:
@@ -92,7 +92,7 @@ def lane_max(x: F32) -> F32:
     acc = np.full((len(x), TILE_ROWS), -np.inf, np.float32)
     for part in _blocks(x, -np.inf):
         acc = _larger(acc, part)
-    return _halves(acc, _larger)
+    return halves(acc, _larger)
 
 
 def _larger(a: F32, b: F32) -> F32:

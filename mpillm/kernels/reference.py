@@ -26,6 +26,7 @@ from .types import (
     F32,
     I32,
     KV_BLOCK,
+    PAIRED,
     QUANT_BLOCK,
     TILE_ROWS,
     U8,
@@ -35,9 +36,12 @@ from .types import (
     check_bounds,
     check_whole,
     packed_nbytes,
+    strided_nbytes,
 )
 
 Pool = npt.NDArray[Any]
+
+LANES = 2**18  # floats that are summed at a time
 
 __all__ = [
     "activation_nbytes", "attention", "dequantize", "fold", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes",
@@ -57,10 +61,11 @@ def pack(
     whole: int | None = None,
     head: int = 0,
 ) -> None:
-    """Interleave canonical rows uint8 [n, row bytes] into kernel-ready form: rows `first`... of a matrix of `whole`.
+    """Canonical rows uint8 [n, row bytes] in kernel-ready form: rows `first`... of a matrix of `whole`.
 
-    `stored` is their type if it is another one: floats, which are then quantised. With `head` > 0 they lie as
-    llama.cpp stores q and k: row (head, half, j) of heads of so many rows at (head, j, half).
+    Rows of floats stay as they are, but that a panel's columns lie together; others are interleaved by 16. `stored` is
+    their type if it is another one: floats, which are then quantised. With `head` > 0 they lie as llama.cpp stores q
+    and k: row (head, half, j) of heads of so many rows at (head, j, half).
     """
     type, stored = BlockType(type), BlockType(type if stored is None else stored)
     edges = check_bounds(bounds, k, type.block)
@@ -81,11 +86,12 @@ def pack(
         dequantize(stored, np.ascontiguousarray(canonical), k, values)
         canonical = np.empty((n, type.row_bytes(k)), np.uint8)
         quantize(type, values, canonical)
-    begin, tiles = 0, -(-rows // TILE_ROWS)
+    unit, begin = TILE_ROWS if type.quantised else 1, 0
+    there, all_rows = (-(-count // unit) * unit for count in (n, rows))
     for panel in blocks.interleave(type, canonical, edges):
-        tile = panel.nbytes // max(-(-n // TILE_ROWS), 1)
-        out[begin + first // TILE_ROWS * tile :][: panel.nbytes] = panel
-        begin += tiles * tile
+        row = panel.nbytes // max(there, 1)
+        out[begin + first * row :][: panel.nbytes] = panel
+        begin += all_rows * row
 
 
 def quantize(type: BlockType, x: F32, out: U8, threads: int = 1) -> None:
@@ -128,10 +134,13 @@ def quantize_rows(x: F32, bounds: Bounds, out: U8, threads: int = 1) -> None:
 
 
 def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArray[np.generic], out: F32,
-           threads: int = 1, fold: bool = True) -> None:  # fmt: skip
-    """out [m, n] = x [m, k] @ W[n, k].T; with fold=False out [P, m, n] gets the panels' sums."""
+           threads: int = 1, fold: bool = True, row_bytes: int = 0) -> None:  # fmt: skip
+    """out [m, n] = x [m, k] @ W[n, k].T; with fold=False out [P, m, n] gets the panels' sums.
+
+    `row_bytes`: rows of floats lie so far apart in w, as in a file; 0: w is packed.
+    """
     type = BlockType(type)
-    edges = require_weights(type, w, n, k, bounds)
+    edges = require_weights(type, w, n, k, bounds, row_bytes)
     require_activations(type, x, k, edges)
     parts = len(edges) - 1
     if fold:
@@ -139,18 +148,48 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
     else:
         require("out", out, (parts, len(x), n), np.float32)
     sums = np.empty((parts, len(x), n), np.float32)
-    tiles = -(-n // TILE_ROWS)
-    rows: npt.NDArray[Any] = blocks.ungrouped(x) if type.quantised else x
+    if type.quantised:
+        _quantised_panels(type, w, n, edges, x, sums)
+    else:
+        _unquantised_panels(type, w, n, edges, x, row_bytes, sums)
+    out[...] = lanes.tree(sums) if fold else sums
+
+
+def _quantised_panels(
+    type: BlockType, w: U8, n: int, edges: npt.NDArray[np.int64], x: npt.NDArray[Any], sums: F32
+) -> None:
+    tiles, rows = -(-n // TILE_ROWS), blocks.ungrouped(x)
     start = column = 0
     for p, (begin, end) in enumerate(itertools.pairwise(edges)):
         count = int(-(-(end - begin) // type.block))
         nbytes = tiles * TILE_ROWS * count * type.packed_bytes
         panel = w[start : start + nbytes]
-        product = _k_quants if type.k_quant else _quantised if type.quantised else _unquantised
-        width = count * max(type.block // QUANT_BLOCK, 1)
+        product = _k_quants if type.k_quant else _quantised
+        width = count * (type.block // QUANT_BLOCK)
         sums[p] = product(type, panel, tiles, count, rows[:, column : column + width])[:, :n]
         start, column = start + nbytes, column + width
-    out[...] = lanes.tree(sums) if fold else sums
+
+
+def _unquantised_panels(
+    type: BlockType,
+    w: U8,
+    n: int,
+    edges: npt.NDArray[np.int64],
+    x: npt.NDArray[Any],
+    row_bytes: int,
+    sums: F32,
+) -> None:
+    start = 0
+    for p, (begin, end) in enumerate(itertools.pairwise(edges.tolist())):
+        width = (end - begin) * type.block_bytes
+        apart = row_bytes or width
+        nbytes = strided_nbytes(type, n, end - begin, apart)
+        panel = np.lib.stride_tricks.as_strided(
+            w[start : start + nbytes], (n, width), (apart, 1), writeable=False
+        )
+        start += width if row_bytes else nbytes
+        rows = blocks.rounded(x[:, begin:end]) if type == BlockType.BF16 else x[:, begin:end]
+        sums[p] = _unquantised(type, panel, end - begin, rows)
 
 
 def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
@@ -201,18 +240,36 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
     return acc
 
 
-def _unquantised(type: BlockType, panel: U8, tiles: int, count: int, x: npt.NDArray[np.generic]) -> F32:
-    """Panel sums [m, tiles * 16], one k after another."""
-    w = blocks.decode(type, panel.reshape(1, -1), tiles * count * TILE_ROWS).reshape(tiles, count, TILE_ROWS)
-    columns = np.ascontiguousarray(w.transpose(1, 0, 2)).reshape(count, tiles * TILE_ROWS)
-    xt = np.ascontiguousarray(x.T)
-    acc = np.zeros((len(x), tiles * TILE_ROWS), np.float32)
-    product = np.empty_like(acc)
+def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:
+    """Panel sums [m, n]: 16 lanes, of BF16's pairs the second value first."""
+    step = PAIRED if type == BlockType.BF16 else TILE_ROWS
+    steps = -(-count // step)
+    w, rows = np.zeros((len(panel), steps * step), np.float32), np.zeros((len(x), steps * step), np.float32)
+    w[:, :count], rows[:, :count] = blocks.decode(type, panel, count), x
+    if type == BlockType.BF16:  # denormals count as zeros
+        for a in (w, rows):
+            a[np.abs(a) < np.finfo(np.float32).tiny] = 0
+    # [step, half of a pair, row, lane]; lane j has column j, or columns 2 j + 1 and 2 j
+    w, rows = (
+        np.ascontiguousarray(
+            a.reshape(len(a), steps, TILE_ROWS, step // TILE_ROWS)[..., ::-1].transpose(1, 3, 0, 2)
+        )
+        for a in (w, rows)
+    )
+    sums = np.empty((len(x), len(panel)), np.float32)
+    few = max(
+        LANES // (len(panel) * TILE_ROWS + 1), 1
+    )  # rows of x at a time: their lanes should stay in a cache
     with np.errstate(all="ignore"):
-        for i in range(count):
-            np.multiply(columns[i], xt[i][:, None], out=product)
-            acc += product
-    return acc
+        for first in range(0, len(x), few):
+            part = rows[:, :, first : first + few, None]
+            acc = np.zeros((part.shape[2], len(panel), TILE_ROWS), np.float32)
+            product = np.empty_like(acc)
+            for i, half in itertools.product(range(steps), range(w.shape[1])):
+                np.multiply(w[i, half], part[i, half], out=product)
+                acc += product
+            sums[first : first + few] = lanes.halves(acc, np.add)
+    return sums
 
 
 def fold(parts: F32, out: F32, threads: int = 1) -> None:

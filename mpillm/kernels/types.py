@@ -20,6 +20,7 @@ SUPER_BLOCK = 256  # values of a K-quant's block: 8 parts of 32 with small scale
 TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
 ACTIVATION_BLOCK_BYTES = 56
+PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and then the even one of its pair
 ROW_GROUP = 4  # rows of activations that are interleaved
 KV_BLOCK = 32  # tokens of one block of the KV cache
 
@@ -71,8 +72,15 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
     """Bytes of W [n, k] in kernel-ready form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
     type = BlockType(type)
     edges = check_bounds(bounds, k, type.block)
+    if not type.quantised:
+        return n * k * type.packed_bytes
     blocks = int((-(-np.diff(edges) // type.block)).sum())
     return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.packed_bytes
+
+
+def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
+    """Bytes from the first of n rows of k floats to the end of the last one, if they lie so far apart."""
+    return (n - 1) * row_bytes + k * type.block_bytes if n else 0
 
 
 def activation_nbytes(k: int, bounds: Bounds) -> int:

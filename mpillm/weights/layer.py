@@ -59,6 +59,8 @@ class Flags(Protocol):
 class Matrix:
     """A kernel-ready matrix [n, k]: `data` is uint8, packed in column panels `bounds` (int32, P + 1).
 
+    With `row_bytes` it is not packed: rows of floats lie so far apart, as in their file.
+
     In packed models a matrix may lie in `parts` (`data` is then empty): matrices with all of its columns, one under
     the other, or with all of its rows and one or several of its column panels each, side by side.
     """
@@ -69,6 +71,7 @@ class Matrix:
     bounds: Ints
     data: Bytes
     parts: tuple[Matrix, ...] = ()
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)

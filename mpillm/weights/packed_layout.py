@@ -18,7 +18,7 @@ from ..kernels.types import BlockType
 from .layer import EXPERT, HEAD, Entry, Tensors, aligned, plan_entry, slices
 from .names import Key, hf_name, hf_name_of_experts
 
-FORMAT, VERSION = "mpillm-packed", 2
+FORMAT, VERSION = "mpillm-packed", 3
 INDEX = "packed.json"
 UNFINISHED = "packing.json"  # instead of the index, until all files are there
 TOKENIZER = "tokenizer.gguf.json"  # a GGUF file's tokenizer.* fields

@@ -47,24 +47,26 @@ static void product(void) {
         blocks += mk_blocks(bounds[p + 1] - bounds[p], block);
         units += mk_blocks(bounds[p + 1] - bounds[p], MK_BLOCK);
     }
-    size_t packed_bytes = (size_t)(mk_blocks(n, MK_TILE) * MK_TILE * blocks * mk_packed_bytes(type));
+    long lines = block > 1 ? mk_blocks(n, MK_TILE) * MK_TILE : n;
+    size_t packed_bytes = (size_t)(lines * blocks * mk_packed_bytes(type));
     size_t out_bytes = (size_t)(parts * m * n) * 4;
     uint8_t *packed = make(packed_bytes, 0xAA);
     float *out = make(out_bytes, 0);
     const void *x = arrays[2];
     const uint8_t *at[MK_MAX_PANELS];
-    mk_panels(type, packed, n, bounds, panels, at);
+    mk_panels(type, packed, n, 0, bounds, panels, at);
     mk_pack(&work, type, type, arrays[0], mk_blocks(k, block) * mk_block_bytes(type), n, 0, bounds, panels, packed, 0, n);
     if (block > 1) {
         uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
         mk_quantize_rows(&work, x, k, NULL, m, bounds, panels, rows, units * MK_ACTIVATION);
-        mk_matmul(&work, type, at, n, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n);
+        mk_matmul(&work, type, at, n, 0, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
         give(rows, (size_t)(m * units * MK_ACTIVATION));
     } else {
-        float *rows = make((size_t)(m * k) * 4, 0);
-        mk_group_rows(&work, x, k, NULL, m, k, rows);
-        mk_matmul(&work, type, at, n, bounds, panels, rows, 4 * k, m, out, n, fold ? 0 : m * n);
+        long x_bytes = mk_float_bytes(type, bounds, panels);
+        uint8_t *rows = make((size_t)(m * x_bytes), 0xAA);
+        mk_float_rows(&work, type, x, k, NULL, m, bounds, panels, rows, x_bytes);
+        mk_matmul(&work, type, at, n, 0, bounds, panels, rows, x_bytes, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
         free(rows);
     }

@@ -72,17 +72,23 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
     (r"out must have shape \[1, 34\], not \[1, 36\]", lambda: kernels.quantize(Q8, f4(1, 32), u8(1, 36))),
     (r"out must have shape \[2, 32\], not \[2, 33\]", lambda: kernels.dequantize(Q8, u8(2, 34), 32, f4(2, 33))),
     (r"out must have shape \[2, 56\]", lambda: kernels.quantize_rows(f4(2, 32), [0, 32], u8(2, 90))),
-    (r"w must have shape \[512\], not \[5\]", lambda: kernels.matmul(BF16, u8(5), 3, 16, [0, 16], f4(1, 16), f4(1, 3))),
+    (r"rows of 16 values of block type 2 cannot lie 31 bytes apart",
+     lambda: kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(1, 16), f4(1, 3), row_bytes=31)),
+    (r"rows of 32 values of block type 3 cannot lie 34 bytes apart",
+     lambda: kernels.matmul(Q8, u8(544), 3, 32, [0, 32], u8(1, 56), f4(1, 3), row_bytes=34)),
+    (r"w must have shape \[112\], not \[96\]",
+     lambda: kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(1, 16), f4(1, 3), row_bytes=40)),
+    (r"w must have shape \[96\], not \[5\]", lambda: kernels.matmul(BF16, u8(5), 3, 16, [0, 16], f4(1, 16), f4(1, 3))),
     (r"x must have shape \[1, 16\], not \[1, 15\]",
-     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 15), f4(1, 3))),
+     lambda: kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(1, 15), f4(1, 3))),
     (r"x must have shape \[1, 56\], not \[1, 34\]",
      lambda: kernels.matmul(Q8, u8(544), 3, 32, [0, 32], u8(1, 34), f4(1, 3))),
     (r"out must have shape \[1, 3\], not \[1, 4\]",
-     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 16), f4(1, 4))),
+     lambda: kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(1, 16), f4(1, 4))),
     (r"out must have shape \[1, 1, 3\]",
-     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 16), f4(2, 1, 3), 1, False)),
+     lambda: kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(1, 16), f4(2, 1, 3), 1, False)),
     (r"x must have contiguous rows",
-     lambda: kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(1, 32)[:, ::2], f4(1, 3))),
+     lambda: kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(1, 32)[:, ::2], f4(1, 3))),
     (r"float32|'float'", lambda: kernels.softmax(f8(2, 2))),
     (r"uint8|'uint8_t'", lambda: kernels.matmul(Q8, f4(544), 3, 32, [0, 32], u8(1, 40), f4(1, 3))),
     (r"parts must be .* not \(3, 1, 8\)", lambda: kernels.fold(f4(3, 1, 8), f4(1, 8))),
@@ -117,7 +123,7 @@ def test_refused(words: str, call: Callable[[], None]) -> None:
 
 def test_nothing_to_do_is_fine() -> None:
     out = f4(0, 3)
-    kernels.matmul(BF16, u8(512), 3, 16, [0, 16], f4(0, 16), out)
+    kernels.matmul(BF16, u8(96), 3, 16, [0, 16], f4(0, 16), out)
     kernels.rms_norm(f4(0, 8), f4(8), 1e-5, f4(0, 8))
     kernels.softmax(f4(0, 8))
     kernels.attention(

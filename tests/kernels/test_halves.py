@@ -35,6 +35,7 @@ class Matrix:
     bounds: Any
     data: Any
     parts: tuple[Matrix, ...] = ()
+    row_bytes: int = 0
 
 
 def packed(type: BlockType, raw: Any, k: int, bounds: Any) -> Matrix:

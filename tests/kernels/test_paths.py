@@ -79,6 +79,43 @@ def test_shards_fold_to_the_same_sum(path: str, type: BlockType) -> None:
         assert cases.same(cases.Case("fold", [shards, m, n], [np.stack(parts)]).run()[0], want)
 
 
+@pytest.mark.parametrize("path", kernels.available())
+@pytest.mark.parametrize("type", [BlockType.F32, BlockType.F16, BlockType.BF16])
+def test_float_weights_are_used_where_they_lie(path: str, type: BlockType) -> None:
+    """Some rows and columns of a wider matrix, at any address, give what they give when packed."""
+    rng = np.random.default_rng(8)
+    n, k, m, size = 37, 131, 7, type.block_bytes
+    kernels.set_path(path)
+    file = np.zeros(5 + (n + 2) * (k + 9) * size, np.uint8)
+    stored = file[5:].reshape(n + 2, -1)
+    stored[:, : (k + 9) * size] = cases.canonical(rng, type, n + 2, k + 9)
+    rows = stored[1 : n + 1, 4 * size : (4 + k) * size]
+    begin = 5 + stored.shape[1] + 4 * size
+    here = file[begin : begin + (n - 1) * stored.shape[1] + k * size]
+    x = cases.values(rng, m, k)
+    for bounds in ([0, k], [0, 32, 50, 50, k]):
+        case = cases.Case("product", [int(type), n, k, m, 1], [rows, np.array(bounds, np.int32), x])
+        want, got = case.run()[-1], np.empty((m, n), np.float32)
+        for threads in (1, 2):
+            kernels.matmul(type, here, n, k, bounds, x, got, threads, row_bytes=stored.shape[1])
+            assert cases.same(got, want)
+
+
+@pytest.mark.parametrize("path", COMPILED)
+def test_bf16_is_the_sum_of_the_manual(path: str) -> None:
+    """Bit for bit what NumPy makes of it: products of two BF16 are exact, so multiplying and adding is an fma."""
+    rng = np.random.default_rng(12)
+    n, k, m = 21, 333, 11
+    weights = cases.canonical(rng, BlockType.BF16, n, k).view(np.uint16).copy()
+    weights[2:4] = weights[0]  # rows that are denormal, or of any exponent
+    bounds, x = np.array([0, 100, 333], np.int32), rng.standard_normal((m, k)).astype(np.float32)
+    case = cases.Case("product", [int(BlockType.BF16), n, k, m, 1], [weights.view(np.uint8), bounds, x])
+    kernels.set_path("numpy")
+    want = case.run()[-1]
+    kernels.set_path(path)
+    assert cases.same(case.run()[-1], want)
+
+
 @pytest.mark.parametrize("path", COMPILED)
 def test_attention_depends_on_positions_alone(path: str) -> None:
     case = cases.attention(np.random.default_rng(11), BlockType.F16, 64, heads=8, kvh=2, window=40, rows=24)

@@ -24,15 +24,19 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 class Oracle:
     """A model directory, ready to score token ids.
 
-    With `quantize` ("q8_0", "q4_0") matrices are quantised, and what is multiplied with them is quantised to Q8_0.
+    With `quantize` ("q8_0", "q4_0") matrices are quantised, and what is multiplied with them is quantised to Q8_0. What
+    is multiplied with BF16 is rounded to BF16, unless all is to be `exact`.
     """
 
-    def __init__(self, folder: Path, quantize: str | None = None) -> None:
+    def __init__(self, folder: Path, quantize: str | None = None, exact: bool = False) -> None:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.weights: dict[str, Array] = {}
+        self.dtypes: dict[str, str] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            self.weights.update(read_safetensors(path))
+            for tensor, (dtype, values) in read_safetensors(path).items():
+                self.weights[tensor], self.dtypes[tensor] = values, dtype
         self.quantize = quantize
+        self.exact = exact
         self._quantized: dict[str, Array] = {}
         config = self.config
         self.heads = config["num_attention_heads"]
@@ -72,6 +76,8 @@ class Oracle:
             if name not in self._quantized:
                 self._quantized[name] = through_blocks(weight, self.quantize)
             weight, x = self._quantized[name], through_activation_blocks(x)
+        elif self.dtypes[f"{name}.weight"] == "BF16" and not self.exact:
+            x = rounded(x)
         return x @ weight.T + self.weights.get(f"{name}.bias", 0.0)
 
     def _attention(self, x: Array, layer: int) -> Array:
@@ -131,8 +137,8 @@ class Oracle:
         return out
 
 
-def read_safetensors(path: Path) -> dict[str, Array]:
-    """All tensors of a file as float64."""
+def read_safetensors(path: Path) -> dict[str, tuple[str, Array]]:
+    """All tensors of a file: their types, and values as float64."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     tensors = {}
@@ -140,8 +146,13 @@ def read_safetensors(path: Path) -> dict[str, Array]:
         if name != "__metadata__":
             first, last = (start + offset for offset in info["data_offsets"])
             values = np.frombuffer(data[first:last], DTYPES[info["dtype"]]).astype(np.float64)
-            tensors[name] = values.reshape(info["shape"])
+            tensors[name] = info["dtype"], values.reshape(info["shape"])
     return tensors
+
+
+def rounded(x: Array) -> Array:
+    """The nearest BF16."""
+    return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def through_blocks(x: Array, kind: str) -> Array:

@@ -7,7 +7,7 @@ import pytest
 
 from mpillm.engine.sequence import Request
 
-from .checks import EXACT, QUANTIZED, check, requests_of
+from .checks import EXACT, QUANTIZED, ROUNDED, bounds_of, check, requests_of
 from .engine_harness import run_engine
 from .golden import GGUFS, MODELS, PLAIN_GGUFS, gguf_path, golden, model_path
 from .golden import QUANTIZED as QUANTIZED_MODELS
@@ -17,14 +17,18 @@ from .oracle import Oracle
 @pytest.mark.parametrize("name", MODELS)
 def test_safetensors(name: str) -> None:
     reference = golden(name)
-    check(reference, run_engine(model_path(name), requests_of(reference), activations="f32"), EXACT)
+    check(
+        reference,
+        run_engine(model_path(name), requests_of(reference), activations="f32"),
+        bounds_of(name, False),
+    )
 
 
 @pytest.mark.parametrize("name", GGUFS)
 def test_gguf(name: str) -> None:
     reference = golden(f"{name}.gguf")
     completions = run_engine(gguf_path(name), requests_of(reference), activations="f32", kv_type="f32")
-    check(reference, completions, EXACT if name in PLAIN_GGUFS else QUANTIZED)
+    check(reference, completions, bounds_of(name, name not in PLAIN_GGUFS))
 
 
 @pytest.mark.parametrize(("name", "kind"), QUANTIZED_MODELS)
@@ -56,6 +60,12 @@ def test_prompts_of_any_length_in_one_batch(name: str) -> None:
         Request(id=str(i), prompt=tuple(p), max_tokens=0, prompt_logprobs=0) for i, p in enumerate(prompts)
     ]
     completions = run_engine(model_path(name), requests, activations="f32", max_num_batched_tokens=24)
+    errors: list[float] = []
     for prompt, completion in zip(prompts, completions, strict=True):
         expected = twin.logprobs(prompt)[np.arange(len(prompt) - 1), prompt[1:]]
-        np.testing.assert_allclose(completion.prompt_logprobs, expected, atol=EXACT.most, rtol=0)
+        errors += np.abs(np.subtract(completion.prompt_logprobs, expected)).tolist()
+    if name != "smol_bf16":
+        assert max(errors) < EXACT.most
+    else:  # the twin rounds activations too, but a value right between two BF16 may be rounded either way
+        assert max(errors) < ROUNDED.most
+        assert np.mean(errors) < ROUNDED.mean / 5

@@ -126,7 +126,7 @@ def test_products_with_a_loaded_matrix(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, down.k), np.float32)
     out = np.empty((3, down.n), np.float32)
     kernels.matmul(down.type, down.data, down.n, down.k, down.bounds, x, out, 1)
-    expected = x @ through("BF16", ODD.weights()["model.layers.0.mlp.down_proj.weight"]).T
+    expected = through("BF16", x) @ through("BF16", ODD.weights()["model.layers.0.mlp.down_proj.weight"]).T
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,124 @@
+/* Products with float weights, which lie row by row as in files: lanes run over the columns.
+ *
+ * Lane j of 16 is one chain of fma over columns j, j + 16, ... of a panel.  With BF16 weights x is rounded to BF16 as
+ * well, and lane j takes columns 2 j + 1 and 2 j of every 32, denormals being zeros: VDPBF16PS's sum (Intel's manual),
+ * which any fma can form, for a product of two BF16 is exact.  At a panel's end lanes are folded in the fixed tree. */
+
+/* w: `rows` (1..16) rows, `stride` bytes apart; x: T rows of columns in steps, as round_rows has made them, whose groups
+ * are x_stride bytes apart; sums [T]: lane r is row r's. */
+typedef void (*float_function)(const uint8_t *w, long stride, int rows, const uint8_t *x, long x_stride, long columns,
+                               vf *sums);
+
+#ifdef VEC_BF16
+enum { BF16_STEP = MK_BF16_PAIRS };
+#else
+enum { BF16_STEP = MK_BF16_HALVES };
+#endif
+enum { DEPTH = 1024 /* columns of several rows of x that stay in the first cache while rows of W pass by */ };
+enum { MOST_STREAMS = 4 /* rows of W at a time */, MOST_SUMS = 24 /* of theirs and rows of x */ };
+enum { FLOAT_ROWS = VEC_ROWS > 8 ? 8 : VEC_ROWS /* of x at a time, at most */ };
+
+/* Rows of W beside T rows of x, so that VEC_SUMS sums are under way. */
+#define STREAMS(T) (VEC_SUMS / (T) < 1 ? 1 : VEC_SUMS / (T) > MOST_STREAMS ? (int)MOST_STREAMS : VEC_SUMS / (T))
+
+/* A step of the columns: 32 of BF16, else 16. */
+MK_INLINE void float_step(const int type, const int R, const int T, const uint8_t *const *w, const uint8_t *x,
+                          long x_stride, vf *acc) {
+    const int bytes = type == MK_BF16 ? BF16_STEP : 64, halves = bytes / 64;
+    UNROLL
+    for (int half = 0; half < halves; half++) {
+        vf rows[MOST_STREAMS];
+        UNROLL
+        for (int r = 0; r < R; r++)
+            rows[r] = type == MK_F16 ? vf_load_f16((const void *)w[r])
+                      : halves == 1  ? vf_load((const void *)w[r])
+                      : half         ? vf_even((const void *)w[r])
+                                     : vf_odd((const void *)w[r]);
+        UNROLL
+        for (int t = 0; t < T; t++) {
+            vf values = vf_load((const void *)(ROW(T, t, x, x_stride, bytes) + 64 * half));
+            if (R > 1) values = vf_keep(values);
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                vf *to = &acc[r * T + t];
+#ifdef VEC_BF16
+                *to = type == MK_BF16 ? vf_pairs(rows[r], values, *to) : vf_fma(rows[r], values, *to);
+#else
+                *to = vf_fma(rows[r], values, *to);
+#endif
+            }
+        }
+    }
+}
+
+/* Columns of R rows of W, `rest` of them after the last whole step: sums [R][T] go on, or begin with them. */
+HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, long stride, const uint8_t *x,
+                    long x_stride, long steps, long rest, int begin, vf *sums) {
+    const int bytes = type == MK_F16 ? 32 : 64, x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
+    const uint8_t *rows[MOST_STREAMS];
+    vf acc[MOST_SUMS];
+    UNROLL
+    for (int i = 0; i < R * T; i++) acc[i] = begin ? vf_set1(0.0f) : sums[i];
+    UNROLL
+    for (int r = 0; r < R; r++) rows[r] = w + r * stride;
+    for (long i = 0; i < steps; i++, x += x_bytes) {
+        float_step(type, R, T, rows, x, x_stride, acc);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            if (T < MK_GROUP) __builtin_prefetch(rows[r] + (R > 1 ? R * stride : PREFETCH));
+            rows[r] += bytes;
+        }
+    }
+    if (rest) {
+        uint8_t padded[MOST_STREAMS][64] = {{0}};
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            memcpy(padded[r], rows[r], (size_t)(rest * mk_block_bytes(type)));
+            rows[r] = padded[r];
+        }
+        float_step(type, R, T, rows, x, x_stride, acc);
+    }
+    UNROLL
+    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+}
+
+HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long stride, int rows, const uint8_t *x,
+                    long x_stride, long columns, vf *sums) {
+    const int step = mk_float_step(type), bytes = mk_block_bytes(type);
+    const long depth = T < MK_GROUP ? columns : DEPTH; /* few rows of x: those of W should be read to their ends */
+    vf acc[MK_TILE * FLOAT_ROWS];
+    for (int i = columns ? rows * T : 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
+    for (long begin = 0; begin < columns; begin += depth) {
+        const long count = columns - begin < depth ? columns - begin : depth;
+        const uint8_t *from = w + begin * bytes;
+        int row = 0;
+        for (; row + R <= rows; row += R)
+            float_rows(type, R, T, from + row * stride, stride, x, x_stride, count / step, count % step, !begin, acc + row * T);
+        for (; row < rows; row++)
+            float_rows(type, 1, T, from + row * stride, stride, x, x_stride, count / step, count % step, !begin, acc + row * T);
+        x += depth / step * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
+    }
+    for (int t = 0; t < T; t++) sums[t] = vf_sums(acc + t, T);
+}
+
+#define FLOAT_TILE(type, T)                                                                                        \
+    static void type##_##T(const uint8_t *w, long stride, int rows, const uint8_t *x, long x_stride, long columns, \
+                           vf *sums) {                                                                             \
+        float_tile(type, STREAMS(T), T, w, stride, rows, x, x_stride, columns, sums);                              \
+    }
+#if VEC_ROWS > 4
+#define MORE_FLOATS(type) FLOAT_TILE(type, 8)
+#define MORE_FLOAT_FUNCTIONS(type) type##_8,
+#else
+#define MORE_FLOATS(type)
+#define MORE_FLOAT_FUNCTIONS(type)
+#endif
+#define FLOAT_TILES(type) \
+    MORE_FLOATS(type) FLOAT_TILE(type, 4) FLOAT_TILE(type, 3) FLOAT_TILE(type, 2) FLOAT_TILE(type, 1)
+FLOAT_TILES(MK_F32)
+FLOAT_TILES(MK_F16)
+FLOAT_TILES(MK_BF16)
+
+#define FLOAT_FUNCTIONS(type) {MORE_FLOAT_FUNCTIONS(type) type##_4, type##_3, type##_2, type##_1}
+static const float_function FLOAT_TILE_FUNCTIONS[][VEC_ROWS > 4 ? 5 : 4] = {
+    FLOAT_FUNCTIONS(MK_F32), FLOAT_FUNCTIONS(MK_F16), FLOAT_FUNCTIONS(MK_BF16)};
