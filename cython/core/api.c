@@ -6,7 +6,7 @@
 
 /* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile; but FEW_ROWS
  * pass together whatever they take, so that W is read once for a batch that decodes. */
-enum { CACHE = 1 << 18, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
+enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 20, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
 
 #define ADD(range, items, kind, ...) \
     mk_step_of(work, mk_active->range, items, 1, 0)->kind = (mk_##kind##_job){__VA_ARGS__}
@@ -99,7 +99,7 @@ static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, 
     mk_product job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
                          .bounds = bounds, .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
                          .out_stride = out_stride, .panel_stride = panel_stride};
-    job.chunk = CACHE / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
+    job.chunk = (type < MK_Q8_0 ? FLOAT_CACHE : CACHE) / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
     if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
     const long chunks = mk_blocks(m, (int)job.chunk);

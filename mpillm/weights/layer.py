@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -125,12 +125,21 @@ class LayerPlan:
         return found
 
 
+class Placed(NamedTuple):
+    """Where an entry lies; `row_bytes` > 0: rows of floats lie so far apart there, as in their file."""
+
+    data: Bytes
+    row_bytes: int
+
+
 class Layer:
     """A loaded item: its matrices and vectors, as views of the buffer, until it is dropped."""
 
-    def __init__(self, plan: LayerPlan, buffer: Bytes) -> None:
+    def __init__(self, plan: LayerPlan, buffer: Bytes, places: Mapping[int, Placed] | None = None) -> None:
+        """`places`: of an item that is not as planned in the buffer, its entries by their planned offsets."""
         self.plan = plan
         self.buffer = buffer
+        self._places = places
         self._kept: Any = None
 
     def matrix(self, role: str) -> Matrix:
@@ -157,7 +166,7 @@ class Layer:
         """A norm's weights, or a bias: f32 [n]."""
         entries = self.plan.index[role]
         assert not entries[0].bounds, role
-        values = [self._bytes(entry).view(np.float32) for entry in entries]
+        values = [self._place(entry).data.view(np.float32) for entry in entries]
         return values[0] if len(values) == 1 else np.concatenate(values)
 
     def keep(self, make: Callable[[Layer], T]) -> T:
@@ -170,15 +179,20 @@ class Layer:
     def drop(self) -> None:
         """Let go of the buffer: others may have it now."""
         self.buffer = np.empty(0, np.uint8)
+        self._places = None
         self._kept = None
 
     def _matrix(self, entry: Entry) -> Matrix:
         assert entry.bounds, entry.key
-        return Matrix(entry.type, entry.n, entry.k, np.array(entry.bounds, np.int32), self._bytes(entry))
+        data, row_bytes = self._place(entry)
+        bounds = np.array(entry.bounds, np.int32)
+        return Matrix(entry.type, entry.n, entry.k, bounds, data, row_bytes=row_bytes)
 
-    def _bytes(self, entry: Entry) -> Bytes:
+    def _place(self, entry: Entry) -> Placed:
+        if self._places is not None:
+            return self._places[entry.offset]
         assert self.buffer.nbytes == self.plan.nbytes, f"{self.plan.name} is used after it was dropped"
-        return self.buffer[entry.offset : entry.offset + entry.nbytes]
+        return Placed(self.buffer[entry.offset : entry.offset + entry.nbytes], 0)
 
 
 def layer_tensors(shape: Shape, flags: Flags, layer: int) -> Iterator[tuple[Key, tuple[int, ...]]]:

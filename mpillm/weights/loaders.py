@@ -14,7 +14,7 @@ from typing import Literal
 from ..errors import JobError, ModelError
 from .cache import Heap, Loader
 from .filesystem import POPULATE_READ, can_populate, madvise, network_kind
-from .layer import ALIGNMENT, Bytes, Layer, LayerPlan, load
+from .layer import ALIGNMENT, Bytes, Entry, Layer, LayerPlan, Placed, aligned, fill, load
 from .mapped import MappedFile
 from .packed_layout import PAGE
 from .packed_source import PackedFile, PackedSource
@@ -45,12 +45,16 @@ def open_loader(
 
     Experts are loaded several at a time, larger items in several pieces.
 
-    "auto" maps what stays, for that costs nothing but reading it once. What is streamed, it reads past the page cache,
-    which is faster than filling that cache and emptying it again; and what comes over a network, always.
+    "auto" maps what stays, for that costs nothing but reading it once; of an unpacked model, if there are matrices that
+    products can take as they lie in its files. What is streamed, it reads past the page cache, which is faster than
+    filling that cache and emptying it again; and what comes over a network, always.
     """
     slow_faults = network_kind(source.path) is not None
     small = items[0].expert >= 0
     if isinstance(source, TensorSource):
+        mapped = kind != "read" and not streamed and not (slow_faults and kind == "auto") and can_populate()
+        if mapped and any(source.in_place(entry) for item in items for entry in item.entries):
+            return InPlace(source, REQUESTS if small else 2)
         past_cache = kind == "read" or (kind == "auto" and (streamed or slow_faults))
         return Unpacked(source, threads, items, streamed, past_cache)
     assert isinstance(source, PackedSource)
@@ -119,7 +123,7 @@ class Unpacked(Heap[Layer]):
 class _Watched:
     """A file that must stay as it was: who truncates a file in use would change what is computed."""
 
-    def __init__(self, file: PackedFile) -> None:
+    def __init__(self, file: PackedFile | MappedFile) -> None:
         self.path = file.path
         self.descriptor = open_file(file.path, os.O_RDONLY)
         self._first = os.fstat(self.descriptor)
@@ -139,7 +143,7 @@ class _Watched:
 class _Parallel:
     """Loads an item in pieces, several at a time, and so many items."""
 
-    def __init__(self, files: Sequence[PackedFile], parallel: int = 2) -> None:
+    def __init__(self, files: Sequence[PackedFile | MappedFile], parallel: int = 2) -> None:
         self.parallel = parallel
         self._files: list[_Watched] = []
         self._pool = ThreadPoolExecutor(REQUESTS, "weights-read")
@@ -155,13 +159,12 @@ class _Parallel:
             file.close()
         self._files.clear()
 
-    def _in_pieces(self, plan: LayerPlan, fetch: Callable[[int, int], None]) -> None:
-        """Call fetch(offset, nbytes) for all of an item, offsets counted from its beginning."""
-        file = self._files[plan.file]
+    def _in_pieces(self, file: _Watched, nbytes: int, fetch: Callable[[int, int], None]) -> None:
+        """Call fetch(offset, nbytes) for so many bytes of a file, offsets counted from the first of them."""
         file.check()
         pieces = [
-            self._pool.submit(fetch, begin, min(REQUEST_BYTES, plan.nbytes - begin))
-            for begin in range(0, plan.nbytes, REQUEST_BYTES)
+            self._pool.submit(fetch, begin, min(REQUEST_BYTES, nbytes - begin))
+            for begin in range(0, nbytes, REQUEST_BYTES)
         ]
         wait(pieces)
         for piece in pieces:
@@ -169,34 +172,82 @@ class _Parallel:
         file.check()
 
 
-class Mapped(_Parallel):
-    """Items are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
+class _Maps(_Parallel):
+    """Maps the files whole, and has pages of them in memory."""
 
-    def __init__(self, files: Sequence[PackedFile], parallel: int = 2) -> None:
+    def __init__(self, files: Sequence[PackedFile | MappedFile], parallel: int = 2) -> None:
         super().__init__(files, parallel)
         self._maps = [MappedFile(file.path) for file in files]
 
-    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
-        return self._maps[plan.file].view(plan.offset, plan.nbytes)
-
-    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+    def _have(self, number: int, pages: Bytes) -> None:
         """Have all pages in memory: looking at them later then never waits for the disk, nor fails."""
-        address = buffer.ctypes.data
+        file, first = self._files[number], pages.ctypes.data
+        address = first // mmap.PAGESIZE * mmap.PAGESIZE
 
         def fetch(begin: int, nbytes: int) -> None:
             try:
                 madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
                 madvise(address + begin, nbytes, POPULATE_READ)
             except OSError as error:
-                path = self._files[plan.file].path
                 if error.errno in (errno.ENOMEM, errno.EAGAIN):
-                    raise ModelError(f"There is no memory left to map {path} ({error.strerror}).") from None
-                self._files[plan.file].check()
+                    raise ModelError(
+                        f"There is no memory left to map {file.path} ({error.strerror})."
+                    ) from None
+                file.check()
                 raise ModelError(
-                    f"{path} cannot be read any more: its disk failed ({error.strerror})."
+                    f"{file.path} cannot be read any more: its disk failed ({error.strerror})."
                 ) from None
 
-        self._in_pieces(plan, fetch)
+        self._in_pieces(file, first + pages.nbytes - address, fetch)
+
+    def close(self) -> None:
+        super().close()
+        for file in getattr(self, "_maps", ()):
+            file.close()
+
+
+class InPlace(_Maps):
+    """Items of an unpacked model that stay: matrices are used where they lie in its files, which ranks of a node share.
+
+    What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
+    The files are mapped once more for it, for what is read of them otherwise gives its pages back.
+    """
+
+    def __init__(self, source: TensorSource, parallel: int) -> None:
+        super().__init__(source.mapped, parallel)
+        self._source = source
+
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        return new_buffer(sum(aligned(entry.nbytes) for entry in self._beside(plan)), ALIGNMENT)
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        places, at = {}, 0
+        for entry in self._beside(plan):
+            places[entry.offset] = Placed(buffer[at : at + entry.nbytes], 0)
+            at += aligned(entry.nbytes)
+        fill([[(entry, places[entry.offset].data)] for entry in self._beside(plan)], self._source)
+        for entry in plan.entries:
+            if there := self._source.in_place(entry):
+                pages = self._maps[there.file].view(there.offset, there.nbytes)
+                self._have(there.file, pages)
+                places[entry.offset] = Placed(pages, there.row_bytes)
+        return Layer(plan, buffer, places)
+
+    def give_back(self, plan: LayerPlan) -> None:
+        """The maps go when the files are closed: the next run finds the pages where they are."""
+
+    def _beside(self, plan: LayerPlan) -> list[Entry]:
+        return [entry for entry in plan.entries if self._source.in_place(entry) is None]
+
+
+class Mapped(_Maps):
+    """Items are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
+
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        return self._maps[plan.file].view(plan.offset, plan.nbytes)
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        self._have(plan.file, buffer)
         return Layer(plan, buffer)
 
     def give_back(self, plan: LayerPlan) -> None:
@@ -204,11 +255,6 @@ class Mapped(_Parallel):
         buffer = self._maps[plan.file].view(plan.offset, plan.nbytes)
         madvise(buffer.ctypes.data, buffer.nbytes, mmap.MADV_DONTNEED)
         os.posix_fadvise(self._files[plan.file].descriptor, plan.offset, plan.nbytes, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        super().close()
-        for file in getattr(self, "_maps", ()):
-            file.close()
 
 
 class Reading(_Parallel):
@@ -229,7 +275,7 @@ class Reading(_Parallel):
             if direct < 0 or not read_direct(direct, plan.offset + begin, out):
                 read_at(file.descriptor, file.path, plan.offset + begin, out)
 
-        self._in_pieces(plan, fetch)
+        self._in_pieces(file, plan.nbytes, fetch)
         return Layer(plan, buffer)
 
     def give_back(self, plan: LayerPlan) -> None:

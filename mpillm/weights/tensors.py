@@ -15,7 +15,7 @@ from .. import kernels
 from ..comm.grid import PANELS, Place, Shape
 from ..errors import JobError, ModelError
 from ..kernels.types import SUPER_BLOCK, BlockType
-from .layer import EXPERT, LayerPlan, Tensors, expert_tensors, plan_entries, plan_name
+from .layer import EXPERT, Entry, LayerPlan, Tensors, expert_tensors, plan_entries, plan_name
 from .mapped import MappedFile
 from .names import ROLES, Key, Parsed
 from .stored import Bytes, Floats, Stored
@@ -79,6 +79,15 @@ class Rows(NamedTuple):
     head: int
 
 
+class Mapped(NamedTuple):
+    """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
+
+    file: int
+    offset: int
+    nbytes: int
+    row_bytes: int
+
+
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
 
@@ -96,8 +105,8 @@ class TensorSource:
         self.path = path
         self.config = config
         self.tokenizer = tokenizer
-        self._mapped = tuple(files)
-        self.files = (*metadata_files, *(file.path for file in self._mapped))
+        self.mapped = tuple(files)
+        self.files = (*metadata_files, *(file.path for file in self.mapped))
         self._extents = dict(extents)
         self._quantize = self._quantised_to(quantize)
         self._cut_in_blocks = all(
@@ -109,7 +118,7 @@ class TensorSource:
             key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
             for key, extent in self._extents.items()
         }
-        for file in self._mapped:
+        for file in self.mapped:
             file.release(0, file.size)  # the header has been read
 
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
@@ -149,6 +158,16 @@ class TensorSource:
         else:
             raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
         return Rows(stored.type, _blocks(stored, raw, cols), head)
+
+    def in_place(self, entry: Entry) -> Mapped | None:
+        """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
+        extent = self._extents[entry.key]
+        offset = extent.offset + entry.rows.start * extent.row_bytes
+        unchanged = extent.stored.own and not entry.type.quantised and entry.type == extent.stored.type
+        whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
+        if not unchanged or not whole or offset % entry.type.block_bytes:
+            return None
+        return Mapped(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
 
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
@@ -191,7 +210,7 @@ class TensorSource:
 
     def read_past_cache(self) -> None:
         """From now on rows of matrices are read past the page cache, and nothing is kept of them there."""
-        for file in self._mapped:
+        for file in self.mapped:
             file.read_past_cache()
 
     def repeated(self, layers: int) -> TensorSource:
@@ -201,7 +220,7 @@ class TensorSource:
             if key.layer == 0:
                 extents.update((key._replace(layer=layer), extent) for layer in range(layers))
         config = {**self.config, "num_hidden_layers": layers}
-        return TensorSource(self.path, self._mapped, (), extents, config, self.tokenizer)
+        return TensorSource(self.path, self.mapped, (), extents, config, self.tokenizer)
 
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""
@@ -210,7 +229,7 @@ class TensorSource:
 
     def close(self) -> None:
         """Unmap the files; arrays that `read` returned must not be used any more."""
-        for file in self._mapped:
+        for file in self.mapped:
             file.close()
 
     def _delivered(self, key: Key, extent: Extent) -> BlockType:

@@ -30,7 +30,7 @@ from mpillm.weights import loaders, packed_files, verified
 from mpillm.weights.cache import WeightCache
 from mpillm.weights.filesystem import network_kind
 from mpillm.weights.layer import HEAD, rank_plans
-from mpillm.weights.loaders import Kind, Mapped, Reading, open_loader
+from mpillm.weights.loaders import InPlace, Kind, Mapped, Reading, open_loader
 from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed_files import Made, Part, Writer
 from mpillm.weights.packed_layout import INDEX, UNFINISHED
@@ -123,6 +123,53 @@ def test_experts_are_paged_from_any_source(name: str) -> None:
         items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
     for budget in (minimum_budget(items), sum(item.nbytes for item in items) - 1):
         assert outcome(model_path(name), name, weights=budget) == expected(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["smol_bf16", "llama_f16", "qwen3_moe", "qwen3_bf16.gguf", "llama_f16_factors.gguf"]
+)
+def test_floats_that_stay_are_used_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory is taken for them and none is packed, but for what is in another order or cut by columns."""
+    path = model_path(name)
+    assert outcome(path, name) == outcome(path, name, loader="read")
+    calls: list[BlockType] = []
+    plain = kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda type, *a: (calls.append(type), plain(type, *a)))
+    for shards in (1, 2):
+        with closing(open_source(path)) as source:
+            config = ModelConfig.from_dict(source.config)
+            items = rank_plans(config.shape(column_unit(source)), Place(0, 1, shards), source, config)
+            here, packed = (
+                open_loader(source, "auto", 1, items, False),
+                open_loader(source, "read", 1, items, False),
+            )
+            assert isinstance(here, InPlace)
+            assert not isinstance(packed, InPlace)
+            with closing(here), closing(packed):
+                for plan in items:
+                    calls.clear()
+                    layer = here.load(plan, here.room(plan, []))
+                    beside = [entry for entry in plan.entries if source.in_place(entry) is None]
+                    assert len(calls) == sum(bool(entry.bounds) for entry in beside)
+                    assert layer.buffer.nbytes < sum(entry.nbytes for entry in beside) + 64 * len(beside) + 64
+                    again = packed.load(plan, packed.room(plan, []))
+                    for entry in plan.entries:
+                        if not entry.bounds:
+                            continue
+                        cut = entry.key.role in ("o", "down") and shards > 1
+                        permuted = (
+                            name.startswith("llama_") and name.endswith("gguf") and entry.key.role in "qk"
+                        )
+                        assert (entry in beside) == (cut or permuted), entry.key
+                        a, b = layer.matrix(entry.key.role), again.matrix(entry.key.role)
+                        x = np.random.default_rng(0).standard_normal((2, entry.k)).astype(np.float32)
+                        outs = np.empty((2, 2, entry.n), np.float32)
+                        for one, out in zip((a, b), outs, strict=True):
+                            kernels.matmul(
+                                one.type, one.data, one.n, one.k, one.bounds, x, out, 1, True, one.row_bytes
+                            )
+                        assert (outs[0] == outs[1]).all()
+                    del a, b, one, layer, again
 
 
 @pytest.mark.parametrize("weights", ["q8_0", "q4_0"])
