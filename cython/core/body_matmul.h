@@ -9,7 +9,9 @@ typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x,
 
 enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROWS : MK_MANY_TILES };
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
-enum { PREFETCH = 4096 /* bytes of weights that are fetched ahead: with few rows memory is the limit */ };
+/* Bytes of each tile that are fetched ahead, for with few rows memory is the limit; more would take the room that a core
+ * has for lines on their way from those that are needed sooner. */
+enum { PREFETCH = 1024, PREFETCH_FLOATS = 4096 };
 
 /* Row t of T in a block of groups, and how many rows a group has. */
 #define ROW(T, t, x, x_stride, bytes) ((x) + (t) / MK_GROUP * (x_stride) + (t) % MK_GROUP * (long)(bytes))
@@ -40,7 +42,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
         UNROLL
         for (int r = 0; r < R; r++) {
             const uint8_t *tile = w + r * w_stride;
-            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + PREFETCH / R + line);
+            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + PREFETCH + line);
             vb groups[8];
             load_groups(type, tile + scales, groups);
             vf d = vf_load_f16((const void *)tile), m = d;
