@@ -65,7 +65,7 @@ HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, 
         float_step(type, R, T, rows, x, x_stride, acc);
         UNROLL
         for (int r = 0; r < R; r++) {
-            if (T < MK_GROUP) __builtin_prefetch(rows[r] + (R > 1 ? R * stride : PREFETCH_FLOATS));
+            __builtin_prefetch(rows[r] + R * stride); /* pages of a file's map are small, and a row may have its own */
             rows[r] += bytes;
         }
     }

@@ -11,7 +11,7 @@ enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROW
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
 /* Bytes of each tile that are fetched ahead, for with few rows memory is the limit; more would take the room that a core
  * has for lines on their way from those that are needed sooner. */
-enum { PREFETCH = 1024, PREFETCH_FLOATS = 4096 };
+enum { PREFETCH = 1024 };
 
 /* Row t of T in a block of groups, and how many rows a group has. */
 #define ROW(T, t, x, x_stride, bytes) ((x) + (t) / MK_GROUP * (x_stride) + (t) % MK_GROUP * (long)(bytes))
