@@ -268,8 +268,9 @@ class Leader:
             raise
         self._engine.stop(0)
         self.computed = True
-        self._ranks = [self._session.statistics()]  # if no more can be had
-        self._ranks = self._session.world.gather(self._session.statistics())
+        own = self._session.statistics(len(self._batch))
+        self._ranks = [own]  # if no more can be had
+        self._ranks = self._session.world.gather(own)
         self._phase("compute")
 
     def write(self, begun: float) -> report.Report:

@@ -113,7 +113,6 @@ class Session:
             self._open_files.callback(self.weights.close)
         self.streamed = world.gather(self.weights.streamed)
         self.limits = self._limits()
-        self.memory = self._memory()
         self.channel = Channel(world, self.counters)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
         log.info(
@@ -151,8 +150,8 @@ class Session:
         """Bytes that one token's keys and values take on the rank that holds most."""
         return self._largest_block // KV_BLOCK
 
-    def statistics(self) -> Rank:
-        """What this rank held, moved and waited for."""
+    def statistics(self, lines: int = 0) -> Rank:
+        """What this rank held, moved and waited for; rank 0 keeps so many lines of input."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
@@ -168,7 +167,7 @@ class Session:
             experts=_described(weights.experts) if weights.experts else {},
             kv=self._describe_kv(),
             messages=messages,
-            memory=msgspec.to_builtins(self.memory),
+            memory=msgspec.to_builtins(self._memory(lines)),
             memory_peak=memory.peak(),
             seconds={
                 "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
@@ -212,11 +211,10 @@ class Session:
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self.shape, places, self.kv_type, max_context, self.streamed)
 
-    def _memory(self) -> memory.Memory:
-        """What this rank may come to hold."""
+    def _memory(self, lines: int) -> memory.Memory:
+        """What this rank was to hold at most."""
         weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
         block = block_nbytes(shape, place, self.kv_type)
-        lines = memory.lines_in(self.spec.input_path) if place.rank == 0 else 0
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
