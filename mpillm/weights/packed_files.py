@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -216,7 +216,7 @@ class Writer:
                 self._progress(made.data.nbytes)
                 if file.whole:
                     self._progress(file.begin)
-                    self._files.append(self._ends.submit(self._finish, file, last))
+                    self._files.append(self._ends.submit(self._finish, file))
                     file = None
             self._wait(0)
         except BaseException:
@@ -232,11 +232,9 @@ class Writer:
         for file in self._files:
             file.result()
 
-    def _finish(self, file: _Growing, last: Sequence[Future[None]]) -> None:
+    def _finish(self, file: _Growing) -> None:
         """Bring a file to the disk, and give it its name."""
         try:
-            for done in last:
-                done.result()
             path, digest = file.finish()
         finally:
             file.close()
@@ -320,6 +318,7 @@ class _Growing:
         self.begin = self._at = len(plan.head("0" * 64))
         self._file = VerifiedFile(directory / (plan.name + TEMPORARY), plan.nbytes)
         self._digest = hashlib.sha256()
+        self._put: list[Future[None]] = []
 
     @property
     def whole(self) -> bool:
@@ -330,10 +329,15 @@ class _Growing:
         """Write and hash what comes next; it must stay as it is meanwhile."""
         assert self._at + data.nbytes <= self.plan.nbytes, self.plan.name
         at, self._at = self._at, self._at + data.nbytes
-        return [hash.submit(self._digest.update, data.data), *self._file.put(data, at, disk)]
+        put = [hash.submit(self._digest.update, data.data), *self._file.put(data, at, disk)]
+        self._put += put
+        return put
 
     def finish(self) -> tuple[Path, str]:
         """Write the file's head, and have the disk keep it all: its name, and the hash of its data."""
+        wait(self._put)  # all of them, even if one fails: the file is closed then
+        for done in self._put:
+            done.result()
         digest = self._digest.hexdigest()
         self._file.write(np.frombuffer(self.plan.head(digest), np.uint8), 0)
         self._file.finish()
