@@ -169,22 +169,32 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
         }
 }
 
-/* Tiles `tile`... of panel p, for ROWS[shape] rows of x: sums [tiles][rows]. */
-static void float_panel(const mk_matmul_job *job, int shape, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+/* Tiles `tile`... of panel p, for `rows` rows of x: sums [tiles][rows]. */
+typedef void (*panel_function)(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x,
+                               vf *sums);
+
+/* Which of ROWS it is, or the next smaller one. */
+static int shape_of(long rows) {
+    int shape = 0;
+    while (ROWS[shape] > rows) shape++;
+    return shape;
+}
+
+static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
     const int type = job->type;
     const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
     const long stride = job->row_bytes ? job->row_bytes : columns * mk_block_bytes(type);
     const unsigned mode = type == MK_BF16 ? mk_flush_denormals() : 0;
-    for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += ROWS[shape]) {
-        const int rows = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
-        FLOAT_TILE_FUNCTIONS[type][shape - FIRST_FLOATS](job->at[p] + first * stride, stride, rows, x, x_stride, columns,
-                                                         sums);
+    const float_function of_shape = FLOAT_TILE_FUNCTIONS[type][shape_of(rows) - FIRST_FLOATS];
+    for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
+        const int n = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
+        of_shape(job->at[p] + first * stride, stride, n, x, x_stride, columns, sums);
     }
     if (type == MK_BF16) mk_restore(mode);
 }
 
-static void panel(const mk_matmul_job *job, int shape, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
-    const int type = job->type - MK_Q8_0, rows = ROWS[shape], many = AT_ONCE(rows);
+static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+    const int type = job->type - MK_Q8_0, shape = shape_of(rows), many = AT_ONCE(rows);
     const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(job->type));
     const long stride = count * mk_packed_bytes(job->type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
     const uint8_t *w = job->at[p] + tile * stride;
@@ -200,12 +210,12 @@ static long x_bytes(int type, long columns) {
     return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION;
 }
 
-/* Outputs of `tiles` tiles for ROWS[shape] rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
- * All tiles' parts of a panel come before the next panel, so that weights are read as they lie in memory. */
-static void product(const mk_matmul_job *job, int shape, long tile, int tiles, long row) {
-    const int rows = ROWS[shape];
+/* Outputs of `tiles` tiles for `rows` rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
+ * All tiles' parts of a panel come before the next panel, so that weights are read as they lie in memory.
+ * pending [levels][most]: sums of 2^i panels that wait for their neighbour. */
+static void product(const mk_matmul_job *job, panel_function panel, vf *pending, long most, int rows, long tile,
+                    int tiles, long row) {
     const uint8_t *x = job->x + row * job->x_stride;
-    vf pending[MK_MAX_LEVELS][RUN_SUMS]; /* sums of 2^i panels that wait for their neighbour */
     int depth = 0;
     for (int p = 0; p < job->panels; p++) {
         const long bytes = x_bytes(job->type, job->bounds[p + 1] - job->bounds[p]) * GROUP(rows);
@@ -213,20 +223,33 @@ static void product(const mk_matmul_job *job, int shape, long tile, int tiles, l
             x += bytes;
             continue;
         }
-        vf *sums = pending[depth++];
-        (job->type < MK_Q8_0 ? float_panel : panel)(job, shape, p, tile, tiles, x, sums);
+        vf *sums = pending + depth++ * most;
+        panel(job, rows, p, tile, tiles, x, sums);
         x += bytes;
         if (job->panel_stride) {
             store_tiles(job, sums, tile, tiles, row, rows, job->out + p * job->panel_stride);
             depth--;
             continue;
         }
-        for (int carry = p; carry & 1; carry >>= 1) {
+        for (int carry = p; carry & 1; carry >>= 1, sums -= most) {
             depth--;
-            for (int i = 0; i < tiles * rows; i++) pending[depth - 1][i] = vf_add(pending[depth - 1][i], pending[depth][i]);
+            for (int i = 0; i < tiles * rows; i++) sums[i - most] = vf_add(sums[i - most], sums[i]);
         }
     }
-    if (!job->panel_stride) store_tiles(job, pending[0], tile, tiles, row, rows, job->out);
+    if (!job->panel_stride) store_tiles(job, pending, tile, tiles, row, rows, job->out);
+}
+
+/* Rows row .. limit - 1 of up to `tiles` tiles: of as many as there is room for, which is returned. */
+static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
+    const int floats = job->type < MK_Q8_0;
+    vf pending[MK_MAX_LEVELS][RUN_SUMS];
+    int shape = shape_of(limit - row);
+    if (floats && shape < FIRST_FLOATS) shape = FIRST_FLOATS;
+    if (tiles > RUN_SUMS / ROWS[shape]) tiles = RUN_SUMS / ROWS[shape];
+    for (; shape < SHAPES; shape++)
+        for (int rows = ROWS[shape]; row + rows <= limit; row += rows)
+            product(job, floats ? float_panel : panel, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
+    return (int)tiles;
 }
 
 static void matmul(const void *argument, long begin, long end) {
@@ -234,13 +257,8 @@ static void matmul(const void *argument, long begin, long end) {
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
-        int shape = job->type < MK_Q8_0 ? FIRST_FLOATS : 0;
-        while (ROWS[shape] > limit - row) shape++;
-        tiles = RUN_SUMS / ROWS[shape];
-        if (tiles > end - item) tiles = end - item;
-        if (tiles > job->tiles - tile) tiles = job->tiles - tile;
-        for (; shape < SHAPES; shape++)
-            for (; row + ROWS[shape] <= limit; row += ROWS[shape]) product(job, shape, tile, (int)tiles, row);
+        tiles = end - item < job->tiles - tile ? end - item : job->tiles - tile;
+        tiles = some_tiles(job, tile, tiles, row, limit);
     }
 }
 

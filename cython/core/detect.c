@@ -1,12 +1,17 @@
 /* Which paths this machine has, and which one is in use. */
+#define _DEFAULT_SOURCE /* syscall */
 #include <string.h>
 
 #include "active.h"
 
 #ifdef MK_X86
 #include <cpuid.h>
+#ifdef MK_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-enum { XMM_YMM = 0x6, ZMM = 0xe6 }; /* XCR0: registers that the operating system saves */
+enum { XMM_YMM = 0x6, ZMM = 0xe6, TILES = 0x60000 }; /* XCR0: registers that the operating system saves */
 
 static int bit(unsigned word, int index) { return word >> index & 1; }
 
@@ -15,6 +20,16 @@ static unsigned saved_registers(void) {
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     (void)high;
     return low;
+}
+
+/* Linux saves tiles for a process that has asked for it; 0 if it may not have them. */
+static int may_have_tiles(void) {
+#ifdef MK_AMX
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA);
+#else
+    return 0;
+#endif
 }
 
 /* Which of the x86 paths run here, as one bit each. */
@@ -30,9 +45,10 @@ static unsigned look(void) {
     if (bit(a71, 4)) found |= 8; /* AVX-VNNI */
     if ((xcr0 & ZMM) != ZMM || !(bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31))) return found;
     found |= 16; /* AVX-512 F, DQ, BW, VL */
-    if (!bit(c7, 11)) return found;
+    if (!bit(c7, 11)) return found; /* VNNI */
     found |= 64;
     if (bit(a71, 5) && mk_pairs_are_chains()) found |= bit(d7, 22) ? 32 : 128; /* AVX512_BF16; AMX-BF16 */
+    if ((xcr0 & TILES) == TILES && bit(d7, 24) && bit(d7, 25) && may_have_tiles()) found |= 256; /* AMX tiles, of int8 */
     return found;
 }
 
@@ -43,8 +59,12 @@ static unsigned detect(void) {
 }
 
 /* Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do two in the time of one. */
-static const mk_path *const PATHS[] = {&mk_scalar,     &mk_avx,        &mk_avx2,       &mk_avx2vnni,
-                                       &mk_avx512,     &mk_avx512bf16, &mk_avx512vnni, &mk_avx512bf16};
+static const mk_path *const PATHS[] = {
+    &mk_scalar, &mk_avx, &mk_avx2, &mk_avx2vnni, &mk_avx512, &mk_avx512bf16, &mk_avx512vnni, &mk_avx512bf16,
+#ifdef MK_AMX
+    &mk_amx,
+#endif
+};
 #elif defined(MK_ARM)
 #ifdef __APPLE__
 static unsigned detect(void) { return 7; } /* every 64-bit Apple machine that runs Python has dotprod */

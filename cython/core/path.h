@@ -142,6 +142,11 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 
 #if defined(__x86_64__) || defined(__i386__)
 #define MK_X86 1
+/* AMX where the compiler's assembler knows it, and the kernel gives leave to use it. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define MK_AMX 1
+extern const mk_path mk_amx;
+#endif
 extern const mk_path mk_avx, mk_avx2, mk_avx2vnni, mk_avx512, mk_avx512vnni, mk_avx512bf16;
 int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS is what body_float.h says */
 #elif defined(__aarch64__)

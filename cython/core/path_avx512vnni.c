@@ -7,5 +7,10 @@ MK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 
 #define NAME avx512vnni
 #include "body.h"
+
+#ifdef MK_AMX
+#include "body_amx.h"
+PATH_TABLE(amx, amx_matmul)
+#endif
 MK_TARGET_END
 #endif

@@ -51,6 +51,7 @@ PATHS = (
     "avx512",
     "avx512bf16",
     "avx512vnni",
+    "amx",
     "neon",
     "neondot",
     "numpy",

@@ -1,0 +1,86 @@
+"""Tiles of AMX: used from 32 rows on, with the bits of the path below; without leave to use them that one serves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.kernels import BlockType
+
+from . import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = [type for type in BlockType if type.quantised]
+pytestmark = pytest.mark.skipif("amx" not in kernels.available(), reason="no AMX here, or no leave to use it")
+
+# Linux as it would answer where tiles are forbidden: arch_prctl(ARCH_REQ_XCOMP_PERM) fails with EPERM.
+REFUSED = """
+import ctypes, os, struct
+os.environ.pop("MPILLM_KERNELS", None)
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023), (6, 0, 0, 0x50001),
+        (6, 0, 0, 0x7FFF0000)]
+text = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", len(code), ctypes.addressof(text)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert not libc.prctl(38, 1, 0, 0, 0) and not libc.prctl(22, 2, program, 0, 0), ctypes.get_errno()
+from mpillm import kernels
+print(kernels.path(), *kernels.available())
+"""
+
+FORKED = """
+import os, sys
+import numpy as np
+from mpillm import kernels
+from tests.kernels import cases
+case = cases.product(np.random.default_rng(8), kernels.BlockType.Q4_0, 200, 300, 40, threads=2)
+kernels.set_path("amx")
+want = case.run()[-1]
+child = os.fork()
+if not child:
+    os._exit(0 if cases.same(case.run()[-1], want) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = kernels.path()
+    yield
+    kernels.set_path(before)
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_any_number_of_rows_equals_scalar(type: BlockType) -> None:
+    rng = np.random.default_rng(int(type))
+    for m in range(1, 71):
+        n, k = int(rng.integers(1, 300)), int(rng.integers(1, 1300))
+        case = cases.product(rng, type, n, k, m, int(rng.integers(1, 4)), int(rng.integers(2)))
+        kernels.set_path("scalar")
+        want = case.run()
+        kernels.set_path("amx")
+        for got, expected in zip(case.run(), want, strict=True):
+            assert cases.same(got, expected), str(case)
+
+
+def test_where_tiles_are_refused_the_path_below_serves() -> None:
+    path, *available = run(REFUSED).split()
+    assert path == available[-1] == "avx512vnni"
+    assert "amx" not in available
+
+
+def test_the_child_of_a_fork_has_tiles() -> None:
+    run(FORKED)
