@@ -24,7 +24,7 @@ WAYS: list[dict[str, Any]] = [
     {},
     {"prefix_sharing": False},
     {"kv_blocks": TIGHT, "max_num_seqs": 7},
-    {"kv_blocks": TIGHT, "max_num_seqs": 7, "prefix_sharing": False, "max_num_batched_tokens": 16},
+    {"kv_blocks": TIGHT, "max_num_seqs": 7, "prefix_sharing": False, "max_num_batched_tokens": 40},
 ]
 
 pytestmark = [
