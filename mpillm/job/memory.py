@@ -61,12 +61,15 @@ def process(source: Source, shape: Shape, place: Place, items: int, lines: int) 
 
 
 def lines_in(path: Path) -> int:
-    """The lines of a job's input; 0 if it cannot be read, which others say."""
+    """The lines of a job's input, the last one with or without an end; 0 if it cannot be read, which others say."""
+    lines, last = 0, b"\n"
     try:
         with path.open("rb", buffering=0) as file:
-            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK), b""))
+            for chunk in iter(lambda: file.read(CHUNK), b""):
+                lines, last = lines + chunk.count(b"\n"), chunk[-1:]
     except OSError:
         return 0
+    return lines + (last != b"\n")
 
 
 def peak() -> int:

@@ -16,7 +16,7 @@ from typing import IO
 import msgspec
 import pytest
 
-from mpillm.job import plan, report, spec
+from mpillm.job import memory, plan, report, spec
 from mpillm.job.bench import packed, synthetic
 from tests.conftest import Mpi, run_bounded
 
@@ -234,3 +234,11 @@ def test_within_a_cgroup_of_the_planned_size(
         assert sum(rank.memory.values()) <= before.held
         assert rank.memory_peak <= sum(rank.memory.values())
         assert rank.weights["loaded"] > 2 * rank.weights["budget"]
+
+
+@pytest.mark.parametrize(("text", "lines"), [("", 0), ("a", 1), ("a\n", 1), ("a\nb", 2), ("a\n\nb\n", 3)])
+def test_the_lines_of_an_input(text: str, lines: int, tmp_path: Path) -> None:
+    """The plan counts as the run does, which takes a last line without an end too."""
+    (tmp_path / "in.jsonl").write_text(text)
+    assert memory.lines_in(tmp_path / "in.jsonl") == lines
+    assert memory.lines_in(tmp_path / "absent") == 0
