@@ -7,25 +7,50 @@
 
 enum { PIECE = 512 /* columns of a tile that are converted together: they stay in the first cache */ };
 
-/* Four words: every compiler turns them into its machine's vectors. */
+/* Sixteen bytes, and four words: every compiler turns them into its machine's vectors. */
+typedef uint8_t octets __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(16)));
 #ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
+#define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
 
+MK_INLINE words load(const uint8_t *p) { words v; memcpy(&v, p, 16); return v; }
+
+/* Word i of row r becomes word r of row i. */
+MK_INLINE void turn_words(words *v) {
+    words ab = SHUFFLE(words, v[0], v[1], 0, 4, 1, 5), cd = SHUFFLE(words, v[2], v[3], 0, 4, 1, 5);
+    words last = SHUFFLE(words, v[0], v[1], 2, 6, 3, 7), more = SHUFFLE(words, v[2], v[3], 2, 6, 3, 7);
+    v[0] = SHUFFLE(words, ab, cd, 0, 1, 4, 5), v[1] = SHUFFLE(words, ab, cd, 2, 3, 6, 7);
+    v[2] = SHUFFLE(words, last, more, 0, 1, 4, 5), v[3] = SHUFFLE(words, last, more, 2, 3, 6, 7);
+}
+
+/* Byte i of row r becomes byte r of row i: each of the four rounds moves one bit of a byte's place to its row. */
+MK_INLINE void turn_bytes(octets *v) {
+    for (int round = 0; round < 4; round++) {
+        octets was[MK_TILE];
+        memcpy(was, v, sizeof was);
+        for (int i = 0; i < 8; i++) {
+            v[2 * i] = SHUFFLE(octets, was[i], was[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            v[2 * i + 1] =
+                SHUFFLE(octets, was[i], was[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    }
+}
+
+/* Trade places: the `width` bits from `width` on of fields twice as wide in *a, and the lower ones of those in *b. */
+MK_INLINE void trade(words *a, words *b, const int width, const uint32_t lower) {
+    words t = (*a >> width ^ *b) & lower;
+    *a ^= t << width, *b ^= t;
+}
+
 /* 16 bytes from `at` on of 16 rows: word i of row r goes to word 16 i + r. */
-MK_INLINE void turn_words(const uint8_t *const *in, long at, uint8_t *out) {
+MK_INLINE void interleave(const uint8_t *const *in, long at, uint8_t *out) {
     for (int r = 0; r < MK_TILE; r += 4) {
-        words a, b, c, d, turned[4];
-        memcpy(&a, in[r] + at, 16), memcpy(&b, in[r + 1] + at, 16);
-        memcpy(&c, in[r + 2] + at, 16), memcpy(&d, in[r + 3] + at, 16);
-        words ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
-        turned[0] = SHUFFLE(ab, cd, 0, 1, 4, 5), turned[1] = SHUFFLE(ab, cd, 2, 3, 6, 7);
-        ab = SHUFFLE(a, b, 2, 6, 3, 7), cd = SHUFFLE(c, d, 2, 6, 3, 7);
-        turned[2] = SHUFFLE(ab, cd, 0, 1, 4, 5), turned[3] = SHUFFLE(ab, cd, 2, 3, 6, 7);
-        for (int i = 0; i < 4; i++) memcpy(out + 64 * i + 4 * r, &turned[i], 16);
+        words v[4] = {load(in[r] + at), load(in[r + 1] + at), load(in[r + 2] + at), load(in[r + 3] + at)};
+        turn_words(v);
+        for (int i = 0; i < 4; i++) memcpy(out + 64 * i + 4 * r, &v[i], 16);
     }
 }
 
@@ -35,28 +60,82 @@ MK_INLINE void pack_block(const int bytes, const int heads, const uint8_t *const
         for (int h = 0; h < heads; h++) memcpy(out + h * 32 + r * 2, in[r] + at + h * 2, 2);
     at += 2 * heads, out += 2 * heads * MK_TILE;
     for (int g = 0; 2 * heads + 4 * g < bytes; g += 4)
-        if (rows == MK_TILE) turn_words(in, at + 4 * g, out + 64 * g);
+        if (rows == MK_TILE) interleave(in, at + 4 * g, out + 64 * g);
         else
             for (int r = 0; r < rows; r++)
                 for (int i = g; i < g + 4; i++) memcpy(out + 64 * i + 4 * r, in[r] + at + 4 * i, 4);
 }
 
-MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at, int rows, uint8_t *out) {
-    const int bytes = mk_part_bytes(type), words = mk_high_words(type);
-    if (rows < MK_TILE) memset(out, 0, (size_t)mk_packed_bytes(type) * MK_TILE);
-    for (int r = 0; r < rows; r++) {
-        const uint8_t *in = rows_in[r] + at;
-        mk_part parts[MK_PARTS];
-        mk_split(type, in, parts);
-        if (type == MK_Q6_K) memcpy(out + 2 * r, in + 208, 2);
-        else memcpy(out + 2 * r, in, 2), memcpy(out + 32 + 2 * r, in + 2, 2);
-        for (int s = 0; s < MK_PARTS; s++) {
-            uint8_t *scales = out + mk_scales_at(type) + 32 * s + r;
-            uint8_t *values = out + mk_values_at(type) + bytes * s + 4 * r;
-            scales[0] = parts[s].scales[0], scales[16] = parts[s].scales[1];
-            for (int g = 0; g < 4; g++) memcpy(values + 64 * g, parts[s].low + 4 * g, 4);
-            for (int h = 0; h < words; h++) memcpy(values + 256 + 64 * h, parts[s].high + 4 * h, 4);
+/* The scales of 16 rows' blocks: part by part those of all rows, the first ones and the second ones (super.h). */
+MK_INLINE void pack_scales(const int type, const uint8_t *const *in, uint8_t *out) {
+    octets v[MK_TILE];
+    for (int r = 0; r < MK_TILE; r++) {
+        words w = load(in[r] + (type == MK_Q6_K ? 192 : 4));
+        if (type != MK_Q6_K) { /* scales 0-3, minima 0-3, scales 4-7, minima 4-7 */
+            words low = w & 0x3f3f3f3fu, high = w >> 2 & 0x30303030u, last = SHUFFLE(words, w, w, 2, 2, 2, 2);
+            last = (last >> (words){0, 0, 0, 4} & 0x0f0f0f0fu) | SHUFFLE(words, high, high, 0, 1, 0, 1);
+            w = SHUFFLE(words, low, last, 0, 1, 6, 7);
         }
+        v[r] = (octets)w;
+    }
+    turn_bytes(v);
+    for (int s = 0; s < MK_PARTS; s++)
+        for (int h = 0; h < 2; h++)
+            memcpy(out + 32 * s + 16 * h, &v[type == MK_Q6_K ? 2 * s + h : s / 4 * 8 + 4 * h + s % 4], 16);
+}
+
+/* Two parts' nibbles lie in the halves of 32 bytes at `from`: their first 16 values, then the other 16 (mk_halves). */
+MK_INLINE void pack_low(const uint8_t *const *in, int from, uint8_t *first, uint8_t *second) {
+    words low[4], high[4];
+    for (int r = 0; r < 4; r++) {
+        words a = load(in[r] + from), b = load(in[r] + from + 16);
+        low[r] = (a & 0x0f0f0f0fu) | (b << 4 & 0xf0f0f0f0u), high[r] = (a >> 4 & 0x0f0f0f0fu) | (b & 0xf0f0f0f0u);
+    }
+    turn_words(low), turn_words(high);
+    for (int g = 0; g < 4; g++) memcpy(first + 64 * g, &low[g], 16), memcpy(second + 64 * g, &high[g], 16);
+}
+
+/* Bit s of byte 4g + b of four rows' 32 becomes bit g of byte b of word s. */
+MK_INLINE void pack_fifth_bits(const uint8_t *const *in, const int part_bytes, uint8_t *out) {
+    words v[8];
+    for (int r = 0; r < 4; r++) v[r] = load(in[r] + 16), v[4 + r] = load(in[r] + 32);
+    turn_words(v), turn_words(v + 4);
+    for (int g = 0; g < 8; g += 2) trade(v + g, v + g + 1, 1, 0x55555555u);
+    for (int g = 0; g < 8; g++)
+        if (!(g & 2)) trade(v + g, v + g + 2, 2, 0x33333333u);
+    for (int g = 0; g < 4; g++) trade(v + g, v + g + 4, 4, 0x0f0f0f0fu);
+    for (int s = 0; s < MK_PARTS; s++) memcpy(out + part_bytes * s, &v[s], 16);
+}
+
+/* Bits 2s and 2s + 1 of byte 4g + b of four rows' 16 at `from` become bits 2g and 2g + 1 of byte b of word s. */
+MK_INLINE void pack_top_bits(const uint8_t *const *in, int from, const int part_bytes, uint8_t *out) {
+    words v[4] = {load(in[0] + from), load(in[1] + from), load(in[2] + from), load(in[3] + from)};
+    turn_words(v);
+    for (int g = 0; g < 4; g += 2) trade(v + g, v + g + 1, 2, 0x33333333u);
+    for (int g = 0; g < 2; g++) trade(v + g, v + g + 2, 4, 0x0f0f0f0fu);
+    for (int s = 0; s < 4; s++) memcpy(out + part_bytes * s, &v[s], 16);
+}
+
+MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at, int rows, uint8_t *out) {
+    static const uint8_t nothing[210];
+    const int part = mk_part_bytes(type), nibbles = type == MK_Q4_K ? 16 : type == MK_Q5_K ? 48 : 0;
+    const uint8_t *in[MK_TILE];
+    for (int r = 0; r < MK_TILE; r++) {
+        in[r] = r < rows ? rows_in[r] + at : nothing;
+        if (type == MK_Q6_K) memcpy(out + 2 * r, in[r] + 208, 2);
+        else memcpy(out + 2 * r, in[r], 2), memcpy(out + 32 + 2 * r, in[r] + 2, 2);
+    }
+    pack_scales(type, in, out + mk_scales_at(type));
+    out += mk_values_at(type);
+    for (int r = 0; r < MK_TILE; r += 4, out += 16) {
+        const uint8_t *const *four = in + r;
+        for (int i = 0; i < 4; i++) { /* of Q6_K, parts s and s + 2 share bytes; of the others, s and s + 1 */
+            int first = type == MK_Q6_K ? i / 2 * 4 + i % 2 : 2 * i, second = first + (type == MK_Q6_K ? 2 : 1);
+            pack_low(four, nibbles + 32 * i, out + part * first, out + part * second);
+        }
+        if (type == MK_Q5_K) pack_fifth_bits(four, part, out + 256);
+        for (int i = 0; i < 4 && type == MK_Q6_K; i++)
+            pack_top_bits(four, 128 + 16 * i, part, out + part * (i / 2 * 4) + 256 + 64 * (i % 2));
     }
 }
 
