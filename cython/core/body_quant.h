@@ -38,6 +38,15 @@ MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
     sums[1] = vi_sum(hi);
 }
 
+/* The first of 32 values that have this magnitude; 0 if that is 0. */
+MK_INLINE float first_of(const float *x, vf a, vf b, float size) {
+    static const float place[MK_TILE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vf peak = vf_set1(size), none = vf_set1(-MK_BLOCK), low = vf_sub(vf_set1(0.0f), vf_load(place));
+    vf high = vf_sub(low, vf_set1(MK_TILE));
+    vf found = vf_max(vf_gt(peak, vf_abs(a), none, low), vf_gt(peak, vf_abs(b), none, high));
+    return size > 0.0f ? x[-(int)vf_hmax(found)] : 0.0f;
+}
+
 /* ggml's Q4_0: the value of largest magnitude (the first of equals) becomes -8. */
 MK_INLINE float quantise_q4(const float *x, uint8_t *q) {
     vf a = vf_load(x), b = vf_load(x + MK_TILE), half = vf_set1(8.5f), top = vf_set1(15.0f);
@@ -46,12 +55,7 @@ MK_INLINE float quantise_q4(const float *x, uint8_t *q) {
         memset(q, 0x88, MK_TILE);
         return mk_bits_float(0x7fc00000u);
     }
-    float peak = 0.0f, size = 0.0f;
-    for (int j = 0; j < MK_BLOCK; j++) {
-        float s = mk_bits_float(mk_float_bits(x[j]) & 0x7fffffffu);
-        if (s > size) size = s, peak = x[j];
-    }
-    float d = peak / -8.0f;
+    float d = first_of(x, a, b, vf_hmax(vf_max(vf_abs(a), vf_abs(b)))) / -8.0f;
     vf id = vf_set1(inverse(d));
     a = vf_fma(a, id, half), b = vf_fma(b, id, half);
     vi_store_i8(lo, vi_trunc(vf_gt(a, top, top, a)));
