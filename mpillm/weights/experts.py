@@ -49,7 +49,9 @@ class ExpertCache(Pager[T]):
         self._now = -1  # the layer at hand
         self._probability = np.full(len(self.items), chosen)
         self._used = np.zeros(len(self.items), bool)  # in this step
-        self._idle = np.zeros(len(self.items), bool)  # is in memory and not in use: may go
+        self._idle = np.zeros(len(self.items), bool)  # is in memory and not in use
+        self._distance = np.zeros(len(self.items))  # steps until an item is likely to be needed
+        self._may_go = np.zeros(len(self.items))  # the same, of idle items that the turn does not need; else 0
         self._ahead = (
             0 if self.total <= budget else len(self.items)
         )  # next to be read without being asked for
@@ -75,8 +77,8 @@ class ExpertCache(Pager[T]):
             return
         with self._changed:
             self._check()
-            self._begin(items)
             self._turn = list(items)
+            self._begin(items)
             self._changed.notify_all()
         try:
             while self._turn:
@@ -90,7 +92,7 @@ class ExpertCache(Pager[T]):
                 self._turn = []
 
     def _begin(self, items: Sequence[int]) -> None:
-        """Note which experts the layer at hand needs, and whether a step has ended."""
+        """Note which experts the layer at hand needs, and whether a step has ended; and what may go from now on."""
         if not items:
             return
         layer = int(self._layer[items[0]])
@@ -99,7 +101,11 @@ class ExpertCache(Pager[T]):
             np.maximum(self._probability, RAREST, out=self._probability)
             self._used[:] = False
         self._now = layer
-        self._used[list(items)] = True
+        self._used[items] = True
+        turns = (np.arange(self._layers) - layer - 1) % self._layers / self._layers
+        np.add(turns[self._layer], 1 / self._probability, out=self._distance)
+        np.multiply(self._distance, self._idle, out=self._may_go)
+        self._may_go[items] = 0.0
 
     def _at_rest(self, items: Sequence[int]) -> list[T]:
         """Everything is there and stays: nobody else looks at the slots, so no lock is needed."""
@@ -142,7 +148,7 @@ class ExpertCache(Pager[T]):
             for item, slot in held.items():
                 slot.users -= 1
                 if item in self._slots:  # else the cache was closed meanwhile
-                    self._idle[item] = True
+                    self._idle[item], self._may_go[item] = True, self._distance[item]
             if not self.stays:
                 self._changed.notify_all()
 
@@ -161,13 +167,11 @@ class ExpertCache(Pager[T]):
         room, size = self.budget - self.counters.held, self.items[item].nbytes
         if room >= size:
             return []
-        victims: list[int] = []
-        distance = (self._layer - self._now - 1) % self._layers / self._layers + 1 / self._probability
-        distance[~self._idle] = distance[self._turn] = 0.0
-        while room < size and distance[other := int(distance.argmax())]:
+        victims, may_go = list[int](), self._may_go.copy()
+        while room < size and may_go[other := int(may_go.argmax())]:
             victims.append(other)
             room += self.items[other].nbytes
-            distance[other] = 0.0
+            may_go[other] = 0.0
         if room >= size:
             return victims
         if place:
@@ -183,9 +187,11 @@ class ExpertCache(Pager[T]):
 
     def _is_loaded(self, item: int) -> None:
         self._idle[item] = True
+        if item not in self._turn:
+            self._may_go[item] = self._distance[item]
 
     def _drop(self, item: int) -> Bytes:
-        self._idle[item] = False
+        self._idle[item], self._may_go[item] = False, 0.0
         return super()._drop(item)
 
 
