@@ -51,7 +51,9 @@ class ExpertCache(Pager[T]):
         self._used = np.zeros(len(self.items), bool)  # in this step
         self._idle = np.zeros(len(self.items), bool)  # is in memory and not in use
         self._distance = np.zeros(len(self.items))  # steps until an item is likely to be needed
-        self._may_go = np.zeros(len(self.items))  # the same, of idle items that the turn does not need; else 0
+        self._may_go = np.zeros(
+            len(self.items)
+        )  # the same, of idle items that the turn does not need; else 0
         self._ahead = (
             0 if self.total <= budget else len(self.items)
         )  # next to be read without being asked for
