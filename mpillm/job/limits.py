@@ -18,7 +18,7 @@ from ..comm.grid import Place, Shape, stage_layers
 from ..engine.scheduler import Limits, blocks_for
 from ..errors import JobError
 from ..kernels import KV_BLOCK, BlockType
-from ..model.activations import row_nbytes
+from ..model.activations import Activations
 from ..model.kv import block_nbytes
 from ..model.spill import layers_in_file, most_blocks
 from .spec import Spec, shown_bytes
@@ -34,12 +34,11 @@ class StepSize:
 
     sequences: int
     tokens: int
-    activations: int  # bytes on the rank that has most
 
 
-def step_size(spec: Spec, shape: Shape, places: Sequence[Place], streams: bool) -> StepSize:
+def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
     """A step's size on ranks at `places`; `streams`: some of them stream weights."""
-    row = max(row_nbytes(shape, place) for place in places)
+    row = max(rows.row_nbytes(place) for place in places)
     room = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
     tokens = min(max(room // row, TOKENS), MOST_TOKENS) if streams else TOKENS
     if spec.batch.max_num_batched_tokens != "auto":
@@ -47,13 +46,12 @@ def step_size(spec: Spec, shape: Shape, places: Sequence[Place], streams: bool) 
     sequences = tokens if streams else SEQUENCES
     if spec.batch.max_num_seqs != "auto":
         sequences = spec.batch.max_num_seqs
-    tokens = max(tokens, sequences)
-    return StepSize(sequences, tokens, tokens * row)
+    return StepSize(sequences, max(tokens, sequences))
 
 
 def limits(
     spec: Spec,
-    shape: Shape,
+    rows: Activations,
     places: Sequence[Place],
     kv_type: BlockType,
     max_context: int,
@@ -64,7 +62,7 @@ def limits(
     `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens.
     """
     streams = any(streamed)
-    step, stages = step_size(spec, shape, places, streams), places[0].stages
+    shape, step, stages = rows.shape, step_size(spec, rows, places, streams), places[0].stages
     useful = blocks_for(max_context) * step.sequences * stages
     n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, streamed)
     if n_blocks < 1:

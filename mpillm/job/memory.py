@@ -14,7 +14,7 @@ import msgspec
 from ..comm import grid
 from ..comm.grid import Place, Shape
 from ..engine.reply import TILE
-from ..model.activations import row_nbytes
+from ..model.activations import Activations
 from ..weights.packed_source import PackedSource
 from ..weights.source import Source
 
@@ -43,9 +43,9 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
         return self.weights + self.kv + self.activations + self.process
 
 
-def activations(shape: Shape, place: Place, rows: int) -> int:
+def activations(kind: Activations, place: Place, rows: int) -> int:
     """Bytes that a step of so many rows takes on a rank, the logits and what is under way to others included."""
-    found = rows * row_nbytes(shape, place)
+    shape, found = kind.shape, kind.nbytes(place, rows)
     if place.stage == place.stages - 1:
         found += LOGITS * 4 * TILE * len(grid.own_vocab(shape, place))
     if place.stages > 1:

@@ -10,6 +10,7 @@ import msgspec
 from ..comm import grid
 from ..comm.grid import Place, Shape
 from ..kernels import KV_BLOCK, BlockType
+from ..model.activations import activations_of
 from ..model.config import ModelConfig
 from ..model.kv import block_nbytes, stored_type
 from ..weights.layer import LayerPlan, check_tensors, rank_plans
@@ -88,14 +89,24 @@ def make_plan(
     shares = [_weights(spec, own) for own in items]
     read = [share["streamed"] for share in shares]
     n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
-    step = step_size(spec, shape, places, any(read))
+    rows = activations_of(source, shape)
+    step = step_size(spec, rows, places, any(read))
     lines = memory.lines_in(spec.input_path)
     processes = [
         memory.process(source, shape, place, len(own), lines)
         for place, own in zip(places, items, strict=True)
     ]
     plans = [
-        _rank(spec, shape, place, kv_type, n_blocks, share, step.tokens, process)
+        _rank(
+            spec,
+            shape,
+            place,
+            kv_type,
+            n_blocks,
+            share,
+            memory.activations(rows, place, step.tokens),
+            process,
+        )
         for place, share, process in zip(places, shares, processes, strict=True)
     ]
     return Plan(
@@ -156,7 +167,7 @@ def _rank(
     kv_type: BlockType,
     n_blocks: int,
     weights: dict[str, int],
-    tokens: int,
+    activations: int,
     process: int,
 ) -> RankPlan:
     layers, block = grid.stage_layers(shape, place), block_nbytes(shape, place, kv_type)
@@ -172,7 +183,7 @@ def _rank(
         kv_token=block // KV_BLOCK,
         kv_held=min(n_blocks * block, spec.memory.kv_bytes),
         kv_in_file=kv_in_file(spec, shape, place, kv_type, n_blocks),
-        activations=memory.activations(shape, place, tokens),
+        activations=activations,
         process=process,
     )
 

@@ -18,6 +18,7 @@ from ..engine.engine import Worker
 from ..engine.scheduler import Limits
 from ..errors import LayoutError, ModelError
 from ..kernels import KV_BLOCK
+from ..model.activations import activations_of
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.kv import KVCache, block_nbytes, stored_type
@@ -91,6 +92,7 @@ class Session:
             self.config = ModelConfig.from_dict(self.source.config, str(model))
             self.shape = self.config.shape(column_unit(self.source))
             check_tensors(self.source, self.shape, self.config)
+            self._activations = activations_of(self.source, self.shape)
             self.kv_type = stored_type(spec.memory.kv_type, self.shape)
             self.fingerprint = fingerprint(self.source)
         self._same_model()
@@ -209,7 +211,7 @@ class Session:
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
         self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self.shape, places, self.kv_type, max_context, self.streamed)
+        return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
 
     def _memory(self, lines: int) -> memory.Memory:
         """What this rank was to hold at most."""
@@ -218,7 +220,7 @@ class Session:
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
-            activations=memory.activations(shape, place, limits.max_tokens),
+            activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, shape, place, len(weights.items), lines),
         )
 

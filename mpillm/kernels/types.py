@@ -22,6 +22,7 @@ TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 ACTIVATION_BLOCK_BYTES = 56
 PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and then the even one of its pair
 ROW_GROUP = 4  # rows of activations that are interleaved
+MIXED_ROWS = 512  # of all experts at once, unless one alone has more: their activations take room
 KV_BLOCK = 32  # tokens of one block of the KV cache
 
 

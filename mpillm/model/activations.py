@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mpillm.comm import grid
 from mpillm.comm.grid import Place, Shape
+from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
+from mpillm.weights.names import ROLES
+from mpillm.weights.source import Source
 
-COPY = 40 / 32  # bytes of a row for the kernels (Q8_0 with float32 scales and sums) for each of its values
+QUANTISED = (
+    ACTIVATION_BLOCK_BYTES / QUANT_BLOCK
+)  # bytes of a value as products with quantised weights take it
 
 
-def row_nbytes(shape: Shape, place: Place) -> int:
-    """Bytes of activations for each row of a step, at most.
+@dataclass(frozen=True)
+class Activations:
+    """A model's rows. `copied`: bytes of a value in the forms in which its matrices take what they multiply."""
 
-    Float32: the hidden state, what a half layer makes of it and its norm; then either queries, keys, values and
-    attention's output, or gate and up of the feed-forward part, with experts also the sums of all column panels, and as
-    much again for a row's copies for each of its experts (which are some megabytes at most: see `kernels.Mixture`).
-    Shards decode all parts of a sum beside each other. What matrices are multiplied with is copied as int8.
-    """
-    d, shards = shape.hidden, place.shards
-    heads, kv_heads = len(grid.own_heads(shape, place)), len(grid.own_kv_heads(shape, place))
-    attention = (2 * heads + 2 * kv_heads + 1) * shape.head_dim  # and the angles
-    feed_forward = max(2 * len(grid.own_ffn(shape, place, width)) for width in shape.ffn_widths)
-    if shape.n_experts:
-        feed_forward += (2 * grid.PANELS // shards + 1) * d
-    summed = 2 * shards * d if shards > 1 else 0
-    widest = max(attention, feed_forward)
-    return int(4 * (4 * d + widest + summed) + COPY * max(d, widest))
+    shape: Shape
+    copied: float = QUANTISED
+
+    def row_nbytes(self, place: Place) -> int:
+        """Bytes for each row of a step, at most.
+
+        Float32: the hidden state, what a half layer makes of it and its norm; then either queries, keys, values and
+        attention's output, or gate and up of the feed-forward part, with experts also the sums of all column panels.
+        What matrices are multiplied with is copied. Shards decode all parts of a sum beside each other.
+        """
+        shape, d, shards = self.shape, self.shape.hidden, place.shards
+        heads, kv_heads = len(grid.own_heads(shape, place)), len(grid.own_kv_heads(shape, place))
+        widest = 4 * (2 * heads + 2 * kv_heads + 1) * shape.head_dim  # and the angles
+        widest += int(self.copied * (d + heads * shape.head_dim))
+        sums = 4 * grid.PANELS // shards * d if shape.n_experts else 0
+        for width in shape.ffn_widths:
+            widest = max(widest, sums + self._feed_forward(len(grid.own_ffn(shape, place, width))))
+        summed = 2 * shards * d if shards > 1 else 0
+        return 4 * (4 * d + summed) + widest
+
+    def nbytes(self, place: Place, rows: int) -> int:
+        """Bytes for a step of so many rows, at most; a mixture's rows are many, for each goes to several experts."""
+        shape, mixed = self.shape, 0
+        if shape.n_experts:
+            mixed = self._feed_forward(len(grid.own_ffn(shape, place, shape.moe_intermediate)))
+            mixed *= min(MIXED_ROWS, rows * shape.n_experts)
+        return rows * self.row_nbytes(place) + mixed
+
+    def _feed_forward(self, width: int) -> int:
+        return 4 * 2 * width + int(self.copied * (self.shape.hidden + width))
+
+
+def activations_of(source: Source, shape: Shape) -> Activations:
+    """The rows of a source's model."""
+    types = {info.type for key, info in source.tensors.items() if ROLES[key.role].quantisable}
+    forms = {BlockType.Q8_0 if type.quantised else BlockType.BF16 if type is BlockType.BF16 else BlockType.F32
+             for type in types}  # fmt: skip
+    return Activations(shape, sum(QUANTISED if form.quantised else 4 for form in forms))

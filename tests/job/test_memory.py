@@ -21,6 +21,7 @@ from mpillm.job.bench import packed, synthetic
 from tests.conftest import Mpi, run_bounded
 
 SHAPE = synthetic.Shape("llama", 1024, 16, 16, 4, 64, 4096, 16_000)  # 140 MiB in Q4_0
+MIXTURE = synthetic.Shape("qwen3moe", 1024, 1, 16, 4, 64, 1024, 16_000, 16, 4)
 SPARE = 1.1
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -81,10 +82,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
         patch.setenv("MPILLM_CACHE", str(folder))
         patch.setitem(synthetic.SHAPES, "small", SHAPE)
         patch.setitem(synthetic.SHAPES, "flat", replace(SHAPE, layers=1))
+        patch.setitem(synthetic.SHAPES, "flat-moe", MIXTURE)
         yield {
             "packed": packed.create("small", "q4_0", 1),
             "gguf": synthetic.create("small", "q4_0"),
             "flat": packed.create("flat", "q4_0", 1),
+            "flat in floats": packed.create("flat", "bf16", 1),
+            "mixture": packed.create("flat-moe", "q4_0", 1),
         }
 
 
@@ -139,13 +143,16 @@ def test_a_slow_disk_is_seen_in_the_report(models: dict[str, Path], tmp_path: Pa
     )
 
 
-def test_a_step_of_many_rows_takes_what_is_planned_for_them(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["flat", "flat in floats", "mixture"])
+def test_a_step_of_many_rows_takes_what_is_planned_for_them(
+    models: dict[str, Path], tmp_path: Path, model: str
+) -> None:
     """Besides keys and values, 4096 rows take more than 512 by what the plan says, and not by half of it."""
     taken, planned = [], []
     for rows in (512, 4096):
         (rank,) = run(
-            [sys.executable], models["flat"], tmp_path / str(rows),
-            "memory.kv=8MiB", "memory.max_context=4608", f"batch.max_num_batched_tokens={rows}", prompt=rows, count=1,
+            [sys.executable], models[model], tmp_path / str(rows),
+            "memory.kv=16MiB", "memory.max_context=4608", f"batch.max_num_batched_tokens={rows}", prompt=rows, count=1,
         ).ranks  # fmt: skip
         assert rank.memory_peak <= sum(rank.memory.values())
         taken.append(rank.memory_peak - rank.kv["bytes"])
