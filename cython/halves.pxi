@@ -217,7 +217,7 @@ cdef class AttentionHalf:
             mk_rms_norm(&work, k, hd, &self.k_norm[0], self.eps, m * self.kvh, hd, k, hd)
             mk_join(&work, 0)
         mk_rope(&work, q, wide, rows.cos, rows.sin, m, self.heads, self.hd)
-        mk_join(&work, 1)
+        mk_join(&work, m > 1)  # one row is done before another thread knows of it
         mk_rope(&work, k, narrow, rows.cos, rows.sin, m, self.kvh, self.hd)
         mk_join(&work, 0)
         mk_kv_store(&work, kv_type, k, narrow, v, narrow, rows.block, rows.offset, m, pools.keys, pools.values,

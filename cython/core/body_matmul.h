@@ -9,9 +9,15 @@ typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x,
 
 enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROWS : MK_MANY_TILES };
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
-/* Bytes of each tile that are fetched ahead, for with few rows memory is the limit; more would take the room that a core
- * has for lines on their way from those that are needed sooner. */
-enum { PREFETCH = 1024 };
+/* With few rows memory is the limit.  Of several tiles at once a little of each is fetched ahead: more would take the
+ * room that a core has for lines on their way from those that are needed sooner.  One tile alone is one stream, which
+ * goes on in the next tile: far ahead, into the second cache, that takes more lines at a time. */
+enum { NEAR = 1024, FAR = 8192, FEW = 4 };
+
+MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
+    if (R == 1 && T <= FEW) __builtin_prefetch(w + FAR, 0, 2);
+    else __builtin_prefetch(w + NEAR);
+}
 
 /* Row t of T in a block of groups, and how many rows a group has. */
 #define ROW(T, t, x, x_stride, bytes) ((x) + (t) / MK_GROUP * (x_stride) + (t) % MK_GROUP * (long)(bytes))
@@ -42,7 +48,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
         UNROLL
         for (int r = 0; r < R; r++) {
             const uint8_t *tile = w + r * w_stride;
-            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + PREFETCH + line);
+            for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, tile + line);
             vb groups[8];
             load_groups(type, tile + scales, groups);
             vf d = vf_load_f16((const void *)tile), m = d;
@@ -83,8 +89,8 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
             UNROLL
             for (int r = 0; r < R; r++) {
                 const uint8_t *small = scales + r * w_stride, *part = values + r * w_stride;
-                __builtin_prefetch(small + PREFETCH);
-                for (int line = 0; line < bytes; line += 64) __builtin_prefetch(part + PREFETCH + line);
+                fetch_ahead(R, T, small);
+                for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, part + line);
                 vb groups[8];
                 load_groups(type, part, groups);
                 vf a = type == MK_Q6_K ? vf_load_i8(small) : vf_mul(d[r], vf_load_u8(small));
@@ -116,7 +122,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
 
 /* Tiles of W at once with T rows of x.  With few rows memory is the limit, and one stream of weights has fewer lines
  * under way than memory can give; more rows would only want more registers. */
-#define AT_ONCE(T) ((T) > 4 || VEC_ROWS < 2 * (T) ? 1 : VEC_ROWS / (T) < MANY_TILES ? VEC_ROWS / (T) : MANY_TILES)
+#define AT_ONCE(T) ((T) > FEW || VEC_ROWS < 2 * (T) ? 1 : VEC_ROWS / (T) < MANY_TILES ? VEC_ROWS / (T) : MANY_TILES)
 
 #define TILE(kind, type, name, R, T)                                                                            \
     static void type##_##name##_##T(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, \
@@ -199,7 +205,7 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
     const long stride = count * mk_packed_bytes(job->type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
     const uint8_t *w = job->at[p] + tile * stride;
     int done = 0;
-    for (; done + many <= tiles; done += many)
+    for (; stride >= MK_LONG_TILE && done + many <= tiles; done += many)
         MANY_AT_ONCE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
     for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
 }

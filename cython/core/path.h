@@ -97,6 +97,7 @@ struct mk_step {
     mk_range range;
     mk_job job;
     long items, grain, parts; /* `grain` items are never parted */
+    long least;               /* items of a part, if each thread gets one */
     int uneven;               /* items differ much in cost: each is a part */
     int joined;               /* needs nothing of the step before it: is of the same set */
     long before;              /* parts of its set before its own */
@@ -131,6 +132,7 @@ enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12 };
 
 /* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
 enum { MK_MANY_TILES = 4, MK_ROWS = 16 };
+enum { MK_LONG_TILE = 8192 /* bytes of a panel; shorter tiles come one by one, for each stream begins slowly */ };
 
 /* 32 values of x for BF16 weights: 16 floats of odd columns and 16 of even ones, or BF16 in their order. */
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };

@@ -37,6 +37,7 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
     step->range = range;
     step->items = items;
     step->grain = grain;
+    step->least = 0;
     step->uneven = uneven;
     step->joined = work->joining;
     memset(&step->job, 0, sizeof step->job);
@@ -196,6 +197,7 @@ static void prepare(mk_work *work, int threads) {
     atomic_store(&work->now, -1);
     for (mk_step *step = work->steps, *set = step; step < work->steps + work->count; step++) {
         long most = step->uneven ? step->items : PARTS * (long)threads;
+        while (most > threads && step->items < most * step->least) most -= threads;
         step->parts = step->items > 0 ? mk_blocks(step->items, (int)step->grain) : 0;
         if (step->parts > most) step->parts = most;
         if (!step->joined || step == work->steps) {
