@@ -126,6 +126,10 @@ class RopeTable:
     def cos_sin(self, positions: Sequence[int] | NDArray[np.integer]) -> tuple[Floats, Floats]:
         """Cosines and sines of m positions: two f32 [m, head_dim / 2], the attention factor folded in."""
         wanted = np.asarray(positions, np.int64)
+        if len(wanted) == 1:  # a sequence that decodes alone waits for this
+            number, offset = divmod(int(wanted[0]), CHUNK)
+            chunk_cos, chunk_sin = self._chunk(number)
+            return chunk_cos[offset : offset + 1], chunk_sin[offset : offset + 1]
         cos = np.empty((len(wanted), len(self._inv_freq)), F32)
         sin = np.empty_like(cos)
         chunk_of = wanted // CHUNK

@@ -88,6 +88,11 @@ class Mapped(NamedTuple):
     row_bytes: int
 
 
+GATHERED = (
+    32  # rows may be looked up before their pages, and 128 KiB around each, are given back: that takes long
+)
+
+
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
 
@@ -114,6 +119,7 @@ class TensorSource:
             for key, extent in self._extents.items()
             if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns
         )
+        self._gathered = 0  # rows whose pages may still be mapped
         self.tensors: Mapping[Key, TensorInfo] = {
             key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
             for key, extent in self._extents.items()
@@ -185,6 +191,11 @@ class TensorSource:
         else:
             rows = range(extent.n) if rows is None else rows
             result = _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
+            if not isinstance(rows, range):
+                self._gathered += len(rows)
+                if self._gathered < GATHERED:
+                    return result
+                self._gathered = 0
         self.release(key)
         return result
 

@@ -16,6 +16,7 @@ from mpillm.weights.layer import ALIGNMENT, CHUNK, check_tensors, load, rank_pla
 from mpillm.weights.names import Cut, Key
 from mpillm.weights.reading import new_buffer
 from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.tensors import GATHERED
 
 from .build import Tiny, through, write_gguf, write_hf
 
@@ -240,3 +241,24 @@ def test_pages_are_given_back(tmp_path):
     assert mapped_kib(file) <= 256  # the kernel maps some pages around each one that is touched
     source.close()
     assert mapped_kib(file) == 0
+
+
+def test_pages_of_rows_are_given_back_now_and_then(tmp_path, monkeypatch):
+    model = Tiny(n_layers=1, vocab=4000)
+    source, calls, random = hf(tmp_path, model), [], np.random.default_rng(4)
+    monkeypatch.setattr(source, "release", lambda key, rows=None: calls.append(key))
+    key, whole = Key("embed"), source.read_f32(Key("embed"))
+    calls.clear()
+    for steps, rows, given_back in (
+        (GATHERED - 1, 1, 0),
+        (1, 1, 1),
+        (1, GATHERED - 1, 0),
+        (1, 1, 1),
+        (2, GATHERED, 2),
+    ):
+        for _ in range(steps):
+            asked = random.integers(0, 4000, rows)
+            assert (source.read_f32(key, asked) == whole[asked]).all()
+        assert calls == [key] * given_back, (steps, rows)
+        calls.clear()
+    source.close()
