@@ -250,7 +250,9 @@ def _table(plan: Plan) -> Iterator[str]:
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     yield ""
-    yield from plan.problems or ["It fits, where every rank finds the memory of its last column."]
+    together = shown_bytes(sum(rank.held for rank in plan.ranks))
+    on_one = f": on one machine {together} for all of them" if ranks > 1 else ""
+    yield from plan.problems or [f"It fits, where every rank finds the memory of its last column{on_one}."]
 
 
 def _layout(stages: int, shards: int) -> str:

@@ -161,10 +161,8 @@ def summary(report: Report) -> Iterator[str]:
             f"weights read per token: {shown_bytes(report.weights_per_token())}; "
             f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
         )
-    used = [(rank.memory_peak, sum(rank.memory.values())) for rank in report.ranks if rank.memory]
-    if used:
-        most, planned = max(used)
-        yield f"Memory: at most {shown_bytes(most)} on a rank, of {shown_bytes(planned)} that were planned."
+    if measured := [rank for rank in report.ranks if rank.memory]:
+        yield _memory_used(measured)
     hits, uses = report.expert_hits()
     if uses:
         read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
@@ -181,6 +179,20 @@ def summary(report: Report) -> Iterator[str]:
         yield (
             "Wire bytes per token: " + ", ".join(f"{kind} {count:.0f}" for kind, count in wire.items()) + "."
         )
+
+
+def _memory_used(ranks: Sequence[Rank]) -> str:
+    """By the rank that took most and, where hosts have several, by all ranks of such a host."""
+    used, hosts = list[tuple[int, int]](), dict[str, tuple[int, int]]()
+    for rank in ranks:
+        peak, planned = rank.memory_peak, sum(rank.memory.values())
+        used.append((peak, planned))
+        peaks, plans = hosts.get(rank.host, (0, 0))
+        hosts[rank.host] = peaks + peak, plans + planned
+    line = "Memory: at most {} on a rank, of {} that were planned".format(*map(shown_bytes, max(used)))
+    if len(hosts) < len(used):
+        line += "; {} on all ranks of a host, of {}".format(*map(shown_bytes, max(hosts.values())))
+    return f"{line}."
 
 
 def write(directory: Path, report: Report) -> None:

@@ -16,6 +16,7 @@ from typing import IO
 import msgspec
 import pytest
 
+from mpillm.comm.grid import Place
 from mpillm.job import memory, plan, report, spec
 from mpillm.job.bench import packed, synthetic
 from tests.conftest import Mpi, run_bounded
@@ -164,8 +165,10 @@ def test_a_step_of_many_rows_takes_what_is_planned_for_them(
 MAP = """
 import sys
 from pathlib import Path
+from mpillm.comm.grid import Place
 from tests.job.test_shared_files import content, paging
-with paging(Path(sys.argv[1]), "mmap", everything=True) as cache:
+place = Place(*map(int, sys.argv[2:]))
+with paging(Path(sys.argv[1]), "mmap", everything=True, place=place) as cache:
     for item in range(len(cache.items)):
         content(cache, item)
     print("ready", flush=True)
@@ -173,26 +176,45 @@ with paging(Path(sys.argv[1]), "mmap", everything=True) as cache:
 """
 
 
-def test_ranks_of_a_node_share_the_pages_of_mapped_weights(models: dict[str, Path]) -> None:
-    """Each process counts all pages as its own; there is one of each."""
-    weights = sum(file.stat().st_size for file in models["packed"].glob("[lh]*.safetensors"))
+def mapped_by(model: Path, places: list[Place]) -> tuple[int, int]:
+    """Bytes of a model that processes at these places hold: each page counted by all that have it, and once."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", MAP, str(models["packed"])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", MAP, str(model), *map(str, (place.rank, place.stages, place.shards))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        for _ in range(2)
+        for place in places
     ]
     try:
         for rank in ranks:
             assert _stream(rank.stdout).readline() == b"ready\n"
-        own, shared = (
-            sum(_mapped(rank.pid, models["packed"], kind) for rank in ranks) for kind in ("Rss", "Pss")
-        )
+        own, shared = (sum(_mapped(rank.pid, model, kind) for rank in ranks) for kind in ("Rss", "Pss"))
     finally:
         for rank in ranks:
             rank.communicate()
+    return own, shared
+
+
+def test_jobs_share_the_pages_of_mapped_weights(models: dict[str, Path]) -> None:
+    """Each process counts all pages as its own; there is one of each."""
+    weights = sum(file.stat().st_size for file in models["packed"].glob("[lh]*.safetensors"))
+    own, shared = mapped_by(models["packed"], [Place(0, 1, 1)] * 2)
     assert 1.95 * weights < own
     assert shared < 1.02 * weights
+
+
+@pytest.mark.parametrize(("stages", "shards"), [(2, 1), (1, 2), (2, 2), (1, 4)])
+def test_ranks_of_a_node_hold_no_page_twice(models: dict[str, Path], stages: int, shards: int) -> None:
+    """Their parts lie apart, so what plan says for each adds up to what all of them hold together."""
+    settings = [f"layout.stages={stages}", "memory.loader=mmap"]
+    job = spec.load(None, settings, model=str(models["packed"]), input="in", output="out")
+    planned = sum(rank.weights_held for rank in plan.make(job, stages * shards).ranks)
+    places = [Place(rank, stages, shards) for rank in range(stages * shards)]
+    _, once = mapped_by(
+        models["packed"], places
+    )  # the other one has pages around as well, for the system maps some
+    assert planned <= once < 1.01 * planned
 
 
 def _stream(stream: IO[bytes] | None) -> IO[bytes]:

@@ -12,6 +12,7 @@ from mpillm.comm.grid import Place
 from mpillm.errors import JobError, LayoutError
 from mpillm.job import plan, spec
 from mpillm.job.plan import Plan
+from mpillm.job.spec import shown_bytes
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.weights.layer import rank_plans
@@ -95,13 +96,19 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_the_table() -> None:
-    text = plan.as_text(planned("llama3", 4, "memory.kv=1MiB"))
+    made = planned("llama3", 4, "memory.kv=1MiB")
+    text = plan.as_text(made)
     assert "layout    1 stage x 4 shards on 4 ranks" in text
     assert "also possible: 2 stages x 2 shards; 4 stages x 1 shard" in text
     assert "KV cache  f32, holds 4096 tokens: 8.0 requests of 512 tokens at once" in text
     assert "less than float32" in text
     assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
-    assert text.endswith("It fits, where every rank finds the memory of its last column.")
+    together = shown_bytes(sum(rank.held for rank in made.ranks))
+    assert text.endswith(
+        f"It fits, where every rank finds the memory of its last column: on one machine {together} for all of them."
+    )
+    alone = plan.as_text(planned("llama3", 1))
+    assert alone.endswith("It fits, where every rank finds the memory of its last column.")
     assert planned("llama3", 1).kv_type == "f32"
     assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
 

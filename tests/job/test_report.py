@@ -63,6 +63,18 @@ def test_what_streaming_costs_a_token() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("hosts", "more"), [("ab", ""), ("aa", "; 5.0 MiB on all ranks of a host, of 9.0 MiB")]
+)
+def test_the_memory_of_ranks_that_share_a_host_is_added_up(hosts: str, more: str) -> None:
+    run = made()
+    for rank, host in zip(run.ranks, hosts, strict=True):
+        rank.host, rank.memory_peak = host, (3 - rank.rank) * 2**20
+        rank.memory = {"weights": 4 * 2**20, "kv": rank.rank * 2**20}
+    expected = f"Memory: at most 3.0 MiB on a rank, of 4.0 MiB that were planned{more}."
+    assert list(report.summary(run))[2] == expected
+
+
 def test_it_is_read_back(tmp_path: Path) -> None:
     report.write(tmp_path, made())
     assert report.read(tmp_path) == made()

@@ -18,15 +18,18 @@ from mpillm.weights.loaders import Kind, open_loader
 from mpillm.weights.source import column_unit, open_source
 from tests.job.test_pack import packed
 
+ALONE = Place(0, 1, 1)
 LOADERS = pytest.mark.parametrize("loader", ["mmap", "read"])
 
 
 @contextmanager
-def paging(model: Path, loader: Kind, everything: bool = False) -> Iterator[WeightCache[Layer]]:
+def paging(
+    model: Path, loader: Kind, everything: bool = False, place: Place = ALONE
+) -> Iterator[WeightCache[Layer]]:
     """A cache with the least budget, through which everything passes in every round, or one that holds `everything`."""
     with closing(open_source(model)) as source:
         config = ModelConfig.from_dict(source.config)
-        items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+        items = rank_plans(config.shape(column_unit(source)), place, source, config)
         budget = None if everything else minimum_budget(items)
         cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=not everything), budget)
         with closing(cache):
