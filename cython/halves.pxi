@@ -81,7 +81,7 @@ cdef class Products:
         for taker in self.takers:
             if taker is not None:
                 piece = taker
-                size += whole_lines(m * piece.x_bytes)
+                size += piece.taken(m)
         return size
 
     cdef Taken take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m) noexcept:

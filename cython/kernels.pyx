@@ -333,6 +333,10 @@ cdef class Product:
         self.data.append(w)
         return 0
 
+    cdef size_t taken(self, long m) noexcept:
+        """Bytes of m rows of x in the product's form, at most."""
+        return whole_lines((m if self.quantised() else mk_blocks(m, MK_TILE) * MK_TILE) * self.x_bytes)
+
     cdef int quantised(self) noexcept:
         return mk_block(self.type) > 1
 
@@ -356,7 +360,7 @@ cdef class Product:
     cdef const void *take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m
                           ) noexcept:
         """Rows `at` of x (NULL: the first m) in its form, in a piece of the space. What follows is joined."""
-        cdef uint8_t *rows = <uint8_t *>space.take(m * self.x_bytes)
+        cdef uint8_t *rows = <uint8_t *>space.take(self.taken(m))
         if self.quantised():
             mk_quantize_rows(work, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
         else:
@@ -387,7 +391,7 @@ def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int t
         rows = x
         require_rows("x", rows, -1, k)
         m = rows.shape[0]
-        space = Space(whole_lines(m * product.x_bytes))
+        space = Space(product.taken(m))
         from_ = product.take(&work, space, &rows[0, 0], rows.strides[0] // 4, NULL, m)
     mk_join(&work, 0)
     cdef Sums sums = sums_of(out, product.panels, m, n, fold)

@@ -66,17 +66,29 @@ static void float_rows(const void *argument, long begin, long end) {
     }
 }
 
+/* Whether m rows of x for the type are made to tiles. */
+static int in_tiles(int type, long m) { return type == MK_BF16 && mk_active->tile_rows && m >= MK_IN_TILES; }
+
+static long tile_bytes(const int32_t *bounds, int panels) { /* of a row in tiles */
+    long blocks = 0;
+    for (int p = 0; p < panels; p++) blocks += mk_blocks(bounds[p + 1] - bounds[p], MK_BF16_BLOCK);
+    return blocks * MK_BF16_BLOCK * 2;
+}
+
 void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m,
                    const int32_t *bounds, int panels, uint8_t *out, long out_bytes) {
-    mk_step_of(work, float_rows, m, 1, 0)->rows =
+    const int tiles = in_tiles(type, m);
+    mk_step_of(work, tiles ? mk_active->tile_rows : float_rows, tiles ? mk_blocks(m, MK_TILE) : m, 1, 0)->rows =
         (mk_rows_job){.type = type, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .at = at,
-                      .stride = stride, .out_bytes = out_bytes};
+                      .stride = stride, .out_bytes = tiles ? tile_bytes(bounds, panels) : out_bytes};
 }
 
 long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest form; x of another may have gaps */
+    const long in_tiles = type == MK_BF16 ? tile_bytes(bounds, panels) : 0;
     long steps = 0;
     for (int p = 0; p < panels; p++) steps += mk_blocks(bounds[p + 1] - bounds[p], mk_float_step(type));
-    return steps * (type == MK_BF16 ? MK_BF16_HALVES : 64);
+    steps *= type == MK_BF16 ? MK_BF16_HALVES : 64;
+    return steps > in_tiles ? steps : in_tiles;
 }
 
 /* Bytes of columns of W [n, .] as they are packed. */
@@ -101,8 +113,9 @@ static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, 
                              long panel_stride) {
     mk_product job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
                          .bounds = bounds, .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
-                         .out_stride = out_stride, .panel_stride = panel_stride};
-    job.chunk = (type < MK_Q8_0 ? FLOAT_CACHE : CACHE) / (job.x_stride + 1) / MK_ROWS * MK_ROWS;
+                         .out_stride = out_stride, .panel_stride = panel_stride, .in_tiles = in_tiles(type, m)};
+    if (job.in_tiles) job.x_stride = tile_bytes(bounds, panels);
+    job.chunk = (type < MK_Q8_0 ? FLOAT_CACHE : CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
     if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
     const long chunks = mk_blocks(m, (int)job.chunk);

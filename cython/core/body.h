@@ -14,8 +14,8 @@
 
 #include "body_attention.h"
 
-#define PATH_TABLE(name, matmul) PATH_TABLE_(name, matmul)
-#define PATH_TABLE_(name, matmul)                                                                               \
+#define PATH_TABLE(name, matmul, mixture, tile_rows) PATH_TABLE_(name, matmul, mixture, tile_rows)
+#define PATH_TABLE_(name, matmul, mixture, tile_rows)                                                           \
     const mk_path mk_##name = {#name, quantize, dequantize, quantize_rows, matmul, mixture, fold, rms_norm, rope, \
-                               silu_mul, softmax, top_k, lse_parts, attention, to_f16, to_q8, BF16_STEP};
-PATH_TABLE(NAME, matmul)
+                               silu_mul, softmax, top_k, lse_parts, attention, to_f16, to_q8, BF16_STEP, tile_rows};
+PATH_TABLE(NAME, matmul, mixture, NULL)

@@ -172,13 +172,8 @@ static int rows_for_tiles(long left) {
     return groups > 1 ? (int)groups * AMX_ROWS : 0;
 }
 
-static void amx_matmul(const void *argument, long begin, long end) {
-    const mk_matmul_job *job = argument;
+static void int8_matmul(const mk_matmul_job *job, long begin, long end) {
     vf pending[MK_MAX_LEVELS][AMX_TILES * AMX_GROUPS * AMX_ROWS];
-    if (!in_tiles(job->type) || !rows_for_tiles(job->m)) {
-        matmul(job, begin, end);
-        return;
-    }
     begin_tiles();
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
@@ -193,3 +188,20 @@ static void amx_matmul(const void *argument, long begin, long end) {
     }
     end_tiles();
 }
+
+#include "body_amx_bf16.h"
+
+static void amx_matmul(const void *argument, long begin, long end) {
+    const mk_matmul_job *job = argument;
+    if (job->in_tiles) bf16_matmul(job, begin, end);
+    else if (in_tiles(job->type) && rows_for_tiles(job->m)) int8_matmul(job, begin, end);
+    else matmul(job, begin, end);
+}
+
+static void expert_matmul(const void *argument, long begin, long end) {
+    const mk_matmul_job *job = argument;
+    if (job->in_tiles) bf16_matmul(job, begin, end);
+    else matmul(job, begin, end);
+}
+
+static void amx_mixture(const void *argument, long begin, long end) { mixture_by(expert_matmul, argument, begin, end); }

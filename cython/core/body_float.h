@@ -1,13 +1,16 @@
 /* Products with float weights, which lie row by row as in files: lanes run over the columns.
  *
- * Lane j of 16 is one chain of fma over columns j, j + 16, ... of a panel.  With BF16 weights x is rounded to BF16 as
- * well, and lane j takes columns 2 j + 1 and 2 j of every 32, denormals being zeros: VDPBF16PS's sum (Intel's manual),
- * which any fma can form, for a product of two BF16 is exact.  At a panel's end lanes are folded in the fixed tree. */
+ * Lane j of 16 is one chain of fma over columns j, j + 16, ... of a panel, at whose end lanes are folded in the fixed
+ * tree.  With BF16 weights x is rounded to BF16 as well, denormals are zeros, and columns come in blocks of 256: in each
+ * a lane's chain begins at zero and takes columns 2 j + 1 and 2 j of 32 after 32, lane j + 8 is added to lane j, and that
+ * to the sums so far, which are folded like the other types'.  So VDPBF16PS can form it, whose lanes are such chains, and
+ * so can AMX's TDPBF16PS, which adds two chains of 16 to its sum (both: Intel's manual), and any fma, for a product of two
+ * BF16 is exact. */
 
-/* w: `rows` (1..16) rows, `stride` bytes apart; x: T rows of columns in steps, as round_rows has made them, whose groups
+/* w: `rows` (1..16) rows, `stride` bytes apart, `ahead` before what comes later (0: the next rows do); x: T rows of columns in steps, as round_rows has made them, whose groups
  * are x_stride bytes apart; sums [T]: lane r is row r's. */
-typedef void (*float_function)(const uint8_t *w, long stride, int rows, const uint8_t *x, long x_stride, long columns,
-                               vf *sums);
+typedef void (*float_function)(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,
+                               long columns, vf *sums);
 
 #ifdef VEC_BF16
 enum { BF16_STEP = MK_BF16_PAIRS };
@@ -51,21 +54,19 @@ MK_INLINE void float_step(const int type, const int R, const int T, const uint8_
     }
 }
 
-/* Columns of R rows of W, `rest` of them after the last whole step: sums [R][T] go on, or begin with them. */
-HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, long stride, const uint8_t *x,
-                    long x_stride, long steps, long rest, int begin, vf *sums) {
+/* Columns of R rows of W, for BF16 at most a block of them; sums [R][T] go on. */
+HOT void float_run(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
+                   long x_stride, long columns, vf *sums) {
     const int bytes = type == MK_F16 ? 32 : 64, x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
-    const uint8_t *rows[MOST_STREAMS];
+    const long step = mk_float_step(type), rest = columns % step;
     vf acc[MOST_SUMS];
     UNROLL
-    for (int i = 0; i < R * T; i++) acc[i] = begin ? vf_set1(0.0f) : sums[i];
-    UNROLL
-    for (int r = 0; r < R; r++) rows[r] = w + r * stride;
-    for (long i = 0; i < steps; i++, x += x_bytes) {
+    for (int i = 0; i < R * T; i++) acc[i] = type == MK_BF16 ? vf_set1(0.0f) : sums[i];
+    for (long i = columns / step; i > 0; i--, x += x_bytes) {
         float_step(type, R, T, rows, x, x_stride, acc);
         UNROLL
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(rows[r] + R * stride); /* pages of a file's map are small, and a row may have its own */
+            __builtin_prefetch(rows[r] + ahead); /* pages of a file's map are small, and a row may have its own */
             rows[r] += bytes;
         }
     }
@@ -79,32 +80,44 @@ HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, 
         float_step(type, R, T, rows, x, x_stride, acc);
     }
     UNROLL
-    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+    for (int i = 0; i < R * T; i++) sums[i] = type == MK_BF16 ? vf_add(sums[i], vf_halves(acc[i])) : acc[i];
 }
 
-HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long stride, int rows, const uint8_t *x,
-                    long x_stride, long columns, vf *sums) {
+HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead,
+                    const uint8_t *x, long x_stride, long columns, vf *sums) {
+    const long most = type == MK_BF16 ? MK_BF16_BLOCK : columns;
+    const uint8_t *rows[MOST_STREAMS];
+    UNROLL
+    for (int r = 0; r < R; r++) rows[r] = w + r * stride;
+    for (; columns > most; columns -= most, x += most / 32 * BF16_STEP * GROUP(T))
+        float_run(type, R, T, rows, ahead, x, x_stride, most, sums);
+    float_run(type, R, T, rows, ahead, x, x_stride, columns, sums);
+}
+
+HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead, int rows,
+                    const uint8_t *x, long x_stride, long columns, vf *sums) {
     const int step = mk_float_step(type), bytes = mk_block_bytes(type);
     const long depth = T < MK_GROUP ? columns : DEPTH; /* few rows of x: those of W should be read to their ends */
     vf acc[MK_TILE * FLOAT_ROWS];
-    for (int i = columns ? rows * T : 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
+    if (!ahead) ahead = R * stride;
+    for (int i = 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
     for (long begin = 0; begin < columns; begin += depth) {
         const long count = columns - begin < depth ? columns - begin : depth;
         const uint8_t *from = w + begin * bytes;
         int row = 0;
         for (; row + R <= rows; row += R)
-            float_rows(type, R, T, from + row * stride, stride, x, x_stride, count / step, count % step, !begin, acc + row * T);
+            float_rows(type, R, T, from + row * stride, stride, ahead, x, x_stride, count, acc + row * T);
         for (; row < rows; row++)
-            float_rows(type, 1, T, from + row * stride, stride, x, x_stride, count / step, count % step, !begin, acc + row * T);
+            float_rows(type, 1, T, from + row * stride, stride, ahead, x, x_stride, count, acc + row * T);
         x += depth / step * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
     }
     for (int t = 0; t < T; t++) sums[t] = vf_sums(acc + t, T);
 }
 
 #define FLOAT_TILE(type, T)                                                                                        \
-    static void type##_##T(const uint8_t *w, long stride, int rows, const uint8_t *x, long x_stride, long columns, \
-                           vf *sums) {                                                                             \
-        float_tile(type, STREAMS(T), T, w, stride, rows, x, x_stride, columns, sums);                              \
+    static void type##_##T(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,   \
+                           long columns, vf *sums) {                                                               \
+        float_tile(type, STREAMS(T), T, w, stride, ahead, rows, x, x_stride, columns, sums);                       \
     }
 #if VEC_ROWS > 4
 #define MORE_FLOATS(type) FLOAT_TILE(type, 8)

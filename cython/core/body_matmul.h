@@ -186,15 +186,21 @@ static int shape_of(long rows) {
     return shape;
 }
 
+/* Whether panels lie in the same rows: a tile's should be read one after the other. */
+static int side_by_side(const mk_matmul_job *job) { return job->row_bytes && job->panels > 1; }
+
 static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
     const int type = job->type;
     const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
     const long stride = job->row_bytes ? job->row_bytes : columns * mk_block_bytes(type);
     const unsigned mode = type == MK_BF16 ? mk_flush_denormals() : 0;
+    long ahead = 0;
+    if (side_by_side(job)) /* the next panel, or the next tile's first one */
+        ahead = p + 1 < job->panels ? job->at[p + 1] - job->at[p] : job->at[0] - job->at[p] + MK_TILE * stride;
     const float_function of_shape = FLOAT_TILE_FUNCTIONS[type][shape_of(rows) - FIRST_FLOATS];
     for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
         const int n = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
-        of_shape(job->at[p] + first * stride, stride, n, x, x_stride, columns, sums);
+        of_shape(job->at[p] + first * stride, stride, ahead, n, x, x_stride, columns, sums);
     }
     if (type == MK_BF16) mk_restore(mode);
 }
@@ -210,10 +216,12 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
     for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
 }
 
-/* Bytes of a row's columns in a panel of activations. */
-static long x_bytes(int type, long columns) {
-    if (type < MK_Q8_0) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64);
-    return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION;
+/* Bytes of columns of a panel of activations: of the rows that lie together. */
+static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
+    const int type = job->type;
+    if (job->in_tiles) return mk_blocks(columns, MK_BF16_BLOCK) * MK_BF16_BLOCK * 2 * MK_TILE;
+    if (type < MK_Q8_0) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(rows);
+    return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION * GROUP(rows);
 }
 
 /* Outputs of `tiles` tiles for `rows` rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
@@ -224,7 +232,7 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
     const uint8_t *x = job->x + row * job->x_stride;
     int depth = 0;
     for (int p = 0; p < job->panels; p++) {
-        const long bytes = x_bytes(job->type, job->bounds[p + 1] - job->bounds[p]) * GROUP(rows);
+        const long bytes = x_bytes(job, job->bounds[p + 1] - job->bounds[p], rows);
         if (p < job->skip) {
             x += bytes;
             continue;
@@ -252,6 +260,7 @@ static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row,
     int shape = shape_of(limit - row);
     if (floats && shape < FIRST_FLOATS) shape = FIRST_FLOATS;
     if (tiles > RUN_SUMS / ROWS[shape]) tiles = RUN_SUMS / ROWS[shape];
+    if (side_by_side(job)) tiles = 1;
     for (; shape < SHAPES; shape++)
         for (int rows = ROWS[shape]; row + rows <= limit; row += rows)
             product(job, floats ? float_panel : panel, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
@@ -269,7 +278,7 @@ static void matmul(const void *argument, long begin, long end) {
 }
 
 /* A row's experts are added up one after the other: who has a panel's tile has all experts' rows of it. */
-static void mixture(const void *argument, long begin, long end) {
+MK_INLINE void mixture_by(mk_range matmul, const void *argument, long begin, long end) {
     const mk_mixture_job *job = argument;
     for (long item = begin, tiles; item < end; item += tiles) {
         long panel = item / job->products->tiles, tile = item % job->products->tiles;
@@ -284,3 +293,5 @@ static void mixture(const void *argument, long begin, long end) {
         }
     }
 }
+
+static void mixture(const void *argument, long begin, long end) { mixture_by(matmul, argument, begin, end); }

@@ -14,6 +14,7 @@ enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
     MK_SUPER = 256,          /* values of a K-quant's block */
+    MK_BF16_BLOCK = 256,     /* columns of BF16 weights whose chains begin anew */
     MK_ACTIVATION = 56,      /* bytes of mk_activation */
     MK_GROUP = 4,            /* rows of x that are interleaved */
     MK_KV_BLOCK = 32,        /* tokens */

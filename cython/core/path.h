@@ -30,6 +30,7 @@ typedef struct {
 
 struct mk_product {
     int type, skip, panels; /* of the panels the first `skip` are passed over */
+    int in_tiles;            /* x is what the path's tile_rows makes */
     long tiles, n, m, chunk; /* items are (chunk of rows of x, tile of W) */
     const int32_t *bounds;
     const uint8_t *const *at; /* the panels of W */
@@ -123,7 +124,8 @@ typedef struct {
         lse_parts, attention;
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
-    int bf16_step; /* bytes of 32 values of x for BF16 weights */
+    int bf16_step;       /* bytes of 32 values of x for BF16 weights */
+    mk_range tile_rows;  /* NULL, or what MK_IN_TILES rows of x and more are made to by for BF16 weights */
 } mk_path;
 
 /* Attention's queries and running sums lie on the stack of a thread: so many floats of each, for a group of queries.
@@ -133,6 +135,8 @@ enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12 };
 /* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
 enum { MK_MANY_TILES = 4, MK_ROWS = 16 };
 enum { MK_LONG_TILE = 8192 /* bytes of a panel; shorter tiles come one by one, for each stream begins slowly */ };
+
+enum { MK_IN_TILES = 9 };
 
 /* 32 values of x for BF16 weights: 16 floats of odd columns and 16 of even ones, or BF16 in their order. */
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };

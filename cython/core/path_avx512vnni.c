@@ -10,7 +10,7 @@ MK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 
 #ifdef MK_AMX
 #include "body_amx.h"
-PATH_TABLE(amx, amx_matmul)
+PATH_TABLE(amx, amx_matmul, amx_mixture, tile_rows)
 #endif
 MK_TARGET_END
 #endif

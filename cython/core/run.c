@@ -72,7 +72,7 @@ static int take_part(mk_work *work) {
 #include <sched.h>
 
 /* Spins of about 50 ns: how long an idle helper looks for the next step before it sleeps. */
-enum { MOST = 255, SPINS = 4000, YIELD = 64, STACK = 1024 * 1024 };
+enum { MOST = 255, SPINS = 4000, YIELD = 64, STACK = 2 * 1024 * 1024 };
 
 static struct {
     pthread_mutex_t busy, asleep; /* busy: held by the caller whose work it is */

@@ -82,6 +82,10 @@ MK_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 MK_INLINE float vf_hadd(vf a) { ZMM_FOLD(add) }
 MK_INLINE float vf_hmax(vf a) { ZMM_FOLD(max) }
 
+MK_INLINE vf vf_halves(vf a) {
+    return _mm512_zextps256_ps512(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+}
+
 /* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
 #define ZMM_ADD(shuffle, a, b, low, high) _mm512_add_ps(shuffle(a, b, low), shuffle(a, b, high))
 MK_INLINE vf vf_sums(const vf *a, const int step) {

@@ -46,6 +46,8 @@ MK_INLINE int vf_any_gt(vf a, vf b) {
 MK_INLINE float vf_hadd(vf a) { YMM_FOLD(add) }
 MK_INLINE float vf_hmax(vf a) { YMM_FOLD(max) }
 
+MK_INLINE vf vf_halves(vf a) { return (vf){_mm256_add_ps(a.lo, a.hi), _mm256_setzero_ps()}; }
+
 /* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
 #define YMM_ADD(shuffle, a, b, low, high) _mm256_add_ps(shuffle(a, b, low), shuffle(a, b, high))
 MK_INLINE __m256 ymm_sums(const vf *a, const int step) {

@@ -23,6 +23,7 @@ from .checks import (
     require_weights,
 )
 from .types import (
+    BF16_BLOCK,
     F32,
     I32,
     KV_BLOCK,
@@ -241,12 +242,13 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
 
 
 def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:
-    """Panel sums [m, n]: 16 lanes, of BF16's pairs the second value first."""
-    step = PAIRED if type == BlockType.BF16 else TILE_ROWS
+    """Panel sums [m, n]: 16 lanes; with BF16 they begin anew for each block, whose sums go to 8 lanes."""
+    paired = type == BlockType.BF16
+    step = PAIRED if paired else TILE_ROWS
     steps = -(-count // step)
     w, rows = np.zeros((len(panel), steps * step), np.float32), np.zeros((len(x), steps * step), np.float32)
     w[:, :count], rows[:, :count] = blocks.decode(type, panel, count), x
-    if type == BlockType.BF16:  # denormals count as zeros
+    if paired:  # denormals count as zeros
         for a in (w, rows):
             a[np.abs(a) < np.finfo(np.float32).tiny] = 0
     # [step, half of a pair, row, lane]; lane j has column j, or columns 2 j + 1 and 2 j
@@ -264,11 +266,14 @@ def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:
         for first in range(0, len(x), few):
             part = rows[:, :, first : first + few, None]
             acc = np.zeros((part.shape[2], len(panel), TILE_ROWS), np.float32)
-            product = np.empty_like(acc)
+            product, total = np.empty_like(acc), np.zeros_like(acc[..., : TILE_ROWS // 2])
             for i, half in itertools.product(range(steps), range(w.shape[1])):
                 np.multiply(w[i, half], part[i, half], out=product)
                 acc += product
-            sums[first : first + few] = lanes.halves(acc, np.add)
+                if paired and half and ((i + 1) % (BF16_BLOCK // PAIRED) == 0 or i + 1 == steps):
+                    total += acc[..., :8] + acc[..., 8:]
+                    acc[:] = 0
+            sums[first : first + few] = lanes.halves(total if paired else acc, np.add)
     return sums
 
 

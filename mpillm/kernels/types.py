@@ -21,6 +21,9 @@ TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
 ACTIVATION_BLOCK_BYTES = 56
 PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and then the even one of its pair
+BF16_BLOCK = (
+    256  # columns of a BF16 product whose lanes begin at zero, and are added to those of the blocks before
+)
 ROW_GROUP = 4  # rows of activations that are interleaved
 MIXED_ROWS = 512  # of all experts at once, unless one alone has more: their activations take room
 KV_BLOCK = 32  # tokens of one block of the KV cache

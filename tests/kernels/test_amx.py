@@ -1,4 +1,4 @@
-"""Tiles of AMX: used from 32 rows on, with the bits of the path below; without leave to use them that one serves."""
+"""AMX: from 9 rows on (BF16) or 32, with the bits of the path below; where there is no leave, that one serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpillm.kernels import BlockType
 from . import cases
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = [type for type in BlockType if type.quantised]
+TYPES = [type for type in BlockType if type.quantised or type == BlockType.BF16]
 pytestmark = pytest.mark.skipif("amx" not in kernels.available(), reason="no AMX here, or no leave to use it")
 
 # Linux as it would answer where tiles are forbidden: arch_prctl(ARCH_REQ_XCOMP_PERM) fails with EPERM.
@@ -69,6 +69,21 @@ def test_any_number_of_rows_equals_scalar(type: BlockType) -> None:
     for m in range(1, 71):
         n, k = int(rng.integers(1, 300)), int(rng.integers(1, 1300))
         case = cases.product(rng, type, n, k, m, int(rng.integers(1, 4)), int(rng.integers(2)))
+        kernels.set_path("scalar")
+        want = case.run()
+        kernels.set_path("amx")
+        for got, expected in zip(case.run(), want, strict=True):
+            assert cases.same(got, expected), str(case)
+
+
+@pytest.mark.parametrize("m", [9, 64, 257, 530])  # of which so many, 256 or fewer, pass at once
+def test_many_rows_and_columns_of_bf16_equal_scalar(m: int) -> None:
+    rng = np.random.default_rng(m)
+    for k in (
+        int(rng.integers(1, 300)),
+        4097 + int(rng.integers(1500)),
+    ):  # tiles are made of 4096 columns at a time
+        case = cases.product(rng, BlockType.BF16, int(rng.integers(1, 100)), k, m, 2, int(rng.integers(2)))
         kernels.set_path("scalar")
         want = case.run()
         kernels.set_path("amx")

@@ -84,7 +84,7 @@ def test_shards_fold_to_the_same_sum(path: str, type: BlockType) -> None:
 def test_float_weights_are_used_where_they_lie(path: str, type: BlockType) -> None:
     """Some rows and columns of a wider matrix, at any address, give what they give when packed."""
     rng = np.random.default_rng(8)
-    n, k, m, size = 37, 131, 7, type.block_bytes
+    n, k, m, size = 37, 131, 19, type.block_bytes
     kernels.set_path(path)
     file = np.zeros(5 + (n + 2) * (k + 9) * size, np.uint8)
     stored = file[5:].reshape(n + 2, -1)

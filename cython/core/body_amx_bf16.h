@@ -1,0 +1,207 @@
+/* Products of BF16 weights with many rows of x, on the tiles of AMX, with the bits of body_float.h.
+ *
+ * For lanes j and j + 8 a tile of W has, row by row, what their chains take of a block of columns: the odd and then the
+ * even column of each 32, of lane j in the lower half of a word and of lane j + 8 in the upper.  TDPBF16PS forms both
+ * chains from zero, and adds them to the sums of these lanes.  x is laid out so from the start (tile_rows), with rows side
+ * by side; W is turned on its way, once for all rows of x that pass by. */
+
+enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */, TILE_BYTES = 1024, APART = 1088 /* a turned tile from the next: in other sets of a cache */ };
+enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TURNED = 16 /* blocks of W */, MOST_ROWS = 256 /* of x */ };
+
+typedef uint8_t turned_blocks[TURNED][APART] __attribute__((aligned(64)));
+typedef float pair_sums[WIDE][WIDE][MK_TILE][MK_TILE] __attribute__((aligned(64))); /* [W][x][row of W][row of x] */
+
+/* Word i of row r goes to word r of row i; words have 64 bits. */
+MK_INLINE void turn_8(__m512i *a) {
+    __m512i b[8];
+    UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m512i low = _mm512_shuffle_i64x2(b[i], b[2 + i], 0x44), high = _mm512_shuffle_i64x2(b[i], b[2 + i], 0xee);
+        __m512i low_4 = _mm512_shuffle_i64x2(b[4 + i], b[6 + i], 0x44);
+        __m512i high_4 = _mm512_shuffle_i64x2(b[4 + i], b[6 + i], 0xee);
+        a[i] = _mm512_shuffle_i64x2(low, low_4, 0x88), a[2 + i] = _mm512_shuffle_i64x2(low, low_4, 0xdd);
+        a[4 + i] = _mm512_shuffle_i64x2(high, high_4, 0x88), a[6 + i] = _mm512_shuffle_i64x2(high, high_4, 0xdd);
+    }
+}
+
+/* The same for 16 rows of 16 words of 32 bits. */
+MK_INLINE void turn_16(__m512i *a) {
+    __m512i low[8], high[8];
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        low[i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        high[i] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+    turn_8(low);
+    turn_8(high);
+    UNROLL
+    for (int i = 0; i < 16; i++) a[i] = (i % 4 < 2 ? low : high)[i / 4 * 2 + i % 2];
+}
+
+/* 32 columns: of each pair of lanes the odd columns, and the even ones. */
+MK_INLINE __m512i lane_pairs(__m512i columns) {
+    static const uint16_t ORDER[32] = {1, 17, 0, 16, 3,  19, 2,  18, 5,  21, 4,  20, 7,  23, 6,  22,
+                                       9, 25, 8, 24, 11, 27, 10, 26, 13, 29, 12, 28, 15, 31, 14, 30};
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), columns);
+}
+
+/* The nearest BF16, ties to even; NaNs stay NaNs. */
+MK_INLINE __m256i rounded_16(vf x) {
+    const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    __m512i sum = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(bits, 16), one), _mm512_set1_epi32(0x7fff));
+    sum = _mm512_add_epi32(sum, bits);
+    sum = _mm512_mask_or_epi32(sum, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+}
+
+/* Activations for BF16 weights, in tiles: [16 rows][panel][pair of lanes][block][word][row].  Items are 16 rows. */
+static void tile_rows(const void *argument, long begin, long end) {
+    const mk_rows_job *job = argument;
+    for (long group = begin; group < end; group++) {
+        uint8_t *out = job->out + group * MK_TILE * job->out_bytes;
+        for (int p = 0; p < job->panels; p++) {
+            const long last = job->bounds[p + 1], blocks = mk_blocks(last - job->bounds[p], MK_BF16_BLOCK);
+            for (long run = 0, i = job->bounds[p]; run < blocks * RUNS; run++, i += 32) {
+                __m512i words[MK_TILE];
+                for (int r = 0; r < MK_TILE; r++) {
+                    const long row = group * MK_TILE + r;
+                    words[r] = _mm512_setzero_si512();
+                    if (row >= job->n || i >= last) continue;
+                    const float *x = job->x + (job->at ? job->at[row] : row) * job->stride;
+                    __m256i low = rounded_16(vf_row(x, i, last, 0.0f)), high = _mm256_setzero_si256();
+                    if (i + MK_TILE < last) high = rounded_16(vf_row(x, i + MK_TILE, last, 0.0f));
+                    words[r] = lane_pairs(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+                }
+                turn_16(words);
+                for (int i = 0; i < MK_TILE; i++)
+                    _mm512_store_si512(out + (i / 2 * blocks + run / RUNS) * TILE_BYTES + (run % RUNS * 2 + i % 2) * 64,
+                                       words[i]);
+            }
+            out += blocks * LANE_PAIRS * TILE_BYTES;
+        }
+    }
+}
+
+/* A block of a row of W, of which so many columns are there. */
+MK_INLINE void turn_block(const uint8_t *from, long columns, uint8_t *out) {
+    uint8_t padded[MK_BF16_BLOCK * 2];
+    __m512i words[RUNS];
+    if (columns < MK_BF16_BLOCK) {
+        memset(padded, 0, sizeof padded);
+        from = memcpy(padded, from, (size_t)columns * 2);
+    }
+    UNROLL
+    for (int j = 0; j < RUNS; j++) words[j] = lane_pairs(_mm512_loadu_si512(from + 64 * j));
+    turn_8(words);
+    UNROLL
+    for (int t = 0; t < LANE_PAIRS; t++) _mm512_store_si512(out + t * (long)sizeof(turned_blocks), words[t]);
+}
+
+/* Up to TURNED blocks of `rows` rows of W with so many columns.  Some rows side by side are streams that the processor
+ * fetches ahead, and those that follow are fetched too, for each may have a page of its own. */
+static void turn_rows(const uint8_t *w, long stride, int rows, long columns, turned_blocks *out) {
+    for (int first = 0; first < rows; first += MOST_STREAMS)
+        for (long b = 0; b < TURNED && b * MK_BF16_BLOCK < columns; b++)
+            for (int r = first; r < rows && r < first + MOST_STREAMS; r++) {
+                const uint8_t *from = w + r * stride + b * MK_BF16_BLOCK * 2;
+                for (int j = 0; j < RUNS; j++) __builtin_prefetch(from + MOST_STREAMS * stride + 64 * j);
+                turn_block(from, columns - b * MK_BF16_BLOCK, out[0][b] + 64 * r);
+            }
+}
+
+/* Tiles 0 to 3 are sums, 4 and 5 rows of W, 6 and 7 of x. */
+static void begin_bf16_tiles(void) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+}
+
+#define FOUR_TILES(instruction)                                                                     \
+    __asm__ volatile(instruction("0", "0") instruction("1", "1024") instruction("2", "2048")        \
+                     instruction("3", "3072")::"r"(sums), "r"(64l) : "memory")
+#define ZERO(c, at) "tilezero %%tmm" c "\n\t"
+#define LOAD(c, at) "tileloadd " at "(%0,%1,1), %%tmm" c "\n\t"
+#define STORE(c, at) "tilestored %%tmm" c ", " at "(%0,%1,1)\n\t"
+
+/* The sums of one pair of lanes go on over `count` blocks, or begin with them. */
+static void add_pairs(const uint8_t *w0, const uint8_t *w1, const uint8_t *x0, const uint8_t *x1, long count, int begin,
+                      pair_sums sums) {
+    if (begin) FOUR_TILES(ZERO);
+    else FOUR_TILES(LOAD);
+    for (; count--; w0 += APART, w1 += APART, x0 += TILE_BYTES, x1 += TILE_BYTES)
+        __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\ttileloadd (%2,%4,1), %%tmm6\n\t"
+                         "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttileloadd (%3,%4,1), %%tmm7\n\t"
+                         "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\ttileloadd (%1,%4,1), %%tmm5\n\t"
+                         "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+                         ::"r"(w0), "r"(w1), "r"(x0), "r"(x1), "r"(64l) : "memory");
+    FOUR_TILES(STORE);
+}
+
+/* The tree over 8 sums of pairs of lanes, of 16 rows of W and `rows` of x: a vector for each row of x. */
+static void add_lanes(pair_sums *sums, int i, int g, int rows, vf *out) {
+    __m512i words[MK_TILE];
+    UNROLL
+    for (int n = 0; n < MK_TILE; n++) {
+        vf two[4];
+        UNROLL
+        for (int j = 0; j < 4; j++) two[j] = vf_add(vf_load(sums[j][i][g][n]), vf_load(sums[j + 4][i][g][n]));
+        words[n] = _mm512_castps_si512(vf_add(vf_add(two[0], two[2]), vf_add(two[1], two[3])));
+    }
+    turn_16(words);
+    for (int t = 0; t < rows; t++) out[t] = _mm512_castsi512_ps(words[t]);
+}
+
+/* A panel, like `float_panel`, of up to WIDE tiles, for rows in tiles. */
+static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+    const long columns = job->bounds[p + 1] - job->bounds[p], blocks = mk_blocks(columns, MK_BF16_BLOCK);
+    const long stride = job->row_bytes ? job->row_bytes : columns * 2, first = tile * MK_TILE;
+    const int pairs = (rows + WIDE * MK_TILE - 1) / (WIDE * MK_TILE);
+    const uint8_t *w = job->at[p] + first * stride;
+    turned_blocks turned[WIDE][LANE_PAIRS];
+    pair_sums parts[MOST_ROWS / MK_TILE / WIDE][LANE_PAIRS];
+    const unsigned mode = mk_flush_denormals();
+    for (int i = blocks ? tiles * rows : 0; i < tiles * rows; i++) sums[i] = vf_set1(0.0f);
+    for (long begin = 0, count; begin < blocks; begin += count) {
+        count = blocks - begin < TURNED ? blocks - begin : TURNED;
+        for (int i = 0; i < tiles; i++) {
+            const long left = job->n - first - i * MK_TILE;
+            turn_rows(w + i * MK_TILE * stride + begin * MK_BF16_BLOCK * 2, stride, left < MK_TILE ? (int)left : MK_TILE,
+                      columns - begin * MK_BF16_BLOCK, turned[i]);
+        }
+        for (int t = 0; t < LANE_PAIRS; t++)
+            for (int i = 0; i < pairs; i++) {
+                const uint8_t *x0 = x + i * WIDE * MK_TILE * job->x_stride + (t * blocks + begin) * TILE_BYTES;
+                const uint8_t *x1 = i * WIDE * MK_TILE + MK_TILE < rows ? x0 + MK_TILE * job->x_stride : x0;
+                add_pairs(*turned[0][t], *turned[tiles - 1][t], x0, x1, count, !begin, parts[i][t]);
+            }
+    }
+    for (int i = 0; i < tiles && blocks; i++)
+        for (int row = 0; row < rows; row += MK_TILE)
+            add_lanes(parts[row / MK_TILE / WIDE], i, row / MK_TILE % WIDE, rows - row < MK_TILE ? rows - row : MK_TILE,
+                      sums + i * rows + row);
+    mk_restore(mode);
+}
+
+static void bf16_matmul(const mk_matmul_job *job, long begin, long end) {
+    vf pending[MK_MAX_LEVELS][WIDE * MOST_ROWS];
+    begin_bf16_tiles();
+    for (long item = begin, tiles; item < end; item += tiles) {
+        long tile = item % job->tiles, row = item / job->tiles * job->chunk;
+        long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
+        tiles = end - item < job->tiles - tile ? end - item : job->tiles - tile;
+        if (tiles > WIDE) tiles = WIDE;
+        for (int rows; row < limit; row += rows) {
+            rows = limit - row < MOST_ROWS ? (int)(limit - row) : MOST_ROWS;
+            product(job, bf16_panel, *pending, WIDE * MOST_ROWS, rows, tile, (int)tiles, row);
+        }
+    }
+    end_tiles();
+}
