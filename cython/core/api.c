@@ -108,12 +108,11 @@ long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t
 }
 
 static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes,
-                             const int32_t *bounds,
-                             int panels, const void *x, long x_stride, long m, float *out, long out_stride,
-                             long panel_stride) {
-    mk_product job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m,
-                         .bounds = bounds, .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
-                         .out_stride = out_stride, .panel_stride = panel_stride, .in_tiles = in_tiles(type, m)};
+                             const int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out,
+                             long out_stride, long panel_stride) {
+    mk_product job = {.type = type, .panels = panels, .tiles = mk_blocks(n, MK_TILE), .n = n, .m = m, .bounds = bounds,
+                      .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
+                      .out_stride = out_stride, .panel_stride = panel_stride, .in_tiles = in_tiles(type, m)};
     if (job.in_tiles) job.x_stride = tile_bytes(bounds, panels);
     job.chunk = (type < MK_Q8_0 ? FLOAT_CACHE : CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;

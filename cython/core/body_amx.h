@@ -5,7 +5,10 @@
  * rows of x that are copied together.  Their scaling and their sums are what they are everywhere, for each output one
  * fma after the other, and take more than half of the time: tiles hold vectors' second port up. */
 
-enum { AMX_ROWS = 16, AMX_GROUPS = 4, AMX_TILES = 16 /* that pass together */, AMX_SLAB = 16 /* blocks of them */ };
+enum { AMX_ROWS = 16, AMX_GROUPS = 4, AMX_SLAB = 8 /* blocks that pass together */ };
+/* Sums of as many tiles as there is room for, for rows of x are copied again for others; but of so many where more rows
+ * follow, for which W should still be in the cache. */
+enum { AMX_SUMS = 7168, AMX_TILES = 16 };
 
 /* 32 columns of 16 rows of W: bytes of any type, their scales, and their minima. */
 typedef struct {
@@ -25,24 +28,25 @@ typedef int32_t dot_products[AMX_ROWS][MK_TILE] __attribute__((aligned(64)));
 
 static int in_tiles(int type) { return type >= MK_Q8_0 && type != MK_Q6_K; /* which gained nothing by them */ }
 
-/* Tiles 0 and 1 are sums, 2 and 3 rows of x, 4 and 5 columns of W.  A thread's tiles are configured while it computes. */
+/* Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of W.  A thread's tiles are configured while it computes. */
 static void begin_tiles(void) {
     static const struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } shape = {1, 0, {0}, {64, 64, MK_BLOCK, MK_BLOCK, 64, 64}, {AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, 8, 8}};
+    } shape = {1, 0, {0}, {64, 64, 64, 64, MK_BLOCK, MK_BLOCK, 64, 64}, {16, 16, 16, 16, 16, 16, 8, 8}};
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
 
 static void end_tiles(void) { __asm__ volatile("tilerelease"); }
 
-/* dots = rows of x times columns of W: sums in tile `c`, by way of tiles `a` and `b`.  In assembly, for compilers differ
- * in what their intrinsics order. */
-#define MULTIPLY(c, a, b, x, w, dots)                                                                             \
-    __asm__ volatile("tilezero %%tmm" #c "\n\ttileloadd (%0,%3,1), %%tmm" #a "\n\ttileloadd (%1,%4,1), %%tmm" #b  \
-                     "\n\ttdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c "\n\ttilestored %%tmm" #c ", (%2,%4,1)"      \
-                     ::"r"((x)->q), "r"((w)->q), "r"(dots), "r"((long)MK_BLOCK), "r"(64l) : "memory")
+/* Tile `c` = rows of x times columns of W, by way of tiles `a` and `b`.  In assembly, for compilers differ in what their
+ * intrinsics order. */
+#define MULTIPLY(c, a, b, x, w)                                                                                   \
+    __asm__ volatile("tilezero %%tmm" #c "\n\ttileloadd (%0,%2,1), %%tmm" #a "\n\ttileloadd (%1,%3,1), %%tmm" #b  \
+                     "\n\ttdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c                                             \
+                     ::"r"((x)->q), "r"((w)->q), "r"((long)MK_BLOCK), "r"(64l) : "memory")
+#define STORE(c, dots) __asm__ volatile("tilestored %%tmm" #c ", (%0,%1,1)" ::"r"(dots), "r"(64l) : "memory")
 
 MK_INLINE void add_block(const int minima, const wide_block *w, const row_block *x, const dot_products dots, vf *sums) {
     UNROLL
@@ -53,23 +57,32 @@ MK_INLINE void add_block(const int minima, const wide_block *w, const row_block 
     }
 }
 
-/* The chains of 16 x 16 outputs go on over `count` blocks; products are one block ahead of the sums.  With each block
- * `step` bytes from `ahead` on are fetched. */
+/* The chains of 16 x 16 outputs go on over `count` blocks; products are four blocks ahead of the sums, for their way
+ * through the tiles is long.  With each block `step` bytes from `ahead` on are fetched. */
 HOT void add_blocks(const int minima, const wide_block *w, const row_block *x, long count, const uint8_t *ahead,
                     long step, vf *sums) {
-    dot_products even, odd;
+    dot_products dots[4];
     vf acc[AMX_ROWS];
     UNROLL
     for (int t = 0; t < AMX_ROWS; t++) acc[t] = sums[t];
-    MULTIPLY(0, 2, 4, x, w, even);
-    for (long b = 0; b < count; b += 2, x += 2, w += 2) {
-        for (const uint8_t *end = ahead + 2 * step; ahead < end; ahead += 64) __builtin_prefetch(ahead);
-        if (b + 1 < count) MULTIPLY(1, 3, 5, x + 1, w + 1, odd);
-        add_block(minima, w, x, even, acc);
-        if (b + 1 == count) break;
-        if (b + 2 < count) MULTIPLY(0, 2, 4, x + 2, w + 2, even);
-        add_block(minima, w + 1, x + 1, odd, acc);
+    MULTIPLY(0, 4, 6, x, w);
+    if (count > 1) MULTIPLY(1, 5, 7, x + 1, w + 1);
+    if (count > 2) MULTIPLY(2, 4, 6, x + 2, w + 2);
+    if (count > 3) MULTIPLY(3, 5, 7, x + 3, w + 3);
+#define ADD_BLOCK(i, a, b)                                                       \
+    if (i < count) {                                                             \
+        STORE(i, dots[i]);                                                       \
+        if (i + 4 < count) MULTIPLY(i, a, b, x + i + 4, w + i + 4);              \
+        add_block(minima, w + i, x + i, dots[i], acc);                           \
     }
+    for (; count > 0; count -= 4, x += 4, w += 4) {
+        for (const uint8_t *end = ahead + 4 * step; ahead < end; ahead += 64) __builtin_prefetch(ahead);
+        ADD_BLOCK(0, 4, 6)
+        ADD_BLOCK(1, 5, 7)
+        ADD_BLOCK(2, 4, 6)
+        ADD_BLOCK(3, 5, 7)
+    }
+#undef ADD_BLOCK
     UNROLL
     for (int t = 0; t < AMX_ROWS; t++) sums[t] = acc[t];
 }
@@ -172,17 +185,25 @@ static int rows_for_tiles(long left) {
     return groups > 1 ? (int)groups * AMX_ROWS : 0;
 }
 
+/* How many sums of panels wait for their neighbours at most, with the one that is added up. */
+static int levels_of(const mk_matmul_job *job) {
+    int levels = 1;
+    for (int rest = job->panel_stride ? 0 : job->panels; rest > 1; rest = (rest + 1) / 2) levels++;
+    return levels;
+}
+
 static void int8_matmul(const mk_matmul_job *job, long begin, long end) {
-    vf pending[MK_MAX_LEVELS][AMX_TILES * AMX_GROUPS * AMX_ROWS];
+    vf pending[AMX_SUMS];
+    const long most = AMX_SUMS / levels_of(job); /* of a level */
     begin_tiles();
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
         tiles = end - item < job->tiles - tile ? end - item : job->tiles - tile;
-        if (tiles > AMX_TILES) tiles = AMX_TILES;
+        const int all = rows_for_tiles(limit - row) == limit - row;
+        if (tiles > (all ? most / (limit - row) : AMX_TILES)) tiles = all ? most / (limit - row) : AMX_TILES;
         for (int rows; (rows = rows_for_tiles(limit - row)); row += rows)
-            product(job, amx_panel, *pending, sizeof *pending / sizeof **pending, rows, tile, (int)tiles,
-                    row);
+            product(job, amx_panel, pending, most, rows, tile, (int)tiles, row);
         for (long done = 0; row < limit && done < tiles;)
             done += some_tiles(job, tile + done, tiles - done, row, limit);
     }
@@ -198,10 +219,4 @@ static void amx_matmul(const void *argument, long begin, long end) {
     else matmul(job, begin, end);
 }
 
-static void expert_matmul(const void *argument, long begin, long end) {
-    const mk_matmul_job *job = argument;
-    if (job->in_tiles) bf16_matmul(job, begin, end);
-    else matmul(job, begin, end);
-}
-
-static void amx_mixture(const void *argument, long begin, long end) { mixture_by(expert_matmul, argument, begin, end); }
+static void amx_mixture(const void *argument, long begin, long end) { mixture_of(amx_matmul, argument, begin, end); }

@@ -127,22 +127,22 @@ static void begin_bf16_tiles(void) {
 #define FOUR_TILES(instruction)                                                                     \
     __asm__ volatile(instruction("0", "0") instruction("1", "1024") instruction("2", "2048")        \
                      instruction("3", "3072")::"r"(sums), "r"(64l) : "memory")
-#define ZERO(c, at) "tilezero %%tmm" c "\n\t"
-#define LOAD(c, at) "tileloadd " at "(%0,%1,1), %%tmm" c "\n\t"
-#define STORE(c, at) "tilestored %%tmm" c ", " at "(%0,%1,1)\n\t"
+#define ZERO_TILE(c, at) "tilezero %%tmm" c "\n\t"
+#define LOAD_TILE(c, at) "tileloadd " at "(%0,%1,1), %%tmm" c "\n\t"
+#define STORE_TILE(c, at) "tilestored %%tmm" c ", " at "(%0,%1,1)\n\t"
 
 /* The sums of one pair of lanes go on over `count` blocks, or begin with them. */
 static void add_pairs(const uint8_t *w0, const uint8_t *w1, const uint8_t *x0, const uint8_t *x1, long count, int begin,
                       pair_sums sums) {
-    if (begin) FOUR_TILES(ZERO);
-    else FOUR_TILES(LOAD);
+    if (begin) FOUR_TILES(ZERO_TILE);
+    else FOUR_TILES(LOAD_TILE);
     for (; count--; w0 += APART, w1 += APART, x0 += TILE_BYTES, x1 += TILE_BYTES)
         __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\ttileloadd (%2,%4,1), %%tmm6\n\t"
                          "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttileloadd (%3,%4,1), %%tmm7\n\t"
                          "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\ttileloadd (%1,%4,1), %%tmm5\n\t"
                          "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
                          ::"r"(w0), "r"(w1), "r"(x0), "r"(x1), "r"(64l) : "memory");
-    FOUR_TILES(STORE);
+    FOUR_TILES(STORE_TILE);
 }
 
 /* The tree over 8 sums of pairs of lanes, of 16 rows of W and `rows` of x: a vector for each row of x. */

@@ -278,8 +278,7 @@ static void matmul(const void *argument, long begin, long end) {
 }
 
 /* A row's experts are added up one after the other: who has a panel's tile has all experts' rows of it. */
-MK_INLINE void mixture_by(mk_range matmul, const void *argument, long begin, long end) {
-    const mk_mixture_job *job = argument;
+static void mixture_of(mk_range matmul, const mk_mixture_job *job, long begin, long end) {
     for (long item = begin, tiles; item < end; item += tiles) {
         long panel = item / job->products->tiles, tile = item % job->products->tiles;
         tiles = job->products->tiles - tile;
@@ -294,4 +293,4 @@ MK_INLINE void mixture_by(mk_range matmul, const void *argument, long begin, lon
     }
 }
 
-static void mixture(const void *argument, long begin, long end) { mixture_by(matmul, argument, begin, end); }
+static void mixture(const void *argument, long begin, long end) { mixture_of(matmul, argument, begin, end); }
