@@ -26,17 +26,20 @@ typedef struct __attribute__((aligned(64))) {
 
 typedef int32_t dot_products[AMX_ROWS][MK_TILE] __attribute__((aligned(64)));
 
-static int in_tiles(int type) { return type >= MK_Q8_0 && type != MK_Q6_K; /* which gained nothing by them */ }
+static int for_int8(int type) { return type >= MK_Q8_0 && type != MK_Q6_K; /* which gained nothing by them */ }
 
-/* Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of W.  A thread's tiles are configured while it computes. */
-static void begin_tiles(void) {
-    static const struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shape = {1, 0, {0}, {64, 64, 64, 64, MK_BLOCK, MK_BLOCK, 64, 64}, {16, 16, 16, 16, 16, 16, 8, 8}};
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
-}
+/* A thread's tiles are configured while it computes. */
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16]; /* of a row */
+    uint8_t rows[16];
+} tile_shapes;
+
+/* Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of W. */
+static const tile_shapes INT8_TILES = {
+    1, 0, {0}, {64, 64, 64, 64, MK_BLOCK, MK_BLOCK, 64, 64}, {16, 16, 16, 16, 16, 16, 8, 8}};
+
+static void begin_tiles(const tile_shapes *shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(*shapes)); }
 
 static void end_tiles(void) { __asm__ volatile("tilerelease"); }
 
@@ -195,7 +198,7 @@ static int levels_of(const mk_matmul_job *job) {
 static void int8_matmul(const mk_matmul_job *job, long begin, long end) {
     vf pending[AMX_SUMS];
     const long most = AMX_SUMS / levels_of(job); /* of a level */
-    begin_tiles();
+    begin_tiles(&INT8_TILES);
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
@@ -215,7 +218,7 @@ static void int8_matmul(const mk_matmul_job *job, long begin, long end) {
 static void amx_matmul(const void *argument, long begin, long end) {
     const mk_matmul_job *job = argument;
     if (job->in_tiles) bf16_matmul(job, begin, end);
-    else if (in_tiles(job->type) && rows_for_tiles(job->m)) int8_matmul(job, begin, end);
+    else if (for_int8(job->type) && rows_for_tiles(job->m)) int8_matmul(job, begin, end);
     else matmul(job, begin, end);
 }
 

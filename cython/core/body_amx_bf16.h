@@ -115,14 +115,8 @@ static void turn_rows(const uint8_t *w, long stride, int rows, long columns, tur
 }
 
 /* Tiles 0 to 3 are sums, 4 and 5 rows of W, 6 and 7 of x. */
-static void begin_bf16_tiles(void) {
-    static const struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
-}
+static const tile_shapes BF16_TILES = {
+    1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 #define FOUR_TILES(instruction)                                                                     \
     __asm__ volatile(instruction("0", "0") instruction("1", "1024") instruction("2", "2048")        \
@@ -192,7 +186,7 @@ static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int
 
 static void bf16_matmul(const mk_matmul_job *job, long begin, long end) {
     vf pending[MK_MAX_LEVELS][WIDE * MOST_ROWS];
-    begin_bf16_tiles();
+    begin_tiles(&BF16_TILES);
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;

@@ -48,7 +48,8 @@ static unsigned look(void) {
     if (!bit(c7, 11)) return found; /* VNNI */
     found |= 64;
     if (bit(a71, 5) && mk_pairs_are_chains()) found |= bit(d7, 22) ? 32 : 128; /* AVX512_BF16; AMX-BF16 */
-    if ((xcr0 & TILES) == TILES && bit(d7, 24) && bit(d7, 25) && may_have_tiles()) found |= 256; /* AMX tiles, of int8 */
+    if ((xcr0 & TILES) == TILES && bit(d7, 22) && bit(d7, 24) && bit(d7, 25) && may_have_tiles())
+        found |= 256; /* AMX: BF16, tiles, int8 */
     return found;
 }
 

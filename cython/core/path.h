@@ -125,7 +125,7 @@ typedef struct {
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
     int bf16_step;       /* bytes of 32 values of x for BF16 weights */
-    mk_range tile_rows;  /* NULL, or what MK_IN_TILES rows of x and more are made to by for BF16 weights */
+    mk_range tile_rows;  /* NULL, or what lays out MK_IN_TILES rows of x and more in tiles, for BF16 weights */
 } mk_path;
 
 /* Attention's queries and running sums lie on the stack of a thread: so many floats of each, for a group of queries.
