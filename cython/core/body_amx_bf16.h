@@ -5,7 +5,8 @@
  * chains from zero, and adds them to the sums of these lanes.  x is laid out so from the start (tile_rows), with rows side
  * by side; W is turned on its way, once for all rows of x that pass by. */
 
-enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */, TILE_BYTES = 1024, APART = 1088 /* a turned tile from the next: in other sets of a cache */ };
+enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */, TILE_BYTES = 1024 };
+enum { APART = 1088 /* bytes from a turned tile to the next, which so lies in other sets of a cache */ };
 enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TURNED = 16 /* blocks of W */, MOST_ROWS = 256 /* of x */ };
 
 typedef uint8_t turned_blocks[TURNED][APART] __attribute__((aligned(64)));
