@@ -84,11 +84,11 @@ void mk_float_rows(mk_work *work, int type, const float *x, long stride, const i
 }
 
 long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest form; x of another may have gaps */
-    const long in_tiles = type == MK_BF16 ? tile_bytes(bounds, panels) : 0;
+    const long tiles = type == MK_BF16 ? tile_bytes(bounds, panels) : 0;
     long steps = 0;
     for (int p = 0; p < panels; p++) steps += mk_blocks(bounds[p + 1] - bounds[p], mk_float_step(type));
-    steps *= type == MK_BF16 ? MK_BF16_HALVES : 64;
-    return steps > in_tiles ? steps : in_tiles;
+    const long rows = steps * (type == MK_BF16 ? MK_BF16_HALVES : 64);
+    return rows > tiles ? rows : tiles;
 }
 
 /* Bytes of columns of W [n, .] as they are packed. */

@@ -7,8 +7,9 @@
  * so can AMX's TDPBF16PS, which adds two chains of 16 to its sum (both: Intel's manual), and any fma, for a product of two
  * BF16 is exact. */
 
-/* w: `rows` (1..16) rows, `stride` bytes apart, `ahead` before what comes later (0: the next rows do); x: T rows of columns in steps, as round_rows has made them, whose groups
- * are x_stride bytes apart; sums [T]: lane r is row r's. */
+/* w: `rows` (1..16) rows, `stride` bytes apart, and what follows so many bytes `ahead` (0: the rows after them); x: T
+ * rows of columns in steps, as api.c's float_rows has made them, whose groups are x_stride bytes apart; sums [T]: lane r
+ * is row r's. */
 typedef void (*float_function)(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,
                                long columns, vf *sums);
 

@@ -54,8 +54,9 @@ class Meeting:
                 what = f"The ranks had not met when one on {socket.gethostname()} was stopped or ended"
             sys.stderr.write(f"mpillm: {what}; the same command goes on from here.\n")
             sys.stderr.flush()
-        else:  # a rank that ends may have the launcher end all: let the one speak first
-            time.sleep(2 * self._beat)
+        # A rank that ends may have the launcher end all: let the one speak first. It stays as well, or one that looks
+        # late would take it for lost, and speak too.
+        time.sleep(2 * self._beat)
         for process in beside.lost if self._kill else ():
             with contextlib.suppress(psutil.Error):
                 process.kill()
