@@ -1,7 +1,7 @@
 """Text in and out of token ids: tokenizers, chat templates, incremental decoding, stop strings."""
 
-from .decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
-from .tokenizer import Tokenizer, load_tokenizer, token_id_text
+from mpillm.text.decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
+from mpillm.text.tokenizer import Tokenizer, load_tokenizer, token_id_text
 
 __all__ = [
     "IncrementalDecoder",

@@ -33,7 +33,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from ..errors import RequestError
+from mpillm.errors import RequestError
 
 MAX_TEXT = 1 << 24  # characters of a rendered chat
 REFUSES = "The model's chat template refuses these messages"

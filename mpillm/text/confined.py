@@ -29,8 +29,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import Interrupted, RequestError
-from .chat import REFUSES, ChatTemplate, Special
+from mpillm.errors import Interrupted, RequestError
+from mpillm.text.chat import REFUSES, ChatTemplate, Special
 
 MAX_SECONDS = 5.0  # of processor time, for a chat
 MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with other things

@@ -16,12 +16,12 @@ from typing import Any
 
 import tokenizers
 
-from ..errors import ModelError, RequestError
-from . import from_gguf, hf
-from .chat import MARKS
-from .confined import ConfinedTemplate
-from .decode import StopWatch
-from .parts import Parts, checked
+from mpillm.errors import ModelError, RequestError
+from mpillm.text import from_gguf, hf
+from mpillm.text.chat import MARKS
+from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.decode import StopWatch
+from mpillm.text.parts import Parts, checked
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.comm import grid
 from mpillm.comm.world import World, guard
 from mpillm.engine.sequence import Completion, Request
 from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
 from mpillm.weights.source import column_unit, open_source
 from tests.digests import recorded
 from tests.model.checks import bounds_of, check, requests_of
