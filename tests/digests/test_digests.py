@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.job.pack import Weights, pack
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
-from mpillm.weights.paging import minimum_budget
+from mpillm.tools.pack import Weights, pack
+from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.source import open_source
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
-from tests.job.test_pack import Quiet
-from tests.job.test_pack import model_path as path_of
 from tests.model.engine_harness import _alone, run_laid_out
 from tests.model.golden import GGUFS, MODELS
 from tests.model.test_smollm2 import smollm2
+from tests.tools.test_pack import Quiet
+from tests.tools.test_pack import model_path as path_of
 
 from .recorded import check, digest_of, requests
 
