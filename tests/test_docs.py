@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm import cli
-from mpillm.job import spec
+from mpillm import cli, spec
 from tests.conftest import ROOT, run_bounded
 
 if sys.version_info >= (3, 11):

@@ -23,7 +23,7 @@ from mpillm.comm.world import World, guard
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:
-    from mpillm.job.spec import Spec
+    from mpillm.spec import Spec
 
 QUICKSTART = "quickstart.toml"
 EXAMPLES = """\
@@ -76,7 +76,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
 
 
 def _run(world: World, options: argparse.Namespace) -> int:
-    from mpillm.job import runner  # what computes is loaded when the threads are known
+    from mpillm.run import runner  # what computes is loaded when the threads are known
 
     progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
@@ -88,7 +88,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
 
 def _plan(world: World, options: argparse.Namespace) -> int:
-    from mpillm.job import plan
+    from mpillm.run import plan
 
     spec = _spec(world, options)
     if world.rank == 0:
@@ -99,7 +99,7 @@ def _plan(world: World, options: argparse.Namespace) -> int:
 
 
 def _pack(world: World, options: argparse.Namespace) -> int:
-    from mpillm.job import pack
+    from mpillm.tools import pack
 
     console = Console(lambda: world.rank == 0)
     made = pack.pack(world, options.source, options.target, options.weights, console)
@@ -111,7 +111,7 @@ def _pack(world: World, options: argparse.Namespace) -> int:
 
 
 def _pull(world: World, options: argparse.Namespace) -> int:
-    from mpillm.job import catalogue
+    from mpillm.run import catalogue
 
     if world.rank == 0:
         print(catalogue.pull(options.name, Console().downloading))
@@ -119,7 +119,7 @@ def _pull(world: World, options: argparse.Namespace) -> int:
 
 
 def _report(world: World, options: argparse.Namespace) -> int:
-    from mpillm.job import report
+    from mpillm.store import report
 
     if world.rank == 0:
         path, missing = report.write_html(options.directory)
@@ -130,7 +130,7 @@ def _report(world: World, options: argparse.Namespace) -> int:
 
 
 def _doctor(world: World, options: argparse.Namespace) -> int:
-    from mpillm.job import doctor
+    from mpillm.tools import doctor
 
     for line in doctor.examine(world, options.model):
         print(line, flush=True)
@@ -149,7 +149,7 @@ def _spec(world: World, options: argparse.Namespace) -> Spec:
 
 
 def _load(options: argparse.Namespace) -> Spec:
-    from mpillm.job import spec
+    from mpillm import spec
 
     return spec.load(
         _job_file(options),

@@ -52,8 +52,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(world: World, options: argparse.Namespace) -> int:
     """Measure and print."""
-    from mpillm.job.bench import suite, tables  # what computes is loaded when the threads are known
-    from mpillm.job.bench.runs import Options
+    from mpillm.bench import suite, tables  # what computes is loaded when the threads are known
+    from mpillm.bench.runs import Options
 
     with world.together():
         if world.rank == 0 and options.json is not None:
@@ -93,7 +93,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _budgets(text: str) -> tuple[str, ...]:
-    from mpillm.job.spec import byte_size
+    from mpillm.spec import byte_size
 
     words = tuple(text.split(","))
     for word in words:

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mpillm.job import report
-from mpillm.job.progress import Bar
+from mpillm.run.progress import Bar
+from mpillm.store import report
 
 # Under mpiexec stderr is a pipe, most often to a terminal, sometimes to a file that somebody reads tomorrow.
 SECONDS_BETWEEN = {True: 0.2, False: 2.0}

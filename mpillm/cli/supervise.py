@@ -12,7 +12,7 @@ from mpillm.comm.world import library
 from mpillm.errors import JobError, MpillmError
 
 if TYPE_CHECKING:
-    from mpillm.job.spec import Spec
+    from mpillm.spec import Spec
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
     """Run the supervisor; the exit code. `read` makes a job of the words behind `launch`."""
     # Not when the ranks start: what this needs is loaded when their threads are known.
-    from mpillm.job import launch
+    from mpillm.run import launch
 
     try:
         if options.words[:1] != ["run"]:

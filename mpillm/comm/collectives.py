@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from .. import kernels
-from ..kernels import BlockType
-from .counters import Count, Counters
-from .faults import RankLost
-from .grid import Place
-from .world import World
+from mpillm import kernels
+from mpillm.comm.counters import Count, Counters
+from mpillm.comm.faults import RankLost
+from mpillm.comm.world import World
+from mpillm.kernels import BlockType
+from mpillm.partition.grid import Place
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import JobError
-from .launch import starter_folder
+from mpillm.comm.launch import starter_folder
+from mpillm.errors import JobError
 
 COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module with threads of its own
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from ..errors import Interrupted, JobError
-from . import launch
-from .stillness import Stillness
+from mpillm.comm import launch
+from mpillm.comm.stillness import Stillness
+from mpillm.errors import Interrupted, JobError
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ..errors import Interrupted
+from mpillm.errors import Interrupted
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -17,9 +17,9 @@ from types import ModuleType
 
 import psutil
 
-from ..errors import Interrupted
-from . import launch
-from .faults import STOPPED
+from mpillm.comm import launch
+from mpillm.comm.faults import STOPPED
+from mpillm.errors import Interrupted
 
 
 class Meeting:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from .launch import Library, loaded_library_path
-from .world import World
+from mpillm.comm.launch import Library, loaded_library_path
+from mpillm.comm.world import World
 
 SMALL, LARGE = 4, 4 * 2**20  # bytes of a message that shows latency, and of one that shows bandwidth
 SMALL_ROUNDS, LARGE_ROUNDS = 200, 5

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..errors import Interrupted, JobError, MpillmError
-from . import cores, deadline, faults, launch
-from .faults import RankLost
-from .meeting import Meeting, initialise
-from .waiting import wait
+from mpillm.comm import cores, deadline, faults, launch
+from mpillm.comm.faults import RankLost
+from mpillm.comm.meeting import Meeting, initialise
+from mpillm.comm.waiting import wait
+from mpillm.errors import Interrupted, JobError, MpillmError
 
 if TYPE_CHECKING:
     from mpi4py import MPI

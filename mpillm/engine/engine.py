@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm.collectives import Channel
-from mpillm.comm.grid import Place
 from mpillm.engine import step as messages
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Answerer, Reply, merge
@@ -20,6 +19,7 @@ from mpillm.engine.scheduler import Limits, Scheduler, Totals, blocks_for
 from mpillm.engine.sequence import Begun, Completion, Request, Sequence
 from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
 from mpillm.model.decoder import Decoder
+from mpillm.partition.grid import Place
 
 MORE = 8  # times as many candidates are asked for where they did not suffice
 

@@ -13,10 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from mpillm.errors import JobError
-
-from . import halves, reference
-from .halves import AttentionHalf, Expert, FeedForwardHalf, Layers, Mixture, Products
-from .reference import (
+from mpillm.kernels import halves, reference
+from mpillm.kernels.halves import AttentionHalf, Expert, FeedForwardHalf, Layers, Mixture, Products
+from mpillm.kernels.reference import (
     activation_nbytes,
     attention,
     dequantize,
@@ -34,7 +33,7 @@ from .reference import (
     softmax,
     top_k,
 )
-from .types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType, kv_pools
+from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType, kv_pools
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "Expert",

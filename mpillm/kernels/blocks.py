@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .lanes import fma
-from .types import (
+from mpillm.kernels.lanes import fma
+from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
     F32,
     QUANT_BLOCK,

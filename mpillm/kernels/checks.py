@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .types import (
+from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
     QUANT_BLOCK,
     BlockType,

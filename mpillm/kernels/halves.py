@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from . import reference
-from .types import F32, I32, U8, BlockType, Bounds, activation_nbytes
+from mpillm.kernels import reference
+from mpillm.kernels.types import F32, I32, U8, BlockType, Bounds, activation_nbytes
 
 Pool = npt.NDArray[Any]
 

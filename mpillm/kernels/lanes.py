@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .types import F32, TILE_ROWS
+from mpillm.kernels.types import F32, TILE_ROWS
 
 Real = npt.NDArray[Any] | np.float32 | float
 

@@ -14,15 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import blocks, lanes
-from .checks import (
-    require,
-    require_activations,
-    require_pools,
-    require_rows,
-    require_weights,
-)
-from .types import (
+from mpillm.kernels import blocks, lanes
+from mpillm.kernels.checks import require, require_activations, require_pools, require_rows, require_weights
+from mpillm.kernels.types import (
     BF16_BLOCK,
     F32,
     I32,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpillm.comm import grid
-from mpillm.comm.grid import Place, Shape
 from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
+from mpillm.partition import grid
+from mpillm.partition.grid import Place, Shape
 from mpillm.weights.names import ROLES
 from mpillm.weights.source import Source
 

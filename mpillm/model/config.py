@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..comm.grid import Shape
-from ..errors import ModelError
-from .fields import Fields
-from .known_keys import is_harmless
-from .rope import RopeConfig
-from .rope_fields import LONGEST, read_rope
+from mpillm.errors import ModelError
+from mpillm.model.fields import Fields
+from mpillm.model.known_keys import is_harmless
+from mpillm.model.rope import RopeConfig
+from mpillm.model.rope_fields import LONGEST, read_rope
+from mpillm.partition.grid import Shape
 
 # What an absent key means, per architecture: the defaults of transformers' configuration classes. Sizes have none.
 _SMALL_BOS = {"bos_token_id": 1, "eos_token_id": 2}

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.comm import grid
 from mpillm.comm.collectives import Group, Pipe
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.rope import cos_sin
-from mpillm.weights.cache import Use
+from mpillm.partition import grid
 from mpillm.weights.layer import ATTENTION, DOWN, GATE, HEAD, UP, Layer, Matrix
 from mpillm.weights.names import Key
-from mpillm.weights.paging import Weights
+from mpillm.weights.paging.cache import Use
+from mpillm.weights.paging.weights import Weights
 from mpillm.weights.source import Source
 
 Floats = NDArray[np.float32]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.comm import grid
-from mpillm.comm.grid import Place, Shape
 from mpillm.errors import JobError
 from mpillm.kernels import QUANT_BLOCK, BlockType, kv_pools
 from mpillm.model.spill import Pools, Spill
+from mpillm.partition import grid
+from mpillm.partition.grid import Place, Shape
 
 HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
 

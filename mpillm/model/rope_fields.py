@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ModelError
-from .fields import Fields
-from .rope import RopeConfig, yarn_attention_factor
+from mpillm.errors import ModelError
+from mpillm.model.fields import Fields
+from mpillm.model.rope import RopeConfig, yarn_attention_factor
 
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
 LONGEST = 2**31 - 1  # positions are int32 in the kernels

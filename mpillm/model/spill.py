@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import Interrupted, JobError
-from mpillm.weights.filesystem import in_memory
+from mpillm.weights.io.filesystem import in_memory
 
 Pools = tuple[NDArray[Any], ...]  # a layer's arrays, each [block, ...]
 Run = tuple[int, int]  # neighbouring blocks: the first one, and the one behind the last

@@ -1,8 +1,8 @@
 """Text in and out of token ids: tokenizers, chat templates, incremental decoding, stop strings."""
 
-from .bounds import TooLongError
-from .decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
-from .tokenizer import Tokenizer, load_tokenizer, token_id_text
+from mpillm.text.bounds import TooLongError
+from mpillm.text.decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
+from mpillm.text.tokenizer import Tokenizer, load_tokenizer, token_id_text
 
 __all__ = [
     "IncrementalDecoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import RequestError
+from mpillm.errors import RequestError
 
 MAX_CHARS = 1 << 24  # of a text, whatever the model's context
 

@@ -27,10 +27,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from ..errors import RequestError
-from .bounds import MAX_CHARS, TooLongError
-from .content import Contents, Message
-from .marks import Marker, unused_mark
+from mpillm.errors import RequestError
+from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.content import Contents, Message
+from mpillm.text.marks import Marker, unused_mark
 
 REFUSES = "The model's chat template refuses these messages"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed

@@ -31,10 +31,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import Interrupted, RequestError
-from .bounds import MAX_CHARS, TooLongError
-from .chat import REFUSES, ChatTemplate, Pieces
-from .content import Message
+from mpillm.errors import Interrupted, RequestError
+from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.chat import REFUSES, ChatTemplate, Pieces
+from mpillm.text.content import Message
 
 MAX_SECONDS = 5.0  # of processor time, for a chat
 MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with other things

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RequestError
+from mpillm.errors import RequestError
 
 Message = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..errors import ModelError
-from .parts import END_NAMES, Parts, checked
+from mpillm.errors import ModelError
+from mpillm.text.parts import END_NAMES, Parts, checked
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from ..errors import ModelError
-from .parts import END_NAMES, Parts, checked, looks_special
+from mpillm.errors import ModelError
+from mpillm.text.parts import END_NAMES, Parts, checked, looks_special
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tokenizers
 
-from ..errors import ModelError
+from mpillm.errors import ModelError
 
 T = TypeVar("T")
 

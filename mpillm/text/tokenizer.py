@@ -17,14 +17,14 @@ from typing import Any
 
 import tokenizers
 
-from ..errors import ModelError, RequestError
-from . import from_gguf, hf
-from .bounds import MAX_CHARS, TooLongError
-from .confined import ConfinedTemplate
-from .content import Message
-from .decode import StopWatch
-from .marks import unused_mark
-from .parts import Parts, checked
+from mpillm.errors import ModelError, RequestError
+from mpillm.text import from_gguf, hf
+from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.content import Message
+from mpillm.text.decode import StopWatch
+from mpillm.text.marks import unused_mark
+from mpillm.text.parts import Parts, checked
 
 CHUNK = 1 << 16  # characters of a long text that are counted at a time
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import kernels
-from ..comm import grid
-from ..comm.grid import Place, Shape
-from ..errors import ModelError
-from ..kernels.types import TILE_ROWS, BlockType, packed_nbytes
-from .names import ROLES, Cut, Key
+from mpillm import kernels
+from mpillm.errors import ModelError
+from mpillm.kernels.types import TILE_ROWS, BlockType, packed_nbytes
+from mpillm.partition import grid
+from mpillm.partition.grid import Place, Shape
+from mpillm.weights.names import ROLES, Cut, Key
 
 if TYPE_CHECKING:
-    from .source import Source
-    from .tensors import TensorSource
+    from mpillm.weights.formats.tensors import TensorSource
+    from mpillm.weights.source import Source
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..comm.grid import Place, Shape
-from ..errors import ModelError
-from ..kernels.types import QUANT_BLOCK
-from .gguf_file import open_gguf
-from .hf import open_hf
-from .layer import LayerPlan, Tensors
-from .names import ROLES, Key
-from .packed_layout import INDEX, UNFINISHED
-from .packed_source import PackedSource, open_packed
-from .tensors import TensorInfo, TensorSource
+from mpillm.errors import ModelError
+from mpillm.kernels.types import QUANT_BLOCK
+from mpillm.partition.grid import Place, Shape
+from mpillm.weights.formats.gguf_file import open_gguf
+from mpillm.weights.formats.hf import open_hf
+from mpillm.weights.formats.tensors import TensorInfo, TensorSource
+from mpillm.weights.layer import LayerPlan, Tensors
+from mpillm.weights.names import ROLES, Key
+from mpillm.weights.packed.layout import INDEX, UNFINISHED
+from mpillm.weights.packed.source import PackedSource, open_packed
 
 __all__ = ["Source", "TensorInfo", "column_unit", "fingerprint", "open_source"]
 

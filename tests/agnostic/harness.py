@@ -14,10 +14,10 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
-from mpillm.job.session import Session
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
-from mpillm.weights.paging import minimum_budget
+from mpillm.run.session import Session
+from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.source import open_source
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path

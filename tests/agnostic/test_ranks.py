@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from mpillm.job.bench import synthetic
+from mpillm.bench import synthetic
 from mpillm.kernels import BlockType
 from mpillm.weights.names import Key
 from mpillm.weights.source import open_source
+from tests.agnostic.program import digest
+from tests.agnostic.test_same_bits import COMPILED, TIGHT, expected
 from tests.conftest import Mpi
 from tests.weights.build import Tiny, write_hf
-
-from .program import digest
-from .test_same_bits import COMPILED, TIGHT, expected
 
 PROGRAM = Path(__file__).with_name("program.py")
 WAYS: list[dict[str, Any]] = [

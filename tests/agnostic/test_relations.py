@@ -10,8 +10,7 @@ import pytest
 from mpillm import kernels
 from mpillm.engine.sequence import Request
 from mpillm.kernels import reference
-
-from .test_same_bits import TIGHT, requests, run
+from tests.agnostic.test_same_bits import TIGHT, requests, run
 
 MODEL = "llama3"
 

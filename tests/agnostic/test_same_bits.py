@@ -14,9 +14,8 @@ import pytest
 from mpillm import kernels
 from mpillm.comm.world import World
 from mpillm.engine.sequence import Begun, Request
-
-from . import harness
-from .harness import MODELS, Outcome
+from tests.agnostic import harness
+from tests.agnostic.harness import MODELS, Outcome
 
 COMPILED = [name for name in kernels.available() if name != "numpy"]
 pytestmark = pytest.mark.skipif(

@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.harness import Chaos
 from tests.conftest import FINDERS
-
-from .harness import Chaos
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ import psutil
 
 from mpillm.comm.world import CRASHED
 from mpillm.errors import JobError
-from mpillm.job.journal import finished
-from mpillm.job.output import JOURNAL
+from mpillm.store.journal import finished
+from mpillm.store.output import JOURNAL
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import Mpi, clean_environment, run_bounded

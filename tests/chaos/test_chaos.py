@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.harness import Chaos
 from tests.conftest import Mpi
-
-from .harness import Chaos
 
 
 @pytest.mark.mpi

@@ -39,7 +39,7 @@ def die(point: str, owner: type, method: str) -> None:
 def run(world: World, *args: Any) -> Any:
     """What computes is loaded only when the program's threads are known."""
     from mpillm.engine.engine import Worker
-    from mpillm.job.runner import Leader
+    from mpillm.run.runner import Leader
 
     die("step", Worker, "step")
     die("write", Leader, "write")

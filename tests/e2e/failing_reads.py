@@ -15,7 +15,7 @@ from typing import Any
 
 from mpillm.cli import main
 from mpillm.comm.world import World
-from mpillm.weights.filesystem import POPULATE_READ
+from mpillm.weights.io.filesystem import POPULATE_READ
 
 # preadv2 (as which Python and the C library call preadv), madvise and seccomp itself.
 PREADV, MADVISE, SECCOMP = {"x86_64": (327, 28, 317), "aarch64": (286, 233, 277)}[platform.machine()]
@@ -44,7 +44,7 @@ def fail_from_now_on(number: int) -> None:
 
 def run(world: World, *args: Any) -> Any:
     """What computes is loaded only when the program's threads are known."""
-    from mpillm.weights.cache import WeightCache
+    from mpillm.weights.paging.cache import WeightCache
 
     ranks, number, loads = sys.argv[1:4]
     original, left = WeightCache._load_next, int(loads)

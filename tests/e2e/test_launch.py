@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import Mpi, run_bounded
-
-from .jobs import command, mixed_lines, run, write_lines
+from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 SETTINGS = ["batch.max_num_seqs=2"]

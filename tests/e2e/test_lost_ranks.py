@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from tests.conftest import Mpi, get_mpi, run_bounded
-
-from .jobs import command, mixed_lines, write_lines
+from tests.e2e.jobs import command, mixed_lines, write_lines
 
 pytestmark = pytest.mark.mpi
 PROGRAM = Path(__file__).with_name("dying.py")

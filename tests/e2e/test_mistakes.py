@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mpi, run_bounded
-
-from .jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
+from tests.e2e.jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
 
 pytestmark = pytest.mark.mpi
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mpi, clean_environment, get_mpi, run_bounded
-
-from .jobs import CHAT, command, mixed_lines, write_lines
+from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 
 pytestmark = pytest.mark.mpi
 PROGRAM = Path(__file__).with_name("failing_reads.py")

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Mpi
-
-from .jobs import results, run, write_lines
+from tests.e2e.jobs import results, run, write_lines
 
 pytestmark = pytest.mark.mpi
 PROMPT = "the quick brown fox"

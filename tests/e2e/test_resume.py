@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from tests.conftest import Mpi, get_mpi
-
-from .jobs import command, mixed_lines, run, write_lines
+from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
 pytestmark = pytest.mark.mpi
 

@@ -10,9 +10,8 @@ import h5py
 import pytest
 
 from tests.conftest import Mpi, run_bounded
+from tests.e2e.jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
 from tests.model.golden import model_path
-
-from .jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
 
 pytestmark = pytest.mark.mpi
 

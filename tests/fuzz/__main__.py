@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .mutate import cases
+from tests.fuzz.mutate import cases
 
 LONGEST = 10  # seconds for a case
 MEMORY = 2048  # MiB for the process

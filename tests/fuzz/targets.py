@@ -19,20 +19,21 @@ from pathlib import Path
 
 import numpy as np
 
-from mpillm.comm.grid import Place
+from mpillm import spec
+from mpillm.batch import requests
+from mpillm.batch.work import Line, Model
 from mpillm.engine import step as messages
 from mpillm.engine.reply import Reply, merge
 from mpillm.engine.step import NO_IDS, Fetch, Kind, Part, Step
 from mpillm.errors import JobError, LayoutError, ModelError, OutputError, RequestError
-from mpillm.job import requests, spec
-from mpillm.job.journal import Journal, finished
-from mpillm.job.output import Claim
-from mpillm.job.work import Line, Model
 from mpillm.model.config import ModelConfig
+from mpillm.partition.grid import Place
+from mpillm.store.journal import Journal, finished
+from mpillm.store.output import Claim
 from mpillm.text import load_tokenizer
+from mpillm.weights.formats.safetensors import read_metadata
+from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.layer import check_tensors, rank_plans
-from mpillm.weights.mapped import MappedFile
-from mpillm.weights.safetensors import read_metadata
 from mpillm.weights.source import column_unit, open_source
 from tests.conftest import ROOT, clean_environment
 from tests.weights.build import Tiny, write_gguf

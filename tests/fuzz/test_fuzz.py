@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .mutate import cases
-from .targets import TARGETS, make
+from tests.fuzz.mutate import cases
+from tests.fuzz.targets import TARGETS, make
 
 FEW = {"packed": 60, "tokenizer": 60}
 

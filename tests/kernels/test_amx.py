@@ -12,8 +12,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import BlockType
-
-from . import cases
+from tests.kernels import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = [type for type in BlockType if type.quantised or type == BlockType.BF16]

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-
-from . import cases
+from tests.kernels import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [

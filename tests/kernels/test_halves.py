@@ -12,8 +12,7 @@ import pytest
 from mpillm import kernels
 from mpillm.kernels import BlockType, halves
 from mpillm.kernels.types import MIXED_ROWS
-
-from . import cases
+from tests.kernels import cases
 
 COMPILED = [name for name in kernels.available() if name != "numpy"]
 pytestmark = pytest.mark.skipif(not COMPILED, reason="the extension is not built")

@@ -9,8 +9,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import BlockType
-
-from . import cases
+from tests.kernels import cases
 
 BOUNDS = {1: [0, 256, 1024], 32: [0, 32, 1024 + 7], 256: [0, 768, 1024]}  # by the columns of a block
 

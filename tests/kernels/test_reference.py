@@ -11,8 +11,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import BlockType, lanes, reference
-
-from . import cases
+from tests.kernels import cases
 
 
 @pytest.fixture(autouse=True, params=kernels.available())

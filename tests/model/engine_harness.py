@@ -10,8 +10,8 @@ from typing import Any
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
-from mpillm.job.session import Session
-from mpillm.job.spec import Batch, Layout, Memory, Spec, Wire
+from mpillm.run.session import Session
+from mpillm.spec import Batch, Layout, Memory, Spec, Wire
 
 SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": Batch}
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from mpillm.engine.sequence import Request
-
-from .checks import EXACT, QUANTIZED, ROUNDED, bounds_of, check, requests_of
-from .engine_harness import run_engine
-from .golden import GGUFS, MODELS, PLAIN_GGUFS, gguf_path, golden, model_path
-from .golden import QUANTIZED as QUANTIZED_MODELS
-from .oracle import Oracle
+from tests.model.checks import EXACT, QUANTIZED, ROUNDED, bounds_of, check, requests_of
+from tests.model.engine_harness import run_engine
+from tests.model.golden import GGUFS, MODELS, PLAIN_GGUFS, gguf_path, golden, model_path
+from tests.model.golden import QUANTIZED as QUANTIZED_MODELS
+from tests.model.oracle import Oracle
 
 
 @pytest.mark.parametrize("name", MODELS)

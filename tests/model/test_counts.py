@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 
 from mpillm import kernels
-from mpillm.comm.grid import Place
+from mpillm.bench import synthetic
 from mpillm.engine.sequence import Request
-from mpillm.job.bench import synthetic
 from mpillm.model.config import ModelConfig
-from mpillm.weights.experts import ExpertCache
+from mpillm.partition.grid import Place
 from mpillm.weights.layer import rank_plans
+from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.source import column_unit, open_source
-
-from .engine_harness import run_engine
-from .golden import model_path
+from tests.model.engine_harness import run_engine
+from tests.model.golden import model_path
 
 MORE = 4  # steps
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .checks import ROUNDED
-from .golden import MODELS, QUANTIZED, golden, model_path
-from .oracle import Oracle
+from tests.model.checks import ROUNDED
+from tests.model.golden import MODELS, QUANTIZED, golden, model_path
+from tests.model.oracle import Oracle
 
 
 @pytest.mark.parametrize("name", MODELS)

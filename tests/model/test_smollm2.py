@@ -13,9 +13,8 @@ import pytest
 
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import MpillmError
-from mpillm.job.catalogue import resolve
-
-from .engine_harness import run_engine
+from mpillm.run.catalogue import resolve
+from tests.model.engine_harness import run_engine
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent.parent / "data/smollm2.json").read_text())
 SURE = 0.5  # llama.cpp quantises activations its own way: a smaller lead may turn

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.comm.grid import Place, Shape
 from mpillm.errors import Interrupted, JobError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model import spill
 from mpillm.model.kv import KVCache, block_nbytes
 from mpillm.model.spill import SpillFile, layers_in_file, layers_that_stay, most_blocks, runs
+from mpillm.partition.grid import Place, Shape
 
 ALONE = Place(0, 1, 1)
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from mpillm.comm.collectives import Channel, Group, Pipe, Wire
 from mpillm.comm.counters import Counters
-from mpillm.comm.grid import Place, own_panels, panel_bounds
 from mpillm.comm.world import World, guard
 from mpillm.kernels import BlockType, dequantize, fold, quantize
+from mpillm.partition.grid import Place, own_panels, panel_bounds
 
 F32 = npt.NDArray[np.float32]
 PANELS = 8

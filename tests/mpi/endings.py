@@ -95,7 +95,7 @@ def signalled(world: World, number: signal.Signals) -> int:
 def out_of_step(world: World) -> int:
     from mpillm.comm.collectives import Pipe
     from mpillm.comm.counters import Counters
-    from mpillm.comm.grid import Place
+    from mpillm.partition.grid import Place
 
     pipe = Pipe(world, Place(world.rank, world.size, 1), "f32", Counters())
     if world.rank == 0:

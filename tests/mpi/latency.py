@@ -15,9 +15,9 @@ import numpy as np
 
 from mpillm.comm.collectives import Group
 from mpillm.comm.counters import Counters
-from mpillm.comm.grid import Place
 from mpillm.comm.world import World, guard
 from mpillm.kernels import path
+from mpillm.partition.grid import Place
 
 SHAPES = ((1, 576), (32, 2048))
 CALLS = 500

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mpillm.comm import grid
 from mpillm.comm.world import World, guard
 from mpillm.engine.sequence import Completion, Request
 from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
 from mpillm.weights.source import column_unit, open_source
 from tests.model.checks import bounds_of, check, requests_of
 from tests.model.engine_harness import run_laid_out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpillm.job.catalogue import resolve
+from mpillm.run.catalogue import resolve
 from mpillm.text import Tokenizer, load_tokenizer
 from mpillm.weights.source import open_source
 

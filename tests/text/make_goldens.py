@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import chats, vocabularies
-from .digests import digest
-from .strings import PROSE, STRINGS
+from tests.text import chats, vocabularies
+from tests.text.digests import digest
+from tests.text.strings import PROSE, STRINGS
 
 DATA = Path(__file__).parent / "data"
 PORT = 18931
@@ -78,7 +78,7 @@ def llamacpp() -> None:
     """Ids by llama.cpp's server, which wants a model: one tiny layer of zeros behind each tokenizer."""
     import xllamacpp  # type: ignore[import-not-found]
 
-    from mpillm.job.catalogue import resolve
+    from mpillm.run.catalogue import resolve
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

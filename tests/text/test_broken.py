@@ -10,8 +10,7 @@ import pytest
 
 from mpillm.errors import ModelError, RequestError
 from mpillm.text import load_tokenizer
-
-from .vocabularies import byte_level_fields, sentencepiece_fields, write_directory
+from tests.text.vocabularies import byte_level_fields, sentencepiece_fields, write_directory
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from mpillm.errors import Interrupted, RequestError
 from mpillm.text import Tokenizer, load_tokenizer
 from tests.conftest import run_bounded
-
-from . import chats, vocabularies
-from .digests import digest
-from .vocabularies import write_directory
+from tests.text import chats, vocabularies
+from tests.text.digests import digest
+from tests.text.vocabularies import write_directory
 
 CASES: list[dict[str, Any]] = vocabularies.data("transformers.json")["chats"]
 Make = Callable[..., Tokenizer]

@@ -17,9 +17,8 @@ from mpillm.text import (
     load_tokenizer,
     token_id_text,
 )
-
-from . import vocabularies
-from .strings import STRINGS
+from tests.text import vocabularies
+from tests.text.strings import STRINGS
 
 
 @cache

@@ -11,10 +11,9 @@ import pytest
 from gguf import GGUFReader
 
 from mpillm.text import Tokenizer, load_tokenizer
-
-from . import vocabularies
-from .digests import digest
-from .strings import STRINGS
+from tests.text import vocabularies
+from tests.text.digests import digest
+from tests.text.strings import STRINGS
 
 GOLDEN: dict[str, list[str]] = vocabularies.data("llamacpp_ids.json")
 

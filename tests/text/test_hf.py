@@ -12,11 +12,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
 from mpillm.text import IncrementalDecoder, Tokenizer, load_tokenizer
-
-from . import vocabularies
-from .digests import digest
-from .strings import PLAIN, STRINGS
-from .vocabularies import STYLES, write_directory
+from tests.text import vocabularies
+from tests.text.digests import digest
+from tests.text.strings import PLAIN, STRINGS
+from tests.text.vocabularies import STYLES, write_directory
 
 GOLDEN: dict[str, Any] = vocabularies.data("transformers.json")
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mpillm.comm.grid import Shape
+from mpillm.partition.grid import Shape
 
 Array = np.ndarray
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

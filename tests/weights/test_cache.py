@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillm.comm.grid import Place, Shape
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
-from mpillm.weights.cache import Heap, WeightCache, fixed_part, minimum_budget
+from mpillm.partition.grid import Place, Shape
 from mpillm.weights.layer import LayerPlan, head_tensors, layer_parts, load, rank_plans
-from mpillm.weights.packed_layout import panels_of, shard_extent
-from mpillm.weights.paging import PATIENCE, Weights
+from mpillm.weights.packed.layout import panels_of, shard_extent
+from mpillm.weights.paging.cache import Heap, WeightCache, fixed_part, minimum_budget
+from mpillm.weights.paging.weights import PATIENCE, Weights
 from mpillm.weights.source import open_source
-
-from .build import Tiny, write_hf
+from tests.weights.build import Tiny, write_hf
 
 
 def plans(*sizes: int) -> list[LayerPlan]:

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.errors import JobError
-from mpillm.weights.experts import ExpertCache, minimum_budget
 from mpillm.weights.layer import LayerPlan
-from mpillm.weights.paging import budgets, streamed
-
-from .test_cache import Item, Loader, plans
+from mpillm.weights.paging.experts import ExpertCache, minimum_budget
+from mpillm.weights.paging.weights import budgets, streamed
+from tests.weights.test_cache import Item, Loader, plans
 
 
 def experts(layers: int, each: int, size: int = 100) -> list[LayerPlan]:

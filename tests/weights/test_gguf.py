@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
-from mpillm.weights.gguf_header import read_header
-from mpillm.weights.mapped import MappedFile
+from mpillm.weights.formats.gguf_header import read_header
+from mpillm.weights.formats.stored import stored_in_gguf
+from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key, hf_name
 from mpillm.weights.source import column_unit, fingerprint, open_source
-from mpillm.weights.stored import stored_in_gguf
-
-from .build import Tiny, through, write_gguf
+from tests.weights.build import Tiny, through, write_gguf
 
 OWN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 U32, STRING, ARRAY = 4, 8, 9

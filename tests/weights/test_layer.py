@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.comm.grid import Place, max_shards
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
+from mpillm.partition.grid import Place, max_shards
 from mpillm.weights import layer as layer_module
+from mpillm.weights.formats.tensors import GATHERED
+from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.layer import ALIGNMENT, CHUNK, check_tensors, load, rank_plans
 from mpillm.weights.names import Cut, Key
-from mpillm.weights.reading import new_buffer
 from mpillm.weights.source import column_unit, open_source
-from mpillm.weights.tensors import GATHERED
-
-from .build import Tiny, through, write_gguf, write_hf
+from tests.weights.build import Tiny, through, write_gguf, write_hf
 
 DENSE = Tiny(n_layers=3, attention_bias=True, o_bias=True, mlp_bias=True, intermediate=264, vocab=130, seed=1)
 ODD = Tiny(hidden=72, n_heads=9, n_kv_heads=3, head_dim=8, intermediate=100, vocab=50, tied=True, seed=2)

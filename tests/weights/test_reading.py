@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mpillm.errors import ModelError
-from mpillm.weights.mapped import MappedFile
-from mpillm.weights.reading import HUGE, DirectFile, new_buffer, used_again
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.io.reading import HUGE, DirectFile, new_buffer, used_again
 
 SIZE = 3 * 4096 + 517
 
@@ -30,7 +30,7 @@ def test_the_bytes_of_the_file(
     offset: int, nbytes: int, has_direct: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_direct:  # as on tmpfs
-        monkeypatch.setattr("mpillm.weights.reading.open_direct", lambda path: -1)
+        monkeypatch.setattr("mpillm.weights.io.reading.open_direct", lambda path: -1)
     mapped, streamed = MappedFile(path), MappedFile(path)
     streamed.read_past_cache()
     expected = path.read_bytes()[offset : offset + nbytes]

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mpillm.errors import ModelError
-from mpillm.weights.mapped import MappedFile
-from mpillm.weights.safetensors import MAX_HEADER, read_header
+from mpillm.weights.formats.safetensors import MAX_HEADER, read_header
+from mpillm.weights.io.mapped import MappedFile
 
 
 def header_of(path: Path):

@@ -1,0 +1,147 @@
+"""The input: every line is checked before anything loads, then turned into the engine's requests one by one.
+
+A bad line is one error result and costs no other line. Lines stay on disk: what is kept of each is where it
+is, its name and whether it is wrong, so an input of millions of lines costs a few hundred bytes a line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import itertools
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from mpillm.batch import bodies
+from mpillm.batch.work import Line, Model, Work, make_work
+from mpillm.errors import JobError, RequestError
+from mpillm.spec import Spec
+
+MAX_LINE = 64 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
+PROGRESS_LINES = 256
+
+
+@dataclass
+class Batch:
+    """The checked input."""
+
+    path: Path
+    spec: Spec
+    model: Model
+    lines: list[Line] = field(default_factory=list)
+    prompt_tokens: int = 0  # of all good lines, each prompt once
+    max_new_tokens: int = 0  # the most that all good lines can generate
+    other_models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def errors(self) -> list[Line]:
+        """The bad lines."""
+        return [line for line in self.lines if line.error is not None]
+
+    def works(self, done: Container[str] = ()) -> Iterator[Work]:
+        """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
+        with _opened(self.path) as file:
+            for line in self.lines:
+                if line.error is None and line.custom_id not in done:
+                    yield self._work(file, line)
+
+    def work(self, line: Line) -> Work:
+        """One good line's work."""
+        with _opened(self.path) as file:
+            return self._work(file, line)
+
+    def _work(self, file: BinaryIO, line: Line) -> Work:
+        file.seek(line.offset)
+        raw = file.read(line.length)
+        if _digest(raw) != line.digest:
+            raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
+        return make_work(line, bodies.read_body(bodies.decode_line(raw)), self.spec, self.model)
+
+
+def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None) -> Batch:
+    """Read and check every line; JobError if the input as a whole cannot be used.
+
+    `progress` is told the bytes read so far, now and then.
+    """
+    batch = Batch(path, spec, model)
+    named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
+    with _opened(path) as file:
+        for number, offset, raw in _raw_lines(file):
+            content = raw or b""
+            line = Line(number, offset, len(content), f"request-{number}", _digest(content))
+            batch.lines.append(_check_line(line, raw, named, batch))
+            if progress is not None and len(batch) % PROGRESS_LINES == 0:
+                progress(offset + len(content))
+    if not batch.lines:
+        raise JobError(f"The input {path} holds no request.")
+    for index, line in enumerate(batch.lines):
+        if named.get(line.custom_id, line.number) != line.number:  # our name for it is another line's own
+            batch.lines[index] = replace(line, custom_id=_free_name(line.custom_id, named))
+    return batch
+
+
+def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Batch) -> Line:
+    """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
+    try:
+        if raw is None:
+            raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
+        content = bodies.decode_line(raw)
+        name = bodies.custom_id_of(content)
+        if name is not None:
+            if (first := named.setdefault(name, line.number)) != line.number:
+                raise RequestError(f"the custom_id {name[:100]!r} is already that of line {first}")
+            line = replace(line, custom_id=name)
+        body = bodies.read_body(content)
+        work = make_work(line, body, batch.spec, batch.model)
+    except RequestError as problem:
+        return replace(line, error=f"Line {line.number}: {str(problem).rstrip('.')}.")
+    batch.prompt_tokens += work.prompt_tokens
+    batch.max_new_tokens += sum(request.max_tokens for request in work.requests)
+    if body.model is not None:
+        batch.other_models[body.model] = batch.other_models.get(body.model, 0) + 1
+    return line
+
+
+def _free_name(name: str, taken: Mapping[str, int]) -> str:
+    """`name` with the first number behind it that no line has taken."""
+    return next(free for k in itertools.count(2) if (free := f"{name}-{k}") not in taken)
+
+
+def _digest(raw: bytes) -> bytes:
+    return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        if not path.exists():
+            raise JobError(f"There is no input {path}.")
+        if not path.is_file():
+            raise JobError(f"The input {path} is not a file.")
+        return path.open("rb")
+    except OSError as error:
+        raise JobError(f"The input {path} cannot be read: {error.strerror}.") from None
+
+
+def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
+    """Number, offset and content of each line that is not blank; None for one that is too long to be held."""
+    head = file.read(4)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise JobError(f"The input {file.name} is UTF-16; save it as UTF-8.")
+    offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    file.seek(offset)
+    for number in itertools.count(1):
+        raw = file.readline(MAX_LINE + 1)
+        if not raw:
+            return
+        length = len(raw)
+        too_long = length > MAX_LINE
+        while too_long and not raw.endswith(b"\n") and (raw := file.readline(MAX_LINE)):
+            length += len(raw)
+        if too_long or raw.strip():
+            yield number, offset, None if too_long else raw.rstrip()
+        offset += length

@@ -1,0 +1,91 @@
+"""Synthetic models in packed form, made as fast as the disk takes them.
+
+One layer is made, packed, and then written once for each layer of the model: every layer has bytes of its own on the
+disk, which is what paging reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mpillm.bench import synthetic
+from mpillm.model.config import ModelConfig
+from mpillm.tools import pack
+from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.packed.files import FilePlan, Writer, plan_files
+from mpillm.weights.packed.layout import layer_file
+from mpillm.weights.source import column_unit, fingerprint, open_source
+
+CHUNK = 16 * 2**20
+
+
+def create(shape: str, weights: str, threads: int) -> Path:
+    """Return the packed directory of a shape with weights of a type, writing it first if it is not there yet."""
+    synthetic.check(shape, weights)
+    path = synthetic.folder() / f"{shape}.{weights}.packed"
+    with synthetic.said(path):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _beside(path) as part:
+                _write(part, path, shape, weights, threads)
+                os.replace(part, path)
+    return path
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A directory that is gone in the end, unless it was renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.mkdir()
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(part: Path, path: Path, name: str, weights: str, threads: int) -> None:
+    shape = synthetic.SHAPES[name]
+    one = part / "one.gguf"
+    synthetic.write(one, name, replace(shape, layers=1), weights)
+    with contextlib.closing(open_source(one)) as source:
+        assert isinstance(source, TensorSource)
+        size, digest = fingerprint(source)
+        about = {"source": path.name, "source_bytes": str(size), "source_hash": digest, "weights": "source"}
+        whole = source.repeated(shape.layers)
+        config = ModelConfig.from_dict(whole.config, str(one))
+        plans = plan_files(whole, config.shape(column_unit(whole)), config, about)
+        synthetic.require_room(path, sum(plan.nbytes for plan in plans))
+        writer = Writer(whole, part, threads, lambda _: None)
+        first, copies = plans[0], plans[1 : shape.layers]
+        try:
+            writer.write([first, *plans[shape.layers :]])
+        finally:
+            writer.close()
+        digests = writer.digests
+        for plan in copies:
+            digests[plan.name] = digests[layer_file(0)]
+            _copy(part, first, plan, digests[plan.name])
+        pack.finish(whole, part, plans, digests, about)
+    one.unlink()
+
+
+def _copy(folder: Path, first: FilePlan, plan: FilePlan, digest: str) -> None:
+    """Write a layer's file with the first one's data. It is on the disk, and nowhere else, when this returns."""
+    with (
+        (folder / first.name).open("rb", buffering=0) as source,
+        (folder / plan.name).open("xb", 0) as target,
+    ):
+        source.seek(len(first.head(digest)))
+        target.write(plan.head(digest))
+        data = memoryview(bytearray(CHUNK))
+        while count := source.readinto(data):
+            done = 0
+            while done < count:
+                done += target.write(data[done:count])
+        os.fsync(target.fileno())
+        os.posix_fadvise(target.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,188 @@
+"""Runs whose weights do not fit: what they read for a token of each sequence, and how near that is to the disk's rate.
+
+Every function is collective, and returns on rank 0 what it measured, on the others nothing of use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from mpillm.bench import disk
+from mpillm.bench.result import Run
+from mpillm.bench.runs import Options, Step, prompts_of, run_steps
+from mpillm.comm.world import World
+from mpillm.engine.scheduler import blocks_for
+from mpillm.errors import JobError
+from mpillm.kernels import KV_BLOCK
+from mpillm.run import memory, plan
+from mpillm.run.limits import TOKENS
+from mpillm.run.session import Session
+from mpillm.spec import Batch, Memory, Spec, byte_size
+from mpillm.weights.packed.source import PackedSource
+from mpillm.weights.paging.weights import PATIENCE
+
+WARM = PATIENCE + 1  # tokens of each sequence before those that count: how far to read ahead has settled then
+# Disks change their pace from one second to the next. So the disk is measured between tokens too: before each turn of
+# so many, of which the first does not count, for some of its weights were read ahead meanwhile.
+TURN = 3
+
+
+def measure(world: World, spec: Spec, model: Path, options: Options) -> Iterator[tuple[Run, tuple[int, int]]]:
+    """A run for each budget and number of sequences, and its layout (stages, shards)."""
+    for budget in options.budgets:
+        for sequences in sorted(set(options.sequences)):
+            yield _measure(world, spec, model, budget, sequences, options)
+
+
+def _measure(
+    world: World, spec: Spec, model: Path, budget: str, sequences: int, options: Options
+) -> tuple[Run, tuple[int, int]]:
+    context = options.contexts[0]
+    # Prompts may take several steps, beside the tokens of those whose prompt was in the first: who began then must not
+    # end before all that counts is done.
+    tokens = (
+        WARM + options.repeats + -(-options.repeats // (TURN - 1)) + 2 * -(-sequences * context // TOKENS)
+    )
+    with world.together():
+        spec = _bounded(world, spec, budget, sequences, context + tokens)
+    world.barrier()
+    begun = time.perf_counter()
+    with closing(Session(world, spec, model)) as session:
+        ready = time.perf_counter() - begun
+        prompts = prompts_of(sequences, context, session.config.vocab)
+        begun = time.perf_counter()
+        run_steps(session, prompts, 1)  # what stays comes into memory
+        first = time.perf_counter() - begun
+        before = _counters(session)
+        with closing(_Disks(session)) as disks:
+            disks.measure()
+            pace = _Pace(sequences)
+
+            def between(step: Step) -> None:
+                pace.add(step)
+                if pace.turn:
+                    disks.measure()
+
+            steps = run_steps(session, prompts, tokens, between=between)
+            after = _counters(session)
+            disks.measure()
+            rate = disks.rate()
+        weights = world.gather((session.weights.total, session.weights.budget))
+        peaks = world.gather(memory.peak())
+        layout, mixture = (session.place.stages, session.place.shards), session.weights.experts is not None
+        made = Run(what="paging", threads=session.threads, sequences=sequences, tokens=context)
+    if not steps:
+        return made, layout
+    counted = all_decode(steps, sequences, options.repeats)
+    made.rate = sum(step.generated for step in counted) / sum(step.seconds for step in counted)
+    made.seconds = sequences / made.rate
+    loaded, waited = (
+        [late[i] - early[i] for early, late in zip(before, after, strict=True)] for i in range(2)
+    )
+    made.budget = weights[0][1]
+    made.streamed = sum(loaded) / len(steps) * len(counted) / options.repeats
+    made.waited = max(waited) / sum(step.seconds for step in steps)
+    made.ready, made.first_step, made.memory = ready, first, max(peaks)
+    made.disk = rate
+    if made.disk is not None and not mixture:  # which experts tokens will choose, nobody knows
+        must = sum(max(total - budget, 0) for total, budget in weights)
+        made.disk_share = must / made.disk / made.seconds
+    return made, layout
+
+
+class _Pace:
+    """How many tokens of each sequence have come, since all generate and do nothing else."""
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences, self._generated = sequences, 0
+
+    def add(self, step: Step) -> None:
+        """A step is done; those with prompts, and those before them, do not matter."""
+        self._generated = 0 if step.prompt else self._generated + step.generated
+
+    @property
+    def turn(self) -> bool:
+        """Whether a turn begins now."""
+        token, others = divmod(self._generated, self._sequences)
+        return not others and token >= WARM and (token - WARM) % TURN == 0
+
+    @property
+    def number(self) -> int:
+        """The next token's, among those that count; -1 if it does not."""
+        turn, place = divmod(self._generated // self._sequences - WARM, TURN)
+        return turn * (TURN - 1) + place - 1 if turn >= 0 and place else -1
+
+
+def all_decode(steps: Sequence[Step], sequences: int, repeats: int) -> list[Step]:
+    """Those in which all sequences generate and do nothing else: `repeats` tokens of each.
+
+    Neither the warm ones, nor the first of each turn.
+    """
+    pace, found = _Pace(sequences), list[Step]()
+    for step in steps:
+        if step.prompt:
+            found.clear()
+        elif 0 <= pace.number < repeats:
+            found.append(step)
+        pace.add(step)
+    return found
+
+
+def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
+    """The job with a budget for weights, and a KV cache that holds its sequences."""
+    planned = plan.make(spec, world.size)
+    longest += KV_BLOCK  # all are admitted at once only if each finds a block to grow into
+    blocks = blocks_for(longest) * sequences
+    kv = blocks * KV_BLOCK * max(rank.kv_token for rank in planned.ranks)
+    if budget.endswith("%"):
+        share = sum(rank.weights_share for rank in planned.ranks) // world.size
+        weights = int(share * float(budget[:-1]) / 100)
+    else:
+        weights = byte_size(budget)
+    least = max(rank.weights_least for rank in planned.ranks)
+    if weights < least:
+        raise JobError(
+            f"--budget {budget} is {weights} bytes for each rank, but {least} are the least that works."
+        )
+    room = Memory(weights=weights, kv=kv, max_context=longest)
+    return msgspec.structs.replace(spec, memory=room, batch=Batch(max_num_seqs=sequences))
+
+
+def _counters(session: Session) -> list[tuple[int, float]]:
+    """Bytes that each rank has loaded so far, and seconds that it has waited for them."""
+    return session.world.gather((session.weights.loaded, session.weights.stall_seconds))
+
+
+class _Disks:
+    """The disks of all hosts: the first rank on each measures its own."""
+
+    def __init__(self, session: Session) -> None:
+        self._world, source = session.world, session.source
+        self._own: disk.Disk | None = None
+        if isinstance(source, PackedSource) and self._first(self._world.rank):
+            self._own = disk.Disk([file.path for file in source.packed_files])
+
+    def measure(self) -> None:
+        """Note what this rank's disk gives now."""
+        if self._own:
+            self._own.measure()
+
+    def rate(self) -> float | None:
+        """The mean rates of all together (collective); None if the model is not packed, or a disk cannot say."""
+        everyone = self._world.gather(self._own.rates if self._own else [])
+        hosts = [rates for rank, rates in enumerate(everyone) if self._first(rank)]
+        return sum(sum(rates) / len(rates) for rates in hosts) if all(hosts) else None
+
+    def close(self) -> None:
+        if self._own:
+            self._own.close()
+
+    def _first(self, rank: int) -> bool:
+        """Whether it is the first one on its host."""
+        hosts = self._world.hosts
+        return hosts.index(hosts[rank]) == rank

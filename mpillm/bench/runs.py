@@ -1,0 +1,212 @@
+"""The real engine, timed step by step: prefill, decode of one and of many sequences, and start-up.
+
+Every function is collective, and returns on rank 0 what it measured, on the others nothing of use.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from mpillm.bench.against import Peer, Prompts, ratio
+from mpillm.bench.profile import Profile
+from mpillm.bench.result import Run
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
+from mpillm.engine.sequence import Request
+from mpillm.run.session import Session
+from mpillm.spec import Batch, Layout, Memory, Spec
+
+KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
+START = 16  # tokens of the prompt that a start-up is timed with
+TOKENS = 16  # that are decoded in one go
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be measured; each list is walked through."""
+
+    what: frozenset[str]
+    threads: tuple[int, ...] = ()  # of each rank; none: what the machine offers
+    sequences: tuple[int, ...] = (1, 8, 32, 128)  # that decode together
+    prompts: tuple[int, ...] = (512,)  # lengths
+    contexts: tuple[int, ...] = (16,)  # tokens before the first decoded one
+    budgets: tuple[str, ...] = ("25%",)  # for weights, where they are paged: of a rank's share, or bytes
+    repeats: int = 5
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(*self.prompts, *self.contexts, START) + TOKENS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the engine's steps."""
+
+    prompt: int  # tokens of prompts
+    generated: int
+    seconds: float
+
+
+def spec_for(model: str, threads: int, options: Options) -> Spec:
+    """The job that a bench's session is made with: the defaults, and room for the largest run."""
+    return Spec(
+        model=model,
+        input="-",
+        output="-",
+        layout=Layout(threads=threads),
+        memory=Memory(kv=KV, max_context=options.longest),
+        batch=Batch(max_num_seqs=max(1, *options.sequences)),
+    )
+
+
+def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer | None) -> Run:
+    """From opening the model to the first token, with whatever the page cache holds after a first start."""
+    ours, theirs = [], []
+    prompt = prompts_of(1, START, 256)
+    for turn in range(-1, options.repeats):  # the first one warms up
+        gc.collect()  # a session is part of a cycle: the last one's memory is given back before the next one's is taken
+        world.barrier()
+        begun = time.perf_counter()
+        with closing(Session(world, spec, model)) as session:
+            run_steps(session, prompt, 1)
+            seconds = time.perf_counter() - begun
+            threads = session.threads
+        other = peer.start(prompt[0]) if peer else 0.0
+        if turn >= 0:
+            ours.append(seconds)
+            theirs.append(other)
+    made = Run(what="startup", threads=threads, sequences=1, tokens=START, seconds=median(ours))
+    if peer:
+        made.peer_seconds, made.ratio = median(theirs), ratio(theirs, ours)
+    return made
+
+
+def prefill(session: Session, length: int, options: Options, peer: Peer | None) -> Run:
+    """One prompt, to its first token; rate in prompt tokens."""
+    made = Run(what="prefill", threads=session.threads, sequences=1, tokens=length)
+    return _measure(session, made, prompts_of(1, length, session.config.vocab), 1, options, peer)
+
+
+def decode(session: Session, sequences: int, context: int, options: Options, peer: Peer | None) -> Run:
+    """Steps of so many sequences that hold `context` tokens at first; rate in tokens of all together."""
+    what = "decode" if sequences == 1 else "batch"
+    made = Run(what=what, threads=session.threads, sequences=sequences, tokens=context)
+    made.weight_bytes = weight_bytes(session, sequences)
+    made.kv_bytes = sequences * (context + TOKENS // 2) * session.kv_token_nbytes
+    prompts = prompts_of(sequences, context, session.config.vocab)
+    return _measure(session, made, prompts, TOKENS, options, peer)
+
+
+def _measure(
+    session: Session, made: Run, prompts: Prompts, tokens: int, options: Options, peer: Peer | None
+) -> Run:
+    """Fill in the median rates of runs that alternate with the peer's, and where a step's time goes."""
+    ours, theirs, seconds = [], [], []
+    for turn in range(-1, options.repeats):  # the first one warms up
+        step = _typical(run_steps(session, prompts, tokens), made)
+        other = _peer_rate(peer.run(prompts, tokens), made) if peer else 1.0
+        if turn >= 0 and step is not None:
+            ours.append((step.prompt + step.generated) / step.seconds)
+            seconds.append(step.seconds)
+            theirs.append(other)
+    sent = _sent(session)
+    with Profile() as profile:
+        step = _typical(run_steps(session, prompts, tokens, profile), made)
+    made.wire_bytes = (_sent(session) - sent) / (len(prompts) * (len(prompts[0]) + tokens - 1))
+    if step is None:
+        return made
+    made.seconds, made.rate = median(seconds), median(ours)
+    made.kernels = {name: share / step.seconds for name, share in profile.typical(made.what == "prefill")}
+    made.overhead = 1 - sum(made.kernels.values())
+    if peer:
+        made.peer_rate, made.ratio = median(theirs), ratio(ours, theirs)
+    return made
+
+
+def run_steps(
+    session: Session,
+    prompts: Prompts,
+    tokens: int,
+    profile: Profile | None = None,
+    between: Callable[[Step], None] | None = None,
+) -> list[Step]:
+    """Run prompts to `tokens` greedy tokens each: rank 0's steps, nothing on the others.
+
+    `between` is called with each step on rank 0, before the next one begins and off the clock.
+    """
+    if session.world.rank:
+        follow(session.worker, session.channel)
+        return []
+    engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+    requests = (Request(str(i), tuple(prompt), max_tokens=tokens) for i, prompt in enumerate(prompts))
+    steps = []
+    for step in _steps(engine, engine.run(requests), profile):
+        steps.append(step)
+        if between is not None:
+            between(step)
+    engine.stop(0)
+    return steps
+
+
+def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[Step]:
+    totals = engine.totals
+    prompt, generated = totals.prompt_tokens, totals.generated_tokens
+    begun = time.perf_counter()
+    for _ in running:
+        now = time.perf_counter()
+        step = Step(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - begun)
+        prompt, generated = totals.prompt_tokens, totals.generated_tokens
+        if profile:
+            profile.step(step.prompt > 0)
+        yield step
+        begun = time.perf_counter()
+
+
+def _typical(steps: list[Step], made: Run) -> Step | None:
+    """All of a prompt as one step; of decoding, the median step of those in which the most sequences take part."""
+    if not steps:
+        return None
+    if made.what == "prefill":
+        return Step(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
+    alone = [step for step in steps if not step.prompt]
+    most = max(step.generated for step in alone)
+    return Step(0, most, median(step.seconds for step in alone if step.generated == most))
+
+
+def _peer_rate(seconds: list[float], made: Run) -> float:
+    """Tokens a second of the same kind of step."""
+    if made.what == "prefill":
+        return made.tokens / seconds[0]
+    return made.sequences / median(seconds[1:])
+
+
+def _sent(session: Session) -> int:
+    """Bytes that all ranks have sent so far."""
+    mine = sum(int(count["bytes_sent"]) for count in session.counters.as_dict().values())
+    return sum(session.world.gather(mine))
+
+
+def weight_bytes(session: Session, rows: int) -> int:
+    """Bytes of weights that a step of so many rows reads on this rank: of experts, those that random routing picks."""
+    config = session.config
+    picked = 1.0
+    if config.n_experts:
+        picked = 1 - (1 - config.experts_per_token / config.n_experts) ** rows
+    entries = [entry for item in session.weights.items for entry in item.entries]
+    return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
+
+
+def prompts_of(count: int, length: int, vocab: int) -> list[list[int]]:
+    """Random tokens: no two prompts share a beginning."""
+    random = np.random.default_rng(count * 65_537 + length)
+    drawn: list[list[int]] = random.integers(0, vocab, (count, length)).tolist()
+    return drawn

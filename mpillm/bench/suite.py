@@ -1,0 +1,181 @@
+"""A whole bench on all ranks: the machine, the kernels, the engine, each as far as it was asked for."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from mpillm import __version__
+from mpillm.bench import kernels, machine, packed, paging, runs, synthetic, tables
+from mpillm.bench.against import LlamaCpp, Peer
+from mpillm.bench.result import Bench, Kernel, Machine, Run
+from mpillm.bench.runs import Options
+from mpillm.comm.world import World
+from mpillm.errors import JobError
+from mpillm.kernels import BlockType
+from mpillm.model.config import ModelConfig
+from mpillm.run import catalogue
+from mpillm.run.progress import Progress
+from mpillm.run.session import Session
+from mpillm.weights.source import open_source
+
+ENGINE = frozenset({"prefill", "decode", "batch"})
+PEERS = ("llama.cpp",)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line: a model by name or path, or else a synthetic one's shape and weights; what to do with it."""
+
+    model: str
+    synthetic: str | None
+    weights: str
+    against: str | None
+    options: Options
+
+
+def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
+    """Measure (collective); rank 0 gets the result. MpillmError says what is wrong."""
+    if asked.against not in (None, *PEERS):
+        raise JobError(f"mpillm bench cannot run against {asked.against}; it knows {', '.join(PEERS)}.")
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    path = _model(world, asked, progress)
+    with world.together():
+        config = _config(path, asked.options)
+    counts = tuple(dict.fromkeys(world.threads(count) for count in asked.options.threads or ("auto",)))
+    options = replace(asked.options, threads=counts)
+    limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
+    if world.rank == 0:
+        # What is only paged is not limited by memory, and shows what a run itself takes of it.
+        measured_with = counts if options.what - {"paging"} else ()
+        limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.node_ranks})
+        if "kernels" in options.what:
+            progress.say(f"measuring the kernels {limits.kernels} ...")
+            found = list(
+                kernels.measure(_sizes(config, options), tuple(BlockType), counts, limits, options.repeats)
+            )
+    world.barrier()
+    measured, layout = [], (1, 1)
+    for count in counts:
+        for run, layout in _engine(world, path, count, asked, options):
+            if world.rank == 0:
+                _compare(run, limits, world.node_ranks, layout[0])
+                progress.say(tables.run_line(run))
+                measured.append(run)
+    if world.rank:
+        return None
+    return Bench(
+        version=__version__,
+        began=began,
+        command=sys.argv,
+        ranks=world.size,
+        hosts=len(set(world.hosts)),
+        model=str(path),
+        model_bytes=sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])),
+        stages=layout[0],
+        shards=layout[1],
+        machine=limits,
+        kernels=found,
+        runs=measured,
+        peer=f"llama.cpp of llama-cpp-python {metadata.version('llama-cpp-python')}"
+        if asked.against
+        else None,
+    )
+
+
+def _model(world: World, asked: Asked, progress: Progress) -> Path:
+    """The model's path: rank 0 makes or fetches it first, then the first rank of each other host that lacks it."""
+    first = {world.hosts.index(host) for host in set(world.hosts)}
+    for ranks in ({0}, first - {0}, set(range(world.size)) - first):
+        with world.together():
+            if world.rank in ranks:
+                if asked.synthetic is None:
+                    path = catalogue.resolve(asked.model, progress.downloading)
+                else:
+                    path = _synthetic(asked.synthetic, asked)
+    return path
+
+
+def _synthetic(shape: str, asked: Asked) -> Path:
+    """A model in packed form where it is to be paged, for that is what pages best."""
+    if "paging" in asked.options.what:
+        return packed.create(shape, asked.weights, os.cpu_count() or 1)
+    return synthetic.create(shape, asked.weights)
+
+
+def _config(path: Path, options: Options) -> ModelConfig:
+    """The model's configuration; JobError if it does not take sequences as long as are asked for."""
+    with closing(open_source(path)) as source:
+        config = ModelConfig.from_dict(source.config, str(path))
+    if options.longest > config.max_position:
+        raise JobError(
+            f"{path} takes {config.max_position} tokens, but sequences of {options.longest} are asked for; "
+            "lower --prompt or --context."
+        )
+    return config
+
+
+def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
+    return kernels.Sizes(
+        hidden=config.hidden,
+        ffn=config.moe_intermediate if all(config.moe_layers) else config.intermediate,
+        heads=config.n_heads,
+        kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab,
+        context=max(kernels.Sizes.context, *options.contexts),
+    )
+
+
+def _engine(
+    world: World, path: Path, threads: int, asked: Asked, options: Options
+) -> Iterator[tuple[Run, tuple[int, int]]]:
+    """Every run with so many threads, and the layout (stages, shards); the peer has as many as all ranks here."""
+    what = options.what
+    if not what - {"kernels"}:
+        return
+    spec = runs.spec_for(str(path), threads, options)
+    cores = _cores(world)
+    with ExitStack() as stack:
+        peer: Peer | None = None
+        with world.together():
+            if world.rank == 0 and asked.against:
+                peer = stack.enter_context(LlamaCpp(path, threads * world.node_ranks, cores))
+        layout = (1, 1)
+        if "paging" in what:
+            yield from paging.measure(world, spec, path, options)
+        if "startup" in what:
+            yield runs.start_up(world, spec, path, options, peer), layout
+        if not what & ENGINE:
+            return
+        gc.collect()  # see start_up
+        session = stack.enter_context(closing(Session(world, spec, path)))
+        layout = session.place.stages, session.place.shards
+        if "prefill" in what:
+            for length in options.prompts:
+                yield runs.prefill(session, length, options, peer), layout
+        for context in options.contexts:
+            for sequences in sorted(set(options.sequences)):
+                if ("decode" if sequences == 1 else "batch") in what:
+                    yield runs.decode(session, sequences, context, options, peer), layout
+
+
+def _cores(world: World) -> list[int]:
+    """The cores that the ranks of rank 0's host may use together: an mpiexec binds each to some of them."""
+    own = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    everyone = world.gather((world.host, own))
+    return sorted(frozenset().union(*(cores for host, cores in everyone if host == world.hosts[0])))
+
+
+def _compare(run: Run, limits: Machine, ranks: int, stages: int) -> None:
+    """How near a run is to the memory's limit; with stages, whose steps overlap, nobody can say."""
+    read = limits.read.get(run.threads * ranks)
+    if read and run.weight_bytes and run.seconds and stages == 1:
+        run.read_share = (run.weight_bytes + run.kv_bytes) * ranks / run.seconds / read

@@ -1,0 +1,259 @@
+"""Random-weight models of well-known shapes, as GGUF files: speed depends on the shape alone, so none need be fetched.
+
+Weights are valid blocks whose scales keep activations finite: uniform integers times scales that make a row's standard
+deviation about 1 / sqrt(k). A few random megabytes per block type are repeated, each tensor beginning elsewhere in
+them, so that writing is as fast as the disk. Tensors have the types that llama.cpp's quantiser gives them
+(llama_tensor_get_type in src/llama-quant.cpp); there is no tokenizer, so requests are token ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from mpillm.errors import JobError
+from mpillm.run.catalogue import models_dir
+from mpillm.spec import shown_bytes
+
+POOL_BLOCKS = 99_991  # a prime, so that rows never begin where an earlier one did: no two are the same
+ALIGNMENT = 32  # of tensors in a GGUF file
+MAX_POSITION = 32_768
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes; `experts` > 0 means a mixture, whose experts have the width `ffn`."""
+
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    experts: int = 0
+    experts_used: int = 0
+
+
+SHAPES: dict[str, Shape] = {
+    "llama-1b": Shape("llama", 2048, 16, 32, 8, 64, 8192, 32_000),
+    "llama-8b": Shape("llama", 4096, 32, 32, 8, 128, 14_336, 128_256),
+    "llama-70b": Shape("llama", 8192, 80, 64, 8, 128, 28_672, 128_256),
+    "qwen3-30b-a3b": Shape("qwen3moe", 2048, 48, 32, 4, 128, 768, 151_936, 128, 8),
+    # For tests and for trying the command out.
+    "tiny-llama": Shape("llama", 256, 2, 4, 2, 64, 512, 1024),
+    "tiny-moe": Shape("qwen3moe", 256, 2, 4, 2, 64, 64, 1024, 8, 2),
+}
+WEIGHTS = {
+    name.lower(): Type[name]
+    for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+}
+# llama.cpp's usual mixtures: these types, and Q6_K where `_more_bits` says.
+MIXTURES = {"q4_k_m": Type.Q4_K, "q5_k_m": Type.Q5_K}
+INSTEAD = {
+    Type.Q4_K: Type.Q5_0,
+    Type.Q5_K: Type.Q5_1,
+    Type.Q6_K: Type.Q8_0,
+}  # of rows that are no whole blocks
+
+
+def create(shape: str, weights: str) -> Path:
+    """Return the file of a shape with weights of a type, writing it to `folder()` first if it is not there yet."""
+    check(shape, weights)
+    path = folder() / f"{shape}.{weights}.gguf"
+    with said(path):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, shape, SHAPES[shape], weights)
+    return path
+
+
+def check(shape: str, weights: str) -> None:
+    """JobError if there is no such model."""
+    if shape not in SHAPES or weights not in WEIGHTS | MIXTURES:
+        raise JobError(
+            f"There is no synthetic model {shape} with {weights} weights; shapes are {', '.join(SHAPES)}, "
+            f"weights {', '.join(WEIGHTS | MIXTURES)}."
+        )
+
+
+@contextlib.contextmanager
+def said(path: Path) -> Iterator[None]:
+    """A JobError where the system cannot write a model."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"The synthetic model {path} cannot be written ({error.strerror or error}); set MPILLM_CACHE."
+        ) from error
+
+
+def folder() -> Path:
+    """Where synthetic models are kept; nothing else is, and all of it may be deleted."""
+    return models_dir().parent / "synthetic"
+
+
+def tensors(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
+    """Name, shape and type of every tensor, in the order of llama.cpp's files."""
+    for name, sizes, kind in _wanted(shape, recipe):
+        yield name, sizes, INSTEAD[kind] if sizes[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _wanted(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
+    d, hd = shape.hidden, shape.head_dim
+    weights = (WEIGHTS | MIXTURES)[recipe]
+    head = weights if weights in {Type.Q8_0, Type.F16, Type.BF16, Type.F32} else Type.Q6_K
+    yield "token_embd.weight", (shape.vocab, d), weights
+    for layer in range(shape.layers):
+        block = f"blk.{layer}."
+        more = Type.Q6_K if recipe in MIXTURES and _more_bits(layer, shape.layers) else weights
+        yield f"{block}attn_norm.weight", (d,), Type.F32
+        yield f"{block}attn_q.weight", (shape.heads * hd, d), weights
+        yield f"{block}attn_k.weight", (shape.kv_heads * hd, d), weights
+        yield f"{block}attn_v.weight", (shape.kv_heads * hd, d), more
+        yield f"{block}attn_output.weight", (d, shape.heads * hd), weights
+        if shape.architecture.startswith("qwen3"):
+            yield f"{block}attn_q_norm.weight", (hd,), Type.F32
+            yield f"{block}attn_k_norm.weight", (hd,), Type.F32
+        yield f"{block}ffn_norm.weight", (d,), Type.F32
+        if shape.experts:
+            yield f"{block}ffn_gate_inp.weight", (shape.experts, d), Type.F32
+        stack, name = ((shape.experts,), "_exps") if shape.experts else ((), "")
+        yield f"{block}ffn_gate{name}.weight", (*stack, shape.ffn, d), weights
+        yield f"{block}ffn_up{name}.weight", (*stack, shape.ffn, d), weights
+        yield f"{block}ffn_down{name}.weight", (*stack, d, shape.ffn), more
+    yield "output_norm.weight", (d,), Type.F32
+    yield "output.weight", (shape.vocab, d), head
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third one between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def nbytes(kind: Type, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in the file."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * block_bytes
+
+
+def write(path: Path, name: str, shape: Shape, weights: str) -> None:
+    """Write the GGUF file of a model of that name and shape."""
+    listed = list(tensors(shape, weights))
+    require_room(path, sum(nbytes(kind, sizes) + ALIGNMENT for _, sizes, kind in listed) + 2**20)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_header(part, name, shape, listed)
+        with part.open("ab", buffering=0) as file:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            pools: dict[tuple[Type, int], bytes] = {}
+            for tensor, sizes, kind in listed:
+                key = (kind, sizes[-1] if len(sizes) > 1 else 0)
+                if key not in pools:
+                    pools[key] = random_blocks(*key).tobytes()
+                length = nbytes(kind, sizes)
+                _repeat(
+                    file.write,
+                    pools[key],
+                    gguf.GGML_QUANT_SIZES[kind][1],
+                    zlib.crc32(tensor.encode()),
+                    length,
+                )
+                file.write(bytes(-length % ALIGNMENT))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def require_room(path: Path, needed: int) -> None:
+    """JobError if the disk has not so many bytes free."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise JobError(
+            f"The synthetic model {path} takes {shown_bytes(needed)}, but {shown_bytes(free)} are free; make room, or "
+            "set MPILLM_CACHE to a directory with more."
+        )
+
+
+def _write_header(
+    part: Path, name: str, shape: Shape, listed: list[tuple[str, tuple[int, ...], Type]]
+) -> None:
+    writer = gguf.GGUFWriter(part, shape.architecture)
+    writer.add_name(f"random {name}")
+    writer.add_vocab_size(shape.vocab)
+    writer.add_context_length(MAX_POSITION)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(500_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_feed_forward_length(shape.ffn * max(1, shape.experts_used))
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_used)
+        writer.add_expert_feed_forward_length(shape.ffn)
+    writer.add_tokenizer_model("no_vocab")
+    for tensor, sizes, kind in listed:
+        writer.add_tensor_info(tensor, sizes, np.dtype(np.float32), nbytes(kind, sizes), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _repeat(
+    write: Callable[[memoryview], int], pool: bytes, block_bytes: int, seed: int, length: int
+) -> None:
+    """Write `length` bytes of the pool, over and over, from a block that `seed` picks."""
+    at, data = seed % (len(pool) // block_bytes) * block_bytes, memoryview(pool)
+    while length:
+        done = write(data[at : at + min(length, len(pool) - at)])
+        at, length = (at + done) % len(pool), length - done
+
+
+def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
+    """Blocks of a matrix with rows of k values, uint8 [POOL_BLOCKS, block bytes]; k = 0 is a norm's weights."""
+    random = np.random.default_rng(int(kind) * 1_000_003 + k)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if k == 0:
+        values = random.uniform(0.8, 1.2, POOL_BLOCKS).astype(np.float32)
+        return values.view(np.uint8).reshape(POOL_BLOCKS, block_bytes)
+    if block == 1:
+        values = (random.standard_normal(POOL_BLOCKS) / k**0.5).astype(np.float32)
+        return gguf.quants.quantize(values, kind).view(np.uint8).reshape(POOL_BLOCKS, block_bytes)
+    blocks = random.integers(0, 256, (POOL_BLOCKS, block_bytes), np.uint8)
+    # Of both signs: integers are not centred, and with a mean of their own all rows of activations would soon be alike,
+    # and a mixture's tokens all choose the same experts.
+    scale = random.choice((-1, 1), POOL_BLOCKS) * random.uniform(0.7, 1.3, POOL_BLOCKS) / k**0.5
+    for offset, size in _SCALES[kind].items():
+        blocks[:, offset : offset + 2] = (size * scale).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return blocks
+
+
+# Where ggml's structs (ggml-common.h) keep their float16 scales, and the size that makes random integers' standard
+# deviation about one: nibbles of 0..15 have 4.6 and the mean 7.5, bytes 74; K-quants have random scales as well.
+_SCALES: dict[Type, dict[int, float]] = {
+    Type.Q4_0: {0: 1 / 4.6},
+    Type.Q4_1: {0: 1 / 4.6, 2: -7.5 / 4.6},
+    Type.Q5_0: {0: 1 / 9.2},
+    Type.Q5_1: {0: 1 / 9.2, 2: -15.5 / 9.2},
+    Type.Q8_0: {0: 1 / 74},
+    Type.Q4_K: {0: 1 / 250, 2: 1 / 36},
+    Type.Q5_K: {0: 1 / 500, 2: 1 / 36},
+    Type.Q6_K: {208: 1 / 1360},
+}

@@ -1,0 +1,162 @@
+"""A bench as people read it, and as programs do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from mpillm.bench.result import Bench, Kernel, Run
+from mpillm.spec import shown_bytes
+
+SHOWN = 4  # kernels of a run that are named
+
+
+def as_json(made: Bench) -> str:
+    """The bench for programs."""
+    return msgspec.json.format(msgspec.json.encode(made), indent=2).decode()
+
+
+def as_text(made: Bench) -> str:
+    """The bench as tables."""
+    return "\n".join(_lines(made))
+
+
+def run_line(run: Run) -> str:
+    """One run in a line, said as soon as it is known."""
+    beside = "" if run.ratio is None else f", {run.ratio:.2f} x the peer"
+    if run.what == "paging":
+        beside = f" with {shown_bytes(run.budget)} of weights"
+    if run.disk_share is not None:
+        beside += f", {_percent(run.disk_share)} of the disk's limit"
+    return f"{_what(run)}, {_threads(run.threads)}: {_speed(run)}{beside}"
+
+
+def _lines(made: Bench) -> Iterator[str]:
+    machine = made.machine
+    layout = f"{made.stages} stage(s) x {made.shards} shard(s)"
+    yield f"mpillm {made.version}, {made.ranks} rank(s) on {made.hosts} host(s), {layout}"
+    yield f"model    {made.model} ({shown_bytes(made.model_bytes)})"
+    yield f"machine  {machine.cpu}, {machine.cores} cores, kernels {machine.kernels}"
+    for threads, read in machine.read.items():
+        int8 = machine.int8.get(threads)
+        more = "" if int8 is None else f", {int8 / 1e9:.0f} GOP/s of 8-bit integers in registers"
+        yield f"limits   {_threads(threads)}: {read / 1e9:.1f} GB/s read from memory{more}"
+    if made.peer:
+        yield f"peer     {made.peer}"
+    if made.kernels:
+        yield ""
+        head = [
+            "kernel",
+            "on",
+            "rows",
+            "threads",
+            "time",
+            "GB/s",
+            "of memory",
+            "GOP/s",
+            "of int8",
+            "over scalar",
+        ]
+        yield from _table([head, *map(_kernel_row, made.kernels)])
+    paged = [run for run in made.runs if run.what == "paging"]
+    if paged:
+        yield ""
+        head = [
+            "paging",
+            "threads",
+            "budget",
+            "tokens/s",
+            "time",
+            "read",
+            "GB/s",
+            "disk GB/s",
+            "of the limit",
+        ]
+        yield from _table([[*head, "waited", "to 1st step", "1st step", "memory"], *map(_paging_row, paged)])
+    others = [run for run in made.runs if run.what != "paging"]
+    if others:
+        yield ""
+        head = [
+            "run",
+            "threads",
+            "tokens/s",
+            "time",
+            "read a step",
+            "of memory",
+            "sent a token",
+            "outside kernels",
+        ]
+        peer = ["the peer's", "ratio"] if made.peer else []
+        yield from _table([[*head, *peer], *(_run_row(run, bool(made.peer)) for run in others)])
+        yield ""
+        for run in others:
+            if run.kernels:
+                shares = [f"{name} {100 * share:.1f} %" for name, share in list(run.kernels.items())[:SHOWN]]
+                yield f"{_what(run)}, {_threads(run.threads)}: {', '.join(shares)}"
+
+
+def _kernel_row(kernel: Kernel) -> list[str]:
+    operations = f"{kernel.operations / 1e9:.1f}" if kernel.operations else ""
+    faster = "" if kernel.over_scalar is None else f"{kernel.over_scalar:.1f} x"
+    return [
+        kernel.name, kernel.detail, str(kernel.rows), str(kernel.threads), _time(kernel.seconds),
+        f"{kernel.rate / 1e9:.2f}", _percent(kernel.read_share), operations, _percent(kernel.int8_share), faster,
+    ]  # fmt: skip
+
+
+def _run_row(run: Run, peer: bool) -> list[str]:
+    rate = f"{run.rate:.1f}" if run.rate else ""
+    read = shown_bytes(run.weight_bytes + run.kv_bytes) if run.weight_bytes else ""
+    row = [_what(run), str(run.threads), rate, _time(run.seconds), read, _percent(run.read_share)]
+    row += [shown_bytes(run.wire_bytes) if run.wire_bytes else "", _percent(run.overhead)]
+    if peer:
+        theirs = _time(run.peer_seconds) if run.peer_seconds else f"{run.peer_rate or 0:.1f}"
+        row += [theirs, "" if run.ratio is None else f"{run.ratio:.2f}"]
+    return row
+
+
+def _paging_row(run: Run) -> list[str]:
+    disk = "" if run.disk is None else f"{run.disk / 1e9:.2f}"
+    return [
+        _what(run), str(run.threads), shown_bytes(run.budget), f"{run.rate:.2f}", _time(run.seconds),
+        shown_bytes(run.streamed), f"{run.streamed / run.seconds / 1e9:.2f}", disk, _percent(run.disk_share),
+        _percent(run.waited), _time(run.ready), _time(run.first_step), shown_bytes(run.memory),
+    ]  # fmt: skip
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns set flush, the first two to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.ljust(w) if i < 1 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _what(run: Run) -> str:
+    if run.what == "startup":
+        return "start to first token"
+    if run.what == "prefill":
+        return f"prefill of {run.tokens}"
+    return f"decode x {run.sequences} after {run.tokens}"
+
+
+def _speed(run: Run) -> str:
+    return f"{run.rate:.{1 if run.rate >= 10 else 2}f} tokens/s" if run.rate else _time(run.seconds)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"

@@ -1,0 +1,263 @@
+"""Before a run: which layout, what each rank will hold, what will travel. Reads the model's headers, and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import msgspec
+
+from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.model.activations import activations_of
+from mpillm.model.config import ModelConfig
+from mpillm.model.kv import block_nbytes, stored_type
+from mpillm.partition import grid
+from mpillm.partition.grid import Place, Shape
+from mpillm.run import catalogue, memory
+from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
+from mpillm.spec import Spec, shown_bytes
+from mpillm.weights.layer import LayerPlan, check_tensors, rank_plans
+from mpillm.weights.paging.weights import minimum_budget, streamed
+from mpillm.weights.source import Source, column_unit, open_source
+
+
+class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank will hold. Bytes."""
+
+    rank: int
+    stage: int
+    shard: int
+    layers: tuple[int, int]  # first, and the one behind the last
+    weights_share: int  # all that it is responsible for
+    weights_held: int  # at most
+    weights_least: int  # the smallest memory.weights that works here
+    weights_streamed: int  # read anew for every step
+    kv_token: int  # for each token in the cache
+    kv_held: int  # at most
+    kv_in_file: int  # on disk, at most
+    activations: int  # of a step's rows, at most
+    process: int  # Python, MPI, libraries, tokenizer, at most
+
+    @property
+    def held(self) -> int:
+        """All of it together."""
+        return self.weights_held + self.kv_held + self.activations + self.process
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A job on so many ranks. `problems` has a sentence for each thing that keeps it from running."""
+
+    model: str
+    architecture: str
+    stages: int
+    shards: int
+    layouts: list[tuple[int, int]]  # all that work, (stages, shards)
+    kv_type: str
+    kv_tokens: int  # that the KV cache holds
+    kv_tokens_in_memory: int  # of those; the others lie on disk
+    step_sequences: int  # in one step, at most
+    step_tokens: int
+    max_context: int
+    wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
+    wire_f32: float  # what all of it would be as float32
+    ranks: list[RankPlan]
+    problems: list[str]
+
+
+def make(spec: Spec, ranks: int) -> Plan:
+    """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them."""
+    path = catalogue.resolve(spec.model)
+    with closing(open_source(path, spec.quantize)) as source:
+        return make_plan(spec, source, ModelConfig.from_dict(source.config, str(path)), ranks)
+
+
+def make_plan(
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    ranks: int,
+    ranks_per_host: Sequence[int] | None = None,
+) -> Plan:
+    """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
+    shape = config.shape(column_unit(source))
+    check_tensors(source, shape, config)
+    stages, shards = grid.choose(shape, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
+    kv_type = stored_type(spec.memory.kv_type, shape)
+    places = [Place(rank, stages, shards) for rank in range(ranks)]
+    blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
+    items = [rank_plans(shape, place, source, config) for place in places]
+    shares = [_weights(spec, own) for own in items]
+    read = [share["streamed"] for share in shares]
+    n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
+    rows = activations_of(source, shape)
+    step = step_size(spec, rows, places, any(read))
+    lines = memory.lines_in(spec.input_path)
+    processes = [
+        memory.process(source, shape, place, len(own), lines)
+        for place, own in zip(places, items, strict=True)
+    ]
+    plans = [
+        _rank(
+            spec,
+            shape,
+            place,
+            kv_type,
+            n_blocks,
+            share,
+            memory.activations(rows, place, step.tokens),
+            process,
+        )
+        for place, share, process in zip(places, shares, processes, strict=True)
+    ]
+    return Plan(
+        model=spec.model,
+        architecture=config.architecture,
+        stages=stages,
+        shards=shards,
+        layouts=grid.layouts(shape, ranks),
+        kv_type=kv_type.name.lower(),
+        kv_tokens=n_blocks * KV_BLOCK,
+        kv_tokens_in_memory=in_memory * KV_BLOCK,
+        step_sequences=min(step.sequences, max(n_blocks, 1)),
+        step_tokens=step.tokens,
+        max_context=min(spec.memory.max_context, config.max_position),
+        wire=wire_bytes(
+            shape,
+            stages,
+            shards,
+            BlockType[spec.wire.activations.upper()],
+            BlockType[spec.wire.between_stages.upper()],
+        ),
+        wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32, BlockType.F32).values()),
+        ranks=plans,
+        problems=list(_problems(spec, plans, n_blocks, max(blocks.values()))),
+    )
+
+
+def wire_bytes(
+    shape: Shape, stages: int, shards: int, activations: BlockType, between_stages: BlockType
+) -> dict[str, float]:
+    """Bytes of activations that all ranks together send for each token, by kind of message.
+
+    In a stage every shard sends its part to every other one, twice a layer (after attention and after the
+    feed-forward block); between stages every shard sends the hidden state to its like.
+    """
+    return {
+        "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * activations.row_bytes(shape.hidden)),
+        "pipe": float((stages - 1) * shards * between_stages.row_bytes(shape.hidden)),
+    }
+
+
+def _weights(spec: Spec, items: Sequence[LayerPlan]) -> dict[str, int]:
+    share = sum(item.nbytes for item in items)
+    least = minimum_budget(items)
+    budget = spec.memory.weights_bytes
+    return {
+        "share": share,
+        "held": share if budget is None else min(budget, share),
+        "least": least,
+        "streamed": streamed(items, budget, spec.memory.policy),
+    }
+
+
+def _rank(
+    spec: Spec,
+    shape: Shape,
+    place: Place,
+    kv_type: BlockType,
+    n_blocks: int,
+    weights: dict[str, int],
+    activations: int,
+    process: int,
+) -> RankPlan:
+    layers, block = grid.stage_layers(shape, place), block_nbytes(shape, place, kv_type)
+    return RankPlan(
+        rank=place.rank,
+        stage=place.stage,
+        shard=place.shard,
+        layers=(layers.start, layers.stop),
+        weights_share=weights["share"],
+        weights_held=weights["held"],
+        weights_least=weights["least"],
+        weights_streamed=weights["streamed"],
+        kv_token=block // KV_BLOCK,
+        kv_held=min(n_blocks * block, spec.memory.kv_bytes),
+        kv_in_file=kv_in_file(spec, shape, place, kv_type, n_blocks),
+        activations=activations,
+        process=process,
+    )
+
+
+def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) -> Iterator[str]:
+    budget = spec.memory.weights_bytes
+    least = max(rank.weights_least for rank in ranks)
+    if budget is not None and budget < least:
+        yield (
+            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {least} bytes "
+            f"({shown_bytes(least)}) for two neighbouring parts of layers; raise it or use more shards."
+        )
+    if not n_blocks:
+        yield (
+            f"memory.kv = {spec.memory.kv} is too small: {KV_BLOCK} tokens take {block} bytes ({shown_bytes(block)}) "
+            "on some rank; raise it."
+        )
+
+
+def as_json(plan: Plan) -> str:
+    """The plan for programs."""
+    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode()
+
+
+def as_text(plan: Plan) -> str:
+    """The plan as a table for people."""
+    return "\n".join(_table(plan))
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    ranks = len(plan.ranks)
+    others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
+    yield f"model     {plan.model} ({plan.architecture})"
+    yield f"layout    {_layout(plan.stages, plan.shards)} on {_count(ranks, 'rank')}"
+    if others:
+        yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"
+    contexts = plan.kv_tokens / plan.max_context
+    yield (
+        f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
+        f"{plan.max_context} tokens at once"
+    )
+    if in_file := max(rank.kv_in_file for rank in plan.ranks):
+        yield (
+            f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank lie on disk"
+        )
+    yield "batch     " + described_step(
+        plan.step_sequences, plan.step_tokens, max(rank.weights_streamed for rank in plan.ranks)
+    )
+    total = sum(plan.wire.values())
+    if total:
+        parts = ", ".join(f"{kind} {count:.0f}" for kind, count in plan.wire.items() if count)
+        saved = 100 * (1 - total / plan.wire_f32)
+        less = f"; {saved:.1f} % less than float32" if saved else ""
+        yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
+    yield ""
+    head = ["rank", "stage", "shard", "layers", "weights: share", "held", "at least", "read per step"]
+    rows = [[*head, "KV per token", "KV held", "a step's rows", "process", "in all"]]
+    for rank in plan.ranks:
+        weights = [rank.weights_share, rank.weights_held, rank.weights_least, rank.weights_streamed]
+        sizes = [*weights, rank.kv_token, rank.kv_held, rank.activations, rank.process, rank.held]
+        layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
+        rows.append([str(rank.rank), str(rank.stage), str(rank.shard), layers, *map(shown_bytes, sizes)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    yield ""
+    together = shown_bytes(sum(rank.held for rank in plan.ranks))
+    on_one = f": on one machine {together} for all of them" if ranks > 1 else ""
+    yield from plan.problems or [f"It fits, where every rank finds the memory of its last column{on_one}."]
+
+
+def _layout(stages: int, shards: int) -> str:
+    return f"{_count(stages, 'stage')} x {_count(shards, 'shard')}"
+
+
+def _count(number: int, kind: str) -> str:
+    return f"{number} {kind}{'' if number == 1 else 's'}"

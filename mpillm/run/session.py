@@ -1,0 +1,239 @@
+"""A model laid out over all ranks and ready for steps: what every rank does alike before the first one."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+from mpillm import kernels
+from mpillm.comm.collectives import Channel, Group, Pipe
+from mpillm.comm.counters import Counters
+from mpillm.comm.world import World
+from mpillm.engine.engine import Worker
+from mpillm.engine.scheduler import Limits
+from mpillm.errors import LayoutError, ModelError
+from mpillm.kernels import KV_BLOCK
+from mpillm.model.activations import activations_of
+from mpillm.model.config import ModelConfig
+from mpillm.model.decoder import Decoder
+from mpillm.model.kv import KVCache, block_nbytes, stored_type
+from mpillm.partition import grid
+from mpillm.run import memory
+from mpillm.run.limits import limits
+from mpillm.spec import Spec, Wire
+from mpillm.store.journal import Layout
+from mpillm.store.report import Rank
+from mpillm.weights.io.lost_pages import say_when_lost
+from mpillm.weights.layer import Layer, check_tensors, rank_plans
+from mpillm.weights.paging.cache import WeightCache
+from mpillm.weights.paging.experts import ExpertCache
+from mpillm.weights.paging.loaders import open_loader
+from mpillm.weights.paging.weights import Weights
+from mpillm.weights.source import column_unit, fingerprint, open_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
+
+    shape: grid.Shape
+    stages: int
+    shards: int
+    kv_tokens: int  # that the KV cache held: what is longer was refused
+
+    def layout(self, world: World, wire: Wire) -> tuple[int, int]:
+        """(stages, shards) for the ranks that are left, or for some of them."""
+        return grid.choose_fewer(
+            self.shape,
+            world.size,
+            self.shards,
+            same_shards=wire.activations != "f32",
+            ranks_per_host=world.ranks_per_host,
+        )
+
+
+class Session:
+    """One rank's part of a laid-out model. Making it is collective, and so is what can fail in it."""
+
+    def __init__(
+        self,
+        world: World,
+        spec: Spec,
+        model: Path,
+        origin: Origin | None = None,
+        shards_before: int | None = None,
+    ) -> None:
+        """Open the model and lay it out; what any rank finds wrong, all ranks raise.
+
+        `origin` is what the run began with, if ranks were lost since, and the world has as many ranks as its layout.
+        So many shards as `shards_before` are taken where the job leaves it open and they work.
+        """
+        self.world, self.spec, self._origin, self._shards_before = world, spec, origin, shards_before
+        with ExitStack() as unless_made:
+            self._open_files = unless_made
+            self._make(model)
+            self._open_files = unless_made.pop_all()
+
+    def _make(self, model: Path) -> None:
+        world, spec, origin = self.world, self.spec, self._origin
+        say_when_lost(
+            f"{world} {model} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
+            "put it back and run the same command again."
+        )
+        with world.together():
+            self.source = open_source(model, spec.quantize)
+            self._open_files.callback(self.source.close)
+            self.config = ModelConfig.from_dict(self.source.config, str(model))
+            self.shape = self.config.shape(column_unit(self.source))
+            check_tensors(self.source, self.shape, self.config)
+            self._activations = activations_of(self.source, self.shape)
+            self.kv_type = stored_type(spec.memory.kv_type, self.shape)
+            self.fingerprint = fingerprint(self.source)
+        self._same_model()
+        stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
+        self.place = grid.Place(world.rank, stages, shards)
+        self.threads = world.threads(spec.layout.threads)
+        self.bindings = world.bindings if spec.layout.threads == "auto" else []
+        self.counters = Counters()
+        with world.together():
+            plans = rank_plans(self.shape, self.place, self.source, self.config)
+            self.weights = Weights(
+                plans,
+                lambda items, streamed: open_loader(
+                    self.source, spec.memory.loader, self.threads, items, streamed
+                ),
+                spec.memory.weights_bytes,
+                spec.memory.policy,
+                self.config.experts_per_token / max(self.config.n_experts, 1),
+            )
+            self._open_files.callback(self.weights.close)
+        self.streamed = world.gather(self.weights.streamed)
+        self.limits = self._limits()
+        self.channel = Channel(world, self.counters)
+        self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
+        log.info(
+            "%s stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
+            world, self.place.stage, stages, self.place.shard, shards, self.threads, kernels.path(),
+            self.weights.total / 2**20,
+        )  # fmt: skip
+
+    def _choose_layout(self) -> tuple[int, int]:
+        world, stages, shards = self.world, self.spec.layout.stages, self.spec.layout.shards
+        if shards == "auto" and self._shards_before is not None:
+            with suppress(LayoutError):  # then with others
+                return grid.choose(self.shape, world.size, stages, self._shards_before)
+        return grid.choose(self.shape, world.size, stages, shards, world.ranks_per_host)
+
+    @property
+    def layout(self) -> Layout:
+        """As the journal notes it."""
+        return Layout(self.place.stages, self.place.shards)
+
+    @property
+    def origin(self) -> Origin:
+        """What this run began with."""
+        kv_tokens = self.limits.n_blocks * KV_BLOCK
+        return self._origin or Origin(self.shape, self.place.stages, self.place.shards, kv_tokens)
+
+    @property
+    def shard_vocab(self) -> list[int]:
+        """Vocabulary rows of each shard of the last stage."""
+        stages, shards = self.place.stages, self.place.shards
+        return [len(grid.own_vocab(self.shape, grid.Place(shard, stages, shards))) for shard in range(shards)]
+
+    @property
+    def kv_token_nbytes(self) -> int:
+        """Bytes that one token's keys and values take on the rank that holds most."""
+        return self._largest_block // KV_BLOCK
+
+    def statistics(self, lines: int = 0) -> Rank:
+        """What this rank held, moved and waited for; rank 0 keeps so many lines of input."""
+        weights, messages = self.weights, self.counters.as_dict()
+        waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
+        spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
+        return Rank(
+            rank=self.world.rank,
+            host=self.world.host,
+            stage=self.place.stage,
+            shard=self.place.shard,
+            layers=len(grid.stage_layers(self.shape, self.place)),
+            threads=self.threads,
+            kernels=kernels.path(),
+            weights=_described(weights.cycle),
+            experts=_described(weights.experts) if weights.experts else {},
+            kv=self._describe_kv(),
+            messages=messages,
+            memory=msgspec.to_builtins(self._memory(lines)),
+            memory_peak=memory.peak(),
+            seconds={
+                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
+                "weights": weights.stall_seconds,
+                "kv": spilled,
+                **waited,
+            },
+        )
+
+    def _describe_kv(self) -> dict[str, float]:
+        spill = self.kv.spill
+        on_disk = {"layers_in_file": spill.layers, **asdict(spill.counters)} if spill else {}
+        return {
+            "budget": self.spec.memory.kv_bytes,
+            "bytes": self.kv.peak,
+            "blocks": self.kv.n_blocks,
+            **on_disk,
+        }
+
+    def close(self) -> None:
+        """Stop the read-ahead threads and let go of the files."""
+        self._open_files.close()
+
+    def _same_model(self) -> None:
+        """ModelError if the ranks do not see one and the same model."""
+        world = self.world
+        prints = world.gather(self.fingerprint)
+        first_size, first_hash = prints[0]
+        for rank, (size, digest) in enumerate(prints):
+            if (size, digest) != prints[0]:
+                raise ModelError(
+                    f"Rank {rank} on {world.hosts[rank]} sees another model at {self.source.path} ({size} bytes, "
+                    f"hash {digest[:12]}) than rank 0 on {world.hosts[0]} ({first_size} bytes, hash "
+                    f"{first_hash[:12]}); put the same files on every node."
+                )
+
+    def _limits(self) -> Limits:
+        """What a step and the KV cache take, the same on every rank."""
+        places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
+        self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
+        max_context = min(self.spec.memory.max_context, self.config.max_position)
+        return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
+
+    def _memory(self, lines: int) -> memory.Memory:
+        """What this rank was to hold at most."""
+        weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
+        block = block_nbytes(shape, place, self.kv_type)
+        return memory.Memory(
+            weights=min(weights.total, weights.budget),
+            kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
+            activations=memory.activations(self._activations, place, limits.max_tokens),
+            process=memory.process(self.source, shape, place, len(weights.items), lines),
+        )
+
+    def _decoder(self) -> Decoder:
+        config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire
+        with self.world.together():
+            budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
+            self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type, budget, folder)
+            self._open_files.callback(self.kv.close)
+        group = Group(self.world, place, wire.activations, self.counters, self.threads)
+        pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
+        return Decoder(config, shape, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+
+
+def _described(cache: WeightCache[Layer] | ExpertCache[Layer]) -> dict[str, float]:
+    return {"share": cache.total, "budget": cache.budget, **asdict(cache.counters)}

@@ -1,0 +1,218 @@
+"""Packing: any model becomes a directory of kernel-ready files, layer by layer, on as many ranks as there are."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from mpillm.comm.world import World
+from mpillm.errors import JobError, OutputError
+from mpillm.model.config import ModelConfig
+from mpillm.run import catalogue
+from mpillm.spec import shown_bytes
+from mpillm.store.output import explained, replacing
+from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.layer import check_tensors
+from mpillm.weights.names import ROLES
+from mpillm.weights.packed.files import TEMPORARY, FilePlan, Writer, plan_files
+from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
+from mpillm.weights.source import column_unit, fingerprint, open_source
+
+Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
+TOKENIZER_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+SPARE = 16 * 2**20  # bytes that stay free on the disk
+
+
+class Progress(Protocol):
+    """How packing speaks."""
+
+    def packing(self, done: int, total: int) -> None:
+        """So many bytes of this rank's files are on the disk, of so many."""
+
+    def downloading(self, done: int, total: int) -> None:
+        """The model is being fetched."""
+
+
+class Packed(msgspec.Struct, frozen=True, kw_only=True):
+    """What packing came to."""
+
+    directory: Path
+    files: int
+    bytes: int
+    kept: int  # files that an earlier run had finished
+    seconds: float
+
+
+def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
+    """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
+    begun = time.monotonic()
+    with world.together():
+        path = catalogue.resolve(source, progress.downloading) if world.rank == 0 else Path()
+    path = world.bcast(path)
+    with contextlib.ExitStack() as stack:
+        with world.together():
+            opened = stack.enter_context(closing(_open(path, weights)))
+            config = ModelConfig.from_dict(opened.config, str(path))
+            shape = config.shape(column_unit(opened))
+            check_tensors(opened, shape, config)
+            size, digest = fingerprint(opened)
+            about = {
+                "source": path.name,
+                "source_bytes": str(size),
+                "source_hash": digest,
+                "weights": weights,
+            }
+            plans = plan_files(opened, shape, config, about)
+        with world.together():
+            if world.rank == 0:
+                stack.enter_context(_claim(path, target, about))
+        mine = plans[world.rank :: world.size]
+        with world.together(), explained(target):
+            done = _Count(progress, sum(plan.nbytes for plan in mine))
+            writer = Writer(opened, target, world.threads(), done)
+            missing = [plan for plan in mine if not writer.keep(plan)]
+        needed = sum(world.gather(sum(plan.nbytes for plan in missing)))
+        with world.together(), explained(target):
+            _write(writer, missing, needed, target)
+        digests, kept = writer.digests, len(mine) - len(missing)
+        everywhere = world.gather((digests, kept))
+        with world.together(), explained(target):
+            if world.rank == 0:
+                finish(
+                    opened, target, plans, {k: v for found, _ in everywhere for k, v in found.items()}, about
+                )
+    return Packed(
+        directory=target,
+        files=len(plans),
+        bytes=sum(plan.nbytes for plan in plans),
+        kept=sum(count for _, count in everywhere),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _open(path: Path, weights: Weights) -> TensorSource:
+    """The source, delivering what is to be stored."""
+    source = open_source(path)
+    if not isinstance(source, TensorSource):
+        source.close()
+        raise JobError(f"{path} is packed already; pack the model that it was made from.")
+    matrices = [info for key, info in source.tensors.items() if ROLES[key.role].quantisable]
+    if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
+        return source
+    source.close()
+    quantised = sorted({info.stored for info in matrices} - {"F32", "F16", "BF16"})
+    if quantised:
+        raise JobError(
+            f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
+            "--weights away to keep its own types, or pack the unquantised model."
+        )
+    opened = open_source(path, weights)
+    assert isinstance(opened, TensorSource)
+    return opened
+
+
+@contextlib.contextmanager
+def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
+    """The right to write to the target; OutputError if it holds what is not ours, or another model."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; give a directory to pack to.")
+    here, there = target.resolve(), source.resolve()
+    if here == there or there in here.parents:
+        raise OutputError(
+            f"{target} lies in the model {source}, which is never touched; pack to another directory."
+        )
+    with explained(target):
+        target.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in target.iterdir()}
+        mark = next((name for name in (INDEX, UNFINISHED) if name in names), None)
+        if mark is None and names - {UNFINISHED + TEMPORARY}:
+            raise OutputError(
+                f"{target} holds {min(names)!r} and no packed model; give a new or an empty directory."
+            )
+        if mark is not None and _about(target / mark) != about:
+            raise OutputError(
+                f"{target} has another model, or this one packed otherwise; give a new or an empty directory."
+            )
+        if mark is None:
+            _write_json(target / UNFINISHED, {"format": FORMAT, "version": VERSION, **about})
+        descriptor = os.open(target / (mark or UNFINISHED), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
+                return
+            raise OutputError(f"Another process is packing to {target}; wait for its end.")
+        finally:
+            os.close(descriptor)
+
+
+def _about(path: Path) -> dict[str, str] | None:
+    """What a packed directory was made from; None if that cannot be read."""
+    try:
+        values = json.loads(path.read_bytes())
+        if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+            return None
+        values.pop("files", None)
+        found: dict[str, str] = values
+        return found
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+class _Count:
+    """Bytes that are safe, told to `progress` as they grow."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        self._progress.packing(self._done, self._total)
+
+
+def _write(writer: Writer, missing: list[FilePlan], needed: int, target: Path) -> None:
+    """Write this rank's files, if there is room for those of all ranks."""
+    free = shutil.disk_usage(target).free
+    if needed and needed + SPARE > free:
+        raise OutputError(
+            f"{target} needs {shown_bytes(needed + SPARE)} more, but its disk has {shown_bytes(free)} free; make space."
+        )
+    try:
+        writer.write(missing)
+    finally:
+        writer.close()
+
+
+def finish(
+    source: TensorSource, target: Path, plans: list[FilePlan], digests: dict[str, str], about: dict[str, str]
+) -> None:
+    """Carry configuration and tokenizer along; the index comes last, and says that all is there."""
+    if isinstance(source.tokenizer, Path):
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (source.tokenizer / name).exists():
+                shutil.copyfile(source.tokenizer / name, target / name)
+    else:
+        _write_json(target / "config.json", source.config)
+        _write_json(target / TOKENIZER, source.tokenizer)
+    files = [{"name": plan.name, "bytes": plan.nbytes, "sha256": digests[plan.name]} for plan in plans]
+    _write_json(target / INDEX, {"format": FORMAT, "version": VERSION, **about, "files": files})
+    with contextlib.suppress(FileNotFoundError):
+        (target / UNFINISHED).unlink()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

@@ -1,0 +1,295 @@
+"""A GGUF file's metadata in the words of Hugging Face's config.json.
+
+What a field means is taken from llama.cpp (src/llama-model.cpp) and its convert_hf_to_gguf.py. A field of the
+architecture that is not known here might change the result, and is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpillm.errors import ModelError
+from mpillm.weights.names import Key
+
+ShapeOf = Callable[[Key], Sequence[int] | None]
+
+# GGUF's architecture -> (transformers' class, model_type); with experts where GGUF has one name for both.
+_DENSE = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+}
+_MIXTRAL = ("MixtralForCausalLM", "mixtral")
+_MISTRAL = ("MistralForCausalLM", "mistral")
+
+# Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
+_IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
+# Features that the decoder does not have, with the values that mean so.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "router_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (0, 1),  # 1 is softmax
+    "leading_dense_block_count": (0,),
+    "moe_every_n_layers": (0, 1),
+    "interleave_moe_layer_step": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "use_parallel_residual": (False,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+}
+
+
+def architecture(metadata: dict[str, Any], path: Path) -> str:
+    """The file's architecture; ModelError if it is not one of those supported."""
+    kind = metadata.get("general.architecture")
+    if not isinstance(kind, str) or kind not in _DENSE:
+        shown = "no architecture" if kind is None else f"architecture {str(kind)[:60]!r}"
+        raise ModelError(f"{path} has {shown}; supported in GGUF files are {', '.join(_DENSE)}.")
+    return kind
+
+
+def config_of(
+    metadata: dict[str, Any],
+    path: Path,
+    shape_of: ShapeOf,
+    rope_factors: list[float] | None,
+) -> dict[str, Any]:
+    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there."""
+    fields = _Fields(metadata, architecture(metadata, path), path)
+    n_layers = fields.integer("block_count")
+    experts = fields.integer("expert_count", 0)
+    window = fields.integer("attention.sliding_window", 0)
+    embed = shape_of(Key("embed"))
+    if embed is None:
+        raise ModelError(f"{path} has no tensor token_embd.weight; fetch the model again.")
+    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    if heads < 1:
+        raise ModelError(f"{path}: {fields.kind}.attention.head_count is {heads}, but must be at least 1.")
+    config: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
+        "vocab_size": embed[0],
+        "max_position_embeddings": fields.integer("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": shape_of(Key("head")) is None,
+        "head_dim": _head_dim(fields, hidden // heads),
+        **_tokens(metadata),
+    }
+    config["intermediate_size"] = fields.integer("feed_forward_length")
+    name, model_type = _kind(fields.kind, experts, window, shape_of)
+    config |= {"architectures": [name], "model_type": model_type}
+    config |= _biases(model_type, shape_of, path)
+    config |= _windows(model_type, window, path)
+    config |= _experts(fields, model_type, experts, n_layers, shape_of)
+    config["rope_parameters"] = _rope(fields, config, rope_factors)
+    fields.refuse_unknown()
+    return config
+
+
+class _Fields:
+    """The fields `<architecture>.*`, ticked off as they are read."""
+
+    def __init__(self, metadata: dict[str, Any], kind: str, path: Path) -> None:
+        self.kind = kind
+        self.path = path
+        prefix = kind + "."
+        self.values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+        self.read: set[str] = set()
+
+    def raw(self, name: str) -> Any:
+        self.read.add(name)
+        value = self.values.get(name)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            return value[0]  # one number per layer, all the same
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._given(name, default)
+        if type(value) is not int:
+            raise self._wrong(name, value, "one whole number")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._given(name, default)
+        if type(value) not in {int, float} or not math.isfinite(value):
+            raise self._wrong(name, value, "one finite number")
+        return float(value)
+
+    def _given(self, name: str, default: float | None) -> Any:
+        value = self.raw(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise ModelError(f"{self.path}: metadata field {self.kind}.{name} is missing.")
+        return default
+
+    def _wrong(self, name: str, value: Any, must_be: str) -> ModelError:
+        return ModelError(
+            f"{self.path}: metadata field {self.kind}.{name} is {str(value)[:60]}, but must be {must_be}."
+        )
+
+    def refuse_unknown(self) -> None:
+        for name, value in sorted(self.values.items()):
+            if name not in self.read and name not in _IGNORED and value not in _OFF.get(name, ()):
+                raise ModelError(
+                    f"{self.path}: {self.kind}.{name} = {str(value)[:60]} may change the result and is not supported."
+                )
+
+
+def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Begin and end of text; a chat's end of turn ends a text as well, as in llama.cpp."""
+    found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = sorted({end for end in found if type(end) is int})
+    return {"bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": ends or None}
+
+
+def _head_dim(fields: _Fields, default: int) -> int:
+    head_dim = fields.integer("attention.key_length", default)
+    if fields.integer("attention.value_length", head_dim) != head_dim:
+        raise ModelError(f"{fields.path}: keys and values of different lengths are not supported.")
+    if fields.integer("rope.dimension_count", head_dim) != head_dim:
+        raise ModelError(
+            f"{fields.path}: {fields.kind}.rope.dimension_count is {fields.values['rope.dimension_count']}, but only "
+            f"models that rotate the whole head ({head_dim}) are supported."
+        )
+    return head_dim
+
+
+def _kind(kind: str, experts: int, window: int, shape_of: ShapeOf) -> tuple[str, str]:
+    """The class of transformers that computes what llama.cpp computes with this file."""
+    if kind != "llama":
+        return _DENSE[kind]
+    if experts:
+        return _MIXTRAL
+    if window:
+        return _MISTRAL
+    biases = [shape_of(Key(role, 0)) is not None for role in ("q_bias", "k_bias", "v_bias", "o_bias")]
+    if biases == [True, True, True, False]:
+        return _DENSE["qwen2"]  # Llama with biases on q, k and v alone
+    return _DENSE[kind]
+
+
+def _biases(model_type: str, shape_of: ShapeOf, path: Path) -> dict[str, Any]:
+    """Whether there are biases is not in the metadata: the tensors tell."""
+    if model_type == "qwen2":
+        return {}  # always has them: missing ones are found when the tensors are checked
+    roles = ("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias")
+    present = {role for role in roles if shape_of(Key(role, 0)) is not None}
+    result: dict[str, Any] = {}
+    for name, kind in (("attention_bias", set(roles[:4])), ("mlp_bias", set(roles[4:]))):
+        if present & kind and not kind <= present:
+            raise ModelError(
+                f"{path} has {', '.join(sorted(present & kind))} without the other biases of its kind."
+            )
+        if present & kind:
+            result[name] = True
+    return result
+
+
+def _windows(model_type: str, window: int, path: Path) -> dict[str, Any]:
+    if model_type in {"mistral", "mixtral"}:
+        return {"sliding_window": window or None}
+    if window:
+        raise ModelError(f"{path}: attention.sliding_window is not supported in {model_type} files.")
+    return {}
+
+
+def _experts(
+    fields: _Fields,
+    model_type: str,
+    experts: int,
+    n_layers: int,
+    shape_of: ShapeOf,
+) -> dict[str, Any]:
+    used = fields.integer("expert_used_count", 0)
+    width = fields.integer("expert_feed_forward_length", 0)
+    norm = fields.raw("expert_weights_norm")
+    if model_type == "mixtral":
+        if width not in {0, fields.integer("feed_forward_length")}:
+            raise ModelError(
+                f"{fields.path}: {fields.kind}.expert_feed_forward_length is not feed_forward_length."
+            )
+        if norm is False:
+            raise ModelError(
+                f"{fields.path}: {fields.kind}.expert_weights_norm is off, which is not supported."
+            )
+        return {"num_local_experts": experts, "num_experts_per_tok": used}
+    if model_type == "qwen3_moe":
+        dense = [layer for layer in range(min(n_layers, 4096)) if shape_of(Key("router", layer)) is None]
+        return {
+            "num_experts": experts,
+            "num_experts_per_tok": used,
+            "moe_intermediate_size": width or fields.integer("feed_forward_length"),
+            "norm_topk_prob": norm is not False,  # llama.cpp always does, for this architecture
+            "mlp_only_layers": dense,
+            "decoder_sparse_step": 1,
+        }
+    if experts:
+        raise ModelError(f"{fields.path}: experts are not supported in {fields.kind} files.")
+    return {}
+
+
+def _rope(fields: _Fields, config: dict[str, Any], factors: list[float] | None) -> dict[str, Any]:
+    theta = fields.number("rope.freq_base", 10000.0)
+    kind = fields.raw("rope.scaling.type")
+    factor = fields.number("rope.scaling.factor", 0.0)
+    linear = fields.number("rope.scale_linear", 0.0)  # how it was called before
+    original = fields.integer("rope.scaling.original_context_length", 0)
+    attention = fields.number("rope.scaling.attn_factor", 1.0) or 1.0
+    beta_fast = fields.number("rope.scaling.yarn_beta_fast", 0.0)
+    beta_slow = fields.number("rope.scaling.yarn_beta_slow", 0.0)
+    if kind is None:
+        kind, factor = ("linear", factor or linear) if (factor or linear) else ("none", 0.0)
+    rope: dict[str, Any] = {"rope_theta": theta}
+    if kind not in {"none", "linear", "yarn"}:
+        raise ModelError(
+            f"{fields.path}: {fields.kind}.rope.scaling.type {str(kind)[:40]!r} is not supported."
+        )
+    if attention != 1.0 and kind != "yarn":
+        raise ModelError(
+            f"{fields.path}: {fields.kind}.rope.scaling.attn_factor without yarn is not supported."
+        )
+    if factors is not None:
+        if kind != "none" and factor not in {0.0, 1.0}:
+            raise ModelError(
+                f"{fields.path}: rope_freqs.weight together with {kind} scaling is not supported."
+            )
+        return rope | {"rope_type": "factors", "factors": factors}
+    if kind == "none" or factor in {0.0, 1.0}:
+        return rope | {"rope_type": "default"}
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    rope |= {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original or config["max_position_embeddings"],
+    }
+    if beta_fast:
+        rope["beta_fast"] = beta_fast
+    if beta_slow:
+        rope["beta_slow"] = beta_slow
+    if attention != 1.0:
+        rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+    return rope

@@ -1,0 +1,115 @@
+"""GGUF files, single or split, as sources."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpillm.errors import ModelError
+from mpillm.weights import names
+from mpillm.weights.formats.gguf_config import architecture, config_of
+from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
+from mpillm.weights.formats.tensors import Extent, TensorSource, add
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.names import Key
+
+_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_SPLITS = 999
+_PERMUTED = ("llama",)  # architectures whose q and k llama.cpp's converter reorders
+
+
+def open_gguf(path: Path, quantize: str = "none") -> TensorSource:
+    """The model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound."""
+    files: list[MappedFile] = []
+    try:
+        headers = _read_parts(path, files)
+        metadata = headers[0].metadata
+        kind = architecture(metadata, path)
+        extents: dict[Key, Extent] = {}
+        factors: list[float] | None = None
+        for file, header in zip(files, headers, strict=True):
+            for name, tensor in header.tensors.items():
+                if name == names.GGUF_ROPE_FACTORS:
+                    factors = _factors(file, tensor)
+                _add(extents, file, name, tensor)
+        config = config_of(metadata, path, lambda key: _shape(extents, key), factors)
+        if kind in _PERMUTED:
+            _mark_permuted(extents, config, path)
+        extents.setdefault(
+            Key("head"), extents[Key("embed")]
+        )  # a file without output.weight has tied weights
+        tokenizer = {name: value for name, value in metadata.items() if name.startswith("tokenizer.")}
+        return TensorSource(path, files, (), extents, config, tokenizer, quantize)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
+    """The headers of all parts, the one with the metadata first; `files` takes the mapped files."""
+    match = _SPLIT.fullmatch(path.name)
+    first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
+    files.append(MappedFile(first))
+    headers = [read_header(files[0])]
+    count = headers[0].metadata.get("split.count", 0)
+    if type(count) is not int or not 0 <= count <= MAX_SPLITS:
+        raise ModelError(f"{first}: split.count is {str(count)[:40]}, but must be at most {MAX_SPLITS}.")
+    if count <= 1:
+        return headers
+    if match is None or int(match["count"]) != count:
+        raise ModelError(
+            f"{first} is one of {count} parts, but its name does not end in -00001-of-{count:05d}.gguf; rename the "
+            "parts so, or merge them with llama.cpp's gguf-split."
+        )
+    for number in range(2, count + 1):
+        part = path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+        if not os.path.exists(part):
+            raise ModelError(f"{first} is one of {count} parts, of which {part.name} is missing; fetch it.")
+        files.append(MappedFile(part))
+        headers.append(read_header(files[-1]))
+        if headers[-1].metadata.get("split.no") != number - 1:
+            raise ModelError(
+                f"{part} is not part {number} of {count} of the model in {first}; fetch it again."
+            )
+    return headers
+
+
+def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor) -> None:
+    if names.ignored_gguf(name):
+        return
+    parsed = names.parse_gguf(name)
+    if parsed is None:
+        raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
+    extent = Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
+    add(extents, parsed, extent)
+
+
+def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:
+    return extents[key].shape if key in extents else None
+
+
+def _factors(file: MappedFile, tensor: Tensor) -> list[float]:
+    """The divisors of rotary frequencies that Llama 3's scaling comes to."""
+    if tensor.stored.name != "F32" or math.prod(tensor.shape) != tensor.shape[-1]:
+        raise ModelError(f"{file.path}: {names.GGUF_ROPE_FACTORS} must be a vector of F32.")
+    return [float(value) for value in file.view(tensor.offset, tensor.nbytes).view(np.float32)]
+
+
+def _mark_permuted(extents: dict[Key, Extent], config: dict[str, Any], path: Path) -> None:
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    for key, extent in extents.items():
+        if key.role in {"q", "k", "q_bias", "k_bias"}:
+            count = heads[key.role[0]]
+            if count < 1 or extent.shape[0] % (2 * count):
+                raise ModelError(
+                    f"{path}: tensor {extent.name} has {extent.shape[0]} rows, not {count} even heads."
+                )
+            extents[key] = Extent(
+                extent.file, extent.name, extent.offset, extent.shape, extent.stored, rope_heads=count
+            )

@@ -1,0 +1,209 @@
+"""The header of a GGUF file: metadata and tensor descriptions, with every count, length and offset checked.
+
+The gguf library's own reader believes what a file says; this one refuses it in a sentence, and allocates nothing that
+the file does not hold. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+from mpillm.errors import ModelError
+from mpillm.weights.formats.stored import Stored, stored_in_gguf
+from mpillm.weights.io.mapped import MappedFile
+
+VERSIONS = (2, 3)
+MAX_FIELDS = 2**16
+MAX_TENSORS = 2**20
+MAX_ITEMS = 2**24  # of one metadata array
+MAX_STRING = 2**26
+MAX_DIMS = 4
+MAX_ALIGNMENT = 2**20
+
+_Type = gguf.GGUFValueType
+_SCALARS = {
+    _Type.UINT8: "<u1",
+    _Type.INT8: "<i1",
+    _Type.UINT16: "<u2",
+    _Type.INT16: "<i2",
+    _Type.UINT32: "<u4",
+    _Type.INT32: "<i4",
+    _Type.FLOAT32: "<f4",
+    _Type.BOOL: "?",
+    _Type.UINT64: "<u8",
+    _Type.INT64: "<i8",
+    _Type.FLOAT64: "<f8",
+}
+
+
+class Tensor(NamedTuple):
+    """A tensor of the file: shape with the outermost dimension first, offset from the beginning of the file."""
+
+    shape: tuple[int, ...]
+    stored: Stored
+    offset: int
+    nbytes: int
+
+
+class Header(NamedTuple):
+    """What a file says of itself: metadata as Python values (arrays are lists), tensors by name."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_header(file: MappedFile) -> Header:
+    """Metadata and tensors of a GGUF file (version 2 or 3, little endian); ModelError if anything is amiss."""
+    cursor = _Cursor(file)
+    if file.size < 24 or file.view(0, 4).tobytes() != b"GGUF":
+        raise ModelError(f"{file.path} is not a GGUF file.")
+    cursor.at = 4
+    version = cursor.integer("<I")
+    if version & 0xFFFF == 0:
+        raise ModelError(f"{file.path} is a big-endian GGUF file; only little-endian ones can be read.")
+    if version not in VERSIONS:
+        raise ModelError(f"{file.path} has GGUF version {version}; versions 2 and 3 can be read.")
+    n_tensors, n_fields = cursor.integer("<Q"), cursor.integer("<Q")
+    if n_fields > MAX_FIELDS or n_tensors > MAX_TENSORS:
+        raise broken(file, f"it announces {n_fields} metadata fields and {n_tensors} tensors")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_fields):
+        name = cursor.string("the name of a metadata field")
+        if name in metadata:
+            raise broken(file, f"metadata field {name[:80]!r} is there twice")
+        metadata[name] = cursor.value(cursor.integer("<I"), name)
+    described = [cursor.tensor() for _ in range(n_tensors)]
+    begin = -(-cursor.at // _alignment(file, metadata)) * _alignment(file, metadata)
+    return Header(metadata, _placed(file, described, begin, _alignment(file, metadata)))
+
+
+def broken(file: MappedFile, problem: str) -> ModelError:
+    return ModelError(f"{file.path} is not a sound GGUF file: {problem}; fetch the model again.")
+
+
+class _Cursor:
+    """Reads a file from front to back; what would lie beyond its end is a ModelError."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.at = 0
+
+    def take(self, nbytes: int) -> memoryview:
+        if nbytes > self.file.size - self.at:
+            raise broken(self.file, f"its header reaches beyond its end ({self.file.size} bytes)")
+        self.at += nbytes
+        return self.file.view(self.at - nbytes, nbytes).data
+
+    def integer(self, layout: str) -> int:
+        return int(struct.unpack(layout, self.take(struct.calcsize(layout)))[0])
+
+    def string(self, what: str) -> str:
+        length = self.integer("<Q")
+        if length > MAX_STRING:
+            raise broken(self.file, f"{what} has a length of {length} bytes")
+        try:
+            return str(self.take(length), "utf-8")
+        except UnicodeDecodeError:
+            raise broken(self.file, f"{what} is not UTF-8") from None
+
+    def value(self, code: int, name: str) -> Any:
+        """A metadata value of the type with that number."""
+        shown = f"metadata field {name[:80]!r}"
+        if code == _Type.STRING:
+            return self.string(shown)
+        if code == _Type.ARRAY:
+            return self._array(shown)
+        return self._scalars(code, 1, shown)[0]
+
+    def _array(self, shown: str) -> list[Any]:
+        code, count = self.integer("<I"), self.integer("<Q")
+        if code == _Type.ARRAY:
+            raise broken(self.file, f"{shown} is an array of arrays")
+        if count > MAX_ITEMS:
+            raise broken(self.file, f"{shown} announces {count} items")
+        if code != _Type.STRING:
+            return self._scalars(code, count, shown)
+        if 8 * count > self.file.size - self.at:  # each has at least its length
+            raise broken(self.file, f"{shown} announces {count} strings, more than the file can hold")
+        return self._strings(count, shown)
+
+    def _strings(self, count: int, shown: str) -> list[str]:
+        """As `string`, without its calls: a vocabulary has hundreds of thousands."""
+        data, at, size = self.file.map, self.at, self.file.size
+        unpack = struct.Struct("<Q").unpack_from
+        result = []
+        try:
+            for _ in range(count):
+                (length,) = unpack(data, at)
+                at += 8
+                if length > size - at:
+                    raise broken(self.file, f"{shown} reaches beyond the end of the file")
+                result.append(data[at : at + length].decode())
+                at += length
+        except struct.error:
+            raise broken(self.file, f"{shown} reaches beyond the end of the file") from None
+        except UnicodeDecodeError:
+            raise broken(self.file, f"{shown} has a string that is not UTF-8") from None
+        self.at = at
+        return result
+
+    def _scalars(self, code: int, count: int, shown: str) -> list[Any]:
+        if code not in _SCALARS:
+            raise broken(self.file, f"{shown} has the unknown type {code}")
+        kind = np.dtype(_SCALARS[_Type(code)])
+        values: list[Any] = np.frombuffer(self.take(count * kind.itemsize), kind).tolist()
+        return values
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """A tensor's name, shape, type number and offset in the data."""
+        name = self.string("the name of a tensor")
+        shown = f"tensor {name[:80]!r}"
+        ndim = self.integer("<I")
+        if not 1 <= ndim <= MAX_DIMS:
+            raise broken(self.file, f"{shown} has {ndim} dimensions")
+        shape = tuple(reversed([self.integer("<Q") for _ in range(ndim)]))
+        if math.prod(shape) > 2**62:
+            raise broken(self.file, f"{shown} has the impossible shape {list(shape)}")
+        return name, shape, self.integer("<I"), self.integer("<Q")
+
+
+def _alignment(file: MappedFile, metadata: dict[str, Any]) -> int:
+    value = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if type(value) is not int or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
+        raise broken(file, f"general.alignment is {str(value)[:40]}, which is not a power of two")
+    return value
+
+
+def _placed(
+    file: MappedFile, described: list[tuple[str, tuple[int, ...], int, int]], begin: int, alignment: int
+) -> dict[str, Tensor]:
+    """The tensors by name, all within the file, none over another."""
+    tensors: dict[str, Tensor] = {}
+    for name, shape, code, offset in described:
+        shown = f"tensor {name[:80]!r}"
+        if name in tensors:
+            raise broken(file, f"{shown} is there twice")
+        stored = stored_in_gguf(code)
+        if stored is None:
+            raise ModelError(
+                f"{file.path}: {shown} has block type {code}, which is unknown or cannot be decoded."
+            )
+        if shape[-1] % stored.block:
+            raise broken(file, f"{shown} has rows of {shape[-1]} values, not whole blocks of {stored.name}")
+        nbytes = math.prod(shape[:-1]) * stored.row_bytes(shape[-1])
+        if offset % alignment:
+            raise broken(file, f"the offset of {shown} is not a multiple of {alignment}")
+        if begin + offset + nbytes > file.size:
+            raise broken(file, f"{shown} reaches beyond its end ({file.size} bytes)")
+        tensors[name] = Tensor(shape, stored, begin + offset, nbytes)
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end:
+            raise broken(file, f"tensor {name[:80]!r} overlaps another one")
+        end = tensor.offset + tensor.nbytes
+    return tensors

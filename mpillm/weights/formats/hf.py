@@ -1,0 +1,141 @@
+"""Hugging Face directories: config.json and one or several safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mpillm.errors import ModelError
+from mpillm.weights import names
+from mpillm.weights.formats.safetensors import Tensor, read_header
+from mpillm.weights.formats.stored import OWN
+from mpillm.weights.formats.tensors import Extent, TensorSource, add
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.names import Key
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON = 64 * 2**20
+
+
+def open_hf(path: Path, quantize: str = "none") -> TensorSource:
+    """The model in a directory with config.json; ModelError if it is not complete or not sound."""
+    config, metadata = read_config(path)
+    files = _files(path)
+    extents: dict[Key, Extent] = {}
+    try:
+        for name, (file, tensor) in _tensors(path, files).items():
+            _add(extents, file, name, tensor)
+        _tie(extents, config)
+        return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """What config.json and generation_config.json say, and which of them there are."""
+    config = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    if not os.path.exists(generation):
+        return config, (path / "config.json",)
+    # What ends a text is said there by those who publish models; config.json often has less.
+    eos = read_json(generation).get("eos_token_id")
+    if eos is not None:
+        config["eos_token_id"] = eos
+    return config, (path / "config.json", generation)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ModelError if it is anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError(
+                f"{path} is larger than {MAX_JSON >> 20} MiB, which no such file is; fetch it again."
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent} has no {path.name}: it is not a complete Hugging Face model."
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path} is not valid JSON; fetch the model again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object; fetch the model again.")
+    return value
+
+
+def _files(path: Path) -> dict[str, MappedFile]:
+    """The weight files by name: the single one if it is there, as transformers has it, else those of the index."""
+    if os.path.exists(path / SINGLE):
+        return {SINGLE: MappedFile(path / SINGLE)}
+    if not os.path.exists(path / INDEX):
+        raise ModelError(
+            f"{path} has neither {SINGLE} nor {INDEX}; only checkpoints in safetensors files can be run."
+        )
+    files: dict[str, MappedFile] = {}
+    for name in sorted(set(_weight_map(path).values())):
+        if not os.path.exists(path / name):
+            raise ModelError(f"{path / INDEX} names {name}, which is missing; fetch the model again.")
+        files[name] = MappedFile(path / name)
+    return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    index = path / INDEX
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise ModelError(f"{index} has no weight_map; fetch the model again.")
+    for name, shard in entries.items():
+        if not isinstance(shard, str) or shard in {"", ".", ".."} or PurePosixPath(shard).name != shard:
+            raise ModelError(
+                f"{index} puts {name[:80]!r} into {str(shard)[:80]!r}, which is not a file of {path}."
+            )
+        if "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
+            raise ModelError(
+                f"{index} puts {name[:80]!r} into {shard[:80]!r}, which is not a safetensors file."
+            )
+    return entries
+
+
+def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[MappedFile, Tensor]]:
+    """All tensors with their files; with an index, those that it names, where it says they are."""
+    headers = {name: read_header(file) for name, file in files.items()}
+    if SINGLE in files:
+        return {name: (files[SINGLE], tensor) for name, tensor in headers[SINGLE].items()}
+    found = {}
+    for name, shard in _weight_map(path).items():
+        if name not in headers[shard]:
+            raise ModelError(
+                f"{path / INDEX} puts tensor {name[:80]!r} into {shard}, which does not hold it."
+            )
+        found[name] = (files[shard], headers[shard][name])
+    return found
+
+
+def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor) -> None:
+    if names.ignored_hf(name):
+        return
+    parsed = names.parse_hf(name)
+    if parsed is None:
+        raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
+    if tensor.dtype not in {"F32", "F16", "BF16"}:
+        raise ModelError(
+            f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
+        )
+    extent = Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
+    add(extents, parsed, extent)
+
+
+def _tie(extents: dict[Key, Extent], config: dict[str, Any]) -> None:
+    """Head and embedding are one tensor in tied models, under either name; if both are there, both count."""
+    embed, head = Key("embed"), Key("head")
+    if config.get("tie_word_embeddings") is True:
+        for absent, present in ((head, embed), (embed, head)):
+            if absent not in extents and present in extents:
+                extents[absent] = extents[present]

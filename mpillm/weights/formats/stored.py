@@ -1,0 +1,80 @@
+"""How a tensor lies in its file, and the type in which it is delivered from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm import kernels
+from mpillm.kernels.types import BlockType
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A block type of some file format: `block` values lie in `block_bytes` bytes.
+
+    `type` is what `read` delivers. `own` says whether the stored blocks are already of that type; if not, they are
+    decoded by the gguf library (`code` is its number) and quantised to Q8_0.
+    """
+
+    name: str
+    block: int
+    block_bytes: int
+    type: BlockType
+    own: bool
+    code: int
+
+    @property
+    def quantised(self) -> bool:
+        """True if the file holds less than 16-bit floats."""
+        return not self.own or self.type.quantised
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of a row of k values in the file; k is a multiple of `block` (checked when the file is opened)."""
+        return k // self.block * self.block_bytes
+
+    def decode(self, raw: Bytes, k: int, threads: int) -> Floats:
+        """Values [n, k] of n stored rows."""
+        out = np.empty((len(raw), k), np.float32)
+        if self.own:
+            kernels.dequantize(self.type, np.ascontiguousarray(raw), k, out, threads)
+        else:
+            with np.errstate(
+                all="ignore"
+            ):  # a damaged block's scale may be anything: its values are then infinite
+                out[...] = gguf.quants.dequantize(
+                    np.ascontiguousarray(raw), gguf.GGMLQuantizationType(self.code)
+                )
+        return out
+
+
+def _own(type: BlockType) -> Stored:
+    code = gguf.GGMLQuantizationType[type.name]
+    return Stored(type.name, type.block, type.block_bytes, type, True, int(code))
+
+
+OWN: dict[str, Stored] = {type.name: _own(type) for type in BlockType}
+
+
+@lru_cache(maxsize=128)
+def stored_in_gguf(code: int) -> Stored | None:
+    """The ggml type of that number; None if the gguf library does not know it or cannot decode it."""
+    try:
+        kind = gguf.GGMLQuantizationType(code)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        return None
+    if kind.name in OWN:
+        return OWN[kind.name]
+    try:
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return None
+    return Stored(kind.name, block, block_bytes, BlockType.Q8_0, False, code)

@@ -1,0 +1,363 @@
+"""Tensors in mapped files, read slice by slice: what every kind of source comes down to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm import kernels
+from mpillm.errors import JobError, ModelError
+from mpillm.kernels.types import SUPER_BLOCK, BlockType
+from mpillm.partition.grid import PANELS, Place, Shape
+from mpillm.weights.formats.stored import Bytes, Floats, Stored
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.layer import EXPERT, Entry, LayerPlan, Tensors, expert_tensors, plan_entries, plan_name
+from mpillm.weights.names import ROLES, Key, Parsed
+
+QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
+WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as it is delivered.
+
+    `shape` is [n, k] or [n], `type` the block type that `read` returns, `stored` the name of the type in the file and
+    `nbytes` its size there.
+    """
+
+    shape: tuple[int, ...]
+    type: BlockType
+    stored: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
+
+    `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
+    halves of each of so many heads are interleaved.
+    """
+
+    file: MappedFile
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    stored: Stored
+    rope_heads: int = 0
+
+    @property
+    def k(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n(self) -> int:
+        """Rows in the file; a vector is one row."""
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stored.row_bytes(self.k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n * self.row_bytes
+
+
+class Rows(NamedTuple):
+    """Rows of a matrix for `kernels.pack`: canonical blocks of `type`, and its `head` if their order is llama.cpp's."""
+
+    type: BlockType
+    data: Bytes
+    head: int
+
+
+class Mapped(NamedTuple):
+    """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
+
+    file: int
+    offset: int
+    nbytes: int
+    row_bytes: int
+
+
+GATHERED = (
+    32  # rows may be looked up before their pages, and 128 KiB around each, are given back: that takes long
+)
+
+
+class TensorSource:
+    """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: Iterable[MappedFile],
+        metadata_files: Iterable[Path],
+        extents: Mapping[Key, Extent],
+        config: dict[str, Any],
+        tokenizer: Path | dict[str, Any],
+        quantize: str = "none",
+    ) -> None:
+        """`metadata_files` are those that are read whole (config.json): they count in the fingerprint."""
+        self.path = path
+        self.config = config
+        self.tokenizer = tokenizer
+        self.mapped = tuple(files)
+        self.files = (*metadata_files, *(file.path for file in self.mapped))
+        self._extents = dict(extents)
+        self._quantize = self._quantised_to(quantize)
+        self._cut_in_blocks = all(
+            extent.k >= PANELS * SUPER_BLOCK
+            for key, extent in self._extents.items()
+            if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns
+        )
+        self._gathered = 0  # rows whose pages may still be mapped
+        self.tensors: Mapping[Key, TensorInfo] = {
+            key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
+            for key, extent in self._extents.items()
+        }
+        for file in self.mapped:
+            file.release(0, file.size)  # the header has been read
+
+    def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
+        """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
+
+        Columns of a quantised matrix begin at a multiple of its type's block and end at one or at the last. The result
+        may be a view of the mapped file (read-only): use it, then `release`.
+        """
+        extent, type = self._extents[key], self.tensors[key].type
+        rows = range(extent.n) if rows is None else rows
+        cols = range(extent.k) if cols is None else cols
+        assert cols.start % type.block == 0, (key, cols)
+        assert cols.stop % type.block == 0 or cols.stop == extent.k, (key, cols)
+        raw = _stored_rows(extent, rows)
+        if extent.stored.own and type == extent.stored.type:
+            cut = _blocks(extent.stored, raw, cols)
+            unaligned = cut.ctypes.data % min(type.block_bytes, 4) if type.block == 1 else 0
+            return cut.copy() if unaligned else np.ascontiguousarray(cut)
+        values = _values(extent, raw, cols, threads)
+        if type is BlockType.F32:
+            return values.view(np.uint8)
+        if type is BlockType.BF16:
+            return values.astype(ml_dtypes.bfloat16).view(np.uint8)
+        out = np.empty((len(rows), type.row_bytes(len(cols))), np.uint8)
+        kernels.quantize(type, values, out, threads)
+        return out
+
+    def rows_to_pack(self, key: Key, rows: range, cols: range) -> Rows:
+        """Rows and columns of a matrix as they lie in the file, not copied, if `kernels.pack` can take them so."""
+        extent, type = self._extents[key], self.tensors[key].type
+        stored, head = extent.stored, self.head_rows(key)
+        same = stored.own and type == stored.type
+        if not same and (stored.quantised or type not in QUANTIZE.values()):
+            return Rows(type, self.read(key, rows, cols), 0)
+        if head and (rows.start % head or rows.stop % head):
+            raw, head = _stored_rows(extent, rows), 0
+        else:
+            raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
+        return Rows(stored.type, _blocks(stored, raw, cols), head)
+
+    def in_place(self, entry: Entry) -> Mapped | None:
+        """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
+        extent = self._extents[entry.key]
+        offset = extent.offset + entry.rows.start * extent.row_bytes
+        unchanged = extent.stored.own and not entry.type.quantised and entry.type == extent.stored.type
+        whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
+        if not unchanged or not whole or offset % entry.type.block_bytes:
+            return None
+        return Mapped(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
+
+    def head_rows(self, key: Key) -> int:
+        """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
+        extent = self._extents[key]
+        return extent.n // extent.rope_heads if extent.rope_heads else 0
+
+    def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
+        """Values as float32, as precise as they are stored: a vector (or some of its entries) [n], rows [m, k]."""
+        extent = self._extents[key]
+        if len(extent.shape) == 1:
+            raw = extent.file.view(extent.offset, extent.nbytes)
+            values = extent.stored.decode(raw[None], extent.k, threads=1)[0]
+            index = np.arange(extent.k) if rows is None else np.asarray(rows)
+            result: Floats = values[_llama_cpp_rows(index, extent.k, extent.rope_heads)]
+        else:
+            rows = range(extent.n) if rows is None else rows
+            result = _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
+            if not isinstance(rows, range):
+                self._gathered += len(rows)
+                if self._gathered < GATHERED:
+                    return result
+                self._gathered = 0
+        self.release(key)
+        return result
+
+    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
+        """What a rank holds of the tensors that are paged in together as a part of a layer."""
+        entries, nbytes = plan_entries(tensors, shape, place, lambda key: self.tensors[key].type)
+        expert = tensors[0][0].expert
+        return LayerPlan(plan_name(part, layer, expert), entries, nbytes, layer, part, expert=expert)
+
+    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each expert of a layer."""
+        tensors = (expert_tensors(shape, layer, expert) for expert in range(shape.n_experts))
+        return [self.plan(EXPERT, layer, expert, shape, place) for expert in tensors]
+
+    def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
+        """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
+        extent = self._extents[key]
+        return extent.stored, _stored_rows(extent, rows)
+
+    def stored_row_bytes(self, key: Key) -> int:
+        """Bytes of a row of a matrix in its file."""
+        return self._extents[key].row_bytes
+
+    def read_past_cache(self) -> None:
+        """From now on rows of matrices are read past the page cache, and nothing is kept of them there."""
+        for file in self.mapped:
+            file.read_past_cache()
+
+    def repeated(self, layers: int) -> TensorSource:
+        """This model with so many layers, each the same as the first; closing either closes both."""
+        extents = {key: extent for key, extent in self._extents.items() if key.layer < 0}
+        for key, extent in self._extents.items():
+            if key.layer == 0:
+                extents.update((key._replace(layer=layer), extent) for layer in range(layers))
+        config = {**self.config, "num_hidden_layers": layers}
+        return TensorSource(self.path, self.mapped, (), extents, config, self.tokenizer)
+
+    def release(self, key: Key, rows: range | None = None) -> None:
+        """Give back the mapped pages of a tensor, or of some rows of it."""
+        extent = self._extents[key]
+        extent.file.release(*_span(extent, range(extent.n) if rows is None else rows))
+
+    def close(self) -> None:
+        """Unmap the files; arrays that `read` returned must not be used any more."""
+        for file in self.mapped:
+            file.close()
+
+    def _delivered(self, key: Key, extent: Extent) -> BlockType:
+        if self._quantize is not None and ROLES[key.role].quantisable:
+            return self._quantize
+        if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns and not self._cut_in_blocks:
+            return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
+        return extent.stored.type
+
+    def _quantised_to(self, quantize: str) -> BlockType | None:
+        types = QUANTIZE | WIDEN
+        if quantize not in types:
+            raise JobError(f'quantize = "{quantize}" is unknown; it must be one of {", ".join(QUANTIZE)}.')
+        if types[quantize] is None:
+            return None
+        for key, extent in self._extents.items():
+            if ROLES[key.role].quantisable and extent.stored.quantised:
+                raise JobError(
+                    f'quantize = "{quantize}" is for unquantised models, but {self.path} is quantised already '
+                    f'({extent.name} is {extent.stored.name}); leave quantize = "none".'
+                )
+        return types[quantize]
+
+
+def _span(extent: Extent, rows: range) -> tuple[int, int]:
+    """Offset and size of the bytes from the first of some rows to the last."""
+    first, stop = rows.start, rows.stop
+    if len(extent.shape) == 1:
+        first, stop = 0, 1
+    elif extent.rope_heads:  # a row comes from somewhere in its head
+        head = extent.n // extent.rope_heads
+        first, stop = first // head * head, -(-stop // head) * head
+    return extent.offset + first * extent.row_bytes, max(stop - first, 0) * extent.row_bytes
+
+
+def _llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
+    """Where rows of q or k lie in a GGUF file of the llama architecture; `rows` itself for 0 heads.
+
+    convert_hf_to_gguf.py's `permute` writes row (head, half, j) at (head, j, half).
+    """
+    if not heads:
+        return rows
+    size = n // heads
+    head, inside = np.divmod(rows, size)
+    half, j = np.divmod(inside, size // 2)
+    result: NDArray[np.integer[Any]] = head * size + 2 * j + half
+    return result
+
+
+def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Bytes:
+    """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
+    if isinstance(rows, range):
+        assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
+        offset, nbytes = _span(extent, rows)
+        raw = extent.file.read(offset, nbytes).reshape(-1, extent.row_bytes)
+        if not extent.rope_heads:
+            return raw
+        first = (offset - extent.offset) // extent.row_bytes
+    else:
+        raw, first = extent.file.view(extent.offset, extent.nbytes).reshape(extent.n, extent.row_bytes), 0
+    gathered: Bytes = raw[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads) - first]
+    return gathered
+
+
+def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:
+    """The blocks of stored rows in which some columns lie; a view."""
+    first, stop = cols.start // stored.block, -(-cols.stop // stored.block)
+    return raw[:, first * stored.block_bytes : stop * stored.block_bytes]
+
+
+def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
+    """Columns of stored rows, decoded: f32 [len(raw), len(cols)]. Only the blocks that hold them are looked at."""
+    stored = extent.stored
+    cut = _blocks(stored, raw, cols)
+    values = stored.decode(cut, cut.shape[1] // stored.block_bytes * stored.block, threads)
+    begin = cols.start % stored.block
+    return np.ascontiguousarray(values[:, begin : begin + len(cols)])
+
+
+def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already."""
+    for key, piece in place(parsed, extent, extent.shape):
+        if key in extents:
+            raise ModelError(
+                f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
+            )
+        extents[key] = piece
+
+
+def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[Key, Extent]]:
+    """Take a tensor of a file apart into the matrices and vectors it holds.
+
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins.
+    """
+    ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
+    if len(shape) != ndim:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
+        )
+    if 0 in shape or shape[-1] % extent.stored.block:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, whose rows are not whole blocks of "
+            f"{extent.stored.name}."
+        )
+    experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
+    inner = shape[1:] if parsed.stacked else shape
+    parts = len(parsed.roles)
+    if inner[0] % parts:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves."
+        )
+    part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
+    found = []
+    offset = extent.offset
+    for expert in experts:
+        for role in parsed.roles:
+            piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
+            found.append((Key(role, parsed.layer, expert), piece))
+            offset += piece.nbytes
+    return found

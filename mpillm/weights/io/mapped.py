@@ -1,0 +1,77 @@
+"""A file mapped for reading, whose pages are given back when they have been read."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.errors import ModelError
+from mpillm.weights.io.filesystem import madvise
+from mpillm.weights.io.reading import DirectFile
+
+Bytes = NDArray[np.uint8]
+
+_PAGE = mmap.PAGESIZE
+_AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it has it in memory anyway
+
+
+class MappedFile:
+    """A whole file as read-only `bytes`; short pieces of its `map` are copied faster. Nothing is read beforehand."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file; ModelError if it cannot be read or is empty."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise ModelError(f"{path} is empty; fetch the model again.") from None
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        self.bytes: Bytes = np.frombuffer(self.map, np.uint8)
+        self.size = len(self.bytes)
+        self._direct: DirectFile | None = None
+
+    def view(self, offset: int, nbytes: int) -> Bytes:
+        """Bytes of the file, not copied; valid until `close`."""
+        assert 0 <= offset <= offset + nbytes <= self.size
+        return self.bytes[offset : offset + nbytes]
+
+    def read_past_cache(self) -> None:
+        """From now on `read` reads past the page cache: what is read over and over would only push other pages out."""
+        self._direct = self._direct or DirectFile(self.path, self.size)
+
+    def read(self, offset: int, nbytes: int) -> Bytes:
+        """Bytes of the file, read in one go: they are valid until `release`, and until this thread reads others."""
+        if self._direct:
+            return self._direct.read(offset, nbytes)
+        self._advise(mmap.MADV_WILLNEED, offset, nbytes)
+        return self.view(offset, nbytes)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Give back the pages that hold these bytes; looking at them again maps them again.
+
+        Those around them go as well. Nothing is lost with a page: the mapping is read-only.
+        """
+        if self._direct:
+            return
+        first = max(offset - _AROUND, 0)
+        self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + _AROUND, self.size) - first)
+
+    def close(self) -> None:
+        """Unmap the file (when the last view of it is gone)."""
+        self.bytes = self.bytes[:0].copy()
+        if self._direct:
+            self._direct.close()
+        try:
+            self.map.close()
+        except BufferError:  # somebody still holds a view: the mapping goes with it
+            return
+
+    def _advise(self, advice: int, offset: int, nbytes: int) -> None:
+        first = offset // _PAGE * _PAGE
+        if nbytes:
+            madvise(self.bytes.ctypes.data + first, offset + nbytes - first, advice)

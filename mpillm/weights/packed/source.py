@@ -1,0 +1,246 @@
+"""A packed directory as a source: parts are paged in as they lie in the files, embeddings are read by rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.errors import JobError, ModelError
+from mpillm.kernels.types import BlockType
+from mpillm.partition.grid import Place, Shape
+from mpillm.weights.formats.hf import read_config, read_json
+from mpillm.weights.formats.safetensors import Tensor, read_metadata
+from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
+from mpillm.weights.formats.tensors import TensorInfo
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.io.reading import read_at
+from mpillm.weights.layer import EXPERT, LayerPlan, Tensors, expert_tensors, plan_name
+from mpillm.weights.names import Key, parse_hf
+from mpillm.weights.packed.layout import (
+    EMBED,
+    FORMAT,
+    INDEX,
+    TOKENIZER,
+    VERSION,
+    Panel,
+    described,
+    panel_name,
+    panels_of,
+    shard_extent,
+)
+
+PACK_AGAIN = "pack the model again"
+MOST_EXPERTS = 65_536  # of a layer; who says more does not describe a model
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """One file: `size` bytes, panels by name, and what its metadata says of them."""
+
+    path: Path
+    size: int
+    panels: dict[str, Tensor]
+    metadata: dict[str, str]
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+class PackedSource:
+    """A `Source` whose items are runs of bytes in `packed_files`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: tuple[Path, ...]) -> None:
+        """Read the index and the headers; ModelError if anything is missing or not as it was packed."""
+        index = read_json(path / INDEX)
+        if index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise ModelError(
+                f"{path / INDEX} is of format {str(index.get('format'))[:40]!r}, version "
+                f"{str(index.get('version'))[:40]}, not {FORMAT!r}, version {VERSION}; {PACK_AGAIN}."
+            )
+        self.path = path
+        self.config = config
+        # The index has the hashes of all files, so it stands for them where ranks compare what they see.
+        self.files = (*files, path / INDEX)
+        fields = path / TOKENIZER
+        self.tokenizer: Path | dict[str, Any] = read_json(fields) if fields.exists() else path
+        self.packed_files = tuple(_open(path, entry) for entry in _listed(index, path))
+        self._where = {name: number for number, file in enumerate(self.packed_files) for name in file.panels}
+        self.tensors: Mapping[Key, TensorInfo] = self._tensors()
+        self._embed = os.open(self._embed_file.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
+        """What a rank holds of a part: one run of bytes. ModelError if it is not laid out as this version does it."""
+        panels = panels_of(tensors, shape, lambda key: self.tensors[key].type)
+        number, begin = self._find(part, layer, panels, [(panel.nbytes,) for panel in panels])
+        entries, offset, nbytes = shard_extent(panels, place)
+        return LayerPlan(plan_name(part, layer), entries, nbytes, layer, part, number, begin + offset)
+
+    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each expert of a layer: one run of bytes."""
+        panels = panels_of(expert_tensors(shape, layer, 0), shape, lambda key: self.tensors[key].type)
+        whole = sum(panel.nbytes for panel in panels)
+        number, begin = self._find(EXPERT, layer, panels, [(shape.n_experts, whole)])
+        entries, offset, nbytes = shard_extent(panels, place)
+        return [
+            LayerPlan(
+                plan_name(EXPERT, layer, expert),
+                entries,
+                nbytes,
+                layer,
+                EXPERT,
+                number,
+                begin + expert * whole + offset,
+                expert,
+            )
+            for expert in range(shape.n_experts)
+        ]
+
+    def _find(
+        self, part: str, layer: int, panels: list[Panel], shapes: Sequence[tuple[int, ...]]
+    ) -> tuple[int, int]:
+        """The file's number and where the panels begin in it, if they have these shapes; else a ModelError."""
+        names = [panel_name(part, layer, number) for number in range(len(shapes))]
+        number = self._where.get(names[0], -1)
+        file = self.packed_files[number]
+        found = [file.panels[name].shape if name in file.panels else () for name in names]
+        wanted, inside = list(described(panels, part, layer)), set(names)
+        if found != list(shapes) or wanted != [row for row in file.table if row.get("panel") in inside]:
+            raise ModelError(
+                f"{file.path} is not laid out as its configuration asks for ({plan_name(part, layer)}); {PACK_AGAIN}."
+            )
+        return number, file.panels[names[0]].offset
+
+    def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
+        """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""
+        assert key == Key(EMBED), key
+        n, k = self.tensors[key].shape
+        stored, file = self._embed_stored, self._embed_file
+        numbers = np.arange(n) if rows is None else np.asarray(rows)
+        raw = np.empty((len(numbers), stored.row_bytes(k)), np.uint8)
+        begin = file.panels[EMBED].offset
+        for number, out in zip(numbers.tolist(), raw, strict=True):
+            read_at(self._embed, file.path, begin + number * raw.shape[1], out)
+        return stored.decode(raw, k, threads=1)
+
+    def close(self) -> None:
+        """Let go of the embedding's file."""
+        if self._embed >= 0:
+            os.close(self._embed)
+            self._embed = -1
+
+    @property
+    def _embed_file(self) -> PackedFile:
+        return self.packed_files[self._where[EMBED]]
+
+    def _tensors(self) -> dict[Key, TensorInfo]:
+        found: dict[Key, TensorInfo] = {}
+        for file in self.packed_files:
+            try:
+                experts: dict[Key, int] = {}
+                for row in file.table:
+                    key, info = _described(row)
+                    n, k = (0, 0) if key not in found else (*found[key].shape, 0)[:2]
+                    size = 0 if key not in found else found[key].nbytes
+                    shape = (max(n, info.shape[0]), *(max(k, width) for width in info.shape[1:]))
+                    if row["repeated"]:
+                        info = TensorInfo(info.shape, info.type, info.stored, 0)
+                    found[key] = TensorInfo(shape, info.type, info.stored, size + info.nbytes)
+                    if key.expert >= 0:
+                        experts[key] = _experts_in(file.panels[row["panel"]])
+                for key, count in experts.items():
+                    found.update((key._replace(expert=expert), found[key]) for expert in range(1, count))
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+                raise ModelError(
+                    f"{file.path} does not describe its panels as version {VERSION} does; {PACK_AGAIN}."
+                ) from None
+        if EMBED not in self._where:
+            raise ModelError(f"{self.path} has no embedding table; {PACK_AGAIN}.")
+        found[Key(EMBED)] = self._describe_embed()
+        return found
+
+    def _describe_embed(self) -> TensorInfo:
+        file = self._embed_file
+        tensor, name = file.panels[EMBED], file.metadata.get("stored", "")
+        stored, k = _stored(name), file.metadata.get("columns", "")
+        if stored is None or not k.isdecimal() or len(tensor.shape) != 2 or int(k) % stored.block:
+            raise ModelError(f"{file.path} does not say how its rows are stored; {PACK_AGAIN}.")
+        self._embed_stored = stored
+        if tensor.nbytes != tensor.shape[0] * stored.row_bytes(int(k)):
+            raise ModelError(f"{file.path} has rows of another size than {k} values of {name}; {PACK_AGAIN}.")
+        return TensorInfo((tensor.shape[0], int(k)), stored.type, name, tensor.nbytes)
+
+
+def open_packed(path: Path, quantize: str = "none") -> PackedSource:
+    """The model in a packed directory; ModelError if it is not complete or not sound."""
+    if quantize != "none":
+        raise JobError(
+            f'quantize = "{quantize}" is for unquantised models, but {path} is packed already; leave quantize = '
+            f'"none", or pack its source with --weights {quantize}.'
+        )
+    config, files = read_config(path)
+    return PackedSource(path, config, files)
+
+
+def _listed(index: dict[str, Any], path: Path) -> list[tuple[str, int]]:
+    try:
+        files = [(str(entry["name"]), int(entry["bytes"])) for entry in index["files"]]
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last: 1e999
+        raise ModelError(f"{path / INDEX} does not list the model's files; {PACK_AGAIN}.") from None
+    if any(name in ("", ".", "..") or Path(name).name != name for name, _ in files):
+        raise ModelError(f"{path / INDEX} names a file outside of {path}; {PACK_AGAIN}.")
+    return files
+
+
+def _open(folder: Path, entry: tuple[str, int]) -> PackedFile:
+    path, size = folder / entry[0], entry[1]
+    if not os.path.exists(path):
+        raise ModelError(f"{folder / INDEX} names {path.name}, which is missing; {PACK_AGAIN}.")
+    file = MappedFile(path)
+    try:
+        if file.size != size:
+            raise ModelError(f"{path} has {file.size} bytes, not {size} as when it was packed; {PACK_AGAIN}.")
+        panels, metadata = read_metadata(file)
+    finally:
+        file.close()
+    try:
+        table = json.loads(metadata.get("pieces", "[]"))
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+        raise ModelError(f"{path} does not describe its panels as version {VERSION} does; {PACK_AGAIN}.")
+    return PackedFile(path, size, panels, metadata, table)
+
+
+def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
+    """A piece's tensor, as large as the piece shows it to be."""
+    parsed = parse_hf(row["tensor"].replace(".experts.*.", ".experts.0."))  # the first of all that are alike
+    if parsed is None:
+        raise ValueError(row["tensor"])
+    type = BlockType[row["type"]]
+    rows, cols = int(row["rows"][1]), int(row["cols"][1])
+    shape = (rows, cols) if row["bounds"] else (rows,)
+    return Key(parsed.roles[0], parsed.layer, parsed.expert), TensorInfo(
+        shape, type, type.name, int(row["nbytes"])
+    )
+
+
+def _experts_in(tensor: Tensor) -> int:
+    count = tensor.shape[0]
+    if count > MOST_EXPERTS:
+        raise ValueError(count)
+    return count
+
+
+def _stored(name: str) -> Stored | None:
+    if name in OWN:
+        return OWN[name]
+    try:
+        return stored_in_gguf(gguf.GGMLQuantizationType[name])
+    except KeyError:
+        return None

@@ -1,0 +1,213 @@
+"""Response bodies, field by field, against what OpenAI's and vLLM's readers take them for."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpillm.batch import answers
+from mpillm.batch.work import Model, Work
+from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, completion, works
+
+
+def answer(work: Work, tokens: list[list[int]], model: Model = WITH_TEXT, **more: Any) -> dict[str, Any]:
+    """The parsed result line of these tokens, one list for each choice."""
+    completions = [
+        completion(request, ids, seed, **more)
+        for seed, (request, ids) in enumerate(zip(work.requests, tokens, strict=True))
+    ]
+    line = answers.result_line(work, completions, model, "small")
+    assert b"\n" not in line
+    assert line == answers.result_line(work, completions, model, "small")
+    found: dict[str, Any] = json.loads(line)
+    assert (found["custom_id"], found["error"], found["response"]["status_code"]) == (
+        work.custom_id,
+        None,
+        200,
+    )
+    body: dict[str, Any] = found["response"]["body"]
+    assert (body["model"], body["id"].partition("-")[2]) == ("small", found["id"].removeprefix("batch-"))
+    return body
+
+
+def test_chat(tmp_path: Path) -> None:
+    (work,) = works(tmp_path, {"messages": [{"role": "user", "content": "the fox"}], "custom_id": "a"})
+    ids = TEXT.encode("the quick fox", False)
+    body = answer(work, [[*ids, END]], finish_reason="stop", stop_id=END)
+    (choice,) = body["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "the quick fox"},
+        "logprobs": None,
+        "finish_reason": "stop",
+        "stop_reason": None,
+    }
+    assert (body["object"], body["created"]) == ("chat.completion", 0)
+    prompt, generated = len(work.requests[0].prompt), len(ids) + 1
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    }
+
+
+def test_chat_logprobs(tmp_path: Path) -> None:
+    (work,) = works(
+        tmp_path, {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 3}
+    )
+    ids = [*TEXT.encode("fox", False), *TEXT.encode("\N{SNOWMAN}", False)]
+    entries = answer(work, [ids])["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in entries] == [list(TEXT.token_bytes(token)) for token in ids]
+    assert entries[-1]["token"].startswith("bytes:\\x")
+    for entry in entries:
+        assert sorted(entry) == ["bytes", "logprob", "token", "top_logprobs"]
+        assert [sorted(top) for top in entry["top_logprobs"]] == [["bytes", "logprob", "token"]] * 3
+
+
+def test_completions_of_several_prompts(tmp_path: Path) -> None:
+    (work,) = works(tmp_path, {"prompt": ["the", "a fox"], "n": 2, "return_token_ids": True})
+    texts = ["one", "two", "three", "four"]
+    tokens = [TEXT.encode(text, False) for text in texts]
+    body = answer(work, tokens)
+    assert [choice["text"] for choice in body["choices"]] == texts
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["token_ids"] for choice in body["choices"]] == tokens
+    prompts = [TEXT.encode("the"), TEXT.encode("the"), TEXT.encode("a fox"), TEXT.encode("a fox")]
+    assert [choice["prompt_token_ids"] for choice in body["choices"]] == prompts
+    assert body["usage"]["prompt_tokens"] == len(prompts[0]) + len(prompts[2])
+    assert body["usage"]["completion_tokens"] == sum(map(len, tokens))
+
+
+def test_stop_strings_and_stop_ids(tmp_path: Path) -> None:
+    stop_id = TEXT.encode("x", False)[0]
+    said = {"prompt": "a", "stop": ["fox", "quick fox"], "stop_token_ids": [stop_id]}
+    (work,) = works(tmp_path, said)
+    ids = TEXT.encode("the quick foxes", False)
+    (choice,) = answer(work, [ids], finish_reason="stop")["choices"]
+    assert (choice["text"], choice["stop_reason"]) == ("the ", "quick fox")
+    (choice,) = answer(work, [[*ids, stop_id]], finish_reason="stop", stop_id=stop_id)["choices"]
+    assert (choice["text"], choice["stop_reason"]) == ("the quick foxes", stop_id)
+    (choice,) = answer(work, [TEXT.encode("the", False)])["choices"]
+    assert (choice["text"], choice["stop_reason"], choice["finish_reason"]) == ("the", None, "length")
+
+
+def test_scoring(tmp_path: Path) -> None:
+    text = "the \N{SNOWMAN} fox"
+    (work,) = works(tmp_path, {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 2})
+    made = completion(work.requests[0], [])
+    found = json.loads(answers.result_line(work, [made], WITH_TEXT, "m"))["response"]["body"]["choices"][0]
+    ids, logprobs = work.requests[0].prompt, found["logprobs"]
+    assert found["text"] == text
+    assert logprobs["token_logprobs"] == [None, *made.prompt_logprobs]
+    assert logprobs["top_logprobs"][0] is None
+    assert len({len(values) for values in logprobs.values()} | {len(ids)}) == 1
+    for token, logprob, tops in zip(
+        logprobs["tokens"][1:], logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True
+    ):
+        assert token in tops
+        assert 2 <= len(tops) <= 3
+        assert logprob in tops.values()
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if not token.startswith("bytes:"):
+            assert text[offset : offset + len(token)] == token
+
+
+def test_echo_with_generated_text(tmp_path: Path) -> None:
+    first, second = works(
+        tmp_path,
+        {"prompt": "the quick", "echo": True, "logprobs": 0, "stop": "!"},
+        {"prompt": TEXT.encode("the quick"), "echo": True},
+    )
+    ids = TEXT.encode(" fox! and", False)
+    body = answer(first, [ids], finish_reason="stop")
+    found = body["choices"][0]
+    assert found["text"] == "the quick fox"
+    offsets, tokens = found["logprobs"]["text_offset"], found["logprobs"]["tokens"]
+    assert offsets[len(first.requests[0].prompt)] == len("the quick")
+    assert max(offsets) == len("the quick fox")
+    assert len(tokens) == len(first.requests[0].prompt) + len(ids)
+    assert found["logprobs"]["token_logprobs"][0] is None
+    assert all(len(top) == 1 for top in found["logprobs"]["top_logprobs"][1:])
+    assert answer(second, [ids])["choices"][0]["text"] == "the quick fox! and"
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    (work,) = works(
+        tmp_path,
+        {"prompt": [7, 11], "echo": True, "logprobs": 1, "return_token_ids": True},
+        model=WITHOUT_TEXT,
+    )
+    found = answer(work, [[17, 2]], WITHOUT_TEXT)["choices"][0]
+    words = ["token_id:7", "token_id:11", "token_id:17", "token_id:2"]
+    assert found["text"] == " ".join(words)
+    assert found["logprobs"]["tokens"] == words
+    assert found["logprobs"]["text_offset"] == [0, 11, 23, 35]
+    assert (found["token_ids"], found["prompt_token_ids"]) == ([17, 2], [7, 11])
+
+
+def test_tokens_named_by_their_ids(tmp_path: Path) -> None:
+    (work,) = works(tmp_path, {"prompt": "a", "logprobs": 1, "return_tokens_as_token_ids": True})
+    ids = TEXT.encode("the fox", False)
+    found = answer(work, [ids])["choices"][0]
+    assert found["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
+    assert found["text"] == "the fox"
+
+
+def test_log_probabilities_are_numbers_that_json_has(tmp_path: Path) -> None:
+    (work,) = works(tmp_path, {"prompt": "a", "logprobs": 1})
+    found = answer(work, [[5]], logprobs=[-math.inf], top=[[(4, -math.inf)]])["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == [-9999.0]
+    assert set(found["top_logprobs"][0].values()) == {-9999.0}
+
+
+def test_tokens_that_look_the_same_keep_the_likelier(tmp_path: Path) -> None:
+    (work,) = works(tmp_path, {"prompt": "a", "logprobs": 2})
+    special = TEXT.encode("</s>", False, parse_special=True)[0]
+    top = [[(special, -0.1), (special, -3.0)]]
+    found = answer(work, [[special]], logprobs=[-0.1], top=top)["choices"][0]["logprobs"]
+    assert found["top_logprobs"] == [{"</s>": -0.1}]
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    plain, raw, packed = works(
+        tmp_path,
+        {"input": ["the", "fox"]},
+        {"input": "the", "normalize": False},
+        {"input": "the", "encoding_format": "base64"},
+    )
+    body = answer(plain, [[], []])
+    assert (body["object"], [one["index"] for one in body["data"]]) == ("list", [0, 1])
+    for one in body["data"]:
+        assert math.isclose(math.hypot(*one["embedding"]), 1.0, rel_tol=1e-6)
+    assert body["usage"] == {"prompt_tokens": plain.prompt_tokens, "total_tokens": plain.prompt_tokens}
+    made = completion(raw.requests[0], []).embedding
+    assert made is not None
+    assert answer(raw, [[]])["data"][0]["embedding"] == made.tolist()
+    data = base64.b64decode(answer(packed, [[]])["data"][0]["embedding"])
+    assert np.array_equal(np.frombuffer(data, "<f4"), answers.normalized(made))
+    zero = np.zeros(3, np.float32)
+    assert np.array_equal(answers.normalized(zero), zero)
+
+
+def test_errors(tmp_path: Path) -> None:
+    batch = checked(tmp_path, [b"?", {"prompt": "a"}])
+    found = json.loads(answers.bad_line(batch.lines[0]))
+    assert found["custom_id"] == "request-1"
+    assert found["response"]["status_code"] == 400
+    assert found["error"]["message"] == found["response"]["body"]["error"]["message"] == batch.lines[0].error
+    late = json.loads(answers.error_line("x", "It failed.", 500))
+    assert (late["response"]["status_code"], late["response"]["body"]["error"]["type"]) == (
+        500,
+        "server_error",
+    )
+
+
+def test_names_depend_on_the_custom_id_alone() -> None:
+    one, other = (json.loads(answers.error_line(name, "x")) for name in ("a", "b"))
+    assert one["id"] != other["id"]
+    assert one == json.loads(answers.error_line("a", "x"))

@@ -1,0 +1,300 @@
+"""The input: what is taken, and one sentence for every line that is not."""
+
+# ruff: noqa: E501 - a table of whole sentences
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpillm.batch import requests
+from mpillm.batch.bodies import decode_line, read_body
+from mpillm.errors import JobError, RequestError
+from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
+
+CHAT = [{"role": "user", "content": "the quick fox"}]
+
+
+def line(
+    body: Any, url: str = "/v1/completions", custom_id: str | None = None, **more: Any
+) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body, **more}
+
+
+def test_batch_lines_and_bare_lines(tmp_path: Path) -> None:
+    made = works(
+        tmp_path,
+        line({"model": "m", "messages": CHAT}, "/v1/chat/completions", "chat"),
+        line({"prompt": "the fox"}, custom_id="text"),
+        line({"input": "the fox"}, "/v1/embeddings", "vector"),
+        {"prompt": "the fox"},
+        {"messages": CHAT, "custom_id": "mine"},
+        {"input": ["the", "fox"]},
+    )
+    assert [work.custom_id for work in made] == ["chat", "text", "vector", "request-4", "mine", "request-6"]
+    kinds = ["chat", "completion", "embedding", "completion", "chat", "embedding"]
+    assert [work.kind for work in made] == kinds
+    assert made[0].requests[0].prompt == tuple(TEXT.encode_chat(CHAT))
+    assert made[1].requests[0].prompt == tuple(TEXT.encode("the fox", True))
+    assert [request.kind for request in made[5].requests] == ["embed", "embed"]
+    assert made[0].requests[0].stop_ids == {END}
+
+
+def test_defaults_come_from_the_job_and_lines_win(tmp_path: Path) -> None:
+    overrides = ("sampling.temperature=0.5", "sampling.seed=9", "sampling.max_tokens=7", "sampling.top_k=-1",
+                 "sampling.stop=['x', 'y']", "embeddings.pooling=last")  # fmt: skip
+    own = {"prompt": "a", "temperature": 0, "seed": -3, "max_tokens": 5, "top_k": 4, "top_p": 0.5, "min_p": 0.1,
+           "repetition_penalty": 1.2, "stop": "z", "ignore_eos": True, "stop_token_ids": [5], "n": None}  # fmt: skip
+    plain, said, vector = works(tmp_path, {"prompt": "a"}, own, {"input": "a"}, overrides=overrides)
+    first, second = plain.requests[0], said.requests[0]
+    assert (first.temperature, first.seed, first.max_tokens, first.top_k) == (0.5, 9, 7, 0)
+    assert (plain.options.stop, said.options.stop) == (("x", "y"), ("z",))
+    assert (second.temperature, second.seed, second.max_tokens, second.top_k) == (0.0, -3, 5, 4)
+    assert (second.top_p, second.min_p, second.repetition_penalty, second.stop_ids) == (0.5, 0.1, 1.2, {5})
+    assert first.watch is not None
+    assert (vector.requests[0].pooling, vector.options.normalize) == ("last", True)
+
+
+def test_every_prompt_makes_its_own_choices(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    prompts = [[draw.randrange(100) for _ in range(draw.randrange(1, 9))] for _ in range(3)]
+    (work,) = works(tmp_path, {"prompt": prompts, "n": 2}, model=WITHOUT_TEXT)
+    assert [list(request.prompt) for request in work.requests] == [p for p in prompts for _ in range(2)]
+    assert [request.choice for request in work.requests] == list(range(6))
+    assert {request.id for request in work.requests} == {"request-1"}
+    assert work.prompt_tokens == sum(map(len, prompts))
+    (one,) = works(tmp_path, {"prompt": prompts[0]}, model=WITHOUT_TEXT)
+    assert [list(request.prompt) for request in one.requests] == [prompts[0]]
+    (two,) = works(tmp_path, {"prompt": ["the", "fox"]})
+    assert [list(request.prompt) for request in two.requests] == [TEXT.encode("the"), TEXT.encode("fox")]
+
+
+def test_scoring_and_logprobs(tmp_path: Path) -> None:
+    score, echo, chat = works(
+        tmp_path,
+        {"prompt": "the fox", "max_tokens": 0, "echo": True, "logprobs": 2},
+        {"prompt": "the fox", "echo": True},
+        {"messages": CHAT, "logprobs": True, "top_logprobs": 20, "max_completion_tokens": 3},
+    )
+    assert (score.requests[0].max_tokens, score.requests[0].logprobs, score.requests[0].prompt_logprobs) == (
+        0,
+        2,
+        2,
+    )
+    assert (echo.requests[0].prompt_logprobs, echo.options.echo_texts) == (None, ("the fox",))
+    assert (chat.requests[0].logprobs, chat.requests[0].max_tokens) == (20, 3)
+
+
+def test_text_parts_and_extras_that_ask_for_nothing(tmp_path: Path) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "fox"}]}]
+    neutral = {"stream": False, "presence_penalty": 0.0, "logit_bias": {}, "tools": None, "user": "u", "best_of": 2,
+               "n": 2, "response_format": {"type": "text"}, "metadata": {"a": "b"}, "prompt_logprobs": None}  # fmt: skip
+    made, _ = works(tmp_path, {"messages": parts}, {"prompt": "a", **neutral})
+    joined = [{"role": "user", "content": "the\nfox"}]
+    assert made.requests[0].prompt == tuple(TEXT.encode_chat(joined))
+
+
+def test_what_nobody_asked_for_is_cut_to_the_context(tmp_path: Path) -> None:
+    ids = list(range(20))
+    (work,) = works(tmp_path, {"prompt": ids}, overrides=("memory.max_context=32",), model=WITHOUT_TEXT)
+    assert work.requests[0].max_tokens == 12
+
+
+BAD = [
+    (b"?", "the line is not JSON: invalid character (byte 0)"),
+    (b'{"prompt": "a"', "the line is not JSON: input data was truncated"),
+    (b'{"prompt": "a"} x', "the line is not JSON: trailing characters (byte 17)"),
+    (b'{"prompt": "\xff"}', "the line is not UTF-8 text (byte 13)"),
+    (b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", "the line is nested too deeply"),
+    (b"[1]", 'the line is no JSON object such as {"prompt": "..."}'),
+    ({}, "the line needs one of messages, prompt or input, or a url and a body"),
+    ({"prompt": "a", "messages": CHAT}, "the line needs one of messages, prompt or input, or a url and a body"),
+    ({"custom_id": 3, "prompt": "a"}, "custom_id must be a string that is not empty"),
+    ({"custom_id": "", "prompt": "a"}, "custom_id must be a string that is not empty"),
+    (line({"prompt": "a"}, "/v1/images"), "the url '/v1/images' is unknown; there are /v1/chat/completions, /v1/completions, /v1/embeddings"),
+    ({"custom_id": "none", "body": {}}, "there is no url; there are /v1/chat/completions, /v1/completions, /v1/embeddings"),
+    (line({"prompt": "a"}) | {"method": "GET"}, "the method must be 'POST', not 'GET'"),
+    (line([1]), "the body must be a JSON object"),
+    (line({"prompt": "a"}, extra=1), "the key 'extra' is unknown beside custom_id, method, url, body"),
+    (line({}), "the key 'prompt' is missing"),
+    ({"prompt": "a", "strem": True}, "the key 'strem' is unknown (did you mean 'stream'?)"),
+    ({"prompt": "a", "max_new_tokens": 3}, "the key 'max_new_tokens' is unknown; it is called max_tokens"),
+    ({"prompt": "a", "stream": True}, "stream true is not supported; a batch is answered as a whole"),
+    ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty 0.5 is not supported"),
+    ({"prompt": "a", "frequency_penalty": -1}, "frequency_penalty -1 is not supported"),
+    ({"prompt": "a", "logit_bias": {"5": 1}}, 'logit_bias {"5":1} is not supported'),
+    ({"prompt": "a", "best_of": 2}, "best_of 2 is not supported; n gives several answers"),
+    ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs is not supported; echo with logprobs gives them"),
+    ({"prompt": "a", "suffix": "b"}, "suffix 'b' is not supported"),
+    ({"messages": CHAT, "response_format": {"type": "json_object"}}, 'response_format {"type":"json_object"} is not supported'),
+    ({"messages": CHAT, "tools": [{}]}, "tools [{}] is not supported"),
+    ({"messages": CHAT, "echo": True}, "the key 'echo' is unknown"),
+    ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
+    ({"messages": CHAT, "logprobs": 2}, "logprobs: expected true or false or null, got a whole number"),
+    ({"messages": CHAT, "max_tokens": 0}, "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"),
+    ({"messages": []}, "messages: expected a list of length >= 1"),
+    ({"messages": [{"content": "a"}]}, "messages[0] needs a role such as 'user'"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content must be a string or a list of text parts"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0] is of type 'image_url'; only text is supported"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls is not supported"),
+    ({"prompt": "a", "temperature": -1}, "temperature: expected a number >= 0.0"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs: expected a whole number <= 20"),
+    ({"prompt": "a", "stop": [""]}, "stop[0]: expected a string of length >= 1"),
+    ({"prompt": "a", "n": 0}, "n: expected a whole number >= 1"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens: 0 generates nothing; add echo: true to score the prompt"),
+    ({"prompt": "a", "stop_token_ids": [-1]}, "the stop token id -1 is not in the vocabulary (0 to {last})"),
+    ({"prompt": [1, 100000]}, "the token id at prompt[1], 100000, is not in the vocabulary (0 to {last})"),
+    ({"prompt": [[1], [-1]]}, "the token id at prompt[1][0], -1, is not in the vocabulary (0 to {last})"),
+    ({"prompt": ["a", 1]}, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"),
+    ({"prompt": [True]}, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"),
+    ({"prompt": []}, "prompt is an empty list"),
+    ({"prompt": ["a", ""]}, "prompt 2 of 2 has no tokens"),
+    ({"input": ["a"], "dimensions": 3}, "dimensions is not supported"),
+    ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
+    ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
+    ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
+    ({"prompt": [1] * 30, "max_tokens": 11}, "the prompt has 30 tokens and max_tokens is 11, more than the context of 40; shorten one of them or raise memory.max_context"),
+    ({"prompt": [1] * 40}, "the prompt has 40 tokens and fills the context; shorten it or raise memory.max_context"),
+]  # fmt: skip
+
+
+def test_each_bad_line_has_its_sentence_and_costs_no_other(tmp_path: Path) -> None:
+    lines = []
+    for content, _ in BAD:
+        lines += [content, {"prompt": "the fox"}]
+    batch = checked(tmp_path, lines, "memory.max_context=40")
+    assert [found.error for found in batch.lines[1::2]] == [None] * len(BAD)
+    said = [found.error for found in batch.lines[::2]]
+    last = str(WITH_TEXT.vocab - 1)
+    expected = [f"Line {2 * n + 1}: {words.replace('{last}', last)}." for n, (_, words) in enumerate(BAD)]
+    for found, wanted in zip(said, expected, strict=True):
+        assert found == wanted
+    assert len(list(batch.works())) == len(BAD)
+    assert len(batch.errors) == len(BAD)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    assert errors(
+        tmp_path,
+        {"prompt": "a"},
+        {"messages": CHAT},
+        {"prompt": [1], "stop": "x"},
+        {"prompt": [1, 2]},
+        model=WITHOUT_TEXT,
+    ) == [
+        "Line 1: prompt is a string and the model has no tokenizer; give token ids.",
+        "Line 2: the model has no tokenizer; give token ids as the prompt of /v1/completions.",
+        "Line 3: stop strings need a tokenizer, and the model has none; use stop_token_ids.",
+        None,
+    ]
+
+
+def test_what_the_model_or_the_kv_cache_cannot_take(tmp_path: Path) -> None:
+    small = requests.Model(vocab=100, max_position=8, kv_tokens=6, kv_token_bytes=1000)
+    assert errors(
+        tmp_path, {"prompt": [1] * 9}, {"prompt": [1] * 7}, {"prompt": [1] * 4, "max_tokens": 3},
+        {"prompt": [1] * 4, "max_tokens": 4}, model=small,
+    ) == [
+        "Line 1: the prompt has 9 tokens and the model takes 8; shorten it.",
+        "Line 2: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache and memory.kv = 1GiB holds 6 tokens; "
+        "raise memory.kv.",
+        None,
+        "Line 4: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache and memory.kv = 1GiB holds 6 tokens; "
+        "raise memory.kv.",
+    ]  # fmt: skip
+
+
+def test_names_are_given_once(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "custom_id": "x"}, {"prompt": "b", "custom_id": "x"}, b"?",
+             {"prompt": "c", "custom_id": "request-3"}, {"prompt": "d", "custom_id": "request-2"}]  # fmt: skip
+    batch = checked(tmp_path, lines)
+    assert [found.custom_id for found in batch.lines] == [
+        "x",
+        "request-2-2",
+        "request-3-2",
+        "request-3",
+        "request-2",
+    ]
+    assert batch.lines[1].error == "Line 2: the custom_id 'x' is already that of line 1."
+    assert [work.custom_id for work in batch.works({"x", "request-3"})] == ["request-2"]
+
+
+def test_line_ends_marks_and_blank_lines(tmp_path: Path) -> None:
+    for raw in [
+        b'\xef\xbb\xbf{"prompt":"a"}\r\n\r\n  \n{"prompt":"b"}',
+        b'{"prompt":"a"}\n\n\n{"prompt":"b"}\n\n',
+    ]:
+        made = job(tmp_path)
+        made.input_path.write_bytes(raw)
+        batch = requests.check(made.input_path, made, WITH_TEXT)
+        assert [(found.number, found.custom_id, found.error) for found in batch.lines] == [
+            (1, "request-1", None), (4, "request-4", None),
+        ]  # fmt: skip
+        assert [work.options.prompts for work in batch.works()] == [1, 1]
+
+
+def test_a_line_longer_than_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MAX_LINE", 2**20)
+    long = b'{"prompt": "' + b"a" * (3 * 2**20) + b'"}'
+    batch = checked(tmp_path, [{"prompt": "a"}, long, {"prompt": "b"}])
+    assert [found.error for found in batch.lines] == [None, "Line 2: the line is longer than 1 MiB.", None]
+    assert len(list(batch.works())) == 2
+
+
+def test_inputs_that_are_none(tmp_path: Path) -> None:
+    made = job(tmp_path)
+    with pytest.raises(JobError, match=r"^There is no input .*in\.jsonl\.$"):
+        requests.check(made.input_path, made, WITH_TEXT)
+    with pytest.raises(JobError, match="is not a file"):
+        requests.check(tmp_path, made, WITH_TEXT)
+    for raw, words in [
+        (b"\n \n", "holds no request"),
+        ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ]:
+        made.input_path.write_bytes(raw)
+        with pytest.raises(JobError, match=words):
+            requests.check(made.input_path, made, WITH_TEXT)
+
+
+def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
+    batch = checked(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    batch.path.write_bytes(batch.path.read_bytes().replace(b"b", b"c"))
+    found = batch.works()
+    assert next(found).custom_id == "request-1"
+    with pytest.raises(JobError, match=r"changed while it was in use \(line 2\)"):
+        next(found)
+
+
+def test_a_line_can_be_made_again(tmp_path: Path) -> None:
+    batch = checked(tmp_path, [{"prompt": f"the fox {n}", "n": 1 + n % 3} for n in range(20)])
+    assert list(batch.works()) == [batch.work(found) for found in batch.lines]
+    assert batch.prompt_tokens == sum(work.prompt_tokens for work in batch.works())
+    assert batch.max_new_tokens == sum(r.max_tokens for work in batch.works() for r in work.requests)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+                    max_leaves=6)  # fmt: skip
+KEYS = st.sampled_from(["prompt", "messages", "input", "custom_id", "url", "method", "body", "n", "stop", "logprobs",
+                        "seed", "echo", "tools", "role", "content", "temperature", "stop_token_ids"])  # fmt: skip
+
+
+@given(st.dictionaries(KEYS, JSON, max_size=6))
+def test_any_object_is_taken_or_refused_in_a_sentence(content: dict[str, Any]) -> None:
+    said = "a sentence"
+    try:
+        body = read_body(decode_line(json.dumps(content).encode()))
+        requests.make_work(requests.Line(1, 0, 0, "a", b""), body, _ANY, WITH_TEXT)
+    except RequestError as error:
+        said = str(error)
+    assert said
+    assert "\n" not in said
+
+
+_ANY = job(Path("."))

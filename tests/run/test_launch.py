@@ -1,0 +1,70 @@
+"""The supervisor's pure parts: hostfiles, mpiexec's words, how many ranks a model takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpillm.comm.launch import Library
+from mpillm.errors import JobError, LayoutError
+from mpillm.run import launch
+from mpillm.run.launch import Host, Settings
+from tests.conftest import ROOT
+from tests.job_helpers import job
+from tests.model.golden import model_path
+
+OPENMPI = Library("Open MPI", (5, 0, 8), "Open MPI v5.0.8")
+MPICH = Library("MPICH", (4, 3, 0), "MPICH Version: 4.3.0")
+
+
+@pytest.mark.parametrize("name", ["openmpi", "mpich"])
+def test_the_example_hostfiles_are_read(name: str) -> None:
+    hosts = launch.read_hosts(ROOT / "slurm" / "hosts" / f"{name}.hosts")
+    assert hosts == [Host("node1", 1), Host("node2", 1), Host("node3", 1)]
+
+
+@pytest.mark.parametrize("library", [OPENMPI, MPICH])
+def test_what_is_written_is_read(library: Library, tmp_path: Path) -> None:
+    hosts = [Host("node1", 2), Host("10.0.0.7", 1)]
+    launch.write_hosts(tmp_path / "hosts", hosts, library)
+    assert launch.read_hosts(tmp_path / "hosts") == hosts
+
+
+def test_bad_hostfiles(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    with pytest.raises(JobError, match="cannot be read: No such file"):
+        launch.read_hosts(path)
+    path.write_text("# nobody\n\n")
+    with pytest.raises(JobError, match="names no host"):
+        launch.read_hosts(path)
+    path.write_text("node1 ranks=2\n")
+    with pytest.raises(JobError, match="has the line 'node1 ranks=2'; write 'node1 slots=2'"):
+        launch.read_hosts(path)
+
+
+def test_the_words_for_each_mpi() -> None:
+    hosts = Path("h")
+    plain, agent = Settings(ranks=2), Settings(hostfile=hosts, agent="/a", mpi_options=("-x", "A"))
+    assert launch.command(OPENMPI, plain, 2, None) == [
+        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--with-ft", "ulfm", "-n", "2"]
+    ]
+    assert launch.command(OPENMPI, agent, 3, hosts)[7:] == [
+        *["--hostfile", "h", "--prtemca", "plm_ssh_agent", "/a", "-x", "A", "-n", "3"]
+    ]
+    assert launch.command(MPICH, plain, 2, None) == ["mpiexec", "-n", "2"]
+    assert launch.command(MPICH, agent, 3, hosts)[1:] == [
+        *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-x", "A", "-n", "3"]
+    ]
+
+
+def test_as_many_ranks_as_work(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    model = f"model={model_path('chat')}"  # two layers, two shards at most
+    spec = job(tmp_path, model)
+    assert [launch.ranks_that_work(spec, most) for most in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
+    assert launch.ranks_that_work(job(tmp_path, model, "layout.stages=2"), 3) == 2
+    with pytest.raises(LayoutError, match="cannot be laid out on 1 rank"):
+        launch.ranks_that_work(job(tmp_path, model, "layout.stages=2"), 1)
+    with pytest.raises(LayoutError, match=r"memory\.weights = 1KiB is too small"):
+        launch.ranks_that_work(job(tmp_path, model, "memory.weights=1KiB"), 2)

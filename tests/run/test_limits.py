@@ -1,0 +1,69 @@
+"""What a step takes on: fixed numbers where it costs no pass over the disk, else what memory allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.model.activations import Activations
+from mpillm.model.kv import block_nbytes
+from mpillm.partition.grid import Place, Shape
+from mpillm.run.limits import MOST_TOKENS, described_step, limits, step_size
+from mpillm.spec import Batch, Memory, Spec
+
+LLAMA_8B = Shape(32, 4096, 32, 8, 128, 14_336, 128_256)
+ROWS = Activations(LLAMA_8B)
+ALONE = [Place(0, 1, 1)]
+GIB = 2**30
+
+
+def spec(weights: int | str = "all", kv: int = GIB, **batch: Any) -> Spec:
+    return Spec(input="-", output="-", memory=Memory(weights=weights, kv=kv), batch=Batch(**batch))
+
+
+def made(
+    job: Spec, streams: bool, max_context: int = 4096, places: list[Place] = ALONE
+) -> tuple[int, int, int]:
+    found = limits(job, ROWS, places, BlockType.F16, max_context, [int(streams) for _ in places])
+    assert found.streams is streams
+    assert found.micro_batches == places[0].stages
+    return found.n_blocks, found.max_sequences, found.max_tokens
+
+
+def test_resident_weights_take_fixed_steps() -> None:
+    block = block_nbytes(LLAMA_8B, ALONE[0], BlockType.F16)
+    assert made(spec(kv=10**15), streams=False) == (256 * 4096 // KV_BLOCK, 256, 512)
+    assert made(spec(), streams=False) == (GIB // block, 256, 512)
+
+
+def test_streamed_weights_take_all_that_the_kv_cache_holds() -> None:
+    block = block_nbytes(LLAMA_8B, ALONE[0], BlockType.F16)
+    small = made(spec(GIB), streams=True)
+    assert small == (GIB // block, GIB // block, small[2])
+    wide = made(spec(GIB, kv=64 * GIB), streams=True)
+    assert wide == (64 * GIB // block, MOST_TOKENS, MOST_TOKENS)
+
+
+@pytest.mark.parametrize("weights", [GIB // 2, GIB, 4 * GIB])
+@pytest.mark.parametrize("places", [ALONE, [Place(rank, 2, 2) for rank in range(4)]])
+def test_activations_take_an_eighth_of_the_budgets(weights: int, places: list[Place]) -> None:
+    tokens = step_size(spec(weights), ROWS, places, streams=True).tokens
+    if 512 < tokens < MOST_TOKENS:
+        fewer, more = (max(ROWS.nbytes(place, rows) for place in places) for rows in (tokens, tokens + 1))
+        assert fewer <= (weights + GIB) // 8 < more
+
+
+def test_what_is_asked_for_is_kept() -> None:
+    job = spec(GIB, max_num_seqs=7, max_num_batched_tokens=33)
+    assert made(job, streams=True)[1:] == made(job, streams=False)[1:] == (7, 33)
+    assert made(spec(GIB, max_num_batched_tokens=33), streams=True)[1:] == (33, 33)
+    assert made(spec(GIB, max_num_seqs=1000), streams=False)[2] == 1000
+
+
+def test_it_is_said() -> None:
+    assert described_step(9, 70, 0) == "a step takes up to 9 sequences and 70 tokens"
+    assert described_step(9, 70, 3 * 2**20) == (
+        "3.0 MiB of weights are read for each step; a step takes up to 9 sequences and 70 tokens"
+    )

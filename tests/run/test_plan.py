@@ -1,0 +1,129 @@
+"""Plans: their sums against what the loader, the KV cache and the messages really take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mpillm import spec
+from mpillm.errors import JobError, LayoutError
+from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.model.config import ModelConfig
+from mpillm.partition.grid import Place
+from mpillm.run import plan
+from mpillm.run.plan import Plan
+from mpillm.spec import shown_bytes
+from mpillm.weights.layer import rank_plans
+from mpillm.weights.names import Key
+from mpillm.weights.source import column_unit, open_source
+from tests.model.golden import gguf_path
+
+MODELS = Path(__file__).parent.parent / "fixtures/models"
+
+
+def planned(model: str, ranks: int, *overrides: str) -> Plan:
+    return plan.make(spec.load(None, overrides, model=str(MODELS / model), input="in", output="out"), ranks)
+
+
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe_step", "smol_bf16"])
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (2, 2), (2, 1), (3, 3)])
+def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
+    made = planned(model, ranks, f"layout.stages={stages}", "memory.kv=4MiB")
+    assert (made.stages, made.shards, made.problems) == (stages, ranks // stages, [])
+    source = open_source(MODELS / model, "none")
+    config = ModelConfig.from_dict(source.config, model)
+    shape = config.shape(column_unit(source))
+    held = set[Key]()
+    for rank in made.ranks:
+        items = rank_plans(shape, Place(rank.rank, stages, ranks // stages), source, config)
+        assert rank.weights_share == rank.weights_held == sum(item.nbytes for item in items)
+        assert rank.weights_streamed == 0
+        held.update(entry.key for item in items for entry in item.entries)
+        assert 0 < rank.kv_held <= 4 * 2**20
+        assert rank.held == rank.weights_held + rank.kv_held + rank.activations + rank.process
+    assert held == set(source.tensors) - {Key("embed")}, (
+        "norms and the output head count, embeddings are read by rows"
+    )
+    source.close()
+    covered = {layer for rank in made.ranks for layer in range(*rank.layers)}
+    assert covered == set(range(config.n_layers))
+
+
+def test_wire_bytes() -> None:
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2")
+    source = open_source(MODELS / "llama3", "none")
+    config = ModelConfig.from_dict(source.config, "llama3")
+    blocks = -(-config.hidden // 32)
+    all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.between_stages=q8_0")
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 34 * blocks}
+    assert plan.wire_bytes(config.shape(1), 1, 1, BlockType.F32, BlockType.F32) == {
+        "all_reduce": 0.0,
+        "pipe": 0.0,
+    }
+    source.close()
+
+
+def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text('{"prompt": "a"}\n' * 3000)
+    asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
+    with_input, without = plan.make(asked, 2), planned("llama3", 2)
+    more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
+    assert more == [3000 * 512, 0]
+
+
+def test_a_budget_smaller_than_the_share_is_streamed() -> None:
+    whole = planned("llama3", 1).ranks[0]
+    budget = (whole.weights_share + whole.weights_least) // 2
+    cycle = planned("llama3", 1, f"memory.weights={budget}").ranks[0]
+    lru = planned("llama3", 1, f"memory.weights={budget}", "memory.policy=lru").ranks[0]
+    assert cycle.weights_held == budget
+    assert 0 < cycle.weights_streamed < lru.weights_streamed == whole.weights_share
+
+
+def test_what_does_not_fit_is_said() -> None:
+    made = planned("llama3", 2, "memory.weights=1KiB", "memory.kv=1KiB", "layout.stages=1")
+    weights, kv = made.problems
+    assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
+    assert weights.endswith("for two neighbouring parts of layers; raise it or use more shards.")
+    assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
+    assert plan.as_text(made).endswith(f"{weights}\n{kv}")
+    with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):
+        planned("llama3", 7)
+
+
+def test_the_table() -> None:
+    made = planned("llama3", 4, "memory.kv=1MiB")
+    text = plan.as_text(made)
+    assert "layout    1 stage x 4 shards on 4 ranks" in text
+    assert "also possible: 2 stages x 2 shards; 4 stages x 1 shard" in text
+    assert "KV cache  f32, holds 4096 tokens: 8.0 requests of 512 tokens at once" in text
+    assert "less than float32" in text
+    assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
+    together = shown_bytes(sum(rank.held for rank in made.ranks))
+    assert text.endswith(
+        f"It fits, where every rank finds the memory of its last column: on one machine {together} for all of them."
+    )
+    alone = plan.as_text(planned("llama3", 1))
+    assert alone.endswith("It fits, where every rank finds the memory of its last column.")
+    assert planned("llama3", 1).kv_type == "f32"
+    assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
+
+
+def test_a_q8_0_kv_cache() -> None:
+    """34 bytes for 32 values; heads must be made of whole blocks."""
+    f16, q8 = (
+        planned(str(gguf_path("llama_mixed")), 1, f"memory.kv_type={kind}") for kind in ("f16", "q8_0")
+    )
+    assert q8.kv_tokens // KV_BLOCK == f16.kv_tokens // KV_BLOCK * 64 // 34
+    words = 'memory.kv_type = "q8_0" needs heads of a multiple of 32 dimensions, and this model\'s have 8; use "f16".'
+    with pytest.raises(JobError, match=re.escape(words)):
+        planned("llama3", 1, "memory.kv_type=q8_0")
+
+
+def test_as_json() -> None:
+    assert msgspec.json.decode(plan.as_json(planned("llama3", 1)), type=Plan) == planned("llama3", 1)

@@ -1,0 +1,79 @@
+"""Packed files that others use, or take away, while a run pages from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from mpillm.errors import ModelError
+from mpillm.model.config import ModelConfig
+from mpillm.partition.grid import Place
+from mpillm.weights.layer import Layer, rank_plans
+from mpillm.weights.paging.cache import WeightCache, minimum_budget
+from mpillm.weights.paging.loaders import Kind, open_loader
+from mpillm.weights.source import column_unit, open_source
+from tests.tools.test_pack import packed
+
+ALONE = Place(0, 1, 1)
+LOADERS = pytest.mark.parametrize("loader", ["mmap", "read"])
+
+
+@contextmanager
+def paging(
+    model: Path, loader: Kind, everything: bool = False, place: Place = ALONE
+) -> Iterator[WeightCache[Layer]]:
+    """A cache with the least budget, through which everything passes in every round, or one that holds `everything`."""
+    with closing(open_source(model)) as source:
+        config = ModelConfig.from_dict(source.config)
+        items = rank_plans(config.shape(column_unit(source)), place, source, config)
+        budget = None if everything else minimum_budget(items)
+        cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=not everything), budget)
+        with closing(cache):
+            yield cache
+
+
+def content(cache: WeightCache[Layer], item: int) -> bytes:
+    with cache.use(item) as layer:
+        return layer.buffer.tobytes()
+
+
+@LOADERS
+def test_two_jobs_page_from_one_file(tmp_path: Path, loader: Kind) -> None:
+    """Each gives pages back that the other one needs; neither sees anything of that."""
+    packed("llama3", tmp_path / "p")
+    with paging(tmp_path / "p", loader) as first, paging(tmp_path / "p", loader) as second:
+        count = len(first.items)
+        alone = [content(first, item) for item in range(count)]
+        for turn in range(2 * count):
+            here, there = turn % count, (turn + count // 2) % count
+            assert (content(first, here), content(second, there)) == (alone[here], alone[there])
+
+
+@LOADERS
+def test_a_file_that_vanishes_is_read_to_the_end(tmp_path: Path, loader: Kind) -> None:
+    """Who has it open keeps it, as with any file; the next run says what is missing."""
+    packed("llama3", tmp_path / "p")
+    with paging(tmp_path / "p", loader) as cache:
+        before = [content(cache, item) for item in range(len(cache.items))]
+        (tmp_path / "p" / "layer-00001.safetensors").unlink()
+        assert [content(cache, item) for item in range(len(cache.items))] == before
+    with pytest.raises(ModelError, match=r"names layer-00001\.safetensors, which is missing"):
+        open_source(tmp_path / "p")
+
+
+def test_a_disk_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of reading fail, as they do where a sector is lost."""
+    packed("llama3", tmp_path / "p")
+    with paging(tmp_path / "p", "read") as cache:
+        content(cache, 0)
+
+        def lost(*_: object) -> int:
+            raise OSError(5, os.strerror(5))
+
+        monkeypatch.setattr(os, "preadv", lost)
+        with pytest.raises(ModelError, match=r"\.safetensors cannot be read any more: Input/output error"):
+            [content(cache, item) for item in [*range(len(cache.items))] * 2]

@@ -1,0 +1,211 @@
+"""Job files: the brief's example, defaults, and one sentence for everything that can be wrong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from mpillm import spec
+from mpillm.errors import JobError
+
+BRIEF = """
+model  = "smollm2-135m"
+input  = "prompts.jsonl"
+output = "out/quickstart"
+quantize = "none"
+[sampling]
+max_tokens = 128
+temperature = 0.0
+top_p = 1.0
+top_k = 0
+min_p = 0.0
+repetition_penalty = 1.0
+seed = 0
+stop = []
+[layout]
+stages = "auto"
+shards = "auto"
+threads = "auto"
+[memory]
+weights = "all"
+kv = "1GiB"
+max_context = 4096
+[wire]
+activations = "q8_0"
+"""
+LEAST = 'input = "in.jsonl"\noutput = "out/x"\n'
+
+
+def load(folder: Path, text: str, *overrides: str, **more: str) -> spec.Spec:
+    path = folder / "job.toml"
+    path.write_text(text)
+    return spec.load(path, overrides, **more)
+
+
+def test_the_briefs_values_are_the_defaults(tmp_path: Path) -> None:
+    said = load(tmp_path, BRIEF)
+    assert said == load(tmp_path, 'input = "prompts.jsonl"\noutput = "out/quickstart"\n')
+    assert said.memory.weights_bytes is None
+    assert said.memory.kv_bytes == 1024**3
+    assert said.memory.kv_type == "auto"
+
+
+def test_what_is_read_lies_beside_the_job_file_and_what_is_written_here(tmp_path: Path) -> None:
+    said = load(tmp_path, LEAST)
+    assert (said.input_path, said.output_path) == (tmp_path / "in.jsonl", Path("out/x"))
+    assert load(tmp_path, LEAST + 'model = "models/small"\n').model == str(tmp_path / "models/small")
+    assert load(tmp_path, LEAST + 'model = "small.gguf"\n').model == str(tmp_path / "small.gguf")
+    assert load(tmp_path, LEAST + 'model = "/a/b"\n').model == "/a/b"
+    assert load(tmp_path, LEAST + 'model = "hf:a/b"\n').model == "hf:a/b"
+    typed = load(tmp_path, LEAST, "model=models/small", input="typed.jsonl", output="o")
+    assert (typed.model, typed.input, typed.output) == ("models/small", "typed.jsonl", "o")
+
+
+def test_a_job_without_a_file() -> None:
+    said = spec.load(None, ["sampling.seed=3"], model="m", input="i", output="o")
+    assert (said.model, said.sampling.seed) == ("m", 3)
+    with pytest.raises(
+        JobError, match=r"^The command line does not say where its output is; add .* --output PATH\.$"
+    ):
+        spec.load(None, input="i")
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("sampling.temperature=1", "sampling.temperature", 1.0),
+        ("sampling.stop=['a', 'b']", "sampling.stop", ["a", "b"]),
+        ("sampling.stop=END", "sampling.stop", "END"),
+        ("layout.stages=3", "layout.stages", 3),
+        ("layout.shards=auto", "layout.shards", "auto"),
+        ("memory.weights=2GiB", "memory.weights_bytes", 2 * 1024**3),
+        ("memory.weights = 500MB", "memory.weights_bytes", 500_000_000),
+        ("memory.kv=1048576", "memory.kv_bytes", 1 << 20),
+        ("memory.kv=1.5KiB", "memory.kv_bytes", 1536),
+        ("embeddings.normalize=false", "embeddings.normalize", False),
+        ("quantize=q4_0", "quantize", "q4_0"),
+        ("batch.max_num_seqs=8", "batch.max_num_seqs", 8),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> None:
+    found: object = load(tmp_path, LEAST, override)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[sampling]\ntemprature = 1", "unknown key 'sampling.temprature'; did you mean 'sampling.temperature'?"),
+        ("temperature = 1", "has an unknown key 'temperature'; did you mean 'sampling.temperature'?"),
+        ("[samplng]\nseed = 1", "has an unknown key 'samplng'; did you mean 'sampling'?"),
+        ("[wire]\ncolour = 1", "has an unknown key 'wire.colour'; there are wire.activations, wire.between_stages."),
+        ("[sampling]\nseed = 'x'", ": sampling.seed: expected a whole number, not 'x'."),
+        ("[sampling]\ntop_p = 0", ": sampling.top_p: expected a number > 0.0, not 0."),
+        ("[sampling]\nmin_p = 1.5", ": sampling.min_p: expected a number <= 1.0, not 1.5."),
+        ("[sampling]\ntemperature = nan", ": sampling.temperature: expected a number >= 0.0, not nan."),
+        ("[sampling]\nmax_tokens = -1", ": sampling.max_tokens: expected a whole number >= 0, not -1."),
+        ("[sampling]\nstop = ['a', 1]", ": sampling.stop[1]: expected a string, not 1."),
+        ("[sampling]\nstop = ''", ": sampling.stop: expected a string of length >= 1, not ''."),
+        ("sampling = 3", ": sampling: expected a table, not 3."),
+        ("quantize = 'q5'", ": quantize: expected one of 'none', 'q8_0', 'q4_0', not 'q5'."),
+        ("[layout]\nstages = 'some'", ": layout.stages: expected one of 'auto', a whole number, not 'some'."),
+        ("[layout]\nshards = 0", ": layout.shards: expected a whole number >= 1, not 0."),
+        ("[memory]\nweights = '2 gigs'", "weights: '2 gigs' is no size; write bytes as 2GiB, 512MiB or 500MB."),
+        ("[memory]\nkv = 'all'", ": memory.kv: 'all' is no size; write bytes as 2GiB, 512MiB or 500MB."),
+        ("[memory]\nkv = '0.1'", ": memory.kv: '0.1' is no size; it must be at least one byte."),
+        ("model = ''", ": model: expected a string of length >= 1, not ''."),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_path(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(JobError) as caught:
+        load(tmp_path, LEAST + text)
+    message = str(caught.value)
+    assert message.startswith(f"The job file {tmp_path / 'job.toml'}")
+    assert message.endswith(sentence), message
+    assert caught.value.exit_code == 2
+
+
+def test_wrong_overrides(tmp_path: Path) -> None:
+    for override, sentence in [
+        ("nope", "--set 'nope' is not of the form section.key=value, such as sampling.seed=3."),
+        (
+            "sampling.sede=3",
+            "The command line has an unknown key 'sampling.sede'; did you mean 'sampling.seed'?",
+        ),
+        ("sampling.seed.x=3", "expected a whole number, got a table"),
+        ("model.x=3", "model: expected a string, got a table"),
+    ]:
+        with pytest.raises(JobError) as caught:
+            load(tmp_path, LEAST, override)
+        assert sentence in str(caught.value)
+    with pytest.raises(JobError, match=r"--set 'quantize.x=3': quantize is a value, not a table"):
+        load(tmp_path, LEAST + 'quantize = "none"\n', "quantize.x=3")
+
+
+def test_paths_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"job\.toml: model holds a zero byte, which no path can\.$"):
+        load(tmp_path, LEAST + 'model = "a\\u0000b"')
+    (tmp_path / "job.toml").write_text('input = "~nobody-of-this-name/in.jsonl"\noutput = "out"\n')
+    assert spec.load(tmp_path / "job.toml").input == str(tmp_path / "~nobody-of-this-name/in.jsonl")
+
+
+def test_files_that_are_no_jobs(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"is not TOML: .*line 2"):
+        load(tmp_path, "input = 'a'\n[sampling\n")
+    (tmp_path / "latin.toml").write_bytes(b"input = '\xe9'\n")
+    with pytest.raises(JobError, match=r"is not UTF-8 text \(byte 9\)"):
+        spec.load(tmp_path / "latin.toml")
+    with pytest.raises(JobError, match=r"^There is no job file .*absent\.toml\.$"):
+        spec.load(tmp_path / "absent.toml")
+    with pytest.raises(JobError, match="cannot be read: Is a directory"):
+        spec.load(tmp_path)
+
+
+def test_an_input_that_would_be_written_over(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"The input \S+ and the output \S+ are the same; give the results"):
+        spec.load(None, input=str(tmp_path / "a"), output=str(tmp_path / "b/../a"))
+    with pytest.raises(JobError, match="overlap: the input lies inside"):
+        spec.load(None, input=str(tmp_path / "out/results.jsonl"), output=str(tmp_path / "out"))
+
+
+def test_the_fingerprint_knows_what_changes_results_and_nothing_else(tmp_path: Path) -> None:
+    plain = load(tmp_path, LEAST)
+    same = [
+        "layout.stages=2",
+        "layout.threads=1",
+        "memory.weights=1GiB",
+        "memory.kv=2GiB",
+        "batch.max_num_seqs=3",
+        "batch.prefix_sharing=false",
+    ]
+    same += ["memory.policy=lru", "job.checkpoint_tokens=0", "output=elsewhere"]
+    other = [
+        "sampling.seed=1",
+        "sampling.stop=x",
+        "quantize=q8_0",
+        "wire.activations=f32",
+        "memory.max_context=10",
+    ]
+    other += ["embeddings.pooling=last", "memory.kv_type=f16", "sampling.temperature=0.5"]
+    assert {load(tmp_path, LEAST, override).fingerprint() for override in same} == {plain.fingerprint()}
+    prints = {load(tmp_path, LEAST, override).fingerprint() for override in other}
+    assert len(prints) == len(other)
+    assert plain.fingerprint() not in prints
+
+
+def test_sizes_are_read_back() -> None:
+    draw = random.Random(1)
+    for _ in range(50):
+        count, unit = draw.randrange(1, 10**6), draw.choice(["KiB", "MiB", "kb", "GB"])
+        factor = {"KiB": 2**10, "MiB": 2**20, "kb": 1000, "GB": 10**9}[unit]
+        assert spec.byte_size(f"{count} {unit}") == count * factor
+    assert [spec.shown_bytes(n) for n in (17, 1536, 3 * 2**30, 5 * 2**50)] == [
+        "17 B",
+        "1.5 KiB",
+        "3.0 GiB",
+        "5120.0 TiB",
+    ]

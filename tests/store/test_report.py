@@ -1,0 +1,126 @@
+"""The report: what it counts, and the page that is made of it, with and without plots."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpillm.errors import JobError
+from mpillm.store import report
+
+
+def made(**more: Any) -> report.Report:
+    ranks = [
+        report.Rank(
+            rank=rank, host=f"node<{rank}>", stage=0, shard=rank, layers=30, threads=2, kernels="avx2",
+            weights={"share": 2**30, "budget": 2**29, "peak": 2**29, "hits": 30 * rank, "misses": 7},
+            kv={"budget": 2**28, "bytes": 2**27, "blocks": 5},
+            messages={"all_reduce": {"messages": 4, "bytes_sent": 300 * (rank + 1)}, "pipe": {"bytes_sent": 0}},
+            seconds={"compute": 1.5, "wire": 0.5},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    return report.Report(
+        model={"name": "small & <b>old</b>"}, job={"sampling": {"seed": 3}}, began="2026-01-01T00:00:00+00:00",
+        seconds=4.0, phases={"load": 1.0, "compute": 2.0}, requests=report.Requests(total=9, ok=8, errors=1, resumed=4),
+        tokens=report.Tokens(prompt=100, generated=50),
+        batch=report.Batch(max_sequences=256, max_tokens=512, kv_blocks=5, steps=70, most_sequences=9, streamed=0),
+        stages=1, shards=2, ranks=ranks, versions={"mpillm": "0"},
+        timeline=[(0.0, 0, 0), (1.0, 20, 2), (2.0, 50, 5)], errors={"bad": "Line 2: no."}, **more,
+    )  # fmt: skip
+
+
+def test_the_last_lines_of_a_run() -> None:
+    assert list(report.summary(made())) == [
+        "9 requests (4 of them by earlier runs): 8 answered, 1 ended in an error.",
+        "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 of them generated.",
+        "Wire bytes per token: all_reduce 6.",
+    ]
+
+
+def test_shared_tokens_are_said_and_are_no_work() -> None:
+    shared = made()
+    shared.tokens = report.Tokens(prompt=100, generated=50, shared=90)
+    assert list(report.summary(shared))[1:] == [
+        "100 prompt (90 of them shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
+        "25.0 of them generated.",
+        "Wire bytes per token: all_reduce 15.",
+    ]
+
+
+def test_what_streaming_costs_a_token() -> None:
+    streamed = made()
+    streamed.batch.streamed = 500
+    for rank in streamed.ranks:
+        rank.weights["loaded"] = 75 * 2**20
+        rank.seconds["weights"] = 1.0 / (1 + rank.rank)
+    assert list(report.summary(streamed))[2] == (
+        "70 steps of up to 9 sequences; weights read per token: 1.0 MiB; 50 % of the time was waited for them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("hosts", "more"), [("ab", ""), ("aa", "; 5.0 MiB on all ranks of a host, of 9.0 MiB")]
+)
+def test_the_memory_of_ranks_that_share_a_host_is_added_up(hosts: str, more: str) -> None:
+    run = made()
+    for rank, host in zip(run.ranks, hosts, strict=True):
+        rank.host, rank.memory_peak = host, (3 - rank.rank) * 2**20
+        rank.memory = {"weights": 4 * 2**20, "kv": rank.rank * 2**20}
+    expected = f"Memory: at most 3.0 MiB on a rank, of 4.0 MiB that were planned{more}."
+    assert list(report.summary(run))[2] == expected
+
+
+def test_it_is_read_back(tmp_path: Path) -> None:
+    report.write(tmp_path, made())
+    assert report.read(tmp_path) == made()
+
+
+def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_matplotlib(name: str, *rest: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    report.write(tmp_path, made(warnings=["The journal was damaged."]))
+    path, missing = report.write_html(tmp_path)
+    assert missing == "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
+    page = path.read_text()
+    escaped = ("node&lt;0&gt;", "&lt;b&gt;old")
+    for words in ("8 answered", *escaped, "Line 2: no.", "The journal was damaged.", "512.0 MiB", "no plots"):
+        assert words in page, words
+    assert not re.search(r"https?://|<script|src=", page)
+
+
+def test_plots_are_inline(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
+    report.write(tmp_path, made())
+    path, missing = report.write_html(tmp_path)
+    first = path.read_bytes()
+    assert missing is None
+    assert first.count(b"<svg") == 4
+    assert not re.search(rb"<script|src=|href=.http", first)
+    report.write_html(tmp_path)
+    assert path.read_bytes() == first
+
+
+def test_a_directory_without_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"^There is no finished run in \S+: it has no report\.json\.$"):
+        report.write_html(tmp_path)
+    (tmp_path / "report.json").write_text('{"model": 3}')
+    with pytest.raises(JobError, match=r"report\.json is not one of this mpillm: "):
+        report.read(tmp_path)
+    (tmp_path / "report.json").write_bytes(b"\xff{")
+    with pytest.raises(JobError, match="is not one of this mpillm"):
+        report.read(tmp_path)
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(JobError, match="cannot be read: Is a directory"):
+        report.read(tmp_path)

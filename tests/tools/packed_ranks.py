@@ -1,0 +1,50 @@
+"""Run under mpiexec: a packed model on every layout of so many ranks, with the least budget; all must give one digest.
+
+packed_ranks.py DIRECTORY MODEL DIGEST
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mpillm.comm.world import World, guard
+from mpillm.model.config import ModelConfig
+from mpillm.partition.grid import Place
+from mpillm.weights.layer import rank_plans
+from mpillm.weights.paging.weights import minimum_budget
+from mpillm.weights.source import column_unit, open_source
+from tests.model.checks import requests_of
+from tests.model.engine_harness import run_laid_out
+from tests.model.golden import golden
+from tests.mpi.models import digest, layouts, sampled
+
+
+def main(world: World) -> int:
+    path, name, wanted = Path(sys.argv[1]), *sys.argv[2:]
+    reference = golden(name)
+    requests = [*requests_of(reference)[-3:], *sampled(reference)[:2]]
+    for number, (stages, shards) in enumerate(layouts(path, world.size)):
+        completions, _ = run_laid_out(
+            world, path, requests, stages=stages, shards=shards, activations="f32", kv_type="f32",
+            weights=least(path, stages, shards), loader=("mmap", "read")[number % 2],
+        )  # fmt: skip
+        if world.rank == 0:
+            assert digest(completions) == wanted, (stages, shards)
+    return 0
+
+
+def least(path: Path, stages: int, shards: int) -> int:
+    """The smallest budget with which every rank can work."""
+    source = open_source(path)
+    try:
+        config = ModelConfig.from_dict(source.config)
+        shape = config.shape(column_unit(source))
+        places = [Place(rank, stages, shards) for rank in range(stages * shards)]
+        return max(minimum_budget(rank_plans(shape, place, source, config)) for place in places)
+    finally:
+        source.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
