@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from mpillm.batch.bodies import Body, Chat, Completion, Embedding, Generate
 from mpillm.engine.sequence import Request
 from mpillm.errors import RequestError
-from mpillm.text import StopWatch, TooLongError, Tokenizer
-from mpillm.batch.bodies import Body, Chat, Completion, Embedding, Generate
 from mpillm.spec import Spec
+from mpillm.text import StopWatch, Tokenizer, TooLongError
 
 Kind = Literal["chat", "completion", "embedding"]
 TokenIds = tuple[int, ...]
@@ -237,9 +237,7 @@ def _encoded(encode: Callable[[int], list[int]], which: str, spec: Spec, model: 
         raise _too_long(which, str(error), spec, model) from None
 
 
-def _max_tokens(
-    prompt: int, asked: int | None, room: int, which: str, spec: Spec, model: Model
-) -> int:
+def _max_tokens(prompt: int, asked: int | None, room: int, which: str, spec: Spec, model: Model) -> int:
     """How many tokens a prompt may be followed by; what nobody asked for is cut to the room there is."""
     default = spec.sampling.max_tokens
     wanted = default if asked is None else asked

@@ -35,7 +35,9 @@ from mpillm.text.marks import Marker, unused_mark
 REFUSES = "The model's chat template refuses these messages"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed
 
-Pieces = list[tuple[str, bool]]  # a rendered chat: (text, whether it is a control token of the template's own)
+Pieces = list[
+    tuple[str, bool]
+]  # a rendered chat: (text, whether it is a control token of the template's own)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -150,9 +152,7 @@ class ChatTemplate:
     @cached_property
     def _marker(self) -> Marker:
         parsed = self._environment.parse(self.source)
-        compared = {
-            text for node in parsed.find_all(jinja2.nodes.Compare) for text in _strings(node)
-        }  # among them the names of the roles that it knows
+        compared = {text for node in parsed.find_all(jinja2.nodes.Compare) for text in _strings(node)}
         return Marker(self.control, _strings(parsed), compared)
 
 

@@ -43,7 +43,9 @@ MAX_ANSWER = 1 << 28  # bytes
 MAX_DEPTH = 64  # levels of lists and objects in each other in a chat
 MAX_VALUES = 1 << 20  # in a chat
 FEW_CHARS = 1 << 16  # that a chat may always have; a template may drop most of them
-MAX_DEATHS = 3  # without any answer: after so many a plain chat is tried, and if it fails the template is given up
+MAX_DEATHS = (
+    3  # without any answer: after so many a plain chat is tried, and if it fails the template is given up
+)
 MAX_KILLS = 3  # of the child from outside, in one chat
 PLAIN: list[Message] = [{"role": "user", "content": "hello"}]
 

@@ -14,7 +14,9 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-MARKS = "".join(chr(0xFDD0 + n) for n in range(32))  # noncharacters; hardly any text contains even one of them
+MARKS = "".join(
+    chr(0xFDD0 + n) for n in range(32)
+)  # noncharacters; hardly any text contains even one of them
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 
 
@@ -27,18 +29,21 @@ def unused_mark(texts: Iterable[str]) -> str | None:
 class Marker:
     """Puts marks into the strings of a chat.
 
-    `control` are the model's control tokens, `literals` the strings in the template's source, and `roles` the roles
-    that the template compares with. Those and the usual ones are not the user's words, and stay as they are.
+    `control` are the model's control tokens, `literals` the strings in the template's source, and `compared` those
+    that it compares with. A role or a part's type among the latter, and the usual roles, are not the user's words,
+    and stay as they are.
     """
 
-    def __init__(self, control: Collection[str], literals: Iterable[str], roles: Collection[str] = ()) -> None:
+    def __init__(
+        self, control: Collection[str], literals: Iterable[str], compared: Collection[str] = ()
+    ) -> None:
         self._control = [token for token in control if token]
         tokens = sorted(self._control, key=len, reverse=True)
         #: finds control tokens, the longest of those that begin at one place; None if the model has none
         self.tokens = re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
         self._first = frozenset(token[0] for token in tokens)
         self._last = frozenset(token[-1] for token in tokens)
-        self._roles = ROLES | {role for role in roles if not (self.tokens and self.tokens.search(role))}
+        self._names = ROLES | {text for text in compared if not (self.tokens and self.tokens.search(text))}
         edges = self._first | self._last
         kept = {text for text in literals if len(text) > 1 and edges & set(text)}
         if self.tokens is not None:
@@ -47,9 +52,10 @@ class Marker:
         self._kept = re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
 
     def marked(self, value: Any, mark: str, key: str = "") -> Any:
-        """A copy of `value` (JSON) with marks in all its strings but roles."""
+        """A copy of `value` (JSON) with marks in all its strings but known roles and types."""
         if isinstance(value, str):
-            return value if key == "role" and value in self._roles else self._text(value, mark)
+            known = key in {"role", "type"} and value in self._names
+            return value if known else self._text(value, mark)
         if isinstance(value, dict):
             return {
                 self._text(name, mark, inner=False): self.marked(item, mark, name)
