@@ -62,7 +62,6 @@ _INSTEAD = {
 }
 
 
-_URLS = {endpoint.url: endpoint for endpoint in ENDPOINTS}
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
 
 
@@ -121,12 +120,13 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     if line.get("method", "POST") != "POST":
         raise RequestError(f"the method must be 'POST', not {_short(line['method'])}")
     url = line.get("url")
-    if not isinstance(url, str) or url not in _URLS:
+    urls = {endpoint.url: endpoint for endpoint in ENDPOINTS}
+    if not isinstance(url, str) or url not in urls:
         given = "there is no url" if url is None else f"the url {_short(url)} is unknown"
-        raise RequestError(f"{given}; there are {', '.join(_URLS)}")
+        raise RequestError(f"{given}; there are {', '.join(urls)}")
     if not isinstance(line.get("body"), dict):
         raise RequestError("the body must be a JSON object")
-    return _URLS[url], line["body"]
+    return urls[url], line["body"]
 
 
 def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:

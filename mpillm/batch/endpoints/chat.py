@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.generate import Generate, Logprobs, Tokens
+from mpillm.batch.endpoints.prompts import encoded
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
@@ -36,10 +38,11 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
         if not model.text.has_chat:
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
-        ids = model.text.encode_chat(_messages(self.messages), self.chat_template_kwargs)
+        encode = partial(model.text.encode_chat, _messages(self.messages), self.chat_template_kwargs)
+        ids = encoded(encode, "the prompt", spec, model)
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        requests = self.requests_for(custom_id, [tuple(ids)], asked, spec, model, logprobs)
+        requests = self.requests_for(custom_id, [ids], asked, spec, model, logprobs)
         if requests[0].max_tokens == 0:
             raise RequestError(
                 "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"
@@ -73,7 +76,7 @@ def _logprobs(completion: Completion, detokenizer: Detokenizer) -> list[dict[str
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: text parts become one string, joined by newlines as vLLM does."""
+    """Messages whose contents are strings, lists of text parts or null."""
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
@@ -83,22 +86,22 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     for key in ("tool_calls", "function_call", "audio"):
         if message.get(key):
             raise RequestError(f"{where}.{key} is not supported")
-    content = message.get("content")
+    if "content" not in message and message["role"] == "assistant":
+        return {**message, "content": ""}
+    content = message.get("content", ...)
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
-    elif content is None and message["role"] == "assistant":
-        content = ""
-    if not isinstance(content, str):
+        content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+    elif not (content is None or isinstance(content, str)):
         raise RequestError(f"{where}.content must be a string or a list of text parts")
     return {**message, "content": content}
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     kind, text = (
         (part.get("type"), part.get("text")) if isinstance(part, dict) else (type(part).__name__, None)
     )
     if kind == "text" and isinstance(text, str):
-        return text
+        return dict(part)
     raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported")

@@ -35,7 +35,7 @@ class Completions(Generate, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        prompts, _ = read_prompts("prompt", self.prompt, self.add_special_tokens, model)
+        prompts = read_prompts("prompt", self.prompt, self.add_special_tokens, spec, model)
         requests = self.requests_for(
             custom_id,
             prompts,
@@ -51,7 +51,10 @@ class Completions(Generate, frozen=True, kw_only=True):
 
     def choice(self, work: Work, completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
         text, stop_reason = self.generated(work, completion, detokenizer)
-        prompt = self._echoed(completion, detokenizer) if self.echo else ""
+        prompt = ""
+        if self.echo:
+            given = self._given(completion)
+            prompt = detokenizer.text(completion.request.prompt) if given is None else given
         gap = detokenizer.gap if prompt and text else ""
         logprobs = None
         if self.logprobs is not None:
@@ -71,12 +74,12 @@ class Completions(Generate, frozen=True, kw_only=True):
             found["prompt_logprobs"] = completion.prompt_logprobs
         return found
 
-    def _echoed(self, completion: Completion, detokenizer: Detokenizer) -> str:
-        """The prompt, as the string that it came as where it did."""
+    def _given(self, completion: Completion) -> str | None:
+        """The prompt as the string that it came as, None if as token ids."""
         given = self.prompt
         if isinstance(given, list):
             given = given[completion.request.choice // self.choices_per_prompt]
-        return given if isinstance(given, str) else detokenizer.text(completion.request.prompt)
+        return given if isinstance(given, str) else None
 
     def _logprobs(
         self, completion: Completion, detokenizer: Detokenizer, before: str, text: str
@@ -96,7 +99,8 @@ class Completions(Generate, frozen=True, kw_only=True):
             ids = [*prompt, *ids]
             logprobs = [None, *map(finite, completion.prompt_logprobs), *logprobs]
             tops = [None, *(detokenizer.alternatives(top) for top in scored), *tops]
-            starts = [*offsets(detokenizer.pieces(prompt), gap, 0, len(before)), *starts]
+            pieces = detokenizer.echoed_pieces(prompt, self._given(completion))
+            starts = [*offsets(pieces, gap, 0, len(before)), *starts]
         return {
             "tokens": [detokenizer.token(token) for token in ids],
             "token_logprobs": logprobs,

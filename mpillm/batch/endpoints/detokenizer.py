@@ -50,6 +50,19 @@ class Detokenizer:
         decoder = IncrementalDecoder(self._text, start=start)
         return map(decoder.push, ids)
 
+    def echoed_pieces(self, ids: Sequence[int], given: str | None) -> Iterator[str]:
+        """What each token of a prompt is in the echoed text: of control tokens those that `given`, its string, has."""
+        if self._text is None or given is None:
+            yield from self.pieces(ids)
+            return
+        decoder, at = IncrementalDecoder(self._text), 0
+        for id in ids:
+            piece = self._text.token_text(id) if self._text.is_control(id) else decoder.push(id)
+            if self._text.is_control(id) and not given.startswith(piece, at):
+                piece = ""  # put there by the tokenizer
+            at += len(piece)
+            yield piece
+
     @property
     def gap(self) -> str:
         """What stands between two pieces."""

@@ -32,7 +32,7 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        prompts, _ = read_prompts("input", self.input, self.add_special_tokens, model)
+        prompts = read_prompts("input", self.input, self.add_special_tokens, spec, model)
         for index, ids in enumerate(prompts):
             check_length(ids, prompt_name(prompts, index), spec, model)
         pooling = self.pooling or spec.embeddings.pooling

@@ -111,7 +111,7 @@ class Generate(Endpoint, frozen=True, kw_only=True):
         for index, ids in enumerate(prompts):
             which = prompt_name(prompts, index)
             available = check_length(ids, which, spec, model)
-            count = max_tokens(len(ids), asked, available, which, spec)
+            count = max_tokens(len(ids), asked, available, which, spec, model)
             check_kv(len(ids) + max(count - 1, 0), spec, model)
             requests += [
                 Request(
