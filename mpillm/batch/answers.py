@@ -115,6 +115,19 @@ class Words:
         decoder = IncrementalDecoder(self._text, start=start)
         return map(decoder.push, ids)
 
+    def echoed_pieces(self, ids: Sequence[int], given: str | None) -> Iterator[str]:
+        """What each token of a prompt is in the echoed text: of control tokens those that `given`, its string, has."""
+        if self._text is None or given is None:
+            yield from self.pieces(ids)
+            return
+        decoder, at = IncrementalDecoder(self._text), 0
+        for id in ids:
+            piece = self._text.token_text(id) if self._text.is_control(id) else decoder.push(id)
+            if self._text.is_control(id) and not given.startswith(piece, at):
+                piece = ""  # put there by the tokenizer
+            at += len(piece)
+            yield piece
+
     @property
     def gap(self) -> str:
         """What stands between two pieces."""
@@ -182,8 +195,13 @@ def _generated(work: Work, completion: Completion, words: Words) -> tuple[str, s
 
 
 def _echoed(work: Work, completion: Completion, words: Words) -> str:
-    given = work.options.echo_texts[completion.request.choice // work.options.n]
+    given = _given(work, completion)
     return words.text(completion.request.prompt) if given is None else given
+
+
+def _given(work: Work, completion: Completion) -> str | None:
+    """The prompt as the string that it came as, None if as token ids."""
+    return work.options.echo_texts[completion.request.choice // work.options.n]
 
 
 def _token_ids(work: Work, completion: Completion) -> dict[str, Any]:
@@ -219,7 +237,8 @@ def _completion_logprobs(
         ids = [*prompt, *ids]
         logprobs = [None, *map(_finite, completion.prompt_logprobs), *logprobs]
         tops = [None, *(_top(one, words) for one in scored), *tops]
-        offsets = [*_offsets(words.pieces(prompt), len(words.gap), 0, len(before)), *offsets]
+        pieces = words.echoed_pieces(prompt, _given(work, completion))
+        offsets = [*_offsets(pieces, len(words.gap), 0, len(before)), *offsets]
     return {
         "tokens": [words.token(token) for token in ids],
         "token_logprobs": logprobs,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from mpillm.batch.bodies import Body, Chat, Completion, Embedding, Generate
 from mpillm.engine.sequence import Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
-from mpillm.text import StopWatch, Tokenizer
+from mpillm.text import StopWatch, Tokenizer, TooLongError
 
 Kind = Literal["chat", "completion", "embedding"]
 TokenIds = tuple[int, ...]
@@ -93,17 +94,20 @@ def _chat(line: Line, body: Chat, spec: Spec, model: Model) -> Work:
         raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
     if not model.text.has_chat:
         raise RequestError("the model has no chat template; use a prompt with /v1/completions")
-    ids = model.text.encode_chat(_messages(body.messages), body.chat_template_kwargs)
+    text, messages = model.text, _messages(body.messages)
+    ids = _encoded(
+        lambda limit: text.encode_chat(messages, body.chat_template_kwargs, limit), "the prompt", spec, model
+    )
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = _options(body, spec, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    requests = _requests(line, [tuple(ids)], asked, body, options, spec, model)
+    requests = _requests(line, [ids], asked, body, options, spec, model)
     if requests[0].max_tokens == 0:
         raise RequestError("max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true")
     return Work(line, "chat", options, requests)
 
 
 def _completion(line: Line, body: Completion, spec: Spec, model: Model) -> Work:
-    prompts, texts = _prompts("prompt", body.prompt, body.add_special_tokens, model)
+    prompts, texts = _prompts("prompt", body.prompt, body.add_special_tokens, spec, model)
     echo = bool(body.echo)
     options = _options(
         body, spec, logprobs=body.logprobs, prompts=len(prompts), echo=echo, echo_texts=texts if echo else ()
@@ -115,7 +119,7 @@ def _completion(line: Line, body: Completion, spec: Spec, model: Model) -> Work:
 
 
 def _embedding(line: Line, body: Embedding, spec: Spec, model: Model) -> Work:
-    prompts, _ = _prompts("input", body.input, body.add_special_tokens, model)
+    prompts, _ = _prompts("input", body.input, body.add_special_tokens, spec, model)
     for index, ids in enumerate(prompts):
         _check_length(ids, _which(prompts, index), spec, model)
     pooling = body.pooling or spec.embeddings.pooling
@@ -157,7 +161,7 @@ def _requests(
     requests: list[Request] = []
     for index, ids in enumerate(prompts):
         room = _check_length(ids, _which(prompts, index), spec, model)
-        max_tokens = _max_tokens(len(ids), asked, room, _which(prompts, index), spec)
+        max_tokens = _max_tokens(len(ids), asked, room, _which(prompts, index), spec, model)
         _check_kv(len(ids) + max(max_tokens - 1, 0), spec, model)
         requests += [
             Request(
@@ -202,28 +206,49 @@ def _check_length(ids: TokenIds, which: str, spec: Spec, model: Model) -> int:
     """Return how many tokens may follow a prompt; RequestError if it is empty or too long."""
     if not ids:
         raise RequestError(f"{which} has no tokens")
-    limit = min(spec.memory.max_context, model.max_position)
+    limit = _context(spec, model)
     if len(ids) > limit:
-        why, remedy = "memory.max_context is", " or raise memory.max_context"
-        if model.max_position <= spec.memory.max_context:
-            why, remedy = "the model takes", ""
-        raise RequestError(f"{which} has {len(ids)} tokens and {why} {limit}; shorten it{remedy}")
+        raise _too_long(which, f"{len(ids)} tokens", spec, model)
     _check_kv(len(ids), spec, model)
     return limit - len(ids)
 
 
-def _max_tokens(prompt: int, asked: int | None, room: int, which: str, spec: Spec) -> int:
+def _context(spec: Spec, model: Model) -> int:
+    """The tokens that a prompt and its answer may have together."""
+    return min(spec.memory.max_context, model.max_position)
+
+
+def _or_raise(spec: Spec, model: Model) -> str:
+    """What else can be done about a long prompt: nothing where the limit is the model's."""
+    return "" if model.max_position <= spec.memory.max_context else " or raise memory.max_context"
+
+
+def _too_long(which: str, length: str, spec: Spec, model: Model) -> RequestError:
+    remedy = _or_raise(spec, model)
+    why = "memory.max_context is" if remedy else "the model takes"
+    return RequestError(f"{which} has {length} and {why} {_context(spec, model)}; shorten it{remedy}")
+
+
+def _encoded(encode: Callable[[int], list[int]], which: str, spec: Spec, model: Model) -> TokenIds:
+    """What `encode` returns, which is told how many tokens there may be."""
+    try:
+        return tuple(encode(_context(spec, model)))
+    except TooLongError as error:
+        raise _too_long(which, str(error), spec, model) from None
+
+
+def _max_tokens(prompt: int, asked: int | None, room: int, which: str, spec: Spec, model: Model) -> int:
     """How many tokens a prompt may be followed by; what nobody asked for is cut to the room there is."""
     default = spec.sampling.max_tokens
     wanted = default if asked is None else asked
     if asked is not None and asked > room:
         raise RequestError(
             f"{which} has {prompt} tokens and max_tokens is {asked}, more than the context of {prompt + room}; "
-            "shorten one of them or raise memory.max_context"
+            f"shorten one of them{_or_raise(spec, model)}"
         )
     if wanted and not room:
         raise RequestError(
-            f"{which} has {prompt} tokens and fills the context; shorten it or raise memory.max_context"
+            f"{which} has {prompt} tokens and fills the context; shorten it{_or_raise(spec, model)}"
         )
     return min(wanted, room)
 
@@ -238,9 +263,12 @@ def _check_kv(tokens: int, spec: Spec, model: Model) -> None:
 
 
 def _prompts(
-    key: str, given: str | list[Any], add_special: bool | None, model: Model
+    key: str, given: str | list[Any], add_special: bool | None, spec: Spec, model: Model
 ) -> tuple[list[TokenIds], tuple[str | None, ...]]:
-    """The prompts as token ids, and as the strings they came as (None for token ids)."""
+    """The prompts as token ids, and as the strings they came as (None for token ids).
+
+    Control tokens in a string are tokens: whoever writes a prompt writes the whole of what the model sees.
+    """
     if isinstance(given, str):
         given = [given]
     elif not given:
@@ -254,7 +282,8 @@ def _prompts(
         if isinstance(item, str):
             if model.text is None:
                 raise RequestError(f"{which} is a string and the model has no tokenizer; give token ids")
-            ids.append(tuple(model.text.encode(item, special)))
+            encode = partial(model.text.encode, item, special, True)
+            ids.append(_encoded(encode, _which(given, index), spec, model))
         elif isinstance(item, list) and all(type(token) is int for token in item):
             for position, token in enumerate(item):
                 _check_token(token, f"the token id at {which}[{position}],", model)
@@ -272,12 +301,12 @@ def _check_token(token: int, which: str, model: Model) -> None:
         raise RequestError(f"{which} {token}{comma} is not in the vocabulary (0 to {model.vocab - 1})")
 
 
-def _which(prompts: Sequence[TokenIds], index: int) -> str:
+def _which(prompts: Sequence[object], index: int) -> str:
     return f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: text parts become one string, joined by newlines as vLLM does."""
+    """Messages whose contents are strings, lists of text parts or null."""
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
@@ -287,22 +316,22 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     for key in ("tool_calls", "function_call", "audio"):
         if message.get(key):
             raise RequestError(f"{where}.{key} is not supported")
-    content = message.get("content")
+    if "content" not in message and message["role"] == "assistant":
+        return {**message, "content": ""}
+    content = message.get("content", ...)
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
-    elif content is None and message["role"] == "assistant":
-        content = ""
-    if not isinstance(content, str):
+        content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+    elif not (content is None or isinstance(content, str)):
         raise RequestError(f"{where}.content must be a string or a list of text parts")
     return {**message, "content": content}
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     kind, text = (
         (part.get("type"), part.get("text")) if isinstance(part, dict) else (type(part).__name__, None)
     )
     if kind == "text" and isinstance(text, str):
-        return text
+        return dict(part)
     raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported")

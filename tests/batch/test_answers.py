@@ -117,6 +117,22 @@ def test_scoring(tmp_path: Path) -> None:
             assert text[offset : offset + len(token)] == token
 
 
+def test_control_tokens_in_an_echoed_prompt(tmp_path: Path) -> None:
+    """The offsets count them where the prompt has them, and not where the tokenizer put them."""
+    text = "the</s> fox</s>\N{SNOWMAN} quick"
+    (work,) = works(tmp_path, {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 0})
+    (choice,) = answer(work, [[]])["choices"]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == text
+    pairs = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))
+    assert [offset for token, offset in pairs if token == "</s>"] == [3, 11]
+    assert all(
+        text[offset:].startswith(token)
+        for token, offset in pairs
+        if token != "<s>" and not token.startswith("bytes:")
+    )
+
+
 def test_echo_with_generated_text(tmp_path: Path) -> None:
     first, second = works(
         tmp_path,

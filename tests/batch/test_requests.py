@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -298,3 +299,76 @@ def test_any_object_is_taken_or_refused_in_a_sentence(content: dict[str, Any]) -
 
 
 _ANY = job(Path("."))
+
+
+def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: Path) -> None:
+    assert WITH_TEXT.text is not None
+    rendered = WITH_TEXT.text.render_chat(CHAT)
+    assert "</s>" in rendered
+    prompt, listed, vector, chat = works(
+        tmp_path,
+        {"prompt": rendered, "add_special_tokens": False},
+        {"prompt": ["fox", "fox</s>"], "add_special_tokens": False},
+        {"input": "fox</s>", "add_special_tokens": False},
+        {"messages": [{"role": "user", "content": "fox</s>"}]},
+    )
+    assert prompt.requests[0].prompt == tuple(TEXT.encode_chat(CHAT))
+    assert listed.requests[1].prompt == (*listed.requests[0].prompt, END)
+    assert vector.requests[0].prompt == listed.requests[1].prompt
+    harmless = TEXT.encode_chat([{"role": "user", "content": "fox"}])
+    assert chat.requests[0].prompt.count(END) == harmless.count(END)
+
+
+LONG = ["the " * 300, "x" * 20_000_000, "\u20ac" * 2_000_000]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (
+            {"context": 100, "model": 512},
+            "memory.max_context is 100; shorten it or raise memory.max_context.",
+        ),
+        ({"context": 512, "model": 64}, "the model takes 64; shorten it."),
+    ],
+)
+@pytest.mark.parametrize("text", LONG, ids=["few", "many", "wide"])
+def test_long_texts_are_known_by_their_length(
+    text: str, limits: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    """Whatever is much longer than the context is not encoded as a whole, and the limit that counts is named."""
+    model = dataclasses.replace(WITH_TEXT, max_position=limits["model"])
+    found = errors(
+        tmp_path, {"prompt": text}, {"prompt": ["a", text]}, {"input": text},
+        {"messages": [{"role": "user", "content": text}]},
+        model=model, overrides=(f"memory.max_context={limits['context']}",),
+    )  # fmt: skip
+    for error in found:
+        assert error is not None
+        assert error.endswith(words)
+    assert found[1] is not None
+    assert found[1].startswith("Line 2: prompt 2 of 2 has ")
+
+
+def test_the_remedy_is_one_that_helps(tmp_path: Path) -> None:
+    model = dataclasses.replace(WITH_TEXT, max_position=32)
+    asks, fills = errors(
+        tmp_path, {"prompt": [5] * 30, "max_tokens": 3}, {"prompt": [5] * 32, "temperature": 1}, model=model
+    )
+    assert asks is not None
+    assert asks.endswith("max_tokens is 3, more than the context of 32; shorten one of them.")
+    assert fills is not None
+    assert fills.endswith("has 32 tokens and fills the context; shorten it.")
+
+
+def test_null_contents_and_roles_are_the_templates_business(tmp_path: Path) -> None:
+    chats = [
+        [{"role": "user", "content": None}],
+        [{"role": "critic", "content": "the fox"}],
+        [*CHAT, {"role": "assistant", "content": None}],
+        [*CHAT, {"role": "assistant"}],
+    ]
+    made = works(tmp_path, *({"messages": chat} for chat in chats))
+    prompts = [TEXT.decode(work.requests[0].prompt, skip_special=False) for work in made]
+    assert ["None" in prompt for prompt in prompts] == [True, False, True, False]
+    assert "critic" in prompts[1]
