@@ -21,8 +21,8 @@ from mpillm import kernels
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
 from mpillm.tools.pack import Weights, pack
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import open_source
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
 from tests.model.engine_harness import _alone, run_laid_out

@@ -21,7 +21,8 @@ from mpillm.comm.world import World, guard
 from mpillm.engine.sequence import Completion, Request
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.opening import open_source
+from mpillm.weights.source import column_unit
 from tests.digests import recorded
 from tests.model.checks import bounds_of, check, requests_of
 from tests.model.engine_harness import run_laid_out
