@@ -15,9 +15,10 @@ from mpillm.engine import step as messages
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
-from mpillm.engine.scheduler import Limits, Scheduler, Totals, blocks_for
+from mpillm.engine.scheduler import Limits, Scheduler, Totals
 from mpillm.engine.sequence import Begun, Completion, Request, Sequence
-from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
+from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step, Table
+from mpillm.model.cache_layout import blocks_for
 from mpillm.model.decoder import Decoder
 from mpillm.partition.grid import Place
 
@@ -272,7 +273,11 @@ def _part(sequence: Sequence, count: int) -> Part:
     return Part(
         start=start,
         tokens=np.array(sequence.tokens[start:end], np.int32),
-        blocks=np.array(sequence.blocks[: blocks_for(end)], np.int32),
+        tables=tuple(
+            Table(table.first, np.array(table.blocks[: blocks_for(end) - table.first], np.int32))
+            for table in sequence.tables
+        ),
+        slot=sequence.slot,
         score_k=request.prompt_logprobs or 0 if scores else -1,
         successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,

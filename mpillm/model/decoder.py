@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
 from mpillm.model.config import ModelConfig
-from mpillm.model.kv import KVCache
+from mpillm.model.kv import GroupTables, KVCache
 from mpillm.model.rope import cos_sin
 from mpillm.partition import grid
 from mpillm.weights.inventory import ATTENTION, DOWN, GATE, HEAD, UP
@@ -34,14 +34,14 @@ Half = Any  # kernels.AttentionHalf, FeedForwardHalf or Products
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, as arrays of length m (`table` is as long as all sequences' block tables together)."""
+    """The rows of one step, as arrays of length m; those of a sequence are neighbours."""
 
     tokens: Ints
     positions: Ints
-    table: Ints  # all sequences' block tables, one after the other
-    table_start: Ints  # where each row's sequence begins in `table`
-    block: Ints  # the KV block that takes the row's keys and values
-    offset: Ints  # the place in that block
+    offset: Ints  # the place of the row's keys and values in their block
+    groups: tuple[GroupTables, ...]  # of each group of layers
+    first_rows: Ints  # of each sequence
+    slots: Ints  # of each sequence's states, -1 where it has none
 
 
 class Decoder:
@@ -76,6 +76,7 @@ class Decoder:
         self._plain = (
             self._at_rest
             and kv.spill is None
+            and len(kv.layout.windows) == 1
             and place.shards == 1
             and not (config.o_bias or config.mlp_bias)
             and not any(config.moe_layers[number] for number in self._layers)
@@ -121,12 +122,13 @@ class Decoder:
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         angles = cos_sin(self.config.rope, self.config.head_dim, batch.positions)
-        self._kv.begin(batch.table, batch.block, batch.offset)
+        self._kv.begin(batch.groups, batch.offset)
         if self._whole is None:
             self._layer_by_layer(x, batch, *angles)
         else:
-            kernels.compute(self._whole, x, *angles, batch.block, batch.offset, batch.positions, batch.table,
-                            batch.table_start, self._pipe.progress, self._threads)  # fmt: skip
+            (group,) = batch.groups
+            kernels.compute(self._whole, x, *angles, group.block, batch.offset, batch.positions, group.table,
+                            group.table_start, self._pipe.progress, self._threads)  # fmt: skip
             self._cache.count_hits(len(self._layers), self._whole_bytes)
         if self.is_last:
             return x
@@ -153,7 +155,7 @@ class Decoder:
             halves = [
                 (self._halves[ATTENTION, number], self._halves[DOWN, number]) for number in self._layers
             ]
-            pools = [self._kv.take(i) for i in range(len(self._layers))]
+            pools = [self._kv.acquire(i) for i in range(len(self._layers))]
             self._whole = kernels.Layers(halves, self._kv.kv_type, pools)
 
     def final_norm(self, x: Floats) -> Floats:
@@ -201,9 +203,10 @@ class Decoder:
     ) -> None:
         half = self._kept(lambda: self._attention_half(layer, number), ATTENTION, number)
         out = np.empty_like(x)
-        kernels.compute(half, x, cos, sin, self._kv.kv_type, *self._kv.take(i), batch.block, batch.offset,
-                        batch.positions, batch.table, batch.table_start, out, self._threads)  # fmt: skip
-        self._kv.give(i)
+        group = batch.groups[self._kv.group_of(i)]
+        kernels.compute(half, x, cos, sin, self._kv.kv_type, *self._kv.acquire(i), group.block, batch.offset,
+                        batch.positions, group.table, group.table_start, out, self._threads)  # fmt: skip
+        self._kv.release(i)
         self._add(out, x)
         if self.config.o_bias:
             x += layer.vector("o_bias")

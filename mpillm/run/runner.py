@@ -22,12 +22,11 @@ from mpillm.batch.work import Model, Work
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
-from mpillm.engine.scheduler import Totals, blocks_for
+from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.errors import Interrupted, MpillmError
-from mpillm.kernels import KV_BLOCK
 from mpillm.run import catalogue
-from mpillm.run.limits import described_step
+from mpillm.run.limits import cached_tokens, described_step
 from mpillm.run.progress import Bar, Progress
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
@@ -337,7 +336,7 @@ class Leader:
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
             begun = self._journal.begun(work.line)
             for request in work.requests:
-                if blocks_for(request.max_length) > self._session.limits.n_blocks:
+                if request.max_length > self._session.limits.max_length:
                     raise Interrupted(
                         f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
                         "the same command goes on with as many ranks as before."
@@ -401,9 +400,14 @@ class Leader:
             size = described_step(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
+            context = min(memory.max_context, session.config.max_position)
+            in_memory, in_all = (
+                cached_tokens(blocks, limits.windows, context)
+                for blocks in (limits.blocks_in_memory, limits.n_blocks)
+            )
             yield (
-                f"The KV cache holds {limits.blocks_in_memory * KV_BLOCK} tokens in memory, and "
-                f"{limits.n_blocks * KV_BLOCK} with layers in {memory.spill_folder}."
+                f"The KV cache holds {in_memory} tokens in memory, and {in_all} with layers in "
+                f"{memory.spill_folder}."
             )
         elif memory.kv_spill_bytes:
             yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."

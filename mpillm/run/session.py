@@ -16,14 +16,14 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Worker
 from mpillm.engine.scheduler import Limits
 from mpillm.errors import LayoutError, ModelError
-from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import activations_of
+from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
-from mpillm.model.kv import KVCache, block_nbytes, stored_type
+from mpillm.model.kv import KVCache
 from mpillm.partition import grid
 from mpillm.run import memory
-from mpillm.run.limits import limits
+from mpillm.run.limits import cache_in_memory, limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.journal import Layout
 from mpillm.store.report import Rank
@@ -46,7 +46,7 @@ class Origin:
     shape: grid.Shape
     stages: int
     shards: int
-    kv_tokens: int  # that the KV cache held: what is longer was refused
+    kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
 
     def layout(self, world: World, wire: Wire) -> tuple[int, int]:
         """(stages, shards) for the ranks that are left, or for some of them."""
@@ -94,7 +94,6 @@ class Session:
             self.shape = self.config.shape(column_unit(self.source))
             check_tensors(self.source, self.shape, self.config)
             self._activations = activations_of(self.source, self.shape)
-            self.kv_type = stored_type(spec.memory.kv_type, self.shape)
             self.fingerprint = fingerprint(self.source)
         self._same_model()
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
@@ -114,6 +113,8 @@ class Session:
                 self.config.experts_per_token / max(self.config.n_experts, 1),
             )
             self._open_files.callback(self.weights.close)
+            places = [grid.Place(rank, stages, shards) for rank in range(world.size)]
+            self.caches = rank_layouts(self.shape, places, self.config.windows, spec.memory.kv_type)
         self.streamed = world.gather(self.weights.streamed)
         self.limits = self._limits()
         self.channel = Channel(world, self.counters)
@@ -139,8 +140,9 @@ class Session:
     @property
     def origin(self) -> Origin:
         """What this run began with."""
-        kv_tokens = self.limits.n_blocks * KV_BLOCK
-        return self._origin or Origin(self.shape, self.place.stages, self.place.shards, kv_tokens)
+        return self._origin or Origin(
+            self.shape, self.place.stages, self.place.shards, self.limits.max_length
+        )
 
     @property
     def shard_vocab(self) -> list[int]:
@@ -151,7 +153,7 @@ class Session:
     @property
     def kv_token_nbytes(self) -> int:
         """Bytes that one token's keys and values take on the rank that holds most."""
-        return self._largest_block // KV_BLOCK
+        return max(layout.token_nbytes for layout in self.caches)
 
     def statistics(self, lines: int = 0) -> Rank:
         """What this rank held, moved and waited for; rank 0 keeps so many lines of input."""
@@ -208,19 +210,17 @@ class Session:
                 )
 
     def _limits(self) -> Limits:
-        """What a step and the KV cache take, the same on every rank."""
+        """What a step and the cache take, the same on every rank."""
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
-        self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
+        return limits(self.spec, self._activations, places, self.caches, max_context, self.streamed)
 
     def _memory(self, lines: int) -> memory.Memory:
         """What this rank was to hold at most."""
         weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
-        block = block_nbytes(shape, place, self.kv_type)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
-            kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_slots),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, shape, place, len(weights.items), lines),
         )
@@ -229,7 +229,8 @@ class Session:
         config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
-            self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type, budget, folder)
+            n_blocks, n_slots = self.limits.n_blocks, self.limits.n_slots
+            self.kv = KVCache(self.caches[place.rank], n_blocks, n_slots, budget, folder)
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
