@@ -126,7 +126,7 @@ def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
     ):
         value = source.get("eos_token_id")
         for id in value if isinstance(value, list) else [value]:
-            if id is None:
+            if id is None or id == -1:  # both say that there is none
                 continue
             if type(id) is not int or id < 0:
                 raise ModelError(f"eos_token_id in {folder / name} is {id!r}, which is no token id.")

@@ -116,7 +116,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (put("token_type", 3), "token_type in .* is no list"),
         (put("token_type", ["x"] * 710), "holds something that is no number"),
         (put("eos_token_id", 710), "eos_token_id in .* is 710, but there are 710 tokens"),
-        (put("bos_token_id", -1), "bos_token_id in .* is -1"),
+        (put("bos_token_id", -2), "bos_token_id in .* is -2"),
         (put("bos_token_id", "x"), "bos_token_id in .* is x"),
         (put("eot_token_id", 2**40), "eot_token_id in"),
     ],
