@@ -12,10 +12,10 @@ import itertools
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
-from mpillm.batch.work import Line, Model, Work, make_work
+from mpillm.batch.work import Line, Model, Work
 from mpillm.errors import JobError, RequestError
 from mpillm.spec import Spec
 
@@ -31,9 +31,7 @@ class Batch:
     spec: Spec
     model: Model
     lines: list[Line] = field(default_factory=list)
-    prompt_tokens: int = 0  # of all good lines, each prompt once
-    max_new_tokens: int = 0  # the most that all good lines can generate
-    other_models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
+    models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -60,7 +58,7 @@ class Batch:
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, bodies.read_body(bodies.decode_line(raw)), self.spec, self.model)
+        return make_work(line, bodies.decode_line(raw), self.spec, self.model)
 
 
 def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None) -> Batch:
@@ -85,6 +83,12 @@ def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] 
     return batch
 
 
+def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
+    """The work of a line that holds the object `content`; RequestError if it asks for nothing that can be done."""
+    endpoint = bodies.read_body(content)
+    return Work(line, endpoint, endpoint.requests(line.custom_id, spec, model), spec)
+
+
 def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Batch) -> Line:
     """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
     try:
@@ -96,14 +100,11 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Bat
             if (first := named.setdefault(name, line.number)) != line.number:
                 raise RequestError(f"the custom_id {name[:100]!r} is already that of line {first}")
             line = replace(line, custom_id=name)
-        body = bodies.read_body(content)
-        work = make_work(line, body, batch.spec, batch.model)
+        work = make_work(line, content, batch.spec, batch.model)
     except RequestError as problem:
         return replace(line, error=f"Line {line.number}: {str(problem).rstrip('.')}.")
-    batch.prompt_tokens += work.prompt_tokens
-    batch.max_new_tokens += sum(request.max_tokens for request in work.requests)
-    if body.model is not None:
-        batch.other_models[body.model] = batch.other_models.get(body.model, 0) + 1
+    if (model := work.endpoint.model) is not None:
+        batch.models[model] = batch.models.get(model, 0) + 1
     return line
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.batch import requests
-from mpillm.batch.bodies import decode_line, read_body
+from mpillm.batch.bodies import decode_line
+from mpillm.batch.endpoints import ChatCompletions, Completions, Embeddings
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
 
@@ -39,8 +40,8 @@ def test_batch_lines_and_bare_lines(tmp_path: Path) -> None:
         {"input": ["the", "fox"]},
     )
     assert [work.custom_id for work in made] == ["chat", "text", "vector", "request-4", "mine", "request-6"]
-    kinds = ["chat", "completion", "embedding", "completion", "chat", "embedding"]
-    assert [work.kind for work in made] == kinds
+    kinds = [ChatCompletions, Completions, Embeddings, Completions, ChatCompletions, Embeddings]
+    assert [type(work.endpoint) for work in made] == kinds
     assert made[0].requests[0].prompt == tuple(TEXT.encode_chat(CHAT))
     assert made[1].requests[0].prompt == tuple(TEXT.encode("the fox", True))
     assert [request.kind for request in made[5].requests] == ["embed", "embed"]
@@ -55,11 +56,11 @@ def test_defaults_come_from_the_job_and_lines_win(tmp_path: Path) -> None:
     plain, said, vector = works(tmp_path, {"prompt": "a"}, own, {"input": "a"}, overrides=overrides)
     first, second = plain.requests[0], said.requests[0]
     assert (first.temperature, first.seed, first.max_tokens, first.top_k) == (0.5, 9, 7, 0)
-    assert (plain.options.stop, said.options.stop) == (("x", "y"), ("z",))
+    assert [asked.endpoint.stops(asked.spec) for asked in (plain, said)] == [("x", "y"), ("z",)]
     assert (second.temperature, second.seed, second.max_tokens, second.top_k) == (0.0, -3, 5, 4)
     assert (second.top_p, second.min_p, second.repetition_penalty, second.stop_ids) == (0.5, 0.1, 1.2, {5})
     assert first.watch is not None
-    assert (vector.requests[0].pooling, vector.options.normalize) == ("last", True)
+    assert vector.requests[0].pooling == "last"
 
 
 def test_every_prompt_makes_its_own_choices(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_scoring_and_logprobs(tmp_path: Path) -> None:
         2,
         2,
     )
-    assert (echo.requests[0].prompt_logprobs, echo.options.echo_texts) == (None, ("the fox",))
+    assert (echo.requests[0].prompt_logprobs, echo.endpoint.prompt) == (None, "the fox")
     assert (chat.requests[0].logprobs, chat.requests[0].max_tokens) == (20, 3)
 
 
@@ -237,7 +238,7 @@ def test_line_ends_marks_and_blank_lines(tmp_path: Path) -> None:
         assert [(found.number, found.custom_id, found.error) for found in batch.lines] == [
             (1, "request-1", None), (4, "request-4", None),
         ]  # fmt: skip
-        assert [work.options.prompts for work in batch.works()] == [1, 1]
+        assert [len(work.prompts) for work in batch.works()] == [1, 1]
 
 
 def test_a_line_longer_than_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +276,6 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
 def test_a_line_can_be_made_again(tmp_path: Path) -> None:
     batch = checked(tmp_path, [{"prompt": f"the fox {n}", "n": 1 + n % 3} for n in range(20)])
     assert list(batch.works()) == [batch.work(found) for found in batch.lines]
-    assert batch.prompt_tokens == sum(work.prompt_tokens for work in batch.works())
-    assert batch.max_new_tokens == sum(r.max_tokens for work in batch.works() for r in work.requests)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -290,8 +289,8 @@ KEYS = st.sampled_from(["prompt", "messages", "input", "custom_id", "url", "meth
 def test_any_object_is_taken_or_refused_in_a_sentence(content: dict[str, Any]) -> None:
     said = "a sentence"
     try:
-        body = read_body(decode_line(json.dumps(content).encode()))
-        requests.make_work(requests.Line(1, 0, 0, "a", b""), body, _ANY, WITH_TEXT)
+        read = decode_line(json.dumps(content).encode())
+        requests.make_work(requests.Line(1, 0, 0, "a", b""), read, _ANY, WITH_TEXT)
     except RequestError as error:
         said = str(error)
     assert said

@@ -47,7 +47,7 @@ def finish(work: Work, journal: Journal) -> None:
         draw = random.Random(f"{request.id}{request.choice}")
         tokens = [draw.randrange(6, 60) for _ in range(min(request.max_tokens, 4))]
         made.append(completion(request, tokens, draw.randrange(99), seconds_running=random.random()))
-    journal.append(results.finished(work, made, WITH_TEXT, "small"))
+    journal.append(results.finished(work, made, WITH_TEXT))
 
 
 def run(batch: Batch, out: Path, order: random.Random, stops: int) -> None:
