@@ -84,7 +84,9 @@ _IDS = {
     "sep_token": "seperator_token_id",
 }
 _UNSET = (-1, 2**32 - 1)  # LLAMA_TOKEN_NULL, signed and unsigned: there is no such token
-_UNUSED = frozenset({"padding_token_id", "seperator_token_id"})  # by us; some converters name tokens that are not there
+_UNUSED = frozenset(
+    {"padding_token_id", "seperator_token_id"}
+)  # by us; some converters name tokens that are not there
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 

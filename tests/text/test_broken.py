@@ -31,7 +31,9 @@ from tests.text.vocabularies import byte_level_fields, sentencepiece_fields, wri
             "cannot be used",
         ),
         ("[" * 100_000, "cannot be used"),
-        ("\xff\xfe", "cannot be (read|used)"),
+        ("\xff\xfe", "is UTF-16; save it as UTF-8"),
+        ("\xff\xff", "cannot be read"),
+        ("version https://git-lfs.example/spec/v1\n", "is a Git LFS pointer instead of the file; fetch it"),
     ],
 )
 def test_tokenizer_json(tmp_path: Path, text: str, words: str) -> None:

@@ -147,7 +147,9 @@ def test_ids_that_are_not_set(unset: Any) -> None:
 
 def test_ids_that_nobody_uses() -> None:
     fields = vocabularies.byte_level_fields("qwen2")
-    tokenizer = load(fields | {"tokenizer.ggml.padding_token_id": 710, "tokenizer.ggml.seperator_token_id": 2**31})
+    tokenizer = load(
+        fields | {"tokenizer.ggml.padding_token_id": 710, "tokenizer.ggml.seperator_token_id": 2**31}
+    )
     assert tokenizer.encode("Hi") == load(fields).encode("Hi")
 
 
