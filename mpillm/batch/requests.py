@@ -43,6 +43,16 @@ class Batch:
         """The bad lines."""
         return [line for line in self.lines if line.error is not None]
 
+    def keep_answered(self, done: Container[str]) -> None:
+        """Nothing is wrong with a line whose custom_id is in `done`: an earlier run has answered it.
+
+        That run may have had more memory, or other lines beside it.
+        """
+        self.lines = [
+            replace(line, error=None) if line.error is not None and line.custom_id in done else line
+            for line in self.lines
+        ]
+
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
         with _opened(self.path) as file:

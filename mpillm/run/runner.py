@@ -214,6 +214,7 @@ class Leader:
         )
         self._batch: Batch = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
+        self._batch.keep_answered(self._journal.done)
         self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
         self._timeline: list[tuple[float, int, int]] = []

@@ -368,6 +368,36 @@ def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: P
     assert chat.requests[0].prompt.count(END) == harmless.count(END)
 
 
+def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the checkpoint: each line with one of them is an error of its own."""
+    text = "the quick fox </s>"
+    ids = TEXT.encode(text, parse_special=True)
+    largest = max(ids)
+    model = dataclasses.replace(WITH_TEXT, vocab=largest)
+    chat = [{"role": "user", "content": "the quick fox"}]
+    assert max(TEXT.encode_chat(chat)) >= largest
+    said = errors(
+        tmp_path, {"prompt": text}, {"input": ["a", text]}, {"messages": chat}, {"prompt": [1, 2, largest]},
+        {"prompt": [1, largest - 1]}, model=model,
+    )  # fmt: skip
+    of_a_text = (
+        f"has the token {TEXT.token_text(largest)!r} (id {largest}), for which the model has no embedding"
+    )
+    assert said[4] is None
+    for error, words in zip(
+        said,
+        [
+            f"the prompt {of_a_text}",
+            f"prompt 2 of 2 {of_a_text}",
+            "the prompt has the token",
+            f"prompt[2], {largest}, is",
+        ],
+        strict=False,
+    ):
+        assert error is not None
+        assert words in error
+
+
 LONG = ["the " * 300, "x" * 20_000_000, "\u20ac" * 2_000_000]
 
 

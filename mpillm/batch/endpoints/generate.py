@@ -14,7 +14,6 @@ from mpillm.batch.endpoints.prompts import (
     TokenIds,
     check_kv,
     check_length,
-    check_token,
     max_tokens,
     prompt_name,
 )
@@ -169,6 +168,9 @@ class Generate(Endpoint, frozen=True, kw_only=True):
 
     def _stop_ids(self, model: Model) -> frozenset[int]:
         for token in self.stop_token_ids or ():
-            check_token(token, "the stop token id", model)
+            if not 0 <= token < model.vocab:
+                raise RequestError(
+                    f"the stop token id {token} is not in the vocabulary (0 to {model.vocab - 1})"
+                )
         ends = frozenset() if self.ignore_eos else model.end_ids
         return ends | frozenset(self.stop_token_ids or ())
