@@ -84,7 +84,8 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
 
     `metadata` (what the results depend on: model, sampling, wire, ...) becomes attributes of the root. Groups:
 
-    requests: custom_id, line (from 1), status, and choices [n + 1]: request i has choices[i] up to choices[i + 1].
+    requests: custom_id (see `hdf5_text`), line (from 1), status, and choices [n + 1]: request i has choices[i] up to
+    choices[i + 1].
     choices: prompt (index into /prompts), finish_reason.
     prompts, tokens: ids (int32) with offsets [.. + 1]; logprobs, prompt_logprobs, embeddings: values (float32)
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
@@ -107,6 +108,16 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
         for column in (waiting, running):
             column.close()
         columns.close()
+
+
+def hdf5_text(text: str) -> str:
+    """A string as results.h5 stores it: a JSON string if it has a zero character, which HDF5 cannot store.
+
+    A string that begins with a double quote becomes a JSON string too, so that a reader can tell the two apart.
+    """
+    if "\0" in text or text.startswith('"'):
+        return msgspec.json.encode(text).decode()
+    return text
 
 
 class _Guarded:
@@ -249,7 +260,7 @@ class _Columns:
 
     def add(self, line: Line, result: Result | None) -> None:
         """A request; None for one whose line is bad."""
-        self._custom_id.add([line.custom_id])
+        self._custom_id.add([hdf5_text(line.custom_id)])
         self._line.add([line.number])
         self._status.add([400 if result is None else result.status])
         if result is not None and result.choices:

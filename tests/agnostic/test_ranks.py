@@ -28,17 +28,19 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 pytestmark = [
-    pytest.mark.mpi,
+    pytest.mark.mpiexec,
     pytest.mark.skipif(not COMPILED, reason="the extension is not built, and NumPy's products promise less"),
 ]
 
 
 @pytest.mark.parametrize(
     ("model", "stages", "shards"),
-    [("llama3", 2, 1), ("llama3", 2, 2), ("llama_mixed.gguf", 2, 1), ("qwen2_window", 2, 1)],
+    [("llama3", 2, 1), ("llama3", 2, 2), ("llama_mixed.gguf", 2, 1), ("mixed windows", 2, 1)],
 )
 def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
     target = tmp_path / "outcomes.json"
+    if model == "mixed windows":
+        model = str(write_mixed_windows(tmp_path / "model"))
     layout = {"stages": stages, "shards": shards, "activations": "f32"}
     settings = [json.dumps({**layout, **way}) for way in WAYS]
     done = openmpi.run(stages * shards, PROGRAM, target, model, *settings)
