@@ -1,7 +1,7 @@
 """A mixer with a state, for tests: some layers of a fixture become recurrent, or get a state beside their attention.
 
-s = DECAY * s + x for each token in turn, and x += GAIN * s. The state s [hidden] begins as zeros. Every shard computes the
-same of it.
+s = DECAY * s + x for each token in turn, and x += GAIN * s; the state s [hidden] begins as zeros. Each shard computes all
+of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def install(patch: pytest.MonkeyPatch, recurrent: frozenset[int], both: frozense
             for number, specs in enumerate(layer_caches(shape, place, windows))
         ]
 
-    def mix(self: Decoder, layer: Any, i: int, number: int, x: NDArray[np.float32], batch: Batch, *more: Any) -> None:
+    def mix(
+        self: Decoder, layer: Any, i: int, number: int, x: NDArray[np.float32], batch: Batch, *more: Any
+    ) -> None:
         if number in recurrent | both:
             advance(self._kv.states(i).view(np.float32), x, batch)
         if number not in recurrent:

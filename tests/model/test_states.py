@@ -1,19 +1,16 @@
-"""One state for each sequence: the same bytes however steps are cut, sequences preempted, runs broken off, ranks laid out."""
+"""One state for each sequence: the same bytes with any cut into steps, with preemption, after a kill, on any layout."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mpillm import kernels
 from mpillm.engine.sequence import Request
-from mpillm.kernels import KV_BLOCK
 from tests.agnostic import harness
 from tests.agnostic.program import digest
 from tests.conftest import Mpi
@@ -105,7 +102,7 @@ def test_blocks_on_disk_and_states_in_memory(tmp_path: Path) -> None:
     assert outcome.session.kv.peak <= 30 * layout.block_nbytes
 
 
-@pytest.mark.mpi
+@pytest.mark.mpiexec
 @pytest.mark.parametrize(("stages", "shards"), [(2, 1), (1, 2)])
 def test_two_ranks(stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
     model, recurrent = MODELS[0]
