@@ -24,6 +24,7 @@ from mpillm.run.limits import (
     step_size,
 )
 from mpillm.spec import Spec, shown_bytes
+from mpillm.store import readable
 from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget, streamed
 from mpillm.weights.plan import LayerPlan
@@ -217,7 +218,7 @@ def _problems(
 
 def as_json(plan: Plan) -> str:
     """The plan for programs."""
-    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode()
+    return readable.as_json(plan).decode()
 
 
 def as_text(plan: Plan) -> str:
