@@ -1,7 +1,7 @@
 """A mixer with a state, for tests: some layers of a fixture become recurrent, or get a state beside their attention.
 
-s = DECAY * s + x for each token in turn, and x += GAIN * s; the state s [hidden] begins as zeros. Each shard computes all
-of it.
+s = DECAY * s + x for each token in turn, and x += GAIN * s; the state s [hidden] begins as zeros. Each shard computes
+all of it.
 """
 
 from __future__ import annotations

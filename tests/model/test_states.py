@@ -108,11 +108,11 @@ def test_two_ranks(stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> No
     model, recurrent = MODELS[0]
     layout = {"stages": stages, "shards": shards, "activations": "f32"}
     ways: list[dict[str, Any]] = [
-        {}, {"kv_blocks": 12, "max_num_seqs": 7, "max_num_batched_tokens": 40}
+        {}, {"kv_blocks": 7, "max_num_seqs": 7, "max_num_batched_tokens": 40}
     ]  # fmt: skip
     target = tmp_path / "outcomes.json"
     settings = [json.dumps({**layout, **way}) for way in ways]
-    done = openmpi.run(2, PROGRAM, target, ",".join(map(str, recurrent)), model, *settings)
+    done = openmpi.run(2, PROGRAM, ",".join(map(str, recurrent)), target, model, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     wide, tight = json.loads(target.read_text())
     assert wide["digest"] == tight["digest"] == digest(expected(model, recurrent))
