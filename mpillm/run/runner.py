@@ -32,13 +32,15 @@ from mpillm.run.progress import Bar, Progress
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
-from mpillm.store.journal import Journal, Layout, Part, began, first_layout, line_key
+from mpillm.store.journal import Journal, began, first_layout
 from mpillm.store.output import Claim
+from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
+LOOK_EVERY = 1.0  # seconds between two looks at whether the output is still where it was
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
@@ -227,6 +229,7 @@ class Leader:
             progress.say(warning)
         self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
         self._ranks: list[report.Rank] = []
+        self._looked = time.monotonic()
         self.computed = False  # all that is to be computed
         self._phase("prepare")
         self._computing_since = self._clock
@@ -280,6 +283,7 @@ class Leader:
         """Write the results, of a run that began at `begun`."""
         session, journal = self._session, self._journal
         lines, directory = self._batch.lines, self._claim.directory
+        self._look()
         errors = results.write_jsonl(directory, lines, journal)
         results.write_hdf5(directory, lines, journal, self._metadata())
         self._phase("write")
@@ -303,6 +307,7 @@ class Leader:
             warnings=self._warnings,
         )
         report.write(directory, made)
+        self._look()
         journal.finish(errors)
         return made
 
@@ -317,7 +322,15 @@ class Leader:
                     for unsaved in engine.unsaved(every):
                         self._save(*unsaved)
                 self._safe(journal.commit(), bar)
+                if time.monotonic() > self._looked + LOOK_EVERY:
+                    self._look()
             self._safe(journal.flush(), bar)
+
+    def _look(self) -> None:
+        """Interrupted if the output is no longer where it was."""
+        self._claim.check()
+        self._journal.check()
+        self._looked = time.monotonic()
 
     def _todo(self) -> int:
         return len(self._batch) - len(self._batch.errors) - len(self._journal.done)

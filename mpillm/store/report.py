@@ -12,7 +12,7 @@ import msgspec
 
 from mpillm.errors import JobError
 from mpillm.spec import shown_bytes
-from mpillm.store.output import replacing
+from mpillm.store.directory import Directory, replacing
 
 JSON, HTML = "report.json", "report.html"
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
@@ -195,9 +195,9 @@ def _memory_used(ranks: Sequence[Rank]) -> str:
     return f"{line}."
 
 
-def write(directory: Path, report: Report) -> None:
+def write(directory: Directory, report: Report) -> None:
     """Write report.json."""
-    with replacing(directory / JSON) as file:
+    with directory.replacing(JSON) as file:
         file.write(msgspec.json.format(msgspec.json.encode(report), indent=2))
         file.write(b"\n")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -23,8 +22,9 @@ from mpillm.batch.answers import bad_line, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion
-from mpillm.store.journal import Choice, Journal, Result, line_key
-from mpillm.store.output import replacing
+from mpillm.store.directory import Directory
+from mpillm.store.journal import Journal
+from mpillm.store.records import Choice, Result, line_key
 
 JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 
@@ -63,10 +63,10 @@ def _bytes(values: ArrayLike, kind: np.dtype[Any]) -> bytes:
     return np.asarray(values, kind).tobytes()
 
 
-def write_jsonl(directory: Path, lines: Iterable[Line], journal: Journal) -> int:
+def write_jsonl(directory: Directory, lines: Iterable[Line], journal: Journal) -> int:
     """Write results.jsonl: every line of the input once, in its order; return how many ended in an error."""
     errors = 0
-    with replacing(directory / JSONL) as file:
+    with directory.replacing(JSONL) as file:
         for line in lines:
             if line.error is not None:
                 errors += 1
@@ -79,7 +79,9 @@ def write_jsonl(directory: Path, lines: Iterable[Line], journal: Journal) -> int
     return errors
 
 
-def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadata: Mapping[str, Any]) -> None:
+def write_hdf5(
+    directory: Directory, lines: Sequence[Line], journal: Journal, metadata: Mapping[str, Any]
+) -> None:
     """Write results.h5 and timings.h5.
 
     `metadata` (what the results depend on: model, sampling, wire, ...) becomes attributes of the root. Groups:
@@ -90,7 +92,7 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
     are as the model gave them, not normalised.
     """
-    with _hdf5(directory / HDF5) as (h5, check), _hdf5(directory / TIMINGS) as (timings_h5, check_timings):
+    with _hdf5(directory, HDF5) as (h5, check), _hdf5(directory, TIMINGS) as (timings_h5, check_timings):
         _describe(h5, metadata)
         h5["timings"] = h5py.ExternalLink(TIMINGS, "/")
         columns = _Columns(h5)
@@ -162,9 +164,9 @@ class _Guarded:
 
 
 @contextlib.contextmanager
-def _hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
-    """An HDF5 file that becomes `path`, of a format that does not depend on the library's newest, and its `check`."""
-    with replacing(path) as file:
+def _hdf5(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """An HDF5 file that becomes `name`, of a format that does not depend on the library's newest, and its `check`."""
+    with directory.replacing(name) as file:
         guarded = _Guarded(file.fileno())
         with h5py.File(guarded, "w", libver=("earliest", "v110")) as h5:
             yield h5, guarded.check

@@ -60,8 +60,8 @@ def run(batch: Batch, out: Path, order: random.Random, stops: int) -> None:
                 finish(work, journal)
                 journal.flush()
     with Claim(out) as claim, Journal(claim, {}, batch.lines) as journal:
-        assert results.write_jsonl(out, batch.lines, journal) == 3
-        results.write_hdf5(out, batch.lines, journal, METADATA)
+        assert results.write_jsonl(claim.directory, batch.lines, journal) == 3
+        results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,10 +133,10 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
         filler = disk / "filler"
         filler.write_bytes(bytes(free - 8192))
         with pytest.raises(Interrupted, match=r"no space left for .*results\.jsonl"):
-            results.write_jsonl(disk / "out", batch.lines, journal)
+            results.write_jsonl(claim.directory, batch.lines, journal)
         filler.unlink()
-        results.write_jsonl(disk / "out", batch.lines, journal)
-        results.write_hdf5(disk / "out", batch.lines, journal, METADATA)
+        results.write_jsonl(claim.directory, batch.lines, journal)
+        results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
         with h5py.File(disk / "out/results.h5") as h5:
             assert len(h5["requests/custom_id"]) == 60
         large = (disk / "out/results.h5").stat().st_size
@@ -146,4 +146,4 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
         for room in range(8192, large, 16_384):
             filler.write_bytes(bytes(free - room))
             with pytest.raises(Interrupted, match=r"no space left for .*\.h5"):
-                results.write_hdf5(disk / "out", batch.lines, journal, METADATA)
+                results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
