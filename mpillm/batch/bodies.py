@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import json
 from typing import Any
 
 import msgspec
@@ -67,6 +69,8 @@ _BATCH_KEYS = ("custom_id", "method", "url", "body")
 
 def decode_line(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of a line, or say why there is none (RequestError)."""
+    if raw.startswith(codecs.BOM_UTF8):
+        raise RequestError("the line begins with a byte order mark (of a file that was appended?); remove it")
     try:
         value = msgspec.json.decode(raw)
     except UnicodeDecodeError:
@@ -79,6 +83,24 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError('the line is no JSON object such as {"prompt": "..."}')
     return value
+
+
+def refuse_repeated_keys(raw: bytes) -> None:
+    """RequestError if an object of a line, which is JSON, has a key twice: readers differ in which value counts."""
+    try:
+        _UNIQUE.decode(raw.decode())
+    except RecursionError:
+        raise RequestError("the line is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"the key {twice[:100]!r} is there twice")
+
+
+_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _first_bad_byte(raw: bytes) -> int:

@@ -17,10 +17,12 @@ from typing import Any, BinaryIO
 from mpillm.batch import bodies
 from mpillm.batch.work import Line, Model, Work
 from mpillm.errors import JobError, RequestError
+from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
 MAX_LINE = 64 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
 PROGRESS_LINES = 256
+LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
 
 
 @dataclass
@@ -40,6 +42,16 @@ class Batch:
     def errors(self) -> list[Line]:
         """The bad lines."""
         return [line for line in self.lines if line.error is not None]
+
+    def keep_answered(self, done: Container[str]) -> None:
+        """Nothing is wrong with a line whose custom_id is in `done`: an earlier run has answered it.
+
+        That run may have had more memory, or other lines beside it.
+        """
+        self.lines = [
+            replace(line, error=None) if line.error is not None and line.custom_id in done else line
+            for line in self.lines
+        ]
 
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
@@ -95,6 +107,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Bat
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
         content = bodies.decode_line(raw)
+        bodies.refuse_repeated_keys(raw)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
@@ -130,9 +143,9 @@ def _opened(path: Path) -> BinaryIO:
 
 def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
     """Number, offset and content of each line that is not blank; None for one that is too long to be held."""
-    head = file.read(4)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise JobError(f"The input {file.name} is UTF-16; save it as UTF-8.")
+    head = file.read(LOOK)
+    if (what := what_it_is(head) or _not_lines(head)) is not None:
+        raise JobError(f"The input {file.name} {what}.")
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     file.seek(offset)
     for number in itertools.count(1):
@@ -146,3 +159,17 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
         if too_long or raw.strip():
             yield number, offset, None if too_long else raw.rstrip()
         offset += length
+
+
+def _not_lines(head: bytes) -> str | None:
+    """What is said of an input that is JSON, but not an object a line, by its beginning."""
+    whole = len(head) < LOOK
+    first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    first, rest = first.strip(), rest.lstrip()
+    if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:
+        return "has lines that end in carriage returns alone; make newlines of them: tr '\\r' '\\n'"
+    if first == b"[" or (first.startswith(b"[") and (first.endswith(b",") or (whole and not rest))):
+        return "is a JSON array; write one object a line: jq -c '.[]'"
+    if first == b"{" and rest.startswith((b'"', b"}")):
+        return "has objects that go over several lines; write one object a line: jq -c ."
+    return None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mpillm.engine.scheduler import Totals, blocks_for
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.kernels import KV_BLOCK
-from mpillm.run import catalogue
+from mpillm.run import catalogue, memory
 from mpillm.run.limits import described_step
 from mpillm.run.progress import Bar, Progress
 from mpillm.run.session import Origin, Session
@@ -36,11 +37,15 @@ from mpillm.store.journal import Journal, began, first_layout
 from mpillm.store.output import Claim
 from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
+from mpillm.weights.finite import first_not_finite
+from mpillm.weights.inventory import described
 
 log = logging.getLogger(__name__)
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
 LOOK_EVERY = 1.0  # seconds between two looks at whether the output is still where it was
+
+NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
@@ -216,8 +221,10 @@ class Leader:
         )
         self._batch: Batch = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
+        self._batch.keep_answered(self._journal.done)
         self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
+        self._not_finite: dict[str, str] = {}
         self._timeline: list[tuple[float, int, int]] = []
         self._warnings = [
             *self._journal.damage,
@@ -277,6 +284,8 @@ class Leader:
         own = self._session.statistics(len(self._batch))
         self._ranks = [own]  # if no more can be had
         self._ranks = self._session.world.gather(own)
+        if self._not_finite:
+            self.warn(self._why_not_finite())
         self._phase("compute")
 
     def write(self, begun: float) -> report.Report:
@@ -287,6 +296,7 @@ class Leader:
         errors = results.write_jsonl(directory, lines, journal)
         results.write_hdf5(directory, lines, journal, self._metadata())
         self._phase("write")
+        self._ranks[0].memory_peak = memory.peak()  # the other ranks have had theirs when computing ended
         made = report.Report(
             model=self._describe_model(),
             job=msgspec.to_builtins(self._spec),
@@ -368,7 +378,11 @@ class Leader:
             return
         del self._pending[completion.request.id]
         completions = [found for found in pending.completions if found is not None]
-        self._journal.append(results.finished(pending.work, completions, self._model))
+        if all(found.finite for found in completions):
+            self._journal.append(results.finished(pending.work, completions, self._model))
+        else:
+            self._not_finite[pending.work.custom_id] = NOT_FINITE
+            self._journal.append(results.failed(pending.work, NOT_FINITE, status=500))
 
     def _save(self, request: Request, start: int, begun: Begun) -> None:
         """Let the journal have what a choice has generated from token `start` on."""
@@ -409,16 +423,16 @@ class Leader:
 
     def _size(self) -> Iterator[str]:
         """What a step takes on, where that is more than usual."""
-        session, limits, memory = self._session, self._session.limits, self._spec.memory
+        session, limits, asked = self._session, self._session.limits, self._spec.memory
         if streamed := max(session.streamed):
             size = described_step(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
             yield (
                 f"The KV cache holds {limits.blocks_in_memory * KV_BLOCK} tokens in memory, and "
-                f"{limits.n_blocks * KV_BLOCK} with layers in {memory.spill_folder}."
+                f"{limits.n_blocks * KV_BLOCK} with layers in {asked.spill_folder}."
             )
-        elif memory.kv_spill_bytes:
+        elif asked.kv_spill_bytes:
             yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."
 
     def _describe_model(self) -> dict[str, Any]:
@@ -441,9 +455,18 @@ class Leader:
         del described["path"]
         return {"model": described, "job": self._spec.identity()}
 
+    def _why_not_finite(self) -> str:
+        count = len(self._not_finite)
+        what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
+        key = first_not_finite(self._session.source)
+        if key is not None:
+            return f"{what}: in {self._path}, {described(key)} is not; fetch or convert the model again."
+        return f"{what}, though its weights are."
+
     def _first_errors(self) -> dict[str, str]:
         bad = self._batch.errors[: report.SHOWN_ERRORS]
-        return {line.custom_id: line.error or "" for line in bad}
+        errors = {line.custom_id: line.error or "" for line in bad} | self._not_finite
+        return dict(islice(errors.items(), report.SHOWN_ERRORS))
 
 
 def _tokens(totals: Totals) -> report.Tokens:

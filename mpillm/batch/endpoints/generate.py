@@ -14,7 +14,6 @@ from mpillm.batch.endpoints.prompts import (
     TokenIds,
     check_kv,
     check_length,
-    check_token,
     max_tokens,
     prompt_name,
 )
@@ -143,9 +142,9 @@ class Generate(Endpoint, frozen=True, kw_only=True):
         if completion.stop_id is not None:
             reason = completion.stop_id if completion.stop_id in (self.stop_token_ids or ()) else None
             return detokenizer.text(completion.tokens[:-1], self.starts_text), reason
+        if completion.finish_reason == "length":  # perhaps inside a character, whose bytes are then left out
+            return detokenizer.text(completion.tokens, self.starts_text, final=False), None
         text = detokenizer.text(completion.tokens, self.starts_text)
-        if completion.finish_reason == "length":
-            return text, None
         stops = self.stops(work.spec)
         kept, _ = cut_at_stop(text, stops)
         rest = text[len(kept) :]
@@ -169,6 +168,9 @@ class Generate(Endpoint, frozen=True, kw_only=True):
 
     def _stop_ids(self, model: Model) -> frozenset[int]:
         for token in self.stop_token_ids or ():
-            check_token(token, "the stop token id", model)
+            if not 0 <= token < model.vocab:
+                raise RequestError(
+                    f"the stop token id {token} is not in the vocabulary (0 to {model.vocab - 1})"
+                )
         ends = frozenset() if self.ignore_eos else model.end_ids
         return ends | frozenset(self.stop_token_ids or ())

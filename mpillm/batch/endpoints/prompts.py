@@ -37,8 +37,11 @@ def read_prompts(
             encode = partial(model.text.encode, item, special, True)
             ids.append(encoded(encode, prompt_name(given, index), spec, model))
         elif isinstance(item, list) and all(type(token) is int for token in item):
-            for position, token in enumerate(item):
-                check_token(token, f"the token id at {which}[{position}],", model)
+            if item and not 0 <= min(item) <= max(item) < model.vocab:
+                at = next(at for at, token in enumerate(item) if not 0 <= token < model.vocab)
+                raise RequestError(
+                    f"the token id at {which}[{at}], {item[at]}, is not in the vocabulary (0 to {model.vocab - 1})"
+                )
             ids.append(tuple(item))
         else:
             raise RequestError(
@@ -48,18 +51,22 @@ def read_prompts(
 
 
 def encoded(encode: Callable[[int], list[int]], which: str, spec: Spec, model: Model) -> TokenIds:
-    """What `encode` returns, which is told how many tokens there may be."""
+    """The token ids that `encode` returns, which is told how many there may be.
+
+    A tokenizer may have tokens for which the model has no embedding: they were added to one and not to the other.
+    """
     try:
-        return tuple(encode(_context(spec, model)))
+        ids = tuple(encode(_context(spec, model)))
     except TooLongError as error:
         raise _too_long(which, str(error), spec, model) from None
-
-
-def check_token(token: int, which: str, model: Model) -> None:
-    """RequestError if a token id is not in the vocabulary."""
-    if not 0 <= token < model.vocab:
-        comma = "," if which.endswith(",") else ""
-        raise RequestError(f"{which} {token}{comma} is not in the vocabulary (0 to {model.vocab - 1})")
+    largest = max(ids, default=0)
+    if largest >= model.vocab:
+        text = model.text.token_text(largest) if model.text else ""
+        raise RequestError(
+            f"{which} has the token {text[:60]!r} (id {largest}), for which the model has no embedding "
+            f"(its ids are 0 to {model.vocab - 1})"
+        )
+    return ids
 
 
 def prompt_name(prompts: Sequence[object], index: int) -> str:
