@@ -15,7 +15,7 @@ from tests.conftest import Mpi
 from tests.e2e.jobs import command, mixed_lines, results, run, write_lines
 from tests.e2e.test_resume import wait_for_results
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 SETTINGS = ["batch.max_num_seqs=2"]
 
 
