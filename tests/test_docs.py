@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillm import cli, spec
+from mpillm import spec
+from mpillm.cli import commands
 from tests.conftest import ROOT, run_bounded
 
 if sys.version_info >= (3, 11):
@@ -113,7 +114,7 @@ def check_python(words: list[str]) -> None:
 
 def check_mpillm(words: list[str]) -> None:
     """The command line parses, and the job it names is a good one."""
-    options = cli._parser().parse_args(words)
+    options = commands._parser().parse_args(words)
     if options.command == "launch":
         assert options.hostfile is None or (ROOT / options.hostfile).is_file(), options.hostfile
         return check_mpillm(options.words)

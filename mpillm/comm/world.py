@@ -30,7 +30,7 @@ from mpillm.comm import cores, deadline, faults, heartbeat, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.waiting import wait
-from mpillm.errors import Interrupted, JobError, MpillmError
+from mpillm.errors import Interrupted, JobError, MpillmError, out_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -274,7 +274,9 @@ class World:
                 if self.is_loss(bug):
                     self.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
                 log.debug("%s", "".join(traceback.format_exception(bug)))
-                self.abort(_in_a_line(bug), CRASHED)
+                if (missing := out_of(bug)) is None:
+                    self.abort(_in_a_line(bug), CRASHED)
+                error = Interrupted(missing)
             return self._leave(code, error)
 
     def meet(self) -> None:
