@@ -15,7 +15,6 @@ from mpillm.engine.reply import TILE
 from mpillm.model.activations import Activations
 from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
-from mpillm.weights.packed.source import PackedSource
 from mpillm.weights.source import Source
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 35 for the libraries, 10 for a heap in use.
@@ -27,7 +26,6 @@ LINE = 800  # of what rank 0 keeps of a line of the input, and of where its answ
 WRITTEN = 4096  # of an answer that is written to results.h5,
 WRITING = 40 * 2**20  # and at most, whatever is written (32 MiB measured for 10^5 lines, and for 10^6)
 CHUNK = 2**20  # of a file whose lines are counted
-UNPACKED = 48 * 2**20  # rows on their way from an unpacked model into kernel-ready form
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
@@ -60,7 +58,7 @@ def process(source: Source, shape: Shape, place: Place, items: int, lines: int) 
     found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
     if place.rank == 0:
         found += LINE * lines + min(WRITTEN * lines, WRITING)
-    return found if isinstance(source, PackedSource) else found + UNPACKED
+    return found + source.loading_nbytes
 
 
 def lines_in(path: Path) -> int:
