@@ -31,7 +31,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
 from mpillm.run.session import Session
 from mpillm.weights.io.reading import Bytes, read_direct
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.conftest import Mpi, clean_environment, run_bounded
 
@@ -58,7 +58,7 @@ def test_a_synthetic_model_is_a_whole_model(cache: Path, shape: str, weights: st
     assert path.parent == cache / "synthetic"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with closing(open_source(path)) as source:
-        config = ModelConfig.from_dict(source.config, str(path))
+        config = config_of(source)
         check_tensors(source, config.shape(column_unit(source)), config)
         sizes = synthetic.SHAPES[shape]
         assert (config.hidden, config.n_layers, config.vocab) == (sizes.hidden, sizes.layers, sizes.vocab)
@@ -101,7 +101,7 @@ def test_a_synthetic_model_in_packed_form_is_a_whole_model(cache: Path, shape: s
     assert packed.create(shape, "q4_0", 1) == path
     sizes = synthetic.SHAPES[shape]
     with closing(open_source(path)) as source:
-        config = ModelConfig.from_dict(source.config, str(path))
+        config = config_of(source)
         check_tensors(source, config.shape(column_unit(source)), config)
         assert (config.n_layers, config.n_experts) == (sizes.layers, sizes.experts)
     index = json.loads((path / "packed.json").read_text())
@@ -125,7 +125,7 @@ def test_paging_says_what_was_read(cache: Path) -> None:
     assert done.returncode == 0, done.stderr
     made = msgspec.json.decode(file.read_bytes(), type=Bench, strict=True)
     with closing(open_source(Path(made.model))) as source:
-        config = ModelConfig.from_dict(source.config)
+        config = config_of(source)
         shape = config.shape(column_unit(source))
         share = sum(item.nbytes for item in rank_plans(shape, Place(0, 1, 1), source, config))
     assert [(run.what, run.sequences) for run in made.runs] == [("paging", 1), ("paging", 3)] * 2

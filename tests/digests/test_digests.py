@@ -21,7 +21,7 @@ from mpillm import kernels
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
 from mpillm.tools.pack import Weights, pack
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
@@ -53,7 +53,7 @@ def _restore() -> Iterator[None]:
 @functools.cache
 def vocab_of(model: Path) -> int:
     with closing(open_source(model)) as source:
-        return ModelConfig.from_dict(source.config).vocab
+        return config_of(source).vocab
 
 
 def answers(model: Path, **job: Any) -> str:

@@ -33,7 +33,7 @@ from mpillm.store.output import Claim
 from mpillm.text import load_tokenizer
 from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.conftest import ROOT, clean_environment
 from tests.weights.build import Tiny, write_gguf
@@ -106,7 +106,7 @@ def _gguf(folder: Path) -> Target:
         path.write_bytes(data)
         with contextlib.suppress(ModelError, LayoutError), contextlib.closing(open_source(path)) as source:
             _use(source)
-            load_tokenizer(source.tokenizer, ModelConfig.from_dict(source.config).vocab)
+            load_tokenizer(source.tokenizer, config_of(source).vocab)
 
     return Target(
         run, seeds, (b"GGUF", b"general.architecture", b"split.count", b"tokenizer.ggml.tokens", b"llama")
@@ -116,7 +116,7 @@ def _gguf(folder: Path) -> Target:
 def _use(source: object) -> None:
     """What a rank does with a source before its first step, and a look at what is small."""
     assert hasattr(source, "config")
-    config = ModelConfig.from_dict(source.config)
+    config = config_of(source)
     shape = config.shape(column_unit(source))
     check_tensors(source, shape, config)
     if shape.n_layers > 8 or config.n_experts > 64:

@@ -21,7 +21,7 @@ from mpillm.comm.world import World, guard
 from mpillm.engine.sequence import Completion, Request
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.source import column_unit
 from tests.digests import recorded
 from tests.model.checks import bounds_of, check, requests_of
@@ -70,14 +70,14 @@ def note(digests: dict[str, str], name: str, settings: str, completions: list[Co
 
 def vocab_of(path: Path) -> int:
     with closing(open_source(path)) as source:
-        return ModelConfig.from_dict(source.config).vocab
+        return config_of(source).vocab
 
 
 def layouts(path: Path, ranks: int) -> list[tuple[int, int]]:
     """All layouts of a model on so many ranks."""
     source = open_source(path)
     try:
-        return grid.layouts(ModelConfig.from_dict(source.config).shape(column_unit(source)), ranks)
+        return grid.layouts(config_of(source).shape(column_unit(source)), ranks)
     finally:
         source.close()
 

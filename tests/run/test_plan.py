@@ -17,7 +17,7 @@ from mpillm.run import plan
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.weights.names import Key
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.source import column_unit, rank_plans
 from tests.model.golden import gguf_path
 
@@ -34,7 +34,7 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
     made = planned(model, ranks, f"layout.stages={stages}", "memory.kv=4MiB")
     assert (made.stages, made.shards, made.problems) == (stages, ranks // stages, [])
     source = open_source(MODELS / model, "none")
-    config = ModelConfig.from_dict(source.config, model)
+    config = config_of(source)
     shape = config.shape(column_unit(source))
     held = set[Key]()
     for rank in made.ranks:
@@ -55,7 +55,7 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
 def test_wire_bytes() -> None:
     made = planned("llama3", 4, "layout.stages=2", "layout.shards=2")
     source = open_source(MODELS / "llama3", "none")
-    config = ModelConfig.from_dict(source.config, "llama3")
+    config = config_of(source)
     blocks = -(-config.hidden // 32)
     all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}

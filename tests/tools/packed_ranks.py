@@ -11,7 +11,7 @@ from pathlib import Path
 from mpillm.comm.world import World, guard
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.source import column_unit, rank_plans
 from tests.model.checks import requests_of
@@ -38,7 +38,7 @@ def least(path: Path, stages: int, shards: int) -> int:
     """The smallest budget with which every rank can work."""
     source = open_source(path)
     try:
-        config = ModelConfig.from_dict(source.config)
+        config = config_of(source)
         shape = config.shape(column_unit(source))
         places = [Place(rank, stages, shards) for rank in range(stages * shards)]
         return max(minimum_budget(rank_plans(shape, place, source, config)) for place in places)

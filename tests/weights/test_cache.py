@@ -16,7 +16,7 @@ from mpillm.kernels import BlockType
 from mpillm.partition.grid import Place, Shape
 from mpillm.weights.fill import load
 from mpillm.weights.inventory import head_tensors, layer_parts
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.packed.layout import panels_of, shard_extent
 from mpillm.weights.paging.cache import Heap, WeightCache, fixed_part, minimum_budget
 from mpillm.weights.paging.weights import PATIENCE, Weights

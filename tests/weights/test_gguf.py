@@ -18,7 +18,7 @@ from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key, hf_name
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.source import column_unit, fingerprint
 from tests.weights.build import Tiny, through, write_gguf
 

@@ -15,7 +15,7 @@ from mpillm.weights.fill import CHUNK, load
 from mpillm.weights.formats.tensors import GATHERED
 from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.names import ROLES, Cut, Key
-from mpillm.weights.opening import open_source
+from mpillm.model.opening import open_source
 from mpillm.weights.plan import ALIGNMENT
 from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.weights.build import Tiny, through, write_gguf, write_hf

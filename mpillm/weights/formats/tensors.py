@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
-from mpillm.partition.grid import PANELS, Place, Shape
+from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
-from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
+from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import ROLES, Key, Parsed
 from mpillm.weights.plan import Entry, LayerPlan, plan_entries, plan_name
@@ -105,7 +105,7 @@ class TensorSource:
         self._cut_in_blocks = all(
             extent.k >= PANELS * SUPER_BLOCK
             for key, extent in self._extents.items()
-            if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns
+            if extent.stored.type.k_quant and ROLES[key.role].by_columns
         )
         self._gathered = 0  # rows whose pages may still be mapped
         self.tensors: Mapping[Key, TensorInfo] = {
@@ -187,16 +187,15 @@ class TensorSource:
         self.release(key)
         return result
 
-    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
-        """What a rank holds of the tensors that are paged in together as a part of a layer."""
-        entries, nbytes = plan_entries(tensors, shape, place, lambda key: self.tensors[key].type)
-        expert = tensors[0][0].expert
-        return LayerPlan(plan_name(part, layer, expert), entries, nbytes, layer, part, expert=expert)
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+        """What a rank holds of a page."""
+        entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
+        name = plan_name(page.name, page.layer, page.expert)
+        return LayerPlan(name, entries, nbytes, page.layer, page.name, expert=page.expert)
 
-    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
-        """What a rank holds of each expert of a layer."""
-        tensors = (expert_tensors(shape, layer, expert) for expert in range(shape.n_experts))
-        return [self.plan(EXPERT, layer, expert, shape, place) for expert in tensors]
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each of a layer's experts."""
+        return [self.plan(page, model, place) for page in pages]
 
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
@@ -234,7 +233,7 @@ class TensorSource:
     def _delivered(self, key: Key, extent: Extent) -> BlockType:
         if self._quantize is not None and ROLES[key.role].quantisable:
             return self._quantize
-        if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns and not self._cut_in_blocks:
+        if extent.stored.type.k_quant and ROLES[key.role].by_columns and not self._cut_in_blocks:
             return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
         return extent.stored.type
 
