@@ -17,9 +17,10 @@ from mpillm.bench import synthetic
 from mpillm.model.config import ModelConfig
 from mpillm.tools import pack
 from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.opening import open_source
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import layer_file
-from mpillm.weights.source import column_unit, fingerprint, open_source
+from mpillm.weights.source import column_unit, fingerprint
 
 CHUNK = 16 * 2**20
 

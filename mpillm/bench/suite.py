@@ -24,7 +24,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
-from mpillm.weights.source import open_source
+from mpillm.weights.opening import open_source
 
 ENGINE = frozenset({"prefill", "decode", "batch"})
 PEERS = ("llama.cpp",)

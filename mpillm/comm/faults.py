@@ -1,9 +1,8 @@
-"""Lost ranks: those that are left notice, agree, and go on as a smaller world.
+"""Lost ranks: the surviving ranks notice the loss, agree on it, and continue as a smaller world.
 
-MPI must be able to: Open MPI can, with ULFM (`mpiexec --with-ft ulfm`). It carries ranks that are killed. One that is
-stopped is killed by its neighbours on the same machine, which makes it one that ULFM carries. What ULFM cannot carry
-(a machine that is gone, a cut cable) ends the world by the deadline (see `deadline`), and so does an agreement that
-does not come.
+This needs Open MPI with ULFM (`mpiexec --with-ft ulfm`), which handles ranks that are killed. A stopped rank is killed
+by its neighbours on the same machine, so that ULFM handles it too. What ULFM cannot handle (a dead machine, a cut
+cable) ends the world by the deadline (see `deadline`), and so does an agreement that is not reached.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from mpillm.errors import Interrupted
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-NEWS = 1.0  # seconds after a message has failed in which MPI must know of a lost rank, if that was the reason
-LOOKED_AT = 4  # neighbours: more do not stop at once, and if so the deadline ends all
-STOPPED = (
-    3  # beats in which a neighbour must have been seen stopped, one after the other, before it is killed
+CONFIRMATION = (
+    1.0  # seconds after a failed message in which MPI must know of a lost rank, if that is the reason
 )
+WATCHED = 4  # neighbours; if more ranks stop at once, the deadline ends the world
+STOPPED = 3  # consecutive beats in which a neighbour must be stopped before it is killed
 
 
 class RankLost(Exception):
-    """A rank has died. `World.shrink`, called by all others, lets them go on without it."""
+    """A rank has died. `World.shrink`, called by all others, lets them continue without it."""
 
 
 def survivable(environ: Mapping[str, str]) -> bool:
-    """Whether the launcher has started this world so that ranks may die in it."""
+    """Return whether the launcher started this world so that it survives lost ranks."""
     return environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "ulfm", "mpi")
 
 
 def is_loss(error: BaseException, comm: MPI.Intracomm) -> bool:
-    """Whether this error, of an operation on `comm`, says that a rank was lost."""
+    """Return whether this error of an operation on `comm` means that a rank was lost."""
     from mpi4py import MPI
 
     if isinstance(error, RankLost):
@@ -50,14 +49,14 @@ def is_loss(error: BaseException, comm: MPI.Intracomm) -> bool:
         return False
     if error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
         return True
-    # Of several requests at once, and of a step inside a nonblocking collective, it says no more than that one failed.
+    # For several requests at once, and inside a nonblocking collective, MPI reports only that one of them failed.
     vague = error.Get_error_class() in (MPI.ERR_IN_STATUS, MPI.ERR_OTHER, MPI.ERR_INTERN)
     return vague and _known(comm)
 
 
 def _known(comm: MPI.Intracomm) -> bool:
-    """Whether MPI knows of a loss, or hears of it in a moment: the message that failed may be faster than the news."""
-    until = time.monotonic() + NEWS
+    """Return whether MPI knows of a loss, or learns of it within a second: the failed message may arrive earlier."""
+    until = time.monotonic() + CONFIRMATION
     while not (comm.Is_revoked() or comm.Get_failed().Get_size() > 0):
         if time.monotonic() > until:
             return False
@@ -67,11 +66,11 @@ def _known(comm: MPI.Intracomm) -> bool:
 
 @dataclass(frozen=True)
 class Process:
-    """A rank's process, as the others on its machine may look at it."""
+    """A rank's process, as other ranks on its machine identify it."""
 
     pid: int
-    began: float  # a number is given again; this tells who has it
-    namespace: int  # in which the number counts
+    began: float  # start time: the system reuses process numbers
+    namespace: int  # in which the number is valid
 
     @classmethod
     def own(cls) -> Process:
@@ -82,14 +81,14 @@ class Process:
 
 
 class Neighbours:
-    """The ranks behind this one on its machine: one that stays stopped is killed, for then the others can go on."""
+    """The next ranks on this machine: one that stays stopped is killed, so that the others can continue."""
 
     def __init__(self, own: Process, others: Sequence[Process]) -> None:
-        """`others` are the other ranks of this machine, from the next one on."""
-        self._stopped = {other: 0 for other in others[:LOOKED_AT] if other.namespace == own.namespace}
+        """`others` are the other ranks of this machine, starting with the next one."""
+        self._stopped = {other: 0 for other in others[:WATCHED] if other.namespace == own.namespace}
 
     def look(self) -> None:
-        """Once a beat. Stopped is what the kernel says, not slow; a debugger's stop is another state."""
+        """Look once a beat. The kernel says which process is stopped; a debugger's stop is another state."""
         for process in self._stopped:
             with contextlib.suppress(psutil.Error):
                 found = psutil.Process(process.pid)
@@ -101,7 +100,7 @@ class Neighbours:
 
 @contextlib.contextmanager
 def bounded(seconds: float, speaker: str) -> Iterator[None]:
-    """End this process with a sentence if the block takes longer; 0: let it take as long as it likes."""
+    """End this process with a message if the block takes longer; 0 means no limit."""
 
     def give_up() -> None:
         sys.stderr.write(

@@ -1,7 +1,8 @@
-"""Until the ranks have met: MPI_Init waits for all of them, for ever, and they cannot hear each other yet.
+"""The start, until all ranks have met: MPI_Init waits for all of them without limit, and no heartbeats run yet.
 
-A thread of every rank ends it when that takes too long, and at once when one of the ranks that the launcher has started
-beside it is stopped or gone: nobody else would see it. (Without ULFM the launcher ends all when one is gone.)
+A thread of every rank ends its process when that takes too long, and as soon as a rank that the launcher started on
+the same machine is stopped or gone, which nobody else would notice. (Without ULFM the launcher ends all ranks when one
+is gone.)
 """
 
 from __future__ import annotations
@@ -23,61 +24,61 @@ from mpillm.errors import Interrupted
 
 
 class Meeting:
-    """Watches over the start of the ranks until `over` is called."""
+    """Watches the start of the ranks until `over` is called."""
 
     def __init__(self, limit: float, beat: float, kill: bool) -> None:
-        """`limit` is how many seconds the ranks may take; `kill` a stopped one, for the launcher will not."""
+        """`limit`: seconds that the ranks may take; `kill`: kill a stopped rank, because the launcher will not."""
         self._limit, self._beat, self._kill = limit, beat, kill
-        self._beside = _Beside()
+        self._local = _LocalRanks()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meeting", daemon=True)
         self._thread.start()
 
     def over(self) -> None:
-        """The ranks have met, or will not."""
+        """Stop watching: the ranks have met, or will not meet."""
         self._over.set()
         self._thread.join()
 
     def _run(self) -> None:
-        left = self._limit  # counted in own beats: who was stopped itself accuses nobody
+        remaining = self._limit  # counted in own beats: a rank that was stopped itself blames nobody
         while not self._over.wait(self._beat):
-            left -= self._beat
-            if self._beside.look() or left <= 0:
+            remaining -= self._beat
+            if self._local.look() or remaining <= 0:
                 self._end()
 
     def _end(self) -> None:
-        beside = self._beside
-        if beside.speaks:
+        local = self._local
+        if local.reports:
             what = f"The ranks have not met within {self._limit:g} s: one does not start, its machine is gone, or "
             what += "the network is cut"
-            if beside.incomplete:
+            if local.incomplete:
                 what = f"The ranks had not met when one on {socket.gethostname()} was stopped or ended"
             sys.stderr.write(f"mpillm: {what}; the same command goes on from here.\n")
             sys.stderr.flush()
-        # A rank that ends may have the launcher end all: let the one speak first. It stays as well, or one that looks
-        # late would take it for lost, and speak too.
+        # When a rank ends, the launcher may end all: the reporting rank must write first. It waits as well, because a
+        # rank that looks late would take it for lost and report too.
         time.sleep(2 * self._beat)
-        for process in beside.lost if self._kill else ():
+        for process in local.lost if self._kill else ():
             with contextlib.suppress(psutil.Error):
                 process.kill()
         os._exit(Interrupted.exit_code)
 
 
-class _Beside:
-    """The other ranks that this rank's launcher has started on this machine, as far as the kernel shows them."""
+class _LocalRanks:
+    """The other ranks that the launcher started on this machine, as far as the kernel shows them."""
 
     def __init__(self) -> None:
         self._own = psutil.Process()
         self._words = self._own.cmdline()
         self._launcher = self._own.parent() if launch.starter_folder() else None
         self._size = launch.ranks_on_this_machine(os.environ)
-        self._stopped: dict[psutil.Process, int] = {}  # looks in which it was, one after the other
-        self._too_few = 0  # looks in which there were not as many as have been started, one after the other
+        self._stopped: dict[psutil.Process, int] = {}  # consecutive looks in which a rank was stopped
+        self._too_few = 0  # consecutive looks that found fewer processes than were started
         self.lost: list[psutil.Process] = []
         self.look()
 
     def look(self) -> bool:
-        """Once a beat: whether one of them is stopped, or gone."""
+        """Look once a beat; return whether one of them is stopped or gone."""
         if self._launcher is not None:
             with contextlib.suppress(psutil.Error):
                 self._see(self._launcher.children())
@@ -90,7 +91,7 @@ class _Beside:
 
     def _see(self, children: list[psutil.Process]) -> None:
         alive = [child for child in children if _status(child) != psutil.STATUS_DEAD]
-        # One may have been gone before it was seen; what else the launcher started counts for it, if that is so.
+        # A rank may have ended before the first look; another child of the launcher then counts in its place.
         self._too_few = self._too_few + 1 if len(alive) < self._size else 0
         for child in alive:
             with contextlib.suppress(psutil.Error):
@@ -99,17 +100,17 @@ class _Beside:
 
     @property
     def incomplete(self) -> bool:
-        """Whether not all of them will come."""
+        """Whether not all of them will start."""
         return bool(self.lost) or self._too_few >= STOPPED
 
     @property
-    def speaks(self) -> bool:
-        """Whether it is for this rank to say something: one of a machine is enough."""
+    def reports(self) -> bool:
+        """Whether this rank reports the reason: one of a machine is enough."""
         return all(self._own.pid < rank.pid for rank in self._stopped if rank not in self.lost)
 
 
 def _status(process: psutil.Process) -> str:
-    """Its status; one that has ended is dead."""
+    """Return the status of a process; an ended one is dead."""
     status: str = psutil.STATUS_DEAD
     with contextlib.suppress(psutil.Error):
         status = process.status()
@@ -117,15 +118,15 @@ def _status(process: psutil.Process) -> str:
 
 
 def initialise(mpi: ModuleType, library: str) -> None:
-    """MPI_Init_thread, and the errors become exceptions; `library` is the file that is loaded.
+    """Call MPI_Init_thread, and let errors become exceptions; `library` is the file that is loaded.
 
-    Not by mpi4py, which keeps Python's lock while the ranks wait for each other: threads shall go on.
+    mpi4py holds Python's lock while the ranks wait for each other; this call does not, so that threads run meanwhile.
     """
     if not library:  # not Linux, most likely
         mpi.Init_thread(mpi.THREAD_FUNNELED)
         return
     provided = ctypes.c_int()
-    # Only the main thread talks; the others read and compute.
+    # Only the main thread calls MPI; the others read and compute.
     ctypes.CDLL(library).MPI_Init_thread(
         None, None, ctypes.c_int(mpi.THREAD_FUNNELED), ctypes.byref(provided)
     )

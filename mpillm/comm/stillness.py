@@ -1,8 +1,8 @@
-"""Is this process doing anything? One that hangs lives, and its threads may speak, but it gets nowhere.
+"""Detects a process that hangs: it lives, and its threads may send heartbeats, but it makes no progress.
 
-What tells it from one that computes long or waits for a slow disk is in the kernel: who computes uses processor time,
-and so does who waits for other ranks, for it asks for messages again and again; who waits for a disk or a file server
-is in an uninterruptible sleep. A lock that nobody gives back, or a pipe into which nobody writes, is none of these.
+The kernel distinguishes it from a process that computes for long or waits for a slow disk. A rank that computes uses
+processor time; so does a rank that waits for others, because it polls for messages; a rank that waits for a disk or a
+file server is in an uninterruptible sleep. A process that waits for a lock or a pipe without end does none of these.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import contextlib
 import os
 import time
 
-LEAST = 1e-3  # of a second of processor time in each second: waiting for messages takes several times that
+MIN_USAGE = 1e-3  # seconds of processor time in each second: polling for messages takes several times that
 _TASKS = "/proc/self/task"
 
 
 class Stillness:
-    """Looks at this process from a thread of it, whose own work does not count."""
+    """Observes this process from one of its threads, whose own work does not count."""
 
     def __init__(self) -> None:
         self._used, self._looked = self._processor_time(), time.monotonic()
 
     def look(self) -> bool:
-        """Whether all other threads have done nothing since the last look, as far as that can be seen."""
+        """Return whether all other threads have done nothing since the last call, as far as the kernel shows."""
         used, now = self._processor_time(), time.monotonic()
-        idle = used - self._used < LEAST * (now - self._looked)
+        idle = used - self._used < MIN_USAGE * (now - self._looked)
         self._used, self._looked = used, now
         return idle and not _waits_in_kernel()
 
@@ -33,7 +33,7 @@ class Stillness:
 
 
 def _waits_in_kernel() -> bool:
-    """Whether a thread is in state D (see proc(5)), or it cannot be seen (not Linux)."""
+    """Return whether a thread is in state D (see proc(5)); True where that is not visible (not Linux)."""
     try:
         threads = os.listdir(_TASKS)
     except OSError:

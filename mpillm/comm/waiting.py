@@ -6,19 +6,19 @@ import os
 import time
 from collections.abc import Callable
 
-SPIN = 2e-3  # seconds of asking again and again, when every thread has a core of its own
-SPIN_CROWDED = 100e-6  # the same when it has not: a core given away is a core that computes
-SHORTEST_PAUSE = 20e-6
-LONGEST_PAUSE = 2e-3  # a waiting rank then wakes 500 times a second: about 1 % of a core
-PATIENCE = 1 / 16  # a pause is at most this part of the time waited so far
+SPIN = 2e-3  # seconds of polling without pauses, where every thread has a core of its own
+SPIN_CROWDED = 100e-6  # the same where it has not: another thread can compute on a yielded core
+MIN_PAUSE = 20e-6
+MAX_PAUSE = 2e-3  # a waiting rank then wakes 500 times a second: about 1 % of a core
+PAUSE_RATIO = 1 / 16  # a pause is at most this part of the time waited so far
 
 
 def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | None = None) -> float:
     """Call `done` until it returns something true; return the seconds that took.
 
-    Every call of MPI moves all outstanding messages on, so waiting for one also finishes the others. Unlike a
-    blocking MPI call it leaves room for Python's signal handlers and for other threads. `look` is called now and
-    then, if it takes longer: it raises what makes waiting senseless.
+    Every call of MPI progresses all outstanding messages, so waiting for one also finishes the others. Unlike a
+    blocking MPI call, this lets Python's signal handlers and other threads run. `look` is called between polls if it
+    takes longer; it raises an exception if waiting has become pointless.
     """
     if done():
         return 0.0
@@ -27,10 +27,10 @@ def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | N
     while (waited := time.perf_counter() - start) < spin:
         if done():
             return waited
-        os.sched_yield()  # next to nothing when nobody wants the core; a whole time slice saved when somebody does
+        os.sched_yield()  # nearly free if nobody wants the core; saves a time slice if somebody does
     while not done():
         if look is not None:
             look()
         waited = time.perf_counter() - start
-        time.sleep(min(max(SHORTEST_PAUSE, waited * PATIENCE), LONGEST_PAUSE))
+        time.sleep(min(max(MIN_PAUSE, waited * PAUSE_RATIO), MAX_PAUSE))
     return time.perf_counter() - start

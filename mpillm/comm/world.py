@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mpillm.comm import cores, deadline, faults, launch
+from mpillm.comm import cores, deadline, faults, heartbeat, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.waiting import wait
@@ -53,7 +53,7 @@ class World:
         self.survives = comm.Get_size() > 1 and faults.survivable(os.environ)
         self.lost = 0  # ranks that have died so far
         self._outliving: list[object] = []
-        self._watch: deadline.Watch | None = None
+        self._heartbeat: heartbeat.Heartbeat | None = None
         self._join(comm)
 
     def _join(self, comm: MPI.Intracomm) -> None:
@@ -137,7 +137,7 @@ class World:
 
     def _look(self) -> None:
         """Where MPI has not said so to this rank: another one knows that a rank is lost, or its heart has stopped."""
-        if self.comm.Is_revoked() or (self._watch is not None and self._watch.lost):
+        if self.comm.Is_revoked() or (self._heartbeat is not None and self._heartbeat.lost):
             raise RankLost
 
     # Python objects, for start-up only: collective, slow, and of any type that pickles.
@@ -178,14 +178,14 @@ class World:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """In the block a rank that hangs (see `stillness`) is ended after the deadline."""
-        watch = self._watch
-        if watch is not None:
-            watch.computing = True
+        beating = self._heartbeat
+        if beating is not None:
+            beating.computing = True
         try:
             yield
         finally:
-            if watch is not None:
-                watch.computing = False
+            if beating is not None:
+                beating.computing = False
 
     # Lost ranks.
 
@@ -211,7 +211,7 @@ class World:
         """Go on as the first `ranks` ranks; for the others there is nothing to do, and their processes end here."""
         if ranks == self.size:
             return
-        with faults.bounded(self._watch.limit if self._watch else 0.0, str(self)):
+        with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
             comm = self.comm.Split(int(self.rank >= ranks))
             if self.rank >= ranks:
                 self._exit(0)
@@ -224,7 +224,7 @@ class World:
         they notice. Ends this process if they do not do the same then, or cannot: the same command goes on.
         """
         before, hosts = self.comm.Get_group(), self.hosts
-        with faults.bounded(self._watch.limit + busy if self._watch else 0.0, str(self)):
+        with faults.bounded(self._heartbeat.limit + busy if self._heartbeat else 0.0, str(self)):
             while True:
                 for comm in (self.comm, self._startup, self._leaving):
                     comm.Revoke()  # whoever still waits for messages hears of it
@@ -238,11 +238,11 @@ class World:
         return [f"rank {rank} on {hosts[rank]}" for rank in gone]
 
     def _rejoin(self, comm: MPI.Comm) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:  # what it says of the ranks that were is not about these
-            watch.stop()
+        previous, self._heartbeat = self._heartbeat, None
+        if previous is not None:  # it knows the ranks of the former world
+            previous.stop()
         self._join(cast("MPI.Intracomm", comm))
-        self._watch = self._begin_watch()
+        self._heartbeat = self._start_heartbeat()
 
     # The end.
 
@@ -264,7 +264,7 @@ class World:
         with _interruptible():
             try:
                 try:
-                    self._watch = self._begin_watch()
+                    self._heartbeat = self._start_heartbeat()
                 finally:
                     if self._meeting is not None:
                         self._meeting.over()
@@ -281,15 +281,15 @@ class World:
                 self.abort(_in_a_line(bug), CRASHED)
             return self._leave(code, error)
 
-    def _begin_watch(self) -> deadline.Watch | None:
-        """From here on a rank that falls silent ends the world (see `deadline`)."""
-        listener = door = None
+    def _start_heartbeat(self) -> heartbeat.Heartbeat | None:
+        """Start heartbeats; from here on a silent rank ends the world (see `heartbeat`)."""
+        listener = rendezvous = None
         with self.together():
             if self.rank == 0 and self.size > 1 and (seconds := deadline.limit(os.environ)):
-                listener, door = deadline.open_door(seconds)
-        shared, watch = self.bcast(door), None
+                listener, rendezvous = heartbeat.listen(seconds)
+        shared, beating = self.bcast(rendezvous), None
         if shared is not None:
-            watch = deadline.Watch(
+            beating = heartbeat.Heartbeat(
                 self.rank,
                 self.hosts,
                 shared,
@@ -298,12 +298,12 @@ class World:
                 self._neighbours.look if self.survives else None,
             )
         try:
-            self.barrier()  # all hear each other now
+            self.barrier()  # all ranks are connected now
         except BaseException:
-            if watch is not None:
-                watch.stop()
+            if beating is not None:
+                beating.stop()
             raise
-        return watch
+        return beating
 
     def _leave(self, code: int, error: MpillmError | None) -> int:
         mine = np.array([error.exit_code if error else code, error is not None], np.int32)
@@ -333,8 +333,8 @@ class World:
 
     def _exit(self, code: int) -> NoReturn:
         """End this process, and MPI as it is."""
-        if self._watch:
-            self._watch.stop()
+        if self._heartbeat:
+            self._heartbeat.stop()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -362,12 +362,12 @@ class World:
             watch.daemon = True
             watch.start()
         sys.stdout.flush()
-        if self._watch:
-            deadline.alarm(self._watch.limit)
+        if self._heartbeat:
+            deadline.alarm(self._heartbeat.limit)
         MPI.Finalize()
-        if self._watch:
+        if self._heartbeat:
             deadline.alarm(0)
-            self._watch.stop()
+            self._heartbeat.stop()
 
 
 def guard(program: Callable[[World], int]) -> int:
@@ -407,7 +407,7 @@ def _begin_meeting(started: launch.Launch | None) -> Meeting | None:
     limit = deadline.starting_limit(os.environ)
     if started is None or started.size == 1 or not limit:
         return None
-    return Meeting(limit, deadline.beat(limit / deadline.STARTING), faults.survivable(os.environ))
+    return Meeting(limit, deadline.interval(limit / deadline.STARTING), faults.survivable(os.environ))
 
 
 def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:

@@ -20,7 +20,8 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.rope import cos_sin
 from mpillm.partition import grid
-from mpillm.weights.layer import ATTENTION, DOWN, GATE, HEAD, UP, Layer, Matrix
+from mpillm.weights.inventory import ATTENTION, DOWN, GATE, HEAD, UP
+from mpillm.weights.layer import Layer, Matrix
 from mpillm.weights.names import Key
 from mpillm.weights.paging.cache import Use
 from mpillm.weights.paging.weights import Weights

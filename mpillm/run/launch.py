@@ -25,7 +25,7 @@ from types import FrameType
 
 import psutil
 
-from mpillm.comm.deadline import own_addresses
+from mpillm.comm.heartbeat import own_addresses
 from mpillm.comm.launch import Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.run import plan

@@ -16,9 +16,10 @@ from mpillm.partition.grid import Place, Shape
 from mpillm.run import catalogue, memory
 from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
 from mpillm.spec import Spec, shown_bytes
-from mpillm.weights.layer import LayerPlan, check_tensors, rank_plans
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget, streamed
-from mpillm.weights.source import Source, column_unit, open_source
+from mpillm.weights.plan import LayerPlan
+from mpillm.weights.source import Source, check_tensors, column_unit, rank_plans
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):

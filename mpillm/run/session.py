@@ -28,12 +28,13 @@ from mpillm.spec import Spec, Wire
 from mpillm.store.journal import Layout
 from mpillm.store.report import Rank
 from mpillm.weights.io.lost_pages import say_when_lost
-from mpillm.weights.layer import Layer, check_tensors, rank_plans
+from mpillm.weights.layer import Layer
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.loaders import open_loader
 from mpillm.weights.paging.weights import Weights
-from mpillm.weights.source import column_unit, fingerprint, open_source
+from mpillm.weights.source import check_tensors, column_unit, fingerprint, rank_plans
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Text in and out of token ids: tokenizers, chat templates, incremental decoding, stop strings."""
 
+from mpillm.text.bounds import TooLongError
 from mpillm.text.decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
 from mpillm.text.tokenizer import Tokenizer, load_tokenizer, token_id_text
 
@@ -8,6 +9,7 @@ __all__ = [
     "StopStrings",
     "StopWatch",
     "Tokenizer",
+    "TooLongError",
     "cut_at_stop",
     "load_tokenizer",
     "token_id_text",

@@ -1,27 +1,21 @@
-"""Chat templates: messages to text, with the user's strings told from the template's own.
+"""Chat templates: messages to text, in which the user's control tokens are told from the template's own.
 
-A chat's text is the template's control tokens around strings that users wrote, and encoding it as a whole
-would let a user write control tokens, too. So a template is rendered twice: once as it is (T), and once (M) with
-a private mark beside each character of the user's strings with which a control token begins or ends. Every
-control token found in M is therefore the template's own:
+The text of a chat is the template's control tokens around strings that users wrote. Encoding it as a whole would let
+a user write control tokens, too. A template is therefore rendered twice: once as it is (T), and once (M) with marks
+in the user's strings (see `marks`). Every control token found in M is the template's own:
 
 - T and M hold the same control tokens: users wrote none, and T is encoded as it is, exactly as transformers does.
-- M without its marks is T, but T holds more: the others are the user's and are encoded as ordinary text.
-- M without its marks is something else, and the control tokens differ, too: the template looked at the very
+- M without its marks is T, but T holds more control tokens: these are the user's and are encoded as ordinary text.
+- M without its marks is another text, and the control tokens differ, too: the template looked at the very
   characters (it measured or cut the string), and the request is refused.
 
-What a template may take of time and memory is bounded by where it runs (see `confined`).
-
-Strings that the template itself asks for ("</think>" in content) are not broken up: they are read from its
-source, and get marks around them only where they could be part of a control token. So tests of content, trims
-and repeated use give M and T the same text.
+The time and memory that a template may take are bounded by where it runs (see `confined`).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -34,16 +28,16 @@ import jinja2.parser
 import jinja2.sandbox
 
 from mpillm.errors import RequestError
+from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.content import Contents, Message
+from mpillm.text.marks import Marker, unused_mark
 
-MAX_TEXT = 1 << 24  # characters of a rendered chat
 REFUSES = "The model's chat template refuses these messages"
-MARKS = "".join(chr(0xFDD0 + n) for n in range(32))  # noncharacters; a text that has one does not have all
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed
 
-Special = list[
+Pieces = list[
     tuple[str, bool]
-]  # pieces of a rendered chat: (text, is a control token of the template's own)
+]  # a rendered chat: (text, whether it is a control token of the template's own)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -63,7 +57,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON without jinja's escapes for HTML, as transformers has it."""
+    """JSON without jinja's escapes for HTML, as in transformers."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -80,40 +74,44 @@ class ChatTemplate:
     variables: Mapping[str, str]
     now: Callable[[], datetime] = datetime.now
 
-    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None) -> str:
-        """The chat as one text, with `options` (chat_template_kwargs) as variables; RequestError if it fails."""
-        return self._render(_aliased(messages), options or {})
+    def render(
+        self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
+    ) -> str:
+        """The chat as one text, with `options` (chat_template_kwargs) as variables.
+
+        The content of a message is a string, a list of parts ({"type": "text", "text": ...}) or None; a string or a
+        list is brought into the form that the template reads. RequestError if the template fails, TooLongError
+        if the text is longer than `max_chars`.
+        """
+        return self._render(self._contents.fit(_aliased(messages)), options or {}, max_chars)
 
     def pieces(
-        self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
-    ) -> str | Special:
+        self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
+    ) -> str | Pieces:
         """The chat as one text if all its control tokens are the template's own, else in pieces that say which are."""
-        messages, options = _aliased(messages), options or {}
-        for message in messages:
-            if message.get("role") not in ROLES:
-                raise RequestError(
-                    f"The role {message.get('role')!r} is not one of {', '.join(sorted(ROLES))}."
-                )
-        text = self._render(messages, options)
-        if self._tokens is None:
+        messages, options = self._contents.fit(_aliased(messages)), options or {}
+        text = self._render(messages, options, max_chars)
+        tokens = self._marker.tokens
+        if tokens is None:
             return text
-        free = [char for char in MARKS if char not in text]
-        if not free:
+        mark = unused_mark([text])
+        if mark is None:
             raise RequestError("The messages use every noncharacter of Unicode; remove one.")
-        mark = free[0]
-        marked = self._render(self._marked(messages, mark), self._marked(options, mark))
-        own = self._tokens.findall(marked)
-        if self._tokens.findall(text) == own:
+        marked = self._render(
+            self._marker.marked(messages, mark), self._marker.marked(options, mark), 4 * max_chars
+        )
+        own = tokens.findall(marked)
+        if tokens.findall(text) == own:
             return text
         if marked.replace(mark, "") != text:
             raise RequestError(
                 "The messages hold control tokens of this model (such as <|im_end|>) where its chat template looks for "
                 "them; remove them."
             )
-        split = self._tokens.split(marked)  # text, token, text, token, ..., text
+        split = tokens.split(marked)  # text, token, text, token, ..., text
         return [(piece.replace(mark, ""), index % 2 == 1) for index, piece in enumerate(split)]
 
-    def _render(self, messages: Any, options: Any) -> str:
+    def _render(self, messages: Any, options: Any, max_chars: int) -> str:
         if not messages:
             raise RequestError("The chat has no messages.")
         variables = {"add_generation_prompt": True, "tools": None, "documents": None} | dict(self.variables)
@@ -121,10 +119,10 @@ class ChatTemplate:
         try:
             for piece in self._compiled.generate(variables | {**options, "messages": messages}):
                 length += len(piece)
-                if length > MAX_TEXT:
-                    raise jinja2.TemplateError(f"it gives more than {MAX_TEXT} characters")
+                if length > max_chars:
+                    raise TooLongError(f"more than {max_chars} characters")
                 pieces.append(piece)
-        except MemoryError:
+        except (MemoryError, TooLongError):
             raise
         except Exception as error:  # a template may fail in any way that Python can
             raise RequestError(f"{REFUSES}: {str(error)[:1000] or type(error).__name__}") from error
@@ -148,68 +146,24 @@ class ChatTemplate:
             raise RequestError(f"The model's chat template is no template: {error}") from error
 
     @cached_property
-    def _tokens(self) -> re.Pattern[str] | None:
-        """Finds control tokens, the longest of those that begin at a place; None if the model has none."""
-        tokens = sorted((token for token in self.control if token), key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
+    def _contents(self) -> Contents:
+        return Contents(lambda messages: self._render(messages, {}, MAX_CHARS))
 
     @cached_property
-    def _borders(self) -> tuple[re.Pattern[str], frozenset[str], frozenset[str]]:
-        """What gets marks: literals of the template, and (as sets) first and last characters of control tokens."""
-        first = frozenset(token[0] for token in self.control if token)
-        last = frozenset(token[-1] for token in self.control if token)
-        edge = first | last
-        literals = {
-            node.value
-            for node in self._environment.parse(self.source).find_all(jinja2.nodes.Const)
-            if isinstance(node.value, str) and edge & set(node.value) and len(node.value) > 1
-        }
-        whole = self._tokens
-        kept = sorted(
-            (text for text in literals if not (whole and whole.search(text))), key=len, reverse=True
-        )
-        edges = "[" + "".join(map(re.escape, sorted(edge))) + "]"
-        return re.compile("|".join([*map(re.escape, kept), edges])), first, last
-
-    def _marked(self, value: Any, mark: str, key: str = "") -> Any:
-        """`value` with marks in all its strings, but for roles: those that are known are no words of the user's."""
-        if isinstance(value, str):
-            return value if key == "role" and value in ROLES else self._marked_text(value, mark)
-        if isinstance(value, dict):
-            return {
-                self._marked_text(name, mark, inner=False): self._marked(item, mark, name)
-                for name, item in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return [self._marked(item, mark) for item in value]
-        return value
-
-    def _marked_text(self, text: str, mark: str, inner: bool = True) -> str:
-        pattern, first, last = self._borders
-
-        def put(match: re.Match[str]) -> str:
-            found = match.group()
-            if len(found) == 1:
-                return (mark if found in last else "") + found + (mark if found in first else "")
-            before = any(self._ends(found[:length]) for length in range(1, len(found) + 1))
-            after = any(self._begins(found[-length:]) for length in range(1, len(found) + 1))
-            return (mark if before else "") + found + (mark if after else "")
-
-        marked = pattern.sub(put, text)
-        core = text.strip()
-        if inner and marked == text and core and any(core in token for token in self.control):
-            at = text.index(core) + 1  # "user" alone: the template may write <| and |> around it
-            marked = text[:at] + mark + text[at:]
-        return marked
-
-    def _begins(self, text: str) -> bool:
-        return any(token.startswith(text) for token in self.control)
-
-    def _ends(self, text: str) -> bool:
-        return any(token.endswith(text) for token in self.control)
+    def _marker(self) -> Marker:
+        parsed = self._environment.parse(self.source)
+        compared = {text for node in parsed.find_all(jinja2.nodes.Compare) for text in _strings(node)}
+        return Marker(self.control, _strings(parsed), compared)
 
 
-def _aliased(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _strings(node: jinja2.nodes.Node) -> Iterator[str]:
+    """The string literals below a node of a template."""
+    for constant in node.find_all(jinja2.nodes.Const):
+        if isinstance(constant.value, str):
+            yield constant.value
+
+
+def _aliased(messages: list[Message]) -> list[Message]:
     """Reasoning under both names that templates read, as transformers fills them."""
     found = []
     for message in messages:

@@ -2,8 +2,10 @@
 
 Jinja's sandbox keeps a template from Python's insides, but not from looping for ever or from making strings of
 gigabytes, in more ways than can be listed (filters, methods, lists in lists in lists, what the compiler folds).
-So rank 0 starts a child that knows nothing, has a limit of memory that the kernel enforces, and may write no files; and
-each chat may take so much processor time there. What goes beyond costs the child its life and the request an error.
+Rank 0 therefore starts a child that knows nothing, has a limit of memory that the kernel enforces, and may write no
+files; each chat may take a limited processor time there. What goes beyond costs the child its life and the chat's
+line an error; the next chat gets a new child. Only a template that ends the child for every chat, a plain one
+included, is not tried any more.
 
 Both sides speak JSON, framed by its length, over a socket that is the child's standard input. The child ends
 when the socket is closed, so it cannot outlive its parent by more than one chat.
@@ -30,14 +32,22 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import Interrupted, RequestError
-from mpillm.text.chat import REFUSES, ChatTemplate, Special
+from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.chat import REFUSES, ChatTemplate, Pieces
+from mpillm.text.content import Message
 
 MAX_SECONDS = 5.0  # of processor time, for a chat
 MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with other things
 MAX_MEMORY = 1 << 30  # bytes that the child may have beyond what it starts with
 MAX_ANSWER = 1 << 28  # bytes
-MAX_DEATHS = 3  # after so many the template is not tried again
-MAX_KILLS = 3  # that are not its doing: after so many in one chat the run ends
+MAX_DEPTH = 64  # levels of lists and objects in each other in a chat
+MAX_VALUES = 1 << 20  # in a chat
+FEW_CHARS = 1 << 16  # that a chat may always have; a template may drop most of them
+MAX_DEATHS = (
+    3  # without any answer: after so many a plain chat is tried, and if it fails the template is given up
+)
+MAX_KILLS = 3  # of the child from outside, in one chat
+PLAIN: list[Message] = [{"role": "user", "content": "hello"}]
 
 _LENGTH = struct.Struct("<Q")
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from mpillm.text.confined import serve; serve()"
@@ -57,40 +67,64 @@ class ConfinedTemplate:
         self._number = next(_numbers)
         self._definition = {"source": source, "control": sorted(control), "variables": dict(variables)}
         self._now = now
-        self._deaths = 0
+        self._deaths = 0  # of the child, while this template was at work
+        self._answers = False  # has given one, so it is not to blame for what ends the child
 
-    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
+    ) -> str:
         """As `ChatTemplate.render`."""
-        return str(self._ask("render", messages, options))
+        return str(self._ask("render", messages, options, max_chars))
 
     def pieces(
-        self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
-    ) -> str | Special:
+        self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
+    ) -> str | Pieces:
         """As `ChatTemplate.pieces`."""
-        found = self._ask("pieces", messages, options)
+        found = self._ask("pieces", messages, options, max_chars)
         return found if isinstance(found, str) else [(str(text), bool(control)) for text, control in found]
 
-    def _ask(self, what: str, messages: list[dict[str, Any]], options: Mapping[str, Any] | None) -> Any:
-        if self._deaths >= MAX_DEATHS:
+    def _ask(
+        self, what: str, messages: list[Message], options: Mapping[str, Any] | None, max_chars: int
+    ) -> Any:
+        _check_size([messages, options], max_chars)
+        if self._given_up():
             raise RequestError(
-                f"The model's chat template had to be ended {MAX_DEATHS} times; it is not tried again"
+                f"The model's chat template had to be ended {self._deaths} times, for a plain chat as well; "
+                "it is not tried again"
             )
-        question = {
+        try:
+            answer = self._answer(self._question(what, messages, options, max_chars))
+        except _LostError as lost:
+            self._deaths += 1
+            raise RequestError(f"{REFUSES}: {lost}") from None
+        self._answers = True
+        if "error" in answer:
+            raise (TooLongError if answer["too_long"] else RequestError)(str(answer["error"]))
+        return answer["result"]
+
+    def _given_up(self) -> bool:
+        """Whether the template has ended the child for every chat so far, and for a plain one."""
+        if not self._answers and self._deaths == MAX_DEATHS:
+            try:
+                self._answer(self._question("render", PLAIN, None, MAX_CHARS))
+            except _LostError:
+                self._deaths += 1
+            else:
+                self._answers = True
+        return not self._answers and self._deaths > MAX_DEATHS
+
+    def _question(
+        self, what: str, messages: list[Message], options: Mapping[str, Any] | None, max_chars: int
+    ) -> dict[str, Any]:
+        return {
             "template": self._number,
             "what": what,
             "messages": messages,
             "options": dict(options or {}),
+            "max_chars": max_chars,
             "now": self._now().isoformat(),
             "seconds": MAX_SECONDS,
         }
-        try:
-            answer = self._answer(question)
-        except _LostError as lost:
-            self._deaths += 1
-            raise RequestError(f"{REFUSES}: {lost}") from None
-        if "error" in answer:
-            raise RequestError(str(answer["error"]))
-        return answer["result"]
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         child = _child()
@@ -98,16 +132,40 @@ class ConfinedTemplate:
             question["define"] = None if self._number in child.knows else self._definition
             try:
                 asked = json.dumps(question).encode()
-            except (RecursionError, ValueError):
-                raise RequestError("The messages are nested too deeply, or hold what JSON has not.") from None
+            except ValueError:
+                raise RequestError("The messages hold what JSON has not.") from None
             with contextlib.suppress(_KilledError):
                 answer: dict[str, Any] = json.loads(child.ask(asked))
                 child.knows.add(self._number)
                 return answer
-        raise Interrupted(
-            f"The process that applies the model's chat template was killed {MAX_KILLS} times (by the kernel, for "
-            "want of memory?); the same command goes on from here."
-        )
+        if question["messages"] is PLAIN:
+            raise Interrupted(
+                f"The process that applies the model's chat template was killed {MAX_KILLS} times (by the kernel, for "
+                "want of memory?); the same command goes on from here."
+            )
+        self._answer(self._question("render", PLAIN, None, MAX_CHARS))
+        raise _LostError(f"its process was killed {MAX_KILLS} times (by the kernel, for want of memory?)")
+
+
+def _check_size(chat: Any, max_chars: int) -> None:
+    """RequestError if the values of a chat are nested too deeply or too many, or if it is longer than it may be.
+
+    A template may leave out some of the words, so they may be a few times as many as those of the rendered chat.
+    """
+    most, level, values, chars = max(4 * max_chars, FEW_CHARS), [chat], 0, 0
+    for _ in range(MAX_DEPTH + 1):
+        values += len(level)
+        chars += sum(len(value) for value in level if isinstance(value, str))
+        if values > MAX_VALUES:
+            raise RequestError(f"The messages hold more than {MAX_VALUES} values.")
+        if chars > most:
+            raise TooLongError(f"more than {most} characters in its messages")
+        below = [value for value in level if isinstance(value, (dict, list, tuple))]
+        level = [item for value in below for item in value]
+        level += [item for value in below if isinstance(value, dict) for item in value.values()]
+        if not level:
+            return
+    raise RequestError(f"The messages are nested more than {MAX_DEPTH} levels deep.")
 
 
 class _LostError(Exception):
@@ -224,13 +282,15 @@ class _Templates:
             self._known[number] = ChatTemplate(**question["define"], now=lambda: self._now)
         self._now = datetime.fromisoformat(question["now"])
         work = getattr(self._known[number], question["what"])
+        error, too_long = "", False
         try:
-            return json.dumps({"result": work(question["messages"], question["options"])}).encode()
-        except RequestError as error:
-            return json.dumps({"error": str(error)}).encode()
+            result = work(question["messages"], question["options"], question["max_chars"])
+            return json.dumps({"result": result}).encode()
+        except RequestError as found:
+            error, too_long = str(found), isinstance(found, TooLongError)
         except MemoryError:
-            said = f"{REFUSES}: it takes more than {MAX_MEMORY >> 30} GiB of memory"
-            return json.dumps({"error": said}).encode()
+            error = f"{REFUSES}: it takes more than {MAX_MEMORY >> 30} GiB of memory"
+        return json.dumps({"error": error, "too_long": too_long}).encode()
 
 
 def _send(to: socket.socket, data: bytes, until: float | None = None) -> None:

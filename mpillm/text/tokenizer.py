@@ -1,7 +1,8 @@
 """One tokenizer for all sources, over the `tokenizers` library.
 
-Control tokens structure a text (<|im_end|>, <s>) and are no part of it: `encode` takes them as ordinary
-text wherever a user could have written them. Added tokens that are not control (Qwen3's <think>) are words like others.
+Control tokens structure a text (<|im_end|>, <s>) and are no part of it. In a prompt they are tokens, because whoever
+writes a prompt writes the structure, too; in a chat's messages they are ordinary text, because there the template
+writes it. Added tokens that are not control (Qwen3's <think>) are words like others.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import tokenizers
 
 from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
-from mpillm.text.chat import MARKS
+from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
+from mpillm.text.marks import unused_mark
 from mpillm.text.parts import Parts, checked
 
+CHUNK = 1 << 16  # characters of a long text that are counted at a time
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -96,21 +100,55 @@ class Tokenizer:
         """Whether the token is none of the text."""
         return id in self.control_ids
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = False, max_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of a text, with BOS and EOS as the model wants them if `add_special`.
 
         Control tokens written in the text are ordinary text, unless `parse_special`. RequestError if the text is
-        no Unicode (a lone surrogate).
+        no Unicode (a lone surrogate), TooLongError if it certainly has more than `max_tokens` tokens, which is known
+        without encoding all of it.
         """
         parts = self._parts
         own = add_special and parts.add_bos is None and parts.add_eos is None
         encode = self._whole if parse_special else self._plain
+        if max_tokens is not None:
+            self._check_length(text, max_tokens, encode)
         ids = encode(text, own)
         if add_special and parts.add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if add_special and parts.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def max_chars(self, tokens: int) -> int:
+        """The characters that so many tokens can stand for at most."""
+        return MAX_CHARS if self._longest is None else min(tokens * self._longest, MAX_CHARS)
+
+    @cached_property
+    def _longest(self) -> int | None:
+        """Characters of the longest token; None if a token may stand for any number of them."""
+        unbounded = self._unknown - {None} and not getattr(self._core.model, "byte_fallback", False)
+        if not self.by_bytes or unbounded or not _keeps_length(self._core):
+            return None
+        return max(map(len, self._core.get_vocab()))
+
+    def _check_length(self, text: str, max_tokens: int, encode: Callable[[str, bool], list[int]]) -> None:
+        """TooLongError if the text is certainly too long.
+
+        A long text is counted in chunks. Their borders cut some tokens in two, which the bound allows for.
+        """
+        too_long = TooLongError(f"more than {max_tokens} tokens ({len(text)} characters)")
+        if len(text) > self.max_chars(max_tokens):
+            raise too_long
+        if len(text) <= CHUNK:
+            return
+        count, most = 0, max_tokens + max_tokens // 8
+        for start in range(0, len(text), CHUNK):
+            count += len(encode(text[start : start + CHUNK], False))
+            most += 64
+            if count > most:
+                raise too_long
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, start: bool = True) -> str:
         """The text of ids, without control tokens if `skip_special`.
@@ -146,16 +184,27 @@ class Tokenizer:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
 
-    def render_chat(self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None) -> str:
+    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
         """A chat as the text that the template makes of it; `options` are further variables of the template."""
         return self._chat(options).render(messages, options)
 
     def encode_chat(
-        self, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
+        self,
+        messages: list[Message],
+        options: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
-        """A chat as token ids; control tokens come from the template alone (see `chat`). RequestError if it fails."""
-        pieces = self._chat(options).pieces(messages, options)
-        return self._whole(pieces, False) if isinstance(pieces, str) else self._mixed(pieces)
+        """A chat as token ids; control tokens come from the template alone (see `chat`).
+
+        RequestError if the template fails, TooLongError if the chat certainly has more than `max_tokens` tokens.
+        """
+        max_chars = MAX_CHARS if max_tokens is None else self.max_chars(max_tokens)
+        pieces = self._chat(options).pieces(messages, options, max_chars)
+        if not isinstance(pieces, str):
+            return self._mixed(pieces)
+        if max_tokens is not None:
+            self._check_length(pieces, max_tokens, self._whole)
+        return self._whole(pieces, False)
 
     def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
         templates = self._parts.templates
@@ -208,10 +257,10 @@ class Tokenizer:
         In one go, so that what the tokenizer does at the beginning of texts and beside control tokens is done: each
         control token is written as an alias that no text holds, and that an own copy of the tokenizer knows.
         """
-        free = next((char for char in MARKS if not any(char in text for text, _ in pieces)), None)
-        if free is None:
+        mark = unused_mark(text for text, _ in pieces)
+        if mark is None:
             raise RequestError("The messages use every noncharacter of Unicode; remove one.")
-        core, aliases, originals = self._aliased(free)
+        core, aliases, originals = self._aliased(mark)
         text = "".join(aliases[text] if control else text for text, control in pieces)
         found = []
         for id in _ids(core, text, False, plain=True):
@@ -286,6 +335,19 @@ def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[
             ) from error
     core.encode_special_tokens = plain
     return list(core.encode(text, add_special_tokens=own).ids)
+
+
+def _keeps_length(core: tokenizers.Tokenizer) -> bool:
+    """Whether normalisation leaves a text about as long as it is (it does not drop or collapse characters)."""
+    if core.normalizer is None:
+        return True
+    state = json.loads(checked(core.normalizer.__getstate__, "tokenizer.json"))
+    steps = state.get("normalizers", [state])
+    return all(
+        step["type"] in {"NFC", "NFD", "NFKD", "NFKC", "Lowercase", "Prepend"}
+        or (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"])
+        for step in steps
+    )
 
 
 def _byte_characters() -> dict[str, int]:

@@ -22,11 +22,11 @@ from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
 from mpillm.store.output import explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
-from mpillm.weights.layer import check_tensors
 from mpillm.weights.names import ROLES
+from mpillm.weights.opening import open_source
 from mpillm.weights.packed.files import TEMPORARY, FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
-from mpillm.weights.source import column_unit, fingerprint, open_source
+from mpillm.weights.source import check_tensors, column_unit, fingerprint
 
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 TOKENIZER_FILES = (

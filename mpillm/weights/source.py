@@ -1,10 +1,11 @@
-"""Where weights come from: one small protocol, and what opens each kind of model."""
+"""Where weights come from: one small protocol, and what follows from any source of it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,21 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import ModelError
-from mpillm.kernels.types import QUANT_BLOCK
+from mpillm.kernels.types import QUANT_BLOCK, BlockType
+from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
-from mpillm.weights.formats.gguf_file import open_gguf
-from mpillm.weights.formats.hf import open_hf
-from mpillm.weights.formats.tensors import TensorInfo, TensorSource
-from mpillm.weights.layer import LayerPlan, Tensors
+from mpillm.weights.inventory import HEAD, Flags, Tensors, all_tensors, described, head_tensors, layer_parts
 from mpillm.weights.names import ROLES, Key
-from mpillm.weights.packed.layout import INDEX, UNFINISHED
-from mpillm.weights.packed.source import PackedSource, open_packed
-
-__all__ = ["Source", "TensorInfo", "column_unit", "fingerprint", "open_source"]
+from mpillm.weights.plan import LayerPlan
 
 SAMPLES = 64  # of a file, evenly spread
 SAMPLE_BYTES = 4096
 ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as it is delivered.
+
+    `shape` is [n, k] or [n], `type` the block type that `read` returns, `stored` the name of the type in the file and
+    `nbytes` its size there.
+    """
+
+    shape: tuple[int, ...]
+    type: BlockType
+    stored: str
+    nbytes: int
 
 
 class Source(Protocol):
@@ -52,31 +62,38 @@ class Source(Protocol):
         """Let go of the files."""
 
 
-def open_source(path: str | Path, quantize: str = "none") -> TensorSource | PackedSource:
-    """Open a Hugging Face directory, a GGUF file, a directory that holds one, or a packed directory.
+def check_tensors(source: Source, shape: Shape, flags: Flags) -> None:
+    """ModelError if a tensor is missing, has another shape than the configuration says, or is not in it at all."""
+    known = set()
+    for key, dims in all_tensors(shape, flags):
+        info = source.tensors.get(key)
+        if info is None:
+            raise ModelError(f"{source.path} has no tensor for {described(key)}; the model is not complete.")
+        if info.shape != dims:
+            raise ModelError(
+                f"{source.path}: {described(key)} has shape {list(info.shape)}, but the configuration makes it "
+                f"{list(dims)}."
+            )
+        known.add(key)
+    for key in source.tensors:
+        if key not in known:
+            raise ModelError(f"{source.path} has {described(key)}, which its configuration does not have.")
 
-    `quantize` ("q8_0", "q4_0") quantises the matrices of layers and the output head while they are read: for models
-    that are not quantised yet, JobError otherwise. Norms, biases, routers and embedding rows stay as they are.
-    ModelError says what is wrong with the files.
+
+def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list[LayerPlan]:
+    """All that a rank holds, in the order of use: its stage's layers and, on the last stage, the output head.
+
+    `check_tensors` has found the source complete.
     """
-    path = Path(path)
-    if not os.path.exists(path):  # unlike Path.exists, False where a directory on the way is forbidden
-        raise ModelError(
-            f"{path} does not exist or is out of reach; give a Hugging Face directory or a GGUF file."
-        )
-    if not os.path.isdir(path):
-        return open_gguf(path, quantize)
-    if os.path.exists(path / INDEX):
-        return open_packed(path, quantize)
-    if os.path.exists(path / UNFINISHED):
-        raise ModelError(f"{path} is not packed completely; run the same pack command again to finish it.")
-    if not os.path.exists(path / "config.json"):
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 or (ggufs and ggufs[0].name.endswith(f"-00001-of-{len(ggufs):05d}.gguf")):
-            return open_gguf(ggufs[0], quantize)
-        if ggufs:
-            raise ModelError(f"{path} holds {len(ggufs)} GGUF files; give one of them as the model.")
-    return open_hf(path, quantize)
+    plans = []
+    for layer in grid.stage_layers(shape, place):
+        for part, tensors in layer_parts(shape, flags, layer).items():
+            plans.append(source.plan(part, layer, tensors, shape, place))
+        if flags.moe_layers[layer]:
+            plans += source.plan_experts(layer, shape, place)
+    if place.stage == place.stages - 1:
+        plans.append(source.plan(HEAD, -1, list(head_tensors(shape)), shape, place))
+    return plans
 
 
 def column_unit(source: Source) -> int:

@@ -17,8 +17,8 @@ from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.config import ModelConfig
 from mpillm.run.session import Session
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import open_source
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path
 

@@ -30,9 +30,9 @@ from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
 from mpillm.run.session import Session
-from mpillm.weights.io.reading import read_direct
-from mpillm.weights.layer import Bytes, check_tensors, rank_plans
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.io.reading import Bytes, read_direct
+from mpillm.weights.opening import open_source
+from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.conftest import Mpi, clean_environment, run_bounded
 
 PEER = pytest.mark.skipif(not against.installed(), reason="no llama-cpp-python: pip install 'mpillm[bench]'")

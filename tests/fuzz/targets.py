@@ -33,8 +33,8 @@ from mpillm.store.output import Claim
 from mpillm.text import load_tokenizer
 from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.layer import check_tensors, rank_plans
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.opening import open_source
+from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.conftest import ROOT, clean_environment
 from tests.weights.build import Tiny, write_gguf
 

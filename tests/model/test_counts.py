@@ -15,9 +15,9 @@ from mpillm.bench import synthetic
 from mpillm.engine.sequence import Request
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
-from mpillm.weights.layer import rank_plans
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.experts import ExpertCache
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.source import column_unit, rank_plans
 from tests.model.engine_harness import run_engine
 from tests.model.golden import model_path
 

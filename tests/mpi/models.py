@@ -3,6 +3,7 @@
     models.py DIGESTS.json [MODEL ...]
 
 writes, by model, wire and layout, a digest of all numbers that came out: tests compare those between numbers of ranks.
+Beside them come digests that were recorded once (`tests.digests.recorded`), by the names they have there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +21,9 @@ from mpillm.comm.world import World, guard
 from mpillm.engine.sequence import Completion, Request
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.opening import open_source
+from mpillm.weights.source import column_unit
+from tests.digests import recorded
 from tests.model.checks import bounds_of, check, requests_of
 from tests.model.engine_harness import run_laid_out
 from tests.model.golden import FIXTURES, PLAIN_GGUFS, golden
@@ -26,25 +31,46 @@ from tests.model.golden import FIXTURES, PLAIN_GGUFS, golden
 
 def main(world: World) -> int:
     target, *names = sys.argv[1:]
-    digests = {}
+    digests: dict[str, dict[str, str]] = {"all": {}, "recorded": {}}
     for name in names:
         gguf = name.endswith(".gguf")
         path = FIXTURES / ("gguf" if gguf else "models") / name
         reference = golden(name)
         exact = not gguf or name.removesuffix(".gguf") in PLAIN_GGUFS
-        requests = [*requests_of(reference), *sampled(reference)]
+        graded = requests_of(reference)
+        free = [*graded, *sampled(reference)]
+        requests = [*free, *recorded.requests(vocab_of(path))]
+        job: dict[str, Any] = {"kv_type": "f32"}
         for stages, shards in layouts(path, world.size):
+            job |= {"stages": stages, "shards": shards}
             for wire in ("f32", "q8_0"):
+                completions, _ = run_laid_out(world, path, requests, **job, activations=wire)
+                if world.rank == 0:
+                    check(reference, completions[: len(graded)], bounds_of(name, not exact or wire != "f32"))
+                    digests["all"][f"{name} {wire} {stages}x{shards}"] = digest(completions[: len(free)])
+                    settings = f" wire=q8_0 shards={shards}" if wire == "q8_0" and shards > 1 else ""
+                    note(digests["recorded"], name, settings, completions[len(free) :])
+            if stages > 1:
                 completions, _ = run_laid_out(
-                    world, path, requests, stages=stages, shards=shards, activations=wire, kv_type="f32"
+                    world, path, requests[len(free) :], **job, activations="f32", between_stages="q8_0"
                 )
                 if world.rank == 0:
-                    graded = [one for one in completions if not one.request.id.startswith("sampled")]
-                    check(reference, graded, bounds_of(name, not exact or wire != "f32"))
-                    digests[f"{name} {wire} {stages}x{shards}"] = digest(completions)
+                    note(digests["recorded"], name, f" between=q8_0 stages={stages}", completions)
     if world.rank == 0:
         Path(target).write_text(json.dumps(digests))
     return 0
+
+
+def note(digests: dict[str, str], name: str, settings: str, completions: list[Completion]) -> None:
+    """Keep the digest of what these settings give; all layouts that should give it must agree."""
+    known = name + (" kv=f32" if name.endswith(".gguf") else "") + settings
+    found = recorded.digest_of(completions)
+    assert digests.setdefault(known, found) == found, known
+
+
+def vocab_of(path: Path) -> int:
+    with closing(open_source(path)) as source:
+        return ModelConfig.from_dict(source.config).vocab
 
 
 def layouts(path: Path, ranks: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpillm.comm import deadline
+from mpillm.comm import deadline, heartbeat
 from mpillm.errors import JobError
 from tests.conftest import Mpi, run_bounded
 
@@ -103,39 +103,40 @@ def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:
         assert not left
 
 
-def test_a_stranger_at_the_door() -> None:
+def test_an_unidentified_connection() -> None:
     """Who does not know the token is sent away, and costs nothing."""
-    listener, door = deadline.open_door(60)
-    watch = deadline.Watch(0, ["here", "here"], door, listener, near=True)
+    listener, rendezvous = heartbeat.listen(60)
+    beating = heartbeat.Heartbeat(0, ["here", "here"], rendezvous, listener, near=True)
     try:
-        for words in (b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", door.token + b"\xff\xff\xff\xff"):
-            with socket.create_connection(("127.0.0.1", door.port), 5) as stranger:
+        for words in (b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", rendezvous.token + b"\xff\xff\xff\xff"):
+            with socket.create_connection(("127.0.0.1", rendezvous.port), 5) as stranger:
                 stranger.sendall(words)
                 with contextlib.suppress(ConnectionResetError):
                     assert stranger.recv(16) == b""
     finally:
-        watch.stop()
+        beating.stop()
 
 
 def test_strangers_who_say_nothing_keep_nobody_waiting() -> None:
     """A scanner that opens connections keeps rank 0 neither from being heard nor from letting ranks in."""
-    listener, door = deadline.open_door(1.0)
-    watch = deadline.Watch(0, ["here", "here"], door, listener, near=True)
+    listener, rendezvous = heartbeat.listen(1.0)
+    beating = heartbeat.Heartbeat(0, ["here", "here"], rendezvous, listener, near=True)
     strangers: list[socket.socket] = []
     try:
         strangers += [
-            socket.create_connection(("127.0.0.1", door.port), 5) for _ in range(deadline.STRANGERS + 20)
+            socket.create_connection(("127.0.0.1", rendezvous.port), 5)
+            for _ in range(heartbeat.MAX_UNIDENTIFIED + 20)
         ]
-        strangers[-1].sendall(door.token)  # and no more
-        with socket.create_connection(("127.0.0.1", door.port), 5) as rank:
-            rank.sendall(door.token + b"\1\0\0\0")
-            assert rank.recv(16, socket.MSG_WAITALL) == door.token[::-1]
+        strangers[-1].sendall(rendezvous.token)  # and no more
+        with socket.create_connection(("127.0.0.1", rendezvous.port), 5) as rank:
+            rank.sendall(rendezvous.token + b"\1\0\0\0")
+            assert rank.recv(16, socket.MSG_WAITALL) == rendezvous.token[::-1]
             assert rank.recv(1) == b"."
             rank.sendall(b"-")
         assert strangers[0].recv(1) == b""  # one too many
         assert strangers[-1].recv(1) == b""  # too slow
     finally:
-        watch.stop()
+        beating.stop()
         for stranger in strangers:
             stranger.close()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mpi, get_mpi
+from tests.digests import recorded
 from tests.model.golden import GGUFS, MODELS
 
 PROGRAM = Path(__file__).with_name("models.py")
@@ -18,12 +19,13 @@ pytestmark = pytest.mark.mpi
 
 
 def run(mpi: Mpi, ranks: int, names: list[str], folder: Path, **env: str) -> dict[str, str]:
-    """The digests of a run, by "model wire layout"."""
+    """The digests of a run, by "model wire layout"; what was recorded once is as it was."""
     target = folder / f"{mpi.name}-{ranks}.json"
     done = mpi.run(ranks, PROGRAM, target, *names, timeout=200, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    digests: dict[str, str] = json.loads(target.read_text())
-    return digests
+    digests: dict[str, dict[str, str]] = json.loads(target.read_text())
+    recorded.check(digests["recorded"])
+    return digests["all"]
 
 
 def by_layout(digests: dict[str, str], name: str, wire: str) -> dict[tuple[int, int], str]:

@@ -16,9 +16,9 @@ from mpillm.partition.grid import Place
 from mpillm.run import plan
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
-from mpillm.weights.layer import rank_plans
 from mpillm.weights.names import Key
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.opening import open_source
+from mpillm.weights.source import column_unit, rank_plans
 from tests.model.golden import gguf_path
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"

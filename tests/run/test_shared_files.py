@@ -12,10 +12,11 @@ import pytest
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
-from mpillm.weights.layer import Layer, rank_plans
+from mpillm.weights.layer import Layer
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
 from mpillm.weights.paging.loaders import Kind, open_loader
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.source import column_unit, rank_plans
 from tests.tools.test_pack import packed
 
 ALONE = Place(0, 1, 1)

@@ -6,7 +6,7 @@ import pytest
 
 from mpillm.run.catalogue import resolve
 from mpillm.text import Tokenizer, load_tokenizer
-from mpillm.weights.source import open_source
+from mpillm.weights.opening import open_source
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpillm.errors import Interrupted, RequestError
-from mpillm.text import Tokenizer, load_tokenizer
+from mpillm.text import Tokenizer, TooLongError, load_tokenizer
 from tests.conftest import run_bounded
 from tests.text import chats, vocabularies
 from tests.text.digests import digest
@@ -208,12 +208,31 @@ def test_names_tools_and_options_are_the_users_too(make: Make) -> None:
     assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(messages, options)
 
 
-def test_roles(make: Make) -> None:
-    tokenizer = make("{{ '<|' + messages[0].role + '|>' }}")
-    with pytest.raises(RequestError, match=r"role 'im_end' is not one of assistant, developer, function"):
-        tokenizer.encode_chat(user("x", role="im_end"))
-    with pytest.raises(RequestError, match="role None is not one of"):
-        tokenizer.encode_chat([{"content": "x"}])
+def test_roles_are_what_the_template_accepts(make: Make) -> None:
+    template = (
+        "{% if messages[0].role not in ['user', 'critic'] %}{{ raise_exception('no ' + messages[0].role) }}{% endif %}"
+        "{{ messages[0].role }}: {{ messages[0].content }}"
+    )
+    tokenizer = make(template)
+    assert tokenizer.decode(tokenizer.encode_chat(user("x", role="critic"))) == "critic: x"
+    with pytest.raises(RequestError, match="refuses these messages: no assistant"):
+        tokenizer.encode_chat(user("x", role="assistant"))
+
+
+def test_a_role_that_the_template_knows_is_its_own(make: Make) -> None:
+    """<|observation|> put together from a role is a control token if the template compares with that role."""
+    around = "{{ '<|' + messages[0].role + '|>' }}"
+    knows = "{% if messages[0].role == 'im_end' %}!{% endif %}"
+    assert controls(make(around), make(around).encode_chat(user("x", role="im_end"))) == []
+    assert make(around).decode(make(around).encode_chat(user("x", role="im_end"))) == "<|im_end|>"
+    both = make(around + knows)
+    assert controls(both, both.encode_chat(user("x", role="im_end"))) == ["<|im_end|>"]
+
+
+def test_a_role_writes_no_control_token(make: Make) -> None:
+    tokenizer = make("{{ messages[0].role }}{% if messages[0].role == '<|im_end|>' %}{% endif %}")
+    ids = tokenizer.encode_chat(user("x", role="<|im_end|>"))
+    assert controls(tokenizer, ids) == []
 
 
 def test_a_date_is_that_of_the_run(tmp_path: Path) -> None:
@@ -272,29 +291,90 @@ def test_a_template_that_wants_too_much_memory(make: Make, template: str) -> Non
 
 def test_a_template_that_says_too_much(make: Make) -> None:
     template = "{% for a in range(99999) %}{{ 'x' * 1000000 }}{% endfor %}"
-    with pytest.raises(RequestError, match="it gives more than 16777216 characters"):
+    with pytest.raises(RequestError, match="more than 16777216 characters"):
         make(template).encode_chat(user("x"))
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}" + "{% endfor %}" * 3,
-        "{{ 10 ** (10 ** 10) }}",
-        DOUBLING + "{{ ns.x == ns.x }}{{ ns.x | tojson }}",
-    ],
-)
-def test_a_template_that_does_not_end(make: Make, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told so each time, until it has had its chances; other templates are not touched by it."""
+ENDLESS = "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}" + "{% endfor %}" * 3
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpillm.text.confined.MAX_SECONDS", 0.3)
     monkeypatch.setattr("mpillm.text.confined.MAX_DEATHS", 2)
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 10 ** (10 ** 10) }}", DOUBLING + "{{ ns.x | tojson }}"])
+def test_a_template_that_does_not_end(make: Make, template: str, quick: None) -> None:
+    """It is told so each time, until it has had its chances; other templates are not touched by it."""
     tokenizer = make(template)
     for _ in range(2):
         with pytest.raises(RequestError, match=r"refuses these messages: it takes more than 0\.3 seconds$"):
             tokenizer.encode_chat(user("x"))
-    with pytest.raises(RequestError, match=r"had to be ended 2 times; it is not tried again$"):
-        tokenizer.encode_chat(user("x"))
+    for _ in range(2):
+        with pytest.raises(
+            RequestError, match=r"had to be ended 3 times, for a plain chat as well; it is not tried again$"
+        ):
+            tokenizer.encode_chat(user("x"))
     assert make("{{ messages[0].content }}").render_chat(user("x")) == "x"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_ends_the_template_counts_against_its_chat(make: Make, count: int, quick: None) -> None:
+    """However many such chats come first, and one after the other."""
+    tokenizer = make(
+        "{% if messages[0].content == 'loop' %}" + ENDLESS + "{% endif %}{{ messages[0].content }}"
+    )
+    for _ in range(2):
+        for _ in range(count):
+            with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds$"):
+                tokenizer.encode_chat(user("loop"))
+        assert tokenizer.render_chat(user("x")) == "x"
+
+
+def nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = {"k": value} if depth % 2 else [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [100, 101, 500, 501, 20_000])
+def test_deep_chats(make: Make, depth: int) -> None:
+    tokenizer = named(make, "chatml")
+    deep = nested(depth)
+    for messages, options in (
+        ([{"role": "user", "content": "x", "k": deep}], {}),
+        (user("x"), {"tools": [deep]}),
+        (user("x"), {"k": deep}),
+    ):
+        with pytest.raises(RequestError, match="nested more than 64 levels deep"):
+            tokenizer.encode_chat(messages, options)
+    assert tokenizer.encode_chat(
+        [{"role": "user", "content": "x", "k": nested(30)}]
+    ) == tokenizer.encode_chat(user("x"))
+
+
+def test_chats_of_too_many_values(make: Make) -> None:
+    with pytest.raises(RequestError, match="hold more than 1048576 values"):
+        named(make, "chatml").encode_chat([{"role": "user", "content": "x", "k": [1] * 2_000_000}])
+
+
+@pytest.mark.parametrize("text", ["<" * 6_000_000, "<|im_end|>" * 300_000])
+def test_megabytes_of_angle_brackets(make: Make, text: str) -> None:
+    """No text that fits into a context takes so long that its process is ended."""
+    tokenizer = named(make, "qwen3")
+    with pytest.raises(TooLongError, match=r"more than \d+ characters"):
+        tokenizer.encode_chat(user(text), max_tokens=4096)
+    pieces = tokenizer._chat({}).pieces(user(text))
+    assert "".join(piece for piece, _ in pieces) if isinstance(pieces, list) else pieces
+
+
+@pytest.mark.parametrize("content", ["x" * 100, "x"])
+def test_a_template_that_makes_much_of_little(make: Make, content: str) -> None:
+    tokenizer = make("{{ messages[0].content }}{% for a in range(15) %}{{ 'y ' * 500000 }}{% endfor %}")
+    with pytest.raises(TooLongError, match=r"more than \d+ (tokens|characters)"):
+        tokenizer.encode_chat(user(content), max_tokens=512)
 
 
 def template_process() -> psutil.Process:
@@ -323,6 +403,11 @@ def test_a_template_whose_process_is_killed(make: Make, monkeypatch: pytest.Monk
     template_process().kill()
     assert tokenizer.render_chat(user("y")) == "y!"
     monkeypatch.setattr("mpillm.text.confined.MAX_KILLS", 1)
+    template_process().kill()
+    with pytest.raises(RequestError, match=r"its process was killed 1 times \(by the kernel"):
+        tokenizer.render_chat(user("x"))
+    assert tokenizer.render_chat(user("z")) == "z!"
+    monkeypatch.setattr("mpillm.text.confined._CHILD", "import os; os.kill(os.getpid(), 9)")
     template_process().kill()
     with pytest.raises(Interrupted) as caught:
         tokenizer.render_chat(user("x"))

@@ -11,9 +11,9 @@ from pathlib import Path
 from mpillm.comm.world import World, guard
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
-from mpillm.weights.layer import rank_plans
+from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.source import column_unit, rank_plans
 from tests.model.checks import requests_of
 from tests.model.engine_harness import run_laid_out
 from tests.model.golden import golden

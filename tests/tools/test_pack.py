@@ -27,12 +27,13 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
 from mpillm.tools.pack import Packed, Weights, pack
 from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.io.reading import DirectFile, read_at
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.layer import HEAD, rank_plans
 from mpillm.weights.names import Key, parse_hf
+from mpillm.weights.opening import open_source
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed.files import Made, Part, Writer
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
@@ -40,7 +41,7 @@ from mpillm.weights.paging import loaders
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import InPlace, Kind, Mapped, Reading, open_loader
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.source import column_unit, rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
 from tests.model.checks import EXACT, check, requests_of
 from tests.model.engine_harness import _alone, run_engine

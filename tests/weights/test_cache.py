@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.partition.grid import Place, Shape
-from mpillm.weights.layer import LayerPlan, head_tensors, layer_parts, load, rank_plans
+from mpillm.weights.fill import load
+from mpillm.weights.inventory import head_tensors, layer_parts
+from mpillm.weights.opening import open_source
 from mpillm.weights.packed.layout import panels_of, shard_extent
 from mpillm.weights.paging.cache import Heap, WeightCache, fixed_part, minimum_budget
 from mpillm.weights.paging.weights import PATIENCE, Weights
-from mpillm.weights.source import open_source
+from mpillm.weights.plan import LayerPlan
+from mpillm.weights.source import rank_plans
 from tests.weights.build import Tiny, write_hf
 
 

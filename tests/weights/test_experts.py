@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.errors import JobError
-from mpillm.weights.layer import LayerPlan
 from mpillm.weights.paging.experts import ExpertCache, minimum_budget
 from mpillm.weights.paging.weights import budgets, streamed
+from mpillm.weights.plan import LayerPlan
 from tests.weights.test_cache import Item, Loader, plans
 
 

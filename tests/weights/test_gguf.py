@@ -18,7 +18,8 @@ from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key, hf_name
-from mpillm.weights.source import column_unit, fingerprint, open_source
+from mpillm.weights.opening import open_source
+from mpillm.weights.source import column_unit, fingerprint
 from tests.weights.build import Tiny, through, write_gguf
 
 OWN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -537,3 +538,10 @@ def test_damaged_files_are_refused_or_sound(tmp_path_factory, sound, data):
             source.read(key)
         source.read_f32(key)
     source.close()
+
+
+@pytest.mark.parametrize("unset", [-1, 2**32 - 1])
+def test_ids_that_are_not_set(tmp_path, unset):
+    ids = {f"tokenizer.ggml.{name}_token_id": unset for name in ("bos", "eos", "eot")}
+    config = config_of(tmp_path, extra=ids | {"tokenizer.ggml.eom_token_id": 3})
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, [3])

@@ -11,12 +11,13 @@ from mpillm import kernels
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place, max_shards
-from mpillm.weights import layer as layer_module
+from mpillm.weights.fill import CHUNK, load
 from mpillm.weights.formats.tensors import GATHERED
 from mpillm.weights.io.reading import new_buffer
-from mpillm.weights.layer import ALIGNMENT, CHUNK, check_tensors, load, rank_plans
-from mpillm.weights.names import Cut, Key
-from mpillm.weights.source import column_unit, open_source
+from mpillm.weights.names import ROLES, Cut, Key
+from mpillm.weights.opening import open_source
+from mpillm.weights.plan import ALIGNMENT
+from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.weights.build import Tiny, through, write_gguf, write_hf
 
 DENSE = Tiny(n_layers=3, attention_bias=True, o_bias=True, mlp_bias=True, intermediate=264, vocab=130, seed=1)
@@ -101,7 +102,7 @@ def test_what_a_rank_holds(tmp_path, case, chunk):
                     assert (matrix.data == expected).all()
         for key, count in seen.items():
             size = int(np.prod(source.tensors[key].shape))
-            cut = layer_module.ROLES[key.role].cut
+            cut = ROLES[key.role].cut
             if cut is Cut.WHOLE:
                 assert count == size * shards
             elif cut is Cut.ROWS_KV_HEADS:

@@ -16,26 +16,14 @@ from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place, Shape
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
+from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.layer import EXPERT, Entry, LayerPlan, Tensors, expert_tensors, plan_entries, plan_name
 from mpillm.weights.names import ROLES, Key, Parsed
+from mpillm.weights.plan import Entry, LayerPlan, plan_entries, plan_name
+from mpillm.weights.source import TensorInfo
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as it is delivered.
-
-    `shape` is [n, k] or [n], `type` the block type that `read` returns, `stored` the name of the type in the file and
-    `nbytes` its size there.
-    """
-
-    shape: tuple[int, ...]
-    type: BlockType
-    stored: str
-    nbytes: int
 
 
 @dataclass(frozen=True)

@@ -26,23 +26,13 @@ import numpy as np
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Shape
+from mpillm.weights.fill import fill
 from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.inventory import EXPERT, HEAD, Flags, expert_tensors, head_tensors, layer_parts
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.io.reading import PORTION, REQUESTS, new_buffer
+from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.layer import (
-    EXPERT,
-    HEAD,
-    Bytes,
-    Entry,
-    Flags,
-    aligned,
-    expert_tensors,
-    fill,
-    head_tensors,
-    layer_parts,
-)
 from mpillm.weights.names import Key
 from mpillm.weights.packed.layout import (
     EMBED,
@@ -55,6 +45,7 @@ from mpillm.weights.packed.layout import (
     panel_name,
     panels_of,
 )
+from mpillm.weights.plan import Entry, aligned
 
 TEMPORARY = ".tmp"
 MAKERS = (

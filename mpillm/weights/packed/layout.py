@@ -15,8 +15,9 @@ from typing import Any
 from mpillm.kernels.types import BlockType
 from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
-from mpillm.weights.layer import EXPERT, HEAD, Entry, Tensors, aligned, plan_entry, slices
+from mpillm.weights.inventory import EXPERT, HEAD, Tensors
 from mpillm.weights.names import Key, hf_name, hf_name_of_experts
+from mpillm.weights.plan import Entry, aligned, plan_entry, slices
 
 FORMAT, VERSION = "mpillm-packed", 3
 INDEX = "packed.json"

@@ -19,10 +19,9 @@ from mpillm.partition.grid import Place, Shape
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.safetensors import Tensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
-from mpillm.weights.formats.tensors import TensorInfo
+from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
-from mpillm.weights.layer import EXPERT, LayerPlan, Tensors, expert_tensors, plan_name
 from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed.layout import (
     EMBED,
@@ -36,6 +35,8 @@ from mpillm.weights.packed.layout import (
     panels_of,
     shard_extent,
 )
+from mpillm.weights.plan import LayerPlan, plan_name
+from mpillm.weights.source import TensorInfo
 
 PACK_AGAIN = "pack the model again"
 MOST_EXPERTS = 65_536  # of a layer; who says more does not describe a model

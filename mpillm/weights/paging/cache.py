@@ -20,8 +20,8 @@ from typing import Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from mpillm.errors import JobError
-from mpillm.weights.io.reading import used_again
-from mpillm.weights.layer import ALIGNMENT, Bytes, LayerPlan
+from mpillm.weights.io.reading import Bytes, used_again
+from mpillm.weights.plan import ALIGNMENT, LayerPlan
 
 
 class Droppable(Protocol):

@@ -17,8 +17,9 @@ from typing import TypeVar
 import numpy as np
 
 from mpillm.errors import JobError
-from mpillm.weights.layer import Bytes, LayerPlan
+from mpillm.weights.io.reading import Bytes
 from mpillm.weights.paging.cache import Droppable, Loader, Pager, Slot
+from mpillm.weights.plan import LayerPlan
 
 T = TypeVar("T", bound=Droppable)
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Literal
 
 from mpillm.errors import JobError, ModelError
+from mpillm.weights.fill import fill, load
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.filesystem import POPULATE_READ, can_populate, madvise, network_kind
 from mpillm.weights.io.mapped import MappedFile
@@ -19,6 +20,7 @@ from mpillm.weights.io.reading import (
     PORTION,
     REQUEST_BYTES,
     REQUESTS,
+    Bytes,
     changed,
     new_buffer,
     open_direct,
@@ -27,10 +29,11 @@ from mpillm.weights.io.reading import (
     read_direct,
     used_again,
 )
-from mpillm.weights.layer import ALIGNMENT, Bytes, Entry, Layer, LayerPlan, Placed, aligned, fill, load
+from mpillm.weights.layer import Layer, Placed
 from mpillm.weights.packed.layout import PAGE
 from mpillm.weights.packed.source import PackedFile, PackedSource
 from mpillm.weights.paging.cache import Heap, Loader
+from mpillm.weights.plan import ALIGNMENT, Entry, LayerPlan, aligned
 from mpillm.weights.source import Source
 
 Kind = Literal["auto", "mmap", "read"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mpillm.errors import JobError
-from mpillm.weights.layer import Layer, LayerPlan
+from mpillm.weights.layer import Layer
 from mpillm.weights.paging import cache, experts
 from mpillm.weights.paging.cache import Loader, Policy, WeightCache, fixed_part
 from mpillm.weights.paging.experts import ExpertCache
+from mpillm.weights.plan import LayerPlan
 
 EVEN = 0.05  # of a step may be waited for weights without a remedy
 PATIENCE = 3  # steps that wait for longer before there is one

@@ -1,0 +1,132 @@
+"""Reading planned tensors of a source and making them kernel-ready, chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, wait
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.kernels.types import TILE_ROWS
+from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.io.reading import Bytes
+from mpillm.weights.layer import Layer
+from mpillm.weights.names import Key
+from mpillm.weights.plan import ALIGNMENT, Entry, LayerPlan
+
+CHUNK = 2**20  # bytes that are on their way into the buffer at a time
+
+
+def load(
+    plan: LayerPlan,
+    source: TensorSource,
+    buffer: Bytes,
+    pool: Executor | None = None,
+    chunk: int = CHUNK,
+) -> Layer:
+    """Read what is planned and make it kernel-ready in `buffer` (uint8 [plan.nbytes], 64-byte aligned).
+
+    Besides the buffer, little more than `chunk` bytes for each of the pool's threads is held (and their float32
+    values, where `kernels.pack` cannot convert them).
+    """
+    assert buffer.nbytes == plan.nbytes
+    assert buffer.ctypes.data % ALIGNMENT == 0
+    groups = [[(entry, buffer[entry.offset : entry.offset + entry.nbytes])] for entry in plan.entries]
+    fill(groups, source, pool, chunk)
+    return Layer(plan, buffer)
+
+
+def fill(
+    groups: Iterable[Sequence[tuple[Entry, Bytes]]],
+    source: TensorSource,
+    pool: Executor | None = None,
+    chunk: int = CHUNK,
+) -> None:
+    """Read rows of tensors and make them kernel-ready, each in one or several places.
+
+    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. Groups
+    that follow one another in the file are read together, up to `chunk` bytes. The
+    pool's threads take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all
+    the time.
+    """
+    work = list(_tasks(groups, source, chunk))
+    if pool is None or len(work) == 1:
+        for task in work:
+            task()
+        return
+    tasks = [pool.submit(task) for task in work]
+    wait(tasks)  # all of them, even if one fails: they write to what the caller gave
+    for done in tasks:
+        done.result()
+
+
+class _Portion(NamedTuple):
+    """Rows and columns of a matrix, of which the first row is number `first` of the entries'."""
+
+    entries: Sequence[tuple[Entry, Bytes]]
+    first: int
+    rows: range
+    cols: range
+
+    @property
+    def key(self) -> Key:
+        return self.entries[0][0].key
+
+
+def _tasks(
+    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, chunk: int
+) -> Iterator[Callable[[], None]]:
+    """What there is to do, one request of the file after the other."""
+    together: list[_Portion] = []
+    for entries in groups:
+        key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type
+        if not entries[0][0].bounds:
+            yield partial(_fill_vector, entries, source)
+            continue
+        cols = range(
+            min(entry.cols.start for entry, _ in entries), max(entry.cols.stop for entry, _ in entries)
+        )
+        head = source.head_rows(key) or 1
+        unit = math.lcm(TILE_ROWS, head)
+        most = max(chunk // (max(type.row_bytes(len(cols)), source.stored_row_bytes(key)) * unit), 1) * unit
+        first = 0
+        while first < len(rows):
+            room = most - sum(len(portion.rows) for portion in together)
+            last = together[-1] if together else None
+            goes_on = last and (last.key, last.cols, last.rows.stop) == (key, cols, rows[first])
+            if not goes_on or room < unit or rows[first] % head:
+                if together:
+                    yield partial(_fill_rows, together, source)
+                together, room = [], most
+            together.append(_Portion(entries, first, rows[first : first + room // unit * unit], cols))
+            first += len(together[-1].rows)
+    if together:
+        yield partial(_fill_rows, together, source)
+
+
+def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -> None:
+    values = source.read_f32(entries[0][0].key, entries[0][0].rows)
+    for _, out in entries:
+        out.view(np.float32)[:] = values
+
+
+def _fill_rows(portions: Sequence[_Portion], source: TensorSource) -> None:
+    """Rows of a matrix that follow one another."""
+    key, cols, begin = portions[0].key, portions[0].cols, portions[0].rows.start
+    rows = range(begin, portions[-1].rows.stop)
+    stored, chunk, head = source.rows_to_pack(key, rows, cols)
+    for portion in portions:
+        own = chunk[portion.rows.start - begin : portion.rows.stop - begin]
+        for entry, out in portion.entries:
+            at = (entry.cols.start - cols.start) // stored.block * stored.block_bytes
+            part = own[:, at : at + stored.row_bytes(entry.k)]
+            kernels.pack(
+                entry.type, part, entry.k, entry.bounds, out, 1, stored, portion.first, entry.n, head
+            )
+        del own, part
+    del chunk
+    source.release(key, rows)

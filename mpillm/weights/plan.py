@@ -1,0 +1,128 @@
+"""What a rank holds: the rows and columns of each tensor, and where they lie in memory. Pure functions of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from mpillm.kernels.types import BlockType, packed_nbytes
+from mpillm.partition import grid
+from mpillm.partition.grid import Place, Shape
+from mpillm.weights.inventory import HEAD, Tensors
+from mpillm.weights.names import ROLES, Cut, Key
+
+ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor's part that a rank holds: rows and columns of it, and `nbytes` from `offset` on in the buffer.
+
+    `bounds` are the column panels, relative to the first column; a vector (`type` F32, no `bounds`) has one column.
+    """
+
+    key: Key
+    rows: range
+    cols: range
+    type: BlockType
+    bounds: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    @property
+    def k(self) -> int:
+        return len(self.cols)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One item of the weight cache: a part of a layer, one of its experts, or the output head.
+
+    `nbytes` is the size of its buffer. In a packed model that is the bytes from `offset` on in file number `file`, and
+    a tensor may have several entries: the parts of its matrix in their order. A layer's experts are all alike there,
+    and may share the entries of the first one.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    nbytes: int
+    layer: int = -1
+    part: str = HEAD
+    file: int = -1
+    offset: int = 0
+    expert: int = -1
+
+    @cached_property
+    def index(self) -> dict[str, tuple[Entry, ...]]:
+        """Entries by role."""
+        found: dict[str, tuple[Entry, ...]] = {}
+        for entry in self.entries:
+            found[entry.key.role] = (*found.get(entry.key.role, ()), entry)
+        return found
+
+
+def plan_entries(
+    tensors: Tensors, shape: Shape, place: Place, type_of: Callable[[Key], BlockType]
+) -> tuple[tuple[Entry, ...], int]:
+    """What a rank holds of these tensors, each from a multiple of ALIGNMENT on, and the bytes that takes."""
+    entries, offset = [], 0
+    for key, dims in tensors:
+        entries.append(plan_entry(key, *slices(key, dims, shape, place), type_of(key), offset))
+        offset += aligned(entries[-1].nbytes)
+    return tuple(entries), offset
+
+
+def plan_entry(
+    key: Key, rows: range, cols: range, bounds: tuple[int, ...], type: BlockType, offset: int
+) -> Entry:
+    """An entry of some rows and columns; vectors are float32 whatever they are stored as."""
+    if not bounds:
+        return Entry(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
+    nbytes = packed_nbytes(type, len(rows), len(cols), bounds)
+    return Entry(key, rows, cols, type, bounds, offset, nbytes)
+
+
+def plan_name(part: str, layer: int, expert: int = -1) -> str:
+    """What messages call an item."""
+    return part if layer < 0 else f"layer {layer}, {part}" + (f" {expert}" if expert >= 0 else "")
+
+
+def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
+def slices(
+    key: Key, dims: tuple[int, ...], shape: Shape, place: Place
+) -> tuple[range, range, tuple[int, ...]]:
+    """Rows, columns and column panels of a tensor that a rank holds; a vector has no panels."""
+    rows, hd = range(dims[0]), shape.head_dim
+    cols = range(dims[1]) if len(dims) == 2 else range(1)
+    bounds: tuple[int, ...] = (0, len(cols)) if len(dims) == 2 else ()
+    match ROLES[key.role].cut:
+        case Cut.ROWS_HEADS:
+            rows = _scaled(grid.own_heads(shape, place), hd)
+        case Cut.ROWS_KV_HEADS:
+            rows = _scaled(grid.own_kv_heads(shape, place), hd)
+        case Cut.ROWS_FFN:
+            rows = grid.own_ffn(shape, place, dims[0])
+        case Cut.ROWS_VOCAB:
+            rows = grid.own_vocab(shape, place)
+        case Cut.COLS_HEADS:
+            cols = _scaled(grid.own_heads(shape, place), hd)
+            bounds = tuple(head * hd for head in grid.own_panels(grid.attention_panels(shape), place))
+        case Cut.COLS_FFN:
+            cols = grid.own_ffn(shape, place, dims[1])
+            bounds = grid.own_panels(grid.ffn_panels(shape, dims[1]), place)
+        case Cut.WHOLE:
+            pass
+    return rows, cols, bounds
+
+
+def _scaled(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)
