@@ -1,22 +1,18 @@
-"""The bodies of requests as OpenAI and vLLM define them: what is taken, what is refused, and by which name."""
+"""A line of the input becomes the checked body of an endpoint: what is taken, what is refused, and by which name."""
 
 from __future__ import annotations
 
+import codecs
 import difflib
-from typing import Annotated, Any, Literal
+import json
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
+from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.work import Endpoint
 from mpillm.errors import RequestError
-from mpillm.spec import Fraction, Penalty, Pooling, Seed, Stop, Temperature, TopK, TopP, plain_words
-
-MAX_LOGPROBS = 20
-MAX_CHOICES = 1024
-
-Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
-Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+from mpillm.spec import plain_words
 
 # Keys that change no result of ours: taken and not looked at.
 # fmt: off
@@ -68,70 +64,13 @@ _INSTEAD = {
 }
 
 
-class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What all three kinds take; null means the default."""
-
-    model: str | None = None
-
-
-class Generate(Body, frozen=True, kw_only=True):
-    """What both kinds that generate text take; where a key is absent, the job's [sampling] holds."""
-
-    max_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: Fraction | None = None
-    repetition_penalty: Penalty | None = None
-    n: Choices | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
-
-
-class Chat(Generate, frozen=True, kw_only=True):
-    """/v1/chat/completions"""
-
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    max_completion_tokens: Tokens | None = None
-    logprobs: bool | None = None
-    top_logprobs: Logprobs | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class Completion(Generate, frozen=True, kw_only=True):
-    """/v1/completions"""
-
-    prompt: str | list[Any]
-    logprobs: Logprobs | None = None
-    echo: bool | None = None
-    add_special_tokens: bool | None = None
-
-
-class Embedding(Body, frozen=True, kw_only=True):
-    """/v1/embeddings"""
-
-    input: str | list[Any]
-    encoding_format: Literal["float", "base64"] | None = None
-    pooling: Pooling | None = None
-    normalize: bool | None = None
-    add_special_tokens: bool | None = None
-
-
-URLS: dict[str, type[Body]] = {
-    "/v1/chat/completions": Chat,
-    "/v1/completions": Completion,
-    "/v1/embeddings": Embedding,
-}
-_BARE: dict[str, type[Body]] = {"messages": Chat, "prompt": Completion, "input": Embedding}
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of a line, or say why there is none (RequestError)."""
+    if raw.startswith(codecs.BOM_UTF8):
+        raise RequestError("the line begins with a byte order mark (of a file that was appended?); remove it")
     try:
         value = msgspec.json.decode(raw)
     except UnicodeDecodeError:
@@ -144,6 +83,24 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError('the line is no JSON object such as {"prompt": "..."}')
     return value
+
+
+def refuse_repeated_keys(raw: bytes) -> None:
+    """RequestError if an object of a line, which is JSON, has a key twice: readers differ in which value counts."""
+    try:
+        _UNIQUE.decode(raw.decode())
+    except RecursionError:
+        raise RequestError("the line is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"the key {twice[:100]!r} is there twice")
+
+
+_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _first_bad_byte(raw: bytes) -> int:
@@ -164,37 +121,39 @@ def custom_id_of(line: dict[str, Any]) -> str | None:
     return name
 
 
-def read_body(line: dict[str, Any]) -> Body:
-    """Return a line's typed body; RequestError says what is wrong with the line or its body."""
-    kind, body = _open(line)
-    return _check(kind, body)
+def read_body(line: dict[str, Any]) -> Endpoint:
+    """Return a line's checked body; RequestError says what is wrong with the line or its body."""
+    endpoint, body = _open(line)
+    return _check(endpoint, body)
 
 
-def _open(line: dict[str, Any]) -> tuple[type[Body], dict[str, Any]]:
-    """Return which kind of request a line is, and its body; RequestError if it is none."""
+def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
+    """Return the endpoint that a line asks, and its body; RequestError if there is none."""
     if "body" not in line and "url" not in line and "method" not in line:
         body = {key: value for key, value in line.items() if key != "custom_id"}
-        kinds = [kind for key, kind in _BARE.items() if key in body]
-        if len(kinds) != 1:
-            raise RequestError("the line needs one of messages, prompt or input, or a url and a body")
-        return kinds[0], body
+        found = [endpoint for endpoint in ENDPOINTS if endpoint.key in body]
+        if len(found) != 1:
+            *keys, last = (endpoint.key for endpoint in ENDPOINTS)
+            raise RequestError(f"the line needs one of {', '.join(keys)} or {last}, or a url and a body")
+        return found[0], body
     for key in line:
         if key not in _BATCH_KEYS:
             raise RequestError(f"the key {key!r} is unknown beside {', '.join(_BATCH_KEYS)}")
     if line.get("method", "POST") != "POST":
         raise RequestError(f"the method must be 'POST', not {_short(line['method'])}")
     url = line.get("url")
-    if not isinstance(url, str) or url not in URLS:
+    urls = {endpoint.url: endpoint for endpoint in ENDPOINTS}
+    if not isinstance(url, str) or url not in urls:
         given = "there is no url" if url is None else f"the url {_short(url)} is unknown"
-        raise RequestError(f"{given}; there are {', '.join(URLS)}")
+        raise RequestError(f"{given}; there are {', '.join(urls)}")
     if not isinstance(line.get("body"), dict):
         raise RequestError("the body must be a JSON object")
-    return URLS[url], line["body"]
+    return urls[url], line["body"]
 
 
-def _check(kind: type[Body], body: dict[str, Any]) -> Body:
-    """Return the typed body; RequestError names the first key that is wrong, unknown or not supported."""
-    known = kind.__struct_fields__
+def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
+    """Return the checked body; RequestError names the first key that is wrong, unknown or not supported."""
+    known = endpoint.__struct_fields__
     kept = {}
     for key, value in body.items():
         if key in known:
@@ -202,7 +161,7 @@ def _check(kind: type[Body], body: dict[str, Any]) -> Body:
         elif key not in IGNORED:
             _refuse(key, value, body, known)
     try:
-        return msgspec.convert(kept, kind)
+        return msgspec.convert(kept, endpoint)
     except msgspec.ValidationError as error:
         text, _, place = str(error).partition(" - at `$")
         path = place.rstrip("`").lstrip(".")

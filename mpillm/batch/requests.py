@@ -12,15 +12,17 @@ import itertools
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
-from mpillm.batch.work import Line, Model, Work, make_work
+from mpillm.batch.work import Line, Model, Work
 from mpillm.errors import JobError, RequestError
+from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
 MAX_LINE = 64 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
 PROGRESS_LINES = 256
+LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
 
 
 @dataclass
@@ -31,9 +33,7 @@ class Batch:
     spec: Spec
     model: Model
     lines: list[Line] = field(default_factory=list)
-    prompt_tokens: int = 0  # of all good lines, each prompt once
-    max_new_tokens: int = 0  # the most that all good lines can generate
-    other_models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
+    models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -42,6 +42,16 @@ class Batch:
     def errors(self) -> list[Line]:
         """The bad lines."""
         return [line for line in self.lines if line.error is not None]
+
+    def keep_answered(self, done: Container[str]) -> None:
+        """Nothing is wrong with a line whose custom_id is in `done`: an earlier run has answered it.
+
+        That run may have had more memory, or other lines beside it.
+        """
+        self.lines = [
+            replace(line, error=None) if line.error is not None and line.custom_id in done else line
+            for line in self.lines
+        ]
 
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
@@ -60,7 +70,7 @@ class Batch:
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, bodies.read_body(bodies.decode_line(raw)), self.spec, self.model)
+        return make_work(line, bodies.decode_line(raw), self.spec, self.model)
 
 
 def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None) -> Batch:
@@ -85,25 +95,29 @@ def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] 
     return batch
 
 
+def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
+    """The work of a line that holds the object `content`; RequestError if it asks for nothing that can be done."""
+    endpoint = bodies.read_body(content)
+    return Work(line, endpoint, endpoint.requests(line.custom_id, spec, model), spec)
+
+
 def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Batch) -> Line:
     """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
     try:
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
         content = bodies.decode_line(raw)
+        bodies.refuse_repeated_keys(raw)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
                 raise RequestError(f"the custom_id {name[:100]!r} is already that of line {first}")
             line = replace(line, custom_id=name)
-        body = bodies.read_body(content)
-        work = make_work(line, body, batch.spec, batch.model)
+        work = make_work(line, content, batch.spec, batch.model)
     except RequestError as problem:
         return replace(line, error=f"Line {line.number}: {str(problem).rstrip('.')}.")
-    batch.prompt_tokens += work.prompt_tokens
-    batch.max_new_tokens += sum(request.max_tokens for request in work.requests)
-    if body.model is not None:
-        batch.other_models[body.model] = batch.other_models.get(body.model, 0) + 1
+    if (model := work.endpoint.model) is not None:
+        batch.models[model] = batch.models.get(model, 0) + 1
     return line
 
 
@@ -129,9 +143,9 @@ def _opened(path: Path) -> BinaryIO:
 
 def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
     """Number, offset and content of each line that is not blank; None for one that is too long to be held."""
-    head = file.read(4)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise JobError(f"The input {file.name} is UTF-16; save it as UTF-8.")
+    head = file.read(LOOK)
+    if (what := what_it_is(head) or _not_lines(head)) is not None:
+        raise JobError(f"The input {file.name} {what}.")
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     file.seek(offset)
     for number in itertools.count(1):
@@ -145,3 +159,17 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
         if too_long or raw.strip():
             yield number, offset, None if too_long else raw.rstrip()
         offset += length
+
+
+def _not_lines(head: bytes) -> str | None:
+    """What is said of an input that is JSON, but not an object a line, by its beginning."""
+    whole = len(head) < LOOK
+    first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    first, rest = first.strip(), rest.lstrip()
+    if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:
+        return "has lines that end in carriage returns alone; make newlines of them: tr '\\r' '\\n'"
+    if first == b"[" or (first.startswith(b"[") and (first.endswith(b",") or (whole and not rest))):
+        return "is a JSON array; write one object a line: jq -c '.[]'"
+    if first == b"{" and rest.startswith((b'"', b"}")):
+        return "has objects that go over several lines; write one object a line: jq -c ."
+    return None

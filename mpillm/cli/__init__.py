@@ -1,7 +1,7 @@
 """The command line: what people type, and all that is printed for them.
 
-Only rank 0 speaks at the default level. Every command runs inside `world.guard`, which turns errors into one
-sentence and an exit code, and a failure of one rank into the end of all.
+Only rank 0 prints at the default level, on streams that never fail (see `streams`). Every command runs inside
+`world.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import mpillm
 from mpillm.cli import bench, supervise
 from mpillm.cli.console import Console
+from mpillm.cli.streams import Unfailing, unfailing
 from mpillm.comm import launch
 from mpillm.comm.world import World, guard
 from mpillm.errors import JobError
@@ -38,22 +39,22 @@ exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
-    with _only_first_speaks():
-        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    if options.command == "launch":
-        return supervise.run(options, _job_of)
-    return guard(lambda world: _command(world, options))
+    with unfailing():
+        with _only_first_prints():
+            options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+        if options.command == "launch":
+            return supervise.run(options, _job_of)
+        return guard(lambda world: _command(world, options))
 
 
 @contextlib.contextmanager
-def _only_first_speaks() -> Iterator[None]:
-    """Before MPI starts every rank parses the command line; what is to be said of it is said by one."""
+def _only_first_prints() -> Iterator[None]:
+    """Before MPI starts every rank parses the command line; only the first one prints what is wrong with it."""
     started = launch.launched_by(os.environ)
     with contextlib.ExitStack() as stack:
         if started is not None and started.rank > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(Unfailing(None)))
+            stack.enter_context(contextlib.redirect_stderr(Unfailing(None)))
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
 
@@ -107,8 +107,17 @@ def _answer(result: dict[str, Any]) -> str:
         texts = [
             choice.get("text") or choice.get("message", {}).get("content") or "" for choice in body["choices"]
         ]
-    shown = [textwrap.shorten(text, LONGEST, placeholder=" ...") for text in texts]
-    return f"{result['custom_id']}: " + " | ".join(shown)
+    shown = [_shortened(text) for text in texts]
+    return f"{visible(result['custom_id'])}: " + " | ".join(shown)
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a text, in one line."""
+    words = " ".join(text[: 2 * LONGEST].split())
+    if len(words) <= LONGEST and len(text) <= 2 * LONGEST:
+        return words
+    cut = words.rfind(" ", 0, LONGEST - 3)
+    return f"{words[: cut if cut > 0 else LONGEST - 4]} ..."
 
 
 def _described(embedding: list[float] | str) -> str:

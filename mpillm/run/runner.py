@@ -210,9 +210,11 @@ class Leader:
             kv_tokens=session.origin.kv_tokens,
             kv_token_bytes=session.kv_token_nbytes,
             text=tokenizer,
+            name=self._name,
         )
         self._batch: Batch = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
+        self._batch.keep_answered(self._journal.done)
         self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
         self._timeline: list[tuple[float, int, int]] = []
@@ -354,7 +356,7 @@ class Leader:
             return
         del self._pending[completion.request.id]
         completions = [found for found in pending.completions if found is not None]
-        self._journal.append(results.finished(pending.work, completions, self._model, self._name))
+        self._journal.append(results.finished(pending.work, completions, self._model))
 
     def _save(self, request: Request, start: int, begun: Begun) -> None:
         """Let the journal have what a choice has generated from token `start` on."""
@@ -377,7 +379,7 @@ class Leader:
 
     def _model_names(self) -> Iterator[str]:
         """Lines may name a model, as OpenAI's do; this job has one, and says so where another is meant."""
-        for name, count in self._batch.other_models.items():
+        for name, count in self._batch.models.items():
             if name not in (self._spec.model, self._path.name, self._name):
                 yield f"{count} request(s) name the model {name!r}; they are answered by {self._name}."
 

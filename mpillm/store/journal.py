@@ -37,7 +37,7 @@ from mpillm.store.output import JOURNAL, Claim, explained, explanation, replacin
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 KEY_BYTES = 8
 
 SYNC_EVERY = 0.1  # seconds
@@ -65,13 +65,10 @@ class Lines(msgspec.Struct, tag="lines", frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True, array_like=True):
-    """One choice of an answer; arrays are little-endian: ids int32, the rest float32."""
+    """One choice of an answer."""
 
-    tokens: bytes
     finish_reason: str
-    logprobs: bytes | None
-    prompt_logprobs: bytes | None  # of the second token on
-    embedding: bytes | None
+    values: dict[str, bytes]  # rows of the endpoint's columns, by their group
     seconds_waiting: float
     seconds_running: float
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from mpillm import __version__
 from mpillm.batch.answers import bad_line, error_line, result_line
+from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion
 from mpillm.store.journal import Choice, Journal, Result, line_key
@@ -27,15 +28,15 @@ from mpillm.store.output import replacing
 
 JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 
-_IDS, _REALS = np.dtype("<i4"), np.dtype("<f4")
+_IDS = np.dtype("<i4")
 _PENDING = 1 << 16  # values of a column that are held before they are written
 
 
-def finished(work: Work, completions: Sequence[Completion], model: Model, model_name: str) -> Result:
+def finished(work: Work, completions: Sequence[Completion], model: Model) -> Result:
     """The journal's record of a request that went well; `completions` in the order of `work.requests`."""
-    line = result_line(work, completions, model, model_name)
-    prompts = [_bytes(request.prompt, _IDS) for request in work.requests[:: work.options.n]]
-    choices = list(map(_choice, completions))
+    line = result_line(work, completions, model)
+    prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
+    choices = [_choice(work, completion) for completion in completions]
     return Result(work.custom_id, line_key(work.line), 200, line, prompts, choices)
 
 
@@ -44,15 +45,15 @@ def failed(work: Work, message: str, status: int = 400) -> Result:
     return Result(work.custom_id, line_key(work.line), status, error_line(work.custom_id, message, status))
 
 
-def _choice(completion: Completion) -> Choice:
-    request = completion.request
-    wants_prompt = request.prompt_logprobs is not None
+def _choice(work: Work, completion: Completion) -> Choice:
+    values = work.endpoint.values(completion)
     return Choice(
-        tokens=_bytes(completion.tokens, _IDS),
         finish_reason=completion.finish_reason,
-        logprobs=None if request.logprobs is None else _bytes(completion.logprobs, _REALS),
-        prompt_logprobs=_bytes(completion.prompt_logprobs, _REALS) if wants_prompt else None,
-        embedding=None if completion.embedding is None else _bytes(completion.embedding, _REALS),
+        values={
+            column.group: _bytes(values[column.group], np.dtype(column.dtype))
+            for column in work.endpoint.columns
+            if column.group in values
+        },
         seconds_waiting=completion.seconds_waiting,
         seconds_running=completion.seconds_running,
     )
@@ -83,7 +84,8 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
 
     `metadata` (what the results depend on: model, sampling, wire, ...) becomes attributes of the root. Groups:
 
-    requests: custom_id, line (from 1), status, and choices [n + 1]: request i has choices[i] up to choices[i + 1].
+    requests: custom_id (see `hdf5_text`), line (from 1), status, and choices [n + 1]: request i has choices[i] up to
+    choices[i + 1].
     choices: prompt (index into /prompts), finish_reason.
     prompts, tokens: ids (int32) with offsets [.. + 1]; logprobs, prompt_logprobs, embeddings: values (float32)
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
@@ -106,6 +108,16 @@ def write_hdf5(directory: Path, lines: Sequence[Line], journal: Journal, metadat
         for column in (waiting, running):
             column.close()
         columns.close()
+
+
+def hdf5_text(text: str) -> str:
+    """A string as results.h5 stores it: a JSON string if it has a zero character, which HDF5 cannot store.
+
+    A string that begins with a double quote becomes a JSON string too, so that a reader can tell the two apart.
+    """
+    if "\0" in text or text.startswith('"'):
+        return msgspec.json.encode(text).decode()
+    return text
 
 
 class _Guarded:
@@ -240,15 +252,15 @@ class _Columns:
         self._prompt = _Column(choices, "prompt", np.int64)
         self._finish_reason = _Column(choices, "finish_reason", text)
         self._prompts = _Ragged(h5.create_group("prompts"), "ids", _IDS)
-        self._tokens = _Ragged(h5.create_group("tokens"), "ids", _IDS)
-        self._logprobs = _Ragged(h5.create_group("logprobs"), "values", _REALS)
-        self._prompt_logprobs = _Ragged(h5.create_group("prompt_logprobs"), "values", _REALS)
-        self._embeddings = _Ragged(h5.create_group("embeddings"), "values", _REALS)
+        self._rows = {
+            column.group: _Ragged(h5.create_group(column.group), column.dataset, column.dtype)
+            for column in COLUMNS
+        }
         self._first_prompt = 0
 
     def add(self, line: Line, result: Result | None) -> None:
         """A request; None for one whose line is bad."""
-        self._custom_id.add([line.custom_id])
+        self._custom_id.add([hdf5_text(line.custom_id)])
         self._line.add([line.number])
         self._status.add([400 if result is None else result.status])
         if result is not None and result.choices:
@@ -262,10 +274,8 @@ class _Columns:
         for index, choice in enumerate(result.choices):
             self._prompt.add([self._first_prompt + index // n])
             self._finish_reason.add([choice.finish_reason])
-            self._tokens.add(choice.tokens)
-            self._logprobs.add(choice.logprobs)
-            self._prompt_logprobs.add(choice.prompt_logprobs)
-            self._embeddings.add(choice.embedding)
+            for group, rows in self._rows.items():
+                rows.add(choice.values.get(group))
         self._first_prompt += len(result.prompts)
 
     def close(self) -> None:
@@ -275,3 +285,4 @@ class _Columns:
 
     def _all(self) -> Iterator[_Column | _Ragged]:
         yield from (part for part in vars(self).values() if isinstance(part, _Column | _Ragged))
+        yield from self._rows.values()

@@ -83,6 +83,10 @@ _IDS = {
     "pad_token": "padding_token_id",
     "sep_token": "seperator_token_id",
 }
+_UNSET = (-1, 2**32 - 1)  # LLAMA_TOKEN_NULL, signed and unsigned: there is no such token
+_UNUSED = frozenset(
+    {"padding_token_id", "seperator_token_id"}
+)  # by us; some converters name tokens that are not there
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -179,7 +183,9 @@ class _Fields:
 
     def id(self, key: str, count: int) -> int | None:
         value = self.get(key)
-        if value is None:
+        if value is None or value in _UNSET:
+            return None
+        if key in _UNUSED and isinstance(value, int | np.integer) and not 0 <= value < count:
             return None
         if not isinstance(value, int | np.integer) or not 0 <= value < count:
             raise self.wrong(key, f"is {value}, but there are {count} tokens")

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from mpillm.errors import ModelError
+from mpillm.foreign import HEAD, what_it_is
 from mpillm.text.parts import END_NAMES, Parts, checked, looks_special
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,10 @@ def read(path: Path) -> Parts | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        data = file.read_bytes()
+        if what := what_it_is(data[:HEAD]):
+            raise ModelError(f"{file} {what}.")
+        return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{file} cannot be read: {error}.") from error
 
@@ -126,7 +130,7 @@ def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
     ):
         value = source.get("eos_token_id")
         for id in value if isinstance(value, list) else [value]:
-            if id is None:
+            if id is None or id == -1:  # both say that there is none
                 continue
             if type(id) is not int or id < 0:
                 raise ModelError(f"eos_token_id in {folder / name} is {id!r}, which is no token id.")

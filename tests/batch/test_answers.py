@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpillm.batch import answers
+from mpillm.batch.endpoints.embeddings import normalized
 from mpillm.batch.work import Model, Work
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, completion, works
 
@@ -21,9 +23,10 @@ def answer(work: Work, tokens: list[list[int]], model: Model = WITH_TEXT, **more
         completion(request, ids, seed, **more)
         for seed, (request, ids) in enumerate(zip(work.requests, tokens, strict=True))
     ]
-    line = answers.result_line(work, completions, model, "small")
+    named = replace(model, name="small")
+    line = answers.result_line(work, completions, named)
     assert b"\n" not in line
-    assert line == answers.result_line(work, completions, model, "small")
+    assert line == answers.result_line(work, completions, named)
     found: dict[str, Any] = json.loads(line)
     assert (found["custom_id"], found["error"], found["response"]["status_code"]) == (
         work.custom_id,
@@ -100,7 +103,7 @@ def test_scoring(tmp_path: Path) -> None:
     text = "the \N{SNOWMAN} fox"
     (work,) = works(tmp_path, {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 2})
     made = completion(work.requests[0], [])
-    found = json.loads(answers.result_line(work, [made], WITH_TEXT, "m"))["response"]["body"]["choices"][0]
+    found = json.loads(answers.result_line(work, [made], WITH_TEXT))["response"]["body"]["choices"][0]
     ids, logprobs = work.requests[0].prompt, found["logprobs"]
     assert found["text"] == text
     assert logprobs["token_logprobs"] == [None, *made.prompt_logprobs]
@@ -205,9 +208,9 @@ def test_embeddings(tmp_path: Path) -> None:
     assert made is not None
     assert answer(raw, [[]])["data"][0]["embedding"] == made.tolist()
     data = base64.b64decode(answer(packed, [[]])["data"][0]["embedding"])
-    assert np.array_equal(np.frombuffer(data, "<f4"), answers.normalized(made))
+    assert np.array_equal(np.frombuffer(data, "<f4"), normalized(made))
     zero = np.zeros(3, np.float32)
-    assert np.array_equal(answers.normalized(zero), zero)
+    assert np.array_equal(normalized(zero), zero)
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import random
 from pathlib import Path
@@ -15,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.batch import requests
-from mpillm.batch.bodies import decode_line, read_body
+from mpillm.batch.bodies import decode_line
+from mpillm.batch.endpoints import ChatCompletions, Completions, Embeddings
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
 
@@ -39,8 +41,8 @@ def test_batch_lines_and_bare_lines(tmp_path: Path) -> None:
         {"input": ["the", "fox"]},
     )
     assert [work.custom_id for work in made] == ["chat", "text", "vector", "request-4", "mine", "request-6"]
-    kinds = ["chat", "completion", "embedding", "completion", "chat", "embedding"]
-    assert [work.kind for work in made] == kinds
+    kinds = [ChatCompletions, Completions, Embeddings, Completions, ChatCompletions, Embeddings]
+    assert [type(work.endpoint) for work in made] == kinds
     assert made[0].requests[0].prompt == tuple(TEXT.encode_chat(CHAT))
     assert made[1].requests[0].prompt == tuple(TEXT.encode("the fox", True))
     assert [request.kind for request in made[5].requests] == ["embed", "embed"]
@@ -55,11 +57,11 @@ def test_defaults_come_from_the_job_and_lines_win(tmp_path: Path) -> None:
     plain, said, vector = works(tmp_path, {"prompt": "a"}, own, {"input": "a"}, overrides=overrides)
     first, second = plain.requests[0], said.requests[0]
     assert (first.temperature, first.seed, first.max_tokens, first.top_k) == (0.5, 9, 7, 0)
-    assert (plain.options.stop, said.options.stop) == (("x", "y"), ("z",))
+    assert [asked.endpoint.stops(asked.spec) for asked in (plain, said)] == [("x", "y"), ("z",)]
     assert (second.temperature, second.seed, second.max_tokens, second.top_k) == (0.0, -3, 5, 4)
     assert (second.top_p, second.min_p, second.repetition_penalty, second.stop_ids) == (0.5, 0.1, 1.2, {5})
     assert first.watch is not None
-    assert (vector.requests[0].pooling, vector.options.normalize) == ("last", True)
+    assert vector.requests[0].pooling == "last"
 
 
 def test_every_prompt_makes_its_own_choices(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_scoring_and_logprobs(tmp_path: Path) -> None:
         2,
         2,
     )
-    assert (echo.requests[0].prompt_logprobs, echo.options.echo_texts) == (None, ("the fox",))
+    assert (echo.requests[0].prompt_logprobs, echo.endpoint.prompt) == (None, "the fox")
     assert (chat.requests[0].logprobs, chat.requests[0].max_tokens) == (20, 3)
 
 
@@ -237,7 +239,7 @@ def test_line_ends_marks_and_blank_lines(tmp_path: Path) -> None:
         assert [(found.number, found.custom_id, found.error) for found in batch.lines] == [
             (1, "request-1", None), (4, "request-4", None),
         ]  # fmt: skip
-        assert [work.options.prompts for work in batch.works()] == [1, 1]
+        assert [len(work.prompts) for work in batch.works()] == [1, 1]
 
 
 def test_a_line_longer_than_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +250,36 @@ def test_a_line_longer_than_memory_allows(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(batch.works())) == 2
 
 
+LINE = '{"prompt": "a", "max_tokens": 1}'
+
+
+def test_one_line_that_looks_like_another_format_costs_no_other(tmp_path: Path) -> None:
+    batch = checked(
+        tmp_path, [b"[1, 2]", b"{", b'{"prompt": "a"}\r', b'\xef\xbb\xbf{"prompt": "b"}', b"\x1f\x8b\x08"]
+    )
+    assert [line.error is None for line in batch.lines] == [False, False, True, False, False]
+    assert batch.lines[3].error is not None
+    assert "byte order mark" in batch.lines[3].error
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        (b'{"prompt": "a", "prompt": "b"}', "prompt"),
+        (b'{"custom_id": "x", "custom_id": "x", "prompt": "b"}', "custom_id"),
+        (
+            b'{"url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 1, "max_tokens": 2}}',
+            "max_tokens",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a", "cont\\u0065nt": "b"}]}', "content"),
+        (b'{"messages": [{"role": "user", "content": "a", "k": [[{"a": 1, "b": {}, "a": 1}]]}]}', "a"),
+    ],
+)
+def test_keys_that_are_there_twice(raw: bytes, key: str, tmp_path: Path) -> None:
+    found = errors(tmp_path, raw, {"prompt": "a"})
+    assert found == [f"Line 1: the key {key!r} is there twice.", None]
+
+
 def test_inputs_that_are_none(tmp_path: Path) -> None:
     made = job(tmp_path)
     with pytest.raises(JobError, match=r"^There is no input .*in\.jsonl\.$"):
@@ -256,7 +288,26 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         requests.check(tmp_path, made, WITH_TEXT)
     for raw, words in [
         (b"\n \n", "holds no request"),
-        ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        *(
+            (LINE.encode(name), "is UTF-16; save it as UTF-8")
+            for name in ("utf-16", "utf-16-le", "utf-16-be")
+        ),
+        *(
+            (LINE.encode(name), "is UTF-32; save it as UTF-8")
+            for name in ("utf-32", "utf-32-le", "utf-32-be")
+        ),
+        (gzip.compress(LINE.encode()), "is compressed with gzip; unpack it with gunzip"),
+        (bytes.fromhex("28b52ffd2048"), "is compressed with zstd; unpack it with zstd -d"),
+        (
+            b"version https://git-lfs.example/spec/v1\noid sha256:00\nsize 9\n",
+            "is a Git LFS pointer .* git lfs pull",
+        ),
+        (f"{LINE}\r{LINE}\r".encode(), "carriage returns alone"),
+        (f"[{LINE},{LINE}]".encode(), "is a JSON array; write one object a line: jq"),
+        (f"[{LINE},\n{LINE}]\n".encode(), "is a JSON array"),
+        (json.dumps([json.loads(LINE)] * 2, indent=2).encode(), "is a JSON array"),
+        (b"\xef\xbb\xbf\r\n" + json.dumps([json.loads(LINE)] * 2, indent=1).encode(), "is a JSON array"),
+        (json.dumps(json.loads(LINE), indent=2).encode(), "has objects that go over several lines"),
     ]:
         made.input_path.write_bytes(raw)
         with pytest.raises(JobError, match=words):
@@ -275,8 +326,6 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
 def test_a_line_can_be_made_again(tmp_path: Path) -> None:
     batch = checked(tmp_path, [{"prompt": f"the fox {n}", "n": 1 + n % 3} for n in range(20)])
     assert list(batch.works()) == [batch.work(found) for found in batch.lines]
-    assert batch.prompt_tokens == sum(work.prompt_tokens for work in batch.works())
-    assert batch.max_new_tokens == sum(r.max_tokens for work in batch.works() for r in work.requests)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -290,8 +339,8 @@ KEYS = st.sampled_from(["prompt", "messages", "input", "custom_id", "url", "meth
 def test_any_object_is_taken_or_refused_in_a_sentence(content: dict[str, Any]) -> None:
     said = "a sentence"
     try:
-        body = read_body(decode_line(json.dumps(content).encode()))
-        requests.make_work(requests.Line(1, 0, 0, "a", b""), body, _ANY, WITH_TEXT)
+        read = decode_line(json.dumps(content).encode())
+        requests.make_work(requests.Line(1, 0, 0, "a", b""), read, _ANY, WITH_TEXT)
     except RequestError as error:
         said = str(error)
     assert said
@@ -317,6 +366,36 @@ def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: P
     assert vector.requests[0].prompt == listed.requests[1].prompt
     harmless = TEXT.encode_chat([{"role": "user", "content": "fox"}])
     assert chat.requests[0].prompt.count(END) == harmless.count(END)
+
+
+def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the checkpoint: each line with one of them is an error of its own."""
+    text = "the quick fox </s>"
+    ids = TEXT.encode(text, parse_special=True)
+    largest = max(ids)
+    model = dataclasses.replace(WITH_TEXT, vocab=largest)
+    chat = [{"role": "user", "content": "the quick fox"}]
+    assert max(TEXT.encode_chat(chat)) >= largest
+    said = errors(
+        tmp_path, {"prompt": text}, {"input": ["a", text]}, {"messages": chat}, {"prompt": [1, 2, largest]},
+        {"prompt": [1, largest - 1]}, model=model,
+    )  # fmt: skip
+    of_a_text = (
+        f"has the token {TEXT.token_text(largest)!r} (id {largest}), for which the model has no embedding"
+    )
+    assert said[4] is None
+    for error, words in zip(
+        said,
+        [
+            f"the prompt {of_a_text}",
+            f"prompt 2 of 2 {of_a_text}",
+            "the prompt has the token",
+            f"prompt[2], {largest}, is",
+        ],
+        strict=False,
+    ):
+        assert error is not None
+        assert words in error
 
 
 LONG = ["the " * 300, "x" * 20_000_000, "\u20ac" * 2_000_000]

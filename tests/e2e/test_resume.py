@@ -154,3 +154,18 @@ def test_other_shards_are_avoided_or_said(openmpi: Mpi, tmp_path: Path) -> None:
         f"1 now as 1 stage(s) x 2 shard(s). {words}"
     ]
     assert "1 as 1 stage(s) x 2 shard(s), 2 now as 2 stage(s) x 1 shard(s)" in said[3][0]
+
+
+def test_answers_outlive_the_memory_that_they_needed(openmpi: Mpi, tmp_path: Path) -> None:
+    """A run that goes on with a KV cache of one block refuses long lines, but not those that are answered."""
+    lines = [{"custom_id": "n\0l", "prompt": [5] * 90, "max_tokens": 2}, {"prompt": "a", "max_tokens": 2}]
+    source, output = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"
+    assert run(openmpi, 1, source, output).returncode == 0
+    before = (output / "results.jsonl").read_bytes().splitlines()
+    write_lines(source, [*lines, {"prompt": [5] * 91, "max_tokens": 2}, {"prompt": "b", "max_tokens": 2}])
+    again = run(openmpi, 1, source, output, "memory.kv=12000")
+    assert again.returncode == 1, again.stderr
+    after = (output / "results.jsonl").read_bytes().splitlines()
+    assert after[:2] == before
+    assert [json.loads(line)["response"]["status_code"] for line in after] == [200, 200, 400, 200]
+    assert b"memory.kv" in after[2]

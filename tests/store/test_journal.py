@@ -191,9 +191,9 @@ def test_a_damaged_start_and_a_newer_format(tmp_path: Path, monkeypatch: pytest.
     ):
         done(tmp_path)
     path.write_bytes(raw)
-    monkeypatch.setattr("mpillm.store.journal.VERSION", 2)
+    monkeypatch.setattr("mpillm.store.journal.VERSION", 3)
     with pytest.raises(
-        OutputError, match=r"is of format 1 \(mpillm \S+\) and this mpillm knows format 2; give"
+        OutputError, match=r"is of format 2 \(mpillm \S+\) and this mpillm knows format 3; give"
     ):
         done(tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ def finish(work: Work, journal: Journal) -> None:
         draw = random.Random(f"{request.id}{request.choice}")
         tokens = [draw.randrange(6, 60) for _ in range(min(request.max_tokens, 4))]
         made.append(completion(request, tokens, draw.randrange(99), seconds_running=random.random()))
-    journal.append(results.finished(work, made, WITH_TEXT, "small"))
+    journal.append(results.finished(work, made, WITH_TEXT))
 
 
-def run(batch: Batch, out: Path, order: random.Random, stops: int) -> None:
+def run(batch: Batch, out: Path, order: random.Random, stops: int, errors: int = 3) -> None:
     """A run that is stopped so many times, and finishes its requests in another order each time."""
     for _ in range(stops + 1):
         with Claim(out) as claim, Journal(claim, {}, batch.lines) as journal:
@@ -60,7 +61,7 @@ def run(batch: Batch, out: Path, order: random.Random, stops: int) -> None:
                 finish(work, journal)
                 journal.flush()
     with Claim(out) as claim, Journal(claim, {}, batch.lines) as journal:
-        assert results.write_jsonl(out, batch.lines, journal) == 3
+        assert results.write_jsonl(out, batch.lines, journal) == errors
         results.write_hdf5(out, batch.lines, journal, METADATA)
 
 
@@ -147,3 +148,53 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
             filler.write_bytes(bytes(free - room))
             with pytest.raises(Interrupted, match=r"no space left for .*\.h5"):
                 results.write_hdf5(disk / "out", batch.lines, journal, METADATA)
+
+
+def test_names_that_hdf5_cannot_store(tmp_path: Path) -> None:
+    names = [
+        "a\0b",
+        "\0",
+        '"quoted"',
+        '"a\\u0000b"',
+        "a\\u0000b",
+        'in "quotes"',
+        "\x1b[2J\x7f\r\n",
+        "\uffff",
+        "plain",
+    ]
+    random.shuffle(names)
+    batch = checked(tmp_path, [{"prompt": "the fox", "custom_id": name} for name in names])
+    run(batch, tmp_path / "out", random.Random(1), stops=1, errors=0)
+    lines = (tmp_path / "out/results.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["custom_id"] for line in lines] == names
+    with h5py.File(tmp_path / "out/results.h5") as h5:
+        stored = [name.decode() for name in h5["requests/custom_id"]]
+    assert [json.loads(name) if name.startswith('"') else name for name in stored] == names
+    assert stored[names.index("plain")] == "plain"
+
+
+def test_an_answer_wins_over_what_is_wrong_with_its_line_now(tmp_path: Path) -> None:
+    """A run that goes on with a smaller KV cache refuses lines, but not those that are answered."""
+    inputs = [{"prompt": [5] * count, "custom_id": f"{count}", "max_tokens": 4} for count in (3, 90, 4, 91)]
+    large = checked(tmp_path, inputs)
+    with Claim(tmp_path / "out") as claim, Journal(claim, {}, large.lines) as journal:
+        for work in list(large.works())[:2]:
+            finish(work, journal)
+        journal.flush()
+    small = checked(
+        tmp_path, [*inputs, {"prompt": "a", "custom_id": "3"}], model=replace(WITH_TEXT, kv_tokens=64)
+    )
+    assert [line.error is None for line in small.lines] == [True, False, True, False, False]
+    with Claim(tmp_path / "out") as claim, Journal(claim, {}, small.lines) as journal:
+        small.keep_answered(journal.done)
+        assert [line.error is None for line in small.lines] == [True, True, True, False, False]
+        for work in small.works(journal.done):
+            finish(work, journal)
+        journal.flush()
+        assert results.write_jsonl(tmp_path / "out", small.lines, journal) == 2
+        results.write_hdf5(tmp_path / "out", small.lines, journal, METADATA)
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    with h5py.File(tmp_path / "out/results.h5") as h5:
+        status = h5["requests/status"][:].tolist()
+        assert np.diff(h5["requests/choices"][:]).tolist() == [1, 1, 1, 0, 0]
+    assert status == [line["response"]["status_code"] for line in lines] == [200, 200, 200, 400, 400]

@@ -31,7 +31,9 @@ from tests.text.vocabularies import byte_level_fields, sentencepiece_fields, wri
             "cannot be used",
         ),
         ("[" * 100_000, "cannot be used"),
-        ("\xff\xfe", "cannot be (read|used)"),
+        ("\xff\xfe", "is UTF-16; save it as UTF-8"),
+        ("\xff\xff", "cannot be read"),
+        ("version https://git-lfs.example/spec/v1\n", "is a Git LFS pointer instead of the file; fetch it"),
     ],
 )
 def test_tokenizer_json(tmp_path: Path, text: str, words: str) -> None:
@@ -116,7 +118,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (put("token_type", 3), "token_type in .* is no list"),
         (put("token_type", ["x"] * 710), "holds something that is no number"),
         (put("eos_token_id", 710), "eos_token_id in .* is 710, but there are 710 tokens"),
-        (put("bos_token_id", -1), "bos_token_id in .* is -1"),
+        (put("bos_token_id", -2), "bos_token_id in .* is -2"),
         (put("bos_token_id", "x"), "bos_token_id in .* is x"),
         (put("eot_token_id", 2**40), "eot_token_id in"),
     ],

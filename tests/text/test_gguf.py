@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGUFReader
 
@@ -129,6 +130,27 @@ def test_names_and_ids_that_end() -> None:
     names = {tokens[id] for id in tokenizer.end_ids}
     assert names == {"</s>", "<|im_end|>", "<|endoftext|>", "[INST]"}
     assert tokenizer.is_control(tokens.index("<|im_end|>"))
+
+
+@pytest.mark.parametrize("unset", [-1, 2**32 - 1, np.int32(-1), np.uint32(2**32 - 1)])
+def test_ids_that_are_not_set(unset: Any) -> None:
+    """-1, as signed and as unsigned, means that there is no such token."""
+    fields = vocabularies.byte_level_fields("qwen2")
+    without = {key: value for key, value in fields.items() if not key.endswith("_token_id")}
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator")
+    tokenizer = load(without | {f"tokenizer.ggml.{name}_token_id": unset for name in names})
+    assert tokenizer.end_ids == load(without).end_ids
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    small = vocabularies.sentencepiece_fields(True)
+    assert load(small | {"tokenizer.ggml.eos_token_id": unset}).eos_id == 2, "llama.cpp's default"
+
+
+def test_ids_that_nobody_uses() -> None:
+    fields = vocabularies.byte_level_fields("qwen2")
+    tokenizer = load(
+        fields | {"tokenizer.ggml.padding_token_id": 710, "tokenizer.ggml.seperator_token_id": 2**31}
+    )
+    assert tokenizer.encode("Hi") == load(fields).encode("Hi")
 
 
 def test_a_file_without_a_pre_tokenizer_says_so(caplog: pytest.LogCaptureFixture) -> None:

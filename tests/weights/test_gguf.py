@@ -538,3 +538,10 @@ def test_damaged_files_are_refused_or_sound(tmp_path_factory, sound, data):
             source.read(key)
         source.read_f32(key)
     source.close()
+
+
+@pytest.mark.parametrize("unset", [-1, 2**32 - 1])
+def test_ids_that_are_not_set(tmp_path, unset):
+    ids = {f"tokenizer.ggml.{name}_token_id": unset for name in ("bos", "eos", "eot")}
+    config = config_of(tmp_path, extra=ids | {"tokenizer.ggml.eom_token_id": 3})
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, [3])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import time
@@ -159,3 +160,31 @@ def test_damaged_files_are_refused_or_sound(tmp_path_factory, data):
             assert set(library.keys()) == set(header)
     except SafetensorError as error:
         pytest.fail(f"the library refuses what we took: {error}")
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (
+            b"version https://git-lfs.example/spec/v1\noid",
+            "is a Git LFS pointer instead of the file; fetch it",
+        ),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "is compressed with gzip; unpack it with gunzip"),
+        (b"<!DOCTYPE html><html>", "is a web page; download the file itself"),
+    ],
+)
+def test_files_that_are_something_else(head, words, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(head + bytes(100))
+    with pytest.raises(ModelError, match=rf"m\.safetensors {words}"):
+        MappedFile(path)
+
+
+def test_a_header_whose_length_looks_like_another_format(tmp_path):
+    """The first bytes of a safetensors file are a number, which may be any."""
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a": tensor}).encode().ljust(0x088B1F)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with contextlib.closing(MappedFile(path)) as file:
+        assert list(read_header(file)) == ["a"]

@@ -28,6 +28,7 @@ class GgufFamily(Protocol):
 
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
 _IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
+_UNSET = (-1, 2**32 - 1)  # ids that stand for "no such token", signed and unsigned
 # Features that the decoder does not have, with the values that mean so.
 _OFF: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -164,9 +165,10 @@ class GgufFields:
 
 def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     """Begin and end of text; a chat's end of turn ends a text as well, as in llama.cpp."""
-    found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = sorted({end for end in found if type(end) is int})
-    return {"bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": ends or None}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+    bos = ids.pop("bos")
+    ends = sorted({end for end in ids.values() if type(end) is int and end not in _UNSET})
+    return {"bos_token_id": None if bos in _UNSET else bos, "eos_token_id": ends or None}
 
 
 def _head_dim(fields: GgufFields, default: int) -> int:

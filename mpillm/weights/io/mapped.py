@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import ModelError
+from mpillm.foreign import HEAD, what_it_is
 from mpillm.weights.io.filesystem import madvise
 from mpillm.weights.io.reading import DirectFile
 
@@ -31,6 +32,11 @@ class MappedFile:
             raise ModelError(f"{path} is empty; fetch the model again.") from None
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        if self.map[8:9] != b"{" and (
+            what := what_it_is(self.map[:HEAD])
+        ):  # as it does after safetensors' length
+            self.map.close()
+            raise ModelError(f"{path} {what}.")
         self.bytes: Bytes = np.frombuffer(self.map, np.uint8)
         self.size = len(self.bytes)
         self._direct: DirectFile | None = None

@@ -1,0 +1,125 @@
+"""Prompts become token ids, and are checked against the model's vocabulary, its context and the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from mpillm.batch.work import Model
+from mpillm.errors import RequestError
+from mpillm.spec import Spec
+from mpillm.text import TooLongError
+
+TokenIds = tuple[int, ...]
+
+
+def read_prompts(
+    key: str, given: str | list[Any], add_special: bool | None, spec: Spec, model: Model
+) -> list[TokenIds]:
+    """The prompts of a body's `key` as token ids.
+
+    Control tokens in a string are tokens: whoever writes a prompt writes the whole of what the model sees.
+    """
+    if isinstance(given, str):
+        given = [given]
+    elif not given:
+        raise RequestError(f"{key} is an empty list")
+    elif all(type(item) is int for item in given):
+        given = [given]
+    special = True if add_special is None else add_special
+    ids: list[TokenIds] = []
+    for index, item in enumerate(given):
+        which = f"{key}[{index}]" if len(given) > 1 else key
+        if isinstance(item, str):
+            if model.text is None:
+                raise RequestError(f"{which} is a string and the model has no tokenizer; give token ids")
+            encode = partial(model.text.encode, item, special, True)
+            ids.append(encoded(encode, prompt_name(given, index), spec, model))
+        elif isinstance(item, list) and all(type(token) is int for token in item):
+            if item and not 0 <= min(item) <= max(item) < model.vocab:
+                at = next(at for at, token in enumerate(item) if not 0 <= token < model.vocab)
+                raise RequestError(
+                    f"the token id at {which}[{at}], {item[at]}, is not in the vocabulary (0 to {model.vocab - 1})"
+                )
+            ids.append(tuple(item))
+        else:
+            raise RequestError(
+                f"{key} must be a string, a list of strings, a list of token ids, or a list of such lists"
+            )
+    return ids
+
+
+def encoded(encode: Callable[[int], list[int]], which: str, spec: Spec, model: Model) -> TokenIds:
+    """The token ids that `encode` returns, which is told how many there may be.
+
+    A tokenizer may have tokens for which the model has no embedding: they were added to one and not to the other.
+    """
+    try:
+        ids = tuple(encode(_context(spec, model)))
+    except TooLongError as error:
+        raise _too_long(which, str(error), spec, model) from None
+    largest = max(ids, default=0)
+    if largest >= model.vocab:
+        text = model.text.token_text(largest) if model.text else ""
+        raise RequestError(
+            f"{which} has the token {text[:60]!r} (id {largest}), for which the model has no embedding "
+            f"(its ids are 0 to {model.vocab - 1})"
+        )
+    return ids
+
+
+def prompt_name(prompts: Sequence[object], index: int) -> str:
+    """How a message calls one of the prompts."""
+    return f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+
+
+def check_length(ids: TokenIds, which: str, spec: Spec, model: Model) -> int:
+    """Return how many tokens may follow a prompt; RequestError if it is empty or too long."""
+    if not ids:
+        raise RequestError(f"{which} has no tokens")
+    limit = _context(spec, model)
+    if len(ids) > limit:
+        raise _too_long(which, f"{len(ids)} tokens", spec, model)
+    check_kv(len(ids), spec, model)
+    return limit - len(ids)
+
+
+def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec: Spec, model: Model) -> int:
+    """How many tokens a prompt may be followed by; what nobody asked for is cut to what is `available`."""
+    wanted = spec.sampling.max_tokens if asked is None else asked
+    if asked is not None and asked > available:
+        raise RequestError(
+            f"{which} has {prompt} tokens and max_tokens is {asked}, more than the context of {prompt + available}; "
+            f"shorten one of them{_or_raise(spec, model)}"
+        )
+    if wanted and not available:
+        raise RequestError(
+            f"{which} has {prompt} tokens and fills the context; shorten it{_or_raise(spec, model)}"
+        )
+    return min(wanted, available)
+
+
+def _context(spec: Spec, model: Model) -> int:
+    """The tokens that a prompt and its answer may have together."""
+    return min(spec.memory.max_context, model.max_position)
+
+
+def _or_raise(spec: Spec, model: Model) -> str:
+    """What else can be done about a long prompt: nothing where the limit is the model's."""
+    return "" if model.max_position <= spec.memory.max_context else " or raise memory.max_context"
+
+
+def _too_long(which: str, length: str, spec: Spec, model: Model) -> RequestError:
+    remedy = _or_raise(spec, model)
+    why = "memory.max_context is" if remedy else "the model takes"
+    return RequestError(f"{which} has {length} and {why} {_context(spec, model)}; shorten it{remedy}")
+
+
+def check_kv(tokens: int, spec: Spec, model: Model) -> None:
+    """RequestError if so many tokens do not fit into the KV cache: then the request would never run."""
+    if model.kv_tokens is not None and tokens > model.kv_tokens:
+        raise RequestError(
+            f"it needs {tokens} tokens x {model.kv_token_bytes} bytes = {tokens * model.kv_token_bytes} bytes of "
+            f"KV cache and memory.kv = {spec.memory.kv} holds {model.kv_tokens} tokens; raise memory.kv"
+        )

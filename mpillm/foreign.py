@@ -1,0 +1,27 @@
+"""Files that are something else than they should be, known by how they begin."""
+
+from __future__ import annotations
+
+import codecs
+
+HEAD = 64  # bytes of a file's beginning that tell it
+
+# The order counts: UTF-32's mark begins with that of UTF-16.
+_BEGINNINGS: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    ((b"\x1f\x8b\x08",), "is compressed with gzip; unpack it with gunzip"),
+    ((b"\x28\xb5\x2f\xfd",), "is compressed with zstd; unpack it with zstd -d"),
+    ((b"\xfd7zXZ\x00",), "is compressed with xz; unpack it with unxz"),
+    ((b"BZh",), "is compressed with bzip2; unpack it with bunzip2"),
+    ((b"PK\x03\x04",), "is a ZIP archive; unpack it with unzip"),
+    ((b"version https://git-lfs",), "is a Git LFS pointer instead of the file; fetch it with git lfs pull"),
+    ((b"<!DOCTYPE html", b"<!doctype html", b"<html"), "is a web page; download the file itself"),
+    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "is UTF-32; save it as UTF-8"),
+    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "is UTF-16; save it as UTF-8"),
+    ((b"{\0\0\0", b"[\0\0\0", b"\0\0\0{", b"\0\0\0["), "is UTF-32; save it as UTF-8"),
+    ((b"{\0", b"[\0", b"\0{", b"\0["), "is UTF-16; save it as UTF-8"),
+)
+
+
+def what_it_is(head: bytes) -> str | None:
+    """What a file that begins with `head` is, and what to do, to follow its name; None if it is nothing of these."""
+    return next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)

@@ -1,0 +1,132 @@
+"""Printing never changes the exit code or the results, and what is printed cannot control a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpillm.cli.streams import Unfailing, unfailing, visible
+from tests.conftest import clean_environment
+from tests.e2e.jobs import command, results, write_lines
+
+LINES = [
+    {"custom_id": "snow\u2603man \u4f60\u597d", "prompt": "the quick", "max_tokens": 2},
+    {"custom_id": "evil\x1b[2J\x1b]0;title\x07\x9b31m\r\nend\u202etxt", "prompt": "brown", "max_tokens": 2},
+    {"custom_id": "bad\x1b[31m", "prompt": 5},
+]
+
+
+def shell(line: str, source: Path, output: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a job of one rank by a shell line, in which RUN stands for it."""
+    words = " ".join(f"'{word}'" for word in [sys.executable, *command(source, output)])
+    return subprocess.run(
+        ["bash", "-c", line.replace("RUN", words)],
+        env=clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=90,
+        check=False,
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "in.jsonl", LINES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("line", "encoding"),
+    [
+        ("RUN", "ascii"),
+        ("RUN 2>&1 | true; exit ${PIPESTATUS[0]}", "utf-8"),
+        ("RUN >/dev/full", "latin-1"),
+        ("RUN >/dev/full 2>/dev/full", "utf-8"),
+        ("RUN 2>&-", "utf-8"),
+        ("RUN <&- >&- 2>&-", "utf-8"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_work(line: str, encoding: str, source: Path, tmp_path: Path) -> None:
+    done = shell(line, source, tmp_path / "out", PYTHONIOENCODING=encoding)
+    assert done.returncode == 1, done.stderr  # one line is bad
+    found = results(tmp_path / "out")
+    assert [one["custom_id"] for one in found] == [one["custom_id"] for one in LINES]
+    assert [one["response"]["status_code"] for one in found] == [200, 200, 400]
+
+
+def test_what_is_shown(source: Path, tmp_path: Path) -> None:
+    done = shell("RUN", source, tmp_path / "out")
+    shown = (done.stdout + done.stderr).decode()
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+    assert "snow\u2603man \u4f60\u597d: " in shown
+    assert r"evil\x1b[2J\x1b]0;title\x07\x9b31m\r\nend\u202etxt: " in shown
+    latin = shell("RUN", source, tmp_path / "again", PYTHONIOENCODING="latin-1").stdout.decode("latin-1")
+    assert "snow?man ??: " in latin
+
+
+@pytest.mark.parametrize(
+    ("words", "ending", "code"),
+    [
+        ("--version", ">/dev/full", 0),
+        ("--help", ">&-", 0),
+        ("plan --nonsense", "2>/dev/full", 2),
+        ("plan --model nothing", "2>&-", 2),
+        ("report /nowhere", ">&- 2>&-", 2),
+    ],
+)
+def test_other_commands(words: str, ending: str, code: int) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -m mpillm {words} {ending}"],
+        env=clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+
+
+def test_visible() -> None:
+    plain = "caf\u00e9 \u4f60 \U0001f468\u200d\U0001f469 \u00a0\u3000\ufdd0"
+    assert visible(plain) == plain
+    assert visible("a\tb\nc\rd\x00\x7f\x85\u2028\u2066\ud800") == r"a\tb\nc\rd\x00\x7f\x85\u2028\u2066\ud800"
+    assert visible("a\tb\nc\rd\x1b", keep="\t\n\r") == "a\tb\nc\rd\\x1b"
+    assert visible("\udce9") == r"\xe9", "a byte of a path that is not UTF-8"
+    for text in json.loads(json.dumps(list(map(chr, range(0x3000))))):
+        assert visible(text).isprintable() or text.isspace() or ord(text) > 0x9F
+
+
+class Broken(io.StringIO):
+    """A stream that fails after some characters."""
+
+    def write(self, text: str, /) -> int:
+        if self.tell() > 10:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_stream_that_breaks_is_left_alone() -> None:
+    inner = Broken()
+    stream = Unfailing(inner)
+    for _ in range(5):
+        assert stream.write("123456") == 6
+    stream.flush()
+    assert inner.getvalue() == "123456" * 2
+    assert not stream.isatty()
+    gone = Unfailing(None)
+    assert gone.write("x") == 1
+    with pytest.raises(io.UnsupportedOperation):
+        gone.fileno()
+
+
+def test_streams_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    with unfailing():
+        print("a\x1bb")
+        print("\u2603", file=sys.stderr)
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr() == ("a\\x1bb\n", "\u2603\n")
