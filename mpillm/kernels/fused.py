@@ -18,7 +18,9 @@ from mpillm.kernels.checks import require_activation
 from mpillm.kernels.types import F32, I32, U8, Activation, BlockType, Bounds, Norm, activation_nbytes
 
 Pool = npt.NDArray[Any]
-Where = tuple[F32, F32, I32, I32, I32, I32, I32]  # cos, sin, block, offset, pos, table, table_start of a step's rows
+Where = tuple[
+    F32, F32, I32, I32, I32, I32, I32
+]  # cos, sin, block, offset, pos, table, table_start of a step's rows
 
 
 class Packed(Protocol):
@@ -133,7 +135,9 @@ class Attention(_Fused):
                 values += bias
         q = self._norm_heads(q, self._qk_norms[0], len(self._kv_of_head), threads)
         k = self._norm_heads(k, self._qk_norms[1], self._kvh, threads)
-        self.attend(q, k, v, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out, threads)
+        self.attend(
+            q, k, v, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out, threads
+        )
 
     def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
                vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
@@ -199,7 +203,8 @@ class Expert:
     """The matrices of one of the `Experts`, and their biases; `down_bias` only where the first column panel is."""
 
     def __init__(self, gate: Packed | None, up: Packed, down: Packed, *,
-                 biases: tuple[F32 | None, F32 | None] | None = None, down_bias: F32 | None = None) -> None:  # fmt: skip
+                 biases: tuple[F32 | None, F32 | None] | None = None,
+                 down_bias: F32 | None = None) -> None:  # fmt: skip
         self.matrices, self.biases, self.down_bias = (gate, up, down), biases, down_bias
 
 
@@ -251,12 +256,13 @@ class LayerStack:
         self._layers = list(zip(layers, pools, [0] * len(layers) if places is None else places, strict=True))
         self._kv_type = kv_type
 
-    def __call__(self, x: F32, rows: Sequence[Where], between: Callable[[], object], threads: int = 1) -> None:
+    def __call__(
+        self, x: F32, rows: Sequence[Where], between: Callable[[], object], threads: int = 1
+    ) -> None:
         part = np.empty_like(x)
         for (attention, after_attention, mlp, after_mlp), (kpool, vpool), place in self._layers:
             between()
-            cos, sin, *where = rows[place]
-            attention(x, cos, sin, self._kv_type, kpool, vpool, *where, part, threads)
+            attention(x, *rows[place][:2], self._kv_type, kpool, vpool, *rows[place][2:], part, threads)
             after_attention(x, part, threads)
             mlp(x, part, threads)
             after_mlp(x, part, threads)

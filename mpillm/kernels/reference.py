@@ -376,23 +376,28 @@ def activate(kind: Activation, gate: F32, up: F32 | None, out: F32, threads: int
 
 
 def _activated(kind: Activation, x: F32, limit: np.float32, alpha: np.float32) -> F32:
-    one = np.float32(1)
+    result: F32
     match kind:
         case Activation.SILU:
-            return x / (one + lanes.exp(-x))
+            result = _sigmoid_times(x, x)
         case Activation.GELU:
-            return x * lanes.normal(x)
+            result = x * lanes.normal(x)
         case Activation.GELU_TANH:  # (1 + tanh(u)) / 2 = 1 / (1 + e^-2u)
             cube = x * x * x * np.float32(0.044715)
-            return x / (one + lanes.exp(-((x + cube) * np.float32(1.5957691216057308))))
+            result = _sigmoid_times((x + cube) * np.float32(1.5957691216057308), x)
         case Activation.RELU2:
-            positive = np.maximum(x, np.float32(0))
-            return positive * positive
+            result = np.square(np.maximum(x, np.float32(0)))
         case Activation.SIGMOID:
-            return one / (one + lanes.exp(-x))
+            result = _sigmoid_times(x, np.float32(1))
         case Activation.SWIGLU_CLAMPED:
             x = np.minimum(x, limit)
-            return x / (one + lanes.exp(-(alpha * x)))
+            result = _sigmoid_times(alpha * x, x)
+    return result
+
+
+def _sigmoid_times(x: F32, factor: F32 | np.float32) -> F32:
+    product: F32 = factor / (np.float32(1) + lanes.exp(-x))
+    return product
 
 
 def softcap(x: F32, cap: float, threads: int = 1) -> None:

@@ -81,7 +81,9 @@ class Activation(IntEnum):
     GELU_TANH = 2  # its approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
     RELU2 = 3  # max(x, 0)^2
     SIGMOID = 4  # 1 / (1 + e^-x)
-    SWIGLU_CLAMPED = 5  # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1
+    SWIGLU_CLAMPED = (
+        5  # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1
+    )
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,7 @@ def kv_pools(
                 raise ValueError(
                     f"a Q8_0 KV cache needs heads of a multiple of {QUANT_BLOCK} dimensions, not {dim}"
                 )
-        keys, values = (
-            (blocks, heads, kv_type.row_bytes(dim) * KV_BLOCK) for dim in (head_dim, value_dim)
-        )
+        keys, values = ((blocks, heads, kv_type.row_bytes(dim) * KV_BLOCK) for dim in (head_dim, value_dim))
         return (keys, np.uint8), (values, np.uint8)
     dtype = np.float32 if kv_type == BlockType.F32 else np.uint16
     return ((blocks, heads, head_dim, KV_BLOCK), dtype), ((blocks, heads, KV_BLOCK, value_dim), dtype)

@@ -72,7 +72,9 @@ class ModelConfig:
     def head(self) -> PageSpec:
         """The final norm and the LM head."""
         norm = self.final_norm.tensors("final_norm", -1, self.hidden)
-        return PageSpec(HEAD, (*norm, TensorSpec(Key("head"), (self.vocab, self.hidden), vocab_axis(self.vocab))))
+        return PageSpec(
+            HEAD, (*norm, TensorSpec(Key("head"), (self.vocab, self.hidden), vocab_axis(self.vocab)))
+        )
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
         """What each of the model's layers keeps of a sequence on the rank at `place`."""

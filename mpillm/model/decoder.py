@@ -1,7 +1,7 @@
 """The decoder of one rank: its stage's layers, its shard of each, for all rows of a step.
 
-What a layer is made of is data (`LayerSpec`), and each kind of part computes itself. Shapes: m rows (tokens of the step,
-of any sequences), d = hidden size.
+What a layer is made of is data (`LayerSpec`), and each kind of part computes itself. Shapes: m rows (tokens of the
+step, of any sequences), d = hidden size.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ class Decoder:
         self._threads = threads
         self._rank = Rank(place, config.block, weights, group, threads)
         layers = grid.stage_layers(config.n_layers, place)
-        self._layers = [_RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)]
+        self._layers = [
+            _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
+        ]
         self._rotaries = list(dict.fromkeys(layer.spec.mixer.rotary for layer in self._layers))
         self._view = [self._rotaries.index(layer.spec.mixer.rotary) for layer in self._layers]
-        # Nothing comes between the parts of layers, so that all layers can be one call once their kernels have been made.
+        # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
         self._stackable = (
             self._rank.at_rest
             and kv.spill is None
@@ -153,7 +155,9 @@ class Decoder:
     def _make_stack(self) -> kernels.LayerStack:
         """All layers as one operation of the kernels; each of them has run once."""
         pools = [self._kv.take(i) for i in range(len(self._layers))]
-        return kernels.LayerStack([layer.kernels for layer in self._layers], self._kv.kv_type, pools, self._view)
+        return kernels.LayerStack(
+            [layer.operations for layer in self._layers], self._kv.kv_type, pools, self._view
+        )
 
 
 class _RankLayer:
@@ -173,7 +177,7 @@ class _RankLayer:
         self._residual("mlp", bias, after, x, part)
 
     @property
-    def kernels(self) -> tuple[kernels.Attention, kernels.Residual, kernels.Mlp, kernels.Residual]:
+    def operations(self) -> tuple[kernels.Attention, kernels.Residual, kernels.Mlp, kernels.Residual]:
         """Its operations, where all pages stay in memory and it has run once."""
         kept = self._rank.kept
         names = "attention", "mixer residual", "mlp", "mlp residual"
@@ -189,7 +193,9 @@ class _RankLayer:
         part = np.empty_like(x)
         cos, sin, *where = rows
         pools = self._kv.take(self._i)
-        rank.compute(rank.kept(make, "attention", self._number), x, cos, sin, self._kv.kv_type, *pools, *where, part)
+        rank.compute(
+            rank.kept(make, "attention", self._number), x, cos, sin, self._kv.kv_type, *pools, *where, part
+        )
         self._kv.give(self._i)
         rank.group.all_reduce(part)
         bias = page.vector("o_bias") if mixer.o_bias else None
@@ -199,15 +205,23 @@ class _RankLayer:
         """The norm of a part's output, which outlives the page."""
         if norm is None:
             return None
-        return self._rank.kept(lambda: norm.kernel(page, role, copy=not self._rank.at_rest), role, self._number)
+        return self._rank.kept(
+            lambda: norm.kernel(page, role, copy=not self._rank.at_rest), role, self._number
+        )
 
     def _residual(
         self, name: str, bias: Floats | None, after: kernels.Norm | None, x: Floats, part: Floats
     ) -> None:
-        """x += scale * norm(part + bias)."""
+        """x += scale * norm(part + bias); x += part + bias is (x + part) + bias."""
         scale = self.spec.residual_scale
-        work = self._rank.kept(lambda: kernels.Residual(bias, after, scale), f"{name} residual", self._number)
+        last = bias if after is None and scale == 1.0 else None
+        first = bias if last is None else None
+        work = self._rank.kept(
+            lambda: kernels.Residual(first, after, scale), f"{name} residual", self._number
+        )
         self._rank.compute(work, x, part)
+        if last is not None:
+            x += last
 
 
 def _missing() -> None:

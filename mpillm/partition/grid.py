@@ -90,7 +90,7 @@ def axis(units: int, width: int = 1, block: int = 1) -> Axis:
     `block` is the block size of quantised weights, for a block is never cut.
     """
     grain = math.lcm(width, block) // width
-    grains = math.ceil(units / grain)
+    grains = max(math.ceil(units / grain), 1)
     return Axis(panel_bounds(units, grain, min(PANELS, 1 << (grains.bit_length() - 1))), width)
 
 

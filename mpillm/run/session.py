@@ -28,6 +28,7 @@ from mpillm.run.limits import limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.journal import Layout
 from mpillm.store.report import Rank
+from mpillm.weights.finite import check_vectors
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
 from mpillm.weights.paging.cache import WeightCache
@@ -91,6 +92,8 @@ class Session:
             self.source = open_source(model, spec.quantize)
             self._open_files.callback(self.source.close)
             self.config = config_of(self.source)
+            if world.rank == 0:
+                check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
             self.kv_type = stored_type(spec.memory.kv_type, self.config)
             self.fingerprint = fingerprint(self.source)

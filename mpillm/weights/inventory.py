@@ -17,7 +17,7 @@ HEAD = "the output head"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the model: its whole shape ([n] or [n, k]), and the axes of its rows and columns that shards share."""
+    """A tensor of the model: its whole shape ([n] or [n, k]), and the axes of rows and columns that shards share."""
 
     key: Key
     shape: tuple[int, ...]

@@ -14,9 +14,7 @@ from mpillm.weights.packed.layout import INDEX, UNFINISHED
 from mpillm.weights.packed.source import PackedSource, open_packed
 
 
-def open_source(
-    path: str | Path, families: Families, quantize: str = "none"
-) -> TensorSource | PackedSource:
+def open_source(path: str | Path, families: Families, quantize: str = "none") -> TensorSource | PackedSource:
     """Open a Hugging Face directory, a GGUF file, a directory that holds one, or a packed directory.
 
     `quantize` ("q8_0", "q4_0") quantises the matrices of layers and the output head while they are read: for models

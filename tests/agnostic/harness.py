@@ -15,9 +15,8 @@ from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session
-from mpillm.model.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path

@@ -19,9 +19,8 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.tools.pack import Weights, pack
-from mpillm.model.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines

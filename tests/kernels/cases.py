@@ -94,9 +94,7 @@ def _rms_norm(threads: int, m: int, d: int, groups: int, x: Array, w: Array, eps
 
 def _layer_norm(threads: int, m: int, d: int, x: Array, w: Array, bias: Array, eps: Array) -> list[Array]:
     out = np.empty_like(x)
-    kernels.layer_norm(
-        x, w if len(w) else None, bias if len(bias) else None, float(eps[0]), out, threads
-    )
+    kernels.layer_norm(x, w if len(w) else None, bias if len(bias) else None, float(eps[0]), out, threads)
     return [out]
 
 
@@ -273,7 +271,9 @@ def small(rng: np.random.Generator, m: int, d: int, threads: int = 1) -> Iterato
         parameters = np.array([7, 1.702], np.float32)
         yield Case("activate", [m, d, int(kind)], [8 * x, values(rng, m, d) * 8, parameters], threads)
         if kind != Activation.SWIGLU_CLAMPED:
-            yield Case("activate", [m, d, int(kind)], [8 * x, np.empty((0, d), np.float32), parameters], threads)
+            yield Case(
+                "activate", [m, d, int(kind)], [8 * x, np.empty((0, d), np.float32), parameters], threads
+            )
     yield Case("softcap", [m, d], [20 * x, np.array([30], np.float32)], threads)
     yield Case("softmax", [m, d], [5 * x], threads)
     for k in (1, 7, d + 3):

@@ -36,7 +36,21 @@ def attend(
     heads = i4(0, 0) if kv_of_head is None else kv_of_head
     kpool = f4(4, 1, 8, 32) if pool is None else pool
     kernels.attention(
-        kv_type, f4(1, 16), f4(1, 16), kpool, f4(4, 1, 32, 8), pos, table, i4(0), heads, 1, 8, 1.0, 0, 1, **options
+        kv_type,
+        f4(1, 16),
+        f4(1, 16),
+        kpool,
+        f4(4, 1, 32, 8),
+        pos,
+        table,
+        i4(0),
+        heads,
+        1,
+        8,
+        1.0,
+        0,
+        1,
+        **options,
     )
 
 

@@ -158,7 +158,7 @@ SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
 )
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, softcap: float) -> None:
-    """Softmax attention in float64 over the rows that were stored; values narrower than keys, with sinks, half the time."""
+    """Softmax attention in float64 over the rows that were stored: half of them with sinks and narrower values."""
     vd, sinks = (hd, False) if softcap else (max(hd // 2, 8 if hd < 64 else 32), True)
     case = cases.attention(
         np.random.default_rng(hd), kv_type, hd, heads, kvh, window, vd=vd, sinks=sinks, softcap=softcap
@@ -205,7 +205,9 @@ def test_small_operations_mean_what_they_say() -> None:
     np.testing.assert_allclose(norm, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(cases.Case("square_sums", [5, 77], [x]).run()[0], (d**2).sum(1), rtol=1e-6)
     np.testing.assert_allclose(
-        cases.Case("softcap", [5, 77], [x, np.array([0.7], np.float32)]).run()[0], 0.7 * np.tanh(d / 0.7), rtol=1e-6
+        cases.Case("softcap", [5, 77], [x, np.array([0.7], np.float32)]).run()[0],
+        0.7 * np.tanh(d / 0.7),
+        rtol=1e-6,
     )
     e = np.exp(d)
     np.testing.assert_allclose(
@@ -254,7 +256,10 @@ def activated(kind: Activation, x: cases.Array) -> cases.Array:
 @pytest.mark.parametrize("kind", list(Activation))
 def test_activations(kind: Activation) -> None:
     rng = np.random.default_rng(7)
-    gate, up = (4 * rng.standard_normal((9, 77))).astype(np.float32), rng.standard_normal((9, 77)).astype(np.float32)
+    gate, up = (
+        (4 * rng.standard_normal((9, 77))).astype(np.float32),
+        rng.standard_normal((9, 77)).astype(np.float32),
+    )
     parameters = np.array([2, 1.702], np.float32)
     want, factor = activated(kind, gate.astype(np.float64)), up.astype(np.float64)
     if kind == Activation.SWIGLU_CLAMPED:
@@ -262,14 +267,18 @@ def test_activations(kind: Activation) -> None:
         got = cases.Case("activate", [9, 77, int(kind)], [gate, up, parameters]).run()[0]
         np.testing.assert_allclose(got, want * (np.clip(gated, -2, 2) + 1), rtol=2e-6, atol=1e-6)
         return
-    alone = cases.Case("activate", [9, 77, int(kind)], [gate, np.empty((0, 77), np.float32), parameters]).run()[0]
+    alone = cases.Case(
+        "activate", [9, 77, int(kind)], [gate, np.empty((0, 77), np.float32), parameters]
+    ).run()[0]
     np.testing.assert_allclose(alone, want, rtol=2e-6, atol=2e-7)
     got = cases.Case("activate", [9, 77, int(kind)], [gate, up, parameters]).run()[0]
     assert cases.same(got, alone * up)
 
 
 def test_tanh_and_erfc_of_the_twin() -> None:
-    x = np.concatenate([np.linspace(-20, 20, 200001), np.linspace(-1, 1, 100001), [0.0, 1e-30]]).astype(np.float32)
+    x = np.concatenate([np.linspace(-20, 20, 200001), np.linspace(-1, 1, 100001), [0.0, 1e-30]]).astype(
+        np.float32
+    )
     want = np.tanh(x.astype(np.float64))
     assert (np.abs(lanes.tanh(x) - want) <= 2 * np.spacing(np.abs(want).astype(np.float32))).all()
     edges = lanes.tanh(np.array([np.nan, np.inf, -np.inf, -0.0], np.float32))

@@ -14,10 +14,10 @@ from mpillm import kernels
 from mpillm.bench import synthetic
 from mpillm.engine.sequence import Request
 from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.model.opening import open_source
 from mpillm.weights.paging.experts import ExpertCache
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.model.engine_harness import run_engine
 from tests.model.golden import model_path
 
@@ -82,7 +82,7 @@ def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
     one, regions = steps(monkeypatch, "mistral", 1)
     eight, regions_of_eight = steps(monkeypatch, "mistral", 8)
     kinds = Counter(type(work).__name__ for work in one)
-    assert kinds == {"Layers": MORE, "Products": MORE}
+    assert kinds == {"LayerStack": MORE, "Products": MORE}
     assert Counter(type(work).__name__ for work in eight) == kinds
     # Beside them: embeddings, the final norm, candidates and log-sum-exp of the logits.
     assert regions == regions_of_eight <= MORE * (2 * layers + 5)
@@ -91,7 +91,7 @@ def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
 def test_a_layers_experts_are_one_piece_of_work_for_any_number_of_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mixtures = sum(config("qwen3_moe").moe_layers)
+    mixtures = sum(layer.mlp.count > 0 for layer in config("qwen3_moe").layers)
     in_turn = ExpertCache.in_turn
 
     def when_all_are_there(cache: ExpertCache[Any], items: Sequence[int]) -> Iterator[list[Any]]:
@@ -104,7 +104,7 @@ def test_a_layers_experts_are_one_piece_of_work_for_any_number_of_sequences(
     eight, regions_of_eight = steps(monkeypatch, "qwen3_moe", 8)
     kinds = Counter(type(work).__name__ for work in one)
     assert Counter(type(work).__name__ for work in eight) == kinds
-    assert kinds["Mixture"] == MORE * mixtures
+    assert kinds["Experts"] == MORE * mixtures
     assert regions == regions_of_eight
 
 

@@ -19,10 +19,8 @@ import numpy as np
 
 from mpillm.comm.world import World, guard
 from mpillm.engine.sequence import Completion, Request
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
-from mpillm.model.opening import open_source
-from mpillm.weights.source import column_unit
 from tests.digests import recorded
 from tests.model.checks import bounds_of, check, requests_of
 from tests.model.engine_harness import run_laid_out
@@ -77,7 +75,7 @@ def layouts(path: Path, ranks: int) -> list[tuple[int, int]]:
     """All layouts of a model on so many ranks."""
     source = open_source(path)
     try:
-        return grid.layouts(config_of(source).shape(column_unit(source)), ranks)
+        return grid.layouts(config_of(source), ranks)
     finally:
         source.close()
 

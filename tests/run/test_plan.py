@@ -11,14 +11,13 @@ import pytest
 from mpillm import spec
 from mpillm.errors import JobError, LayoutError
 from mpillm.kernels import KV_BLOCK, BlockType
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.run import plan
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.weights.names import Key
-from mpillm.model.opening import open_source
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.model.golden import gguf_path
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
@@ -35,10 +34,9 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
     assert (made.stages, made.shards, made.problems) == (stages, ranks // stages, [])
     source = open_source(MODELS / model, "none")
     config = config_of(source)
-    shape = config.shape(column_unit(source))
     held = set[Key]()
     for rank in made.ranks:
-        items = rank_plans(shape, Place(rank.rank, stages, ranks // stages), source, config)
+        items = rank_plans(config, Place(rank.rank, stages, ranks // stages), source)
         assert rank.weights_share == rank.weights_held == sum(item.nbytes for item in items)
         assert rank.weights_streamed == 0
         held.update(entry.key for item in items for entry in item.entries)
@@ -61,7 +59,7 @@ def test_wire_bytes() -> None:
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
     made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.between_stages=q8_0")
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 34 * blocks}
-    assert plan.wire_bytes(config.shape(1), 1, 1, BlockType.F32, BlockType.F32) == {
+    assert plan.wire_bytes(config, 1, 1, BlockType.F32, BlockType.F32) == {
         "all_reduce": 0.0,
         "pipe": 0.0,
     }

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import ModelError
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.layer import Layer
-from mpillm.model.opening import open_source
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
 from mpillm.weights.paging.loaders import Kind, open_loader
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.tools.test_pack import packed
 
 ALONE = Place(0, 1, 1)

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 from mpillm.comm.world import World, guard
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.model.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.model.checks import requests_of
 from tests.model.engine_harness import run_laid_out
 from tests.model.golden import golden
@@ -39,9 +38,8 @@ def least(path: Path, stages: int, shards: int) -> int:
     source = open_source(path)
     try:
         config = config_of(source)
-        shape = config.shape(column_unit(source))
         places = [Place(rank, stages, shards) for rank in range(stages * shards)]
-        return max(minimum_budget(rank_plans(shape, place, source, config)) for place in places)
+        return max(minimum_budget(rank_plans(config, place, source)) for place in places)
     finally:
         source.close()
 

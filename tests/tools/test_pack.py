@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from mpillm import kernels
 from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.kernels import BlockType
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.tools.pack import Packed, Weights, pack
 from mpillm.weights.formats.tensors import TensorSource
@@ -32,8 +32,7 @@ from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.io.reading import DirectFile, read_at
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.names import Key, parse_hf
-from mpillm.model.opening import open_source
+from mpillm.weights.names import USUAL, Key
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed.files import Made, Part, Writer
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
@@ -41,7 +40,7 @@ from mpillm.weights.paging import loaders
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import InPlace, Kind, Mapped, Reading, open_loader
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
 from tests.model.checks import EXACT, check, requests_of
 from tests.model.engine_harness import _alone, run_engine
@@ -203,7 +202,7 @@ def test_every_piece_is_the_tensor_it_says(tmp_path: Path, name: str) -> None:
             for piece in json.loads(metadata.get("pieces", "[]")):
                 panel = arrays[piece["panel"]]
                 for expert, row in enumerate(panel if panel.ndim == 2 else [panel]):
-                    parsed = parse_hf(piece["tensor"].replace("*", str(expert)))
+                    parsed = USUAL.parse_hf(piece["tensor"].replace("*", str(expert)))
                     assert parsed is not None
                     key = Key(parsed.roles[0], parsed.layer, parsed.expert)
                     values = decoded(piece, row[piece["offset"] :][: piece["nbytes"]])

@@ -23,7 +23,13 @@ from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, refuse_window, usual_config
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
 from mpillm.weights.names import Key, Names
 
 
@@ -104,9 +110,7 @@ def _mixtral(fields: GgufFields) -> dict[str, Any]:
             f"{fields.path}: {fields.kind}.expert_feed_forward_length is not feed_forward_length."
         )
     if fields.raw("expert_weights_norm") is False:
-        raise ModelError(
-            f"{fields.path}: {fields.kind}.expert_weights_norm is off, which is not supported."
-        )
+        raise ModelError(f"{fields.path}: {fields.kind}.expert_weights_norm is off, which is not supported.")
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

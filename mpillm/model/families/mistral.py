@@ -1,4 +1,4 @@
-"""Mistral, and Mixtral with its experts: Llama with a sliding window in all layers. (In GGUF files both are "llama".)"""
+"""Mistral, and Mixtral with its experts: Llama with a sliding window. (In GGUF files both are "llama".)"""
 
 from __future__ import annotations
 

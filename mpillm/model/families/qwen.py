@@ -27,7 +27,13 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, refuse_window, usual_config
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
 from mpillm.weights.names import Key
 
 _USUAL = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
@@ -84,7 +90,9 @@ class Qwen(Family):
         architecture, model_type = names[fields.kind]
         config |= {"architectures": [architecture], "model_type": model_type}
         refuse_window(fields)
-        if fields.kind != "qwen2":  # which always has them: missing ones are found when the tensors are checked
+        if (
+            fields.kind != "qwen2"
+        ):  # which always has them: missing ones are found when the tensors are checked
             roles = ("q_bias", "k_bias", "v_bias", "o_bias")
             present = {role for role in roles if shape_of(Key(role, 0)) is not None}
             if present and len(present) < len(roles):
@@ -115,7 +123,9 @@ def _windows(fields: Fields, architecture: str, n_layers: int) -> tuple[int, ...
     # Ticked off whether used or not: a window that is switched off may have any value.
     fields.read |= {"sliding_window", "max_window_layers"}
     some = architecture != _MIXTURE
-    first = fields.integer("max_window_layers", 0, LONGEST) if window and some and _types_absent(fields) else 0
+    first = (
+        fields.integer("max_window_layers", 0, LONGEST) if window and some and _types_absent(fields) else 0
+    )
     return read_windows(fields, architecture, n_layers, window, first, some)
 
 

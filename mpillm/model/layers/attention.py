@@ -28,7 +28,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Multi-head attention with `n_kv_heads` heads of keys and values, each of which n_heads / n_kv_heads queries share.
+    """Multi-head attention in which n_heads / n_kv_heads query heads share a head of keys and values.
 
     Scores are multiplied by `scale`. A `window` above 0 lets a token see itself and the window - 1 tokens before it.
     `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row together. `sinks` are
@@ -50,8 +50,8 @@ class AttentionSpec:
 
     @property
     def fused(self) -> bool:
-        """Whether its kernel may be part of a `kernels.LayerStack`."""
-        return True
+        """Whether its kernel may be part of a `kernels.LayerStack`: an output's bias is added after it."""
+        return not self.o_bias
 
     def heads(self, block: int) -> Axis:
         """The axis of query heads. A norm over a whole row needs all heads on one shard."""
@@ -101,9 +101,17 @@ class AttentionSpec:
     def kernel(self, page: Layer, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         vector = page.vector
-        heads, kv_heads, share = self.heads(block), self._kv_heads(place, block), self.n_heads // self.n_kv_heads
+        heads, kv_heads, share = (
+            self.heads(block),
+            self._kv_heads(place, block),
+            self.n_heads // self.n_kv_heads,
+        )
         of_head = [head // share - kv_heads.start for head in heads.units(place)]
-        norms = (self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm")) if self.qk_norm else None
+        norms = (
+            (self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm"))
+            if self.qk_norm
+            else None
+        )
         return kernels.Attention(
             page.matrix("q"),
             page.matrix("k"),

@@ -191,9 +191,9 @@ class Routed:
         """From each row's weights and experts, [m, chosen]."""
         order = ids.argsort(axis=None, kind="stable")  # all choices, by their expert and then by their row
         experts, starts = np.unique(ids.ravel()[order], return_index=True)
-        starts = np.append(starts, len(order)).astype(np.int32)
+        bounds = np.append(starts, len(order)).astype(np.int32)
         rows = (order // ids.shape[1]).astype(np.int32)
-        return Routed(experts, starts, rows, weights.ravel()[order])
+        return Routed(experts, bounds, rows, weights.ravel()[order])
 
 
 class _Experts(Sequence[PageSpec]):

@@ -49,8 +49,8 @@ class MlpSpec:
 
     @property
     def fused(self) -> bool:
-        """Whether its kernel may be part of a `kernels.LayerStack`."""
-        return True
+        """Whether its kernel may be part of a `kernels.LayerStack`: an output's bias is added after it."""
+        return not self.bias
 
     def columns(self, block: int) -> Axis:
         """The axis of its inner columns; `block` as in `grid.axis`."""
@@ -120,7 +120,10 @@ class MlpSpec:
         gate, up = self.prefix + GATE, self.prefix + UP
         biases = None
         if self.bias:
-            biases = pages[GATE].vector(f"{gate}_bias") if self.gated else None, pages[UP].vector(f"{up}_bias")
+            biases = (
+                pages[GATE].vector(f"{gate}_bias") if self.gated else None,
+                pages[UP].vector(f"{up}_bias"),
+            )
         return kernels.Mlp(
             pages[GATE].matrix(gate) if self.gated else None,
             pages[UP].matrix(up),
@@ -135,7 +138,8 @@ class MlpSpec:
         if not self.bias:
             return None
         with rank.page(layer, DOWN) as page:
-            return page.vector(f"{self.prefix}down_bias").copy()
+            bias: Floats = page.vector(f"{self.prefix}down_bias").copy()
+            return bias
 
     def _page_by_page(self, rank: Rank, layer: int, h: Floats) -> Floats:
         """The same of normed rows h, with one matrix in memory at a time."""

@@ -92,6 +92,7 @@ def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         "vocab_size": embed[0],
         "max_position_embeddings": fields.integer("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
         "head_dim": _head_dim(fields, hidden // heads),
         "intermediate_size": fields.integer("feed_forward_length"),

@@ -43,9 +43,7 @@ class Panel:
     nbytes: int
 
 
-def panels_of(
-    tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key], BlockType]
-) -> list[Panel]:
+def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key], BlockType]) -> list[Panel]:
     """The panels in which these tensors are stored: `count` is the model's largest number of shards."""
     panels = []
     for number in range(count):
