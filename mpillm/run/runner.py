@@ -35,6 +35,7 @@ from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
 from mpillm.store.journal import Journal, Layout, Part, began, first_layout, line_key
 from mpillm.store.output import Claim
+from mpillm.store.readable import printable
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.inventory import described
@@ -202,7 +203,7 @@ class Leader:
         """Check the input and open the journal; MpillmError if either cannot be used."""
         self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
         self._path = model
-        self._name = model.stem if model.suffix == ".gguf" else model.resolve().name
+        self._name = printable(model.stem if model.suffix == ".gguf" else model.resolve().name)
         self._phases: dict[str, float] = {}
         self._clock = time.monotonic()
         config, source = session.config, session.source
@@ -211,6 +212,7 @@ class Leader:
         self._model = Model(
             vocab=config.vocab,
             max_position=config.max_position,
+            hidden=config.hidden,
             end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
             kv_tokens=session.origin.kv_tokens,
             kv_token_bytes=session.kv_token_nbytes,

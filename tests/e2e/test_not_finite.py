@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import Mpi
 from tests.e2e.jobs import CHAT, assert_one_sentence, results, run, write_lines
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 
 VOCAB, BAD = 320, 77  # the bad token
 TOLD = "The model's output for this request is not finite (NaN or infinity), so there is no answer."

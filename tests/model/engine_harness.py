@@ -10,6 +10,8 @@ from typing import Any
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
+from mpillm.model.opening import config_of, open_source
+from mpillm.partition import grid
 from mpillm.run.session import Session
 from mpillm.spec import Batch, Layout, Memory, Spec, Wire
 
@@ -54,3 +56,15 @@ def run_engine(model: Path, requests: list[Request], **job: Any) -> list[Complet
     keys: quantize, activations, kv_type, weights, policy, max_num_seqs, max_num_batched_tokens.
     """
     return run_laid_out(_alone(), model, requests, **job)[0]
+
+
+def layouts(model: Path, ranks: int) -> list[tuple[int, int]]:
+    """All layouts of a model on so many ranks: (stages, shards)."""
+    with closing(open_source(model)) as source:
+        return grid.layouts(config_of(source), ranks)
+
+
+def vocab_of(model: Path) -> int:
+    """How many tokens a model knows."""
+    with closing(open_source(model)) as source:
+        return config_of(source).vocab
