@@ -11,7 +11,6 @@ from mpillm.model.families import family_of, gguf_family, read_config
 from mpillm.model.families.base import Family
 from mpillm.weights import opening
 from mpillm.weights.formats.tensors import TensorSource
-from mpillm.weights.packed.source import PackedSource
 from mpillm.weights.source import Source, check_tensors, column_unit
 
 
@@ -23,9 +22,14 @@ class _Families:
         return gguf_family(kind, name)
 
 
-def open_source(path: str | Path, quantize: str = "none") -> TensorSource | PackedSource:
+def open_source(path: str | Path, quantize: str = "none") -> Source:
     """Open a model of any family (see `weights.opening.open_source`)."""
     return opening.open_source(path, _Families(), quantize)
+
+
+def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
+    """The same for a model that is not packed (see `weights.opening.open_unpacked`)."""
+    return opening.open_unpacked(path, _Families(), quantize)
 
 
 def config_of(source: Source) -> ModelConfig:

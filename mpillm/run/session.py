@@ -26,14 +26,13 @@ from mpillm.partition import grid
 from mpillm.run import memory
 from mpillm.run.limits import limits
 from mpillm.spec import Spec, Wire
-from mpillm.store.journal import Layout
+from mpillm.store.records import Layout
 from mpillm.store.report import Rank
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
-from mpillm.weights.paging.loaders import open_loader
 from mpillm.weights.paging.weights import Weights
 from mpillm.weights.source import fingerprint, rank_plans
 
@@ -107,8 +106,8 @@ class Session:
             plans = rank_plans(self.config, self.place, self.source)
             self.weights = Weights(
                 plans,
-                lambda items, streamed: open_loader(
-                    self.source, spec.memory.loader, self.threads, items, streamed
+                lambda items, streamed: self.source.open_loader(
+                    spec.memory.loader, self.threads, items, streamed
                 ),
                 spec.memory.weights_bytes,
                 spec.memory.policy,

@@ -17,13 +17,13 @@ import msgspec
 
 from mpillm.comm.world import World
 from mpillm.errors import JobError, OutputError
-from mpillm.model.opening import config_of, open_source
+from mpillm.model.opening import config_of, open_unpacked
 from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
-from mpillm.store.output import explained, replacing
+from mpillm.store.directory import Directory, explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.names import ROLES
-from mpillm.weights.packed.files import TEMPORARY, FilePlan, Writer, plan_files
+from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
 from mpillm.weights.source import fingerprint
 
@@ -102,10 +102,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
 
 def _open(path: Path, weights: Weights) -> TensorSource:
     """The source, delivering what is to be stored."""
-    source = open_source(path)
-    if not isinstance(source, TensorSource):
-        source.close()
-        raise JobError(f"{path} is packed already; pack the model that it was made from.")
+    source = open_unpacked(path)
     matrices = [info for key, info in source.tensors.items() if ROLES[key.role].quantisable]
     if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
         return source
@@ -116,9 +113,7 @@ def _open(path: Path, weights: Weights) -> TensorSource:
             f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
             "--weights away to keep its own types, or pack the unquantised model."
         )
-    opened = open_source(path, weights)
-    assert isinstance(opened, TensorSource)
-    return opened
+    return open_unpacked(path, weights)
 
 
 @contextlib.contextmanager
@@ -133,9 +128,10 @@ def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
         )
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in target.iterdir()}
+        with Directory(target) as directory:
+            names = directory.names()
         mark = next((name for name in (INDEX, UNFINISHED) if name in names), None)
-        if mark is None and names - {UNFINISHED + TEMPORARY}:
+        if mark is None and names:
             raise OutputError(
                 f"{target} holds {min(names)!r} and no packed model; give a new or an empty directory."
             )

@@ -17,7 +17,10 @@ from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, described
+from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key
+from mpillm.weights.paging.cache import Loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.plan import LayerPlan
 
 SAMPLES = 64  # of a file, evenly spread
@@ -49,11 +52,27 @@ class Source(Protocol):
     # The directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields.
     tokenizer: Path | dict[str, Any]
 
+    @property
+    def loading_nbytes(self) -> int:
+        """Bytes that loading takes at most, besides the items themselves."""
+
+    @property
+    def files_read_as_stored(self) -> tuple[Path, ...]:
+        """Files from which items come byte for byte; none where they are made from what lies in the files."""
+
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
         """What a rank holds of a page."""
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
         """What a rank holds of each of a layer's experts."""
+
+    def open_loader(
+        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
+    ) -> Loader[Layer]:
+        """The loader of some of the source's items; `streamed`: not all of them stay in memory.
+
+        Experts are loaded several at a time, larger items in several pieces. JobError if there is none of that kind.
+        """
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """Rows of the embedding table, as float32."""

@@ -14,7 +14,7 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.layer import Layer
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
-from mpillm.weights.paging.loaders import Kind, open_loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.source import rank_plans
 from tests.tools.test_pack import packed
 
@@ -31,7 +31,7 @@ def paging(
         config = config_of(source)
         items = rank_plans(config, place, source)
         budget = None if everything else minimum_budget(items)
-        cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=not everything), budget)
+        cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=not everything), budget)
         with closing(cache):
             yield cache
 
