@@ -1,7 +1,7 @@
 """The commands, and the words that they take.
 
 Only rank 0 prints at the default level, on streams that never fail (see `streams`). Every command runs inside
-`world.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
+`program.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mpillm.cli import bench, supervise
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:

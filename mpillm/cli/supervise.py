@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.comm.world import library
+from mpillm.comm.program import library
 from mpillm.errors import JobError, MpillmError
 
 if TYPE_CHECKING:
