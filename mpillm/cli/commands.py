@@ -77,7 +77,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
 
 
 def _run(world: World, options: argparse.Namespace) -> int:
-    from mpillm.run import runner  # what computes is loaded when the threads are known
+    from mpillm.run import runner  # loaded now that the number of threads is known
 
     progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
@@ -139,7 +139,7 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
 
 
 def _spec(world: World, options: argparse.Namespace) -> Spec:
-    """The job, as rank 0 reads it."""
+    """The job as rank 0 reads it, on every rank."""
     job = None
     with world.together():
         if world.rank == 0:
@@ -162,7 +162,7 @@ def _load(options: argparse.Namespace) -> Spec:
 
 
 def _job_of(words: list[str]) -> Spec:
-    """The job that a command line is about."""
+    """The job that a command line names."""
     return _load(_parser().parse_args(words))
 
 
@@ -236,7 +236,7 @@ def _positive(text: str) -> int:
 
 
 def _job_file(options: argparse.Namespace) -> Path | None:
-    """The job file that was named, or the quickstart where nothing was said at all."""
+    """The job file that the command line names, or the quickstart if it names nothing at all."""
     job: Path | None = getattr(options, "job", None)
     if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
         return job
