@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.paging.weights import minimum_budget
