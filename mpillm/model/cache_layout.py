@@ -22,8 +22,9 @@ import numpy as np
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK, QUANT_BLOCK, BlockType, kv_pools
 from mpillm.model.cache_spec import LayerCache, SequenceState, TokenCache
+from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 
 ArrayType = tuple[tuple[int, ...], type]  # shape and element type
 SPLIT = 1.25  # sorts of layers whose numbers differ by less form one group each
@@ -34,20 +35,12 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
 
 
-def layer_caches(shape: Shape, place: Place, windows: Sequence[int]) -> list[tuple[LayerCache, ...]]:
-    """What each of a model's layers keeps on the rank at `place`; all of them attend, within these windows."""
-    heads = len(grid.own_kv_heads(shape, place))
-    return [(TokenCache(heads, shape.head_dim, shape.head_dim, window),) for window in windows]
-
-
-def rank_layouts(
-    shape: Shape, places: Sequence[Place], windows: Sequence[int], asked: str
-) -> list[CacheLayout]:
+def rank_layouts(config: ModelConfig, places: Sequence[Place], asked: str) -> list[CacheLayout]:
     """The layouts of ranks at `places`, where `memory.kv_type` is `asked`; JobError if it cannot be that."""
-    caches = [layer_caches(shape, place, windows) for place in places]
-    groups, kv_type = groups_of(caches[0]), stored_type(asked, caches[0], shape.unit > 1)
+    caches = [config.cache(place) for place in places]
+    groups, kv_type = groups_of(caches[0]), stored_type(asked, caches[0], config.block > 1)
     return [
-        cache_layout(own, groups, grid.stage_layers(shape, place), kv_type)
+        cache_layout(own, groups, grid.stage_layers(config.n_layers, place), kv_type)
         for own, place in zip(caches, places, strict=True)
     ]
 

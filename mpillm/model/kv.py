@@ -90,9 +90,10 @@ class KVCache:
             assert self.spill is not None
             self.spill.release(i)
 
-    def group_of(self, i: int) -> int:
-        """The group whose block tables belong to this rank's layer number i."""
-        return self._layer(i).group
+    def group_of(self, i: int) -> int | None:
+        """The group whose block tables belong to this rank's layer number i, if it has keys and values."""
+        layer = self.layout.tokens[i]
+        return None if layer is None else layer.group
 
     def states(self, i: int) -> NDArray[np.uint8]:
         """The states that this rank's layer number i keeps, [slot, bytes].

@@ -11,8 +11,9 @@ from mpillm.kernels import BlockType
 from mpillm.model.activations import activations_of
 from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 from mpillm.run import catalogue, memory
 from mpillm.run.limits import (
     CacheCapacity,
@@ -25,10 +26,9 @@ from mpillm.run.limits import (
 )
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget, streamed
 from mpillm.weights.plan import LayerPlan
-from mpillm.weights.source import Source, check_tensors, column_unit, rank_plans
+from mpillm.weights.source import Source, rank_plans
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +80,7 @@ def make(spec: Spec, ranks: int) -> Plan:
     """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them."""
     path = catalogue.resolve(spec.model)
     with closing(open_source(path, spec.quantize)) as source:
-        return make_plan(spec, source, ModelConfig.from_dict(source.config, str(path)), ranks)
+        return make_plan(spec, source, config_of(source), ranks)
 
 
 def make_plan(
@@ -91,27 +91,25 @@ def make_plan(
     ranks_per_host: Sequence[int] | None = None,
 ) -> Plan:
     """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
-    shape = config.shape(column_unit(source))
-    check_tensors(source, shape, config)
-    stages, shards = grid.choose(shape, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
+    stages, shards = grid.choose(config, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
     places = [Place(rank, stages, shards) for rank in range(ranks)]
-    caches = rank_layouts(shape, places, config.windows, spec.memory.kv_type)
-    items = [rank_plans(shape, place, source, config) for place in places]
+    caches = rank_layouts(config, places, spec.memory.kv_type)
+    items = [rank_plans(config, place, source) for place in places]
     shares = [_weights(spec, own) for own in items]
     read = [share["streamed"] for share in shares]
-    rows = activations_of(source, shape)
+    rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
     capacity = cache_capacity(spec, caches, read, step.sequences * stages)
     windows, max_context = caches[0].windows, min(spec.memory.max_context, config.max_position)
     lines = memory.lines_in(spec.input_path)
     processes = [
-        memory.process(source, shape, place, len(own), lines)
+        memory.process(source, config, place, len(own), lines)
         for place, own in zip(places, items, strict=True)
     ]
     plans = [
         _rank(
             spec,
-            shape,
+            config,
             place,
             cache,
             capacity,
@@ -126,7 +124,7 @@ def make_plan(
         architecture=config.architecture,
         stages=stages,
         shards=shards,
-        layouts=grid.layouts(shape, ranks),
+        layouts=grid.layouts(config, ranks),
         kv_type=caches[0].kv_type.name.lower(),
         kv_tokens=cached_tokens(capacity.blocks, windows, max_context),
         kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
@@ -135,20 +133,20 @@ def make_plan(
         step_tokens=step.tokens,
         max_context=max_context,
         wire=wire_bytes(
-            shape,
+            config,
             stages,
             shards,
             BlockType[spec.wire.activations.upper()],
             BlockType[spec.wire.between_stages.upper()],
         ),
-        wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32, BlockType.F32).values()),
+        wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
         problems=list(_problems(spec, plans, capacity, caches)),
     )
 
 
 def wire_bytes(
-    shape: Shape, stages: int, shards: int, activations: BlockType, between_stages: BlockType
+    config: ModelConfig, stages: int, shards: int, activations: BlockType, between_stages: BlockType
 ) -> dict[str, float]:
     """Bytes of activations that all ranks together send for each token, by kind of message.
 
@@ -156,8 +154,10 @@ def wire_bytes(
     feed-forward block); between stages every shard sends the hidden state to its like.
     """
     return {
-        "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * activations.row_bytes(shape.hidden)),
-        "pipe": float((stages - 1) * shards * between_stages.row_bytes(shape.hidden)),
+        "all_reduce": float(
+            2 * config.n_layers * shards * (shards - 1) * activations.row_bytes(config.hidden)
+        ),
+        "pipe": float((stages - 1) * shards * between_stages.row_bytes(config.hidden)),
     }
 
 
@@ -175,7 +175,7 @@ def _weights(spec: Spec, items: Sequence[LayerPlan]) -> dict[str, int]:
 
 def _rank(
     spec: Spec,
-    shape: Shape,
+    config: ModelConfig,
     place: Place,
     cache: CacheLayout,
     capacity: CacheCapacity,
@@ -183,7 +183,7 @@ def _rank(
     activations: int,
     process: int,
 ) -> RankPlan:
-    layers = grid.stage_layers(shape, place)
+    layers = grid.stage_layers(config.n_layers, place)
     return RankPlan(
         rank=place.rank,
         stage=place.stage,

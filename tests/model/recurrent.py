@@ -6,47 +6,50 @@ all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpillm.model import cache_layout
 from mpillm.model.cache_spec import LayerCache, SequenceState
-from mpillm.model.decoder import Batch, Decoder
-from mpillm.partition.grid import Place, Shape
+from mpillm.model.config import ModelConfig
+from mpillm.model.decoder import Batch, Decoder, _RankLayer
+from mpillm.partition.grid import Place
 
 DECAY, GAIN = np.float32(0.8), np.float32(0.25)
 
 
 def install(patch: pytest.MonkeyPatch, recurrent: frozenset[int], both: frozenset[int] = frozenset()) -> None:
     """From now on layers `recurrent` of any model have a state instead of attention, and `both` have both."""
-    layer_caches, attention, made = cache_layout.layer_caches, Decoder._attention, Decoder.__init__
+    cache, mix, forward, make = ModelConfig.cache, _RankLayer._mix, Decoder.forward, Decoder.__init__
+    steps: list[Batch] = []
 
-    def caches(shape: Shape, place: Place, windows: Sequence[int]) -> list[tuple[LayerCache, ...]]:
-        state = SequenceState(4 * shape.hidden)
+    def caches(self: ModelConfig, place: Place) -> list[tuple[LayerCache, ...]]:
+        state = SequenceState(4 * self.hidden)
         return [
             (state,) if number in recurrent else (*specs, state) if number in both else specs
-            for number, specs in enumerate(layer_caches(shape, place, windows))
+            for number, specs in enumerate(cache(self, place))
         ]
 
-    def mix(
-        self: Decoder, layer: Any, i: int, number: int, x: NDArray[np.float32], batch: Batch, *more: Any
-    ) -> None:
-        if number in recurrent | both:
-            advance(self._kv.states(i).view(np.float32), x, batch)
-        if number not in recurrent:
-            attention(self, layer, i, number, x, batch, *more)
+    def mixed(self: _RankLayer, page: Any, x: NDArray[np.float32], rows: Any) -> None:
+        if self._number in recurrent | both:
+            advance(self._kv.states(self._i).view(np.float32), x, steps[-1])
+        if self._number not in recurrent:
+            mix(self, page, x, rows)
 
-    def make(self: Decoder, *args: Any, **more: Any) -> None:
-        made(self, *args, **more)
-        self._plain = False
+    def noted(self: Decoder, batch: Batch) -> NDArray[np.float32] | None:
+        steps[:] = [batch]
+        return forward(self, batch)
 
-    patch.setattr(cache_layout, "layer_caches", caches)
-    patch.setattr(Decoder, "_attention", mix)
-    patch.setattr(Decoder, "__init__", make)
+    def made(self: Decoder, *args: Any, **more: Any) -> None:
+        make(self, *args, **more)
+        self._stackable = False
+
+    patch.setattr(ModelConfig, "cache", caches)
+    patch.setattr(_RankLayer, "_mix", mixed)
+    patch.setattr(Decoder, "forward", noted)
+    patch.setattr(Decoder, "__init__", made)
 
 
 def advance(states: NDArray[np.float32], x: NDArray[np.float32], batch: Batch) -> None:

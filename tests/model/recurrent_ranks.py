@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mpillm.comm.world import guard
+from mpillm.comm.program import guard
 from tests.agnostic import program
 from tests.model.recurrent import install
 

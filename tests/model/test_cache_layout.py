@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +21,8 @@ from mpillm.model.cache_layout import (
 from mpillm.model.cache_spec import LayerCache, SequenceState, TokenCache
 from mpillm.model.kv import KVCache
 from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
+from tests.shapes import shape
 
 F32 = BlockType.F32
 GEMMA = [
@@ -56,19 +58,24 @@ def test_groups(windows: list[int], groups: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("stages", [1, 2, 4, 7])
 @pytest.mark.parametrize("windows", [[0] * 28, GEMMA, GPT_OSS])
 def test_layers_of_a_group_have_pools_of_their_own(windows: list[int], stages: int) -> None:
-    shape = Shape(len(windows), 64, 8, 4, 8, 96, 100)
+    config = shape(len(windows), 64, 8, 4, 8, 96, 100)
+    layers = [
+        replace(layer, mixer=replace(layer.mixer, window=window))
+        for layer, window in zip(config.layers, windows, strict=True)
+    ]
+    config = replace(config, layers=tuple(layers), block=1)
     places = [Place(rank, stages, 2) for rank in range(2 * stages)]
-    layouts = rank_layouts(shape, places, windows, "f32")
+    layouts = rank_layouts(config, places, "f32")
     one = 2 * 2 * 8 * KV_BLOCK * 4  # bytes of a layer's block: keys and values of two KV heads
     for place, layout in zip(places, layouts, strict=True):
-        layers = grid.stage_layers(shape, place)
-        assert len(layout.tokens) == len(layers)
+        own = grid.stage_layers(config.n_layers, place)
+        assert len(layout.tokens) == len(own)
         used = [(layer.group, layer.pool) for layer in layout.tokens if layer]
-        assert len(set(used)) == len(layers)
+        assert len(set(used)) == len(own)
         counts = np.bincount([group for group, _ in used])
         assert len(layout.pools) == counts.max()
         assert layout.block_nbytes == len(layout.pools) * one
-        assert layout.token_nbytes * KV_BLOCK == len(layers) * one
+        assert layout.token_nbytes * KV_BLOCK == len(own) * one
         assert layout.windows == layouts[0].windows
         for group in set(windows):
             same = [

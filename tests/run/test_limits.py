@@ -9,11 +9,12 @@ import pytest
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, rank_layouts
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 from mpillm.run.limits import MAX_TOKENS, described_step, limits, step_size
 from mpillm.spec import Batch, Memory, Spec
+from tests.shapes import shape
 
-LLAMA_8B = Shape(32, 4096, 32, 8, 128, 14_336, 128_256)
+LLAMA_8B = shape(32, 4096, 32, 8, 128, 14_336, 128_256)
 ROWS = Activations(LLAMA_8B)
 ALONE = [Place(0, 1, 1)]
 GIB = 2**30
@@ -23,8 +24,8 @@ def spec(weights: int | str = "all", kv: int = GIB, **batch: Any) -> Spec:
     return Spec(input="-", output="-", memory=Memory(weights=weights, kv=kv), batch=Batch(**batch))
 
 
-def layouts(places: list[Place] = ALONE, windows: list[int] = [0] * 32) -> list[CacheLayout]:
-    return rank_layouts(LLAMA_8B, places, windows, "f16")
+def layouts(places: list[Place] = ALONE) -> list[CacheLayout]:
+    return rank_layouts(LLAMA_8B, places, "f16")
 
 
 BLOCK = layouts()[0].block_nbytes
