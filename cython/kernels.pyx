@@ -10,7 +10,7 @@ import numpy as np
 
 cdef extern from "core/path.h" nogil:
     enum: MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_SUPER, MK_ACTIVATION
-    enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS
+    enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS, MK_NO_MEMORY
     int mk_block(int type)
     int mk_block_bytes(int type)
     int mk_packed_bytes(int type)
@@ -23,9 +23,9 @@ cdef extern from "core/path.h" nogil:
     ctypedef struct mk_product:
         pass
     ctypedef struct mk_work:
-        pass
+        long capacity
     void mk_begin(mk_work *work)
-    void mk_begin_in(mk_work *work, mk_step *steps, long most)
+    void mk_begin_in(mk_work *work, mk_step *steps, long capacity)
     void mk_join(mk_work *work, int on)
     int mk_run(mk_work *work, int threads)
     int mk_regions()
@@ -223,10 +223,13 @@ cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const 
 cdef int finish(mk_work *work, int threads) except -1:
     """Run what has been added, without the GIL."""
     cdef int failed
+    cdef long limit = work.capacity
     with nogil:
         failed = mk_run(work, threads)
-    if failed:
+    if failed == MK_NO_MEMORY:
         raise MemoryError("attention")
+    if failed:
+        raise RuntimeError(f"the call needs more than the {limit} steps of its list; nothing was computed")
     return 0
 
 

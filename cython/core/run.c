@@ -3,7 +3,6 @@
  * A pool of helpers, started by the first run that wants them, takes parts of a step beside the caller.  The caller
  * waits for parts that were taken, never for a helper: one that sleeps, or whose core is busy with something else,
  * holds nobody up.  A second caller at the same time (the weight cache reads ahead) works alone. */
-#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,9 +20,10 @@ void mk_begin(mk_work *work) {
     mk_begin_in(work, work->own, MK_STEPS);
 }
 
-void mk_begin_in(mk_work *work, mk_step *steps, long most) {
+void mk_begin_in(mk_work *work, mk_step *steps, long capacity) {
     work->steps = steps;
-    work->most = most;
+    work->capacity = capacity;
+    work->last = &work->spare;
     work->count = work->joining = work->failed = 0;
     work->weights = 0;
     work->groups = NULL;
@@ -32,8 +32,10 @@ void mk_begin_in(mk_work *work, mk_step *steps, long most) {
 void mk_join(mk_work *work, int on) { work->joining = on; }
 
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven) {
-    assert(work->count < work->most);
-    mk_step *step = &work->steps[work->count++];
+    mk_step *step = &work->spare;
+    if (work->count < work->capacity) step = &work->steps[work->count++];
+    else work->failed = MK_TOO_MANY_STEPS; /* the spare step is written and never run */
+    work->last = step;
     step->range = range;
     step->items = items;
     step->grain = grain;
@@ -196,10 +198,10 @@ static void prepare(mk_work *work, int threads) {
     work->helpers = threads - 1;
     atomic_store(&work->now, -1);
     for (mk_step *step = work->steps, *set = step; step < work->steps + work->count; step++) {
-        long most = step->uneven ? step->items : PARTS * (long)threads;
-        while (most > threads && step->items < most * step->least) most -= threads;
+        long parts = step->uneven ? step->items : PARTS * (long)threads;
+        while (parts > threads && step->items < parts * step->least) parts -= threads;
         step->parts = step->items > 0 ? mk_blocks(step->items, (int)step->grain) : 0;
-        if (step->parts > most) step->parts = most;
+        if (step->parts > parts) step->parts = parts;
         if (!step->joined || step == work->steps) {
             set = step;
             set->set = set->all = 0;
@@ -226,5 +228,5 @@ int mk_run(mk_work *work, int threads) {
     }
     free(work->groups);
     mk_begin(work);
-    return failed ? -1 : 0;
+    return failed;
 }
