@@ -28,6 +28,7 @@ cdef extern from "core/path.h" nogil:
     void mk_begin_in(mk_work *work, mk_step *steps, long capacity)
     void mk_join(mk_work *work, int on)
     int mk_run(mk_work *work, int threads)
+    void mk_first_touch(uint8_t *memory, long bytes, int threads)
     int mk_regions()
     long mk_weights_read()
     void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d)
@@ -231,6 +232,12 @@ cdef int finish(mk_work *work, int threads) except -1:
     if failed:
         raise RuntimeError(f"the call needs more than the {limit} steps of its list; nothing was computed")
     return 0
+
+
+def first_touch(uint8_t[::1] memory, int threads=1):
+    if memory.shape[0] and threads > 1:
+        with nogil:
+            mk_first_touch(&memory[0], memory.shape[0], threads)
 
 
 def regions():

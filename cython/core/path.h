@@ -114,8 +114,7 @@ struct mk_work {
     mk_query_group *groups; /* attention's; freed after the run */
     mk_step *steps, own[MK_STEPS], spare; /* spare: what is added once the list is full */
     mk_step *last;          /* that was added */
-    int helpers;            /* threads besides the caller's */
-    atomic_long now;        /* the first step of the set whose parts may be taken, or -1 */
+    atomic_long now;        /* the first step of the set whose parts may be taken; -1: not yet; count: all are done */
     atomic_long done;       /* parts of it that are done */
 };
 

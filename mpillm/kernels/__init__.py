@@ -19,6 +19,7 @@ from mpillm.kernels.reference import (
     activation_nbytes,
     attention,
     dequantize,
+    first_touch,
     fold,
     kv_store,
     lse_parts,
@@ -38,7 +39,7 @@ from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "Expert",
     "FeedForwardHalf", "Layers", "Mixture", "Products", "activation_nbytes", "attention", "available", "compute",
-    "dequantize", "fold", "kv_pools", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path",
+    "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path",
     "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
 ]  # fmt: skip
 

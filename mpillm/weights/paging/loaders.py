@@ -16,6 +16,7 @@ from mpillm.weights.fill import fill, load
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.filesystem import POPULATE_READ, can_populate, madvise, network_kind
 from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.io.numa import spread
 from mpillm.weights.io.reading import (
     PORTION,
     REQUEST_BYTES,
@@ -106,6 +107,7 @@ class Unpacked(Heap[Layer]):
             # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
             sizes = [item.nbytes for item in items]
             self._arena = new_buffer(sum(sizes), ALIGNMENT)
+            spread(self._arena, threads)
             self._begins = dict(
                 zip((item.name for item in items), accumulate(sizes, initial=0), strict=False)
             )
