@@ -1,5 +1,6 @@
 # make run    install into .venv, fetch the default model, run jobs/quickstart.toml on 2 ranks
 # make test   install what the tests need, and run them
+# make test-mpi  those of the tests that run inside MPI ranks
 # make lint   ruff, mypy, import-linter, cython-lint
 # make clean  remove what these have made (not results, not models)
 
@@ -13,7 +14,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(wildcard cython/*.pyx cython/*.pxi cython/core/*.[ch])
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint clean install
+.PHONY: run test test-mpi lint clean install
 
 install: $(VENV)/installed
 
@@ -22,8 +23,17 @@ run: $(VENV)/installed
 	  && mpiexec -n $(RANKS) python -m mpillm run jobs/quickstart.toml
 
 # The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
+# Most start mpiexec themselves where they need ranks; those below tests/mpi run inside the ranks.
 test: $(VENV)/installed-test $(MPICH)/installed
 	@. $(BIN)/activate && MPILLM_TEST_MPICH="$(CURDIR)/$(MPICH)" python -m pytest $(PYTEST_ARGS)
+	@$(if $(PYTEST_ARGS),,$(MAKE) --no-print-directory test-mpi)
+
+INSIDE := python -m pytest --with-mpi tests/mpi -q -r f
+test-mpi: $(VENV)/installed-test $(MPICH)/installed
+	@. $(BIN)/activate && for ranks in 1 2 4; do mpiexec -n $$ranks $(INSIDE) || exit; done
+	@. $(BIN)/activate && for ranks in 3 6 8; do mpiexec -n $$ranks $(INSIDE) -m "not slow" || exit; done
+	@. $(BIN)/activate && export MPI4PY_LIBMPI="$(CURDIR)/$(MPICH)/lib/libmpi.so.12" \
+	  && for ranks in 1 2 3 4 8; do $(MPICH)/bin/mpiexec -n $$ranks $(INSIDE) -m "not slow" || exit; done
 
 lint: $(VENV)/installed-lint
 	@. $(BIN)/activate && ruff check . && ruff format --check . && mypy && lint-imports && cython-lint cython

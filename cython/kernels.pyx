@@ -11,6 +11,7 @@ import numpy as np
 cdef extern from "core/path.h" nogil:
     enum: MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_SUPER, MK_ACTIVATION
     enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS, MK_NO_MEMORY
+    enum: MK_ACTIVATION_COUNT, MK_SILU, MK_SWIGLU_CLAMPED
     int mk_block(int type)
     int mk_block_bytes(int type)
     int mk_packed_bytes(int type)
@@ -31,7 +32,8 @@ cdef extern from "core/path.h" nogil:
     void mk_first_touch(uint8_t *memory, long bytes, int threads)
     int mk_regions()
     long mk_weights_read()
-    void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d)
+    void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, float scale, long m,
+                     long d)
     void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
                  int32_t *bounds, int panels, uint8_t *out, long first, long whole)
     void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
@@ -49,15 +51,19 @@ cdef extern from "core/path.h" nogil:
                    panel_stride)
     void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes, const
                   int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
-                  panel_stride, const int32_t *rows, const float *weights)
+                  panel_stride, const int32_t *rows, const float *weights, const float *bias)
     void mk_mixture(mk_work *work, const mk_product *products, long count)
     void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride)
-    void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d,
-                     float *out, long out_stride)
-    void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int
-                 heads, int hd)
-    void mk_silu_mul(mk_work *work, const float *gate, long gate_stride, const float *up, long up_stride, long
-                     m, long d, float *out, long out_stride)
+    void mk_square_sums(mk_work *work, const float *x, long stride, long m, long d, float *out)
+    void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, int groups, long m,
+                     long d, float *out, long out_stride)
+    void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float eps,
+                       long m, long d, float *out, long out_stride)
+    void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads,
+                 int hd, int rotary, int interleaved)
+    void mk_activate(mk_work *work, int kind, const float *gate, long gate_stride, const float *up, long up_stride,
+                     float limit, float alpha, long m, long d, float *out, long out_stride)
+    void mk_softcap(mk_work *work, float *x, long stride, float cap, long m, long d)
     void mk_softmax(mk_work *work, float *x, long stride, long m, long d)
     void mk_top_k(mk_work *work, const float *x, long stride, long m, long n, long k, float *values, int32_t
                   *ids)
@@ -65,11 +71,11 @@ cdef extern from "core/path.h" nogil:
                       *bounds, int panels, float *out)
     void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride,
                      const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh,
-                     int hd)
+                     int hd, int vd)
     void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride,
                       const void *kpool, const void *vpool, const int32_t *pos, const int32_t *table, const
-                      int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd,
-                      float scale, int window)
+                      int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd,
+                      float scale, int window, const float *sinks, float softcap)
 
 
 def available():
@@ -160,18 +166,19 @@ cdef struct Pools:
     Py_ssize_t blocks
 
 
-cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd) except *:
-    """Contiguous pools of the element type and the shape that are asked for; the caller keeps the arrays."""
+cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *:
+    """Contiguous pools for keys of hd dimensions and values of vd; the caller keeps the arrays."""
     cdef const float[:, :, :, ::1] kfloats, vfloats
     cdef const uint16_t[:, :, :, ::1] khalves, vhalves
     cdef const uint8_t[:, :, ::1] kbytes, vbytes
     cdef Pools pools
     if kv_type != MK_F32 and kv_type != MK_F16 and kv_type != MK_Q8_0:
         raise ValueError(f"the KV cache holds F32, F16 or Q8_0, not block type {kv_type}")
-    if not 0 < hd <= MK_MAX_HEAD_DIM:
-        raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {hd}")
-    if kv_type == MK_Q8_0 and hd % MK_BLOCK:
-        raise ValueError(f"a Q8_0 KV cache needs heads of a multiple of {MK_BLOCK} dimensions, not {hd}")
+    for dim in (hd, vd):
+        if not 0 < dim <= MK_MAX_HEAD_DIM:
+            raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {dim}")
+        if kv_type == MK_Q8_0 and dim % MK_BLOCK:
+            raise ValueError(f"a Q8_0 KV cache needs heads of a multiple of {MK_BLOCK} dimensions, not {dim}")
     if kv_type == MK_F32:
         kfloats, vfloats = kpool, vpool
         pools.keys, pools.values = <void *>&kfloats[0, 0, 0, 0], <void *>&vfloats[0, 0, 0, 0]
@@ -184,10 +191,10 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd) except *:
     pools.blocks = kpool.shape[0]
     if kv_type == MK_Q8_0:
         require("kpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, hd)), kpool.shape)
-        require("vpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, hd)), vpool.shape)
+        require("vpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, vd)), vpool.shape)
     else:
         require("kpool", (pools.blocks, kvh, hd, MK_KV_BLOCK), kpool.shape)
-        require("vpool", (pools.blocks, kvh, MK_KV_BLOCK, hd), vpool.shape)
+        require("vpool", (pools.blocks, kvh, MK_KV_BLOCK, vd), vpool.shape)
     return pools
 
 
@@ -362,10 +369,10 @@ cdef class Product:
             mk_join(work, 1)
 
     cdef void weigh(self, mk_work *work, mk_product *to, const void *x, long m, float *out, long out_stride,
-                    long panel_stride, const int32_t *rows, const float *weights) noexcept:
+                    long panel_stride, const int32_t *rows, const float *weights, const float *bias) noexcept:
         """The same as a product of a mixture."""
         mk_weigh(work, to, self.type, self.at, self.n, self.row_bytes, &self.edges[0], self.panels, x, self.x_bytes, m,
-                 out, out_stride, panel_stride, rows, weights)
+                 out, out_stride, panel_stride, rows, weights, bias)
 
     cdef const void *take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m
                           ) noexcept:
@@ -439,37 +446,113 @@ def fold(const float[:, :, ::1] parts, float[:, :] out, int threads=1):
     finish(&work, threads)
 
 
-def rms_norm(const float[:, :] x, const float[::1] w, float eps, float[:, :] out, int threads=1):
+cdef class Vector:
+    """A vector [n], or none: then `at` is NULL."""
+
+    cdef const float[::1] values
+    cdef const float *at
+
+    def __init__(self, str name, values, long n):
+        self.at = NULL
+        if values is not None:
+            self.values = values
+            require_vector(name, n, self.values.shape[0])
+            self.at = &self.values[0]
+
+
+def square_sums(const float[:, :] x, float[::1] out, int threads=1):
     require_rows("x", x, -1, -1)
-    require_vector("w", x.shape[1], w.shape[0])
-    require_rows("out", out, x.shape[0], x.shape[1])
+    require_vector("out", x.shape[0], out.shape[0])
     cdef mk_work work
     mk_begin(&work)
-    mk_rms_norm(&work, &x[0, 0], x.strides[0] // 4, &w[0], eps, x.shape[0], x.shape[1], &out[0, 0],
+    mk_square_sums(&work, &x[0, 0], x.strides[0] // 4, x.shape[0], x.shape[1], &out[0])
+    finish(&work, threads)
+
+
+def rms_norm(const float[:, :] x, w, float eps, float[:, :] out, int threads=1, int groups=1):
+    require_rows("x", x, -1, -1)
+    cdef Vector weight = Vector("w", w, x.shape[1])
+    require_rows("out", out, x.shape[0], x.shape[1])
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{x.shape[1]} columns are not {groups} groups")
+    cdef mk_work work
+    mk_begin(&work)
+    mk_rms_norm(&work, &x[0, 0], x.strides[0] // 4, weight.at, eps, groups, x.shape[0], x.shape[1], &out[0, 0],
                 out.strides[0] // 4)
     finish(&work, threads)
 
 
-def rope(float[:, :] x, const float[:, ::1] cos, const float[:, ::1] sin, int heads, int hd, int threads=1):
-    require_rows("x", x, -1, <Py_ssize_t>heads * hd)
-    if hd % 2:
-        raise ValueError(f"rope needs an even head dimension, not {hd}")
-    require("cos", (x.shape[0], hd // 2), (cos.shape[0], cos.shape[1]))
-    require("sin", (x.shape[0], hd // 2), (sin.shape[0], sin.shape[1]))
+def layer_norm(const float[:, :] x, w, bias, float eps, float[:, :] out, int threads=1):
+    require_rows("x", x, -1, -1)
+    cdef Vector weight = Vector("w", w, x.shape[1]), shift = Vector("bias", bias, x.shape[1])
+    require_rows("out", out, x.shape[0], x.shape[1])
     cdef mk_work work
     mk_begin(&work)
-    mk_rope(&work, &x[0, 0], x.strides[0] // 4, &cos[0, 0], &sin[0, 0], x.shape[0], heads, hd)
+    mk_layer_norm(&work, &x[0, 0], x.strides[0] // 4, weight.at, shift.at, eps, x.shape[0], x.shape[1], &out[0, 0],
+                  out.strides[0] // 4)
     finish(&work, threads)
 
 
-def silu_mul(const float[:, :] gate, const float[:, :] up, float[:, :] out, int threads=1):
+cdef int rotary_of(int rotary, int hd) except -1:
+    """How many dimensions of a head turn; 0 is all of them."""
+    if hd % 2 and not rotary:
+        raise ValueError(f"rope needs an even head dimension, not {hd}")
+    if rotary < 0 or rotary % 2 or rotary > hd:
+        raise ValueError(f"rope rotates an even number of a head's {hd} dimensions, not {rotary}")
+    return rotary or hd
+
+
+def rope(float[:, :] x, const float[:, ::1] cos, const float[:, ::1] sin, int heads, int hd, int threads=1,
+         int rotary=0, bint interleaved=False):
+    cdef int rotated
+    require_rows("x", x, -1, <Py_ssize_t>heads * hd)
+    rotated = rotary_of(rotary, hd)
+    require("cos", (x.shape[0], rotated // 2), (cos.shape[0], cos.shape[1]))
+    require("sin", (x.shape[0], rotated // 2), (sin.shape[0], sin.shape[1]))
+    cdef mk_work work
+    mk_begin(&work)
+    mk_rope(&work, &x[0, 0], x.strides[0] // 4, &cos[0, 0], &sin[0, 0], x.shape[0], heads, hd, rotated, interleaved)
+    finish(&work, threads)
+
+
+cdef int require_activation(int kind, bint gated, float limit) except -1:
+    if not 0 <= kind < MK_ACTIVATION_COUNT:
+        raise ValueError(f"there is no activation {kind}")
+    if kind == MK_SWIGLU_CLAMPED and not (gated and limit > 0):
+        raise ValueError("the clamped SwiGLU needs up and a limit above 0")
+    return 0
+
+
+def activate(int kind, const float[:, :] gate, up, float[:, :] out, int threads=1, float limit=0.0, float alpha=1.702):
+    cdef const float[:, :] factor
+    cdef const float *at = NULL
+    cdef long stride = 0
+    require_activation(kind, up is not None, limit)
     require_rows("gate", gate, -1, -1)
-    require_rows("up", up, gate.shape[0], gate.shape[1])
+    if up is not None:
+        factor = up
+        require_rows("up", factor, gate.shape[0], gate.shape[1])
+        at, stride = &factor[0, 0], factor.strides[0] // 4
     require_rows("out", out, gate.shape[0], gate.shape[1])
     cdef mk_work work
     mk_begin(&work)
-    mk_silu_mul(&work, &gate[0, 0], gate.strides[0] // 4, &up[0, 0], up.strides[0] // 4, gate.shape[0], gate.shape[1],
+    mk_activate(&work, kind, &gate[0, 0], gate.strides[0] // 4, at, stride, limit, alpha, gate.shape[0], gate.shape[1],
                 &out[0, 0], out.strides[0] // 4)
+    finish(&work, threads)
+
+
+cdef int require_cap(float cap) except -1:
+    if not cap > 0:
+        raise ValueError(f"a soft cap must be above 0, not {cap}")
+    return 0
+
+
+def softcap(float[:, :] x, float cap, int threads=1):
+    require_rows("x", x, -1, -1)
+    require_cap(cap)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_softcap(&work, &x[0, 0], x.strides[0] // 4, cap, x.shape[0], x.shape[1])
     finish(&work, threads)
 
 
@@ -482,11 +565,12 @@ def softmax(float[:, :] x, int threads=1):
 
 
 def kv_store(int kv_type, const float[:, :] k, const float[:, :] v, const int32_t[::1] block,
-             const int32_t[::1] offset, kpool, vpool, int kvh, int hd):
+             const int32_t[::1] offset, kpool, vpool, int kvh, int hd, int value_dim=0):
     cdef Pools pools
+    cdef int vd = value_dim or hd
     require_rows("k", k, -1, <Py_ssize_t>kvh * hd)
-    require_rows("v", v, k.shape[0], <Py_ssize_t>kvh * hd)
-    pools = pools_of(kv_type, kpool, vpool, kvh, hd)
+    require_rows("v", v, k.shape[0], <Py_ssize_t>kvh * vd)
+    pools = pools_of(kv_type, kpool, vpool, kvh, hd, vd)
     require_vector("block", k.shape[0], block.shape[0])
     require_vector("offset", k.shape[0], offset.shape[0])
     require_range("block", block, <int>pools.blocks)
@@ -494,27 +578,30 @@ def kv_store(int kv_type, const float[:, :] k, const float[:, :] v, const int32_
     cdef mk_work work
     mk_begin(&work)
     mk_kv_store(&work, kv_type, &k[0, 0], k.strides[0] // 4, &v[0, 0], v.strides[0] // 4, &block[0], &offset[0],
-                k.shape[0], pools.keys, pools.values, kvh, hd)
+                k.shape[0], pools.keys, pools.values, kvh, hd, vd)
     finish(&work, 1)
 
 
 def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, const int32_t[::1] pos,
               const int32_t[::1] table, const int32_t[::1] table_start, const int32_t[::1] kv_of_head, int kvh, int hd,
-              float scale, int window, int threads=1):
+              float scale, int window, int threads=1, int value_dim=0, sinks=None, float softcap=0.0):
     cdef Pools pools
-    cdef int heads = <int>kv_of_head.shape[0]
+    cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
+    cdef Vector sink = Vector("sinks", sinks, heads)
     require_rows("q", q, -1, <Py_ssize_t>heads * hd)
-    require_rows("out", out, q.shape[0], <Py_ssize_t>heads * hd)
-    pools = pools_of(kv_type, kpool, vpool, kvh, hd)
+    require_rows("out", out, q.shape[0], <Py_ssize_t>heads * vd)
+    pools = pools_of(kv_type, kpool, vpool, kvh, hd, vd)
     require_vector("pos", q.shape[0], pos.shape[0])
     require_vector("table_start", q.shape[0], table_start.shape[0])
     require_range("kv_of_head", kv_of_head, kvh)
     require_tables(pos, table, table_start, window, pools.blocks)
+    if softcap:
+        require_cap(softcap)
     cdef mk_work work
     mk_begin(&work)
     mk_attention(&work, kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, pools.keys,
-                 pools.values, &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, scale,
-                 window)
+                 pools.values, &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, vd,
+                 scale, window, sink.at, softcap)
     finish(&work, threads)
 
 
@@ -543,4 +630,10 @@ def lse_parts(const float[:, :] x, const float[::1] inv_t, bounds, float[:, :, :
     finish(&work, threads)
 
 
-include "halves.pxi"
+# Several operations as one piece of work for the threads.  The NumPy twin, mpillm/kernels/fused.py, says what each
+# computes.
+include "products.pxi"
+include "norms.pxi"
+include "attention.pxi"
+include "mlp.pxi"
+include "stack.pxi"

@@ -5,6 +5,8 @@ A message is one sentence or two: what is wrong, where, and what to do.
 
 from __future__ import annotations
 
+import errno
+
 
 class MpillmError(Exception):
     """Base of every error that ends in a sentence instead of a traceback."""
@@ -38,3 +40,31 @@ class Interrupted(MpillmError):
     """The run was stopped before its end; the same command goes on."""
 
     exit_code = 75
+
+
+_AGAIN = "and run the same command again"
+_MEMORY = f"lower memory.weights or memory.kv, or raise the limit (ulimit -v, a cgroup's), {_AGAIN}"
+_RAN_OUT = {
+    errno.ENOMEM: f"There is not enough memory ({{}}); {_MEMORY}.",
+    errno.EMFILE: f"Too many files are open ({{}}); raise the limit (ulimit -n), {_AGAIN}.",
+    errno.ENFILE: f"Too many files are open on this machine ({{}}); close some, {_AGAIN}.",
+    errno.EAGAIN: f"No more processes or threads can be started ({{}}); raise the limit (ulimit -u), {_AGAIN}.",
+}
+_WORDS = {  # of errors that carry no number: threads that do not start, libraries that are not mapped
+    "can't start new thread": errno.EAGAIN,
+    "Resource temporarily unavailable": errno.EAGAIN,
+    "failed to map segment": errno.ENOMEM,
+    "Cannot allocate memory": errno.ENOMEM,
+    "Too many open files": errno.EMFILE,
+}
+
+
+def out_of(error: BaseException) -> str | None:
+    """What the process ran out of, and what to do about it, in a sentence; None if the error is another one."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, (ImportError, RuntimeError)):
+        number = next((number for words, number in _WORDS.items() if words in str(error)), None)
+    sentence = _RAN_OUT.get(number) if number is not None else None
+    return sentence.format(str(error) or type(error).__name__) if sentence else None

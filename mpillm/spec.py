@@ -28,7 +28,8 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 Auto = Literal["auto"]
-Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
@@ -59,11 +60,19 @@ def byte_size(value: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"{value!r} is no size; write bytes as 2GiB, 512MiB or 500MB")
-    size = int(float(match[1]) * unit)
+        raise ValueError(f"{_short(value)} is no size; write bytes as 2GiB, 512MiB or 500MB")
+    size = float(match[1]) * unit
     if size < 1:
         raise ValueError(f"{value!r} is no size; it must be at least one byte")
-    return size
+    if size >= 2**63:
+        raise ValueError(f"{_short(value)} is no size; it must be less than 8 EiB")
+    return int(size)
+
+
+def _short(value: object) -> str:
+    """A value in a message, not at its whole length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def shown_bytes(count: float) -> str:
@@ -82,7 +91,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Sampling(Section, frozen=True):
     """What a request that does not say otherwise is sampled with; temperature 0 is greedy."""
 
-    max_tokens: Annotated[int, Meta(ge=0)] = 128
+    max_tokens: Count = 128
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     top_k: TopK = 0
@@ -172,7 +181,9 @@ class Batch(Section, frozen=True):
 class Job(Section, frozen=True):
     """How the run goes about it; changes no result."""
 
-    checkpoint_tokens: Annotated[int, Meta(ge=0)] = 64  # answers are saved every so many tokens; 0: when done
+    checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
+        64  # answers are saved every so many tokens; 0: when done
+    )
 
 
 class Spec(Section, frozen=True, kw_only=True):
@@ -261,17 +272,28 @@ def load(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        values: dict[str, Any] = tomllib.loads(text)
-        return values
+        return _toml(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"There is no job file {path}.") from None
     except OSError as error:
         raise JobError(f"The job file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise JobError(f"The job file {path} is not UTF-8 text (byte {error.start}).") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise JobError(f"The job file {path} is not TOML: {error}.") from None
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; ValueError says what is wrong with it."""
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # Python reads no number of more than 4300 digits
+        raise ValueError("a number in it has too many digits") from None
+    return values
 
 
 def _find_beside(values: dict[str, Any], folder: Path) -> None:
@@ -303,8 +325,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     """A TOML value, or the text itself."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = _toml(f"value = {text}")
+    except ValueError:
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
 
@@ -354,7 +376,7 @@ def _explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
     text = plain_words(text)
     if text.startswith("invalid enum value") and (choices := _choices(path)):
         text = f"expected one of {choices}"
-    shown = "" if given is _MISSING or isinstance(given, dict) else f", not {given!r}"
+    shown = "" if given is _MISSING or isinstance(given, dict) else f", not {_short(given)}"
     text = re.sub(r", got [\w ]+$", "", text) if shown else text
     return f"{path}: {text}{shown}"
 

@@ -134,10 +134,11 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long r
 
 void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,
               const int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride,
-              long panel_stride, const int32_t *rows, const float *weights) {
+              long panel_stride, const int32_t *rows, const float *weights, const float *bias) {
     *product = product_of(work, type, at, n, row_bytes, bounds, panels, x, x_stride, m, out, out_stride, panel_stride);
     product->rows = rows;
     product->weights = weights;
+    product->bias = bias;
 }
 
 void mk_mixture(mk_work *work, const mk_product *products, long count) {
@@ -149,22 +150,37 @@ void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, floa
     ADD(fold, m, small, .a = parts, .panels = panels, .m = m, .d = d, .out = out, .out_stride = stride);
 }
 
-void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
-                 long out_stride) {
-    ADD(rms_norm, m, small, .a = x, .a_stride = x_stride, .b = w, .eps = eps, .d = d, .out = out, .out_stride =
-        out_stride);
+void mk_square_sums(mk_work *work, const float *x, long stride, long m, long d, float *out) {
+    ADD(square_sums, m, small, .a = x, .a_stride = stride, .d = d, .out = out);
 }
 
-void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd)
-             {
-    ADD(rope, m, small, .a = cosine, .b = sine, .out = x, .out_stride = stride, .heads = heads, .hd = hd);
+void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, int groups, long m, long d,
+                 float *out, long out_stride) {
+    ADD(rms_norm, m, small, .a = x, .a_stride = x_stride, .b = w, .eps = eps, .heads = groups, .d = d, .out = out,
+        .out_stride = out_stride);
 }
 
-void mk_silu_mul(mk_work *work, const float *gate, long gate_stride, const float *up, long up_stride, long m, long d,
-                 float *out,
-                 long out_stride) {
-    ADD(silu_mul, m, small, .a = gate, .a_stride = gate_stride, .b = up, .b_stride = up_stride, .d = d, .out =
-        out, .out_stride = out_stride);
+void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float eps, long m,
+                   long d, float *out, long out_stride) {
+    ADD(layer_norm, m, small, .a = x, .a_stride = x_stride, .b = w, .c = bias, .eps = eps, .d = d, .out = out,
+        .out_stride = out_stride);
+}
+
+void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
+             int rotary, int interleaved) {
+    mk_range range = interleaved ? mk_active->rope_interleaved : mk_active->rope;
+    mk_step_of(work, range, m, 1, 0)->small = (mk_small_job){
+        .a = cosine, .b = sine, .out = x, .out_stride = stride, .heads = heads, .hd = hd, .d = rotary};
+}
+
+void mk_activate(mk_work *work, int kind, const float *gate, long gate_stride, const float *up, long up_stride,
+                 float limit, float alpha, long m, long d, float *out, long out_stride) {
+    ADD(activate, m, small, .kind = kind, .a = gate, .a_stride = gate_stride, .b = up, .b_stride = up_stride,
+        .limit = limit, .alpha = alpha, .d = d, .out = out, .out_stride = out_stride);
+}
+
+void mk_softcap(mk_work *work, float *x, long stride, float cap, long m, long d) {
+    ADD(softcap, m, small, .out = x, .out_stride = stride, .limit = cap, .d = d);
 }
 
 void mk_softmax(mk_work *work, float *x, long stride, long m, long d) {
@@ -182,16 +198,17 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
         .out = out);
 }
 
-static void add_rows(const void *argument, long begin, long end) { /* one rounding: one form serves all paths */
+static void add_rows(const void *argument, long begin, long end) { /* roundings one by one: one form serves all paths */
     const mk_small_job *job = argument;
     for (long row = begin; row < end; row++) {
         float *to = job->out + row * job->out_stride;
         const float *from = job->b + row * job->b_stride;
-        for (long i = 0; i < job->d; i++) to[i] += from[i];
+        for (long i = 0; i < job->d; i++) to[i] += job->alpha * from[i];
     }
 }
 
-void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d) {
-    mk_step_of(work, add_rows, m, 1, 0)->small = (mk_small_job){.b = rows, .b_stride = rows_stride, .d = d, .out = x,
-                                                                .out_stride = stride};
+void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, float scale, long m,
+                 long d) {
+    mk_step_of(work, add_rows, m, 1, 0)->small = (mk_small_job){
+        .b = rows, .b_stride = rows_stride, .alpha = scale, .d = d, .out = x, .out_stride = stride};
 }

@@ -16,6 +16,7 @@
 
 #define PATH_TABLE(name, matmul, mixture, tile_rows) PATH_TABLE_(name, matmul, mixture, tile_rows)
 #define PATH_TABLE_(name, matmul, mixture, tile_rows)                                                           \
-    const mk_path mk_##name = {#name, quantize, dequantize, quantize_rows, matmul, mixture, fold, rms_norm, rope, \
-                               silu_mul, softmax, top_k, lse_parts, attention, to_f16, to_q8, BF16_STEP, tile_rows};
+    const mk_path mk_##name = {#name, quantize, dequantize, quantize_rows, matmul, mixture, fold, square_sums,        \
+                               rms_norm, layer_norm, rope, rope_interleaved, activate, softcap, softmax, top_k,       \
+                               lse_parts, attention, to_f16, to_q8, BF16_STEP, tile_rows};
 PATH_TABLE(NAME, matmul, mixture, NULL)

@@ -192,11 +192,14 @@ typedef struct {
     query queries[MK_MAX_QUERIES];
 } query_group;
 
-/* Scores to probabilities relative to the largest score so far; what was summed before is brought to that scale. */
-MK_INLINE void soften(query *q, float *p, float *sums, int hd) {
+/* Scores to probabilities relative to the largest score so far; what was summed before is brought to that scale.
+ * cap: of the scores, or 0. */
+MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap) {
     static const float index[MK_KV_BLOCK] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
     vf part[2] = {vf_load(p), vf_load(p + MK_TILE)};
+    if (cap > 0.0f)
+        for (int j = 0; j < 2; j++) part[j] = capped(part[j], vf_set1(cap));
     if (q->from > 0 || q->to < MK_KV_BLOCK - 1) {
         vf out = vf_set1(-INFINITY), first = vf_set1((float)q->from), last = vf_set1((float)q->to);
         for (int j = 0; j < 2; j++) {
@@ -208,7 +211,7 @@ MK_INLINE void soften(query *q, float *p, float *sums, int hd) {
     if (vf_any_gt(most, vf_set1(q->top))) {
         float top = vf_hmax(most);
         vf factor = vf_exp(vf_set1(q->top - top));
-        for (long i = 0; i < hd; i += MK_TILE) vf_store(sums + i, vf_mul(vf_load(sums + i), factor));
+        for (long i = 0; i < vd; i += MK_TILE) vf_store(sums + i, vf_mul(vf_load(sums + i), factor));
         q->total = vf_mul(q->total, factor);
         q->top = top;
     }
@@ -223,7 +226,7 @@ MK_INLINE void soften(query *q, float *p, float *sums, int hd) {
 static void visit(query_group *group, int tile, int type, long start, const uint8_t *keys, const uint8_t *values,
                   const uint8_t *next_keys, const uint8_t *next_values) {
     const query_tile *many = &QUERY_TILE_FUNCTIONS[type][group->shape], *one = &QUERY_TILE_FUNCTIONS[type][0];
-    int Q = QUERIES[group->shape], hd = group->job->hd;
+    int Q = QUERIES[group->shape], hd = group->job->hd, vd = group->job->vd;
     int count = group->count - tile * Q < Q ? group->count - tile * Q : Q;
     long lanes = group->lanes, from = 0, to = MK_KV_BLOCK - 1;
     query *queries = group->queries + tile * Q;
@@ -235,24 +238,26 @@ static void visit(query_group *group, int tile, int type, long start, const uint
         q->to = q->last - start < MK_KV_BLOCK - 1 ? q->last - start : MK_KV_BLOCK - 1;
         from = q->from > from ? q->from : from;
         to = q->to < to ? q->to : to;
-        if (q->from <= q->to) soften(q, p + j * MK_KV_BLOCK, sums + j * lanes, hd);
+        if (q->from <= q->to) stream_softmax(q, p + j * MK_KV_BLOCK, sums + j * lanes, vd, group->job->softcap);
     }
     /* Tokens that only some attend to, at the edges, are taken query by query before and after those of all. */
     int together = from <= to;
     for (int j = 0; j < count; j++) {
         long end = together ? from - 1 : queries[j].to;
         if (queries[j].from <= end)
-            one->mix(p + j * MK_KV_BLOCK, values, values, hd, queries[j].from, end, sums + j * lanes, lanes);
+            one->mix(p + j * MK_KV_BLOCK, values, values, vd, queries[j].from, end, sums + j * lanes, lanes);
     }
     if (!together) return;
-    many->mix(p, values, next_values, hd, from, to, sums, lanes);
+    many->mix(p, values, next_values, vd, from, to, sums, lanes);
     for (int j = 0; j < count; j++)
         if (queries[j].to > to)
-            one->mix(p + j * MK_KV_BLOCK, values, values, hd, to + 1, queries[j].to, sums + j * lanes, lanes);
+            one->mix(p + j * MK_KV_BLOCK, values, values, vd, to + 1, queries[j].to, sums + j * lanes, lanes);
 }
 
-/* Lay a group's queries out; returns its first and last position. */
+/* Lay a group's queries out; returns its first and last position.  A sink is a score that was there before all others,
+ * whose value is zero. */
 static void gather(query_group *group, const mk_query_group *item, long *low, long *high) {
+    static const float first_lane[MK_TILE] = {1.0f};
     const mk_attention_job *job = group->job;
     int hd = job->hd, shape = 0, count = 0;
     group->count = item->rows * item->heads;
@@ -265,13 +270,15 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
     *low = INT32_MAX, *high = 0;
     for (int r = 0; r < item->rows; r++)
         for (int h = 0; h < item->heads; h++, count++) {
-            long row = item->row + r, column = (long)(item->head + h) * hd, last = job->pos[row];
+            long row = item->row + r, head = item->head + h, last = job->pos[row];
             long first = job->window && last >= job->window ? last - job->window + 1 : 0;
-            const float *from = job->q + row * job->q_stride + column;
+            const float *from = job->q + row * job->q_stride + head * hd;
             float *to = group->q + (long)(count / Q) * Q * hd + count % Q;
             for (int i = 0; i < hd; i++) to[(long)i * Q] = from[i] * job->scale;
-            group->queries[count] = (query){.first = first, .last = last, .top = -INFINITY, .total = vf_set1(0.0f),
-                                            .out = job->out + row * job->out_stride + column};
+            group->queries[count] = (query){.first = first, .last = last,
+                                            .top = job->sinks ? job->sinks[head] : -INFINITY,
+                                            .total = job->sinks ? vf_load(first_lane) : vf_set1(0.0f),
+                                            .out = job->out + row * job->out_stride + head * job->vd};
             *low = first < *low ? first : *low;
             *high = last > *high ? last : *high;
         }
@@ -280,22 +287,24 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
 static void attend(const mk_attention_job *job, const mk_query_group *item) {
     query_group group;
     float key_floats[MOST_FLOAT_DIM * MK_KV_BLOCK], value_floats[MOST_FLOAT_DIM * MK_KV_BLOCK];
-    long low, high, bytes = mk_kv_bytes(job->type, job->hd);
+    long low, high, key_bytes = mk_kv_bytes(job->type, job->hd), value_bytes = mk_kv_bytes(job->type, job->vd);
     group.job = job;
-    group.lanes = MK_LANES(job->hd);
+    group.lanes = MK_LANES(job->vd);
     gather(&group, item, &low, &high);
     int tiles = (int)mk_blocks(group.count, QUERIES[group.shape]);
-    int floats = tiles > 1 && job->type != MK_F32 && job->hd <= MOST_FLOAT_DIM;
+    int floats = tiles > 1 && job->type != MK_F32 && job->hd <= MOST_FLOAT_DIM && job->vd <= MOST_FLOAT_DIM;
     const int32_t *table = job->table + job->table_start[item->row];
     for (long block = low / MK_KV_BLOCK, last = high / MK_KV_BLOCK; block <= last; block++) {
-        long at = ((long)table[block] * job->kvh + item->kv_head) * bytes;
-        long ahead = ((long)table[block < last ? block + 1 : block] * job->kvh + item->kv_head) * bytes;
-        const uint8_t *keys = (const uint8_t *)job->kpool + at, *next_keys = (const uint8_t *)job->kpool + ahead;
-        const uint8_t *values = (const uint8_t *)job->vpool + at, *next_values = (const uint8_t *)job->vpool + ahead;
+        long at = (long)table[block] * job->kvh + item->kv_head;
+        long ahead = (long)table[block < last ? block + 1 : block] * job->kvh + item->kv_head;
+        const uint8_t *keys = (const uint8_t *)job->kpool + at * key_bytes;
+        const uint8_t *next_keys = (const uint8_t *)job->kpool + ahead * key_bytes;
+        const uint8_t *values = (const uint8_t *)job->vpool + at * value_bytes;
+        const uint8_t *next_values = (const uint8_t *)job->vpool + ahead * value_bytes;
         int type = job->type;
         if (floats) {
             to_floats(type, 1, keys, next_keys, job->hd, key_floats);
-            to_floats(type, 0, values, next_values, job->hd, value_floats);
+            to_floats(type, 0, values, next_values, job->vd, value_floats);
             keys = next_keys = (const uint8_t *)key_floats;
             values = next_values = (const uint8_t *)value_floats;
             type = MK_F32;
@@ -305,8 +314,8 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
     }
     for (int j = 0; j < group.count; j++) {
         vf total = vf_set1(vf_hadd(group.queries[j].total));
-        for (long i = 0; i < job->hd; i += MK_TILE)
-            vf_row_store(group.queries[j].out, i, job->hd, vf_div(vf_load(group.sums + j * group.lanes + i), total));
+        for (long i = 0; i < job->vd; i += MK_TILE)
+            vf_row_store(group.queries[j].out, i, job->vd, vf_div(vf_load(group.sums + j * group.lanes + i), total));
     }
 }
 

@@ -277,6 +277,14 @@ static void matmul(const void *argument, long begin, long end) {
     }
 }
 
+static void add_bias(const mk_product *job, long tile, long tiles) {
+    const long first = tile * MK_TILE, last = (tile + tiles) * MK_TILE < job->n ? (tile + tiles) * MK_TILE : job->n;
+    for (long row = 0; row < job->m; row++) {
+        float *to = job->out + job->rows[row] * job->out_stride;
+        for (long i = first; i < last; i++) to[i] += job->weights[row] * job->bias[i];
+    }
+}
+
 /* A row's experts are added up one after the other: who has a panel's tile has all experts' rows of it. */
 static void mixture_of(mk_range matmul, const mk_mixture_job *job, long begin, long end) {
     for (long item = begin, tiles; item < end; item += tiles) {
@@ -285,6 +293,7 @@ static void mixture_of(mk_range matmul, const mk_mixture_job *job, long begin, l
         if (tiles > end - item) tiles = end - item;
         for (long i = 0; i < job->count; i++) {
             mk_product product = job->products[i];
+            if (product.bias && !panel) add_bias(&product, tile, tiles);
             product.skip = (int)panel;
             product.panels = (int)panel + 1;
             for (long row = 0, from = tile; row < product.m; row += product.chunk, from += product.tiles)

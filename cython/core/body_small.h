@@ -17,26 +17,63 @@ static void fold(const void *argument, long begin, long end) {
     }
 }
 
+MK_INLINE float sum_of_squares(const float *x, long d) {
+    vf squares = vf_set1(0.0f);
+    EACH(i, d) {
+        vf v = vf_row(x, i, d, 0.0f);
+        squares = vf_fma(v, v, squares);
+    }
+    return vf_hadd(squares);
+}
+
+static void square_sums(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++) job->out[row] = sum_of_squares(job->a + row * job->a_stride, job->d);
+}
+
+/* The squares of each of `heads` parts of a row are summed apart, and the sums added in order. */
 static void rms_norm(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
+    const long part = job->d / job->heads;
     for (long row = begin; row < end; row++) {
         const float *x = job->a + row * job->a_stride;
-        vf squares = vf_set1(0.0f);
-        EACH(i, job->d) {
-            vf v = vf_row(x, i, job->d, 0.0f);
-            squares = vf_fma(v, v, squares);
-        }
-        vf scale = vf_set1(1.0f / sqrtf(vf_hadd(squares) / (float)job->d + job->eps));
+        float total = sum_of_squares(x, part);
+        for (int head = 1; head < job->heads; head++) total += sum_of_squares(x + head * part, part);
+        vf scale = vf_set1(1.0f / sqrtf(total / (float)job->d + job->eps));
         EACH(i, job->d) {
             vf v = vf_mul(vf_row(x, i, job->d, 0.0f), scale);
-            vf_row_store(job->out + row * job->out_stride, i, job->d, vf_mul(vf_row(job->b, i, job->d, 0.0f), v));
+            if (job->b) v = vf_mul(vf_row(job->b, i, job->d, 0.0f), v);
+            vf_row_store(job->out + row * job->out_stride, i, job->d, v);
         }
     }
 }
 
+static void layer_norm(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++) {
+        const float *x = job->a + row * job->a_stride;
+        vf total = vf_set1(0.0f), squares = total;
+        EACH(i, job->d) total = vf_add(total, vf_row(x, i, job->d, 0.0f));
+        const float mean = vf_hadd(total) / (float)job->d;
+        const vf means = vf_set1(mean);
+        EACH(i, job->d) {
+            vf v = vf_sub(vf_row(x, i, job->d, mean), means);
+            squares = vf_fma(v, v, squares);
+        }
+        vf scale = vf_set1(1.0f / sqrtf(vf_hadd(squares) / (float)job->d + job->eps));
+        EACH(i, job->d) {
+            vf v = vf_mul(vf_sub(vf_row(x, i, job->d, mean), means), scale);
+            if (job->b) v = vf_mul(vf_row(job->b, i, job->d, 0.0f), v);
+            if (job->c) v = vf_add(v, vf_row(job->c, i, job->d, 0.0f));
+            vf_row_store(job->out + row * job->out_stride, i, job->d, v);
+        }
+    }
+}
+
+/* Rotate the pairs (a, b) of the first 2 * half dimensions of each head: b lies `half` dimensions after a. */
 static void rope(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
-    long half = job->hd / 2;
+    long half = job->d / 2;
     for (long row = begin; row < end; row++)
         for (int head = 0; head < job->heads; head++) EACH(i, half) {
             float *x = job->out + row * job->out_stride + (long)head * job->hd;
@@ -47,14 +84,77 @@ static void rope(const void *argument, long begin, long end) {
         }
 }
 
-static void silu_mul(const void *argument, long begin, long end) {
+/* The same where b is the neighbour of a. */
+static void rope_interleaved(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
-    vf zero = vf_set1(-0.0f), one = vf_set1(1.0f);
+    long half = job->d / 2;
+    for (long row = begin; row < end; row++)
+        for (int head = 0; head < job->heads; head++) EACH(i, half) {
+            float *x = job->out + row * job->out_stride + (long)head * job->hd + 2 * i;
+            float evens[MK_TILE] = {0}, odds[MK_TILE] = {0};
+            const long count = half - i < MK_TILE ? half - i : MK_TILE;
+            vf c = vf_row(job->a + row * half, i, half, 0.0f), s = vf_row(job->b + row * half, i, half, 0.0f);
+            for (long j = 0; j < count; j++) evens[j] = x[2 * j], odds[j] = x[2 * j + 1];
+            vf a = vf_load(evens), b = vf_load(odds);
+            vf_store(evens, vf_sub(vf_mul(a, c), vf_mul(b, s)));
+            vf_store(odds, vf_add(vf_mul(b, c), vf_mul(a, s)));
+            for (long j = 0; j < count; j++) x[2 * j] = evens[j], x[2 * j + 1] = odds[j];
+        }
+}
+
+MK_INLINE vf sigmoid_times(vf x, vf factor) { /* factor / (1 + e^-x) */
+    return vf_div(factor, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_set1(-0.0f), x))));
+}
+
+/* The activation f(gate) of mpillm.kernels.types.Activation; of MK_SWIGLU_CLAMPED the gate alone. */
+MK_INLINE vf activated(const int kind, vf g, vf limit, vf alpha) {
+    vf cube;
+    switch (kind) {
+    case MK_SILU: return sigmoid_times(g, g);
+    case MK_GELU: return vf_mul(g, vf_normal(g));
+    case MK_GELU_TANH: /* (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), u = sqrt(2 / pi) (g + 0.044715 g^3) */
+        cube = vf_mul(vf_mul(vf_mul(g, g), g), vf_set1(0.044715f));
+        return sigmoid_times(vf_mul(vf_add(g, cube), vf_set1(1.5957691216057308f)), g);
+    case MK_RELU2:
+        g = vf_max(vf_set1(0.0f), g);
+        return vf_mul(g, g);
+    case MK_SIGMOID: return sigmoid_times(g, vf_set1(1.0f));
+    default: /* MK_SWIGLU_CLAMPED */
+        g = vf_min(limit, g);
+        return sigmoid_times(vf_mul(alpha, g), g);
+    }
+}
+
+MK_INLINE void activate_rows(const int kind, const mk_small_job *job, long begin, long end) {
+    const vf one = vf_set1(1.0f), limit = vf_set1(job->limit), low = vf_set1(-job->limit), alpha = vf_set1(job->alpha);
     for (long row = begin; row < end; row++) EACH(i, job->d) {
-        vf g = vf_row(job->a + row * job->a_stride, i, job->d, 0.0f);
-        vf u = vf_row(job->b + row * job->b_stride, i, job->d, 0.0f);
-        vf s = vf_div(g, vf_add(one, vf_exp(vf_sub(zero, g))));
-        vf_row_store(job->out + row * job->out_stride, i, job->d, vf_mul(s, u));
+        vf s = activated(kind, vf_row(job->a + row * job->a_stride, i, job->d, 0.0f), limit, alpha);
+        if (job->b) {
+            vf u = vf_row(job->b + row * job->b_stride, i, job->d, 0.0f);
+            if (kind == MK_SWIGLU_CLAMPED) u = vf_add(vf_max(low, vf_min(limit, u)), one);
+            s = vf_mul(s, u);
+        }
+        vf_row_store(job->out + row * job->out_stride, i, job->d, s);
+    }
+}
+
+static void activate(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    switch (job->kind) {
+#define CASE(kind) case kind: activate_rows(kind, job, begin, end); break;
+        MK_ACTIVATIONS(CASE)
+#undef CASE
+    }
+}
+
+MK_INLINE vf capped(vf x, vf cap) { return vf_mul(cap, vf_tanh(vf_div(x, cap))); }
+
+static void softcap(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    const vf cap = vf_set1(job->limit);
+    for (long row = begin; row < end; row++) {
+        float *x = job->out + row * job->out_stride;
+        EACH(i, job->d) vf_row_store(x, i, job->d, capped(vf_row(x, i, job->d, 0.0f), cap));
     }
 }
 

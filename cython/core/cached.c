@@ -16,34 +16,36 @@ static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at,
 /* One row of K goes to one column of its block, one row of V to one row. */
 static void store(const void *argument, long begin, long end) {
     const mk_store_job *job = argument;
-    int hd = job->hd;
+    int hd = job->hd, vd = job->vd;
     uint16_t half[MK_MAX_HEAD_DIM];
     for (long row = begin; row < end; row++)
         for (int head = 0; head < job->kvh; head++) {
-            long offset = job->offset[row], at = ((long)job->block[row] * job->kvh + head) * hd * MK_KV_BLOCK;
-            const float *from = job->k + row * job->k_stride + (long)head * hd;
-            const float *value = job->v + row * job->v_stride + (long)head * hd;
+            long offset = job->offset[row], at = (long)job->block[row] * job->kvh + head;
+            const float *key = job->k + row * job->k_stride + (long)head * hd;
+            const float *value = job->v + row * job->v_stride + (long)head * vd;
+            uint8_t *keys = (uint8_t *)job->kpool + at * mk_kv_bytes(job->type, hd);
+            uint8_t *values = (uint8_t *)job->vpool + at * mk_kv_bytes(job->type, vd);
             if (job->type == MK_Q8_0) {
-                at = at / MK_KV_BLOCK / hd * mk_kv_bytes(MK_Q8_0, hd);
-                put_q8(from, (uint8_t *)job->kpool + at, hd, offset, offset, MK_KV_BLOCK);
-                put_q8(value, (uint8_t *)job->vpool + at, hd, offset, offset * hd, 1);
+                put_q8(key, keys, hd, offset, offset, MK_KV_BLOCK);
+                put_q8(value, values, vd, offset, offset * vd, 1);
             } else if (job->type == MK_F16) {
-                uint16_t *to = (uint16_t *)job->kpool + at + offset;
-                mk_active->to_f16(from, half, hd);
+                uint16_t *to = (uint16_t *)keys + offset;
+                mk_active->to_f16(key, half, hd);
                 for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = half[i];
-                mk_active->to_f16(value, (uint16_t *)job->vpool + at + offset * hd, hd);
+                mk_active->to_f16(value, (uint16_t *)values + offset * vd, vd);
             } else {
-                float *to = (float *)job->kpool + at + offset;
-                for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = from[i];
-                memcpy((float *)job->vpool + at + offset * hd, value, (size_t)hd * sizeof *value);
+                float *to = (float *)keys + offset;
+                for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = key[i];
+                memcpy((float *)values + offset * vd, value, (size_t)vd * sizeof *value);
             }
         }
 }
 
 void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride,
-                 const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd) {
+                 const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd,
+                 int vd) {
     mk_step_of(work, store, m, 1, 0)->store = (mk_store_job){
-        .type = kv_type, .kvh = kvh, .hd = hd, .k = k, .v = v, .k_stride = k_stride, .v_stride = v_stride,
+        .type = kv_type, .kvh = kvh, .hd = hd, .vd = vd, .k = k, .v = v, .k_stride = k_stride, .v_stride = v_stride,
         .block = block, .offset = offset, .kpool = kpool, .vpool = vpool};
 }
 
@@ -71,15 +73,16 @@ static long group_queries(mk_query_group *groups, const int32_t *table_start, co
 
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride,
                   const void *kpool, const void *vpool, const int32_t *pos, const int32_t *table,
-                  const int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale,
-                  int window) {
+                  const int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd,
+                  float scale, int window, const float *sinks, float softcap) {
     if (m < 1 || heads < 1) return;
     work->groups = malloc((size_t)m * (size_t)heads * sizeof *work->groups);
     if (!work->groups) work->failed = MK_NO_MEMORY;
     if (work->failed) return;
-    long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd);
+    long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
     mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){
-        .type = kv_type, .kvh = kvh, .hd = hd, .window = window, .scale = scale, .q = q, .out = out,
+        .type = kv_type, .kvh = kvh, .hd = hd, .vd = vd, .window = window, .scale = scale, .sinks = sinks,
+        .softcap = softcap, .q = q, .out = out,
         .q_stride = q_stride, .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
         .table_start = table_start, .groups = work->groups};
 }

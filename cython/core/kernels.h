@@ -23,6 +23,12 @@ enum {
     MK_MAX_HEAD_DIM = 2048,
 };
 
+/* Activations of an MLP (mpillm.kernels.types.Activation): X(name), in the order of their numbers. */
+#define MK_ACTIVATIONS(X) \
+    X(MK_SILU) X(MK_GELU) X(MK_GELU_TANH) X(MK_RELU2) X(MK_SIGMOID) X(MK_SWIGLU_CLAMPED)
+#define MK_NUMBER(name) name,
+enum { MK_ACTIVATIONS(MK_NUMBER) MK_ACTIVATION_COUNT };
+
 static inline int mk_block(int type) { return type >= MK_Q4_K ? MK_SUPER : type >= MK_Q8_0 ? MK_BLOCK : 1; }
 
 static inline int mk_block_bytes(int type) { /* in ggml's form */
@@ -93,21 +99,31 @@ long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t
  * panel_stride: 0 folds the panels. */
 void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes, const int32_t *bounds,
                int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
-/* x += rows, which with rows_stride 0 are all the same one */
-void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, long m, long d);
-/* A product of a mixture: row rows[i] of out += weights[i] * what mk_matmul would write to row i.  The products of a
- * step have as many rows of W each, and add up one after the other. */
+/* x += scale * rows, which with rows_stride 0 are all the same one */
+void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, float scale, long m, long d);
+/* A product of a mixture: row rows[i] of out += weights[i] * what mk_matmul would write to row i; before that, with a
+ * bias [n], the same row of the first panel += weights[i] * bias.  The products of a step have as many rows of W each,
+ * and add up one after the other. */
 void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,
               const int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride,
-              long panel_stride, const int32_t *rows, const float *weights);
+              long panel_stride, const int32_t *rows, const float *weights, const float *bias);
 void mk_mixture(mk_work *work, const mk_product *products, long count);
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
-void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, long m, long d, float *out,
-                 long out_stride);
-void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd);
-void mk_silu_mul(mk_work *work, const float *gate, long gate_stride, const float *up, long up_stride, long m, long d,
-                 float *out,
-                 long out_stride);
+void mk_square_sums(mk_work *work, const float *x, long stride, long m, long d, float *out);
+/* w: NULL is all ones.  The sum of squares of each of `groups` equal parts of a row is made apart. */
+void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, int groups, long m, long d,
+                 float *out, long out_stride);
+/* w, bias: NULL is all ones, all zeros */
+void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float eps, long m,
+                   long d, float *out, long out_stride);
+/* cosine, sine [m, rotary / 2].  The first `rotary` of each head's hd dimensions turn: in pairs that lie rotary / 2
+ * apart, or interleaved, side by side. */
+void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
+             int rotary, int interleaved);
+/* out = f(gate) * up, or f(gate) if up is NULL; limit and alpha are MK_SWIGLU_CLAMPED's. */
+void mk_activate(mk_work *work, int kind, const float *gate, long gate_stride, const float *up, long up_stride,
+                 float limit, float alpha, long m, long d, float *out, long out_stride);
+void mk_softcap(mk_work *work, float *x, long stride, float cap, long m, long d); /* x = cap * tanh(x / cap) */
 void mk_softmax(mk_work *work, float *x, long stride, long m, long d);
 void mk_top_k(mk_work *work, const float *x, long stride, long m, long n, long k, float *values, int32_t *ids);
 void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t, long m, const int32_t *bounds, int
@@ -115,10 +131,11 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
                   float *out);
 void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride, const
                  int32_t *block,
-                 const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd);
+                 const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd, int vd);
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride, const void
                   *kpool,
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
-                 const int32_t *kv_of_head, long m, int heads, int kvh, int hd, float scale, int window);
+                 const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd, float scale, int window,
+                 const float *sinks, float softcap);
 
 #endif

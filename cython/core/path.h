@@ -41,6 +41,7 @@ struct mk_product {
     long out_stride, panel_stride;
     const int32_t *rows;  /* NULL, or row i is added to this row of out, */
     const float *weights; /* so many times */
+    const float *bias;    /* NULL, or [n]: added likewise, to the first panel */
 };
 typedef mk_product mk_matmul_job;
 
@@ -55,8 +56,8 @@ typedef struct {
     const int32_t *bounds;
     int32_t *ids;
     long a_stride, b_stride, out_stride, m, d, k;
-    int panels, heads, hd;
-    float eps;
+    int panels, heads, hd, kind;
+    float eps, limit, alpha;
 } mk_small_job; /* the operations on rows: items are rows, for lse_parts (row, panel) */
 
 typedef struct {
@@ -66,9 +67,9 @@ typedef struct {
 } mk_query_group;
 
 typedef struct {
-    int type, kvh, hd, window;
-    float scale;
-    const float *q;
+    int type, kvh, hd, vd, window; /* hd, vd: dimensions of a head's keys and of its values */
+    float scale, softcap;
+    const float *q, *sinks; /* sinks [heads], or NULL */
     float *out;
     long q_stride, out_stride;
     const void *kpool, *vpool;
@@ -77,7 +78,7 @@ typedef struct {
 } mk_attention_job;
 
 typedef struct {
-    int type, kvh, hd;
+    int type, kvh, hd, vd;
     const float *k, *v;
     long k_stride, v_stride;
     const int32_t *block, *offset;
@@ -120,8 +121,8 @@ struct mk_work {
 
 typedef struct {
     const char *name;
-    mk_range quantize, dequantize, quantize_rows, matmul, mixture, fold, rms_norm, rope, silu_mul, softmax, top_k,
-        lse_parts, attention;
+    mk_range quantize, dequantize, quantize_rows, matmul, mixture, fold, square_sums, rms_norm, layer_norm, rope,
+        rope_interleaved, activate, softcap, softmax, top_k, lse_parts, attention;
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
     int bf16_step;       /* bytes of 32 values of x for BF16 weights */

@@ -153,7 +153,10 @@ def _small(random: np.random.Generator, sizes: Sizes, m: int) -> Iterator[Case]:
     )  # fmt: skip
     gate, up = _floats(random, m, ffn), _floats(random, m, ffn)
     active = np.empty_like(gate)
-    yield Case("silu_mul", str(ffn), m, 12 * m * ffn, 0, lambda t: kernels.silu_mul(gate, up, active, t))
+    yield Case(
+        "activate", str(ffn), m, 12 * m * ffn, 0,
+        lambda t: kernels.activate(kernels.Activation.SILU, gate, up, active, t),
+    )  # fmt: skip
     bounds = np.array([0, ffn], np.int32)
     blocks = np.empty((m, kernels.activation_nbytes(ffn, bounds)), np.uint8)
     yield Case(

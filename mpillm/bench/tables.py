@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import msgspec
-
 from mpillm.bench.result import Bench, Kernel, Run
 from mpillm.spec import shown_bytes
+from mpillm.store import readable
 
 SHOWN = 4  # kernels of a run that are named
 
 
 def as_json(made: Bench) -> str:
     """The bench for programs."""
-    return msgspec.json.format(msgspec.json.encode(made), indent=2).decode()
+    return readable.as_json(made).decode()
 
 
 def as_text(made: Bench) -> str:

@@ -1,247 +1,32 @@
 """The command line: what people type, and all that is printed for them.
 
-Only rank 0 prints at the default level, on streams that never fail (see `streams`). Every command runs inside
-`world.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
+This module alone is loaded before the environment has been looked at; `commands` needs NumPy and MPI.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-import mpillm
-from mpillm.cli import bench, supervise
-from mpillm.cli.console import Console
-from mpillm.cli.streams import Unfailing, unfailing
-from mpillm.comm import launch
-from mpillm.comm.world import World, guard
-from mpillm.errors import JobError
-
-if TYPE_CHECKING:
-    from mpillm.spec import Spec
-
-QUICKSTART = "quickstart.toml"
-EXAMPLES = """\
-examples:
-  mpiexec -n 2 python -m mpillm                                    the quickstart job on the default small model
-  mpiexec -n 4 python -m mpillm run jobs/summaries.toml --set sampling.seed=3
-  mpiexec -n 4 python -m mpillm run --model smollm2-135m --input requests.jsonl --output out/mine
-  python -m mpillm plan jobs/large-model.toml --ranks 4
-exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or the command is wrong,
-75 interrupted (the same command goes on where it stopped)"""
+from mpillm.cli.environment import prepare
+from mpillm.cli.streams import unfailing
+from mpillm.errors import JobError, MpillmError, out_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     with unfailing():
-        with _only_first_prints():
-            options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-        if options.command == "launch":
-            return supervise.run(options, _job_of)
-        return guard(lambda world: _command(world, options))
+        try:
+            prepare()
+            from mpillm.cli import commands
 
-
-@contextlib.contextmanager
-def _only_first_prints() -> Iterator[None]:
-    """Before MPI starts every rank parses the command line; only the first one prints what is wrong with it."""
-    started = launch.launched_by(os.environ)
-    with contextlib.ExitStack() as stack:
-        if started is not None and started.rank > 0:
-            stack.enter_context(contextlib.redirect_stdout(Unfailing(None)))
-            stack.enter_context(contextlib.redirect_stderr(Unfailing(None)))
-        yield
-
-
-def _command(world: World, options: argparse.Namespace) -> int:
-    verbosity = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
-    quiet = world.rank > 0 and not options.verbose
-    logging.basicConfig(
-        level=logging.ERROR if quiet else verbosity, format=f"{world} %(message)s", stream=sys.stderr
-    )
-    commands = {
-        "run": _run,
-        "plan": _plan,
-        "pack": _pack,
-        "pull": _pull,
-        "report": _report,
-        "doctor": _doctor,
-        "bench": bench.run,
-    }
-    return commands[options.command or "run"](world, options)
-
-
-def _run(world: World, options: argparse.Namespace) -> int:
-    from mpillm.run import runner  # what computes is loaded when the threads are known
-
-    progress = Console(lambda: world.rank == 0)
-    spec = _spec(world, options)
-    report = runner.run(world, spec, progress)
-    if report is None:
-        return 0
-    progress.finish(report, spec.output_path)
-    return 1 if report.requests.errors else 0
-
-
-def _plan(world: World, options: argparse.Namespace) -> int:
-    from mpillm.run import plan
-
-    spec = _spec(world, options)
-    if world.rank == 0:
-        made = plan.make(spec, options.ranks)
-        print(plan.as_json(made) if options.json else plan.as_text(made))
-        return JobError.exit_code if made.problems else 0
-    return 0
-
-
-def _pack(world: World, options: argparse.Namespace) -> int:
-    from mpillm.tools import pack
-
-    console = Console(lambda: world.rank == 0)
-    made = pack.pack(world, options.source, options.target, options.weights, console)
-    console.say(
-        f"{made.directory} is packed: {made.bytes / 1e6:.0f} MB in {made.files} files"
-        f"{f' ({made.kept} of them by earlier runs)' if made.kept else ''}, in {made.seconds:.1f} s."
-    )
-    return 0
-
-
-def _pull(world: World, options: argparse.Namespace) -> int:
-    from mpillm.run import catalogue
-
-    if world.rank == 0:
-        print(catalogue.pull(options.name, Console().downloading))
-    return 0
-
-
-def _report(world: World, options: argparse.Namespace) -> int:
-    from mpillm.store import report
-
-    if world.rank == 0:
-        path, missing = report.write_html(options.directory)
-        print(path)
-        if missing:
-            print(missing, file=sys.stderr)
-    return 0
-
-
-def _doctor(world: World, options: argparse.Namespace) -> int:
-    from mpillm.tools import doctor
-
-    for line in doctor.examine(world, options.model):
-        print(line, flush=True)
-    return 0
-
-
-def _spec(world: World, options: argparse.Namespace) -> Spec:
-    """The job, as rank 0 reads it."""
-    job = None
-    with world.together():
-        if world.rank == 0:
-            job = _load(options)
-    shared = world.bcast(job)
-    assert shared is not None
-    return shared
-
-
-def _load(options: argparse.Namespace) -> Spec:
-    from mpillm import spec
-
-    return spec.load(
-        _job_file(options),
-        getattr(options, "set", ()),
-        model=getattr(options, "model", None),
-        input=getattr(options, "input", None),
-        output=getattr(options, "output", None),
-    )
-
-
-def _job_of(words: list[str]) -> Spec:
-    """The job that a command line is about."""
-    return _load(_parser().parse_args(words))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mpillm",
-        description="Batches of LLM requests on CPUs, over MPI. Without a command: the quickstart job.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"mpillm {mpillm.__version__}")
-    parser.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
-    _job_arguments(run)
-    plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
-    _job_arguments(plan)
-    plan.add_argument(
-        "--ranks", type=_positive, default=1, metavar="N", help="how many ranks it will run on (1)"
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    pack = commands.add_parser(
-        "pack", help="store a model kernel-ready, for machines that it does not fit into"
-    )
-    pack.add_argument("source", metavar="SRC", help="catalogue name, Hugging Face directory or GGUF file")
-    pack.add_argument("target", metavar="DST", type=Path, help="a new directory, or one to finish")
-    pack.add_argument(
-        "--weights",
-        choices=("source", "q4_0", "q8_0", "bf16", "f32"),
-        default="source",
-        help="what matrices are stored as (as they are)",
-    )
-    pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
-    pull.add_argument("name", help="such as smollm2-135m")
-    report = commands.add_parser("report", help="a finished run as one HTML page with plots")
-    report.add_argument("directory", type=Path, help="the run's output directory")
-    doctor = commands.add_parser(
-        "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
-    )
-    doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
-    supervise.add(
-        commands.add_parser(
-            "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
-        )
-    )
-    bench.add(
-        commands.add_parser(
-            "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
-        )
-    )
-    return parser
-
-
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", nargs="?", type=Path, help="a job file (TOML)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the job"
-    )
-    parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
-    parser.add_argument("--input", help="requests, one JSON object a line")
-    parser.add_argument("--output", help="directory for the results")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def _job_file(options: argparse.Namespace) -> Path | None:
-    """The job file that was named, or the quickstart where nothing was said at all."""
-    job: Path | None = getattr(options, "job", None)
-    if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
-        return job
-    package = Path(mpillm.__file__).parent
-    for folder in (package.parent / "jobs", package / "jobs"):  # a checkout, or an installed package
-        if (folder / QUICKSTART).is_file():
-            return folder / QUICKSTART
-    raise JobError("This installation has no quickstart job; name a job file: mpillm run JOB.toml.")
+            return commands.run(arguments)
+        except MpillmError as error:
+            sentence, code = str(error), error.exit_code
+        except (Exception, KeyboardInterrupt) as error:
+            missing = out_of(error)
+            if missing is None:
+                raise
+            sentence, code = missing, JobError.exit_code
+        sys.stderr.write(f"mpillm: {sentence}\n")
+        return code

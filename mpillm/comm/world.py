@@ -30,7 +30,7 @@ from mpillm.comm import cores, deadline, faults, heartbeat, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.waiting import wait
-from mpillm.errors import Interrupted, JobError, MpillmError
+from mpillm.errors import Interrupted, JobError, MpillmError, out_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -262,11 +262,7 @@ class World:
         code, error = 0, None
         with _interruptible():
             try:
-                try:
-                    self._heartbeat = self._start_heartbeat()
-                finally:
-                    if self._meeting is not None:
-                        self._meeting.over()
+                self.meet()
                 self.threads()
                 code = program(self)
             except MpillmError as found:
@@ -277,8 +273,24 @@ class World:
                 if self.is_loss(bug):
                     self.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
                 log.debug("%s", "".join(traceback.format_exception(bug)))
-                self.abort(_in_a_line(bug), CRASHED)
+                if (missing := out_of(bug)) is None:
+                    self.abort(_in_a_line(bug), CRASHED)
+                error = Interrupted(missing)
             return self._leave(code, error)
+
+    def meet(self) -> None:
+        """Let the ranks hear each other from here on (see `heartbeat`); the start is over then."""
+        try:
+            self._heartbeat = self._start_heartbeat()
+        finally:
+            if self._meeting is not None:
+                self._meeting.over()
+
+    def part(self) -> None:
+        """End the heartbeats: this rank needs the others no more."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
 
     def _start_heartbeat(self) -> heartbeat.Heartbeat | None:
         """Start heartbeats; from here on a silent rank ends the world (see `heartbeat`)."""

@@ -162,7 +162,10 @@ class Engine:
             sequence.in_flight = False
             self._count(sequence, count)
             _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[part.hidden]))
-            _take(sequence, by_part.get(index, ()), drawn.get(index))
+            outputs = by_part.get(index, [])
+            sequence.finite = all(found.finite for _, found in outputs)
+            if sequence.finite:
+                _take(sequence, outputs, drawn.get(index))
             if _is_done(sequence):
                 if part.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
@@ -185,7 +188,7 @@ class Engine:
         Those whose draws go past the candidates at hand are asked for in one message, with more candidates each.
         """
         drawn: dict[int, tuple[Candidates, int]] = {}
-        known = {i: found for i, found in enumerate(candidates) if step.outputs[i].sampled}
+        known = {i: found for i, found in enumerate(candidates) if step.outputs[i].sampled and found.finite}
         numbers: dict[int, float] = {}
         while known:
             undecided = []
@@ -286,7 +289,7 @@ def _part(sequence: Sequence, count: int) -> Part:
 
 
 def _is_done(sequence: Sequence) -> bool:
-    if sequence.finish_reason is not None:
+    if sequence.finish_reason is not None or not sequence.finite:
         return True
     return sequence.request.only_reads and sequence.computed == len(sequence.tokens)
 

@@ -3,14 +3,15 @@
 Each shard of the last stage answers for its part of the vocabulary. For every output of the step, in order, a
 reply holds its k likeliest ids (fewer if its part is smaller), their logits as they decide and as the model gave
 them, per vocabulary panel the parts of the two normalisers, and the logit of the target if the shard owns it.
-Shard 0 adds the final hidden states that embeddings are pooled from.
+Shard 0 adds the final hidden states that embeddings are pooled from. Where a logit is NaN or infinite, the output's
+candidates mean nothing, and its parts are NaN.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,9 @@ class Answerer:
         self, step: Step, outputs: Seq[Output], logits: Floats
     ) -> tuple[NDArray[np.generic], ...]:
         vocab, threads = self._decoder.vocab, self._threads
+        finite = finite_rows(logits)
+        if not finite.all():
+            logits[~finite] = 0.0  # so that what follows is defined; nothing is drawn from it
         values = logits
         if any(output.penalised for output in outputs):
             values = logits.copy()
@@ -129,6 +133,7 @@ class Answerer:
         found = np.where(own, logits[np.arange(len(outputs)), np.where(own, targets, 0)], np.float32(np.nan))
         mask = np.arange(k) < wanted[:, None]
         parts = self._normalisers(outputs, logits, values)
+        parts[~finite] = np.nan
         return ids[mask] + np.int32(vocab.start), top[mask], raw[mask], parts, found
 
     def _normalisers(self, outputs: Seq[Output], logits: Floats, values: Floats) -> Floats:
@@ -153,6 +158,18 @@ class Answerer:
         return Reply(number, ids, values, raw, parts, targets, hidden)
 
 
+def finite_rows(rows: Floats) -> NDArray[np.bool_]:
+    """Whether all numbers of each row [m, n] are finite: [m].
+
+    A sum shows it in one pass without a copy; only a sum that is not finite makes a second look necessary.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite: NDArray[np.bool_] = np.isfinite(np.add.reduce(rows, axis=1))
+    for row in np.flatnonzero(~finite):
+        finite[row] = np.isfinite(rows[row]).all()
+    return finite
+
+
 def _penalise(row: Floats, part: Part, vocab: range) -> None:
     """Repetition penalty of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less likely."""
     own = part.seen[(part.seen >= vocab.start) & (part.seen < vocab.stop)] - vocab.start
@@ -173,6 +190,9 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
                 f"shard {shard} answered {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
                 f"{count.sum()} of {len(outputs)} were asked for"
             )
+    broken = np.any([np.isnan(reply.parts[:, 0, 0]) for reply in replies], axis=0)
+    if broken.any():
+        replies = [replace(reply, parts=np.nan_to_num(reply.parts, nan=1.0)) for reply in replies]
     ids, values, raw = (
         _tables([getattr(reply, name) for reply in replies], counts) for name in ("ids", "values", "raw")
     )
@@ -197,6 +217,7 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
             scaled_z[i],
             complete[i],
             targets[i],
+            not broken[i],
         )
         for i, k in enumerate(found)
     ]

@@ -28,7 +28,8 @@ class Candidates:
     `values` are the logits that decide (after the repetition penalty), descending; `raw` the model's own.
     `weights` are exp((value - greatest value) / temperature), for rows that a token is drawn from. `log_z` is the
     logarithm of the sum of exp(raw logit) over the whole vocabulary, `scaled_z` the sum of such weights over it;
-    both are NaN where no probability is wanted. `complete` if no token is missing.
+    both are NaN where no probability is wanted. `complete` if no token is missing. `finite` if all logits of the row
+    are: else nothing here means anything.
     """
 
     ids: NDArray[np.int32]
@@ -39,6 +40,7 @@ class Candidates:
     scaled_z: float
     complete: bool
     target_logit: float = math.nan
+    finite: bool = True
 
     def logprob(self, index: int) -> float:
         """Log-probability of the candidate at `index`."""

@@ -118,6 +118,7 @@ class Completion(Begun):
     finish_reason: Literal["stop", "length"]
     stop_id: int | None = None
     embedding: NDArray[np.float32] | None = None  # [hidden], not normalised
+    finite: bool = True  # False: the model's output was NaN or infinite, and there is no result
 
 
 class Sequence:
@@ -138,6 +139,7 @@ class Sequence:
         self.prompt_top: list[TopLogprobs] = []
         self.pooled: NDArray[np.float64] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
+        self.finite = True  # what the model has put out so far
         self.stop_id: int | None = None
         self.saved = 0  # generated tokens that are safe, or were found so
         self.submitted = submitted  # as time.monotonic() says
@@ -213,6 +215,7 @@ class Sequence:
         if self.request.kind == "embed":
             assert self.pooled is not None
             embedding = self.pooled.astype(np.float32)
+            self.finite = bool(np.isfinite(self.pooled).all())
         return Completion(
             request=self.request,
             tokens=self.tokens[len(self.request.prompt) :],
@@ -223,6 +226,7 @@ class Sequence:
             prompt_logprobs=self.prompt_logprobs,
             prompt_top=self.prompt_top,
             embedding=embedding,
+            finite=self.finite,
             **self._seconds(),
         )
 

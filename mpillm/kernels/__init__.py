@@ -9,19 +9,22 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from mpillm.errors import JobError
-from mpillm.kernels import halves, reference
-from mpillm.kernels.halves import AttentionHalf, Expert, FeedForwardHalf, Layers, Mixture, Products
+from mpillm.kernels import fused, reference
+from mpillm.kernels.fused import Attention, Expert, Experts, LayerStack, Mlp, Products, Residual
 from mpillm.kernels.reference import (
+    activate,
     activation_nbytes,
     attention,
     dequantize,
     first_touch,
     fold,
     kv_store,
+    layer_norm,
     lse_parts,
     matmul,
     pack,
@@ -30,17 +33,28 @@ from mpillm.kernels.reference import (
     quantize_rows,
     rms_norm,
     rope,
-    silu_mul,
+    softcap,
     softmax,
+    square_sums,
     top_k,
 )
-from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, KV_BLOCK, QUANT_BLOCK, TILE_ROWS, BlockType, kv_pools
+from mpillm.kernels.types import (
+    ACTIVATION_BLOCK_BYTES,
+    KV_BLOCK,
+    QUANT_BLOCK,
+    TILE_ROWS,
+    Activation,
+    BlockType,
+    Norm,
+    kv_pools,
+)
 
 __all__ = [
-    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "AttentionHalf", "BlockType", "Expert",
-    "FeedForwardHalf", "Layers", "Mixture", "Products", "activation_nbytes", "attention", "available", "compute",
-    "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "lse_parts", "matmul", "pack", "packed_nbytes", "path",
-    "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "silu_mul", "softmax", "top_k",
+    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType", "Expert",
+    "Experts", "LayerStack", "Mlp", "Norm", "Products", "Residual", "activate", "activation_nbytes", "attention",
+    "available", "compute", "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul",
+    "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "softcap", "softmax",
+    "square_sums", "top_k",
 ]  # fmt: skip
 
 PATHS = (
@@ -57,7 +71,7 @@ PATHS = (
     "numpy",
 )
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
-HALVES = ("AttentionHalf", "Expert", "FeedForwardHalf", "Layers", "Mixture", "Products")
+FUSED = ("Attention", "Expert", "Experts", "LayerStack", "Mlp", "Products", "Residual")
 
 _compiled: Any = None
 try:
@@ -66,10 +80,8 @@ except ImportError as error:
     _why = str(error)
 
 
-def compute(
-    work: Products | AttentionHalf | FeedForwardHalf | Mixture | Layers, *arguments: Any, **options: Any
-) -> None:
-    """Call what was prepared: like the single kernels it passes through this package, where it can be timed."""
+def compute(work: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Call one of the fused objects: like the single kernels it passes through this package, where it can be timed."""
     work(*arguments, **options)
 
 
@@ -90,16 +102,16 @@ def set_path(name: str) -> None:
         choice = ", ".join(available())
         raise JobError(f"{known}MPILLM_KERNELS = {name} cannot be used on this machine; choose from {choice}")
     if name == "numpy":
-        _bind(name, reference, halves)
+        _bind(name, reference, fused)
     else:
         _compiled.set_path(name)
         _bind(name, _compiled, _compiled)
 
 
-def _bind(name: str, module: ModuleType, of_halves: ModuleType) -> None:
+def _bind(name: str, module: ModuleType, of_fused: ModuleType) -> None:
     """Let this package's functions and classes be those of these modules."""
     wanted = {f: getattr(module, f) for f in reference.__all__ if f not in SHARED}
-    globals().update(wanted, **{c: getattr(of_halves, c) for c in HALVES}, _path=name)
+    globals().update(wanted, **{c: getattr(of_fused, c) for c in FUSED}, _path=name)
 
 
 _path = "numpy"

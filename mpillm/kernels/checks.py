@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
     QUANT_BLOCK,
+    Activation,
     BlockType,
     Bounds,
     check_bounds,
@@ -67,8 +68,38 @@ def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np
         require_rows("x", x, width=k, dtype=np.float32)
 
 
-def require_pools(kv_type: BlockType, kpool: Array, vpool: Array, kvh: int, hd: int) -> None:
+def require_pools(kv_type: BlockType, kpool: Array, vpool: Array, kvh: int, hd: int, vd: int) -> None:
     """Pools as `kv_pools` has them."""
-    keys, values = kv_pools(kv_type, len(kpool), kvh, hd)
+    keys, values = kv_pools(kv_type, len(kpool), kvh, hd, vd)
     require("kpool", kpool, *keys)
     require("vpool", vpool, *values)
+
+
+def require_vector(name: str, array: Array | None, count: int) -> None:
+    """A float32 vector, or none."""
+    if array is not None:
+        require(name, array, (count,), np.float32)
+
+
+def rotary_of(rotary: int, hd: int) -> int:
+    """How many dimensions of a head turn; 0 is all of them."""
+    if hd % 2 and not rotary:
+        raise ValueError(f"rope needs an even head dimension, not {hd}")
+    if rotary < 0 or rotary % 2 or rotary > hd:
+        raise ValueError(f"rope rotates an even number of a head's {hd} dimensions, not {rotary}")
+    return rotary or hd
+
+
+def require_activation(kind: int, gated: bool, limit: float) -> Activation:
+    """A kind of activation that can be had with or without a gate."""
+    if not 0 <= kind < len(Activation):
+        raise ValueError(f"there is no activation {kind}")
+    if kind == Activation.SWIGLU_CLAMPED and not (gated and limit > 0):
+        raise ValueError("the clamped SwiGLU needs up and a limit above 0")
+    return Activation(kind)
+
+
+def require_cap(cap: float) -> None:
+    """A soft cap above 0."""
+    if not cap > 0:
+        raise ValueError(f"a soft cap must be above 0, not {cap}")

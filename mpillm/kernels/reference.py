@@ -8,6 +8,7 @@ results agree with the compiled ones within about k * 6e-8 of the sum of magnitu
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -15,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm.kernels import blocks, lanes
-from mpillm.kernels.checks import require, require_activations, require_pools, require_rows, require_weights
+from mpillm.kernels.checks import (
+    require,
+    require_activation,
+    require_activations,
+    require_cap,
+    require_pools,
+    require_rows,
+    require_vector,
+    require_weights,
+    rotary_of,
+)
 from mpillm.kernels.types import (
     BF16_BLOCK,
     F32,
@@ -25,6 +36,7 @@ from mpillm.kernels.types import (
     QUANT_BLOCK,
     TILE_ROWS,
     U8,
+    Activation,
     BlockType,
     Bounds,
     activation_nbytes,
@@ -39,8 +51,9 @@ Pool = npt.NDArray[Any]
 LANES = 2**18  # floats that are summed at a time
 
 __all__ = [
-    "activation_nbytes", "attention", "dequantize", "first_touch", "fold", "kv_store", "lse_parts", "matmul", "pack",
-    "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "silu_mul", "softmax", "top_k",
+    "activate", "activation_nbytes", "attention", "dequantize", "first_touch", "fold", "kv_store", "layer_norm", "lse_parts",
+    "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "softcap", "softmax", "square_sums",
+    "top_k",
 ]  # fmt: skip
 
 
@@ -288,38 +301,118 @@ def fold(parts: F32, out: F32, threads: int = 1) -> None:
     out[:] = lanes.tree(parts)
 
 
-def rms_norm(x: F32, w: F32, eps: float, out: F32, threads: int = 1) -> None:
-    """out = w * (x * (1 / sqrt(mean(x**2) + eps))), row by row (Hugging Face's LlamaRMSNorm)."""
+def square_sums(x: F32, out: F32, threads: int = 1) -> None:
+    """out [m] = the sum of squares of each row of x [m, d]."""
     require_rows("x", x, dtype=np.float32)
-    require("w", w, (x.shape[1],), np.float32)
+    require("out", out, (len(x),), np.float32)
+    out[:] = lanes.lane_sum(x, squares=True)
+
+
+def rms_norm(x: F32, w: F32 | None, eps: float, out: F32, threads: int = 1, groups: int = 1) -> None:
+    """out = w * x / sqrt(mean(x^2) + eps) of each row; w may be missing.
+
+    The squares of each of `groups` equal parts of a row are summed apart, and the sums added in order: shards that have
+    some of the parts each can exchange `square_sums`.
+    """
+    require_rows("x", x, dtype=np.float32)
+    require_vector("w", w, x.shape[1])
+    require_rows("out", out, rows=len(x), width=x.shape[1], dtype=np.float32)
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{x.shape[1]} columns are not {groups} groups")
+    with np.errstate(all="ignore"):
+        parts = [lanes.lane_sum(part, squares=True) for part in np.split(x, groups, axis=1)]
+        mean = functools.reduce(np.add, parts) / np.float32(x.shape[1])
+        scaled = x * (np.float32(1) / np.sqrt(mean + np.float32(eps)))[:, None]
+        out[:] = scaled if w is None else w * scaled
+
+
+def layer_norm(x: F32, w: F32 | None, bias: F32 | None, eps: float, out: F32, threads: int = 1) -> None:
+    """out = w * (x - mean) / sqrt(variance + eps) + bias of each row; w and bias may be missing."""
+    require_rows("x", x, dtype=np.float32)
+    require_vector("w", w, x.shape[1])
+    require_vector("bias", bias, x.shape[1])
     require_rows("out", out, rows=len(x), width=x.shape[1], dtype=np.float32)
     with np.errstate(all="ignore"):
-        mean = lanes.lane_sum(x, squares=True) / np.float32(x.shape[1])
-        out[:] = w * (x * (np.float32(1) / np.sqrt(mean + np.float32(eps)))[:, None])
+        width = np.float32(x.shape[1])
+        centred = x - (lanes.lane_sum(x) / width)[:, None]
+        variance = lanes.lane_sum(centred, squares=True) / width
+        scaled = centred * (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
+        scaled = scaled if w is None else w * scaled
+        out[:] = scaled if bias is None else scaled + bias
 
 
-def rope(x: F32, cos: F32, sin: F32, heads: int, hd: int, threads: int = 1) -> None:
-    """Rotate x [m, heads * hd] in place by cos, sin [m, hd / 2]; the pair of i is i + hd/2."""
+def rope(x: F32, cos: F32, sin: F32, heads: int, hd: int, threads: int = 1, rotary: int = 0,
+         interleaved: bool = False) -> None:  # fmt: skip
+    """Rotate x [m, heads * hd] in place by cos, sin [m, rotary / 2].
+
+    The first `rotary` dimensions of each head turn, with 0 all: dimension i in a pair with i + rotary / 2, or, if they
+    are interleaved, 2i with 2i + 1.
+    """
     require_rows("x", x, width=heads * hd, dtype=np.float32)
-    if hd % 2:
-        raise ValueError(f"rope needs an even head dimension, not {hd}")
-    require("cos", cos, (len(x), hd // 2), np.float32)
-    require("sin", sin, (len(x), hd // 2), np.float32)
+    half = rotary_of(rotary, hd) // 2
+    require("cos", cos, (len(x), half), np.float32)
+    require("sin", sin, (len(x), half), np.float32)
     for head in range(heads):
-        first, second = (x[:, head * hd + part * (hd // 2) :][:, : hd // 2] for part in (0, 1))
+        turning = x[:, head * hd : head * hd + 2 * half]
+        first, second = (
+            (turning[:, part::2] if interleaved else turning[:, part * half : (part + 1) * half])
+            for part in (0, 1)
+        )
         a, b = first.copy(), second.copy()
         with np.errstate(all="ignore"):
             first[:] = a * cos - b * sin
             second[:] = b * cos + a * sin
 
 
-def silu_mul(gate: F32, up: F32, out: F32, threads: int = 1) -> None:
-    """out = gate / (1 + exp(-gate)) * up."""
+def activate(kind: Activation, gate: F32, up: F32 | None, out: F32, threads: int = 1, limit: float = 0.0,
+             alpha: float = 1.702) -> None:  # fmt: skip
+    """out = f(gate) * up, or f(gate); `limit` and `alpha` belong to SWIGLU_CLAMPED (see `Activation`)."""
+    kind = require_activation(kind, up is not None, limit)
     require_rows("gate", gate, dtype=np.float32)
-    require_rows("up", up, rows=len(gate), width=gate.shape[1], dtype=np.float32)
+    if up is not None:
+        require_rows("up", up, rows=len(gate), width=gate.shape[1], dtype=np.float32)
     require_rows("out", out, rows=len(gate), width=gate.shape[1], dtype=np.float32)
     with np.errstate(all="ignore"):
-        out[:] = gate / (np.float32(1) + lanes.exp(-gate)) * up
+        f = _activated(kind, gate, np.float32(limit), np.float32(alpha))
+        if up is None:
+            out[:] = f
+        elif kind == Activation.SWIGLU_CLAMPED:
+            out[:] = f * (np.clip(up, np.float32(-limit), np.float32(limit)) + np.float32(1))
+        else:
+            out[:] = f * up
+
+
+def _activated(kind: Activation, x: F32, limit: np.float32, alpha: np.float32) -> F32:
+    result: F32
+    match kind:
+        case Activation.SILU:
+            result = _sigmoid_times(x, x)
+        case Activation.GELU:
+            result = x * lanes.normal(x)
+        case Activation.GELU_TANH:  # (1 + tanh(u)) / 2 = 1 / (1 + e^-2u)
+            cube = x * x * x * np.float32(0.044715)
+            result = _sigmoid_times((x + cube) * np.float32(1.5957691216057308), x)
+        case Activation.RELU2:
+            result = np.square(np.maximum(x, np.float32(0)))
+        case Activation.SIGMOID:
+            result = _sigmoid_times(x, np.float32(1))
+        case Activation.SWIGLU_CLAMPED:
+            x = np.minimum(x, limit)
+            result = _sigmoid_times(alpha * x, x)
+    return result
+
+
+def _sigmoid_times(x: F32, factor: F32 | np.float32) -> F32:
+    product: F32 = factor / (np.float32(1) + lanes.exp(-x))
+    return product
+
+
+def softcap(x: F32, cap: float, threads: int = 1) -> None:
+    """x = cap * tanh(x / cap), in place."""
+    require_rows("x", x, dtype=np.float32)
+    require_cap(cap)
+    with np.errstate(all="ignore"):
+        x[:] = np.float32(cap) * lanes.tanh(x / np.float32(cap))
 
 
 def softmax(x: F32, threads: int = 1) -> None:
@@ -331,24 +424,26 @@ def softmax(x: F32, threads: int = 1) -> None:
 
 
 def kv_store(kv_type: BlockType, k: F32, v: F32, block: I32, offset: I32, kpool: Pool, vpool: Pool, kvh: int,
-             hd: int) -> None:  # fmt: skip
-    """Put k, v [m, kvh * hd] at (block[i], offset[i]) of the pools (`types.kv_pools` has their layouts)."""
-    require_pools(kv_type, kpool, vpool, kvh, hd)
+             hd: int, value_dim: int = 0) -> None:  # fmt: skip
+    """Put k [m, kvh * hd] and v [m, kvh * value_dim] at (block[i], offset[i]) of the pools (see `types.kv_pools`)."""
+    value_dim = value_dim or hd
+    require_pools(kv_type, kpool, vpool, kvh, hd, value_dim)
     require_rows("k", k, width=kvh * hd, dtype=np.float32)
-    require_rows("v", v, rows=len(k), width=kvh * hd, dtype=np.float32)
+    require_rows("v", v, rows=len(k), width=kvh * value_dim, dtype=np.float32)
     for name, array, limit in (("block", block, len(kpool)), ("offset", offset, KV_BLOCK)):
         require(name, array, (len(k),), np.int32)
         if len(k) and not 0 <= array.min() <= array.max() < limit:
             raise ValueError(f"{name} must be within 0..{limit - 1}")
-    rows, values = (x.reshape(len(k), kvh, hd) for x in (k, v))
+    rows, values = k.reshape(len(k), kvh, hd), v.reshape(len(k), kvh, value_dim)
     if kv_type == BlockType.Q8_0:
         for x, pool, is_keys in ((rows, kpool, True), (values, vpool, False)):
-            q, scales = _q8_parts(pool, hd, is_keys)
-            done = np.empty((len(k) * kvh, kv_type.row_bytes(hd)), np.uint8)
-            quantize(kv_type, np.ascontiguousarray(x).reshape(-1, hd), done)
+            dim = x.shape[2]
+            q, scales = _q8_parts(pool, dim, is_keys)
+            done = np.empty((len(k) * kvh, kv_type.row_bytes(dim)), np.uint8)
+            quantize(kv_type, np.ascontiguousarray(x).reshape(-1, dim), done)
             blocks = done.reshape(len(k), kvh, -1, kv_type.block_bytes)
             scales[block, :, :, offset] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-            mine = blocks[..., 2:].view(np.int8).reshape(len(k), kvh, hd)
+            mine = blocks[..., 2:].view(np.int8).reshape(len(k), kvh, dim)
             if is_keys:
                 q[block, :, :, offset] = mine
             else:
@@ -384,12 +479,20 @@ def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool
 
 def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool, pos: I32,
               table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
-              threads: int = 1) -> None:  # fmt: skip
-    """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]]."""
-    heads = len(kv_of_head)
+              threads: int = 1, value_dim: int = 0, sinks: F32 | None = None,
+              softcap: float = 0.0) -> None:  # fmt: skip
+    """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]].
+
+    q [m, heads * hd], out [m, heads * value_dim] (0: hd). `sinks` [heads]: a logit that takes part in the softmax's
+    denominator, and has no value (gpt-oss). `softcap` > 0: scores s become softcap * tanh(s / softcap) (Gemma 2).
+    """
+    heads, value_dim = len(kv_of_head), value_dim or hd
     require_rows("q", q, width=heads * hd, dtype=np.float32)
-    require_rows("out", out, rows=len(q), width=heads * hd, dtype=np.float32)
-    require_pools(kv_type, kpool, vpool, kvh, hd)
+    require_rows("out", out, rows=len(q), width=heads * value_dim, dtype=np.float32)
+    require_pools(kv_type, kpool, vpool, kvh, hd, value_dim)
+    require_vector("sinks", sinks, heads)
+    if softcap:
+        require_cap(softcap)
     require("pos", pos, (len(q),), np.int32)
     require("table_start", table_start, (len(q),), np.int32)
     require("table", table, (len(table),), np.int32)
@@ -406,20 +509,28 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool, po
         if not 0 <= used.min() <= used.max() < len(kpool):
             raise ValueError(f"row {i}: the block table names a block outside the pool of {len(kpool)}")
         keys = _kv_floats(kv_type, kpool, used, hd, True).transpose(1, 2, 0, 3).reshape(kvh, hd, -1)
-        values = _kv_floats(kv_type, vpool, used, hd, False).transpose(1, 0, 2, 3).reshape(kvh, -1, hd)
+        values = _kv_floats(kv_type, vpool, used, value_dim, False).transpose(1, 0, 2, 3)
+        values = values.reshape(kvh, -1, value_dim)
         skip = begin % KV_BLOCK
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):
-            part = slice(head * hd, (head + 1) * hd)
-            out[i, part] = _attend(q[i, part], keys[g][:, span], values[g][span], np.float32(scale))
+            mine = q[i, head * hd : (head + 1) * hd] * np.float32(scale)
+            sink = np.float32(-np.inf) if sinks is None else sinks[head]
+            out[i, head * value_dim : (head + 1) * value_dim] = _attend(
+                mine, keys[g][:, span], values[g][span], sink, np.float32(softcap)
+            )
 
 
-def _attend(q: F32, keys: F32, values: F32, scale: np.float32) -> F32:
-    """One head of one row: q [hd], keys [hd, t], values [t, hd]."""
+def _attend(q: F32, keys: F32, values: F32, sink: np.float32, cap: np.float32) -> F32:
+    """One head of one row: q [hd], scaled, keys [hd, t], values [t, value_dim]."""
     with np.errstate(all="ignore"):
-        scores = np.add.reduce((q * scale)[:, None] * keys, axis=0)[None]
-        e = lanes.exp(scores - lanes.lane_max(scores)[:, None])
-        mixed: F32 = np.add.reduce(e[0][:, None] * values, axis=0) / lanes.lane_sum(e)[0]
+        scores = np.add.reduce(q[:, None] * keys, axis=0)[None]
+        if cap:
+            scores = cap * lanes.tanh(scores / cap)
+        top = np.maximum(lanes.lane_max(scores), sink)
+        e = lanes.exp(scores - top[:, None])
+        total = lanes.lane_sum(e)[0] + lanes.exp(sink - top)[0]
+        mixed: F32 = np.add.reduce(e[0][:, None] * values, axis=0) / total
     return mixed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -72,6 +73,34 @@ class BlockType(IntEnum):
         return -(-k // self.block) * self.block_bytes
 
 
+class Activation(IntEnum):
+    """The function f of an MLP: down(f(gate) * up), or down(f(up)) without a gate."""
+
+    SILU = 0  # x / (1 + e^-x)
+    GELU = 1  # x times the normal distribution function of x
+    GELU_TANH = 2  # its approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
+    RELU2 = 3  # max(x, 0)^2
+    SIGMOID = 4  # 1 / (1 + e^-x)
+    SWIGLU_CLAMPED = (
+        5  # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1
+    )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm, or with `centred` LayerNorm, of rows of `width` values: weight * normalised + bias."""
+
+    width: int
+    eps: float
+    weight: F32 | None = None
+    bias: F32 | None = None
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bias is not None and not self.centred:
+            raise ValueError("an RMS norm has no bias")
+
+
 def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
     """Bytes of W [n, k] in kernel-ready form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
     type = BlockType(type)
@@ -123,22 +152,25 @@ def check_whole(k: int) -> None:
 
 
 def kv_pools(
-    kv_type: BlockType, blocks: int, heads: int, head_dim: int
+    kv_type: BlockType, blocks: int, heads: int, head_dim: int, value_dim: int = 0
 ) -> tuple[tuple[tuple[int, ...], type], tuple[tuple[int, ...], type]]:
     """Shapes and element types of the pools of keys and of values, of so many KV blocks of `KV_BLOCK` tokens.
 
-    F32 and F16 (seen as uint16): keys [block, head, dim, token] and values [block, head, token, dim]. Q8_0: bytes
-    [block, head, 34 * dim], of which the first are F16 scales [dim / 32, token], the others integers in that order.
-    ValueError if the cache cannot be of this type.
+    A head's keys have `head_dim` dimensions, its values `value_dim`, or with 0 as many. F32 and F16 (seen as uint16):
+    keys [block, head, dim, token] and values [block, head, token, dim]. Q8_0: bytes [block, head, 34 * dim], of which
+    the first are F16 scales [dim / 32, token], the others integers in that order. ValueError if the cache cannot be of
+    this type.
     """
+    value_dim = value_dim or head_dim
     if kv_type not in (BlockType.F32, BlockType.F16, BlockType.Q8_0):
         raise ValueError(f"the KV cache holds F32, F16 or Q8_0, not {BlockType(kv_type).name}")
-    if kv_type == BlockType.Q8_0 and head_dim % QUANT_BLOCK:
-        raise ValueError(
-            f"a Q8_0 KV cache needs heads of a multiple of {QUANT_BLOCK} dimensions, not {head_dim}"
-        )
     if kv_type == BlockType.Q8_0:
-        shape = (blocks, heads, kv_type.row_bytes(head_dim) * KV_BLOCK)
-        return (shape, np.uint8), (shape, np.uint8)
+        for dim in (head_dim, value_dim):
+            if dim % QUANT_BLOCK:
+                raise ValueError(
+                    f"a Q8_0 KV cache needs heads of a multiple of {QUANT_BLOCK} dimensions, not {dim}"
+                )
+        keys, values = ((blocks, heads, kv_type.row_bytes(dim) * KV_BLOCK) for dim in (head_dim, value_dim))
+        return (keys, np.uint8), (values, np.uint8)
     dtype = np.float32 if kv_type == BlockType.F32 else np.uint16
-    return ((blocks, heads, head_dim, KV_BLOCK), dtype), ((blocks, heads, KV_BLOCK, head_dim), dtype)
+    return ((blocks, heads, head_dim, KV_BLOCK), dtype), ((blocks, heads, KV_BLOCK, value_dim), dtype)

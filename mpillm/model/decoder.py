@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
+from mpillm.kernels.router import Router, route
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.rope import cos_sin
@@ -29,7 +30,7 @@ from mpillm.weights.source import Source
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-Half = Any  # kernels.AttentionHalf, FeedForwardHalf or Products
+Half = Any  # kernels.Attention, Mlp or Products
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Decoder:
             and not (config.o_bias or config.mlp_bias)
             and not any(config.moe_layers[number] for number in self._layers)
         )
-        self._whole: kernels.Layers | None = None
+        self._whole: kernels.LayerStack | None = None
         self._items = {(item.layer, item.part): number for number, item in enumerate(self._cache.items)}
         self._whole_bytes = sum(item.nbytes for item in self._cache.items if item.part == ATTENTION)
         experts = self._experts.items if self._experts else ()
@@ -125,8 +126,8 @@ class Decoder:
         if self._whole is None:
             self._layer_by_layer(x, batch, *angles)
         else:
-            kernels.compute(self._whole, x, *angles, batch.block, batch.offset, batch.positions, batch.table,
-                            batch.table_start, self._pipe.progress, self._threads)  # fmt: skip
+            where = batch.block, batch.offset, batch.positions, batch.table, batch.table_start
+            kernels.compute(self._whole, x, [(*angles, *where)], self._pipe.progress, self._threads)
             self._cache.count_hits(len(self._layers), self._whole_bytes)
         if self.is_last:
             return x
@@ -150,11 +151,13 @@ class Decoder:
             else:
                 self._add(self._mixture(number, h, *routed), x)
         if self._plain:
+            add = kernels.Residual()
             halves = [
-                (self._halves[ATTENTION, number], self._halves[DOWN, number]) for number in self._layers
+                (self._halves[ATTENTION, number], add, self._halves[DOWN, number], add)
+                for number in self._layers
             ]
             pools = [self._kv.take(i) for i in range(len(self._layers))]
-            self._whole = kernels.Layers(halves, self._kv.kv_type, pools)
+            self._whole = kernels.LayerStack(halves, self._kv.kv_type, pools)
 
     def final_norm(self, x: Floats) -> Floats:
         """The rows [m, d] as they enter the output head; what embeddings are pooled from."""
@@ -208,12 +211,16 @@ class Decoder:
         if self.config.o_bias:
             x += layer.vector("o_bias")
 
-    def _attention_half(self, layer: Layer, number: int) -> kernels.AttentionHalf:
+    def _attention_half(self, layer: Layer, number: int) -> kernels.Attention:
         config, vector = self.config, layer.vector
         biases = (vector("q_bias"), vector("k_bias"), vector("v_bias")) if config.attention_bias else None
-        return kernels.AttentionHalf(
-            vector("attn_norm"),
-            config.rms_eps,
+        norms = None
+        if config.qk_norm:
+            q, k = (
+                kernels.Norm(config.head_dim, config.rms_eps, vector(role)) for role in ("q_norm", "k_norm")
+            )
+            norms = q, k
+        return kernels.Attention(
             layer.matrix("q"),
             layer.matrix("k"),
             layer.matrix("v"),
@@ -222,9 +229,10 @@ class Decoder:
             self._kv_heads,
             config.head_dim,
             config.head_dim**-0.5,
-            config.windows[number],
-            biases,
-            (vector("q_norm"), vector("k_norm")) if config.qk_norm else None,
+            window=config.windows[number],
+            norm=kernels.Norm(config.hidden, config.rms_eps, vector("attn_norm")),
+            biases=biases,
+            qk_norms=norms,
         )
 
     def _feed_forward(self, layer: Layer, number: int, x: Floats) -> None:
@@ -237,16 +245,15 @@ class Decoder:
             with self._use(number, DOWN) as down:
                 x += down.vector("down_bias")
 
-    def _feed_forward_half(self, layer: Layer, number: int) -> kernels.FeedForwardHalf:
+    def _feed_forward_half(self, layer: Layer, number: int) -> kernels.Mlp:
         with ExitStack() as stack:
             gate, up, down = (stack.enter_context(self._use(number, part)) for part in (GATE, UP, DOWN))
-            return kernels.FeedForwardHalf(
-                layer.vector("ffn_norm"),
-                self.config.rms_eps,
+            return kernels.Mlp(
                 gate.matrix("gate"),
                 up.matrix("up"),
                 down.matrix("down"),
-                (gate.vector("gate_bias"), up.vector("up_bias")) if self.config.mlp_bias else None,
+                norm=kernels.Norm(self.config.hidden, self.config.rms_eps, layer.vector("ffn_norm")),
+                biases=(gate.vector("gate_bias"), up.vector("up_bias")) if self.config.mlp_bias else None,
             )
 
     def _feed_forward_in_parts(self, number: int, h: Floats, x: Floats) -> None:
@@ -261,25 +268,16 @@ class Decoder:
             if bias:
                 up += layer.vector("up_bias")
         with self._use(number, DOWN) as layer:
-            kernels.silu_mul(gate, up, gate, self._threads)
+            kernels.activate(kernels.Activation.SILU, gate, up, gate, self._threads)
             self._add(self._times(gate, layer.matrix("down")), x)
             if bias:
                 x += layer.vector("down_bias")
 
     def _route(self, layer: Layer, h: Floats) -> tuple[Floats, Ints]:
         """Each row's `experts_per_token` likeliest experts: their weights by the router's softmax, their numbers."""
-        config, threads = self.config, self._threads
-        m, chosen = len(h), config.experts_per_token
         scores = self._times(h, layer.matrix("router"))
-        kernels.softmax(scores, threads)
-        weights, ids = np.empty((m, chosen), np.float32), np.empty((m, chosen), np.int32)
-        kernels.top_k(scores, chosen, weights, ids, threads)
-        if config.norm_topk:
-            total = weights[:, 0].copy()
-            for j in range(1, chosen):  # one after the other: NumPy's own sum may pair them up
-                total += weights[:, j]
-            weights /= total[:, None]
-        return weights, ids
+        router = Router(self.config.experts_per_token, normalise=self.config.norm_topk)
+        return route(scores, router, self._threads)
 
     def _mixture(self, number: int, h: Floats, weights: Floats, ids: Ints) -> Floats:
         """Mixture of experts: the weighted sum of what each row's experts make of it.
@@ -294,7 +292,7 @@ class Decoder:
         at, weights = (order // ids.shape[1]).astype(np.int32), weights.ravel()[order]
         panels, done = np.zeros((self._expert_panels, *h.shape), np.float32), 0
         for layers in self._experts.in_turn((self._first_expert[number] + chosen).tolist()):
-            work = kernels.Mixture([layer.keep(_expert) for layer in layers])
+            work = kernels.Experts([layer.keep(_expert) for layer in layers])
             own = starts[done : done + len(layers) + 1]
             rows = slice(own[0], own[-1])
             kernels.compute(work, h, at[rows], own - own[0], weights[rows], panels, self._threads)

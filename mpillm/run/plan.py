@@ -16,6 +16,7 @@ from mpillm.partition.grid import Place, Shape
 from mpillm.run import catalogue, memory
 from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
 from mpillm.spec import Spec, shown_bytes
+from mpillm.store import readable
 from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget, streamed
 from mpillm.weights.plan import LayerPlan
@@ -206,7 +207,7 @@ def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) 
 
 def as_json(plan: Plan) -> str:
     """The plan for programs."""
-    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode()
+    return readable.as_json(plan).decode()
 
 
 def as_text(plan: Plan) -> str:

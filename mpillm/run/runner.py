@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,16 @@ from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
 from mpillm.store.journal import Journal, Layout, Part, began, first_layout, line_key
 from mpillm.store.output import Claim
+from mpillm.store.readable import printable
 from mpillm.text import load_tokenizer
+from mpillm.weights.finite import first_not_finite
+from mpillm.weights.inventory import described
 
 log = logging.getLogger(__name__)
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
+
+NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
@@ -197,7 +203,7 @@ class Leader:
         """Check the input and open the journal; MpillmError if either cannot be used."""
         self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
         self._path = model
-        self._name = model.stem if model.suffix == ".gguf" else model.resolve().name
+        self._name = printable(model.stem if model.suffix == ".gguf" else model.resolve().name)
         self._phases: dict[str, float] = {}
         self._clock = time.monotonic()
         config, source = session.config, session.source
@@ -217,6 +223,7 @@ class Leader:
         self._batch.keep_answered(self._journal.done)
         self._resumed = self._journal.resumed
         self._pending: dict[str, _Pending] = {}
+        self._not_finite: dict[str, str] = {}
         self._timeline: list[tuple[float, int, int]] = []
         self._warnings = [
             *self._journal.damage,
@@ -275,6 +282,8 @@ class Leader:
         own = self._session.statistics(len(self._batch))
         self._ranks = [own]  # if no more can be had
         self._ranks = self._session.world.gather(own)
+        if self._not_finite:
+            self.warn(self._why_not_finite())
         self._phase("compute")
 
     def write(self, begun: float) -> report.Report:
@@ -356,7 +365,11 @@ class Leader:
             return
         del self._pending[completion.request.id]
         completions = [found for found in pending.completions if found is not None]
-        self._journal.append(results.finished(pending.work, completions, self._model))
+        if all(found.finite for found in completions):
+            self._journal.append(results.finished(pending.work, completions, self._model))
+        else:
+            self._not_finite[pending.work.custom_id] = NOT_FINITE
+            self._journal.append(results.failed(pending.work, NOT_FINITE, status=500))
 
     def _save(self, request: Request, start: int, begun: Begun) -> None:
         """Let the journal have what a choice has generated from token `start` on."""
@@ -429,9 +442,18 @@ class Leader:
         del described["path"]
         return {"model": described, "job": self._spec.identity()}
 
+    def _why_not_finite(self) -> str:
+        count = len(self._not_finite)
+        what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
+        key = first_not_finite(self._session.source)
+        if key is not None:
+            return f"{what}: in {self._path}, {described(key)} is not; fetch or convert the model again."
+        return f"{what}, though its weights are."
+
     def _first_errors(self) -> dict[str, str]:
         bad = self._batch.errors[: report.SHOWN_ERRORS]
-        return {line.custom_id: line.error or "" for line in bad}
+        errors = {line.custom_id: line.error or "" for line in bad} | self._not_finite
+        return dict(islice(errors.items(), report.SHOWN_ERRORS))
 
 
 def _tokens(totals: Totals) -> report.Tokens:

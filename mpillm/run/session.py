@@ -27,6 +27,7 @@ from mpillm.run.limits import limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.journal import Layout
 from mpillm.store.report import Rank
+from mpillm.weights.finite import check_vectors
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
 from mpillm.weights.opening import open_source
@@ -93,6 +94,8 @@ class Session:
             self.config = ModelConfig.from_dict(self.source.config, str(model))
             self.shape = self.config.shape(column_unit(self.source))
             check_tensors(self.source, self.shape, self.config)
+            if world.rank == 0:
+                check_vectors(self.source)
             self._activations = activations_of(self.source, self.shape)
             self.kv_type = stored_type(spec.memory.kv_type, self.shape)
             self.fingerprint = fingerprint(self.source)

@@ -13,6 +13,7 @@ import msgspec
 from mpillm.errors import JobError
 from mpillm.spec import shown_bytes
 from mpillm.store.output import replacing
+from mpillm.store.readable import as_json, printable
 
 JSON, HTML = "report.json", "report.html"
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
@@ -198,7 +199,7 @@ def _memory_used(ranks: Sequence[Rank]) -> str:
 def write(directory: Path, report: Report) -> None:
     """Write report.json."""
     with replacing(directory / JSON) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        file.write(as_json(report))
         file.write(b"\n")
 
 
@@ -234,7 +235,7 @@ pre{background:#f6f6f6;padding:.7rem;overflow-x:auto}"""
 
 
 def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: str | None) -> str:
-    title = html.escape(f"mpillm: {name}")
+    title = html.escape(f"mpillm: {printable(name)}")
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
     ]
@@ -260,7 +261,7 @@ def _page(name: str, report: Report, plots: Sequence[tuple[str, str]], missing: 
         parts.append(f"<h2>Errors (the first {len(report.errors)} of {report.requests.errors})</h2>")
         parts.append(_table(("custom_id", "error"), report.errors.items()))
     for heading, values in (("Model", report.model), ("Job", report.job), ("Versions", report.versions)):
-        shown = msgspec.json.format(msgspec.json.encode(values), indent=2).decode()
+        shown = as_json(values).decode()
         parts.append(f"<h2>{heading}</h2><pre>{html.escape(shown)}</pre>")
     return "\n".join(parts) + "\n"
 

@@ -16,6 +16,12 @@ from mpillm.text.parts import END_NAMES, Parts, checked, looks_special
 log = logging.getLogger(__name__)
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OBEYED_KEYS = {
+    "LlamaTokenizer",
+    "CodeLlamaTokenizer",
+    "GemmaTokenizer",
+    "CohereTokenizer",
+}  # by transformers 4
 OLD_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -41,6 +47,7 @@ def read(path: Path) -> Parts | None:
     _control(parts, config)
     parts.end_ids = _end_ids(parts, folder)
     parts.templates = _templates(folder, config)
+    _warn_of_old_saves(parts, config)
     return parts
 
 
@@ -140,6 +147,26 @@ def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
     names = {parts.named.get("eos_token")} | (set() if generation else END_NAMES & parts.control)
     ids |= {id for name in names if name and (id := parts.core.token_to_id(name)) is not None}
     return frozenset(ids)
+
+
+def _warn_of_old_saves(parts: Parts, config: dict[str, Any]) -> None:
+    """Say where add_bos_token or add_eos_token means something else than what tokenizer.json does.
+
+    The post-processor in tokenizer.json decides, as in transformers 5, which drops both keys when it loads or saves a
+    tokenizer. Of some classes transformers 4 made a post-processor from the keys, whatever tokenizer.json had.
+    """
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in OBEYED_KEYS:
+        return
+    bare, full = (list(parts.core.encode("a", add_special_tokens=add).ids) for add in (False, True))
+    for key, name, at in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", -1)):
+        id = parts.core.token_to_id(parts.named.get(name, ""))
+        adds = len(full) > len(bare) and full[at] == id
+        if id is not None and isinstance(config.get(key), bool) and config[key] != adds:
+            log.warning(
+                "tokenizer_config.json beside %s says %s = %s, but tokenizer.json adds %s %s: it decides, as in "
+                "transformers 5 (transformers 4 obeyed the key); a prompt may hold the token itself",
+                *(parts.where, key, str(config[key]).lower(), "a" if adds else "no", parts.named[name]),
+            )
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

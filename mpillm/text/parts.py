@@ -30,8 +30,8 @@ class Parts:
     named: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", as templates know them
     control: set[str] = field(default_factory=set)  # tokens that structure a text and are no part of it
     end_ids: frozenset[int] = frozenset()
-    # None: the tokenizer's own post-processor says what is added. With a tokenizer.json it always does: transformers
-    # ignores add_bos_token in tokenizer_config.json then, too.
+    # None: the tokenizer's own post-processor decides. With a tokenizer.json it always does, whatever add_bos_token in
+    # tokenizer_config.json says, as in transformers 5.
     add_bos: bool | None = None
     add_eos: bool | None = None
     templates: dict[str, str] = field(default_factory=dict)  # "default", "tool_use", ...

@@ -7,6 +7,7 @@ writes it. Added tokens that are not control (Qwen3's <think>) are words like ot
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -150,19 +151,23 @@ class Tokenizer:
             if count > most:
                 raise too_long
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True, start: bool = True) -> str:
+    def decode(
+        self, ids: Sequence[int], skip_special: bool = True, start: bool = True, final: bool = True
+    ) -> str:
         """The text of ids, without control tokens if `skip_special`.
 
-        Bytes that are no UTF-8 become U+FFFD. `start` says that the text begins with them: a SentencePiece
-        tokenizer puts a space before its first word, which is then taken away.
+        Bytes that are no UTF-8 become U+FFFD; those at the end that only lack their rest are left out unless the
+        text is `final`. `start` says that the text begins with these ids: a SentencePiece tokenizer puts a space
+        before its first word, which is then removed.
         """
         if not self.by_bytes:
             kept = [id for id in ids if not (skip_special and self.is_control(id))]
-            return self._core.decode(kept, skip_special_tokens=False)
+            text = self._core.decode(kept, skip_special_tokens=False)
+            return text if final else text.rstrip("\ufffd")
         data = b"".join(self.token_bytes(id) for id in ids if not (skip_special and self.is_control(id)))
         if start and self.strips_space:
             data = data.removeprefix(b" ")
-        return data.decode("utf-8", errors="replace")
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for; none for ids beyond the tokenizer (models pad their vocabulary)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,9 @@ class Source(Protocol):
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """Rows of the embedding table, as float32."""
+
+    def floats(self, key: Key) -> Iterator[NDArray[Any]]:
+        """The floating-point numbers that a tensor is stored in, piece by piece: its values, or its blocks' scales."""
 
     def close(self) -> None:
         """Let go of the files."""

@@ -27,7 +27,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 pytestmark = [
-    pytest.mark.mpi,
+    pytest.mark.mpiexec,
     pytest.mark.skipif(not COMPILED, reason="the extension is not built, and NumPy's products promise less"),
 ]
 

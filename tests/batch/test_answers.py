@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mpillm.batch import answers
 from mpillm.batch.endpoints.embeddings import normalized
@@ -97,6 +98,18 @@ def test_stop_strings_and_stop_ids(tmp_path: Path) -> None:
     assert (choice["text"], choice["stop_reason"]) == ("the quick foxes", stop_id)
     (choice,) = answer(work, [TEXT.encode("the", False)])["choices"]
     assert (choice["text"], choice["stop_reason"], choice["finish_reason"]) == ("the", None, "length")
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}])
+def test_an_answer_that_is_cut_inside_a_character(body: dict[str, Any], tmp_path: Path) -> None:
+    """The bytes that lack their rest are no part of the text, but their tokens are of the ids and log-probabilities."""
+    (work,) = works(tmp_path, {**body, "return_token_ids": True})
+    ids = TEXT.encode("ok\N{SNOWMAN}\N{SNOWMAN}", False)
+    for cut in range(1, 3):
+        (choice,) = answer(work, [ids[:-cut]], finish_reason="length")["choices"]
+        text = choice["message"]["content"] if "messages" in body else choice["text"]
+        assert text == "ok\N{SNOWMAN}"
+        assert choice["token_ids"] == ids[:-cut]
 
 
 def test_scoring(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_kernels_are_measured_beside_the_limits(measured: tuple[Bench, str]) -> 
     assert {kernel.detail.split()[0] for kernel in products} == {kind.name for kind in BlockType}
     assert {kernel.rows for kernel in products} == {1, 32, 512}
     small = {kernel.name for kernel in made.kernels if kernel.over_scalar is not None}
-    assert small >= {"rms_norm", "rope", "silu_mul", "softmax", "attention", "quantize_rows", "top_k"}
+    assert small >= {"rms_norm", "rope", "activate", "softmax", "attention", "quantize_rows", "top_k"}
     if machine_has_limits():
         assert all(kernel.read_share == kernel.rate / made.machine.read[1] for kernel in made.kernels)
         quantised = [kernel for kernel in products if kernel.detail.startswith("Q")]

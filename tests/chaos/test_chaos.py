@@ -10,7 +10,7 @@ from tests.chaos.harness import Chaos
 from tests.conftest import Mpi
 
 
-@pytest.mark.mpi
+@pytest.mark.mpiexec
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_disturbances(openmpi: Mpi, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
-pytestmark = [pytest.mark.hosts, pytest.mark.mpi, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec, pytest.mark.timeout(240)]
 
 
 def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:

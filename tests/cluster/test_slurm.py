@@ -16,7 +16,7 @@ from tests.cluster.jobs import reference, results, write_job
 from tests.cluster.slurm import Slurm
 from tests.conftest import ROOT, Mpi, run_bounded
 
-pytestmark = [pytest.mark.slurm, pytest.mark.mpi, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slurm, pytest.mark.mpiexec, pytest.mark.timeout(180)]
 
 NODES = ("n0", "n1", "n2", "n3")
 

@@ -75,7 +75,7 @@ def test_an_agreement_that_does_not_come_ends_the_process() -> None:
     )
 
 
-@pytest.mark.mpi
+@pytest.mark.mpiexec
 def test_a_vague_error_is_a_loss_if_mpi_hears_of_one_in_a_moment(openmpi: Mpi) -> None:
     """A nonblocking collective that had just begun its next round says MPI_ERR_OTHER, and may say it first."""
     program = """

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,14 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.config import ModelConfig
 from mpillm.tools.pack import Weights, pack
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
-from tests.model.engine_harness import _alone, run_laid_out
-from tests.model.golden import GGUFS, MODELS
+from tests.model.engine_harness import _alone, run_laid_out, vocab_of
+from tests.model.golden import GGUFS, MODELS, path_of
 from tests.model.test_smollm2 import smollm2
 from tests.tools.test_pack import Quiet
-from tests.tools.test_pack import model_path as path_of
 
 from .recorded import check, digest_of, requests
 
@@ -48,12 +44,6 @@ def _restore() -> Iterator[None]:
     before = kernels.path()
     yield
     kernels.set_path(before)
-
-
-@functools.cache
-def vocab_of(model: Path) -> int:
-    with closing(open_source(model)) as source:
-        return ModelConfig.from_dict(source.config).vocab
 
 
 def answers(model: Path, **job: Any) -> str:
@@ -119,7 +109,7 @@ def test_packed(name: str, weights: Weights, tmp_path: Path) -> None:
         check({like: answers(tmp_path / "packed", **budgets(tmp_path / "packed"), loader=loader)})
 
 
-@pytest.mark.mpi
+@pytest.mark.mpiexec
 def test_whole_jobs(openmpi: Mpi, tmp_path: Path) -> None:
     """Texts, chats, choices, errors, scores, embeddings: the lines of results.jsonl and the tables of results.h5."""
     lines = [*mixed_lines(24), {"custom_id": "bad", "method": "POST", "url": "/v1/nothing", "body": {}}]

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.mpiexec, pytest.mark.timeout(240)]
 SETTINGS = ["batch.max_num_seqs=2"]
 
 

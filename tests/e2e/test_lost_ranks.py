@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Mpi, get_mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 PROGRAM = Path(__file__).with_name("dying.py")
 SETTINGS = ["batch.max_num_seqs=4"]
 

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Mpi, clean_environment, get_mpi, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 PROGRAM = Path(__file__).with_name("failing_reads.py")
 REQUESTS = 24
 

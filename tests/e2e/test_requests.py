@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import Mpi
 from tests.e2e.jobs import results, run, write_lines
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 PROMPT = "the quick brown fox"
 
 

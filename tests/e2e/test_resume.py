@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import Mpi, get_mpi
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 
 
 def start(mpi: Mpi, ranks: int, arguments: list[str]) -> subprocess.Popen[bytes]:

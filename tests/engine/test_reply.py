@@ -103,6 +103,21 @@ def test_shards_give_the_same_bits_as_one(shards: int) -> None:
     assert all(same(one, other) for one, other in zip(whole, parts, strict=True))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1.5e38])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_rows_that_are_not_finite_are_told_and_cost_no_other(shards: int, bad: float) -> None:
+    """Also one value in one shard; a sum that overflows is no such row."""
+    logits, outputs = rows(), step().outputs
+    sizes = [VOCAB // shards] * shards
+    sound = merge(answers(shards, logits)[1], outputs, sizes)
+    logits[[2, 7], 150:154] = bad
+    found = merge(answers(shards, logits)[1], outputs, sizes)
+    expected = [output.row not in (2, 7) or bad == 1.5e38 for output in outputs]
+    assert [candidates.finite for candidates in found] == expected
+    for output, one, other in zip(outputs, found, sound, strict=True):
+        assert output.row in (2, 7) or same(one, other)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("k", [140, VOCAB])
 def test_more_candidates_go_on_where_the_first_ended(shards: int, k: int) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from mpillm import kernels
-from mpillm.kernels import BlockType
+from mpillm.kernels import Activation, BlockType
 
 Array = np.ndarray[Any, Any]
 KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0)
-OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "silu_mul", "softmax", "top_k", "lse_parts",
-       "attention", "fold")  # fmt: skip
+OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "activate", "softmax", "top_k", "lse_parts",
+       "attention", "fold", "layer_norm", "square_sums", "softcap")  # fmt: skip
 
 
 @dataclass
@@ -86,21 +86,41 @@ def _dequantize(threads: int, type: int, n: int, k: int, canonical: Array) -> li
     return [out]
 
 
-def _rms_norm(threads: int, m: int, d: int, x: Array, w: Array, eps: Array) -> list[Array]:
+def _rms_norm(threads: int, m: int, d: int, groups: int, x: Array, w: Array, eps: Array) -> list[Array]:
     out = np.empty_like(x)
-    kernels.rms_norm(x, w, float(eps[0]), out, threads)
+    kernels.rms_norm(x, w if len(w) else None, float(eps[0]), out, threads, groups)
     return [out]
 
 
-def _rope(threads: int, m: int, heads: int, hd: int, x: Array, cos: Array, sin: Array) -> list[Array]:
-    kernels.rope(x, cos, sin, heads, hd, threads)
+def _layer_norm(threads: int, m: int, d: int, x: Array, w: Array, bias: Array, eps: Array) -> list[Array]:
+    out = np.empty_like(x)
+    kernels.layer_norm(x, w if len(w) else None, bias if len(bias) else None, float(eps[0]), out, threads)
+    return [out]
+
+
+def _square_sums(threads: int, m: int, d: int, x: Array) -> list[Array]:
+    out = np.empty(m, np.float32)
+    kernels.square_sums(x, out, threads)
+    return [out]
+
+
+def _rope(threads: int, m: int, heads: int, hd: int, rotary: int, interleaved: int, x: Array, cos: Array,
+          sin: Array) -> list[Array]:  # fmt: skip
+    kernels.rope(x, cos, sin, heads, hd, threads, rotary, bool(interleaved))
     return [x]
 
 
-def _silu_mul(threads: int, m: int, d: int, gate: Array, up: Array) -> list[Array]:
+def _activate(threads: int, m: int, d: int, kind: int, gate: Array, up: Array, limit: Array) -> list[Array]:
     out = np.empty_like(gate)
-    kernels.silu_mul(gate, up, out, threads)
+    kernels.activate(
+        Activation(kind), gate, up if len(up) else None, out, threads, float(limit[0]), float(limit[1])
+    )
     return [out]
+
+
+def _softcap(threads: int, m: int, d: int, x: Array, cap: Array) -> list[Array]:
+    kernels.softcap(x, float(cap[0]), threads)
+    return [x]
 
 
 def _softmax(threads: int, m: int, d: int, x: Array) -> list[Array]:
@@ -123,18 +143,18 @@ def _lse_parts(
 
 
 def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, kvh: int, hd: int, window: int,
-               pool: int, k: Array, v: Array, block: Array, offset: Array, q: Array, pos: Array, table: Array,
-               table_start: Array, kv_of_head: Array, scale: Array) -> list[Array]:  # fmt: skip
+               pool: int, vd: int, k: Array, v: Array, block: Array, offset: Array, q: Array, pos: Array, table: Array,
+               table_start: Array, kv_of_head: Array, scale: Array, sinks: Array) -> list[Array]:  # fmt: skip
     kind = BlockType(kv_type)
-    kpool, vpool = (np.empty(shape, dtype) for shape, dtype in kernels.kv_pools(kind, pool, kvh, hd))
+    kpool, vpool = (np.empty(shape, dtype) for shape, dtype in kernels.kv_pools(kind, pool, kvh, hd, vd))
     for one in (kpool, vpool):  # NaN: what was never stored must not be read
         one.view(np.float32 if kind == BlockType.F32 else np.uint16)[...] = (
             np.nan if kind == BlockType.F32 else 0x7E00
         )
-    kernels.kv_store(kind, k, v, block, offset, kpool, vpool, kvh, hd)
-    out = np.empty_like(q)
+    kernels.kv_store(kind, k, v, block, offset, kpool, vpool, kvh, hd, vd)
+    out = np.empty((rows, heads * vd), np.float32)
     kernels.attention(kind, q, out, kpool, vpool, pos, table, table_start, kv_of_head, kvh, hd, float(scale[0]),
-                      window, threads)  # fmt: skip
+                      window, threads, vd, sinks if len(sinks) else None, float(scale[1]))  # fmt: skip
     return [kpool, vpool, out]
 
 
@@ -215,8 +235,9 @@ def product(
 
 
 def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
-              threads: int = 1) -> Case:  # fmt: skip
+              threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0) -> Case:  # fmt: skip
     """Several sequences with scattered blocks; a few rows of each at random positions."""
+    vd = vd or hd
     lengths = rng.integers(1, 150, 3)
     blocks = rng.permutation(40).astype(np.int32)
     start = np.concatenate([[0], np.cumsum(-(-lengths // 32))])
@@ -226,19 +247,34 @@ def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int,
     pos = np.array([rng.integers(lengths[s]) for s in owner], np.int32)
     kv_of_head = np.sort(rng.integers(0, kvh, heads)).astype(np.int32)
     stored = len(where)
-    k, v = (rng.standard_normal((stored, kvh * hd)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((stored, kvh * dim)).astype(np.float32) for dim in (hd, vd))
     q = 3 * rng.standard_normal((rows, heads * hd)).astype(np.float32)
-    ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40]
+    ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40, vd]
+    sink = 3 * rng.standard_normal(heads if sinks else 0).astype(np.float32)
     arrays = [k, v, block, offset, q, pos, blocks, start[owner].astype(np.int32), kv_of_head,
-              np.array([hd**-0.5], np.float32)]  # fmt: skip
+              np.array([hd**-0.5, softcap], np.float32), sink]  # fmt: skip
     return Case("attention", ints, arrays, threads, f"lengths {lengths.tolist()}")
 
 
 def small(rng: np.random.Generator, m: int, d: int, threads: int = 1) -> Iterator[Case]:
     """Every operation on rows, for m rows of d values."""
     x = values(rng, m, d)
-    yield Case("rms_norm", [m, d], [x, values(rng, d), np.array([1e-5], np.float32)], threads)
-    yield Case("silu_mul", [m, d], [8 * x, values(rng, m, d)], threads)
+    eps, none = np.array([1e-5], np.float32), np.empty(0, np.float32)
+    for groups in {1, next(n for n in (3, 2, 1) if d % n == 0)}:
+        for w in (values(rng, d), none):
+            yield Case("rms_norm", [m, d, groups], [x, w, eps], threads)
+    yield Case("layer_norm", [m, d], [x + np.float32(3), values(rng, d), values(rng, d), eps], threads)
+    yield Case("layer_norm", [m, d], [x, values(rng, d), none, eps], threads)
+    yield Case("layer_norm", [m, d], [x, none, none, eps], threads)
+    yield Case("square_sums", [m, d], [x], threads)
+    for kind in Activation:
+        parameters = np.array([7, 1.702], np.float32)
+        yield Case("activate", [m, d, int(kind)], [8 * x, values(rng, m, d) * 8, parameters], threads)
+        if kind != Activation.SWIGLU_CLAMPED:
+            yield Case(
+                "activate", [m, d, int(kind)], [8 * x, np.empty((0, d), np.float32), parameters], threads
+            )
+    yield Case("softcap", [m, d], [20 * x, np.array([30], np.float32)], threads)
     yield Case("softmax", [m, d], [5 * x], threads)
     for k in (1, 7, d + 3):
         coarse = np.where(np.abs(x) < 5, np.round(x * 4), x).astype(np.float32)  # ties
@@ -254,8 +290,10 @@ def small(rng: np.random.Generator, m: int, d: int, threads: int = 1) -> Iterato
             "dequantize", [int(type), m, whole(type, d)], [canonical(rng, type, m, whole(type, d))], threads
         )
     hd = 2 * (d // 2 + 1)
-    angles = rng.standard_normal((m, hd // 2)).astype(np.float32)
-    yield Case("rope", [m, 3, hd], [values(rng, m, 3 * hd), np.cos(angles), np.sin(angles)], threads)
+    for rotary, interleaved in ((hd, 0), (hd, 1), (max(hd // 4 * 2, 2), 0), (max(hd // 3 // 2 * 2, 2), 1)):
+        angles = rng.standard_normal((m, rotary // 2)).astype(np.float32)
+        arrays = [values(rng, m, 3 * hd), np.cos(angles), np.sin(angles)]
+        yield Case("rope", [m, 3, hd, rotary, interleaved], arrays, threads)
 
 
 def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
@@ -276,3 +314,10 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
             rng, kv_type, 64, heads=9, kvh=3, window=int(rng.choice([0, 50])), rows=40, threads=threads
         )
         yield attention(rng, kv_type, 320, heads=3, kvh=1, window=0, rows=12, threads=threads)
+        for hd, vd, rows in ((64, 32, 3), (96, 128, 30), (288, 64, 7)):
+            yield attention(
+                rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 30])), rows=rows, threads=threads, vd=vd,
+                sinks=bool(rng.integers(2)), softcap=float(rng.choice([0, 5])),
+            )  # fmt: skip
+        yield attention(rng, kv_type, 32, heads=4, kvh=2, window=20, rows=9, threads=threads, sinks=True)
+        yield attention(rng, kv_type, 32, heads=4, kvh=2, window=0, rows=9, threads=threads, softcap=2.5)

@@ -73,31 +73,35 @@ static void product(void) {
     give(out, out_bytes);
 }
 
+static const void *optional(int array) { return sizes[array] ? arrays[array] : NULL; }
+
 static void attention(void) {
-    int type = ints[0], stored = ints[1], rows = ints[2], heads = ints[3], kvh = ints[4], hd = ints[5];
-    size_t bytes = (size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, hd);
+    int type = ints[0], stored = ints[1], rows = ints[2], heads = ints[3], kvh = ints[4], hd = ints[5], vd = ints[8];
+    size_t bytes[2] = {(size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, hd),
+                       (size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, vd)};
     const uint32_t nan = type == MK_F32 ? 0x7fc00000u : 0x7e007e00u;
     uint8_t *pools[2];
     for (int p = 0; p < 2; p++) {
-        pools[p] = make(bytes, 0);
-        for (size_t i = 0; i < bytes; i += 4) memcpy(pools[p] + i, &nan, bytes - i < 4 ? bytes - i : 4);
+        pools[p] = make(bytes[p], 0);
+        for (size_t i = 0; i < bytes[p]; i += 4) memcpy(pools[p] + i, &nan, bytes[p] - i < 4 ? bytes[p] - i : 4);
     }
-    float *out = make((size_t)(rows * heads * hd) * 4, 0), scale;
-    memcpy(&scale, arrays[9], 4);
-    mk_kv_store(&work, type, arrays[0], kvh * hd, arrays[1], kvh * hd, arrays[2], arrays[3], stored, pools[0], pools[1],
-                kvh, hd);
-    mk_attention(&work, type, arrays[4], heads * hd, out, heads * hd, pools[0], pools[1], arrays[5], arrays[6],
-                 arrays[7], arrays[8], rows, heads, kvh, hd, scale, ints[6]);
-    give(pools[0], bytes);
-    give(pools[1], bytes);
-    give(out, (size_t)(rows * heads * hd) * 4);
+    const size_t out_bytes = (size_t)(rows * heads * vd) * 4;
+    float *out = make(out_bytes, 0), scale[2]; /* of scores, and their soft cap */
+    memcpy(scale, arrays[9], sizeof scale);
+    mk_kv_store(&work, type, arrays[0], kvh * hd, arrays[1], kvh * vd, arrays[2], arrays[3], stored, pools[0], pools[1],
+                kvh, hd, vd);
+    mk_attention(&work, type, arrays[4], heads * hd, out, heads * vd, pools[0], pools[1], arrays[5], arrays[6],
+                 arrays[7], arrays[8], rows, heads, kvh, hd, vd, scale[0], ints[6], optional(10), scale[1]);
+    give(pools[0], bytes[0]);
+    give(pools[1], bytes[1]);
+    give(out, out_bytes);
 }
 
 /* The others: one or two outputs of the shape of the first array or stated by the numbers. */
 static void run(int op) {
     long a = ints[0], b = ints[1], c = ints[2], blocks = mk_blocks(c, mk_block((int)a));
     size_t cells = (size_t)(a * b) * 4;
-    float *out = NULL, eps;
+    float *out = NULL, eps, limits[2];
     int32_t *ids;
     uint8_t *bytes;
     switch (op) {
@@ -114,14 +118,17 @@ static void run(int op) {
         return;
     case 3:
         memcpy(&eps, arrays[2], 4);
-        mk_rms_norm(&work, arrays[0], b, arrays[1], eps, a, b, out = make(cells, 0), b);
+        mk_rms_norm(&work, arrays[0], b, optional(1), eps, (int)c, a, b, out = make(cells, 0), b);
         break;
     case 4:
         cells = (size_t)sizes[0];
         memcpy(out = make(cells, 0), arrays[0], cells);
-        mk_rope(&work, out, b * c, arrays[1], arrays[2], a, (int)b, (int)c);
+        mk_rope(&work, out, b * c, arrays[1], arrays[2], a, (int)b, (int)c, ints[3], ints[4]);
         break;
-    case 5: mk_silu_mul(&work, arrays[0], b, arrays[1], b, a, b, out = make(cells, 0), b); break;
+    case 5:
+        memcpy(limits, arrays[2], sizeof limits);
+        mk_activate(&work, (int)c, arrays[0], b, optional(1), b, limits[0], limits[1], a, b, out = make(cells, 0), b);
+        break;
     case 6:
         memcpy(out = make(cells, 0), arrays[0], cells);
         mk_softmax(&work, out, b, a, b);
@@ -140,6 +147,19 @@ static void run(int op) {
     case 10:
         cells = (size_t)(b * c) * 4;
         mk_fold(&work, arrays[0], (int)a, b, c, out = make(cells, 0), c);
+        break;
+    case 11:
+        memcpy(&eps, arrays[3], 4);
+        mk_layer_norm(&work, arrays[0], b, optional(1), optional(2), eps, a, b, out = make(cells, 0), b);
+        break;
+    case 12:
+        cells = (size_t)a * 4;
+        mk_square_sums(&work, arrays[0], b, a, b, out = make(cells, 0));
+        break;
+    case 13:
+        memcpy(&eps, arrays[1], 4);
+        memcpy(out = make(cells, 0), arrays[0], cells);
+        mk_softcap(&work, out, b, eps, a, b);
         break;
     default: stop("unknown operation");
     }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.kernels import BlockType
+from mpillm.kernels import Activation, BlockType
 
 Q8, Q4_K, BF16, F32 = BlockType.Q8_0, BlockType.Q4_K, BlockType.BF16, BlockType.F32
 
@@ -30,11 +30,27 @@ def i4(*values: int) -> Any:
     return np.array(values, np.int32)
 
 
-def attend(pos: Any, table: Any, kv_of_head: Any = None, kv_type: BlockType = F32, pool: Any = None) -> None:
+def attend(
+    pos: Any, table: Any, kv_of_head: Any = None, kv_type: BlockType = F32, pool: Any = None, **options: Any
+) -> None:
     heads = i4(0, 0) if kv_of_head is None else kv_of_head
     kpool = f4(4, 1, 8, 32) if pool is None else pool
     kernels.attention(
-        kv_type, f4(1, 16), f4(1, 16), kpool, f4(4, 1, 32, 8), pos, table, i4(0), heads, 1, 8, 1.0, 0, 1
+        kv_type,
+        f4(1, 16),
+        f4(1, 16),
+        kpool,
+        f4(4, 1, 32, 8),
+        pos,
+        table,
+        i4(0),
+        heads,
+        1,
+        8,
+        1.0,
+        0,
+        1,
+        **options,
     )
 
 
@@ -93,9 +109,26 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
     (r"uint8|'uint8_t'", lambda: kernels.matmul(Q8, f4(544), 3, 32, [0, 32], u8(1, 40), f4(1, 3))),
     (r"parts must be .* not \(3, 1, 8\)", lambda: kernels.fold(f4(3, 1, 8), f4(1, 8))),
     (r"w must have shape \[8\], not \[7\]", lambda: kernels.rms_norm(f4(1, 8), f4(7), 1e-5, f4(1, 8))),
+    (r"8 columns are not 3 groups", lambda: kernels.rms_norm(f4(1, 8), None, 1e-5, f4(1, 8), groups=3)),
+    (r"bias must have shape \[8\], not \[7\]",
+     lambda: kernels.layer_norm(f4(1, 8), None, f4(7), 1e-5, f4(1, 8))),
+    (r"out must have shape \[2\], not \[1\]", lambda: kernels.square_sums(f4(2, 8), f4(1))),
+    (r"a soft cap must be above 0, not -1", lambda: kernels.softcap(f4(2, 8), -1.0)),
+    (r"rope rotates an even number of a head's 8 dimensions, not 10",
+     lambda: kernels.rope(f4(1, 16), f4(1, 5), f4(1, 5), 2, 8, rotary=10)),
+    (r"rope rotates an even number of a head's 8 dimensions, not 3",
+     lambda: kernels.rope(f4(1, 16), f4(1, 1), f4(1, 1), 2, 8, rotary=3)),
+    (r"cos must have shape \[1, 2\], not \[1, 4\]",
+     lambda: kernels.rope(f4(1, 16), f4(1, 4), f4(1, 4), 2, 8, rotary=4)),
+    (r"there is no activation 6", lambda: kernels.activate(6, f4(1, 8), None, f4(1, 8))),
+    (r"the clamped SwiGLU needs up and a limit above 0",
+     lambda: kernels.activate(Activation.SWIGLU_CLAMPED, f4(1, 8), None, f4(1, 8), limit=7.0)),
+    (r"the clamped SwiGLU needs up and a limit above 0",
+     lambda: kernels.activate(Activation.SWIGLU_CLAMPED, f4(1, 8), f4(1, 8), f4(1, 8))),
     (r"rope needs an even head dimension, not 7", lambda: kernels.rope(f4(1, 14), f4(1, 3), f4(1, 3), 2, 7)),
     (r"sin must have shape \[1, 4\], not \[1, 3\]", lambda: kernels.rope(f4(1, 16), f4(1, 4), f4(1, 3), 2, 8)),
-    (r"up must have shape \[1, 8\], not \[2, 8\]", lambda: kernels.silu_mul(f4(1, 8), f4(2, 8), f4(1, 8))),
+    (r"up must have shape \[1, 8\], not \[2, 8\]",
+     lambda: kernels.activate(Activation.SILU, f4(1, 8), f4(2, 8), f4(1, 8))),
     (r"ids must have shape \[1, 3\], not \[1, 4\]",
      lambda: kernels.top_k(f4(1, 8), 3, f4(1, 3), np.zeros((1, 4), np.int32))),
     (r"bounds must rise within 0..8: \[0, 9\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 9), f4(1, 1, 3))),
@@ -105,6 +138,12 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
     (r"vpool must have shape \[4, 1, 1088\], not \[4, 1, 1024\]",
      lambda: kernels.kv_store(Q8, f4(1, 32), f4(1, 32), i4(0), i4(0), u8(4, 1, 1088), u8(4, 1, 1024), 1, 32)),
     (r"kpool must have shape \[4, 1, 8, 32\], not \[4, 1, 9, 32\]", lambda: attend(i4(0), i4(0), pool=f4(4, 1, 9, 32))),
+    (r"vpool must have shape \[4, 1, 32, 4\], not \[4, 1, 32, 8\]",
+     lambda: kernels.kv_store(F32, f4(1, 8), f4(1, 4), i4(0), i4(0), f4(4, 1, 8, 32), f4(4, 1, 32, 8), 1, 8, 4)),
+    (r"v must have shape \[1, 4\], not \[1, 8\]",
+     lambda: kernels.kv_store(F32, f4(1, 8), f4(1, 8), i4(0), i4(0), f4(4, 1, 8, 32), f4(4, 1, 32, 4), 1, 8, 4)),
+    (r"sinks must have shape \[2\], not \[1\]", lambda: attend(i4(0), i4(0), sinks=f4(1))),
+    (r"a soft cap must be above 0, not -2", lambda: attend(i4(0), i4(0), softcap=-2.0)),
     (r"kv_of_head must be within 0..0", lambda: attend(i4(0), i4(0), i4(0, 1))),
     (r"row 0: position 32 lies outside its block table of 1 blocks", lambda: attend(i4(32), i4(0))),
     (r"row 0: the block table names a block outside the pool of 4", lambda: attend(i4(33), i4(0, 4))),

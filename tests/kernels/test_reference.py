@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import gguf.quants
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.kernels import BlockType, lanes, reference
+from mpillm.kernels import Activation, BlockType, lanes, reference
 from tests.kernels import cases
 
 
@@ -155,11 +156,15 @@ SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
         if kind != BlockType.Q8_0 or shape[0] >= 32
     ],
 )
-def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int) -> None:
-    """Softmax attention in float64 over the rows that were stored."""
-    case = cases.attention(np.random.default_rng(hd), kv_type, hd, heads, kvh, window)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, softcap: float) -> None:
+    """Softmax attention in float64 over the rows that were stored: half of them with sinks and narrower values."""
+    vd, sinks = (hd, False) if softcap else (max(hd // 2, 8 if hd < 64 else 32), True)
+    case = cases.attention(
+        np.random.default_rng(hd), kv_type, hd, heads, kvh, window, vd=vd, sinks=sinks, softcap=softcap
+    )
     _, _, got = case.run()
-    k, v, block, offset, q, pos, table, table_start, kv_of_head, scale = case.arrays
+    k, v, block, offset, q, pos, table, table_start, kv_of_head, scale, sink = case.arrays
     place = {(b, o): i for i, (b, o) in enumerate(zip(block.tolist(), offset.tolist(), strict=True))}
     if kv_type == BlockType.F16:
         k, v = k.astype(np.float16), v.astype(np.float16)
@@ -169,12 +174,13 @@ def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: in
         first = max(0, last - window + 1) if window else 0
         rows = [place[int(table[table_start[row] + t // 32]), t % 32] for t in range(first, last + 1)]
         for head, g in enumerate(kv_of_head.tolist()):
-            part, group = slice(head * hd, head * hd + hd), slice(g * hd, g * hd + hd)
-            s = k[rows, group].astype(np.float64) @ q[row, part] * float(scale[0])
-            p = np.exp(s - s.max())
-            np.testing.assert_allclose(
-                got[row, part], p / p.sum() @ v[rows, group].astype(np.float64), atol=1e-5
-            )
+            s = k[rows, g * hd : (g + 1) * hd].astype(np.float64) @ q[row, head * hd : (head + 1) * hd]
+            s *= float(scale[0])
+            if softcap:
+                s = softcap * np.tanh(s / softcap)
+            p, total = np.exp(s), np.exp(s).sum() + (np.exp(float(sink[head])) if sinks else 0)
+            want = p / total @ v[rows, g * vd : (g + 1) * vd].astype(np.float64)
+            np.testing.assert_allclose(got[row, head * vd : (head + 1) * vd], want, atol=1e-5)
 
 
 def rounded(x: cases.Array) -> cases.Array:
@@ -188,10 +194,20 @@ def test_small_operations_mean_what_they_say() -> None:
     rng = np.random.default_rng(9)
     x, w = rng.standard_normal((5, 77)).astype(np.float32), rng.standard_normal(77).astype(np.float32)
     d = x.astype(np.float64)
-    norm = cases.Case("rms_norm", [5, 77], [x, w, np.array([1e-6], np.float32)]).run()[0]
-    np.testing.assert_allclose(norm, w * d / np.sqrt((d**2).mean(1, keepdims=True) + 1e-6), rtol=1e-6)
+    eps = np.array([1e-6], np.float32)
+    for groups in (1, 7):
+        norm = cases.Case("rms_norm", [5, 77, groups], [x, w, eps]).run()[0]
+        np.testing.assert_allclose(norm, w * d / np.sqrt((d**2).mean(1, keepdims=True) + 1e-6), rtol=1e-6)
+    shifted = d + 5
+    norm = cases.Case("layer_norm", [5, 77], [shifted.astype(np.float32), w, x[0], eps]).run()[0]
+    centred = shifted - shifted.mean(1, keepdims=True)
+    want = w * centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-6) + x[0]
+    np.testing.assert_allclose(norm, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cases.Case("square_sums", [5, 77], [x]).run()[0], (d**2).sum(1), rtol=1e-6)
     np.testing.assert_allclose(
-        cases.Case("silu_mul", [5, 77], [x, x]).run()[0], d / (1 + np.exp(-d)) * d, rtol=1e-6
+        cases.Case("softcap", [5, 77], [x, np.array([0.7], np.float32)]).run()[0],
+        0.7 * np.tanh(d / 0.7),
+        rtol=1e-6,
     )
     e = np.exp(d)
     np.testing.assert_allclose(
@@ -206,10 +222,88 @@ def test_small_operations_mean_what_they_say() -> None:
         want = [top[:, 0], np.exp(part - top).sum(1), np.exp((part - top) * inv_t[:, None]).sum(1)]
         np.testing.assert_allclose(parts[:, p], np.stack(want, 1), rtol=1e-6)
     cos, sin = rng.standard_normal((2, 5, 7)).astype(np.float32)
-    turned = cases.Case("rope", [5, 5, 14], [x[:, :70].copy(), cos, sin]).run()[0].reshape(5, 5, 14)
-    a, b = x[:, :70].reshape(5, 5, 14)[..., :7], x[:, :70].reshape(5, 5, 14)[..., 7:]
+    rows = x[:, :70].copy()
     c, s = cos[:, None], sin[:, None]
+    turned = cases.Case("rope", [5, 5, 14, 14, 0], [rows, cos, sin]).run()[0].reshape(5, 5, 14)
+    a, b = rows.reshape(5, 5, 14)[..., :7], rows.reshape(5, 5, 14)[..., 7:]
     assert np.array_equal(turned, np.concatenate([a * c - b * s, b * c + a * s], -1))
+    turned = cases.Case("rope", [5, 5, 14, 14, 1], [rows, cos, sin]).run()[0].reshape(5, 5, 14)
+    a, b = rows.reshape(5, 5, 14)[..., ::2], rows.reshape(5, 5, 14)[..., 1::2]
+    assert np.array_equal(turned, np.stack([a * c - b * s, b * c + a * s], -1).reshape(5, 5, 14))
+    few = cases.Case("rope", [5, 5, 14, 6, 1], [rows, cos[:, :3].copy(), sin[:, :3].copy()]).run()[0]
+    assert np.array_equal(few.reshape(5, 5, 14)[..., 6:], rows.reshape(5, 5, 14)[..., 6:])
+    assert np.array_equal(few.reshape(5, 5, 14)[..., :6], turned[..., :6])
+
+
+def activated(kind: Activation, x: cases.Array) -> cases.Array:
+    """The function in float64, as its paper writes it; of the clamped SwiGLU the gate's part."""
+    match kind:
+        case Activation.SILU:
+            return x / (1 + np.exp(-x))
+        case Activation.GELU:
+            return np.array([v / 2 * math.erfc(-v / math.sqrt(2)) for v in x.ravel()]).reshape(x.shape)
+        case Activation.GELU_TANH:
+            return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        case Activation.RELU2:
+            return np.where(x > 0, x, 0) ** 2
+        case Activation.SIGMOID:
+            return 1 / (1 + np.exp(-x))
+        case Activation.SWIGLU_CLAMPED:
+            gate = np.minimum(x, 2)
+            return gate / (1 + np.exp(-1.702 * gate))
+
+
+@pytest.mark.parametrize("kind", list(Activation))
+def test_activations(kind: Activation) -> None:
+    rng = np.random.default_rng(7)
+    gate, up = (
+        (4 * rng.standard_normal((9, 77))).astype(np.float32),
+        rng.standard_normal((9, 77)).astype(np.float32),
+    )
+    parameters = np.array([2, 1.702], np.float32)
+    want, factor = activated(kind, gate.astype(np.float64)), up.astype(np.float64)
+    if kind == Activation.SWIGLU_CLAMPED:
+        gated, up = factor * 3, up * 3
+        got = cases.Case("activate", [9, 77, int(kind)], [gate, up, parameters]).run()[0]
+        np.testing.assert_allclose(got, want * (np.clip(gated, -2, 2) + 1), rtol=2e-6, atol=1e-6)
+        return
+    alone = cases.Case(
+        "activate", [9, 77, int(kind)], [gate, np.empty((0, 77), np.float32), parameters]
+    ).run()[0]
+    np.testing.assert_allclose(alone, want, rtol=2e-6, atol=2e-7)
+    got = cases.Case("activate", [9, 77, int(kind)], [gate, up, parameters]).run()[0]
+    assert cases.same(got, alone * up)
+
+
+def test_tanh_and_erfc_of_the_twin() -> None:
+    x = np.concatenate([np.linspace(-20, 20, 200001), np.linspace(-1, 1, 100001), [0.0, 1e-30]]).astype(
+        np.float32
+    )
+    want = np.tanh(x.astype(np.float64))
+    assert (np.abs(lanes.tanh(x) - want) <= 2 * np.spacing(np.abs(want).astype(np.float32))).all()
+    edges = lanes.tanh(np.array([np.nan, np.inf, -np.inf, -0.0], np.float32))
+    np.testing.assert_array_equal(edges, np.array([np.nan, 1, -1, -0.0], np.float32))
+    x = np.linspace(-12, 12, 4001).astype(np.float32)
+    want = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in x.tolist()])
+    np.testing.assert_allclose(lanes.normal(x), want, rtol=2e-5)
+    np.testing.assert_allclose(lanes.normal(x), want, atol=2e-7)
+
+
+def test_a_whole_norm_over_shards_is_that_of_one() -> None:
+    """Each shard has some heads: their sums of squares, added in order, give the bits of the norm of all."""
+    rng = np.random.default_rng(10)
+    x, w = rng.standard_normal((4, 6 * 24)).astype(np.float32), rng.standard_normal(6 * 24).astype(np.float32)
+    whole = cases.Case("rms_norm", [4, 144, 6], [x, w, np.array([1e-5], np.float32)]).run()[0]
+    sums = np.empty((4, 6), np.float32)
+    for first in (0, 2):
+        mine, heads = np.ascontiguousarray(x[:, 24 * first :]), 6 - first
+        part = cases.Case("square_sums", [4 * heads, 24], [mine.reshape(-1, 24)]).run()[0]
+        sums[:, first:] = part.reshape(4, heads)
+    total = sums[:, 0].copy()
+    for head in range(1, 6):
+        total += sums[:, head]
+    scale = np.float32(1) / np.sqrt(total / np.float32(144) + np.float32(1e-5))
+    assert cases.same(w * (x * scale[:, None]), whole)
 
 
 def test_top_k_order() -> None:
@@ -233,8 +327,8 @@ def test_rows_may_be_strided() -> None:
     kernels.rms_norm(x.copy(), w, 1e-5, plain, 1)
     kernels.rms_norm(x, w, 1e-5, out[:, 20:84], 1)
     assert np.array_equal(out[:, 20:84], plain)
-    kernels.silu_mul(x.copy(), x.copy(), plain, 1)
-    kernels.silu_mul(x, x, out[:, 20:84], 1)
+    kernels.activate(Activation.SILU, x.copy(), x.copy(), plain, 1)
+    kernels.activate(Activation.SILU, x, x, out[:, 20:84], 1)
     assert np.array_equal(out[:, 20:84], plain)
     weights = cases.canonical(rng, BlockType.BF16, 33, 64)
     bounds = np.array([0, 64], np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,3 +97,30 @@ def check_top(prompt: dict[str, Any], completion: Completion) -> None:
                 assert abs(logprob - values[token]) < EXACT.most
             else:
                 assert rank == len(ours) - 1  # a tie with the first one that is not listed
+
+
+def sampled(reference: dict[str, Any]) -> list[Request]:
+    """Requests that draw: with every filter, with a penalty, and from the whole row (which then has to travel)."""
+    prompt = tuple(reference["prompts"][1]["ids"])
+    settings = [
+        {"temperature": 1.0},
+        {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.3, "logprobs": 3},
+        {"temperature": 0.8, "top_k": 20, "min_p": 0.01, "choice": 1},
+        {"temperature": 50.0, "seed": 9},
+    ]
+    return [
+        Request(f"sampled-{i}", prompt, max_tokens=8, **more)  # type: ignore[arg-type]
+        for i, more in enumerate(settings)
+    ]
+
+
+def digest(completions: list[Completion]) -> str:
+    """A hash of every token and every bit of every number."""
+    state = hashlib.blake2b(digest_size=16)
+    for one in completions:
+        numbers = [*one.logprobs, *one.prompt_logprobs]
+        numbers += [value for row in (*one.top, *one.prompt_top) for pair in row for value in pair]
+        state.update(repr((one.request.id, one.tokens, one.finish_reason)).encode())
+        state.update(np.array(numbers, np.float64).tobytes())
+        state.update(b"" if one.embedding is None else one.embedding.tobytes())
+    return state.hexdigest()

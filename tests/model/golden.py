@@ -30,3 +30,8 @@ def model_path(name: str) -> Path:
 def gguf_path(name: str) -> Path:
     """A tiny GGUF file."""
     return FIXTURES / "gguf" / f"{name}.gguf"
+
+
+def path_of(name: str) -> Path:
+    """A tiny model's path; the name of a GGUF file ends in .gguf."""
+    return FIXTURES / ("gguf" if name.endswith(".gguf") else "models") / name

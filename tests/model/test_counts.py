@@ -82,7 +82,7 @@ def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
     one, regions = steps(monkeypatch, "mistral", 1)
     eight, regions_of_eight = steps(monkeypatch, "mistral", 8)
     kinds = Counter(type(work).__name__ for work in one)
-    assert kinds == {"Layers": MORE, "Products": MORE}
+    assert kinds == {"LayerStack": MORE, "Products": MORE}
     assert Counter(type(work).__name__ for work in eight) == kinds
     # Beside them: embeddings, the final norm, candidates and log-sum-exp of the logits.
     assert regions == regions_of_eight <= MORE * (2 * layers + 5)
@@ -104,7 +104,7 @@ def test_a_layers_experts_are_one_piece_of_work_for_any_number_of_sequences(
     eight, regions_of_eight = steps(monkeypatch, "qwen3_moe", 8)
     kinds = Counter(type(work).__name__ for work in one)
     assert Counter(type(work).__name__ for work in eight) == kinds
-    assert kinds["Mixture"] == MORE * mixtures
+    assert kinds["Experts"] == MORE * mixtures
     assert regions == regions_of_eight
 
 

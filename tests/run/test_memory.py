@@ -235,7 +235,7 @@ def _mapped(pid: int, folder: Path, kind: str) -> int:
     return found
 
 
-@pytest.mark.mpi
+@pytest.mark.mpiexec
 @pytest.mark.parametrize(("kind", "loader"), [("packed", "read"), ("packed", "mmap"), ("gguf", "auto")])
 def test_within_a_cgroup_of_the_planned_size(
     openmpi: Mpi, cgroup: Cgroup, models: dict[str, Path], tmp_path: Path, kind: str, loader: str

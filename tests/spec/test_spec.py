@@ -165,6 +165,37 @@ def test_files_that_are_no_jobs(tmp_path: Path) -> None:
         spec.load(tmp_path)
 
 
+NINES = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "[memory]\nkv = " + NINES,
+            r"memory\.kv: expected a whole number .*, not 9{40}\.\.\. \(400 characters\)\.$",
+        ),
+        (
+            f'[memory]\nkv = "{NINES}GiB"',
+            r"memory\.kv: '9{39}\.\.\. \(405 characters\) is no size; .* 8 EiB\.$",
+        ),
+        ("[memory]\nkv = " + "9" * 5000, "is not TOML: a number in it has too many digits"),
+        (f"[memory]\nmax_context = {NINES}", r"memory\.max_context: expected a whole number"),
+        (f"[sampling]\nmax_tokens = {NINES}", r"sampling\.max_tokens: expected a whole number"),
+        ("k = " + "[" * 20_000 + "]" * 20_000, "is not TOML: it is nested too deeply"),
+        ("k = " + "{a = " * 20_000 + "1" + "}" * 20_000, "is not TOML: it is nested too deeply"),
+    ],
+    ids=range(7),
+)
+def test_values_beyond_all_measure(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=words):
+        load(tmp_path, LEAST + text)
+    key, _, value = text.removeprefix("[memory]\n").removeprefix("[sampling]\n").partition(" = ")
+    section = "memory." if "[memory]" in text else "sampling." if "[sampling]" in text else ""
+    with pytest.raises(JobError):
+        load(tmp_path, LEAST, f"{section}{key}={value}")
+
+
 def test_an_input_that_would_be_written_over(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"The input \S+ and the output \S+ are the same; give the results"):
         spec.load(None, input=str(tmp_path / "a"), output=str(tmp_path / "b/../a"))

@@ -56,6 +56,13 @@ def test_bytes_without_their_rest_are_replaced_at_the_end() -> None:
     assert decoder.finish() == "\ufffd"
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 720)), st.booleans())
+def test_a_text_that_is_not_final_is_what_came_so_far(kind: str, ids: list[int], start: bool) -> None:
+    decoder = IncrementalDecoder(tokenizer(kind), start=start)
+    assert tokenizer(kind).decode(ids, start=start, final=False) == "".join(map(decoder.push, ids))
+
+
 def test_a_continuation_keeps_its_space() -> None:
     spm = tokenizer("llama")
     ids = spm.encode("brown fox", add_special=False)

@@ -169,6 +169,48 @@ def test_a_tokenizer_whose_tokens_are_words(tmp_path: Path) -> None:
     assert load(tmp_path).decode([1, 2]) == "hello world"
 
 
+@pytest.mark.parametrize("key", ["add_bos_token", "add_eos_token"])
+@pytest.mark.parametrize(
+    ("kind", "style", "said", "warns"),
+    [
+        (
+            "LlamaTokenizerFast",
+            "mistral",
+            True,
+            True,
+        ),  # no post-processor: transformers 4 adds it, 5 does not
+        ("LlamaTokenizer", "mistral", False, False),
+        ("LlamaTokenizer", "mistral", None, False),  # as transformers 5 saves it
+        ("PreTrainedTokenizerFast", "mistral", True, False),  # both versions pass over the key
+        (
+            "GemmaTokenizerFast",
+            "llama2",
+            False,
+            True,
+        ),  # a post-processor adds BOS: transformers 4 takes it away
+        ("LlamaTokenizer", "llama2", True, False),
+    ],
+)
+def test_tokenizer_json_decides_about_bos_and_eos(
+    kind: str,
+    style: str,
+    said: bool | None,
+    warns: bool,
+    key: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in transformers 5.24; where 4.57 does otherwise, that is said."""
+    plain = load(write_directory(tmp_path / "plain", style, tokenizer_class="PreTrainedTokenizerFast"))
+    says = {"add_bos_token": None, "add_eos_token": None, key: said}
+    with caplog.at_level(logging.WARNING):
+        tokenizer = load(write_directory(tmp_path / "said", style, tokenizer_class=kind, **says))
+    assert tokenizer.encode("hello") == plain.encode("hello")
+    if style == "llama2" and key == "add_eos_token":
+        warns = not warns
+    assert (f"says {key} = {str(said).lower()}, but tokenizer.json adds" in caplog.text) == warns
+
+
 def test_no_tokenizer_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load_tokenizer(tmp_path) is None
     assert caplog.text == ""

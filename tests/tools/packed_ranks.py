@@ -14,10 +14,9 @@ from mpillm.partition.grid import Place
 from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.source import column_unit, rank_plans
-from tests.model.checks import requests_of
-from tests.model.engine_harness import run_laid_out
+from tests.model.checks import digest, requests_of, sampled
+from tests.model.engine_harness import layouts, run_laid_out
 from tests.model.golden import golden
-from tests.mpi.models import digest, layouts, sampled
 
 
 def main(world: World) -> int:

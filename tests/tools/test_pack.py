@@ -43,10 +43,9 @@ from mpillm.weights.paging.loaders import InPlace, Kind, Mapped, Reading, open_l
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.source import column_unit, rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
-from tests.model.checks import EXACT, check, requests_of
+from tests.model.checks import EXACT, check, digest, requests_of, sampled
 from tests.model.engine_harness import _alone, run_engine
 from tests.model.golden import FIXTURES, golden
-from tests.mpi.models import digest, sampled
 
 EVERY = [
     "llama3",

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mpillm.errors import ModelError
-from mpillm.weights.formats.safetensors import MAX_HEADER, read_header
+from mpillm.weights.formats.safetensors import read_header
 from mpillm.weights.io.mapped import MappedFile
 
 
@@ -68,41 +68,41 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 A, B = entry(), entry(offsets=(8, 16))
 REFUSED = {
-    "no header": (b"\x01\x02", "has 2 bytes and no header"),
-    "not JSON": (b"{nonsense", "its header is not JSON"),
-    "not UTF-8": (b'{"\xff": 1}', "its header is not JSON"),
-    "deep": (b"[" * 100_000, "its header is not JSON"),
-    "huge number": (b'{"a": {"shape": [' + b"9" * 10_000 + b"]}}", "its header is not JSON"),
-    "not an object": (b"[1]", "its header is not a JSON object"),
-    "twice": (b'{"a": 1, "a": 2}', "its header names 'a' twice"),
-    "twice inside": (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "its header names 'dtype' twice"),
-    "no dtype": (
-        {"a": {"shape": [2], "data_offsets": [0, 8]}},
-        "not described by dtype, shape and data_offsets",
-    ),
-    "no object": ({"a": [0, 8]}, "not described by dtype, shape and data_offsets"),
-    "dtype": ({"a": entry(dtype="F33")}, "unknown dtype 'F33'"),
-    "dtype type": ({"a": entry(dtype=["F32"])}, "unknown dtype"),
-    "shape": ({"a": entry(shape=(-2,))}, "impossible shape"),
-    "shape type": ({"a": entry(shape=(2.0,))}, "impossible shape"),
-    "shape bool": ({"a": entry(shape=(True, 2))}, "impossible shape"),
-    "shape size": ({"a": entry(shape=(2**40, 2**40))}, "but its shape and dtype make"),
-    "offsets": ({"a": entry(offsets=(0, 8, 16))}, "impossible data_offsets"),
-    "offsets backwards": ({"a": entry(offsets=(8, 0))}, "has -8 bytes, but its shape and dtype make 8"),
-    "offsets size": ({"a": entry(offsets=(0, 12))}, "has 12 bytes, but its shape and dtype make 8"),
-    "half bytes": ({"a": entry("F4", (3,), (0, 1))}, "but its shape and dtype make 1.5"),
-    "overlap": ({"a": A, "b": entry(offsets=(4, 12))}, "tensor 'b' overlaps another one"),
-    "same": ({"a": A, "b": A}, "tensor 'b' overlaps another one"),
-    "gap": ({"a": A, "b": entry(offsets=(12, 20))}, "gap of 4 bytes before tensor 'b'"),
-    "gap first": ({"a": entry(offsets=(4, 12))}, "gap of 4 bytes before tensor 'a'"),
-    "truncated": ({"a": A, "b": B, "c": entry(offsets=(16, 24))}, "it ends after"),
-    "left over": ({"a": A}, "8 bytes that belong to no tensor"),
+    "no header": b"\x01\x02",
+    "not JSON": b"{nonsense",
+    "not UTF-8": b'{"\xff": 1}',
+    "deep": b"[" * 100_000,
+    "huge number": b'{"a": {"shape": [' + b"9" * 10_000 + b"]}}",
+    "not an object": b"[1]",
+    "twice": b'{"a": 1, "a": 2}',
+    "twice inside": b'{"a": {"dtype": "F32", "dtype": "F16"}}',
+    "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
+    "no object": {"a": [0, 8]},
+    "an object as a list": {"a": ["F32", [4], [0, 16]]},
+    "dtype": {"a": entry(dtype="F33")},
+    "dtype type": {"a": entry(dtype=["F32"])},
+    "dtype as an object": {"a": entry(dtype={"F32": None}, shape=(4,), offsets=(0, 16))},
+    "shape": {"a": entry(shape=(-2,))},
+    "shape type": {"a": entry(shape=(2.0,))},
+    "shape bool": {"a": entry(shape=(True, 2))},
+    "shape size": {"a": entry(shape=(2**40, 2**40))},
+    "offsets": {"a": entry(offsets=(0, 8, 16))},
+    "offsets backwards": {"a": entry(offsets=(8, 0))},
+    "offsets size": {"a": entry(offsets=(0, 12))},
+    "half bytes": {"a": entry("F4", (3,), (0, 1))},
+    "overlap": {"a": A, "b": entry(offsets=(4, 12))},
+    "same": {"a": A, "b": A},
+    "gap": {"a": A, "b": entry(offsets=(12, 20))},
+    "gap first": {"a": entry(offsets=(4, 12))},
+    "truncated": {"a": A, "b": B, "c": entry(offsets=(16, 24))},
+    "left over": {"a": A},
+    "metadata": {"__metadata__": {"a": 1}, "a": A, "b": B},
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(tmp_path, case):
-    header, words = REFUSED[case]
+    header = REFUSED[case]
     path = tmp_path / "m.safetensors"
     if case == "no header":
         path.write_bytes(header)
@@ -110,23 +110,39 @@ def test_refuses(tmp_path, case):
         written(path, header, b"\0" * 16)
     with pytest.raises(ModelError) as error:
         header_of(path)
-    assert words in str(error.value)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    sentence = (
+        rf"{re.escape(str(path))} is not a sound safetensors file: [^\n]{{8,200}}; fetch the model again\."
+    )
+    assert re.fullmatch(sentence, str(error.value))
 
 
-def test_refuses_long_headers_at_once(tmp_path):
+def test_says_which_tensor(tmp_path):
+    path = written(tmp_path / "m.safetensors", {"a": A, "wrong": entry(offsets=(12, 20))}, bytes(20))
+    with pytest.raises(ModelError, match="wrong"):
+        header_of(path)
+
+
+def test_takes_the_last_of_equal_names_as_the_library_does(tmp_path):
+    text = f'{{"a": {json.dumps(A)}, "a": {json.dumps(entry(shape=(4,), offsets=(0, 16)))}}}'
+    path = written(tmp_path / "m.safetensors", text.encode(), bytes(16))
+    assert header_of(path)["a"].shape == (4,)
+
+
+def test_a_file_that_goes_away(tmp_path):
+    path = written(tmp_path / "m.safetensors", {"a": A}, bytes(8))
+    file = MappedFile(path)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"m\.safetensors cannot be read: "):
+        read_header(file)
+    file.close()
+
+
+def test_refuses_long_headers(tmp_path):
     path = tmp_path / "m.safetensors"
-    start = time.monotonic()
-    for length, words in (
-        (2**63, "more than the format's limit"),
-        (MAX_HEADER, "reaches beyond its end (108 bytes)"),
-    ):
+    for length in (2**63, 100_000_000):
         written(path, b" " * 100, length=length)
-        with pytest.raises(ModelError, match=r"is not a sound safetensors file") as error:
+        with pytest.raises(ModelError, match=r"is not a sound safetensors file: .*header"):
             header_of(path)
-        assert words in str(error.value)
-    assert time.monotonic() - start < 1
 
 
 def test_empty_and_missing_files(tmp_path):

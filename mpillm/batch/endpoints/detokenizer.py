@@ -37,11 +37,11 @@ class Detokenizer:
         """The bytes a token stands for."""
         return f"token_id:{token}".encode() if self._text is None else self._text.token_bytes(token)
 
-    def text(self, ids: Sequence[int], start: bool = True) -> str:
-        """The text that tokens make, without special ones; `start` is False where it goes on from a prompt."""
+    def text(self, ids: Sequence[int], start: bool = True, final: bool = True) -> str:
+        """The text that tokens make, without special ones; `start` and `final` as in `Tokenizer.decode`."""
         if self._text is None:
             return " ".join(self.pieces(ids))
-        return self._text.decode(ids, start=start)
+        return self._text.decode(ids, start=start, final=final)
 
     def pieces(self, ids: Sequence[int], start: bool = True) -> Iterator[str]:
         """What each token adds to the text: nothing while a character is not complete."""

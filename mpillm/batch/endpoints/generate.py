@@ -142,9 +142,9 @@ class Generate(Endpoint, frozen=True, kw_only=True):
         if completion.stop_id is not None:
             reason = completion.stop_id if completion.stop_id in (self.stop_token_ids or ()) else None
             return detokenizer.text(completion.tokens[:-1], self.starts_text), reason
+        if completion.finish_reason == "length":  # perhaps inside a character, whose bytes are then left out
+            return detokenizer.text(completion.tokens, self.starts_text, final=False), None
         text = detokenizer.text(completion.tokens, self.starts_text)
-        if completion.finish_reason == "length":
-            return text, None
         stops = self.stops(work.spec)
         kept, _ = cut_at_stop(text, stops)
         rest = text[len(kept) :]

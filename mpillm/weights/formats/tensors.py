@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from mpillm.weights.source import TensorInfo
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
+
+PIECE = 2**20  # bytes of a tensor that is looked at piece by piece
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,18 @@ class TensorSource:
                 self._gathered = 0
         self.release(key)
         return result
+
+    def floats(self, key: Key) -> Iterator[NDArray[Any]]:
+        """The values of a tensor as float32, piece by piece."""
+        extent = self._extents[key]
+        if len(extent.shape) == 1:
+            yield self.read_f32(key)
+            return
+        step = max(PIECE // extent.row_bytes, 1)
+        for first in range(0, extent.n, step):
+            rows = range(first, min(first + step, extent.n))
+            yield _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
+            self.release(key, rows)
 
     def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
         """What a rank holds of the tensors that are paged in together as a part of a layer."""

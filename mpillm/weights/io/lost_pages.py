@@ -23,7 +23,7 @@ def say_when_lost(sentence: str) -> None:
     Python's own signal handlers run between instructions, which a thread that waits for its page never reaches; C's
     run at once, in the thread that looked. The kernels let the interpreter go, so that thread can have it.
     """
-    line, first = f"{sentence}\n".encode(), threading.Lock()
+    line, first = f"{sentence}\n".encode(errors="backslashreplace"), threading.Lock()
 
     def lost(_number: int) -> None:
         first.acquire()  # for good: other threads that lose pages wait here for the end

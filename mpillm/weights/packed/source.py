@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import JobError, ModelError
+from mpillm.kernels.blocks import PACKED
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place, Shape
 from mpillm.weights.formats.hf import read_config, read_json
@@ -38,6 +41,13 @@ from mpillm.weights.packed.layout import (
 from mpillm.weights.plan import LayerPlan, plan_name
 from mpillm.weights.source import TensorInfo
 
+ROWS = 256  # of the embedding table that are looked at together
+PIECE = 2**20  # bytes of another tensor
+FLOATS: dict[BlockType, Any] = {
+    BlockType.F32: np.float32,
+    BlockType.F16: np.float16,
+    BlockType.BF16: ml_dtypes.bfloat16,
+}
 PACK_AGAIN = "pack the model again"
 MOST_EXPERTS = 65_536  # of a layer; who says more does not describe a model
 
@@ -129,6 +139,34 @@ class PackedSource:
             read_at(self._embed, file.path, begin + number * raw.shape[1], out)
         return stored.decode(raw, k, threads=1)
 
+    def floats(self, key: Key) -> Iterator[NDArray[Any]]:
+        """The values of a tensor, or the scales of its blocks, piece by piece."""
+        if key == Key(EMBED):
+            for first in range(0, self.tensors[key].shape[0], ROWS):
+                yield self.read_f32(key, range(first, min(first + ROWS, self.tensors[key].shape[0])))
+            return
+        for file, row in self._pieces[key._replace(expert=min(key.expert, 0))]:
+            panel, type = file.panels[row["panel"]], BlockType[row["type"]]
+            begin = panel.offset + row["offset"]
+            if key.expert > 0:
+                begin += key.expert * (panel.nbytes // panel.shape[0])
+            end, unit = begin + row["nbytes"], PACKED[type].itemsize if type.quantised else type.block_bytes
+            step = PIECE // unit * unit
+            with file.path.open("rb") as opened:
+                for at in range(begin, end, step):
+                    raw = np.empty(min(step, end - at), np.uint8)
+                    read_at(opened.fileno(), file.path, at, raw)
+                    yield from _floats(type, raw)
+
+    @cached_property
+    def _pieces(self) -> dict[Key, list[tuple[PackedFile, dict[str, Any]]]]:
+        """Where each tensor's pieces are described; all experts' with those of the first one."""
+        found: dict[Key, list[tuple[PackedFile, dict[str, Any]]]] = {}
+        for file in self.packed_files:
+            for row in file.table:
+                found.setdefault(_described(row)[0], []).append((file, row))
+        return found
+
     def close(self) -> None:
         """Let go of the embedding's file."""
         if self._embed >= 0:
@@ -175,6 +213,15 @@ class PackedSource:
         if tensor.nbytes != tensor.shape[0] * stored.row_bytes(int(k)):
             raise ModelError(f"{file.path} has rows of another size than {k} values of {name}; {PACK_AGAIN}.")
         return TensorInfo((tensor.shape[0], int(k)), stored.type, name, tensor.nbytes)
+
+
+def _floats(type: BlockType, packed: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
+    """The values of kernel-ready bytes, or the scales of their blocks."""
+    if type.quantised:
+        blocks = packed.view(PACKED[type])
+        yield from (blocks[name] for name in ("d", "m") if name in (blocks.dtype.names or ()))
+    else:
+        yield packed.view(FLOATS[type])
 
 
 def open_packed(path: Path, quantize: str = "none") -> PackedSource:

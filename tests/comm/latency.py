@@ -1,6 +1,6 @@
 """How long an all-reduce takes, beside MPI's own exchange: run it by hand on a quiet machine.
 
-mpiexec -n 2 python tests/mpi/latency.py
+mpiexec -n 2 python tests/comm/latency.py
 """
 
 from __future__ import annotations

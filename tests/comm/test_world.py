@@ -16,7 +16,7 @@ from tests.conftest import Mpi, clean_environment, run_bounded
 
 PROGRAM = Path(__file__).with_name("endings.py")
 SECONDS = 10  # within which a failed world must have ended; mostly Python and mpiexec starting
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 
 
 def run_ending(mpi: Mpi, ranks: int, name: str, **env: str) -> CompletedProcess[str]:

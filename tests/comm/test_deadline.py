@@ -17,7 +17,7 @@ from mpillm.comm import deadline, heartbeat
 from mpillm.errors import JobError
 from tests.conftest import Mpi, run_bounded
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.mpiexec
 
 PROGRAM = Path(__file__).with_name("silences.py")
 

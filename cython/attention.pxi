@@ -1,0 +1,153 @@
+# Attention, from hidden states to the product with o.
+
+
+cdef struct Rows:
+    long m
+    const float *cos
+    const float *sin
+    const int32_t *block
+    const int32_t *offset
+    const int32_t *pos
+    const int32_t *table
+    const int32_t *table_start
+
+
+cdef Rows rows_of(cos, sin, const int32_t[::1] block, const int32_t[::1] offset, const int32_t[::1] pos,
+                  const int32_t[::1] table, const int32_t[::1] table_start, long m, int rotary, int window,
+                  Py_ssize_t blocks) except *:
+    """Where the rows of a step belong, checked; the caller keeps the arrays. rotary: 0 needs no cos and sin."""
+    cdef const float[:, ::1] cosines, sines
+    cdef Rows rows = Rows(m, NULL, NULL, &block[0], &offset[0], &pos[0], &table[0], &table_start[0])
+    if rotary:
+        cosines, sines = cos, sin
+        require("cos", (m, rotary // 2), (cosines.shape[0], cosines.shape[1]))
+        require("sin", (m, rotary // 2), (sines.shape[0], sines.shape[1]))
+        rows.cos, rows.sin = &cosines[0, 0], &sines[0, 0]
+    require("block, offset, pos and table_start", (m, m, m, m),
+            (block.shape[0], offset.shape[0], pos.shape[0], table_start.shape[0]))
+    require_range("block", block, <int>blocks)
+    require_range("offset", offset, MK_KV_BLOCK)
+    require_tables(pos, table, table_start, window, blocks)
+    return rows
+
+
+cdef class Attention:
+    cdef Products qkv, o
+    cdef NormStep norm, q_norm, k_norm
+    cdef Vector q_bias, k_bias, v_bias, sinks
+    cdef const int32_t[::1] kv_of_head
+    cdef int heads, kvh, hd, vd, window, rotary
+    cdef bint interleaved
+    cdef float scale, softcap
+    cdef long steps  # at most
+
+    def __init__(self, q, k, v, o, const int32_t[::1] kv_of_head, int kvh, int hd, float scale, *, int window=0,
+                 int value_dim=0, norm=None, biases=None, qk_norms=None, rotary=None, bint interleaved=False,
+                 sinks=None, float softcap=0.0):
+        cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
+        self.qkv, self.o = Products(q, k, v), Products(o)
+        self.heads, self.kvh, self.hd, self.vd, self.kv_of_head = heads, kvh, hd, vd, kv_of_head
+        self.scale, self.window, self.softcap = scale, window, softcap
+        require_range("kv_of_head", kv_of_head, kvh)
+        require("n of q, k, v and k of o", (heads * hd, kvh * hd, kvh * vd, heads * vd), (q.n, k.n, v.n, o.k))
+        self.rotary = 0 if rotary == 0 else rotary_of(rotary or 0, hd)
+        self.interleaved = interleaved
+        if softcap:
+            require_cap(softcap)
+        self.norm = norm_of("norm", norm, (q.k,))
+        q_bias, k_bias, v_bias = biases or (None, None, None)
+        self.q_bias = Vector("q's bias", q_bias, q.n)
+        self.k_bias = Vector("k's bias", k_bias, k.n)
+        self.v_bias = Vector("v's bias", v_bias, v.n)
+        q_norm, k_norm = qk_norms or (None, None)
+        self.q_norm = norm_of("q's norm", q_norm, (hd, q.n))
+        self.k_norm = norm_of("k's norm", k_norm, (hd, k.n))
+        self.sinks = Vector("sinks", sinks, heads)
+        self.steps = self.qkv.steps + self.o.steps + 10
+
+    def __call__(self, const float[:, :] x, cos, sin, int kv_type, kpool, vpool, const int32_t[::1] block,
+                 const int32_t[::1] offset, const int32_t[::1] pos, const int32_t[::1] table,
+                 const int32_t[::1] table_start, out, int threads=1):
+        cdef Pools pools = self.pools(kv_type, kpool, vpool)
+        cdef Rows rows = rows_of(cos, sin, block, offset, pos, table, table_start, x.shape[0], self.rotary,
+                                 self.window, pools.blocks)
+        require_rows("x", x, -1, self.qkv.first.k)
+        cdef Sums sums = sums_of(out, self.o.first.panels, x.shape[0], self.o.widths[0], True)
+        self.compute(&x[0, 0], x.strides[0] // 4, &rows, kv_type, &pools, &sums, None, NULL, threads)
+
+    def attend(self, float[:, ::1] q, float[:, ::1] k, const float[:, ::1] v, cos, sin, int kv_type, kpool, vpool,
+               const int32_t[::1] block, const int32_t[::1] offset, const int32_t[::1] pos,
+               const int32_t[::1] table, const int32_t[::1] table_start, out, int threads=1):
+        cdef Pools pools = self.pools(kv_type, kpool, vpool)
+        cdef long m = q.shape[0]
+        cdef Rows rows = rows_of(cos, sin, block, offset, pos, table, table_start, m, self.rotary, self.window,
+                                 pools.blocks)
+        require("q", (m, self.heads * self.hd), (q.shape[0], q.shape[1]))
+        require("k", (m, self.kvh * self.hd), (k.shape[0], k.shape[1]))
+        require("v", (m, self.kvh * self.vd), (v.shape[0], v.shape[1]))
+        cdef Sums sums = sums_of(out, self.o.first.panels, m, self.o.widths[0], True)
+        cdef Space space = Space(step_bytes(self.steps) + self.attend_space(m))
+        cdef mk_work work
+        begin(&work, space, self.steps)
+        self.add_attend(&work, space, &q[0, 0], &k[0, 0], &v[0, 0], &rows, kv_type, &pools, &sums)
+        finish(&work, threads)
+
+    cdef Pools pools(self, int kv_type, kpool, vpool) except *:
+        return pools_of(kv_type, kpool, vpool, self.kvh, self.hd, self.vd)
+
+    cdef int compute(self, const float *x, long stride, const Rows *rows, int kv_type, const Pools *pools, Sums *out,
+                     Residual residual, float *add_to, int threads) except -1:
+        """out = attention of x; with a residual, add_to (x itself) += what that makes of it."""
+        cdef long m = rows.m, d = self.qkv.first.k, x_stride = stride
+        cdef long wide = self.heads * self.hd, narrow = self.kvh * self.hd, values = self.kvh * self.vd
+        cdef long steps = self.steps + RESIDUAL_STEPS
+        cdef Space space = Space(step_bytes(steps) + floats(m * d) + floats(m * wide) + floats(m * narrow)
+                                 + floats(m * values) + self.qkv.space(m) + self.attend_space(m))
+        cdef mk_work work
+        begin(&work, space, steps)
+        cdef const float *hidden = x
+        cdef float *normed
+        if self.norm is not None:
+            normed = <float *>space.take(4 * m * d)
+            self.norm.add(&work, x, stride, 1, m, normed, d)
+            hidden, x_stride = normed, d
+        cdef float *q = <float *>space.take(4 * m * wide)
+        cdef float *k = <float *>space.take(4 * m * narrow)
+        cdef float *v = <float *>space.take(4 * m * values)
+        cdef Sums *sums = [Sums(q, wide, 0), Sums(k, narrow, 0), Sums(v, values, 0)]
+        self.qkv.add(&work, space, hidden, x_stride, m, sums)
+        add_bias(&work, q, wide, self.q_bias, m)
+        add_bias(&work, k, narrow, self.k_bias, m)
+        add_bias(&work, v, values, self.v_bias, m)
+        mk_join(&work, 0)
+        if self.q_norm is not None:
+            self.q_norm.add_heads(&work, q, m, self.heads, self.hd)
+            mk_join(&work, 1)
+        if self.k_norm is not None:
+            self.k_norm.add_heads(&work, k, m, self.kvh, self.hd)
+        mk_join(&work, 0)
+        self.add_attend(&work, space, q, k, v, rows, kv_type, pools, out)
+        if residual is not None:
+            residual.add(&work, add_to, stride, out.to, out.stride, m, self.o.widths[0])
+        return finish(&work, threads)
+
+    cdef size_t attend_space(self, long m) noexcept:
+        return floats(m * self.heads * self.vd) + self.o.space(m)
+
+    cdef int add_attend(self, mk_work *work, Space space, float *q, float *k, const float *v, const Rows *rows,
+                        int kv_type, const Pools *pools, Sums *out) except -1:
+        """out = what attention makes of q, k and v, rows that follow one another; q and k turn in place."""
+        cdef long m = rows.m, wide = self.heads * self.hd, narrow = self.kvh * self.hd
+        cdef long mixed_wide = self.heads * self.vd
+        cdef float *mixed = <float *>space.take(4 * m * mixed_wide)
+        if self.rotary:
+            mk_rope(work, q, wide, rows.cos, rows.sin, m, self.heads, self.hd, self.rotary, self.interleaved)
+            mk_join(work, m > 1)  # one row is done before another thread knows of it
+            mk_rope(work, k, narrow, rows.cos, rows.sin, m, self.kvh, self.hd, self.rotary, self.interleaved)
+            mk_join(work, 0)
+        mk_kv_store(work, kv_type, k, narrow, v, self.kvh * self.vd, rows.block, rows.offset, m, pools.keys,
+                    pools.values, self.kvh, self.hd, self.vd)
+        mk_attention(work, kv_type, q, wide, mixed, mixed_wide, pools.keys, pools.values, rows.pos, rows.table,
+                     rows.table_start, &self.kv_of_head[0], m, self.heads, self.kvh, self.hd, self.vd, self.scale,
+                     self.window, self.sinks.at, self.softcap)
+        return self.o.add(work, space, mixed, mixed_wide, m, out)

@@ -1,0 +1,68 @@
+# Whole layers as one call.
+
+
+cdef class LayerStack:
+    cdef list layers, pools, places
+    cdef int kv_type
+    cdef long width
+
+    def __init__(self, layers, int kv_type, pools, places=None):
+        cdef Attention attention
+        cdef Residual after_attention, after_mlp
+        cdef Mlp mlp
+        self.layers, self.kv_type, self.pools = [tuple(layer) for layer in layers], kv_type, list(pools)
+        self.places = [0] * len(self.layers) if places is None else list(places)
+        if not len(self.pools) == len(self.places) == len(self.layers):
+            raise ValueError(f"{len(self.layers)} layers have as many pools and places, "
+                             f"not {len(self.pools)} and {len(self.places)}")
+        attention = self.layers[0][0]
+        self.width = attention.qkv.first.k
+        for attention, after_attention, mlp, after_mlp in self.layers:
+            widths = {attention.qkv.first.k, attention.o.widths[0], mlp.matrices.inputs.first.k,
+                      mlp.matrices.down.widths[0], after_attention.width or self.width, after_mlp.width or self.width}
+            if widths != {self.width}:
+                raise ValueError(f"layers must be {self.width} wide throughout, not {sorted(widths)}")
+
+    def __call__(self, float[:, ::1] x, rows, between, int threads=1):
+        cdef Attention attention
+        cdef Residual after_attention, after_mlp
+        cdef Mlp mlp
+        cdef long m = x.shape[0], d = self.width
+        cdef Pools pools
+        cdef Space space = Space(4 * m * d + len(rows) * sizeof(Rows) + LINE)
+        cdef Sums sums = Sums(<float *>space.take(4 * m * d), d, 0)
+        cdef Rows *places = <Rows *>space.take(len(rows) * sizeof(Rows))
+        require_rows("x", x, -1, d)
+        if not 0 <= min(self.places) <= max(self.places) < len(rows):
+            raise ValueError(f"layers use places {self.places}, and there are {len(rows)}")
+        for place, where in enumerate(rows):
+            places[place] = self.rows_at(place, where, m)
+        for (attention, after_attention, mlp, after_mlp), place, (keys, values) in zip(self.layers, self.places,
+                                                                                       self.pools):
+            between()
+            pools = attention.pools(self.kv_type, keys, values)
+            attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, after_attention,
+                              &x[0, 0], threads)
+            mlp.compute(&x[0, 0], d, m, &sums, after_mlp, &x[0, 0], threads)
+
+    cdef Rows rows_at(self, int place, where, long m) except *:
+        """The rows of one place, checked for all of its layers."""
+        cdef Attention attention
+        cdef int rotary = 0
+        layers = [(layer[0], len(keys)) for layer, at, (keys, values) in zip(self.layers, self.places, self.pools)
+                  if at == place]
+        windows = [window_of(layer) for layer, blocks in layers]
+        for attention, blocks in layers:
+            if rotary and attention.rotary and rotary != attention.rotary:
+                raise ValueError(f"layers of one place rotate {rotary} and {attention.rotary} dimensions")
+            rotary = attention.rotary or rotary
+        if not layers:
+            raise ValueError(f"no layer uses place {place}")
+        cdef int window = 0 if 0 in windows else max(windows)
+        cdef Py_ssize_t pool = min([blocks for layer, blocks in layers])
+        cos, sin, block, offset, pos, table, table_start = where
+        return rows_of(cos, sin, block, offset, pos, table, table_start, m, rotary, window, pool)
+
+
+cdef int window_of(Attention layer) noexcept:
+    return layer.window

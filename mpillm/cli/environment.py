@@ -1,0 +1,72 @@
+"""What a rank needs of its environment before anything large is loaded.
+
+NumPy's and MPI's libraries end the process by themselves, without a sentence, where they get no memory, no thread or
+no file. So limits under which they cannot even start are said beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import resource
+import tempfile
+from pathlib import Path
+
+from mpillm.errors import JobError
+
+MIN_FILES = 64  # open ones, of which MPI takes most
+MIN_ADDRESSES = 256 << 20  # bytes that Python, NumPy and MPI map before any model is there
+MIN_TASKS = 24  # processes and threads of a rank besides those that compute
+FEW_TASKS = 4096  # a limit beyond is not compared with what runs
+
+
+def prepare() -> None:
+    """Make what is missing where that is possible; JobError says what limit is too low."""
+    _files()
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY and soft < MIN_ADDRESSES:
+        raise JobError(
+            f"The limit of memory (ulimit -v) is {soft >> 10} KiB, and a rank without a model needs "
+            f"{MIN_ADDRESSES >> 10}; raise it."
+        )
+    _tasks()
+    try:
+        if (folder := tempfile.gettempdir()) != "/tmp":
+            os.environ["TMPDIR"] = folder  # Open MPI looks at this and at /tmp alone
+    except FileNotFoundError:
+        raise JobError("There is no directory for temporary files (/tmp); set TMPDIR to one.") from None
+    if not os.environ.get("HOME"):  # Open MPI does not start without it
+        try:
+            os.environ["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            os.environ["HOME"] = "/"
+
+
+def _files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
+        if hard != resource.RLIM_INFINITY and hard < MIN_FILES:
+            raise JobError(
+                f"The limit of open files (ulimit -n) is {soft}, and a rank needs {MIN_FILES}; raise it."
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_FILES, hard))
+
+
+def _tasks() -> None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if os.geteuid() == 0 or soft == resource.RLIM_INFINITY or soft > FEW_TASKS:
+        return
+    running = sum(map(_threads, Path("/proc").glob("[0-9]*")))
+    if soft - running < MIN_TASKS:
+        raise JobError(
+            f"The limit of processes and threads (ulimit -u) is {soft}, {running} of them are running, and a rank "
+            f"needs {MIN_TASKS}; raise it."
+        )
+
+
+def _threads(process: Path) -> int:
+    """The threads of a process, if it is this user's."""
+    try:
+        return len(os.listdir(process / "task")) if process.stat().st_uid == os.geteuid() else 0
+    except OSError:
+        return 0  # it has ended meanwhile

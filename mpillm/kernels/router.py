@@ -1,0 +1,79 @@
+"""Which experts a row goes to, and with what weights: NumPy over kernels, with the same bits on every path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.kernels.types import F32, I32, Activation
+
+
+@dataclass(frozen=True)
+class Router:
+    """How `chosen` experts are found, as in DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437) and what came before.
+
+    Scores are the softmax or the sigmoid of the router's logits. `correction` [experts] is added to them where experts
+    and groups are chosen, and nowhere else. With `groups` > 1 only experts of the `groups_chosen` best groups of equal
+    size count; a group's score is the sum of its `group_best` best. Weights are the scores of the chosen ones, divided
+    by their sum if `normalise`, times `scale`.
+    """
+
+    chosen: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction: F32 | None = None
+    groups: int = 1
+    groups_chosen: int = 1
+    group_best: int = 2
+    normalise: bool = True
+    scale: float = 1.0
+
+
+def route(logits: F32, router: Router, threads: int = 1) -> tuple[F32, I32]:
+    """Weights and numbers [m, chosen] of the experts of rows with logits [m, experts], which are overwritten.
+
+    The best comes first; of equals (experts and groups) the one with the lower number.
+    """
+    scores = logits
+    if router.scoring == "softmax":
+        kernels.softmax(scores, threads)
+    else:
+        kernels.activate(Activation.SIGMOID, scores, None, scores, threads)
+    ranks = scores if router.correction is None else scores + router.correction
+    if router.groups > 1:
+        ranks = _of_best_groups(ranks, router, threads)
+    weights, ids = _top_k(ranks, router.chosen, threads)
+    if ranks is not scores:
+        weights = np.take_along_axis(scores, ids, axis=1)
+    if router.normalise:
+        weights /= (_sum(weights) + np.float32(1e-20))[:, None]  # the sigmoids of all may be 0
+    if router.scale != 1.0:
+        weights *= np.float32(router.scale)
+    return weights, ids
+
+
+def _of_best_groups(ranks: F32, router: Router, threads: int) -> F32:
+    """The ranks with -inf for experts of other groups than the best ones."""
+    m, experts = ranks.shape
+    grouped = ranks.reshape(m * router.groups, experts // router.groups)
+    best = _sum(_top_k(grouped, router.group_best, threads)[0]).reshape(m, router.groups)
+    _, chosen = _top_k(best, router.groups_chosen, threads)
+    kept = np.full((m, router.groups, 1), -np.inf, np.float32)
+    np.put_along_axis(kept[..., 0], chosen, np.float32(0), axis=1)
+    return (grouped.reshape(m, router.groups, -1) + kept).reshape(m, experts)
+
+
+def _top_k(x: F32, k: int, threads: int) -> tuple[F32, I32]:
+    values, ids = np.empty((len(x), k), np.float32), np.empty((len(x), k), np.int32)
+    kernels.top_k(x, k, values, ids, threads)
+    return values, ids
+
+
+def _sum(x: F32) -> F32:
+    """Sums of rows, from the first column to the last: NumPy's own sum may pair them up."""
+    total: F32 = x[:, 0].copy()
+    for column in range(1, x.shape[1]):
+        total += x[:, column]
+    return total

@@ -1,0 +1,27 @@
+"""Values as JSON that every reader takes, also where paths are not UTF-8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+def printable(text: str) -> str:
+    """A path or a name, with escapes such as \\xe9 for bytes that are not UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def as_json(value: Any) -> bytes:
+    """A struct or plain values as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(_printable(msgspec.to_builtins(value))), indent=2)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else printable(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(item) for item in value]
+    return value

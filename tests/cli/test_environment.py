@@ -1,0 +1,118 @@
+"""Poor environments: limits, directories that are missing, and paths that are not UTF-8."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+from mpillm.errors import out_of
+from mpillm.store import report
+from tests.conftest import clean_environment
+from tests.e2e.jobs import CHAT, command, results, write_lines
+
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+LINES = [{"prompt": "the quick", "max_tokens": 2}]
+
+
+def bash(line: str, *words: str | bytes | Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+    """A shell line, in which "$@" stands for the words."""
+    return subprocess.run(
+        ["bash", "-c", line, "bash", *(os.fsencode(word) for word in words)],
+        env=clean_environment(**AS_ROOT, **env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=90,
+        check=False,
+    )
+
+
+def job(folder: Path) -> list[str]:
+    """A job of one rank."""
+    return [sys.executable, *command(write_lines(folder / "in.jsonl", LINES), folder / "out")]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("-n 10", "The limit of open files (ulimit -n) is 10, and a rank needs 64; raise it."),
+        (
+            "-v 100000",
+            "The limit of memory (ulimit -v) is 100000 KiB, and a rank without a model needs 262144",
+        ),
+    ],
+)
+def test_limits_under_which_nothing_starts(limit: str, words: str, tmp_path: Path) -> None:
+    done = bash(f'ulimit {limit}; "$@"', *job(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(f"mpillm: {words}")
+
+
+def test_a_low_limit_is_raised_where_that_is_allowed(tmp_path: Path) -> None:
+    assert bash('ulimit -S -n 20; "$@"', *job(tmp_path)).returncode == 0
+
+
+def test_a_limit_of_processes(tmp_path: Path) -> None:
+    nobody = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps", "+dac_read_search"]
+    nobody += ["--ambient-caps", "+dac_read_search"]
+    if os.geteuid() != 0 or bash('"$@"', *nobody, "true").returncode != 0:
+        pytest.skip("needs root, and setpriv")
+    done = bash('ulimit -u 3; exec "$@"', *nobody, *job(tmp_path))
+    assert done.returncode == 2
+    assert b"The limit of processes and threads (ulimit -u) is 3" in done.stderr
+
+
+def test_no_home_and_no_temporary_directory(tmp_path: Path) -> None:
+    assert bash('unset HOME; "$@"', *job(tmp_path)).returncode == 0
+    hidden = "for where in /tmp /var/tmp; do mount -t tmpfs -o ro none $where; done; cd /proc; "
+    if os.geteuid() != 0 or bash(f"unshare -m bash -c '{hidden}'").returncode != 0:
+        pytest.skip("needs root for a mount namespace")
+    done = bash(
+        f"""unshare -m bash -c '{hidden} exec "$@"' bash "$@" """, sys.executable, "-m", "mpillm", "plan"
+    )
+    assert done.returncode == 2
+    assert done.stderr == b"mpillm: There is no directory for temporary files (/tmp); set TMPDIR to one.\n"
+
+
+def test_paths_that_are_not_utf8(tmp_path: Path) -> None:
+    """They work, and answers, report and HDF5 show the odd bytes as escapes."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xe9\xff"))
+    odd.mkdir()
+    model, source, output = odd / "m\udce9", write_lines(odd / "in.jsonl", LINES), odd / "out"  # type: ignore[arg-type]
+    model.symlink_to(CHAT)
+    named = odd / "named\udcff"
+    named.mkdir()
+    for file in CHAT.iterdir():
+        (named / file.name).symlink_to(file)
+    done = bash('"$@"', sys.executable, *command(source, output, model=named))
+    assert done.returncode == 0, done.stderr
+    assert rb"n\xe9\xff/out/results.jsonl" in done.stderr
+    assert results(output)[0]["response"]["body"]["model"] == r"named\xff"
+    assert report.read(output).job["input"].endswith(r"n\xe9\xff/in.jsonl")
+    with h5py.File(output / "results.h5") as h5:
+        assert json.loads(h5.attrs["model"])["name"] == r"named\xff"
+    for words in (["report", output], ["plan", "--json", *command(source, output, model=model)[3:]]):
+        done = bash('"$@"', sys.executable, "-m", "mpillm", *words)
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_a_process_ran_out_of() -> None:
+    for error, words in [
+        (MemoryError(), "There is not enough memory (MemoryError); lower memory.weights or memory.kv"),
+        (OSError(12, "Cannot allocate memory"), "There is not enough memory"),
+        (OSError(24, "Too many open files"), "Too many files are open"),
+        (
+            BlockingIOError(11, "Resource temporarily unavailable"),
+            "No more processes or threads can be started",
+        ),
+        (RuntimeError("can't start new thread"), "No more processes or threads can be started"),
+        (ImportError("x.so: failed to map segment from shared object"), "There is not enough memory"),
+    ]:
+        assert str(out_of(error)).startswith(words)
+    for error in (OSError(2, "No such file"), RuntimeError("else"), ValueError("can't start new thread")):
+        assert out_of(error) is None

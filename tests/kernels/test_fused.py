@@ -1,0 +1,391 @@
+"""Parts of layers as one piece of work give the bits of the single kernels, in whatever parts their matrices lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.kernels import Activation, BlockType, Norm, fused
+from mpillm.kernels.types import MIXED_ROWS
+from tests.kernels import cases
+
+COMPILED = [name for name in kernels.available() if name != "numpy"]
+pytestmark = pytest.mark.skipif(not COMPILED, reason="the extension is not built")
+HD, HEADS, KVH, FFN, BLOCKS = 16, 6, 2, 160, 4
+HIDDEN = (70, 256)  # by the seed; K-quants have whole blocks of 256
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = kernels.path()
+    yield
+    kernels.set_path(before)
+
+
+@dataclass
+class Matrix:
+    type: BlockType
+    n: int
+    k: int
+    bounds: Any
+    data: Any
+    parts: tuple[Matrix, ...] = ()
+    row_bytes: int = 0
+
+
+def packed(type: BlockType, raw: Any, k: int, bounds: Any) -> Matrix:
+    data = np.empty(kernels.packed_nbytes(type, len(raw), k, bounds), np.uint8)
+    kernels.pack(type, np.ascontiguousarray(raw), k, bounds, data)
+    return Matrix(type, len(raw), k, np.array(bounds, np.int32), data)
+
+
+def matrix(
+    rng: np.random.Generator, type: BlockType, n: int, k: int, panels: int = 1, cut: str = ""
+) -> Matrix:
+    """Random weights in one piece, or in two: `rows` one under the other, `columns` side by side."""
+    raw = cases.canonical(rng, type, n, k)
+    unit = max(32, type.block)
+    bounds = [k // unit * p // panels * unit for p in range(panels)] + [k]
+    whole = packed(type, raw, k, bounds)
+    if cut == "rows":
+        parts = (packed(type, raw[: n // 2], k, bounds), packed(type, raw[n // 2 :], k, bounds))
+    elif cut == "columns":
+        half = bounds[panels // 2]
+        left = type.row_bytes(half)
+        parts = (
+            packed(type, raw[:, :left], half, bounds[: panels // 2 + 1]),
+            packed(type, raw[:, left:], k - half, [b - half for b in bounds[panels // 2 :]]),
+        )
+    else:
+        return whole
+    return replace(whole, data=whole.data[:0], parts=parts)
+
+
+def fitting(k: int, number: int) -> BlockType:
+    """One of the types that have rows of k values."""
+    types = [type for type in BlockType if cases.whole(type, k) == k]
+    return types[number % len(types)]
+
+
+def unfused(kind: type[Any]) -> Any:
+    """The twin's class over the compiled single kernels."""
+    return type(kind.__name__, (kind,), {"ops": kernels._compiled})
+
+
+def vector(rng: np.random.Generator, n: int) -> Any:
+    return rng.standard_normal(n).astype(np.float32)
+
+
+def norm_of(rng: np.random.Generator, width: int, number: int) -> Norm | None:
+    """None, or one of the four kinds of norms."""
+    match number % 5:
+        case 0:
+            return Norm(width, 1e-5, vector(rng, width))
+        case 1:
+            return Norm(width, 1e-5, vector(rng, width), vector(rng, width), centred=True)
+        case 2:
+            return Norm(width, 1e-6)
+        case 3:
+            return Norm(width, 1e-6, vector(rng, width), centred=True)
+    return None
+
+
+def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    """What attention gives, and the pools after it; the first row of each of two sequences is at its own position."""
+    rng = np.random.default_rng(seed)
+    d = HIDDEN[seed % 2]
+    vd = HD if seed % 3 else 32
+    q, k, v = (
+        matrix(rng, fitting(d, 2 * seed + i), n, d, cut="rows" if cut else "")
+        for i, n in enumerate((HEADS * HD, KVH * HD, KVH * vd))
+    )
+    o = matrix(rng, fitting(HEADS * vd, seed + 3), d, HEADS * vd, 2, cut="columns" if cut else "")
+    biases = tuple(vector(rng, n) for n in (q.n, k.n, v.n)) if seed % 2 else None
+    if seed == 3:
+        biases = None, vector(rng, k.n), None
+    heads = HEADS if seed % 4 == 1 else 1, KVH if seed % 4 == 1 else 1  # of whole rows, or of every head
+    norms = tuple(norm_of(rng, HD * n, 2 * (seed % 2)) for n in heads) if seed % 3 else None
+    options = {
+        "norm": norm_of(rng, d, seed), "biases": biases, "qk_norms": norms, "value_dim": vd, "window": seed % 2 * 9,
+        "rotary": (None, 0, 8)[seed % 3], "interleaved": seed % 4 == 0, "softcap": seed % 2 * 4.0,
+        "sinks": vector(rng, HEADS) if seed % 4 > 1 else None,
+    }  # fmt: skip
+    kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
+    work = make(q, k, v, o, kv_of_head, KVH, HD, 0.25, **options)
+    table = np.array([2, 0, 3, 1], np.int32)
+    row = np.arange(m, dtype=np.int32)
+    pos, start = row // 2, row % 2 * 2
+    block = table[start + pos // 32]
+    cos, sin = rng.standard_normal((2, m, (options["rotary"] or HD) // 2)).astype(np.float32)
+    order = np.argsort(start, kind="stable")  # a sequence's rows are neighbours
+    x, index = rng.standard_normal((m, d)).astype(np.float32), (order,)
+    rows = (
+        *(np.ascontiguousarray(a[index]) for a in (block, pos % 32, pos)),
+        table, np.ascontiguousarray(start[order]),
+    )  # fmt: skip
+    results = []
+    for inputs in ((x,), tuple(vector(rng, m * n).reshape(m, n) for n in (q.n, k.n, v.n))):
+        pools = [np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, BLOCKS, KVH, HD, vd)]
+        out = np.empty((m, d), np.float32)
+        call = work if len(inputs) == 1 else work.attend
+        call(*inputs, cos, sin, BlockType.F16, *pools, *rows, out, threads)
+        results += [out, *pools]
+    return results
+
+
+def mlp_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    d = HIDDEN[seed % 2]
+    gate, up = (matrix(rng, fitting(d, seed // 2 + 4), FFN, d, cut="rows" if cut else "") for _ in range(2))
+    down = matrix(rng, BlockType.Q8_0, d, FFN, 4, cut="columns" if cut else "")
+    kind = list(Activation)[seed % len(Activation)]
+    gated = kind == Activation.SWIGLU_CLAMPED or seed % 4 != 1
+    biases = (vector(rng, FFN) if gated and seed % 2 else None, vector(rng, FFN)) if seed % 3 else None
+    work = make(
+        gate if gated else None,
+        up,
+        down,
+        activation=kind,
+        limit=3.0,
+        norm=norm_of(rng, d, seed + 1),
+        biases=biases,
+    )
+    x = rng.standard_normal((m, d)).astype(np.float32)
+    out, panels = np.empty((m, d), np.float32), np.empty((4, m, d), np.float32)
+    work(x, out, threads)
+    work(x, panels, threads, fold=False)
+    return [out, panels]
+
+
+def residual_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    x, part = rng.standard_normal((2, m, 70)).astype(np.float32)
+    bias = vector(rng, 70) if seed % 2 else None
+    make(bias, norm_of(rng, 70, seed), 0.22 if seed % 3 else 1.0)(x, part, threads)
+    return [x]
+
+
+RESULTS = {"Attention": attention_results, "Mlp": mlp_results, "Residual": residual_results}
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("name", RESULTS)
+def test_one_piece_of_work_gives_the_single_kernels_bits(path: str, name: str) -> None:
+    kernels.set_path(path)
+    for seed in range(8):
+        for m, threads, cut in ((1, 1, False), (1, 3, True), (7, 2, True), (40, 3, seed % 2 == 0)):
+            want = RESULTS[name](unfused(getattr(fused, name)), seed, m, 1, cut)
+            got = RESULTS[name](getattr(kernels, name), seed, m, threads, cut)
+            for a, b in zip(got, want, strict=True):
+                assert cases.same(a, b), (seed, m, threads, cut)
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("rows", [[1], [1, 1, 1], [1, 8, 2, 1], [2, 1, 7, 40, 5]])
+def test_a_mixture_adds_up_its_experts_in_one_piece_of_work(path: str, rows: list[int]) -> None:
+    kernels.set_path(path)
+    for seed, cut in enumerate((False, True, True, False)):
+        rng = np.random.default_rng(seed)
+        d, m = HIDDEN[seed % 2], max(rows)
+        kinds = [fitting(d, 3 * seed + i + len(rows)) for i in range(3)]
+        experts = [
+            [
+                matrix(rng, kinds[0], FFN, d, cut="rows" if cut else ""),
+                matrix(rng, kinds[1], FFN, d, cut="rows" if cut else ""),
+                matrix(rng, fitting(FFN, seed + len(rows)), d, FFN, 4, cut="columns" if cut else ""),
+            ]
+            for _ in rows
+        ]
+        gated, biased = seed != 1, seed > 1
+        options = {"activation": list(Activation)[5 - seed], "limit": 4.0} if seed else {}
+        if not gated:
+            experts = [[None, *parts[1:]] for parts in experts]
+            options["activation"] = Activation.RELU2
+        biases = [
+            {"biases": (vector(rng, FFN), vector(rng, FFN) if i % 2 else None), "down_bias": vector(rng, d)}
+            if biased
+            else {}
+            for i in range(len(rows))
+        ]
+        at = np.concatenate([np.sort(rng.permutation(m)[:count]) for count in rows]).astype(np.int32)
+        starts = np.cumsum([0, *rows], dtype=np.int32)
+        h, weights = rng.standard_normal((m, d)).astype(np.float32), rng.random(len(at)).astype(np.float32)
+        want = rng.standard_normal((4, m, d)).astype(np.float32)
+        got = [want.copy() for _ in range(3)]
+        with np.errstate(over="ignore", invalid="ignore"):  # some scales are as large as floats are
+            made = [fused.Expert(*parts, **b) for parts, b in zip(experts, biases, strict=True)]
+            unfused(fused.Experts)(made, **options)(h, at, starts, weights, want)
+        made = [kernels.Expert(*parts, **b) for parts, b in zip(experts, biases, strict=True)]
+        work = kernels.Experts(made, **options)
+        for threads, panels in enumerate(got, 1):
+            before = kernels._compiled.regions()
+            work(h, at, starts, weights, panels, threads)
+            assert kernels._compiled.regions() - before == 1
+            assert cases.same(panels, want), (seed, cut, threads)
+
+
+@pytest.mark.parametrize(
+    ("m", "pieces"), [(MIXED_ROWS // 3, 1), (MIXED_ROWS // 3 + 1, 2), (MIXED_ROWS + 1, 3)]
+)
+def test_a_mixture_of_very_many_rows_takes_some_experts_at_a_time(m: int, pieces: int) -> None:
+    """Activations of all would take much room, more than is planned for; the sums are the same."""
+    rng, d = np.random.default_rng(1), HIDDEN[0]
+    experts = [
+        [
+            *(matrix(rng, BlockType.Q4_0, FFN, d) for _ in range(2)),
+            matrix(rng, BlockType.Q8_0, d, FFN, 2),
+        ]
+        for _ in range(3)
+    ]
+    at, starts = np.tile(np.arange(m, dtype=np.int32), 3), np.arange(4, dtype=np.int32) * m
+    h, weights = rng.standard_normal((m, d)).astype(np.float32), rng.random(3 * m).astype(np.float32)
+    want = np.zeros((2, m, d), np.float32)
+    got = want.copy()
+    unfused(fused.Experts)([fused.Expert(*parts) for parts in experts])(h, at, starts, weights, want)
+    before = kernels._compiled.regions()
+    kernels.Experts([kernels.Expert(*parts) for parts in experts])(h, at, starts, weights, got, 2)
+    assert kernels._compiled.regions() - before == pieces
+    assert cases.same(got, want)
+
+
+def test_what_is_no_mixture_is_refused() -> None:
+    rng, d = np.random.default_rng(2), 64
+    one, other = (
+        kernels.Expert(
+            *(matrix(rng, BlockType.Q8_0, width, d) for _ in range(2)), matrix(rng, BlockType.Q8_0, d, width)
+        )
+        for width in (32, 64)
+    )
+    gate = matrix(rng, BlockType.Q8_0, 32, d)
+    with pytest.raises(ValueError, match="but not in rows"):
+        kernels.Expert(gate, gate, matrix(rng, BlockType.Q8_0, d, 32, cut="rows"))
+    with pytest.raises(ValueError, match="experts of one mixture are alike"):
+        kernels.Experts([one, other])
+    mixture, h = kernels.Experts([one, one]), np.zeros((3, d), np.float32)
+    at, weights, panels = (
+        np.array([0, 2, 1], np.int32),
+        np.ones(3, np.float32),
+        np.zeros((1, 3, d), np.float32),
+    )
+    for starts in ([0, 0, 3], [0, 2, 4], [1, 2, 3], [0, 3, 2]):
+        with pytest.raises(ValueError, match="starts must rise from 0 to 3"):
+            mixture(h, at, np.array(starts, np.int32), weights, panels)
+    with pytest.raises(ValueError, match=r"at must be within 0\.\.2"):
+        mixture(h, at + 1, np.array([0, 1, 3], np.int32), weights, panels)
+    with pytest.raises(ValueError, match="panels must have shape"):
+        mixture(h, at, np.array([0, 1, 3], np.int32), weights, panels[:, :2])
+
+
+def test_a_stack_is_its_layers_in_turn() -> None:
+    """The same bits as part by part, in two pieces of work a layer, with time for others before each."""
+    rng, m, count, d = np.random.default_rng(8), 5, 4, HIDDEN[0]
+    kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
+    made, dims = [], [HD, HD, 32, 32]
+    for layer, hd in enumerate(dims):
+        q, k, v = (matrix(rng, BlockType.Q4_0, n * hd, d) for n in (HEADS, KVH, KVH))
+        o = matrix(rng, BlockType.Q8_0, d, HEADS * hd, 2)
+        attention = kernels.Attention(
+            q, k, v, o, kv_of_head, KVH, hd, 0.25, window=3 * (layer % 2), norm=norm_of(rng, d, layer),
+            rotary=0 if layer == 3 else None,
+        )  # fmt: skip
+        gate, up = (matrix(rng, BlockType.F16, FFN, d) for _ in range(2))
+        mlp = kernels.Mlp(gate, up, matrix(rng, BlockType.Q8_0, d, FFN, 4), norm=norm_of(rng, d, layer + 1))
+        after = [
+            kernels.Residual(
+                vector(rng, d) if layer % 2 else None, norm_of(rng, d, layer + i), (1.0, 0.5)[layer // 2]
+            )
+            for i in (2, 4)
+        ]
+        made.append((attention, after[0], mlp, after[1]))
+    pos, zeros = np.arange(m, dtype=np.int32), np.zeros(m, np.int32)
+    rows = []
+    for hd, block in ((HD, 1), (32, 0)):
+        cos, sin = rng.standard_normal((2, m, hd // 2)).astype(np.float32)
+        rows.append((cos, sin, zeros + block, pos, pos, np.array([block], np.int32), zeros))
+    x = rng.standard_normal((m, d)).astype(np.float32)
+    results, calls = [], []
+    for module in (kernels, fused):
+        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+        mine, before = x.copy(), kernels._compiled.regions()
+        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(mine, rows, lambda: calls.append(1), 2)
+        if module is kernels:
+            assert kernels._compiled.regions() - before == 2 * count
+        results.append([mine, *(pool for pair in pools for pool in pair)])
+    for got, want in zip(*results, strict=True):
+        assert cases.same(got, want)
+    assert len(calls) == 2 * count
+    assert not cases.same(results[0][0], x)
+    pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+    for places, words in (
+        ([0, 1, 1, 1], "layers of one place rotate 16 and 32"),
+        ([0, 0, 1, 2], "use places .* there are 2"),
+        ([0, 0, 0], "4 layers have as many pools and places, not 4 and 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kernels.LayerStack(made, BlockType.F16, pools, places)(x, rows, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("norm must be 64 wide, not 32", {"norm": Norm(32, 1e-5)}),
+        ("q's norm must be 8 or 16 wide, not 4", {"qk_norms": (Norm(4, 1e-5), None)}),
+        ("k's bias must have shape", {"biases": (None, np.zeros(3, np.float32), None)}),
+        ("sinks must have shape", {"sinks": np.zeros(3, np.float32)}),
+        ("n of q, k, v and k of o", {"value_dim": 16}),
+        ("rope rotates an even number of a head's 8 dimensions, not 12", {"rotary": 12}),
+        ("a soft cap must be above 0", {"softcap": -1.0}),
+    ],
+)
+def test_what_is_no_attention_is_refused(words: str, options: dict[str, Any]) -> None:
+    rng, heads = np.random.default_rng(3), np.zeros(2, np.int32)
+    q, k, v = (matrix(rng, BlockType.Q8_0, n * 8, 64) for n in (2, 1, 1))
+    with pytest.raises(ValueError, match=words):
+        kernels.Attention(q, k, v, matrix(rng, BlockType.Q8_0, 64, 16), heads, 1, 8, 1.0, **options)
+
+
+def test_what_is_no_mlp_is_refused() -> None:
+    rng = np.random.default_rng(3)
+    gate, up, down = (matrix(rng, BlockType.Q8_0, n, k) for n, k in ((32, 64), (64, 64), (64, 32)))
+    with pytest.raises(ValueError, match="n of gate and up"):
+        kernels.Mlp(gate, up, down)
+    with pytest.raises(ValueError, match="n of up"):
+        kernels.Mlp(None, up, down)
+    with pytest.raises(ValueError, match="without a gate has no bias of one"):
+        kernels.Mlp(None, gate, down, biases=(np.zeros(32, np.float32), None))
+    with pytest.raises(ValueError, match="the clamped SwiGLU needs up and a limit above 0"):
+        kernels.Mlp(None, gate, down, activation=Activation.SWIGLU_CLAMPED, limit=7.0)
+    with pytest.raises(ValueError, match="an RMS norm has no bias"):
+        Norm(4, 1e-5, bias=np.zeros(4, np.float32))
+
+
+def test_products_of_parts_are_the_whole() -> None:
+    rng = np.random.default_rng(2)
+    for type in BlockType:
+        k = 3 * max(32, type.block)
+        x = rng.standard_normal((5, k)).astype(np.float32)
+        for cut, panels in (("rows", 1), ("columns", 2)):
+            parted = matrix(np.random.default_rng(3), type, 50, k, panels, cut)
+            whole = matrix(np.random.default_rng(3), type, 50, k, panels)
+            outs = [np.empty((5, 50), np.float32) for _ in range(2)]
+            kernels.Products(parted)(x, outs[:1], 2)
+            kernels.Products(whole)(x, outs[1:], 2)
+            assert cases.same(*outs)
+
+
+def test_matrices_of_the_same_rows_cut_them_alike() -> None:
+    rng = np.random.default_rng(4)
+    with pytest.raises(ValueError, match="cut their columns alike"):
+        kernels.Products(matrix(rng, BlockType.Q8_0, 16, 64), matrix(rng, BlockType.Q8_0, 16, 96))
+
+
+def test_an_mlp_is_one_piece_of_work() -> None:
+    before = kernels._compiled.regions()
+    mlp_results(kernels.Mlp, 2, 3, 2, cut=False)
+    made = kernels._compiled.regions() - before
+    assert made == 3 + 2  # three matrices packed, two calls
