@@ -6,6 +6,7 @@
 #define _GNU_SOURCE /* pthread_getattr_np */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "path.h"
 
@@ -56,10 +57,16 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
  * long between regions. */
 enum { SPINS = 4000, YIELD = 64, STACK = 1 << 20 };
 
+/* Where other programs have the cores, a region waits for threads that came too late to help.  After so many regions in a
+ * row of at least SHORT nanoseconds in which nobody helped, so many calls are done alone. */
+enum { SHORT = 20000, IN_VAIN = 4, ALONE = 32 };
+
 static struct {
     atomic_int busy; /* a region is open */
     int alone;       /* no more regions in this process: it is the child of one that had some */
     int prepared, spins;
+    int in_vain, calls_alone;
+    atomic_int helped; /* somebody took a part besides the caller */
     pthread_mutex_t asleep;
     pthread_cond_t wake;
     atomic_int sleepers;
@@ -85,7 +92,8 @@ static int open_region(void) {
         team.spins = policy && (*policy == 'p' || *policy == 'P') ? 0 : SPINS;
         team.prepared = !pthread_atfork(NULL, NULL, forget_threads);
     }
-    if (team.prepared) return 1;
+    if (team.prepared && !team.calls_alone) return 1;
+    if (team.calls_alone) team.calls_alone--;
     atomic_store(&team.busy, 0);
     return 0;
 }
@@ -155,10 +163,18 @@ static int take_part(mk_work *work) {
 
 static void help(mk_work *work) {
     for (long now = -1; (now = next_set(work, now)) < work->count;)
-        while (take_part(work)) {}
+        while (take_part(work)) atomic_store(&team.helped, 1);
 }
 
-static void lead(mk_work *work) {
+static long clock_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000l + time.tv_nsec;
+}
+
+/* Returns how many nanoseconds the sets took. */
+static long lead(mk_work *work) {
+    const long began = clock_now();
     for (long now = 0; now < work->count; now += work->steps[now].set) {
         const long parts = work->steps[now].all;
         atomic_store(&work->done, 0);
@@ -167,14 +183,19 @@ static void lead(mk_work *work) {
         for (int spin = 0; atomic_load(&work->done) < parts; spin++) relax(spin);
     }
     announce(work, work->count, 1);
+    return clock_now() - began;
 }
 
 static void run_together(mk_work *work, int threads) {
+    long nanoseconds = 0;
+    atomic_store(&team.helped, 0);
 #pragma omp parallel num_threads(threads)
     {
-        if (!omp_get_thread_num()) lead(work);
+        if (!omp_get_thread_num()) nanoseconds = lead(work);
         else if (has_stack()) help(work);
     }
+    if (atomic_load(&team.helped)) team.in_vain = 0;
+    else if (nanoseconds >= SHORT && ++team.in_vain == IN_VAIN) team.in_vain = 0, team.calls_alone = ALONE;
 }
 void mk_first_touch(uint8_t *memory, long bytes, int threads) {
     enum { CHUNK = 1 << 21 /* a huge page */, PAGE = 4096 };

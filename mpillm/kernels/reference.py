@@ -51,9 +51,9 @@ Pool = npt.NDArray[Any]
 LANES = 2**18  # floats that are summed at a time
 
 __all__ = [
-    "activate", "activation_nbytes", "attention", "dequantize", "first_touch", "fold", "kv_store", "layer_norm", "lse_parts",
-    "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "softcap", "softmax", "square_sums",
-    "top_k",
+    "activate", "activation_nbytes", "attention", "dequantize", "first_touch", "fold", "kv_store", "layer_norm",
+    "lse_parts", "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "softcap",
+    "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 
