@@ -14,6 +14,8 @@ from mpillm.batch.work import Endpoint
 from mpillm.errors import RequestError
 from mpillm.spec import plain_words
 
+MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
+
 # Keys that change no result of ours: taken and not looked at.
 # fmt: off
 IGNORED = frozenset({
@@ -118,6 +120,8 @@ def custom_id_of(line: dict[str, Any]) -> str | None:
         return None
     if not isinstance(name, str) or not name:
         raise RequestError("custom_id must be a string that is not empty")
+    if len(name) > MAX_NAME:
+        raise RequestError(f"custom_id has {len(name)} characters, and {MAX_NAME} are the maximum")
     return name
 
 
@@ -181,7 +185,7 @@ def _refuse(key: str, value: Any, body: dict[str, Any], known: tuple[str, ...]) 
         raise RequestError(f"{key} {_short(value)} is not supported{_INSTEAD.get(key, '')}")
     if key in _REFUSED:
         raise RequestError(f"{key} is not supported{_INSTEAD.get(key, '')}")
-    close = difflib.get_close_matches(key, [*known, *_NEUTRAL], n=1, cutoff=0.75)
+    close = difflib.get_close_matches(key[:100], [*known, *_NEUTRAL], n=1, cutoff=0.75)
     hint = _INSTEAD.get(key) or (f" (did you mean {close[0]!r}?)" if close else "")
     raise RequestError(f"the key {key[:100]!r} is unknown{hint}")
 

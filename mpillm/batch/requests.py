@@ -20,7 +20,8 @@ from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
-MAX_LINE = 64 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
+MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
+MAX_MODELS = 16  # names of models that are told apart
 PROGRESS_LINES = 256
 LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
 
@@ -117,7 +118,10 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Bat
     except RequestError as problem:
         return replace(line, error=f"Line {line.number}: {str(problem).rstrip('.')}.")
     if (model := work.endpoint.model) is not None:
-        batch.models[model] = batch.models.get(model, 0) + 1
+        name = model[:100]
+        if name not in batch.models and len(batch.models) >= MAX_MODELS:
+            name = "(another one)"
+        batch.models[name] = batch.models.get(name, 0) + 1
     return line
 
 

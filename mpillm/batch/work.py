@@ -21,6 +21,7 @@ class Model:
 
     vocab: int
     max_position: int
+    hidden: int = 0  # values of a hidden state, and so of an embedding
     end_ids: frozenset[int] = frozenset()  # end of sequence and of turn
     kv_tokens: int | None = None  # tokens that the KV cache's budget holds, None if not known
     kv_token_bytes: int = 0  # of one token on one rank

@@ -212,6 +212,7 @@ class Leader:
         self._model = Model(
             vocab=config.vocab,
             max_position=config.max_position,
+            hidden=config.hidden,
             end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
             kv_tokens=session.origin.kv_tokens,
             kv_token_bytes=session.kv_token_nbytes,

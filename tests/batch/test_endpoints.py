@@ -35,7 +35,9 @@ class Choose(Endpoint, frozen=True, kw_only=True):
     response_format: dict[str, str] | None = None  # which the other endpoints refuse
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        prompts = read_prompts("choices", [self.question + text for text in self.choices], True, spec, model)
+        prompts = read_prompts(
+            "choices", [self.question + text for text in self.choices], True, 1, spec, model
+        )
         return tuple(
             Request(id=custom_id, prompt=ids, choice=choice, max_tokens=0, prompt_logprobs=0)
             for choice, ids in enumerate(prompts)

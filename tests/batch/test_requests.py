@@ -280,6 +280,39 @@ def test_keys_that_are_there_twice(raw: bytes, key: str, tmp_path: Path) -> None
     assert found == [f"Line 1: the key {key!r} is there twice.", None]
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": [[5]] * 4096, "n": 1024}, "prompt has 4096 prompts and n is 1024: 4194304 sequences, and a line may ask for 4096"),
+        ({"prompt": ["the fox"] * 4097}, "prompt has 4097 prompts: 4097 sequences, and a line may ask for 4096"),
+        ({"input": ["a"] * 1_000_000}, "input has 1000000 prompts: 1000000 sequences, and a line may ask for 4096"),
+        ({"prompt": [[5] * 400] * 3000}, "prompt has more than 1048576 tokens; give its prompts to several lines"),
+        ({"prompt": [5], "n": 1024, "max_tokens": 100, "logprobs": 20}, "its answer may have 164 MiB, and 64 MiB are the maximum"),
+        ({"prompt": [[5] * 500] * 2000, "max_tokens": 0, "echo": True, "logprobs": 0}, "its answer may have 76 MiB"),
+        ({"messages": CHAT, "n": 512, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "its answer may have 82 MiB"),
+        ({"input": [[5]] * 4096}, "its answer may have 176 MiB"),
+        ({"prompt": "a", "custom_id": "x" * 4097}, "custom_id has 4097 characters, and 4096 are the maximum"),
+        ({"prompt": "a", "x" * 4_000_000: 1}, "is unknown"),
+    ],
+)  # fmt: skip
+def test_what_is_too_much_for_a_line(body: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """What rank 0 would hold at once is bounded before any of it is made."""
+    model = dataclasses.replace(WITH_TEXT, hidden=2048)
+    said = errors(tmp_path, body, {"prompt": [[5]] * 4, "n": 1024, "max_tokens": 2}, model=model)
+    assert said[0] is not None
+    assert words in said[0]
+    assert len(said[0]) < 300
+    assert said[1] is None
+
+
+def test_many_names_of_models(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "model": f"model-{number}{'x' * 200}"} for number in range(40)]
+    models = checked(tmp_path, [*lines, *lines]).models
+    assert sum(models.values()) == 80
+    assert len(models) == requests.MAX_MODELS + 1
+    assert max(map(len, models)) == 100
+
+
 def test_inputs_that_are_none(tmp_path: Path) -> None:
     made = job(tmp_path)
     with pytest.raises(JobError, match=r"^There is no input .*in\.jsonl\.$"):
@@ -398,7 +431,7 @@ def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
         assert words in error
 
 
-LONG = ["the " * 300, "x" * 20_000_000, "\u20ac" * 2_000_000]
+LONG = ["the " * 300, "x" * 8_000_000, "\u20ac" * 1_000_000]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ class Completions(Generate, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        prompts = read_prompts("prompt", self.prompt, self.add_special_tokens, spec, model)
+        prompts = read_prompts(
+            "prompt", self.prompt, self.add_special_tokens, self.choices_per_prompt, spec, model
+        )
         requests = self.requests_for(
             custom_id,
             prompts,

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpillm.batch.endpoints.generate import CREATED
-from mpillm.batch.endpoints.prompts import check_length, prompt_name, read_prompts
+from mpillm.batch.endpoints.prompts import check_answer, check_length, prompt_name, read_prompts
 from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
 from mpillm.engine.sequence import Completion, Request
 from mpillm.spec import Pooling, Spec
+
+JSON_BYTES, BASE64_BYTES = 22, 6  # of a value in an answer, at most
 
 
 class Embeddings(Endpoint, frozen=True, kw_only=True):
@@ -32,7 +34,9 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        prompts = read_prompts("input", self.input, self.add_special_tokens, spec, model)
+        prompts = read_prompts("input", self.input, self.add_special_tokens, 1, spec, model)
+        each = model.hidden * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
+        check_answer(len(prompts) * each)
         for index, ids in enumerate(prompts):
             check_length(ids, prompt_name(prompts, index), spec, model)
         pooling = self.pooling or spec.embeddings.pooling

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from mpillm.batch.endpoints.detokenizer import Detokenizer
 from mpillm.batch.endpoints.prompts import (
     TokenIds,
+    check_answer,
     check_kv,
     check_length,
     max_tokens,
@@ -30,6 +31,20 @@ CREATED = 0  # seconds since 1970 that every answer names as its own time
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+TOKEN_BYTES = 8  # of a generated token in an answer: its text and perhaps its id
+LOGPROB_BYTES = 80  # of a log-probability with its token
+
+
+def _answer_bytes(request: Request) -> int:
+    """About how many bytes a choice may have in the answer."""
+    found = request.max_tokens * TOKEN_BYTES
+    if request.logprobs is not None:
+        found += request.max_tokens * (1 + request.logprobs) * LOGPROB_BYTES
+    if request.prompt_logprobs is not None:
+        found += len(request.prompt) * (1 + request.prompt_logprobs) * LOGPROB_BYTES
+    return found
 
 
 class Generate(Endpoint, frozen=True, kw_only=True):
@@ -128,6 +143,7 @@ class Generate(Endpoint, frozen=True, kw_only=True):
                 )
                 for choice in range(self.choices_per_prompt)
             ]
+        check_answer(sum(map(_answer_bytes, requests)))
         return tuple(requests)
 
     def stops(self, spec: Spec) -> tuple[str, ...]:

@@ -13,11 +13,16 @@ from mpillm.text import TooLongError
 
 TokenIds = tuple[int, ...]
 
+# What one line may ask for: rank 0 holds all of it at once.
+MAX_SEQUENCES = 4096  # prompts x n
+MAX_PROMPT_TOKENS = 2**20  # of several prompts together; a single one is bounded by the context
+MAX_ANSWER = 64 * 2**20  # bytes, as estimated from what can be generated
+
 
 def read_prompts(
-    key: str, given: str | list[Any], add_special: bool | None, spec: Spec, model: Model
+    key: str, given: str | list[Any], add_special: bool | None, n: int, spec: Spec, model: Model
 ) -> list[TokenIds]:
-    """The prompts of a body's `key` as token ids.
+    """The prompts of a body's `key` as token ids; RequestError if `n` choices of each are too much for one line.
 
     Control tokens in a string are tokens: whoever writes a prompt writes the whole of what the model sees.
     """
@@ -27,8 +32,10 @@ def read_prompts(
         raise RequestError(f"{key} is an empty list")
     elif all(type(item) is int for item in given):
         given = [given]
+    check_sequences(key, len(given), n)
     special = True if add_special is None else add_special
     ids: list[TokenIds] = []
+    total = 0
     for index, item in enumerate(given):
         which = f"{key}[{index}]" if len(given) > 1 else key
         if isinstance(item, str):
@@ -47,7 +54,30 @@ def read_prompts(
             raise RequestError(
                 f"{key} must be a string, a list of strings, a list of token ids, or a list of such lists"
             )
+        total += len(ids[-1])
+        if index and total > MAX_PROMPT_TOKENS:
+            raise RequestError(
+                f"{key} has more than {MAX_PROMPT_TOKENS} tokens; give its prompts to several lines"
+            )
     return ids
+
+
+def check_sequences(key: str, prompts: int, n: int) -> None:
+    """RequestError if `n` choices of so many prompts are more than a line may ask for."""
+    if prompts * n > MAX_SEQUENCES:
+        what = f"{key} has {prompts} prompts" + (f" and n is {n}" if n > 1 else "")
+        raise RequestError(
+            f"{what}: {prompts * n} sequences, and a line may ask for {MAX_SEQUENCES}; make several lines of it"
+        )
+
+
+def check_answer(nbytes: int) -> None:
+    """RequestError if an answer of so many bytes, as estimated, is more than a line may ask for."""
+    if nbytes > MAX_ANSWER:
+        raise RequestError(
+            f"its answer may have {nbytes >> 20} MiB, and {MAX_ANSWER >> 20} MiB are the maximum; make several lines "
+            "of it, or ask for fewer choices, tokens or log-probabilities"
+        )
 
 
 def encoded(encode: Callable[[int], list[int]], which: str, spec: Spec, model: Model) -> TokenIds:
