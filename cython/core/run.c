@@ -31,6 +31,8 @@ void mk_begin_in(mk_work *work, mk_step *steps, long capacity) {
     work->groups = NULL;
 }
 
+long mk_capacity(const mk_work *work) { return work->capacity; }
+
 void mk_join(mk_work *work, int on) { work->joining = on; }
 
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven) {

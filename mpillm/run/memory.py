@@ -15,7 +15,6 @@ from mpillm.engine.reply import TILE
 from mpillm.model.activations import Activations
 from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
-from mpillm.weights.packed.source import PackedSource
 from mpillm.weights.source import Source
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 35 for the libraries, 10 for a heap in use.
@@ -25,7 +24,6 @@ FIELD = 256  # and among a GGUF file's fields, which all have
 ITEM = 2048  # of what is known of a part that is paged
 LINE = 512  # of what rank 0 keeps of a line of the input
 CHUNK = 2**20  # of a file whose lines are counted
-UNPACKED = 48 * 2**20  # rows on their way from an unpacked model into kernel-ready form
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
@@ -57,7 +55,7 @@ def process(source: Source, shape: Shape, place: Place, items: int, lines: int) 
     """Bytes of Python, MPI, the libraries, the tokenizer, and what is known of the model, its `items` and the input."""
     found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
     found += LINE * lines if place.rank == 0 else 0
-    return found if isinstance(source, PackedSource) else found + UNPACKED
+    return found + source.loading_nbytes
 
 
 def lines_in(path: Path) -> int:
