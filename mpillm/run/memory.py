@@ -22,7 +22,9 @@ PROCESS = 112 * 2**20
 WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
 FIELD = 256  # and among a GGUF file's fields, which all have
 ITEM = 2048  # of what is known of a part that is paged
-LINE = 512  # of what rank 0 keeps of a line of the input
+LINE = 800  # of what rank 0 keeps of a line of the input, and of where its answer is (650 measured)
+WRITTEN = 4096  # of an answer that is written to results.h5,
+WRITING = 40 * 2**20  # and at most, whatever is written (32 MiB measured for 10^5 lines, and for 10^6)
 CHUNK = 2**20  # of a file whose lines are counted
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
@@ -54,7 +56,8 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
 def process(source: Source, shape: Shape, place: Place, items: int, lines: int) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, and what is known of the model, its `items` and the input."""
     found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
-    found += LINE * lines if place.rank == 0 else 0
+    if place.rank == 0:
+        found += LINE * lines + min(WRITTEN * lines, WRITING)
     return found + source.loading_nbytes
 
 
