@@ -23,8 +23,6 @@ PROCESS = 112 * 2**20
 WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
 FIELD = 256  # and among a GGUF file's fields, which all have
 ITEM = 2048  # of what is known of a part that is paged
-LINE = 512  # of what rank 0 keeps of a line of the input
-CHUNK = 2**20  # of a file whose lines are counted
 UNPACKED = 48 * 2**20  # rows on their way from an unpacked model into kernel-ready form
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
@@ -53,23 +51,14 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
     return found
 
 
-def process(source: Source, shape: Shape, place: Place, items: int, lines: int) -> int:
-    """Bytes of Python, MPI, the libraries, the tokenizer, and what is known of the model, its `items` and the input."""
+def process(source: Source, shape: Shape, place: Place, items: int, kept: int) -> int:
+    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `items`.
+
+    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
+    """
     found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
-    found += LINE * lines if place.rank == 0 else 0
+    found += kept if place.rank == 0 else 0
     return found if isinstance(source, PackedSource) else found + UNPACKED
-
-
-def lines_in(path: Path) -> int:
-    """The lines of a job's input, the last one with or without an end; 0 if it cannot be read, which others say."""
-    lines, last = 0, b"\n"
-    try:
-        with path.open("rb", buffering=0) as file:
-            for chunk in iter(lambda: file.read(CHUNK), b""):
-                lines, last = lines + chunk.count(b"\n"), chunk[-1:]
-    except OSError:
-        return 0
-    return lines + (last != b"\n")
 
 
 def peak() -> int:

@@ -14,6 +14,7 @@ from mpillm.model.kv import block_nbytes, stored_type
 from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
 from mpillm.run import catalogue, memory
+from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
@@ -93,10 +94,9 @@ def make_plan(
     n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
     rows = activations_of(source, shape)
     step = step_size(spec, rows, places, any(read))
-    lines = memory.lines_in(spec.input_path)
+    kept = input_bytes(spec, shape.hidden, step.sequences * stages)
     processes = [
-        memory.process(source, shape, place, len(own), lines)
-        for place, own in zip(places, items, strict=True)
+        memory.process(source, shape, place, len(own), kept) for place, own in zip(places, items, strict=True)
     ]
     plans = [
         _rank(

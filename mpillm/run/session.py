@@ -23,6 +23,7 @@ from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache, block_nbytes, stored_type
 from mpillm.partition import grid
 from mpillm.run import memory
+from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.journal import Layout
@@ -156,8 +157,8 @@ class Session:
         """Bytes that one token's keys and values take on the rank that holds most."""
         return self._largest_block // KV_BLOCK
 
-    def statistics(self, lines: int = 0) -> Rank:
-        """What this rank held, moved and waited for; rank 0 keeps so many lines of input."""
+    def statistics(self) -> Rank:
+        """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
@@ -173,7 +174,7 @@ class Session:
             experts=_described(weights.experts) if weights.experts else {},
             kv=self._describe_kv(),
             messages=messages,
-            memory=msgspec.to_builtins(self._memory(lines)),
+            memory=msgspec.to_builtins(self._memory()),
             memory_peak=memory.peak(),
             seconds={
                 "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
@@ -217,15 +218,18 @@ class Session:
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
 
-    def _memory(self, lines: int) -> memory.Memory:
+    def _memory(self) -> memory.Memory:
         """What this rank was to hold at most."""
         weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
         block = block_nbytes(shape, place, self.kv_type)
+        kept = 0
+        if place.rank == 0:
+            kept = input_bytes(self.spec, shape.hidden, limits.max_sequences * limits.micro_batches)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
             activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, shape, place, len(weights.items), lines),
+            process=memory.process(self.source, shape, place, len(weights.items), kept),
         )
 
     def _decoder(self) -> Decoder:

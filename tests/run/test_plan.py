@@ -69,7 +69,7 @@ def test_wire_bytes() -> None:
 
 
 def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> None:
-    (tmp_path / "in").write_text('{"prompt": "a"}\n' * 3000)
+    (tmp_path / "in").write_text('{"prompt": "a", "max_tokens": 0}\n' * 3000)
     asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
     with_input, without = plan.make(asked, 2), planned("llama3", 2)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
