@@ -11,7 +11,7 @@ MPICH  := .venv-mpich
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-SOURCES := pyproject.toml setup.py $(wildcard cython/*.pyx cython/*.pxi cython/core/*.[ch])
+SOURCES := pyproject.toml setup.py $(filter-out cython/declarations.pxi,$(wildcard cython/*.p* cython/core/*.[ch]))
 
 .DELETE_ON_ERROR:
 .PHONY: run test test-mpi lint clean install
@@ -40,7 +40,7 @@ lint: $(VENV)/installed-lint
 
 clean:
 	rm -rf $(VENV) $(MPICH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f cython/*.c mpillm/kernels/*.so
+	rm -f cython/*.c cython/declarations.pxi mpillm/kernels/*.so
 	find mpillm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package is installed in place, because `python -m mpillm` in this directory imports ./mpillm.

@@ -5,6 +5,7 @@ The kernels are optional: without a C compiler or Python's headers the package s
 
 from __future__ import annotations
 
+import runpy
 from glob import glob
 
 from setuptools import Extension, setup
@@ -41,6 +42,7 @@ def kernels() -> list[Extension]:
     except ImportError:
         print("mpillm: no Cython, so the kernels are not compiled and NumPy serves")
         return []
+    runpy.run_path("cython/declare.py")["write"]()
     extension = Extension(
         "mpillm.kernels._compiled",
         sources=["cython/kernels.pyx", *sorted(glob("cython/core/*.c"))],

@@ -136,7 +136,7 @@ cdef class Attention:
 
     cdef int add_attend(self, mk_work *work, Space space, float *q, float *k, const float *v, const Rows *rows,
                         int kv_type, const Pools *pools, Sums *out) except -1:
-        """out = what attention makes of q, k and v, rows that follow one another; q and k turn in place."""
+        """out = what attention makes of q, k and v, contiguous rows; q and k are rotated in place."""
         cdef long m = rows.m, wide = self.heads * self.hd, narrow = self.kvh * self.hd
         cdef long mixed_wide = self.heads * self.vd
         cdef float *mixed = <float *>space.take(4 * m * mixed_wide)

@@ -8,73 +8,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t
 
 import numpy as np
 
-cdef extern from "core/path.h" nogil:
-    enum: MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_TYPES, MK_TILE, MK_BLOCK, MK_SUPER, MK_ACTIVATION
-    enum: MK_KV_BLOCK, MK_MAX_HEAD_DIM, MK_MAX_PANELS, MK_MOST_PRODUCTS
-    enum: MK_ACTIVATION_COUNT, MK_SILU, MK_SWIGLU_CLAMPED
-    int mk_block(int type)
-    int mk_block_bytes(int type)
-    int mk_packed_bytes(int type)
-    long mk_blocks(long columns, int block)
-    long mk_kv_bytes(int type, int hd)
-    const char *mk_path_name(int index)
-    int mk_set_path(const char *name)
-    ctypedef struct mk_step:
-        pass
-    ctypedef struct mk_product:
-        pass
-    ctypedef struct mk_work:
-        pass
-    void mk_begin(mk_work *work)
-    void mk_begin_in(mk_work *work, mk_step *steps, long most)
-    void mk_join(mk_work *work, int on)
-    int mk_run(mk_work *work, int threads)
-    int mk_regions()
-    long mk_weights_read()
-    void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, float scale, long m,
-                     long d)
-    void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
-                 int32_t *bounds, int panels, uint8_t *out, long first, long whole)
-    void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out)
-    void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long
-                       stride)
-    void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m, const int32_t
-                       *bounds, int panels, uint8_t *out, long out_bytes)
-    long mk_float_bytes(int type, const int32_t *bounds, int panels)
-    void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t
-                          *bounds, int panels, uint8_t *out, long out_bytes)
-    long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t *bounds, int panels, const
-                   uint8_t **at)
-    void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes, const int32_t *bounds,
-                   int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
-                   panel_stride)
-    void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes, const
-                  int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride, long
-                  panel_stride, const int32_t *rows, const float *weights, const float *bias)
-    void mk_mixture(mk_work *work, const mk_product *products, long count)
-    void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride)
-    void mk_square_sums(mk_work *work, const float *x, long stride, long m, long d, float *out)
-    void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, int groups, long m,
-                     long d, float *out, long out_stride)
-    void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float eps,
-                       long m, long d, float *out, long out_stride)
-    void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads,
-                 int hd, int rotary, int interleaved)
-    void mk_activate(mk_work *work, int kind, const float *gate, long gate_stride, const float *up, long up_stride,
-                     float limit, float alpha, long m, long d, float *out, long out_stride)
-    void mk_softcap(mk_work *work, float *x, long stride, float cap, long m, long d)
-    void mk_softmax(mk_work *work, float *x, long stride, long m, long d)
-    void mk_top_k(mk_work *work, const float *x, long stride, long m, long n, long k, float *values, int32_t
-                  *ids)
-    void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t, long m, const int32_t
-                      *bounds, int panels, float *out)
-    void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride,
-                     const int32_t *block, const int32_t *offset, long m, void *kpool, void *vpool, int kvh,
-                     int hd, int vd)
-    void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride,
-                      const void *kpool, const void *vpool, const int32_t *pos, const int32_t *table, const
-                      int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd,
-                      float scale, int window, const float *sinks, float softcap)
+include "declarations.pxi"  # what core/kernels.h declares; setup.py makes it
 
 
 def available():
@@ -89,6 +23,13 @@ def set_path(str name):
     """Use a path; ValueError if it is not among `available()`."""
     if mk_set_path(name.encode()):
         raise ValueError(f"this machine has no kernel path {name!r}")
+
+
+def block_types():
+    """The kind, the values, the bytes and the packed bytes of a block of each type."""
+    kinds = ("float", "plain", "super")
+    return [(kinds[mk_kind(type)], mk_block(type), mk_block_bytes(type), mk_packed_bytes(type))
+            for type in range(MK_TYPES)]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -154,7 +95,7 @@ cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
 
 
 cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
-    if mk_block(type) == 1:
+    if mk_is_float(type):
         return n * edges[edges.shape[0] - 1] * mk_block_bytes(type)
     return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)
 
@@ -257,7 +198,7 @@ def pack(int type, const uint8_t[:, :] canonical, long k, bounds, uint8_t[::1] o
     cdef const int32_t[::1] edges = check_bounds(bounds, k, mk_block(type))
     cdef long n = canonical.shape[0], rows = first + n if whole is None else whole
     require_type(kind)
-    if kind != type and (kind >= MK_Q8_0 or (type != MK_Q8_0 and type != MK_Q4_0)):
+    if kind != type and (not mk_is_float(kind) or (type != MK_Q8_0 and type != MK_Q4_0)):
         raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {kind}")
     require("canonical", (n, mk_blocks(k, mk_block(kind)) * mk_block_bytes(kind)), (n, canonical.shape[1]))
     if canonical.shape[1] > 1 and canonical.strides[1] != 1:
@@ -324,11 +265,11 @@ cdef class Product:
         self.edges = check_bounds(bounds, k, mk_block(type))
         self.type, self.n, self.k, self.row_bytes, self.data = type, n, k, row_bytes, []
         self.panels = <int>self.edges.shape[0] - 1
-        if mk_block(type) > 1:
+        if self.quantised():
             self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
         else:
             self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
-        if row_bytes and (mk_block(type) > 1 or row_bytes < k * mk_block_bytes(type)):
+        if row_bytes and (self.quantised() or row_bytes < k * mk_block_bytes(type)):
             raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
 
     cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:
@@ -345,7 +286,7 @@ cdef class Product:
         return whole_lines((m if self.quantised() else mk_blocks(m, MK_TILE) * MK_TILE) * self.x_bytes)
 
     cdef int quantised(self) noexcept:
-        return mk_block(self.type) > 1
+        return not mk_is_float(self.type)
 
     cdef int form(self) noexcept:
         """Which of the forms of activations it takes (`Forms`)."""
@@ -484,7 +425,7 @@ def layer_norm(const float[:, :] x, w, bias, float eps, float[:, :] out, int thr
 
 
 cdef int rotary_of(int rotary, int hd) except -1:
-    """How many dimensions of a head turn; 0 is all of them."""
+    """The number of dimensions of a head that are rotated; 0 means all of them."""
     if hd % 2 and not rotary:
         raise ValueError(f"rope needs an even head dimension, not {hd}")
     if rotary < 0 or rotary % 2 or rotary > hd:

@@ -93,7 +93,7 @@ long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest
 
 /* Bytes of columns of W [n, .] as they are packed. */
 static long panel_bytes(int type, long n, long columns) {
-    if (type < MK_Q8_0) return n * columns * mk_block_bytes(type);
+    if (mk_is_float(type)) return n * columns * mk_block_bytes(type);
     return mk_blocks(n, MK_TILE) * MK_TILE * mk_blocks(columns, mk_block(type)) * mk_packed_bytes(type);
 }
 
@@ -114,7 +114,7 @@ static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, 
                       .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
                       .out_stride = out_stride, .panel_stride = panel_stride, .in_tiles = in_tiles(type, m)};
     if (job.in_tiles) job.x_stride = tile_bytes(bounds, panels);
-    job.chunk = (type < MK_Q8_0 ? FLOAT_CACHE : CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
+    job.chunk = (mk_is_float(type) ? FLOAT_CACHE : CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
     if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
     const long chunks = mk_blocks(m, (int)job.chunk);

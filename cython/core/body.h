@@ -14,9 +14,9 @@
 
 #include "body_attention.h"
 
-#define PATH_TABLE(name, matmul, mixture, tile_rows) PATH_TABLE_(name, matmul, mixture, tile_rows)
-#define PATH_TABLE_(name, matmul, mixture, tile_rows)                                                           \
-    const mk_path mk_##name = {#name, quantize, dequantize, quantize_rows, matmul, mixture, fold, square_sums,        \
-                               rms_norm, layer_norm, rope, rope_interleaved, activate, softcap, softmax, top_k,       \
-                               lse_parts, attention, to_f16, to_q8, BF16_STEP, tile_rows};
+#define ENTRY(operation) .operation = operation,
+#define PATH_TABLE(name, product, mixture_of_products, to_tiles) PATH_TABLE_(name, product, mixture_of_products, to_tiles)
+#define PATH_TABLE_(path, product, mixture_of_products, to_tiles)                                                  \
+    const mk_path mk_##path = {MK_OPERATIONS(ENTRY).name = #path, .matmul = product, .mixture = mixture_of_products, \
+                               .to_f16 = to_f16, .to_q8 = to_q8, .bf16_step = BF16_STEP, .tile_rows = to_tiles};
 PATH_TABLE(NAME, matmul, mixture, NULL)

@@ -129,10 +129,14 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #endif
 #define FLOAT_TILES(type) \
     MORE_FLOATS(type) FLOAT_TILE(type, 4) FLOAT_TILE(type, 3) FLOAT_TILE(type, 2) FLOAT_TILE(type, 1)
-FLOAT_TILES(MK_F32)
-FLOAT_TILES(MK_F16)
-FLOAT_TILES(MK_BF16)
+#define FLOAT_TILES_FLOAT(type) FLOAT_TILES(type)
+#define FLOAT_TILES_PLAIN(type)
+#define FLOAT_TILES_SUPER(type)
+#define FLOAT_TILES_OF(name, kind, ...) FLOAT_TILES_##kind(MK_##name)
+MK_BLOCK_TYPES(FLOAT_TILES_OF)
 
-#define FLOAT_FUNCTIONS(type) {MORE_FLOAT_FUNCTIONS(type) type##_4, type##_3, type##_2, type##_1}
-static const float_function FLOAT_TILE_FUNCTIONS[][VEC_ROWS > 4 ? 5 : 4] = {
-    FLOAT_FUNCTIONS(MK_F32), FLOAT_FUNCTIONS(MK_F16), FLOAT_FUNCTIONS(MK_BF16)};
+#define FLOAT_ROW_FLOAT(type) [type] = {MORE_FLOAT_FUNCTIONS(type) type##_4, type##_3, type##_2, type##_1},
+#define FLOAT_ROW_PLAIN(type)
+#define FLOAT_ROW_SUPER(type)
+#define FLOAT_ROW_OF(name, kind, ...) FLOAT_ROW_##kind(MK_##name)
+static const float_function FLOAT_TILE_FUNCTIONS[MK_TYPES][VEC_ROWS > 4 ? 5 : 4] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};

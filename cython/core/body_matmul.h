@@ -145,24 +145,23 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
 #endif
 #define TILES(kind, type) \
     MORE_TILES(kind, type) BOTH(kind, type, 4) BOTH(kind, type, 3) BOTH(kind, type, 2) BOTH(kind, type, 1)
-TILES(quantised, MK_Q8_0)
-TILES(quantised, MK_Q4_0)
-TILES(quantised, MK_Q4_1)
-TILES(super, MK_Q4_K)
-TILES(super, MK_Q5_K)
-TILES(super, MK_Q6_K)
+#define TILES_FLOAT(type)
+#define TILES_PLAIN(type) TILES(quantised, type)
+#define TILES_SUPER(type) TILES(super, type)
+#define TILES_OF(name, kind, ...) TILES_##kind(MK_##name)
+MK_BLOCK_TYPES(TILES_OF)
 
 static const int ROWS[] = {MORE_ROWS 4, 3, 2, 1};
 enum { SHAPES = sizeof ROWS / sizeof *ROWS, FIRST_FLOATS = VEC_ROWS > 8 /* of float weights */ };
 #define FUNCTIONS(type, name) \
-    {MORE_FUNCTIONS(type) type##_##name##_4, type##_##name##_3, type##_##name##_2, type##_##name##_1}
-#define ALL_FUNCTIONS(name)                                                                           \
-    {                                                                                                 \
-        FUNCTIONS(MK_Q8_0, name), FUNCTIONS(MK_Q4_0, name), FUNCTIONS(MK_Q4_1, name),                 \
-        FUNCTIONS(MK_Q4_K, name), FUNCTIONS(MK_Q5_K, name), FUNCTIONS(MK_Q6_K, name),                 \
-    }
-static const tile_function ONE_TILE[][SHAPES] = ALL_FUNCTIONS(one);
-static const tile_function MANY_AT_ONCE[][SHAPES] = ALL_FUNCTIONS(many);
+    [type] = {MORE_FUNCTIONS(type) type##_##name##_4, type##_##name##_3, type##_##name##_2, type##_##name##_1},
+#define FUNCTIONS_FLOAT(type, name)
+#define FUNCTIONS_PLAIN(type, name) FUNCTIONS(type, name)
+#define FUNCTIONS_SUPER(type, name) FUNCTIONS(type, name)
+#define ONE_TILE_OF(name, kind, ...) FUNCTIONS_##kind(MK_##name, one)
+#define MANY_OF(name, kind, ...) FUNCTIONS_##kind(MK_##name, many)
+static const tile_function ONE_TILE[MK_TYPES][SHAPES] = {MK_BLOCK_TYPES(ONE_TILE_OF)};
+static const tile_function MANY_AT_ONCE[MK_TYPES][SHAPES] = {MK_BLOCK_TYPES(MANY_OF)};
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int r = 0; r < tiles; r++)
@@ -206,9 +205,9 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
 }
 
 static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
-    const int type = job->type - MK_Q8_0, shape = shape_of(rows), many = AT_ONCE(rows);
-    const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(job->type));
-    const long stride = count * mk_packed_bytes(job->type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
+    const int type = job->type, shape = shape_of(rows), many = AT_ONCE(rows);
+    const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
+    const long stride = count * mk_packed_bytes(type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
     const uint8_t *w = job->at[p] + tile * stride;
     int done = 0;
     for (; stride >= MK_LONG_TILE && done + many <= tiles; done += many)
@@ -220,7 +219,7 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
 static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
     const int type = job->type;
     if (job->in_tiles) return mk_blocks(columns, MK_BF16_BLOCK) * MK_BF16_BLOCK * 2 * MK_TILE;
-    if (type < MK_Q8_0) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(rows);
+    if (mk_is_float(type)) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(rows);
     return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION * GROUP(rows);
 }
 
@@ -255,7 +254,7 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
 
 /* Rows row .. limit - 1 of up to `tiles` tiles: of as many as there is room for, which is returned. */
 static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
-    const int floats = job->type < MK_Q8_0;
+    const int floats = mk_is_float(job->type);
     vf pending[MK_MAX_LEVELS][RUN_SUMS];
     int shape = shape_of(limit - row);
     if (floats && shape < FIRST_FLOATS) shape = FIRST_FLOATS;

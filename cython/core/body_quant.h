@@ -152,14 +152,14 @@ static void dequantize(const void *argument, long begin, long end) {
         float *out = job->values + row * job->stride;
         if (job->type == MK_F32) {
             memcpy(out, in, (size_t)row_bytes);
-        } else if (job->type < MK_Q8_0) {
+        } else if (mk_is_float(job->type)) {
             for (long i = 0; i < job->k; i += MK_TILE) {
                 uint16_t half[MK_TILE] = {0};
                 long count = job->k - i < MK_TILE ? job->k - i : MK_TILE;
                 memcpy(half, in + 2 * i, (size_t)count * 2);
                 vf_row_store(out, i, job->k, job->type == MK_F16 ? vf_load_f16(half) : vf_load_bf16(half));
             }
-        } else if (job->type >= MK_Q4_K) {
+        } else if (mk_is_super(job->type)) {
             for (long i = 0; i < job->k; i += MK_SUPER, in += mk_block_bytes(job->type))
                 dequantise_super(job->type, in, out + i);
         } else {

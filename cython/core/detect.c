@@ -32,24 +32,24 @@ static int may_have_tiles(void) {
 #endif
 }
 
-/* Which of the x86 paths run here, as one bit each. */
+/* What this machine has, of what the paths need. */
 static unsigned look(void) {
-    unsigned a, b, c, d, c1, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = 1;
+    unsigned a, b, c, d, c1, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = MK_HAS_SCALAR;
     if (!__get_cpuid(1, &a, &b, &c1, &d) || !bit(c1, 27)) return found; /* OSXSAVE */
     unsigned xcr0 = saved_registers();
     if ((xcr0 & XMM_YMM) != XMM_YMM || !bit(c1, 28)) return found;
-    found |= 2;
+    found |= MK_HAS_AVX;
     if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
     if (!(bit(b7, 5) && bit(c1, 12) && bit(c1, 29))) return found; /* AVX2, FMA, F16C */
-    found |= 4;
-    if (bit(a71, 4)) found |= 8; /* AVX-VNNI */
+    found |= MK_HAS_AVX2;
+    if (bit(a71, 4)) found |= MK_HAS_AVX_VNNI;
     if ((xcr0 & ZMM) != ZMM || !(bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31))) return found;
-    found |= 16; /* AVX-512 F, DQ, BW, VL */
+    found |= MK_HAS_AVX512; /* F, DQ, BW, VL */
     if (!bit(c7, 11)) return found; /* VNNI */
-    found |= 64;
-    if (bit(a71, 5) && mk_pairs_are_chains()) found |= bit(d7, 22) ? 32 : 128; /* AVX512_BF16; AMX-BF16 */
+    found |= MK_HAS_AVX512_VNNI;
+    if (bit(a71, 5) && mk_pairs_are_chains()) found |= bit(d7, 22) /* AMX-BF16 */ ? MK_HAS_SLOW_BF16 : MK_HAS_FAST_BF16;
     if ((xcr0 & TILES) == TILES && bit(d7, 22) && bit(d7, 24) && bit(d7, 25) && may_have_tiles())
-        found |= 256; /* AMX: BF16, tiles, int8 */
+        found |= MK_HAS_AMX; /* BF16, tiles, int8 */
     return found;
 }
 
@@ -58,29 +58,28 @@ static unsigned detect(void) {
     if (!found) found = look();
     return found;
 }
-
-/* Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do two in the time of one. */
-static const mk_path *const PATHS[] = {
-    &mk_scalar, &mk_avx, &mk_avx2, &mk_avx2vnni, &mk_avx512, &mk_avx512bf16, &mk_avx512vnni, &mk_avx512bf16,
-#ifdef MK_AMX
-    &mk_amx,
-#endif
-};
 #elif defined(MK_ARM)
 #ifdef __APPLE__
-static unsigned detect(void) { return 7; } /* every 64-bit Apple machine that runs Python has dotprod */
+static unsigned detect(void) { return MK_HAS_SCALAR | MK_HAS_NEON | MK_HAS_DOTPROD; } /* all that run Python have it */
 #else
 #include <sys/auxv.h>
 
-static unsigned detect(void) { return getauxval(AT_HWCAP) & 1ul << 20 /* ASIMDDP */ ? 7 : 3; }
+static unsigned detect(void) {
+    return MK_HAS_SCALAR | MK_HAS_NEON | (getauxval(AT_HWCAP) & 1ul << 20 /* ASIMDDP */ ? MK_HAS_DOTPROD : 0);
+}
 #endif
-
-static const mk_path *const PATHS[] = {&mk_scalar, &mk_neon, &mk_neondot};
 #else
-static unsigned detect(void) { return 1; }
-
-static const mk_path *const PATHS[] = {&mk_scalar};
+static unsigned detect(void) { return MK_HAS_SCALAR; }
 #endif
+
+static const struct {
+    const mk_path *path;
+    unsigned needs;
+} PATHS[] = {
+#define ROW(name, needs) {&mk_##name, needs},
+    MK_PATHS(ROW)
+#undef ROW
+};
 
 enum { COUNT = sizeof PATHS / sizeof *PATHS };
 
@@ -90,7 +89,7 @@ const mk_path *mk_active = &mk_scalar;
 static const mk_path *usable(int index) {
     unsigned found = detect();
     for (int i = 0; i < COUNT; i++)
-        if (found >> i & 1 && index-- == 0) return PATHS[i];
+        if (found & PATHS[i].needs && index-- == 0) return PATHS[i].path;
     return NULL;
 }
 

@@ -9,7 +9,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MK_F32, MK_F16, MK_BF16, MK_Q8_0, MK_Q4_0, MK_Q4_1, MK_Q4_K, MK_Q5_K, MK_Q6_K, MK_TYPES };
+/* Block types, in the order of their numbers: X(name, kind, values of a block, its bytes in ggml's form, its bytes in a
+ * tile, F16 numbers of a block, bits of a value beside its low four).  The kind decides how a type is packed and which
+ * product it has: FLOAT rows stay as they are (body_float.h); PLAIN blocks are F16 numbers and then the values
+ * (body_matmul.h, quantised_tile); SUPER blocks are K-quants (super.h; body_matmul.h, super_tile).
+ *
+ * A new type is a row here and in mpillm/kernels/types.py, and bodies where those of its kind do not serve: pack.c,
+ * dequantise in body_quant.h, load_groups and the kind's tile in body_matmul.h. */
+#define MK_BLOCK_TYPES(X)               \
+    X(F32, FLOAT, 1, 4, 4, 0, 0)        \
+    X(F16, FLOAT, 1, 2, 2, 0, 0)        \
+    X(BF16, FLOAT, 1, 2, 2, 0, 0)       \
+    X(Q8_0, PLAIN, 32, 34, 34, 1, 4)    \
+    X(Q4_0, PLAIN, 32, 18, 18, 1, 0)    \
+    X(Q4_1, PLAIN, 32, 20, 20, 2, 0)    \
+    X(Q4_K, SUPER, 256, 144, 148, 2, 0) \
+    X(Q5_K, SUPER, 256, 176, 180, 2, 1) \
+    X(Q6_K, SUPER, 256, 210, 210, 1, 2)
+#define MK_TYPE(name, ...) MK_##name,
+enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
+enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER };
 enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
@@ -29,17 +48,27 @@ enum {
 #define MK_NUMBER(name) name,
 enum { MK_ACTIVATIONS(MK_NUMBER) MK_ACTIVATION_COUNT };
 
-static inline int mk_block(int type) { return type >= MK_Q4_K ? MK_SUPER : type >= MK_Q8_0 ? MK_BLOCK : 1; }
+/* The columns of the table of block types, as functions of the type. */
+#define MK_TRAIT(trait, column)                                                        \
+    static inline int trait(int type) {                                                \
+        static const signed short values_of[MK_TYPES] = {MK_BLOCK_TYPES(column)};      \
+        return values_of[type];                                                        \
+    }
+#define MK_KIND_OF(name, kind, ...) MK_KIND_##kind,
+#define MK_VALUES_OF(name, kind, values, ...) values,
+#define MK_BYTES_OF(name, kind, values, bytes, ...) bytes,
+#define MK_PACKED_OF(name, kind, values, bytes, packed, ...) packed,
+#define MK_F16S_OF(name, kind, values, bytes, packed, f16s, high) f16s,
+#define MK_HIGH_OF(name, kind, values, bytes, packed, f16s, high) high,
+MK_TRAIT(mk_kind, MK_KIND_OF)
+MK_TRAIT(mk_block, MK_VALUES_OF)
+MK_TRAIT(mk_block_bytes, MK_BYTES_OF)
+MK_TRAIT(mk_packed_bytes, MK_PACKED_OF) /* of a block in a tile, where 6-bit scales have become bytes */
+MK_TRAIT(mk_f16s, MK_F16S_OF)
+MK_TRAIT(mk_high_bits, MK_HIGH_OF)
 
-static inline int mk_block_bytes(int type) { /* in ggml's form */
-    static const int bytes[MK_TYPES] = {4, 2, 2, 34, 18, 20, 144, 176, 210};
-    return bytes[type];
-}
-
-static inline int mk_packed_bytes(int type) { /* of a block, in a tile: 6-bit scales become bytes */
-    static const int bytes[MK_TYPES] = {4, 2, 2, 34, 18, 20, 148, 180, 210};
-    return bytes[type];
-}
+static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT; }
+static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }
 
 static inline int mk_float_step(int type) { return type == MK_BF16 ? 32 : 16; } /* columns of float weights at a time */
 

@@ -140,28 +140,21 @@ MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at
 }
 
 /* `count` blocks of a tile's rows. */
-MK_INLINE void pack_rows(const int type, const int bytes, const uint8_t *const *in, long at, int rows, long count,
-                         uint8_t *out) {
-    for (long b = 0; b < count && type >= MK_Q4_K; b++)
-        pack_super(type, in, at + b * bytes, rows, out + b * mk_packed_bytes(type) * MK_TILE);
-    for (long b = 0; b < count && type < MK_Q4_K; b++)
-        pack_block(bytes, type == MK_Q4_1 ? 2 : 1, in, at + b * bytes, rows, out + b * bytes * MK_TILE);
+MK_INLINE void pack_rows(const int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
+    const int bytes = mk_block_bytes(type), packed = mk_packed_bytes(type) * MK_TILE;
+    if (mk_is_float(type)) /* as they are, row by row */
+        for (int r = 0; r < rows; r++) memcpy(out + r * count * bytes, in[r] + at, (size_t)(count * bytes));
+    else
+        for (long b = 0; b < count; b++)
+            if (mk_is_super(type)) pack_super(type, in, at + b * bytes, rows, out + b * packed);
+            else pack_block(bytes, mk_f16s(type), in, at + b * bytes, rows, out + b * packed);
 }
 
 static void pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
-    const size_t width = (size_t)(count * mk_block_bytes(type));
     switch (type) {
-    case MK_F32:
-    case MK_F16:
-    case MK_BF16: /* as they are, row by row */
-        for (int r = 0; r < rows; r++) memcpy(out + (size_t)r * width, in[r] + at, width);
-        break;
-    case MK_Q8_0: pack_rows(MK_Q8_0, 34, in, at, rows, count, out); break;
-    case MK_Q4_0: pack_rows(MK_Q4_0, 18, in, at, rows, count, out); break;
-    case MK_Q4_1: pack_rows(MK_Q4_1, 20, in, at, rows, count, out); break;
-    case MK_Q4_K: pack_rows(MK_Q4_K, 144, in, at, rows, count, out); break;
-    case MK_Q5_K: pack_rows(MK_Q5_K, 176, in, at, rows, count, out); break;
-    case MK_Q6_K: pack_rows(MK_Q6_K, 210, in, at, rows, count, out); break;
+#define CASE(name, ...) case MK_##name: pack_rows(MK_##name, in, at, rows, count, out); break;
+        MK_BLOCK_TYPES(CASE)
+#undef CASE
     }
 }
 
@@ -208,7 +201,7 @@ static void pack_tiles(const void *argument, long begin, long end) {
             uint8_t *to = out + (before + tile) * count * packed;
             if (job->stored != job->type) quantise_panel(job, in, rows, first, last, to);
             else pack_panel(job->type, in, first / block * bytes, rows, count, to);
-            out += job->type < MK_Q8_0 ? job->whole * count * bytes : tiles * count * packed;
+            out += mk_is_float(job->type) ? job->whole * count * bytes : tiles * count * packed;
         }
     }
 }

@@ -119,10 +119,18 @@ struct mk_work {
     atomic_long done;       /* parts of it that are done */
 };
 
+/* The operations of a path, functions of the same names in its body: X(name).  Products follow apart, for AMX has its
+ * own beside the rest of another path. */
+#define MK_OPERATIONS(X)                                                                                         \
+    X(quantize) X(dequantize) X(quantize_rows) X(fold) X(square_sums) X(rms_norm) X(layer_norm) X(rope)          \
+    X(rope_interleaved) X(activate) X(softcap) X(softmax) X(top_k) X(lse_parts) X(attention)
+
 typedef struct {
     const char *name;
-    mk_range quantize, dequantize, quantize_rows, matmul, mixture, fold, square_sums, rms_norm, layer_norm, rope,
-        rope_interleaved, activate, softcap, softmax, top_k, lse_parts, attention;
+#define MK_MEMBER(operation) mk_range operation;
+    MK_OPERATIONS(MK_MEMBER)
+#undef MK_MEMBER
+    mk_range matmul, mixture;
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
     int bf16_step;       /* bytes of 32 values of x for BF16 weights */
@@ -149,18 +157,40 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 
 #if defined(__x86_64__) || defined(__i386__)
 #define MK_X86 1
+#elif defined(__aarch64__)
+#define MK_ARM 1
+#endif
 /* AMX where the compiler's assembler knows it, and the kernel gives leave to use it. */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define MK_AMX 1
-extern const mk_path mk_amx;
+#define MK_AMX_PATH(X) X(amx, MK_HAS_AMX)
+#else
+#define MK_AMX_PATH(X)
 #endif
-extern const mk_path mk_avx, mk_avx2, mk_avx2vnni, mk_avx512, mk_avx512vnni, mk_avx512bf16;
+
+/* The paths of this architecture, slowest first: X(name, what the machine must have).  A new instruction set is a row
+ * here, what it needs in detect.c, and a file path_NAME.c with a header of the vector layer; its name also goes to
+ * mpillm.kernels.PATHS.  Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do
+ * two in the time of one. */
+#ifdef MK_X86
+enum {
+    MK_HAS_SCALAR = 1, MK_HAS_AVX = 2, MK_HAS_AVX2 = 4, MK_HAS_AVX_VNNI = 8, MK_HAS_AVX512 = 16, MK_HAS_SLOW_BF16 = 32,
+    MK_HAS_AVX512_VNNI = 64, MK_HAS_FAST_BF16 = 128, MK_HAS_AMX = 256,
+};
+#define MK_PATHS(X)                                                                                          \
+    X(scalar, MK_HAS_SCALAR) X(avx, MK_HAS_AVX) X(avx2, MK_HAS_AVX2) X(avx2vnni, MK_HAS_AVX_VNNI)            \
+    X(avx512, MK_HAS_AVX512) X(avx512bf16, MK_HAS_SLOW_BF16) X(avx512vnni, MK_HAS_AVX512_VNNI)               \
+    X(avx512bf16, MK_HAS_FAST_BF16) MK_AMX_PATH(X)
 int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS is what body_float.h says */
-#elif defined(__aarch64__)
-#define MK_ARM 1
-extern const mk_path mk_neon, mk_neondot;
+#elif defined(MK_ARM)
+enum { MK_HAS_SCALAR = 1, MK_HAS_NEON = 2, MK_HAS_DOTPROD = 4 };
+#define MK_PATHS(X) X(scalar, MK_HAS_SCALAR) X(neon, MK_HAS_NEON) X(neondot, MK_HAS_DOTPROD)
+#else
+enum { MK_HAS_SCALAR = 1 };
+#define MK_PATHS(X) X(scalar, MK_HAS_SCALAR)
 #endif
-extern const mk_path mk_scalar;
+#define MK_DECLARE(name, needs) extern const mk_path mk_##name;
+MK_PATHS(MK_DECLARE)
 
 /* MK_TARGET("avx2") ... MK_TARGET_END: the instruction set of a file, without compiler flags. */
 #define MK_PRAGMA(text) _Pragma(#text)

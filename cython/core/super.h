@@ -77,9 +77,8 @@ static inline void mk_split(int type, const uint8_t *in, mk_part *parts) {
 }
 
 /* Where the parts of a tile's block lie: 16 rows' d (and dmin), their scales, part by part, then the values. */
-static inline int mk_scales_at(int type) { return type == MK_Q6_K ? 32 : 64; }
+static inline int mk_scales_at(int type) { return 32 * mk_f16s(type); }
 static inline int mk_values_at(int type) { return mk_scales_at(type) + 32 * MK_PARTS; }
-static inline int mk_high_words(int type) { return type == MK_Q4_K ? 0 : type == MK_Q5_K ? 1 : 2; } /* of a row */
-static inline int mk_part_bytes(int type) { return 64 * (4 + mk_high_words(type)); }
+static inline int mk_part_bytes(int type) { return 64 * (4 + mk_high_bits(type)); }
 
 #endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -97,8 +98,7 @@ def refuse_repeated_keys(raw: bytes) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> None:
     if len(dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise RequestError(f"the key {twice[:100]!r} is there twice")
 
 

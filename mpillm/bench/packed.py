@@ -16,8 +16,7 @@ from pathlib import Path
 from mpillm.bench import synthetic
 from mpillm.model.config import ModelConfig
 from mpillm.tools import pack
-from mpillm.weights.formats.tensors import TensorSource
-from mpillm.weights.opening import open_source
+from mpillm.weights.opening import open_unpacked
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import layer_file
 from mpillm.weights.source import column_unit, fingerprint
@@ -53,8 +52,7 @@ def _write(part: Path, path: Path, name: str, weights: str, threads: int) -> Non
     shape = synthetic.SHAPES[name]
     one = part / "one.gguf"
     synthetic.write(one, name, replace(shape, layers=1), weights)
-    with contextlib.closing(open_source(one)) as source:
-        assert isinstance(source, TensorSource)
+    with contextlib.closing(open_unpacked(one)) as source:
         size, digest = fingerprint(source)
         about = {"source": path.name, "source_bytes": str(size), "source_hash": digest, "weights": "source"}
         whole = source.repeated(shape.layers)

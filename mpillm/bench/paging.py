@@ -23,7 +23,6 @@ from mpillm.run import memory, plan
 from mpillm.run.limits import TOKENS
 from mpillm.run.session import Session
 from mpillm.spec import Batch, Memory, Spec, byte_size
-from mpillm.weights.packed.source import PackedSource
 from mpillm.weights.paging.weights import PATIENCE
 
 WARM = PATIENCE + 1  # tokens of each sequence before those that count: how far to read ahead has settled then
@@ -164,8 +163,8 @@ class _Disks:
     def __init__(self, session: Session) -> None:
         self._world, source = session.world, session.source
         self._own: disk.Disk | None = None
-        if isinstance(source, PackedSource) and self._first(self._world.rank):
-            self._own = disk.Disk([file.path for file in source.packed_files])
+        if source.files_read_as_stored and self._first(self._world.rank):
+            self._own = disk.Disk(list(source.files_read_as_stored))
 
     def measure(self) -> None:
         """Note what this rank's disk gives now."""

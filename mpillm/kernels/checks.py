@@ -82,7 +82,7 @@ def require_vector(name: str, array: Array | None, count: int) -> None:
 
 
 def rotary_of(rotary: int, hd: int) -> int:
-    """How many dimensions of a head turn; 0 is all of them."""
+    """The number of dimensions of a head that are rotated; 0 means all of them."""
     if hd % 2 and not rotary:
         raise ValueError(f"rope needs an even head dimension, not {hd}")
     if rotary < 0 or rotary % 2 or rotary > hd:
@@ -91,7 +91,7 @@ def rotary_of(rotary: int, hd: int) -> int:
 
 
 def require_activation(kind: int, gated: bool, limit: float) -> Activation:
-    """A kind of activation that can be had with or without a gate."""
+    """The activation of this number, which may need a gate and a limit."""
     if not 0 <= kind < len(Activation):
         raise ValueError(f"there is no activation {kind}")
     if kind == Activation.SWIGLU_CLAMPED and not (gated and limit > 0):

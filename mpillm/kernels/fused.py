@@ -108,10 +108,10 @@ class Products(_Fused):
 class Attention(_Fused):
     """out [m, d] = o(attention(rope(q), rope(k), v)) of x [m, d]; the rows' keys and values are stored first.
 
-    `norm` is that of x, `biases` are those of q, k and v (each may be missing), and `qk_norms` the norms of q and k
-    before they turn: as wide as a head, of every head, or of whole rows. `rotary` dimensions of each head turn: None
-    all, 0 none, and then cos and sin are not looked at. Heads have hd dimensions of q and k, `value_dim` (0: hd) of v.
-    `sinks` and `softcap` are `reference.attention`'s.
+    `norm` normalises x. `biases` of q, k and v may be None each. `qk_norms` normalise q and k before rope: every head
+    by itself if the norm is hd wide, else whole rows. rope rotates `rotary` dimensions of each head: all with None,
+    none with 0, where cos and sin are ignored. A head has hd dimensions of q and k, and `value_dim` (0: hd) of v.
+    `sinks` and `softcap` are described at `reference.attention`. out has neither o's bias nor x added (`Residual`).
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
@@ -142,7 +142,7 @@ class Attention(_Fused):
     def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
                vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                threads: int = 1) -> None:  # fmt: skip
-        """The same of q [m, heads * hd], k and v that were made elsewhere; q and k turn in place."""
+        """The same from q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
         ops = self.ops
         if self._rotary:
             for values, heads in ((q, len(self._kv_of_head)), (k, self._kvh)):
@@ -211,9 +211,9 @@ class Expert:
 class Experts(_Fused):
     """Add to column panels [P, m, d] what experts make of rows of h [m, k], C-contiguous, times weights.
 
-    Rows `at[starts[i]:starts[i + 1]]`, at least one, go to expert i, with these of the weights; experts are added up in
-    their order, of each its bias of down first. Panels are not folded, for that comes after the last expert: sums are
-    then the same over any number of shards.
+    Rows `at[starts[i]:starts[i + 1]]`, at least one, go to expert i, and weights likewise. Experts are added in their
+    order, the bias of an expert's down before its product. Panels are folded after the last expert, by the caller: so
+    the sums are the same for any number of shards.
     """
 
     def __init__(self, experts: Sequence[Expert], *, activation: Activation = Activation.SILU, limit: float = 0.0,
@@ -233,7 +233,7 @@ class Experts(_Fused):
 
 
 class Residual(_Fused):
-    """x [m, d] += scale * norm(part + bias), where shards have added up `part`; part may be overwritten."""
+    """x [m, d] += scale * norm(part + bias), where `part` is already the sum over shards; it may be overwritten."""
 
     def __init__(self, bias: F32 | None = None, norm: Norm | None = None, scale: float = 1.0) -> None:
         self._bias, self._norm_after, self._scale = bias, norm, np.float32(scale)
@@ -247,8 +247,8 @@ class Residual(_Fused):
 class LayerStack:
     """Whole layers, whose keys and values lie in these pools: x [m, d] goes through attention and MLP of each.
 
-    Rows are in one or several `places`: what differs between layers in their angles or in the blocks that they use.
-    places[i] is the number of layer i's. `between` is called before each layer: what else has to go on meanwhile.
+    Layers may differ in their rope or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
+    `places` is None. `between` is called before each layer, for work that must go on meanwhile.
     """
 
     def __init__(self, layers: Sequence[tuple[Attention, Residual, Mlp, Residual]], kv_type: BlockType,

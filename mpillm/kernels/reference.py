@@ -78,7 +78,7 @@ def pack(
     type, stored = BlockType(type), BlockType(type if stored is None else stored)
     edges = check_bounds(bounds, k, type.block)
     n, rows = len(canonical), first + len(canonical) if whole is None else whole
-    if stored != type and (stored >= BlockType.Q8_0 or type not in (BlockType.Q8_0, BlockType.Q4_0)):
+    if stored != type and (stored.quantised or type not in (BlockType.Q8_0, BlockType.Q4_0)):
         raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {stored}")
     require_rows("canonical", canonical, width=stored.row_bytes(k))
     if first < 0 or first % TILE_ROWS or first + n > rows or (n % TILE_ROWS and first + n < rows):
@@ -338,17 +338,17 @@ def rope(x: F32, cos: F32, sin: F32, heads: int, hd: int, threads: int = 1, rota
          interleaved: bool = False) -> None:  # fmt: skip
     """Rotate x [m, heads * hd] in place by cos, sin [m, rotary / 2].
 
-    The first `rotary` dimensions of each head turn, with 0 all: dimension i in a pair with i + rotary / 2, or, if they
-    are interleaved, 2i with 2i + 1.
+    The first `rotary` dimensions of each head are rotated (0: all), in pairs (i, i + rotary / 2), or (2i, 2i + 1) if
+    they are interleaved.
     """
     require_rows("x", x, width=heads * hd, dtype=np.float32)
     half = rotary_of(rotary, hd) // 2
     require("cos", cos, (len(x), half), np.float32)
     require("sin", sin, (len(x), half), np.float32)
     for head in range(heads):
-        turning = x[:, head * hd : head * hd + 2 * half]
+        rotated = x[:, head * hd : head * hd + 2 * half]
         first, second = (
-            (turning[:, part::2] if interleaved else turning[:, part * half : (part + 1) * half])
+            (rotated[:, part::2] if interleaved else rotated[:, part * half : (part + 1) * half])
             for part in (0, 1)
         )
         a, b = first.copy(), second.copy()

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ BF16_BLOCK = (
     256  # columns of a BF16 product whose lanes begin at zero, and are added to those of the blocks before
 )
 ROW_GROUP = 4  # rows of activations that are interleaved
-MIXED_ROWS = 512  # of all experts at once, unless one alone has more: their activations take room
+MIXED_ROWS = 512  # of all experts at once, unless one expert has more: bounds their activations' memory
 KV_BLOCK = 32  # tokens of one block of the KV cache
 
 
@@ -46,31 +46,53 @@ class BlockType(IntEnum):
     @property
     def quantised(self) -> bool:
         """True for types whose values share scales."""
-        return self >= BlockType.Q8_0
+        return TRAITS[self].kind != "float"
 
     @property
     def k_quant(self) -> bool:
         """True for types whose rows are whole blocks of 256."""
-        return self >= BlockType.Q4_K
+        return TRAITS[self].kind == "super"
 
     @property
     def block(self) -> int:
         """Values in one block: 256, 32 or 1. Columns are cut between blocks."""
-        return SUPER_BLOCK if self.k_quant else QUANT_BLOCK if self.quantised else 1
+        return TRAITS[self].values
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in the canonical (ggml) form."""
-        return (4, 2, 2, 34, 18, 20, 144, 176, 210)[self]
+        return TRAITS[self].bytes
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of one block in the kernel-ready form: the 6-bit scales of Q4_K and Q5_K become bytes."""
-        return (4, 2, 2, 34, 18, 20, 148, 180, 210)[self]
+        return TRAITS[self].packed
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a canonical row of k values."""
         return -(-k // self.block) * self.block_bytes
+
+
+class Traits(NamedTuple):
+    """What follows from a block type; the compiled kernels have the same table, MK_BLOCK_TYPES in core/kernels.h."""
+
+    kind: Literal["float", "plain", "super"]  # how it is packed and multiplied
+    values: int  # of a block
+    bytes: int  # of a block in ggml's form
+    packed: int  # of a block in a tile
+
+
+TRAITS = {
+    BlockType.F32: Traits("float", 1, 4, 4),
+    BlockType.F16: Traits("float", 1, 2, 2),
+    BlockType.BF16: Traits("float", 1, 2, 2),
+    BlockType.Q8_0: Traits("plain", QUANT_BLOCK, 34, 34),
+    BlockType.Q4_0: Traits("plain", QUANT_BLOCK, 18, 18),
+    BlockType.Q4_1: Traits("plain", QUANT_BLOCK, 20, 20),
+    BlockType.Q4_K: Traits("super", SUPER_BLOCK, 144, 148),
+    BlockType.Q5_K: Traits("super", SUPER_BLOCK, 176, 180),
+    BlockType.Q6_K: Traits("super", SUPER_BLOCK, 210, 210),
+}
 
 
 class Activation(IntEnum):

@@ -15,7 +15,6 @@ from mpillm.engine.reply import TILE
 from mpillm.model.activations import Activations
 from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
-from mpillm.weights.packed.source import PackedSource
 from mpillm.weights.source import Source
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 35 for the libraries, 10 for a heap in use.
@@ -23,7 +22,6 @@ PROCESS = 112 * 2**20
 WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
 FIELD = 256  # and among a GGUF file's fields, which all have
 ITEM = 2048  # of what is known of a part that is paged
-UNPACKED = 48 * 2**20  # rows on their way from an unpacked model into kernel-ready form
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
@@ -58,7 +56,7 @@ def process(source: Source, shape: Shape, place: Place, items: int, kept: int) -
     """
     found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
     found += kept if place.rank == 0 else 0
-    return found if isinstance(source, PackedSource) else found + UNPACKED
+    return found + source.loading_nbytes
 
 
 def peak() -> int:

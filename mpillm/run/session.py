@@ -34,7 +34,6 @@ from mpillm.weights.layer import Layer
 from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
-from mpillm.weights.paging.loaders import open_loader
 from mpillm.weights.paging.weights import Weights
 from mpillm.weights.source import check_tensors, column_unit, fingerprint, rank_plans
 
@@ -110,8 +109,8 @@ class Session:
             plans = rank_plans(self.shape, self.place, self.source, self.config)
             self.weights = Weights(
                 plans,
-                lambda items, streamed: open_loader(
-                    self.source, spec.memory.loader, self.threads, items, streamed
+                lambda items, streamed: self.source.open_loader(
+                    spec.memory.loader, self.threads, items, streamed
                 ),
                 spec.memory.weights_bytes,
                 spec.memory.policy,

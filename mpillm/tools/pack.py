@@ -23,7 +23,7 @@ from mpillm.spec import shown_bytes
 from mpillm.store.output import explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.names import ROLES
-from mpillm.weights.opening import open_source
+from mpillm.weights.opening import open_unpacked
 from mpillm.weights.packed.files import TEMPORARY, FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
 from mpillm.weights.source import check_tensors, column_unit, fingerprint
@@ -105,10 +105,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
 
 def _open(path: Path, weights: Weights) -> TensorSource:
     """The source, delivering what is to be stored."""
-    source = open_source(path)
-    if not isinstance(source, TensorSource):
-        source.close()
-        raise JobError(f"{path} is packed already; pack the model that it was made from.")
+    source = open_unpacked(path)
     matrices = [info for key, info in source.tensors.items() if ROLES[key.role].quantisable]
     if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
         return source
@@ -119,9 +116,7 @@ def _open(path: Path, weights: Weights) -> TensorSource:
             f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
             "--weights away to keep its own types, or pack the unquantised model."
         )
-    opened = open_source(path, weights)
-    assert isinstance(opened, TensorSource)
-    return opened
+    return open_unpacked(path, weights)
 
 
 @contextlib.contextmanager

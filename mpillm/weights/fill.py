@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.kernels.types import TILE_ROWS
-from mpillm.weights.formats.tensors import TensorSource
+from mpillm.kernels.types import TILE_ROWS, BlockType
 from mpillm.weights.io.reading import Bytes
 from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
@@ -21,9 +21,36 @@ from mpillm.weights.plan import ALIGNMENT, Entry, LayerPlan
 CHUNK = 2**20  # bytes that are on their way into the buffer at a time
 
 
+class Rows(NamedTuple):
+    """Rows of a matrix for `kernels.pack`: canonical blocks of `type`, and its `head` if their order is llama.cpp's."""
+
+    type: BlockType
+    data: Bytes
+    head: int
+
+
+class TensorReader(Protocol):
+    """What is needed to read tensors; `formats.tensors.TensorSource` says what each method returns."""
+
+    def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
+        """A vector, or some of its values."""
+
+    def rows_to_pack(self, key: Key, rows: range, cols: range) -> Rows:
+        """Rows and columns of a matrix, as they lie in the file if that will do."""
+
+    def head_rows(self, key: Key) -> int:
+        """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
+
+    def stored_row_bytes(self, key: Key) -> int:
+        """Bytes of a row of a matrix in its file."""
+
+    def release(self, key: Key, rows: range | None = None) -> None:
+        """Give back what reading these rows has taken."""
+
+
 def load(
     plan: LayerPlan,
-    source: TensorSource,
+    source: TensorReader,
     buffer: Bytes,
     pool: Executor | None = None,
     chunk: int = CHUNK,
@@ -42,7 +69,7 @@ def load(
 
 def fill(
     groups: Iterable[Sequence[tuple[Entry, Bytes]]],
-    source: TensorSource,
+    source: TensorReader,
     pool: Executor | None = None,
     chunk: int = CHUNK,
 ) -> None:
@@ -78,7 +105,7 @@ class _Portion(NamedTuple):
 
 
 def _tasks(
-    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorSource, chunk: int
+    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorReader, chunk: int
 ) -> Iterator[Callable[[], None]]:
     """What there is to do, one request of the file after the other."""
     together: list[_Portion] = []
@@ -108,13 +135,13 @@ def _tasks(
         yield partial(_fill_rows, together, source)
 
 
-def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorSource) -> None:
+def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorReader) -> None:
     values = source.read_f32(entries[0][0].key, entries[0][0].rows)
     for _, out in entries:
         out.view(np.float32)[:] = values
 
 
-def _fill_rows(portions: Sequence[_Portion], source: TensorSource) -> None:
+def _fill_rows(portions: Sequence[_Portion], source: TensorReader) -> None:
     """Rows of a matrix that follow one another."""
     key, cols, begin = portions[0].key, portions[0].cols, portions[0].rows.start
     rows = range(begin, portions[-1].rows.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,10 @@ from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.partition import grid
 from mpillm.partition.grid import Place, Shape
 from mpillm.weights.inventory import HEAD, Flags, Tensors, all_tensors, described, head_tensors, layer_parts
+from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key
+from mpillm.weights.paging.cache import Loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.plan import LayerPlan
 
 SAMPLES = 64  # of a file, evenly spread
@@ -49,11 +52,27 @@ class Source(Protocol):
     # The directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields.
     tokenizer: Path | dict[str, Any]
 
+    @property
+    def loading_nbytes(self) -> int:
+        """Bytes that loading takes at most, besides the items themselves."""
+
+    @property
+    def files_read_as_stored(self) -> tuple[Path, ...]:
+        """Files from which items come byte for byte; none where they are made from what lies in the files."""
+
     def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
         """What a rank holds of the tensors that are paged in together as a part of a layer."""
 
     def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
         """What a rank holds of each expert of a layer."""
+
+    def open_loader(
+        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
+    ) -> Loader[Layer]:
+        """The loader of some of the source's items; `streamed`: not all of them stay in memory.
+
+        Experts are loaded several at a time, larger items in several pieces. JobError if there is none of that kind.
+        """
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """Rows of the embedding table, as float32."""

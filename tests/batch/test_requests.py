@@ -313,6 +313,21 @@ def test_many_names_of_models(tmp_path: Path) -> None:
     assert max(map(len, models)) == 100
 
 
+def test_a_repeated_key_among_many_is_found_quickly(tmp_path: Path) -> None:
+    many = ",".join(f'"{n}":0' for n in range(300_000))
+    raw = f'{{"prompt": "a", "k": {{{many},"299999":1}}}}'.encode()
+    assert errors(tmp_path, raw) == ["Line 1: the key '299999' is there twice."]
+
+
+def test_a_deep_chat_costs_no_other_line(tmp_path: Path) -> None:
+    deep = '{"messages":[{"role":"user","content":"x","k":' + "[" * 500 + "]" * 500 + "}]}"
+    brackets = {"messages": [{"role": "user", "content": "<" * 6_000_000}]}
+    bad = [deep.encode(), brackets, deep.encode(), brackets, deep.encode(), deep.encode()]
+    found = errors(tmp_path, *bad, *({"messages": CHAT} for _ in range(6)))
+    assert [error is None for error in found] == [False] * 6 + [True] * 6
+    assert found[0] == "Line 1: The messages are nested more than 64 levels deep."
+
+
 def test_inputs_that_are_none(tmp_path: Path) -> None:
     made = job(tmp_path)
     with pytest.raises(JobError, match=r"^There is no input .*in\.jsonl\.$"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.kernels import Activation, BlockType
+from mpillm.kernels import Activation, BlockType, reference
 
 Q8, Q4_K, BF16, F32 = BlockType.Q8_0, BlockType.Q4_K, BlockType.BF16, BlockType.F32
 
@@ -168,3 +169,11 @@ def test_nothing_to_do_is_fine() -> None:
     kernels.attention(
         F32, f4(0, 8), f4(0, 8), f4(4, 1, 8, 32), f4(4, 1, 32, 8), i4(), i4(0), i4(), i4(0), 1, 8, 1.0, 0, 1
     )
+
+
+@pytest.mark.skipif(kernels._compiled is None, reason="the extension is not built")
+@pytest.mark.parametrize("name", sorted({*reference.__all__} - {*kernels.SHARED}))
+def test_both_have_the_same_arguments(name: str) -> None:
+    compiled, twin = (inspect.signature(getattr(module, name)) for module in (kernels._compiled, reference))
+    assert list(compiled.parameters) == list(twin.parameters)
+    assert [p.default for p in compiled.parameters.values()] == [p.default for p in twin.parameters.values()]

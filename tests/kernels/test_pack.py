@@ -9,6 +9,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import BlockType
+from mpillm.kernels.types import TRAITS
 from tests.kernels import cases
 
 BOUNDS = {1: [0, 256, 1024], 32: [0, 32, 1024 + 7], 256: [0, 768, 1024]}  # by the columns of a block
@@ -66,3 +67,8 @@ def test_floats_are_quantised_on_the_way(stored: BlockType, type: BlockType) -> 
     out = np.empty_like(expected := packed(type, quantised, bounds))
     kernels.pack(type, rows, k, bounds, out, 2, stored)
     assert (out == expected).all()
+
+
+@pytest.mark.skipif(kernels._compiled is None, reason="the extension is not built")
+def test_block_types_have_the_same_traits_in_c() -> None:
+    assert kernels._compiled.block_types() == [tuple(TRAITS[type]) for type in BlockType]

@@ -15,7 +15,7 @@ from mpillm.partition.grid import Place
 from mpillm.weights.layer import Layer
 from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
-from mpillm.weights.paging.loaders import Kind, open_loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.source import column_unit, rank_plans
 from tests.tools.test_pack import packed
 
@@ -32,7 +32,7 @@ def paging(
         config = ModelConfig.from_dict(source.config)
         items = rank_plans(config.shape(column_unit(source)), place, source, config)
         budget = None if everything else minimum_budget(items)
-        cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=not everything), budget)
+        cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=not everything), budget)
         with closing(cache):
             yield cache
 

@@ -26,20 +26,21 @@ from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
 from mpillm.tools.pack import Packed, Weights, pack
-from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.formats.loaders import InPlace
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.io.reading import DirectFile, read_at
 from mpillm.weights.io.verified import VerifiedFile
 from mpillm.weights.names import Key, parse_hf
-from mpillm.weights.opening import open_source
+from mpillm.weights.opening import open_source, open_unpacked
 from mpillm.weights.packed import files as packed_files
+from mpillm.weights.packed import loaders
 from mpillm.weights.packed.files import Made, Part, Writer
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
-from mpillm.weights.paging import loaders
+from mpillm.weights.packed.loaders import Mapped, Reading
 from mpillm.weights.paging.cache import WeightCache
-from mpillm.weights.paging.loaders import InPlace, Kind, Mapped, Reading, open_loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.source import column_unit, rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
@@ -141,8 +142,8 @@ def test_floats_that_stay_are_used_where_they_lie(name: str, monkeypatch: pytest
             config = ModelConfig.from_dict(source.config)
             items = rank_plans(config.shape(column_unit(source)), Place(0, 1, shards), source, config)
             here, packed = (
-                open_loader(source, "auto", 1, items, False),
-                open_loader(source, "read", 1, items, False),
+                source.open_loader("auto", 1, items, False),
+                source.open_loader("read", 1, items, False),
             )
             assert isinstance(here, InPlace)
             assert not isinstance(packed, InPlace)
@@ -364,8 +365,7 @@ def test_requests_of_any_size_pack_the_same(
     monkeypatch.setattr(DirectFile, "read", counted)
     monkeypatch.setattr(packed_files, "PORTION", most)
     packed(name, tmp_path / "q", weights)
-    with closing(open_source(model_path(name))) as source:
-        assert isinstance(source, TensorSource)
+    with closing(open_unpacked(model_path(name))) as source:
         matrices = [key for key, info in source.tensors.items() if len(info.shape) == 2]
         tile = max(max(16, source.head_rows(key)) * source.stored_row_bytes(key) for key in matrices)
         pages = math.lcm(4096, source.stored_row_bytes(Key("embed")))
@@ -415,7 +415,7 @@ def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, ch
     source = open_source(tmp_path / "p")
     config = ModelConfig.from_dict(source.config)
     items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
-    cache = WeightCache(items, open_loader(source, loader, 1, items, streamed=True), minimum_budget(items))
+    cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=True), minimum_budget(items))
     with cache.use(0):
         pass
     file = tmp_path / "p" / "layer-00001.safetensors"
@@ -532,7 +532,7 @@ def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.Mo
         items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
 
         def chosen(kind: Kind, streamed: bool) -> type:
-            with closing(open_loader(source, kind, 1, items, streamed)) as loader:
+            with closing(source.open_loader(kind, 1, items, streamed)) as loader:
                 return type(loader)
 
         assert chosen("auto", streamed=True) is chosen("read", streamed=False) is Reading

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,10 +15,15 @@ from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place, Shape
+from mpillm.weights.fill import Rows
+from mpillm.weights.formats.loaders import LOADING_NBYTES, Lying, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
 from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key, Parsed
+from mpillm.weights.paging.cache import Loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.plan import Entry, LayerPlan, plan_entries, plan_name
 from mpillm.weights.source import TensorInfo
 
@@ -61,23 +66,6 @@ class Extent:
         return self.n * self.row_bytes
 
 
-class Rows(NamedTuple):
-    """Rows of a matrix for `kernels.pack`: canonical blocks of `type`, and its `head` if their order is llama.cpp's."""
-
-    type: BlockType
-    data: Bytes
-    head: int
-
-
-class Mapped(NamedTuple):
-    """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
-
-    file: int
-    offset: int
-    nbytes: int
-    row_bytes: int
-
-
 GATHERED = (
     32  # rows may be looked up before their pages, and 128 KiB around each, are given back: that takes long
 )
@@ -85,6 +73,9 @@ GATHERED = (
 
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
+
+    loading_nbytes = LOADING_NBYTES
+    files_read_as_stored: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -155,7 +146,7 @@ class TensorSource:
             raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
-    def in_place(self, entry: Entry) -> Mapped | None:
+    def in_place(self, entry: Entry) -> Lying | None:
         """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
         extent = self._extents[entry.key]
         offset = extent.offset + entry.rows.start * extent.row_bytes
@@ -163,7 +154,7 @@ class TensorSource:
         whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
         if not unchanged or not whole or offset % entry.type.block_bytes:
             return None
-        return Mapped(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
+        return Lying(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
 
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
@@ -211,6 +202,12 @@ class TensorSource:
         """What a rank holds of each expert of a layer."""
         tensors = (expert_tensors(shape, layer, expert) for expert in range(shape.n_experts))
         return [self.plan(EXPERT, layer, expert, shape, place) for expert in tensors]
+
+    def open_loader(
+        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
+    ) -> Loader[Layer]:
+        """The loader of some items."""
+        return open_unpacked_loader(self, kind, threads, items, streamed)
 
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""

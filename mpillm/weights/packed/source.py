@@ -25,6 +25,7 @@ from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
+from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key, parse_hf
 from mpillm.weights.packed.layout import (
     EMBED,
@@ -38,6 +39,9 @@ from mpillm.weights.packed.layout import (
     panels_of,
     shard_extent,
 )
+from mpillm.weights.packed.loaders import open_packed_loader
+from mpillm.weights.paging.cache import Loader
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.plan import LayerPlan, plan_name
 from mpillm.weights.source import TensorInfo
 
@@ -65,6 +69,8 @@ class PackedFile:
 
 class PackedSource:
     """A `Source` whose items are runs of bytes in `packed_files`."""
+
+    loading_nbytes = 0
 
     def __init__(self, path: Path, config: dict[str, Any], files: tuple[Path, ...]) -> None:
         """Read the index and the headers; ModelError if anything is missing or not as it was packed."""
@@ -126,6 +132,17 @@ class PackedSource:
                 f"{file.path} is not laid out as its configuration asks for ({plan_name(part, layer)}); {PACK_AGAIN}."
             )
         return number, file.panels[names[0]].offset
+
+    @property
+    def files_read_as_stored(self) -> tuple[Path, ...]:
+        """The files that hold the items."""
+        return tuple(file.path for file in self.packed_files)
+
+    def open_loader(
+        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
+    ) -> Loader[Layer]:
+        """The loader of some items; JobError if this system does not let it map files."""
+        return open_packed_loader(self.path, self.packed_files, kind, items, streamed)
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
         """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""

@@ -1,0 +1,143 @@
+"""Where items of an unpacked model come from: made kernel-ready, or used where they lie in the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from mpillm.weights.fill import TensorReader, fill, load
+from mpillm.weights.io.filesystem import can_populate, network_kind
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
+from mpillm.weights.layer import Layer, Placed
+from mpillm.weights.paging.cache import Heap, Loader
+from mpillm.weights.paging.loaders import Kind, MappingLoader
+from mpillm.weights.plan import ALIGNMENT, Entry, LayerPlan, aligned
+
+UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
+LOADING_NBYTES = 48 * 2**20  # of rows on their way into kernel-ready form, with what decoding them takes
+
+
+class Lying(NamedTuple):
+    """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
+
+    file: int
+    offset: int
+    nbytes: int
+    row_bytes: int
+
+
+class TensorFiles(TensorReader, Protocol):
+    """Tensors in mapped files; `formats.tensors.TensorSource` is one."""
+
+    path: Path
+    mapped: tuple[MappedFile, ...]
+
+    def in_place(self, entry: Entry) -> Lying | None:
+        """Where what is planned lies just as products can take it."""
+
+    def read_past_cache(self) -> None:
+        """From now on rows of matrices are read past the page cache."""
+
+
+def open_unpacked_loader(
+    source: TensorFiles, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
+) -> Loader[Layer]:
+    """The loader of some items of an unpacked model (see `Source.open_loader`).
+
+    "auto" maps what stays, for that costs nothing but reading it once, if there are matrices that products can take as
+    they lie in the files. What is streamed it reads past the page cache, which is faster than filling that cache and
+    emptying it again; and what comes over a network, always.
+    """
+    slow_faults = network_kind(source.path) is not None
+    mapped = kind != "read" and not streamed and not (slow_faults and kind == "auto") and can_populate()
+    if mapped and any(source.in_place(entry) for item in items for entry in item.entries):
+        return InPlace(source, REQUESTS if items[0].expert >= 0 else 2)
+    past_cache = kind == "read" or (kind == "auto" and (streamed or slow_faults))
+    return Unpacked(source, threads, items, streamed, past_cache)
+
+
+class Unpacked(Heap[Layer]):
+    """Items of an unpacked model, made kernel-ready by threads that all items share.
+
+    Several items are loaded at a time: small ones each by one thread, for handing pieces over takes as long as packing
+    them, unless they are read past the page cache, where the disk is to be kept busy.
+    """
+
+    def __init__(
+        self,
+        source: TensorFiles,
+        threads: int,
+        items: Sequence[LayerPlan],
+        streamed: bool,
+        past_cache: bool,
+    ) -> None:
+        if past_cache:
+            source.read_past_cache()
+            workers = REQUESTS
+            parallel = REQUESTS if items[0].expert >= 0 else 2
+        else:
+            # What stays is awaited by the first step, which has nothing else to do.
+            workers = parallel = max(threads // 2, 1) if streamed else threads
+        self._source = source
+        self._chunk = min(UNDER_WAY // workers, PORTION)
+        self._small = 0 if past_cache else 4 * self._chunk
+        self._pool = ThreadPoolExecutor(workers, "weights-made")
+        super().__init__(self._make, parallel)
+        self._arena, self._begins = new_buffer(0, ALIGNMENT), dict[str, int]()
+        if not streamed:
+            # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
+            sizes = [item.nbytes for item in items]
+            self._arena = new_buffer(sum(sizes), ALIGNMENT)
+            self._begins = dict(
+                zip((item.name for item in items), accumulate(sizes, initial=0), strict=False)
+            )
+
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        if not self._begins:
+            return super().room(plan, dropped)
+        return self._arena[self._begins[plan.name] :][: plan.nbytes]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _make(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        pool = None if plan.nbytes <= self._small else self._pool
+        return load(plan, self._source, buffer, pool, self._chunk)
+
+
+class InPlace(MappingLoader):
+    """Items of an unpacked model that stay: matrices are used where they lie in its files, which ranks of a node share.
+
+    What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
+    The files are mapped once more for it, for what is read of them otherwise gives its pages back.
+    """
+
+    def __init__(self, source: TensorFiles, parallel: int) -> None:
+        super().__init__(source.mapped, parallel)
+        self._source = source
+
+    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+        return new_buffer(sum(aligned(entry.nbytes) for entry in self._beside(plan)), ALIGNMENT)
+
+    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+        places, at = {}, 0
+        for entry in self._beside(plan):
+            places[entry.offset] = Placed(buffer[at : at + entry.nbytes], 0)
+            at += aligned(entry.nbytes)
+        fill([[(entry, places[entry.offset].data)] for entry in self._beside(plan)], self._source)
+        for entry in plan.entries:
+            if there := self._source.in_place(entry):
+                pages = self._maps[there.file].view(there.offset, there.nbytes)
+                self._have(there.file, pages)
+                places[entry.offset] = Placed(pages, there.row_bytes)
+        return Layer(plan, buffer, places)
+
+    def give_back(self, plan: LayerPlan) -> None:
+        """The maps go when the files are closed: the next run finds the pages where they are."""
+
+    def _beside(self, plan: LayerPlan) -> list[Entry]:
+        return [entry for entry in plan.entries if self._source.in_place(entry) is None]
