@@ -14,7 +14,7 @@ from mpillm.batch.requests import Batch
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.spec import Spec
-from mpillm.store.journal import Result, line_key
+from mpillm.store.records import Result, line_key
 from mpillm.text import load_tokenizer
 
 CHAT = Path(__file__).parent / "fixtures/models/chat"

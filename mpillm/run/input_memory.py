@@ -17,7 +17,9 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_SEQUENCES
 from mpillm.batch.requests import MAX_LINE
 from mpillm.spec import Spec
 
-LINE = 512  # bytes of what is kept of a line
+LINE = 800  # bytes of what is kept of a line, and of where its answer is (650 measured)
+WRITTEN = 4096  # of an answer that is written to results.h5,
+WRITING = 40 * 2**20  # and at most, whatever is written (32 MiB measured for 10^5 lines, and for 10^6)
 TOKEN, LOGPROB = 72, 120  # of a token and of an alternative to it, until the answer is written
 COPIES = 4  # of an answer on its way to the journal
 
@@ -60,7 +62,8 @@ def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
     except OSError:
         return 0
     at_once = min(total, sequences + largest)  # those that run, and those whose line is not finished
-    return LINE * lines + COPIES * min(answer, MAX_ANSWER) + at_once * choice
+    written = min(WRITTEN * lines, WRITING)
+    return LINE * lines + written + COPIES * min(answer, MAX_ANSWER) + at_once * choice
 
 
 def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:

@@ -131,6 +131,7 @@ class Supervisor:
         self._spec, self._library, self._settings = spec, library, settings
         self._program, self._say = program, say
         self._told: signal.Signals | None = None  # to stop, and by what
+        self._journal_seen = False
 
     def run(self) -> int:
         """Return the exit code: 0 or 1 for a complete run, 2 for a wrong job, 75 if it may go on later."""
@@ -164,6 +165,11 @@ class Supervisor:
             if first and code == JobError.exit_code:
                 return code  # rank 0 has said why
             first = False
+            if self._journal_seen and not self._journal_size():
+                self._say(
+                    f"The output directory {self._spec.output_path} was moved or deleted; the run stops."
+                )
+                return Interrupted.exit_code
             if grown:
                 continue
             fruitless = 0 if self._journal_size() > size else fruitless + 1
@@ -228,6 +234,7 @@ class Supervisor:
         try:
             while launcher.poll() is None and time.monotonic() < give_up:
                 time.sleep(LOOK)
+                self._journal_seen = self._journal_seen or self._journal_size() > 0
                 now = time.monotonic()
                 changed = False
                 if now - looked > WATCH:

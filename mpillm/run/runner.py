@@ -27,15 +27,16 @@ from mpillm.engine.scheduler import Totals, blocks_for
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.kernels import KV_BLOCK
-from mpillm.run import catalogue
+from mpillm.run import catalogue, memory
 from mpillm.run.limits import described_step
 from mpillm.run.progress import Bar, Progress
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
-from mpillm.store.journal import Journal, Layout, Part, began, first_layout, line_key
+from mpillm.store.journal import Journal, began, first_layout
 from mpillm.store.output import Claim
 from mpillm.store.readable import printable
+from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.inventory import described
@@ -43,6 +44,7 @@ from mpillm.weights.inventory import described
 log = logging.getLogger(__name__)
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
+LOOK_EVERY = 1.0  # seconds between two looks at whether the output is still where it was
 
 NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
@@ -236,6 +238,7 @@ class Leader:
             progress.say(warning)
         self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
         self._ranks: list[report.Rank] = []
+        self._looked = time.monotonic()
         self.computed = False  # all that is to be computed
         self._phase("prepare")
         self._computing_since = self._clock
@@ -291,9 +294,11 @@ class Leader:
         """Write the results, of a run that began at `begun`."""
         session, journal = self._session, self._journal
         lines, directory = self._batch.lines, self._claim.directory
+        self._look()
         errors = results.write_jsonl(directory, lines, journal)
         results.write_hdf5(directory, lines, journal, self._metadata())
         self._phase("write")
+        self._ranks[0].memory_peak = memory.peak()  # the other ranks have had theirs when computing ended
         made = report.Report(
             model=self._describe_model(),
             job=msgspec.to_builtins(self._spec),
@@ -314,6 +319,7 @@ class Leader:
             warnings=self._warnings,
         )
         report.write(directory, made)
+        self._look()
         journal.finish(errors)
         return made
 
@@ -328,7 +334,15 @@ class Leader:
                     for unsaved in engine.unsaved(every):
                         self._save(*unsaved)
                 self._safe(journal.commit(), bar)
+                if time.monotonic() > self._looked + LOOK_EVERY:
+                    self._look()
             self._safe(journal.flush(), bar)
+
+    def _look(self) -> None:
+        """Interrupted if the output is no longer where it was."""
+        self._claim.check()
+        self._journal.check()
+        self._looked = time.monotonic()
 
     def _todo(self) -> int:
         return len(self._batch) - len(self._batch.errors) - len(self._journal.done)
@@ -411,16 +425,16 @@ class Leader:
 
     def _size(self) -> Iterator[str]:
         """What a step takes on, where that is more than usual."""
-        session, limits, memory = self._session, self._session.limits, self._spec.memory
+        session, limits, asked = self._session, self._session.limits, self._spec.memory
         if streamed := max(session.streamed):
             size = described_step(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
             yield (
                 f"The KV cache holds {limits.blocks_in_memory * KV_BLOCK} tokens in memory, and "
-                f"{limits.n_blocks * KV_BLOCK} with layers in {memory.spill_folder}."
+                f"{limits.n_blocks * KV_BLOCK} with layers in {asked.spill_folder}."
             )
-        elif memory.kv_spill_bytes:
+        elif asked.kv_spill_bytes:
             yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."
 
     def _describe_model(self) -> dict[str, Any]:

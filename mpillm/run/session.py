@@ -26,7 +26,7 @@ from mpillm.run import memory
 from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import limits
 from mpillm.spec import Spec, Wire
-from mpillm.store.journal import Layout
+from mpillm.store.records import Layout
 from mpillm.store.report import Rank
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.io.lost_pages import say_when_lost

@@ -1,85 +1,104 @@
-"""The output directory: who may write to it, and how a file in it is replaced as a whole or not at all."""
+"""The output directory: who may write to it, and whether it is still where the run was told to write."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import io
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from mpillm.errors import Interrupted, MpillmError, OutputError
+from mpillm.errors import Interrupted, OutputError
+from mpillm.store.directory import Directory, explained
 
 log = logging.getLogger(__name__)
 
 JOURNAL = "journal"
 LOCK = "journal.lock"
 LOOK = 0.05  # seconds between two looks at a lock
-TEMPORARY = ".tmp"  # behind the name of a file that is being written
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Claim:
     """The right to write to an output directory, until closed or until the process ends, however it ends.
 
     The lock is the kernel's (`flock`, which network file systems turn into a lock at the server), not the lock
-    file's existence: a crashed run leaves nothing behind that has to be removed.
+    file's existence: a crashed run leaves nothing behind that has to be removed. All files are written through
+    `directory`, so that another job that has the path meanwhile is never written to.
     """
 
-    def __init__(self, directory: Path, patience: float = 0.0) -> None:
+    def __init__(self, path: Path, patience: float = 0.0) -> None:
         """Make the directory if need be; OutputError if it cannot be written, is foreign, or in use by another run.
 
         `patience` is for how many seconds another run may still have it.
         """
-        self.directory = directory
+        self.path = path
         self.since = datetime.now().astimezone()
-        with explained(directory):
-            _make(directory)
-            self._file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            self._lock(patience)
-        except BaseException:
-            os.close(self._file)
-            raise
+        with contextlib.ExitStack() as unless_claimed:
+            with explained(path):
+                self.directory = unless_claimed.enter_context(_open_directory(path))
+                self._lock = self.directory.open(LOCK, os.O_RDWR | os.O_CREAT)
+                unless_claimed.callback(os.close, self._lock)
+                self._wait_for_lock(patience)
+            self.check()
+            with explained(path):
+                self.directory.remove_temporary_files()
+            self._open = unless_claimed.pop_all()
 
-    def _lock(self, patience: float) -> None:
+    def check(self) -> None:
+        """Interrupted if the directory is no longer at its path, or no longer this run's; call it every so often."""
+        if not self.directory.is_at_its_path():
+            now = self.directory.whereabouts()
+            raise Interrupted(
+                f"The output directory {self.path} was moved during the run; its journal is now {now / JOURNAL}: "
+                f"move the directory back, or give {now} as the output, and run the command again."
+                if now is not None
+                else f"The output directory {self.path} was deleted during the run, and the journal with it; "
+                "the same command begins anew."
+            )
+        if not self.directory.holds(LOCK, self._lock):
+            raise Interrupted(
+                f"Files in the output directory {self.path} were deleted during the run ({LOCK} is gone); "
+                "the same command goes on with what is left of the journal."
+            )
+
+    def _wait_for_lock(self, patience: float) -> None:
         until = time.monotonic() + patience
         while not self._try_lock():
             if time.monotonic() >= until:
-                owner = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "unknown"
+                owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "unknown"
                 raise OutputError(
-                    f"Another run ({owner}) is writing to {self.directory}; wait for its end or give another output."
+                    f"Another run ({owner}) is writing to {self.path}; wait for its end or give another output."
                 )
             time.sleep(LOOK)
+        if (
+            os.fstat(self._lock).st_nlink > 1
+        ):  # some other file has been given this name, too: it stays as it is
+            return
         with contextlib.suppress(OSError):  # who holds the lock is good to know, and no more than that
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _try_lock(self) -> bool:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            log.warning("%s has no file locks: a second run on it would not be noticed.", self.directory)
+            log.warning("%s has no file locks: a second run on it would not be noticed.", self.path)
         return True
 
     def close(self) -> None:
-        """Give the directory free."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Give up the directory."""
+        self._open.close()
 
     def __enter__(self) -> Claim:
         return self
@@ -90,61 +109,17 @@ class Claim:
         self.close()
 
 
-def _make(directory: Path) -> None:
-    """Make the directory; OutputError if it is something else, or holds what is not ours."""
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"The output {directory} is a file; give a directory.")
-    directory.mkdir(parents=True, exist_ok=True)
-    names = {entry.name for entry in directory.iterdir()}
-    foreign = sorted(name for name in names - {LOCK, JOURNAL + TEMPORARY} if not name.startswith(".nfs"))
+def _open_directory(path: Path) -> Directory:
+    """Make the directory if need be, and open it; OutputError if it is something else, or holds what is not ours."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"The output {path} is a file; give a directory.")
+    path.mkdir(parents=True, exist_ok=True)
+    directory = Directory(path)
+    names = directory.names()
+    foreign = sorted(name for name in names - {LOCK} if not name.startswith(".nfs"))
     if foreign and JOURNAL not in names:
+        directory.close()
         raise OutputError(
-            f"The output directory {directory} holds {foreign[0]!r} and no journal of a run; "
-            "give a new or an empty one."
+            f"The output directory {path} holds {foreign[0]!r} and no journal of a run; give a new or an empty one."
         )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[io.BufferedRandom]:
-    """A file to write in place of `path`, which becomes it when all has gone well and is on disk, else is removed."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with explained(path):
-        try:
-            with temporary.open("w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_directory(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring names that were made, replaced or removed in `directory` to disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into the sentence for it: a full disk is Interrupted, anything else OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise explanation(path, error) from error
-
-
-def explanation(path: Path, error: OSError) -> MpillmError:
-    """The sentence for a failed write to `path`."""
-    if error.errno in _FULL:
-        return Interrupted(
-            f"There is no space left for {path} ({error.strerror}); what was finished is safe: "
-            "make space and run the same command again."
-        )
-    return OutputError(f"The output {path} cannot be written: {error.strerror or error}.")
+    return directory

@@ -12,7 +12,7 @@ import msgspec
 
 from mpillm.errors import JobError
 from mpillm.spec import shown_bytes
-from mpillm.store.output import replacing
+from mpillm.store.directory import Directory, replacing
 from mpillm.store.readable import as_json, printable
 
 JSON, HTML = "report.json", "report.html"
@@ -196,9 +196,9 @@ def _memory_used(ranks: Sequence[Rank]) -> str:
     return f"{line}."
 
 
-def write(directory: Path, report: Report) -> None:
+def write(directory: Directory, report: Report) -> None:
     """Write report.json."""
-    with replacing(directory / JSON) as file:
+    with directory.replacing(JSON) as file:
         file.write(as_json(report))
         file.write(b"\n")
 

@@ -20,11 +20,11 @@ from mpillm.errors import JobError, OutputError
 from mpillm.model.config import ModelConfig
 from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
-from mpillm.store.output import explained, replacing
+from mpillm.store.directory import Directory, explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.names import ROLES
 from mpillm.weights.opening import open_unpacked
-from mpillm.weights.packed.files import TEMPORARY, FilePlan, Writer, plan_files
+from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
 from mpillm.weights.source import check_tensors, column_unit, fingerprint
 
@@ -131,9 +131,10 @@ def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
         )
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in target.iterdir()}
+        with Directory(target) as directory:
+            names = directory.names()
         mark = next((name for name in (INDEX, UNFINISHED) if name in names), None)
-        if mark is None and names - {UNFINISHED + TEMPORARY}:
+        if mark is None and names:
             raise OutputError(
                 f"{target} holds {min(names)!r} and no packed model; give a new or an empty directory."
             )

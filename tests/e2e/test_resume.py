@@ -35,7 +35,7 @@ def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [process for process in below if "mpillm" in process.cmdline() and "-m" in process.cmdline()]
 
 
-def wait_for_results(journal: Path, launcher: subprocess.Popen[bytes], nbytes: int) -> None:
+def wait_for_results(journal: Path, launcher: subprocess.Popen[Any], nbytes: int) -> None:
     """Until the journal has grown past its beginning, and so holds some results."""
     until = time.monotonic() + 60
     begin = None

@@ -21,7 +21,7 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
 from mpillm.run import plan
-from mpillm.run.input_memory import COPIES, LINE, input_bytes
+from mpillm.run.input_memory import COPIES, LINE, WRITTEN, input_bytes
 from mpillm.store import report
 from tests.conftest import Mpi, run_bounded
 from tests.model.golden import model_path
@@ -270,16 +270,17 @@ def test_within_a_cgroup_of_the_planned_size(
         assert rank.weights["loaded"] > 2 * rank.weights["budget"]
 
 
+EACH = LINE + WRITTEN
 ASKED = [
     ("", 0),
-    ("a", LINE),
-    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * LINE),
-    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * LINE + COPIES * 8 * 128 + 2 * 72 * 128),
-    ('{"input": ["a", [5]]}', LINE + COPIES * 2 * 64 * 22 + 2 * 4 * 64),
+    ("a", EACH),
+    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH),
+    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * 72 * 128),
+    ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * 4 * 64),
     ('{"body": {"prompt": "a", "max_tokens": 9, "n": 3, "logprobs": 2}}',
-     LINE + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * 120)),
+     EACH + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * 120)),
     ('{"messages": [], "max_tokens": 100, "n": 1000, "logprobs": true, "top_logprobs": 20}',
-     LINE + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * 120)),
+     EACH + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * 120)),
 ]  # fmt: skip
 
 

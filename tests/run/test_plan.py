@@ -13,7 +13,7 @@ from mpillm.errors import JobError, LayoutError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
-from mpillm.run import plan
+from mpillm.run import input_memory, plan
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.weights.names import Key
@@ -73,7 +73,7 @@ def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> Non
     asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
     with_input, without = plan.make(asked, 2), planned("llama3", 2)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
-    assert more == [3000 * 512, 0]
+    assert more == [3000 * input_memory.LINE + 3000 * input_memory.WRITTEN, 0]
 
 
 def test_a_budget_smaller_than_the_share_is_streamed() -> None:

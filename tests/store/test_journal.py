@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from mpillm.batch.work import Line
 from mpillm.engine.sequence import Begun
 from mpillm.errors import Interrupted, OutputError
-from mpillm.store.journal import Finished, Journal, Part, Result, _framed, began, finished, line_key
+from mpillm.store.journal import Journal, began, finished
 from mpillm.store.output import Claim
+from mpillm.store.records import HEAD, Finished, Part, Result, framed, line_key
 from tests.conftest import Mount
 from tests.job_helpers import lines, result
 
@@ -181,13 +182,44 @@ def test_a_record_in_a_wrong_place_is_none(tmp_path: Path) -> None:
         assert journal.read("b").line == record
 
 
-def test_a_damaged_start_and_a_newer_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_header_costs_nothing(tmp_path: Path, seed: int) -> None:
+    """Any flipped bit of the first record; afterwards there are two good copies again."""
+    finish(tmp_path, "a", "b")
+    path = tmp_path / "journal"
+    raw = path.read_bytes()
+    first = HEAD.size + HEAD.unpack_from(raw)[1]
+    with Claim(tmp_path) as claim:
+        since = began(claim)
+    for byte in range(seed, first, 4):
+        damaged = bytearray(raw)
+        damaged[byte] ^= 1 << (byte % 8)
+        path.write_bytes(damaged)
+        with Claim(tmp_path) as claim:
+            assert began(claim) == since
+            with Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+                assert list(journal.done) == ["a", "b"]
+                assert journal.damage == [
+                    f"The journal {path} is damaged in bytes 0 to {first}; the requests in it run again."
+                ]
+            with pytest.raises(OutputError, match=r"sampling\.seed was 3 and is 4"):
+                Journal(claim, IDENTITY | {"sampling.seed": 4}, lines(*NAMES))
+    healed = bytearray(path.read_bytes())
+    second = first + HEAD.size + HEAD.unpack_from(raw, first)[1]
+    healed[second + 40] ^= 1
+    path.write_bytes(healed)
+    assert done(tmp_path) == ["a", "b"]
+
+
+def test_a_journal_without_any_header_and_a_newer_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finish(tmp_path, "a")
     path = tmp_path / "journal"
     raw = path.read_bytes()
-    path.write_bytes(raw[:30] + b"?" + raw[31:])
+    path.write_bytes(bytes(len(raw)))
     with pytest.raises(
-        OutputError, match=r"journal is damaged at its start; move it away, or give another output"
+        OutputError, match=r"nothing in it says which job it is of; move it away, or give another output"
     ):
         done(tmp_path)
     path.write_bytes(raw)
@@ -196,6 +228,17 @@ def test_a_damaged_start_and_a_newer_format(tmp_path: Path, monkeypatch: pytest.
         OutputError, match=r"is of format 2 \(mpillm \S+\) and this mpillm knows format 3; give"
     ):
         done(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_journal_that_is_gone_is_noticed(tmp_path: Path, how: str) -> None:
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        journal.check()
+        journal.path.rename(tmp_path / "away")
+        if how == "replaced":
+            journal.path.write_bytes((tmp_path / "away").read_bytes())
+        with pytest.raises(Interrupted, match="was deleted or replaced during the run; put it back"):
+            journal.check()
 
 
 def test_bit_rot_during_the_run_is_named(tmp_path: Path) -> None:
@@ -253,7 +296,7 @@ def test_a_disk_too_full_to_begin(mounted: Mount) -> None:
     (disk / "filler").write_bytes(bytes(16_000))
     with Claim(disk / "out") as claim, pytest.raises(Interrupted, match="no space left"):
         Journal(claim, IDENTITY, lines(*(f"r{n}" for n in range(5000))))
-    assert not list((disk / "out").glob("journal.tmp"))
+    assert not list((disk / "out").glob("*.tmp"))
 
 
 def test_a_write_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +318,7 @@ import os, sys
 from pathlib import Path
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
-from mpillm.store.journal import Result, line_key
+from mpillm.store.records import Result, line_key
 from mpillm.batch.work import Line
 lines = [Line(n, 0, 0, f"r{n - 1}", f"r{n - 1}".encode()) for n in range(1, 1001)]
 journal = Journal(Claim(Path(sys.argv[1])), {"model": "abc"}, lines)
@@ -424,7 +467,7 @@ def test_records_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
 
     finish(tmp_path, "a")
     with (tmp_path / "journal").open("ab") as file:
-        file.write(_framed(Novelty("?"), file.tell()))  # type: ignore[arg-type]
+        file.write(framed(Novelty("?"), file.tell()))  # type: ignore[arg-type]
     assert done(tmp_path) == ["a"]
 
 

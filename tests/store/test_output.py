@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import Interrupted, OutputError
-from mpillm.store.output import Claim, replacing
+from mpillm.store.directory import replacing
+from mpillm.store.journal import Journal
+from mpillm.store.output import Claim
 from tests.conftest import Mount, run_bounded
+from tests.job_helpers import lines, result
 
 
 def test_a_second_run_is_refused_at_once(tmp_path: Path) -> None:
@@ -132,3 +136,82 @@ def test_a_full_disk_keeps_what_was_there(mounted: Mount) -> None:
         file.write(bytes(200_000))
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in disk.iterdir()] == ["file"]
+
+
+def test_symbolic_links_in_the_directory_are_not_followed(tmp_path: Path) -> None:
+    """Whoever may write to the directory cannot have the run write anywhere else."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_bytes(b"precious")
+    out.mkdir()
+    for name in ("journal.lock", "journal"):
+        (out / name).symlink_to(victim)
+        words = f"{name} is a symbolic link, which is not followed; remove it"
+        with pytest.raises(OutputError, match=words), Claim(out) as claim:
+            Journal(claim, {}, lines("a"))
+        (out / name).unlink()
+        (out / "journal.lock").unlink(missing_ok=True)
+    (out / "journal.lock").hardlink_to(victim)
+    with Claim(out) as claim, Journal(claim, {}, lines("a")):
+        for name in ("file", "file.tmp", "journal.tmp"):
+            (out / name).symlink_to(victim)
+        with claim.directory.replacing("file") as file:
+            file.write(b"new")
+    assert (out / "file").read_bytes() == b"new"
+    assert not (out / "file").is_symlink()
+    assert victim.read_bytes() == b"precious"
+    (out / "journal").unlink()
+    os.mkfifo(out / "journal")
+    with Claim(out) as claim, pytest.raises(OutputError, match="journal is not a regular file; remove it"):
+        Journal(claim, {}, lines("a"))
+
+
+def test_what_a_killed_run_was_replacing_is_removed(tmp_path: Path) -> None:
+    with Claim(tmp_path) as claim:
+        Journal(claim, {}, lines("a")).close()
+    script = "import os, sys; from pathlib import Path; from mpillm.store.directory import replacing\n"
+    script += (
+        "with replacing(Path(sys.argv[1])) as file: file.write(b'x'); file.flush(); os.kill(os.getpid(), 9)"
+    )
+    run_bounded([sys.executable, "-c", script, tmp_path / "results.h5"])
+    assert len(list(tmp_path.glob("results.h5.*.tmp"))) == 1
+    (tmp_path / "mine.tmp").touch()
+    with Claim(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "journal.lock", "mine.tmp"]
+
+
+def test_a_directory_that_is_moved_is_noticed_and_the_one_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    with Claim(old) as claim, Journal(claim, {}, lines("a", "b")) as journal:
+        claim.check()
+        old.rename(new)
+        with Claim(old) as other:  # another job takes the path
+            other.check()
+            journal.append(result("a"))
+            journal.flush()
+            with claim.directory.replacing("results.jsonl") as file:
+                file.write(b"the first job's")
+            with pytest.raises(Interrupted) as caught:
+                claim.check()
+        assert str(caught.value) == (
+            f"The output directory {old} was moved during the run; its journal is now {new}/journal: move the "
+            f"directory back, or give {new} as the output, and run the command again."
+        )
+        assert [path.name for path in old.iterdir()] == ["journal.lock"]
+        assert (new / "results.jsonl").read_bytes() == b"the first job's"
+    with Claim(new) as claim, Journal(claim, {}, lines("a", "b")) as journal:
+        assert list(journal.done) == ["a"]
+
+
+def test_a_directory_that_is_deleted_or_emptied_is_noticed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Claim(out) as claim, Journal(claim, {}, lines("a")) as journal:
+        (out / "journal.lock").unlink()
+        with pytest.raises(Interrupted, match=r"were deleted during the run \(journal.lock is gone\)"):
+            claim.check()
+        shutil.rmtree(out)
+        for replaced in (False, True):
+            with pytest.raises(Interrupted, match="was deleted during the run, and the journal with it"):
+                claim.check()
+            out.mkdir(exist_ok=replaced)
+        with pytest.raises(Interrupted):
+            journal.check()

@@ -11,6 +11,7 @@ import pytest
 
 from mpillm.errors import JobError
 from mpillm.store import report
+from mpillm.store.directory import Directory
 
 
 def made(**more: Any) -> report.Report:
@@ -76,7 +77,7 @@ def test_the_memory_of_ranks_that_share_a_host_is_added_up(hosts: str, more: str
 
 
 def test_it_is_read_back(tmp_path: Path) -> None:
-    report.write(tmp_path, made())
+    report.write(Directory(tmp_path), made())
     assert report.read(tmp_path) == made()
 
 
@@ -89,7 +90,7 @@ def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    report.write(tmp_path, made(warnings=["The journal was damaged."]))
+    report.write(Directory(tmp_path), made(warnings=["The journal was damaged."]))
     path, missing = report.write_html(tmp_path)
     assert missing == "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
     page = path.read_text()
@@ -101,7 +102,7 @@ def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_plots_are_inline(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
-    report.write(tmp_path, made())
+    report.write(Directory(tmp_path), made())
     path, missing = report.write_html(tmp_path)
     first = path.read_bytes()
     assert missing is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 from mpillm.batch.requests import Batch
 from mpillm.batch.work import Work
 from mpillm.errors import Interrupted
+from mpillm.run.input_memory import WRITING
 from mpillm.store import results
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
-from tests.conftest import Mount
+from tests.conftest import Mount, run_bounded
 from tests.job_helpers import WITH_TEXT, checked, completion
 
 METADATA = {"model": "small", "wire.activations": "f32", "sampling": {"seed": 3}, "seed": 3}
@@ -61,8 +63,8 @@ def run(batch: Batch, out: Path, order: random.Random, stops: int, errors: int =
                 finish(work, journal)
                 journal.flush()
     with Claim(out) as claim, Journal(claim, {}, batch.lines) as journal:
-        assert results.write_jsonl(out, batch.lines, journal) == errors
-        results.write_hdf5(out, batch.lines, journal, METADATA)
+        assert results.write_jsonl(claim.directory, batch.lines, journal) == errors
+        results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -134,10 +136,10 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
         filler = disk / "filler"
         filler.write_bytes(bytes(free - 8192))
         with pytest.raises(Interrupted, match=r"no space left for .*results\.jsonl"):
-            results.write_jsonl(disk / "out", batch.lines, journal)
+            results.write_jsonl(claim.directory, batch.lines, journal)
         filler.unlink()
-        results.write_jsonl(disk / "out", batch.lines, journal)
-        results.write_hdf5(disk / "out", batch.lines, journal, METADATA)
+        results.write_jsonl(claim.directory, batch.lines, journal)
+        results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
         with h5py.File(disk / "out/results.h5") as h5:
             assert len(h5["requests/custom_id"]) == 60
         large = (disk / "out/results.h5").stat().st_size
@@ -147,7 +149,7 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
         for room in range(8192, large, 16_384):
             filler.write_bytes(bytes(free - room))
             with pytest.raises(Interrupted, match=r"no space left for .*\.h5"):
-                results.write_hdf5(disk / "out", batch.lines, journal, METADATA)
+                results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
 
 
 def test_names_that_hdf5_cannot_store(tmp_path: Path) -> None:
@@ -191,10 +193,46 @@ def test_an_answer_wins_over_what_is_wrong_with_its_line_now(tmp_path: Path) -> 
         for work in small.works(journal.done):
             finish(work, journal)
         journal.flush()
-        assert results.write_jsonl(tmp_path / "out", small.lines, journal) == 2
-        results.write_hdf5(tmp_path / "out", small.lines, journal, METADATA)
+        assert results.write_jsonl(claim.directory, small.lines, journal) == 2
+        results.write_hdf5(claim.directory, small.lines, journal, METADATA)
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     with h5py.File(tmp_path / "out/results.h5") as h5:
         status = h5["requests/status"][:].tolist()
         assert np.diff(h5["requests/choices"][:]).tolist() == [1, 1, 1, 0, 0]
     assert status == [line["response"]["status_code"] for line in lines] == [200, 200, 200, 400, 400]
+
+
+WRITER = """
+import re, sys
+from pathlib import Path
+from mpillm.batch.work import Line
+from mpillm.store import results
+from mpillm.store.journal import Journal
+from mpillm.store.output import Claim
+from mpillm.store.records import Choice, Result, line_key
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+lines = [Line(n, 0, 0, f"request {n}", b"%d" % n) for n in range(1, 30_001)]
+ids = bytes(48)
+with Claim(Path(sys.argv[1])) as claim, Journal(claim, {}, lines) as journal:
+    for line in lines:
+        choices = [Choice("stop", {"tokens": ids, "logprobs": ids}, 0.5, 0.5)]
+        journal.append(Result(line.custom_id, line_key(line), 200, bytes(300), [ids], choices))
+        journal.commit()
+    journal.flush()
+    before = peak()
+    results.write_jsonl(claim.directory, lines, journal)
+    results.write_hdf5(claim.directory, lines, journal, {})
+    print(peak() - before)
+"""
+
+
+def test_writing_many_lines_takes_little_memory(tmp_path: Path) -> None:
+    done = run_bounded([sys.executable, "-c", WRITER, tmp_path / "out"])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 2**20 < WRITING / 1.5
+    with h5py.File(tmp_path / "out/results.h5") as h5:
+        assert len(h5["tokens/ids"]) == 12 * 30_000
+        assert h5["requests/custom_id"][-1] == b"request 30000"

@@ -24,7 +24,9 @@ class VerifiedFile:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
-        self._ordinary = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # what an earlier run has left, or a link that leads elsewhere
+        self._ordinary = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = open_direct(path, os.O_RDWR)
         os.ftruncate(self._ordinary, nbytes)  # writes that lengthen a file wait for one another
 

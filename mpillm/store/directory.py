@@ -1,0 +1,143 @@
+"""An open directory: its files are made, replaced and removed through its handle, wherever its path leads meanwhile.
+
+No symbolic link is followed below the directory, and no file that somebody else has put there is written to: a new
+file has a name that cannot be guessed until it is complete and takes the place of the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from mpillm.errors import Interrupted, MpillmError, OutputError
+
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Directory:
+    """A directory's handle, until closed."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing directory; OSError if that fails. `path` itself may lead over symbolic links."""
+        self.path = path
+        self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def open(self, name: str, flags: int) -> int:
+        """Open a regular file of the directory and return its descriptor; OutputError if it is anything else."""
+        try:
+            file = os.open(
+                name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=self._handle
+            )
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OutputError(
+                f"{self.path / name} is a symbolic link, which is not followed; remove it, or give another output."
+            ) from None
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OutputError(f"{self.path / name} is not a regular file; remove it, or give another output.")
+        return file
+
+    def names(self) -> set[str]:
+        """What is in the directory, without temporary files."""
+        return {name for name in os.listdir(self._handle) if not _TEMPORARY.fullmatch(name)}
+
+    def remove_temporary_files(self) -> None:
+        """Remove what killed processes have left of `replacing`; nobody may be replacing a file meanwhile."""
+        for name in filter(_TEMPORARY.fullmatch, os.listdir(self._handle)):
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=self._handle)
+
+    def holds(self, name: str, file: int) -> bool:
+        """Whether `name` is still the open `file`."""
+        try:
+            found = os.stat(name, dir_fd=self._handle, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(file))
+
+    def is_at_its_path(self) -> bool:
+        """Whether the path still leads to this directory; true where that cannot be found out."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._handle))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            return error.errno != errno.ESTALE
+
+    def whereabouts(self) -> Path | None:
+        """Where the directory is now; None if it has been deleted, or where the system cannot tell (not on Linux)."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._handle}"))
+            return path if os.path.samestat(os.stat(path), os.fstat(self._handle)) else None
+        except OSError:
+            return None
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[io.BufferedRandom]:
+        """A file to write in place of `name`, which becomes it when all went well and is on disk, else is removed."""
+        temporary = f"{name}.{secrets.token_hex(8)}.tmp"
+        with explained(self.path / name):
+            try:
+                with open(self.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(temporary, name, src_dir_fd=self._handle, dst_dir_fd=self._handle)
+                os.fsync(self._handle)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=self._handle)
+                raise
+
+    def close(self) -> None:
+        """Let go of the handle."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[io.BufferedRandom]:
+    """`Directory.replacing` for a single file."""
+    with explained(path):
+        directory = Directory(path.parent)
+    with directory, directory.replacing(path.name) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into the sentence for it: a full disk is Interrupted, anything else OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise explanation(path, error) from error
+
+
+def explanation(path: Path, error: OSError) -> MpillmError:
+    """The sentence for a failed write to `path`."""
+    if error.errno in _FULL:
+        return Interrupted(
+            f"There is no space left for {path} ({error.strerror}); what was finished is safe: "
+            "make space and run the same command again."
+        )
+    return OutputError(f"The output {path} cannot be written: {error.strerror or error}.")

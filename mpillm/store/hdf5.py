@@ -1,0 +1,162 @@
+"""HDF5 files that grow in bounded memory, on disks that may be full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpillm.store.directory import Directory
+
+HELD = 1 << 16  # values of a column that are held before they are written
+
+
+@contextlib.contextmanager
+def new_file(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """An HDF5 file that becomes `name`, and a function that raises the OSError of a write that has failed.
+
+    Its format does not depend on the library's newest.
+    """
+    with directory.replacing(name) as file:
+        guarded = _Guarded(file.fileno())
+        with h5py.File(guarded, "w", libver=("earliest", "v110")) as h5:
+            yield h5, guarded.check
+        guarded.check()
+
+
+class Column:
+    """A one-dimensional dataset of numbers that grows. What is held until it is written takes 512 KiB at most."""
+
+    def __init__(self, group: h5py.Group, name: str, dtype: DTypeLike, chunk: int = 1024) -> None:
+        self._dataset = _growing(group, name, dtype, chunk)
+        self._dtype = np.dtype(dtype)
+        self._held = bytearray()
+        self._written = 0
+
+    def __len__(self) -> int:
+        return self._written + len(self._held) // self._dtype.itemsize
+
+    def add(self, *values: float) -> None:
+        """Append values."""
+        self.add_bytes(np.array(values, self._dtype).tobytes())
+
+    def add_bytes(self, values: bytes) -> None:
+        """Append values in the dataset's own type."""
+        self._held += values
+        if len(self._held) >= HELD * self._dtype.itemsize:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            _append(self._dataset, np.frombuffer(self._held, self._dtype))
+            self._written = len(self._dataset)
+            self._held = bytearray()
+
+
+class TextColumn:
+    """A one-dimensional dataset of strings that grows; strings with a zero character are not possible in HDF5."""
+
+    def __init__(self, group: h5py.Group, name: str) -> None:
+        self._dataset = _growing(group, name, h5py.string_dtype(), 1024)
+        self._held: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Append a string."""
+        self._held.append(text)
+        if len(self._held) >= HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            _append(self._dataset, np.array(self._held, object))
+            self._held = []
+
+
+class RaggedColumn:
+    """Rows of different lengths: all values one behind the other, and where each row begins and the last one ends."""
+
+    def __init__(self, group: h5py.Group, values: str, dtype: DTypeLike) -> None:
+        self._values = Column(group, values, dtype, chunk=8192)
+        self._offsets = Column(group, "offsets", np.int64)
+        self._offsets.add(0)
+
+    def add(self, row: bytes) -> None:
+        """Append a row."""
+        self._values.add_bytes(row)
+        self._offsets.add(len(self._values))
+
+    def flush(self) -> None:
+        """Write what is held."""
+        self._values.flush()
+        self._offsets.flush()
+
+
+def _growing(group: h5py.Group, name: str, dtype: DTypeLike, chunk: int) -> h5py.Dataset:
+    return group.create_dataset(
+        name, shape=(0,), maxshape=(None,), dtype=dtype, chunks=(chunk,), track_times=False
+    )
+
+
+def _append(dataset: h5py.Dataset, values: NDArray[Any]) -> None:
+    length = len(dataset)
+    dataset.resize((length + len(values),))
+    dataset[length:] = values
+
+
+class _Guarded:
+    """A file for the HDF5 library, which crashes if one that it has open cannot be written.
+
+    So none of this raises: a failed write's error is kept and nothing more is written, until someone calls `check`.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file  # a descriptor
+        self._at = 0
+        self._error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (os.fstat(self._file).st_size if whence == os.SEEK_END else 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Zeros stand for what could not be written."""
+        buffer[:] = self.read(len(buffer)).ljust(len(buffer), b"\0")
+        return len(buffer)
+
+    def read(self, size: int) -> bytes:
+        return os.pread(self._file, size, self._at)
+
+    def write(self, data: memoryview) -> int:
+        left, at = memoryview(data).cast("B"), self._at
+        try:
+            while left and self._error is None:
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        try:
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            self._error = self._error or error
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self._error is not None:
+            raise self._error

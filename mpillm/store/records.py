@@ -1,0 +1,237 @@
+"""The journal's records: what they hold, how they lie in the file, and how they are found again in a damaged one.
+
+A record is a head of 20 bytes (magic, length of the payload, CRC-32 of place and length, BLAKE2b-64 of place and
+payload) and a payload in MessagePack. The place (offset and length) is part of both sums, so a record that stands
+anywhere else than where it was written, such as inside another one's payload, is not taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from mpillm.batch.work import Line
+from mpillm.engine.sequence import Begun
+
+VERSION = 2
+KEY_BYTES = 8
+
+_MAGIC = b"mpiJ"
+HEAD = struct.Struct("<4sIIQ")
+_PLACE = struct.Struct("<QI")  # where the head is, length of the payload
+_CHUNK = 1 << 20
+
+
+class Header(msgspec.Struct, tag="header", frozen=True):
+    """Which job's output this is: by dotted key, what changes a result (`Spec.identity` and the model's own)."""
+
+    version: int
+    identity: dict[str, Any]
+    began: str  # date and time in ISO 8601, with its zone
+    written_by: str = ""
+
+
+class Lines(msgspec.Struct, tag="lines", frozen=True):
+    """The input's lines as they were at some start of the run: a key of 8 bytes for each."""
+
+    keys: bytes
+
+
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """One choice of an answer."""
+
+    finish_reason: str
+    values: dict[str, bytes]  # rows of the endpoint's columns, by their group
+    seconds_waiting: float
+    seconds_running: float
+
+
+class Result(msgspec.Struct, tag="result", frozen=True):
+    """A finished request: its line of results.jsonl, and what results.h5 keeps of it."""
+
+    custom_id: str
+    key: bytes  # of its line
+    status: int
+    line: bytes
+    prompts: list[bytes] = []  # token ids, little-endian int32; the choices of a prompt follow one another
+    choices: list[Choice] = []
+
+
+class Part(msgspec.Struct, tag="part", frozen=True):
+    """What a choice that was not finished had generated from its token `start` on; the rest lies in parts before."""
+
+    custom_id: str
+    key: bytes  # of its line
+    choice: int
+    start: int
+    begun: Begun
+
+
+class Layout(msgspec.Struct, tag="layout", frozen=True):
+    """What follows was computed by so many stages of so many shards."""
+
+    stages: int
+    shards: int
+
+    def __str__(self) -> str:
+        return f"{self.stages} stage(s) x {self.shards} shard(s)"
+
+
+class Finished(msgspec.Struct, tag="finished", frozen=True):
+    """All lines known so far have their result, and the files with the results are written."""
+
+    errors: int  # requests that ended in one
+
+
+class _Name(msgspec.Struct, frozen=True):
+    """What of a result is needed to know that it is there."""
+
+    custom_id: str
+    key: bytes
+    status: int
+
+
+class _Named(msgspec.Struct, frozen=True):
+    """Whose a record is."""
+
+    custom_id: str
+
+
+Record = Header | Lines | Result | Part | Layout | Finished
+
+
+def line_key(line: Line) -> bytes:
+    """The key of a line: of its name and its content."""
+    return hashlib.blake2b(line.digest + line.custom_id.encode(), digest_size=KEY_BYTES).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a finished request's record is, and how the request ended."""
+
+    offset: int
+    length: int  # of the payload
+    status: int
+
+
+@dataclass
+class Scan:
+    """What a journal holds."""
+
+    header: Header | None = None
+    headers: int = 0  # good copies of it
+    keys: bytes | None = None
+    done: dict[str, Place] = field(default_factory=dict)
+    done_keys: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, list[int]] = field(default_factory=dict)  # offsets, by custom_id of what is not done
+    finished: Finished | None = None  # unless something came after it
+    layout: Layout | None = None  # of the last results
+    answered: Counter[Layout] = field(default_factory=Counter)  # requests, by layout where it is known
+    damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
+    end: int = 0  # of the last good record
+
+
+def framed(record: Record, offset: int) -> bytes:
+    """The bytes of a record that will begin at `offset`."""
+    payload = msgspec.msgpack.encode(record)
+    place = _PLACE.pack(offset, len(payload))
+    return HEAD.pack(_MAGIC, len(payload), zlib.crc32(place), _checksum(place, payload)) + payload
+
+
+def _checksum(place: bytes, payload: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(place + payload, digest_size=8).digest(), "little")
+
+
+def payload_at(file: int, offset: int, size: int) -> bytes | None:
+    """The payload of the record at `offset` in a file of `size` bytes; None if no good record begins there."""
+    head = os.pread(file, HEAD.size, offset)
+    if len(head) < HEAD.size:
+        return None
+    magic, length, place_sum, payload_sum = HEAD.unpack(head)
+    place = _PLACE.pack(offset, length)
+    if magic != _MAGIC or zlib.crc32(place) != place_sum or offset + HEAD.size + length > size:
+        return None
+    payload = _read(file, offset + HEAD.size, length)
+    return payload if len(payload) == length and _checksum(place, payload) == payload_sum else None
+
+
+def _read(file: int, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`, fewer at the end of the file (one pread gives 2 GiB at most)."""
+    parts = []
+    while length and (part := os.pread(file, min(length, 1 << 30), offset)):
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
+
+
+def scan(file: int) -> Scan:
+    """Read a journal from end to end; what follows its last good record is torn."""
+    found = Scan()
+    for offset, payload in good_records(file):
+        if offset > found.end:
+            found.damage.append((found.end, offset))
+        found.end = offset + HEAD.size + len(payload)
+        tag = tag_of(payload)
+        if tag != "header":
+            found.finished = None
+        if tag == "result":
+            name = msgspec.msgpack.decode(payload, type=_Name)
+            if name.custom_id not in found.done:
+                if found.layout is not None:
+                    found.answered[found.layout] += 1
+                found.done[name.custom_id] = Place(offset, len(payload), name.status)
+                found.done_keys[name.custom_id] = name.key
+                found.parts.pop(name.custom_id, None)
+        elif tag == "part":
+            of = msgspec.msgpack.decode(payload, type=_Named)
+            if of.custom_id not in found.done:
+                found.parts.setdefault(of.custom_id, []).append(offset)
+        elif tag == "layout":
+            found.layout = msgspec.msgpack.decode(payload, type=Layout)
+        elif tag == "lines":
+            found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
+        elif tag == "finished":
+            found.finished = msgspec.msgpack.decode(payload, type=Finished)
+        elif tag == "header":
+            found.header = found.header or msgspec.msgpack.decode(payload, type=Header)
+            found.headers += 1
+    return found
+
+
+def good_records(file: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and payload of every good record, found again behind what is damaged."""
+    size = os.fstat(file).st_size
+    offset: int | None = 0
+    while offset is not None and offset < size:
+        payload = payload_at(file, offset, size)
+        if payload is None:
+            offset = _next_magic(file, offset + 1, size)
+        else:
+            yield offset, payload
+            offset += HEAD.size + len(payload)
+
+
+def _next_magic(file: int, offset: int, size: int) -> int | None:
+    """Where the next record may begin, at `offset` or behind it."""
+    while offset < size:
+        chunk = os.pread(file, _CHUNK + len(_MAGIC) - 1, offset)
+        if (at := chunk.find(_MAGIC)) >= 0:
+            return offset + at
+        offset += _CHUNK
+    return None
+
+
+class _Tag(msgspec.Struct, frozen=True):
+    type: str
+
+
+def tag_of(payload: bytes) -> str:
+    return msgspec.msgpack.decode(payload, type=_Tag).type
