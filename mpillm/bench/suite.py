@@ -49,13 +49,13 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     path = _model(world, asked, progress)
     with world.together():
         config = _config(path, asked.options)
-    counts = tuple(dict.fromkeys(world.threads(count) for count in asked.options.threads or ("auto",)))
+    counts = tuple(dict.fromkeys(world.limit_threads(count) for count in asked.options.threads or ("auto",)))
     options = replace(asked.options, threads=counts)
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
     if world.rank == 0:
         # What is only paged is not limited by memory, and shows what a run itself takes of it.
         measured_with = counts if options.what - {"paging"} else ()
-        limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.node_ranks})
+        limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.nodes.ranks_here})
         if "kernels" in options.what:
             progress.say(f"measuring the kernels {limits.kernels} ...")
             found = list(
@@ -66,7 +66,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     for count in counts:
         for run, layout in _engine(world, path, count, asked, options):
             if world.rank == 0:
-                _compare(run, limits, world.node_ranks, layout[0])
+                _compare(run, limits, world.nodes.ranks_here, layout[0])
                 progress.say(tables.run_line(run))
                 measured.append(run)
     if world.rank:
@@ -147,7 +147,7 @@ def _engine(
         peer: Peer | None = None
         with world.together():
             if world.rank == 0 and asked.against:
-                peer = stack.enter_context(LlamaCpp(path, threads * world.node_ranks, cores))
+                peer = stack.enter_context(LlamaCpp(path, threads * world.nodes.ranks_here, cores))
         layout = (1, 1)
         if "paging" in what:
             yield from paging.measure(world, spec, path, options)

@@ -56,7 +56,7 @@ class Origin:
             world.size,
             self.shards,
             same_shards=wire.activations != "f32",
-            ranks_per_host=world.ranks_per_host,
+            ranks_per_host=world.nodes.ranks_per_host,
         )
 
 
@@ -102,8 +102,8 @@ class Session:
         self._same_model()
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
-        self.threads = world.threads(spec.layout.threads)
-        self.bindings = world.bindings if spec.layout.threads == "auto" else []
+        self.threads = world.limit_threads(spec.layout.threads)
+        self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
         self.counters = Counters()
         with world.together():
             plans = rank_plans(self.shape, self.place, self.source, self.config)
@@ -132,7 +132,7 @@ class Session:
         if shards == "auto" and self._shards_before is not None:
             with suppress(LayoutError):  # then with others
                 return grid.choose(self.shape, world.size, stages, self._shards_before)
-        return grid.choose(self.shape, world.size, stages, shards, world.ranks_per_host)
+        return grid.choose(self.shape, world.size, stages, shards, world.nodes.ranks_per_host)
 
     @property
     def layout(self) -> Layout:

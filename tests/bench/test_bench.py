@@ -24,7 +24,8 @@ from mpillm.bench.paging import TURN, WARM, all_decode
 from mpillm.bench.profile import Profile
 from mpillm.bench.result import Bench, Machine, Run
 from mpillm.bench.runs import Options, Step, _typical
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
@@ -48,7 +49,7 @@ def run_laid_out(
 
 @functools.cache
 def _alone() -> World:
-    return World.start()
+    return start()
 
 
 def run_engine(model: Path, requests: list[Request], **job: Any) -> list[Completion]:

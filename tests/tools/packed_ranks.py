@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
 from mpillm.weights.opening import open_source
