@@ -21,10 +21,10 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
-from mpillm.weights.opening import open_source
 
 ENGINE = frozenset({"prefill", "decode", "batch"})
 PEERS = ("llama.cpp",)
@@ -113,7 +113,7 @@ def _synthetic(shape: str, asked: Asked) -> Path:
 def _config(path: Path, options: Options) -> ModelConfig:
     """The model's configuration; JobError if it does not take sequences as long as are asked for."""
     with closing(open_source(path)) as source:
-        config = ModelConfig.from_dict(source.config, str(path))
+        config = config_of(source)
     if options.longest > config.max_position:
         raise JobError(
             f"{path} takes {config.max_position} tokens, but sequences of {options.longest} are asked for; "
@@ -123,12 +123,14 @@ def _config(path: Path, options: Options) -> ModelConfig:
 
 
 def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
+    attention = config.layers[0].mixer
+    dense = [layer.mlp for layer in config.layers if not layer.mlp.count]
     return kernels.Sizes(
         hidden=config.hidden,
-        ffn=config.moe_intermediate if all(config.moe_layers) else config.intermediate,
-        heads=config.n_heads,
-        kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
+        ffn=(dense or [config.layers[0].mlp])[0].width,
+        heads=attention.n_heads,
+        kv_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
         vocab=config.vocab,
         context=max(kernels.Sizes.context, *options.contexts),
     )

@@ -14,8 +14,8 @@ from mpillm import kernels
 from mpillm.comm import probe
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
+from mpillm.model.opening import open_source
 from mpillm.run import catalogue
-from mpillm.weights.opening import open_source
 from mpillm.weights.source import fingerprint
 
 READ = 256 * 2**20  # bytes of the model that are read to see how fast the disk is
