@@ -15,6 +15,7 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.run import catalogue, memory
+from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import (
     CacheCapacity,
     cache_capacity,
@@ -101,9 +102,9 @@ def make_plan(
     step = step_size(spec, rows, places, any(read))
     capacity = cache_capacity(spec, caches, read, step.sequences * stages)
     windows, max_context = caches[0].windows, min(spec.memory.max_context, config.max_position)
-    lines = memory.lines_in(spec.input_path)
+    kept = input_bytes(spec, config.hidden, step.sequences * stages)
     processes = [
-        memory.process(source, config, place, len(own), lines)
+        memory.process(source, config, place, len(own), kept)
         for place, own in zip(places, items, strict=True)
     ]
     plans = [

@@ -24,6 +24,7 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run import memory
+from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import cache_in_memory, limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import Layout
@@ -156,8 +157,8 @@ class Session:
         """Bytes that one token's keys and values take on the rank that holds most."""
         return max(layout.token_nbytes for layout in self.caches)
 
-    def statistics(self, lines: int = 0) -> Rank:
-        """What this rank held, moved and waited for; rank 0 keeps so many lines of input."""
+    def statistics(self) -> Rank:
+        """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
@@ -173,7 +174,7 @@ class Session:
             experts=_described(weights.experts) if weights.experts else {},
             kv=self._describe_kv(),
             messages=messages,
-            memory=msgspec.to_builtins(self._memory(lines)),
+            memory=msgspec.to_builtins(self._memory()),
             memory_peak=memory.peak(),
             seconds={
                 "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
@@ -216,14 +217,17 @@ class Session:
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self._activations, places, self.caches, max_context, self.streamed)
 
-    def _memory(self, lines: int) -> memory.Memory:
+    def _memory(self) -> memory.Memory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
+        kept = 0
+        if place.rank == 0:
+            kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_slots),
             activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.items), lines),
+            process=memory.process(self.source, config, place, len(weights.items), kept),
         )
 
     def _decoder(self) -> Decoder:
