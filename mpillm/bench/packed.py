@@ -16,10 +16,11 @@ from pathlib import Path
 from mpillm.bench import synthetic
 from mpillm.model.config import ModelConfig
 from mpillm.tools import pack
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.opening import open_unpacked
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import layer_file
-from mpillm.weights.source import column_unit, fingerprint
+from mpillm.weights.source import column_unit
 
 CHUNK = 16 * 2**20
 

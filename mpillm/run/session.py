@@ -28,13 +28,14 @@ from mpillm.spec import Spec, Wire
 from mpillm.store.records import Layout
 from mpillm.store.report import Rank
 from mpillm.weights.finite import check_vectors
+from mpillm.weights.identity import FileIdentity, Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
 from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.weights import Weights
-from mpillm.weights.source import check_tensors, column_unit, fingerprint, rank_plans
+from mpillm.weights.source import check_tensors, column_unit, rank_plans
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class Origin:
     stages: int
     shards: int
     kv_tokens: int  # that the KV cache held: what is longer was refused
+    watch: Watch  # of this rank's files of the model
+    model: dict[str, FileIdentity]  # the files as rank 0 had them
+    model_state: str  # of all ranks' files
 
     def layout(self, world: World, wire: Wire) -> tuple[int, int]:
         """(stages, shards) for the ranks that are left, or for some of them."""
@@ -97,8 +101,13 @@ class Session:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.shape)
             self.kv_type = stored_type(spec.memory.kv_type, self.shape)
-            self.fingerprint = fingerprint(self.source)
+            self.watch = origin.watch if origin is not None else Watch(self.source)
+            self.watch.look()
+            self.fingerprint = summed(self.watch.files)
         self._same_model()
+        self.model = origin.model if origin is not None else world.bcast(self.watch.files)
+        states = sorted(set(world.gather(self.watch.state)))
+        self.model_state = origin.model_state if origin is not None else "+".join(states)
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
         self.threads = world.threads(spec.layout.threads)
@@ -142,7 +151,15 @@ class Session:
     def origin(self) -> Origin:
         """What this run began with."""
         kv_tokens = self.limits.n_blocks * KV_BLOCK
-        return self._origin or Origin(self.shape, self.place.stages, self.place.shards, kv_tokens)
+        return self._origin or Origin(
+            self.shape,
+            self.place.stages,
+            self.place.shards,
+            kv_tokens,
+            self.watch,
+            self.model,
+            self.model_state,
+        )
 
     @property
     def shard_vocab(self) -> list[int]:

@@ -15,8 +15,8 @@ from mpillm.comm import probe
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
 from mpillm.run import catalogue
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.opening import open_source
-from mpillm.weights.source import fingerprint
 
 READ = 256 * 2**20  # bytes of the model that are read to see how fast the disk is
 CHUNK = 8 * 2**20

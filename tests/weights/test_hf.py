@@ -9,9 +9,10 @@ import pytest
 from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.names import Key, hf_name
 from mpillm.weights.opening import open_source
-from mpillm.weights.source import column_unit, fingerprint
+from mpillm.weights.source import column_unit
 from tests.weights.build import DTYPES, Tiny, through, write_hf
 
 MOE = Tiny(n_experts=3, moe_intermediate=40, qk_norm=True, dense_layers=(1,), seed=5)
