@@ -76,8 +76,8 @@ cdef class Products:
         self.matrices = [pieces_of(matrix) for matrix in matrices]
         self.widths = tuple([matrix.n for matrix in matrices])
         self.first, self.takers = self.matrices[0][0], [None] * FORMS
-        if sum([len(pieces) for pieces in self.matrices]) > MK_MOST_PRODUCTS:
-            raise ValueError(f"no more than {MK_MOST_PRODUCTS} pieces of matrices run side by side")
+        if sum([len(pieces) for pieces in self.matrices]) > MK_MAX_PRODUCTS:
+            raise ValueError(f"no more than {MK_MAX_PRODUCTS} pieces of matrices run side by side")
         for pieces in self.matrices:
             for piece in pieces:
                 if list(piece.edges) != list(self.first.edges):
@@ -127,7 +127,7 @@ cdef class Products:
 
     def __call__(self, const float[:, ::1] x, outs, int threads=1):
         cdef long m = x.shape[0]
-        cdef Sums sums[MK_MOST_PRODUCTS]
+        cdef Sums sums[MK_MAX_PRODUCTS]
         cdef Space space = Space(self.space(m) + step_bytes(self.steps))
         cdef mk_work work
         require_rows("x", x, -1, self.first.k)

@@ -3,17 +3,17 @@
  * For lanes j and j + 8 a tile of W has, row by row, what their chains take of a block of columns: the odd and then the
  * even column of each 32, of lane j in the lower half of a word and of lane j + 8 in the upper.  TDPBF16PS forms both
  * chains from zero, and adds them to the sums of these lanes.  x is laid out so from the start (tile_rows), with rows side
- * by side; W is turned on its way, once for all rows of x that pass by. */
+ * by side; W is transposed on its way, once for all rows of x that pass by. */
 
 enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */, TILE_BYTES = 1024 };
-enum { APART = 1088 /* bytes from a turned tile to the next, which so lies in other sets of a cache */ };
-enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TURNED = 16 /* blocks of W */, MOST_ROWS = 256 /* of x */ };
+enum { APART = 1088 /* bytes from a transposed tile to the next, which so lies in other sets of a cache */ };
+enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TRANSPOSED = 16 /* blocks of W */, MAX_ROWS = 256 /* of x */ };
 
-typedef uint8_t turned_blocks[TURNED][APART] __attribute__((aligned(64)));
+typedef uint8_t transposed_blocks[TRANSPOSED][APART] __attribute__((aligned(64)));
 typedef float pair_sums[WIDE][WIDE][MK_TILE][MK_TILE] __attribute__((aligned(64))); /* [W][x][row of W][row of x] */
 
 /* Word i of row r goes to word r of row i; words have 64 bits. */
-MK_INLINE void turn_8(__m512i *a) {
+MK_INLINE void transpose_8(__m512i *a) {
     __m512i b[8];
     UNROLL
     for (int i = 0; i < 8; i += 2) {
@@ -31,15 +31,15 @@ MK_INLINE void turn_8(__m512i *a) {
 }
 
 /* The same for 16 rows of 16 words of 32 bits. */
-MK_INLINE void turn_16(__m512i *a) {
+MK_INLINE void transpose_16(__m512i *a) {
     __m512i low[8], high[8];
     UNROLL
     for (int i = 0; i < 8; i++) {
         low[i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
         high[i] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
     }
-    turn_8(low);
-    turn_8(high);
+    transpose_8(low);
+    transpose_8(high);
     UNROLL
     for (int i = 0; i < 16; i++) a[i] = (i % 4 < 2 ? low : high)[i / 4 * 2 + i % 2];
 }
@@ -78,7 +78,7 @@ static void tile_rows(const void *argument, long begin, long end) {
                     if (i + MK_TILE < last) high = rounded_16(vf_row(x, i + MK_TILE, last, 0.0f));
                     words[r] = lane_pairs(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
                 }
-                turn_16(words);
+                transpose_16(words);
                 for (int i = 0; i < MK_TILE; i++)
                     _mm512_store_si512(out + (i / 2 * blocks + run / RUNS) * TILE_BYTES + (run % RUNS * 2 + i % 2) * 64,
                                        words[i]);
@@ -89,7 +89,7 @@ static void tile_rows(const void *argument, long begin, long end) {
 }
 
 /* A block of a row of W, of which so many columns are there. */
-MK_INLINE void turn_block(const uint8_t *from, long columns, uint8_t *out) {
+MK_INLINE void transpose_block(const uint8_t *from, long columns, uint8_t *out) {
     uint8_t padded[MK_BF16_BLOCK * 2];
     __m512i words[RUNS];
     if (columns < MK_BF16_BLOCK) {
@@ -98,20 +98,20 @@ MK_INLINE void turn_block(const uint8_t *from, long columns, uint8_t *out) {
     }
     UNROLL
     for (int j = 0; j < RUNS; j++) words[j] = lane_pairs(_mm512_loadu_si512(from + 64 * j));
-    turn_8(words);
+    transpose_8(words);
     UNROLL
-    for (int t = 0; t < LANE_PAIRS; t++) _mm512_store_si512(out + t * (long)sizeof(turned_blocks), words[t]);
+    for (int t = 0; t < LANE_PAIRS; t++) _mm512_store_si512(out + t * (long)sizeof(transposed_blocks), words[t]);
 }
 
-/* Up to TURNED blocks of `rows` rows of W with so many columns.  Some rows side by side are streams that the processor
+/* Up to TRANSPOSED blocks of `rows` rows of W with so many columns.  Some rows side by side are streams that the processor
  * fetches ahead, and those that follow are fetched too, for each may have a page of its own. */
-static void turn_rows(const uint8_t *w, long stride, int rows, long columns, turned_blocks *out) {
-    for (int first = 0; first < rows; first += MOST_STREAMS)
-        for (long b = 0; b < TURNED && b * MK_BF16_BLOCK < columns; b++)
-            for (int r = first; r < rows && r < first + MOST_STREAMS; r++) {
+static void transpose_rows(const uint8_t *w, long stride, int rows, long columns, transposed_blocks *out) {
+    for (int first = 0; first < rows; first += MAX_STREAMS)
+        for (long b = 0; b < TRANSPOSED && b * MK_BF16_BLOCK < columns; b++)
+            for (int r = first; r < rows && r < first + MAX_STREAMS; r++) {
                 const uint8_t *from = w + r * stride + b * MK_BF16_BLOCK * 2;
-                for (int j = 0; j < RUNS; j++) __builtin_prefetch(from + MOST_STREAMS * stride + 64 * j);
-                turn_block(from, columns - b * MK_BF16_BLOCK, out[0][b] + 64 * r);
+                for (int j = 0; j < RUNS; j++) __builtin_prefetch(from + MAX_STREAMS * stride + 64 * j);
+                transpose_block(from, columns - b * MK_BF16_BLOCK, out[0][b] + 64 * r);
             }
 }
 
@@ -150,7 +150,7 @@ static void add_lanes(pair_sums *sums, int i, int g, int rows, vf *out) {
         for (int j = 0; j < 4; j++) two[j] = vf_add(vf_load(sums[j][i][g][n]), vf_load(sums[j + 4][i][g][n]));
         words[n] = _mm512_castps_si512(vf_add(vf_add(two[0], two[2]), vf_add(two[1], two[3])));
     }
-    turn_16(words);
+    transpose_16(words);
     for (int t = 0; t < rows; t++) out[t] = _mm512_castsi512_ps(words[t]);
 }
 
@@ -160,22 +160,22 @@ static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int
     const long stride = job->row_bytes ? job->row_bytes : columns * 2, first = tile * MK_TILE;
     const int pairs = (rows + WIDE * MK_TILE - 1) / (WIDE * MK_TILE);
     const uint8_t *w = job->at[p] + first * stride;
-    turned_blocks turned[WIDE][LANE_PAIRS];
-    pair_sums parts[MOST_ROWS / MK_TILE / WIDE][LANE_PAIRS];
+    transposed_blocks transposed[WIDE][LANE_PAIRS];
+    pair_sums parts[MAX_ROWS / MK_TILE / WIDE][LANE_PAIRS];
     const unsigned mode = mk_flush_denormals();
     for (int i = blocks ? tiles * rows : 0; i < tiles * rows; i++) sums[i] = vf_set1(0.0f);
     for (long begin = 0, count; begin < blocks; begin += count) {
-        count = blocks - begin < TURNED ? blocks - begin : TURNED;
+        count = blocks - begin < TRANSPOSED ? blocks - begin : TRANSPOSED;
         for (int i = 0; i < tiles; i++) {
             const long left = job->n - first - i * MK_TILE;
-            turn_rows(w + i * MK_TILE * stride + begin * MK_BF16_BLOCK * 2, stride, left < MK_TILE ? (int)left : MK_TILE,
-                      columns - begin * MK_BF16_BLOCK, turned[i]);
+            transpose_rows(w + i * MK_TILE * stride + begin * MK_BF16_BLOCK * 2, stride, left < MK_TILE ? (int)left : MK_TILE,
+                      columns - begin * MK_BF16_BLOCK, transposed[i]);
         }
         for (int t = 0; t < LANE_PAIRS; t++)
             for (int i = 0; i < pairs; i++) {
                 const uint8_t *x0 = x + i * WIDE * MK_TILE * job->x_stride + (t * blocks + begin) * TILE_BYTES;
                 const uint8_t *x1 = i * WIDE * MK_TILE + MK_TILE < rows ? x0 + MK_TILE * job->x_stride : x0;
-                add_pairs(*turned[0][t], *turned[tiles - 1][t], x0, x1, count, !begin, parts[i][t]);
+                add_pairs(*transposed[0][t], *transposed[tiles - 1][t], x0, x1, count, !begin, parts[i][t]);
             }
     }
     for (int i = 0; i < tiles && blocks; i++)
@@ -186,7 +186,7 @@ static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int
 }
 
 static void bf16_matmul(const mk_matmul_job *job, long begin, long end) {
-    vf pending[MK_MAX_LEVELS][WIDE * MOST_ROWS];
+    vf pending[MK_MAX_LEVELS][WIDE * MAX_ROWS];
     begin_tiles(&BF16_TILES);
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
@@ -194,8 +194,8 @@ static void bf16_matmul(const mk_matmul_job *job, long begin, long end) {
         tiles = end - item < job->tiles - tile ? end - item : job->tiles - tile;
         if (tiles > WIDE) tiles = WIDE;
         for (int rows; row < limit; row += rows) {
-            rows = limit - row < MOST_ROWS ? (int)(limit - row) : MOST_ROWS;
-            product(job, bf16_panel, *pending, WIDE * MOST_ROWS, rows, tile, (int)tiles, row);
+            rows = limit - row < MAX_ROWS ? (int)(limit - row) : MAX_ROWS;
+            product(job, bf16_panel, *pending, WIDE * MAX_ROWS, rows, tile, (int)tiles, row);
         }
     }
     end_tiles();

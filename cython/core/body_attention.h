@@ -1,15 +1,15 @@
 /* Attention over the blocked KV cache: lanes are tokens for q.k, head dimensions for p.v, and the softmax streams over
  * a sequence's blocks of 32 positions in their order.  An item is a group of queries (rows x heads) that share a
  * sequence and a KV head.  They are worked on in tiles of queries that stay in registers against a block of keys or
- * values; where a group has several tiles, a block is turned to floats once for all of them.  None of this changes an
+ * values; where a group has several tiles, a block is transposed to floats once for all of them.  None of this changes an
  * output: every score is one chain of fma over dimensions, every sum one over tokens, whatever the tile. */
 
 #if VEC_WIDE
-enum { MANY_QUERIES = 12, KEY_VECTORS = 2, MOST_COLUMNS = 4, QUERY_SHAPES = 5 };
+enum { MANY_QUERIES = 12, KEY_VECTORS = 2, MAX_COLUMNS = 4, QUERY_SHAPES = 5 };
 static const int QUERIES[QUERY_SHAPES] = {1, 2, 4, 8, 12};
 #define COLUMNS(Q) ((Q) > 4 ? 2 : 4)
 #else
-enum { MANY_QUERIES = 4, KEY_VECTORS = 1, MOST_COLUMNS = 2, QUERY_SHAPES = 3 };
+enum { MANY_QUERIES = 4, KEY_VECTORS = 1, MAX_COLUMNS = 2, QUERY_SHAPES = 3 };
 static const int QUERIES[QUERY_SHAPES] = {1, 2, 4};
 #define COLUMNS(Q) ((Q) > 2 ? 1 : 2)
 #endif
@@ -18,7 +18,7 @@ static const int QUERIES[QUERY_SHAPES] = {1, 2, 4};
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 
 /* Blocks of more dimensions are read as they are by each tile. */
-enum { MOST_FLOAT_DIM = 256 };
+enum { MAX_FLOAT_DIM = 256 };
 
 /* Vector `vector` of the keys of dimension i; scale: of these tokens' Q8_0 blocks. */
 MK_INLINE vf load_keys(const int type, const uint8_t *keys, int hd, long i, int vector, vf scale) {
@@ -78,8 +78,8 @@ MK_INLINE vf load_values(const int type, const int rest, const uint8_t *values, 
 HOT void mix_columns(const int type, const int Q, const int C, const int rest, const float *p, const uint8_t *values,
                      const uint8_t *next, int hd, long from, long to, float *sums, long lanes, long i) {
     const int bytes = type == MK_F32 ? 4 : type == MK_F16 ? 2 : 1;
-    float scales[MOST_COLUMNS][MK_KV_BLOCK];
-    vf acc[MANY_QUERIES][MOST_COLUMNS];
+    float scales[MAX_COLUMNS][MK_KV_BLOCK];
+    vf acc[MANY_QUERIES][MAX_COLUMNS];
     if (type == MK_Q8_0)
         for (int c = 0; c < C; c++)
             for (int t = 0; t < MK_KV_BLOCK; t += MK_TILE)
@@ -90,7 +90,7 @@ HOT void mix_columns(const int type, const int Q, const int C, const int rest, c
         UNROLL
         for (int c = 0; c < C; c++) acc[j][c] = vf_load(sums + j * lanes + i + c * MK_TILE);
     for (long token = from; token <= to; token++) {
-        vf value[MOST_COLUMNS];
+        vf value[MAX_COLUMNS];
         for (int line = 0; line < C * MK_TILE * bytes; line += 64)
             FETCH(next + (token * hd + i) * bytes + line);
         UNROLL
@@ -153,7 +153,7 @@ static const query_tile QUERY_TILE_FUNCTIONS[MK_TYPES][QUERY_SHAPES] = {
 HOT void block_floats(const int type, const int is_keys, const uint8_t *block, const uint8_t *next, int hd,
                       float *out) {
     const long count = (long)hd * MK_KV_BLOCK;
-    float scales[MOST_FLOAT_DIM];
+    float scales[MAX_FLOAT_DIM];
     for (long i = 0; i < mk_kv_bytes(type, hd); i += 64) FETCH(next + i);
     if (type == MK_F16) {
         for (long i = 0; i < count; i += MK_TILE) vf_store(out + i, vf_load_f16((const uint16_t *)block + i));
@@ -286,13 +286,13 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
 
 static void attend(const mk_attention_job *job, const mk_query_group *item) {
     query_group group;
-    float key_floats[MOST_FLOAT_DIM * MK_KV_BLOCK], value_floats[MOST_FLOAT_DIM * MK_KV_BLOCK];
+    float key_floats[MAX_FLOAT_DIM * MK_KV_BLOCK], value_floats[MAX_FLOAT_DIM * MK_KV_BLOCK];
     long low, high, key_bytes = mk_kv_bytes(job->type, job->hd), value_bytes = mk_kv_bytes(job->type, job->vd);
     group.job = job;
     group.lanes = MK_LANES(job->vd);
     gather(&group, item, &low, &high);
     int tiles = (int)mk_blocks(group.count, QUERIES[group.shape]);
-    int floats = tiles > 1 && job->type != MK_F32 && job->hd <= MOST_FLOAT_DIM && job->vd <= MOST_FLOAT_DIM;
+    int floats = tiles > 1 && job->type != MK_F32 && job->hd <= MAX_FLOAT_DIM && job->vd <= MAX_FLOAT_DIM;
     const int32_t *table = job->table + job->table_start[item->row];
     for (long block = low / MK_KV_BLOCK, last = high / MK_KV_BLOCK; block <= last; block++) {
         long at = (long)table[block] * job->kvh + item->kv_head;

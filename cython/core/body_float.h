@@ -19,11 +19,11 @@ enum { BF16_STEP = MK_BF16_PAIRS };
 enum { BF16_STEP = MK_BF16_HALVES };
 #endif
 enum { DEPTH = 1024 /* columns of several rows of x that stay in the first cache while rows of W pass by */ };
-enum { MOST_STREAMS = 4 /* rows of W at a time */, MOST_SUMS = 24 /* of theirs and rows of x */ };
+enum { MAX_STREAMS = 4 /* rows of W at a time */, MAX_FLOAT_SUMS = 24 /* of theirs and rows of x */ };
 enum { FLOAT_ROWS = VEC_ROWS > 8 ? 8 : VEC_ROWS /* of x at a time, at most */ };
 
 /* Rows of W beside T rows of x, so that VEC_SUMS sums are under way. */
-#define STREAMS(T) (VEC_SUMS / (T) < 1 ? 1 : VEC_SUMS / (T) > MOST_STREAMS ? (int)MOST_STREAMS : VEC_SUMS / (T))
+#define STREAMS(T) (VEC_SUMS / (T) < 1 ? 1 : VEC_SUMS / (T) > MAX_STREAMS ? (int)MAX_STREAMS : VEC_SUMS / (T))
 
 /* A step of the columns: 32 of BF16, else 16. */
 MK_INLINE void float_step(const int type, const int R, const int T, const uint8_t *const *w, const uint8_t *x,
@@ -31,7 +31,7 @@ MK_INLINE void float_step(const int type, const int R, const int T, const uint8_
     const int bytes = type == MK_BF16 ? BF16_STEP : 64, halves = bytes / 64;
     UNROLL
     for (int half = 0; half < halves; half++) {
-        vf rows[MOST_STREAMS];
+        vf rows[MAX_STREAMS];
         UNROLL
         for (int r = 0; r < R; r++)
             rows[r] = type == MK_F16 ? vf_load_f16((const void *)w[r])
@@ -60,7 +60,7 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
                    long x_stride, long columns, vf *sums) {
     const int bytes = type == MK_F16 ? 32 : 64, x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
     const long step = mk_float_step(type), rest = columns % step;
-    vf acc[MOST_SUMS];
+    vf acc[MAX_FLOAT_SUMS];
     UNROLL
     for (int i = 0; i < R * T; i++) acc[i] = type == MK_BF16 ? vf_set1(0.0f) : sums[i];
     for (long i = columns / step; i > 0; i--, x += x_bytes) {
@@ -72,7 +72,7 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
         }
     }
     if (rest) {
-        uint8_t padded[MOST_STREAMS][64] = {{0}};
+        uint8_t padded[MAX_STREAMS][64] = {{0}};
         UNROLL
         for (int r = 0; r < R; r++) {
             memcpy(padded[r], rows[r], (size_t)(rest * mk_block_bytes(type)));
@@ -87,7 +87,7 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
 HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead,
                     const uint8_t *x, long x_stride, long columns, vf *sums) {
     const long most = type == MK_BF16 ? MK_BF16_BLOCK : columns;
-    const uint8_t *rows[MOST_STREAMS];
+    const uint8_t *rows[MAX_STREAMS];
     UNROLL
     for (int r = 0; r < R; r++) rows[r] = w + r * stride;
     for (; columns > most; columns -= most, x += most / 32 * BF16_STEP * GROUP(T))

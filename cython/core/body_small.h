@@ -34,38 +34,43 @@ static void square_sums(const void *argument, long begin, long end) {
 /* The squares of each of `heads` parts of a row are summed apart, and the sums added in order. */
 static void rms_norm(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
-    const long part = job->d / job->heads;
+    const float *w = job->b;
+    const long d = job->d, part = d / job->heads;
     for (long row = begin; row < end; row++) {
         const float *x = job->a + row * job->a_stride;
+        float *out = job->out + row * job->out_stride;
         float total = sum_of_squares(x, part);
         for (int head = 1; head < job->heads; head++) total += sum_of_squares(x + head * part, part);
-        vf scale = vf_set1(1.0f / sqrtf(total / (float)job->d + job->eps));
-        EACH(i, job->d) {
-            vf v = vf_mul(vf_row(x, i, job->d, 0.0f), scale);
-            if (job->b) v = vf_mul(vf_row(job->b, i, job->d, 0.0f), v);
-            vf_row_store(job->out + row * job->out_stride, i, job->d, v);
+        vf scale = vf_set1(1.0f / sqrtf(total / (float)d + job->eps));
+        EACH(i, d) {
+            vf v = vf_mul(vf_row(x, i, d, 0.0f), scale);
+            if (w) v = vf_mul(vf_row(w, i, d, 0.0f), v);
+            vf_row_store(out, i, d, v);
         }
     }
 }
 
 static void layer_norm(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
+    const float *w = job->b, *bias = job->c;
+    const long d = job->d;
     for (long row = begin; row < end; row++) {
         const float *x = job->a + row * job->a_stride;
+        float *out = job->out + row * job->out_stride;
         vf total = vf_set1(0.0f), squares = total;
-        EACH(i, job->d) total = vf_add(total, vf_row(x, i, job->d, 0.0f));
-        const float mean = vf_hadd(total) / (float)job->d;
+        EACH(i, d) total = vf_add(total, vf_row(x, i, d, 0.0f));
+        const float mean = vf_hadd(total) / (float)d;
         const vf means = vf_set1(mean);
-        EACH(i, job->d) {
-            vf v = vf_sub(vf_row(x, i, job->d, mean), means);
+        EACH(i, d) {
+            vf v = vf_sub(vf_row(x, i, d, mean), means);
             squares = vf_fma(v, v, squares);
         }
-        vf scale = vf_set1(1.0f / sqrtf(vf_hadd(squares) / (float)job->d + job->eps));
-        EACH(i, job->d) {
-            vf v = vf_mul(vf_sub(vf_row(x, i, job->d, mean), means), scale);
-            if (job->b) v = vf_mul(vf_row(job->b, i, job->d, 0.0f), v);
-            if (job->c) v = vf_add(v, vf_row(job->c, i, job->d, 0.0f));
-            vf_row_store(job->out + row * job->out_stride, i, job->d, v);
+        vf scale = vf_set1(1.0f / sqrtf(vf_hadd(squares) / (float)d + job->eps));
+        EACH(i, d) {
+            vf v = vf_mul(vf_sub(vf_row(x, i, d, mean), means), scale);
+            if (w) v = vf_mul(vf_row(w, i, d, 0.0f), v);
+            if (bias) v = vf_add(v, vf_row(bias, i, d, 0.0f));
+            vf_row_store(out, i, d, v);
         }
     }
 }
@@ -127,14 +132,19 @@ MK_INLINE vf activated(const int kind, vf g, vf limit, vf alpha) {
 
 MK_INLINE void activate_rows(const int kind, const mk_small_job *job, long begin, long end) {
     const vf one = vf_set1(1.0f), limit = vf_set1(job->limit), low = vf_set1(-job->limit), alpha = vf_set1(job->alpha);
-    for (long row = begin; row < end; row++) EACH(i, job->d) {
-        vf s = activated(kind, vf_row(job->a + row * job->a_stride, i, job->d, 0.0f), limit, alpha);
-        if (job->b) {
-            vf u = vf_row(job->b + row * job->b_stride, i, job->d, 0.0f);
-            if (kind == MK_SWIGLU_CLAMPED) u = vf_add(vf_max(low, vf_min(limit, u)), one);
-            s = vf_mul(s, u);
+    const long d = job->d;
+    for (long row = begin; row < end; row++) {
+        const float *gate = job->a + row * job->a_stride, *up = job->b ? job->b + row * job->b_stride : NULL;
+        float *out = job->out + row * job->out_stride;
+        EACH(i, d) {
+            vf s = activated(kind, vf_row(gate, i, d, 0.0f), limit, alpha);
+            if (up) {
+                vf u = vf_row(up, i, d, 0.0f);
+                if (kind == MK_SWIGLU_CLAMPED) u = vf_add(vf_max(low, vf_min(limit, u)), one);
+                s = vf_mul(s, u);
+            }
+            vf_row_store(out, i, d, s);
         }
-        vf_row_store(job->out + row * job->out_stride, i, job->d, s);
     }
 }
 

@@ -92,7 +92,7 @@ const char *mk_path_name(int index); /* NULL past the end */
 int mk_set_path(const char *name);   /* 0, or -1: not on this machine */
 
 /* Work: begin, add at most MK_STEPS steps, run; after a run it is empty and may be filled again. */
-enum { MK_STEPS = 48, MK_MOST_PRODUCTS = 32 /* of one activation */ };
+enum { MK_STEPS = 48, MK_MAX_PRODUCTS = 32 /* of one activation */ };
 typedef struct mk_work mk_work;
 typedef struct mk_step mk_step;
 typedef struct mk_product mk_product;
@@ -141,8 +141,8 @@ void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, f
 /* w, bias: NULL is all ones, all zeros */
 void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float eps, long m,
                    long d, float *out, long out_stride);
-/* cosine, sine [m, rotary / 2].  The first `rotary` of each head's hd dimensions turn: in pairs that lie rotary / 2
- * apart, or interleaved, side by side. */
+/* cosine, sine [m, rotary / 2].  The first `rotary` of each head's hd dimensions are rotated, in pairs
+ * (i, i + rotary / 2), or (2i, 2i + 1) if they are interleaved. */
 void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
              int rotary, int interleaved);
 /* out = f(gate) * up, or f(gate) if up is NULL; limit and alpha are MK_SWIGLU_CLAMPED's. */

@@ -19,7 +19,7 @@ typedef uint32_t words __attribute__((vector_size(16)));
 MK_INLINE words load(const uint8_t *p) { words v; memcpy(&v, p, 16); return v; }
 
 /* Word i of row r becomes word r of row i. */
-MK_INLINE void turn_words(words *v) {
+MK_INLINE void transpose_words(words *v) {
     words ab = SHUFFLE(words, v[0], v[1], 0, 4, 1, 5), cd = SHUFFLE(words, v[2], v[3], 0, 4, 1, 5);
     words last = SHUFFLE(words, v[0], v[1], 2, 6, 3, 7), more = SHUFFLE(words, v[2], v[3], 2, 6, 3, 7);
     v[0] = SHUFFLE(words, ab, cd, 0, 1, 4, 5), v[1] = SHUFFLE(words, ab, cd, 2, 3, 6, 7);
@@ -27,7 +27,7 @@ MK_INLINE void turn_words(words *v) {
 }
 
 /* Byte i of row r becomes byte r of row i: each of the four rounds moves one bit of a byte's place to its row. */
-MK_INLINE void turn_bytes(octets *v) {
+MK_INLINE void transpose_bytes(octets *v) {
     for (int round = 0; round < 4; round++) {
         octets was[MK_TILE];
         memcpy(was, v, sizeof was);
@@ -49,7 +49,7 @@ MK_INLINE void trade(words *a, words *b, const int width, const uint32_t lower) 
 MK_INLINE void interleave(const uint8_t *const *in, long at, uint8_t *out) {
     for (int r = 0; r < MK_TILE; r += 4) {
         words v[4] = {load(in[r] + at), load(in[r + 1] + at), load(in[r + 2] + at), load(in[r + 3] + at)};
-        turn_words(v);
+        transpose_words(v);
         for (int i = 0; i < 4; i++) memcpy(out + 64 * i + 4 * r, &v[i], 16);
     }
 }
@@ -78,7 +78,7 @@ MK_INLINE void pack_scales(const int type, const uint8_t *const *in, uint8_t *ou
         }
         v[r] = (octets)w;
     }
-    turn_bytes(v);
+    transpose_bytes(v);
     for (int s = 0; s < MK_PARTS; s++)
         for (int h = 0; h < 2; h++)
             memcpy(out + 32 * s + 16 * h, &v[type == MK_Q6_K ? 2 * s + h : s / 4 * 8 + 4 * h + s % 4], 16);
@@ -91,7 +91,7 @@ MK_INLINE void pack_low(const uint8_t *const *in, int from, uint8_t *first, uint
         words a = load(in[r] + from), b = load(in[r] + from + 16);
         low[r] = (a & 0x0f0f0f0fu) | (b << 4 & 0xf0f0f0f0u), high[r] = (a >> 4 & 0x0f0f0f0fu) | (b & 0xf0f0f0f0u);
     }
-    turn_words(low), turn_words(high);
+    transpose_words(low), transpose_words(high);
     for (int g = 0; g < 4; g++) memcpy(first + 64 * g, &low[g], 16), memcpy(second + 64 * g, &high[g], 16);
 }
 
@@ -99,7 +99,7 @@ MK_INLINE void pack_low(const uint8_t *const *in, int from, uint8_t *first, uint
 MK_INLINE void pack_fifth_bits(const uint8_t *const *in, const int part_bytes, uint8_t *out) {
     words v[8];
     for (int r = 0; r < 4; r++) v[r] = load(in[r] + 16), v[4 + r] = load(in[r] + 32);
-    turn_words(v), turn_words(v + 4);
+    transpose_words(v), transpose_words(v + 4);
     for (int g = 0; g < 8; g += 2) trade(v + g, v + g + 1, 1, 0x55555555u);
     for (int g = 0; g < 8; g++)
         if (!(g & 2)) trade(v + g, v + g + 2, 2, 0x33333333u);
@@ -110,7 +110,7 @@ MK_INLINE void pack_fifth_bits(const uint8_t *const *in, const int part_bytes, u
 /* Bits 2s and 2s + 1 of byte 4g + b of four rows' 16 at `from` become bits 2g and 2g + 1 of byte b of word s. */
 MK_INLINE void pack_top_bits(const uint8_t *const *in, int from, const int part_bytes, uint8_t *out) {
     words v[4] = {load(in[0] + from), load(in[1] + from), load(in[2] + from), load(in[3] + from)};
-    turn_words(v);
+    transpose_words(v);
     for (int g = 0; g < 4; g += 2) trade(v + g, v + g + 1, 2, 0x33333333u);
     for (int g = 0; g < 2; g++) trade(v + g, v + g + 2, 4, 0x0f0f0f0fu);
     for (int s = 0; s < 4; s++) memcpy(out + part_bytes * s, &v[s], 16);
@@ -180,7 +180,7 @@ static void quantise_panel(const mk_pack_job *job, const uint8_t *const *in, int
 }
 
 /* Where a row lies; in llama.cpp's order row (head, half, j) of q and k lies at (head, j, half). */
-static long place_of(long row, long head) {
+static long stored_row(long row, long head) {
     if (!head) return row;
     long inside = row % head, half = head / 2;
     return row - inside + 2 * (inside % half) + inside / half;
@@ -194,7 +194,7 @@ static void pack_tiles(const void *argument, long begin, long end) {
     for (long tile = begin; tile < end; tile++) {
         const uint8_t *in[MK_TILE];
         int rows = job->n - tile * MK_TILE < MK_TILE ? (int)(job->n - tile * MK_TILE) : MK_TILE;
-        for (int r = 0; r < rows; r++) in[r] = job->in + place_of(tile * MK_TILE + r, job->head) * job->stride;
+        for (int r = 0; r < rows; r++) in[r] = job->in + stored_row(tile * MK_TILE + r, job->head) * job->stride;
         uint8_t *out = job->out;
         for (int p = 0; p < job->panels; p++) {
             long first = job->bounds[p], last = job->bounds[p + 1], count = mk_blocks(last - first, block);

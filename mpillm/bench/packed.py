@@ -14,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpillm.bench import synthetic
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_unpacked
 from mpillm.tools import pack
 from mpillm.weights.identity import fingerprint
-from mpillm.weights.opening import open_unpacked
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import layer_file
-from mpillm.weights.source import column_unit
 
 CHUNK = 16 * 2**20
 
@@ -57,8 +55,7 @@ def _write(part: Path, path: Path, name: str, weights: str, threads: int) -> Non
         size, digest = fingerprint(source)
         about = {"source": path.name, "source_bytes": str(size), "source_hash": digest, "weights": "source"}
         whole = source.repeated(shape.layers)
-        config = ModelConfig.from_dict(whole.config, str(one))
-        plans = plan_files(whole, config.shape(column_unit(whole)), config, about)
+        plans = plan_files(whole, config_of(whole), about)
         synthetic.require_room(path, sum(plan.nbytes for plan in plans))
         writer = Writer(whole, part, threads, lambda _: None)
         first, copies = plans[0], plans[1 : shape.layers]

@@ -21,10 +21,10 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
-from mpillm.weights.opening import open_source
 
 ENGINE = frozenset({"prefill", "decode", "batch"})
 PEERS = ("llama.cpp",)
@@ -49,13 +49,13 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     path = _model(world, asked, progress)
     with world.together():
         config = _config(path, asked.options)
-    counts = tuple(dict.fromkeys(world.threads(count) for count in asked.options.threads or ("auto",)))
+    counts = tuple(dict.fromkeys(world.limit_threads(count) for count in asked.options.threads or ("auto",)))
     options = replace(asked.options, threads=counts)
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
     if world.rank == 0:
         # What is only paged is not limited by memory, and shows what a run itself takes of it.
         measured_with = counts if options.what - {"paging"} else ()
-        limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.node_ranks})
+        limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.nodes.ranks_here})
         if "kernels" in options.what:
             progress.say(f"measuring the kernels {limits.kernels} ...")
             found = list(
@@ -66,7 +66,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     for count in counts:
         for run, layout in _engine(world, path, count, asked, options):
             if world.rank == 0:
-                _compare(run, limits, world.node_ranks, layout[0])
+                _compare(run, limits, world.nodes.ranks_here, layout[0])
                 progress.say(tables.run_line(run))
                 measured.append(run)
     if world.rank:
@@ -113,7 +113,7 @@ def _synthetic(shape: str, asked: Asked) -> Path:
 def _config(path: Path, options: Options) -> ModelConfig:
     """The model's configuration; JobError if it does not take sequences as long as are asked for."""
     with closing(open_source(path)) as source:
-        config = ModelConfig.from_dict(source.config, str(path))
+        config = config_of(source)
     if options.longest > config.max_position:
         raise JobError(
             f"{path} takes {config.max_position} tokens, but sequences of {options.longest} are asked for; "
@@ -123,12 +123,14 @@ def _config(path: Path, options: Options) -> ModelConfig:
 
 
 def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
+    attention = config.layers[0].mixer
+    dense = [layer.mlp for layer in config.layers if not layer.mlp.count]
     return kernels.Sizes(
         hidden=config.hidden,
-        ffn=config.moe_intermediate if all(config.moe_layers) else config.intermediate,
-        heads=config.n_heads,
-        kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
+        ffn=(dense or [config.layers[0].mlp])[0].width,
+        heads=attention.n_heads,
+        kv_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
         vocab=config.vocab,
         context=max(kernels.Sizes.context, *options.contexts),
     )
@@ -147,7 +149,7 @@ def _engine(
         peer: Peer | None = None
         with world.together():
             if world.rank == 0 and asked.against:
-                peer = stack.enter_context(LlamaCpp(path, threads * world.node_ranks, cores))
+                peer = stack.enter_context(LlamaCpp(path, threads * world.nodes.ranks_here, cores))
         layout = (1, 1)
         if "paging" in what:
             yield from paging.measure(world, spec, path, options)

@@ -10,7 +10,7 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 WHAT = ("kernels", "prefill", "decode", "batch", "startup")
-MORE = ("paging",)  # is done only where it is asked for: it reads the model again and again
+MORE = ("paging",)  # only on request, because it reads the model many times
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run(world: World, options: argparse.Namespace) -> int:
 
     with world.together():
         if world.rank == 0 and options.json is not None:
-            _write(options.json, "")  # that it can be written is better known before than after
+            _write(options.json, "")  # find out before the bench whether it can be written
     measured = Options(
         what=frozenset(options.what),
         threads=options.threads,

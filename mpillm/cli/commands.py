@@ -1,7 +1,7 @@
 """The commands, and the words that they take.
 
 Only rank 0 prints at the default level, on streams that never fail (see `streams`). Every command runs inside
-`world.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
+`program.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mpillm.cli import bench, supervise
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
 
 
 def _run(world: World, options: argparse.Namespace) -> int:
-    from mpillm.run import runner  # what computes is loaded when the threads are known
+    from mpillm.run import runner  # loaded now that the number of threads is known
 
     progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
@@ -138,7 +139,7 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
 
 
 def _spec(world: World, options: argparse.Namespace) -> Spec:
-    """The job, as rank 0 reads it."""
+    """The job as rank 0 reads it, on every rank."""
     job = None
     with world.together():
         if world.rank == 0:
@@ -161,7 +162,7 @@ def _load(options: argparse.Namespace) -> Spec:
 
 
 def _job_of(words: list[str]) -> Spec:
-    """The job that a command line is about."""
+    """The job that a command line names."""
     return _load(_parser().parse_args(words))
 
 
@@ -235,7 +236,7 @@ def _positive(text: str) -> int:
 
 
 def _job_file(options: argparse.Namespace) -> Path | None:
-    """The job file that was named, or the quickstart where nothing was said at all."""
+    """The job file that the command line names, or the quickstart if it names nothing at all."""
     job: Path | None = getattr(options, "job", None)
     if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
         return job

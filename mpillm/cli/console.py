@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal or a log file: progress on stderr, answers and the summary on stdout."""
+"""What a run prints to a terminal or a log file: progress and the summary on stderr, answers on stdout."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
 
-# Under mpiexec stderr is a pipe, most often to a terminal, sometimes to a file that somebody reads tomorrow.
+# Under mpiexec stderr is a pipe that leads to a terminal or to a file, so that updates must be rare.
 SECONDS_BETWEEN = {True: 0.2, False: 2.0}
 FEW, SOME = 8, 3  # answers shown: all of a few, some of many
 LONGEST = 400  # characters of an answer shown
 
 
 class _Bar:
-    """tqdm with the rate that matters: tokens computed a second, prompts' and generated."""
+    """A tqdm bar that shows tokens per second, of prompts and generated ones together."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
@@ -36,15 +36,15 @@ class _Bar:
 
 
 class Console:
-    """A `Progress` for people."""
+    """A `Progress` that prints for people."""
 
     def __init__(self, speaks: Callable[[], bool] = lambda: True) -> None:
-        """`speaks` says whether this process does now: rank 0 may be lost, and then another one does."""
+        """`speaks` says whether this process prints now: when rank 0 is lost, another one takes over."""
         self._speaks = speaks
         self._download: tqdm | None = None
 
     def say(self, line: str) -> None:
-        """One line on stderr, from rank 0."""
+        """Print a line on stderr, on rank 0 only."""
         if self._speaks():
             tqdm.write(f"mpillm: {line}", file=sys.stderr)
 
@@ -53,7 +53,7 @@ class Console:
         self._bytes("model", done, total)
 
     def packing(self, done: int, total: int) -> None:
-        """A bar of bytes: rank 0's, whose share is like that of the others."""
+        """A bar of the bytes of rank 0, whose share is about as large as the others'."""
         self._bytes("packing", done, total)
 
     def _bytes(self, what: str, done: int, total: int) -> None:
@@ -73,7 +73,7 @@ class Console:
             yield _Bar(bar)
 
     def finish(self, made: report.Report, directory: Path) -> None:
-        """The answers (a job's first ones, if it has many), and where the rest is."""
+        """Print the answers (the first ones, if there are many), the summary, and where the results are."""
         path = directory / "results.jsonl"
         with path.open(encoding="utf-8") as lines:
             shown = FEW if made.requests.total <= FEW else SOME
@@ -97,7 +97,7 @@ class Console:
 
 
 def _answer(result: dict[str, Any]) -> str:
-    """One line of results.jsonl as a person reads it."""
+    """One line of results.jsonl for people."""
     body = result["response"]["body"]
     if "error" in body:
         texts = [f"ERROR: {body['error']['message']}"]

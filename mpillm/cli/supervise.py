@@ -1,4 +1,4 @@
-"""`mpillm launch`: what people type to have mpiexec watched."""
+"""`mpillm launch` on the command line: a supervisor that starts mpiexec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.comm.world import library
+from mpillm.comm.program import library
 from mpillm.errors import JobError, MpillmError
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
-    """Run the supervisor; the exit code. `read` makes a job of the words behind `launch`."""
-    # Not when the ranks start: what this needs is loaded when their threads are known.
+    """Run the supervisor and return the exit code. `read` makes a job of the words after `launch`."""
+    # Imported here, because ranks must not load this before their threads are known.
     from mpillm.run import launch
 
     try:

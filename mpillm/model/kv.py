@@ -13,35 +13,43 @@ from numpy.typing import NDArray
 
 from mpillm.errors import JobError
 from mpillm.kernels import QUANT_BLOCK, BlockType, kv_pools
+from mpillm.model.cache_spec import TokenCache
+from mpillm.model.config import ModelConfig
 from mpillm.model.spill import Pools, Spill
 from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 
 HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
 
 Ints = NDArray[np.int32]
 
 
-def stored_type(asked: str, shape: Shape) -> BlockType:
+def stored_type(asked: str, config: ModelConfig) -> BlockType:
     """The number type that `memory.kv_type` means; "auto" is f16 where the weights are quantised, else f32.
 
     JobError if this model's keys and values cannot be kept in it.
     """
-    if asked == "q8_0" and shape.head_dim % QUANT_BLOCK:
+    dims = {layer.mixer.head_dim for layer in config.layers}
+    if asked == "q8_0" and any(dim % QUANT_BLOCK for dim in dims):
         raise JobError(
             f'memory.kv_type = "q8_0" needs heads of a multiple of {QUANT_BLOCK} dimensions, and this model\'s have '
-            f'{shape.head_dim}; use "f16".'
+            f'{min(dims)}; use "f16".'
         )
     if asked == "auto":
-        return BlockType.F16 if shape.unit > 1 else BlockType.F32
+        return BlockType.F16 if config.block > 1 else BlockType.F32
     return BlockType[asked.upper()]
 
 
-def block_nbytes(shape: Shape, place: Place, kv_type: BlockType) -> int:
+def block_nbytes(config: ModelConfig, place: Place, kv_type: BlockType) -> int:
     """Bytes that one block of `KV_BLOCK` tokens takes on the rank at `place`, of all its layers and KV heads."""
-    layers, heads = len(grid.stage_layers(shape, place)), len(grid.own_kv_heads(shape, place))
-    pools = kv_pools(kv_type, 1, heads, shape.head_dim)
-    return layers * sum(math.prod(sizes) * np.dtype(dtype).itemsize for sizes, dtype in pools)
+    caches = config.cache(place)
+    return sum(
+        math.prod(sizes) * np.dtype(dtype).itemsize
+        for layer in grid.stage_layers(config.n_layers, place)
+        for kept in caches[layer]
+        if isinstance(kept, TokenCache)
+        for sizes, dtype in kv_pools(kv_type, 1, kept.kv_heads, kept.k_dim, kept.v_dim)
+    )
 
 
 class KVCache:
@@ -53,7 +61,7 @@ class KVCache:
 
     def __init__(
         self,
-        shape: Shape,
+        config: ModelConfig,
         place: Place,
         n_blocks: int,
         kv_type: BlockType,
@@ -63,11 +71,13 @@ class KVCache:
         """`budget` in bytes; if the blocks take more, layers lie in a file in `spill_dir` (see `spill`)."""
         self.kv_type = kv_type
         self.n_blocks = n_blocks
-        self._shape = len(grid.own_kv_heads(shape, place)), shape.head_dim
-        self._block_nbytes = block_nbytes(shape, place, kv_type)
+        ((kept,), *_) = config.cache(place)
+        assert isinstance(kept, TokenCache)
+        self._shape = kept.kv_heads, kept.k_dim
+        self._block_nbytes = block_nbytes(config, place, kv_type)
         self._most = 0  # blocks that have been in use
         self.peak = 0  # bytes of memory that were in use
-        n_layers = len(grid.stage_layers(shape, place))
+        n_layers = len(grid.stage_layers(config.n_layers, place))
         self.spill: Spill | None = None
         if budget is not None and n_blocks * self._block_nbytes > budget:
             assert spill_dir is not None

@@ -15,16 +15,21 @@ LONGEST = 2**31 - 1  # positions are int32 in the kernels
 HARMLESS = {"type", "rope_type", "rope_theta", "finetuned", "original_max_position_embeddings"}
 
 
-def read_rope(config: Fields, default_theta: float, max_position: int, head_dim: int) -> RopeConfig:
-    """The rotary embedding of a configuration, every default resolved as transformers does; ModelError otherwise."""
+def read_rope(
+    config: Fields, default_theta: float, max_position: int, dim: int, head_dim: int, layer_type: str = ""
+) -> RopeConfig:
+    """The rotary embedding of a configuration, every default resolved as transformers does; ModelError otherwise.
+
+    It turns `dim` of a head's `head_dim` dimensions. `layer_type`: that of the layers, where these differ.
+    """
     flat_theta = config.optional_number("rope_theta", 1.0, 1e30)
     flat_original = config.optional_integer("original_max_position_embeddings", 1, LONGEST)
-    values = _parameters(config)
+    values = _parameters(config, layer_type)
     rope = Fields(values, f"{config.name}, rope parameters")
 
     theta = rope.number("rope_theta", 1.0, 1e30, default=default_theta if flat_theta is None else flat_theta)
     kind = _kind(rope)
-    _check_whole_head(config, rope)
+    _check_part_of_head(config, rope, dim == head_dim)
     if kind == "default":
         if rope.number("factor", 0, 1e30, default=1.0) != 1.0:
             raise rope.fail("factor", "but the rope type is default; give the type that scales")
@@ -32,7 +37,7 @@ def read_rope(config: Fields, default_theta: float, max_position: int, head_dim:
     elif kind == "linear":
         result = RopeConfig(theta, "linear", factor=rope.number("factor", 1e-6, 1e6))
     elif kind == "factors":
-        result = _factors(rope, theta, head_dim)
+        result = _factors(rope, theta, dim)
     else:
         # Like transformers: the configuration's own value goes before the rope dict's.
         inner = rope.optional_integer("original_max_position_embeddings", 1, LONGEST)
@@ -47,7 +52,7 @@ def read_rope(config: Fields, default_theta: float, max_position: int, head_dim:
     return result
 
 
-def _parameters(config: Fields) -> Mapping[str, Any]:
+def _parameters(config: Fields, layer_type: str) -> Mapping[str, Any]:
     """The dict that holds the rope type and its numbers."""
     old, new = config.table("rope_scaling"), config.table("rope_parameters")
     if old and new and old != new:
@@ -57,7 +62,12 @@ def _parameters(config: Fields) -> Mapping[str, Any]:
     values = old or new
     if not any(isinstance(value, Mapping) for value in values.values()):
         return values
-    # One dict per layer type, for models whose layers differ; one decoder-wide table serves them if they agree.
+    if layer_type:
+        found = values.get(layer_type)
+        if not isinstance(found, Mapping):
+            raise ModelError(f"{config.name}: the rope parameters have none for {layer_type}.")
+        return found
+    # One dict per layer type, for models whose layers may differ: here they have to agree.
     layer_types = config.values.get("layer_types") or ["full_attention"]
     per_type = [values.get(name) for name in layer_types if isinstance(name, str)]
     first = per_type[0] if per_type else None
@@ -81,9 +91,10 @@ def _kind(rope: Fields) -> str:
     return str(kind)
 
 
-def _check_whole_head(config: Fields, rope: Fields) -> None:
+def _check_part_of_head(config: Fields, rope: Fields, whole: bool) -> None:
+    """The part of a head that turns has been read by the family, if it may be another one than the whole."""
     for fields in (config, rope):
-        if fields.number("partial_rotary_factor", 0, 1e6, default=1.0) != 1.0:
+        if fields.number("partial_rotary_factor", 0, 1e6, default=1.0) != 1.0 and whole:
             raise fields.fail(
                 "partial_rotary_factor", "but only models that rotate the whole head are supported"
             )
@@ -129,15 +140,15 @@ def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeC
     )
 
 
-def _factors(rope: Fields, theta: float, head_dim: int) -> RopeConfig:
+def _factors(rope: Fields, theta: float, dim: int) -> RopeConfig:
     """Divisors given one by one (a GGUF file's rope_freqs.weight)."""
     factors = rope.raw("factors")
     valid = isinstance(factors, list | tuple) and all(
         type(value) in {int, float} and 1e-6 <= value <= 1e9 for value in factors
     )
-    if not valid or len(factors) != head_dim // 2:
+    if not valid or len(factors) != dim // 2:
         raise ModelError(
-            f"{rope.name}: factors must be {head_dim // 2} positive numbers, half the head dimension."
+            f"{rope.name}: factors must be {dim // 2} positive numbers, half the head dimension."
         )
     scale = rope.number("attention_factor", 0, 1e6, default=1.0)
     return RopeConfig(theta, "factors", factors=tuple(map(float, factors)), attention_factor=scale)

@@ -1,9 +1,9 @@
-"""Who owns what: ranks = stages x shards, and the slices of a layer as pure functions of shape and place.
+"""Who owns what: ranks = stages x shards, and the slices of a tensor as pure functions of its axes and a place.
 
-A stage holds a run of layers; the shards of a stage each hold a part of every one of its layers. What is cut
-by columns (o, down) is computed as a power of two of column panels whose sums are folded in one fixed binary
-tree. A shard owns whole, neighbouring panels, and the panels depend on the model's shape alone, so the tree
-is the same one for 1, 2, 4 or 8 shards.
+A stage holds a run of layers; the shards of a stage each hold a part of every one of its layers. A dimension that
+shards share is an `Axis`. Where it is the input of a product (columns of a matrix), the product is computed as a power
+of two of column panels whose sums are folded in one fixed binary tree. A shard owns whole, neighbouring panels, and the
+panels depend on the model's shape alone, so the tree is the same one for 1, 2, 4 or 8 shards.
 """
 
 from __future__ import annotations
@@ -11,41 +11,97 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from mpillm.errors import LayoutError
 
 PANELS = 8  # column panels of a matrix whose sums are folded; with it the largest number of shards
-VOCAB_UNIT = 16  # rows of the output head are cut at the kernels' tile height ...
+VOCAB_UNIT = 16  # rows of the LM head are cut at the kernels' tile height ...
 SMALL_VOCAB = 128  # ... unless the vocabulary is so small that shards would go without
 
 Auto = Literal["auto"]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What of a model decides how it can be cut.
-
-    `unit` is the granularity of column cuts: a block is never cut, so 32 if any weight is quantised, 256 if those that
-    are cut by columns are K-quants, else 1.
-    """
-
-    n_layers: int
-    hidden: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    n_experts: int = 0
-    moe_intermediate: int = 0
-    unit: int = 32
+class Divisible(Protocol):
+    """What of a model decides on how many ranks it can be laid out."""
 
     @property
-    def ffn_widths(self) -> tuple[int, ...]:
-        """The widths of the feed-forward blocks a layer can have: dense, and one expert's."""
-        widths = {self.intermediate, self.moe_intermediate if self.n_experts else 0}
-        return tuple(sorted(widths - {0}))
+    def n_layers(self) -> int: ...
+    @property
+    def max_shards(self) -> int:
+        """The most shards that leave none without a panel of something: a power of two."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension of tensors that shards share: units (heads, columns, vocabulary rows) of `width` entries each.
+
+    `bounds` are those of its panels, in units: a power of two of panels, none empty. With `share` > 1 so many units in
+    a row use the same entries (query heads that share a KV head); a shard then holds what its units use.
+    """
+
+    bounds: tuple[int, ...]
+    width: int = 1
+    share: int = 1
+
+    @property
+    def panels(self) -> int:
+        """How many panels there are."""
+        return len(self.bounds) - 1
+
+    @property
+    def total(self) -> int:
+        """All entries of the dimension."""
+        return -(-self.bounds[-1] // self.share) * self.width
+
+    def units(self, place: Place) -> range:
+        """The units of the shard at `place`; with `share`, the shared ones that they use.
+
+        Shared units are held twice where shards straddle or outnumber them.
+        """
+        bounds = self._own_bounds(place)
+        return range(bounds[0] // self.share, (bounds[-1] - 1) // self.share + 1)
+
+    def entries(self, place: Place) -> range:
+        """The shard's entries of the dimension: rows or columns of a tensor."""
+        units = self.units(place)
+        return range(units.start * self.width, units.stop * self.width)
+
+    def own_panels(self, place: Place) -> tuple[int, ...]:
+        """The bounds of the shard's panels in entries, relative to its first one."""
+        assert self.share == 1
+        own = self._own_bounds(place)
+        return tuple((bound - own[0]) * self.width for bound in own)
+
+    def shared(self, share: int) -> Axis:
+        """The axis of what every `share` units of this one use together."""
+        return Axis(self.bounds, self.width, share)
+
+    def _own_bounds(self, place: Place) -> Sequence[int]:
+        each, rest = divmod(self.panels, place.shards)
+        assert rest == 0
+        assert each, f"{place.shards} shards of {self.panels} panels"
+        return self.bounds[place.shard * each : (place.shard + 1) * each + 1]
+
+
+def axis(units: int, width: int = 1, block: int = 1) -> Axis:
+    """The axis of so many units, in up to PANELS panels, each a multiple of `block` entries (the last may be short).
+
+    `block` is the block size of quantised weights, for a block is never cut.
+    """
+    grain = math.lcm(width, block) // width
+    grains = max(math.ceil(units / grain), 1)
+    return Axis(panel_bounds(units, grain, min(PANELS, 1 << (grains.bit_length() - 1))), width)
+
+
+def vocab_axis(vocab: int) -> Axis:
+    """The axis of the LM head's rows."""
+    return axis(vocab, block=VOCAB_UNIT if vocab >= SMALL_VOCAB else 1)
+
+
+def undivided(units: int, width: int = 1) -> Axis:
+    """An axis of one panel: a single shard holds it."""
+    return Axis((0, units), width)
 
 
 @dataclass(frozen=True)
@@ -86,97 +142,29 @@ def panel_bounds(total: int, unit: int, count: int) -> tuple[int, ...]:
     return tuple(min(p * units // count * unit, total) for p in range(count + 1))
 
 
-def _panels(total: int, unit: int) -> tuple[int, ...]:
-    """Up to PANELS panels, a power of two of them, none empty."""
-    units = math.ceil(total / unit)
-    return panel_bounds(total, unit, min(PANELS, 1 << (units.bit_length() - 1)))
-
-
-def attention_panels(shape: Shape) -> tuple[int, ...]:
-    """Panel bounds of the attention output, in heads; a panel's columns are a multiple of `shape.unit`."""
-    return _panels(shape.n_heads, math.lcm(shape.head_dim, shape.unit) // shape.head_dim)
-
-
-def ffn_panels(shape: Shape, width: int) -> tuple[int, ...]:
-    """Panel bounds of a feed-forward block `width` columns wide (one expert's, or a dense layer's)."""
-    return _panels(width, shape.unit)
-
-
-def vocab_panels(shape: Shape) -> tuple[int, ...]:
-    """Panel bounds of the output head, in vocabulary rows."""
-    return _panels(shape.vocab, VOCAB_UNIT if shape.vocab >= SMALL_VOCAB else 1)
-
-
-def max_shards(shape: Shape) -> int:
-    """The most shards that leave none without a panel of something: a power of two."""
-    kinds = [attention_panels(shape), vocab_panels(shape)]
-    kinds += [ffn_panels(shape, width) for width in shape.ffn_widths]
-    return min(len(bounds) - 1 for bounds in kinds)
-
-
-def stage_layers(shape: Shape, place: Place) -> range:
+def stage_layers(n_layers: int, place: Place) -> range:
     """The layers of this rank's stage.
 
-    Left-over layers go to the first stages, for the last one has the output head to compute.
+    Left-over layers go to the first stages, for the last one has the LM head to compute.
     """
-    each, extra = divmod(shape.n_layers, place.stages)
+    each, extra = divmod(n_layers, place.stages)
     first = place.stage * each + min(place.stage, extra)
     return range(first, first + each + (place.stage < extra))
 
 
-def own_panels(panels: Sequence[int], place: Place) -> tuple[int, ...]:
-    """The bounds of this shard's panels, relative to its first column: a power of two of panels."""
-    mine = _own_bounds(panels, place)
-    return tuple(bound - mine[0] for bound in mine)
-
-
-def own_heads(shape: Shape, place: Place) -> range:
-    """This shard's query heads."""
-    return _own(attention_panels(shape), place)
-
-
-def own_kv_heads(shape: Shape, place: Place) -> range:
-    """The KV heads that this shard's query heads read: held twice where shards straddle or outnumber them."""
-    heads = own_heads(shape, place)
-    group = shape.n_heads // shape.n_kv_heads
-    return range(heads.start // group, (heads.stop - 1) // group + 1)
-
-
-def own_ffn(shape: Shape, place: Place, width: int) -> range:
-    """This shard's columns of a feed-forward block `width` wide."""
-    return _own(ffn_panels(shape, width), place)
-
-
-def own_vocab(shape: Shape, place: Place) -> range:
-    """This shard's vocabulary rows of the output head."""
-    return _own(vocab_panels(shape), place)
-
-
-def _own_bounds(panels: Sequence[int], place: Place) -> Sequence[int]:
-    each, rest = divmod(len(panels) - 1, place.shards)
-    assert rest == 0
-    assert each, f"{place.shards} shards of {len(panels) - 1} panels"
-    return panels[place.shard * each : (place.shard + 1) * each + 1]
-
-
-def _own(panels: Sequence[int], place: Place) -> range:
-    bounds = _own_bounds(panels, place)
-    return range(bounds[0], bounds[-1])
-
-
-def layouts(shape: Shape, ranks: int) -> list[tuple[int, int]]:
+def layouts(model: Divisible, ranks: int) -> list[tuple[int, int]]:
     """All (stages, shards) on which this model can be laid out over `ranks` ranks, most shards first."""
-    shards = max_shards(shape)
+    shards = model.max_shards
     works = []
     while shards:
-        if ranks % shards == 0 and ranks // shards <= shape.n_layers:
+        if ranks % shards == 0 and ranks // shards <= model.n_layers:
             works.append((ranks // shards, shards))
         shards //= 2
     return works
 
 
 def choose(
-    shape: Shape,
+    model: Divisible,
     ranks: int,
     stages: int | Auto = "auto",
     shards: int | Auto = "auto",
@@ -188,10 +176,10 @@ def choose(
     reaches over two hosts (shards talk twice a layer, stages once a step) if another layout works.
     `ranks_per_host`, if known, has the lengths of the runs of consecutive ranks on one host, in rank order.
     """
-    works = layouts(shape, ranks)
-    refused = f"{_described(shape)} cannot be laid out on {_count(ranks, 'rank')}"
+    works = layouts(model, ranks)
+    refused = f"{_described(model)} cannot be laid out on {_count(ranks, 'rank')}"
     if not works:
-        raise LayoutError(f"{refused}; {_ranks_that_work(shape, ranks)}.")
+        raise LayoutError(f"{refused}; {_ranks_that_work(model, ranks)}.")
     fits = [pair for pair in works if stages in ("auto", pair[0]) and shards in ("auto", pair[1])]
     if not fits:
         given = ((stages, "stage"), (shards, "shard"))
@@ -205,13 +193,13 @@ def choose(
 
 
 def choose_fewer(
-    shape: Shape, ranks: int, shards: int, same_shards: bool, ranks_per_host: Sequence[int] | None = None
+    model: Divisible, ranks: int, shards: int, same_shards: bool, ranks_per_host: Sequence[int] | None = None
 ) -> tuple[int, int]:
     """Return (stages, shards) for the `ranks` ranks that are left of a run with `shards` shards; some may be left over.
 
     As many ranks as can be used, and then the shards there were; the other way round if `same_shards`.
     """
-    works = [pair for used in range(1, ranks + 1) for pair in layouts(shape, used)]
+    works = [pair for used in range(1, ranks + 1) for pair in layouts(model, used)]
 
     def worth(pair: tuple[int, int]) -> tuple[bool, int, bool, bool, int]:
         used, same = pair[0] * pair[1], pair[1] == shards
@@ -230,16 +218,16 @@ def _crosses_hosts(shards: int, ranks_per_host: Sequence[int] | None) -> bool:
     return False
 
 
-def _ranks_that_work(shape: Shape, ranks: int) -> str:
-    most = shape.n_layers * max_shards(shape)
-    fewer = next((n for n in range(min(ranks - 1, most), 0, -1) if layouts(shape, n)), None)
-    more = next((n for n in range(ranks + 1, most + 1) if layouts(shape, n)), None)
-    near = [f"{n} as {_listed(layouts(shape, n))}" for n in (fewer, more) if n is not None]
+def _ranks_that_work(model: Divisible, ranks: int) -> str:
+    most = model.n_layers * model.max_shards
+    fewer = next((n for n in range(min(ranks - 1, most), 0, -1) if layouts(model, n)), None)
+    more = next((n for n in range(ranks + 1, most + 1) if layouts(model, n)), None)
+    near = [f"{n} as {_listed(layouts(model, n))}" for n in (fewer, more) if n is not None]
     return f"the nearest that work: {'; '.join(near)}"
 
 
-def _described(shape: Shape) -> str:
-    layers, shards = _count(shape.n_layers, "layer"), _count(max_shards(shape), "shard")
+def _described(model: Divisible) -> str:
+    layers, shards = _count(model.n_layers, "layer"), _count(model.max_shards, "shard")
     return f"A model with {layers} that can be cut into at most {shards}"
 
 

@@ -18,9 +18,10 @@ from mpillm.engine.scheduler import Limits, blocks_for
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.activations import Activations
+from mpillm.model.config import ModelConfig
 from mpillm.model.kv import block_nbytes
 from mpillm.model.spill import layers_in_file, most_blocks
-from mpillm.partition.grid import Place, Shape, stage_layers
+from mpillm.partition.grid import Place, stage_layers
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
@@ -62,11 +63,11 @@ def limits(
     `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens.
     """
     streams = any(streamed)
-    shape, step, stages = rows.shape, step_size(spec, rows, places, streams), places[0].stages
+    config, step, stages = rows.config, step_size(spec, rows, places, streams), places[0].stages
     useful = blocks_for(max_context) * step.sequences * stages
-    n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, streamed)
+    n_blocks, in_memory = kv_blocks(spec, config, places, kv_type, streamed)
     if n_blocks < 1:
-        block = max(block_nbytes(shape, place, kv_type) for place in places)
+        block = max(block_nbytes(config, place, kv_type) for place in places)
         raise JobError(
             f"memory.kv = {spec.memory.kv_bytes} bytes does not hold one block of {KV_BLOCK} tokens, which takes "
             f"{block} bytes; raise it."
@@ -84,22 +85,22 @@ def limits(
 
 
 def kv_blocks(
-    spec: Spec, shape: Shape, places: Sequence[Place], kv_type: BlockType, streamed: Sequence[int]
+    spec: Spec, config: ModelConfig, places: Sequence[Place], kv_type: BlockType, streamed: Sequence[int]
 ) -> tuple[int, int]:
     """Blocks that all ranks can have, and those of them that memory alone holds."""
     budget, spill = spec.memory.kv_bytes, spec.memory.kv_spill_bytes
     together, in_memory = [], []
     for place, weights in zip(places, streamed, strict=True):
-        n_layers, block = len(stage_layers(shape, place)), block_nbytes(shape, place, kv_type)
+        n_layers, block = len(stage_layers(config.n_layers, place)), block_nbytes(config, place, kv_type)
         in_memory.append(budget // block)
         of_a_layer = block // n_layers
         together.append(most_blocks(n_layers, budget // of_a_layer, min(weights, spill) // of_a_layer))
     return min(together), min(in_memory)
 
 
-def kv_in_file(spec: Spec, shape: Shape, place: Place, kv_type: BlockType, n_blocks: int) -> int:
+def kv_in_file(spec: Spec, config: ModelConfig, place: Place, kv_type: BlockType, n_blocks: int) -> int:
     """Bytes of the KV cache that lie on disk on the rank at `place` when all of so many blocks are in use."""
-    n_layers, block = len(stage_layers(shape, place)), block_nbytes(shape, place, kv_type)
+    n_layers, block = len(stage_layers(config.n_layers, place)), block_nbytes(config, place, kv_type)
     of_a_layer = block // n_layers
     return layers_in_file(n_layers, spec.memory.kv_bytes // of_a_layer, n_blocks) * n_blocks * of_a_layer
 

@@ -13,8 +13,8 @@ import msgspec
 
 from mpillm.engine.reply import TILE
 from mpillm.model.activations import Activations
-from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
+from mpillm.model.config import ModelConfig
+from mpillm.partition.grid import Place, vocab_axis
 from mpillm.weights.source import Source
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 35 for the libraries, 10 for a heap in use.
@@ -45,17 +45,17 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 def activations(kind: Activations, place: Place, rows: int) -> int:
     """Bytes that a step of so many rows takes on a rank, the logits and what is under way to others included."""
-    shape, found = kind.shape, kind.nbytes(place, rows)
+    config, found = kind.config, kind.nbytes(place, rows)
     if place.stage == place.stages - 1:
-        found += LOGITS * 4 * TILE * len(grid.own_vocab(shape, place))
+        found += LOGITS * 4 * TILE * len(vocab_axis(config.vocab).entries(place))
     if place.stages > 1:
-        found += 2 * rows * 4 * shape.hidden  # one message leaves, or comes, while the next is made
+        found += 2 * rows * 4 * config.hidden  # one message leaves, or comes, while the next is made
     return found
 
 
-def process(source: Source, shape: Shape, place: Place, items: int, lines: int) -> int:
+def process(source: Source, config: ModelConfig, place: Place, items: int, lines: int) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, and what is known of the model, its `items` and the input."""
-    found = PROCESS + shape.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
+    found = PROCESS + config.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
     if place.rank == 0:
         found += LINE * lines + min(WRITTEN * lines, WRITING)
     return found + source.loading_nbytes

@@ -11,16 +11,16 @@ from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.activations import activations_of
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import block_nbytes, stored_type
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 from mpillm.run import catalogue, memory
 from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget, streamed
 from mpillm.weights.plan import LayerPlan
-from mpillm.weights.source import Source, check_tensors, column_unit, rank_plans
+from mpillm.weights.source import Source, rank_plans
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ def make(spec: Spec, ranks: int) -> Plan:
     """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them."""
     path = catalogue.resolve(spec.model)
     with closing(open_source(path, spec.quantize)) as source:
-        return make_plan(spec, source, ModelConfig.from_dict(source.config, str(path)), ranks)
+        return make_plan(spec, source, config_of(source), ranks)
 
 
 def make_plan(
@@ -81,27 +81,25 @@ def make_plan(
     ranks_per_host: Sequence[int] | None = None,
 ) -> Plan:
     """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
-    shape = config.shape(column_unit(source))
-    check_tensors(source, shape, config)
-    stages, shards = grid.choose(shape, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
-    kv_type = stored_type(spec.memory.kv_type, shape)
+    stages, shards = grid.choose(config, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
+    kv_type = stored_type(spec.memory.kv_type, config)
     places = [Place(rank, stages, shards) for rank in range(ranks)]
-    blocks = {place: block_nbytes(shape, place, kv_type) for place in places}
-    items = [rank_plans(shape, place, source, config) for place in places]
+    blocks = {place: block_nbytes(config, place, kv_type) for place in places}
+    items = [rank_plans(config, place, source) for place in places]
     shares = [_weights(spec, own) for own in items]
     read = [share["streamed"] for share in shares]
-    n_blocks, in_memory = kv_blocks(spec, shape, places, kv_type, read)
-    rows = activations_of(source, shape)
+    n_blocks, in_memory = kv_blocks(spec, config, places, kv_type, read)
+    rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
     lines = memory.lines_in(spec.input_path)
     processes = [
-        memory.process(source, shape, place, len(own), lines)
+        memory.process(source, config, place, len(own), lines)
         for place, own in zip(places, items, strict=True)
     ]
     plans = [
         _rank(
             spec,
-            shape,
+            config,
             place,
             kv_type,
             n_blocks,
@@ -116,7 +114,7 @@ def make_plan(
         architecture=config.architecture,
         stages=stages,
         shards=shards,
-        layouts=grid.layouts(shape, ranks),
+        layouts=grid.layouts(config, ranks),
         kv_type=kv_type.name.lower(),
         kv_tokens=n_blocks * KV_BLOCK,
         kv_tokens_in_memory=in_memory * KV_BLOCK,
@@ -124,20 +122,20 @@ def make_plan(
         step_tokens=step.tokens,
         max_context=min(spec.memory.max_context, config.max_position),
         wire=wire_bytes(
-            shape,
+            config,
             stages,
             shards,
             BlockType[spec.wire.activations.upper()],
             BlockType[spec.wire.between_stages.upper()],
         ),
-        wire_f32=sum(wire_bytes(shape, stages, shards, BlockType.F32, BlockType.F32).values()),
+        wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
         problems=list(_problems(spec, plans, n_blocks, max(blocks.values()))),
     )
 
 
 def wire_bytes(
-    shape: Shape, stages: int, shards: int, activations: BlockType, between_stages: BlockType
+    config: ModelConfig, stages: int, shards: int, activations: BlockType, between_stages: BlockType
 ) -> dict[str, float]:
     """Bytes of activations that all ranks together send for each token, by kind of message.
 
@@ -145,8 +143,10 @@ def wire_bytes(
     feed-forward block); between stages every shard sends the hidden state to its like.
     """
     return {
-        "all_reduce": float(2 * shape.n_layers * shards * (shards - 1) * activations.row_bytes(shape.hidden)),
-        "pipe": float((stages - 1) * shards * between_stages.row_bytes(shape.hidden)),
+        "all_reduce": float(
+            2 * config.n_layers * shards * (shards - 1) * activations.row_bytes(config.hidden)
+        ),
+        "pipe": float((stages - 1) * shards * between_stages.row_bytes(config.hidden)),
     }
 
 
@@ -164,7 +164,7 @@ def _weights(spec: Spec, items: Sequence[LayerPlan]) -> dict[str, int]:
 
 def _rank(
     spec: Spec,
-    shape: Shape,
+    config: ModelConfig,
     place: Place,
     kv_type: BlockType,
     n_blocks: int,
@@ -172,7 +172,7 @@ def _rank(
     activations: int,
     process: int,
 ) -> RankPlan:
-    layers, block = grid.stage_layers(shape, place), block_nbytes(shape, place, kv_type)
+    layers, block = grid.stage_layers(config.n_layers, place), block_nbytes(config, place, kv_type)
     return RankPlan(
         rank=place.rank,
         stage=place.stage,
@@ -184,7 +184,7 @@ def _rank(
         weights_streamed=weights["streamed"],
         kv_token=block // KV_BLOCK,
         kv_held=min(n_blocks * block, spec.memory.kv_bytes),
-        kv_in_file=kv_in_file(spec, shape, place, kv_type, n_blocks),
+        kv_in_file=kv_in_file(spec, config, place, kv_type, n_blocks),
         activations=activations,
         process=process,
     )

@@ -95,7 +95,7 @@ class _Part:
         if not world.bcast(leader is not None and leader.computed):
             if self._origin is not None:
                 stages, shards = self._origin.layout(world, self._spec.wire)
-                world.keep(stages * shards)
+                world.continue_with(stages * shards)
             with ExitStack() as while_computing:
                 try:
                     session = self._prepare(while_computing)

@@ -21,6 +21,7 @@ from mpillm.model.activations import activations_of
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache, block_nbytes, stored_type
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run import memory
 from mpillm.run.limits import limits
@@ -31,11 +32,10 @@ from mpillm.weights.finite import check_vectors
 from mpillm.weights.identity import FileIdentity, Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.weights import Weights
-from mpillm.weights.source import check_tensors, column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Origin:
     """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
 
-    shape: grid.Shape
+    config: ModelConfig
     stages: int
     shards: int
     kv_tokens: int  # that the KV cache held: what is longer was refused
@@ -55,11 +55,11 @@ class Origin:
     def layout(self, world: World, wire: Wire) -> tuple[int, int]:
         """(stages, shards) for the ranks that are left, or for some of them."""
         return grid.choose_fewer(
-            self.shape,
+            self.config,
             world.size,
             self.shards,
             same_shards=wire.activations != "f32",
-            ranks_per_host=world.ranks_per_host,
+            ranks_per_host=world.nodes.ranks_per_host,
         )
 
 
@@ -94,13 +94,11 @@ class Session:
         with world.together():
             self.source = open_source(model, spec.quantize)
             self._open_files.callback(self.source.close)
-            self.config = ModelConfig.from_dict(self.source.config, str(model))
-            self.shape = self.config.shape(column_unit(self.source))
-            check_tensors(self.source, self.shape, self.config)
+            self.config = config_of(self.source)
             if world.rank == 0:
                 check_vectors(self.source)
-            self._activations = activations_of(self.source, self.shape)
-            self.kv_type = stored_type(spec.memory.kv_type, self.shape)
+            self._activations = activations_of(self.source, self.config)
+            self.kv_type = stored_type(spec.memory.kv_type, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source)
             self.watch.look()
             self.fingerprint = summed(self.watch.files)
@@ -110,11 +108,11 @@ class Session:
         self.model_state = origin.model_state if origin is not None else "+".join(states)
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
-        self.threads = world.threads(spec.layout.threads)
-        self.bindings = world.bindings if spec.layout.threads == "auto" else []
+        self.threads = world.limit_threads(spec.layout.threads)
+        self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
         self.counters = Counters()
         with world.together():
-            plans = rank_plans(self.shape, self.place, self.source, self.config)
+            plans = rank_plans(self.config, self.place, self.source)
             self.weights = Weights(
                 plans,
                 lambda items, streamed: self.source.open_loader(
@@ -122,7 +120,7 @@ class Session:
                 ),
                 spec.memory.weights_bytes,
                 spec.memory.policy,
-                self.config.experts_per_token / max(self.config.n_experts, 1),
+                self.config.expert_share,
             )
             self._open_files.callback(self.weights.close)
         self.streamed = world.gather(self.weights.streamed)
@@ -139,8 +137,8 @@ class Session:
         world, stages, shards = self.world, self.spec.layout.stages, self.spec.layout.shards
         if shards == "auto" and self._shards_before is not None:
             with suppress(LayoutError):  # then with others
-                return grid.choose(self.shape, world.size, stages, self._shards_before)
-        return grid.choose(self.shape, world.size, stages, shards, world.ranks_per_host)
+                return grid.choose(self.config, world.size, stages, self._shards_before)
+        return grid.choose(self.config, world.size, stages, shards, world.nodes.ranks_per_host)
 
     @property
     def layout(self) -> Layout:
@@ -152,7 +150,7 @@ class Session:
         """What this run began with."""
         kv_tokens = self.limits.n_blocks * KV_BLOCK
         return self._origin or Origin(
-            self.shape,
+            self.config,
             self.place.stages,
             self.place.shards,
             kv_tokens,
@@ -165,7 +163,8 @@ class Session:
     def shard_vocab(self) -> list[int]:
         """Vocabulary rows of each shard of the last stage."""
         stages, shards = self.place.stages, self.place.shards
-        return [len(grid.own_vocab(self.shape, grid.Place(shard, stages, shards))) for shard in range(shards)]
+        vocab = grid.vocab_axis(self.config.vocab)
+        return [len(vocab.entries(grid.Place(shard, stages, shards))) for shard in range(shards)]
 
     @property
     def kv_token_nbytes(self) -> int:
@@ -182,7 +181,7 @@ class Session:
             host=self.world.host,
             stage=self.place.stage,
             shard=self.place.shard,
-            layers=len(grid.stage_layers(self.shape, self.place)),
+            layers=len(grid.stage_layers(self.config.n_layers, self.place)),
             threads=self.threads,
             kernels=kernels.path(),
             weights=_described(weights.cycle),
@@ -229,30 +228,30 @@ class Session:
     def _limits(self) -> Limits:
         """What a step and the KV cache take, the same on every rank."""
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
-        self._largest_block = max(block_nbytes(self.shape, place, self.kv_type) for place in places)
+        self._largest_block = max(block_nbytes(self.config, place, self.kv_type) for place in places)
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
 
     def _memory(self, lines: int) -> memory.Memory:
         """What this rank was to hold at most."""
-        weights, shape, place, limits = self.weights, self.shape, self.place, self.limits
-        block = block_nbytes(shape, place, self.kv_type)
+        weights, config, place, limits = self.weights, self.config, self.place, self.limits
+        block = block_nbytes(config, place, self.kv_type)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
             activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, shape, place, len(weights.items), lines),
+            process=memory.process(self.source, config, place, len(weights.items), lines),
         )
 
     def _decoder(self) -> Decoder:
-        config, shape, place, wire = self.config, self.shape, self.place, self.spec.wire
+        config, place, wire = self.config, self.place, self.spec.wire
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
-            self.kv = KVCache(shape, place, self.limits.n_blocks, self.kv_type, budget, folder)
+            self.kv = KVCache(config, place, self.limits.n_blocks, self.kv_type, budget, folder)
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
-        return Decoder(config, shape, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+        return Decoder(config, place, self.source, self.weights, self.kv, group, pipe, self.threads)
 
 
 def _described(cache: WeightCache[Layer] | ExpertCache[Layer]) -> dict[str, float]:

@@ -19,10 +19,8 @@ import functools
 import itertools
 import json
 import os
-import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -33,13 +31,12 @@ from typing import Any
 
 from mpillm.errors import Interrupted, RequestError
 from mpillm.text.bounds import MAX_CHARS, TooLongError
-from mpillm.text.chat import REFUSES, ChatTemplate, Pieces
+from mpillm.text.chat import REFUSES, Pieces
 from mpillm.text.content import Message
+from mpillm.text.framing import receive, send
 
 MAX_SECONDS = 5.0  # of processor time, for a chat
 MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with other things
-MAX_MEMORY = 1 << 30  # bytes that the child may have beyond what it starts with
-MAX_ANSWER = 1 << 28  # bytes
 MAX_DEPTH = 64  # levels of lists and objects in each other in a chat
 MAX_VALUES = 1 << 20  # in a chat
 FEW_CHARS = 1 << 16  # that a chat may always have; a template may drop most of them
@@ -49,13 +46,12 @@ MAX_DEATHS = (
 MAX_KILLS = 3  # of the child from outside, in one chat
 PLAIN: list[Message] = [{"role": "user", "content": "hello"}]
 
-_LENGTH = struct.Struct("<Q")
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from mpillm.text.confined import serve; serve()"
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from mpillm.text.template_child import serve; serve()"
 _numbers = itertools.count()
 
 
 class ConfinedTemplate:
-    """A `ChatTemplate` whose work is done in the child; its answers and its errors are the same."""
+    """A `ChatTemplate` that works in the child, with the same answers and errors."""
 
     def __init__(
         self,
@@ -133,7 +129,7 @@ class ConfinedTemplate:
             try:
                 asked = json.dumps(question).encode()
             except ValueError:
-                raise RequestError("The messages hold what JSON has not.") from None
+                raise RequestError("The messages hold values that JSON does not have.") from None
             with contextlib.suppress(_KilledError):
                 answer: dict[str, Any] = json.loads(child.ask(asked))
                 child.knows.add(self._number)
@@ -169,29 +165,29 @@ def _check_size(chat: Any, max_chars: int) -> None:
 
 
 class _LostError(Exception):
-    """The child has ended instead of answering; says why."""
+    """The child ended instead of answering; the message says why."""
 
 
 class _KilledError(Exception):
-    """The child was killed from outside, which is not the template's doing."""
+    """The child was killed from outside, so the template is not to blame."""
 
 
 class _Child:
-    """The process that templates run in; it is started when it is needed, and again after it was lost."""
+    """The process in which templates run; it is started when it is needed, and again after it has ended."""
 
     def __init__(self) -> None:
         self.knows: set[int] = set()  # templates that this process has been sent
         self._running: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 
     def ask(self, question: bytes) -> bytes:
-        """The answer; _LostError or _KilledError if the process ends before it."""
+        """Return the answer; raise _LostError or _KilledError if the process ends before it gives one."""
         if self._running is None:
             self._running = _start()
         parent, process = self._running
         until = time.monotonic() + MAX_WAIT
         try:
-            _send(parent, question, until)
-            return _receive(parent, until)
+            send(parent, question, until)
+            return receive(parent, until)
         except TimeoutError:
             raise _LostError(f"it takes more than {MAX_WAIT:g} seconds") from None
         except OSError:
@@ -238,86 +234,3 @@ def _child() -> _Child:
     child = _Child()
     atexit.register(child.close)
     return child
-
-
-def serve() -> None:
-    """What the child does until its standard input is closed."""
-    _confine()
-    parent, templates = socket.socket(fileno=os.dup(0)), _Templates()
-    with contextlib.suppress(OSError):  # the parent is gone
-        while True:
-            question = json.loads(_receive(parent))
-            signal.setitimer(signal.ITIMER_PROF, question["seconds"])  # its signal ends the process
-            answer = templates.answer(question)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            _send(parent, answer)
-
-
-def _confine() -> None:
-    """Leave this process the memory that it has and MAX_MEMORY more, and no way to write files."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    pages = int(Path("/proc/self/statm").read_text().split()[5])
-    for limit, value in (
-        (resource.RLIMIT_DATA, pages * resource.getpagesize() + MAX_MEMORY),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        most = resource.getrlimit(limit)[1]
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(limit, (value, value))
-
-
-class _Templates:
-    """The child's templates, by their numbers."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, ChatTemplate] = {}
-        self._now = datetime.min
-
-    def answer(self, question: dict[str, Any]) -> bytes:
-        """The result, or the error, as JSON."""
-        number = question["template"]
-        if question["define"] is not None:
-            self._known[number] = ChatTemplate(**question["define"], now=lambda: self._now)
-        self._now = datetime.fromisoformat(question["now"])
-        work = getattr(self._known[number], question["what"])
-        error, too_long = "", False
-        try:
-            result = work(question["messages"], question["options"], question["max_chars"])
-            return json.dumps({"result": result}).encode()
-        except RequestError as found:
-            error, too_long = str(found), isinstance(found, TooLongError)
-        except MemoryError:
-            error = f"{REFUSES}: it takes more than {MAX_MEMORY >> 30} GiB of memory"
-        return json.dumps({"error": error, "too_long": too_long}).encode()
-
-
-def _send(to: socket.socket, data: bytes, until: float | None = None) -> None:
-    for part in (_LENGTH.pack(len(data)), data):
-        _limit(to, until)
-        to.sendall(part)
-
-
-def _receive(by: socket.socket, until: float | None = None) -> bytes:
-    """The next message; OSError if there is none."""
-    (length,) = _LENGTH.unpack(_read(by, _LENGTH.size, until))
-    if until is not None and length > MAX_ANSWER:
-        raise OSError("too long an answer")
-    return _read(by, length, until)
-
-
-def _read(by: socket.socket, length: int, until: float | None) -> bytes:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        _limit(by, until)
-        if not (count := by.recv_into(view)):
-            raise ConnectionResetError("the other side has closed")
-        view = view[count:]
-    return bytes(data)
-
-
-def _limit(which: socket.socket, until: float | None) -> None:
-    if until is not None:
-        which.settimeout(max(until - time.monotonic(), 0.001))

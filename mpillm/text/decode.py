@@ -1,4 +1,4 @@
-"""From token ids to text while they come: UTF-8 put together, stop strings found across token borders."""
+"""From token ids to text, one by one: UTF-8 is put together, stop strings are found across token borders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that decoding needs."""
 
     @property
     def by_bytes(self) -> bool: ...
@@ -24,22 +24,22 @@ class Decoder(Protocol):
 
 
 class IncrementalDecoder:
-    """Text of ids that come one by one: all pushed pieces and `finish()` together are `decode` of all ids.
+    """The text of ids that come one by one: all pushed pieces and `finish()` together equal `decode` of all ids.
 
-    A character whose bytes are spread over tokens comes with its last token; what never becomes a character
-    comes as U+FFFD. `start` says that the text begins here (a chat's answer): a SentencePiece tokenizer's
-    first space is then none of the text's; without it the ids go on from a prompt, and the space counts.
+    A character whose bytes are spread over several tokens comes with the last of them; bytes that never become a
+    character come as U+FFFD. `start` says that the text begins here (a chat's answer): the first space of a
+    SentencePiece tokenizer is then removed. Otherwise the ids continue a prompt, and the space is kept.
     """
 
     def __init__(self, tokenizer: Decoder, skip_special: bool = True, start: bool = True) -> None:
         self._tokenizer, self._skip_special, self._start = tokenizer, skip_special, start
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = start and tokenizer.strips_space
-        self._ids: list[int] = []  # only for tokenizers whose tokens have no bytes of their own
+        self._ids: list[int] = []  # used only if tokens are not runs of bytes
         self._given = ""
 
     def push(self, id: int) -> str:
-        """The text that this token completes, perhaps none."""
+        """The text that this token completes, which may be empty."""
         if not self._tokenizer.by_bytes:
             self._ids.append(id)
             return self._more(final=False)
@@ -48,7 +48,7 @@ class IncrementalDecoder:
         return self._utf8.decode(self._stripped(self._tokenizer.token_bytes(id)))
 
     def finish(self) -> str:
-        """What is left when no more tokens come: replacement characters for bytes that lack their rest."""
+        """The text that remains when no more tokens come: U+FFFD for the bytes of an incomplete character."""
         return self._utf8.decode(b"", final=True) if self._tokenizer.by_bytes else self._more(final=True)
 
     def _stripped(self, data: bytes) -> bytes:
@@ -58,7 +58,7 @@ class IncrementalDecoder:
         return data
 
     def _more(self, final: bool) -> str:
-        """Decode all again; what can still change (a last U+FFFD, text unlike what was given) waits for the end."""
+        """Decode all ids again; text that can still change (a last U+FFFD, a changed beginning) waits for the end."""
         text = self._tokenizer.decode(self._ids, self._skip_special, self._start)
         if not text.startswith(self._given) or (text.endswith("\ufffd") and not final):
             return ""
@@ -68,10 +68,10 @@ class IncrementalDecoder:
 
 
 class StopStrings:
-    """Passes text on until one of the stop strings is complete, holding back what may be the beginning of one.
+    """Passes text on until a stop string is complete, and holds back what may be the beginning of one.
 
-    The stop string whose last character comes first wins (of those that end together, the one that begins first), so
-    the answer does not depend on where tokens are cut. An empty stop string never stops.
+    The stop string whose last character comes first wins; of those that end together, the one that begins first. The
+    answer therefore does not depend on where tokens are cut. An empty stop string never stops.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that can no longer be part of a stop string, and whether one is complete (nothing comes after)."""
+        """The text that cannot be part of a stop string any more, and whether one is complete (no text follows)."""
         if self.stopped:
             return "", True
         text = self._held + text
@@ -93,12 +93,12 @@ class StopStrings:
         return text[: len(text) - hold], False
 
     def finish(self) -> str:
-        """What was held back, now that no stop string can become complete."""
+        """The text that was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _open(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
+        """The length of the longest end of `text` with which a stop string begins."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
@@ -107,19 +107,19 @@ class StopStrings:
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the text before the first complete stop string ends, None if there is none."""
+    """The position at which the first complete stop string begins; None if there is none."""
     found = [(at + len(stop), at) for stop in stops if stop and (at := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first complete stop string, and whether there was one; as `StopStrings` finds it."""
+    """The text before the first complete stop string (see `StopStrings`), and whether there is one."""
     cut = find_stop(text, stops)
     return (text, False) if cut is None else (text[:cut], True)
 
 
 class StopWatch:
-    """Sees a request's tokens as they are generated and says when its text has reached a stop string."""
+    """Watches the tokens of a request as they are generated, and says when its text contains a stop string."""
 
     def __init__(self, tokenizer: Decoder, stops: Sequence[str], start: bool = True) -> None:
         self._decoder = IncrementalDecoder(tokenizer, start=start)
@@ -128,14 +128,14 @@ class StopWatch:
         self.tokens = 0
 
     def __call__(self, token: int, /) -> bool:
-        """True when a stop string is complete; the token that completed it is counted, its text after it lost."""
+        """True when a stop string is complete; the token that completes it is counted, and text after it is dropped."""
         self.tokens += 1
         text, stopped = self._stops.push(self._decoder.push(token))
         self._text.append(text)
         return stopped
 
     def finish(self) -> str:
-        """The text before the stop string, or all of it."""
+        """The text before the stop string, or all text if there is none."""
         if not self._stops.stopped:
             text, _ = self._stops.push(self._decoder.finish())
             self._text.append(text + self._stops.finish())

@@ -1,7 +1,7 @@
-"""A tokenizer built from the tokenizer.ggml fields of a GGUF file, to give the ids that llama.cpp gives.
+"""A tokenizer built from the tokenizer.ggml fields of a GGUF file, with the same ids as in llama.cpp.
 
-`gpt2` is byte-level BPE with merges, its words split by the expressions that tokenizer.ggml.pre names; `llama` is
-SentencePiece's BPE, which merges the pair whose piece has the highest score.
+`gpt2` is byte-level BPE with merges; the regular expressions that tokenizer.ggml.pre names split a text into words.
+`llama` is SentencePiece's BPE, which merges the pair whose piece has the highest score.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _SAME = {
 _PRE = {name: name for name in _SPLITS} | {
     other: name for name, others in _SAME.items() for other in others.split()
 }
-# Of these, llama.cpp takes a word that is a token as it is, and begins texts with BOS where the file does not say.
+# For these, llama.cpp takes a word that is a token as it is, and begins texts with BOS unless the file says otherwise.
 _WHOLE_WORDS = frozenset({"llama-bpe", "tekken", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"})
 
 _IDS = {
@@ -91,7 +91,7 @@ _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | None:
-    """The tokenizer that GGUF metadata describe (plain values, or the gguf library's fields); None if they do not."""
+    """The tokenizer that GGUF metadata (plain values, or the gguf library's fields) describe; None if there is none."""
     ggml = _Fields(fields, where)
     kind = ggml.get("model")
     if kind is None or kind in {"none", "no_vocab"}:
@@ -106,7 +106,7 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
         raise ModelError(f"The tokenizer in {where} lists the token {twice!r} twice.")
     types = ggml.numbers("token_type", int, len(tokens), NORMAL)
     for token in END_NAMES & vocab.keys():
-        types[vocab[token]] = CONTROL  # by mistake of some converters they are not
+        types[vocab[token]] = CONTROL  # some converters mark them otherwise by mistake
 
     if kind == "gpt2":
         core, begins = _byte_level(ggml, vocab)
@@ -142,7 +142,7 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
 
 
 class _Fields:
-    """tokenizer.ggml.* by its short name, of the kind that is asked for or a ModelError."""
+    """Values of tokenizer.ggml.* by their short names; a ModelError says that one is not of the kind asked for."""
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
@@ -170,7 +170,7 @@ class _Fields:
         return value
 
     def numbers(self, key: str, number: Callable[[Any], N], count: int, default: N) -> list[N]:
-        """One for each of the `count` tokens."""
+        """A number for each of the `count` tokens."""
         value = self.values(key)
         if value is None:
             return [default] * count
@@ -197,7 +197,7 @@ class _Fields:
 
 
 def plain(value: Any) -> Any:
-    """A field's value: itself, or what the gguf library's ReaderField holds."""
+    """A value: itself, or the contents of a ReaderField of the gguf library."""
     return value.contents() if hasattr(value, "contents") else value
 
 
@@ -211,7 +211,7 @@ def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _byte_level(ggml: _Fields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
-    """The tokenizer, and whether texts begin with BOS where the file does not say."""
+    """The tokenizer, and whether texts begin with BOS if the file does not say."""
     pre = ggml.get("pre")
     if pre is None:
         log.warning(
@@ -270,9 +270,9 @@ def _sentencepiece(ggml: _Fields, tokens: list[str], vocab: dict[str, int], type
 def merges_of_scores(
     tokens: list[str], scores: list[float], vocab: dict[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
-    """BPE merges that do what SentencePiece does with scores: all ways to make a piece, the best piece first.
+    """BPE merges equivalent to SentencePiece's scores: all pairs that make a piece, those of the best piece first.
 
-    As transformers' SentencePieceExtractor makes them, but for normal pieces alone: no text becomes a control token.
+    Made as in transformers' SentencePieceExtractor, but of normal pieces only, so that no text becomes a control token.
     """
     normal = {token for token, type in zip(tokens, types, strict=True) if type in {NORMAL, USER_DEFINED}}
     found = []

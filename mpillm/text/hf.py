@@ -1,4 +1,4 @@
-"""A tokenizer from a Hugging Face directory: tokenizer.json and the files that stand beside it."""
+"""A tokenizer from a Hugging Face directory: tokenizer.json and the files beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OLD_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def read(path: Path) -> Parts | None:
-    """The tokenizer of a directory (or of a tokenizer.json and its neighbours), None if it has none."""
+    """The tokenizer of a directory, or of a tokenizer.json and the files beside it; None if there is none."""
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -62,7 +62,7 @@ def _text(file: Path) -> str:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, empty if there is no such file."""
+    """The JSON object in `file`; empty if there is no such file."""
     if not file.exists():
         return {}
     try:
@@ -75,14 +75,14 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _content(token: object) -> str | None:
-    """A token's text, written as a string or as a serialised AddedToken."""
+    """The text of a token that is written as a string or as a serialised AddedToken."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def _added_tokens(parts: Parts, config: dict[str, Any]) -> None:
-    """Add tokens that tokenizer_config.json alone knows, in the order of their ids, as transformers does."""
+    """Add the tokens that only tokenizer_config.json lists, in the order of their ids, as transformers does."""
     listed = config.get("added_tokens_decoder") or {}
     known = {token.content for token in parts.core.get_added_tokens_decoder().values()}
     try:
@@ -106,13 +106,13 @@ def _added_tokens(parts: Parts, config: dict[str, Any]) -> None:
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
-    """What templates know as bos_token and so on; a null in tokenizer_config.json means that there is none."""
+    """Tokens by the names that templates know (bos_token, ...); null means that there is none."""
     found = {name: _content(config.get(name)) for name in NAMED}
     return {name: content for name, content in found.items() if content is not None}
 
 
 def _control(parts: Parts, config: dict[str, Any]) -> None:
-    """Tokens marked as special in either file, and those whose name or text says it."""
+    """Add the tokens that either file marks as special, and those whose name or text says so."""
     added = {token.content: token.special for token in parts.core.get_added_tokens_decoder().values()}
     parts.control |= {content for content, special in added.items() if special or looks_special(content)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -121,14 +121,14 @@ def _control(parts: Parts, config: dict[str, Any]) -> None:
         if content and parts.core.token_to_id(content) is not None:
             parts.control.add(content)
     for name, content in parts.named.items():
-        # A pad_token may be a word of the vocabulary (nobody reads it); as a word it stays.
+        # A pad_token may be a word of the vocabulary, since no text is padded; it stays a word.
         known = parts.core.token_to_id(content) is not None
         if content in added or (known and name in ("bos_token", "eos_token")):
             parts.control.add(content)
 
 
 def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
-    """What generation_config.json, config.json and the tokenizer call the end; by name if the first is missing."""
+    """The ends that generation_config.json or, without it, config.json and known names give; and the eos_token."""
     ids: set[int] = set()
     generation = _object(folder / "generation_config.json")
     for source, name in (
@@ -170,7 +170,7 @@ def _warn_of_old_saves(parts: Parts, config: dict[str, Any]) -> None:
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name: files win over tokenizer_config.json, which has one or a list of named ones."""
+    """Chat templates by name; files take precedence over tokenizer_config.json, which has one or a list of them."""
     found: dict[str, str] = {}
     given = config.get("chat_template")
     if isinstance(given, str):

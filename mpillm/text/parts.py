@@ -1,4 +1,4 @@
-"""What a model's files say of its tokenizer, whichever kind of files they are."""
+"""What the files of a model say about its tokenizer, for all kinds of files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ END_NAMES = frozenset(_ENDS.split())
 
 @dataclass
 class Parts:
-    """A `tokenizers` tokenizer, and what is said of it beside it."""
+    """A tokenizer of the `tokenizers` library, and what the files say about it besides."""
 
     core: tokenizers.Tokenizer
     where: str  # the file, for messages
     named: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", as templates know them
-    control: set[str] = field(default_factory=set)  # tokens that structure a text and are no part of it
+    control: set[str] = field(default_factory=set)  # tokens that structure a text and are not part of it
     end_ids: frozenset[int] = frozenset()
     # None: the tokenizer's own post-processor decides. With a tokenizer.json it always does, whatever add_bos_token in
     # tokenizer_config.json says, as in transformers 5.
@@ -38,7 +38,7 @@ class Parts:
 
 
 def checked(make: Callable[[], T], where: str) -> T:
-    """What `make` returns; whatever the tokenizers library raises (even a Rust panic) as a ModelError."""
+    """Return what `make` returns; whatever the tokenizers library raises, even a Rust panic, becomes a ModelError."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, ModelError):
@@ -49,7 +49,7 @@ def checked(make: Callable[[], T], where: str) -> T:
 
 
 def looks_special(content: str) -> bool:
-    """Whether an added token that is not marked as special means control, by the rule of llama.cpp's converter."""
+    """Whether an added token that is not marked as special is a control token, by the rule of llama.cpp's converter."""
     return (
         (content.startswith("<|") and content.endswith("|>"))
         or (content.startswith("<\uff5c") and content.endswith("\uff5c>"))

@@ -8,8 +8,6 @@ writes it. Added tokens that are not control (Qwen3's <think>) are words like ot
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -24,11 +22,11 @@ from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.confined import ConfinedTemplate
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
+from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
 from mpillm.text.marks import unused_mark
-from mpillm.text.parts import Parts, checked
+from mpillm.text.parts import Parts
 
 CHUNK = 1 << 16  # characters of a long text that are counted at a time
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def load_tokenizer(
@@ -38,8 +36,9 @@ def load_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory (or its tokenizer.json), or of a GGUF file's metadata.
 
-    None where there is none: prompts must then be token ids. `vocab` is the number of rows of the model's
-    embedding, beyond which no token may lie. `now` is the date for chat templates that ask.
+    Return None if there is none; prompts must then be token ids. `vocab` is the number of rows of the model's
+    embedding, and a ModelError says that a token of the vocabulary lies beyond it. `now` gives the date to chat
+    templates that ask for it.
     """
     if source is None:
         return None
@@ -58,7 +57,7 @@ def load_tokenizer(
 
 
 def token_id_text(id: int) -> str:
-    """How a token is written where there is no tokenizer."""
+    """How a token is written if there is no tokenizer."""
     return f"token_id:{id}"
 
 
@@ -71,7 +70,7 @@ class Tokenizer:
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.end_ids = parts.end_ids
-        # What was not marked as special must be, for `encode_special_tokens` to make it text.
+        # `encode_special_tokens` makes text only of tokens that are marked as special.
         unmarked = [
             token for token in core.get_added_tokens_decoder().values() if token.content in parts.control
         ]
@@ -84,21 +83,21 @@ class Tokenizer:
         self.control_ids = frozenset(id for id, content in self._added.items() if content in parts.control)
         unknown = getattr(core.model, "unk_token", None)
         self._unknown = {self._id_of("unk_token"), core.token_to_id(unknown) if unknown else None}
-        self._kind, self.strips_space = _decoding(core)
+        self._kind, self.strips_space = decoding(core)
         self._bytes: dict[int, bytes] = {}
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The largest id plus one."""
         return max(self._core.get_vocab().values()) + 1
 
     @property
     def by_bytes(self) -> bool:
-        """Whether each token is a run of bytes and texts are their concatenation."""
+        """Whether each token is a run of bytes, and a text is their concatenation."""
         return self._kind != "other"
 
     def is_control(self, id: int) -> bool:
-        """Whether the token is none of the text."""
+        """Whether the token is a control token, which is no part of the text."""
         return id in self.control_ids
 
     def encode(
@@ -106,9 +105,9 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text, with BOS and EOS as the model wants them if `add_special`.
 
-        Control tokens written in the text are ordinary text, unless `parse_special`. RequestError if the text is
-        no Unicode (a lone surrogate), TooLongError if it certainly has more than `max_tokens` tokens, which is known
-        without encoding all of it.
+        Control tokens written in the text are ordinary text unless `parse_special`. Raise RequestError if the text is
+        not Unicode (a lone surrogate), and TooLongError if it certainly has more than `max_tokens` tokens, which is
+        found out without encoding all of it.
         """
         parts = self._parts
         own = add_special and parts.add_bos is None and parts.add_eos is None
@@ -123,19 +122,19 @@ class Tokenizer:
         return ids
 
     def max_chars(self, tokens: int) -> int:
-        """The characters that so many tokens can stand for at most."""
+        """The maximum number of characters that so many tokens can stand for."""
         return MAX_CHARS if self._longest is None else min(tokens * self._longest, MAX_CHARS)
 
     @cached_property
     def _longest(self) -> int | None:
         """Characters of the longest token; None if a token may stand for any number of them."""
         unbounded = self._unknown - {None} and not getattr(self._core.model, "byte_fallback", False)
-        if not self.by_bytes or unbounded or not _keeps_length(self._core):
+        if not self.by_bytes or unbounded or not keeps_length(self._core):
             return None
         return max(map(len, self._core.get_vocab()))
 
     def _check_length(self, text: str, max_tokens: int, encode: Callable[[str, bool], list[int]]) -> None:
-        """TooLongError if the text is certainly too long.
+        """Raise TooLongError if the text is certainly too long.
 
         A long text is counted in chunks. Their borders cut some tokens in two, which the bound allows for.
         """
@@ -170,14 +169,14 @@ class Tokenizer:
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes a token stands for; none for ids beyond the tokenizer (models pad their vocabulary)."""
+        """The bytes that a token stands for; empty for ids beyond the tokenizer (models pad their vocabulary)."""
         found = self._bytes.get(id)
         if found is None:
             found = self._bytes[id] = self._bytes_of(id)
         return found
 
     def token_text(self, id: int) -> str:
-        """A token as text; bytes that are no whole characters become U+FFFD."""
+        """A token as text; bytes that are not whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
@@ -201,7 +200,8 @@ class Tokenizer:
     ) -> list[int]:
         """A chat as token ids; control tokens come from the template alone (see `chat`).
 
-        RequestError if the template fails, TooLongError if the chat certainly has more than `max_tokens` tokens.
+        Raise RequestError if the template fails, and TooLongError if the chat certainly has more than `max_tokens`
+        tokens.
         """
         max_chars = MAX_CHARS if max_tokens is None else self.max_chars(max_tokens)
         pieces = self._chat(options).pieces(messages, options, max_chars)
@@ -230,7 +230,7 @@ class Tokenizer:
         return None if content is None else self._core.token_to_id(content)
 
     def _whole(self, text: str, own: bool) -> list[int]:
-        """Ids of a text whose control tokens are meant."""
+        """Ids of a text in which control tokens are tokens."""
         return _ids(self._core, text, own, plain=False)
 
     def _plain(self, text: str, own: bool) -> list[int]:
@@ -244,13 +244,13 @@ class Tokenizer:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before and after a text."""
+        """The tokens that the post-processor puts before and after a text."""
         bare, full = (_ids(self._core, "a", own, plain=True) for own in (False, True))
         at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
         return full[:at], full[at + len(bare) :]
 
     def _spelled(self, id: int) -> list[int]:
-        """The token itself, or, if it is control, its characters: a vocabulary may reach it by merges, too."""
+        """The token itself, or, if it is a control token, its characters: merges may reach one, too."""
         if id not in self.control_ids or id in self._unknown:
             return [id]
         spelled = [part.id for char in self._added[id] for part in self._core.model.tokenize(char)]
@@ -259,8 +259,8 @@ class Tokenizer:
     def _mixed(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
         """Ids of pieces of one text: control tokens where a piece says so, ordinary text elsewhere.
 
-        In one go, so that what the tokenizer does at the beginning of texts and beside control tokens is done: each
-        control token is written as an alias that no text holds, and that an own copy of the tokenizer knows.
+        They are encoded at once, so that the tokenizer does what it does at the beginning of a text and beside control
+        tokens: each control token is replaced by an alias that no text contains and that a copy of the tokenizer knows.
         """
         mark = unused_mark(text for text, _ in pieces)
         if mark is None:
@@ -274,7 +274,7 @@ class Tokenizer:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
     def _aliased(self, char: str) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """A copy of the tokenizer that knows an alias for each control token: alias by content, id by alias' id."""
+        """A copy of the tokenizer with an alias for each control token, the aliases by content, and ids by alias id."""
         core = tokenizers.Tokenizer.from_str(self._core.to_str())
         tokens = [
             token for id, token in self._core.get_added_tokens_decoder().items() if id in self.control_ids
@@ -330,55 +330,13 @@ def _special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
 
 
 def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:
-    """Ids of a text; `plain` makes control tokens in it text, `own` adds the post-processor's."""
+    """Ids of a text; `plain` makes text of control tokens in it, `own` adds those of the post-processor."""
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"The text is no Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
+                f"The text is not Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
             ) from error
     core.encode_special_tokens = plain
     return list(core.encode(text, add_special_tokens=own).ids)
-
-
-def _keeps_length(core: tokenizers.Tokenizer) -> bool:
-    """Whether normalisation leaves a text about as long as it is (it does not drop or collapse characters)."""
-    if core.normalizer is None:
-        return True
-    state = json.loads(checked(core.normalizer.__getstate__, "tokenizer.json"))
-    steps = state.get("normalizers", [state])
-    return all(
-        step["type"] in {"NFC", "NFD", "NFKD", "NFKC", "Lowercase", "Prepend"}
-        or (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"])
-        for step in steps
-    )
-
-
-def _byte_characters() -> dict[str, int]:
-    """The characters that byte-level BPE writes for bytes (GPT-2's bytes_to_unicode, turned round)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-BYTE_OF = _byte_characters()
-
-
-def _decoding(core: tokenizers.Tokenizer) -> tuple[str, bool]:
-    """How tokens become text: byte_level, sentencepiece or other; and whether a text's first space is none of it."""
-    if core.decoder is None:
-        return "other", False
-    state = json.loads(checked(core.decoder.__getstate__, "tokenizer.json"))
-    steps = state.get("decoders", [state]) if state.get("type") == "Sequence" else [state]
-    kinds = {step["type"]: step for step in steps}
-    if "ByteLevel" in kinds:
-        return "byte_level", False
-    metaspace = kinds.get("Metaspace")
-    if metaspace:
-        return "sentencepiece", metaspace.get("prepend_scheme", "always") != "never"
-    underline = kinds.get("Replace", {})
-    if underline.get("content") == " " and underline.get("pattern") == {"String": "\u2581"}:
-        strip = kinds.get("Strip", {})
-        return "sentencepiece", strip.get("content") == " " and strip.get("start", 0) > 0
-    return "other", False

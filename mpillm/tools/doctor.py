@@ -14,9 +14,9 @@ from mpillm import kernels
 from mpillm.comm import probe
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
+from mpillm.model.opening import open_source
 from mpillm.run import catalogue
 from mpillm.weights.identity import fingerprint
-from mpillm.weights.opening import open_source
 
 READ = 256 * 2**20  # bytes of the model that are read to see how fast the disk is
 CHUNK = 8 * 2**20
@@ -79,9 +79,9 @@ def _look(world: World, path: Path | None, trouble: str) -> _Rank:
         except (MpillmError, OSError) as error:
             trouble = str(error)
     return _Rank(
-        cores=world.node_cores,
-        ranks=world.node_ranks,
-        threads=world.threads(),
+        cores=world.nodes.cores_here,
+        ranks=world.nodes.ranks_here,
+        threads=world.limit_threads(),
         oversubscribed=world.oversubscribed,
         kernels=kernels.path(),
         memory=psutil.virtual_memory().available,
@@ -126,7 +126,7 @@ def _nodes(world: World, everyone: list[_Rank]) -> Iterator[str]:
             yield f"! node     {host}: more threads than cores; ranks that wait sleep, but start fewer ranks if you can"
         if one.kernels == "numpy":
             yield f"! node     {host}: the compiled kernels are missing; install gcc and python3-dev, then mpillm again"
-    yield from (f"! node     {line}" for line in world.bindings)
+    yield from (f"! node     {line}" for line in world.nodes.bindings)
 
 
 def _same_model(world: World, everyone: list[_Rank], path: Path | None) -> Iterator[str]:

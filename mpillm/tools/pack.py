@@ -17,17 +17,15 @@ import msgspec
 
 from mpillm.comm.world import World
 from mpillm.errors import JobError, OutputError
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_unpacked
 from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.names import ROLES
-from mpillm.weights.opening import open_unpacked
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
-from mpillm.weights.source import check_tensors, column_unit
 
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 TOKENIZER_FILES = (
@@ -66,9 +64,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
     with contextlib.ExitStack() as stack:
         with world.together():
             opened = stack.enter_context(closing(_open(path, weights)))
-            config = ModelConfig.from_dict(opened.config, str(path))
-            shape = config.shape(column_unit(opened))
-            check_tensors(opened, shape, config)
+            config = config_of(opened)
             size, digest = fingerprint(opened)
             about = {
                 "source": path.name,
@@ -76,14 +72,14 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
                 "source_hash": digest,
                 "weights": weights,
             }
-            plans = plan_files(opened, shape, config, about)
+            plans = plan_files(opened, config, about)
         with world.together():
             if world.rank == 0:
                 stack.enter_context(_claim(path, target, about))
         mine = plans[world.rank :: world.size]
         with world.together(), explained(target):
             done = _Count(progress, sum(plan.nbytes for plan in mine))
-            writer = Writer(opened, target, world.threads(), done)
+            writer = Writer(opened, target, world.limit_threads(), done)
             missing = [plan for plan in mine if not writer.keep(plan)]
         needed = sum(world.gather(sum(plan.nbytes for plan in missing)))
         with world.together(), explained(target):

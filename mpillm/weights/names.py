@@ -1,15 +1,16 @@
-"""The one table of tensors: what a tensor is called in each kind of file, and how shards cut it.
+"""The roles of tensors, and what tensors are called in each kind of file.
 
-Planner, loader and packer share it. A tensor is known by a `Key`; `parse_hf` and `parse_gguf` turn the names in files
-into keys, `hf_name` and `gguf_name` turn keys into the names that messages speak of.
+A tensor is known by a `Key`. The table `ROLES` has the usual names; a family of models gives those in which it differs
+as `Names`. `Names.parse_hf` and `Names.parse_gguf` turn the names in files into keys; `hf_name` turns a key into the
+usual name, by which packed models and messages know it.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -21,60 +22,44 @@ class Key(NamedTuple):
     expert: int = -1
 
 
-class Cut(Enum):
-    """What of a tensor a shard holds; columns are a matrix's inputs, rows its outputs (and a bias's entries)."""
-
-    WHOLE = "whole"
-    ROWS_HEADS = "rows:heads"
-    ROWS_KV_HEADS = "rows:kv_heads"
-    COLS_HEADS = "cols:heads"
-    ROWS_FFN = "rows:ffn"
-    COLS_FFN = "cols:ffn"
-    ROWS_VOCAB = "rows:vocab"
-
-
 @dataclass(frozen=True)
 class Role:
     """One row of the table. `{l}` and `{e}` stand for the layer's and the expert's number.
 
     `hf` and `gguf` name the tensor of a layer without experts (or a global one), `*_expert` one expert's tensor,
     `*_stacked` all experts' in one, experts outermost. The first name is the usual one. Hugging Face names come without
-    the "model." that they begin with in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
+    the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
+    `by_columns`: shards hold columns of it, so its blocks must be narrow enough.
     """
 
     name: str
-    cut: Cut
     ndim: int
     hf: str
     gguf: str
     quantisable: bool = False
+    by_columns: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
     gguf_expert: tuple[str, ...] = ()
     gguf_stacked: tuple[str, ...] = ()
 
-    @property
-    def cut_by_columns(self) -> bool:
-        """Whether shards hold columns of it: its blocks must then be narrow enough."""
-        return self.cut in (Cut.COLS_HEADS, Cut.COLS_FFN)
+
+def _vector(name: str, hf: str, gguf: str) -> Role:
+    return Role(name, 1, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}")
 
 
-def _vector(name: str, cut: Cut, hf: str, gguf: str) -> Role:
-    return Role(name, cut, 1, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}")
+def _matrix(name: str, hf: str, gguf: str, by_columns: bool = False) -> Role:
+    return Role(name, 2, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", quantisable=True, by_columns=by_columns)
 
 
-def _matrix(name: str, cut: Cut, hf: str, gguf: str) -> Role:
-    return Role(name, cut, 2, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", quantisable=True)
-
-
-def _ffn(name: str, cut: Cut, mixtral: str) -> Role:
+def _mlp(name: str, mixtral: str) -> Role:
     return Role(
         name,
-        cut,
         2,
         f"layers.{{l}}.mlp.{name}_proj.weight",
         f"blk.{{l}}.ffn_{name}.weight",
         quantisable=True,
+        by_columns=name == "down",
         hf_expert=(
             f"layers.{{l}}.mlp.experts.{{e}}.{name}_proj.weight",
             f"layers.{{l}}.block_sparse_moe.experts.{{e}}.{mixtral}.weight",
@@ -88,35 +73,49 @@ def _ffn(name: str, cut: Cut, mixtral: str) -> Role:
 ROLES: dict[str, Role] = {
     role.name: role
     for role in (
-        Role("embed", Cut.WHOLE, 2, "embed_tokens.weight", "token_embd.weight"),
-        _vector("attn_norm", Cut.WHOLE, "input_layernorm.weight", "attn_norm.weight"),
-        _matrix("q", Cut.ROWS_HEADS, "self_attn.q_proj.weight", "attn_q.weight"),
-        _matrix("k", Cut.ROWS_KV_HEADS, "self_attn.k_proj.weight", "attn_k.weight"),
-        _matrix("v", Cut.ROWS_KV_HEADS, "self_attn.v_proj.weight", "attn_v.weight"),
-        _vector("q_bias", Cut.ROWS_HEADS, "self_attn.q_proj.bias", "attn_q.bias"),
-        _vector("k_bias", Cut.ROWS_KV_HEADS, "self_attn.k_proj.bias", "attn_k.bias"),
-        _vector("v_bias", Cut.ROWS_KV_HEADS, "self_attn.v_proj.bias", "attn_v.bias"),
-        _vector("q_norm", Cut.WHOLE, "self_attn.q_norm.weight", "attn_q_norm.weight"),
-        _vector("k_norm", Cut.WHOLE, "self_attn.k_norm.weight", "attn_k_norm.weight"),
-        _matrix("o", Cut.COLS_HEADS, "self_attn.o_proj.weight", "attn_output.weight"),
-        _vector("o_bias", Cut.WHOLE, "self_attn.o_proj.bias", "attn_output.bias"),
-        _vector("ffn_norm", Cut.WHOLE, "post_attention_layernorm.weight", "ffn_norm.weight"),
-        Role("router", Cut.WHOLE, 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight"),
-        _ffn("gate", Cut.ROWS_FFN, "w1"),
-        _ffn("up", Cut.ROWS_FFN, "w3"),
-        _ffn("down", Cut.COLS_FFN, "w2"),
-        _vector("gate_bias", Cut.ROWS_FFN, "mlp.gate_proj.bias", "ffn_gate.bias"),
-        _vector("up_bias", Cut.ROWS_FFN, "mlp.up_proj.bias", "ffn_up.bias"),
-        _vector("down_bias", Cut.WHOLE, "mlp.down_proj.bias", "ffn_down.bias"),
-        Role("final_norm", Cut.WHOLE, 1, "norm.weight", "output_norm.weight"),
-        Role("head", Cut.ROWS_VOCAB, 2, "lm_head.weight", "output.weight", quantisable=True),
+        Role("embed", 2, "embed_tokens.weight", "token_embd.weight"),
+        _vector("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
+        _vector("attn_norm_bias", "input_layernorm.bias", "attn_norm.bias"),
+        _matrix("q", "self_attn.q_proj.weight", "attn_q.weight"),
+        _matrix("k", "self_attn.k_proj.weight", "attn_k.weight"),
+        _matrix("v", "self_attn.v_proj.weight", "attn_v.weight"),
+        _vector("q_bias", "self_attn.q_proj.bias", "attn_q.bias"),
+        _vector("k_bias", "self_attn.k_proj.bias", "attn_k.bias"),
+        _vector("v_bias", "self_attn.v_proj.bias", "attn_v.bias"),
+        _vector("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+        _vector("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+        _vector("sinks", "self_attn.sinks", "attn_sinks.weight"),
+        _matrix("o", "self_attn.o_proj.weight", "attn_output.weight", by_columns=True),
+        _vector("o_bias", "self_attn.o_proj.bias", "attn_output.bias"),
+        _vector("attn_post_norm", "post_self_attn_layernorm.weight", "post_attention_norm.weight"),
+        _vector("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
+        _vector("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias"),
+        _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
+        Role("router", 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight"),
+        _vector("router_bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
+        _vector("router_correction", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
+        _mlp("gate", "w1"),
+        _mlp("up", "w3"),
+        _mlp("down", "w2"),
+        _vector("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
+        _vector("up_bias", "mlp.up_proj.bias", "ffn_up.bias"),
+        _vector("down_bias", "mlp.down_proj.bias", "ffn_down.bias"),
+        _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
+        _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
+        _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),
+        Role("shared_router", 2, "layers.{l}.mlp.shared_expert_gate.weight", "blk.{l}.ffn_gate_inp_shexp.weight"),
+        Role("final_norm", 1, "norm.weight", "output_norm.weight"),
+        Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
+        Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),
     )
-}
+}  # fmt: skip
+
+Roles = tuple[str, ...]  # several where a tensor holds several matrices, row upon row
 
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
-_HF_MORE = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
-_HF_FUSED = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
-_GGUF_FUSED = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
+_HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
+_HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
+_GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
 # Tensors that carry nothing which the configuration does not say: buffers that old checkpoints saved along.
 _HF_IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -130,7 +129,7 @@ class Parsed(NamedTuple):
     `roles` has two names where two matrices lie in one, row upon row; `stacked` tensors hold all experts, outermost.
     """
 
-    roles: tuple[str, ...]
+    roles: Roles
     layer: int
     expert: int
     stacked: bool
@@ -138,11 +137,11 @@ class Parsed(NamedTuple):
 
 class _Pattern(NamedTuple):
     regex: re.Pattern[str]
-    roles: tuple[str, ...]
+    roles: Roles
     stacked: bool
 
 
-def _pattern(name: str, roles: tuple[str, ...], stacked: bool = False) -> _Pattern:
+def _pattern(name: str, roles: Roles, stacked: bool = False) -> _Pattern:
     number = "(?:0|[1-9][0-9]{0,5})"
     regex = (
         re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
@@ -163,14 +162,38 @@ _GGUF = (
 )
 
 
-def parse_hf(name: str) -> Parsed | None:
-    """What a tensor of a safetensors file is; None if its name is not in the table."""
-    return _parse(name.removeprefix("model."), _HF)
+@dataclass(frozen=True)
+class Names:
+    """The names of a family's tensors where they differ from the usual ones: roles by pattern.
+
+    Hugging Face names are without "model.". A name with no roles is that of a tensor which is not read. `hf_prefixes`
+    are what stands before the names of layers; the first one that fits is removed. `rope_pairs`: in GGUF files the rows
+    of q and k lie so that the two halves of each head are interleaved (llama.cpp's `permute`).
+    """
+
+    hf: Mapping[str, Roles] = field(default_factory=dict)
+    gguf: Mapping[str, Roles] = field(default_factory=dict)
+    hf_prefixes: tuple[str, ...] = ("model.",)
+    rope_pairs: bool = False
+
+    def parse_hf(self, name: str) -> Parsed | None:
+        """What a tensor of a safetensors file is; None if the name is unknown."""
+        prefix = next((prefix for prefix in self.hf_prefixes if name.startswith(prefix)), "")
+        return _parse(name.removeprefix(prefix), (*self._own[0], *_HF))
+
+    def parse_gguf(self, name: str) -> Parsed | None:
+        """What a tensor of a GGUF file is; None if the name is unknown."""
+        return _parse(name, (*self._own[1], *_GGUF))
+
+    @functools.cached_property
+    def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:
+        hf, gguf = (
+            tuple(_pattern(name, roles) for name, roles in names.items()) for names in (self.hf, self.gguf)
+        )
+        return hf, gguf
 
 
-def parse_gguf(name: str) -> Parsed | None:
-    """What a tensor of a GGUF file is; None if its name is not in the table."""
-    return _parse(name, _GGUF)
+USUAL = Names()
 
 
 def ignored_hf(name: str) -> bool:
@@ -203,10 +226,3 @@ def hf_name(key: Key) -> str:
 def hf_name_of_experts(key: Key) -> str:
     """The same for all experts of a layer, with a star for the expert's number."""
     return hf_name(key._replace(expert=0)).replace(".experts.0.", ".experts.*.")
-
-
-def gguf_name(key: Key) -> str:
-    """The usual name of a tensor in a GGUF file; experts lie in one tensor there."""
-    role = ROLES[key.role]
-    name = role.gguf if key.expert < 0 else role.gguf_stacked[0]
-    return name.format(l=key.layer)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from mpillm.kernels.types import BlockType, packed_nbytes
-from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
-from mpillm.weights.inventory import HEAD, Tensors
-from mpillm.weights.names import ROLES, Cut, Key
+from mpillm.partition.grid import Place
+from mpillm.weights.inventory import HEAD, TensorSpec
+from mpillm.weights.names import Key
 
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
 
@@ -67,12 +66,12 @@ class LayerPlan:
 
 
 def plan_entries(
-    tensors: Tensors, shape: Shape, place: Place, type_of: Callable[[Key], BlockType]
+    tensors: Sequence[TensorSpec], place: Place, type_of: Callable[[Key], BlockType]
 ) -> tuple[tuple[Entry, ...], int]:
     """What a rank holds of these tensors, each from a multiple of ALIGNMENT on, and the bytes that takes."""
     entries, offset = [], 0
-    for key, dims in tensors:
-        entries.append(plan_entry(key, *slices(key, dims, shape, place), type_of(key), offset))
+    for tensor in tensors:
+        entries.append(plan_entry(tensor.key, *tensor.slices(place), type_of(tensor.key), offset))
         offset += aligned(entries[-1].nbytes)
     return tuple(entries), offset
 
@@ -95,34 +94,3 @@ def plan_name(part: str, layer: int, expert: int = -1) -> str:
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """The next multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment
-
-
-def slices(
-    key: Key, dims: tuple[int, ...], shape: Shape, place: Place
-) -> tuple[range, range, tuple[int, ...]]:
-    """Rows, columns and column panels of a tensor that a rank holds; a vector has no panels."""
-    rows, hd = range(dims[0]), shape.head_dim
-    cols = range(dims[1]) if len(dims) == 2 else range(1)
-    bounds: tuple[int, ...] = (0, len(cols)) if len(dims) == 2 else ()
-    match ROLES[key.role].cut:
-        case Cut.ROWS_HEADS:
-            rows = _scaled(grid.own_heads(shape, place), hd)
-        case Cut.ROWS_KV_HEADS:
-            rows = _scaled(grid.own_kv_heads(shape, place), hd)
-        case Cut.ROWS_FFN:
-            rows = grid.own_ffn(shape, place, dims[0])
-        case Cut.ROWS_VOCAB:
-            rows = grid.own_vocab(shape, place)
-        case Cut.COLS_HEADS:
-            cols = _scaled(grid.own_heads(shape, place), hd)
-            bounds = tuple(head * hd for head in grid.own_panels(grid.attention_panels(shape), place))
-        case Cut.COLS_FFN:
-            cols = grid.own_ffn(shape, place, dims[1])
-            bounds = grid.own_panels(grid.ffn_panels(shape, dims[1]), place)
-        case Cut.WHOLE:
-            pass
-    return rows, cols, bounds
-
-
-def _scaled(heads: range, head_dim: int) -> range:
-    return range(heads.start * head_dim, heads.stop * head_dim)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from mpillm.errors import ModelError
 from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
-from mpillm.weights.inventory import HEAD, Flags, Tensors, all_tensors, described, head_tensors, layer_parts
+from mpillm.partition.grid import Place
+from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, described
 from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key
 from mpillm.weights.paging.cache import Loader
@@ -57,11 +57,11 @@ class Source(Protocol):
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""
 
-    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
-        """What a rank holds of the tensors that are paged in together as a part of a layer."""
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+        """What a rank holds of a page."""
 
-    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
-        """What a rank holds of each expert of a layer."""
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each of a layer's experts."""
 
     def open_loader(
         self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
@@ -81,42 +81,43 @@ class Source(Protocol):
         """Let go of the files."""
 
 
-def check_tensors(source: Source, shape: Shape, flags: Flags) -> None:
+def check_tensors(source: Source, model: Inventory) -> None:
     """ModelError if a tensor is missing, has another shape than the configuration says, or is not in it at all."""
     known = set()
-    for key, dims in all_tensors(shape, flags):
-        info = source.tensors.get(key)
+    for tensor in all_tensors(model):
+        info = source.tensors.get(tensor.key)
         if info is None:
-            raise ModelError(f"{source.path} has no tensor for {described(key)}; the model is not complete.")
-        if info.shape != dims:
             raise ModelError(
-                f"{source.path}: {described(key)} has shape {list(info.shape)}, but the configuration makes it "
-                f"{list(dims)}."
+                f"{source.path} has no tensor for {described(tensor.key)}; the model is not complete."
             )
-        known.add(key)
+        if info.shape != tensor.shape:
+            raise ModelError(
+                f"{source.path}: {described(tensor.key)} has shape {list(info.shape)}, but the configuration makes it "
+                f"{list(tensor.shape)}."
+            )
+        known.add(tensor.key)
     for key in source.tensors:
         if key not in known:
             raise ModelError(f"{source.path} has {described(key)}, which its configuration does not have.")
 
 
-def rank_plans(shape: Shape, place: Place, source: Source, flags: Flags) -> list[LayerPlan]:
-    """All that a rank holds, in the order of use: its stage's layers and, on the last stage, the output head.
+def rank_plans(model: Inventory, place: Place, source: Source) -> list[LayerPlan]:
+    """All that a rank holds, in the order of use: its stage's layers and, on the last stage, the LM head.
 
     `check_tensors` has found the source complete.
     """
     plans = []
-    for layer in grid.stage_layers(shape, place):
-        for part, tensors in layer_parts(shape, flags, layer).items():
-            plans.append(source.plan(part, layer, tensors, shape, place))
-        if flags.moe_layers[layer]:
-            plans += source.plan_experts(layer, shape, place)
+    for layer in grid.stage_layers(model.n_layers, place):
+        plans += [source.plan(page, model, place) for page in model.pages(layer)]
+        if experts := model.experts(layer):
+            plans += source.plan_experts(experts, model, place)
     if place.stage == place.stages - 1:
-        plans.append(source.plan(HEAD, -1, list(head_tensors(shape)), shape, place))
+        plans.append(source.plan(model.head, model, place))
     return plans
 
 
 def column_unit(source: Source) -> int:
-    """The granularity of column cuts (`grid.Shape.unit`).
+    """The granularity of column cuts: the `block` of `grid.axis`.
 
     256 if a matrix that is cut by columns is delivered as K-quants, 32 if any other one is quantised (activations are,
     32 at a time), else 1.
@@ -124,5 +125,5 @@ def column_unit(source: Source) -> int:
     unit = 1
     for key, info in source.tensors.items():
         if ROLES[key.role].quantisable and info.type.quantised:
-            unit = max(unit, info.type.block if ROLES[key.role].cut_by_columns else QUANT_BLOCK)
+            unit = max(unit, info.type.block if ROLES[key.role].by_columns else QUANT_BLOCK)
     return unit

@@ -15,9 +15,8 @@ from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path
@@ -38,7 +37,7 @@ def path_of(model: str) -> Path:
 
 def vocab_of(model: str) -> int:
     with closing(open_source(path_of(model))) as source:
-        return ModelConfig.from_dict(source.config).vocab
+        return config_of(source).vocab
 
 
 def batch(vocab: int) -> list[Request]:

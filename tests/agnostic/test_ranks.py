@@ -11,8 +11,8 @@ import pytest
 
 from mpillm.bench import synthetic
 from mpillm.kernels import BlockType
+from mpillm.model.opening import open_source
 from mpillm.weights.names import Key
-from mpillm.weights.opening import open_source
 from tests.agnostic.program import digest
 from tests.agnostic.test_same_bits import COMPILED, TIGHT, expected
 from tests.conftest import Mpi

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
+from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.sequence import Begun, Request
 from tests.agnostic import harness
@@ -33,7 +34,7 @@ def _restore() -> Iterator[None]:
 
 @functools.cache
 def world() -> World:
-    return World.start()
+    return start()
 
 
 @functools.cache

@@ -24,15 +24,15 @@ from mpillm.bench.paging import TURN, WARM, all_decode
 from mpillm.bench.profile import Profile
 from mpillm.bench.result import Bench, Machine, Run
 from mpillm.bench.runs import Options, Step, _typical
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.run.session import Session
 from mpillm.weights.io.reading import Bytes, read_direct
-from mpillm.weights.opening import open_source
-from mpillm.weights.source import check_tensors, column_unit, rank_plans
+from mpillm.weights.source import check_tensors, rank_plans
 from tests.conftest import Mpi, clean_environment, run_bounded
 
 PEER = pytest.mark.skipif(not against.installed(), reason="no llama-cpp-python: pip install 'mpillm[bench]'")
@@ -58,11 +58,11 @@ def test_a_synthetic_model_is_a_whole_model(cache: Path, shape: str, weights: st
     assert path.parent == cache / "synthetic"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with closing(open_source(path)) as source:
-        config = ModelConfig.from_dict(source.config, str(path))
-        check_tensors(source, config.shape(column_unit(source)), config)
+        config = config_of(source)
+        check_tensors(source, config)
         sizes = synthetic.SHAPES[shape]
         assert (config.hidden, config.n_layers, config.vocab) == (sizes.hidden, sizes.layers, sizes.vocab)
-        assert config.n_experts == sizes.experts
+        assert config.layers[0].mlp.count == sizes.experts
         for key in source.tensors:
             values = source.read_f32(key)
             assert np.isfinite(values).all(), key
@@ -101,9 +101,9 @@ def test_a_synthetic_model_in_packed_form_is_a_whole_model(cache: Path, shape: s
     assert packed.create(shape, "q4_0", 1) == path
     sizes = synthetic.SHAPES[shape]
     with closing(open_source(path)) as source:
-        config = ModelConfig.from_dict(source.config, str(path))
-        check_tensors(source, config.shape(column_unit(source)), config)
-        assert (config.n_layers, config.n_experts) == (sizes.layers, sizes.experts)
+        config = config_of(source)
+        check_tensors(source, config)
+        assert (config.n_layers, config.layers[0].mlp.count) == (sizes.layers, sizes.experts)
     index = json.loads((path / "packed.json").read_text())
     layers = 0
     for entry in index["files"]:
@@ -125,9 +125,8 @@ def test_paging_says_what_was_read(cache: Path) -> None:
     assert done.returncode == 0, done.stderr
     made = msgspec.json.decode(file.read_bytes(), type=Bench, strict=True)
     with closing(open_source(Path(made.model))) as source:
-        config = ModelConfig.from_dict(source.config)
-        shape = config.shape(column_unit(source))
-        share = sum(item.nbytes for item in rank_plans(shape, Place(0, 1, 1), source, config))
+        config = config_of(source)
+        share = sum(item.nbytes for item in rank_plans(config, Place(0, 1, 1), source))
     assert [(run.what, run.sequences) for run in made.runs] == [("paging", 1), ("paging", 3)] * 2
     for run, budget in zip(made.runs, [int(0.6 * share)] * 2 + [480 * 1024] * 2, strict=True):
         assert run.budget == budget

@@ -9,7 +9,8 @@ import time
 
 import numpy as np
 
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.errors import Interrupted, JobError, ModelError
 
 
@@ -119,7 +120,6 @@ def waiting(world: World) -> int:
         while time.process_time() - before < seconds:
             pass
         channel.post(b"go")
-        channel.flush()
     else:
         channel.take()
         assert counters.step.seconds > 0.8 * seconds
@@ -128,10 +128,10 @@ def waiting(world: World) -> int:
 
 
 def threads(world: World) -> int:
-    chosen = world.threads(os.environ.get("ASKED", "auto"))
+    chosen = world.limit_threads(os.environ.get("ASKED", "auto"))
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
-    print(f"{chosen} {policy} {world.node_ranks} {world.node_cores}\n", end="", flush=True)
-    print(*world.bindings, sep="\n", end="", flush=True)
+    print(f"{chosen} {policy} {world.nodes.ranks_here} {world.nodes.cores_here}\n", end="", flush=True)
+    print(*world.nodes.bindings, sep="\n", end="", flush=True)
     return 0
 
 

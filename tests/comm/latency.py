@@ -15,7 +15,8 @@ import numpy as np
 
 from mpillm.comm.collectives import Group
 from mpillm.comm.counters import Counters
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 from mpillm.kernels import path
 from mpillm.partition.grid import Place
 

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 
-from mpillm.comm.world import World, guard
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
 
 
 def stopped(world: World) -> int:

@@ -47,7 +47,7 @@ def run(world: World, *args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    threads = World.threads
-    World.threads = run  # type: ignore[method-assign]
+    threads = World.limit_threads
+    World.limit_threads = run  # type: ignore[method-assign]
     die("shrink", World, "_rejoin")
     sys.exit(main(sys.argv[2:]))

@@ -61,6 +61,6 @@ def run(world: World, *args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    threads = World.threads
-    World.threads = run  # type: ignore[method-assign]
+    threads = World.limit_threads
+    World.limit_threads = run  # type: ignore[method-assign]
     sys.exit(main(sys.argv[4:]))

@@ -26,15 +26,15 @@ from mpillm.engine import step as messages
 from mpillm.engine.reply import Reply, merge
 from mpillm.engine.step import NO_IDS, Fetch, Kind, Part, Step
 from mpillm.errors import JobError, LayoutError, ModelError, OutputError, RequestError
-from mpillm.model.config import ModelConfig
+from mpillm.model.families import read_config
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.store.journal import Journal, finished
 from mpillm.store.output import Claim
 from mpillm.text import load_tokenizer
 from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.opening import open_source
-from mpillm.weights.source import check_tensors, column_unit, rank_plans
+from mpillm.weights.source import check_tensors, rank_plans
 from tests.conftest import ROOT, clean_environment
 from tests.weights.build import Tiny, write_gguf
 
@@ -106,7 +106,7 @@ def _gguf(folder: Path) -> Target:
         path.write_bytes(data)
         with contextlib.suppress(ModelError, LayoutError), contextlib.closing(open_source(path)) as source:
             _use(source)
-            load_tokenizer(source.tokenizer, ModelConfig.from_dict(source.config).vocab)
+            load_tokenizer(source.tokenizer, config_of(source).vocab)
 
     return Target(
         run, seeds, (b"GGUF", b"general.architecture", b"split.count", b"tokenizer.ggml.tokens", b"llama")
@@ -116,12 +116,11 @@ def _gguf(folder: Path) -> Target:
 def _use(source: object) -> None:
     """What a rank does with a source before its first step, and a look at what is small."""
     assert hasattr(source, "config")
-    config = ModelConfig.from_dict(source.config)
-    shape = config.shape(column_unit(source))
-    check_tensors(source, shape, config)
-    if shape.n_layers > 8 or config.n_experts > 64:
+    config = config_of(source)
+    check_tensors(source, config)
+    if config.n_layers > 8 or any(layer.mlp.count > 64 for layer in config.layers):
         return
-    plans = rank_plans(shape, Place(0, 1, 1), source, config)
+    plans = rank_plans(config, Place(0, 1, 1), source)
     assert all(plan.nbytes >= 0 for plan in plans)
     if config.vocab * config.hidden * 4 < SMALL:
         source.read_f32(next(key for key in source.tensors if key.role == "embed"))
@@ -193,7 +192,7 @@ def _config(folder: Path) -> Target:
             config = json.loads(data)
             if isinstance(config, dict):
                 with contextlib.suppress(ModelError):
-                    ModelConfig.from_dict(config).shape(32)
+                    assert read_config(config).with_block(32).max_shards
 
     seeds = [(path / "config.json").read_bytes() for path in sorted(MODELS.iterdir())]
     return Target(run, seeds, (*_JSON, b"rope_scaling", b"yarn", b"llama3", b"head_dim", b"num_experts"))

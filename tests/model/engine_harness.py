@@ -7,15 +7,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run.session import Session
 from mpillm.spec import Batch, Layout, Memory, Spec, Wire
-from mpillm.weights.opening import open_source
-from mpillm.weights.source import column_unit
 
 SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": Batch}
 
@@ -48,7 +47,7 @@ def run_laid_out(
 
 @functools.cache
 def _alone() -> World:
-    return World.start()
+    return start()
 
 
 def run_engine(model: Path, requests: list[Request], **job: Any) -> list[Completion]:
@@ -63,10 +62,10 @@ def run_engine(model: Path, requests: list[Request], **job: Any) -> list[Complet
 def layouts(model: Path, ranks: int) -> list[tuple[int, int]]:
     """All layouts of a model on so many ranks: (stages, shards)."""
     with closing(open_source(model)) as source:
-        return grid.layouts(ModelConfig.from_dict(source.config).shape(column_unit(source)), ranks)
+        return grid.layouts(config_of(source), ranks)
 
 
 def vocab_of(model: Path) -> int:
     """How many tokens a model knows."""
     with closing(open_source(model)) as source:
-        return ModelConfig.from_dict(source.config).vocab
+        return config_of(source).vocab

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.errors import ModelError
-from mpillm.model.config import MODEL_TYPES, ModelConfig
+from mpillm.model.config import ModelConfig
+from mpillm.model.families import MODEL_TYPES, read_config
+from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.rope import RopeConfig
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
 PUBLISHED = json.loads((Path(__file__).parent.parent / "data/published_configs.json").read_text())
@@ -30,7 +35,29 @@ MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 def read(kind: str = "llama", **more: Any) -> ModelConfig:
     named = {"model_type": kind, "architectures": [MODEL_TYPES[kind]]}
-    return ModelConfig.from_dict({**SIZES, **named, **more})
+    return read_config({**SIZES, **named, **more})
+
+
+def attention(config: ModelConfig) -> AttentionSpec:
+    """That of the first layer."""
+    return config.layers[0].mixer
+
+
+def windows(config: ModelConfig) -> tuple[int, ...]:
+    return tuple(layer.mixer.window for layer in config.layers)
+
+
+def rope(config: ModelConfig) -> RopeConfig:
+    """That of all layers."""
+    (rotary,) = {layer.mixer.rotary for layer in config.layers}
+    assert rotary is not None
+    assert (rotary.dim, rotary.interleaved) == (attention(config).head_dim, False)
+    return rotary.config
+
+
+def experts(config: ModelConfig) -> tuple[int, ...]:
+    """The experts of each layer."""
+    return tuple(layer.mlp.count for layer in config.layers)
 
 
 def fixture(name: str) -> dict[str, Any]:
@@ -44,113 +71,107 @@ def fixture(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in MODELS.glob("*/config.json")))
 def test_what_transformers_writes_is_read(name: str) -> None:
     raw = fixture(name)
-    config = ModelConfig.from_dict(raw)
+    config = read_config(raw)
     assert config.architecture == raw["architectures"][0]
     assert (config.hidden, config.n_layers, config.vocab) == (
         raw["hidden_size"],
         raw["num_hidden_layers"],
         raw["vocab_size"],
     )
-    assert len(config.windows) == len(config.moe_layers) == config.n_layers
-    assert hash(config) == hash(ModelConfig.from_dict(raw))
+    assert hash(config) == hash(read_config(raw))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_is_published_is_read(name: str) -> None:
-    config = ModelConfig.from_dict(PUBLISHED[name])
+    config = read_config(PUBLISHED[name])
     assert config.hidden == PUBLISHED[name]["hidden_size"]
-    assert config.windows[0] == (4096 if name == "Mistral-7B-v0.1" else 0)
-    assert config.rope.kind == {
+    assert windows(config)[0] == (4096 if name == "Mistral-7B-v0.1" else 0)
+    assert rope(config).kind == {
         "Llama-3.2-1B-Instruct": "llama3",
         "Qwen2.5-7B with its card's YaRN": "yarn",
     }.get(name, "default")
 
 
 def test_llama() -> None:
-    config = ModelConfig.from_dict(fixture("llama_bias"))
-    assert (config.attention_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (
-        True,
-        True,
-        True,
-        False,
-    )
-    assert (config.n_heads, config.n_kv_heads, config.head_dim) == (2, 2, 12)
+    config = read_config(fixture("llama_bias"))
+    first, mlp = attention(config), config.layers[0].mlp
+    assert isinstance(mlp, MlpSpec)
+    assert (first.qkv_bias, first.o_bias, mlp.bias, first.qk_norm) == (True, True, True, None)
+    assert (first.n_heads, first.n_kv_heads, first.head_dim) == (2, 2, 12)
     assert (config.bos_id, config.eos_ids) == (1, (2,))
-    assert config.windows == (0, 0)
-    assert config.rms_eps == 1e-6
-    tied = ModelConfig.from_dict(fixture("llama3"))
-    assert tied.tied
-    assert (tied.rope.kind, tied.rope.theta, tied.rope.original_max_position) == ("llama3", 5e5, 32)
+    assert windows(config) == (0, 0)
+    assert config.final_norm.eps == 1e-6
+    llama3 = rope(read_config(fixture("llama3")))
+    assert (llama3.kind, llama3.theta, llama3.original_max_position) == ("llama3", 5e5, 32)
 
 
 def test_key_value_heads_default_to_heads() -> None:
     config = {"architectures": ["LlamaForCausalLM"], **SIZES}
     del config["num_key_value_heads"]
-    assert ModelConfig.from_dict(config).n_kv_heads == 4
-    assert read("mistral", num_key_value_heads=None).n_kv_heads == 4
+    assert attention(read_config(config)).n_kv_heads == 4
+    assert attention(read("mistral", num_key_value_heads=None)).n_kv_heads == 4
 
 
 def test_defaults_of_transformers() -> None:
-    assert read("mistral").windows == (4096,) * 4
-    assert read("mistral", sliding_window=None).windows == (0,) * 4
-    assert read("mixtral", num_local_experts=4).windows == (0,) * 4
-    assert read("mixtral", num_local_experts=4).rope.theta == 1e6
-    assert read("mixtral", num_local_experts=4).rms_eps == 1e-5
-    assert read("qwen3").head_dim == 128
-    assert read("qwen3_moe", **MOE).head_dim == 12
-    assert read("qwen2").head_dim == 12
+    assert windows(read("mistral")) == (4096,) * 4
+    assert windows(read("mistral", sliding_window=None)) == (0,) * 4
+    assert windows(read("mixtral", num_local_experts=4)) == (0,) * 4
+    assert rope(read("mixtral", num_local_experts=4)).theta == 1e6
+    assert read("mixtral", num_local_experts=4).final_norm.eps == 1e-5
+    assert attention(read("qwen3")).head_dim == 128
+    assert attention(read("qwen3_moe", **MOE)).head_dim == 12
+    assert attention(read("qwen2")).head_dim == 12
     assert read("qwen2").max_position == 32768
-    assert not any(read(kind).tied for kind in ("llama", "mistral", "qwen2", "qwen3"))
 
 
 def test_architecture_from_model_type_alone() -> None:
-    assert ModelConfig.from_dict({"model_type": "qwen2", **SIZES}).architecture == "Qwen2ForCausalLM"
+    assert read_config({"model_type": "qwen2", **SIZES}).architecture == "Qwen2ForCausalLM"
 
 
 def test_qwen_biases_and_norms() -> None:
-    qwen2, qwen3 = read("qwen2"), read("qwen3", attention_bias=True)
-    assert (qwen2.attention_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
-    assert (qwen3.attention_bias, qwen3.o_bias, qwen3.qk_norm) == (True, True, True)
+    qwen2, qwen3 = attention(read("qwen2")), attention(read("qwen3", attention_bias=True))
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, None)
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm) == (True, True, NormSpec(1e-6))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_windows_of_some_layers(kind: str) -> None:
-    assert read(kind, sliding_window=7, max_window_layers=2).windows == (0,) * 4
-    assert read(kind, use_sliding_window=True, sliding_window=7, max_window_layers=3).windows == (0, 0, 0, 7)
+    assert windows(read(kind, sliding_window=7, max_window_layers=2)) == (0,) * 4
+    assert windows(read(kind, use_sliding_window=True, sliding_window=7, max_window_layers=3)) == (0, 0, 0, 7)
     types = ["sliding_attention", "full_attention"] * 2
-    assert read(kind, use_sliding_window=True, sliding_window=7, layer_types=types).windows == (7, 0, 7, 0)
-    assert read(kind, layer_types=["full_attention"] * 4).windows == (0,) * 4
+    assert windows(read(kind, use_sliding_window=True, sliding_window=7, layer_types=types)) == (7, 0, 7, 0)
+    assert windows(read(kind, layer_types=["full_attention"] * 4)) == (0,) * 4
 
 
 def test_windows_of_all_layers() -> None:
     moe = {**MOE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 4}
-    assert read("qwen3_moe", **moe).windows == (5,) * 4
-    assert read("llama", layer_types=["full_attention"] * 4).windows == (0,) * 4
+    assert windows(read("qwen3_moe", **moe)) == (5,) * 4
+    assert windows(read("llama", layer_types=["full_attention"] * 4)) == (0,) * 4
 
 
 def test_experts() -> None:
     mixtral = read("mixtral", num_local_experts=5, num_experts_per_tok=3)
-    assert (mixtral.n_experts, mixtral.experts_per_token, mixtral.moe_intermediate) == (5, 3, 40)
-    assert mixtral.norm_topk
-    assert mixtral.moe_layers == (True,) * 4
+    assert {layer.mlp for layer in mixtral.layers} == {ExpertsSpec(5, 40, RouterSpec(3))}
     qwen = read("qwen3_moe", **MOE, mlp_only_layers=[3], decoder_sparse_step=2)
-    assert qwen.moe_layers == (False, True, False, False)
-    assert (qwen.n_experts, qwen.moe_intermediate, qwen.norm_topk) == (6, 20, False)
+    assert experts(qwen) == (0, 6, 0, 0)
+    assert qwen.layers[1].mlp == ExpertsSpec(6, 20, RouterSpec(2, normalise=False))
+    assert qwen.layers[0].mlp == MlpSpec(40)
+    assert qwen.expert_share == 2 / 6
     renamed = {**MOE, "num_local_experts": 6}
     del renamed["num_experts"]
-    assert read("qwen3_moe", **renamed).n_experts == 6
+    assert experts(read("qwen3_moe", **renamed)) == (6,) * 4
     dense = read("qwen3_moe", **MOE, mlp_only_layers=[0, 1, 2, 3])
-    assert (dense.n_experts, dense.moe_intermediate) == (0, 0)
+    assert {layer.mlp for layer in dense.layers} == {MlpSpec(40)}
+    assert dense.expert_share == 1
 
 
-def test_shape() -> None:
-    shape = read("qwen3_moe", **MOE, mlp_only_layers=[0]).shape(unit=32)
-    assert dataclasses.asdict(shape) == {
-        "n_layers": 4, "hidden": 48, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "intermediate": 40, "vocab": 99,
-        "n_experts": 6, "moe_intermediate": 20, "unit": 32,
-    }  # fmt: skip
-    assert read("qwen3_moe", **MOE).shape(unit=1).intermediate == 0  # no dense layer to cut
-    assert read("mixtral").shape(unit=1).ffn_widths == (40,)
+def test_shards() -> None:
+    """The narrowest axis decides: 40 or 20 columns are two blocks or one, 4 heads of 12 make one of 32."""
+    mixture = read("qwen3_moe", **MOE, mlp_only_layers=[0])
+    assert mixture.max_shards == 4  # heads
+    assert mixture.with_block(32).max_shards == 1
+    assert read("mixtral").with_block(32).max_shards == 1
+    assert read("mixtral", num_attention_heads=2, hidden_size=64).with_block(32).max_shards == 2
 
 
 def test_special_ids() -> None:
@@ -160,31 +181,31 @@ def test_special_ids() -> None:
 
 def test_rope_styles_mean_the_same() -> None:
     yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 20}
-    expected = read(rope_parameters={"rope_type": "yarn", "rope_theta": 2e4, **yarn}).rope
-    assert read(rope_theta=2e4, rope_scaling={"rope_type": "yarn", **yarn}).rope == expected
-    assert read(rope_theta=2e4, rope_scaling={"type": "yarn", "finetuned": True, **yarn}).rope == expected
+    expected = rope(read(rope_parameters={"rope_type": "yarn", "rope_theta": 2e4, **yarn}))
+    assert rope(read(rope_theta=2e4, rope_scaling={"rope_type": "yarn", **yarn})) == expected
+    assert rope(read(rope_theta=2e4, rope_scaling={"type": "yarn", "finetuned": True, **yarn})) == expected
     per_type = {"full_attention": {"rope_type": "yarn", "rope_theta": 2e4, **yarn}}
-    assert read("qwen2", layer_types=["full_attention"] * 4, rope_parameters=per_type).rope == expected
+    assert rope(read("qwen2", layer_types=["full_attention"] * 4, rope_parameters=per_type)) == expected
     assert expected.beta_fast == 20.0
 
 
 def test_rope_defaults() -> None:
-    assert read().rope.theta == 1e4
-    assert read(rope_theta=3e5, rope_scaling=None).rope.theta == 3e5
-    assert read(rope_scaling={"rope_type": "default"}).rope.kind == "default"
+    assert rope(read()).theta == 1e4
+    assert rope(read(rope_theta=3e5, rope_scaling=None)).theta == 3e5
+    assert rope(read(rope_scaling={"rope_type": "default"})).kind == "default"
     no_factor = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1024}
-    assert read(rope_scaling=no_factor, max_position_embeddings=4096).rope.factor == 4.0
+    assert rope(read(rope_scaling=no_factor, max_position_embeddings=4096)).factor == 4.0
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert read(rope_scaling=llama3, max_position_embeddings=300).rope.original_max_position == 300
+    assert rope(read(rope_scaling=llama3, max_position_embeddings=300)).original_max_position == 300
     # Like transformers: the configuration's own number goes before the dict's.
     both = {**llama3, "original_max_position_embeddings": 50}
-    assert read(rope_scaling=both, original_max_position_embeddings=60).rope.original_max_position == 60
+    assert rope(read(rope_scaling=both, original_max_position_embeddings=60)).original_max_position == 60
 
 
 def test_rope_factors_of_gguf() -> None:
-    rope = read(rope_parameters={"rope_type": "factors", "factors": [1, 2, 3.5, 4, 5, 6]}).rope
-    assert rope.kind == "factors"
-    assert rope.factors == (1.0, 2.0, 3.5, 4.0, 5.0, 6.0)
+    found = rope(read(rope_parameters={"rope_type": "factors", "factors": [1, 2, 3.5, 4, 5, 6]}))
+    assert found.kind == "factors"
+    assert found.factors == (1.0, 2.0, 3.5, 4.0, 5.0, 6.0)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +343,7 @@ def test_refused_in_one_architecture(kind: str, change: dict[str, Any], words: s
 
 def test_not_a_dict() -> None:
     with pytest.raises(ModelError, match=r"weights\.gguf: expected an object"):
-        ModelConfig.from_dict([1], name="weights.gguf")  # type: ignore[arg-type]
+        read_config([1], name="weights.gguf")  # type: ignore[arg-type]
 
 
 VALUES = st.recursive(
@@ -343,4 +364,4 @@ def test_no_value_ends_in_a_traceback(name: str, data: st.DataObject) -> None:
         else:
             config[key] = data.draw(VALUES)
     with contextlib.suppress(ModelError):
-        ModelConfig.from_dict(config)
+        read_config(config)

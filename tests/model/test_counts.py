@@ -14,10 +14,10 @@ from mpillm import kernels
 from mpillm.bench import synthetic
 from mpillm.engine.sequence import Request
 from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.experts import ExpertCache
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.model.engine_harness import run_engine
 from tests.model.golden import model_path
 
@@ -61,8 +61,8 @@ def bytes_read(model: Path, sequences: int) -> int:
 def matrix_bytes(model: Path) -> tuple[int, int]:
     """Bytes of all matrices that every token passes through, and of those of one layer's expert."""
     with closing(open_source(model)) as source:
-        config = ModelConfig.from_dict(source.config)
-        plans = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+        config = config_of(source)
+        plans = rank_plans(config, Place(0, 1, 1), source)
         each = [(plan.expert, sum(entry.nbytes for entry in plan.entries if entry.bounds)) for plan in plans]
     return sum(size for expert, size in each if expert < 0), max(
         (size for expert, size in each if expert >= 0), default=0
@@ -71,7 +71,7 @@ def matrix_bytes(model: Path) -> tuple[int, int]:
 
 def config(name: str) -> ModelConfig:
     with closing(open_source(model_path(name))) as source:
-        return ModelConfig.from_dict(source.config, name)
+        return config_of(source)
 
 
 def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
@@ -91,7 +91,7 @@ def test_a_layer_of_a_step_is_two_pieces_of_work_for_any_number_of_sequences(
 def test_a_layers_experts_are_one_piece_of_work_for_any_number_of_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mixtures = sum(config("qwen3_moe").moe_layers)
+    mixtures = sum(layer.mlp.count > 0 for layer in config("qwen3_moe").layers)
     in_turn = ExpertCache.in_turn
 
     def when_all_are_there(cache: ExpertCache[Any], items: Sequence[int]) -> Iterator[list[Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mpillm.model.config import ModelConfig
+from mpillm.model.families import read_config
 from mpillm.model.rope import CHUNK, RopeConfig, RopeTable, cos_sin, inv_freq, rope_table
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "fixtures/golden/rope.json").read_text())
@@ -29,10 +30,10 @@ def config_of(case: dict[str, Any], style: str) -> ModelConfig:
     }
     parameters = dict(case["rope_parameters"])
     if style == "new":
-        return ModelConfig.from_dict({**config, "rope_parameters": parameters})
+        return read_config({**config, "rope_parameters": parameters})
     theta, kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
     key = "type" if style == "oldest" else "rope_type"
-    return ModelConfig.from_dict({**config, "rope_theta": theta, "rope_scaling": {key: kind, **parameters}})
+    return read_config({**config, "rope_theta": theta, "rope_scaling": {key: kind, **parameters}})
 
 
 @pytest.mark.parametrize("style", ["new", "old", "oldest"])
@@ -40,14 +41,15 @@ def config_of(case: dict[str, Any], style: str) -> ModelConfig:
     "case", GOLDEN["cases"], ids=lambda case: f"{case['rope_parameters']['rope_type']}-{case['head_dim']}"
 )
 def test_values_are_those_of_transformers(case: dict[str, Any], style: str) -> None:
-    config = config_of(case, style)
-    ours, theirs = inv_freq(config.rope, config.head_dim), np.array(case["inv_freq"], F32)
+    rotary = config_of(case, style).layers[0].mixer.rotary
+    assert rotary is not None
+    ours, theirs = inv_freq(rotary.config, rotary.dim), np.array(case["inv_freq"], F32)
     assert ours.dtype == F32
     # torch's own power function may be off by one unit in the last place: 2^-23 of the value.
     np.testing.assert_allclose(ours, theirs, rtol=1.3e-7, atol=0)
-    assert config.rope.attention_factor == pytest.approx(case["attention_factor"], rel=1e-15)
+    assert rotary.config.attention_factor == pytest.approx(case["attention_factor"], rel=1e-15)
 
-    cos, sin = cos_sin(config.rope, config.head_dim, GOLDEN["positions"])
+    cos, sin = cos_sin(rotary.config, rotary.dim, GOLDEN["positions"])
     position = np.array(GOLDEN["positions"])[:, None]
     bound = case["attention_factor"] * (2e-7 + 2 * np.abs(ours - theirs) * position)
     assert (np.abs(cos - np.array(case["cos"])) <= bound).all()

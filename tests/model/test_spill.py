@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from mpillm.errors import Interrupted, JobError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model import spill
+from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache, block_nbytes
 from mpillm.model.spill import SpillFile, layers_in_file, layers_that_stay, most_blocks, runs
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
+from tests import shapes
 
 ALONE = Place(0, 1, 1)
 
 
-def shape(layers: int, head_dim: int) -> Shape:
-    return Shape(layers, 64, 4, 2, head_dim, 96, 100)
+def shape(layers: int, head_dim: int) -> ModelConfig:
+    return shapes.shape(layers, 64, 4, 2, head_dim, 96, 100)
 
 
 @given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 200))

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from mpillm.comm import launch
+from mpillm.comm.program import start
 from mpillm.comm.world import World
 
 LAUNCHED = launch.launched_by(os.environ)
@@ -24,7 +25,7 @@ RANK, SIZE = (LAUNCHED.rank, LAUNCHED.size) if LAUNCHED else (0, 1)
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """The world of all ranks that mpiexec has started."""
-    world = World.start()
+    world = start()
     assert (world.rank, world.size) == (RANK, SIZE)
     world.meet()
     yield world

@@ -9,11 +9,12 @@ import pytest
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.activations import Activations
 from mpillm.model.kv import block_nbytes
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 from mpillm.run.limits import MOST_TOKENS, described_step, limits, step_size
 from mpillm.spec import Batch, Memory, Spec
+from tests.shapes import shape
 
-LLAMA_8B = Shape(32, 4096, 32, 8, 128, 14_336, 128_256)
+LLAMA_8B = shape(32, 4096, 32, 8, 128, 14_336, 128_256)
 ROWS = Activations(LLAMA_8B)
 ALONE = [Place(0, 1, 1)]
 GIB = 2**30

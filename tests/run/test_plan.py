@@ -11,14 +11,13 @@ import pytest
 from mpillm import spec
 from mpillm.errors import JobError, LayoutError
 from mpillm.kernels import KV_BLOCK, BlockType
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.run import memory, plan
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.weights.names import Key
-from mpillm.weights.opening import open_source
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.model.golden import gguf_path
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
@@ -34,11 +33,10 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
     made = planned(model, ranks, f"layout.stages={stages}", "memory.kv=4MiB")
     assert (made.stages, made.shards, made.problems) == (stages, ranks // stages, [])
     source = open_source(MODELS / model, "none")
-    config = ModelConfig.from_dict(source.config, model)
-    shape = config.shape(column_unit(source))
+    config = config_of(source)
     held = set[Key]()
     for rank in made.ranks:
-        items = rank_plans(shape, Place(rank.rank, stages, ranks // stages), source, config)
+        items = rank_plans(config, Place(rank.rank, stages, ranks // stages), source)
         assert rank.weights_share == rank.weights_held == sum(item.nbytes for item in items)
         assert rank.weights_streamed == 0
         held.update(entry.key for item in items for entry in item.entries)
@@ -55,13 +53,13 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
 def test_wire_bytes() -> None:
     made = planned("llama3", 4, "layout.stages=2", "layout.shards=2")
     source = open_source(MODELS / "llama3", "none")
-    config = ModelConfig.from_dict(source.config, "llama3")
+    config = config_of(source)
     blocks = -(-config.hidden // 32)
     all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
     made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.between_stages=q8_0")
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 34 * blocks}
-    assert plan.wire_bytes(config.shape(1), 1, 1, BlockType.F32, BlockType.F32) == {
+    assert plan.wire_bytes(config, 1, 1, BlockType.F32, BlockType.F32) == {
         "all_reduce": 0.0,
         "pipe": 0.0,
     }

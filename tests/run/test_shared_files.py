@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import ModelError
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.layer import Layer
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
 from mpillm.weights.paging.loaders import Kind
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.tools.test_pack import packed
 
 ALONE = Place(0, 1, 1)
@@ -29,8 +28,8 @@ def paging(
 ) -> Iterator[WeightCache[Layer]]:
     """A cache with the least budget, through which everything passes in every round, or one that holds `everything`."""
     with closing(open_source(model)) as source:
-        config = ModelConfig.from_dict(source.config)
-        items = rank_plans(config.shape(column_unit(source)), place, source, config)
+        config = config_of(source)
+        items = rank_plans(config, place, source)
         budget = None if everything else minimum_budget(items)
         cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=not everything), budget)
         with closing(cache):

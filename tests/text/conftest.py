@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mpillm.model.opening import open_source
 from mpillm.run.catalogue import resolve
 from mpillm.text import Tokenizer, load_tokenizer
-from mpillm.weights.opening import open_source
 
 
 @pytest.fixture(scope="session")

@@ -379,7 +379,7 @@ def test_a_template_that_makes_much_of_little(make: Make, content: str) -> None:
 
 def template_process() -> psutil.Process:
     below = psutil.Process().children()
-    (found,) = [one for one in below if "mpillm.text.confined" in " ".join(one.cmdline())]
+    (found,) = [one for one in below if "mpillm.text.template_child" in " ".join(one.cmdline())]
     return found
 
 
@@ -419,7 +419,7 @@ def test_a_template_whose_process_is_killed(make: Make, monkeypatch: pytest.Monk
 
 def test_a_template_can_write_no_file(tmp_path: Path) -> None:
     """Should a template ever get out of Jinja's sandbox, it is in a process that writes no files."""
-    words = ["from mpillm.text.confined import _confine", "import pathlib, sys", "_confine()"]
+    words = ["from mpillm.text.template_child import confine", "import pathlib, sys", "confine()"]
     script = "; ".join([*words, "pathlib.Path(sys.argv[1]).write_text('x')"])
     done = run_bounded([sys.executable, "-c", script, tmp_path / "file"])
     assert "File too large" in done.stderr

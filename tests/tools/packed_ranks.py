@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mpillm.comm.world import World, guard
-from mpillm.model.config import ModelConfig
+from mpillm.comm.program import guard
+from mpillm.comm.world import World
+from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.weights.opening import open_source
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.model.checks import digest, requests_of, sampled
 from tests.model.engine_harness import layouts, run_laid_out
 from tests.model.golden import golden
@@ -37,10 +37,9 @@ def least(path: Path, stages: int, shards: int) -> int:
     """The smallest budget with which every rank can work."""
     source = open_source(path)
     try:
-        config = ModelConfig.from_dict(source.config)
-        shape = config.shape(column_unit(source))
+        config = config_of(source)
         places = [Place(rank, stages, shards) for rank in range(stages * shards)]
-        return max(minimum_budget(rank_plans(shape, place, source, config)) for place in places)
+        return max(minimum_budget(rank_plans(config, place, source)) for place in places)
     finally:
         source.close()
 

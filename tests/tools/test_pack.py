@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from mpillm import kernels
 from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.kernels import BlockType
-from mpillm.model.config import ModelConfig
+from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
 from mpillm.tools.pack import Packed, Weights, pack
 from mpillm.weights.formats.loaders import InPlace
@@ -32,8 +32,7 @@ from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.io.reading import DirectFile, read_at
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.names import Key, parse_hf
-from mpillm.weights.opening import open_source, open_unpacked
+from mpillm.weights.names import USUAL, Key
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed import loaders
 from mpillm.weights.packed.files import Made, Part, Writer
@@ -42,7 +41,7 @@ from mpillm.weights.packed.loaders import Mapped, Reading
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.weights import minimum_budget
-from mpillm.weights.source import column_unit, rank_plans
+from mpillm.weights.source import rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
 from tests.model.checks import EXACT, check, digest, requests_of, sampled
 from tests.model.engine_harness import _alone, run_engine
@@ -110,8 +109,8 @@ def test_any_loader_budget_and_policy(tmp_path: Path, loader: str, name: str, po
     """Also the least budget there is: two parts (and two experts), one in use and the next on its way."""
     packed(name, tmp_path / "p")
     with closing(open_source(tmp_path / "p")) as source:
-        config = ModelConfig.from_dict(source.config)
-        items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+        config = config_of(source)
+        items = rank_plans(config, Place(0, 1, 1), source)
     least, total = minimum_budget(items), sum(item.nbytes for item in items)
     for budget in (least, (least + total) // 2) if loader == "mmap" else (least,):
         job = {"weights": budget, "loader": loader, "policy": policy}
@@ -121,8 +120,8 @@ def test_any_loader_budget_and_policy(tmp_path: Path, loader: str, name: str, po
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3moe_q8_0.gguf"])
 def test_experts_are_paged_from_any_source(name: str) -> None:
     with closing(open_source(model_path(name))) as source:
-        config = ModelConfig.from_dict(source.config)
-        items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+        config = config_of(source)
+        items = rank_plans(config, Place(0, 1, 1), source)
     for budget in (minimum_budget(items), sum(item.nbytes for item in items) - 1):
         assert outcome(model_path(name), name, weights=budget) == expected(name)
 
@@ -139,8 +138,8 @@ def test_floats_that_stay_are_used_where_they_lie(name: str, monkeypatch: pytest
     monkeypatch.setattr(kernels, "pack", lambda type, *a: (calls.append(type), plain(type, *a)))
     for shards in (1, 2):
         with closing(open_source(path)) as source:
-            config = ModelConfig.from_dict(source.config)
-            items = rank_plans(config.shape(column_unit(source)), Place(0, 1, shards), source, config)
+            config = config_of(source)
+            items = rank_plans(config, Place(0, 1, shards), source)
             here, packed = (
                 source.open_loader("auto", 1, items, False),
                 source.open_loader("read", 1, items, False),
@@ -203,7 +202,7 @@ def test_every_piece_is_the_tensor_it_says(tmp_path: Path, name: str) -> None:
             for piece in json.loads(metadata.get("pieces", "[]")):
                 panel = arrays[piece["panel"]]
                 for expert, row in enumerate(panel if panel.ndim == 2 else [panel]):
-                    parsed = parse_hf(piece["tensor"].replace("*", str(expert)))
+                    parsed = USUAL.parse_hf(piece["tensor"].replace("*", str(expert)))
                     assert parsed is not None
                     key = Key(parsed.roles[0], parsed.layer, parsed.expert)
                     values = decoded(piece, row[piece["offset"] :][: piece["nbytes"]])
@@ -413,8 +412,8 @@ def test_too_small_a_disk_is_found_before_anything_is_written(
 def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, change: str) -> None:
     packed("llama3", tmp_path / "p")
     source = open_source(tmp_path / "p")
-    config = ModelConfig.from_dict(source.config)
-    items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+    config = config_of(source)
+    items = rank_plans(config, Place(0, 1, 1), source)
     cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=True), minimum_budget(items))
     with cache.use(0):
         pass
@@ -528,8 +527,8 @@ def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.Mo
     packed("llama3", tmp_path / "p")
     assert network_kind(tmp_path) is None
     with closing(open_source(tmp_path / "p")) as source:
-        config = ModelConfig.from_dict(source.config)
-        items = rank_plans(config.shape(column_unit(source)), Place(0, 1, 1), source, config)
+        config = config_of(source)
+        items = rank_plans(config, Place(0, 1, 1), source)
 
         def chosen(kind: Kind, streamed: bool) -> type:
             with closing(source.open_loader(kind, 1, items, streamed)) as loader:

@@ -12,15 +12,21 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mpillm.partition.grid import Shape
+from mpillm.model.config import ModelConfig
+from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms, NormSpec
+from mpillm.model.layers.spec import LayerSpec
 
 Array = np.ndarray
+NORM = NormSpec(1e-6)
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclass
 class Tiny:
-    """The sizes and switches of a tiny model; it serves as `Shape` and as `Flags` too."""
+    """The sizes and switches of a tiny model."""
 
     hidden: int = 64
     n_layers: int = 2
@@ -44,19 +50,31 @@ class Tiny:
     def moe_layers(self) -> tuple[bool, ...]:
         return tuple(self.n_experts > 0 and layer not in self.dense_layers for layer in range(self.n_layers))
 
-    def shape(self, unit: int) -> Shape:
-        return Shape(
-            self.n_layers,
-            self.hidden,
+    def model(self, unit: int) -> ModelConfig:
+        """The configuration of it, where columns are cut in blocks of `unit`."""
+        mixer = AttentionSpec(
             self.n_heads,
             self.n_kv_heads,
             self.head_dim,
-            0 if all(self.moe_layers) else self.intermediate,
-            self.vocab,
-            self.n_experts,
-            self.moe_intermediate,
-            unit,
+            self.head_dim**-0.5,
+            None,
+            qkv_bias=self.attention_bias,
+            o_bias=self.o_bias,
+            qk_norm=NORM if self.qk_norm else None,
         )
+        norms = Norms(NORM)
+        layers = tuple(
+            LayerSpec(
+                mixer,
+                ExpertsSpec(self.n_experts, self.moe_intermediate, RouterSpec(1))
+                if experts
+                else MlpSpec(self.intermediate, bias=self.mlp_bias),
+                norms,
+                norms,
+            )
+            for experts in self.moe_layers
+        )
+        return ModelConfig("Tiny", self.hidden, self.vocab, layers, NORM, 512, block=unit)
 
     def config(self) -> dict[str, Any]:
         return {

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
-from mpillm.partition.grid import Place, Shape
+from mpillm.model.opening import open_source
+from mpillm.partition.grid import Place
 from mpillm.weights.fill import load
-from mpillm.weights.inventory import head_tensors, layer_parts
-from mpillm.weights.opening import open_source
 from mpillm.weights.packed.layout import panels_of, shard_extent
 from mpillm.weights.paging.cache import Heap, WeightCache, fixed_part, minimum_budget
 from mpillm.weights.paging.weights import PATIENCE, Weights
 from mpillm.weights.plan import LayerPlan
 from mpillm.weights.source import rank_plans
+from tests.shapes import shape
 from tests.weights.build import Tiny, write_hf
 
 
@@ -232,7 +232,7 @@ def test_an_item_is_not_used_after_its_end(tmp_path):
     """Whoever keeps a layer beyond its `with` block keeps no memory, and notices when the layer has gone."""
     model = Tiny(n_layers=3)
     source = open_source(write_hf(tmp_path, model.weights(), model.config()))
-    items = rank_plans(model.shape(1), Place(0, 1, 1), source, model)
+    items = rank_plans(model.model(1), Place(0, 1, 1), source)
     cache = WeightCache(items, Heap(lambda plan, buffer: load(plan, source, buffer)), minimum_budget(items))
     with cache.use(0) as first:
         first.matrix("q")
@@ -343,7 +343,7 @@ def test_an_item_used_twice_in_a_row_stays():
 def test_real_layers_are_the_same_whatever_the_budget(tmp_path):
     model = Tiny(n_layers=5, seed=3)
     source = open_source(write_hf(tmp_path, model.weights(), model.config(), "BF16"), "q8_0")
-    items = rank_plans(model.shape(32), Place(0, 1, 1), source, model)
+    items = rank_plans(model.model(32), Place(0, 1, 1), source)
     seen = []
     for policy, budget in (
         ("cycle", None),
@@ -366,18 +366,16 @@ def test_real_layers_are_the_same_whatever_the_budget(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(32, 4096, 32, 8, 128, 14336, 128256), Shape(80, 8192, 64, 8, 128, 28672, 128256)]
+    "model", [shape(32, 4096, 32, 8, 128, 14336, 128256), shape(80, 8192, 64, 8, 128, 28672, 128256)]
 )
 @pytest.mark.parametrize("shards", [1, 4])
-def test_what_stays_of_large_models_is_nearly_the_budget(shape, shards):
+def test_what_stays_of_large_models_is_nearly_the_budget(model, shards):
     """Models of 8B and 70B, in Q4_0, planned as they lie in packed files."""
-    flags, place = Tiny(n_layers=shape.n_layers), Place(shards - 1, 1, shards)
-    parts = [
-        tensors for layer in range(shape.n_layers) for tensors in layer_parts(shape, flags, layer).values()
-    ]
+    place = Place(shards - 1, 1, shards)
+    pages = [page for layer in range(model.n_layers) for page in model.pages(layer)]
     sizes = [
-        shard_extent(panels_of(tensors, shape, lambda _: BlockType.Q4_0), place)[2]
-        for tensors in [*parts, list(head_tensors(shape))]
+        shard_extent(panels_of(page.tensors, model.max_shards, lambda _: BlockType.Q4_0), place)[2]
+        for page in [*pages, model.head]
     ]
     items, total = plans(*sizes), sum(sizes)
     for share in (0.25, 0.5, 0.75):

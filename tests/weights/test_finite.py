@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpillm.errors import ModelError
+from mpillm.model.opening import open_source
 from mpillm.tools.pack import Weights, pack
 from mpillm.weights.finite import check_vectors, first_not_finite
-from mpillm.weights.names import Key, parse_hf
-from mpillm.weights.opening import open_source
+from mpillm.weights.names import USUAL, Key
 from tests.model.engine_harness import _alone
 from tests.model.golden import FIXTURES
 from tests.tools.test_pack import Quiet, model_path
@@ -45,7 +45,7 @@ def test_what_is_not_finite_is_found(seed: int, weights: Weights, tmp_path: Path
     tensor = tensors[name]
     tensor[tuple(draw.randrange(size) for size in tensor.shape)] = draw.choice([np.nan, np.inf, -np.inf])
     save_file(tensors, folder / "model.safetensors")
-    parsed = parse_hf(name)
+    parsed = USUAL.parse_hf(name)
     assert parsed is not None
     keys = {Key(role, parsed.layer, parsed.expert) for role in parsed.roles}
     if tensor.ndim == 2:

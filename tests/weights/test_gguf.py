@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
+from mpillm.model.opening import open_source
 from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key, hf_name
-from mpillm.weights.opening import open_source
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
 
@@ -333,8 +333,8 @@ def test_rope_factors(tmp_path):
         ({"arch": "qwen2", "extra": {"expert_count": 8}}, "experts are not supported in qwen2 files"),
         ({"drop": ("token_embd.weight",)}, "has no tensor token_embd.weight"),
         (
-            {"more": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}},
-            "'blk.0.attn_sinks.weight' belongs to no",
+            {"more": {"blk.0.attn_nothing.weight": np.ones(4, np.float32)}},
+            "'blk.0.attn_nothing.weight' belongs to no",
         ),
         (
             {"more": {"blk.0.attn_q.bias": np.ones(64, np.float32)}},

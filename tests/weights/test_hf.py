@@ -9,9 +9,9 @@ import pytest
 from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
+from mpillm.model.opening import open_source
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.names import Key, hf_name
-from mpillm.weights.opening import open_source
 from mpillm.weights.source import column_unit
 from tests.weights.build import DTYPES, Tiny, through, write_hf
 
@@ -241,8 +241,8 @@ def test_refuses_bad_directories(tmp_path):
     ("change", "words"),
     [
         (
-            {"model.layers.0.self_attn.sinks": np.ones(4, np.float32)},
-            "'model.layers.0.self_attn.sinks' belongs to no",
+            {"model.layers.0.self_attn.nothing": np.ones(4, np.float32)},
+            "'model.layers.0.self_attn.nothing' belongs to no",
         ),
         ({"model.norm.weight": np.ones(64, np.int64)}, "model.norm.weight has dtype I64; F32, F16 and BF16"),
         (

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mpillm.errors import ModelError
+from mpillm.model.opening import open_source
 from mpillm.weights import identity
 from mpillm.weights.identity import ModelChangedError, Watch
-from mpillm.weights.opening import open_source
 from tests.job_helpers import CHAT
 
 

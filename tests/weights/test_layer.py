@@ -10,12 +10,13 @@ import pytest
 from mpillm import kernels
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
-from mpillm.partition.grid import Place, max_shards
+from mpillm.model.opening import open_source
+from mpillm.partition.grid import Place
 from mpillm.weights.fill import CHUNK, load
 from mpillm.weights.formats.tensors import GATHERED
+from mpillm.weights.inventory import all_tensors
 from mpillm.weights.io.reading import new_buffer
-from mpillm.weights.names import ROLES, Cut, Key
-from mpillm.weights.opening import open_source
+from mpillm.weights.names import Key
 from mpillm.weights.plan import ALIGNMENT
 from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.weights.build import Tiny, through, write_gguf, write_hf
@@ -71,13 +72,14 @@ def test_what_a_rank_holds(tmp_path, case, chunk):
     """Every shard's matrices are the packed slices of the whole ones; together the shards have every row and column."""
     model, make = CASES[case]
     source = make(tmp_path)
-    shape = model.shape(column_unit(source))
-    check_tensors(source, shape, model)
-    most = max_shards(shape)
+    config = model.model(column_unit(source))
+    check_tensors(source, config)
+    declared = {tensor.key: tensor for tensor in all_tensors(config)}
+    most = config.max_shards
     for shards in [n for n in (1, 2, 4, 8) if n <= most]:
         seen: dict[Key, int] = {}
         for rank in range(shards):
-            plans = rank_plans(shape, Place(rank, 1, shards), source, model)
+            plans = rank_plans(config, Place(rank, 1, shards), source)
             assert [plan.name for plan in plans] == [
                 *names_of(model, range(model.n_layers)),
                 "the output head",
@@ -102,10 +104,10 @@ def test_what_a_rank_holds(tmp_path, case, chunk):
                     assert (matrix.data == expected).all()
         for key, count in seen.items():
             size = int(np.prod(source.tensors[key].shape))
-            cut = ROLES[key.role].cut
-            if cut is Cut.WHOLE:
+            cut = declared[key]
+            if cut.rows is None and cut.cols is None:
                 assert count == size * shards
-            elif cut is Cut.ROWS_KV_HEADS:
+            elif cut.rows is not None and cut.rows.share > 1:
                 assert count >= size
             else:
                 assert count == size
@@ -114,15 +116,14 @@ def test_what_a_rank_holds(tmp_path, case, chunk):
 def test_stages_hold_their_layers(tmp_path):
     source = hf(tmp_path, DENSE)
     names = [
-        [plan.name for plan in rank_plans(DENSE.shape(1), Place(rank, 2, 1), source, DENSE)]
-        for rank in range(2)
+        [plan.name for plan in rank_plans(DENSE.model(1), Place(rank, 2, 1), source)] for rank in range(2)
     ]
     assert names == [names_of(DENSE, [0, 1]), [*names_of(DENSE, [2]), "the output head"]]
 
 
 def test_products_with_a_loaded_matrix(tmp_path):
     source = hf(tmp_path, ODD, "BF16")
-    plan = rank_plans(ODD.shape(1), Place(0, 1, 1), source, ODD)[3]
+    plan = rank_plans(ODD.model(1), Place(0, 1, 1), source)[3]
     down = loaded(plan, source).matrix("down")
     x = np.random.default_rng(0).standard_normal((3, down.k), np.float32)
     out = np.empty((3, down.n), np.float32)
@@ -133,7 +134,7 @@ def test_products_with_a_loaded_matrix(tmp_path):
 
 def test_a_tied_head_is_quantised_though_the_embedding_is_not(tmp_path):
     source = hf(tmp_path, ODD, "F32", "q4_0")
-    head = rank_plans(ODD.shape(32), Place(0, 1, 1), source, ODD)[-1]
+    head = rank_plans(ODD.model(32), Place(0, 1, 1), source)[-1]
     assert head.index["head"][0].type is BlockType.Q4_0
     ids = np.array([3, 49])
     assert (source.read_f32(Key("embed"), ids) == ODD.weights()["model.embed_tokens.weight"][ids]).all()
@@ -167,7 +168,7 @@ def test_tensors_must_be_those_of_the_configuration(tmp_path, change, drop, word
     source = open_source(write_hf(tmp_path, weights, DENSE.config()))
     model = dataclasses.replace(DENSE, **change)
     with pytest.raises(ModelError) as error:
-        check_tensors(source, model.shape(1), model)
+        check_tensors(source, model.model(1))
     assert words in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -175,7 +176,7 @@ def test_tensors_must_be_those_of_the_configuration(tmp_path, change, drop, word
 def test_loading_takes_little_memory_besides_the_buffer(tmp_path):
     model = Tiny(hidden=512, n_heads=8, head_dim=64, intermediate=8192, n_layers=1, vocab=64)
     source = hf(tmp_path, model, "BF16", "q8_0")
-    plan = rank_plans(model.shape(32), Place(0, 1, 1), source, model)[3]
+    plan = rank_plans(model.model(32), Place(0, 1, 1), source)[3]
     buffer = new_buffer(plan.nbytes, ALIGNMENT)
     load(plan, source, buffer, chunk=2**16)
     tracemalloc.start()
@@ -197,7 +198,7 @@ def test_rows_go_from_the_file_to_their_place_in_one_go(tmp_path, monkeypatch, a
     )
     if kernels.path() == "numpy":
         pytest.skip("NumPy's twin makes copies")
-    plans = rank_plans(model.shape(32), Place(1, 1, 2), source, model)
+    plans = rank_plans(model.model(32), Place(1, 1, 2), source)
     buffers = [new_buffer(plan.nbytes, ALIGNMENT) for plan in plans]
     calls = []
     for of, name in ((kernels, "pack"), (source, "release")):
@@ -230,7 +231,7 @@ def test_pages_are_given_back(tmp_path):
     model = Tiny(hidden=256, n_heads=8, head_dim=32, intermediate=1024, n_layers=2, vocab=4000)
     source = hf(tmp_path, model)
     file = tmp_path / "model.safetensors"
-    plans = rank_plans(model.shape(1), Place(0, 1, 1), source, model)
+    plans = rank_plans(model.model(1), Place(0, 1, 1), source)
     key = Key("gate", 0)
     assert source.read(key).sum() > 0
     assert mapped_kib(file) >= 1024

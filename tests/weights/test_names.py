@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from mpillm.weights import names
-from mpillm.weights.names import ROLES, Key, Parsed
+from mpillm.weights.names import ROLES, USUAL, Key, Parsed
 
-GLOBAL = ("embed", "final_norm", "head")
+GLOBAL = ("embed", "final_norm", "final_norm_bias", "head")
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -13,16 +13,16 @@ GLOBAL = ("embed", "final_norm", "head")
 def test_usual_names_are_parsed_back(role, layer):
     key = Key(role, -1 if role in GLOBAL else layer)
     parsed = Parsed((role,), key.layer, -1, False)
-    assert names.parse_hf(names.hf_name(key)) == parsed
-    assert names.parse_gguf(names.gguf_name(key)) == parsed
+    assert USUAL.parse_hf(names.hf_name(key)) == parsed
+    assert USUAL.parse_gguf(ROLES[role].gguf.format(l=key.layer)) == parsed
 
 
 @pytest.mark.parametrize("role", ["gate", "up", "down"])
 def test_experts(role):
     key = Key(role, 3, 11)
-    assert names.parse_hf(names.hf_name(key)) == Parsed((role,), 3, 11, False)
-    assert names.parse_gguf(names.gguf_name(key)) == Parsed((role,), 3, -1, True)
-    assert names.parse_gguf(f"blk.3.ffn_{role}.11.weight") == Parsed((role,), 3, 11, False)
+    assert USUAL.parse_hf(names.hf_name(key)) == Parsed((role,), 3, 11, False)
+    assert USUAL.parse_gguf(f"blk.3.ffn_{role}_exps.weight") == Parsed((role,), 3, -1, True)
+    assert USUAL.parse_gguf(f"blk.3.ffn_{role}.11.weight") == Parsed((role,), 3, 11, False)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_experts(role):
     ],
 )
 def test_other_names_in_checkpoints(name, expected):
-    assert names.parse_hf(name) == expected
+    assert USUAL.parse_hf(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_other_names_in_checkpoints(name, expected):
         "model.layers.01.mlp.up_proj.weight",
         "model.layers.-1.mlp.up_proj.weight",
         "model.layers.1.mlp.up_proj.weight_scale",
-        "model.layers.1.self_attn.sinks",
+        "model.layers.1.self_attn.rotary",
         "xmodel.norm.weight",
         "model.norm.weight\n",
         "model.layers.12345678.mlp.up_proj.weight",
@@ -57,8 +57,8 @@ def test_other_names_in_checkpoints(name, expected):
     ],
 )
 def test_unknown_names(name):
-    assert names.parse_hf(name) is None
-    assert names.parse_gguf(name) is None
+    assert USUAL.parse_hf(name) is None
+    assert USUAL.parse_gguf(name) is None
 
 
 def test_buffers_of_old_checkpoints_are_ignored():

@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mpillm.errors import ModelError
-from mpillm.weights.names import Key
+from mpillm.weights.names import Key, Names
 
 ShapeOf = Callable[[Key], Sequence[int] | None]
 
-# GGUF's architecture -> (transformers' class, model_type); with experts where GGUF has one name for both.
-_DENSE = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
-}
-_MIXTRAL = ("MixtralForCausalLM", "mixtral")
-_MISTRAL = ("MistralForCausalLM", "mistral")
+
+class GgufFamily(Protocol):
+    """What a family of models knows of GGUF files."""
+
+    @property
+    def names(self) -> Names: ...
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        """The configuration with Hugging Face's keys, without RoPE's."""
+
 
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
 _IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
@@ -59,35 +59,34 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 
 
-def architecture(metadata: dict[str, Any], path: Path) -> str:
-    """The file's architecture; ModelError if it is not one of those supported."""
-    kind = metadata.get("general.architecture")
-    if not isinstance(kind, str) or kind not in _DENSE:
-        shown = "no architecture" if kind is None else f"architecture {str(kind)[:60]!r}"
-        raise ModelError(f"{path} has {shown}; supported in GGUF files are {', '.join(_DENSE)}.")
-    return kind
-
-
 def config_of(
     metadata: dict[str, Any],
     path: Path,
+    family: GgufFamily,
     shape_of: ShapeOf,
     rope_factors: list[float] | None,
 ) -> dict[str, Any]:
     """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there."""
-    fields = _Fields(metadata, architecture(metadata, path), path)
-    n_layers = fields.integer("block_count")
-    experts = fields.integer("expert_count", 0)
-    window = fields.integer("attention.sliding_window", 0)
+    fields = GgufFields(metadata, path)
+    config = family.gguf_config(fields, shape_of)
+    config["rope_parameters"] = _rope(fields, config, rope_factors)
+    fields.refuse_unknown()
+    return config
+
+
+def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+    """The keys of nearly all models, from their usual fields."""
     embed = shape_of(Key("embed"))
     if embed is None:
-        raise ModelError(f"{path} has no tensor token_embd.weight; fetch the model again.")
+        raise ModelError(f"{fields.path} has no tensor token_embd.weight; fetch the model again.")
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     if heads < 1:
-        raise ModelError(f"{path}: {fields.kind}.attention.head_count is {heads}, but must be at least 1.")
-    config: dict[str, Any] = {
+        raise ModelError(
+            f"{fields.path}: {fields.kind}.attention.head_count is {heads}, but must be at least 1."
+        )
+    return {
         "hidden_size": hidden,
-        "num_hidden_layers": n_layers,
+        "num_hidden_layers": fields.integer("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "vocab_size": embed[0],
@@ -96,24 +95,30 @@ def config_of(
         "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
         "head_dim": _head_dim(fields, hidden // heads),
-        **_tokens(metadata),
+        "intermediate_size": fields.integer("feed_forward_length"),
+        **_tokens(fields.metadata),
     }
-    config["intermediate_size"] = fields.integer("feed_forward_length")
-    name, model_type = _kind(fields.kind, experts, window, shape_of)
-    config |= {"architectures": [name], "model_type": model_type}
-    config |= _biases(model_type, shape_of, path)
-    config |= _windows(model_type, window, path)
-    config |= _experts(fields, model_type, experts, n_layers, shape_of)
-    config["rope_parameters"] = _rope(fields, config, rope_factors)
-    fields.refuse_unknown()
-    return config
 
 
-class _Fields:
+def refuse_experts(fields: GgufFields) -> None:
+    """ModelError if the file has experts."""
+    if fields.integer("expert_count", 0):
+        raise ModelError(f"{fields.path}: experts are not supported in {fields.kind} files.")
+    fields.integer("expert_used_count", 0)
+
+
+def refuse_window(fields: GgufFields) -> None:
+    """ModelError if the file has a sliding window."""
+    if fields.integer("attention.sliding_window", 0):
+        raise ModelError(f"{fields.path}: attention.sliding_window is not supported in {fields.kind} files.")
+
+
+class GgufFields:
     """The fields `<architecture>.*`, ticked off as they are read."""
 
-    def __init__(self, metadata: dict[str, Any], kind: str, path: Path) -> None:
-        self.kind = kind
+    def __init__(self, metadata: dict[str, Any], path: Path) -> None:
+        self.metadata = metadata
+        self.kind = kind = str(metadata["general.architecture"])
         self.path = path
         prefix = kind + "."
         self.values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
@@ -167,7 +172,7 @@ def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     return {"bos_token_id": None if bos in _UNSET else bos, "eos_token_id": ends or None}
 
 
-def _head_dim(fields: _Fields, default: int) -> int:
+def _head_dim(fields: GgufFields, default: int) -> int:
     head_dim = fields.integer("attention.key_length", default)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise ModelError(f"{fields.path}: keys and values of different lengths are not supported.")
@@ -179,81 +184,7 @@ def _head_dim(fields: _Fields, default: int) -> int:
     return head_dim
 
 
-def _kind(kind: str, experts: int, window: int, shape_of: ShapeOf) -> tuple[str, str]:
-    """The class of transformers that computes what llama.cpp computes with this file."""
-    if kind != "llama":
-        return _DENSE[kind]
-    if experts:
-        return _MIXTRAL
-    if window:
-        return _MISTRAL
-    biases = [shape_of(Key(role, 0)) is not None for role in ("q_bias", "k_bias", "v_bias", "o_bias")]
-    if biases == [True, True, True, False]:
-        return _DENSE["qwen2"]  # Llama with biases on q, k and v alone
-    return _DENSE[kind]
-
-
-def _biases(model_type: str, shape_of: ShapeOf, path: Path) -> dict[str, Any]:
-    """Whether there are biases is not in the metadata: the tensors tell."""
-    if model_type == "qwen2":
-        return {}  # always has them: missing ones are found when the tensors are checked
-    roles = ("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias")
-    present = {role for role in roles if shape_of(Key(role, 0)) is not None}
-    result: dict[str, Any] = {}
-    for name, kind in (("attention_bias", set(roles[:4])), ("mlp_bias", set(roles[4:]))):
-        if present & kind and not kind <= present:
-            raise ModelError(
-                f"{path} has {', '.join(sorted(present & kind))} without the other biases of its kind."
-            )
-        if present & kind:
-            result[name] = True
-    return result
-
-
-def _windows(model_type: str, window: int, path: Path) -> dict[str, Any]:
-    if model_type in {"mistral", "mixtral"}:
-        return {"sliding_window": window or None}
-    if window:
-        raise ModelError(f"{path}: attention.sliding_window is not supported in {model_type} files.")
-    return {}
-
-
-def _experts(
-    fields: _Fields,
-    model_type: str,
-    experts: int,
-    n_layers: int,
-    shape_of: ShapeOf,
-) -> dict[str, Any]:
-    used = fields.integer("expert_used_count", 0)
-    width = fields.integer("expert_feed_forward_length", 0)
-    norm = fields.raw("expert_weights_norm")
-    if model_type == "mixtral":
-        if width not in {0, fields.integer("feed_forward_length")}:
-            raise ModelError(
-                f"{fields.path}: {fields.kind}.expert_feed_forward_length is not feed_forward_length."
-            )
-        if norm is False:
-            raise ModelError(
-                f"{fields.path}: {fields.kind}.expert_weights_norm is off, which is not supported."
-            )
-        return {"num_local_experts": experts, "num_experts_per_tok": used}
-    if model_type == "qwen3_moe":
-        dense = [layer for layer in range(min(n_layers, 4096)) if shape_of(Key("router", layer)) is None]
-        return {
-            "num_experts": experts,
-            "num_experts_per_tok": used,
-            "moe_intermediate_size": width or fields.integer("feed_forward_length"),
-            "norm_topk_prob": norm is not False,  # llama.cpp always does, for this architecture
-            "mlp_only_layers": dense,
-            "decoder_sparse_step": 1,
-        }
-    if experts:
-        raise ModelError(f"{fields.path}: experts are not supported in {fields.kind} files.")
-    return {}
-
-
-def _rope(fields: _Fields, config: dict[str, Any], factors: list[float] | None) -> dict[str, Any]:
+def _rope(fields: GgufFields, config: dict[str, Any], factors: list[float] | None) -> dict[str, Any]:
     theta = fields.number("rope.freq_base", 10000.0)
     kind = fields.raw("rope.scaling.type")
     factor = fields.number("rope.scaling.factor", 0.0)

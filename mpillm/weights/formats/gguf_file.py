@@ -12,7 +12,8 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.weights import names
-from mpillm.weights.formats.gguf_config import architecture, config_of
+from mpillm.weights.formats.families import Families
+from mpillm.weights.formats.gguf_config import config_of
 from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
 from mpillm.weights.formats.tensors import Extent, TensorSource, add
 from mpillm.weights.io.mapped import MappedFile
@@ -20,25 +21,24 @@ from mpillm.weights.names import Key
 
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_SPLITS = 999
-_PERMUTED = ("llama",)  # architectures whose q and k llama.cpp's converter reorders
 
 
-def open_gguf(path: Path, quantize: str = "none") -> TensorSource:
+def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorSource:
     """The model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound."""
     files: list[MappedFile] = []
     try:
         headers = _read_parts(path, files)
         metadata = headers[0].metadata
-        kind = architecture(metadata, path)
+        family = families.of_gguf(metadata.get("general.architecture"), str(path))
         extents: dict[Key, Extent] = {}
         factors: list[float] | None = None
         for file, header in zip(files, headers, strict=True):
             for name, tensor in header.tensors.items():
                 if name == names.GGUF_ROPE_FACTORS:
                     factors = _factors(file, tensor)
-                _add(extents, file, name, tensor)
-        config = config_of(metadata, path, lambda key: _shape(extents, key), factors)
-        if kind in _PERMUTED:
+                _add(extents, file, name, tensor, family.names)
+        config = config_of(metadata, path, family, lambda key: _shape(extents, key), factors)
+        if family.names.rope_pairs:
             _mark_permuted(extents, config, path)
         extents.setdefault(
             Key("head"), extents[Key("embed")]
@@ -80,10 +80,10 @@ def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
     return headers
 
 
-def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor) -> None:
+def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
     if names.ignored_gguf(name):
         return
-    parsed = names.parse_gguf(name)
+    parsed = own.parse_gguf(name)
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
     extent = Extent(file, name, tensor.offset, tensor.shape, tensor.stored)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.weights import names
+from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.safetensors import Tensor, read_header
 from mpillm.weights.formats.stored import OWN
 from mpillm.weights.formats.tensors import Extent, TensorSource, add
@@ -20,14 +21,15 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON = 64 * 2**20
 
 
-def open_hf(path: Path, quantize: str = "none") -> TensorSource:
+def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSource:
     """The model in a directory with config.json; ModelError if it is not complete or not sound."""
     config, metadata = read_config(path)
+    family = families.of_config(config, str(path))
     files = _files(path)
     extents: dict[Key, Extent] = {}
     try:
         for name, (file, tensor) in _tensors(path, files).items():
-            _add(extents, file, name, tensor)
+            _add(extents, file, name, tensor, family.names)
         _tie(extents, config)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
     except BaseException:
@@ -118,10 +120,10 @@ def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[Mapped
     return found
 
 
-def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor) -> None:
+def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
     if names.ignored_hf(name):
         return
-    parsed = names.parse_hf(name)
+    parsed = own.parse_hf(name)
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
     if tensor.dtype not in {"F32", "F16", "BF16"}:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
-from mpillm.partition.grid import PANELS, Place, Shape
+from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
 from mpillm.weights.formats.loaders import LOADING_NBYTES, Lying, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
-from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
+from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key, Parsed
@@ -98,7 +98,7 @@ class TensorSource:
         self._cut_in_blocks = all(
             extent.k >= PANELS * SUPER_BLOCK
             for key, extent in self._extents.items()
-            if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns
+            if extent.stored.type.k_quant and ROLES[key.role].by_columns
         )
         self._gathered = 0  # rows whose pages may still be mapped
         self.tensors: Mapping[Key, TensorInfo] = {
@@ -197,16 +197,15 @@ class TensorSource:
             yield _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
             self.release(key, rows)
 
-    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
-        """What a rank holds of the tensors that are paged in together as a part of a layer."""
-        entries, nbytes = plan_entries(tensors, shape, place, lambda key: self.tensors[key].type)
-        expert = tensors[0][0].expert
-        return LayerPlan(plan_name(part, layer, expert), entries, nbytes, layer, part, expert=expert)
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+        """What a rank holds of a page."""
+        entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
+        name = plan_name(page.name, page.layer, page.expert)
+        return LayerPlan(name, entries, nbytes, page.layer, page.name, expert=page.expert)
 
-    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
-        """What a rank holds of each expert of a layer."""
-        tensors = (expert_tensors(shape, layer, expert) for expert in range(shape.n_experts))
-        return [self.plan(EXPERT, layer, expert, shape, place) for expert in tensors]
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each of a layer's experts."""
+        return [self.plan(page, model, place) for page in pages]
 
     def open_loader(
         self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
@@ -250,7 +249,7 @@ class TensorSource:
     def _delivered(self, key: Key, extent: Extent) -> BlockType:
         if self._quantize is not None and ROLES[key.role].quantisable:
             return self._quantize
-        if extent.stored.type.k_quant and ROLES[key.role].cut_by_columns and not self._cut_in_blocks:
+        if extent.stored.type.k_quant and ROLES[key.role].by_columns and not self._cut_in_blocks:
             return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
         return extent.stored.type
 

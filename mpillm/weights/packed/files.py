@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +25,10 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
-from mpillm.partition.grid import Shape
 from mpillm.weights.fill import fill
 from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.formats.tensors import TensorSource
-from mpillm.weights.inventory import EXPERT, HEAD, Flags, expert_tensors, head_tensors, layer_parts
+from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
 from mpillm.weights.io.verified import VerifiedFile
@@ -94,35 +93,34 @@ class FilePlan:
         return len(self.head("0" * 64)) + self.data_bytes
 
 
-def plan_files(source: TensorSource, shape: Shape, flags: Flags, about: dict[str, str]) -> list[FilePlan]:
+def plan_files(source: TensorSource, model: Inventory, about: dict[str, str]) -> list[FilePlan]:
     """All files of a model; `about` says in each where it comes from."""
+
+    def part(page: PageSpec) -> Part:
+        panels = panels_of(page.tensors, model.max_shards, lambda key: source.tensors[key].type)
+        return Part(page.name, page.layer, tuple(panels))
+
     about = {"format": FORMAT, "version": str(VERSION), **about}
     plans = []
-    for layer in range(shape.n_layers):
-        parts = [
-            Part(name, layer, tuple(panels_of(tensors, shape, lambda key: source.tensors[key].type)))
-            for name, tensors in layer_parts(shape, flags, layer).items()
-        ]
-        if flags.moe_layers[layer]:
-            parts += _experts(source, shape, layer)
+    for layer in range(model.n_layers):
+        parts = [part(page) for page in model.pages(layer)]
+        if experts := model.experts(layer):
+            parts += _experts(source, experts, part(experts[0]))
         plans.append(_plan(layer_file(layer), tuple(parts), about))
-    panels = panels_of(list(head_tensors(shape)), shape, lambda key: source.tensors[key].type)
-    plans.append(_plan("head.safetensors", (Part(HEAD, -1, tuple(panels)),), about))
+    plans.append(_plan("head.safetensors", (part(model.head),), about))
     return [*plans, _plan_embed(source, about)]
 
 
-def _experts(source: TensorSource, shape: Shape, layer: int) -> Iterator[Part]:
-    """A layer's experts; ModelError if they are not all of the same types."""
-    first = expert_tensors(shape, layer, 0)
-    panels = tuple(panels_of(first, shape, lambda key: source.tensors[key].type))
-    for expert in range(shape.n_experts):
-        for key, _ in first:
-            if source.tensors[key._replace(expert=expert)].type != source.tensors[key].type:
+def _experts(source: TensorSource, experts: Sequence[PageSpec], first: Part) -> Iterator[Part]:
+    """A layer's experts, all like the first one; ModelError if they are not of the same types."""
+    for page in experts:
+        for tensor, like in zip(page.tensors, experts[0].tensors, strict=True):
+            if source.tensors[tensor.key].type != source.tensors[like.key].type:
                 raise ModelError(
-                    f"{source.path}: the experts of layer {layer} are of different types, which cannot be packed; "
+                    f"{source.path}: the experts of layer {page.layer} are of different types, which cannot be packed; "
                     "name one with --weights."
                 )
-        yield Part(EXPERT, layer, panels, expert)
+        yield replace(first, expert=page.expert)
 
 
 def _plan(name: str, parts: tuple[Part, ...], about: dict[str, str]) -> FilePlan:

@@ -8,16 +8,15 @@ behind the other, each in panels of its own. docs/packed.md describes it for oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mpillm.kernels.types import BlockType
-from mpillm.partition import grid
-from mpillm.partition.grid import Place, Shape
-from mpillm.weights.inventory import EXPERT, HEAD, Tensors
+from mpillm.partition.grid import Place
+from mpillm.weights.inventory import EXPERT, HEAD, TensorSpec
 from mpillm.weights.names import Key, hf_name, hf_name_of_experts
-from mpillm.weights.plan import Entry, aligned, plan_entry, slices
+from mpillm.weights.plan import Entry, aligned, plan_entry
 
 FORMAT, VERSION = "mpillm-packed", 3
 INDEX = "packed.json"
@@ -44,18 +43,18 @@ class Panel:
     nbytes: int
 
 
-def panels_of(tensors: Tensors, shape: Shape, type_of: Callable[[Key], BlockType]) -> list[Panel]:
-    """The panels in which these tensors are stored."""
-    count = grid.max_shards(shape)
+def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key], BlockType]) -> list[Panel]:
+    """The panels in which these tensors are stored: `count` is the model's largest number of shards."""
     panels = []
     for number in range(count):
         pieces: list[Piece] = []
         offset = 0
-        for key, dims in tensors:
-            rows, cols, bounds = slices(key, dims, shape, Place(number, 1, count))
+        for tensor in tensors:
+            key = tensor.key
+            rows, cols, bounds = tensor.slices(Place(number, 1, count))
             border = rows.start
             if number:
-                before, same_cols, _ = slices(key, dims, shape, Place(number - 1, 1, count))
+                before, same_cols, _ = tensor.slices(Place(number - 1, 1, count))
                 if same_cols == cols:
                     border = min(max(before.stop, rows.start), rows.stop)
             for part in (range(rows.start, border), range(border, rows.stop)):

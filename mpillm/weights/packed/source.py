@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.blocks import PACKED
 from mpillm.kernels.types import BlockType
-from mpillm.partition.grid import Place, Shape
+from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.safetensors import Tensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
-from mpillm.weights.inventory import EXPERT, Tensors, expert_tensors
+from mpillm.weights.inventory import EXPERT, Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
 from mpillm.weights.layer import Layer
-from mpillm.weights.names import Key, parse_hf
+from mpillm.weights.names import USUAL, Key
 from mpillm.weights.packed.layout import (
     EMBED,
     FORMAT,
@@ -97,18 +97,20 @@ class PackedSource:
             for panel in file.panels.values():
                 yield file.path, panel.offset, panel.nbytes
 
-    def plan(self, part: str, layer: int, tensors: Tensors, shape: Shape, place: Place) -> LayerPlan:
-        """What a rank holds of a part: one run of bytes. ModelError if it is not laid out as this version does it."""
-        panels = panels_of(tensors, shape, lambda key: self.tensors[key].type)
-        number, begin = self._find(part, layer, panels, [(panel.nbytes,) for panel in panels])
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+        """What a rank holds of a page: one run of bytes. ModelError if it is not laid out as this version does it."""
+        panels = panels_of(page.tensors, model.max_shards, lambda key: self.tensors[key].type)
+        number, begin = self._find(page.name, page.layer, panels, [(panel.nbytes,) for panel in panels])
         entries, offset, nbytes = shard_extent(panels, place)
-        return LayerPlan(plan_name(part, layer), entries, nbytes, layer, part, number, begin + offset)
+        name = plan_name(page.name, page.layer)
+        return LayerPlan(name, entries, nbytes, page.layer, page.name, number, begin + offset)
 
-    def plan_experts(self, layer: int, shape: Shape, place: Place) -> list[LayerPlan]:
-        """What a rank holds of each expert of a layer: one run of bytes."""
-        panels = panels_of(expert_tensors(shape, layer, 0), shape, lambda key: self.tensors[key].type)
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+        """What a rank holds of each of a layer's experts: one run of bytes."""
+        layer = pages[0].layer
+        panels = panels_of(pages[0].tensors, model.max_shards, lambda key: self.tensors[key].type)
         whole = sum(panel.nbytes for panel in panels)
-        number, begin = self._find(EXPERT, layer, panels, [(shape.n_experts, whole)])
+        number, begin = self._find(EXPERT, layer, panels, [(len(pages), whole)])
         entries, offset, nbytes = shard_extent(panels, place)
         return [
             LayerPlan(
@@ -121,7 +123,7 @@ class PackedSource:
                 begin + expert * whole + offset,
                 expert,
             )
-            for expert in range(shape.n_experts)
+            for expert in range(len(pages))
         ]
 
     def _find(
@@ -290,7 +292,9 @@ def _open(folder: Path, entry: tuple[str, int]) -> PackedFile:
 
 def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     """A piece's tensor, as large as the piece shows it to be."""
-    parsed = parse_hf(row["tensor"].replace(".experts.*.", ".experts.0."))  # the first of all that are alike
+    parsed = USUAL.parse_hf(
+        row["tensor"].replace(".experts.*.", ".experts.0.")
+    )  # the first of all that are alike
     if parsed is None:
         raise ValueError(row["tensor"])
     type = BlockType[row["type"]]

@@ -1,0 +1,66 @@
+"""Where the ranks are: which of them share a machine, and what cores that machine gives them."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpillm.comm.cores import Cores, binding, node_cores
+from mpillm.comm.faults import Process
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a rank tells all others about where it runs."""
+
+    host: str
+    boot: str  # tells machines of one name apart (all of a box of Raspberry Pis may be called the same)
+    cores: Cores
+    process: Process
+
+    @classmethod
+    def of_this_process(cls) -> Rank:
+        return cls(socket.gethostname(), _boot_id(), Cores.of_this_process(), Process.own())
+
+    @property
+    def node(self) -> tuple[str, str]:
+        """The machine."""
+        return self.host, self.boot
+
+
+class Nodes:
+    """The machines of all ranks, seen from one of them."""
+
+    def __init__(self, rank: int, ranks: Sequence[Rank]) -> None:
+        """`ranks` in rank order; `rank` is this one's number."""
+        own = ranks[rank].node
+        here = [number for number, other in enumerate(ranks) if other.node == own]
+        at = here.index(rank)
+        #: lengths of the runs of consecutive ranks on one machine, as `grid.choose` takes them
+        self.ranks_per_host: tuple[int, ...] = tuple(
+            len(list(run)) for _, run in itertools.groupby(other.node for other in ranks)
+        )
+        self.with_rank_0 = own == ranks[0].node
+        self.ranks_here = len(here)
+        self.cores_here = node_cores([ranks[number].cores for number in here])
+        #: the other ranks of this machine, starting with the next one
+        self.neighbours = [ranks[number].process for number in (*here[at + 1 :], *here[:at])]
+        self._ranks = ranks
+
+    @property
+    def bindings(self) -> list[str]:
+        """What to tell the user about hosts where mpiexec left cores without a rank."""
+        hosts: dict[str, list[Cores]] = {}
+        for rank in self._ranks:
+            hosts.setdefault(rank.host, []).append(rank.cores)
+        return list(filter(None, (binding(host, ranks) for host, ranks in hosts.items())))
+
+
+def _boot_id() -> str:
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

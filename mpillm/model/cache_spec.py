@@ -1,0 +1,28 @@
+"""What a layer keeps of a sequence between steps, as data: blocks of tokens, or one state of a fixed size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCache:
+    """Keys of `k_dim` and values of `v_dim` numbers for each token and each of a rank's `kv_heads` KV heads.
+
+    With a `window` above 0 a token attends to itself and to the `window - 1` tokens before it, so only those are kept.
+    """
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """`nbytes` bytes for each sequence, however long it is (a recurrent state, the tail of a convolution)."""
+
+    nbytes: int
+
+
+LayerCache = TokenCache | SequenceState

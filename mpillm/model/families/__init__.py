@@ -1,0 +1,65 @@
+"""The families of models that can be run, one file each, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpillm.errors import ModelError
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import Family
+from mpillm.model.families.llama import Llama
+from mpillm.model.families.mistral import Mistral
+from mpillm.model.families.qwen import Qwen
+from mpillm.model.fields import Fields
+
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen())
+
+_BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+_BY_GGUF = {kind: family for family in FAMILIES for kind in family.gguf}
+MODEL_TYPES: dict[str, str] = {
+    model_type: name for family in FAMILIES for name, model_type in family.architectures.items()
+}
+
+
+def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
+    """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
+    supported = f"supported are {', '.join(_BY_ARCHITECTURE)}"
+    if not isinstance(config, Mapping):
+        raise ModelError(f"{name}: expected an object with the model's configuration.")
+    named, model_type = config.get("architectures"), config.get("model_type")
+    if named is None:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+            raise ModelError(f"{name}: architectures is missing; {supported}.")
+        architecture = MODEL_TYPES[model_type]
+        return _BY_ARCHITECTURE[architecture], architecture
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        raise ModelError(f"{name}: architectures must be a list of one name; {supported}.")
+    architecture = named[0]
+    if architecture not in _BY_ARCHITECTURE:
+        raise ModelError(f"{name}: architecture {architecture[:60]!r} is not supported; {supported}.")
+    if model_type is not None and (
+        not isinstance(model_type, str) or MODEL_TYPES.get(model_type) != architecture
+    ):
+        raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {architecture}.")
+    return _BY_ARCHITECTURE[architecture], architecture
+
+
+def gguf_family(kind: Any, name: str) -> Family:
+    """The family of a GGUF file by its general.architecture; ModelError if there is none."""
+    if not isinstance(kind, str) or kind not in _BY_GGUF:
+        shown = "no architecture" if kind is None else f"architecture {str(kind)[:60]!r}"
+        raise ModelError(f"{name} has {shown}; supported in GGUF files are {', '.join(_BY_GGUF)}.")
+    return _BY_GGUF[kind]
+
+
+def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
+    """The model of a configuration with Hugging Face's keys; `name` is how error messages call it.
+
+    Absent keys mean what transformers' configuration classes say. What is not known is refused by name: a key that is
+    neither read nor known to be harmless might change the result.
+    """
+    family, architecture = family_of(config, name)
+    fields = Fields(config, name, family.defaults[architecture])
+    fields.read |= {"architectures", "model_type"}
+    return family.config(fields, architecture)

@@ -1,0 +1,203 @@
+"""What families of models share: reading sizes, heads, windows, experts and special tokens of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mpillm.errors import ModelError
+from mpillm.kernels.types import Activation
+from mpillm.model.config import ModelConfig
+from mpillm.model.fields import Fields
+from mpillm.model.known_keys import is_harmless
+from mpillm.model.layers.attention import Rotary
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope_fields import LONGEST, read_rope
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf
+from mpillm.weights.names import Names
+
+SMALL_BOS = {"bos_token_id": 1, "eos_token_id": 2}
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,  # two names of one function
+    "gelu": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_new": Activation.GELU_TANH,
+    "relu2": Activation.RELU2,
+}
+
+
+class Family:
+    """A family of models: one file, which `families.FAMILIES` lists.
+
+    `architectures` are transformers' classes with their model_type, `gguf` the values of general.architecture that it
+    reads, `names` what its tensors are called, and `defaults` what an absent key means: the defaults of transformers'
+    configuration classes, by class. Sizes have none.
+    """
+
+    architectures: ClassVar[Mapping[str, str]]
+    gguf: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[Names] = Names()
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        """The model of a configuration with Hugging Face's keys; ModelError says what is wrong with it."""
+        raise NotImplementedError
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        """The configuration of a GGUF file with Hugging Face's keys, without its RoPE.
+
+        `shape_of` tells a tensor's shape, or None if it is not there.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers that nearly all configurations have."""
+
+    n_layers: int
+    hidden: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_position: int
+    vocab: int
+
+
+def read_sizes(fields: Fields) -> Sizes:
+    """The sizes of a configuration."""
+    n_layers = fields.integer("num_hidden_layers", 1, 4096)
+    hidden = fields.integer("hidden_size", 1, 2**20)
+    n_heads = fields.integer("num_attention_heads", 1, 2**16)
+    n_kv_heads = fields.integer("num_key_value_heads", 1, 2**16, default=n_heads)
+    if n_heads % n_kv_heads:
+        raise fields.fail(
+            "num_attention_heads", f"but must be a multiple of num_key_value_heads ({n_kv_heads})"
+        )
+    head_dim = fields.optional_integer("head_dim", 1, 2**16)
+    if head_dim is None:
+        head_dim = hidden // n_heads
+    if head_dim < 2 or head_dim % 2:
+        raise ModelError(
+            f"{fields.name}: a head has {head_dim} dimensions, but rope needs an even number of them."
+        )
+    max_position = fields.integer("max_position_embeddings", 1, LONGEST)
+    vocab = fields.integer("vocab_size", 1, 2**24)
+    return Sizes(n_layers, hidden, n_heads, n_kv_heads, head_dim, max_position, vocab)
+
+
+def read_width(fields: Fields, key: str = "intermediate_size") -> int:
+    """The inner columns of an MLP."""
+    return fields.integer(key, 1, 2**24)
+
+
+def read_activation(fields: Fields, *choices: str, key: str = "hidden_act") -> Activation:
+    """The activation of MLPs, one of those that the family may have; the first is the default."""
+    return ACTIVATIONS[fields.one_of(key, choices, default=choices[0])]
+
+
+def read_norm(fields: Fields, key: str = "rms_norm_eps", default: float = 1e-6, **more: Any) -> NormSpec:
+    """The norm of all layers; `more` is what else the family says of it."""
+    return NormSpec(fields.number(key, 0, 1, default=default), **more)
+
+
+def read_rotary(fields: Fields, sizes: Sizes, dim: int | None = None, interleaved: bool = False) -> Rotary:
+    """RoPE of the first `dim` dimensions of a head, or of all of them."""
+    dim = sizes.head_dim if dim is None else dim
+    theta = fields.defaults.get("rope_theta", 1e4)
+    return Rotary(read_rope(fields, theta, sizes.max_position, dim, sizes.head_dim), dim, interleaved)
+
+
+def read_layer_types(fields: Fields, n_layers: int, *supported: str) -> Sequence[str] | None:
+    """The names in layer_types, one for each layer; None if the key is absent."""
+    types = fields.raw("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise fields.fail("layer_types", f"but must be a list of {n_layers} names, one per layer")
+    unknown = [kind for kind in types if kind not in supported]
+    if unknown:
+        raise ModelError(
+            f"{fields.name}: layer type {str(unknown[0])[:60]!r} in layer_types is not supported."
+        )
+    return types
+
+
+def read_windows(
+    fields: Fields, architecture: str, n_layers: int, window: int, first: int, some: bool
+) -> tuple[int, ...]:
+    """Each layer's sliding window, 0 where there is none: `window` from layer `first` on, or as layer_types says.
+
+    `some`: the architecture may have windows in some layers only.
+    """
+    types = read_layer_types(fields, n_layers, "full_attention", "sliding_attention")
+    if types is None:
+        return tuple(window if layer >= first else 0 for layer in range(n_layers))
+    if "sliding_attention" in types and not window:
+        raise ModelError(
+            f"{fields.name}: layer_types has sliding_attention, but no sliding_window is in use."
+        )
+    if window and not some and "full_attention" in types:
+        raise ModelError(
+            f"{fields.name}: layer_types has full_attention, but {architecture} has windows in all layers."
+        )
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+
+
+def read_expert_count(fields: Fields) -> int:
+    """How many experts a layer has: transformers has two names for it, and writes either."""
+    old, new = (fields.optional_integer(key, 0, 2**16) for key in ("num_experts", "num_local_experts"))
+    if "num_experts" in fields.values and "num_local_experts" in fields.values and old != new:
+        raise fields.fail("num_experts", f"but num_local_experts is {new}")
+    count = old if old is not None else new
+    return int(fields.defaults["num_local_experts"]) if count is None else count
+
+
+def read_chosen(fields: Fields, count: int) -> int:
+    """How many of `count` experts a token goes to."""
+    chosen = fields.integer("num_experts_per_tok", 1, 2**16)
+    if chosen > count:
+        raise fields.fail("num_experts_per_tok", f"but the model has {count} experts")
+    return chosen
+
+
+def model(
+    fields: Fields,
+    architecture: str,
+    sizes: Sizes,
+    layer: Callable[[int], LayerSpec],
+    final_norm: NormSpec,
+    **more: float,
+) -> ModelConfig:
+    """The model of these layers; `more` is what else the family says. Reads what is left: special tokens, and tying."""
+    bos, eos = (fields.integers(key, -LONGEST, LONGEST) for key in ("bos_token_id", "eos_token_id"))
+    fields.flag("tie_word_embeddings")  # the tensors say so
+    found = ModelConfig(
+        architecture=architecture,
+        hidden=sizes.hidden,
+        vocab=sizes.vocab,
+        layers=tuple(layer(number) for number in range(sizes.n_layers)),
+        final_norm=final_norm,
+        max_position=sizes.max_position,
+        # Ids outside the vocabulary stand in for "none" in some published configurations.
+        bos_id=next((token for token in bos if 0 <= token < sizes.vocab), None),
+        eos_ids=tuple(token for token in eos if 0 <= token < sizes.vocab),
+        **more,  # type: ignore[arg-type]
+    )
+    unknown = {key: value for key, value in fields.unread().items() if not is_harmless(key, value)}
+    if unknown:
+        shown = ", ".join(f"{key} = {str(value)[:40]}" for key, value in sorted(unknown.items())[:4])
+        others = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+        raise ModelError(
+            f"{fields.name}: {shown}{others} may change the result and is not supported in {architecture}."
+        )
+    return found
+
+
+def refuse_qk_norm(fields: Fields, architecture: str, has: bool) -> None:
+    """ModelError if use_qk_norm says something else than what the architecture is built with."""
+    if fields.raw("use_qk_norm") not in (None, has):
+        raise fields.fail("use_qk_norm", f"but {architecture} is built {'with' if has else 'without'} that")

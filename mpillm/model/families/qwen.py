@@ -1,0 +1,166 @@
+"""Qwen 2 and 2.5, Qwen 3, and Qwen 3 with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mpillm.errors import ModelError
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import (
+    Family,
+    model,
+    read_activation,
+    read_chosen,
+    read_expert_count,
+    read_norm,
+    read_rotary,
+    read_sizes,
+    read_width,
+    read_windows,
+    refuse_qk_norm,
+)
+from mpillm.model.fields import Fields
+from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
+from mpillm.weights.names import Key
+
+_USUAL = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
+_QWEN2, _QWEN3, _MIXTURE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+
+
+class Qwen(Family):
+    """Llama with biases on q, k and v (Qwen 2), or with norms of each head's q and k (Qwen 3)."""
+
+    architectures = {_QWEN2: "qwen2", _QWEN3: "qwen3", _MIXTURE: "qwen3_moe"}
+    gguf = ("qwen2", "qwen3", "qwen3moe")
+    defaults = {
+        _QWEN2: {"max_window_layers": 28, **_USUAL},
+        _QWEN3: {"max_window_layers": 28, "head_dim": 128, **_USUAL},
+        _MIXTURE: {
+            **_USUAL,
+            "num_key_value_heads": 4,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width = read_sizes(fields), read_width(fields)
+        windows = _windows(fields, architecture, sizes.n_layers)
+        experts, has_experts = _experts(fields, architecture)
+        qkv_bias, o_bias = _biases(fields, architecture)
+        norm, rotary = read_norm(fields), read_rotary(fields, sizes)
+        qk_norm = norm if architecture != _QWEN2 else None
+        refuse_qk_norm(fields, architecture, has=qk_norm is not None)
+
+        def layer(number: int) -> LayerSpec:
+            attention = AttentionSpec(
+                sizes.n_heads,
+                sizes.n_kv_heads,
+                sizes.head_dim,
+                sizes.head_dim**-0.5,
+                rotary,
+                windows[number],
+                qkv_bias=qkv_bias,
+                o_bias=o_bias,
+                qk_norm=qk_norm,
+            )
+            mlp = experts if experts and has_experts(number) else MlpSpec(width, activation)
+            return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
+
+        return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        config = usual_config(fields, shape_of)
+        names = dict(zip(self.gguf, self.architectures.items(), strict=True))
+        architecture, model_type = names[fields.kind]
+        config |= {"architectures": [architecture], "model_type": model_type}
+        refuse_window(fields)
+        if (
+            fields.kind != "qwen2"
+        ):  # which always has them: missing ones are found when the tensors are checked
+            roles = ("q_bias", "k_bias", "v_bias", "o_bias")
+            present = {role for role in roles if shape_of(Key(role, 0)) is not None}
+            if present and len(present) < len(roles):
+                raise ModelError(
+                    f"{fields.path} has {', '.join(sorted(present))} without the other biases of its kind."
+                )
+            config |= {"attention_bias": True} if present else {}
+        if fields.kind != "qwen3moe":
+            refuse_experts(fields)
+            return config
+        layers = range(min(config["num_hidden_layers"], 4096))
+        return config | {
+            "num_experts": fields.integer("expert_count", 0),
+            "num_experts_per_tok": fields.integer("expert_used_count", 0),
+            "moe_intermediate_size": fields.integer("expert_feed_forward_length", 0)
+            or fields.integer("feed_forward_length"),
+            # llama.cpp always does, for this architecture.
+            "norm_topk_prob": fields.raw("expert_weights_norm") is not False,
+            "mlp_only_layers": [layer for layer in layers if shape_of(Key("router", layer)) is None],
+            "decoder_sparse_step": 1,
+        }
+
+
+def _windows(fields: Fields, architecture: str, n_layers: int) -> tuple[int, ...]:
+    window = 0
+    if fields.flag("use_sliding_window"):
+        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+    # Ticked off whether used or not: a window that is switched off may have any value.
+    fields.read |= {"sliding_window", "max_window_layers"}
+    some = architecture != _MIXTURE
+    first = (
+        fields.integer("max_window_layers", 0, LONGEST) if window and some and _types_absent(fields) else 0
+    )
+    return read_windows(fields, architecture, n_layers, window, first, some)
+
+
+def _types_absent(fields: Fields) -> bool:
+    return fields.values.get("layer_types") is None
+
+
+def _experts(fields: Fields, architecture: str) -> tuple[ExpertsSpec | None, Callable[[int], bool]]:
+    """The experts of the layers that have them, and which layers those are."""
+    if architecture != _MIXTURE:
+        return None, lambda layer: False
+    count = read_expert_count(fields)
+    width = read_width(fields, "moe_intermediate_size")
+    normalise = fields.flag("norm_topk_prob")
+    step = fields.integer("decoder_sparse_step", 1, LONGEST, default=1)
+    dense = fields.integers("mlp_only_layers", 0, LONGEST)
+    n_layers = fields.integer("num_hidden_layers", 1, 4096)
+    chosen = fields.integer("num_experts_per_tok", 1, 2**16)
+
+    def has_experts(layer: int) -> bool:
+        return count > 0 and layer not in dense and (layer + 1) % step == 0
+
+    if not any(has_experts(layer) for layer in range(n_layers)):
+        return None, has_experts
+    if chosen > count:
+        chosen = read_chosen(fields, count)
+    return ExpertsSpec(count, width, RouterSpec(chosen, normalise=normalise)), has_experts
+
+
+def _biases(fields: Fields, architecture: str) -> tuple[bool, bool]:
+    """Whether q, k and v have biases, and whether attention's output has."""
+    if architecture != _QWEN2:
+        bias = fields.flag("attention_bias")
+        return bias, bias
+    for key in ("attention_bias", "qkv_bias"):  # exporters may say so, but may not deny it
+        if fields.raw(key) not in (None, True):
+            raise fields.fail(key, "but Qwen2ForCausalLM always has biases on q, k and v")
+    return True, False

@@ -1,0 +1,135 @@
+"""Attention, the token mixer that compares a query with the keys of earlier tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.model.cache_spec import LayerCache, TokenCache
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.rope import RopeConfig
+from mpillm.partition.grid import Axis, Place, axis, undivided
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.layer import Layer
+from mpillm.weights.names import Key
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """RoPE of the first `dim` dimensions of each head, in halves (i, i + dim / 2) or `interleaved` (2 i, 2 i + 1)."""
+
+    config: RopeConfig
+    dim: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Multi-head attention in which n_heads / n_kv_heads query heads share a head of keys and values.
+
+    Scores are multiplied by `scale`. A `window` above 0 lets a token see itself and the window - 1 tokens before it.
+    `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row together. `sinks` are
+    learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score s c tanh(s / c).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    rotary: Rotary | None
+    window: int = 0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: NormSpec | None = None
+    qk_norm_whole: bool = False
+    sinks: bool = False
+    softcap: float = 0.0
+
+    @property
+    def fused(self) -> bool:
+        """Whether its kernel may be part of a `kernels.LayerStack`: an output's bias is added after it."""
+        return not self.o_bias
+
+    def heads(self, block: int) -> Axis:
+        """The axis of query heads. A norm over a whole row needs all heads on one shard."""
+        if self.qk_norm_whole:
+            return undivided(self.n_heads, self.head_dim)
+        return axis(self.n_heads, self.head_dim, block)
+
+    def axes(self, block: int) -> tuple[Axis, ...]:
+        """The axes that limit the number of shards; `block` is the block size of weights that are cut by columns."""
+        return (self.heads(block),)
+
+    def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        """Its tensors in a layer, in the order in which they lie in a page."""
+        heads, hd = self.heads(block), self.head_dim
+        kv_heads = heads.shared(self.n_heads // self.n_kv_heads)
+        queries, keys = self.n_heads * hd, self.n_kv_heads * hd
+        yield TensorSpec(Key("q", layer), (queries, hidden), heads)
+        yield TensorSpec(Key("k", layer), (keys, hidden), kv_heads)
+        yield TensorSpec(Key("v", layer), (keys, hidden), kv_heads)
+        if self.qkv_bias:
+            yield TensorSpec(Key("q_bias", layer), (queries,), heads)
+            yield TensorSpec(Key("k_bias", layer), (keys,), kv_heads)
+            yield TensorSpec(Key("v_bias", layer), (keys,), kv_heads)
+        if self.qk_norm:
+            widths = (queries, keys) if self.qk_norm_whole else (hd, hd)
+            for role, width in zip(("q_norm", "k_norm"), widths, strict=True):
+                yield from self.qk_norm.tensors(role, layer, width)
+        if self.sinks:
+            yield TensorSpec(Key("sinks", layer), (self.n_heads,), Axis(heads.bounds))
+        yield TensorSpec(Key("o", layer), (hidden, queries), cols=heads)
+        if self.o_bias:
+            yield TensorSpec(Key("o_bias", layer), (hidden,))
+
+    def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
+        """What a layer keeps of a sequence on the rank at `place`."""
+        return (TokenCache(len(self._kv_heads(place, block)), self.head_dim, self.head_dim, self.window),)
+
+    def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row takes at most: queries, keys, values, attention's output, angles, and what is multiplied.
+
+        `copied` is the bytes of a value in the forms in which matrices take their input.
+        """
+        heads, kv_heads = len(self.heads(block).units(place)), len(self._kv_heads(place, block))
+        widest = 4 * (2 * heads + 2 * kv_heads + 1) * self.head_dim
+        return widest + int(copied * (hidden + heads * self.head_dim))
+
+    def kernel(self, page: Layer, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
+        """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        vector = page.vector
+        heads, kv_heads, share = (
+            self.heads(block),
+            self._kv_heads(place, block),
+            self.n_heads // self.n_kv_heads,
+        )
+        of_head = [head // share - kv_heads.start for head in heads.units(place)]
+        norms = (
+            (self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm"))
+            if self.qk_norm
+            else None
+        )
+        return kernels.Attention(
+            page.matrix("q"),
+            page.matrix("k"),
+            page.matrix("v"),
+            page.matrix("o"),
+            np.array(of_head, np.int32),
+            len(kv_heads),
+            self.head_dim,
+            self.scale,
+            window=self.window,
+            norm=norm,
+            biases=(vector("q_bias"), vector("k_bias"), vector("v_bias")) if self.qkv_bias else None,
+            qk_norms=norms,
+            rotary=self.rotary.dim if self.rotary else 0,
+            interleaved=self.rotary is not None and self.rotary.interleaved,
+            sinks=vector("sinks") if self.sinks else None,
+            softcap=self.softcap,
+        )
+
+    def _kv_heads(self, place: Place, block: int) -> range:
+        return self.heads(block).shared(self.n_heads // self.n_kv_heads).units(place)

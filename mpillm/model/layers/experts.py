@@ -1,0 +1,219 @@
+"""Mixture of experts: a router sends each token to a few of many MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm import kernels
+from mpillm.kernels.router import Router, route
+from mpillm.kernels.types import Activation
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.partition.grid import Axis, Place, axis
+from mpillm.weights.inventory import EXPERT, SHARED, PageSpec, TensorSpec
+from mpillm.weights.layer import Layer
+from mpillm.weights.names import Key
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How experts are chosen; see `kernels.router.Router`, of which `correction` is a tensor here."""
+
+    chosen: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    group_best: int = 2
+    normalise: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """`count` experts of `width` inner columns each, and perhaps a `shared` MLP that every token goes through.
+
+    With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product.
+    """
+
+    count: int
+    width: int
+    router: RouterSpec
+    activation: Activation = Activation.SILU
+    shared: MlpSpec | None = None
+    shared_router: bool = False
+
+    @property
+    def share(self) -> float:
+        """The part of the experts that a token goes to."""
+        return self.router.chosen / self.count
+
+    @property
+    def pages(self) -> tuple[str, ...]:
+        """The names of its pages that every step uses."""
+        return (SHARED,) if self.shared else ()
+
+    @property
+    def fused(self) -> bool:
+        """Whether its kernel may be part of a `kernels.LayerStack`: its router decides what is loaded."""
+        return False
+
+    def columns(self, block: int) -> Axis:
+        """The axis of an expert's inner columns; `block` as in `grid.axis`."""
+        return axis(self.width, block=block)
+
+    def axes(self, block: int) -> tuple[Axis, ...]:
+        """The axes that limit the number of shards."""
+        return (self.columns(block), *(self.shared.axes(block) if self.shared else ()))
+
+    def first_page(self, layer: int, hidden: int) -> Iterator[TensorSpec]:
+        """Tensors that belong to the page before its own ones: what decides on the experts, whole on every rank."""
+        yield TensorSpec(Key("router", layer), (self.count, hidden))
+        if self.router.correction:
+            yield TensorSpec(Key("router_correction", layer), (self.count,))
+        if self.shared_router:
+            yield TensorSpec(Key("shared_router", layer), (1, hidden))
+
+    def tensors(self, page: str, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        """The tensors of its page, those of the shared MLP."""
+        assert self.shared is not None
+        for matrix in self.shared.pages:
+            yield from self.shared.tensors(matrix, layer, hidden, block)
+
+    def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
+        """A page for each expert."""
+        columns = self.columns(block)
+        return _Experts(layer, self.count, (
+            TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns),
+            TensorSpec(Key("up", layer, 0), (self.width, hidden), columns),
+            TensorSpec(Key("down", layer, 0), (hidden, self.width), cols=columns),
+        ))  # fmt: skip
+
+    def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
+        sums = 4 * (self.columns(block).panels // place.shards) * hidden
+        widest = sums + self.mixed_row_nbytes(place, block, hidden, copied)
+        return max(widest, self.shared.row_nbytes(place, block, hidden, copied) if self.shared else 0)
+
+    def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row of an expert takes at most."""
+        return MlpSpec(self.width).row_nbytes(place, block, hidden, copied)
+
+    def prepare(self, rank: Rank, layer: int, first: Layer, norm: NormSpec | None, x: Floats) -> Prepared:
+        """The normed rows of x [m, hidden], and the experts that the router chooses for them."""
+        h = rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
+        spec = self.router
+        router = Router(
+            spec.chosen,
+            spec.scoring,
+            first.vector("router_correction") if spec.correction else None,
+            spec.groups,
+            spec.groups_chosen,
+            spec.group_best,
+            spec.normalise,
+            spec.scale,
+        )
+        routed = Routed.of(*route(rank.times(h, first, "router"), router, rank.threads))
+        gate = None
+        if self.shared_router:
+            gate = rank.times(h, first, "shared_router")
+            kernels.activate(Activation.SIGMOID, gate, None, gate, rank.threads)
+        return Prepared(h, routed, gate)
+
+    def compute(self, rank: Rank, layer: int, prepared: Prepared, x: Floats) -> tuple[Floats, None]:
+        """What all shards make of x [m, hidden]; there is no bias still to be added."""
+        shared = None
+        if self.shared:
+            with rank.page(layer, SHARED) as page:
+                work = rank.kept(lambda: self._shared_kernel(page), "shared", layer)
+                shared = np.empty_like(x)
+                rank.compute(work, prepared.h, shared)
+            rank.group.all_reduce(shared)
+            if prepared.gate is not None:
+                shared *= prepared.gate
+        part = self._mixture(rank, layer, prepared)
+        rank.group.all_reduce(part)
+        if shared is not None:
+            part += shared
+        return part, None
+
+    def _shared_kernel(self, page: Layer) -> kernels.Mlp:
+        assert self.shared is not None
+        return self.shared.of_pages(dict.fromkeys(self.shared.pages, page))
+
+    def _mixture(self, rank: Rank, layer: int, prepared: Prepared) -> Floats:
+        """The weighted sum [m, hidden] of what each row's experts make of it.
+
+        Experts are added up in the order of their numbers within each of the shard's column panels, and only then are
+        panels folded: the sums are the same however many shards the panels are spread over.
+        """
+        h, routed, done = prepared.h, prepared.routed, 0
+        sums = np.zeros((self.columns(rank.block).panels // rank.place.shards, *h.shape), np.float32)
+        for pages in rank.experts(layer, routed.experts):
+            work = kernels.Experts([page.keep(_expert) for page in pages], activation=self.activation)
+            own = routed.starts[done : done + len(pages) + 1]
+            rows = slice(own[0], own[-1])
+            rank.compute(work, h, routed.rows[rows], own - own[0], routed.weights[rows], sums)
+            done += len(pages)
+        out = np.empty(h.shape, np.float32)
+        kernels.fold(sums, out, rank.threads)
+        return out
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Normed rows [m, hidden], where they go, and what the shared MLP's output is multiplied by, f32 [m, 1]."""
+
+    h: Floats
+    routed: Routed
+    gate: Floats | None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The choices of a step's rows by expert: those of experts[i] are rows[starts[i] : starts[i + 1]], with weights."""
+
+    experts: NDArray[np.integer[Any]]
+    starts: Ints
+    rows: Ints
+    weights: Floats
+
+    @staticmethod
+    def of(weights: Floats, ids: Ints) -> Routed:
+        """From each row's weights and experts, [m, chosen]."""
+        order = ids.argsort(axis=None, kind="stable")  # all choices, by their expert and then by their row
+        experts, starts = np.unique(ids.ravel()[order], return_index=True)
+        bounds = np.append(starts, len(order)).astype(np.int32)
+        rows = (order // ids.shape[1]).astype(np.int32)
+        return Routed(experts, bounds, rows, weights.ravel()[order])
+
+
+class _Experts(Sequence[PageSpec]):
+    """The pages of a layer's experts, made when they are asked for: a model may have ten thousand of them."""
+
+    def __init__(self, layer: int, count: int, tensors: tuple[TensorSpec, ...]) -> None:
+        self._layer, self._count, self._tensors = layer, count, tensors
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, expert: Any) -> Any:
+        if not 0 <= expert < self._count:
+            raise IndexError(expert)
+        tensors = tuple(
+            TensorSpec(tensor.key._replace(expert=expert), tensor.shape, tensor.rows, tensor.cols)
+            for tensor in self._tensors
+        )
+        return PageSpec(EXPERT, tensors, self._layer, expert)
+
+
+def _expert(page: Layer) -> kernels.Expert:
+    return kernels.Expert(*(page.matrix(role) for role in ("gate", "up", "down")))

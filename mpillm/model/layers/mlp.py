@@ -1,0 +1,155 @@
+"""The MLP: two or three matrices with an activation between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.kernels.types import Activation
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.partition.grid import Axis, Place, axis
+from mpillm.weights.inventory import DOWN, GATE, UP, PageSpec, TensorSpec
+from mpillm.weights.layer import Layer
+from mpillm.weights.names import Key
+
+
+@dataclass(frozen=True)
+class MlpSpec:
+    """down(f(gate(x)) * up(x)), or without a gate down(f(up(x))), of `width` inner columns; f is the `activation`.
+
+    `prefix` stands before the names of its roles.
+    """
+
+    width: int
+    activation: Activation = Activation.SILU
+    gated: bool = True
+    bias: bool = False
+    prefix: str = ""
+
+    @property
+    def pages(self) -> tuple[str, ...]:
+        """The names of its pages, in the order of use: one for each matrix."""
+        return (GATE, UP, DOWN) if self.gated else (UP, DOWN)
+
+    @property
+    def count(self) -> int:
+        """How many experts there are: none."""
+        return 0
+
+    @property
+    def share(self) -> float:
+        """The part of the weights of all its MLPs that a token meets."""
+        return 1.0
+
+    @property
+    def fused(self) -> bool:
+        """Whether its kernel may be part of a `kernels.LayerStack`: an output's bias is added after it."""
+        return not self.bias
+
+    def columns(self, block: int) -> Axis:
+        """The axis of its inner columns; `block` as in `grid.axis`."""
+        return axis(self.width, block=block)
+
+    def axes(self, block: int) -> tuple[Axis, ...]:
+        """The axes that limit the number of shards."""
+        return (self.columns(block),)
+
+    def first_page(self, layer: int, hidden: int) -> Iterator[TensorSpec]:
+        """Tensors that belong to the page before its own ones."""
+        yield from ()
+
+    def tensors(self, page: str, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        """The tensors of one of its pages."""
+        role, columns = self.prefix + page, self.columns(block)
+        if page == DOWN:
+            yield TensorSpec(Key(role, layer), (hidden, self.width), cols=columns)
+        else:
+            yield TensorSpec(Key(role, layer), (self.width, hidden), columns)
+        if self.bias:
+            width, rows = (hidden, None) if page == DOWN else (self.width, columns)
+            yield TensorSpec(Key(f"{role}_bias", layer), (width,), rows)
+
+    def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
+        """The pages of experts: there are none."""
+        return ()
+
+    def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row takes at most: gate and up, and what is multiplied (see `AttentionSpec.row_nbytes`)."""
+        width = len(self.columns(block).entries(place))
+        return 4 * 2 * width + int(copied * (hidden + width))
+
+    def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row of an expert takes at most: there are none."""
+        return 0
+
+    def prepare(self, rank: Rank, layer: int, first: Layer, norm: NormSpec | None, x: Floats) -> Any:
+        """What `compute` needs of the page before its own ones; `norm` is that of its input x [m, hidden]."""
+        if rank.at_rest:
+            return self.kernel(rank, layer, first, norm)
+        return rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
+
+    def compute(self, rank: Rank, layer: int, prepared: Any, x: Floats) -> tuple[Floats, Floats | None]:
+        """What all shards make of x [m, hidden], and the bias that is still to be added to it."""
+        if rank.at_rest:
+            part = np.empty_like(x)
+            rank.compute(prepared, x, part)
+            bias = rank.kept(lambda: self.output_bias(rank, layer), "down_bias", layer)
+        else:
+            part, bias = self._page_by_page(rank, layer, prepared), self.output_bias(rank, layer)
+        rank.group.all_reduce(part)
+        return part, bias
+
+    def kernel(self, rank: Rank, layer: int, first: Layer, norm: NormSpec | None) -> kernels.Mlp:
+        """All of it as one operation of the kernels, which refers to the memory of its pages."""
+
+        def make() -> kernels.Mlp:
+            with ExitStack() as stack:
+                pages = {name: stack.enter_context(rank.page(layer, name)) for name in self.pages}
+                return self.of_pages(pages, norm.kernel(first, "ffn_norm") if norm else None)
+
+        return rank.kept(make, "mlp", layer)
+
+    def of_pages(self, pages: dict[str, Layer], norm: kernels.Norm | None = None) -> kernels.Mlp:
+        """The same of loaded pages, by the names of its own."""
+        gate, up = self.prefix + GATE, self.prefix + UP
+        biases = None
+        if self.bias:
+            biases = (
+                pages[GATE].vector(f"{gate}_bias") if self.gated else None,
+                pages[UP].vector(f"{up}_bias"),
+            )
+        return kernels.Mlp(
+            pages[GATE].matrix(gate) if self.gated else None,
+            pages[UP].matrix(up),
+            pages[DOWN].matrix(self.prefix + DOWN),
+            activation=self.activation,
+            norm=norm,
+            biases=biases,
+        )
+
+    def output_bias(self, rank: Rank, layer: int) -> Floats | None:
+        """The bias of its output, which is added once all shards have been summed."""
+        if not self.bias:
+            return None
+        with rank.page(layer, DOWN) as page:
+            bias: Floats = page.vector(f"{self.prefix}down_bias").copy()
+            return bias
+
+    def _page_by_page(self, rank: Rank, layer: int, h: Floats) -> Floats:
+        """The same of normed rows h, with one matrix in memory at a time."""
+        inputs = []
+        for name in self.pages[:-1]:
+            with rank.page(layer, name) as page:
+                inputs.append(rank.times(h, page, self.prefix + name))
+                if self.bias:
+                    inputs[-1] += page.vector(f"{self.prefix}{name}_bias")
+        with rank.page(layer, DOWN) as page:
+            first, factor = (inputs[0], inputs[1]) if self.gated else (inputs[0], None)
+            kernels.activate(self.activation, first, factor, first, rank.threads)
+            return rank.times(first, page, self.prefix + DOWN)

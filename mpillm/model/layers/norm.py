@@ -1,0 +1,47 @@
+"""RMS norm and LayerNorm: their tensors, and the norm that the kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.layer import Layer
+from mpillm.weights.names import Key
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A norm: RMS norm, or LayerNorm if `centred`; `offset` is added to the weights (Gemma's are stored minus one)."""
+
+    eps: float
+    centred: bool = False
+    bias: bool = False
+    offset: float = 0.0
+
+    def tensors(self, role: str, layer: int, width: int) -> Iterator[TensorSpec]:
+        """Its weights, and its bias if it has one; the role of the bias is `role` + "_bias"."""
+        yield TensorSpec(Key(role, layer), (width,))
+        if self.bias:
+            yield TensorSpec(Key(f"{role}_bias", layer), (width,))
+
+    def kernel(self, page: Layer, role: str, copy: bool = False) -> kernels.Norm:
+        """The norm of a loaded page, whose memory it refers to unless that is to be copied."""
+        weight = page.vector(role).copy() if copy else page.vector(role)
+        if self.offset:
+            weight = weight + np.float32(self.offset)
+        bias = page.vector(f"{role}_bias") if self.bias else None
+        if bias is not None and copy:
+            bias = bias.copy()
+        return kernels.Norm(len(weight), self.eps, weight, bias, self.centred)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms around a part of a layer: of its input, and of its output before that is added."""
+
+    before: NormSpec | None = None
+    after: NormSpec | None = None

@@ -1,0 +1,73 @@
+"""What the parts of layers need of the rank on which they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm import kernels
+from mpillm.comm.collectives import Group
+from mpillm.partition.grid import Place
+from mpillm.weights.layer import Layer
+from mpillm.weights.paging.cache import Use
+from mpillm.weights.paging.weights import Weights
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+
+
+class Rank:
+    """A rank's place, its pages, the shards that it sums with, and its threads. `block`: see `grid.axis`."""
+
+    def __init__(self, place: Place, block: int, weights: Weights, group: Group, threads: int) -> None:
+        self.place, self.block, self.group, self.threads = place, block, group, threads
+        self.weights = weights
+        #: Whether pages that were loaded stay where they are, so that objects may refer to their memory.
+        self.at_rest = weights.cycle.budget >= weights.cycle.total
+        self._pages = {(item.layer, item.part): number for number, item in enumerate(weights.cycle.items)}
+        experts = weights.experts.items if weights.experts else ()
+        self._first_expert = {item.layer: number for number, item in enumerate(experts) if not item.expert}
+        self._kept: dict[tuple[object, ...], Any] = {}
+
+    def page(self, layer: int, name: str) -> Use[Layer]:
+        """A page, loaded and kept in memory while in the `with` block."""
+        return self.weights.cycle.use(self._pages[layer, name])
+
+    def experts(self, layer: int, experts: NDArray[np.integer[Any]]) -> Any:
+        """The loaded pages of some experts of a layer, in ascending order, as many at a time as there are."""
+        assert self.weights.experts is not None
+        return self.weights.experts.in_turn((self._first_expert[layer] + experts).tolist())
+
+    def kept(self, make: Callable[[], T], *key: object) -> T:
+        """What `make` makes of loaded pages: made once if all stay in memory, else each time, for they may move."""
+        if not self.at_rest:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
+
+    def compute(self, work: Any, *args: Any) -> None:
+        """Run an operation of the kernels with this rank's threads."""
+        kernels.compute(work, *args, self.threads)
+
+    def normalise(self, x: Floats, norm: kernels.Norm | None) -> Floats:
+        """The norm of rows, as a new array; without one the rows themselves."""
+        if norm is None:
+            return x
+        out = np.empty(x.shape, np.float32)
+        if norm.centred:
+            kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, out, self.threads)
+        else:
+            kernels.rms_norm(x, norm.weight, norm.eps, out, self.threads)
+        return out
+
+    def times(self, x: Floats, page: Layer, role: str) -> Floats:
+        """x @ matrix.T: f32 [m, n]."""
+        matrix = page.matrix(role)
+        out = np.empty((len(x), matrix.n), np.float32)
+        self.compute(kernels.Products(matrix), x, [out])
+        return out

@@ -1,0 +1,61 @@
+"""A layer as data: a token mixer, a feed-forward part, and the norms around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mpillm.model.cache_spec import LayerCache
+from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.experts import ExpertsSpec
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.partition.grid import Axis, Place
+from mpillm.weights.inventory import ATTENTION, PageSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """x += residual_scale * mixer(x), then x += residual_scale * mlp(x), each with the norms around it."""
+
+    mixer: AttentionSpec
+    mlp: MlpSpec | ExpertsSpec
+    mixer_norms: Norms
+    mlp_norms: Norms
+    residual_scale: float = 1.0
+
+    @property
+    def fused(self) -> bool:
+        """Whether it may be part of a `kernels.LayerStack`."""
+        return self.mixer.fused and self.mlp.fused
+
+    def axes(self, block: int) -> Iterator[Axis]:
+        """The axes that limit the number of shards."""
+        yield from self.mixer.axes(block)
+        yield from self.mlp.axes(block)
+
+    def pages(self, layer: int, hidden: int, block: int) -> Iterator[PageSpec]:
+        """The pages that every step uses. The first one has the mixer, all norms, and what chooses experts."""
+        yield PageSpec(ATTENTION, tuple(self._first_page(layer, hidden, block)), layer)
+        for name in self.mlp.pages:
+            yield PageSpec(name, tuple(self.mlp.tensors(name, layer, hidden, block)), layer)
+
+    def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
+        """The pages of experts."""
+        return self.mlp.experts(layer, hidden, block)
+
+    def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
+        """What the layer keeps of a sequence on the rank at `place`."""
+        return self.mixer.cache(place, block)
+
+    def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        if self.mixer_norms.before:
+            yield from self.mixer_norms.before.tensors("attn_norm", layer, hidden)
+        yield from self.mixer.tensors(layer, hidden, block)
+        if self.mixer_norms.after:
+            yield from self.mixer_norms.after.tensors("attn_post_norm", layer, hidden)
+        if self.mlp_norms.before:
+            yield from self.mlp_norms.before.tensors("ffn_norm", layer, hidden)
+        yield from self.mlp.first_page(layer, hidden)
+        if self.mlp_norms.after:
+            yield from self.mlp_norms.after.tensors("ffn_post_norm", layer, hidden)
