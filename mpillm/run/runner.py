@@ -289,7 +289,7 @@ class Leader:
         self._engine.stop(0)
         self._look_closely()
         self.computed = True
-        own = self._session.statistics(len(self._batch))
+        own = self._session.statistics()
         self._ranks = [own]  # if no more can be had
         self._ranks = self._session.world.gather(own)
         if self._not_finite:
