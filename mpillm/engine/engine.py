@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 
 import numpy as np
@@ -55,9 +55,10 @@ class Worker:
         return self._answerer.fetch(fetch) if self.decoder.is_last else None
 
 
-def follow(worker: Worker, channel: Channel) -> int:
-    """What every rank but 0 does until it is told to stop; the exit code."""
+def follow(worker: Worker, channel: Channel, look: Callable[[], object] = lambda: None) -> int:
+    """What every rank but 0 does until it is told to stop; the exit code. It calls `look` before each step."""
     while True:
+        look()
         message = channel.take()
         kind = messages.kind_of(message)
         if kind is Kind.STOP:

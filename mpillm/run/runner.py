@@ -32,12 +32,13 @@ from mpillm.run.progress import Bar, Progress
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
-from mpillm.store.journal import Journal, began, first_layout
+from mpillm.store.journal import MODEL_FILE, Journal, began, first_layout
 from mpillm.store.output import Claim
 from mpillm.store.readable import printable
 from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
+from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import described
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,9 @@ class _Part:
                 if self._leader is not None:
                     self._leader.compute()
                     return True
-                if follow(session.worker, session.channel) == 0:
+                if follow(session.worker, session.channel, session.watch.look) == 0:
+                    with self._world.together():
+                        session.watch.look_closely()
                     self._world.gather(session.statistics())
                     return True
                 return False
@@ -243,9 +246,9 @@ class Leader:
         self._computing_since = self._clock
 
     def _open_journal(self) -> Journal:
-        size, digest = self._session.fingerprint
-        identity = {"model": digest, "model_bytes": size, **self._spec.identity()}
-        return Journal(self._claim, identity, self._batch.lines, self._session.layout)
+        session = self._session
+        identity = {MODEL_FILE + name: file for name, file in session.model.items()} | self._spec.identity()
+        return Journal(self._claim, identity, self._batch.lines, session.layout, session.model_state)
 
     def close(self) -> None:
         """Close the journal."""
@@ -275,12 +278,15 @@ class Leader:
             self._compute()
         except MpillmError as error:
             with suppress(MpillmError):  # a full disk, most likely: the first error says it
-                if self._spec.job.checkpoint_tokens:
+                if isinstance(error, ModelChangedError):
+                    self._journal.drop_unsound()
+                elif self._spec.job.checkpoint_tokens:
                     self._save_everything()
                 self._journal.flush()
             self._engine.stop(error.exit_code)
             raise
         self._engine.stop(0)
+        self._look_closely()
         self.computed = True
         own = self._session.statistics()
         self._ranks = [own]  # if no more can be had
@@ -335,7 +341,20 @@ class Leader:
                 self._safe(journal.commit(), bar)
                 if time.monotonic() > self._looked + LOOK_EVERY:
                     self._look()
+                if self._session.watch.look():
+                    journal.mark_sound()
             self._safe(journal.flush(), bar)
+
+    def _look_closely(self) -> None:
+        """At the end every rank looks at its files of the model as closely as at the beginning."""
+        try:
+            with self._session.world.together():
+                self._session.watch.look_closely()
+        except ModelChangedError:
+            self._journal.drop_unsound()
+            raise
+        self._journal.mark_sound(closely=True)
+        self._journal.flush()
 
     def _look(self) -> None:
         """Interrupted if the output is no longer where it was."""

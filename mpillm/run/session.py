@@ -30,12 +30,13 @@ from mpillm.spec import Spec, Wire
 from mpillm.store.records import Layout
 from mpillm.store.report import Rank
 from mpillm.weights.finite import check_vectors
+from mpillm.weights.identity import FileIdentity, Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.weights import Weights
-from mpillm.weights.source import fingerprint, rank_plans
+from mpillm.weights.source import rank_plans
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ class Origin:
     stages: int
     shards: int
     kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
+    watch: Watch  # of this rank's files of the model
+    model: dict[str, FileIdentity]  # the files as rank 0 had them
+    model_state: str  # of all ranks' files
 
     def layout(self, world: World, wire: Wire) -> tuple[int, int]:
         """(stages, shards) for the ranks that are left, or for some of them."""
@@ -95,8 +99,13 @@ class Session:
             if world.rank == 0:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
-            self.fingerprint = fingerprint(self.source)
+            self.watch = origin.watch if origin is not None else Watch(self.source)
+            self.watch.look()
+            self.fingerprint = summed(self.watch.files)
         self._same_model()
+        self.model = origin.model if origin is not None else world.bcast(self.watch.files)
+        states = sorted(set(world.gather(self.watch.state)))
+        self.model_state = origin.model_state if origin is not None else "+".join(states)
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
         self.threads = world.limit_threads(spec.layout.threads)
@@ -141,8 +150,15 @@ class Session:
     @property
     def origin(self) -> Origin:
         """What this run began with."""
+        kv_tokens = self.limits.max_length
         return self._origin or Origin(
-            self.config, self.place.stages, self.place.shards, self.limits.max_length
+            self.config,
+            self.place.stages,
+            self.place.shards,
+            kv_tokens,
+            self.watch,
+            self.model,
+            self.model_state,
         )
 
     @property
