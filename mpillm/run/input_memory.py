@@ -17,9 +17,9 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_SEQUENCES
 from mpillm.batch.requests import MAX_LINE
 from mpillm.spec import Spec
 
-LINE = 800  # bytes of what is kept of a line, and of where its answer is (650 measured)
+LINE = 800  # bytes of what is kept of a line, of where its answer is, and by HDF5 (700 measured)
 WRITTEN = 4096  # of an answer that is written to results.h5,
-WRITING = 40 * 2**20  # and at most, whatever is written (32 MiB measured for 10^5 lines, and for 10^6)
+WRITING = 40 * 2**20  # and at most, whatever is written (30 MiB measured for 10^5 lines)
 TOKEN, LOGPROB = 72, 120  # of a token and of an alternative to it, until the answer is written
 COPIES = 4  # of an answer on its way to the journal
 
