@@ -171,11 +171,20 @@ cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const 
 cdef int finish(mk_work *work, int threads) except -1:
     """Run what has been added, without the GIL."""
     cdef int failed
+    cdef long capacity = mk_capacity(work)
     with nogil:
         failed = mk_run(work, threads)
+    if failed == MK_TOO_MANY_STEPS:
+        raise RuntimeError(f"the call needs more than the {capacity} steps of its list; nothing was computed")
     if failed:
         raise MemoryError("attention")
     return 0
+
+
+def first_touch(uint8_t[::1] memory, int threads=1):
+    if memory.shape[0] and threads > 1:
+        with nogil:
+            mk_first_touch(&memory[0], memory.shape[0], threads)
 
 
 def regions():

@@ -37,6 +37,7 @@ LAUNCHER_OPTIONS = {
     "--mca": 2,
     "--prtemca": 2,
     "--map-by": 1,
+    "--bind-to": 1,
     "-x": 1,
 }
 # Programs that belong to the system; what they do is theirs.

@@ -129,7 +129,7 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long r
     const long tile = panel_bytes(type, MK_TILE, bounds[panels]), first = panel_bytes(type, MK_TILE, bounds[1]);
     const int at_once = m == 1 && first >= MK_LONG_TILE ? MK_MANY_TILES : 1;
     mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), at_once, 0)->matmul = job;
-    work->steps[work->count - 1].least = LEAST / (tile * (m < job.chunk ? m : job.chunk) + 1);
+    work->last->least = LEAST / (tile * (m < job.chunk ? m : job.chunk) + 1);
 }
 
 void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,

@@ -77,7 +77,7 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
                   float scale, int window, const float *sinks, float softcap) {
     if (m < 1 || heads < 1) return;
     work->groups = malloc((size_t)m * (size_t)heads * sizeof *work->groups);
-    work->failed = !work->groups;
+    if (!work->groups) work->failed = MK_NO_MEMORY;
     if (work->failed) return;
     long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
     mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){

@@ -97,9 +97,14 @@ typedef struct mk_work mk_work;
 typedef struct mk_step mk_step;
 typedef struct mk_product mk_product;
 void mk_begin(mk_work *work);
-void mk_begin_in(mk_work *work, mk_step *steps, long most); /* with room of the caller's own, until the run */
+void mk_begin_in(mk_work *work, mk_step *steps, long capacity); /* the list is the caller's, until the run */
 void mk_join(mk_work *work, int on); /* whether a step may run beside the one before it */
-int mk_run(mk_work *work, int threads); /* 0, or -1: no memory, and nothing was done */
+enum { MK_NO_MEMORY = 1, MK_TOO_MANY_STEPS };
+int mk_run(mk_work *work, int threads); /* 0, or one of these, and nothing was done */
+long mk_capacity(const mk_work *work); /* steps that its list holds */
+/* Write to each page of new memory, in turn by each thread: on a machine with several NUMA nodes every matrix then lies
+ * spread over the nodes of the threads.  Does nothing where there is one thread. */
+void mk_first_touch(uint8_t *memory, long bytes, int threads);
 int mk_regions(void); /* runs since the start of the process, by any thread */
 long mk_weights_read(void); /* bytes of matrices that their products passed through, likewise */
 

@@ -109,13 +109,13 @@ struct mk_step {
 
 /* What one call does: sets of steps, split over the threads, all of one done before the next begins. */
 struct mk_work {
-    long count, most;
-    int joining, failed;
+    long count, capacity;
+    int joining, failed;    /* failed: 0, or why the work will not run */
     long weights;           /* bytes that products read */
     mk_query_group *groups; /* attention's; freed after the run */
-    mk_step *steps, own[MK_STEPS];
-    int helpers;            /* threads besides the caller's */
-    atomic_long now;        /* the first step of the set whose parts may be taken, or -1 */
+    mk_step *steps, own[MK_STEPS], spare; /* spare: what is added once the list is full */
+    mk_step *last;          /* that was added */
+    atomic_long now;        /* the first step of the set whose parts may be taken; -1: not yet; count: all are done */
     atomic_long done;       /* parts of it that are done */
 };
 
@@ -152,7 +152,8 @@ enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
 
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 
-/* A new step of `items`; its job is all zeros. */
+/* A new step of `items`; its job is all zeros.  Where the list is full, the work fails (mk_run says so), and the job
+ * returned is one that never runs: callers need no check of their own. */
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven);
 
 #if defined(__x86_64__) || defined(__i386__)

@@ -1,11 +1,12 @@
-/* Threads: the only place that knows them, and it does without where there are none.
+/* Threads: the only place that knows them, and it does without where the compiler has no OpenMP.
  *
- * A pool of helpers, started by the first run that wants them, takes parts of a step beside the caller.  The caller
- * waits for parts that were taken, never for a helper: one that sleeps, or whose core is busy with something else,
- * holds nobody up.  A second caller at the same time (the weight cache reads ahead) works alone. */
-#include <assert.h>
+ * A call is one parallel region.  In it thread 0, the caller, announces the sets of steps one after the other, and all
+ * threads take parts of them.  The caller waits for parts that were taken, never for a thread, except at the region's
+ * end.  A second caller at the same time (the weight cache reads ahead) works alone. */
+#define _GNU_SOURCE /* pthread_getattr_np */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "path.h"
 
@@ -21,19 +22,24 @@ void mk_begin(mk_work *work) {
     mk_begin_in(work, work->own, MK_STEPS);
 }
 
-void mk_begin_in(mk_work *work, mk_step *steps, long most) {
+void mk_begin_in(mk_work *work, mk_step *steps, long capacity) {
     work->steps = steps;
-    work->most = most;
+    work->capacity = capacity;
+    work->last = &work->spare;
     work->count = work->joining = work->failed = 0;
     work->weights = 0;
     work->groups = NULL;
 }
 
+long mk_capacity(const mk_work *work) { return work->capacity; }
+
 void mk_join(mk_work *work, int on) { work->joining = on; }
 
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven) {
-    assert(work->count < work->most);
-    mk_step *step = &work->steps[work->count++];
+    mk_step *step = &work->spare;
+    if (work->count < work->capacity) step = &work->steps[work->count++];
+    else work->failed = MK_TOO_MANY_STEPS; /* the spare step is written and never run */
+    work->last = step;
     step->range = range;
     step->items = items;
     step->grain = grain;
@@ -44,6 +50,96 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
     return &step->job;
 }
 
+#ifdef _OPENMP
+#include <omp.h>
+#include <pthread.h>
+#include <sched.h>
+
+/* Spins of about 50 ns: how long a thread looks for the next set before it sleeps.  comm/cores.py has libgomp spin as
+ * long between regions. */
+enum { SPINS = 4000, YIELD = 64, STACK = 1 << 20 };
+
+/* Where other programs have the cores, a region waits for threads that came too late to help.  After so many regions in a
+ * row of at least SHORT nanoseconds in which nobody helped, so many calls are done alone. */
+enum { SHORT = 20000, IN_VAIN = 4, ALONE = 32 };
+
+static struct {
+    atomic_int busy; /* a region is open */
+    int alone;       /* no more regions in this process: it is the child of one that had some */
+    int prepared, spins;
+    int in_vain, calls_alone;
+    atomic_int helped; /* somebody took a part besides the caller */
+    pthread_mutex_t asleep;
+    pthread_cond_t wake;
+    atomic_int sleepers;
+} team = {.asleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void relax(int spin) {
+    if (spin % YIELD == YIELD - 1) sched_yield();
+#ifdef MK_X86
+    else __builtin_ia32_pause();
+#elif defined(MK_ARM)
+    else __asm__ volatile("yield");
+#endif
+}
+
+/* The child of a fork has none of its parent's threads, and libgomp, which does not know, would wait for them. */
+static void forget_threads(void) { team.alone = 1; }
+
+/* Whether this call may open a region.  It must close it. */
+static int open_region(void) {
+    if (team.alone || atomic_exchange(&team.busy, 1)) return 0;
+    if (!team.prepared) {
+        const char *policy = getenv("OMP_WAIT_POLICY"); /* passive: others need the cores (comm/cores.py) */
+        team.spins = policy && (*policy == 'p' || *policy == 'P') ? 0 : SPINS;
+        team.prepared = !pthread_atfork(NULL, NULL, forget_threads);
+    }
+    if (team.prepared && !team.calls_alone) return 1;
+    if (team.calls_alone) team.calls_alone--;
+    atomic_store(&team.busy, 0);
+    return 0;
+}
+
+static void close_region(void) { atomic_store(&team.busy, 0); }
+
+/* Whether this thread's stack holds the kernels' blocks (AMX has 800 KB of them); OMP_STACKSIZE may make it too small. */
+static int has_stack(void) {
+#ifdef __linux__
+    static _Thread_local size_t size;
+    pthread_attr_t attributes;
+    void *end;
+    if (!size && !pthread_getattr_np(pthread_self(), &attributes)) {
+        pthread_attr_getstack(&attributes, &end, &size);
+        pthread_attr_destroy(&attributes);
+    }
+    return size >= STACK;
+#else
+    return 1;
+#endif
+}
+
+/* Let all threads see set `now`; those that sleep too, if there is something for them. */
+static void announce(mk_work *work, long now, int wake) {
+    atomic_store(&work->now, now);
+    if (!wake || !atomic_load(&team.sleepers)) return;
+    pthread_mutex_lock(&team.asleep);
+    pthread_cond_broadcast(&team.wake);
+    pthread_mutex_unlock(&team.asleep);
+}
+
+/* The set that is announced after set `seen`. */
+static long next_set(mk_work *work, long seen) {
+    for (int spin = 0; spin < team.spins && atomic_load(&work->now) == seen; spin++) relax(spin);
+    if (atomic_load(&work->now) == seen) {
+        pthread_mutex_lock(&team.asleep);
+        atomic_fetch_add(&team.sleepers, 1);
+        while (atomic_load(&work->now) == seen) pthread_cond_wait(&team.wake, &team.asleep);
+        atomic_fetch_sub(&team.sleepers, 1);
+        pthread_mutex_unlock(&team.asleep);
+    }
+    return atomic_load(&work->now);
+}
+
 static void do_part(mk_step *step, long part) {
     long grains = mk_blocks(step->items, (int)step->grain), end = grains * (part + 1) / step->parts * step->grain;
     step->range(&step->job, grains * part / step->parts * step->grain, end < step->items ? end : step->items);
@@ -52,7 +148,7 @@ static void do_part(mk_step *step, long part) {
 /* Do one part of what may be done now; 0 if all are taken. */
 static int take_part(mk_work *work) {
     long now = atomic_load(&work->now), low = 0;
-    if (now < 0) return 0;
+    if (now < 0 || now == work->count) return 0;
     mk_step *set = &work->steps[now];
     if (atomic_load(&set->next) >= set->all) return 0;
     long part = atomic_fetch_add(&set->next, 1);
@@ -67,112 +163,55 @@ static int take_part(mk_work *work) {
     return 1;
 }
 
-#ifndef _WIN32
-#include <pthread.h>
-#include <sched.h>
-
-/* Spins of about 50 ns: how long an idle helper looks for the next step before it sleeps. */
-enum { MOST = 255, SPINS = 4000, YIELD = 64, STACK = 2 * 1024 * 1024 };
-
-static struct {
-    pthread_mutex_t busy, asleep; /* busy: held by the caller whose work it is */
-    pthread_cond_t wake;
-    int helpers, spins;
-    atomic_int sleepers, inside; /* inside: helpers that may be looking at the work */
-    atomic_uint signal;          /* changes when there are new parts */
-    mk_work *_Atomic work;
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .asleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
-
-static void relax(int spin) {
-    if (spin % YIELD == YIELD - 1) sched_yield();
-#ifdef MK_X86
-    else __builtin_ia32_pause();
-#elif defined(MK_ARM)
-    else __asm__ volatile("yield");
-#endif
+static void help(mk_work *work) {
+    for (long now = -1; (now = next_set(work, now)) < work->count;)
+        while (take_part(work)) atomic_store(&team.helped, 1);
 }
 
-static void *help(void *argument) {
-    int number = (int)(intptr_t)argument;
-    unsigned seen = 0;
-    for (;;) {
-        for (int spin = 0; spin < pool.spins && atomic_load(&pool.signal) == seen; spin++) relax(spin);
-        if (atomic_load(&pool.signal) == seen) {
-            pthread_mutex_lock(&pool.asleep);
-            atomic_fetch_add(&pool.sleepers, 1);
-            while (atomic_load(&pool.signal) == seen) pthread_cond_wait(&pool.wake, &pool.asleep);
-            atomic_fetch_sub(&pool.sleepers, 1);
-            pthread_mutex_unlock(&pool.asleep);
-        }
-        seen = atomic_load(&pool.signal);
-        for (int more = 1; more;) { /* the caller takes its work back first, and then waits for those inside */
-            atomic_fetch_add(&pool.inside, 1);
-            mk_work *work = atomic_load(&pool.work);
-            more = work && number < work->helpers && take_part(work);
-            atomic_fetch_sub(&pool.inside, 1);
-        }
+static long clock_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000l + time.tv_nsec;
+}
+
+/* Returns how many nanoseconds the sets took. */
+static long lead(mk_work *work) {
+    const long began = clock_now();
+    for (long now = 0; now < work->count; now += work->steps[now].set) {
+        const long parts = work->steps[now].all;
+        atomic_store(&work->done, 0);
+        announce(work, now, parts > 1);
+        while (take_part(work)) {}
+        for (int spin = 0; atomic_load(&work->done) < parts; spin++) relax(spin);
     }
-    return NULL;
+    announce(work, work->count, 1);
+    return clock_now() - began;
 }
 
-static void forget(void) { /* in the child of a fork there are no helpers */
-    pthread_mutex_init(&pool.busy, NULL);
-    pthread_mutex_init(&pool.asleep, NULL);
-    pthread_cond_init(&pool.wake, NULL);
-    atomic_store(&pool.sleepers, 0);
-    atomic_store(&pool.inside, 0);
-    atomic_store(&pool.work, NULL);
-    pool.helpers = 0;
-}
-
-/* Have so many helpers, or as many as there can be. */
-static void start(int helpers) {
-    static int prepared;
-    if (!prepared) {
-        const char *policy = getenv("OMP_WAIT_POLICY"); /* passive: others need the cores (comm/cores.py) */
-        pool.spins = policy && (*policy == 'p' || *policy == 'P') ? 0 : SPINS;
-        prepared = !pthread_atfork(NULL, NULL, forget);
+static void run_together(mk_work *work, int threads) {
+    long nanoseconds = 0;
+    atomic_store(&team.helped, 0);
+#pragma omp parallel num_threads(threads)
+    {
+        if (!omp_get_thread_num()) nanoseconds = lead(work);
+        else if (has_stack()) help(work);
     }
-    pthread_attr_t attributes; /* attention keeps blocks on the stack; some systems give threads 128 KiB */
-    if (pthread_attr_init(&attributes)) return;
-    pthread_attr_setstacksize(&attributes, STACK);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    for (; pool.helpers < helpers; pool.helpers++) {
-        pthread_t thread;
-        if (pthread_create(&thread, &attributes, help, (void *)(intptr_t)pool.helpers)) break;
-    }
-    pthread_attr_destroy(&attributes);
+    if (atomic_load(&team.helped)) team.in_vain = 0;
+    else if (nanoseconds >= SHORT && ++team.in_vain == IN_VAIN) team.in_vain = 0, team.calls_alone = ALONE;
 }
-
-static void announce(void) {
-    atomic_fetch_add(&pool.signal, 1);
-    if (!atomic_load(&pool.sleepers)) return;
-    pthread_mutex_lock(&pool.asleep);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.asleep);
-}
-
-static int open_pool(mk_work *work) {
-    if (pthread_mutex_trylock(&pool.busy)) return 0;
-    start(work->helpers < MOST ? work->helpers : MOST);
-    atomic_store(&pool.work, work);
-    return 1;
-}
-
-static void close_pool(void) {
-    atomic_store(&pool.work, NULL);
-    for (int spin = 0; atomic_load(&pool.inside); spin++) relax(spin);
-    pthread_mutex_unlock(&pool.busy);
-}
-
-static void wait_for(mk_work *work, long parts) {
-    for (int spin = 0; atomic_load(&work->done) < parts; spin++) relax(spin);
+void mk_first_touch(uint8_t *memory, long bytes, int threads) {
+    enum { CHUNK = 1 << 21 /* a huge page */, PAGE = 4096 };
+    if (!open_region()) return;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long begin = 0; begin < bytes; begin += CHUNK)
+        for (long at = begin; at < begin + CHUNK && at < bytes; at += PAGE) memory[at] = 0;
+    close_region();
 }
 #else
-static int open_pool(mk_work *work) { (void)work; return 0; }
-static void close_pool(void) {}
-static void announce(void) {}
-static void wait_for(mk_work *work, long parts) { (void)work; (void)parts; }
+static int open_region(void) { return 0; }
+static void close_region(void) {}
+static void run_together(mk_work *work, int threads) { (void)work; (void)threads; }
+void mk_first_touch(uint8_t *memory, long bytes, int threads) { (void)memory; (void)bytes; (void)threads; }
 #endif
 
 static void run_alone(mk_work *work) {
@@ -180,26 +219,15 @@ static void run_alone(mk_work *work) {
         if (step->items > 0) step->range(&step->job, 0, step->items);
 }
 
-static void run_together(mk_work *work) {
-    for (long now = 0; now < work->count; now += work->steps[now].set) {
-        const long parts = work->steps[now].all;
-        atomic_store(&work->done, 0);
-        atomic_store(&work->now, now);
-        if (parts > 1) announce();
-        while (take_part(work)) {}
-        wait_for(work, parts);
-    }
-}
-
-/* Cut the steps into parts; nothing may be taken yet. */
-static void prepare(mk_work *work, int threads) {
-    work->helpers = threads - 1;
+/* Cut the steps into parts; returns the parts of the set that has the most. */
+static long prepare(mk_work *work, int threads) {
+    long most = 0;
     atomic_store(&work->now, -1);
     for (mk_step *step = work->steps, *set = step; step < work->steps + work->count; step++) {
-        long most = step->uneven ? step->items : PARTS * (long)threads;
-        while (most > threads && step->items < most * step->least) most -= threads;
+        long parts = step->uneven ? step->items : PARTS * (long)threads;
+        while (parts > threads && step->items < parts * step->least) parts -= threads;
         step->parts = step->items > 0 ? mk_blocks(step->items, (int)step->grain) : 0;
-        if (step->parts > most) step->parts = most;
+        if (step->parts > parts) step->parts = parts;
         if (!step->joined || step == work->steps) {
             set = step;
             set->set = set->all = 0;
@@ -208,7 +236,9 @@ static void prepare(mk_work *work, int threads) {
         step->before = set->all;
         set->set++;
         set->all += step->parts;
+        if (set->all > most) most = set->all;
     }
+    return most;
 }
 
 int mk_run(mk_work *work, int threads) {
@@ -216,15 +246,14 @@ int mk_run(mk_work *work, int threads) {
     atomic_fetch_add(&regions, 1);
     atomic_fetch_add(&weights_read, work->weights);
     if (!failed) {
-        prepare(work, threads);
-        if (threads > 1 && open_pool(work)) {
-            run_together(work);
-            close_pool();
+        if (prepare(work, threads) > 1 && threads > 1 && open_region()) {
+            run_together(work, threads);
+            close_region();
         } else {
             run_alone(work);
         }
     }
     free(work->groups);
     mk_begin(work);
-    return failed ? -1 : 0;
+    return failed;
 }

@@ -1,7 +1,8 @@
 """How many cores a rank may use: its affinity, the control group's CPU quota, and what the job system says.
 
-Threads are held to no core of their own: a rank's are where its launcher allows them (mpiexec --bind-to, srun
---cpu-bind), and the system moves them away from cores that others need.  Parts of a step go to whoever is free.
+Threads are bound to no core of their own unless OMP_PROC_BIND says so: a rank's run where its launcher allows them
+(mpiexec --bind-to, srun --cpu-bind), and the system moves them away from cores that others need.  Parts of a step go to
+whichever thread is free.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from mpillm.comm.launch import starter_folder
 from mpillm.errors import JobError
 
-COMPILED_KERNELS = "mpillm.kernels._compiled"  # the one module with threads of its own
+COMPILED_KERNELS = "mpillm.kernels._compiled"  # the module that loads OpenMP
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,8 @@ def threads_per_rank(asked: int | str, cores: int, ranks: int, environ: Mapping[
     if asked != "auto":
         return _positive("layout.threads", asked)
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
-        value = (
-            environ.get(name, "").split(",")[0].strip()
-        )  # OMP_NUM_THREADS may list a number per nested level
+        # OMP_NUM_THREADS may list a number for each nested level
+        value = environ.get(name, "").split(",")[0].strip()
         if value:
             return _positive(name, value)
     return max(1, cores // ranks)
@@ -144,11 +144,17 @@ def _positive(name: str, value: int | str) -> int:
     return number
 
 
-def keep_idle_threads_quiet() -> bool:
-    """Make idle threads sleep at once instead of spinning; False if it is too late to.
+def configure_openmp(oversubscribed: bool) -> bool:
+    """Set the variables of OpenMP for this rank; return False if the kernels were loaded before and it is too late.
 
-    OpenMP reads this variable while it is loaded, and the compiled kernels (core/run.c) when their first helper starts.
-    What the user has set stays.
+    libgomp reads them while it is loaded, with the compiled kernels, and core/run.c when it opens its first parallel
+    region.  What the user has set stays.  Where the node has more threads than cores, idle threads sleep at once;
+    elsewhere they look for work for about 200 microseconds (libgomp by itself: for milliseconds, in which the threads
+    that read weights lack the core).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OMP_STACKSIZE", "4M")  # core/run.c: smaller than 1 MiB, and a thread cannot help
+    if oversubscribed:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    elif "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     return COMPILED_KERNELS not in sys.modules

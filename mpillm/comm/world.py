@@ -70,13 +70,12 @@ class World:
     def limit_threads(self, asked: int | str = "auto") -> int:
         """Return the threads this rank computes with, and hold the math libraries of NumPy to it.
 
-        Call it before the compiled kernels are imported: where there are more threads than cores, it also tells
-        their helper threads not to spin, which they hear only when the first of them starts.
+        Call it before the compiled kernels are imported: it also sets OpenMP's variables, which are read only then.
         """
         threads = cores.threads_per_rank(asked, self.nodes.cores_here, self.nodes.ranks_here, os.environ)
         self.oversubscribed = self.nodes.ranks_here * threads > self.nodes.cores_here
-        if self.oversubscribed and threads > 1 and not cores.keep_idle_threads_quiet():
-            log.debug("%s the kernels were loaded before the threads were known; idle threads spin", self)
+        if threads > 1 and not cores.configure_openmp(self.oversubscribed):
+            log.debug("%s the kernels were loaded before OpenMP's variables were set", self)
         threadpool_limits(threads)
         return threads
 

@@ -21,6 +21,7 @@ from mpillm.kernels.reference import (
     activation_nbytes,
     attention,
     dequantize,
+    first_touch,
     fold,
     kv_store,
     layer_norm,
@@ -51,9 +52,9 @@ from mpillm.kernels.types import (
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType", "Expert",
     "Experts", "LayerStack", "Mlp", "Norm", "Products", "Residual", "activate", "activation_nbytes", "attention",
-    "available", "compute", "dequantize", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack",
-    "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "softcap", "softmax",
-    "square_sums", "top_k",
+    "available", "compute", "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts",
+    "matmul", "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "softcap",
+    "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 PATHS = (

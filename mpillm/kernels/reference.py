@@ -51,10 +51,17 @@ Pool = npt.NDArray[Any]
 LANES = 2**18  # floats that are summed at a time
 
 __all__ = [
-    "activate", "activation_nbytes", "attention", "dequantize", "fold", "kv_store", "layer_norm", "lse_parts", "matmul",
-    "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "softcap", "softmax", "square_sums",
-    "top_k",
+    "activate", "activation_nbytes", "attention", "dequantize", "first_touch", "fold", "kv_store", "layer_norm",
+    "lse_parts", "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "softcap",
+    "softmax", "square_sums", "top_k",
 ]  # fmt: skip
+
+
+def first_touch(memory: U8, threads: int = 1) -> None:
+    """Write to each page of new memory, in turn by each thread; its values are then undefined.
+
+    Memory lies on the NUMA node of the thread that touches it first.  NumPy has no threads: whoever fills it does.
+    """
 
 
 def pack(

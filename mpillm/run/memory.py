@@ -22,10 +22,6 @@ PROCESS = 112 * 2**20
 WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
 FIELD = 256  # and among a GGUF file's fields, which all have
 ITEM = 2048  # of what is known of a part that is paged
-LINE = 800  # of what rank 0 keeps of a line of the input, and of where its answer is (650 measured)
-WRITTEN = 4096  # of an answer that is written to results.h5,
-WRITING = 40 * 2**20  # and at most, whatever is written (32 MiB measured for 10^5 lines, and for 10^6)
-CHUNK = 2**20  # of a file whose lines are counted
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
@@ -53,24 +49,14 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
     return found
 
 
-def process(source: Source, config: ModelConfig, place: Place, items: int, lines: int) -> int:
-    """Bytes of Python, MPI, the libraries, the tokenizer, and what is known of the model, its `items` and the input."""
+def process(source: Source, config: ModelConfig, place: Place, items: int, kept: int) -> int:
+    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `items`.
+
+    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
+    """
     found = PROCESS + config.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
-    if place.rank == 0:
-        found += LINE * lines + min(WRITTEN * lines, WRITING)
+    found += kept if place.rank == 0 else 0
     return found + source.loading_nbytes
-
-
-def lines_in(path: Path) -> int:
-    """The lines of a job's input, the last one with or without an end; 0 if it cannot be read, which others say."""
-    lines, last = 0, b"\n"
-    try:
-        with path.open("rb", buffering=0) as file:
-            for chunk in iter(lambda: file.read(CHUNK), b""):
-                lines, last = lines + chunk.count(b"\n"), chunk[-1:]
-    except OSError:
-        return 0
-    return lines + (last != b"\n")
 
 
 def peak() -> int:

@@ -15,6 +15,7 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.run import catalogue, memory
+from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
@@ -91,9 +92,9 @@ def make_plan(
     n_blocks, in_memory = kv_blocks(spec, config, places, kv_type, read)
     rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
-    lines = memory.lines_in(spec.input_path)
+    kept = input_bytes(spec, config.hidden, step.sequences * stages)
     processes = [
-        memory.process(source, config, place, len(own), lines)
+        memory.process(source, config, place, len(own), kept)
         for place, own in zip(places, items, strict=True)
     ]
     plans = [

@@ -283,7 +283,7 @@ class Leader:
             raise
         self._engine.stop(0)
         self.computed = True
-        own = self._session.statistics(len(self._batch))
+        own = self._session.statistics()
         self._ranks = [own]  # if no more can be had
         self._ranks = self._session.world.gather(own)
         if self._not_finite:

@@ -24,6 +24,7 @@ from mpillm.model.kv import KVCache, block_nbytes, stored_type
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run import memory
+from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import Layout
@@ -154,8 +155,8 @@ class Session:
         """Bytes that one token's keys and values take on the rank that holds most."""
         return self._largest_block // KV_BLOCK
 
-    def statistics(self, lines: int = 0) -> Rank:
-        """What this rank held, moved and waited for; rank 0 keeps so many lines of input."""
+    def statistics(self) -> Rank:
+        """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
@@ -171,7 +172,7 @@ class Session:
             experts=_described(weights.experts) if weights.experts else {},
             kv=self._describe_kv(),
             messages=messages,
-            memory=msgspec.to_builtins(self._memory(lines)),
+            memory=msgspec.to_builtins(self._memory()),
             memory_peak=memory.peak(),
             seconds={
                 "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
@@ -215,15 +216,18 @@ class Session:
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
 
-    def _memory(self, lines: int) -> memory.Memory:
+    def _memory(self) -> memory.Memory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
         block = block_nbytes(config, place, self.kv_type)
+        kept = 0
+        if place.rank == 0:
+            kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
             kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
             activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.items), lines),
+            process=memory.process(self.source, config, place, len(weights.items), kept),
         )
 
     def _decoder(self) -> Decoder:

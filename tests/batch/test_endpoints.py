@@ -70,8 +70,8 @@ def test_a_new_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             made = [completion(request, [], seed) for seed, request in enumerate(work.requests)]
             journal.append(results.finished(work, made, WITH_TEXT))
         journal.flush()
-        results.write_jsonl(tmp_path / "out", batch.lines, journal)
-        results.write_hdf5(tmp_path / "out", batch.lines, journal, {})
+        results.write_jsonl(claim.directory, batch.lines, journal)
+        results.write_hdf5(claim.directory, batch.lines, journal, {})
     first = json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[0])
     with h5py.File(tmp_path / "out/results.h5") as h5:
         assert h5["requests/choices"][:].tolist() == [0, 3, 6, 7, 7]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from mpillm.comm import cores
 from mpillm.comm.cores import Cores, binding, cpu_quota, node_cores, physical, threads_per_rank
 from mpillm.errors import JobError
 
@@ -113,13 +113,28 @@ def test_what_is_no_number_of_threads(asked: int | str, environ: dict[str, str],
         threads_per_rank(asked, 8, 2, environ)
 
 
-def test_idle_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "unset")  # so that it is put back
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.delitem(sys.modules, cores.COMPILED_KERNELS, raising=False)
-    assert cores.keep_idle_threads_quiet()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.setitem(sys.modules, cores.COMPILED_KERNELS, ModuleType("_compiled"))
-    assert not cores.keep_idle_threads_quiet()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+@pytest.mark.parametrize(("oversubscribed", "given", "expected"), [
+    (False, {}, {"GOMP_SPINCOUNT": "4000"}),
+    (True, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    (False, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
+    (True, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    (False, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "30000000000"}),
+    (True, {"OMP_STACKSIZE": "3M"}, {"OMP_STACKSIZE": "3145728"}),
+])  # fmt: skip
+def test_what_openmp_hears(oversubscribed: bool, given: dict[str, str], expected: dict[str, str]) -> None:
+    """The variables are set before libgomp is loaded; it tells what it has understood."""
+    program = (
+        f"from mpillm.comm import cores; print(cores.configure_openmp({oversubscribed})); "
+        f"import mpillm.kernels; print(cores.configure_openmp({oversubscribed}))"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**environ, **given, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    if "GOMP_" not in done.stderr:
+        pytest.skip("the kernels are not compiled, or with another OpenMP than libgomp")
+    assert done.stdout.split() == ["True", "False"]
+    heard = dict(re.findall(r"(?m)^ *(?:\[\w+\] )?(\w+) *= *'(.*)'", done.stderr))
+    expected = {"OMP_STACKSIZE": "4194304", **expected}
+    assert {name: heard[name] for name in expected} == expected

@@ -1,4 +1,4 @@
-"""Without a compiler the package still installs, NumPy serves, and one line says so."""
+"""Without a compiler the package still installs, NumPy serves, and one line says so; OpenMP is used where it is."""
 
 from __future__ import annotations
 
@@ -27,6 +27,46 @@ def test_a_failing_compiler_is_no_error(tmp_path: Path) -> None:
     done = run(sys.executable, "setup.py", "-q", "build_ext", *where, CC="/bin/false")
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+case "{refused}" in ?*) case "$*" in *{refused}*) exit 1;; esac;; esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler is a shell script")
+@pytest.mark.parametrize("refused", ["", "-fopenmp"])
+def test_a_compiler_without_openmp_builds_all_the_same(refused: str, tmp_path: Path) -> None:
+    """The compiler of this test only writes down how it is called; test_run.py runs what comes of it."""
+    pytest.importorskip("Cython")
+    compiler, log = tmp_path / "cc", tmp_path / "log"
+    compiler.write_text(COMPILER.format(log=log, refused=refused))
+    compiler.chmod(0o755)
+    where = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    done = run(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        *where,
+        CC=str(compiler),
+        LDSHARED=f"{compiler} -shared",
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name.split(".")[0] for path in tmp_path.rglob("*.so")) == ["_compiled", "_limits"]
+    calls = log.read_text().splitlines()
+    openmp = [call for call in calls if "-fopenmp" in call]
+    if refused:
+        assert len(openmp) == 2  # one try for each module
+    else:
+        assert openmp == calls
+    sources = [path.name for path in (ROOT / "cython" / "core").glob("*.c")]
+    built = [call for call in calls if call not in openmp] if refused else calls
+    for name in ["kernels.c", "limits.c", *sources]:
+        assert sum(f"{name} " in call for call in built if " -c " in call) == 1, name
 
 
 def test_one_line_says_that_numpy_serves() -> None:

@@ -389,3 +389,32 @@ def test_an_mlp_is_one_piece_of_work() -> None:
     mlp_results(kernels.Mlp, 2, 3, 2, cut=False)
     made = kernels._compiled.regions() - before
     assert made == 3 + 2  # three matrices packed, two calls
+
+
+def in_pieces(whole: Matrix, raw: Any, count: int) -> Matrix:
+    """The same matrix as so many pieces, one under the other."""
+    pieces = tuple(packed(whole.type, piece, whole.k, whole.bounds) for piece in np.array_split(raw, count))
+    return replace(whole, data=whole.data[:0], parts=pieces)
+
+
+@pytest.mark.parametrize("counts", [(28, 2, 2, 26), (30, 1, 1, 32)])
+def test_attention_of_about_sixty_pieces(counts: tuple[int, ...]) -> None:
+    """Each piece is a step of the work: its list is as long as the matrices ask for."""
+    rng = np.random.default_rng(sum(counts))
+    d, m = 70, 3
+    shapes = [(HEADS * HD, d), (KVH * HD, d), (KVH * HD, d), (d, HEADS * HD)]
+    raws = [cases.canonical(rng, BlockType.F16, n, k) for n, k in shapes]
+    whole = [packed(BlockType.F16, raw, k, [0, k]) for raw, (_, k) in zip(raws, shapes, strict=True)]
+    pieces = [in_pieces(*one) for one in zip(whole, raws, counts, strict=True)]
+    x, (cos, sin) = vector(rng, m * d).reshape(m, d), vector(rng, 2 * m * HD // 2).reshape(2, m, HD // 2)
+    row, results = np.arange(m, dtype=np.int32), []
+    for q, k, v, o in (whole, pieces):
+        pools = [np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 1, KVH, HD)]
+        kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
+        work = kernels.Attention(
+            q, k, v, o, kv_of_head, KVH, HD, 0.25, norm=Norm(d, 1e-5, vector(rng, d) * 0 + 1)
+        )
+        out, zeros = np.empty((m, d), np.float32), np.zeros(m, np.int32)
+        work(x, cos, sin, BlockType.F16, *pools, zeros, row, row, np.zeros(1, np.int32), zeros, out, 2)
+        results.append(out)
+    assert cases.same(*results)

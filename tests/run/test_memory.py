@@ -17,11 +17,14 @@ import msgspec
 import pytest
 
 from mpillm import spec
+from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
-from mpillm.run import memory, plan
+from mpillm.run import plan
+from mpillm.run.input_memory import COPIES, LINE, WRITTEN, input_bytes
 from mpillm.store import report
 from tests.conftest import Mpi, run_bounded
+from tests.model.golden import model_path
 
 SHAPE = synthetic.Shape("llama", 1024, 16, 16, 4, 64, 4096, 16_000)  # 140 MiB in Q4_0
 MIXTURE = synthetic.Shape("qwen3moe", 1024, 1, 16, 4, 64, 1024, 16_000, 16, 4)
@@ -267,9 +270,55 @@ def test_within_a_cgroup_of_the_planned_size(
         assert rank.weights["loaded"] > 2 * rank.weights["budget"]
 
 
-@pytest.mark.parametrize(("text", "lines"), [("", 0), ("a", 1), ("a\n", 1), ("a\nb", 2), ("a\n\nb\n", 3)])
-def test_the_lines_of_an_input(text: str, lines: int, tmp_path: Path) -> None:
-    """The plan counts as the run does, which takes a last line without an end too."""
+EACH = LINE + WRITTEN
+ASKED = [
+    ("", 0),
+    ("a", EACH),
+    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH),
+    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * 72 * 128),
+    ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * 4 * 64),
+    ('{"body": {"prompt": "a", "max_tokens": 9, "n": 3, "logprobs": 2}}',
+     EACH + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * 120)),
+    ('{"messages": [], "max_tokens": 100, "n": 1000, "logprobs": true, "top_logprobs": 20}',
+     EACH + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * 120)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "nbytes"), ASKED)
+def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> None:
+    """Lines, the longest answer, and what the choices of unfinished lines take."""
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    assert input_bytes(job, 64, 4) == 0
     (tmp_path / "in.jsonl").write_text(text)
-    assert memory.lines_in(tmp_path / "in.jsonl") == lines
-    assert memory.lines_in(tmp_path / "absent") == 0
+    assert input_bytes(job, 64, 4) == nbytes
+
+
+@pytest.mark.mpiexec
+def test_many_choices_with_many_log_probabilities(openmpi: Mpi, tmp_path: Path) -> None:
+    """A long answer is in the plan, and the run keeps to it to its end."""
+    line = {
+        "messages": [{"role": "user", "content": "the fox"}], "n": 256, "max_tokens": 100, "ignore_eos": True,
+        "temperature": 1.0, "logprobs": True, "top_logprobs": 20,
+    }  # fmt: skip
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    places = {
+        "model": str(model_path("chat")),
+        "input": str(tmp_path / "in.jsonl"),
+        "output": str(tmp_path / "out"),
+    }
+    settings = ["memory.kv=4MiB"]
+    (planned,) = plan.make(spec.load(None, settings, **places), 1).ranks
+    arguments = [*(f"--set={setting}" for setting in settings), *(f"--{k}={v}" for k, v in places.items())]
+    done = openmpi.run(1, "-c", PEAK, "run", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) <= planned.held
+
+
+PEAK = """
+import sys
+from mpillm.cli import main
+from mpillm.run import memory
+code = main(sys.argv[1:])
+print(memory.peak())
+sys.exit(code)
+"""

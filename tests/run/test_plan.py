@@ -13,7 +13,7 @@ from mpillm.errors import JobError, LayoutError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.run import memory, plan
+from mpillm.run import input_memory, plan
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.weights.names import Key
@@ -67,11 +67,11 @@ def test_wire_bytes() -> None:
 
 
 def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> None:
-    (tmp_path / "in").write_text('{"prompt": "a"}\n' * 3000)
+    (tmp_path / "in").write_text('{"prompt": "a", "max_tokens": 0}\n' * 3000)
     asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
     with_input, without = plan.make(asked, 2), planned("llama3", 2)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
-    assert more == [3000 * memory.LINE + 3000 * memory.WRITTEN, 0]
+    assert more == [3000 * input_memory.LINE + 3000 * input_memory.WRITTEN, 0]
 
 
 def test_a_budget_smaller_than_the_share_is_streamed() -> None:

@@ -16,7 +16,7 @@ import pytest
 from mpillm.batch.requests import Batch
 from mpillm.batch.work import Work
 from mpillm.errors import Interrupted
-from mpillm.run import memory
+from mpillm.run.input_memory import WRITING
 from mpillm.store import results
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
@@ -232,7 +232,7 @@ with Claim(Path(sys.argv[1])) as claim, Journal(claim, {}, lines) as journal:
 def test_writing_many_lines_takes_little_memory(tmp_path: Path) -> None:
     done = run_bounded([sys.executable, "-c", WRITER, tmp_path / "out"])
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 2**20 < memory.WRITING / 1.5
+    assert int(done.stdout) * 2**20 < WRITING / 1.5
     with h5py.File(tmp_path / "out/results.h5") as h5:
         assert len(h5["tokens/ids"]) == 12 * 30_000
         assert h5["requests/custom_id"][-1] == b"request 30000"

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from mpillm.weights.fill import TensorReader, fill, load
 from mpillm.weights.io.filesystem import can_populate, network_kind
 from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.io.numa import spread
 from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
 from mpillm.weights.layer import Layer, Placed
 from mpillm.weights.paging.cache import Heap, Loader
@@ -92,6 +93,7 @@ class Unpacked(Heap[Layer]):
             # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
             sizes = [item.nbytes for item in items]
             self._arena = new_buffer(sum(sizes), ALIGNMENT)
+            spread(self._arena, threads)
             self._begins = dict(
                 zip((item.name for item in items), accumulate(sizes, initial=0), strict=False)
             )
