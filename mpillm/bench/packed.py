@@ -16,9 +16,9 @@ from pathlib import Path
 from mpillm.bench import synthetic
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.tools import pack
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import layer_file
-from mpillm.weights.source import fingerprint
 
 CHUNK = 16 * 2**20
 

@@ -16,9 +16,9 @@ from mpillm.bench import disk
 from mpillm.bench.result import Run
 from mpillm.bench.runs import Options, Step, prompts_of, run_steps
 from mpillm.comm.world import World
-from mpillm.engine.scheduler import blocks_for
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
+from mpillm.model.cache_layout import blocks_for
 from mpillm.run import memory, plan
 from mpillm.run.limits import TOKENS
 from mpillm.run.session import Session

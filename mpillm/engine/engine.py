@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 
 import numpy as np
@@ -15,9 +15,10 @@ from mpillm.engine import step as messages
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
-from mpillm.engine.scheduler import Limits, Scheduler, Totals, blocks_for
+from mpillm.engine.scheduler import Limits, Scheduler, Totals
 from mpillm.engine.sequence import Begun, Completion, Request, Sequence
-from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step
+from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step, Table
+from mpillm.model.cache_layout import blocks_for
 from mpillm.model.decoder import Decoder
 from mpillm.partition.grid import Place
 
@@ -54,9 +55,10 @@ class Worker:
         return self._answerer.fetch(fetch) if self.decoder.is_last else None
 
 
-def follow(worker: Worker, channel: Channel) -> int:
-    """What every rank but 0 does until it is told to stop; the exit code."""
+def follow(worker: Worker, channel: Channel, look: Callable[[], object] = lambda: None) -> int:
+    """What every rank but 0 does until it is told to stop; the exit code. It calls `look` before each step."""
     while True:
+        look()
         message = channel.take()
         kind = messages.kind_of(message)
         if kind is Kind.STOP:
@@ -275,7 +277,11 @@ def _part(sequence: Sequence, count: int) -> Part:
     return Part(
         start=start,
         tokens=np.array(sequence.tokens[start:end], np.int32),
-        blocks=np.array(sequence.blocks[: blocks_for(end)], np.int32),
+        tables=tuple(
+            Table(table.first, np.array(table.blocks[: blocks_for(end) - table.first], np.int32))
+            for table in sequence.tables
+        ),
+        slot=sequence.slot,
         score_k=request.prompt_logprobs or 0 if scores else -1,
         successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,

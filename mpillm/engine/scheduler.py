@@ -1,4 +1,4 @@
-"""Who runs in this step: continuous batching over a fixed number of KV blocks."""
+"""Which sequences run in this step: continuous batching over a fixed number of KV blocks and of slots for states."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
-from mpillm.engine.blocks import BlockPool
+from mpillm.engine.blocks import NO_SLOT, BlockPool, BlockTable
 from mpillm.engine.sequence import Sequence
 from mpillm.kernels import KV_BLOCK
+from mpillm.model.cache_layout import blocks_for, first_kept, longest_sequence, window_blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a step and the KV cache can take."""
+    """The capacity of a step and of the cache."""
 
     n_blocks: int  # KV blocks of `KV_BLOCK` tokens, the same number on every rank
     blocks_in_memory: int  # of them: when more are in use, layers lie on disk
@@ -23,6 +25,15 @@ class Limits:
     micro_batches: int  # steps in flight at once, at most: one for each stage keeps all of them busy
     prefix_sharing: bool = True  # compute what sequences begin with alike only once
     streams: bool = False  # each step costs some rank a pass over weights that do not stay in memory
+    windows: tuple[int, ...] = (
+        0,
+    )  # of each group of layers with a block table of its own; 0: all tokens are kept
+    n_slots: int = 0  # for sequences' states, if the model has any
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a sequence that fits into the cache alone."""
+        return longest_sequence(self.n_blocks, self.windows)
 
 
 @dataclass(slots=True)
@@ -40,20 +51,22 @@ class Totals:
     most_blocks: int = 0
 
 
-def blocks_for(tokens: int) -> int:
-    """KV blocks that hold `tokens` tokens."""
-    return -(-tokens // KV_BLOCK)
-
-
 class Scheduler:
     """Fills each step: a token of every sequence that decodes, and prompts in chunks; the oldest first.
 
-    A sequence is admitted when there are blocks for the tokens that it has, and gets each block when it first
-    needs it. Where none is left, the youngest gives all of its blocks back, keeps its tokens, and is computed again
-    later. So the oldest always goes on, whoever else is there, and therefore everybody finishes.
+    A sequence is admitted when there are blocks for the tokens that it has, and gets each block when it first needs it:
+    one in each group of layers. In groups with a window it releases the blocks that lie behind the window. Where no
+    block is left, the youngest sequence releases all of its blocks, keeps its tokens, and is computed again later. So
+    the oldest always goes on, whatever others there are, and therefore all finish.
 
-    Followers take a step's layers one after the other, in the order of the steps. So a block may be shared as soon
-    as a step that computes it has been sent; a sequence that would compute the same in the very same step waits.
+    Followers compute a step's layers one after the other, in the order of the steps. So a block may be shared as soon
+    as a step that computes it has been sent, and reused as soon as the last step that reads it has been; a sequence
+    that would compute the same in the very same step waits. A prefix can be shared up to the end of any full block, if
+    all blocks that the next token attends to are still there: those of the last `window` tokens in groups with a
+    window, and all others in the other groups.
+
+    If the model has states, an admitted sequence has a slot for its own, from its first token until it finishes or is
+    preempted. States after a prefix are not kept, so such a model's sequences share nothing.
     """
 
     def __init__(self, limits: Limits, waiting: Iterator[Sequence], totals: Totals | None = None) -> None:
@@ -61,10 +74,16 @@ class Scheduler:
         self.totals = totals or Totals()
         self.running: list[Sequence] = []  # the oldest first
         self._preempted: list[Sequence] = []  # the oldest first
-        self._slots = limits.max_sequences * limits.micro_batches
-        self._waiting = enumerate(_longest_first(waiting, self._slots))
-        self._next = self._take_next()
+        self._max_running = limits.max_sequences * limits.micro_batches
+        self._free_slots = list(range(limits.n_slots))  # a heap
+        if limits.n_slots:
+            self._max_running = min(self._max_running, limits.n_slots)
+        self._shares = limits.prefix_sharing and not limits.n_slots and bool(limits.windows)
+        self._full = [group for group, window in enumerate(limits.windows) if not window]
+        self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
+        self._waiting = enumerate(_longest_first(waiting, self._max_running))
+        self._next = self._take_next()
 
     @property
     def has_work(self) -> bool:
@@ -87,15 +106,19 @@ class Scheduler:
         At most `micro_batches` steps will be in flight, so it takes its share of all sequences.
         """
         limits = self.limits
+        if self._windowed:
+            for sequence in self.running:
+                if not sequence.in_flight:
+                    self._drop_behind(sequence, sequence.computed)
         self._admit()
         share = -(-len(self.running) // micro_batches)  # leave the others for the micro-batches behind
-        most = min(share, limits.max_sequences)
+        maximum = min(share, limits.max_sequences)
         budget = limits.max_tokens
         decoding = sum(sequence.left == 1 for sequence in self.running if not sequence.in_flight)
         chosen: list[tuple[Sequence, int]] = []
         coming: set[bytes] = set()  # keys of the blocks that this step fills
         at = 0
-        while at < len(self.running) and len(chosen) < most and budget > 0:
+        while at < len(self.running) and len(chosen) < maximum and budget > 0:
             sequence = self.running[at]  # what is preempted stands behind it
             at += 1
             if sequence.in_flight:
@@ -105,12 +128,12 @@ class Scheduler:
             if not decodes and self._share(sequence, coming):
                 continue
             # Decoding goes first, but for the oldest: it always goes on.
-            kept = 0 if decodes else min(decoding, most - len(chosen) - 1)
-            room = max(budget - kept, int(not chosen))
-            count = self._give_blocks(sequence, min(sequence.left, room)) if room else 0
+            kept = 0 if decodes else min(decoding, maximum - len(chosen) - 1)
+            allowed = max(budget - kept, int(not chosen))
+            count = self._allocate(sequence, min(sequence.left, allowed)) if allowed else 0
             if count:
                 self._count_shared(sequence)
-                if limits.prefix_sharing:
+                if self._shares:
                     coming.update(self._name_blocks(sequence, count))
                 budget -= count
                 chosen.append((sequence, count))
@@ -119,7 +142,7 @@ class Scheduler:
         return chosen
 
     def release(self, sequence: Sequence) -> None:
-        """Take a finished sequence out and its blocks back."""
+        """Take a finished sequence out, with its blocks and its slot."""
         self.running.remove(sequence)
         self._clear(sequence)
 
@@ -129,26 +152,27 @@ class Scheduler:
         if numbered is None:
             return None
         number, sequence = numbered
-        assert blocks_for(sequence.request.max_length) <= self.limits.n_blocks, (
-            "a job refuses what could never run"
-        )
+        assert sequence.request.max_length <= self.limits.max_length, "a job refuses what could never run"
         sequence.number = number
+        sequence.tables = [BlockTable() for _ in self.limits.windows]
         return sequence
 
     def _admit(self) -> None:
-        """Admit who has been preempted, then who waits, while their tokens and the next of all others find blocks."""
-        owed = sum(_missing(sequence) for sequence in self.running)
-        growing = sum(_grows(sequence) for sequence in self.running)
-        while len(self.running) < self._slots:
+        """Admit preempted sequences, then waiting ones, while blocks suffice for their tokens and all others' next."""
+        owed = sum(self._missing(sequence) for sequence in self.running)
+        growing = sum(self._growing(sequence) for sequence in self.running)
+        while len(self.running) < self._max_running:
             sequence = self._preempted[0] if self._preempted else self._next
             if sequence is None:
                 return
             self._share(sequence)
-            owed += _missing(sequence)
+            owed += self._missing(sequence)
             if self.running and owed + growing > self._pool.free:
                 self._clear(sequence)
                 return
-            growing += _grows(sequence)
+            growing += self._growing(sequence)
+            if self.limits.n_slots:
+                sequence.slot = heappop(self._free_slots)
             if self._preempted:
                 del self._preempted[0]
             else:
@@ -158,40 +182,67 @@ class Scheduler:
 
     def _share(self, sequence: Sequence, coming: frozenset[bytes] | set[bytes] = frozenset()) -> bool:
         """Let a sequence skip blocks that another one has computed; True if it should wait for one of `coming`."""
-        if not self.limits.prefix_sharing:
+        if not self._shares or sequence.computed % KV_BLOCK:
             return False
         # The last token is computed in any case, for the token after it.
         end = len(sequence.tokens) - 1
         if sequence.request.needs_all_rows:
             end = min(end, sequence.reached)
-        while sequence.computed % KV_BLOCK == 0 and sequence.computed + KV_BLOCK <= end:
-            key = sequence.block_key(len(sequence.blocks))
-            if key in coming:
-                return True
-            block = self._pool.find(key)
-            if block is None:
-                return False
-            sequence.blocks.append(block)
-            sequence.computed += KV_BLOCK
-        return False
+        own, last = sequence.computed // KV_BLOCK, end // KV_BLOCK
+        shared, pool = own, self._pool
+        while shared < last:
+            key = sequence.block_key(shared)
+            if key in coming or not all((group, key) in pool for group in self._full):
+                break
+            shared += 1
+        while shared > own and not self._windows_found(sequence, shared):
+            shared -= 1
+        if shared > own:
+            self._drop_behind(sequence, shared * KV_BLOCK)
+            for group, table in enumerate(sequence.tables):
+                for index in range(table.end, shared):
+                    block = pool.share((group, sequence.block_key(index)))
+                    assert block is not None
+                    table.blocks.append(block)
+            sequence.computed = shared * KV_BLOCK
+        return shared < last and sequence.block_key(shared) in coming
 
-    def _give_blocks(self, sequence: Sequence, count: int) -> int:
-        """Give blocks for `count` more tokens, or for as many as there is room for; returns for how many."""
-        pool, blocks = self._pool, sequence.blocks
-        if len(blocks) * KV_BLOCK == sequence.computed:
-            while not pool.free:
+    def _windows_found(self, sequence: Sequence, count: int) -> bool:
+        """Whether groups with windows have what a sequence attends to after its first `count` blocks."""
+        own = sequence.computed // KV_BLOCK
+        return all(
+            (group, sequence.block_key(index)) in self._pool
+            for group, window in self._windowed
+            for index in range(count - 1, max(first_kept(count * KV_BLOCK, window), own) - 1, -1)
+        )
+
+    def _drop_behind(self, sequence: Sequence, position: int) -> None:
+        """Release blocks that neither the token at `position` nor any later one attends to."""
+        for group, window in self._windowed:
+            if dropped := sequence.tables[group].drop(first_kept(position, window)):
+                self._pool.release(dropped)
+
+    def _allocate(self, sequence: Sequence, count: int) -> int:
+        """Allocate blocks for `count` more tokens, or for as many as possible; returns for how many."""
+        tables, pool = sequence.tables, self._pool
+        if not tables:
+            return count
+        end = tables[0].end
+        if end * KV_BLOCK == sequence.computed:
+            while pool.free < len(tables):
                 if not self._preempt_after(sequence):
                     return 0
-        need = min(blocks_for(sequence.computed + count) - len(blocks), pool.free)
-        blocks.extend(pool.take() for _ in range(need))
-        return min(count, len(blocks) * KV_BLOCK - sequence.computed)
+        end = min(blocks_for(sequence.computed + count), end + pool.free // len(tables))
+        for table in tables:
+            table.blocks.extend(pool.acquire() for _ in range(end - table.end))
+        return min(count, end * KV_BLOCK - sequence.computed)
 
     def _preempt_after(self, sequence: Sequence) -> bool:
-        """Take the blocks of the youngest behind `sequence` that has some; False if there is none."""
+        """Preempt the youngest sequence behind `sequence` that has blocks; False if there is none."""
         for victim in reversed(self.running):
             if victim is sequence:
                 return False
-            if victim.blocks and not victim.in_flight:
+            if victim.tables[0].blocks and not victim.in_flight:
                 self.running.remove(victim)
                 self._clear(victim)
                 insort(self._preempted, victim, key=_number)
@@ -203,7 +254,8 @@ class Scheduler:
         """The keys of the blocks that the next `count` tokens fill, which can be found by them from now on."""
         for index in range(sequence.computed // KV_BLOCK, (sequence.computed + count) // KV_BLOCK):
             key = sequence.block_key(index)
-            self._pool.name(sequence.blocks[index], key)
+            for group, table in enumerate(sequence.tables):
+                self._pool.name(table.blocks[index - table.first], (group, key))
             yield key
 
     def _count_shared(self, sequence: Sequence) -> None:
@@ -213,18 +265,32 @@ class Scheduler:
             sequence.reached = sequence.computed
 
     def _clear(self, sequence: Sequence) -> None:
-        self._pool.give_back(sequence.blocks)
-        sequence.blocks, sequence.computed = [], 0
+        """Release all that a sequence has in the cache."""
+        for table in sequence.tables:
+            self._pool.release(table.blocks)
+        sequence.tables, sequence.computed = [BlockTable() for _ in self.limits.windows], 0
+        if sequence.slot != NO_SLOT:
+            heappush(self._free_slots, sequence.slot)
+            sequence.slot = NO_SLOT
 
+    def _missing(self, sequence: Sequence) -> int:
+        """Blocks that a sequence still needs for the tokens it has."""
+        total, missing = blocks_for(len(sequence.tokens)), 0
+        for table, window in zip(sequence.tables, self.limits.windows, strict=True):
+            needed = total - table.first
+            if window:  # at once: what is attended to, and a step's tokens
+                needed = min(needed, window_blocks(window) + blocks_for(self.limits.max_tokens))
+            missing += max(needed - len(table.blocks), 0)
+        return missing
 
-def _missing(sequence: Sequence) -> int:
-    """Blocks that a sequence still needs for the tokens it has."""
-    return blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-
-
-def _grows(sequence: Sequence) -> bool:
-    """Whether it may come to need more blocks than for the tokens it has."""
-    return sequence.request.max_length > blocks_for(len(sequence.tokens)) * KV_BLOCK
+    def _growing(self, sequence: Sequence) -> int:
+        """The groups in which a sequence may come to need one more block than for the tokens it has."""
+        if sequence.request.max_length <= blocks_for(len(sequence.tokens)) * KV_BLOCK:
+            return 0
+        return sum(
+            not window or len(table.blocks) < window_blocks(window)
+            for table, window in zip(sequence.tables, self.limits.windows, strict=True)
+        )
 
 
 def _number(sequence: Sequence) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.engine import philox
-from mpillm.engine.blocks import content_key
+from mpillm.engine.blocks import NO_SLOT, BlockTable, content_key
 from mpillm.kernels import KV_BLOCK
 
 TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likely first
@@ -130,7 +130,8 @@ class Sequence:
         self.number = 0  # in the order of admission: the lower, the older
         self.computed = 0  # tokens whose keys and values are in the KV cache
         self.reached = 0  # the most that `computed` has been: less is computed again, after a preemption
-        self.blocks: list[int] = []  # its KV blocks, in order of position
+        self.tables: list[BlockTable] = []  # of each group of layers, all with the same end
+        self.slot = NO_SLOT  # of its states
         self._block_keys: list[bytes] = []
         self.in_flight = False  # part of a step whose reply is outstanding
         self.logprobs: list[float] = []

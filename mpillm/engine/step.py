@@ -1,16 +1,17 @@
 """The one message that a step needs: what every rank must know to compute its part, packed as integers.
 
 A step is complete in itself: block tables, positions and token ids travel in it, so a follower keeps no state
-about sequences. The layout, all little-endian 32-bit words: a 24-byte header (kind and magic, step number, parts,
-tokens, table entries, seen ids), then for each part its ten fields (start, tokens, blocks, score_k, successor,
-sample_k with logprobs + 1 in its highest byte, seen ids, hidden, and as floats temperature and penalty), then all
-tokens, block tables and seen ids.
+about sequences. The layout, all little-endian 32-bit words: a 28-byte header (kind and magic, step number, parts,
+tokens, table entries, seen ids, groups of layers); for each part its ten fields (start, tokens, slot, score_k,
+successor, sample_k with logprobs + 1 in its highest byte, seen ids, hidden, and as floats temperature and penalty),
+and for each group the number of its first block and how many it has; then all tokens, block tables (part by part, of
+each its groups), and seen ids.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -19,15 +20,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.sampler import inverse_temperature
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.decoder import Batch
+from mpillm.model.kv import GroupTables
 
 Ints = NDArray[np.int32]
 
-HEADER = struct.Struct("<6I")
+HEADER = struct.Struct("<7I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 10
+FIELDS = 10  # of a part, and two more for each group
 NO_TARGET = -1
 
 
@@ -50,13 +53,21 @@ class Hidden(IntEnum):
 NO_IDS = np.empty(0, np.int32)
 
 
+class Table(NamedTuple):
+    """A sequence's block table in one group as it travels: its blocks from number `first` to the step's last token."""
+
+    first: int
+    blocks: Ints
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One sequence's part of a step: tokens `start` to `start + len(tokens)` of it."""
 
     start: int
     tokens: Ints
-    blocks: Ints  # the sequence's block table, as far as these tokens reach
+    tables: tuple[Table, ...]  # of each group of layers
+    slot: int = NO_SLOT  # of the sequence's states
     score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
     successor: int = NO_TARGET  # the token after the last one, if known
     sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
@@ -133,55 +144,59 @@ class Step:
         starts = np.array([part.start for part in self.parts], np.int32)
         rows = np.cumsum(counts, dtype=np.int32) - counts
         positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
-        sizes = np.array([len(part.blocks) for part in self.parts], np.int32)
-        begins = np.cumsum(sizes, dtype=np.int32) - sizes
-        table_start = np.repeat(begins, counts)
-        table = np.concatenate([part.blocks for part in self.parts])
+        tables = zip(*(part.tables for part in self.parts), strict=True)
         return Batch(
             tokens=tokens,
             positions=positions,
-            table=table,
-            table_start=table_start,
-            block=table[table_start + positions // KV_BLOCK],
             offset=positions % KV_BLOCK,
+            groups=tuple(_group_tables(group, counts, positions) for group in tables),
+            first_rows=rows,
+            slots=np.array([part.slot for part in self.parts], np.int32),
         )
 
     def encode(self) -> bytes:
         """The message."""
         fields = np.array([_fields(part) for part in self.parts], np.int32)
         floats = [(part.temperature, part.penalty) for part in self.parts]
-        fields[:, 8:] = np.array(floats, np.float32).view(np.int32)
+        fields[:, FIELDS - 2 : FIELDS] = np.array(floats, np.float32).view(np.int32)
         tokens = [part.tokens for part in self.parts]
-        blocks = [part.blocks for part in self.parts]
+        blocks = [table.blocks for part in self.parts for table in part.tables]
         seen = [part.seen for part in self.parts]
         body = np.concatenate([fields.ravel(), *tokens, *blocks, *seen])
-        sizes = (sum(map(len, group)) for group in (tokens, blocks, seen))
+        sizes = (sum(map(len, arrays)) for arrays in (tokens, blocks, seen))
+        groups = len(self.parts[0].tables)
         return (
-            HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.parts), *sizes)
+            HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.parts), *sizes, groups)
             + body.astype("<i4").tobytes()
         )
 
     @staticmethod
     def decode(message: bytes) -> Step:
         """The step of a message whose kind is STEP."""
-        _, number, parts, tokens, table, seen = HEADER.unpack_from(message)
+        _, number, parts, tokens, table, seen, groups = HEADER.unpack_from(message)
         words = np.frombuffer(message, "<i4", offset=HEADER.size).astype(np.int32, copy=False)
-        if len(words) != parts * FIELDS + tokens + table + seen:
+        width = FIELDS + 2 * groups
+        if len(words) != parts * width + tokens + table + seen:
             raise ValueError(f"a step message of {len(message)} bytes does not match its header")
-        fields = words[: parts * FIELDS].reshape(parts, FIELDS)
+        fields = words[: parts * width].reshape(parts, width)
         _check(fields, tokens, table, seen)
-        at_tokens = parts * FIELDS
+        at_tokens = parts * width
         at_table = at_tokens + tokens
         at_seen = at_table + table
         decoded = []
         for row in fields:
-            start, n_tokens, n_blocks, score_k, successor, packed_k, n_seen, hidden = row[:8].tolist()
-            temperature, penalty = row[8:].view(np.float32).tolist()
+            start, n_tokens, slot, score_k, successor, packed_k, n_seen, hidden = row[: FIELDS - 2].tolist()
+            temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
+            tables = []
+            for first, n_blocks in row[FIELDS:].reshape(groups, 2).tolist():
+                tables.append(Table(first, words[at_table : at_table + n_blocks]))
+                at_table += n_blocks
             decoded.append(
                 Part(
                     start=start,
                     tokens=words[at_tokens : at_tokens + n_tokens],
-                    blocks=words[at_table : at_table + n_blocks],
+                    tables=tuple(tables),
+                    slot=slot,
                     score_k=score_k,
                     successor=successor,
                     sample_k=packed_k & 0xFFFFFF,
@@ -192,25 +207,44 @@ class Step:
                     hidden=Hidden(hidden),
                 )
             )
-            at_tokens, at_table, at_seen = at_tokens + n_tokens, at_table + n_blocks, at_seen + n_seen
+            at_tokens, at_seen = at_tokens + n_tokens, at_seen + n_seen
         return Step(number, tuple(decoded))
+
+
+def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> GroupTables:
+    """The tables of one group, one after the other, behind padding: kernels count a sequence's blocks from its first
+    one, also from where that is no longer kept."""
+    sizes = np.array([len(table.blocks) for table in tables], np.int32)
+    begins = np.cumsum(sizes, dtype=np.int32) - sizes - np.array([table.first for table in tables], np.int32)
+    padding = max(-int(begins.min()), 0)
+    table = np.concatenate([np.zeros(padding, np.int32), *(table.blocks for table in tables)])
+    table_start = np.repeat(begins + np.int32(padding), counts)
+    return GroupTables(table, table_start, table[table_start + positions // KV_BLOCK], padding)
 
 
 def _check(fields: Ints, tokens: int, table: int, seen: int) -> None:
     """ValueError unless the parts' sizes make up the header's, and each part's tokens lie in its blocks."""
-    starts, counts = fields[:, 0].astype(np.int64), fields[:, [1, 2, 6]].astype(np.int64)
-    if not len(fields) or counts.min() < 0 or counts.sum(axis=0).tolist() != [tokens, table, seen]:
+    exact = fields.astype(np.int64)
+    starts, counts, seen_ids = exact[:, 0], exact[:, 1], exact[:, 6]
+    firsts, blocks = exact[:, FIELDS::2], exact[:, FIELDS + 1 :: 2]
+    sums = [int(sizes.sum()) for sizes in (counts, blocks, seen_ids)]
+    negative = any((sizes < 0).any() for sizes in (counts, firsts, blocks, seen_ids))
+    if not len(fields) or negative or sums != [tokens, table, seen]:
         raise ValueError("a step message's parts do not make up what its header says")
-    ends = starts + counts[:, 0]
-    if starts.min() < 0 or counts[:, 0].min() < 1 or (ends > counts[:, 1] * KV_BLOCK).any():
+    first, last = starts[:, None], (starts + counts)[:, None] - 1
+    outside = (firsts * KV_BLOCK > first) | (last >= (firsts + blocks) * KV_BLOCK)
+    if starts.min() < 0 or counts.min() < 1 or outside.any():
         raise ValueError("a step message has a part whose tokens lie outside its blocks")
 
 
 def _fields(part: Part) -> tuple[int, ...]:
     """A part's fields; the floats' bits go where the zeros are."""
     packed_k = part.sample_k | (part.logprobs + 1) << 24
-    sizes = len(part.tokens), len(part.blocks), len(part.seen)
-    return part.start, *sizes[:2], part.score_k, part.successor, packed_k, sizes[2], part.hidden, 0, 0
+    tables = (number for table in part.tables for number in (table.first, len(table.blocks)))
+    return (
+        part.start, len(part.tokens), part.slot, part.score_k, part.successor, packed_k, len(part.seen), part.hidden,
+        0, 0, *tables,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +258,12 @@ class Fetch:
     def encode(self) -> bytes:
         """The message: the number of candidates stands where a step's number of tokens does."""
         body = np.array(self.outputs, "<i4").tobytes()
-        return HEADER.pack(MAGIC | Kind.FETCH, self.number, len(self.outputs), self.k, 0, 0) + body
+        return HEADER.pack(MAGIC | Kind.FETCH, self.number, len(self.outputs), self.k, 0, 0, 0) + body
 
     @staticmethod
     def decode(message: bytes) -> Fetch:
         """The request of a message whose kind is FETCH."""
-        _, number, count, k, _, _ = HEADER.unpack_from(message)
+        _, number, count, k, *_ = HEADER.unpack_from(message)
         outputs = np.frombuffer(message, "<i4", offset=HEADER.size)
         if len(outputs) != count:
             raise ValueError(f"a fetch message of {len(message)} bytes does not match its header")
@@ -238,7 +272,7 @@ class Fetch:
 
 def stop_message(exit_code: int) -> bytes:
     """The message after which every rank leaves with `exit_code`."""
-    return HEADER.pack(MAGIC | Kind.STOP, exit_code, 0, 0, 0, 0)
+    return HEADER.pack(MAGIC | Kind.STOP, exit_code, 0, 0, 0, 0, 0)
 
 
 def kind_of(message: bytes) -> Kind:

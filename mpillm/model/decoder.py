@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
 from mpillm.model.config import ModelConfig
-from mpillm.model.kv import KVCache
+from mpillm.model.kv import GroupTables, KVCache
 from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
@@ -30,18 +30,20 @@ from mpillm.weights.source import Source
 Ints = NDArray[np.int32]
 Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
 NO_ANGLES = np.empty((0, 0), np.float32)
+NO_IDS = np.empty(0, np.int32)
+NO_TABLES = GroupTables(NO_IDS, NO_IDS, NO_IDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, as arrays of length m (`table` is as long as all sequences' block tables together)."""
+    """The rows of one step, as arrays of length m; those of a sequence are neighbours."""
 
     tokens: Ints
     positions: Ints
-    table: Ints  # all sequences' block tables, one after the other
-    table_start: Ints  # where each row's sequence begins in `table`
-    block: Ints  # the KV block that takes the row's keys and values
-    offset: Ints  # the place in that block
+    offset: Ints  # the place of the row's keys and values in their block
+    groups: tuple[GroupTables, ...]  # of each group of layers
+    first_rows: Ints  # of each sequence
+    slots: Ints  # of each sequence's states, -1 where it has none
 
 
 class Decoder:
@@ -69,8 +71,9 @@ class Decoder:
         self._layers = [
             _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
         ]
-        self._rotaries = list(dict.fromkeys(layer.spec.mixer.rotary for layer in self._layers))
-        self._view = [self._rotaries.index(layer.spec.mixer.rotary) for layer in self._layers]
+        views = [(layer.spec.mixer.rotary, kv.group_of(i)) for i, layer in enumerate(self._layers)]
+        self._views = list(dict.fromkeys(views))  # what differs between layers in how they see a step's rows
+        self._view = [self._views.index(view) for view in views]
         # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
         self._stackable = (
             self._rank.at_rest
@@ -111,8 +114,8 @@ class Decoder:
                 x *= np.float32(self.config.embedding_scale)
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
-        rows = [self._rows(rotary, batch) for rotary in self._rotaries]
-        self._kv.begin(batch.table, batch.block, batch.offset)
+        rows = [self._rows(rotary, group, batch) for rotary, group in self._views]
+        self._kv.begin(batch.groups, batch.offset)
         if self._stack is None:
             for layer, view in zip(self._layers, self._view, strict=True):
                 self._pipe.progress()  # what the previous step sent on leaves while this one computes
@@ -145,16 +148,17 @@ class Decoder:
             kernels.softcap(out, self.config.logit_softcap, self._threads)
         return out
 
-    def _rows(self, rotary: Rotary | None, batch: Batch) -> Rows:
+    def _rows(self, rotary: Rotary | None, group: int | None, batch: Batch) -> Rows:
         """The angles of a step's rows, and where their keys and values are."""
-        where = (batch.block, batch.offset, batch.positions, batch.table, batch.table_start)
+        tables = NO_TABLES if group is None else batch.groups[group]
+        where = (tables.block, batch.offset, batch.positions, tables.table, tables.table_start)
         if rotary is None:
             return (None, None, *where)
         return (*cos_sin(rotary.config, rotary.dim, batch.positions), *where)
 
     def _make_stack(self) -> kernels.LayerStack:
         """All layers as one operation of the kernels; each of them has run once."""
-        pools = [self._kv.take(i) for i in range(len(self._layers))]
+        pools = [self._kv.acquire(i) for i in range(len(self._layers))]
         return kernels.LayerStack(
             [layer.operations for layer in self._layers], self._kv.kv_type, pools, self._view
         )
@@ -192,11 +196,11 @@ class _RankLayer:
 
         part = np.empty_like(x)
         cos, sin, *where = rows
-        pools = self._kv.take(self._i)
+        pools = self._kv.acquire(self._i)
         rank.compute(
             rank.kept(make, "attention", self._number), x, cos, sin, self._kv.kv_type, *pools, *where, part
         )
-        self._kv.give(self._i)
+        self._kv.release(self._i)
         rank.group.all_reduce(part)
         bias = page.vector("o_bias") if mixer.o_bias else None
         self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)

@@ -1,10 +1,11 @@
-"""Layers of the KV cache that lie in a file and pass through memory once a step, like the weights that are streamed.
+"""Pools of the KV cache that lie in a file and pass through memory once a step, like the weights that are streamed.
 
 A step needs a layer's keys and values only while it is at that layer. So where the blocks of all sequences do not fit
-into memory for all layers, some layers stay, and the others take turns in two buffers of one layer's size: while one is
-computed on, the next one is read into the other, where the one before has just been written back. Block numbers, block
-tables and the bits of every value stay as they are. In the file each layer's keys, and its values, lie one block after
-the other, so what a step needs of them is a few long pieces; written back are the blocks that the step has changed.
+into memory for all pools, some pools stay, and the layers of the others take turns in two buffers of one pool's size:
+while one is computed on, the next one is read into the other, where the one before has just been written back. Block
+numbers, block tables and the bits of every value stay as they are. In the file each pool's keys, and its values, lie
+one block after the other, so what a step needs of them is a few long pieces; written back are the blocks that the step
+has changed. Layers of different groups may share a pool, but never a block: each reads and writes those of its group.
 
 When it pays. Let a step stream W bytes of weights, and memory hold K bytes of KV cache, which is n sequences. The disk
 then reads W / n bytes for each token. With x more sequences, and X bytes of KV cache read for each step, it is
@@ -13,22 +14,21 @@ larger X; at X = W a token costs (1 + W / K) / 2 times less, and no X makes that
 many blocks are offered as keep X <= W, and none if nothing is streamed. (All this where the disk is the limit: where
 computing is, neither costs anything.)
 
-L layers, b blocks in use, and memory for C blocks of one layer: all stay if L b <= C, else C / b - 2 of them, rounded
-down, beside two buffers.
+With b blocks in use, all pools stay if they fit into memory, else as many as fit beside two buffers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import shutil
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,38 +36,54 @@ from numpy.typing import NDArray
 from mpillm.errors import Interrupted, JobError
 from mpillm.weights.io.filesystem import in_memory
 
-Pools = tuple[NDArray[Any], ...]  # a layer's arrays, each [block, ...]
+Ints = NDArray[np.int32]
+Bytes = NDArray[np.uint8]
+Pool = tuple[Bytes, Bytes]  # keys and values, each [block, bytes of one]
 Run = tuple[int, int]  # neighbouring blocks: the first one, and the one behind the last
-Move = Callable[[int, NDArray[np.uint8]], None]
+Move = Callable[[int, Bytes], None]
 
 BUFFERS = 2
 REQUESTS = 4  # under way at a time
 REQUEST_BYTES = 4 * 2**20
 GAP_BYTES = 128 * 1024  # read along where it lies between what is needed: a request of its own takes as long
+HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
 PAGE = 4096  # what direct transfers are aligned to
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many one takes
 
 
-def layers_that_stay(n_layers: int, room: int, blocks: int) -> int:
-    """How many layers stay in memory with `room` for so many blocks of one layer when `blocks` are in use."""
-    return n_layers if n_layers * blocks <= room else max(room // blocks - BUFFERS, 0)
+def pools_in_file(sizes: Sequence[int], budget: int, blocks: int) -> list[int]:
+    """The pools that lie in the file when `blocks` blocks are in use, in the order in which they leave memory.
+
+    `sizes` has the bytes of one block in each pool. They are spread evenly, so that there is about as much to compute
+    between any two turns.
+    """
+    held, leaving = sum(sizes) * blocks, list[int]()
+    order = sorted(range(len(sizes)), key=lambda pool: (pool + 1) * _GOLDEN % 1.0)
+    buffers = BUFFERS * max(sizes, default=0) * blocks
+    while held > budget and len(leaving) < len(order):
+        if not leaving:
+            held += buffers
+        leaving.append(order[len(leaving)])
+        held -= sizes[leaving[-1]] * blocks
+    return leaving
 
 
-def layers_in_file(n_layers: int, room: int, blocks: int) -> int:
-    """How many lie in the file, and are read for each step."""
-    return n_layers - layers_that_stay(n_layers, room, blocks)
+def nbytes_in_file(sizes: Sequence[int], budget: int, blocks: int) -> int:
+    """Bytes that lie in the file then, and are read for each step."""
+    return sum(sizes[pool] for pool in pools_in_file(sizes, budget, blocks)) * blocks
 
 
-def most_blocks(n_layers: int, room: int, traffic: int) -> int:
-    """The most blocks that can be used if at most `traffic` blocks of one layer are read for each step."""
-    least, most = room // n_layers, max(room // BUFFERS, room // n_layers)
-    while least < most:
-        blocks = (least + most + 1) // 2
-        if layers_in_file(n_layers, room, blocks) * blocks <= traffic:
-            least = blocks
+def maximum_blocks(sizes: Sequence[int], budget: int, traffic: int) -> int:
+    """The largest number of blocks that can be used if at most `traffic` bytes of them are read for each step."""
+    minimum = budget // sum(sizes)
+    maximum = max(budget // (BUFFERS * max(sizes)), minimum)
+    while minimum < maximum:
+        blocks = (minimum + maximum + 1) // 2
+        if nbytes_in_file(sizes, budget, blocks) <= traffic:
+            minimum = blocks
         else:
-            most = blocks - 1
-    return least
+            maximum = blocks - 1
+    return minimum
 
 
 @dataclass
@@ -112,7 +128,7 @@ class SpillFile:
                 "ask for less, or name another memory.spill_dir."
             ) from None
 
-    def read(self, offset: int, out: NDArray[np.uint8]) -> None:
+    def read(self, offset: int, out: Bytes) -> None:
         """Fill `out`; Interrupted if that fails."""
         try:
             count = os.preadv(self._file, [out.data], offset)
@@ -121,7 +137,7 @@ class SpillFile:
         if count != out.nbytes:
             raise self._failed("read", f"it ended after {offset + count} bytes")
 
-    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """Write all of `data`; Interrupted if that fails."""
         try:
             count = os.pwritev(self._file, [data.data], offset)
@@ -151,83 +167,93 @@ def _reopened_direct(file: int, name: str) -> int:
 
 
 class Spill:
-    """A rank's layers in a file. Layers, blocks and buffers are numbers; transfers happen in the order of the calls."""
+    """A rank's pools in a file. Layers, pools and blocks are numbers; transfers happen in the order of the calls."""
 
     def __init__(
-        self, folder: Path, make: Callable[[], Pools], n_layers: int, room: int, n_blocks: int
+        self,
+        folder: Path,
+        pools: Sequence[tuple[int, int]],
+        layers: Sequence[tuple[int, int] | None],
+        budget: int,
+        n_blocks: int,
     ) -> None:
-        """JobError if there is no file to be had; `make` makes a layer's pools of `n_blocks` each, page-aligned."""
+        """JobError if there is no file to be had.
+
+        `pools` has the bytes of a block's keys and of its values in each pool; `layers` has each layer's pool and
+        group, None for a layer without keys and values; `budget` is in bytes.
+        """
         self.counters = Counters()
-        self._n_layers, self._room = n_layers, room
-        self._make = make
-        self._blocks = [pool.nbytes // n_blocks for pool in make()]  # bytes of one, by pool
-        self._layer_bytes = sum(self._blocks) * n_blocks
-        self._starts = [sum(self._blocks[:i]) * n_blocks for i in range(len(self._blocks))]
-        # In the order in which they go: spread evenly, so that there is about as much to compute between any two turns.
-        self._staying = deque(sorted(range(n_layers), key=lambda layer: (layer + 1) * _GOLDEN % 1.0))
-        self._slots: dict[int, int] = {}  # by layer: its place in the file
-        self._buffers: list[Pools] = []
+        self._pools, self._layers, self._budget, self._n_blocks = pools, layers, budget, n_blocks
+        self._sizes = [sum(nbytes) for nbytes in pools]
+        self._starts: dict[int, int] = {}  # by pool: where it begins in the file
+        self._end = 0
+        self._buffers: list[Pool] = []
         self._turns: list[int] = []  # this step's layers of the file, in order
         self._turn = 0
         self._reads: dict[int, Future[None]] = {}
-        self._reading: list[Run] = []
-        self._writing: list[Run] = []
+        self._reading: list[list[Run]] = []  # by group
+        self._writing: list[list[Run]] = []
         self._top = 0  # blocks that have been in use
         self._error: BaseException | None = None
-        nbytes = layers_in_file(n_layers, room, n_blocks) * self._layer_bytes
-        self._file = SpillFile(folder, nbytes, all(size % PAGE == 0 for size in self._blocks))
+        nbytes = nbytes_in_file(self._sizes, budget, n_blocks)
+        aligned = all(size % PAGE == 0 for both in pools for size in both)
+        self._file = SpillFile(folder, nbytes, aligned)
         self._queue = ThreadPoolExecutor(1, "kv-order")
         self._workers = ThreadPoolExecutor(REQUESTS, "kv-move")
 
     @property
     def layers(self) -> int:
-        """How many layers are in the file."""
-        return len(self._slots)
+        """The number of layers whose blocks are in the file."""
+        return sum(layer is not None and layer[0] in self._starts for layer in self._layers)
 
     @property
     def held(self) -> int:
-        """Bytes of memory that its buffers and the layers that stay take."""
-        in_memory = len(self._staying) + (BUFFERS if self._slots else 0)
-        return in_memory * self._top * sum(self._blocks)
+        """Bytes of memory that its buffers and the pools that stay take."""
+        in_memory = sum(size for pool, size in enumerate(self._sizes) if pool not in self._starts)
+        return self._top * (in_memory + (BUFFERS * max(self._sizes) if self._starts else 0))
 
-    def make_room(self, top: int, pools: list[Pools | None]) -> None:
-        """Write those layers of `pools` that must go before the first `top` blocks are used; None stays there."""
+    def make_space(self, top: int, pools: list[Pool | None]) -> None:
+        """Write those of `pools` that must leave before the first `top` blocks are used; None stays in their place."""
         before, self._top = self._top, max(self._top, top)
-        stay = layers_that_stay(self._n_layers, self._room, self._top)
-        while len(self._staying) > stay:
-            layer = self._staying.popleft()
-            leaving, pools[layer] = pools[layer], None
-            self._slots[layer] = len(self._slots)
+        for pool in pools_in_file(self._sizes, self._budget, self._top)[len(self._starts) :]:
+            leaving, pools[pool] = pools[pool], None
+            self._starts[pool] = self._end
+            self._end += self._sizes[pool] * self._n_blocks
             assert leaving is not None
             if before:
-                self._do(self._file.write, layer, leaving, [(0, before)]).result()
+                self._do(self._file.write, pool, leaving, [(0, before)]).result()
 
-    def begin(self, needed: NDArray[np.int32], changed: NDArray[np.int32]) -> None:
-        """A step begins that looks at the blocks `needed` and writes into those `changed` (both ascending)."""
+    def begin(self, needed: Sequence[Ints], changed: Sequence[Ints]) -> None:
+        """A step begins that reads the blocks `needed` of each group and writes those `changed` (both ascending)."""
         if not self._buffers:
-            self._buffers = [self._make() for _ in range(BUFFERS)]
-        self._turns, self._turn = sorted(self._slots), 0
-        self._reading = runs(needed, GAP_BYTES // max(self._blocks))
-        self._writing = runs(changed, 0)
+            keys, values = (max(size) for size in zip(*self._pools, strict=True))
+            self._buffers = [new_pool(self._n_blocks, (keys, values)) for _ in range(BUFFERS)]
+        self._turns, self._turn = [], 0
+        for number, layer in enumerate(self._layers):
+            if layer is not None and layer[0] in self._starts:
+                self._turns.append(number)
+        gap = GAP_BYTES // max(size for both in self._pools for size in both)
+        self._reading = [runs(blocks, gap) for blocks in needed]
+        self._writing = [runs(blocks, 0) for blocks in changed]
         for turn in range(min(BUFFERS, len(self._turns))):
             self._read(turn)
 
-    def take(self, layer: int) -> Pools:
-        """The pools of the layer whose turn it is, when they have been read."""
+    def acquire(self, layer: int) -> Pool:
+        """The pool of the layer whose turn it is, when its blocks have been read."""
         assert layer == self._turns[self._turn], (layer, self._turns, self._turn)
         arrived = self._reads.pop(layer)
         if not arrived.done():
-            begun = time.perf_counter()
+            since = time.perf_counter()
             wait([arrived])
             self.counters.stalls += 1
-            self.counters.stall_seconds += time.perf_counter() - begun
+            self.counters.stall_seconds += time.perf_counter() - since
         arrived.result()
-        return self._buffers[self._turn % BUFFERS]
+        return self._buffer(self._turn)
 
-    def give(self, layer: int) -> None:
-        """The layer that was taken last has been computed on: write what changed, and read what has its buffer next."""
-        pools = self._buffers[self._turn % BUFFERS]
-        self._do(self._file.write, layer, pools, self._writing)
+    def release(self, layer: int) -> None:
+        """The layer that was acquired last has been computed: write what changed, and read what has its buffer next."""
+        pool, group = self._of(layer)
+        self._do(self._file.write, pool, self._buffer(self._turn), self._writing[group])
         self._turn += 1
         if self._turn + BUFFERS - 1 < len(self._turns):
             self._read(self._turn + BUFFERS - 1)
@@ -238,18 +264,34 @@ class Spill:
         self._workers.shutdown()
         self._file.close()
 
+    def _of(self, layer: int) -> tuple[int, int]:
+        """A layer's pool and group."""
+        found = self._layers[layer]
+        assert found is not None, layer
+        return found
+
+    def _buffer(self, turn: int) -> Pool:
+        """The buffer of a turn, in the form of its layer's pool."""
+        pool, _ = self._of(self._turns[turn])
+        keys, values = (
+            memory.reshape(-1)[: self._n_blocks * nbytes].reshape(self._n_blocks, nbytes)
+            for memory, nbytes in zip(self._buffers[turn % BUFFERS], self._pools[pool], strict=True)
+        )
+        return keys, values
+
     def _read(self, turn: int) -> None:
         layer = self._turns[turn]
-        self._reads[layer] = self._do(self._file.read, layer, self._buffers[turn % BUFFERS], self._reading)
+        pool, group = self._of(layer)
+        self._reads[layer] = self._do(self._file.read, pool, self._buffer(turn), self._reading[group])
 
-    def _do(self, move: Move, layer: int, pools: Pools, runs: Sequence[Run]) -> Future[None]:
-        """Move runs of blocks of a layer between memory and the file, behind everything that was asked for before."""
-        return self._queue.submit(self._transfer, move, self._slots[layer], pools, runs)
+    def _do(self, move: Move, pool: int, memory: Pool, runs: Sequence[Run]) -> Future[None]:
+        """Move runs of a pool's blocks between memory and the file, behind everything that was asked for before."""
+        return self._queue.submit(self._transfer, move, pool, memory, runs)
 
-    def _transfer(self, move: Move, slot: int, pools: Pools, runs: Sequence[Run]) -> None:
+    def _transfer(self, move: Move, pool: int, memory: Pool, runs: Sequence[Run]) -> None:
         if self._error is not None:
             raise self._error
-        pieces = list(self._pieces(slot, pools, runs))
+        pieces = list(self._pieces(pool, memory, runs))
 
         def some(first: int) -> None:
             for offset, data in pieces[first::REQUESTS]:
@@ -266,27 +308,37 @@ class Spill:
         else:
             self.counters.written += moved
 
-    def _pieces(
-        self, slot: int, pools: Pools, runs: Sequence[Run]
-    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def _pieces(self, pool: int, memory: Pool, runs: Sequence[Run]) -> Iterator[tuple[int, Bytes]]:
         """Places in the file, and the bytes of memory that belong there."""
-        for pool, size, start in zip(pools, self._blocks, self._starts, strict=True):
-            data, step = _bytes_of(pool), max(REQUEST_BYTES // size, 1)
+        start = self._starts[pool]
+        for data in memory:
+            size = data.shape[1]
+            step = max(REQUEST_BYTES // size, 1)
             for begin, end in runs:
                 for at in range(begin, end, step):
-                    part = data[at : min(at + step, end)]
-                    yield slot * self._layer_bytes + start + at * size, part.reshape(-1)
+                    yield start + at * size, data[at : min(at + step, end)].reshape(-1)
+            start += size * self._n_blocks
 
 
-def runs(blocks: NDArray[np.int32], gap: int) -> list[Run]:
+def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> Pool:
+    """Memory for the keys and the values of blocks of so many bytes, all zero, which is used only as it is touched."""
+    keys, values = (_zeros(n_blocks * size).reshape(n_blocks, size) for size in nbytes)
+    return keys, values
+
+
+def _zeros(nbytes: int) -> Bytes:
+    """Zeros in memory of their own that begins at a page and goes with them."""
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= HUGE:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def runs(blocks: Ints, gap: int) -> list[Run]:
     """Ascending blocks as runs; those with at most `gap` blocks between them become one."""
     if not len(blocks):
         return []
     cuts = np.flatnonzero(np.diff(blocks) > gap + 1)
     begins, ends = blocks[np.r_[0, cuts + 1]], blocks[np.r_[cuts, len(blocks) - 1]] + 1
     return list(zip(begins.tolist(), ends.tolist(), strict=True))
-
-
-def _bytes_of(pool: NDArray[Any]) -> NDArray[np.uint8]:
-    """A pool as uint8 [block, bytes of one]."""
-    return pool.reshape(len(pool), -1).view(np.uint8)

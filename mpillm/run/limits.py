@@ -1,4 +1,4 @@
-"""How much a step takes on, and what the KV cache holds of it: the same on every rank, and known before the run.
+"""How much a step takes on, and what the cache holds: the same on every rank, and known before the run.
 
 While all weights are in memory a step costs what its rows cost. While weights are streamed it costs a whole pass over
 the disk as well, whatever runs in it, so a step takes all that can run: as many sequences as the KV cache has blocks
@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillm.engine.scheduler import Limits, blocks_for
+from mpillm.engine.scheduler import Limits
 from mpillm.errors import JobError
-from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
-from mpillm.model.config import ModelConfig
-from mpillm.model.kv import block_nbytes
-from mpillm.model.spill import layers_in_file, most_blocks
-from mpillm.partition.grid import Place, stage_layers
+from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
+from mpillm.model.spill import maximum_blocks, nbytes_in_file
+from mpillm.partition.grid import Place
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
-MOST_TOKENS = 4096  # and at most while they are streamed
+MAX_TOKENS = 4096  # and at most while they are streamed
 SHARE = 8  # the budgets' part that activations may take then: one in so many
 
 
@@ -40,8 +39,8 @@ class StepSize:
 def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
     """A step's size on ranks at `places`; `streams`: some of them stream weights."""
     row = max(rows.row_nbytes(place) for place in places)
-    room = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
-    tokens = min(max(room // row, TOKENS), MOST_TOKENS) if streams else TOKENS
+    allowed = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
+    tokens = min(max(allowed // row, TOKENS), MAX_TOKENS) if streams else TOKENS
     if spec.batch.max_num_batched_tokens != "auto":
         tokens = spec.batch.max_num_batched_tokens
     sequences = tokens if streams else SEQUENCES
@@ -54,55 +53,108 @@ def limits(
     spec: Spec,
     rows: Activations,
     places: Sequence[Place],
-    kv_type: BlockType,
+    layouts: Sequence[CacheLayout],
     max_context: int,
     streamed: Sequence[int],
 ) -> Limits:
-    """What steps and the KV cache of ranks at `places` take; JobError if that is nothing.
+    """What steps and the cache of ranks at `places` take, whose caches have `layouts`; JobError if that is nothing.
 
     `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens.
     """
     streams = any(streamed)
-    config, step, stages = rows.config, step_size(spec, rows, places, streams), places[0].stages
-    useful = blocks_for(max_context) * step.sequences * stages
-    n_blocks, in_memory = kv_blocks(spec, config, places, kv_type, streamed)
-    if n_blocks < 1:
-        block = max(block_nbytes(config, place, kv_type) for place in places)
-        raise JobError(
-            f"memory.kv = {spec.memory.kv_bytes} bytes does not hold one block of {KV_BLOCK} tokens, which takes "
-            f"{block} bytes; raise it."
-        )
-    n_blocks = min(n_blocks, useful)
+    step, stages, windows = step_size(spec, rows, places, streams), places[0].stages, layouts[0].windows
+    capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages)
+    if problem := capacity.problem(spec, layouts):
+        raise JobError(problem)
+    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences * stages
+    n_blocks = min(capacity.blocks, useful)
     return Limits(
         n_blocks=n_blocks,
-        blocks_in_memory=min(in_memory, n_blocks),
-        max_sequences=min(step.sequences, n_blocks),
+        blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
+        max_sequences=capacity.sequences(step.sequences, windows),
         max_tokens=step.tokens,
         micro_batches=stages,
         prefix_sharing=spec.batch.prefix_sharing,
         streams=streams,
+        windows=windows,
+        n_slots=capacity.slots,
     )
 
 
-def kv_blocks(
-    spec: Spec, config: ModelConfig, places: Sequence[Place], kv_type: BlockType, streamed: Sequence[int]
-) -> tuple[int, int]:
-    """Blocks that all ranks can have, and those of them that memory alone holds."""
-    budget, spill = spec.memory.kv_bytes, spec.memory.kv_spill_bytes
-    together, in_memory = [], []
-    for place, weights in zip(places, streamed, strict=True):
-        n_layers, block = len(stage_layers(config.n_layers, place)), block_nbytes(config, place, kv_type)
-        in_memory.append(budget // block)
-        of_a_layer = block // n_layers
-        together.append(most_blocks(n_layers, budget // of_a_layer, min(weights, spill) // of_a_layer))
-    return min(together), min(in_memory)
+@dataclass(frozen=True)
+class CacheCapacity:
+    """What the caches of all ranks hold."""
+
+    blocks: int
+    blocks_in_memory: int  # of them: what memory alone holds
+    slots: int  # for sequences' states; 0 if the model has none
+
+    def sequences(self, maximum: int, windows: Sequence[int]) -> int:
+        """The number of sequences, up to `maximum`, that can be in a step at once."""
+        if windows:
+            maximum = min(maximum, max(self.blocks // len(windows), 1))
+        return min(maximum, self.slots) if self.slots else maximum
+
+    def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
+        """Why nothing can run, if so."""
+        windows = layouts[0].windows
+        if self.blocks >= len(windows) and (self.slots or not layouts[0].state_nbytes):
+            return None
+        block = max(layout.block_nbytes for layout in layouts) * len(windows)
+        parts = [f"{KV_BLOCK} tokens take {block} bytes ({shown_bytes(block)})"] if block else []
+        if state := max(layout.state_nbytes for layout in layouts):
+            parts.append(f"a sequence's states take {state} bytes ({shown_bytes(state)})")
+        return f"memory.kv = {spec.memory.kv} is too small: {' and '.join(parts)} on some rank; raise it."
 
 
-def kv_in_file(spec: Spec, config: ModelConfig, place: Place, kv_type: BlockType, n_blocks: int) -> int:
-    """Bytes of the KV cache that lie on disk on the rank at `place` when all of so many blocks are in use."""
-    n_layers, block = len(stage_layers(config.n_layers, place)), block_nbytes(config, place, kv_type)
-    of_a_layer = block // n_layers
-    return layers_in_file(n_layers, spec.memory.kv_bytes // of_a_layer, n_blocks) * n_blocks * of_a_layer
+def cache_capacity(
+    spec: Spec, layouts: Sequence[CacheLayout], streamed: Sequence[int], sequences: int
+) -> CacheCapacity:
+    """What memory.kv and memory.kv_spill hold on all ranks, where up to `sequences` sequences run at once.
+
+    States get up to half of memory.kv, and all of it where layers keep nothing else.
+    """
+    budget, slots = spec.memory.kv_bytes, 0
+    states = max(layout.state_nbytes for layout in layouts)
+    if states:
+        share = 2 if layouts[0].windows else 1
+        slots = min(budget // share // states, sequences)
+    blocks, in_memory = [], []
+    for layout, weights in zip(layouts, streamed, strict=True):
+        left = budget - slots * layout.state_nbytes
+        if layout.pools:
+            sizes = [sum(nbytes) for nbytes in layout.pools]
+            in_memory.append(left // layout.block_nbytes)
+            blocks.append(maximum_blocks(sizes, left, min(weights, spec.memory.kv_spill_bytes)))
+    return CacheCapacity(min(blocks, default=0), min(in_memory, default=0), slots)
+
+
+def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:
+    """Blocks of all groups that a sequence of `tokens` tokens uses at most, `step_tokens` of them at once."""
+    return sum(
+        min(blocks_for(tokens), window_blocks(window) + blocks_for(step_tokens))
+        if window
+        else blocks_for(tokens)
+        for window in windows
+    )
+
+
+def cached_tokens(n_blocks: int, windows: Sequence[int], max_context: int) -> int:
+    """Tokens that so many blocks hold in sequences of `max_context` tokens; 0 if the model keeps no tokens."""
+    if not windows:
+        return 0
+    return n_blocks * KV_BLOCK * blocks_for(max_context) // blocks_needed(max_context, windows)
+
+
+def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) -> int:
+    """Bytes of memory that the cache of a rank takes at most."""
+    return min(n_blocks * layout.block_nbytes + n_slots * layout.state_nbytes, spec.memory.kv_bytes)
+
+
+def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) -> int:
+    """Bytes of a rank's cache that lie on disk when all of so many blocks are in use."""
+    sizes = [sum(nbytes) for nbytes in layout.pools]
+    return nbytes_in_file(sizes, spec.memory.kv_bytes - n_slots * layout.state_nbytes, n_blocks)
 
 
 def described_step(sequences: int, tokens: int, streamed: int) -> str:

@@ -7,16 +7,24 @@ from contextlib import closing
 
 import msgspec
 
-from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.kernels import BlockType
 from mpillm.model.activations import activations_of
+from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.config import ModelConfig
-from mpillm.model.kv import block_nbytes, stored_type
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.run import catalogue, memory
 from mpillm.run.input_memory import input_bytes
-from mpillm.run.limits import described_step, kv_blocks, kv_in_file, step_size
+from mpillm.run.limits import (
+    CacheCapacity,
+    cache_capacity,
+    cache_in_file,
+    cache_in_memory,
+    cached_tokens,
+    described_step,
+    step_size,
+)
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.paging.weights import minimum_budget, streamed
@@ -36,6 +44,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_least: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
     kv_token: int  # for each token in the cache
+    kv_state: int  # for each sequence, however long
     kv_held: int  # at most
     kv_in_file: int  # on disk, at most
     activations: int  # of a step's rows, at most
@@ -56,8 +65,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     shards: int
     layouts: list[tuple[int, int]]  # all that work, (stages, shards)
     kv_type: str
-    kv_tokens: int  # that the KV cache holds
+    kv_tokens: int  # that the KV cache holds, in sequences of max_context tokens
     kv_tokens_in_memory: int  # of those; the others lie on disk
+    kv_slots: int  # for sequences' states, 0 if the model has none
     step_sequences: int  # in one step, at most
     step_tokens: int
     max_context: int
@@ -83,15 +93,15 @@ def make_plan(
 ) -> Plan:
     """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
     stages, shards = grid.choose(config, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
-    kv_type = stored_type(spec.memory.kv_type, config)
     places = [Place(rank, stages, shards) for rank in range(ranks)]
-    blocks = {place: block_nbytes(config, place, kv_type) for place in places}
+    caches = rank_layouts(config, places, spec.memory.kv_type)
     items = [rank_plans(config, place, source) for place in places]
     shares = [_weights(spec, own) for own in items]
     read = [share["streamed"] for share in shares]
-    n_blocks, in_memory = kv_blocks(spec, config, places, kv_type, read)
     rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
+    capacity = cache_capacity(spec, caches, read, step.sequences * stages)
+    windows, max_context = caches[0].windows, min(spec.memory.max_context, config.max_position)
     kept = input_bytes(spec, config.hidden, step.sequences * stages)
     processes = [
         memory.process(source, config, place, len(own), kept)
@@ -102,13 +112,13 @@ def make_plan(
             spec,
             config,
             place,
-            kv_type,
-            n_blocks,
+            cache,
+            capacity,
             share,
             memory.activations(rows, place, step.tokens),
             process,
         )
-        for place, share, process in zip(places, shares, processes, strict=True)
+        for place, cache, share, process in zip(places, caches, shares, processes, strict=True)
     ]
     return Plan(
         model=spec.model,
@@ -116,12 +126,13 @@ def make_plan(
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, ranks),
-        kv_type=kv_type.name.lower(),
-        kv_tokens=n_blocks * KV_BLOCK,
-        kv_tokens_in_memory=in_memory * KV_BLOCK,
-        step_sequences=min(step.sequences, max(n_blocks, 1)),
+        kv_type=caches[0].kv_type.name.lower(),
+        kv_tokens=cached_tokens(capacity.blocks, windows, max_context),
+        kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
+        kv_slots=capacity.slots,
+        step_sequences=capacity.sequences(step.sequences, windows),
         step_tokens=step.tokens,
-        max_context=min(spec.memory.max_context, config.max_position),
+        max_context=max_context,
         wire=wire_bytes(
             config,
             stages,
@@ -131,7 +142,7 @@ def make_plan(
         ),
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
-        problems=list(_problems(spec, plans, n_blocks, max(blocks.values()))),
+        problems=list(_problems(spec, plans, capacity, caches)),
     )
 
 
@@ -167,13 +178,13 @@ def _rank(
     spec: Spec,
     config: ModelConfig,
     place: Place,
-    kv_type: BlockType,
-    n_blocks: int,
+    cache: CacheLayout,
+    capacity: CacheCapacity,
     weights: dict[str, int],
     activations: int,
     process: int,
 ) -> RankPlan:
-    layers, block = grid.stage_layers(config.n_layers, place), block_nbytes(config, place, kv_type)
+    layers = grid.stage_layers(config.n_layers, place)
     return RankPlan(
         rank=place.rank,
         stage=place.stage,
@@ -183,15 +194,18 @@ def _rank(
         weights_held=weights["held"],
         weights_least=weights["least"],
         weights_streamed=weights["streamed"],
-        kv_token=block // KV_BLOCK,
-        kv_held=min(n_blocks * block, spec.memory.kv_bytes),
-        kv_in_file=kv_in_file(spec, config, place, kv_type, n_blocks),
+        kv_token=cache.token_nbytes,
+        kv_state=cache.state_nbytes,
+        kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.slots),
+        kv_in_file=cache_in_file(spec, cache, capacity.blocks, capacity.slots),
         activations=activations,
         process=process,
     )
 
 
-def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) -> Iterator[str]:
+def _problems(
+    spec: Spec, ranks: Sequence[RankPlan], capacity: CacheCapacity, caches: Sequence[CacheLayout]
+) -> Iterator[str]:
     budget = spec.memory.weights_bytes
     least = max(rank.weights_least for rank in ranks)
     if budget is not None and budget < least:
@@ -199,11 +213,8 @@ def _problems(spec: Spec, ranks: Sequence[RankPlan], n_blocks: int, block: int) 
             f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {least} bytes "
             f"({shown_bytes(least)}) for two neighbouring parts of layers; raise it or use more shards."
         )
-    if not n_blocks:
-        yield (
-            f"memory.kv = {spec.memory.kv} is too small: {KV_BLOCK} tokens take {block} bytes ({shown_bytes(block)}) "
-            "on some rank; raise it."
-        )
+    if problem := capacity.problem(spec, caches):
+        yield problem
 
 
 def as_json(plan: Plan) -> str:

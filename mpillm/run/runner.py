@@ -23,22 +23,22 @@ from mpillm.batch.work import Model, Work
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
-from mpillm.engine.scheduler import Totals, blocks_for
+from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.errors import Interrupted, MpillmError
-from mpillm.kernels import KV_BLOCK
 from mpillm.run import catalogue, memory
-from mpillm.run.limits import described_step
+from mpillm.run.limits import cached_tokens, described_step
 from mpillm.run.progress import Bar, Progress
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
-from mpillm.store.journal import Journal, began, first_layout
+from mpillm.store.journal import MODEL_FILE, Journal, began, first_layout
 from mpillm.store.output import Claim
 from mpillm.store.readable import printable
 from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
+from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import described
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,9 @@ class _Part:
                 if self._leader is not None:
                     self._leader.compute()
                     return True
-                if follow(session.worker, session.channel) == 0:
+                if follow(session.worker, session.channel, session.watch.look) == 0:
+                    with self._world.together():
+                        session.watch.look_closely()
                     self._world.gather(session.statistics())
                     return True
                 return False
@@ -244,9 +246,9 @@ class Leader:
         self._computing_since = self._clock
 
     def _open_journal(self) -> Journal:
-        size, digest = self._session.fingerprint
-        identity = {"model": digest, "model_bytes": size, **self._spec.identity()}
-        return Journal(self._claim, identity, self._batch.lines, self._session.layout)
+        session = self._session
+        identity = {MODEL_FILE + name: file for name, file in session.model.items()} | self._spec.identity()
+        return Journal(self._claim, identity, self._batch.lines, session.layout, session.model_state)
 
     def close(self) -> None:
         """Close the journal."""
@@ -276,12 +278,15 @@ class Leader:
             self._compute()
         except MpillmError as error:
             with suppress(MpillmError):  # a full disk, most likely: the first error says it
-                if self._spec.job.checkpoint_tokens:
+                if isinstance(error, ModelChangedError):
+                    self._journal.drop_unsound()
+                elif self._spec.job.checkpoint_tokens:
                     self._save_everything()
                 self._journal.flush()
             self._engine.stop(error.exit_code)
             raise
         self._engine.stop(0)
+        self._look_closely()
         self.computed = True
         own = self._session.statistics()
         self._ranks = [own]  # if no more can be had
@@ -336,7 +341,20 @@ class Leader:
                 self._safe(journal.commit(), bar)
                 if time.monotonic() > self._looked + LOOK_EVERY:
                     self._look()
+                if self._session.watch.look():
+                    journal.mark_sound()
             self._safe(journal.flush(), bar)
+
+    def _look_closely(self) -> None:
+        """At the end every rank looks at its files of the model as closely as at the beginning."""
+        try:
+            with self._session.world.together():
+                self._session.watch.look_closely()
+        except ModelChangedError:
+            self._journal.drop_unsound()
+            raise
+        self._journal.mark_sound(closely=True)
+        self._journal.flush()
 
     def _look(self) -> None:
         """Interrupted if the output is no longer where it was."""
@@ -362,7 +380,7 @@ class Leader:
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
             begun = self._journal.begun(work.line)
             for request in work.requests:
-                if blocks_for(request.max_length) > self._session.limits.n_blocks:
+                if request.max_length > self._session.limits.max_length:
                     raise Interrupted(
                         f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
                         "the same command goes on with as many ranks as before."
@@ -430,9 +448,13 @@ class Leader:
             size = described_step(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
+            context = min(asked.max_context, session.config.max_position)
+            in_memory, in_all = (
+                cached_tokens(blocks, limits.windows, context)
+                for blocks in (limits.blocks_in_memory, limits.n_blocks)
+            )
             yield (
-                f"The KV cache holds {limits.blocks_in_memory * KV_BLOCK} tokens in memory, and "
-                f"{limits.n_blocks * KV_BLOCK} with layers in {asked.spill_folder}."
+                f"The KV cache holds {in_memory} tokens in memory, and {in_all} with layers in {asked.spill_folder}."
             )
         elif asked.kv_spill_bytes:
             yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."

@@ -16,26 +16,27 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Worker
 from mpillm.engine.scheduler import Limits
 from mpillm.errors import LayoutError, ModelError
-from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import activations_of
+from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
-from mpillm.model.kv import KVCache, block_nbytes, stored_type
+from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run import memory
 from mpillm.run.input_memory import input_bytes
-from mpillm.run.limits import limits
+from mpillm.run.limits import cache_in_memory, limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import Layout
 from mpillm.store.report import Rank
 from mpillm.weights.finite import check_vectors
+from mpillm.weights.identity import FileIdentity, Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.layer import Layer
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.weights import Weights
-from mpillm.weights.source import fingerprint, rank_plans
+from mpillm.weights.source import rank_plans
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,10 @@ class Origin:
     config: ModelConfig
     stages: int
     shards: int
-    kv_tokens: int  # that the KV cache held: what is longer was refused
+    kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
+    watch: Watch  # of this rank's files of the model
+    model: dict[str, FileIdentity]  # the files as rank 0 had them
+    model_state: str  # of all ranks' files
 
     def layout(self, world: World, wire: Wire) -> tuple[int, int]:
         """(stages, shards) for the ranks that are left, or for some of them."""
@@ -95,9 +99,13 @@ class Session:
             if world.rank == 0:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
-            self.kv_type = stored_type(spec.memory.kv_type, self.config)
-            self.fingerprint = fingerprint(self.source)
+            self.watch = origin.watch if origin is not None else Watch(self.source)
+            self.watch.look()
+            self.fingerprint = summed(self.watch.files)
         self._same_model()
+        self.model = origin.model if origin is not None else world.bcast(self.watch.files)
+        states = sorted(set(world.gather(self.watch.state)))
+        self.model_state = origin.model_state if origin is not None else "+".join(states)
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
         self.threads = world.limit_threads(spec.layout.threads)
@@ -115,6 +123,8 @@ class Session:
                 self.config.expert_share,
             )
             self._open_files.callback(self.weights.close)
+            places = [grid.Place(rank, stages, shards) for rank in range(world.size)]
+            self.caches = rank_layouts(self.config, places, spec.memory.kv_type)
         self.streamed = world.gather(self.weights.streamed)
         self.limits = self._limits()
         self.channel = Channel(world, self.counters)
@@ -140,8 +150,16 @@ class Session:
     @property
     def origin(self) -> Origin:
         """What this run began with."""
-        kv_tokens = self.limits.n_blocks * KV_BLOCK
-        return self._origin or Origin(self.config, self.place.stages, self.place.shards, kv_tokens)
+        kv_tokens = self.limits.max_length
+        return self._origin or Origin(
+            self.config,
+            self.place.stages,
+            self.place.shards,
+            kv_tokens,
+            self.watch,
+            self.model,
+            self.model_state,
+        )
 
     @property
     def shard_vocab(self) -> list[int]:
@@ -153,7 +171,7 @@ class Session:
     @property
     def kv_token_nbytes(self) -> int:
         """Bytes that one token's keys and values take on the rank that holds most."""
-        return self._largest_block // KV_BLOCK
+        return max(layout.token_nbytes for layout in self.caches)
 
     def statistics(self) -> Rank:
         """What this rank held, moved and waited for."""
@@ -210,22 +228,20 @@ class Session:
                 )
 
     def _limits(self) -> Limits:
-        """What a step and the KV cache take, the same on every rank."""
+        """What a step and the cache take, the same on every rank."""
         places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
-        self._largest_block = max(block_nbytes(self.config, place, self.kv_type) for place in places)
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self._activations, places, self.kv_type, max_context, self.streamed)
+        return limits(self.spec, self._activations, places, self.caches, max_context, self.streamed)
 
     def _memory(self) -> memory.Memory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
-        block = block_nbytes(config, place, self.kv_type)
         kept = 0
         if place.rank == 0:
             kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
-            kv=min(limits.n_blocks * block, self.spec.memory.kv_bytes),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_slots),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, config, place, len(weights.items), kept),
         )
@@ -234,7 +250,8 @@ class Session:
         config, place, wire = self.config, self.place, self.spec.wire
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
-            self.kv = KVCache(config, place, self.limits.n_blocks, self.kv_type, budget, folder)
+            n_blocks, n_slots = self.limits.n_blocks, self.limits.n_slots
+            self.kv = KVCache(self.caches[place.rank], n_blocks, n_slots, budget, folder)
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)

@@ -42,6 +42,7 @@ from mpillm.store.records import (
     Place,
     Result,
     Scan,
+    Sound,
     framed,
     good_records,
     line_key,
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 
 SYNC_EVERY = 0.1  # seconds
 SYNC_SHARE = 0.02
+
+MODEL_FILE = "model/"  # begins the keys of an identity that are files of the model
 
 
 class Journal:
@@ -70,8 +73,12 @@ class Journal:
         identity: Mapping[str, Any],
         lines: Sequence[Line],
         layout: Layout | None = None,
+        model_state: str = "",
     ) -> None:
         """Open the claimed directory's journal, or begin one; `layout` is that of what will be appended.
+
+        `model_state` says whether the model's files have been touched (`Watch.state`): if it is another one than
+        before, what was appended after the last `mark_sound` is dropped.
 
         OutputError says what differs if it is another job's, or if a line that it knows is not in the input any more.
         """
@@ -80,8 +87,8 @@ class Journal:
         self.damage: list[str] = []
         self.seconds = 0.0  # spent on bringing results to disk
         self._due = 0.0  # when the next group may go, as time.monotonic() says
-        self._waiting: list[Result | Part | Layout] = []
-        self._layout = layout
+        self._waiting: list[Result | Part | Layout | Sound] = []
+        self._layout, self._state = layout, model_state
         self._parts: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
         header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
@@ -89,6 +96,7 @@ class Journal:
             with self._directory.replacing(JOURNAL) as file:
                 start = framed(header, 0)
                 start += framed(Lines(keys), len(start))
+                start += framed(Sound(len(start), model_state), len(start))
                 file.write(start + framed(header, len(start)))
         with explained(self.path):
             self._file = self._directory.open(JOURNAL, os.O_RDWR)
@@ -101,7 +109,7 @@ class Journal:
 
     def _resume(self, header: Header, keys: bytes, lines: Sequence[Line]) -> None:
         with explained(self.path):
-            found = scan(self._file)
+            found = self._scan_sound()
             size = os.fstat(self._file).st_size
         self.done, self._parts = found.done, found.parts
         self.answered, self._last_layout = found.answered, found.layout
@@ -127,6 +135,45 @@ class Journal:
             self._write(framed(found.header, self._end))
         if found.keys != keys:
             self._write(framed(Lines(keys), self._end))
+        self._unmarked = 0  # good looks that it takes until all that was appended is known to be sound
+        self._looked = self._end  # where the journal ended at the last good look at the model
+        self._sound = self._end  # up to where all is known to be sound
+        if found.sound is None or found.sound.state != self._state:
+            self._write(framed(Sound(self._end, self._state), self._end))
+
+    def _scan_sound(self) -> Scan:
+        """What the journal holds, without what may have been computed with other files of the model."""
+        found = scan(self._file)
+        if found.header is None or found.sound is None or found.sound.state == self._state:
+            return found
+        before = len(found.done)
+        os.ftruncate(self._file, found.sound.upto)
+        found = scan(self._file)
+        if dropped := before - len(found.done):
+            self.damage.append(
+                f"The model's files were touched, or are other copies, since the journal {self.path} was written: "
+                f"the last {dropped} request(s) run again."
+            )
+        return found
+
+    def mark_sound(self, closely: bool = False) -> None:
+        """The model's files are what they were. With `closely`, all ranks have looked, and so all is sound up to here.
+
+        Else each rank looks for itself, and what counts is what was there at the look before.
+        """
+        self._sound, self._looked = self._end if closely else self._looked, self._end
+        if self._unmarked:
+            self._waiting.append(Sound(self._sound, self._state))
+            self._unmarked -= 1
+
+    def drop_unsound(self) -> None:
+        """The model's files have changed: what was appended since the last good look is dropped."""
+        self._waiting.clear()
+        with explained(self.path):
+            os.ftruncate(self._file, self._sound)
+        self._end = self._sound
+        self._write(framed(Sound(self._end, self._state), self._end))
+        self.done = {name: place for name, place in self.done.items() if place.offset < self._sound}
 
     def _refuse_other_job(self, was: Header, now: Header) -> None:
         if was.version != VERSION:
@@ -138,11 +185,24 @@ class Journal:
         for key in {**was.identity, **now.identity}:
             before, after = was.identity.get(key, missing), now.identity.get(key, missing)
             if before != after:
+                if key.startswith(MODEL_FILE):
+                    raise OutputError(self._other_model(key.removeprefix(MODEL_FILE), before, after))
                 told = [("unset" if value is missing else repr(value)) for value in (before, after)]
                 raise OutputError(
                     f"The output directory {self.path.parent} belongs to another job: {key} was {told[0]} and is "
                     f"{told[1]}; change it back or give another output."
                 )
+
+    def _other_model(self, name: str, before: object, after: object) -> str:
+        said = f"The output directory {self.path.parent} belongs to another job: the model's file {name} "
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            return f"{said}is {'new' if isinstance(after, dict) else 'gone'}; change it back or give another output."
+        if before["hash"] != after["hash"] or before["bytes"] != after["bytes"]:
+            return f"{said}has changed; change it back or give another output."
+        return (
+            f"{said}was modified since, though its size and samples of it are the same. If it is the same file, say so "
+            f"with touch -d @{before['modified']} {name}; else give another output."
+        )
 
     def _refuse_changed_lines(self, found: Scan, keys: bytes, lines: Sequence[Line]) -> None:
         """Lines may be added anywhere; one that was there must still be there as it was."""
@@ -171,6 +231,7 @@ class Journal:
             self._waiting.append(self._layout)
             self._last_layout = self._layout
         self._waiting.append(record)
+        self._unmarked = 2
 
     def commit(self) -> int:
         """`flush`, if it is time again; call it often."""

@@ -85,6 +85,14 @@ class Layout(msgspec.Struct, tag="layout", frozen=True):
         return f"{self.stages} stage(s) x {self.shards} shard(s)"
 
 
+class Sound(msgspec.Struct, tag="sound", frozen=True):
+    """Up to byte `upto`, all was computed with the model that the header names; so is what follows if nobody has
+    touched the model's files since, that is if their `state` is still this one."""
+
+    upto: int
+    state: str
+
+
 class Finished(msgspec.Struct, tag="finished", frozen=True):
     """All lines known so far have their result, and the files with the results are written."""
 
@@ -105,7 +113,7 @@ class _Named(msgspec.Struct, frozen=True):
     custom_id: str
 
 
-Record = Header | Lines | Result | Part | Layout | Finished
+Record = Header | Lines | Result | Part | Layout | Sound | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -133,6 +141,7 @@ class Scan:
     done_keys: dict[str, bytes] = field(default_factory=dict)
     parts: dict[str, list[int]] = field(default_factory=dict)  # offsets, by custom_id of what is not done
     finished: Finished | None = None  # unless something came after it
+    sound: Sound | None = None  # the last one
     layout: Layout | None = None  # of the last results
     answered: Counter[Layout] = field(default_factory=Counter)  # requests, by layout where it is known
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
@@ -180,7 +189,7 @@ def scan(file: int) -> Scan:
             found.damage.append((found.end, offset))
         found.end = offset + HEAD.size + len(payload)
         tag = tag_of(payload)
-        if tag != "header":
+        if tag not in ("header", "sound"):
             found.finished = None
         if tag == "result":
             name = msgspec.msgpack.decode(payload, type=_Name)
@@ -198,6 +207,8 @@ def scan(file: int) -> Scan:
             found.layout = msgspec.msgpack.decode(payload, type=Layout)
         elif tag == "lines":
             found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
+        elif tag == "sound":
+            found.sound = msgspec.msgpack.decode(payload, type=Sound)
         elif tag == "finished":
             found.finished = msgspec.msgpack.decode(payload, type=Finished)
         elif tag == "header":

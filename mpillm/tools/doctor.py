@@ -16,7 +16,7 @@ from mpillm.comm.world import World
 from mpillm.errors import MpillmError
 from mpillm.model.opening import open_source
 from mpillm.run import catalogue
-from mpillm.weights.source import fingerprint
+from mpillm.weights.identity import fingerprint
 
 READ = 256 * 2**20  # bytes of the model that are read to see how fast the disk is
 CHUNK = 8 * 2**20

@@ -22,10 +22,10 @@ from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.names import ROLES
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
-from mpillm.weights.source import fingerprint
 
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 TOKENIZER_FILES = (

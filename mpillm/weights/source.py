@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,6 @@ from mpillm.weights.names import ROLES, Key
 from mpillm.weights.paging.cache import Loader
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.plan import LayerPlan
-
-SAMPLES = 64  # of a file, evenly spread
-SAMPLE_BYTES = 4096
-ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Source(Protocol):
     """A model's weights and configuration; see `TensorSource` and `PackedSource` for what each method returns."""
 
     path: Path
-    files: tuple[Path, ...]  # whose samples say whether two ranks see the same model
+    files: tuple[Path, ...]  # that decide the answers, besides those of the tokenizer's directory
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
     # The directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields.
@@ -59,6 +53,9 @@ class Source(Protocol):
     @property
     def files_read_as_stored(self) -> tuple[Path, ...]:
         """Files from which items come byte for byte; none where they are made from what lies in the files."""
+
+    def extents(self) -> Iterator[tuple[Path, int, int]]:
+        """Where all tensors lie in the files: file, offset and bytes."""
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
         """What a rank holds of a page."""
@@ -130,28 +127,3 @@ def column_unit(source: Source) -> int:
         if ROLES[key.role].quantisable and info.type.quantised:
             unit = max(unit, info.type.block if ROLES[key.role].by_columns else QUANT_BLOCK)
     return unit
-
-
-def fingerprint(source: Source) -> tuple[int, str]:
-    """The size of the source's files in bytes and a hash of samples of them: equal on all ranks that see one model."""
-    digest = hashlib.blake2b(digest_size=16)
-    total = 0
-    for path in source.files:
-        try:
-            with path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{path.name}\0{size}\0".encode())
-                for offset, count in _samples(size):
-                    digest.update(os.pread(file.fileno(), count, offset))
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-        total += size
-    return total, digest.hexdigest()
-
-
-def _samples(size: int) -> list[tuple[int, int]]:
-    """Offsets and lengths: all of a small file, else both ends and samples between them."""
-    if size <= 2 * ENDS_BYTES + SAMPLES * SAMPLE_BYTES:
-        return [(0, size)]
-    between = [(i * (size - SAMPLE_BYTES) // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
-    return [(0, ENDS_BYTES), *between, (size - ENDS_BYTES, ENDS_BYTES)]

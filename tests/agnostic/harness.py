@@ -20,12 +20,14 @@ from mpillm.run.session import Session
 from mpillm.weights.paging.weights import minimum_budget
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path
+from tests.weights.build import Tiny, write_hf
 
 Name = tuple[str, int]
 Values = tuple[Any, ...]
 
-# Dense, with experts, with a sliding window, quantised (K-quants, and mixed): all decoders' code and KV of both types.
-MODELS = ["llama3", "qwen3_moe", "mistral", "llama_mixed.gguf"]
+# Dense, with experts, with a sliding window in all layers and in half of them, quantised (K-quants, and mixed): all
+# decoders' code and KV of both types.
+MODELS = ["llama3", "qwen3_moe", "mistral", "qwen2_window", "llama_mixed.gguf"]
 
 
 def path_of(model: str) -> Path:
@@ -33,6 +35,15 @@ def path_of(model: str) -> Path:
     if "/" in model:
         return Path(model)
     return gguf_path(model.removesuffix(".gguf")) if model.endswith(".gguf") else model_path(model)
+
+
+def write_mixed_windows(folder: Path) -> Path:
+    """A model of twelve layers, of which every third sees all tokens: three groups of layers that share four pools."""
+    tiny = Tiny(n_layers=12, vocab=300, qk_norm=True)
+    kinds = ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(tiny.n_layers)]
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "layer_types": kinds}
+    windows = {"use_sliding_window": True, "sliding_window": 20}
+    return write_hf(folder, tiny.weights(), {**tiny.config(), **config, **windows})
 
 
 def vocab_of(model: str) -> int:
@@ -104,7 +115,8 @@ def run(
 ) -> Outcome:
     """Collective; the values are on rank 0.
 
-    `kv_blocks` is the KV budget in blocks, 0 for a wide one; `streams` makes the weights' as small as it may be.
+    `kv_blocks` is the KV budget in blocks of all layers, 0 for a wide one; `streams` makes the weights' as small as it
+    may be.
     """
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK

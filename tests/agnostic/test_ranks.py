@@ -13,6 +13,7 @@ from mpillm.bench import synthetic
 from mpillm.kernels import BlockType
 from mpillm.model.opening import open_source
 from mpillm.weights.names import Key
+from tests.agnostic.harness import write_mixed_windows
 from tests.agnostic.program import digest
 from tests.agnostic.test_same_bits import COMPILED, TIGHT, expected
 from tests.conftest import Mpi
@@ -33,10 +34,13 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("model", "stages", "shards"), [("llama3", 2, 1), ("llama3", 2, 2), ("llama_mixed.gguf", 2, 1)]
+    ("model", "stages", "shards"),
+    [("llama3", 2, 1), ("llama3", 2, 2), ("llama_mixed.gguf", 2, 1), ("mixed windows", 2, 1)],
 )
 def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
     target = tmp_path / "outcomes.json"
+    if model == "mixed windows":
+        model = str(write_mixed_windows(tmp_path / "model"))
     layout = {"stages": stages, "shards": shards, "activations": "f32"}
     settings = [json.dumps({**layout, **way}) for way in WAYS]
     done = openmpi.run(stages * shards, PROGRAM, target, model, *settings)
@@ -50,10 +54,13 @@ def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path:
             assert totals["preemptions"] > 0
 
 
-@pytest.mark.parametrize(("stages", "shards"), [(2, 1), (1, 2)])
-def test_a_kv_cache_on_disk(stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("windows", "stages", "shards"), [(False, 2, 1), (False, 1, 2), (True, 1, 2)])
+def test_a_kv_cache_on_disk(windows: bool, stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
     tiny = Tiny(n_layers=12, vocab=300)
-    model = str(write_hf(tmp_path / "model", tiny.weights(), tiny.config()))
+    if windows:
+        model = str(write_mixed_windows(tmp_path / "model"))
+    else:
+        model = str(write_hf(tmp_path / "model", tiny.weights(), tiny.config()))
     target = tmp_path / "outcomes.json"
     job = {"stages": stages, "shards": shards, "activations": "f32", "streams": True, "kv_blocks": TIGHT}
     spills = {**job, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}

@@ -108,7 +108,8 @@ def test_keys_and_values_in_q8_0() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tight_kv_cache(model: str, prefix_sharing: bool) -> None:
     outcome = run(model, kv_blocks=TIGHT, prefix_sharing=prefix_sharing)
-    assert outcome.session.limits.n_blocks == TIGHT
+    limits = outcome.session.limits
+    assert limits.n_blocks == TIGHT * len(limits.windows)
     assert outcome.totals.preemptions > 0
     assert outcome.totals.recomputed_tokens > 0
     assert_same(model, outcome)
@@ -122,12 +123,15 @@ def test_streamed_weights(model: str) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
-@pytest.mark.parametrize("model", ["llama3", "qwen3_moe"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe", "mixed windows"])
 def test_a_kv_cache_on_disk(model: str, kv_type: str, tmp_path: Path) -> None:
+    if model == "mixed windows":
+        model = str(harness.write_mixed_windows(tmp_path / "model"))
     job = {"kv_blocks": TIGHT, "streams": True, "kv_type": kv_type}
     without = run(model, **job)
     outcome = run(model, **job, kv_spill="1GiB", spill_dir=str(tmp_path))
-    assert outcome.session.limits.n_blocks > TIGHT == outcome.session.limits.blocks_in_memory
+    limits = outcome.session.limits
+    assert limits.n_blocks > TIGHT * len(limits.windows) == limits.blocks_in_memory
     assert outcome.session.kv.spill.counters.read > 0
     assert outcome.session.kv.peak <= outcome.session.spec.memory.kv_bytes
     assert outcome.totals.preemptions < without.totals.preemptions

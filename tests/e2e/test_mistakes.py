@@ -29,7 +29,7 @@ def source(tmp_path: Path) -> Path:
         ("memory.weights=lots", ["memory.weights", "'lots' is no size"]),
         ("layout.shards=3", ["cannot be laid out on 2 ranks", "what works: ", "1 stage x 2 shards"]),
         ("memory.weights=100", ["needs at least", "bytes"]),
-        ("memory.kv=64", ["does not hold one block"]),
+        ("memory.kv=64", ["memory.kv = 64 is too small: 32 tokens take "]),
         ("model=nothing-like-it", ["'nothing-like-it' is no file"]),
     ],
 )

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.scheduler import Limits, Scheduler, blocks_for
+from mpillm.engine.scheduler import Limits, Scheduler
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.kernels import KV_BLOCK
+from mpillm.model.cache_layout import blocks_for, blocks_needed, first_kept, window_blocks
 
 Chosen = list[tuple[Sequence, int]]
 
@@ -45,7 +46,11 @@ class Ranks:
         self.finished: list[str] = []
         self.computed: dict[str, list[int]] = {}  # positions, in order
         self.fresh = 0  # rows that were computed for the first time, and not shared before
-        self._held: dict[tuple[int, int], tuple[int, ...]] = {}  # by block and offset: all tokens up to there
+        self.slots: dict[int, Sequence] = {}  # of running sequences' states
+        self._held: dict[
+            tuple[int, int], Any
+        ] = {}  # by block and offset: a group, and all tokens up to there
+        self._contents: dict[str, list[int]] = {}
         self._in_flight: list[Chosen] = []
 
     def run(self) -> Iterator[Chosen]:
@@ -66,19 +71,41 @@ class Ranks:
         assert len(chosen) <= self.limits.max_sequences
         assert len({one.request.id for one, _ in chosen}) == len(chosen)
         before = dict(self._held)
+        written: set[tuple[int, int]] = set()
+        self.slots = {slot: one for slot, one in self.slots.items() if one.slot == slot}
         for one, count in chosen:
             end = one.computed + count
-            assert len(one.blocks) == blocks_for(end) == len(set(one.blocks))
-            for position in range(one.computed):
-                # Of what other sequences have computed, nothing is from this very step.
-                assert before[_place(one, position)] == tuple(one.tokens[: position + 1])
-            for position in range(one.computed, end):
-                self._held[_place(one, position)] = tuple(one.tokens[: position + 1])
+            for group, window in enumerate(self.limits.windows):
+                table = one.tables[group]
+                assert table.first <= first_kept(one.computed, window)
+                assert table.end == blocks_for(end)
+                assert len(table.blocks) == len(set(table.blocks))
+                assert set(table.blocks) <= set(range(self.limits.n_blocks))
+                for position in range(max(one.computed - window + 1, 0) if window else 0, one.computed):
+                    # Of what other sequences have computed, nothing is from this very step.
+                    assert before[_place(one, group, position)] == (group, self._content(one, position))
+                for position in range(one.computed, end):
+                    place = _place(one, group, position)
+                    assert place not in written  # by another sequence, or in another group
+                    written.add(place)
+                    self._held[place] = group, self._content(one, position)
+            if self.limits.n_slots:
+                assert self.slots.setdefault(one.slot, one) is one
+                assert one.slot in range(self.limits.n_slots)
             self.computed.setdefault(one.request.id, []).extend(range(one.computed, end))
             self.fresh += max(0, end - max(one.computed, one.reached))
-        for one, count in chosen:  # that no two sequences wrote into one block
-            for position in range(one.computed, one.computed + count):
-                assert self._held[_place(one, position)] == tuple(one.tokens[: position + 1])
+        for one, count in chosen:  # what is read was not overwritten by this very step
+            for group, window in enumerate(self.limits.windows):
+                end = one.computed + count
+                for position in range(max(one.computed - window + 1, 0) if window else 0, end):
+                    assert self._held[_place(one, group, position)][1] == self._content(one, position)
+
+    def _content(self, one: Sequence, position: int) -> int:
+        """A hash of a sequence's tokens up to `position`."""
+        known = self._contents.setdefault(one.request.id, [])
+        for token in one.tokens[len(known) : position + 1]:
+            known.append(hash((known[-1] if known else 0, token)))
+        return known[position]
 
     def _finish(self, chosen: Chosen) -> None:
         for one, count in chosen:
@@ -95,8 +122,10 @@ class Ranks:
                 self.finished.append(one.request.id)
 
 
-def _place(one: Sequence, position: int) -> tuple[int, int]:
-    return one.blocks[position // KV_BLOCK], position % KV_BLOCK
+def _place(one: Sequence, group: int, position: int) -> tuple[int, int]:
+    table = one.tables[group]
+    assert position // KV_BLOCK >= table.first
+    return table.blocks[position // KV_BLOCK - table.first], position % KV_BLOCK
 
 
 def steps_of(ranks: Ranks) -> list[list[tuple[str, int]]]:
@@ -120,37 +149,121 @@ def test_long_prompts_are_cut_and_decoding_goes_first() -> None:
     ]
 
 
-@pytest.mark.parametrize("prefix_sharing", [True, False])
-@pytest.mark.parametrize("micro_batches", [1, 2, 3])
-@pytest.mark.parametrize("n_blocks", [8, 20, 200])
-def test_everybody_finishes_and_every_block_comes_back(
-    micro_batches: int, n_blocks: int, prefix_sharing: bool
-) -> None:
-    rng = np.random.default_rng(n_blocks * 10 + micro_batches)
-    names = [str(i) for i in range(60)]
+def various(count: int, seed: int) -> list[Sequence]:
+    """Sequences of all kinds and of up to 250 tokens, some of which begin alike."""
+    rng = np.random.default_rng(seed)
     kinds: list[dict[str, Any]] = [{}, {"prompt_logprobs": 0}, {"kind": "embed"}]
-    made = [
+    return [
         sequence(
-            name,
+            str(i),
             int(rng.integers(1, 130)),
             int(rng.integers(0, 120)),
             shared=int(rng.choice([0, 40, 96])),
             **kinds[int(rng.integers(3))],
         )
-        for name in names
+        for i in range(count)
     ]
-    ranks = Ranks(made, n_blocks=n_blocks, micro_batches=micro_batches, prefix_sharing=prefix_sharing)
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("windows", "n_blocks"),
+    [
+        *(((0,), n_blocks) for n_blocks in (8, 20, 200)),
+        *(((0, 33), n_blocks) for n_blocks in (11, 200)),
+        *(((0, 1, 70), n_blocks) for n_blocks in (13, 300)),
+        *(((40,), n_blocks) for n_blocks in (3, 100)),
+        *(((9, 64), n_blocks) for n_blocks in (5, 200)),
+    ],
+)
+def test_everybody_finishes_and_every_block_comes_back(
+    windows: tuple[int, ...], n_blocks: int, micro_batches: int, prefix_sharing: bool
+) -> None:
+    made = various(60 if windows == (0,) else 20, n_blocks * 10 + micro_batches)
+    job = {"n_blocks": n_blocks, "micro_batches": micro_batches, "prefix_sharing": prefix_sharing}
+    ranks = Ranks(made, windows=windows, **job)
     for _ in ranks.run():
         assert ranks.scheduler.blocks_in_use <= n_blocks
-    assert sorted(ranks.finished) == sorted(names)
+    assert sorted(ranks.finished) == sorted(one.request.id for one in made)
     totals = ranks.scheduler.totals
-    if n_blocks != 20:
-        assert (totals.preemptions > 0) is (n_blocks == 8)
-    assert (totals.shared_tokens > 0) is prefix_sharing
+    if n_blocks != 20 and 0 in windows:
+        assert (totals.preemptions > 0) is (n_blocks < 20)
+    assert prefix_sharing or not totals.shared_tokens
+    if prefix_sharing and (windows == (0,) or n_blocks >= 100):
+        assert totals.shared_tokens > 0
     for one in made:
         if one.request.needs_all_rows:
             assert set(range(len(one.request.prompt))) <= set(ranks.computed[one.request.id])
     assert ranks.fresh + totals.shared_tokens == sum(one.request.max_length or 1 for one in made)
+
+
+@pytest.mark.parametrize(("windows", "n_blocks"), [((0,), 8), ((0,), 200), ((), 0), ((0, 33), 11)])
+@pytest.mark.parametrize("n_slots", [1, 3, 100])
+def test_every_sequence_has_a_slot_for_its_states(
+    windows: tuple[int, ...], n_blocks: int, n_slots: int
+) -> None:
+    made = various(20, n_slots)
+    ranks = Ranks(made, windows=windows, n_blocks=n_blocks, n_slots=n_slots, micro_batches=2)
+    for _ in ranks.run():
+        assert len(ranks.scheduler.running) <= n_slots
+    assert sorted(ranks.finished) == sorted(one.request.id for one in made)
+    totals = ranks.scheduler.totals
+    assert totals.shared_tokens == 0  # for no state is kept of where a prefix ends
+    assert (totals.preemptions > 0) is (n_slots > 1 and 0 < n_blocks < 20)
+    again = [
+        np.flatnonzero(np.diff(positions) != 1).size for positions in ranks.computed.values()
+    ]  # whoever was preempted began at the first token again
+    assert sum(again) == totals.preemptions - sum(not one.request.max_length for one in made)
+
+
+def test_blocks_behind_a_window_serve_others() -> None:
+    """A long sequence takes no more than the window's blocks, and the others run beside it."""
+    made = [sequence("long", 2000, 500), *(sequence(str(i), 20, 400) for i in range(3))]
+    blocks = 4 * (window_blocks(100) + 1) + 2
+    ranks = Ranks(made, n_blocks=blocks, windows=(100,), max_tokens=32)
+    for _ in ranks.run():
+        for one in ranks.scheduler.running:
+            assert len(one.tables[0].blocks) <= window_blocks(100) + 1
+    assert ranks.scheduler.totals.preemptions == 0
+    # Where half of the layers see all tokens, these need blocks for all of them, and the others none.
+    long = sequence("long", 2000, 1)
+    needed = blocks_needed(2000, (0, 100))
+    assert needed == blocks_for(2000) + window_blocks(100)
+    ranks = Ranks([long], n_blocks=needed, windows=(0, 100), max_tokens=64)
+    assert sum(count for step in steps_of(ranks) for _, count in step) == 2000
+
+
+def test_the_longest_sequence() -> None:
+    for windows in ((0,), (0, 0), (0, 50), (50, 0, 50)):
+        for n_blocks in (7, 8, 31):
+            made = limits(n_blocks=n_blocks, windows=windows)
+            assert (
+                blocks_needed(made.max_length, windows)
+                <= n_blocks
+                < blocks_needed(made.max_length + 1, windows)
+            )
+            one = sequence("longest", made.max_length, 1)
+            assert len(steps_of(Ranks([one], n_blocks=n_blocks, windows=windows))) > 0
+    assert limits(n_blocks=100).max_length == 100 * KV_BLOCK
+    assert limits(n_blocks=3, windows=(40,)).max_length == 2**31 - 1
+
+
+def test_with_windows_a_prefix_is_shared_where_its_end_is_still_there() -> None:
+    shared = 5 * KV_BLOCK
+    first, second = sequence("first", shared + 1, 1, shared), sequence("second", shared + 9, 1, shared)
+    windows = (0, 40)
+    ranks = Ranks([first, second], windows=windows, max_tokens=500)
+    steps_of(ranks)
+    assert ranks.scheduler.totals.shared_tokens == shared
+    assert second.tables[1].first == 0  # released
+    # The end of the prefix is not to be found once its blocks in the second group were reused: nothing is shared.
+    tight = blocks_needed(shared + 3 * KV_BLOCK, windows)
+    long = sequence("long", shared + 2 * KV_BLOCK, 20, shared)
+    late = sequence("late", shared + 9, 1, shared)
+    ranks = Ranks([long, late], windows=windows, max_tokens=KV_BLOCK, n_blocks=tight, max_sequences=1)
+    steps_of(ranks)
+    assert sorted(ranks.finished) == ["late", "long"]
 
 
 def test_a_prefix_is_computed_once_and_followers_wait_for_it() -> None:

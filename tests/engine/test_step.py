@@ -8,20 +8,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.engine import step as messages
-from mpillm.engine.step import HEADER, Fetch, Hidden, Kind, Part, Step
+from mpillm.engine.step import HEADER, Fetch, Hidden, Kind, Part, Step, Table
 from mpillm.kernels import KV_BLOCK
+from mpillm.model.cache_layout import first_kept
+
+ONE_BLOCK = (Table(0, np.zeros(1, np.int32)),)
 
 
 @st.composite
-def parts(draw: st.DrawFn) -> Part:
+def steps(draw: st.DrawFn) -> Step:
+    windows = draw(st.lists(st.sampled_from([0, 1, 20, 33, 64]), max_size=3))
+    parts = draw(st.lists(_parts(windows), min_size=1, max_size=8))
+    return Step(draw(st.integers(0, 2**32 - 1)), tuple(parts))
+
+
+@st.composite
+def _parts(draw: st.DrawFn, windows: list[int]) -> Part:
     count = draw(st.integers(1, 70))
     start = draw(st.integers(0, 100))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     ids = lambda n: rng.integers(0, 50_000, n).astype(np.int32)  # noqa: E731
+    firsts = [first_kept(start, window) for window in windows]
     return Part(
         start=start,
         tokens=ids(count),
-        blocks=ids(-(-(start + count) // KV_BLOCK)),
+        tables=tuple(Table(first, ids(-(-(start + count) // KV_BLOCK) - first)) for first in firsts),
+        slot=draw(st.integers(-1, 5)),
         score_k=draw(st.integers(-1, 20)),
         successor=draw(st.sampled_from([-1, 17])),
         sample_k=draw(st.sampled_from([0, 1, 128, 200_000])),
@@ -33,34 +45,46 @@ def parts(draw: st.DrawFn) -> Part:
     )
 
 
-@given(st.lists(parts(), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
-def test_round_trip(made: list[Part], number: int) -> None:
-    step = Step(number, tuple(made))
+@given(steps())
+def test_round_trip(step: Step) -> None:
     message = step.encode()
-    integers = sum(10 + len(p.tokens) + len(p.blocks) + len(p.seen) for p in made)
-    assert HEADER.size == 24
-    assert len(message) == 24 + 4 * integers
+    integers = 0
+    for part in step.parts:
+        integers += 10 + len(part.tokens) + len(part.seen)
+        integers += sum(2 + len(table.blocks) for table in part.tables)
+    assert HEADER.size == 28
+    assert len(message) == 28 + 4 * integers
     assert messages.kind_of(message) is Kind.STEP
     back = Step.decode(message)
     assert back.encode() == message
     assert back.outputs == step.outputs
     assert np.array_equal(back.hidden_rows(), step.hidden_rows())
     batch, other = step.batch(), back.batch()
-    for name in ("tokens", "positions", "table", "table_start", "block", "offset"):
+    for name in ("tokens", "positions", "offset", "first_rows", "slots"):
         assert np.array_equal(getattr(batch, name), getattr(other, name))
-    for row, (position, block, offset) in enumerate(
-        zip(batch.positions, batch.block, batch.offset, strict=True)
-    ):
-        assert position % KV_BLOCK == offset
-        assert batch.table[batch.table_start[row] + position // KV_BLOCK] == block
+    assert batch.slots.tolist() == [part.slot for part in step.parts]
+    rows = [(part, part.start + i) for part in step.parts for i in range(len(part.tokens))]
+    assert batch.positions.tolist() == [position for _, position in rows]
+    assert [rows[row] for row in batch.first_rows] == [(part, part.start) for part in step.parts]
+    assert np.array_equal(batch.offset, batch.positions % KV_BLOCK)
+    assert len(batch.groups) == len(other.groups) == len(step.parts[0].tables)
+    for number, (group, same) in enumerate(zip(batch.groups, other.groups, strict=True)):
+        assert np.array_equal(group.block, same.block)
+        assert group.table_start.min() >= 0
+        assert group.table[group.padding :].tolist() == [
+            block for part in step.parts for block in part.tables[number].blocks
+        ]
+        for row, (part, position) in enumerate(rows):
+            first, blocks = part.tables[number]
+            assert group.block[row] == blocks[position // KV_BLOCK - first]
+            for index in range(first, position // KV_BLOCK + 1):
+                assert group.table[group.table_start[row] + index] == blocks[index - first]
 
 
 def test_outputs_are_scored_rows_then_the_sampled_row() -> None:
     tokens = np.array([5, 6, 7], np.int32)
-    scored = Part(0, tokens, np.zeros(1, np.int32), score_k=2, successor=8)
-    last = Part(
-        3, tokens[:2], np.zeros(1, np.int32), score_k=0, sample_k=4, temperature=0.5, penalty=1.5, logprobs=3
-    )
+    scored = Part(0, tokens, ONE_BLOCK, score_k=2, successor=8)
+    last = Part(3, tokens[:2], ONE_BLOCK, score_k=0, sample_k=4, temperature=0.5, penalty=1.5, logprobs=3)
     outputs = Step(1, (scored, last)).outputs
     assert [(o.row, o.k, o.target, o.sampled) for o in outputs] == [
         (0, 2, 6, False),
@@ -83,16 +107,17 @@ def test_fetch_and_stop() -> None:
 
 
 def test_what_is_no_message_is_refused() -> None:
-    step = Step(0, (Part(0, np.zeros(3, np.int32), np.zeros(1, np.int32)),)).encode()
+    step = Step(0, (Part(0, np.zeros(3, np.int32), ONE_BLOCK),)).encode()
     with pytest.raises(ValueError, match="shorter than its header"):
         messages.kind_of(step[:20])
     with pytest.raises(ValueError, match="starts with 0x00000000"):
-        messages.kind_of(bytes(24))
+        messages.kind_of(bytes(28))
     with pytest.raises(ValueError, match="does not match its header"):
         Step.decode(step[:-4])
     with pytest.raises(ValueError, match="does not match its header"):
         Fetch.decode(Fetch(1, (1, 2), 3).encode()[:-4])
-    for at, wrong in ((1, 4), (1, -3), (2, 2), (0, -1), (0, 30)):  # tokens, blocks, start of the only part
+    # Tokens, blocks, start and first block of the only part.
+    for at, wrong in ((1, 4), (1, -3), (11, 2), (11, -1), (0, -1), (0, 30), (10, 1), (10, -1)):
         words = np.frombuffer(step, "<i4").copy()
         words[HEADER.size // 4 + at] = wrong
         with pytest.raises(ValueError, match=r"do not make up what its header says|lie outside its blocks"):

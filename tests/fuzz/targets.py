@@ -24,7 +24,7 @@ from mpillm.batch import requests
 from mpillm.batch.work import Line, Model
 from mpillm.engine import step as messages
 from mpillm.engine.reply import Reply, merge
-from mpillm.engine.step import NO_IDS, Fetch, Kind, Part, Step
+from mpillm.engine.step import Fetch, Kind, Part, Step, Table
 from mpillm.errors import JobError, LayoutError, ModelError, OutputError, RequestError
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
@@ -260,8 +260,8 @@ def _step(folder: Path) -> Target:
 
     ids = np.arange(40, dtype=np.int32)
     parts = (
-        Part(0, ids, ids[:2], score_k=3, successor=7),
-        Part(31, ids[:1], ids[:1], sample_k=5, seen=ids, penalty=1.5),
+        Part(0, ids, (Table(0, ids[:2]), Table(0, ids[2:4])), score_k=3, successor=7),
+        Part(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), 6, sample_k=5, seen=ids, penalty=1.5),
     )
     return Target(run, [Step(3, parts).encode(), Fetch(1, (4, 2), 99).encode(), messages.stop_message(75)])
 
@@ -269,9 +269,7 @@ def _step(folder: Path) -> Target:
 def _reply(folder: Path) -> Target:
     """What the last stage answers, and its merging."""
     ids = np.arange(4, dtype=np.int32)
-    step = Step(
-        7, (Part(0, ids, NO_IDS, sample_k=4, temperature=0.5), Part(0, ids, NO_IDS, score_k=2, successor=1))
-    )
+    step = Step(7, (Part(0, ids, (), sample_k=4, temperature=0.5), Part(0, ids, (), score_k=2, successor=1)))
     outputs = step.outputs
 
     def run(data: bytes) -> None:

@@ -16,33 +16,54 @@ from hypothesis import strategies as st
 from mpillm.errors import Interrupted, JobError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model import spill
-from mpillm.model.config import ModelConfig
-from mpillm.model.kv import KVCache, block_nbytes
-from mpillm.model.spill import SpillFile, layers_in_file, layers_that_stay, most_blocks, runs
-from mpillm.partition.grid import Place
-from tests import shapes
-
-ALONE = Place(0, 1, 1)
+from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of
+from mpillm.model.cache_spec import TokenCache
+from mpillm.model.kv import GroupTables, KVCache
+from mpillm.model.spill import SpillFile, maximum_blocks, nbytes_in_file, pools_in_file, runs
 
 
-def shape(layers: int, head_dim: int) -> ModelConfig:
-    return shapes.shape(layers, 64, 4, 2, head_dim, 96, 100)
+def layout(caches: list[TokenCache]) -> CacheLayout:
+    """Of a rank that has all layers."""
+    specs = [(cache,) for cache in caches]
+    return cache_layout(specs, groups_of(specs), range(len(specs)), BlockType.F32)
 
 
-@given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 200))
-def test_as_many_blocks_as_pay(layers: int, room: int, traffic: int) -> None:
+def tables(table: np.ndarray, block: np.ndarray) -> GroupTables:
+    return GroupTables(table, np.zeros(len(block), np.int32), block)
+
+
+SIZES = st.one_of(
+    st.builds(lambda size, count: [size] * count, st.integers(1, 9), st.integers(1, 12)),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+)
+
+
+@given(SIZES, st.integers(0, 200), st.integers(0, 900))
+def test_as_many_blocks_as_pay(sizes: list[int], budget: int, traffic: int) -> None:
     def works(blocks: int) -> bool:
-        stay = layers_that_stay(layers, room, blocks)
-        if stay == layers:
-            return layers * blocks <= room
-        return (stay + spill.BUFFERS) * blocks <= room and layers_in_file(
-            layers, room, blocks
-        ) * blocks <= traffic
+        leaving = pools_in_file(sizes, budget, blocks)
+        stay = sum(sizes) - sum(sizes[pool] for pool in leaving)
+        if not leaving:
+            return stay * blocks <= budget
+        held = (stay + spill.BUFFERS * max(sizes)) * blocks
+        return held <= budget and nbytes_in_file(sizes, budget, blocks) <= traffic
 
-    most = most_blocks(layers, room, traffic)
-    assert works(most)
-    assert not any(works(blocks) for blocks in range(most + 1, room + 2))
-    assert most_blocks(layers, room, 0) == room // layers  # nothing is streamed, or nothing may be spilled
+    maximum = maximum_blocks(sizes, budget, traffic)
+    assert works(maximum)
+    assert not any(works(blocks) for blocks in range(maximum + 1, budget + 2))
+    assert maximum_blocks(sizes, budget, 0) == budget // sum(
+        sizes
+    )  # nothing is streamed, or nothing may be spilled
+
+
+@given(SIZES, st.integers(0, 200))
+def test_pools_leave_in_one_order(sizes: list[int], budget: int) -> None:
+    before: list[int] = []
+    for blocks in range(20):
+        leaving = pools_in_file(sizes, budget, blocks)
+        assert leaving[: len(before)] == before
+        assert len(set(leaving)) == len(leaving)
+        before = leaving
 
 
 @given(st.sets(st.integers(0, 40)), st.integers(0, 3))
@@ -57,40 +78,59 @@ def test_runs(blocks: set[int], gap: int) -> None:
         assert set(covered) == blocks
 
 
-@pytest.mark.parametrize("head_dim", [2, 16])  # of which only the second has blocks of whole pages
-@pytest.mark.parametrize("layers", [3, 9])
-def test_it_is_what_memory_would_be(layers: int, head_dim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "caches",
+    [
+        [TokenCache(2, 2, 2)] * 3,
+        [TokenCache(2, 16, 16)] * 9,  # blocks of whole pages
+        [TokenCache(2, 16, 16, 40 * (i % 3 > 0)) for i in range(9)],  # three groups that share pools
+        [TokenCache(2, 8 + 8 * (i % 2), 16, 40 * (i % 2)) for i in range(6)],  # two groups that do not
+        [TokenCache(1 + i % 3, 4, 2 * i) for i in range(1, 8)],  # one group, blocks of all sizes
+    ],
+)
+def test_it_is_what_memory_would_be(caches: list[TokenCache], tmp_path: Path) -> None:
     """Random steps on a cache that spills and on one that does not, with something to read and write in each layer."""
-    made, rng = shape(layers, head_dim), np.random.default_rng(layers)
-    block_bytes = block_nbytes(made, ALONE, BlockType.F32)
-    in_memory, n_blocks = 8, 8 * layers // spill.BUFFERS
-    budget = in_memory * block_bytes
-    whole = KVCache(made, ALONE, n_blocks, BlockType.F32)
-    with closing(KVCache(made, ALONE, n_blocks, BlockType.F32, budget, tmp_path)) as cache:
+    made, rng = layout(caches), np.random.default_rng(len(caches))
+    largest = max(map(sum, made.pools))
+    n_blocks = 4 * made.block_nbytes // largest // len(made.windows) * len(made.windows)
+    budget = 8 * made.block_nbytes
+    whole = KVCache(made, n_blocks)
+    with closing(KVCache(made, n_blocks, 0, budget, tmp_path)) as cache:
         assert list(tmp_path.iterdir()) == []  # it has no name
-        filled: list[int] = []  # blocks in use that hold something
+        filled: list[list[int]] = [[] for _ in made.windows]  # blocks in use that hold something, by group
         for step in range(30):
-            old = rng.permutation(filled)[: rng.integers(0, len(filled) + 1)].astype(np.int32)
-            free = sorted(set(range(min(4 + step, n_blocks))) - set(filled))
-            new = np.array(free[: rng.integers(0, 4)], np.int32)
-            block = np.concatenate([old[: len(old) // 2], new])
-            if not len(block):
+            groups = []
+            count = int(rng.integers(0, 4))
+            free = sorted(set(range(min(4 + step, n_blocks))) - {block for one in filled for block in one})
+            count = min(count, len(free) // len(filled))
+            shuffled = rng.permutation(free[: count * len(filled)]).astype(np.int32)
+            kept = min(map(len, filled))
+            kept = int(rng.integers(0, kept + 1))
+            offset = np.concatenate([rng.integers(1, KV_BLOCK, kept // 2), np.zeros(count)]).astype(np.int32)
+            if not len(offset):
                 continue
-            offset = np.concatenate([rng.integers(1, KV_BLOCK, len(old) // 2), np.zeros(len(new))]).astype(
-                np.int32
-            )
+            for group, blocks in enumerate(filled):
+                old = rng.permutation(blocks)[:kept].astype(np.int32)
+                new = shuffled[group * count : (group + 1) * count]
+                groups.append(
+                    (old, tables(np.concatenate([old, new]), np.concatenate([old[: kept // 2], new])))
+                )
             for one in (cache, whole):
-                one.begin(np.concatenate([old, new]), block, offset)
-            for layer in range(layers):
-                for ours, theirs in zip(cache.take(layer), whole.take(layer), strict=True):
+                one.begin([table for _, table in groups], offset)
+            for layer in range(len(caches)):
+                old, table = groups[whole.group_of(layer)]
+                for ours, theirs in zip(cache.acquire(layer), whole.acquire(layer), strict=True):
                     np.testing.assert_array_equal(ours[old], theirs[old])
-                    ours[block] = theirs[block] = rng.standard_normal((len(block), *ours.shape[1:]))
-                cache.give(layer)
-                whole.give(layer)
-            filled = sorted({*filled, *block.tolist()})
-            if len(filled) > 6:
-                for gone in rng.permutation(filled)[:2].tolist():
-                    filled.remove(gone)
+                    ours[table.block] = theirs[table.block] = rng.standard_normal(
+                        (len(table.block), *ours.shape[1:])
+                    )
+                cache.release(layer)
+                whole.release(layer)
+            for (_, table), blocks in zip(groups, filled, strict=True):
+                blocks[:] = sorted({*blocks, *table.block.tolist()})
+                if len(blocks) > 6:
+                    for gone in rng.permutation(blocks)[:2].tolist():
+                        blocks.remove(gone)
         assert cache.spill is not None
         assert cache.spill.layers > 0
         assert cache.spill.counters.read > 0
@@ -98,18 +138,20 @@ def test_it_is_what_memory_would_be(layers: int, head_dim: int, tmp_path: Path) 
         assert cache.peak <= budget
 
 
+SMALL = layout([TokenCache(2, 16, 16)] * 4)
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[KVCache]:
-    made = shape(4, 16)
-    budget = 2 * block_nbytes(made, ALONE, BlockType.F32)
-    with closing(KVCache(made, ALONE, 4, BlockType.F32, budget, tmp_path)) as cache:
+    with closing(KVCache(SMALL, 4, 0, 2 * SMALL.block_nbytes, tmp_path)) as cache:
         yield cache
 
 
-def pass_through(cache: KVCache) -> None:
+def pass_through(cache: KVCache, table: np.ndarray, block: np.ndarray, offset: np.ndarray) -> None:
+    cache.begin([tables(table, block)], offset)
     for layer in range(4):
-        cache.take(layer)
-        cache.give(layer)
+        cache.acquire(layer)
+        cache.release(layer)
 
 
 def ids(*values: int) -> np.ndarray:
@@ -117,30 +159,23 @@ def ids(*values: int) -> np.ndarray:
 
 
 def test_bytes_are_counted(small: KVCache) -> None:
-    of_a_layer = block_nbytes(shape(4, 16), ALONE, BlockType.F32) // 4
+    of_a_layer = SMALL.block_nbytes // 4
     assert small.spill is not None
-
-    def step(table: np.ndarray, block: np.ndarray, offset: np.ndarray) -> None:
-        small.begin(table, block, offset)
-        pass_through(small)
-
-    step(ids(0, 1), ids(0, 1), ids(0, 0))
+    pass_through(small, ids(0, 1), ids(0, 1), ids(0, 0))
     assert (small.spill.layers, small.spill.counters.written) == (0, 0)
-    step(ids(0, 1, 2, 3), ids(0, 2, 3), ids(1, 0, 0))  # all four layers leave with two blocks each
-    small.spill.make_room(4, small._pools)
+    # All four layers leave with two blocks each.
+    pass_through(small, ids(0, 1, 2, 3), ids(0, 2, 3), ids(1, 0, 0))
     small.spill._queue.submit(lambda: None).result()
     assert small.spill.counters.written == 4 * (2 + 3) * of_a_layer
     assert small.spill.counters.read == 4 * 2 * of_a_layer
 
 
 def test_what_fails_is_said(small: KVCache, tmp_path: Path) -> None:
-    small.begin(ids(0, 1, 2), ids(0, 1, 2), ids(0, 0, 0))
-    pass_through(small)
+    pass_through(small, ids(0, 1, 2), ids(0, 1, 2), ids(0, 0, 0))
     assert small.spill is not None
     small.spill._queue.submit(os.ftruncate, small.spill._file._file, 4096).result()
-    small.begin(ids(0, 1, 2), ids(2), ids(1))
     with pytest.raises(Interrupted) as caught:
-        pass_through(small)
+        pass_through(small, ids(0, 1, 2), ids(2), ids(1))
     message = str(caught.value)
     assert message.startswith(f"The KV cache in {tmp_path} could not be read (it ended after ")
     assert message.endswith(

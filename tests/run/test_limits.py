@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
-from mpillm.model.kv import block_nbytes
+from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.partition.grid import Place
-from mpillm.run.limits import MOST_TOKENS, described_step, limits, step_size
+from mpillm.run.limits import MAX_TOKENS, described_step, limits, step_size
 from mpillm.spec import Batch, Memory, Spec
 from tests.shapes import shape
 
@@ -24,34 +24,39 @@ def spec(weights: int | str = "all", kv: int = GIB, **batch: Any) -> Spec:
     return Spec(input="-", output="-", memory=Memory(weights=weights, kv=kv), batch=Batch(**batch))
 
 
+def layouts(places: list[Place] = ALONE) -> list[CacheLayout]:
+    return rank_layouts(LLAMA_8B, places, "f16")
+
+
+BLOCK = layouts()[0].block_nbytes
+
+
 def made(
     job: Spec, streams: bool, max_context: int = 4096, places: list[Place] = ALONE
 ) -> tuple[int, int, int]:
-    found = limits(job, ROWS, places, BlockType.F16, max_context, [int(streams) for _ in places])
+    found = limits(job, ROWS, places, layouts(places), max_context, [int(streams) for _ in places])
     assert found.streams is streams
     assert found.micro_batches == places[0].stages
     return found.n_blocks, found.max_sequences, found.max_tokens
 
 
 def test_resident_weights_take_fixed_steps() -> None:
-    block = block_nbytes(LLAMA_8B, ALONE[0], BlockType.F16)
     assert made(spec(kv=10**15), streams=False) == (256 * 4096 // KV_BLOCK, 256, 512)
-    assert made(spec(), streams=False) == (GIB // block, 256, 512)
+    assert made(spec(), streams=False) == (GIB // BLOCK, 256, 512)
 
 
 def test_streamed_weights_take_all_that_the_kv_cache_holds() -> None:
-    block = block_nbytes(LLAMA_8B, ALONE[0], BlockType.F16)
     small = made(spec(GIB), streams=True)
-    assert small == (GIB // block, GIB // block, small[2])
+    assert small == (GIB // BLOCK, GIB // BLOCK, small[2])
     wide = made(spec(GIB, kv=64 * GIB), streams=True)
-    assert wide == (64 * GIB // block, MOST_TOKENS, MOST_TOKENS)
+    assert wide == (64 * GIB // BLOCK, MAX_TOKENS, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("weights", [GIB // 2, GIB, 4 * GIB])
 @pytest.mark.parametrize("places", [ALONE, [Place(rank, 2, 2) for rank in range(4)]])
 def test_activations_take_an_eighth_of_the_budgets(weights: int, places: list[Place]) -> None:
     tokens = step_size(spec(weights), ROWS, places, streams=True).tokens
-    if 512 < tokens < MOST_TOKENS:
+    if 512 < tokens < MAX_TOKENS:
         fewer, more = (max(ROWS.nbytes(place, rows) for place in places) for rows in (tokens, tokens + 1))
         assert fewer <= (weights + GIB) // 8 < more
 

@@ -482,3 +482,65 @@ def test_the_end_of_a_run_is_noted(tmp_path: Path) -> None:
     assert finished(tmp_path) == Finished(2)
     finish(tmp_path, "f", of=(*NAMES, "f"))  # a line more
     assert finished(tmp_path) is None
+
+
+def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
+    """Counted is what was there at the look before the last good one, for ranks do not look at the same moment."""
+
+    def opened(claim: Claim, state: str) -> Journal:
+        return Journal(claim, IDENTITY, lines(*NAMES), model_state=state)
+
+    with Claim(tmp_path) as claim, opened(claim, "first") as journal:
+        for name in NAMES[:4]:
+            journal.append(result(name))
+            journal.flush()
+            if name != "d":
+                journal.mark_sound()
+        journal.flush()
+    with Claim(tmp_path) as claim, opened(claim, "first") as journal:  # nobody has touched the files
+        assert list(journal.done) == ["a", "b", "c", "d"]
+    with Claim(tmp_path) as claim, opened(claim, "second") as journal:
+        assert list(journal.done) == ["a", "b"]
+        assert journal.damage == [
+            f"The model's files were touched, or are other copies, since the journal {tmp_path / 'journal'} was "
+            "written: the last 2 request(s) run again."
+        ]
+        journal.append(result("c"))
+        journal.flush()
+        journal.mark_sound(closely=True)
+        journal.append(result("d"))
+        journal.flush()
+        journal.append(result("e"))
+        journal.drop_unsound()
+        assert journal.flush() == 0
+        assert list(journal.done) == ["a", "b", "c"]
+    with Claim(tmp_path) as claim, opened(claim, "third") as journal:
+        assert list(journal.done) == ["a", "b", "c"]
+        assert journal.damage == []
+
+
+def test_another_model_is_refused_by_its_file(tmp_path: Path) -> None:
+    files = {
+        "model/chat_template.jinja": {"bytes": 3, "hash": "ab", "modified": None},
+        "model/model.gguf": {"bytes": 30, "hash": "cd", "modified": 17},
+    }
+    with Claim(tmp_path) as claim:
+        Journal(claim, files, lines("a")).close()
+    for changes, words in [
+        (
+            {"model/chat_template.jinja": {"bytes": 3, "hash": "xx", "modified": None}},
+            "chat_template.jinja has changed; ",
+        ),
+        ({"model/generation_config.json": {"bytes": 3, "hash": "xx"}}, "generation_config.json is new; "),
+        (
+            {"model/model.gguf": {"bytes": 30, "hash": "cd", "modified": 18}},
+            "model.gguf was modified since, though its size and samples of it are the same. If it is the same file, "
+            "say so with touch -d @17 model.gguf; ",
+        ),
+    ]:
+        with Claim(tmp_path) as claim, pytest.raises(OutputError) as caught:
+            Journal(claim, files | changes, lines("a"))
+        assert f"belongs to another job: the model's file {words}" in str(caught.value)
+    del files["model/model.gguf"]
+    with Claim(tmp_path) as claim, pytest.raises(OutputError, match=r"model\.gguf is gone; change it back"):
+        Journal(claim, files, lines("a"))

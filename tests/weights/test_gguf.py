@@ -17,9 +17,10 @@ from mpillm.kernels.types import BlockType
 from mpillm.model.opening import open_source
 from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key, hf_name
-from mpillm.weights.source import column_unit, fingerprint
+from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
 
 OWN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")

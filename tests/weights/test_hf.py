@@ -10,8 +10,9 @@ from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.model.opening import open_source
+from mpillm.weights.identity import fingerprint
 from mpillm.weights.names import Key, hf_name
-from mpillm.weights.source import column_unit, fingerprint
+from mpillm.weights.source import column_unit
 from tests.weights.build import DTYPES, Tiny, through, write_hf
 
 MOE = Tiny(n_experts=3, moe_intermediate=40, qk_norm=True, dense_layers=(1,), seed=5)

@@ -108,6 +108,11 @@ class TensorSource:
         for file in self.mapped:
             file.release(0, file.size)  # the header has been read
 
+    def extents(self) -> Iterator[tuple[Path, int, int]]:
+        """Where all tensors lie in the files: file, offset and bytes."""
+        for extent in self._extents.values():
+            yield extent.file.path, extent.offset, extent.nbytes
+
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
         """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
 

@@ -91,6 +91,12 @@ class PackedSource:
         self.tensors: Mapping[Key, TensorInfo] = self._tensors()
         self._embed = os.open(self._embed_file.path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def extents(self) -> Iterator[tuple[Path, int, int]]:
+        """Where all panels lie in the files: file, offset and bytes."""
+        for file in self.packed_files:
+            for panel in file.panels.values():
+                yield file.path, panel.offset, panel.nbytes
+
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
         """What a rank holds of a page: one run of bytes. ModelError if it is not laid out as this version does it."""
         panels = panels_of(page.tensors, model.max_shards, lambda key: self.tensors[key].type)

@@ -1,0 +1,175 @@
+"""What a model is, by all files that decide its answers, and whether they stay as they are while it is used.
+
+Files that are small, headers, and small tensors (norms, biases) are hashed whole; of large files it is their size, the
+time of their last change, and samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from mpillm.errors import ModelError
+from mpillm.weights.source import Source
+
+SAMPLES = 64  # of a file, evenly spread
+SAMPLE_BYTES = 4096
+ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
+SMALL = 256 * 1024  # bytes of a tensor that is hashed whole
+LOOK_EVERY = 2.0  # seconds between two looks at the files
+
+# What a directory may hold beside the weights that decides how text becomes tokens, and when an answer ends.
+TEXT_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+
+
+class ModelChangedError(ModelError):
+    """A model's files have changed while a run was using them."""
+
+
+class FileIdentity(msgspec.Struct, frozen=True):
+    """What a file holds; `modified` (seconds since 1970) is None if all of it is hashed."""
+
+    bytes: int
+    hash: str
+    modified: int | None = None
+
+
+def identity(source: Source) -> dict[str, FileIdentity]:
+    """All files that decide the answers, by name; ModelError if one cannot be read."""
+    return {_name(source, path): _identify(path, stretches) for path, stretches in _files(source).items()}
+
+
+def fingerprint(source: Source) -> tuple[int, str]:
+    """The size of a model's files in bytes and one hash for all of them: equal on all ranks that see one model."""
+    return summed(identity(source))
+
+
+def summed(files: dict[str, FileIdentity]) -> tuple[int, str]:
+    """`fingerprint` of files that are identified already."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, file in files.items():
+        digest.update(f"{name}\0{file.bytes}\0{file.hash}\0".encode())
+    return sum(file.bytes for file in files.values()), digest.hexdigest()
+
+
+class Watch:
+    """Looks every so often whether a model's files are still those that were opened."""
+
+    def __init__(self, source: Source) -> None:
+        """Note what the files are now; ModelError if one cannot be read."""
+        self._source, self._paths = source, _files(source)
+        try:
+            self._states = {path: _state(path) for path in self._paths}
+        except OSError as error:
+            raise ModelError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        self.files = identity(source)
+        self._looked = time.monotonic()
+
+    @property
+    def state(self) -> str:
+        """A hash of where the files lie and when they were last touched: equal only if nobody has touched them."""
+        return hashlib.blake2b(repr(list(self._states.values())).encode(), digest_size=8).hexdigest()
+
+    def look(self) -> bool:
+        """Look if it is time, at what the system says of the files; whether it was. ModelChangedError names one."""
+        if time.monotonic() < self._looked + LOOK_EVERY:
+            return False
+        for path, stretches in self._paths.items():
+            try:
+                state = _state(path)
+            except FileNotFoundError:
+                raise _changed(path) from None
+            except OSError:  # a file server that does not answer; the next look, or a read, will tell
+                continue
+            if state != self._states.get(path):
+                if _identify(path, stretches) != self.files.get(_name(self._source, path)):
+                    raise _changed(path)
+                self._states[path] = state
+        self._looked = time.monotonic()
+        return True
+
+    def look_closely(self) -> None:
+        """Read again all that makes the identity; ModelChangedError names a file that is not what it was."""
+        found = identity(self._source)
+        for name in {**self.files, **found}:
+            if found.get(name) != self.files.get(name):
+                raise _changed(_folder(self._source) / name)
+
+
+def _changed(path: Path) -> ModelChangedError:
+    return ModelChangedError(
+        f"The model's file {path} has changed while the run was using it. Put it back as it was and run the same "
+        "command again: what was computed since the last good look at it is computed again."
+    )
+
+
+def _folder(source: Source) -> Path:
+    return source.path if source.path.is_dir() else source.path.parent
+
+
+def _name(source: Source, path: Path) -> str:
+    folder = _folder(source)
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+
+def _files(source: Source) -> dict[Path, list[tuple[int, int]] | None]:
+    """The files, each with offset and length of what is hashed besides samples; None: all of it."""
+    found: dict[Path, list[tuple[int, int]] | None] = {}
+    if isinstance(source.tokenizer, Path):
+        for pattern in TEXT_FILES:
+            found.update(dict.fromkeys(sorted(source.tokenizer.glob(pattern))))
+    found.update(dict.fromkeys(path for path in source.files if path not in found))
+    first: dict[Path, int] = {}
+    for path, offset, nbytes in source.extents():
+        stretches = found.get(path)
+        if stretches is None:
+            stretches = found[path] = []
+        first[path] = min(first.get(path, offset), offset)
+        if nbytes <= SMALL:
+            stretches.append((offset, nbytes))
+    for path, offset in first.items():
+        found[path] = [(0, offset), *sorted(found[path] or ())]
+    return found
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _identify(path: Path, stretches: list[tuple[int, int]] | None) -> FileIdentity:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            samples = _samples(found.st_size)
+            whole = stretches is None or len(samples) == 1
+            for offset, count in [(0, found.st_size)] if whole else [*(stretches or ()), *samples]:
+                for data in _pieces(file.fileno(), offset, count):
+                    digest.update(data)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+    return FileIdentity(found.st_size, digest.hexdigest(), None if whole else int(found.st_mtime))
+
+
+def _pieces(file: int, offset: int, count: int) -> Iterator[bytes]:
+    """`count` bytes from `offset` on, fewer at the end of the file."""
+    while count and (data := os.pread(file, min(count, 2**20), offset)):
+        yield data
+        offset, count = offset + len(data), count - len(data)
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Offsets and lengths: all of a small file, else both ends and samples between them."""
+    if size <= 2 * ENDS_BYTES + SAMPLES * SAMPLE_BYTES:
+        return [(0, size)]
+    between = [(i * (size - SAMPLE_BYTES) // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
+    return [(0, ENDS_BYTES), *between, (size - ENDS_BYTES, ENDS_BYTES)]

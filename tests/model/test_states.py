@@ -1,0 +1,119 @@
+"""One state for each sequence: the same bytes with any cut into steps, with preemption, after a kill, on any layout."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpillm import kernels
+from mpillm.engine.sequence import Request
+from tests.agnostic import harness
+from tests.agnostic.program import digest
+from tests.conftest import Mpi
+from tests.model.engine_harness import _alone
+from tests.model.recurrent import install
+
+PROGRAM = Path(__file__).with_name("recurrent_ranks.py")
+# Model, recurrent layers: beside attention in all of two others, beside windows, and without any attention.
+MODELS = [("llama3", frozenset({1, 2})), ("qwen2_window", frozenset({1})), ("qwen3", frozenset({0, 1}))]
+BOTH = frozenset({0})  # keeps its attention unless it is recurrent
+
+pytestmark = pytest.mark.skipif(kernels.path() == "numpy", reason="NumPy's products promise less")
+
+cases = pytest.mark.parametrize(("model", "recurrent"), MODELS)
+
+
+@functools.cache
+def requests(model: str) -> list[Request]:
+    return harness.batch(harness.vocab_of(model))
+
+
+def run(model: str, recurrent: frozenset[int], **job: Any) -> harness.Outcome:
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, recurrent, BOTH)
+        return harness.run(_alone(), harness.path_of(model), requests(model), **job)
+
+
+@functools.cache
+def expected(model: str, recurrent: frozenset[int]) -> dict[harness.Name, harness.Values]:
+    outcome = run(model, recurrent, max_num_seqs=1, threads=1)
+    assert outcome.session.limits.n_slots == 1
+    return outcome.values
+
+
+@cases
+def test_a_state_counts(model: str, recurrent: frozenset[int]) -> None:
+    without = harness.run(_alone(), harness.path_of(model), requests(model)).values
+    values = expected(model, recurrent)
+    assert len(values) == len(requests(model)) == len(without)
+    assert all(value != without[name] for name, value in values.items() if value[3] or value[5])
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(1, 1), (7, 16), (32, 40), (32, 512)])
+@cases
+def test_any_cut_gives_the_same(model: str, recurrent: frozenset[int], sequences: int, tokens: int) -> None:
+    outcome = run(model, recurrent, max_num_seqs=sequences, max_num_batched_tokens=tokens, threads=2)
+    assert outcome.values == expected(model, recurrent)
+    assert outcome.totals.shared_tokens == 0
+
+
+@cases
+def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -> None:
+    """Half of the memory is for states; of the other half few sequences can have blocks."""
+    wide = run(model, recurrent)
+    layout = wide.session.caches[0]
+    groups = len(layout.windows)
+    budget = 2 * 5 * groups * layout.block_nbytes if groups else 3 * layout.state_nbytes
+    outcome = run(model, recurrent, kv=budget, max_num_batched_tokens=100)
+    limits = outcome.session.limits
+    assert outcome.values == expected(model, recurrent)
+    assert limits.n_blocks * layout.block_nbytes + limits.n_slots * layout.state_nbytes <= budget
+    assert outcome.session.kv.peak <= budget
+    assert limits.n_slots > 0
+    if groups:
+        assert outcome.totals.preemptions > 0
+    else:
+        assert limits.n_slots == 3 == outcome.totals.most_sequences
+
+
+@cases
+def test_broken_off_and_gone_on(model: str, recurrent: frozenset[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, recurrent, BOTH)
+        outcome = harness.run_in_pieces(
+            _alone(), harness.path_of(model), requests(model), seed=2, max_num_seqs=9
+        )
+    assert outcome.values == expected(model, recurrent)
+
+
+def test_blocks_on_disk_and_states_in_memory(tmp_path: Path) -> None:
+    folder = str(harness.write_mixed_windows(tmp_path / "model"))
+    recurrent = frozenset({1, 4})
+    whole = expected(folder, recurrent)
+    layout = run(folder, recurrent).session.caches[0]
+    job = {"kv": 30 * layout.block_nbytes, "streams": True, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}
+    outcome = run(folder, recurrent, **job)
+    assert outcome.values == whole
+    assert outcome.session.kv.spill.counters.read > 0
+    assert outcome.session.kv.peak <= 30 * layout.block_nbytes
+
+
+@pytest.mark.mpiexec
+@pytest.mark.parametrize(("stages", "shards"), [(2, 1), (1, 2)])
+def test_two_ranks(stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
+    model, recurrent = MODELS[0]
+    layout = {"stages": stages, "shards": shards, "activations": "f32"}
+    ways: list[dict[str, Any]] = [
+        {}, {"kv_blocks": 7, "max_num_seqs": 7, "max_num_batched_tokens": 40}
+    ]  # fmt: skip
+    target = tmp_path / "outcomes.json"
+    settings = [json.dumps({**layout, **way}) for way in ways]
+    done = openmpi.run(2, PROGRAM, ",".join(map(str, recurrent)), target, model, *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wide, tight = json.loads(target.read_text())
+    assert wide["digest"] == tight["digest"] == digest(expected(model, recurrent))
+    assert tight["totals"]["preemptions"] > 0

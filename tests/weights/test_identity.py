@@ -1,0 +1,104 @@
+"""What a model is: every file that decides an answer, as long as a run lasts and when it goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpillm.errors import ModelError
+from mpillm.model.opening import open_source
+from mpillm.weights import identity
+from mpillm.weights.identity import ModelChangedError, Watch
+from tests.job_helpers import CHAT
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return shutil.copytree(CHAT, tmp_path / "model")
+
+
+def overwrite(path: Path, offset: int = -1) -> None:
+    """Change a byte in place, without a trace in the file's times."""
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_every_file_that_decides_an_answer_counts(model: Path, name: str) -> None:
+    before = identity.identity(open_source(model))
+    path = model / name
+    path.write_text((path.read_text() if path.exists() else "") + " ")
+    after = identity.identity(open_source(model))
+    assert [key for key in after if after[key] != before.get(key)] == [name]
+
+
+def test_small_tensors_count_whole_and_large_ones_by_samples_and_time(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "SAMPLES", 2)
+    monkeypatch.setattr(identity, "SAMPLE_BYTES", 8)
+    monkeypatch.setattr(identity, "ENDS_BYTES", 8)
+    source = open_source(model)
+    path = next(model.glob("*.safetensors"))
+    smallest = min(nbytes for _, _, nbytes in source.extents())
+    monkeypatch.setattr(identity, "SMALL", smallest)
+    before = identity.identity(source)[path.name]
+    assert before.modified == int(path.stat().st_mtime)
+    extents = sorted((offset, nbytes) for file, offset, nbytes in source.extents() if file == path)
+    small = [offset for offset, nbytes in extents if nbytes <= smallest]
+    large = [offset + nbytes // 2 for offset, nbytes in extents if nbytes > smallest]
+    assert small
+    assert large
+    hidden = [at for at in large if 8 <= at < path.stat().st_size - 16]
+    for offset, seen in ((int(np.random.default_rng().choice(small)), True), (hidden[0], False)):
+        overwrite(path, offset)
+        assert (identity.identity(open_source(model))[path.name] != before) == seen
+        overwrite(path, offset)
+    os.utime(path, (0, 0))
+    assert identity.identity(open_source(model))[path.name] != before
+    assert identity.summed({"": identity.identity(open_source(model))[path.name]}) == identity.summed(
+        {"": before}
+    )
+
+
+def test_a_change_while_it_is_used_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(open_source(model))
+    assert not watch.look()  # it is not time yet
+    monkeypatch.setattr(identity, "LOOK_EVERY", 0.0)
+    assert watch.look()
+    state = watch.state
+    shutil.copy(model / "tokenizer.json", model / "copy")
+    (model / "copy").rename(model / "tokenizer.json")  # another file with the same bytes
+    assert watch.look()
+    assert watch.state != state
+    watch.look_closely()
+    weights = next(model.glob("*.safetensors"))
+    overwrite(weights)
+    with pytest.raises(
+        ModelChangedError, match=rf"The model's file {weights} has changed while the run was using"
+    ):
+        watch.look()
+    with pytest.raises(ModelChangedError, match=rf"The model's file {weights} has changed while"):
+        watch.look_closely()
+    overwrite(weights)
+    watch.look_closely()
+    (model / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelChangedError, match=r"tokenizer_config\.json has changed"):
+        watch.look()
+
+
+def test_a_file_that_is_gone_is_named(model: Path) -> None:
+    source = open_source(model)
+    next(model.glob("*.safetensors")).unlink()
+    with pytest.raises(ModelError, match="cannot be read: No such file"):
+        Watch(source)
