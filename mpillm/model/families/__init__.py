@@ -8,12 +8,26 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
+from mpillm.model.families.gemma import Gemma
+from mpillm.model.families.glm import Glm
+from mpillm.model.families.granite import Granite
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.mistral import Mistral
+from mpillm.model.families.olmo import Olmo
 from mpillm.model.families.qwen import Qwen
+from mpillm.model.families.starcoder import StarCoder
 from mpillm.model.fields import Fields
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen())
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Qwen(),
+    Gemma(),
+    Glm(),
+    Granite(),
+    Olmo(),
+    StarCoder(),
+)
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 _BY_GGUF = {kind: family for family in FAMILIES for kind in family.gguf}

@@ -33,13 +33,14 @@ class Family:
     """A family of models: one file, which `families.FAMILIES` lists.
 
     `architectures` are transformers' classes with their model_type, `gguf` the values of general.architecture that it
-    reads, `names` what its tensors are called, and `defaults` what an absent key means: the defaults of transformers'
-    configuration classes, by class. Sizes have none.
+    reads, `names` what its tensors are called, and `tied` what an absent tie_word_embeddings means. `defaults` has what
+    other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
     """
 
     architectures: ClassVar[Mapping[str, str]]
     gguf: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[Names] = Names()
+    tied: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
@@ -104,11 +105,27 @@ def read_norm(fields: Fields, key: str = "rms_norm_eps", default: float = 1e-6, 
     return NormSpec(fields.number(key, 0, 1, default=default), **more)
 
 
-def read_rotary(fields: Fields, sizes: Sizes, dim: int | None = None, interleaved: bool = False) -> Rotary:
-    """RoPE of the first `dim` dimensions of a head, or of all of them."""
+def read_rotary(
+    fields: Fields, sizes: Sizes, dim: int | None = None, interleaved: bool = False, layer_type: str = ""
+) -> Rotary:
+    """RoPE of the first `dim` dimensions of a head, or of all of them; `layer_type` as in `read_rope`."""
     dim = sizes.head_dim if dim is None else dim
     theta = fields.defaults.get("rope_theta", 1e4)
-    return Rotary(read_rope(fields, theta, sizes.max_position, dim, sizes.head_dim), dim, interleaved)
+    rope = read_rope(fields, theta, sizes.max_position, dim, sizes.head_dim, layer_type)
+    return Rotary(rope, dim, interleaved)
+
+
+def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleaved: bool = False) -> Rotary:
+    """RoPE of the part of each head that partial_rotary_factor says, beside the RoPE or in its table."""
+    table = fields.values.get("rope_parameters")
+    inner = table.get("partial_rotary_factor") if isinstance(table, Mapping) else None
+    part = fields.optional_number("partial_rotary_factor", 0, 1)
+    if part is None:
+        part = default if not isinstance(inner, int | float) else float(inner)
+    dim = int(sizes.head_dim * part)
+    if dim < 2 or dim % 2 or dim > sizes.head_dim:
+        raise fields.fail("partial_rotary_factor", f"which makes {dim} of {sizes.head_dim} dimensions turn")
+    return read_rotary(fields, sizes, dim, interleaved)
 
 
 def read_layer_types(fields: Fields, n_layers: int, *supported: str) -> Sequence[str] | None:

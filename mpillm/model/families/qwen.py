@@ -34,17 +34,25 @@ from mpillm.weights.formats.gguf_config import (
     refuse_window,
     usual_config,
 )
-from mpillm.weights.names import Key
+from mpillm.weights.names import Key, Names
 
 _USUAL = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 _QWEN2, _QWEN3, _MIXTURE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+_QWEN2_MIXTURE = "Qwen2MoeForCausalLM"
 
 
 class Qwen(Family):
     """Llama with biases on q, k and v (Qwen 2), or with norms of each head's q and k (Qwen 3)."""
 
-    architectures = {_QWEN2: "qwen2", _QWEN3: "qwen3", _MIXTURE: "qwen3_moe"}
+    architectures = {_QWEN2: "qwen2", _QWEN3: "qwen3", _MIXTURE: "qwen3_moe", _QWEN2_MIXTURE: "qwen2_moe"}
     gguf = ("qwen2", "qwen3", "qwen3moe")
+    names = Names(
+        hf={
+            "layers.{l}.mlp.shared_expert.gate_proj.weight": ("shared_gate",),
+            "layers.{l}.mlp.shared_expert.up_proj.weight": ("shared_up",),
+            "layers.{l}.mlp.shared_expert.down_proj.weight": ("shared_down",),
+        }
+    )
     defaults = {
         _QWEN2: {"max_window_layers": 28, **_USUAL},
         _QWEN3: {"max_window_layers": 28, "head_dim": 128, **_USUAL},
@@ -55,6 +63,15 @@ class Qwen(Family):
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
+        _QWEN2_MIXTURE: {
+            **_USUAL,
+            "num_key_value_heads": 16,
+            "num_local_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
@@ -64,7 +81,7 @@ class Qwen(Family):
         experts, has_experts = _experts(fields, architecture)
         qkv_bias, o_bias = _biases(fields, architecture)
         norm, rotary = read_norm(fields), read_rotary(fields, sizes)
-        qk_norm = norm if architecture != _QWEN2 else None
+        qk_norm = None if architecture in (_QWEN2, _QWEN2_MIXTURE) else norm
         refuse_qk_norm(fields, architecture, has=qk_norm is not None)
 
         def layer(number: int) -> LayerSpec:
@@ -86,7 +103,7 @@ class Qwen(Family):
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         config = usual_config(fields, shape_of)
-        names = dict(zip(self.gguf, self.architectures.items(), strict=True))
+        names = dict(zip(self.gguf, self.architectures.items(), strict=False))
         architecture, model_type = names[fields.kind]
         config |= {"architectures": [architecture], "model_type": model_type}
         refuse_window(fields)
@@ -122,7 +139,7 @@ def _windows(fields: Fields, architecture: str, n_layers: int) -> tuple[int, ...
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
     # Ticked off whether used or not: a window that is switched off may have any value.
     fields.read |= {"sliding_window", "max_window_layers"}
-    some = architecture != _MIXTURE
+    some = architecture not in (_MIXTURE, _QWEN2_MIXTURE)
     first = (
         fields.integer("max_window_layers", 0, LONGEST) if window and some and _types_absent(fields) else 0
     )
@@ -135,7 +152,7 @@ def _types_absent(fields: Fields) -> bool:
 
 def _experts(fields: Fields, architecture: str) -> tuple[ExpertsSpec | None, Callable[[int], bool]]:
     """The experts of the layers that have them, and which layers those are."""
-    if architecture != _MIXTURE:
+    if architecture not in (_MIXTURE, _QWEN2_MIXTURE):
         return None, lambda layer: False
     count = read_expert_count(fields)
     width = read_width(fields, "moe_intermediate_size")
@@ -152,11 +169,17 @@ def _experts(fields: Fields, architecture: str) -> tuple[ExpertsSpec | None, Cal
         return None, has_experts
     if chosen > count:
         chosen = read_chosen(fields, count)
-    return ExpertsSpec(count, width, RouterSpec(chosen, normalise=normalise)), has_experts
+    router = RouterSpec(chosen, normalise=normalise)
+    if architecture == _MIXTURE:
+        return ExpertsSpec(count, width, router), has_experts
+    shared = MlpSpec(read_width(fields, "shared_expert_intermediate_size"), prefix="shared_")
+    return ExpertsSpec(count, width, router, shared=shared, shared_router=True), has_experts
 
 
 def _biases(fields: Fields, architecture: str) -> tuple[bool, bool]:
     """Whether q, k and v have biases, and whether attention's output has."""
+    if architecture == _QWEN2_MIXTURE:
+        return fields.flag("qkv_bias"), False
     if architecture != _QWEN2:
         bias = fields.flag("attention_bias")
         return bias, bias

@@ -22,6 +22,8 @@ class GgufFamily(Protocol):
 
     @property
     def names(self) -> Names: ...
+    @property
+    def tied(self) -> bool: ...
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration with Hugging Face's keys, without RoPE's."""
 

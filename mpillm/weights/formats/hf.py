@@ -30,7 +30,8 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     try:
         for name, (file, tensor) in _tensors(path, files).items():
             _add(extents, file, name, tensor, family.names)
-        _tie(extents, config)
+        if config.get("tie_word_embeddings", family.tied) is True:
+            _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
     except BaseException:
         for file in files.values():
@@ -134,10 +135,9 @@ def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor
     add(extents, parsed, extent)
 
 
-def _tie(extents: dict[Key, Extent], config: dict[str, Any]) -> None:
+def _tie(extents: dict[Key, Extent]) -> None:
     """Head and embedding are one tensor in tied models, under either name; if both are there, both count."""
     embed, head = Key("embed"), Key("head")
-    if config.get("tie_word_embeddings") is True:
-        for absent, present in ((head, embed), (embed, head)):
-            if absent not in extents and present in extents:
-                extents[absent] = extents[present]
+    for absent, present in ((head, embed), (embed, head)):
+        if absent not in extents and present in extents:
+            extents[absent] = extents[present]

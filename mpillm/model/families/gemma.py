@@ -1,0 +1,116 @@
+"""Gemma 2 and the text models of Gemma 3: norms before and after, GeGLU, and windows in most layers."""
+
+from __future__ import annotations
+
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import (
+    Family,
+    Sizes,
+    model,
+    read_activation,
+    read_layer_types,
+    read_norm,
+    read_rotary,
+    read_sizes,
+    read_width,
+)
+from mpillm.model.fields import Fields
+from mpillm.model.layers.attention import AttentionSpec, Rotary
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope import RopeConfig
+from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.names import Names
+
+_GEMMA2, _GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+_USUAL = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+class Gemma(Family):
+    """Weights of norms are stored minus one; embeddings are multiplied by the square root of their width."""
+
+    architectures = {_GEMMA2: "gemma2", _GEMMA3: "gemma3_text"}
+    tied = True
+    names = Names(
+        hf={
+            "layers.{l}.post_attention_layernorm.weight": ("attn_post_norm",),
+            "layers.{l}.pre_feedforward_layernorm.weight": ("ffn_norm",),
+            "layers.{l}.post_feedforward_layernorm.weight": ("ffn_post_norm",),
+        }
+    )
+    defaults = {
+        _GEMMA2: {
+            **_USUAL,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        _GEMMA3: {**_USUAL, "max_position_embeddings": 131072, "rope_theta": 1e6},
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        fields.raw("hidden_act")  # older files have it besides, and transformers does not look at it
+        activation = read_activation(fields, "gelu_pytorch_tanh", "gelu", key="hidden_activation")
+        sizes, width = read_sizes(fields), read_width(fields)
+        bias = fields.flag("attention_bias")
+        scale = fields.number("query_pre_attn_scalar", 1e-6, 1e9) ** -0.5
+        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+        softcap = fields.optional_number("attn_logit_softcapping", 0, 1e9) or 0.0
+        norm = read_norm(fields, offset=1.0)
+        if fields.flag("use_bidirectional_attention"):
+            raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
+        newer = architecture == _GEMMA3
+        every = fields.integer("sliding_window_pattern", 1, LONGEST, default=6 if newer else 2)
+        fields.raw("_sliding_window_pattern")
+        fields.raw("cache_implementation")
+        types = read_layer_types(fields, sizes.n_layers, _FULL, _SLIDING)
+        if types is None:
+            types = [_SLIDING if (layer + 1) % every else _FULL for layer in range(sizes.n_layers)]
+        rotaries = _rotaries(fields, sizes, set(types))
+
+        def layer(number: int) -> LayerSpec:
+            attention = AttentionSpec(
+                sizes.n_heads,
+                sizes.n_kv_heads,
+                sizes.head_dim,
+                scale,
+                rotaries[types[number]],
+                window if types[number] == _SLIDING else 0,
+                qkv_bias=bias,
+                o_bias=bias,
+                qk_norm=norm if newer else None,
+                softcap=softcap,
+            )
+            return LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
+
+        return model(
+            fields,
+            architecture,
+            sizes,
+            layer,
+            norm,
+            embedding_scale=sizes.hidden**0.5,
+            logit_softcap=fields.optional_number("final_logit_softcapping", 0, 1e9) or 0.0,
+        )
+
+
+def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:
+    """RoPE by layer type: Gemma 3 has two, and older files of it name the base of windows apart."""
+    parameters = fields.values.get("rope_parameters")
+    if isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values()):
+        return {kind: read_rotary(fields, sizes, layer_type=kind) for kind in types}
+    found = read_rotary(fields, sizes)
+    local = fields.optional_number("rope_local_base_freq", 1.0, 1e30)
+    if local is None:
+        return {_FULL: found, _SLIDING: found}
+    return {_FULL: found, _SLIDING: Rotary(RopeConfig(local), found.dim)}
