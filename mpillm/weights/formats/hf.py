@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ from mpillm.weights.names import Key
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 64 * 2**20
+_LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
 
 def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSource:
@@ -29,6 +31,8 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     extents: dict[Key, Extent] = {}
     try:
         for name, (file, tensor) in _tensors(path, files).items():
+            if _predicts_further(name, config):
+                continue
             _add(extents, file, name, tensor, family.names)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
@@ -119,6 +123,15 @@ def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[Mapped
             )
         found[name] = (files[shard], headers[shard][name])
     return found
+
+
+def _predicts_further(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is of a layer behind the model's own, which predicts the token after the next (GLM, DeepSeek)."""
+    own, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    found = _LAYER.match(name)
+    if found is None or type(own) is not int or type(further) is not int:
+        return False
+    return own <= int(found["layer"]) < own + further
 
 
 def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
