@@ -10,7 +10,7 @@ from mpillm.comm.collectives import Channel, Group, Pipe, Wire
 from mpillm.comm.counters import Counters
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType, dequantize, fold, quantize
-from mpillm.partition.grid import Place, own_panels, panel_bounds
+from mpillm.partition.grid import Axis, Place, panel_bounds
 
 F32 = npt.NDArray[np.float32]
 PANELS = 8
@@ -48,7 +48,7 @@ def through_q8_0(x: F32) -> F32:
 
 def own_part(panels: F32, place: Place) -> F32:
     """What a shard brings: the sum of its own panels, folded inside the rank."""
-    count = len(own_panels(panel_bounds(PANELS, 1, PANELS), place)) - 1
+    count = len(Axis(panel_bounds(PANELS).own_panels(1, PANELS), place)) - 1
     part = np.empty(panels.shape[1:], np.float32)
     fold(panels[place.shard * count : (place.shard + 1) * count].copy(), part, 1)
     return part

@@ -126,7 +126,7 @@ def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[Mapped
 
 
 def _predicts_further(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor is of a layer behind the model's own, which predicts the token after the next (GLM, DeepSeek)."""
+    """Whether a tensor is of a layer behind the model's own, which predicts further tokens (GLM, DeepSeek)."""
     own, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
     found = _LAYER.match(name)
     if found is None or type(own) is not int or type(further) is not int:
