@@ -48,7 +48,7 @@ def through_q8_0(x: F32) -> F32:
 
 def own_part(panels: F32, place: Place) -> F32:
     """What a shard brings: the sum of its own panels, folded inside the rank."""
-    count = len(Axis(panel_bounds(PANELS).own_panels(1, PANELS), place)) - 1
+    count = len(Axis(panel_bounds(PANELS, 1, PANELS)).own_panels(place)) - 1
     part = np.empty(panels.shape[1:], np.float32)
     fold(panels[place.shard * count : (place.shard + 1) * count].copy(), part, 1)
     return part
