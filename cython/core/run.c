@@ -86,21 +86,28 @@ static void relax(int spin) {
 /* The child of a fork has none of its parent's threads, and libgomp, which does not know, would wait for them. */
 static void forget_threads(void) { team.alone = 1; }
 
-/* Whether this call may open a region.  It must close it. */
-static int open_region(void) {
+/* Whether the caller has the team for itself now.  It must give it back (close_region). */
+static int claim_team(void) {
     if (team.alone || atomic_exchange(&team.busy, 1)) return 0;
     if (!team.prepared) {
         const char *policy = getenv("OMP_WAIT_POLICY"); /* passive: others need the cores (comm/cores.py) */
         team.spins = policy && (*policy == 'p' || *policy == 'P') ? 0 : SPINS;
         team.prepared = !pthread_atfork(NULL, NULL, forget_threads);
     }
-    if (team.prepared && !team.calls_alone) return 1;
-    if (team.calls_alone) team.calls_alone--;
-    atomic_store(&team.busy, 0);
-    return 0;
+    if (!team.prepared) atomic_store(&team.busy, 0);
+    return team.prepared;
 }
 
 static void close_region(void) { atomic_store(&team.busy, 0); }
+
+/* Whether this call may open a region: not while calls are done alone. */
+static int open_region(void) {
+    if (!claim_team()) return 0;
+    if (!team.calls_alone) return 1;
+    team.calls_alone--;
+    close_region();
+    return 0;
+}
 
 /* Whether this thread's stack holds the kernels' blocks (AMX has 800 KB of them); OMP_STACKSIZE may make it too small. */
 static int has_stack(void) {
@@ -199,9 +206,10 @@ static void run_together(mk_work *work, int threads) {
     if (atomic_load(&team.helped)) team.in_vain = 0;
     else if (nanoseconds >= SHORT && ++team.in_vain == IN_VAIN) team.in_vain = 0, team.calls_alone = ALONE;
 }
+
 void mk_first_touch(uint8_t *memory, long bytes, int threads) {
     enum { CHUNK = 1 << 21 /* a huge page */, PAGE = 4096 };
-    if (!open_region()) return;
+    if (!claim_team()) return;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long begin = 0; begin < bytes; begin += CHUNK)
         for (long at = begin; at < begin + CHUNK && at < bytes; at += PAGE) memory[at] = 0;

@@ -135,7 +135,7 @@ class Slurm:
         while time.monotonic() < end:
             seen = self.look(job)
             state = seen["JobState"]
-            if state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"):
+            if state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SIGNALING"):
                 break
             if state == "PENDING" and seen["Restarts"] != "0" and not restart:
                 break
