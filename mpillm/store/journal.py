@@ -363,7 +363,7 @@ def first_layout(claim: Claim) -> Layout | None:
         for _, payload in good_records(file) if file is not None else ():
             if (tag := tag_of(payload)) == "layout":
                 return msgspec.msgpack.decode(payload, type=Layout)
-            if tag not in ("header", "lines"):
+            if tag in ("result", "part"):
                 break
     return None
 
