@@ -29,7 +29,6 @@ from mpillm.weights.source import Source
 
 Ints = NDArray[np.int32]
 Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
-NO_ANGLES = np.empty((0, 0), np.float32)
 NO_IDS = np.empty(0, np.int32)
 NO_TABLES = GroupTables(NO_IDS, NO_IDS, NO_IDS)
 
@@ -114,7 +113,8 @@ class Decoder:
                 x *= np.float32(self.config.embedding_scale)
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
-        rows = [self._rows(rotary, group, batch) for rotary, group in self._views]
+        angles = {rotary: _angles(rotary, batch.positions) for rotary, _ in self._views}
+        rows = [(*angles[rotary], *_where(group, batch)) for rotary, group in self._views]
         self._kv.begin(batch.groups, batch.offset)
         if self._stack is None:
             for layer, view in zip(self._layers, self._view, strict=True):
@@ -148,20 +148,23 @@ class Decoder:
             kernels.softcap(out, self.config.logit_softcap, self._threads)
         return out
 
-    def _rows(self, rotary: Rotary | None, group: int | None, batch: Batch) -> Rows:
-        """The angles of a step's rows, and where their keys and values are."""
-        tables = NO_TABLES if group is None else batch.groups[group]
-        where = (tables.block, batch.offset, batch.positions, tables.table, tables.table_start)
-        if rotary is None:
-            return (None, None, *where)
-        return (*cos_sin(rotary.config, rotary.dim, batch.positions), *where)
-
     def _make_stack(self) -> kernels.LayerStack:
         """All layers as one operation of the kernels; each of them has run once."""
         pools = [self._kv.acquire(i) for i in range(len(self._layers))]
         return kernels.LayerStack(
             [layer.operations for layer in self._layers], self._kv.kv_type, pools, self._view
         )
+
+
+def _angles(rotary: Rotary | None, positions: Ints) -> tuple[Floats | None, Floats | None]:
+    """Cosines and sines of a step's rows, [m, dim / 2] each; layers without RoPE take none."""
+    return (None, None) if rotary is None else cos_sin(rotary.config, rotary.dim, positions)
+
+
+def _where(group: int | None, batch: Batch) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Where the keys and values of a step's rows are in a group of layers."""
+    tables = NO_TABLES if group is None else batch.groups[group]
+    return tables.block, batch.offset, batch.positions, tables.table, tables.table_start
 
 
 class _RankLayer:
