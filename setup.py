@@ -5,8 +5,13 @@ The kernels are optional: without a C compiler or Python's headers the package s
 
 from __future__ import annotations
 
+import os
 import runpy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from glob import glob
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -18,8 +23,38 @@ FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibilit
 FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError)
 
 
+def compile_in_parallel(
+    compiler: Any,
+    sources: list[str],
+    output_dir: str | None = None,
+    macros: Any = None,
+    include_dirs: Any = None,
+    debug: bool = False,
+    extra_preargs: Any = None,
+    extra_postargs: Any = None,
+    depends: Any = None,
+) -> list[str]:
+    """`CCompiler.compile` of setuptools, which compiles one source after the other, with a thread for each core."""
+    macros, objects, extra_postargs, preprocessor, build = compiler._setup_compile(
+        output_dir, macros, include_dirs, sources, depends, extra_postargs
+    )
+    flags = compiler._get_cc_args(preprocessor, debug, extra_preargs)
+    compile_one: Callable[..., None] = compiler._compile
+    # The largest sources first, so that no core waits for a long one at the end.
+    order = sorted((name for name in objects if name in build), key=lambda name: -os.path.getsize(build[name][0]))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        jobs = [pool.submit(compile_one, name, *build[name], flags, extra_postargs, preprocessor) for name in order]
+        for job in jobs:
+            job.result()
+    return list(objects)
+
+
 class Build(build_ext):
-    """With OpenMP (the bench's limits use it) where there is some; a failure costs the kernels and nothing else."""
+    """With OpenMP where the compiler has it, a file for each core at a time; a failure costs only the kernels."""
+
+    def build_extensions(self) -> None:
+        self.compiler.compile = partial(compile_in_parallel, self.compiler)
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         flags = ext.extra_compile_args
