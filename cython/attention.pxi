@@ -37,15 +37,18 @@ cdef class Attention:
     cdef Vector q_bias, k_bias, v_bias, sinks
     cdef const int32_t[::1] kv_of_head
     cdef int heads, kvh, hd, vd, window, rotary
-    cdef bint interleaved
+    cdef bint interleaved, gated
     cdef float scale, softcap
     cdef long steps  # at most
 
     def __init__(self, q, k, v, o, const int32_t[::1] kv_of_head, int kvh, int hd, float scale, *, int window=0,
                  int value_dim=0, norm=None, biases=None, qk_norms=None, rotary=None, bint interleaved=False,
-                 sinks=None, float softcap=0.0):
+                 sinks=None, float softcap=0.0, gate=None):
         cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
-        self.qkv, self.o = Products(q, k, v), Products(o)
+        self.gated = gate is not None
+        self.qkv, self.o = Products(q, k, v, gate) if self.gated else Products(q, k, v), Products(o)
+        if self.gated:
+            require("n of the gate", (heads * vd,), (gate.n,))
         self.heads, self.kvh, self.hd, self.vd, self.kv_of_head = heads, kvh, hd, vd, kv_of_head
         self.scale, self.window, self.softcap = scale, window, softcap
         require_range("kv_of_head", kv_of_head, kvh)
@@ -63,7 +66,7 @@ cdef class Attention:
         self.q_norm = norm_of("q's norm", q_norm, (hd, q.n))
         self.k_norm = norm_of("k's norm", k_norm, (hd, k.n))
         self.sinks = Vector("sinks", sinks, heads)
-        self.steps = self.qkv.steps + self.o.steps + 10
+        self.steps = self.qkv.steps + self.o.steps + 11
 
     def __call__(self, const float[:, :] x, cos, sin, int kv_type, kpool, vpool, const int32_t[::1] block,
                  const int32_t[::1] offset, const int32_t[::1] pos, const int32_t[::1] table,
@@ -78,6 +81,8 @@ cdef class Attention:
     def attend(self, float[:, ::1] q, float[:, ::1] k, const float[:, ::1] v, cos, sin, int kv_type, kpool, vpool,
                const int32_t[::1] block, const int32_t[::1] offset, const int32_t[::1] pos,
                const int32_t[::1] table, const int32_t[::1] table_start, out, int threads=1):
+        if self.gated:
+            raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
         cdef Pools pools = self.pools(kv_type, kpool, vpool)
         cdef long m = q.shape[0]
         cdef Rows rows = rows_of(cos, sin, block, offset, pos, table, table_start, m, self.rotary, self.window,
@@ -89,7 +94,7 @@ cdef class Attention:
         cdef Space space = Space(step_bytes(self.steps) + self.attend_space(m))
         cdef mk_work work
         begin(&work, space, self.steps)
-        self.add_attend(&work, space, &q[0, 0], &k[0, 0], &v[0, 0], &rows, kv_type, &pools, &sums)
+        self.add_attend(&work, space, &q[0, 0], &k[0, 0], &v[0, 0], NULL, &rows, kv_type, &pools, &sums)
         finish(&work, threads)
 
     cdef Pools pools(self, int kv_type, kpool, vpool) except *:
@@ -102,7 +107,8 @@ cdef class Attention:
         cdef long wide = self.heads * self.hd, narrow = self.kvh * self.hd, values = self.kvh * self.vd
         cdef long steps = self.steps + RESIDUAL_STEPS
         cdef Space space = Space(step_bytes(steps) + floats(m * d) + floats(m * wide) + floats(m * narrow)
-                                 + floats(m * values) + self.qkv.space(m) + self.attend_space(m))
+                                 + floats(m * values) + floats(m * self.heads * self.vd) + self.qkv.space(m)
+                                 + self.attend_space(m))
         cdef mk_work work
         begin(&work, space, steps)
         cdef const float *hidden = x
@@ -114,7 +120,9 @@ cdef class Attention:
         cdef float *q = <float *>space.take(4 * m * wide)
         cdef float *k = <float *>space.take(4 * m * narrow)
         cdef float *v = <float *>space.take(4 * m * values)
-        cdef Sums *sums = [Sums(q, wide, 0), Sums(k, narrow, 0), Sums(v, values, 0)]
+        cdef long gates = self.heads * self.vd
+        cdef float *gate = <float *>space.take(4 * m * gates) if self.gated else NULL
+        cdef Sums *sums = [Sums(q, wide, 0), Sums(k, narrow, 0), Sums(v, values, 0), Sums(gate, gates, 0)]
         self.qkv.add(&work, space, hidden, x_stride, m, sums)
         add_bias(&work, q, wide, self.q_bias, m)
         add_bias(&work, k, narrow, self.k_bias, m)
@@ -126,7 +134,7 @@ cdef class Attention:
         if self.k_norm is not None:
             self.k_norm.add_heads(&work, k, m, self.kvh, self.hd)
         mk_join(&work, 0)
-        self.add_attend(&work, space, q, k, v, rows, kv_type, pools, out)
+        self.add_attend(&work, space, q, k, v, gate, rows, kv_type, pools, out)
         if residual is not None:
             residual.add(&work, add_to, stride, out.to, out.stride, m, self.o.widths[0])
         return finish(&work, threads)
@@ -134,9 +142,9 @@ cdef class Attention:
     cdef size_t attend_space(self, long m) noexcept:
         return floats(m * self.heads * self.vd) + self.o.space(m)
 
-    cdef int add_attend(self, mk_work *work, Space space, float *q, float *k, const float *v, const Rows *rows,
-                        int kv_type, const Pools *pools, Sums *out) except -1:
-        """out = what attention makes of q, k and v, contiguous rows; q and k are rotated in place."""
+    cdef int add_attend(self, mk_work *work, Space space, float *q, float *k, const float *v, const float *gate,
+                        const Rows *rows, int kv_type, const Pools *pools, Sums *out) except -1:
+        """out = what attention makes of q, k, v and the gate or NULL, contiguous rows; q and k are rotated in place."""
         cdef long m = rows.m, wide = self.heads * self.hd, narrow = self.kvh * self.hd
         cdef long mixed_wide = self.heads * self.vd
         cdef float *mixed = <float *>space.take(4 * m * mixed_wide)
@@ -150,4 +158,6 @@ cdef class Attention:
         mk_attention(work, kv_type, q, wide, mixed, mixed_wide, pools.keys, pools.values, rows.pos, rows.table,
                      rows.table_start, &self.kv_of_head[0], m, self.heads, self.kvh, self.hd, self.vd, self.scale,
                      self.window, self.sinks.at, self.softcap)
+        if gate:
+            mk_activate(work, MK_SIGMOID, gate, mixed_wide, mixed, mixed_wide, 0, 0, m, mixed_wide, mixed, mixed_wide)
         return self.o.add(work, space, mixed, mixed_wide, m, out)

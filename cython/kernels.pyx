@@ -545,6 +545,81 @@ def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, c
     finish(&work, threads)
 
 
+cdef int require_sequences(const int32_t[::1] first_rows, const int32_t[::1] slots, Py_ssize_t rows, Py_ssize_t states
+                           ) except -1:
+    """Sequences of at least one row each, which begin at row 0, and a slot for each of them."""
+    cdef Py_ssize_t i, count = first_rows.shape[0]
+    require_vector("slots", count, slots.shape[0])
+    for i in range(count):
+        if first_rows[0] or first_rows[i] >= (first_rows[i + 1] if i + 1 < count else rows):
+            raise ValueError(f"first_rows must rise from 0 and end before {rows}: {list(first_rows)}")
+    if not count and rows:
+        raise ValueError(f"{rows} rows belong to no sequence")
+    require_range("slots", slots, <int>states)
+    if len(set(slots)) < count:
+        raise ValueError(f"every sequence has a slot of its own, not {list(slots)}")
+    return 0
+
+
+cdef int require_states(str name, const float[:, :] states, Py_ssize_t width) except -1:
+    require_rows(name, states, -1, -1)
+    if states.shape[1] < width:
+        raise ValueError(f"{name} must be at least {width} wide, not {states.shape[1]}")
+    return 0
+
+
+def decays(float[:, ::1] x, const float[::1] rates, const float[::1] bias, int threads=1):
+    require_vector("rates", x.shape[1], rates.shape[0])
+    require_vector("bias", x.shape[1], bias.shape[0])
+    cdef mk_work work
+    mk_begin(&work)
+    mk_decays(&work, &x[0, 0], &rates[0], &bias[0], x.shape[0], x.shape[1], &x[0, 0])
+    finish(&work, threads)
+
+
+def short_conv(const float[:, :] x, const float[:, ::1] w, bias, float[:, :] tails, const int32_t[::1] first_rows,
+               const int32_t[::1] slots, float[:, :] out, bint silu, int threads=1):
+    cdef long m = x.shape[0], channels = x.shape[1], taps = w.shape[0]
+    cdef Vector shift = Vector("bias", bias, channels)
+    require_rows("x", x, -1, -1)
+    require("w", (taps, channels), (w.shape[0], w.shape[1]))
+    require_rows("out", out, m, channels)
+    require_states("tails", tails, (taps - 1) * channels)
+    require_sequences(first_rows, slots, m, tails.shape[0])
+    cdef mk_work work
+    mk_begin(&work)
+    mk_short_conv(&work, &x[0, 0], x.strides[0] // 4, &w[0, 0], shift.at, &tails[0, 0], tails.strides[0] // 4,
+                  &first_rows[0], &slots[0], first_rows.shape[0], m, channels, <int>taps, silu, &out[0, 0],
+                  out.strides[0] // 4)
+    finish(&work, threads)
+
+
+def delta_rule(const float[:, ::1] q, const float[:, ::1] k, const float[:, ::1] v, const float[:, ::1] decay,
+               const float[:, ::1] beta, float[:, :] states, const int32_t[::1] first_rows, const int32_t[::1] slots,
+               const int32_t[::1] key_of_head, int dk, int dv, float[:, ::1] out, int threads=1):
+    cdef long m = q.shape[0], keys = q.shape[1] // dk, heads = key_of_head.shape[0]
+    require("q", (m, keys * dk), (q.shape[0], q.shape[1]))
+    require("k", (m, keys * dk), (k.shape[0], k.shape[1]))
+    require("v", (m, heads * dv), (v.shape[0], v.shape[1]))
+    require_range("key_of_head", key_of_head, <int>keys)
+    require("decay", (m, heads), (decay.shape[0], decay.shape[1]))
+    require("beta", (m, heads), (beta.shape[0], beta.shape[1]))
+    require("out", (m, heads * dv), (out.shape[0], out.shape[1]))
+    require_states("states", states, delta_floats(heads, dk, dv))
+    require_sequences(first_rows, slots, m, states.shape[0])
+    cdef mk_work work
+    mk_begin(&work)
+    mk_delta_rule(&work, &q[0, 0], &k[0, 0], &v[0, 0], &decay[0, 0], &beta[0, 0], &states[0, 0], states.strides[0] // 4,
+                  &first_rows[0], &slots[0], first_rows.shape[0], &key_of_head[0], m, <int>keys, <int>heads, dk, dv,
+                  &out[0, 0])
+    finish(&work, threads)
+
+
+cdef long delta_floats(long heads, long dk, long dv) noexcept:
+    """Floats of a sequence's state (`types.delta_floats`)."""
+    return heads * mk_blocks(dv, MK_TILE) * MK_TILE * dk
+
+
 def top_k(const float[:, :] x, long k, float[:, ::1] values, int32_t[:, ::1] ids, int threads=1):
     require_rows("x", x, -1, -1)
     require("values", (x.shape[0], k), (values.shape[0], values.shape[1]))
@@ -575,5 +650,6 @@ def lse_parts(const float[:, :] x, const float[::1] inv_t, bounds, float[:, :, :
 include "products.pxi"
 include "norms.pxi"
 include "attention.pxi"
+include "recurrent.pxi"
 include "mlp.pxi"
 include "stack.pxi"

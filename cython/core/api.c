@@ -198,6 +198,26 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
         .out = out);
 }
 
+void mk_decays(mk_work *work, const float *x, const float *rates, const float *bias, long m, long d, float *out) {
+    ADD(decays, m, small, .a = x, .a_stride = d, .b = rates, .c = bias, .d = d, .out = out, .out_stride = d);
+}
+
+void mk_short_conv(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float *tails,
+                   long tail_stride, const int32_t *first_rows, const int32_t *slots, long sequences, long m,
+                   long channels, int taps, int silu, float *out, long out_stride) {
+    ADD(short_conv, mk_blocks(channels, MK_TILE) * sequences, conv, .of = {first_rows, slots, sequences, m}, .x = x,
+        .w = w, .bias = bias, .out = out, .tails = tails, .x_stride = x_stride, .out_stride = out_stride,
+        .tail_stride = tail_stride, .channels = channels, .taps = taps, .silu = silu);
+}
+
+void mk_delta_rule(mk_work *work, const float *q, const float *k, const float *v, const float *decay, const float *beta,
+                   float *states, long state_stride, const int32_t *first_rows, const int32_t *slots, long sequences,
+                   const int32_t *key_of_head, long m, int keys, int heads, int dk, int dv, float *out) {
+    ADD(delta_rule, heads * mk_blocks(dv, MK_TILE) * sequences, delta, .of = {first_rows, slots, sequences, m}, .q = q,
+        .k = k, .v = v, .decay = decay, .beta = beta, .out = out, .states = states, .key_of_head = key_of_head,
+        .state_stride = state_stride, .keys = keys, .heads = heads, .dk = dk, .dv = dv);
+}
+
 static void add_rows(const void *argument, long begin, long end) { /* roundings one by one: one form serves all paths */
     const mk_small_job *job = argument;
     for (long row = begin; row < end; row++) {

@@ -12,6 +12,8 @@
 
 #include "body_small.h"
 
+#include "body_recurrent.h"
+
 #include "body_attention.h"
 
 #define ENTRY(operation) .operation = operation,

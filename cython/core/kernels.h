@@ -167,5 +167,19 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
                  const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd, float scale, int window,
                  const float *sinks, float softcap);
+/* out = e^(rates * softplus(x + bias)); rates, bias [d] */
+void mk_decays(mk_work *work, const float *x, const float *rates, const float *bias, long m, long d, float *out);
+/* Rows first_rows[s] .. first_rows[s + 1] - 1 (the last one's: m - 1) are those of sequence s, whose state is in slot
+ * slots[s].  A causal convolution of each channel, then SiLU if `silu`: w [taps, channels], the last tap is the row's
+ * own; bias: NULL is all zeros; tails [slot], tail_stride apart: the taps - 1 rows before, [taps - 1, channels]. */
+void mk_short_conv(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float *tails,
+                   long tail_stride, const int32_t *first_rows, const int32_t *slots, long sequences, long m,
+                   long channels, int taps, int silu, float *out, long out_stride);
+/* For each row and head: S *= decay; S += k (beta * (v - k S)); out [m, heads * dv] = q S.  q, k [m, keys * dk], of
+ * which a head has number key_of_head[head]; v [m, heads * dv]; decay, beta [m, heads]; states [slot], state_stride
+ * apart: [heads, pieces of 16 columns, dk, 16]. */
+void mk_delta_rule(mk_work *work, const float *q, const float *k, const float *v, const float *decay, const float *beta,
+                   float *states, long state_stride, const int32_t *first_rows, const int32_t *slots, long sequences,
+                   const int32_t *key_of_head, long m, int keys, int heads, int dk, int dv, float *out);
 
 #endif

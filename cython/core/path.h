@@ -85,6 +85,28 @@ typedef struct {
     void *kpool, *vpool;
 } mk_store_job; /* items are rows */
 
+typedef struct { /* of a step's rows: those of a sequence are neighbours, and it has a slot for its state */
+    const int32_t *first_rows, *slots;
+    long count, rows;
+} mk_sequences;
+
+typedef struct {
+    mk_sequences of;
+    const float *x, *w, *bias; /* w [taps, channels] */
+    float *out, *tails;        /* of each slot the taps - 1 inputs before, [taps - 1, channels] */
+    long x_stride, out_stride, tail_stride, channels;
+    int taps, silu;
+} mk_conv_job; /* items are (16 channels, sequence) */
+
+typedef struct {
+    mk_sequences of;
+    const float *q, *k, *v, *decay, *beta;
+    float *out, *states;
+    const int32_t *key_of_head;
+    long state_stride;
+    int keys, heads, dk, dv;
+} mk_delta_job; /* items are (head, 16 value dimensions, sequence) */
+
 typedef union {
     mk_pack_job pack;
     mk_rows_job rows;
@@ -93,6 +115,8 @@ typedef union {
     mk_small_job small;
     mk_attention_job attention;
     mk_store_job store;
+    mk_conv_job conv;
+    mk_delta_job delta;
 } mk_job;
 
 struct mk_step {
@@ -123,7 +147,8 @@ struct mk_work {
  * own beside the rest of another path. */
 #define MK_OPERATIONS(X)                                                                                         \
     X(quantize) X(dequantize) X(quantize_rows) X(fold) X(square_sums) X(rms_norm) X(layer_norm) X(rope)          \
-    X(rope_interleaved) X(activate) X(softcap) X(softmax) X(top_k) X(lse_parts) X(attention)
+    X(rope_interleaved) X(activate) X(softcap) X(softmax) X(top_k) X(lse_parts) X(attention) X(decays)           \
+    X(short_conv) X(delta_rule)
 
 typedef struct {
     const char *name;

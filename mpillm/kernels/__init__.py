@@ -15,11 +15,13 @@ from typing import Any
 
 from mpillm.errors import JobError
 from mpillm.kernels import fused, reference
-from mpillm.kernels.fused import Attention, Expert, Experts, LayerStack, Mlp, Products, Residual
+from mpillm.kernels.fused import Attention, Expert, Experts, GatedDeltaNet, LayerStack, Mlp, Products, Residual
 from mpillm.kernels.reference import (
     activate,
     activation_nbytes,
     attention,
+    decays,
+    delta_rule,
     dequantize,
     first_touch,
     fold,
@@ -33,6 +35,7 @@ from mpillm.kernels.reference import (
     quantize_rows,
     rms_norm,
     rope,
+    short_conv,
     softcap,
     softmax,
     square_sums,
@@ -46,15 +49,16 @@ from mpillm.kernels.types import (
     Activation,
     BlockType,
     Norm,
+    delta_floats,
     kv_pools,
 )
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType", "Expert",
-    "Experts", "LayerStack", "Mlp", "Norm", "Products", "Residual", "activate", "activation_nbytes", "attention",
-    "available", "compute", "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts",
-    "matmul", "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "softcap",
-    "softmax", "square_sums", "top_k",
+    "Experts", "GatedDeltaNet", "LayerStack", "Mlp", "Norm", "Products", "Residual", "activate", "activation_nbytes",
+    "attention", "available", "compute", "decays", "delta_floats", "delta_rule", "dequantize", "first_touch", "fold",
+    "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize",
+    "quantize_rows", "rms_norm", "rope", "set_path", "short_conv", "softcap", "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 PATHS = (
@@ -71,7 +75,7 @@ PATHS = (
     "numpy",
 )
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
-FUSED = ("Attention", "Expert", "Experts", "LayerStack", "Mlp", "Products", "Residual")
+FUSED = ("Attention", "Expert", "Experts", "GatedDeltaNet", "LayerStack", "Mlp", "Products", "Residual")
 
 _compiled: Any = None
 try:

@@ -103,3 +103,20 @@ def require_cap(cap: float) -> None:
     """A soft cap above 0."""
     if not cap > 0:
         raise ValueError(f"a soft cap must be above 0, not {cap}")
+
+
+def require_sequences(first_rows: Array, slots: Array, rows: int, states: int) -> None:
+    """Sequences of at least one row each, which begin at row 0, and a slot for each of them."""
+    count = len(first_rows)
+    require("first_rows", first_rows, (count,), np.int32)
+    if len(slots) != count:
+        raise ValueError(f"slots must have shape [{count}], not [{len(slots)}]")
+    require("slots", slots, (count,), np.int32)
+    if count and (first_rows[0] or (np.diff([*first_rows, rows]) <= 0).any()):
+        raise ValueError(f"first_rows must rise from 0 and end before {rows}: {first_rows.tolist()}")
+    if not count and rows:
+        raise ValueError(f"{rows} rows belong to no sequence")
+    if count and not 0 <= slots.min() <= slots.max() < states:
+        raise ValueError(f"slots must be within 0..{states - 1}")
+    if len(set(slots.tolist())) < count:
+        raise ValueError(f"every sequence has a slot of its own, not {slots.tolist()}")

@@ -111,15 +111,17 @@ class Attention(_Fused):
     `norm` normalises x. `biases` of q, k and v may be None each. `qk_norms` normalise q and k before rope: every head
     by itself if the norm is hd wide, else whole rows. rope rotates `rotary` dimensions of each head: all with None,
     none with 0, where cos and sin are ignored. A head has hd dimensions of q and k, and `value_dim` (0: hd) of v.
-    `sinks` and `softcap` are described at `reference.attention`. out has neither o's bias nor x added (`Residual`).
+    `sinks` and `softcap` are described at `reference.attention`. What the heads make is multiplied by the sigmoid of
+    gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias nor x added (`Residual`).
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
                  window: int = 0, value_dim: int = 0, norm: Norm | None = None,
                  biases: tuple[F32 | None, F32 | None, F32 | None] | None = None,
                  qk_norms: tuple[Norm | None, Norm | None] | None = None, rotary: int | None = None,
-                 interleaved: bool = False, sinks: F32 | None = None, softcap: float = 0.0) -> None:  # fmt: skip
-        self._qkv, self._o, self._norm_before = (q, k, v), o, norm
+                 interleaved: bool = False, sinks: F32 | None = None, softcap: float = 0.0,
+                 gate: Packed | None = None) -> None:  # fmt: skip
+        self._qkv, self._o, self._norm_before, self._gate = (q, k, v), o, norm, gate
         self._kv_of_head, self._kvh, self._hd, self._value_dim = kv_of_head, kvh, hd, value_dim or hd
         self._scale, self._window, self._sinks, self._softcap = scale, window, sinks, softcap
         self._biases, self._qk_norms = biases or (None, None, None), qk_norms or (None, None)
@@ -135,14 +137,22 @@ class Attention(_Fused):
                 values += bias
         q = self._norm_heads(q, self._qk_norms[0], len(self._kv_of_head), threads)
         k = self._norm_heads(k, self._qk_norms[1], self._kvh, threads)
-        self.attend(
-            q, k, v, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out, threads
-        )
+        gate = None if self._gate is None else self._times(rows, self._gate, threads)
+        self._attend(q, k, v, gate, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
+                     threads)  # fmt: skip
 
     def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
                vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                threads: int = 1) -> None:  # fmt: skip
         """The same from q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
+        if self._gate is not None:
+            raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
+        self._attend(q, k, v, None, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
+                     threads)  # fmt: skip
+
+    def _attend(self, q: F32, k: F32, v: F32, gate: F32 | None, cos: F32 | None, sin: F32 | None, kv_type: BlockType,
+                kpool: Pool, vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
+                threads: int) -> None:  # fmt: skip
         ops = self.ops
         if self._rotary:
             for values, heads in ((q, len(self._kv_of_head)), (k, self._kvh)):
@@ -151,7 +161,50 @@ class Attention(_Fused):
         mixed = np.empty((len(q), len(self._kv_of_head) * self._value_dim), np.float32)
         ops.attention(kv_type, q, mixed, kpool, vpool, pos, table, table_start, self._kv_of_head, self._kvh, self._hd,
                       self._scale, self._window, threads, self._value_dim, self._sinks, self._softcap)  # fmt: skip
+        if gate is not None:
+            ops.activate(Activation.SIGMOID, gate, mixed, mixed, threads)
         self._multiply(mixed, self._o, out, threads)
+
+
+class GatedDeltaNet(_Fused):
+    """out [m, d] = o(norm(delta rule(q, k, v)) * silu(gate)) of x [m, d], which `norm` normalises first.
+
+    q, k and v pass a convolution of a few taps with SiLU: `convs` are the three, [taps, channels]. q and k are then
+    divided by their lengths (`eps` is added to the squares), q by sqrt(dk) too. A head's state decays by
+    e^(rates * softplus(alpha(x) + dt_bias)), and sigmoid(beta(x)) says how much of it is written over. `out_norm`, dv
+    wide, normalises each head. `states` f32 [slot, floats] begin with the last rows before the convolutions, q's, k's
+    and v's, each [taps - 1, channels]; then come the heads' states (`reference.delta_rule`).
+    """
+
+    def __init__(self, q: Packed, k: Packed, v: Packed, gate: Packed, beta: Packed, alpha: Packed, o: Packed,
+                 convs: tuple[F32, F32, F32], rates: F32, dt_bias: F32, key_of_head: I32, dk: int, dv: int,
+                 out_norm: Norm, *, norm: Norm | None = None, eps: float = 1e-6) -> None:  # fmt: skip
+        self._inputs, self._o, self._convs = (q, k, v, gate, beta, alpha), o, convs
+        self._rates, self._dt_bias, self._key_of_head = rates, dt_bias, key_of_head
+        self._dk, self._dv, self._out_norm, self._norm_before, self._eps = dk, dv, out_norm, norm, eps
+
+    def __call__(self, x: F32, states: F32, first_rows: I32, slots: I32, out: F32, threads: int = 1) -> None:
+        ops, dk, begin = self.ops, self._dk, 0
+        rows = self._norm(x, self._norm_before, threads)
+        *qkv, gate, beta, decay = (self._times(rows, matrix, threads) for matrix in self._inputs)
+        for i, w in enumerate(self._convs):
+            convolved, floats = np.empty_like(qkv[i]), (len(w) - 1) * w.shape[1]
+            ops.short_conv(qkv[i], w, None, states[:, begin : begin + floats], first_rows, slots, convolved, True,
+                           threads)  # fmt: skip
+            qkv[i], begin = convolved, begin + floats
+        ops.activate(Activation.SIGMOID, beta, None, beta, threads)
+        ops.decays(decay, self._rates, self._dt_bias, threads)
+        # x / sqrt(sum(x^2) + eps) is the RMS norm with eps / dk, over sqrt(dk); q is divided by another sqrt(dk).
+        q, k = (
+            self._norm_heads(part, Norm(dk, self._eps / dk, np.full(dk, scale, np.float32)), 1, threads)
+            for part, scale in zip(qkv[:2], (1 / dk, dk**-0.5), strict=True)
+        )
+        made = np.empty_like(qkv[2])
+        ops.delta_rule(q, k, qkv[2], decay, beta, states[:, begin:], first_rows, slots, self._key_of_head, dk,
+                       self._dv, made, threads)  # fmt: skip
+        made = self._norm_heads(made, self._out_norm, 1, threads)
+        ops.activate(Activation.SILU, gate, made, made, threads)
+        self._multiply(made, self._o, out, threads)
 
 
 class _MlpMatrices(_Fused):

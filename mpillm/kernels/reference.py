@@ -27,6 +27,7 @@ from mpillm.kernels.checks import (
     require_weights,
     rotary_of,
 )
+from mpillm.kernels.recurrent import decays, delta_rule, short_conv
 from mpillm.kernels.types import (
     BF16_BLOCK,
     F32,
@@ -51,9 +52,9 @@ Pool = npt.NDArray[Any]
 LANES = 2**18  # floats that are summed at a time
 
 __all__ = [
-    "activate", "activation_nbytes", "attention", "dequantize", "first_touch", "fold", "kv_store", "layer_norm",
-    "lse_parts", "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm", "rope", "softcap",
-    "softmax", "square_sums", "top_k",
+    "activate", "activation_nbytes", "attention", "decays", "delta_rule", "dequantize", "first_touch", "fold",
+    "kv_store", "layer_norm", "lse_parts", "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm",
+    "rope", "short_conv", "softcap", "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 

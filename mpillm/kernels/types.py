@@ -138,6 +138,11 @@ def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
     return (n - 1) * row_bytes + k * type.block_bytes if n else 0
 
 
+def delta_floats(heads: int, dk: int, dv: int) -> int:
+    """Floats of the states of so many heads of the delta rule: [dk, dv] each, in pieces of 16 columns."""
+    return heads * -(-dv // TILE_ROWS) * TILE_ROWS * dk
+
+
 def activation_nbytes(k: int, bounds: Bounds) -> int:
     """Bytes of one row of k activations quantised for `matmul`, each panel padded to 32 values."""
     edges = np.asarray(bounds, np.int64)

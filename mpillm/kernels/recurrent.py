@@ -1,0 +1,126 @@
+"""The kernels of token mixers with a state for each sequence, in NumPy; see `reference` for what the twins promise.
+
+Rows first_rows[s] : first_rows[s + 1] of a step are those of sequence s, whose state is row slots[s] of the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from mpillm.kernels import lanes
+from mpillm.kernels.checks import require, require_rows, require_sequences, require_vector
+from mpillm.kernels.types import F32, I32, TILE_ROWS, delta_floats
+
+CHAINS = 4  # of sums over key dimensions: dimension j is added to chain j % CHAINS
+_SERIES = tuple(np.float32(1 / n) for n in (13, 11, 9, 7, 5, 3))
+
+
+def softplus(x: F32) -> F32:
+    """ln(1 + e^x) = max(x, 0) + 2 artanh(u / (2 + u)) with u = e^-|x|, by the series of artanh."""
+    with np.errstate(all="ignore"):
+        u = lanes.exp(-np.abs(x))
+        s = u / (u + np.float32(2))
+        square = s * s
+        p = np.full_like(x, 1 / 15)
+        for c in _SERIES:
+            p = lanes.fma(p, square, c)
+        artanh = lanes.fma(p * square, s, s)
+        result: F32 = np.where(x > 0, x, np.float32(0)) + (artanh + artanh)
+    return result
+
+
+def decays(x: F32, rates: F32, bias: F32, threads: int = 1) -> None:
+    """x [m, d] = e^(rates * softplus(x + bias)), in place."""
+    require("x", x, x.shape, np.float32)
+    require_vector("rates", rates, x.shape[1])
+    require_vector("bias", bias, x.shape[1])
+    with np.errstate(all="ignore"):
+        x[:] = lanes.exp(rates * softplus(x + bias))
+
+
+def short_conv(x: F32, w: F32, bias: F32 | None, tails: F32, first_rows: I32, slots: I32, out: F32, silu: bool,
+               threads: int = 1) -> None:  # fmt: skip
+    """out [m, channels]: a causal convolution of each channel of x with w [taps, channels], then SiLU if `silu`.
+
+    The last tap is the row's own. `tails` [slot, >= (taps - 1) * channels] has the rows before a sequence's first one
+    in this step, and then those before its next step.
+    """
+    taps, channels = w.shape
+    require_rows("x", x, width=channels, dtype=np.float32)
+    require("w", w, (taps, channels), np.float32)
+    require_vector("bias", bias, channels)
+    require_rows("out", out, rows=len(x), width=channels, dtype=np.float32)
+    _require_states("tails", tails, (taps - 1) * channels)
+    require_sequences(first_rows, slots, len(x), len(tails))
+    with np.errstate(all="ignore"):
+        for rows, slot in _sequences(first_rows, slots, len(x)):
+            tail = tails[slot, : (taps - 1) * channels].reshape(taps - 1, channels)
+            inputs = np.concatenate([tail, x[rows]])
+            count = rows.stop - rows.start
+            total = w[0] * inputs[:count]
+            for tap in range(1, taps):
+                total = lanes.fma(w[tap], inputs[tap : tap + count], total)
+            if bias is not None:
+                total = total + bias
+            out[rows] = total / (np.float32(1) + lanes.exp(-total)) if silu else total
+            tails[slot, : (taps - 1) * channels] = inputs[count:].ravel()
+
+
+def delta_rule(q: F32, k: F32, v: F32, decay: F32, beta: F32, states: F32, first_rows: I32, slots: I32,
+               key_of_head: I32, dk: int, dv: int, out: F32, threads: int = 1) -> None:  # fmt: skip
+    """For each row and head: S *= decay; S += k (beta * (v - k S)); out [m, heads * dv] = q S.
+
+    q, k [m, keys * dk], of which a head has number key_of_head[head]; v [m, heads * dv]; decay, beta [m, heads];
+    `states` [slot, >= delta_floats(heads, dk, dv)], which begin with the heads' states, each in pieces of 16 columns.
+    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, 2024, equation 10.)
+    """
+    m, keys, heads = len(q), q.shape[1] // dk, len(key_of_head)
+    require("q", q, (m, keys * dk), np.float32)
+    require("k", k, (m, keys * dk), np.float32)
+    require("v", v, (m, heads * dv), np.float32)
+    if heads and not 0 <= key_of_head.min() <= key_of_head.max() < keys:
+        raise ValueError(f"key_of_head must be within 0..{keys - 1}")
+    require("decay", decay, (m, heads), np.float32)
+    require("beta", beta, (m, heads), np.float32)
+    require("out", out, (m, heads * dv), np.float32)
+    _require_states("states", states, delta_floats(heads, dk, dv))
+    require_sequences(first_rows, slots, m, len(states))
+    pieces = -(-dv // TILE_ROWS)
+    queries, keys_of = (x.reshape(m, keys, dk)[:, key_of_head] for x in (q, k))
+    values = v.reshape(m, heads, dv)
+    with np.errstate(all="ignore"):
+        for rows, slot in _sequences(first_rows, slots, m):
+            lying = states[slot, : delta_floats(heads, dk, dv)].reshape(heads, pieces, dk, TILE_ROWS)
+            state = lying.transpose(0, 2, 1, 3).reshape(heads, dk, pieces * TILE_ROWS)[..., :dv].copy()
+            for row in range(rows.start, rows.stop):
+                state *= decay[row, :, None, None]
+                seen = _product(keys_of[row], state)
+                delta = (values[row] - seen) * beta[row, :, None]
+                state += keys_of[row, :, :, None] * delta[:, None, :]
+                out[row] = _product(queries[row], state).ravel()
+            padded = np.zeros((heads, dk, pieces * TILE_ROWS), np.float32)
+            padded[..., :dv] = state
+            lying[:] = padded.reshape(heads, dk, pieces, TILE_ROWS).transpose(0, 2, 1, 3)
+
+
+def _product(x: F32, state: F32) -> F32:
+    """x [heads, dk] times state [heads, dk, dv]: [heads, dv], the sums over dk in chains."""
+    terms = x[:, :, None] * state
+    sums = [np.add.reduce(terms[:, chain::CHAINS], axis=1) for chain in range(CHAINS)]
+    total: F32 = (sums[0] + sums[1]) + (sums[2] + sums[3])
+    return total
+
+
+def _sequences(first_rows: I32, slots: I32, m: int) -> Iterator[tuple[slice, int]]:
+    """The rows and the slot of each sequence."""
+    for first, end, slot in zip(first_rows, [*first_rows[1:], m], slots, strict=True):
+        yield slice(int(first), int(end)), int(slot)
+
+
+def _require_states(name: str, states: npt.NDArray[np.float32], width: int) -> None:
+    require_rows(name, states, dtype=np.float32)
+    if states.shape[1] < width:
+        raise ValueError(f"{name} must be at least {width} wide, not {states.shape[1]}")
