@@ -21,6 +21,7 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
+from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.opening import config_of, open_source
 from mpillm.run import catalogue
 from mpillm.run.progress import Progress
@@ -123,7 +124,7 @@ def _config(path: Path, options: Options) -> ModelConfig:
 
 
 def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
-    attention = config.layers[0].mixer
+    attention = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionSpec))
     dense = [layer.mlp for layer in config.layers if not layer.mlp.count]
     return kernels.Sizes(
         hidden=config.hidden,

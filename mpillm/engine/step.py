@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.sampler import inverse_temperature
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.decoder import Batch
+from mpillm.model.batch import Batch
 from mpillm.model.kv import GroupTables
 
 Ints = NDArray[np.int32]

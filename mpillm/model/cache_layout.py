@@ -16,13 +16,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK, QUANT_BLOCK, BlockType, kv_pools
 from mpillm.model.cache_spec import LayerCache, SequenceState, TokenCache
-from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 
@@ -35,7 +35,20 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
 
 
-def rank_layouts(config: ModelConfig, places: Sequence[Place], asked: str) -> list[CacheLayout]:
+class Caching(Protocol):
+    """What of a model decides on its cache; `ModelConfig` is one."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def block(self) -> int:
+        """The block size of weights that are cut by columns."""
+
+    def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
+        """What each of the model's layers keeps of a sequence on the rank at `place`."""
+
+
+def rank_layouts(config: Caching, places: Sequence[Place], asked: str) -> list[CacheLayout]:
     """The layouts of ranks at `places`, where `memory.kv_type` is `asked`; JobError if it cannot be that."""
     caches = [config.cache(place) for place in places]
     groups, kv_type = groups_of(caches[0]), stored_type(asked, caches[0], config.block > 1)

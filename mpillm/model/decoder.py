@@ -6,43 +6,25 @@ step, of any sequences), d = hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
+from mpillm.model.batch import Batch, Rows, Step
 from mpillm.model.config import ModelConfig
-from mpillm.model.kv import GroupTables, KVCache
-from mpillm.model.layers.attention import Rotary
+from mpillm.model.kv import KVCache
+from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.model.rope import cos_sin
 from mpillm.partition import grid
 from mpillm.weights.inventory import ATTENTION, HEAD
 from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
 from mpillm.weights.paging.weights import Weights
 from mpillm.weights.source import Source
-
-Ints = NDArray[np.int32]
-Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
-NO_IDS = np.empty(0, np.int32)
-NO_TABLES = GroupTables(NO_IDS, NO_IDS, NO_IDS)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The rows of one step, as arrays of length m; those of a sequence are neighbours."""
-
-    tokens: Ints
-    positions: Ints
-    offset: Ints  # the place of the row's keys and values in their block
-    groups: tuple[GroupTables, ...]  # of each group of layers
-    first_rows: Ints  # of each sequence
-    slots: Ints  # of each sequence's states, -1 where it has none
 
 
 class Decoder:
@@ -70,9 +52,6 @@ class Decoder:
         self._layers = [
             _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
         ]
-        views = [(layer.spec.mixer.rotary, kv.group_of(i)) for i, layer in enumerate(self._layers)]
-        self._views = list(dict.fromkeys(views))  # what differs between layers in how they see a step's rows
-        self._view = [self._views.index(view) for view in views]
         # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
         self._stackable = (
             self._rank.at_rest
@@ -80,7 +59,7 @@ class Decoder:
             and place.shards == 1
             and all(layer.spec.fused for layer in self._layers)
         )
-        self._stack: kernels.LayerStack | None = None
+        self._stack: _Stack | None = None
         self._stack_bytes = sum(item.nbytes for item in weights.cycle.items if item.part == ATTENTION)
         vocab = grid.vocab_axis(config.vocab)
         self.vocab = vocab.entries(place)
@@ -113,17 +92,16 @@ class Decoder:
                 x *= np.float32(self.config.embedding_scale)
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
-        angles = {rotary: _angles(rotary, batch.positions) for rotary, _ in self._views}
-        rows = [(*angles[rotary], *_where(group, batch)) for rotary, group in self._views]
+        step = Step(batch)
         self._kv.begin(batch.groups, batch.offset)
         if self._stack is None:
-            for layer, view in zip(self._layers, self._view, strict=True):
+            for layer in self._layers:
                 self._pipe.progress()  # what the previous step sent on leaves while this one computes
-                layer(x, rows[view])
+                layer(x, step)
             if self._stackable:
-                self._stack = self._make_stack()
+                self._stack = _Stack(self._layers, self._kv)
         else:
-            self._rank.compute(self._stack, x, rows, self._pipe.progress)
+            self._rank.compute(self._stack.work, x, self._stack.rows(step), self._pipe.progress)
             self._rank.weights.cycle.count_hits(len(self._layers), self._stack_bytes)
         if self.is_last:
             return x
@@ -148,36 +126,20 @@ class Decoder:
             kernels.softcap(out, self.config.logit_softcap, self._threads)
         return out
 
-    def _make_stack(self) -> kernels.LayerStack:
-        """All layers as one operation of the kernels; each of them has run once."""
-        pools = [self._kv.acquire(i) for i in range(len(self._layers))]
-        return kernels.LayerStack(
-            [layer.operations for layer in self._layers], self._kv.kv_type, pools, self._view
-        )
-
-
-def _angles(rotary: Rotary | None, positions: Ints) -> tuple[Floats | None, Floats | None]:
-    """Cosines and sines of a step's rows, [m, dim / 2] each; layers without RoPE take none."""
-    return (None, None) if rotary is None else cos_sin(rotary.config, rotary.dim, positions)
-
-
-def _where(group: int | None, batch: Batch) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Where the keys and values of a step's rows are in a group of layers."""
-    tables = NO_TABLES if group is None else batch.groups[group]
-    return tables.block, batch.offset, batch.positions, tables.table, tables.table_start
-
 
 class _RankLayer:
     """A layer on its rank: x += mixer(x), x += mlp(x), with the norms and the scale that its spec has."""
 
     def __init__(self, spec: LayerSpec, number: int, i: int, rank: Rank, kv: KVCache) -> None:
         """`i` is its number among the rank's layers."""
-        self.spec, self._number, self._i, self._rank, self._kv = spec, number, i, rank, kv
+        self.spec, self._number, self._rank, self.cache = spec, number, rank, kv.of_layer(i)
 
-    def __call__(self, x: Floats, rows: Rows) -> None:
+    def __call__(self, x: Floats, step: Step) -> None:
         rank, spec, number = self._rank, self.spec, self._number
+        norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
-            self._mix(page, x, rows)
+            part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
+            self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, x)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
         part, bias = spec.mlp.compute(rank, number, prepared, x)
@@ -189,24 +151,6 @@ class _RankLayer:
         kept = self._rank.kept
         names = "attention", "mixer residual", "mlp", "mlp residual"
         return tuple(kept(_missing, name, self._number) for name in names)  # type: ignore[return-value]
-
-    def _mix(self, page: Layer, x: Floats, rows: Rows) -> None:
-        rank, mixer, norms = self._rank, self.spec.mixer, self.spec.mixer_norms
-
-        def make() -> kernels.Attention:
-            norm = norms.before.kernel(page, "attn_norm") if norms.before else None
-            return mixer.kernel(page, norm, rank.place, rank.block)
-
-        part = np.empty_like(x)
-        cos, sin, *where = rows
-        pools = self._kv.acquire(self._i)
-        rank.compute(
-            rank.kept(make, "attention", self._number), x, cos, sin, self._kv.kv_type, *pools, *where, part
-        )
-        self._kv.release(self._i)
-        rank.group.all_reduce(part)
-        bias = page.vector("o_bias") if mixer.o_bias else None
-        self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
 
     def _after(self, page: Layer, norm: NormSpec | None, role: str) -> kernels.Norm | None:
         """The norm of a part's output, which outlives the page."""
@@ -229,6 +173,29 @@ class _RankLayer:
         self._rank.compute(work, x, part)
         if last is not None:
             x += last
+
+
+class _Stack:
+    """All layers of a rank, attention each, as one operation of the kernels; each of them has run once."""
+
+    def __init__(self, layers: Sequence[_RankLayer], kv: KVCache) -> None:
+        views = [(_attention(layer).turn, layer.cache.group) for layer in layers]
+        self._views = list(dict.fromkeys(views))  # what differs between layers in how they see a step's rows
+        self.work = kernels.LayerStack(
+            [layer.operations for layer in layers],
+            kv.kv_type,
+            [kv.acquire(i) for i in range(len(layers))],
+            [self._views.index(view) for view in views],
+        )
+
+    def rows(self, step: Step) -> list[Rows]:
+        """A step's rows as the layers see them."""
+        return [step.rows(*view) for view in self._views]
+
+
+def _attention(layer: _RankLayer) -> AttentionSpec:
+    assert isinstance(layer.spec.mixer, AttentionSpec), layer.spec
+    return layer.spec.mixer
 
 
 def _missing() -> None:

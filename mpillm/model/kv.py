@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ class KVCache:
         """
         return self._states[i]
 
+    def of_layer(self, i: int) -> LayerCacheView:
+        """What this rank's layer number i sees of it."""
+        return LayerCacheView(self, i)
+
     def close(self) -> None:
         """Let go of the file, if there is one."""
         if self.spill is not None:
@@ -120,3 +125,23 @@ class KVCache:
             keys.view(key_type).reshape(self.n_blocks, *key_shape),
             values.view(value_type).reshape(self.n_blocks, *value_shape),
         )
+
+
+class LayerCacheView:
+    """What layer number i of a rank keeps of sequences."""
+
+    def __init__(self, kv: KVCache, i: int) -> None:
+        self._kv, self._i = kv, i
+        self.kv_type = kv.kv_type
+        self.group = kv.group_of(i)  # whose block tables are those of its keys and values
+
+    @contextmanager
+    def pools(self) -> Iterator[Arrays]:
+        """Its keys and values, while in the `with` block; layers follow each other in their order."""
+        yield self._kv.acquire(self._i)
+        self._kv.release(self._i)
+
+    @property
+    def states(self) -> NDArray[np.float32]:
+        """The states of sequences, f32 [slot, floats]; see `KVCache.states`."""
+        return self._kv.states(self._i).view(np.float32)

@@ -12,7 +12,8 @@ from mpillm.model.rope import RopeConfig, yarn_attention_factor
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
 LONGEST = 2**31 - 1  # positions are int32 in the kernels
 # Written into the dict by some exporters whatever the kind; without effect there.
-HARMLESS = {"type", "rope_type", "rope_theta", "finetuned", "original_max_position_embeddings"}
+HARMLESS = {"type", "rope_type", "rope_theta", "finetuned", "original_max_position_embeddings",
+            "mrope_section", "mrope_interleaved"}  # of images: all positions of a text are the same  # fmt: skip
 
 
 def read_rope(

@@ -30,7 +30,8 @@ class Role:
     `*_stacked` all experts' in one, experts outermost. The first name is the usual one. Hugging Face names come without
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
     `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
-    products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
+    products with BF16 round their activations, and a router that sees rounded ones chooses other experts. `flat`: a vector
+    that files have with more dimensions.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Role:
     quantisable: bool = False
     by_columns: bool = False
     exact: bool = False
+    flat: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
     gguf_expert: tuple[str, ...] = ()
@@ -52,6 +54,14 @@ def _vector(name: str, hf: str, gguf: str) -> Role:
 
 def _matrix(name: str, hf: str, gguf: str, by_columns: bool = False) -> Role:
     return Role(name, 2, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", quantisable=True, by_columns=by_columns)
+
+
+def _exact(name: str, hf: str, gguf: str) -> Role:
+    return Role(name, 2, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", exact=True)
+
+
+def _flat(name: str, hf: str, gguf: str) -> Role:
+    return Role(name, 1, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", flat=True)
 
 
 def _mlp(name: str, mixtral: str) -> Role:
@@ -86,14 +96,24 @@ ROLES: dict[str, Role] = {
         _vector("v_bias", "self_attn.v_proj.bias", "attn_v.bias"),
         _vector("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         _vector("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+        _matrix("q_gate", "self_attn.q_gate.weight", "attn_q_gate.weight"),
         _vector("sinks", "self_attn.sinks", "attn_sinks.weight"),
         _matrix("o", "self_attn.o_proj.weight", "attn_output.weight", by_columns=True),
         _vector("o_bias", "self_attn.o_proj.bias", "attn_output.bias"),
         _vector("attn_post_norm", "post_self_attn_layernorm.weight", "post_attention_norm.weight"),
+        *(_matrix(f"delta_{x}", f"linear_attn.{x}_proj.weight", f"ssm_{x}.weight") for x in "qkv"),
+        _matrix("delta_gate", "linear_attn.in_proj_z.weight", "attn_gate.weight"),
+        _exact("delta_beta", "linear_attn.in_proj_b.weight", "ssm_beta.weight"),
+        _exact("delta_alpha", "linear_attn.in_proj_a.weight", "ssm_alpha.weight"),
+        *(_flat(f"delta_{x}_conv", f"linear_attn.{x}_conv1d.weight", f"ssm_{x}_conv1d.weight") for x in "qkv"),
+        _vector("delta_rates", "linear_attn.A_log", "ssm_a"),
+        _vector("delta_dt_bias", "linear_attn.dt_bias", "ssm_dt.bias"),
+        _vector("delta_norm", "linear_attn.norm.weight", "ssm_norm.weight"),
+        _matrix("delta_out", "linear_attn.out_proj.weight", "ssm_out.weight", by_columns=True),
         _vector("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         _vector("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias"),
         _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
-        Role("router", 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight", exact=True),
+        _exact("router", "mlp.gate.weight", "ffn_gate_inp.weight"),
         _vector("router_bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
         _vector("router_correction", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
         _mlp("gate", "w1"),
@@ -105,13 +125,7 @@ ROLES: dict[str, Role] = {
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),
-        Role(
-            "shared_router",
-            2,
-            "layers.{l}.mlp.shared_expert_gate.weight",
-            "blk.{l}.ffn_gate_inp_shexp.weight",
-            exact=True,
-        ),
+        _exact("shared_router", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
         Role("final_norm", 1, "norm.weight", "output_norm.weight"),
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),
@@ -119,14 +133,16 @@ ROLES: dict[str, Role] = {
 }  # fmt: skip
 
 Roles = tuple[str, ...]  # several where a tensor holds several matrices, row upon row
+# Of such roles how many rows each has in one of the equal groups that the tensor's rows are made of.
+RowGroups = Mapping[Roles, tuple[int, ...]]
 
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
 _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
-# Tensors that carry nothing which the configuration does not say: buffers that old checkpoints saved along.
-_HF_IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+# Tensors that are not read: buffers that old checkpoints saved along, layers that predict further tokens, images.
+_HF_IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?(mtp|visual)\..*")
 _GGUF_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 

@@ -15,7 +15,7 @@ from mpillm.kernels import Activation, BlockType
 Array = np.ndarray[Any, Any]
 KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0)
 OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "activate", "softmax", "top_k", "lse_parts",
-       "attention", "fold", "layer_norm", "square_sums", "softcap")  # fmt: skip
+       "attention", "fold", "layer_norm", "square_sums", "softcap", "decays", "short_conv", "delta_rule")  # fmt: skip
 
 
 @dataclass
@@ -164,6 +164,30 @@ def _fold(threads: int, panels: int, m: int, d: int, parts: Array) -> list[Array
     return [out]
 
 
+def _decays(threads: int, m: int, d: int, x: Array, rates: Array, bias: Array) -> list[Array]:
+    kernels.decays(x, rates, bias, threads)
+    return [x]
+
+
+def _short_conv(threads: int, m: int, channels: int, taps: int, silu: int, slots: int, x: Array, w: Array, bias: Array,
+                tails: Array, first_rows: Array, slot: Array) -> list[Array]:  # fmt: skip
+    out = np.empty_like(x)
+    kernels.short_conv(
+        x, w, bias if len(bias) else None, tails, first_rows, slot, out, bool(silu), threads
+    )
+    return [out, tails]
+
+
+def _delta_rule(threads: int, m: int, keys: int, heads: int, dk: int, dv: int, slots: int, q: Array, k: Array, v: Array,
+                decay: Array, beta: Array, states: Array, first_rows: Array, slot: Array,
+                key_of_head: Array) -> list[Array]:  # fmt: skip
+    out = np.empty_like(v)
+    kernels.delta_rule(
+        q, k, v, decay, beta, states, first_rows, slot, key_of_head, dk, dv, out, threads
+    )
+    return [out, states]
+
+
 RUN: dict[str, Any] = {op: globals()[f"_{op}"] for op in OPS}
 
 
@@ -296,6 +320,42 @@ def small(rng: np.random.Generator, m: int, d: int, threads: int = 1) -> Iterato
         yield Case("rope", [m, 3, hd, rotary, interleaved], arrays, threads)
 
 
+def sequences(rng: np.random.Generator, m: int, slots: int) -> tuple[Array, Array]:
+    """The first rows of up to so many sequences that have m rows together, and their slots."""
+    count = int(rng.integers(1, min(m, slots) + 1))
+    first = np.concatenate([[0], 1 + np.sort(rng.permutation(m - 1)[: count - 1])])
+    return first.astype(np.int32), rng.permutation(slots)[:count].astype(np.int32)
+
+
+def short_conv(
+    rng: np.random.Generator, m: int, channels: int, taps: int, threads: int = 1, slots: int = 5
+) -> Case:
+    """Several sequences, each with rows before these."""
+    first, slot = sequences(rng, m, slots)
+    x, w, tails = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((m, channels), (taps, channels), (slots, max(taps - 1, 1) * channels))
+    )
+    bias = rng.standard_normal(channels if rng.integers(2) else 0).astype(np.float32)
+    ints = [m, channels, taps, int(rng.integers(2)), slots]
+    return Case("short_conv", ints, [x, w, bias, tails, first, slot], threads)
+
+
+def delta_rule(rng: np.random.Generator, m: int, keys: int, heads: int, dk: int, dv: int, threads: int = 1,
+               slots: int = 4) -> Case:  # fmt: skip
+    """Several sequences, each with a state from before; keys of about unit length."""
+    first, slot = sequences(rng, m, slots)
+    q, k = rng.standard_normal((2, m, keys * dk)).astype(np.float32) / np.float32(dk**0.5)
+    v = rng.standard_normal((m, heads * dv)).astype(np.float32)
+    decay, beta = rng.random((2, m, heads)).astype(np.float32)
+    states = rng.standard_normal((slots, kernels.delta_floats(heads, dk, dv))).astype(np.float32)
+    pieces = states.reshape(slots, heads, -(-dv // 16), dk, 16)
+    pieces[:, :, -1, :, (dv - 1) % 16 + 1 :] = 0
+    key_of_head = rng.integers(0, keys, heads).astype(np.int32)
+    arrays = [q, k, v, decay, beta, states, first, slot, key_of_head]
+    return Case("delta_rule", [m, keys, heads, dk, dv, slots], arrays, threads)
+
+
 def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
     """A mixture that touches every kernel, every type, tails of n, k, m and head dimensions."""
     for type in BlockType:
@@ -304,6 +364,13 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         yield product(rng, type, 5, 1, 3, threads)
     for m, d in ((1, 1), (3, 16), (6, 45), (7, 130), (5, 576)):
         yield from small(rng, m, d, threads)
+    for m, d in ((1, 1), (4, 30), (9, 64)):
+        x, rates, bias = values(rng, m, d) * 9, -np.exp(rng.standard_normal(d)), rng.standard_normal(d)
+        yield Case("decays", [m, d], [x, rates.astype(np.float32), bias.astype(np.float32)], threads)
+    for m, channels, taps in ((1, 1, 4), (2, 40, 4), (9, 67, 3), (30, 128, 5), (3, 16, 1)):
+        yield short_conv(rng, m, channels, taps, threads)
+    for m, keys, heads, dk, dv in ((1, 1, 1, 1, 1), (2, 2, 4, 6, 10), (7, 3, 6, 9, 18), (40, 2, 4, 64, 64)):
+        yield delta_rule(rng, m, keys, heads, dk, dv, threads)
     for hd in (8, 16, 24, 64, 80, 96, 128):
         kv_type = KV_TYPES[int(rng.integers(2 if hd % 32 else 3))]
         yield attention(

@@ -97,6 +97,29 @@ static void attention(void) {
     give(out, out_bytes);
 }
 
+static const int32_t *ids_of(int array) { return arrays[array]; }
+
+static void short_conv(void) {
+    const long m = ints[0], channels = ints[1], taps = ints[2];
+    const size_t bytes = (size_t)(m * channels) * 4;
+    float *out = make(bytes, 0), *tails = make((size_t)sizes[3], 0);
+    memcpy(tails, arrays[3], (size_t)sizes[3]);
+    mk_short_conv(&work, arrays[0], channels, arrays[1], optional(2), tails, sizes[3] / 4 / ints[4], ids_of(4), ids_of(5),
+                  sizes[4] / 4, m, channels, (int)taps, ints[3], out, channels);
+    give(out, bytes);
+    give(tails, (size_t)sizes[3]);
+}
+
+static void delta_rule(void) {
+    const int m = ints[0], keys = ints[1], heads = ints[2], dk = ints[3], dv = ints[4];
+    float *out = make((size_t)sizes[2], 0), *states = make((size_t)sizes[5], 0);
+    memcpy(states, arrays[5], (size_t)sizes[5]);
+    mk_delta_rule(&work, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], states, sizes[5] / 4 / ints[5], ids_of(6),
+                  ids_of(7), sizes[6] / 4, ids_of(8), m, keys, heads, dk, dv, out);
+    give(out, (size_t)sizes[2]);
+    give(states, (size_t)sizes[5]);
+}
+
 /* The others: one or two outputs of the shape of the first array or stated by the numbers. */
 static void run(int op) {
     long a = ints[0], b = ints[1], c = ints[2], blocks = mk_blocks(c, mk_block((int)a));
@@ -161,6 +184,9 @@ static void run(int op) {
         memcpy(out = make(cells, 0), arrays[0], cells);
         mk_softcap(&work, out, b, eps, a, b);
         break;
+    case 14: mk_decays(&work, arrays[0], arrays[1], arrays[2], a, b, out = make(cells, 0)); break;
+    case 15: short_conv(); return;
+    case 16: delta_rule(); return;
     default: stop("unknown operation");
     }
     give(out, cells);

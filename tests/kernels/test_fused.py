@@ -115,6 +115,9 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
         "rotary": (None, 0, 8)[seed % 3], "interleaved": seed % 4 == 0, "softcap": seed % 2 * 4.0,
         "sinks": vector(rng, HEADS) if seed % 4 > 1 else None,
     }  # fmt: skip
+    gated = seed in (2, 5)
+    if gated:
+        options["gate"] = matrix(rng, fitting(d, seed), HEADS * vd, d, cut="rows" if cut else "")
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
     work = make(q, k, v, o, kv_of_head, KVH, HD, 0.25, **options)
     table = np.array([2, 0, 3, 1], np.int32)
@@ -129,13 +132,38 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
         table, np.ascontiguousarray(start[order]),
     )  # fmt: skip
     results = []
-    for inputs in ((x,), tuple(vector(rng, m * n).reshape(m, n) for n in (q.n, k.n, v.n))):
+    parts = tuple(vector(rng, m * n).reshape(m, n) for n in (q.n, k.n, v.n))
+    for inputs in ((x,),) if gated else ((x,), parts):
         pools = [np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, BLOCKS, KVH, HD, vd)]
         out = np.empty((m, d), np.float32)
         call = work if len(inputs) == 1 else work.attend
         call(*inputs, cos, sin, BlockType.F16, *pools, *rows, out, threads)
         results += [out, *pools]
     return results
+
+
+def delta_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    """What gated DeltaNet gives, and the states after it, of several sequences that have states before."""
+    rng = np.random.default_rng(seed)
+    d, keys, heads, dk, dv = HIDDEN[seed % 2], 2, (4, 6)[seed % 2], (9, 16)[seed % 3 % 2], (16, 24, 7)[seed % 3]
+    widths = keys * dk, keys * dk, heads * dv, heads * dv, heads, heads
+    inputs = [
+        matrix(rng, fitting(d, 2 * seed + i), n, d, cut="rows" if cut and n > 1 else "")
+        for i, n in enumerate(widths)
+    ]
+    o = matrix(rng, fitting(heads * dv, seed), d, heads * dv, 2, cut="columns" if cut else "")
+    taps = 2 + seed % 3
+    convs = tuple(vector(rng, taps * n).reshape(taps, n) for n in widths[:3])
+    key_of_head = np.arange(heads, dtype=np.int32) % keys
+    work = make(
+        *inputs, o, convs, -np.exp(vector(rng, heads)), vector(rng, heads), key_of_head, dk, dv,
+        Norm(dv, 1e-6, vector(rng, dv)), norm=norm_of(rng, d, seed),
+    )  # fmt: skip
+    first, slots = cases.sequences(rng, m, 6)
+    floats = (taps - 1) * sum(widths[:3]) + kernels.delta_floats(heads, dk, dv)
+    states, out = vector(rng, 6 * floats).reshape(6, floats), np.empty((m, d), np.float32)
+    work(rng.standard_normal((m, d)).astype(np.float32), states, first, slots, out, threads)
+    return [out, states]
 
 
 def mlp_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
@@ -170,7 +198,12 @@ def residual_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> l
     return [x]
 
 
-RESULTS = {"Attention": attention_results, "Mlp": mlp_results, "Residual": residual_results}
+RESULTS = {
+    "Attention": attention_results,
+    "GatedDeltaNet": delta_results,
+    "Mlp": mlp_results,
+    "Residual": residual_results,
+}
 
 
 @pytest.mark.parametrize("path", COMPILED)

@@ -1,65 +1,88 @@
 """A mixer with a state, for tests: some layers of a fixture become recurrent, or get a state beside their attention.
 
-s = DECAY * s + x for each token in turn, and x += GAIN * s; the state s [hidden] begins as zeros. Each shard computes
+s = DECAY * s + x for each token in turn, and s is added to x; the state s [hidden] begins as zeros. Each shard computes
 all of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from mpillm.model import opening
+from mpillm.model.batch import Step
 from mpillm.model.cache_spec import LayerCache, SequenceState
 from mpillm.model.config import ModelConfig
-from mpillm.model.decoder import Batch, Decoder, _RankLayer
-from mpillm.partition.grid import Place
+from mpillm.model.kv import LayerCacheView
+from mpillm.model.layers.mixer import Mixer
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.partition.grid import Axis, Place
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.layer import Layer
 
 DECAY, GAIN = np.float32(0.8), np.float32(0.25)
 
 
+@dataclass(frozen=True)
+class Recurrent:
+    """The state, with the attention whose tensors the layer has, which is computed too if `both`."""
+
+    attention: Mixer
+    hidden: int
+    both: bool
+
+    fused = False
+
+    def axes(self, block: int) -> tuple[Axis, ...]:
+        return self.attention.axes(block)
+
+    def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        yield from self.attention.tensors(layer, hidden, block)
+
+    def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
+        state = SequenceState(4 * self.hidden)
+        return (*self.attention.cache(place, block), state) if self.both else (state,)
+
+    def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        return self.attention.row_nbytes(place, block, hidden, copied)
+
+    def compute(
+        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+    ) -> tuple[Floats, Floats | None]:  # fmt: skip
+        part, bias = np.zeros_like(x), None
+        cache.states[step.begun] = 0
+        self._advance(cache.states, x, part, step)
+        if self.both:
+            mixed, bias = self.attention.compute(rank, layer, page, norm, x, step, cache)
+            part += mixed
+        return part, bias
+
+    def _advance(self, states: Floats, x: Floats, out: Floats, step: Step) -> None:
+        batch = step.batch
+        ends = [*batch.first_rows[1:], len(x)]
+        for first, end, slot in zip(batch.first_rows, ends, batch.slots, strict=True):
+            for row in range(first, end):
+                states[slot] = states[slot] * DECAY + x[row]
+                out[row] = GAIN * states[slot]
+
+
 def install(patch: pytest.MonkeyPatch, recurrent: frozenset[int], both: frozenset[int] = frozenset()) -> None:
     """From now on layers `recurrent` of any model have a state instead of attention, and `both` have both."""
-    cache, mix, forward, make = ModelConfig.cache, _RankLayer._mix, Decoder.forward, Decoder.__init__
-    steps: list[Batch] = []
+    read = opening.read_config
 
-    def caches(self: ModelConfig, place: Place) -> list[tuple[LayerCache, ...]]:
-        state = SequenceState(4 * self.hidden)
-        return [
-            (state,) if number in recurrent else (*specs, state) if number in both else specs
-            for number, specs in enumerate(cache(self, place))
+    def changed(config: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
+        model = read(config, name)
+        layers = [
+            replace(layer, mixer=Recurrent(layer.mixer, model.hidden, number not in recurrent))
+            if number in recurrent | both
+            else layer
+            for number, layer in enumerate(model.layers)
         ]
+        return replace(model, layers=tuple(layers))
 
-    def mixed(self: _RankLayer, page: Any, x: NDArray[np.float32], rows: Any) -> None:
-        if self._number in recurrent | both:
-            advance(self._kv.states(self._i).view(np.float32), x, steps[-1])
-        if self._number not in recurrent:
-            mix(self, page, x, rows)
-
-    def noted(self: Decoder, batch: Batch) -> NDArray[np.float32] | None:
-        steps[:] = [batch]
-        return forward(self, batch)
-
-    def made(self: Decoder, *args: Any, **more: Any) -> None:
-        make(self, *args, **more)
-        self._stackable = False
-
-    patch.setattr(ModelConfig, "cache", caches)
-    patch.setattr(_RankLayer, "_mix", mixed)
-    patch.setattr(Decoder, "forward", noted)
-    patch.setattr(Decoder, "__init__", made)
-
-
-def advance(states: NDArray[np.float32], x: NDArray[np.float32], batch: Batch) -> None:
-    """Take the rows x [m, hidden] of a step through the states [slot, hidden]."""
-    ends = [*batch.first_rows[1:], len(x)]
-    for first, end, slot in zip(batch.first_rows, ends, batch.slots, strict=True):
-        state = states[slot]
-        if batch.positions[first] == 0:
-            state[:] = 0
-        for row in range(first, end):
-            state *= DECAY
-            state += x[row]
-            x[row] += GAIN * state
+    patch.setattr(opening, "read_config", changed)

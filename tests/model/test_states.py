@@ -18,8 +18,15 @@ from tests.model.engine_harness import _alone
 from tests.model.recurrent import install
 
 PROGRAM = Path(__file__).with_name("recurrent_ranks.py")
-# Model, recurrent layers: beside attention in all of two others, beside windows, and without any attention.
-MODELS = [("llama3", frozenset({1, 2})), ("qwen2_window", frozenset({1})), ("qwen3", frozenset({0, 1}))]
+# Model, layers that become recurrent: beside attention in all of two others, beside windows, and without any attention;
+# and models that are recurrent without that.
+MODELS = [
+    ("llama3", frozenset({1, 2})),
+    ("qwen2_window", frozenset({1})),
+    ("qwen3", frozenset({0, 1})),
+    ("qwen3_next", frozenset[int]()),
+    ("qwen35", frozenset[int]()),
+]
 BOTH = frozenset({0})  # keeps its attention unless it is recurrent
 
 pytestmark = pytest.mark.skipif(kernels.path() == "numpy", reason="NumPy's products promise less")
@@ -34,7 +41,7 @@ def requests(model: str) -> list[Request]:
 
 def run(model: str, recurrent: frozenset[int], **job: Any) -> harness.Outcome:
     with pytest.MonkeyPatch.context() as patch:
-        install(patch, recurrent, BOTH)
+        install(patch, recurrent, BOTH if recurrent else recurrent)
         return harness.run(_alone(), harness.path_of(model), requests(model), **job)
 
 
@@ -45,7 +52,7 @@ def expected(model: str, recurrent: frozenset[int]) -> dict[harness.Name, harnes
     return outcome.values
 
 
-@cases
+@pytest.mark.parametrize(("model", "recurrent"), MODELS[:3])
 def test_a_state_counts(model: str, recurrent: frozenset[int]) -> None:
     without = harness.run(_alone(), harness.path_of(model), requests(model)).values
     values = expected(model, recurrent)
@@ -83,7 +90,7 @@ def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -
 @cases
 def test_broken_off_and_gone_on(model: str, recurrent: frozenset[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        install(patch, recurrent, BOTH)
+        install(patch, recurrent, BOTH if recurrent else recurrent)
         outcome = harness.run_in_pieces(
             _alone(), harness.path_of(model), requests(model), seed=2, max_num_seqs=9
         )

@@ -15,6 +15,7 @@ from mpillm.model.families.llama import Llama
 from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.olmo import Olmo
 from mpillm.model.families.qwen import Qwen
+from mpillm.model.families.qwen_next import QwenNext
 from mpillm.model.families.starcoder import StarCoder
 from mpillm.model.fields import Fields
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
     Qwen(),
+    QwenNext(),
     Gemma(),
     Glm(),
     Granite(),

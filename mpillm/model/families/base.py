@@ -16,7 +16,7 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST, read_rope
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf
-from mpillm.weights.names import Names
+from mpillm.weights.names import Names, RowGroups
 
 SMALL_BOS = {"bos_token_id": 1, "eos_token_id": 2}
 ACTIVATIONS = {
@@ -46,6 +46,13 @@ class Family:
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         """The model of a configuration with Hugging Face's keys; ModelError says what is wrong with it."""
         raise NotImplementedError
+
+    def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
+        """How tensors that hold several matrices are taken apart; all that it has not are of equal parts.
+
+        `config` has Hugging Face's keys, and may not have been judged yet.
+        """
+        return {}
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration of a GGUF file with Hugging Face's keys, without its RoPE.

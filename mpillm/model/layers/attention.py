@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillm import kernels
+from mpillm.model.batch import Step, Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
+from mpillm.model.kv import LayerCacheView
 from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis, undivided
 from mpillm.weights.inventory import TensorSpec
@@ -33,6 +36,7 @@ class AttentionSpec:
     Scores are multiplied by `scale`. A `window` above 0 lets a token see itself and the window - 1 tokens before it.
     `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row together. `sinks` are
     learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score s c tanh(s / c).
+    With a `gate` what each head makes is multiplied by the sigmoid of a product of its own, before the output's.
     """
 
     n_heads: int
@@ -47,6 +51,12 @@ class AttentionSpec:
     qk_norm_whole: bool = False
     sinks: bool = False
     softcap: float = 0.0
+    gate: bool = False
+
+    @property
+    def turn(self) -> Turn | None:
+        """Its RoPE, if it has one."""
+        return (self.rotary.config, self.rotary.dim) if self.rotary else None
 
     @property
     def fused(self) -> bool:
@@ -69,6 +79,8 @@ class AttentionSpec:
         kv_heads = heads.shared(self.n_heads // self.n_kv_heads)
         queries, keys = self.n_heads * hd, self.n_kv_heads * hd
         yield TensorSpec(Key("q", layer), (queries, hidden), heads)
+        if self.gate:
+            yield TensorSpec(Key("q_gate", layer), (queries, hidden), heads)
         yield TensorSpec(Key("k", layer), (keys, hidden), kv_heads)
         yield TensorSpec(Key("v", layer), (keys, hidden), kv_heads)
         if self.qkv_bias:
@@ -90,13 +102,28 @@ class AttentionSpec:
         return (TokenCache(len(self._kv_heads(place, block)), self.head_dim, self.head_dim, self.window),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: queries, keys, values, attention's output, angles, and what is multiplied.
+        """Bytes that a row takes at most: queries, keys, values, gates, attention's output, angles, what is multiplied.
 
         `copied` is the bytes of a value in the forms in which matrices take their input.
         """
         heads, kv_heads = len(self.heads(block).units(place)), len(self._kv_heads(place, block))
-        widest = 4 * (2 * heads + 2 * kv_heads + 1) * self.head_dim
+        widest = 4 * ((2 + self.gate) * heads + 2 * kv_heads + 1) * self.head_dim
         return widest + int(copied * (hidden + heads * self.head_dim))
+
+    def compute(
+        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+    ) -> tuple[Floats, Floats | None]:
+        """What all shards make of x [m, hidden], and the output's bias."""
+
+        def make() -> kernels.Attention:
+            return self.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
+
+        part = np.empty_like(x)
+        cos, sin, *where = step.rows(self.turn, cache.group)
+        with cache.pools() as pools:
+            rank.compute(rank.kept(make, "attention", layer), x, cos, sin, cache.kv_type, *pools, *where, part)
+        rank.group.all_reduce(part)
+        return part, page.vector("o_bias") if self.o_bias else None
 
     def kernel(self, page: Layer, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
@@ -129,6 +156,7 @@ class AttentionSpec:
             interleaved=self.rotary is not None and self.rotary.interleaved,
             sinks=vector("sinks") if self.sinks else None,
             softcap=self.softcap,
+            gate=page.matrix("q_gate") if self.gate else None,
         )
 
     def _kv_heads(self, place: Place, block: int) -> range:

@@ -7,12 +7,12 @@ architecture that is not known here might change the result, and is refused by n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mpillm.errors import ModelError
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Key, Names, RowGroups
 
 ShapeOf = Callable[[Key], Sequence[int] | None]
 
@@ -26,6 +26,9 @@ class GgufFamily(Protocol):
     def tied(self) -> bool: ...
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration with Hugging Face's keys, without RoPE's."""
+
+    def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
+        """How tensors that hold several matrices are taken apart."""
 
 
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
@@ -52,7 +55,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "leading_dense_block_count": (0,),
     "moe_every_n_layers": (0, 1),
     "interleave_moe_layer_step": (0, 1),
-    "nextn_predict_layers": (0,),
     "pooling_type": (0,),
     "use_parallel_residual": (False,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
@@ -76,8 +78,11 @@ def config_of(
     return config
 
 
-def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-    """The keys of nearly all models, from their usual fields."""
+def usual_config(fields: GgufFields, shape_of: ShapeOf, partial: bool = False) -> dict[str, Any]:
+    """The keys of nearly all models, from their usual fields.
+
+    `partial`: RoPE may turn a part of each head; and all layers may have experts, so that no other MLP has a width.
+    """
     embed = shape_of(Key("embed"))
     if embed is None:
         raise ModelError(f"{fields.path} has no tensor token_embd.weight; fetch the model again.")
@@ -88,7 +93,7 @@ def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         )
     return {
         "hidden_size": hidden,
-        "num_hidden_layers": fields.integer("block_count"),
+        "num_hidden_layers": fields.integer("block_count") - fields.integer("nextn_predict_layers", 0),
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "vocab_size": embed[0],
@@ -96,8 +101,8 @@ def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
-        "head_dim": _head_dim(fields, hidden // heads),
-        "intermediate_size": fields.integer("feed_forward_length"),
+        "intermediate_size": fields.integer("feed_forward_length", 0 if partial else None),
+        **_head_dim(fields, hidden // heads, partial),
         **_tokens(fields.metadata),
     }
 
@@ -174,16 +179,19 @@ def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     return {"bos_token_id": None if bos in _UNSET else bos, "eos_token_id": ends or None}
 
 
-def _head_dim(fields: GgufFields, default: int) -> int:
+def _head_dim(fields: GgufFields, default: int, partial: bool) -> dict[str, Any]:
     head_dim = fields.integer("attention.key_length", default)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise ModelError(f"{fields.path}: keys and values of different lengths are not supported.")
-    if fields.integer("rope.dimension_count", head_dim) != head_dim:
+    turning = fields.integer("rope.dimension_count", head_dim)
+    if partial and 0 < turning <= head_dim:
+        return {"head_dim": head_dim, "partial_rotary_factor": (turning + 0.5) / head_dim}  # cut to a whole number
+    if turning != head_dim:
         raise ModelError(
             f"{fields.path}: {fields.kind}.rope.dimension_count is {fields.values['rope.dimension_count']}, but only "
             f"models that rotate the whole head ({head_dim}) are supported."
         )
-    return head_dim
+    return {"head_dim": head_dim}
 
 
 def _rope(fields: GgufFields, config: dict[str, Any], factors: list[float] | None) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from mpillm.weights.formats.gguf_config import config_of
 from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
 from mpillm.weights.formats.tensors import Extent, TensorSource, add
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key
+from mpillm.weights.names import Key, Parsed
 
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
 MAX_SPLITS = 999
 
 
@@ -31,13 +32,22 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         metadata = headers[0].metadata
         family = families.of_gguf(metadata.get("general.architecture"), str(path))
         extents: dict[Key, Extent] = {}
+        composed: list[tuple[Parsed, Extent]] = []  # tensors that only the configuration tells how to take apart
         factors: list[float] | None = None
         for file, header in zip(files, headers, strict=True):
             for name, tensor in header.tensors.items():
                 if name == names.GGUF_ROPE_FACTORS:
                     factors = _factors(file, tensor)
-                _add(extents, file, name, tensor, family.names)
+                if not names.ignored_gguf(name) and not _predicts_further(name, metadata):
+                    parsed, extent = _parse(file, name, tensor, family.names)
+                    if len(parsed.roles) == 1:
+                        add(extents, parsed, extent, {})
+                    else:
+                        composed.append((parsed, extent))
         config = config_of(metadata, path, family, lambda key: _shape(extents, key), factors)
+        groups = family.row_groups(config)
+        for parsed, extent in composed:
+            add(extents, parsed, extent, groups)
         if family.names.rope_pairs:
             _mark_permuted(extents, config, path)
         extents.setdefault(
@@ -80,14 +90,20 @@ def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
     return headers
 
 
-def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
-    if names.ignored_gguf(name):
-        return
+def _predicts_further(name: str, metadata: dict[str, Any]) -> bool:
+    """Whether a tensor is of a layer behind the model's own, which predicts further tokens."""
+    kind, found = metadata["general.architecture"], _LAYER.match(name)
+    count, further = metadata.get(f"{kind}.block_count"), metadata.get(f"{kind}.nextn_predict_layers")
+    if found is None or type(count) is not int or type(further) is not int:
+        return False
+    return count - further <= int(found["layer"]) < count
+
+
+def _parse(file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> tuple[Parsed, Extent]:
     parsed = own.parse_gguf(name)
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
-    extent = Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
-    add(extents, parsed, extent)
+    return parsed, Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
 
 
 def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:

@@ -20,6 +20,8 @@ from mpillm.weights.names import Key
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 64 * 2**20
+# What the outer configuration of a model with several parts says of all of them.
+OF_ALL = ("architectures", "model_type", "tie_word_embeddings", "quantization_config")
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
 
@@ -29,11 +31,12 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     family = families.of_config(config, str(path))
     files = _files(path)
     extents: dict[Key, Extent] = {}
+    groups = family.row_groups(config)
     try:
         for name, (file, tensor) in _tensors(path, files).items():
             if _predicts_further(name, config):
                 continue
-            _add(extents, file, name, tensor, family.names)
+            _add(extents, file, name, tensor, family.names, groups)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
@@ -45,7 +48,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """What config.json and generation_config.json say, and which of them there are."""
-    config = read_json(path / "config.json")
+    config = _of_text(read_json(path / "config.json"))
     generation = path / "generation_config.json"
     if not os.path.exists(generation):
         return config, (path / "config.json",)
@@ -54,6 +57,15 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     if eos is not None:
         config["eos_token_id"] = eos
     return config, (path / "config.json", generation)
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the text model in one that has others beside it, for images or sounds."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    outer = {key: value for key, value in config.items() if key in OF_ALL and value is not None}
+    return {**text, **outer}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,7 +146,14 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     return own <= int(found["layer"]) < own + further
 
 
-def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
+def _add(
+    extents: dict[Key, Extent],
+    file: MappedFile,
+    name: str,
+    tensor: Tensor,
+    own: names.Names,
+    groups: names.RowGroups,
+) -> None:
     if names.ignored_hf(name):
         return
     parsed = own.parse_hf(name)
@@ -145,7 +164,7 @@ def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor
             f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
         )
     extent = Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
-    add(extents, parsed, extent)
+    add(extents, parsed, extent, groups)
 
 
 def _tie(extents: dict[Key, Extent]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.layer import Layer
-from mpillm.weights.names import ROLES, Key, Parsed
+from mpillm.weights.names import ROLES, Key, Parsed, RowGroups
 from mpillm.weights.paging.cache import Loader
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.plan import Entry, LayerPlan, plan_entries, plan_name
@@ -38,7 +39,8 @@ class Extent:
     """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
 
     `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
-    halves of each of so many heads are interleaved.
+    halves of each of so many heads are interleaved. `run` > 0: so many rows lie together, and each such run begins
+    `period` rows after the one before, for the tensor holds other matrices in between.
     """
 
     file: MappedFile
@@ -47,6 +49,8 @@ class Extent:
     shape: tuple[int, ...]
     stored: Stored
     rope_heads: int = 0
+    run: int = 0
+    period: int = 0
 
     @property
     def k(self) -> int:
@@ -111,7 +115,8 @@ class TensorSource:
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""
         for extent in self._extents.values():
-            yield extent.file.path, extent.offset, extent.nbytes
+            for offset, nbytes in _runs(extent, range(extent.n)):
+                yield extent.file.path, offset, nbytes
 
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
         """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
@@ -145,7 +150,7 @@ class TensorSource:
         same = stored.own and type == stored.type
         if not same and (stored.quantised or type not in QUANTIZE.values()):
             return Rows(type, self.read(key, rows, cols), 0)
-        if head and (rows.start % head or rows.stop % head):
+        if extent.run or (head and (rows.start % head or rows.stop % head)):
             raw, head = _stored_rows(extent, rows), 0
         else:
             raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
@@ -156,7 +161,8 @@ class TensorSource:
         extent = self._extents[entry.key]
         offset = extent.offset + entry.rows.start * extent.row_bytes
         unchanged = extent.stored.own and not entry.type.quantised and entry.type == extent.stored.type
-        whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
+        in_order = not extent.rope_heads and not extent.run
+        whole = bool(entry.bounds) and len(entry.cols) == extent.k and in_order
         if not unchanged or not whole or offset % entry.type.block_bytes:
             return None
         return Lying(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
@@ -239,7 +245,8 @@ class TensorSource:
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""
         extent = self._extents[key]
-        extent.file.release(*_span(extent, range(extent.n) if rows is None else rows))
+        for offset, nbytes in _runs(extent, range(extent.n) if rows is None else rows):
+            extent.file.release(offset, nbytes)
 
     def close(self) -> None:
         """Unmap the files; arrays that `read` returned must not be used any more."""
@@ -281,6 +288,20 @@ def _span(extent: Extent, rows: range) -> tuple[int, int]:
     return extent.offset + first * extent.row_bytes, max(stop - first, 0) * extent.row_bytes
 
 
+def _runs(extent: Extent, rows: range) -> Iterator[tuple[int, int]]:
+    """Offset and size of the pieces of the file in which some rows lie."""
+    if not extent.run:
+        yield _span(extent, rows)
+        return
+    first = rows.start
+    while first < rows.stop:
+        number, inside = divmod(first, extent.run)
+        stop = min(rows.stop, first - inside + extent.run)
+        at = number * extent.period + inside
+        yield extent.offset + at * extent.row_bytes, (stop - first) * extent.row_bytes
+        first = stop
+
+
 def _llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
     """Where rows of q or k lie in a GGUF file of the llama architecture; `rows` itself for 0 heads.
 
@@ -299,6 +320,11 @@ def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Byte
     """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
     if isinstance(rows, range):
         assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
+        if extent.run:
+            pieces = [
+                extent.file.read(*piece).reshape(-1, extent.row_bytes) for piece in _runs(extent, rows)
+            ]
+            return np.concatenate(pieces) if pieces else np.empty((0, extent.row_bytes), np.uint8)
         offset, nbytes = _span(extent, rows)
         raw = extent.file.read(offset, nbytes).reshape(-1, extent.row_bytes)
         if not extent.rope_heads:
@@ -325,9 +351,9 @@ def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
 
 
-def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
+def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent, groups: RowGroups) -> None:
     """Put what a tensor of a file holds among the others; ModelError if that is there already."""
-    for key, piece in place(parsed, extent, extent.shape):
+    for key, piece in place(parsed, extent, extent.shape, groups):
         if key in extents:
             raise ModelError(
                 f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
@@ -335,13 +361,21 @@ def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
         extents[key] = piece
 
 
-def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[Key, Extent]]:
+def place(
+    parsed: Parsed, extent: Extent, shape: tuple[int, ...], groups: RowGroups
+) -> list[tuple[Key, Extent]]:
     """Take a tensor of a file apart into the matrices and vectors it holds.
 
-    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins.
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins. Where `groups` has
+    nothing of several roles, they have as many rows each, one matrix under the other.
     """
-    ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
-    if len(shape) != ndim:
+    role = ROLES[parsed.roles[0]]
+    ndim = role.ndim + parsed.stacked
+    if role.flat:
+        shape = (shape[0], math.prod(shape[1:]))
+    elif ndim == 2 and len(shape) == 1:
+        shape = (1, *shape)  # llama.cpp writes a matrix of one row as a vector
+    elif len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
         )
@@ -351,18 +385,25 @@ def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[
             f"{extent.stored.name}."
         )
     experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
-    inner = shape[1:] if parsed.stacked else shape
-    parts = len(parsed.roles)
-    if inner[0] % parts:
+    rows, *width = shape[1:] if parsed.stacked else shape
+    widths = groups.get(parsed.roles) or (rows // len(parsed.roles) or 1,) * len(parsed.roles)
+    period = sum(widths)
+    if rows % period:
         raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves."
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not "
+            + (f"{len(widths)} halves." if parsed.roles not in groups else f"groups of {period}.")
         )
-    part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
-    found = []
-    offset = extent.offset
+    row_bytes = extent.stored.row_bytes(width[0]) if width else extent.stored.row_bytes(1)
+    found, offset = [], extent.offset
     for expert in experts:
-        for role in parsed.roles:
-            piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
-            found.append((Key(role, parsed.layer, expert), piece))
-            offset += piece.nbytes
+        begin = offset
+        for name, run in zip(parsed.roles, widths, strict=True):
+            count = rows // period * run
+            inner = (count * width[0],) if role.flat else (count, *width)
+            piece = Extent(extent.file, extent.name, begin, inner, extent.stored, extent.rope_heads)
+            if period < rows and run < period:
+                piece = replace(piece, run=run, period=period)
+            found.append((Key(name, parsed.layer, expert), piece))
+            begin += run * row_bytes
+        offset += rows * row_bytes
     return found

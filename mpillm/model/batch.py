@@ -1,0 +1,62 @@
+"""The rows of one step, and how layers see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.model.kv import GroupTables
+from mpillm.model.rope import RopeConfig, cos_sin
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
+Turn = tuple[RopeConfig, int]  # RoPE of so many dimensions of each head
+NO_IDS = np.empty(0, np.int32)
+NO_TABLES = GroupTables(NO_IDS, NO_IDS, NO_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one step, as arrays of length m; those of a sequence are neighbours."""
+
+    tokens: Ints
+    positions: Ints
+    offset: Ints  # the place of the row's keys and values in their block
+    groups: tuple[GroupTables, ...]  # of each group of layers
+    first_rows: Ints  # of each sequence
+    slots: Ints  # of each sequence's states, -1 where it has none
+
+
+class Step:
+    """A batch while it passes through the layers; what several layers need of it is made once."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._angles: dict[Turn, tuple[Floats, Floats]] = {}
+        self._rows: dict[tuple[Turn | None, int | None], Rows] = {}
+
+    def rows(self, turn: Turn | None, group: int | None) -> Rows:
+        """Cosines and sines [m, dim / 2] of the rows' positions, and where their keys and values are in a group."""
+        if (turn, group) not in self._rows:
+            batch, (cos, sin) = self.batch, self._cos_sin(turn)
+            tables = NO_TABLES if group is None else batch.groups[group]
+            where = tables.block, batch.offset, batch.positions, tables.table, tables.table_start
+            self._rows[turn, group] = cos, sin, *where
+        return self._rows[turn, group]
+
+    @cached_property
+    def begun(self) -> Ints:
+        """The slots of sequences that begin in this step: what is in them is another one's."""
+        first: Ints = self.batch.slots[self.batch.positions[self.batch.first_rows] == 0]
+        return first
+
+    def _cos_sin(self, turn: Turn | None) -> tuple[Floats | None, Floats | None]:
+        if turn is None:
+            return None, None
+        if turn not in self._angles:
+            self._angles[turn] = cos_sin(*turn, self.batch.positions)
+        return self._angles[turn]

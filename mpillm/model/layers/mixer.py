@@ -1,0 +1,43 @@
+"""What every kind of token mixer answers, and what it is given to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from mpillm.model.batch import Step
+from mpillm.model.cache_spec import LayerCache
+from mpillm.model.kv import LayerCacheView
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.partition.grid import Axis, Place
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.layer import Layer
+
+
+class Mixer(Protocol):
+    """A kind of token mixer, as data: equal ones are alike. `block` is as in `grid.axis`."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is an attention whose kernel may be part of a `kernels.LayerStack`."""
+
+    def axes(self, block: int) -> tuple[Axis, ...]:
+        """The axes that limit the number of shards."""
+
+    def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        """Its tensors in a layer, in the order in which they lie in a page."""
+
+    def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
+        """What a layer keeps of a sequence on the rank at `place`."""
+
+    def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take their input."""
+
+    def compute(
+        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+    ) -> tuple[Floats, Floats | None]:
+        """What all shards make of x [m, hidden], and the bias that is still to be added; `norm` is that of x.
+
+        The results of a sequence's rows do not depend on how they are cut into steps, nor on other sequences.
+        """
