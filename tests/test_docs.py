@@ -75,6 +75,8 @@ def test_a_command_can_be_typed(page: Path, line: str) -> None:
         check_sbatch(words[1:])
     elif program in ("mpiexec", "srun"):
         check_launch(words[1:])
+    elif program == "mpillm":
+        check_mpillm(words[1:])
     elif program == "python":
         check_python(words)
     else:
