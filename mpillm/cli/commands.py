@@ -69,7 +69,9 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "plan": _plan,
         "pack": _pack,
         "pull": _pull,
+        "init": _init,
         "report": _report,
+        "merge": _merge,
         "doctor": _doctor,
         "bench": bench.run,
     }
@@ -127,6 +129,25 @@ def _report(world: World, options: argparse.Namespace) -> int:
         print(path)
         if missing:
             print(missing, file=sys.stderr)
+    return 0
+
+
+def _init(world: World, options: argparse.Namespace) -> int:
+    from mpillm.tools import init
+
+    if world.rank == 0:
+        print("\n".join(init.init(options.what, options.directory)))
+    return 0
+
+
+def _merge(world: World, options: argparse.Namespace) -> int:
+    from mpillm.store import merge
+
+    if world.rank == 0:
+        made = merge.merge(options.parts, options.output)
+        if made.renamed:
+            print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
+        print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
     return 0
 
 
@@ -199,8 +220,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
+    init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")
+    init.add_argument("what", choices=("job", "hostfile", "slurm"))
+    init.add_argument("directory", type=Path)
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")
     report.add_argument("directory", type=Path, help="the run's output directory")
+    merge = commands.add_parser("merge", help="the outputs of a job's parts become one")
+    merge.add_argument(
+        "parts",
+        metavar="PART",
+        nargs="+",
+        type=Path,
+        help="output directories of finished runs, or one directory that holds them",
+    )
+    merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
     doctor = commands.add_parser(
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )
@@ -240,8 +273,6 @@ def _job_file(options: argparse.Namespace) -> Path | None:
     job: Path | None = getattr(options, "job", None)
     if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
         return job
-    package = Path(mpillm.__file__).parent
-    for folder in (package.parent / "jobs", package / "jobs"):  # a checkout, or an installed package
-        if (folder / QUICKSTART).is_file():
-            return folder / QUICKSTART
-    raise JobError("This installation has no quickstart job; name a job file: mpillm run JOB.toml.")
+    from mpillm.tools.init import shipped
+
+    return shipped("jobs") / QUICKSTART
