@@ -39,7 +39,7 @@ from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
-from mpillm.weights.inventory import described
+from mpillm.weights.inventory import tensor_name
 
 log = logging.getLogger(__name__)
 
@@ -499,7 +499,7 @@ class Leader:
         what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
         key = first_not_finite(self._session.source)
         if key is not None:
-            return f"{what}: in {self._path}, {described(key)} is not; fetch or convert the model again."
+            return f"{what}: in {self._path}, {tensor_name(key)} is not; fetch or convert the model again."
         return f"{what}, though its weights are."
 
     def _first_errors(self) -> dict[str, str]:
