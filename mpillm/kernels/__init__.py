@@ -15,7 +15,16 @@ from typing import Any
 
 from mpillm.errors import JobError
 from mpillm.kernels import fused, reference
-from mpillm.kernels.fused import Attention, Expert, Experts, GatedDeltaNet, LayerStack, Mlp, Products, Residual
+from mpillm.kernels.fused import (
+    Attention,
+    Expert,
+    Experts,
+    GatedDeltaNet,
+    LayerStack,
+    Mlp,
+    Products,
+    Residual,
+)
 from mpillm.kernels.reference import (
     activate,
     activation_nbytes,

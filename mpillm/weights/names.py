@@ -30,8 +30,8 @@ class Role:
     `*_stacked` all experts' in one, experts outermost. The first name is the usual one. Hugging Face names come without
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
     `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
-    products with BF16 round their activations, and a router that sees rounded ones chooses other experts. `flat`: a vector
-    that files have with more dimensions.
+    products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
+    `flat`: a vector that files have with more dimensions.
     """
 
     name: str

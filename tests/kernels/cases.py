@@ -172,9 +172,7 @@ def _decays(threads: int, m: int, d: int, x: Array, rates: Array, bias: Array) -
 def _short_conv(threads: int, m: int, channels: int, taps: int, silu: int, slots: int, x: Array, w: Array, bias: Array,
                 tails: Array, first_rows: Array, slot: Array) -> list[Array]:  # fmt: skip
     out = np.empty_like(x)
-    kernels.short_conv(
-        x, w, bias if len(bias) else None, tails, first_rows, slot, out, bool(silu), threads
-    )
+    kernels.short_conv(x, w, bias if len(bias) else None, tails, first_rows, slot, out, bool(silu), threads)
     return [out, tails]
 
 
@@ -182,9 +180,7 @@ def _delta_rule(threads: int, m: int, keys: int, heads: int, dk: int, dv: int, s
                 decay: Array, beta: Array, states: Array, first_rows: Array, slot: Array,
                 key_of_head: Array) -> list[Array]:  # fmt: skip
     out = np.empty_like(v)
-    kernels.delta_rule(
-        q, k, v, decay, beta, states, first_rows, slot, key_of_head, dk, dv, out, threads
-    )
+    kernels.delta_rule(q, k, v, decay, beta, states, first_rows, slot, key_of_head, dk, dv, out, threads)
     return [out, states]
 
 

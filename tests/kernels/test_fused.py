@@ -145,7 +145,13 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
 def delta_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
     """What gated DeltaNet gives, and the states after it, of several sequences that have states before."""
     rng = np.random.default_rng(seed)
-    d, keys, heads, dk, dv = HIDDEN[seed % 2], 2, (4, 6)[seed % 2], (9, 16)[seed % 3 % 2], (16, 24, 7)[seed % 3]
+    d, keys, heads, dk, dv = (
+        HIDDEN[seed % 2],
+        2,
+        (4, 6)[seed % 2],
+        (9, 16)[seed % 3 % 2],
+        (16, 24, 7)[seed % 3],
+    )
     widths = keys * dk, keys * dk, heads * dv, heads * dv, heads, heads
     inputs = [
         matrix(rng, fitting(d, 2 * seed + i), n, d, cut="rows" if cut and n > 1 else "")

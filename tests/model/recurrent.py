@@ -23,7 +23,7 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 
 DECAY, GAIN = np.float32(0.8), np.float32(0.25)
 
@@ -52,7 +52,7 @@ class Recurrent:
         return self.attention.row_nbytes(place, block, hidden, copied)
 
     def compute(
-        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+        self, rank: Rank, layer: int, page: Page, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
     ) -> tuple[Floats, Floats | None]:  # fmt: skip
         part, bias = np.zeros_like(x), None
         cache.states[step.begun] = 0

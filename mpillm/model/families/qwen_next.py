@@ -194,14 +194,18 @@ def _refuse(fields: Fields) -> None:
     if fields.raw("attn_output_gate") not in (None, True):
         raise fields.fail("attn_output_gate", "but only attention with a gate is supported")
     for key in ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
-        fields.raw(key)  # the type in which others keep states; layers that predict further tokens are not read
+        fields.raw(
+            key
+        )  # the type in which others keep states; layers that predict further tokens are not read
 
 
 def _delta(fields: Fields, eps: float, converted: bool, architecture: str) -> GatedDeltaSpec:
     n_keys = fields.integer("linear_num_key_heads", 1, 2**16)
     n_heads = fields.integer("linear_num_value_heads", 1, 2**16)
     if n_heads % n_keys:
-        raise fields.fail("linear_num_value_heads", f"but must be a multiple of linear_num_key_heads ({n_keys})")
+        raise fields.fail(
+            "linear_num_value_heads", f"but must be a multiple of linear_num_key_heads ({n_keys})"
+        )
     return GatedDeltaSpec(
         n_keys,
         n_heads,

@@ -16,8 +16,8 @@ from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis, undivided
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,14 @@ class AttentionSpec:
         return widest + int(copied * (hidden + heads * self.head_dim))
 
     def compute(
-        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+        self,
+        rank: Rank,
+        layer: int,
+        page: Page,
+        norm: NormSpec | None,
+        x: Floats,
+        step: Step,
+        cache: LayerCacheView,
     ) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
 
@@ -121,11 +128,13 @@ class AttentionSpec:
         part = np.empty_like(x)
         cos, sin, *where = step.rows(self.turn, cache.group)
         with cache.pools() as pools:
-            rank.compute(rank.kept(make, "attention", layer), x, cos, sin, cache.kv_type, *pools, *where, part)
+            rank.compute(
+                rank.kept(make, "attention", layer), x, cos, sin, cache.kv_type, *pools, *where, part
+            )
         rank.group.all_reduce(part)
         return part, page.vector("o_bias") if self.o_bias else None
 
-    def kernel(self, page: Layer, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
+    def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         vector = page.vector
         heads, kv_heads, share = (

@@ -20,8 +20,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,14 @@ class GatedDeltaSpec:
         return widest + int(copied * (hidden + heads * self.dv))
 
     def compute(
-        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+        self,
+        rank: Rank,
+        layer: int,
+        page: Page,
+        norm: NormSpec | None,
+        x: Floats,
+        step: Step,
+        cache: LayerCacheView,
     ) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
 
@@ -112,7 +119,7 @@ class GatedDeltaSpec:
         return part, None
 
     def kernel(
-        self, page: Layer, norm: kernels.Norm | None, place: Place, block: int
+        self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.GatedDeltaNet:
         """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
         units, stored = self.heads(block).units(place), page.vector("delta_rates")

@@ -12,7 +12,7 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 
 
 class Mixer(Protocol):
@@ -32,10 +32,17 @@ class Mixer(Protocol):
         """What a layer keeps of a sequence on the rank at `place`."""
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take their input."""
+        """Bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take it."""
 
     def compute(
-        self, rank: Rank, layer: int, page: Layer, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
+        self,
+        rank: Rank,
+        layer: int,
+        page: Page,
+        norm: NormSpec | None,
+        x: Floats,
+        step: Step,
+        cache: LayerCacheView,
     ) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the bias that is still to be added; `norm` is that of x.
 

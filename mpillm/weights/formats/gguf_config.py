@@ -185,7 +185,10 @@ def _head_dim(fields: GgufFields, default: int, partial: bool) -> dict[str, Any]
         raise ModelError(f"{fields.path}: keys and values of different lengths are not supported.")
     turning = fields.integer("rope.dimension_count", head_dim)
     if partial and 0 < turning <= head_dim:
-        return {"head_dim": head_dim, "partial_rotary_factor": (turning + 0.5) / head_dim}  # cut to a whole number
+        return {
+            "head_dim": head_dim,
+            "partial_rotary_factor": (turning + 0.5) / head_dim,
+        }  # cut to a whole number
     if turning != head_dim:
         raise ModelError(
             f"{fields.path}: {fields.kind}.rope.dimension_count is {fields.values['rope.dimension_count']}, but only "

@@ -32,7 +32,9 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         metadata = headers[0].metadata
         family = families.of_gguf(metadata.get("general.architecture"), str(path))
         extents: dict[Key, Extent] = {}
-        composed: list[tuple[Parsed, Extent]] = []  # tensors that only the configuration tells how to take apart
+        composed: list[
+            tuple[Parsed, Extent]
+        ] = []  # tensors that only the configuration tells how to take apart
         factors: list[float] | None = None
         for file, header in zip(files, headers, strict=True):
             for name, tensor in header.tensors.items():
