@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class Bounds:
 # The engine in float32 throughout, and with quantised activations: measured on these models with a NumPy decoder that
 # quantises activations alike, mean 0.04 to 0.06, single tokens up to 0.7 (where another expert is chosen).
 EXACT = Bounds(most=2e-4, mean=2e-5, embedding=1e-4, margin=0.0)
+# Models with a state: over 500 tokens float32 leaves transformers as far from float64 as it leaves this decoder.
+RECURRENT = Bounds(most=1e-3, mean=2e-5, embedding=1e-4, margin=0.0)
 QUANTIZED = Bounds(most=1.5, mean=0.1, embedding=0.6, margin=1.0)
 # With BF16 weights activations are rounded to BF16, each by at most 2**-9 of itself. The NumPy decoder that rounds
 # alike differs from transformers in float32 by 0.016 on average, and by 0.07 at most.
@@ -32,7 +34,12 @@ ROUNDED = Bounds(most=0.2, mean=0.03, embedding=0.1, margin=0.2)
 
 def bounds_of(name: str, quantized: bool) -> Bounds:
     """What a model's values are held to: `quantized` are its weights, or what travels between ranks."""
-    return QUANTIZED if quantized else ROUNDED if "bf16" in name else EXACT
+    if name.startswith(("qwen3_next", "qwen3next", "qwen35")):
+        # Of 500 tokens, more go to other experts than of 70, and the worst of them is further off.
+        return replace(QUANTIZED, most=3.0) if quantized else RECURRENT
+    if quantized:
+        return QUANTIZED
+    return ROUNDED if "bf16" in name else EXACT
 
 
 def requests_of(reference: dict[str, Any], top: int = 5) -> list[Request]:
@@ -64,7 +71,7 @@ def check(reference: dict[str, Any], completions: list[Completion], bounds: Boun
         assert scored.tokens == []
         assert len(scored.prompt_logprobs) == len(prompt["ids"]) - 1
         errors += np.abs(np.subtract(scored.prompt_logprobs, prompt["logprobs"])).tolist()
-        if bounds is EXACT:
+        if bounds.margin == 0:
             check_top(prompt, scored)
     assert max(errors) < bounds.most, f"log-probabilities differ by up to {max(errors):.2g}"
     assert np.mean(errors) < bounds.mean, f"log-probabilities differ by {np.mean(errors):.2g} on average"

@@ -19,6 +19,7 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.rope import RopeConfig
+from mpillm.weights.formats import hf
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
 PUBLISHED = json.loads((Path(__file__).parent.parent / "data/published_configs.json").read_text())
@@ -70,7 +71,7 @@ def fixture(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in MODELS.glob("*/config.json")))
 def test_what_transformers_writes_is_read(name: str) -> None:
-    raw = fixture(name)
+    raw, _ = hf.read_config(MODELS / name)  # of the text alone, where images are another part
     config = read_config(raw)
     assert config.architecture == raw["architectures"][0]
     assert (config.hidden, config.n_layers, config.vocab) == (
@@ -313,7 +314,7 @@ def test_refused_by_name(change: dict[str, Any], words: str) -> None:
     message = str(caught.value)
     assert message.startswith("config.json")
     assert message.endswith(".")
-    assert len(message) < 400
+    assert len(message.partition("; supported are ")[0]) < 400
 
 
 @pytest.mark.parametrize(

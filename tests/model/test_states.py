@@ -97,9 +97,9 @@ def test_broken_off_and_gone_on(model: str, recurrent: frozenset[int]) -> None:
     assert outcome.values == expected(model, recurrent)
 
 
-def test_blocks_on_disk_and_states_in_memory(tmp_path: Path) -> None:
-    folder = str(harness.write_mixed_windows(tmp_path / "model"))
-    recurrent = frozenset({1, 4})
+@pytest.mark.parametrize(("model", "recurrent"), [("mixed windows", frozenset({1, 4})), MODELS[3]])
+def test_blocks_on_disk_and_states_in_memory(model: str, recurrent: frozenset[int], tmp_path: Path) -> None:
+    folder = str(harness.write_mixed_windows(tmp_path / "model")) if recurrent else model
     whole = expected(folder, recurrent)
     layout = run(folder, recurrent).session.caches[0]
     job = {"kv": 30 * layout.block_nbytes, "streams": True, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}
@@ -110,16 +110,20 @@ def test_blocks_on_disk_and_states_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpiexec
-@pytest.mark.parametrize(("stages", "shards"), [(2, 1), (1, 2)])
-def test_two_ranks(stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
-    model, recurrent = MODELS[0]
+@pytest.mark.parametrize(
+    ("case", "stages", "shards"), [(MODELS[0], 2, 1), (MODELS[0], 1, 2), (MODELS[3], 2, 1), (MODELS[4], 1, 2)]
+)
+def test_two_ranks(
+    case: tuple[str, frozenset[int]], stages: int, shards: int, openmpi: Mpi, tmp_path: Path
+) -> None:
+    model, recurrent = case
     layout = {"stages": stages, "shards": shards, "activations": "f32"}
     ways: list[dict[str, Any]] = [
         {}, {"kv_blocks": 7, "max_num_seqs": 7, "max_num_batched_tokens": 40}
     ]  # fmt: skip
     target = tmp_path / "outcomes.json"
     settings = [json.dumps({**layout, **way}) for way in ways]
-    done = openmpi.run(2, PROGRAM, ",".join(map(str, recurrent)), target, model, *settings)
+    done = openmpi.run(2, PROGRAM, ",".join(map(str, recurrent)) or "none", target, model, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     wide, tight = json.loads(target.read_text())
     assert wide["digest"] == tight["digest"] == digest(expected(model, recurrent))

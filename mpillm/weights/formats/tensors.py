@@ -373,8 +373,8 @@ def place(
     ndim = role.ndim + parsed.stacked
     if role.flat:
         shape = (shape[0], math.prod(shape[1:]))
-    elif ndim == 2 and len(shape) == 1:
-        shape = (1, *shape)  # llama.cpp writes a matrix of one row as a vector
+    elif role.name == "shared_router" and len(shape) == 1:
+        shape = (1, *shape)  # llama.cpp writes this matrix of one row as a vector
     elif len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
