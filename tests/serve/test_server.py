@@ -165,6 +165,8 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
     for key in ("wrong", "", "secret"):
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key=key or "x").models.list()
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="chat", messages=[])
     http = client._client
     assert http.get(f"{server}/health").json()["status"] == "ok"
     text = http.get(f"{server}/metrics").text
