@@ -347,11 +347,11 @@ def place(
 ) -> list[tuple[Key, Extent]]:
     """Take a tensor of a file apart into the matrices and vectors it holds.
 
-    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins; `part_rows` as in `add`.
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins; `part_rows`: see `add`.
     """
     ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
-    if ndim == 1 and len(shape) == 2 and shape[0] == 1:
-        shape = shape[1:]  # a vector saved as a row
+    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # ERNIE 4.5 has it as a row
     if len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
@@ -386,5 +386,7 @@ def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, in
             )
         return counts
     if rows % parts:
-        raise ModelError(f"{extent.file.path}: tensor {extent.name} has {rows} rows, not {parts} equal parts.")
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, not {parts} equal parts."
+        )
     return (rows // parts,) * parts
