@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,12 +24,13 @@ from mpillm import __version__
 from mpillm.batch import bodies
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
-from mpillm.batch.work import Line, Model, Work
+from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion
 from mpillm.errors import RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
 from mpillm.serve.metrics import Metrics
+from mpillm.serve.prepare import prepare
 from mpillm.spec import Spec
 
 PAGE = Path(__file__).parent / "page"
@@ -57,15 +57,11 @@ class Service:
         return f"There is no model {name[:100]!r}; this server has {self.model.name!r}."
 
     def prepare(self, url: str, content: dict[str, Any]) -> Work:
-        """The work of a body; RequestError says what is wrong with it."""
-        endpoint = bodies.read_body({"url": url, "body": content})
-        if endpoint.model is not None and endpoint.model not in self.names:
-            raise HTTPException(404, self.no_model(endpoint.model))
-        # Draws are keyed by the name: a seed in the body names it, so that the same body gives the same answer.
-        seed = getattr(endpoint, "seed", None)
-        name = uuid.uuid4().hex if seed is None else f"seed {seed}"
-        line = Line(1, 0, 0, name, b"")
-        return Work(line, endpoint, endpoint.requests(name, self.spec, self.model), self.spec)
+        """The work of a body; RequestError or HTTPException says what is wrong with it."""
+        name = content.get("model")
+        if isinstance(name, str) and name not in self.names:
+            raise HTTPException(404, self.no_model(name))
+        return prepare(url, content, self.spec, self.model)
 
 
 def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:

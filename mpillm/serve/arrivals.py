@@ -6,6 +6,7 @@ that runs ends with its next token.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -74,9 +75,10 @@ class Ticket:
 class Arrivals:
     """The queue between clients and the engine; an iterator that goes on after it has ended."""
 
-    def __init__(self, capacity: int) -> None:
-        """So many requests may wait."""
-        self._capacity = capacity
+    def __init__(self, capacity: int, background: int) -> None:
+        """So many requests may wait; in the background at most `background` choices run at once."""
+        self._capacity, self._background_limit = capacity, background
+        self._background: deque[Iterator[Ticket]] = deque()
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, tuple[Ticket, Request]] = {}  # by the identity of the engine's request
@@ -104,6 +106,12 @@ class Arrivals:
             self._waiting.append(ticket)
             self._changed.notify()
 
+    def add_background(self, tickets: Iterator[Ticket]) -> None:
+        """Let these requests run where no other one waits; the engine's thread takes them one by one."""
+        with self._changed:
+            self._background.append(tickets)
+            self._changed.notify()
+
     def close(self) -> None:
         """Take no more, and give up what waits or runs."""
         with self._changed:
@@ -111,6 +119,7 @@ class Arrivals:
             left = {id(ticket): ticket for ticket in self._waiting}
             left |= {id(ticket): ticket for ticket, _ in self._running.values()}
             self._waiting.clear()
+            self._background.clear()
             self._changed.notify()
         for ticket in left.values():
             ticket.cancel()
@@ -128,16 +137,30 @@ class Arrivals:
                 for request in self._choices:
                     self._running[id(request)] = self._ticket, request
                     return request
-            with self._changed:
-                self._ticket = self._waiting.popleft() if self._waiting else None
+            self._ticket = self._take_ticket()
             if self._ticket is None:
                 raise StopIteration
             self._choices = self._ticket.requests()
 
+    def _take_ticket(self) -> Ticket | None:
+        """The next request: one of those that wait, or one of the background."""
+        while True:
+            with self._changed:
+                if self._waiting:
+                    return self._waiting.popleft()
+                if not self._background or len(self._running) >= self._background_limit:
+                    return None
+                tickets = self._background[0]
+            ticket = next(tickets, None)
+            if ticket is not None:
+                return ticket
+            with self._changed, contextlib.suppress(ValueError):  # closed meanwhile
+                self._background.remove(tickets)
+
     def more(self) -> bool:
         """Wait until a request is there; False once the queue is closed."""
         with self._changed:
-            while not (self._waiting or self._closed):
+            while not (self._waiting or self._background or self._closed):
                 self._changed.wait(LOOK)
             return not self._closed
 

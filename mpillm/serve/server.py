@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
+from mpillm.batch.requests import Batch
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.errors import JobError
@@ -20,8 +21,13 @@ from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.serve.app import Service, make_app
 from mpillm.serve.arrivals import Arrivals
+from mpillm.serve.batches import Batches, Files
 from mpillm.serve.metrics import Metrics
+from mpillm.serve.uploads import routes
 from mpillm.spec import Spec
+from mpillm.store.directory import explained
+from mpillm.store.journal import MODEL_FILE, Journal
+from mpillm.store.output import Claim
 
 GRACE = 5  # seconds in which open connections may end
 
@@ -61,11 +67,23 @@ def _lead(
 ) -> int:
     model = model_of(session, path)
     engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
-    arrivals = Arrivals(options.max_waiting)
+    arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
     names = frozenset({model.name, spec.model, str(path)})
     service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
+    identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
+
+    def open_journal(claim: Claim, batch: Batch) -> Journal:
+        return Journal(claim, identity, batch.lines, session.layout, session.model_state)
+
+    data = spec.output_path
+    with explained(data):
+        files = Files(data / "files")
+        batches = Batches(data / "batches", files, arrivals, spec, model, open_journal)
     config = uvicorn.Config(
-        make_app(service, []), log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="off"
+        make_app(service, routes(files, batches)),
+        log_level="warning",
+        timeout_graceful_shutdown=GRACE,
+        lifespan="off",
     )
     server = uvicorn.Server(config)
     web = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
@@ -79,11 +97,13 @@ def _lead(
             for finished in engine.run(arrivals, arrivals.more):
                 for completion in finished:
                     arrivals.take(completion)
+                batches.commit()
                 session.watch.look()
         finally:
             arrivals.close()
             server.should_exit = True
             web.join()
+            batches.close()
             engine.stop(0)
     progress.say("The server has ended.")
     return 0
