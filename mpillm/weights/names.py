@@ -182,7 +182,7 @@ class Names:
 
     Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. A name with no roles is
     that of a tensor which is not read. `hf_prefixes` are what stands before the names of layers; the first one that
-    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the two halves of each head are interleaved
+    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the halves of each head are interleaved
     (llama.cpp's `permute`).
     """
 

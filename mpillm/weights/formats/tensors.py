@@ -387,6 +387,6 @@ def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, in
         return counts
     if rows % parts:
         raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has {rows} rows, not {parts} equal parts."
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not {parts} equal parts."
         )
     return (rows // parts,) * parts
