@@ -154,6 +154,6 @@ def test_an_answer_to_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="does not match its header"):
         Reply.decode(message[:40], WIDTH)
     with pytest.raises(
-        ValueError, match=r"shard 0 answered \d+ candidates of \d+ outputs where \d+ of 2 were"
+        ValueError, match=r"shard 0 replied \d+ candidates of \d+ outputs where \d+ of 2 were"
     ):
         merge([reply], step().outputs[:2], [VOCAB])
