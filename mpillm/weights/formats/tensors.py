@@ -351,9 +351,12 @@ def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
 
 
-def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent, groups: RowGroups) -> None:
-    """Put what a tensor of a file holds among the others; ModelError if that is there already."""
-    for key, piece in place(parsed, extent, extent.shape, groups):
+def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent, groups: RowGroups | None = None) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already.
+
+    `groups` tells how tensors that hold several matrices are taken apart, where these are not equal parts.
+    """
+    for key, piece in place(parsed, extent, extent.shape, groups or {}):
         if key in extents:
             raise ModelError(
                 f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
@@ -372,10 +375,12 @@ def place(
     role = ROLES[parsed.roles[0]]
     ndim = role.ndim + parsed.stacked
     if role.flat:
-        shape = (shape[0], math.prod(shape[1:]))
+        shape = (*shape[:1], math.prod(shape[1:]))
     elif role.name == "shared_router" and len(shape) == 1:
         shape = (1, *shape)  # llama.cpp writes this matrix of one row as a vector
-    elif len(shape) != ndim:
+    elif role.name == "router_correction" and len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # ERNIE 4.5 has it as a row
+    if len(shape) != ndim + role.flat:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
         )
@@ -391,7 +396,7 @@ def place(
     if rows % period:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not "
-            + (f"{len(widths)} halves." if parsed.roles not in groups else f"groups of {period}.")
+            + (f"groups of {period}." if parsed.roles in groups else f"{len(widths)} equal parts.")
         )
     row_bytes = extent.stored.row_bytes(width[0]) if width else extent.stored.row_bytes(1)
     found, offset = [], extent.offset
