@@ -323,8 +323,12 @@ def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Byte
     if isinstance(rows, range):
         assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
         if extent.run:
-            pieces = [extent.file.read(*piece).reshape(-1, extent.row_bytes) for piece in _runs(extent, rows)]
-            return np.concatenate(pieces) if pieces else np.empty((0, extent.row_bytes), np.uint8)
+            out, done = np.empty((len(rows), extent.row_bytes), np.uint8), 0
+            for piece in _runs(extent, rows):
+                part = extent.file.read(*piece).reshape(-1, extent.row_bytes)
+                out[done : done + len(part)] = part  # the next piece may be read to the same memory
+                done += len(part)
+            return out
         offset, nbytes = _span(extent, rows)
         raw = extent.file.read(offset, nbytes).reshape(-1, extent.row_bytes)
         if not extent.rope_heads:
