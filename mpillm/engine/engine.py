@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpillm.comm.collectives import Channel
 from mpillm.engine import step as messages
+from mpillm.engine.adjust import shifts
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
@@ -94,7 +95,7 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing)."""
         ended: list[Sequence] = []  # whose last token an earlier run has drawn
-        scheduler = Scheduler(self._limits, _begin(requests, ended), self.totals)
+        scheduler = Scheduler(self._limits, self._begin(requests, ended), self.totals)
         self._scheduler = scheduler
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
@@ -155,7 +156,6 @@ class Engine:
         replies = self._collect(step.number)
         candidates = merge(replies, step.outputs, self._shard_vocab)
         drawn = self._draw(step, chosen, candidates)
-        self.totals.generated_tokens += len(drawn)
         pairs = zip(step.outputs, candidates, strict=True)
         by_part = {part: list(group) for part, group in groupby(pairs, lambda pair: pair[0].part)}
         hidden = iter(replies[0].hidden)
@@ -167,7 +167,9 @@ class Engine:
             outputs = by_part.get(index, [])
             sequence.finite = all(found.finite for _, found in outputs)
             if sequence.finite:
+                generated = sequence.generated
                 _take(sequence, outputs, drawn.get(index))
+                self.totals.generated_tokens += sequence.generated - generated
             if _is_done(sequence):
                 if part.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
@@ -204,30 +206,39 @@ class Engine:
                     undecided.append(i)
                 else:
                     drawn[part] = found, index
-            known = dict(zip(undecided, self._fetch(step, undecided, known), strict=True))
+            known = self._fetch(step, {i: known[i] for i in undecided})
         return drawn
 
-    def _fetch(self, step: Step, wanted: list[int], known: dict[int, Candidates]) -> list[Candidates]:
-        """More candidates of some outputs of a step."""
-        if not wanted:
-            return []
+    def _fetch(self, step: Step, known: dict[int, Candidates]) -> dict[int, Candidates]:
+        """More candidates of some outputs of a step: of those that have the fewest.
+
+        So how many each of them has when it is decided does not depend on the others.
+        """
+        if not known:
+            return {}
+        fewest = min(len(found.ids) for found in known.values())
+        wanted = [i for i, found in known.items() if len(found.ids) == fewest]
         self.totals.fetched_rows += len(wanted)
-        k = min(MORE * max(len(known[i].ids) for i in wanted), sum(self._shard_vocab))
+        k = min(MORE * fewest, sum(self._shard_vocab))
         self._post(Fetch(step.number, tuple(wanted), k))
         outputs = [step.outputs[i]._replace(k=k) for i in wanted]
-        return merge(self._collect(step.number), outputs, self._shard_vocab)
+        more = merge(self._collect(step.number), outputs, self._shard_vocab)
+        return known | dict(zip(wanted, more, strict=True))
 
-
-def _begin(requests: Iterable[Request], ended: list[Sequence]) -> Iterator[Sequence]:
-    """The requests' sequences; those whose last token an earlier run has drawn go to `ended` instead."""
-    begun = time.monotonic()
-    for request in requests:
-        sequence = Sequence(request, begun)
-        if sequence.finish_reason is None:
-            yield sequence
-        else:
-            sequence.started = time.monotonic()
-            ended.append(sequence)
+    def _begin(self, requests: Iterable[Request], ended: list[Sequence]) -> Iterator[Sequence]:
+        """The requests' sequences; those that need no step, as an earlier run has drawn their last token, go to `ended`
+        instead."""
+        begun = time.monotonic()
+        for request in requests:
+            sequence = Sequence(request, begun)
+            generated = sequence.generated
+            sequence.put_forced()
+            self.totals.generated_tokens += sequence.generated - generated
+            if sequence.finish_reason is None:
+                yield sequence
+            else:
+                sequence.started = time.monotonic()
+                ended.append(sequence)
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:
@@ -253,6 +264,7 @@ def _take(
             assert drawn is not None
             candidates, index = drawn
             sequence.append(int(candidates.ids[index]))
+            sequence.put_forced()
             if request.logprobs is not None:
                 sequence.logprobs.append(candidates.logprob(index))
                 sequence.top.append((unpenalised or found).top(request.logprobs))
@@ -274,6 +286,9 @@ def _part(sequence: Sequence, count: int) -> Part:
         elif at_end:
             hidden = Hidden.LAST
     penalised = samples and request.repetition_penalty != 1.0
+    allowed = request.allowed
+    if samples and sequence.constraint is not None:
+        allowed = sequence.constraint.allowed()
     return Part(
         start=start,
         tokens=np.array(sequence.tokens[start:end], np.int32),
@@ -290,6 +305,8 @@ def _part(sequence: Sequence, count: int) -> Part:
         temperature=float(np.float32(request.temperature)),
         penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
         seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else messages.NO_IDS,
+        shifts=shifts(sequence) if samples else messages.NO_SHIFTS,
+        allowed=allowed if samples and allowed is not None else messages.NO_IDS,
         hidden=hidden,
     )
 

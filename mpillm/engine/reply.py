@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.engine import exact
-from mpillm.engine.sampler import Candidates, weights_of
+from mpillm.engine.sampler import FORBIDDEN, Candidates, weights_of
 from mpillm.engine.step import Fetch, Output, Part, Step
 from mpillm.model.decoder import Decoder
 
@@ -118,11 +118,11 @@ class Answerer:
         if not finite.all():
             logits[~finite] = 0.0  # so that what follows is defined; nothing is drawn from it
         values = logits
-        if any(output.penalised for output in outputs):
+        if any(output.adjusted for output in outputs):
             values = logits.copy()
             for row, output in zip(values, outputs, strict=True):
-                if output.penalised:
-                    _penalise(row, step.parts[output.part], vocab)
+                if output.adjusted:
+                    _adjust(row, step.parts[output.part], vocab)
         wanted = np.array([output.k for output in outputs])
         k = min(int(wanted.max()), len(vocab)) or 1
         top, ids = np.empty((len(outputs), k), np.float32), np.empty((len(outputs), k), np.int32)
@@ -170,11 +170,24 @@ def finite_rows(rows: Floats) -> NDArray[np.bool_]:
     return finite
 
 
-def _penalise(row: Floats, part: Part, vocab: range) -> None:
-    """Repetition penalty of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less likely."""
-    own = part.seen[(part.seen >= vocab.start) & (part.seen < vocab.stop)] - vocab.start
-    penalty = np.float32(part.penalty)
-    row[own] = np.where(row[own] > 0, row[own] / penalty, row[own] * penalty)
+def _adjust(row: Floats, part: Part, vocab: range) -> None:
+    """What comes between the model's logits and drawing, in vLLM's order: masks, shifts, penalties.
+
+    The repetition penalty is that of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less
+    likely.
+    """
+    if len(part.allowed):
+        bits = np.unpackbits(part.allowed.view(np.uint8), bitorder="little")[vocab.start : vocab.stop]
+        row[bits == 0] = FORBIDDEN
+    shifts = part.shifts
+    chosen = (shifts.ids >= vocab.start) & (shifts.ids < vocab.stop)
+    shifted = shifts.ids[chosen] - vocab.start
+    row[shifted] += shifts.before[chosen]
+    if part.penalty != 1.0:
+        own = part.seen[(part.seen >= vocab.start) & (part.seen < vocab.stop)] - vocab.start
+        penalty = np.float32(part.penalty)
+        row[own] = np.where(row[own] > 0, row[own] / penalty, row[own] * penalty)
+    row[shifted] += shifts.after[chosen]
 
 
 def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> list[Candidates]:

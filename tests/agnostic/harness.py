@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.world import World
+from mpillm.engine.adjust import bits
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
@@ -76,6 +77,29 @@ def batch(vocab: int) -> list[Request]:
         Request("echo", ids(40), max_tokens=30, prompt_logprobs=1, logprobs=1, temperature=0.7, top_p=0.9),
         Request("penalty", ids(33), max_tokens=12, repetition_penalty=1.3, logprobs=4),
         Request("cold penalty", ids(31), max_tokens=6, repetition_penalty=1.3, temperature=0.4, min_p=0.05),
+        Request(
+            "adjusted",
+            system + ids(2),
+            max_tokens=16,
+            temperature=1.4,
+            presence_penalty=0.7,
+            frequency_penalty=0.4,
+            logit_bias=((3, 4.0), (vocab - 1, 5.0)),
+            bad_words=((3, 3), (vocab - 1, 3, 5)),
+            logprobs=2,
+        ),
+        Request(
+            "allowed",
+            ids(12),
+            max_tokens=16,
+            temperature=2.0,
+            top_p=0.9,
+            repetition_penalty=1.2,
+            frequency_penalty=-1.5,
+            allowed=bits(frozenset(range(1, vocab, 3)), vocab),
+            min_tokens=5,
+            stop_ids=frozenset(range(0, vocab, 5)),
+        ),
         Request("hot", system + ids(1), max_tokens=12, temperature=30.0, seed=3, logprobs=1),
         Request("top_k", ids(1), max_tokens=40, temperature=1.5, top_k=7),
         Request("stop", ids(5), max_tokens=40, temperature=2.0, stop_ids=frozenset(range(0, vocab, 9))),

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.engine import step as messages
-from mpillm.engine.step import HEADER, Fetch, Hidden, Kind, Part, Step, Table
+from mpillm.engine.step import HEADER, Fetch, Hidden, Kind, Part, Shifts, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import first_kept
 
+MASKS = [np.array(words, np.int32) for words in ([1, -1, 7], [0, 0, 1])]
 ONE_BLOCK = (Table(0, np.zeros(1, np.int32)),)
 
 
@@ -41,8 +42,15 @@ def _parts(draw: st.DrawFn, windows: list[int]) -> Part:
         temperature=draw(st.floats(0, 10, width=32)),
         penalty=draw(st.sampled_from([1.0, 1.25])),
         seen=ids(draw(st.integers(0, 9))),
+        shifts=_shifts(rng, draw(st.integers(0, 5))),
+        allowed=draw(st.sampled_from([messages.NO_IDS, *MASKS])),
         hidden=draw(st.sampled_from(Hidden)),
     )
+
+
+def _shifts(rng: np.random.Generator, count: int) -> Shifts:
+    ids = rng.integers(0, 50_000, count).astype(np.int32)
+    return Shifts(ids, *rng.normal(0, 9, (2, count)).astype(np.float32))
 
 
 @given(steps())
@@ -50,14 +58,18 @@ def test_round_trip(step: Step) -> None:
     message = step.encode()
     integers = 0
     for part in step.parts:
-        integers += 10 + len(part.tokens) + len(part.seen)
+        integers += 13 + len(part.tokens) + len(part.seen) + 3 * len(part.shifts.ids)
         integers += sum(2 + len(table.blocks) for table in part.tables)
-    assert HEADER.size == 28
-    assert len(message) == 28 + 4 * integers
+    masks = {part.allowed.tobytes() for part in step.parts} - {b""}
+    assert HEADER.size == 40
+    assert len(message) == 40 + 4 * integers + sum(map(len, masks))
     assert messages.kind_of(message) is Kind.STEP
     back = Step.decode(message)
     assert back.encode() == message
     assert back.outputs == step.outputs
+    for part, other in zip(step.parts, back.parts, strict=True):
+        assert np.array_equal(part.allowed, other.allowed)
+        assert all(map(np.array_equal, part.shifts, other.shifts))
     assert np.array_equal(back.hidden_rows(), step.hidden_rows())
     batch, other = step.batch(), back.batch()
     for name in ("tokens", "positions", "offset", "first_rows", "slots"):
@@ -111,13 +123,26 @@ def test_what_is_no_message_is_refused() -> None:
     with pytest.raises(ValueError, match="shorter than its header"):
         messages.kind_of(step[:20])
     with pytest.raises(ValueError, match="starts with 0x00000000"):
-        messages.kind_of(bytes(28))
+        messages.kind_of(bytes(40))
     with pytest.raises(ValueError, match="does not match its header"):
         Step.decode(step[:-4])
     with pytest.raises(ValueError, match="does not match its header"):
         Fetch.decode(Fetch(1, (1, 2), 3).encode()[:-4])
-    # Tokens, blocks, start and first block of the only part.
-    for at, wrong in ((1, 4), (1, -3), (11, 2), (11, -1), (0, -1), (0, 30), (10, 1), (10, -1)):
+    # Tokens, blocks, start, first block, shifts and mask of the only part.
+    wrongs = (
+        (1, 4),
+        (1, -3),
+        (14, 2),
+        (14, -1),
+        (0, -1),
+        (0, 30),
+        (13, 1),
+        (13, -1),
+        (9, 1),
+        (10, 0),
+        (10, -2),
+    )
+    for at, wrong in wrongs:
         words = np.frombuffer(step, "<i4").copy()
         words[HEADER.size // 4 + at] = wrong
         with pytest.raises(ValueError, match=r"do not make up what its header says|lie outside its blocks"):
