@@ -77,6 +77,13 @@ def batch(vocab: int) -> list[Request]:
         Request("echo", ids(40), max_tokens=30, prompt_logprobs=1, logprobs=1, temperature=0.7, top_p=0.9),
         Request("penalty", ids(33), max_tokens=12, repetition_penalty=1.3, logprobs=4),
         Request("cold penalty", ids(31), max_tokens=6, repetition_penalty=1.3, temperature=0.4, min_p=0.05),
+        Request("hot", system + ids(1), max_tokens=12, temperature=30.0, seed=3, logprobs=1),
+        Request("top_k", ids(1), max_tokens=40, temperature=1.5, top_k=7),
+        Request("stop", ids(5), max_tokens=40, temperature=2.0, stop_ids=frozenset(range(0, vocab, 9))),
+    ]
+    made += [Request(f"long-{i}", ids(20 + i), max_tokens=60) for i in range(4)]
+    order = np.random.default_rng(6).permutation(len(made))
+    adjusted = [
         Request(
             "adjusted",
             system + ids(2),
@@ -100,13 +107,8 @@ def batch(vocab: int) -> list[Request]:
             min_tokens=5,
             stop_ids=frozenset(range(0, vocab, 5)),
         ),
-        Request("hot", system + ids(1), max_tokens=12, temperature=30.0, seed=3, logprobs=1),
-        Request("top_k", ids(1), max_tokens=40, temperature=1.5, top_k=7),
-        Request("stop", ids(5), max_tokens=40, temperature=2.0, stop_ids=frozenset(range(0, vocab, 9))),
     ]
-    made += [Request(f"long-{i}", ids(20 + i), max_tokens=60) for i in range(4)]
-    order = np.random.default_rng(6).permutation(len(made))
-    return [made[i] for i in order]
+    return [*(made[i] for i in order), *adjusted]
 
 
 def values(completion: Completion) -> Values:
