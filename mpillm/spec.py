@@ -175,7 +175,7 @@ class Embeddings(Section, frozen=True):
     normalize: bool = True
 
 
-class Batch(Section, frozen=True):
+class BatchLimits(Section, frozen=True):
     """How much one step takes on; more is faster and changes no result."""
 
     max_num_seqs: Auto | Positive = "auto"
@@ -203,7 +203,7 @@ class Spec(Section, frozen=True, kw_only=True):
     memory: Memory = Memory()
     wire: Wire = Wire()
     embeddings: Embeddings = Embeddings()
-    batch: Batch = Batch()
+    batch: BatchLimits = BatchLimits()
     job: Job = Job()
 
     @property
@@ -346,6 +346,11 @@ def _known() -> Iterator[str]:
         yield from (f"{name}.{key}" for kind in sections for key in kind.__struct_fields__)
         if not sections:
             yield name
+
+
+def key_called(name: str) -> str | None:
+    """The dotted key of a job whose last word this is, or whose only name; None if there is none."""
+    return next((key for key in _known() if key.rpartition(".")[2] == name), None)
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:

@@ -22,7 +22,7 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Request
 from mpillm.run.session import Session
-from mpillm.spec import Batch, Layout, Memory, Spec
+from mpillm.spec import BatchLimits, Layout, Memory, Spec
 
 KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
 START = 16  # tokens of the prompt that a start-up is timed with
@@ -64,7 +64,7 @@ def spec_for(model: str, threads: int, options: Options) -> Spec:
         output="-",
         layout=Layout(threads=threads),
         memory=Memory(kv=KV, max_context=options.longest),
-        batch=Batch(max_num_seqs=max(1, *options.sequences)),
+        batch=BatchLimits(max_num_seqs=max(1, *options.sequences)),
     )
 
 
@@ -198,7 +198,7 @@ def _sent(session: Session) -> int:
 def weight_bytes(session: Session, rows: int) -> int:
     """Bytes of weights that a step of so many rows reads on this rank: of experts, those that random routing picks."""
     picked = 1 - (1 - session.config.expert_share) ** rows
-    entries = [entry for item in session.weights.items for entry in item.entries]
+    entries = [entry for item in session.weights.pages for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
 
 

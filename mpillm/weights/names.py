@@ -29,7 +29,8 @@ class Role:
     `hf` and `gguf` name the tensor of a layer without experts (or a global one), `*_expert` one expert's tensor,
     `*_stacked` all experts' in one, experts outermost. The first name is the usual one. Hugging Face names come without
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
-    `by_columns`: shards hold columns of it, so its blocks must be narrow enough.
+    `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
+    products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Role:
     gguf: str
     quantisable: bool = False
     by_columns: bool = False
+    exact: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
     gguf_expert: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ ROLES: dict[str, Role] = {
         _vector("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         _vector("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias"),
         _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
-        Role("router", 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight"),
+        Role("router", 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight", exact=True),
         _vector("router_bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
         _vector("router_correction", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
         _mlp("gate", "w1"),
@@ -103,7 +105,13 @@ ROLES: dict[str, Role] = {
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),
-        Role("shared_router", 2, "layers.{l}.mlp.shared_expert_gate.weight", "blk.{l}.ffn_gate_inp_shexp.weight"),
+        Role(
+            "shared_router",
+            2,
+            "layers.{l}.mlp.shared_expert_gate.weight",
+            "blk.{l}.ffn_gate_inp_shexp.weight",
+            exact=True,
+        ),
         Role("final_norm", 1, "norm.weight", "output_norm.weight"),
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),
@@ -111,6 +119,12 @@ ROLES: dict[str, Role] = {
 }  # fmt: skip
 
 Roles = tuple[str, ...]  # several where a tensor holds several matrices, row upon row
+
+# What Gemma, OLMo and EXAONE call the norms after attention and MLP; elsewhere the first name is that of one before.
+AFTER_NORMS: dict[str, Roles] = {
+    "layers.{l}.post_attention_layernorm.weight": ("attn_post_norm",),
+    "layers.{l}.post_feedforward_layernorm.weight": ("ffn_post_norm",),
+}
 
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
 _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
@@ -166,12 +180,14 @@ _GGUF = (
 class Names:
     """The names of a family's tensors where they differ from the usual ones: roles by pattern.
 
-    Hugging Face names are without "model.". A name with no roles is that of a tensor which is not read. `hf_prefixes`
-    are what stands before the names of layers; the first one that fits is removed. `rope_pairs`: in GGUF files the rows
-    of q and k lie so that the two halves of each head are interleaved (llama.cpp's `permute`).
+    Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. A name with no roles is
+    that of a tensor which is not read. `hf_prefixes` are what stands before the names of layers; the first one that
+    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the halves of each head are interleaved
+    (llama.cpp's `permute`).
     """
 
     hf: Mapping[str, Roles] = field(default_factory=dict)
+    hf_stacked: Mapping[str, Roles] = field(default_factory=dict)
     gguf: Mapping[str, Roles] = field(default_factory=dict)
     hf_prefixes: tuple[str, ...] = ("model.",)
     rope_pairs: bool = False
@@ -187,10 +203,11 @@ class Names:
 
     @functools.cached_property
     def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:
-        hf, gguf = (
-            tuple(_pattern(name, roles) for name, roles in names.items()) for names in (self.hf, self.gguf)
+        hf, stacked, gguf = (
+            tuple(_pattern(name, roles, names is self.hf_stacked) for name, roles in names.items())
+            for names in (self.hf, self.hf_stacked, self.gguf)
         )
-        return hf, gguf
+        return hf + stacked, gguf
 
 
 USUAL = Names()

@@ -16,15 +16,15 @@ from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
-from mpillm.weights.formats.loaders import LOADING_NBYTES, Lying, open_unpacked_loader
+from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key, Parsed
-from mpillm.weights.paging.cache import Loader
+from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
-from mpillm.weights.plan import Entry, LayerPlan, plan_entries, plan_name
+from mpillm.weights.paging.pager import Loader
+from mpillm.weights.plan import Entry, PagePlan, page_name, plan_entries
 from mpillm.weights.source import TensorInfo
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
@@ -151,7 +151,7 @@ class TensorSource:
             raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
-    def in_place(self, entry: Entry) -> Lying | None:
+    def in_place(self, entry: Entry) -> StoredRows | None:
         """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
         extent = self._extents[entry.key]
         offset = extent.offset + entry.rows.start * extent.row_bytes
@@ -159,7 +159,9 @@ class TensorSource:
         whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
         if not unchanged or not whole or offset % entry.type.block_bytes:
             return None
-        return Lying(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
+        return StoredRows(
+            self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes
+        )
 
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
@@ -197,21 +199,21 @@ class TensorSource:
             yield _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
             self.release(key, rows)
 
-    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
         """What a rank holds of a page."""
         entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
-        name = plan_name(page.name, page.layer, page.expert)
-        return LayerPlan(name, entries, nbytes, page.layer, page.name, expert=page.expert)
+        name = page_name(page.kind, page.layer, page.expert)
+        return PagePlan(name, entries, nbytes, page.layer, page.kind, expert=page.expert)
 
-    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
         """What a rank holds of each of a layer's experts."""
         return [self.plan(page, model, place) for page in pages]
 
     def open_loader(
-        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
-    ) -> Loader[Layer]:
-        """The loader of some items."""
-        return open_unpacked_loader(self, kind, threads, items, streamed)
+        self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
+    ) -> Loader[Page]:
+        """The loader of some pages."""
+        return open_unpacked_loader(self, kind, threads, pages, streamed)
 
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
@@ -249,6 +251,8 @@ class TensorSource:
     def _delivered(self, key: Key, extent: Extent) -> BlockType:
         if self._quantize is not None and ROLES[key.role].quantisable:
             return self._quantize
+        if ROLES[key.role].exact and extent.stored.type is BlockType.BF16:
+            return BlockType.F32
         if extent.stored.type.k_quant and ROLES[key.role].by_columns and not self._cut_in_blocks:
             return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
         return extent.stored.type
@@ -323,9 +327,14 @@ def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
 
 
-def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
-    """Put what a tensor of a file holds among the others; ModelError if that is there already."""
-    for key, piece in place(parsed, extent, extent.shape):
+def add(
+    extents: dict[Key, Extent], parsed: Parsed, extent: Extent, part_rows: Mapping[str, int] | None = None
+) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already.
+
+    `part_rows` has the rows of roles that lie in one tensor with others, where these are not all alike.
+    """
+    for key, piece in place(parsed, extent, extent.shape, part_rows or {}):
         if key in extents:
             raise ModelError(
                 f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
@@ -333,12 +342,16 @@ def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
         extents[key] = piece
 
 
-def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[Key, Extent]]:
+def place(
+    parsed: Parsed, extent: Extent, shape: tuple[int, ...], part_rows: Mapping[str, int]
+) -> list[tuple[Key, Extent]]:
     """Take a tensor of a file apart into the matrices and vectors it holds.
 
-    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins.
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins; `part_rows`: see `add`.
     """
     ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
+    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # ERNIE 4.5 has it as a row
     if len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
@@ -350,17 +363,30 @@ def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[
         )
     experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
     inner = shape[1:] if parsed.stacked else shape
-    parts = len(parsed.roles)
-    if inner[0] % parts:
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves."
-        )
-    part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
+    counts = _part_rows(parsed, extent, inner[0], part_rows)
     found = []
     offset = extent.offset
     for expert in experts:
-        for role in parsed.roles:
+        for role, count in zip(parsed.roles, counts, strict=True):
+            part = (count, *inner[1:])
             piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
             found.append((Key(role, parsed.layer, expert), piece))
             offset += piece.nbytes
     return found
+
+
+def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, int]) -> Sequence[int]:
+    """The rows of each matrix in a tensor of so many: as many for each, or as it is known."""
+    parts = len(parsed.roles)
+    if parts > 1 and known.keys() >= set(parsed.roles):
+        counts = [known[role] for role in parsed.roles]
+        if sum(counts) != rows:
+            raise ModelError(
+                f"{extent.file.path}: tensor {extent.name} has {rows} rows, but its {parts} parts have {sum(counts)}."
+            )
+        return counts
+    if rows % parts:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not {parts} equal parts."
+        )
+    return (rows // parts,) * parts
