@@ -46,7 +46,7 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
     with contextlib.closing(Session(world, spec, path)) as session:
         if world.rank:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
-                return follow(session.worker, session.channel, session.watch.look)
+                return follow(session.worker, session.channel, session.watch.check)
         model = model_of(session, path)
         engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
         arrivals = Arrivals(capacity=1, background=0)
@@ -62,7 +62,7 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
                 for finished in engine.run(arrivals, arrivals.more):
                     for completion in finished:
                         arrivals.take(completion)
-                    session.watch.look()
+                    session.watch.check()
             finally:
                 arrivals.close()
                 typed.ended = True
