@@ -465,6 +465,7 @@ class Leader:
             "layers": config.n_layers,
             "hidden": config.hidden,
             "vocab": config.vocab,
+            **({"ignored_keys": ", ".join(config.ignored_keys)} if config.ignored_keys else {}),
         }
 
     def _metadata(self) -> dict[str, Any]:
