@@ -44,7 +44,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # fmt: off
 _REFUSED = frozenset({
     "truncate_prompt_tokens", "structured_outputs", "guided_json", "guided_regex",
-    "guided_choice", "guided_grammar", "dimensions", "logits_processors", "audio",
+    "guided_choice", "guided_grammar", "logits_processors", "audio",
     "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
     "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
 })
