@@ -170,7 +170,8 @@ class Restarting:
 
     def advance(self, rank: _Rank) -> State:
         stages, shards = self.origin.layout(rank.world, rank.spec.wire)
-        rank.world.continue_with(stages * shards)
+        if not rank.world.keep_first(stages * shards):
+            rank.world.exit(0)
         return rank.begin(self.origin, self.before, self.losses)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:

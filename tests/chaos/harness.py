@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from mpillm.comm.world import CRASHED
+from mpillm.comm.running import CRASHED
 from mpillm.errors import JobError
 from mpillm.store.journal import finished
 from mpillm.store.output import JOURNAL
