@@ -75,6 +75,7 @@ class Job:
             "layers": config.n_layers,
             "hidden": config.hidden,
             "vocab": config.vocab,
+            **({"ignored_keys": ", ".join(config.ignored_keys)} if config.ignored_keys else {}),
         }
 
     def metadata(self, session: Session) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mpillm.batch import requests
 from mpillm.batch.work import Line, Model
 from mpillm.engine import step as messages
 from mpillm.engine.reply import Reply, merge
-from mpillm.engine.step import Chunk, Fetch, Kind, Step, Table
+from mpillm.engine.step import Chunk, Fetch, Kind, Shifts, Step, Table
 from mpillm.errors import JobError, LayoutError, ModelError, OutputError, RequestError
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
@@ -259,9 +259,11 @@ def _step(folder: Path) -> Target:
                 assert step.encode()[20:] == data[20:]
 
     ids = np.arange(40, dtype=np.int32)
+    shifts = Shifts(ids[:2], ids[2:4].astype(np.float32), ids[4:6].astype(np.float32))
     parts = (
         Chunk(0, ids, (Table(0, ids[:2]), Table(0, ids[2:4])), score_k=3, successor=7),
         Chunk(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), 6, sample_k=5, seen=ids, penalty=1.5),
+        Chunk(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), shifts=shifts, allowed=ids[:2]),
     )
     return Target(run, [Step(3, parts).encode(), Fetch(1, (4, 2), 99).encode(), messages.stop_message(75)])
 
