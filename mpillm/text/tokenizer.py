@@ -86,11 +86,6 @@ class Tokenizer:
         self._kind, self.strips_space = decoding(core)
         self._bytes: dict[int, bytes] = {}
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """The largest id plus one."""
-        return max(self._core.get_vocab().values()) + 1
-
     @property
     def by_bytes(self) -> bool:
         """Whether each token is a run of bytes, and a text is their concatenation."""
@@ -187,10 +182,6 @@ class Tokenizer:
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
-
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as the text that the template makes of it; `options` are further variables of the template."""
-        return self._chat(options).render(messages, options)
 
     def encode_chat(
         self,

@@ -20,6 +20,7 @@ from mpillm.batch.bodies import decode_line
 from mpillm.batch.endpoints import ChatCompletions, Completions, Embeddings
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
+from tests.text.asked import render_chat
 
 CHAT = [{"role": "user", "content": "the quick fox"}]
 
@@ -405,7 +406,7 @@ _ANY = job(Path("."))
 
 def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: Path) -> None:
     assert WITH_TEXT.text is not None
-    rendered = WITH_TEXT.text.render_chat(CHAT)
+    rendered = render_chat(WITH_TEXT.text, CHAT)
     assert "</s>" in rendered
     prompt, listed, vector, chat = works(
         tmp_path,
