@@ -373,11 +373,11 @@ def _value(text: str) -> Any:
 
 def _known() -> Iterator[str]:
     """Every key a job can have, dotted."""
-    for name in Spec.__struct_fields__:
-        sections = [kind for kind in Section.__subclasses__() if kind.__name__.lower() == name]
-        yield from (f"{name}.{key}" for kind in sections for key in kind.__struct_fields__)
-        if not sections:
-            yield name
+    for field in msgspec.structs.fields(Spec):
+        if isinstance(field.type, type) and issubclass(field.type, Section):
+            yield from (f"{field.name}.{key}" for key in field.type.__struct_fields__)
+        else:
+            yield field.name
 
 
 def key_called(name: str) -> str | None:

@@ -503,3 +503,13 @@ def test_null_contents_and_roles_are_the_templates_business(tmp_path: Path) -> N
     prompts = [TEXT.decode(work.requests[0].prompt, skip_special=False) for work in made]
     assert ["None" in prompt for prompt in prompts] == [True, False, True, False]
     assert "critic" in prompts[1]
+
+
+def test_what_is_wrong_with_a_line_is_said_in_a_few_words(tmp_path: Path) -> None:
+    """All of it stays in memory; msgspec alone would name each of the levels down to the number."""
+    deep = '{"prompt": "a", "k": ' + "[" * 800 + "1e999" + "]" * 800 + "}"
+    said = errors(tmp_path, deep.encode(), {"prompt": "a"})
+    assert said[0] is not None
+    assert said[0].startswith("Line 1: the line is not JSON: number out of range")
+    assert len(said[0]) < 500
+    assert said[1] is None
