@@ -16,13 +16,12 @@ from mpillm.engine.sequence import Completion, Request
 from mpillm.spec import Spec
 from mpillm.store.records import Result, line_key
 from mpillm.text import load_tokenizer
-from tests.text.asked import vocab_size
 
 CHAT = Path(__file__).parent / "fixtures/models/chat"
 TEXT = load_tokenizer(CHAT)
 assert TEXT is not None
 END = TEXT.encode("</s>", False, parse_special=True)[0]
-WITH_TEXT = Model(vocab=vocab_size(TEXT), max_position=512, end_ids=frozenset({END}), text=TEXT)
+WITH_TEXT = Model(vocab=TEXT.vocab_size, max_position=512, end_ids=frozenset({END}), text=TEXT)
 WITHOUT_TEXT = Model(vocab=100, max_position=512, end_ids=frozenset({0}))
 
 

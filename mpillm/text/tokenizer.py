@@ -87,6 +87,11 @@ class Tokenizer:
         self._kind, self.strips_space = decoding(core)
         self._bytes: dict[int, bytes] = {}
 
+    @cached_property
+    def vocab_size(self) -> int:
+        """The largest id plus one."""
+        return max(self._core.get_vocab().values()) + 1
+
     @property
     def by_bytes(self) -> bool:
         """Whether each token is a run of bytes, and a text is their concatenation."""

@@ -41,7 +41,6 @@ from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.source import check_tensors, rank_plans
 from tests.conftest import ROOT, clean_environment
 from tests.fuzz import bodies
-from tests.text.asked import vocab_size
 from tests.text.chats import STYLE, TEMPLATES
 from tests.text.vocabularies import write_directory
 from tests.weights.build import Tiny, write_gguf
@@ -231,7 +230,7 @@ def _jsonl(folder: Path) -> Target:
     text = load_tokenizer(MODELS / "chat")
     assert text is not None
     job = spec.load(None, input=str(folder / "in.jsonl"), output=str(folder / "out"))
-    model = Model(vocab=vocab_size(text), max_position=512, end_ids=frozenset({0}), kv_tokens=4096, text=text)
+    model = Model(vocab=text.vocab_size, max_position=512, end_ids=frozenset({0}), kv_tokens=4096, text=text)
 
     def run(data: bytes) -> None:
         job.input_path.write_bytes(data)

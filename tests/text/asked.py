@@ -12,8 +12,3 @@ def render_chat(tokenizer: Tokenizer, messages: list[Any], options: Mapping[str,
     """The text that the chat template makes of messages."""
     rendered: str = tokenizer._chat(options).render(messages, options)
     return rendered
-
-
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """The largest id plus one."""
-    return max(tokenizer._core.get_vocab().values()) + 1

@@ -13,7 +13,6 @@ from gguf import GGUFReader
 
 from mpillm.text import Tokenizer, load_tokenizer
 from tests.text import vocabularies
-from tests.text.asked import vocab_size
 from tests.text.digests import digest
 from tests.text.strings import STRINGS
 
@@ -53,7 +52,7 @@ def test_ids_of_the_default_model(smollm2: Tokenizer, special: bool) -> None:
     found = [digest(smollm2.encode(text, parse_special=special)) for text in STRINGS]
     assert found == golden
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
-    assert vocab_size(smollm2) == 49152
+    assert smollm2.vocab_size == 49152
     assert (smollm2.bos_id, smollm2.eos_id) == (1, 2)
     assert smollm2.end_ids == {0, 2, 4}  # <|endoftext|>, <|im_end|>, <reponame>: llama.cpp's list
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Core
 
 from mpillm.text import IncrementalDecoder, Tokenizer, load_tokenizer
 from tests.text import vocabularies
-from tests.text.asked import render_chat, vocab_size
+from tests.text.asked import render_chat
 from tests.text.digests import digest
 from tests.text.strings import PLAIN, STRINGS
 from tests.text.vocabularies import STYLES, write_directory
@@ -83,13 +83,13 @@ def test_named_tokens_of_either_file(tmp_path: Path) -> None:
 
 def test_tokens_that_only_the_configuration_adds(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, "qwen2")
-    next_id = vocab_size(load(folder))
+    next_id = load(folder).vocab_size
     added = {"content": "<|extra|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
     change(folder, "tokenizer_config.json", added_tokens_decoder={str(next_id): added})
     tokenizer = load(folder)
     assert tokenizer.encode("a<|extra|>", parse_special=True)[-1] == next_id
     assert next_id not in tokenizer.encode("a<|extra|>")
-    assert vocab_size(tokenizer) == next_id + 1
+    assert tokenizer.vocab_size == next_id + 1
 
 
 def test_control_tokens_that_are_not_marked_as_special(tmp_path: Path) -> None:
