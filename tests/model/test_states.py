@@ -81,9 +81,9 @@ def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -
     assert limits.n_blocks * layout.block_nbytes + limits.n_slots * layout.state_nbytes <= budget
     assert outcome.session.kv.peak <= budget
     assert limits.n_slots > 0
-    if groups:
+    if groups and limits.n_slots > 1:  # a single sequence has no other one to be preempted for
         assert outcome.totals.preemptions > 0
-    else:
+    elif not groups:
         assert limits.n_slots == 3 == outcome.totals.most_sequences
 
 
