@@ -231,8 +231,13 @@ class World:
         try:
             self._heartbeat = self._start_heartbeat()
         finally:
-            if self._meeting is not None:
-                self._meeting.over()
+            self.begun()
+
+    def begun(self) -> None:
+        """The start is over: all ranks are here."""
+        if self._meeting is not None:
+            self._meeting.over()
+            self._meeting = None
 
     def part(self) -> None:
         """End the heartbeats: this rank needs the others no more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import groupby, islice
 
 import numpy as np
@@ -91,24 +91,34 @@ class Engine:
         self._scheduler: Scheduler | None = None  # of the run that goes on, or went on last
         self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: arrived, not taken yet
 
-    def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing)."""
+    def run(self, requests: Iterable[Request]) -> Generator[list[Completion], None, None]:
+        """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing).
+
+        The generator may be closed before its end.
+        """
         ended: list[Sequence] = []  # whose last token an earlier run has drawn
         scheduler = Scheduler(self._limits, _begin(requests, ended), self.totals)
         self._scheduler = scheduler
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
-        while scheduler.has_work:
-            while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
-                self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
-                with pace.measured(self._worker):
-                    in_flight.append((self._start(chosen), chosen))
-            step, chosen = in_flight.popleft()
-            done = self._finish(step, chosen)
-            for sequence in done:
-                scheduler.release(sequence)
-            yield [sequence.completion() for sequence in (*ended, *done)]
-            ended.clear()
+        try:
+            while scheduler.has_work:
+                while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
+                    self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
+                    with pace.measured(self._worker):
+                        in_flight.append((self._start(chosen), chosen))
+                step, chosen = in_flight.popleft()
+                done = self._finish(step, chosen)
+                for sequence in done:
+                    scheduler.release(sequence)
+                yield [sequence.completion() for sequence in (*ended, *done)]
+                ended.clear()
+        except (
+            GeneratorExit
+        ):  # nobody wants the rest: what is under way is taken, so that no rank waits to send it
+            for step, _ in in_flight:
+                self._collect(step.number)
+            raise
         if ended:
             yield [sequence.completion() for sequence in ended]
 

@@ -19,7 +19,7 @@ import msgspec
 from mpillm import __version__
 from mpillm.batch import requests
 from mpillm.batch.requests import Batch
-from mpillm.batch.work import Model, Work
+from mpillm.batch.work import Work
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
@@ -29,12 +29,12 @@ from mpillm.errors import Interrupted, MpillmError
 from mpillm.run import catalogue, memory
 from mpillm.run.limits import cached_tokens, described_step
 from mpillm.run.progress import Bar, Progress, State
+from mpillm.run.service import NOT_FINITE, model_of
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
 from mpillm.store.journal import MODEL_FILE, Journal, began, first_layout
 from mpillm.store.output import Claim
-from mpillm.store.readable import printable
 from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
 LOOK_EVERY = 1.0  # seconds between two looks at whether the output is still where it was
-
-NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
@@ -207,22 +205,13 @@ class Leader:
         """Check the input and open the journal; MpillmError if either cannot be used."""
         self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
         self._path = model
-        self._name = printable(model.stem if model.suffix == ".gguf" else model.resolve().name)
         self._phases: dict[str, float] = {}
         self._clock = time.monotonic()
         config, source = session.config, session.source
         since = began(claim)
         tokenizer = load_tokenizer(source.tokenizer, config.vocab, lambda: since)
-        self._model = Model(
-            vocab=config.vocab,
-            max_position=config.max_position,
-            hidden=config.hidden,
-            end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
-            kv_tokens=session.origin.kv_tokens,
-            kv_token_bytes=session.kv_token_nbytes,
-            text=tokenizer,
-            name=self._name,
-        )
+        self._model = model_of(session, model, tokenizer)
+        self._name = self._model.name
         self._batch: Batch = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
         self._batch.keep_answered(self._journal.done)

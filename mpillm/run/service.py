@@ -1,0 +1,149 @@
+"""A model that stays laid out between batches of requests, for callers that ask again and again.
+
+Nothing is kept on disk: what a caller has received is done. Requests, their draws and their answers are those of a run
+whose input has the same lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from mpillm.batch import bodies
+from mpillm.batch.answers import error_line
+from mpillm.batch.requests import MAX_LINE, make_work
+from mpillm.batch.work import Line, Model, Work
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
+from mpillm.engine.sequence import Completion, Request
+from mpillm.errors import ModelError, RequestError
+from mpillm.run import catalogue
+from mpillm.run.session import Session
+from mpillm.spec import Spec
+from mpillm.store import results
+from mpillm.store.readable import printable
+from mpillm.store.records import Layout, Result
+from mpillm.text import Tokenizer, load_tokenizer
+
+NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
+
+
+def model_of(session: Session, path: Path, text: Tokenizer | None) -> Model:
+    """What requests are checked against; `path` is that of the model."""
+    config = session.config
+    return Model(
+        vocab=config.vocab,
+        max_position=config.max_position,
+        hidden=config.hidden,
+        end_ids=frozenset(config.eos_ids) | (text.end_ids if text else frozenset()),
+        kv_tokens=session.origin.kv_tokens,
+        kv_token_bytes=session.kv_token_nbytes,
+        text=text,
+        name=printable(path.stem if path.suffix == ".gguf" else path.resolve().name),
+    )
+
+
+@dataclass
+class _Pending:
+    """A line whose choices are being computed."""
+
+    number: int
+    work: Work
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+class Service:
+    """A laid-out model. Making it is collective; then rank 0 calls `answers` while the others call `follow`."""
+
+    def __init__(self, world: World, spec: Spec) -> None:
+        """Lay the model of `spec` out; MpillmError on all ranks if that fails on any. Input and output are not used."""
+        for ranks in (range(1), range(1, world.size)):
+            with world.together():
+                if world.rank in ranks:
+                    path = catalogue.resolve(spec.model, lambda done, total: None)
+        self._session = session = Session(world, spec, path)
+        self._spec = spec
+        self.name = ""
+        with world.together():
+            if world.rank == 0:
+                since = datetime.now().astimezone()
+                text = load_tokenizer(session.source.tokenizer, session.config.vocab, lambda: since)
+                self.model = model_of(session, path, text)
+                self.name = self.model.name
+                self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+
+    @property
+    def layout(self) -> Layout:
+        """Stages and shards."""
+        return self._session.layout
+
+    def follow(self) -> None:
+        """Every rank but 0: take part in one call of `answers`."""
+        if follow(self._session.worker, self._session.channel, self._session.watch.look):
+            raise ModelError("Rank 0 has stopped.")
+
+    def answers(self, lines: Sequence[bytes]) -> Generator[list[tuple[int, Result]], None, None]:
+        """Rank 0: compute lines of the batch format; yield after every step what it finished: indices and results.
+
+        A wrong line ends in an error result. The generator may be closed before its end.
+        """
+        pending: dict[str, _Pending] = {}
+        refused: list[tuple[int, Result]] = []
+        code = 1
+        try:
+            with closing(self._engine.run(self._requests(lines, pending, refused))) as steps:
+                for completions in steps:
+                    finished = [self._take(completion, pending) for completion in completions]
+                    yield [*refused, *filter(None, finished)]
+                    refused.clear()
+                    self._session.watch.look()
+            code = 0
+            yield refused
+        except GeneratorExit:
+            code = 0
+            raise
+        finally:
+            self._engine.stop(code)
+
+    def _requests(
+        self, lines: Sequence[bytes], pending: dict[str, _Pending], refused: list[tuple[int, Result]]
+    ) -> Iterator[Request]:
+        names: set[str] = set()
+        for index, raw in enumerate(lines):
+            name = f"request-{index + 1}"
+            try:
+                if len(raw) > MAX_LINE:
+                    raise RequestError(f"the request is longer than {MAX_LINE >> 20} MiB")
+                content = bodies.decode_line(raw)
+                name = bodies.custom_id_of(content) or name
+                if name in names:
+                    raise RequestError(f"the custom_id {name[:100]!r} is already that of another request")
+                names.add(name)
+                line = Line(index + 1, 0, len(raw), name, hashlib.blake2b(raw, digest_size=16).digest())
+                work = make_work(line, content, self._spec, self.model)
+            except RequestError as problem:
+                message = f"Request {index + 1}: {str(problem).rstrip('.')}."
+                refused.append((index, Result(name, b"", 400, error_line(name, message))))
+                continue
+            pending[name] = _Pending(index, work)
+            yield from work.requests
+
+    def _take(self, completion: Completion, pending: dict[str, _Pending]) -> tuple[int, Result] | None:
+        """Keep a completion; return its line's result if it was the last one."""
+        found = pending[completion.request.id]
+        found.completions[completion.request.choice] = completion
+        if len(found.completions) < len(found.work.requests):
+            return None
+        del pending[completion.request.id]
+        completions = [found.completions[choice] for choice in range(len(found.work.requests))]
+        if all(one.finite for one in completions):
+            return found.number, results.finished(found.work, completions, self.model)
+        return found.number, results.failed(found.work, NOT_FINITE, status=500)
+
+    def close(self) -> None:
+        """Let go of the model (on every rank)."""
+        self._session.close()
