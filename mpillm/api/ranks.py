@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from multiprocessing.connection import Client, Connection
+from typing import NoReturn
 
 import msgspec
 
 from mpillm.api.messages import Ask, Finished, Over, Ready, Refused, Start, Stop, receive, send
-from mpillm.comm import launch
 from mpillm.comm.program import library
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
@@ -18,10 +18,8 @@ from mpillm.run.service import Service
 from mpillm.spec import Spec
 
 
-def start(ranks: int, address: str) -> None:
-    """Become mpiexec with so many ranks; return where this process is a rank already, or the only one."""
-    if ranks == 1 or launch.launched_by(os.environ) is not None:
-        return
+def start(ranks: int, address: str) -> NoReturn:
+    """Become mpiexec with so many ranks."""
     words = [*command(library(), Settings(ranks), ranks, None), *program(["ranks", address])]
     os.execvp(words[0], words)
 

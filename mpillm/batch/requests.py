@@ -21,13 +21,14 @@ from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
 MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
+MAX_ERROR = 400  # characters of what is wrong with a line: all of them stay in memory
 MAX_MODELS = 16  # names of models that are told apart
 PROGRESS_LINES = 256
 LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
 
 
 @dataclass
-class Batch:
+class CheckedInput:
     """The checked input."""
 
     path: Path
@@ -74,12 +75,14 @@ class Batch:
         return make_work(line, bodies.decode_line(raw), self.spec, self.model)
 
 
-def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None) -> Batch:
+def check(
+    path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None
+) -> CheckedInput:
     """Read and check every line; JobError if the input as a whole cannot be used.
 
     `progress` is told the bytes read so far, now and then.
     """
-    batch = Batch(path, spec, model)
+    batch = CheckedInput(path, spec, model)
     named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
     with _opened(path) as file:
         for number, offset, raw in _raw_lines(file):
@@ -102,13 +105,13 @@ def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> 
     return Work(line, endpoint, endpoint.requests(line.custom_id, spec, model), spec)
 
 
-def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Batch) -> Line:
+def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: CheckedInput) -> Line:
     """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
     try:
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
-        content = bodies.decode_line(raw)
         bodies.refuse_repeated_keys(raw)
+        content = bodies.decode_line(raw)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
@@ -116,7 +119,9 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Bat
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
     except RequestError as problem:
-        return replace(line, error=f"Line {line.number}: {str(problem).rstrip('.')}.")
+        said = str(problem).rstrip(".")
+        said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
+        return replace(line, error=f"Line {line.number}: {said}.")
     if (model := work.endpoint.model) is not None:
         name = model[:100]
         if name not in batch.models and len(batch.models) >= MAX_MODELS:

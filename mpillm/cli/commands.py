@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mpillm
-from mpillm.cli import bench, supervise
+from mpillm.cli import bench, serve, supervise
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
@@ -55,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
-    if options.command == "ranks":
+    if options.command == "ranks" and options.n > 1 and launch.launched_by(os.environ) is None:
         from mpillm.api import ranks
 
         ranks.start(options.n, options.address)
@@ -90,6 +90,8 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "doctor": _doctor,
         "bench": bench.run,
         "ranks": _ranks,
+        "serve": serve.run,
+        "chat": serve.run_chat,
     }
     return commands[options.command or "run"](world, options)
 
@@ -281,6 +283,8 @@ def _parser() -> argparse.ArgumentParser:
         help="output directories of finished runs, or one directory that holds them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
+    serve.add_chat(commands.add_parser("chat", help="talk to a model in the terminal"))
+    serve.add(commands.add_parser("serve", help="OpenAI's HTTP interface and a web page in front of a model"))
     doctor = commands.add_parser(
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )

@@ -18,25 +18,25 @@ import msgspec
 
 from mpillm import __version__
 from mpillm.batch import requests
-from mpillm.batch.requests import Batch
+from mpillm.batch.answers import NOT_FINITE
+from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Work
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Begun, Completion, Request
+from mpillm.engine.sequence import Completion, PartialCompletion, Request
 from mpillm.errors import Interrupted, MpillmError
-from mpillm.run import catalogue, memory
-from mpillm.run.limits import cached_tokens, described_step
+from mpillm.run import memory
+from mpillm.run.limits import cached_tokens, step_description
+from mpillm.run.opened import model_name, model_of, model_path
 from mpillm.run.progress import Bar, Progress, State
-from mpillm.run.service import NOT_FINITE, model_of
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
 from mpillm.store.journal import MODEL_FILE, Journal, began, first_layout
 from mpillm.store.output import Claim
-from mpillm.store.records import Layout, Part, line_key
-from mpillm.text import load_tokenizer
+from mpillm.store.records import Layout, PartialResult, line_key
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
 LOOK_EVERY = 1.0  # seconds between two looks at whether the output is still where it was
+
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
@@ -120,7 +121,7 @@ class _Part:
             if world.rank == 0 and self._claim is None:
                 patience = TAKEOVER if world.lost else 0.0
                 self._claim = self._stack.enter_context(Claim(spec.output_path, patience))
-        model = _model_path(world, spec, self._progress)
+        model = model_path(world, spec, self._progress)
         session = Session(world, spec, model, self._origin, self._shards_before())
         while_computing.enter_context(closing(session))
         self._origin = session.origin
@@ -163,9 +164,9 @@ class _Part:
                 if self._leader is not None:
                     self._leader.compute()
                     return True
-                if follow(session.worker, session.channel, session.watch.look) == 0:
+                if follow(session.worker, session.channel, session.watch.check) == 0:
                     with self._world.together():
-                        session.watch.look_closely()
+                        session.watch.check_all()
                     self._world.gather(session.statistics())
                     return True
                 return False
@@ -178,15 +179,6 @@ def _differ(one: Layout, other: Layout, wire: Wire) -> bool:
     return (one.shards != other.shards and wire.activations != "f32") or (
         one.stages != other.stages and wire.between_stages != "f32"
     )
-
-
-def _model_path(world: World, spec: Spec, progress: Progress) -> Path:
-    """Where the model is: rank 0 fetches it if need be, then every rank looks for it on its own node."""
-    for ranks in (range(1), range(1, world.size)):
-        with world.together():
-            if world.rank in ranks:
-                path = catalogue.resolve(spec.model, progress.downloading)
-    return path
 
 
 @dataclass
@@ -205,14 +197,12 @@ class Leader:
         """Check the input and open the journal; MpillmError if either cannot be used."""
         self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
         self._path = model
+        self._name = model_name(model)
         self._phases: dict[str, float] = {}
         self._clock = time.monotonic()
-        config, source = session.config, session.source
         since = began(claim)
-        tokenizer = load_tokenizer(source.tokenizer, config.vocab, lambda: since)
-        self._model = model_of(session, model, tokenizer)
-        self._name = self._model.name
-        self._batch: Batch = requests.check(spec.input_path, spec, self._model)
+        self._model = model_of(session, model, lambda: since)
+        self._batch: CheckedInput = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
         self._batch.keep_answered(self._journal.done)
         self._resumed = self._journal.resumed
@@ -268,7 +258,7 @@ class Leader:
         except MpillmError as error:
             with suppress(MpillmError):  # a full disk, most likely: the first error says it
                 if isinstance(error, ModelChangedError):
-                    self._journal.drop_unsound()
+                    self._journal.drop_unverified()
                 elif self._spec.job.checkpoint_tokens:
                     self._save_everything()
                 self._journal.flush()
@@ -330,19 +320,19 @@ class Leader:
                 self._safe(journal.commit(), bar)
                 if time.monotonic() > self._looked + LOOK_EVERY:
                     self._look()
-                if self._session.watch.look():
-                    journal.mark_sound()
+                if self._session.watch.check():
+                    journal.mark_verified()
             self._safe(journal.flush(), bar)
 
     def _look_closely(self) -> None:
         """At the end every rank looks at its files of the model as closely as at the beginning."""
         try:
             with self._session.world.together():
-                self._session.watch.look_closely()
+                self._session.watch.check_all()
         except ModelChangedError:
-            self._journal.drop_unsound()
+            self._journal.drop_unverified()
             raise
-        self._journal.mark_sound(closely=True)
+        self._journal.mark_verified(all_ranks=True)
         self._journal.flush()
 
     def _look(self) -> None:
@@ -382,14 +372,14 @@ class Leader:
         for work in self._batch.works(done=self._journal.done):
             count = len(work.requests)
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
-            begun = self._journal.begun(work.line)
+            partial = self._journal.partial(work.line)
             for request in work.requests:
                 if request.max_length > self._session.limits.max_length:
                     raise Interrupted(
                         f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
                         "the same command goes on with as many ranks as before."
                     )
-                yield replace(request, begun=begun.get(request.choice))
+                yield replace(request, resumed=partial.get(request.choice))
 
     def _take(self, completion: Completion) -> None:
         """Keep a completion; if it was its line's last one, the answer goes to the journal."""
@@ -408,10 +398,10 @@ class Leader:
             self._not_finite[pending.work.custom_id] = NOT_FINITE
             self._journal.append(results.failed(pending.work, NOT_FINITE, status=500))
 
-    def _save(self, request: Request, start: int, begun: Begun) -> None:
+    def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
         """Let the journal have what a choice has generated from token `start` on."""
         key = line_key(self._pending[request.id].work.line)
-        self._journal.append(Part(request.id, key, request.choice, start, begun))
+        self._journal.append(PartialResult(request.id, key, request.choice, start, partial))
 
     def _save_everything(self) -> None:
         """The run ends before its time: let nothing be generated again that need not be."""
@@ -449,7 +439,7 @@ class Leader:
         """What a step takes on, where that is more than usual."""
         session, limits, asked = self._session, self._session.limits, self._spec.memory
         if streamed := max(session.streamed):
-            size = described_step(limits.max_sequences, limits.max_tokens, streamed)
+            size = step_description(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
             context = min(asked.max_context, session.config.max_position)
@@ -475,6 +465,7 @@ class Leader:
             "layers": config.n_layers,
             "hidden": config.hidden,
             "vocab": config.vocab,
+            **({"ignored_keys": ", ".join(config.ignored_keys)} if config.ignored_keys else {}),
         }
 
     def _metadata(self) -> dict[str, Any]:
@@ -506,9 +497,9 @@ def _tokens(totals: Totals) -> report.Tokens:
     )
 
 
-def _batch(totals: Totals, session: Session) -> report.Batch:
+def _batch(totals: Totals, session: Session) -> report.Steps:
     limits = session.limits
-    return report.Batch(
+    return report.Steps(
         max_sequences=limits.max_sequences,
         max_tokens=limits.max_tokens,
         kv_blocks=limits.n_blocks,

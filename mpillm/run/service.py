@@ -8,43 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 
 from mpillm.batch import bodies
-from mpillm.batch.answers import error_line
+from mpillm.batch.answers import NOT_FINITE, error_line
 from mpillm.batch.requests import MAX_LINE, make_work
-from mpillm.batch.work import Line, Model, Work
+from mpillm.batch.work import Line, Work
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import ModelError, RequestError
-from mpillm.run import catalogue
+from mpillm.run.opened import model_of, model_path
+from mpillm.run.progress import Bar
 from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.store import results
-from mpillm.store.readable import printable
 from mpillm.store.records import Layout, Result
-from mpillm.text import Tokenizer, load_tokenizer
-
-NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
-
-
-def model_of(session: Session, path: Path, text: Tokenizer | None) -> Model:
-    """What requests are checked against; `path` is that of the model."""
-    config = session.config
-    return Model(
-        vocab=config.vocab,
-        max_position=config.max_position,
-        hidden=config.hidden,
-        end_ids=frozenset(config.eos_ids) | (text.end_ids if text else frozenset()),
-        kv_tokens=session.origin.kv_tokens,
-        kv_token_bytes=session.kv_token_nbytes,
-        text=text,
-        name=printable(path.stem if path.suffix == ".gguf" else path.resolve().name),
-    )
 
 
 @dataclass
@@ -56,23 +37,32 @@ class _Pending:
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
+class _Quiet:
+    """A `Progress` that says nothing: a model that is fetched is a matter of `mpillm pull`."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def downloading(self, done: int, total: int) -> None:
+        pass
+
+    def requests(self, total: int) -> AbstractContextManager[Bar]:
+        raise NotImplementedError
+
+
 class Service:
     """A laid-out model. Making it is collective; then rank 0 calls `answers` while the others call `follow`."""
 
     def __init__(self, world: World, spec: Spec) -> None:
         """Lay the model of `spec` out; MpillmError on all ranks if that fails on any. Input and output are not used."""
-        for ranks in (range(1), range(1, world.size)):
-            with world.together():
-                if world.rank in ranks:
-                    path = catalogue.resolve(spec.model, lambda done, total: None)
+        path = model_path(world, spec, _Quiet())
         self._session = session = Session(world, spec, path)
         self._spec = spec
         self.name = ""
         with world.together():
             if world.rank == 0:
                 since = datetime.now().astimezone()
-                text = load_tokenizer(session.source.tokenizer, session.config.vocab, lambda: since)
-                self.model = model_of(session, path, text)
+                self.model = model_of(session, path, lambda: since)
                 self.name = self.model.name
                 self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
 
@@ -83,7 +73,7 @@ class Service:
 
     def follow(self) -> None:
         """Every rank but 0: take part in one call of `answers`."""
-        if follow(self._session.worker, self._session.channel, self._session.watch.look):
+        if follow(self._session.worker, self._session.channel, self._session.watch.check):
             raise ModelError("Rank 0 has stopped.")
 
     def answers(self, lines: Sequence[bytes]) -> Generator[list[tuple[int, Result]], None, None]:
@@ -100,7 +90,7 @@ class Service:
                     finished = [self._take(completion, pending) for completion in completions]
                     yield [*refused, *filter(None, finished)]
                     refused.clear()
-                    self._session.watch.look()
+                    self._session.watch.check()
             code = 0
             yield refused
         except GeneratorExit:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.world import World
+from mpillm.engine.adjust import bits
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Begun, Completion, Request
+from mpillm.engine.sequence import Completion, PartialCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session
@@ -82,7 +83,32 @@ def batch(vocab: int) -> list[Request]:
     ]
     made += [Request(f"long-{i}", ids(20 + i), max_tokens=60) for i in range(4)]
     order = np.random.default_rng(6).permutation(len(made))
-    return [made[i] for i in order]
+    adjusted = [
+        Request(
+            "adjusted",
+            system + ids(2),
+            max_tokens=16,
+            temperature=1.4,
+            presence_penalty=0.7,
+            frequency_penalty=0.4,
+            logit_bias=((3, 4.0), (vocab - 1, 5.0)),
+            bad_words=((3, 3), (vocab - 1, 3, 5)),
+            logprobs=2,
+        ),
+        Request(
+            "allowed",
+            ids(12),
+            max_tokens=16,
+            temperature=2.0,
+            top_p=0.9,
+            repetition_penalty=1.2,
+            frequency_penalty=-1.5,
+            allowed=bits(frozenset(range(1, vocab, 3)), vocab),
+            min_tokens=5,
+            stop_ids=frozenset(range(0, vocab, 5)),
+        ),
+    ]
+    return [*(made[i] for i in order), *adjusted]
 
 
 def values(completion: Completion) -> Values:
@@ -120,7 +146,7 @@ def run(
     """
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK
-        least = max(world.gather(minimum_budget(session.weights.items)))
+        least = max(world.gather(minimum_budget(session.weights.pages)))
     if kv_blocks:
         job["kv"] = block * kv_blocks
     if streams:
@@ -137,7 +163,7 @@ def run(
 
             def counted(step: Any) -> Any:
                 nonlocal rows
-                rows += sum(len(part.tokens) for part in step.parts)
+                rows += sum(len(part.tokens) for part in step.chunks)
                 return compute(step)
 
             session.worker.step = counted  # type: ignore[method-assign]
@@ -154,17 +180,17 @@ def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: 
     """What `run` gives on one rank, where runs are broken off again and again and go on from what was saved."""
     rng = np.random.default_rng(seed)
     found: dict[Name, Values] = {}
-    saved: dict[Name, Begun] = {}
+    saved: dict[Name, PartialCompletion] = {}
     totals = Totals()
     while todo := [one for one in requests if (one.id, one.choice) not in found]:
-        begun = [replace(one, begun=saved.get((one.id, one.choice))) for one in todo]
+        resumed = [replace(one, resumed=saved.get((one.id, one.choice))) for one in todo]
         every = int(rng.integers(1, 9))
         with closing(Session(world, spec_of(model, **job), model)) as session:
             engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
             engine.totals = totals
-            for _, finished in zip(range(rng.integers(3, 25)), engine.run(begun), strict=False):
+            for _, finished in zip(range(rng.integers(3, 25)), engine.run(resumed), strict=False):
                 found |= {(one.request.id, one.request.choice): values(one) for one in finished}
                 for request, start, more in engine.unsaved(every):
                     name = request.id, request.choice
-                    saved[name] = saved.get(name, Begun(tokens=[])).continued(start, more)
+                    saved[name] = saved.get(name, PartialCompletion(tokens=[])).continued(start, more)
     return Outcome(found, totals, 0, 0, session)
