@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
@@ -21,6 +23,13 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
 from mpillm.weights.names import Names
 
 _DENSE, _MIXTURE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
@@ -31,6 +40,7 @@ class Ernie(Family):
     """A mixture's router adds a correction to the softmax where it chooses, and divides weights by their sum."""
 
     architectures = {_DENSE: "ernie4_5", _MIXTURE: "ernie4_5_moe"}
+    gguf = ("ernie4_5",)
     tied = True
     names = Names(
         hf={"layers.{l}.mlp.moe_statics.e_score_correction_bias": ("router_correction",)},
@@ -68,6 +78,12 @@ class Ernie(Family):
             return mixture if first <= number <= last and (number + 1) % every == 0 else dense
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        return config | {"architectures": ["Ernie4_5ForCausalLM"]}
 
 
 def _experts(fields: Fields) -> ExpertsSpec:
