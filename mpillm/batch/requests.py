@@ -109,8 +109,8 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
     try:
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
-        content = bodies.decode_line(raw)
         bodies.refuse_repeated_keys(raw)
+        content = bodies.decode_line(raw)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
