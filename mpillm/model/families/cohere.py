@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     FULL,
@@ -22,6 +24,7 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
 
 _COHERE, _COHERE2 = "CohereForCausalLM", "Cohere2ForCausalLM"
 _USUAL = {
@@ -37,6 +40,7 @@ class Cohere(Family):
     """RoPE is of neighbouring dimensions. Cohere 2 has windows in most layers, and RoPE in those alone."""
 
     architectures = {_COHERE: "cohere", _COHERE2: "cohere2"}
+    gguf = ("command-r", "cohere2")
     tied = True
     defaults = {_COHERE: _USUAL, _COHERE2: {**_USUAL, "rope_theta": 1e4, "sliding_window": 4096}}
 
@@ -75,3 +79,15 @@ class Cohere(Family):
             norm,
             logit_scale=fields.number("logit_scale", 1e-9, 1e9),
         )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_eps"))
+        config["logit_scale"] = fields.number("logit_scale")
+        if fields.kind == "command-r":
+            return config | {"architectures": [_COHERE]}
+        return config | {
+            "architectures": [_COHERE2],
+            "sliding_window": fields.integer("attention.sliding_window"),
+            "layer_types": window_types(fields, config["num_hidden_layers"], 4),
+        }

@@ -28,6 +28,7 @@ from mpillm.weights.formats.gguf_config import (
     ShapeOf,
     refuse_experts,
     refuse_window,
+    routed_config,
     usual_config,
 )
 from mpillm.weights.names import Names
@@ -40,7 +41,7 @@ class Ernie(Family):
     """A mixture's router adds a correction to the softmax where it chooses, and divides weights by their sum."""
 
     architectures = {_DENSE: "ernie4_5", _MIXTURE: "ernie4_5_moe"}
-    gguf = ("ernie4_5",)
+    gguf = ("ernie4_5", "ernie4_5-moe")
     tied = True
     names = Names(
         hf={"layers.{l}.mlp.moe_statics.e_score_correction_bias": ("router_correction",)},
@@ -80,10 +81,22 @@ class Ernie(Family):
         return model(fields, architecture, sizes, layer, norm)
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-        refuse_experts(fields)
         refuse_window(fields)
         config = usual_config(fields, shape_of)
-        return config | {"architectures": ["Ernie4_5ForCausalLM"]}
+        if fields.kind == "ernie4_5":
+            refuse_experts(fields)
+            return config | {"architectures": [_DENSE]}
+        fields.integer("expert_shared_feed_forward_length", 0)  # of all shared experts
+        routed = routed_config(fields)
+        return config | {
+            "architectures": [_MIXTURE],
+            "moe_num_experts": routed["n_routed_experts"],
+            "moe_k": routed["num_experts_per_tok"],
+            "moe_intermediate_size": routed["moe_intermediate_size"],
+            "moe_num_shared_experts": routed["n_shared_experts"],
+            "moe_layer_start_index": routed["first_k_dense_replace"],
+            "moe_layer_interval": fields.integer("interleave_moe_layer_step", 1) or 1,
+        }
 
 
 def _experts(fields: Fields) -> ExpertsSpec:

@@ -30,7 +30,14 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+    window_types,
+)
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _OLMO2, _OLMO3, _MIXTURE = "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"
@@ -86,6 +93,7 @@ class Olmoe(Family):
     """Pre-norm layers with experts; no shards, as above."""
 
     architectures = {_MIXTURE: "olmoe"}
+    gguf = ("olmoe",)
     defaults = {
         _MIXTURE: {
             **_USUAL,
@@ -111,6 +119,14 @@ class Olmoe(Family):
         experts = ExpertsSpec(count, width, router, activation)
         layer = LayerSpec(attention, experts, Norms(norm), Norms(norm))
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        return usual_config(fields, shape_of) | {
+            "architectures": [_MIXTURE],
+            "num_experts": fields.integer("expert_count"),
+            "num_experts_per_tok": fields.integer("expert_used_count"),
+        }
 
 
 def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:

@@ -104,6 +104,21 @@ def usual_config(
     }
 
 
+def routed_config(fields: GgufFields) -> dict[str, Any]:
+    """The keys of experts as DeepSeek V3 has them, from their usual fields."""
+    return {
+        "n_routed_experts": fields.integer("expert_count"),
+        "num_experts_per_tok": fields.integer("expert_used_count"),
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
+        "n_shared_experts": fields.integer("expert_shared_count", 0),
+        "n_group": fields.integer("expert_group_count", 1) or 1,
+        "topk_group": fields.integer("expert_group_used_count", 1) or 1,
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": fields.raw("expert_weights_norm") is True,
+        "first_k_dense_replace": fields.integer("leading_dense_block_count", 0),
+    }
+
+
 def window_types(fields: GgufFields, n_layers: int, every: int) -> list[str]:
     """layer_types: what the file says of each layer, or else that every n-th one has no window."""
     said = fields.raw("attention.sliding_window_pattern")
