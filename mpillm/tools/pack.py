@@ -79,7 +79,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         mine = plans[world.rank :: world.size]
         with world.together(), explained(target):
             done = _Count(progress, sum(plan.nbytes for plan in mine))
-            writer = Writer(opened, target, world.limit_threads(), done)
+            writer = Writer(opened, target, world.threads(), done)
             missing = [plan for plan in mine if not writer.keep(plan)]
         needed = sum(world.gather(sum(plan.nbytes for plan in missing)))
         with world.together(), explained(target):
