@@ -50,13 +50,13 @@ def _measure(
     with world.together():
         spec = _bounded(world, spec, budget, sequences, context + tokens)
     world.barrier()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with closing(Session(world, spec, model)) as session:
-        ready = time.perf_counter() - begun
+        ready = time.perf_counter() - start
         prompts = prompts_of(sequences, context, session.config.vocab)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         run_steps(session, prompts, 1)  # what stays comes into memory
-        first = time.perf_counter() - begun
+        first = time.perf_counter() - start
         before = _counters(session)
         with closing(_Disks(session)) as disks:
             disks.measure()
@@ -143,13 +143,13 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
         weights = int(share * float(budget[:-1]) / 100)
     else:
         weights = byte_size(budget)
-    least = max(rank.weights_least for rank in planned.ranks)
-    if weights < least:
+    minimum = max(rank.weights_minimum for rank in planned.ranks)
+    if weights < minimum:
         raise JobError(
-            f"--budget {budget} is {weights} bytes for each rank, but {least} are the least that works."
+            f"--budget {budget} is {weights} bytes for each rank, but the minimum is {minimum} bytes."
         )
-    room = Memory(weights=weights, kv=kv, max_context=longest)
-    return msgspec.structs.replace(spec, memory=room, batch=BatchLimits(max_num_seqs=sequences))
+    memory = Memory(weights=weights, kv=kv, max_context=longest)
+    return msgspec.structs.replace(spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences))
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:

@@ -1,6 +1,6 @@
 """The real engine, timed step by step: prefill, decode of one and of many sequences, and start-up.
 
-Every function is collective, and returns on rank 0 what it measured, on the others nothing of use.
+Every function is collective. Only rank 0 gets the measurements.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Step:
 
 
 def spec_for(model: str, threads: int, options: Options) -> Spec:
-    """The job that a bench's session is made with: the defaults, and room for the largest run."""
+    """The job of a bench's session: the defaults, with memory for the largest run."""
     return Spec(
         model=model,
         input="-",
@@ -75,10 +75,10 @@ def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer
     for turn in range(-1, options.repeats):  # the first one warms up
         gc.collect()  # a session is part of a cycle: the last one's memory is given back before the next one's is taken
         world.barrier()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with closing(Session(world, spec, model)) as session:
             run_steps(session, prompt, 1)
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             threads = session.threads
         other = peer.start(prompt[0]) if peer else 0.0
         if turn >= 0:
@@ -160,15 +160,15 @@ def run_steps(
 def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[Step]:
     totals = engine.totals
     prompt, generated = totals.prompt_tokens, totals.generated_tokens
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in running:
         now = time.perf_counter()
-        step = Step(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - begun)
+        step = Step(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - start)
         prompt, generated = totals.prompt_tokens, totals.generated_tokens
         if profile:
             profile.step(step.prompt > 0)
         yield step
-        begun = time.perf_counter()
+        start = time.perf_counter()
 
 
 def _typical(steps: list[Step], made: Run) -> Step | None:
@@ -178,8 +178,8 @@ def _typical(steps: list[Step], made: Run) -> Step | None:
     if made.what == "prefill":
         return Step(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
     alone = [step for step in steps if not step.prompt]
-    most = max(step.generated for step in alone)
-    return Step(0, most, median(step.seconds for step in alone if step.generated == most))
+    maximum = max(step.generated for step in alone)
+    return Step(0, maximum, median(step.seconds for step in alone if step.generated == maximum))
 
 
 def _peer_rate(seconds: list[float], made: Run) -> float:
