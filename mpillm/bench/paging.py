@@ -14,7 +14,7 @@ import msgspec
 
 from mpillm.bench import disk
 from mpillm.bench.result import Run
-from mpillm.bench.runs import Options, Step, prompts_of, run_steps
+from mpillm.bench.runs import Options, TimedStep, prompts_of, run_steps
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
@@ -62,7 +62,7 @@ def _measure(
             disks.measure()
             pace = _Pace(sequences)
 
-            def between(step: Step) -> None:
+            def between(step: TimedStep) -> None:
                 pace.add(step)
                 if pace.turn:
                     disks.measure()
@@ -100,7 +100,7 @@ class _Pace:
     def __init__(self, sequences: int) -> None:
         self._sequences, self._generated = sequences, 0
 
-    def add(self, step: Step) -> None:
+    def add(self, step: TimedStep) -> None:
         """A step is done; those with prompts, and those before them, do not matter."""
         self._generated = 0 if step.prompt else self._generated + step.generated
 
@@ -117,12 +117,12 @@ class _Pace:
         return turn * (TURN - 1) + place - 1 if turn >= 0 and place else -1
 
 
-def all_decode(steps: Sequence[Step], sequences: int, repeats: int) -> list[Step]:
+def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list[TimedStep]:
     """Those in which all sequences generate and do nothing else: `repeats` tokens of each.
 
     Neither the warm ones, nor the first of each turn.
     """
-    pace, found = _Pace(sequences), list[Step]()
+    pace, found = _Pace(sequences), list[TimedStep]()
     for step in steps:
         if step.prompt:
             found.clear()

@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """One of the engine's steps."""
 
     prompt: int  # tokens of prompts
@@ -137,8 +137,8 @@ def run_steps(
     prompts: Prompts,
     tokens: int,
     profile: Profile | None = None,
-    between: Callable[[Step], None] | None = None,
-) -> list[Step]:
+    between: Callable[[TimedStep], None] | None = None,
+) -> list[TimedStep]:
     """Run prompts to `tokens` greedy tokens each: rank 0's steps, nothing on the others.
 
     `between` is called with each step on rank 0, before the next one begins and off the clock.
@@ -157,13 +157,13 @@ def run_steps(
     return steps
 
 
-def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[Step]:
+def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[TimedStep]:
     totals = engine.totals
     prompt, generated = totals.prompt_tokens, totals.generated_tokens
     start = time.perf_counter()
     for _ in running:
         now = time.perf_counter()
-        step = Step(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - start)
+        step = TimedStep(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - start)
         prompt, generated = totals.prompt_tokens, totals.generated_tokens
         if profile:
             profile.step(step.prompt > 0)
@@ -171,15 +171,15 @@ def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -
         start = time.perf_counter()
 
 
-def _typical(steps: list[Step], made: Run) -> Step | None:
+def _typical(steps: list[TimedStep], made: Run) -> TimedStep | None:
     """All of a prompt as one step; of decoding, the median step of those in which the most sequences take part."""
     if not steps:
         return None
     if made.what == "prefill":
-        return Step(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
+        return TimedStep(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
     alone = [step for step in steps if not step.prompt]
     maximum = max(step.generated for step in alone)
-    return Step(0, maximum, median(step.seconds for step in alone if step.generated == maximum))
+    return TimedStep(0, maximum, median(step.seconds for step in alone if step.generated == maximum))
 
 
 def _peer_rate(seconds: list[float], made: Run) -> float:
