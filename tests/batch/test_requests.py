@@ -163,7 +163,7 @@ BAD = [
     ({"prompt": [True]}, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"),
     ({"prompt": []}, "prompt is an empty list"),
     ({"prompt": ["a", ""]}, "prompt 2 of 2 has no tokens"),
-    ({"input": ["a"], "dimensions": 3}, "dimensions is not supported"),
+    ({"input": ["a"], "dimensions": 0}, "dimensions: expected a whole number >= 1"),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
     ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
     ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
