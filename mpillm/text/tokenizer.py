@@ -21,6 +21,7 @@ from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
@@ -181,6 +182,11 @@ class Tokenizer:
         """A token as text; bytes that are not whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
+    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
+    def grammars(self, vocab: int, end_ids: frozenset[int]) -> Grammars:
+        """What holds answers to grammars, of a model with `vocab` tokens that ends its texts with one of `end_ids`."""
+        return Grammars(self._core.to_str(), max(vocab, self.vocab_size), end_ids)
+
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
@@ -189,10 +195,6 @@ class Tokenizer:
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
-
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as the text that the template makes of it; `options` are further variables of the template."""
-        return self._chat(options).render(messages, options)
 
     def encode_chat(
         self,
