@@ -60,7 +60,7 @@ class LLM:
             self._world = program.world_of(comm)
             if ranks not in (None, self._world.size):
                 raise JobError(f"The program has {self._world.size} ranks, and ranks={ranks}.")
-            self._world.limit_threads()
+            self._world.limit_threads(self._world.threads())
         elif ranks is not None and ranks < 1:
             raise JobError(f"ranks={ranks} is not a number of ranks.")
         self._ranks = ranks or 1

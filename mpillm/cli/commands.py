@@ -84,6 +84,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "plan": _plan,
         "pack": _pack,
         "pull": _pull,
+        "models": _models,
         "init": _init,
         "report": _report,
         "merge": _merge,
@@ -139,11 +140,19 @@ def _pull(world: World, options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(world: World, options: argparse.Namespace) -> int:
-    from mpillm.store import report
+def _models(world: World, options: argparse.Namespace) -> int:
+    from mpillm.run import catalogue
 
     if world.rank == 0:
-        path, missing = report.write_html(options.directory)
+        print("\n".join(catalogue.listed()))
+    return 0
+
+
+def _report(world: World, options: argparse.Namespace) -> int:
+    from mpillm.store import report_page
+
+    if world.rank == 0:
+        path, missing = report_page.write_html(options.directory)
         print(path)
         if missing:
             print(missing, file=sys.stderr)
@@ -267,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         default="source",
         help="what matrices are stored as (as they are)",
     )
+    commands.add_parser("models", help="list the models of the catalogue, with what they take")
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")

@@ -7,6 +7,7 @@ layout, hosts and rates in report.json.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from mpillm.batch.answers import bad_line, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion
-from mpillm.store.directory import Directory
+from mpillm.store.directory import SYNC_BYTES, Directory
 from mpillm.store.hdf5 import Column, RaggedColumn, TextColumn, new_file
 from mpillm.store.journal import Journal
 from mpillm.store.records import Choice, Result, line_key
@@ -35,7 +36,7 @@ def finished(work: Work, completions: Sequence[Completion], model: Model) -> Res
     """The journal's record of a request that went well; `completions` in the order of `work.requests`."""
     line = result_line(work, completions, model)
     prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
-    choices = [_choice(work, completion) for completion in completions]
+    choices = [_choice(work, completion, model) for completion in completions]
     return Result(work.custom_id, line_key(work.line), 200, line, prompts, choices)
 
 
@@ -44,8 +45,8 @@ def failed(work: Work, message: str, status: int = 400) -> Result:
     return Result(work.custom_id, line_key(work.line), status, error_line(work.custom_id, message, status))
 
 
-def _choice(work: Work, completion: Completion) -> Choice:
-    values = work.endpoint.values(completion)
+def _choice(work: Work, completion: Completion, model: Model) -> Choice:
+    values = work.endpoint.values(work, completion, model)
     return Choice(
         finish_reason=completion.finish_reason,
         values={
@@ -64,17 +65,22 @@ def _bytes(values: ArrayLike, kind: np.dtype[Any]) -> bytes:
 
 def write_jsonl(directory: Directory, lines: Iterable[Line], journal: Journal) -> int:
     """Write results.jsonl: every line of the input once, in its order; return how many ended in an error."""
-    errors = 0
+    errors = unsynced = 0
     with directory.replacing(JSONL) as file:
         for line in lines:
             if line.error is not None:
                 errors += 1
-                file.write(bad_line(line))
+                written = bad_line(line)
             else:
                 result = journal.read(line.custom_id)
                 errors += result.status != 200
-                file.write(result.line)
-            file.write(b"\n")
+                written = result.line
+            file.write(written + b"\n")
+            unsynced += len(written)
+            if unsynced >= SYNC_BYTES:
+                file.flush()
+                os.fdatasync(file.fileno())
+                unsynced = 0
     return errors
 
 
@@ -90,7 +96,7 @@ def write_hdf5(
     choices: prompt (index into /prompts), finish_reason.
     prompts, tokens: ids (int32) with offsets [.. + 1]; logprobs, prompt_logprobs, embeddings: values (float32)
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
-    are as the model gave them, not normalised.
+    are those of the answers.
     """
     with (
         new_file(directory, HDF5) as (h5, check),

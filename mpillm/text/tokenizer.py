@@ -8,9 +8,10 @@ writes it. Added tokens that are not control (Qwen3's <think>) are words like ot
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
+from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
 from mpillm.text.parts import Parts
 
-CHUNK = 1 << 16  # characters of a long text that are counted at a time
+CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
 
 def load_tokenizer(
@@ -179,6 +182,11 @@ class Tokenizer:
         """A token as text; bytes that are not whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
+    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
+    def grammars(self, vocab: int, end_ids: frozenset[int]) -> Grammars:
+        """What holds answers to grammars, of a model with `vocab` tokens that ends its texts with one of `end_ids`."""
+        return Grammars(self._core.to_str(), max(vocab, self.vocab_size), end_ids)
+
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
@@ -187,10 +195,6 @@ class Tokenizer:
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
-
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as the text that the template makes of it; `options` are further variables of the template."""
-        return self._chat(options).render(messages, options)
 
     def encode_chat(
         self,
@@ -344,4 +348,10 @@ def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[
                 f"The text is not Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
             ) from error
     core.encode_special_tokens = plain
-    return list(core.encode(text, add_special_tokens=own).ids)
+    if len(text) <= CHUNK:
+        return list(core.encode(text, add_special_tokens=own).ids)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
+    encode = partial(
+        core.encode_batch_fast, [text], add_special_tokens=own
+    )  # unlike `encode`, lets the interpreter go
+    return list(interruptible(encode)[0].ids)
