@@ -10,6 +10,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
+from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.mistral import Mistral
@@ -24,6 +25,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen(),
     Gemma(),
     Glm(),
+    GptOss(),
     Granite(),
     Olmo(),
     StarCoder(),
