@@ -42,7 +42,7 @@ class Worker:
         seconds = time.perf_counter() - begun
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
-        self.decoder.stepped(seconds)
+        self.decoder.note_step(seconds)
         return reply
 
     @property

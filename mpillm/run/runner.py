@@ -28,7 +28,7 @@ from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.run import catalogue, memory
 from mpillm.run.limits import cached_tokens, described_step
-from mpillm.run.progress import Bar, Progress
+from mpillm.run.progress import Bar, Progress, State
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
@@ -39,7 +39,7 @@ from mpillm.store.records import Layout, Part, line_key
 from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
-from mpillm.weights.inventory import described
+from mpillm.weights.inventory import tensor_name
 
 log = logging.getLogger(__name__)
 
@@ -371,7 +371,22 @@ class Leader:
         if count:
             since = time.monotonic() - self._computing_since
             self._timeline.append((since, totals.generated_tokens, len(self._journal.done)))
-        bar.update(count, totals.prompt_tokens + totals.generated_tokens)
+        bar.update(count, self._state)
+
+    def _state(self) -> State:
+        """How the run goes, for those who watch it."""
+        totals, session = self._engine.totals, self._session
+        elapsed = max(time.monotonic() - self._computing_since, 1e-9)
+        weights = session.weights
+        caches = [weights.cycle, *([weights.experts] if weights.experts else [])]
+        hits = sum(cache.counters.hits for cache in caches)
+        uses = hits + sum(cache.counters.misses for cache in caches)
+        return State(
+            tokens=totals.prompt_tokens + totals.generated_tokens,
+            hits=hits / uses if uses and (max(session.streamed) or weights.experts) else None,
+            stalled=weights.stall_seconds / elapsed,
+            waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
+        )
 
     def _requests(self) -> Iterator[Request]:
         """The engine's requests, made line by line when their turn comes."""
@@ -484,7 +499,7 @@ class Leader:
         what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
         key = first_not_finite(self._session.source)
         if key is not None:
-            return f"{what}: in {self._path}, {described(key)} is not; fetch or convert the model again."
+            return f"{what}: in {self._path}, {tensor_name(key)} is not; fetch or convert the model again."
         return f"{what}, though its weights are."
 
     def _first_errors(self) -> dict[str, str]:

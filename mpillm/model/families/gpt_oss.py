@@ -82,7 +82,9 @@ class GptOss(Family):
         if types is None:
             types = [_FULL if layer % 2 else _SLIDING for layer in range(sizes.n_layers)]
         if "rope_scaling" in fields.values:
-            fields.defaults = {key: value for key, value in fields.defaults.items() if key != "rope_parameters"}
+            fields.defaults = {
+                key: value for key, value in fields.defaults.items() if key != "rope_parameters"
+            }
         norm, rotary = read_norm(fields, default=1e-5), read_rotary(fields, sizes)
         bias = fields.flag("attention_bias", default=True)
         count = read_expert_count(fields)
