@@ -343,7 +343,7 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
         packed = np.empty(source.shape[:2], PACKED[type])
         for field in set(source.dtype.names or ()) - {"q", "high"}:
             packed[field] = source[field]
-        words = source["q"].reshape(*source.shape, -1, 4)
+        words = source["q"].reshape(*source.shape, source.dtype["q"].shape[0] // 4, 4)
         if (
             high := fifth_bits(source)
         ) is not None:  # bit g of byte b of a word of its own is column 4 g + b's

@@ -58,7 +58,7 @@ def budgets(model: Path) -> dict[str, int]:
     """The least that `model` can do with: every layer is paged in for each step, sequences are preempted."""
     _, session = run_laid_out(_alone(), model, [])
     return {
-        "weights": minimum_budget(session.weights.items),
+        "weights": minimum_budget(session.weights.pages),
         "kv": TIGHT * KV_BLOCK * session.kv_token_nbytes,
     }
 
@@ -78,7 +78,7 @@ def test_keys_and_values_in_q8_0() -> None:
 
 
 @pytest.mark.parametrize("quantize", ["q8_0", "q4_0"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("mxfp4")])
 def test_quantised_while_paged_in(name: str, quantize: str) -> None:
     check({f"{name} quantize={quantize}": answers(path_of(name), quantize=quantize)})
 
