@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mpillm
-from mpillm.cli import bench, supervise
+from mpillm.cli import bench, serve, supervise
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
@@ -85,6 +85,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "merge": _merge,
         "doctor": _doctor,
         "bench": bench.run,
+        "serve": serve.run,
     }
     return commands[options.command or "run"](world, options)
 
@@ -270,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         help="output directories of finished runs, or one directory that holds them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
+    serve.add(commands.add_parser("serve", help="OpenAI's HTTP interface and a web page in front of a model"))
     doctor = commands.add_parser(
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )

@@ -239,7 +239,7 @@ def high_bits(words: U8) -> U8:
     if not bits:
         return np.zeros((len(words), 1), np.uint8)
     places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    more: U8 = words.reshape(len(words), -1, 1, 4) >> places & (2**bits - 1)
+    more: U8 = words.reshape(len(words), words.shape[1] // 4, 1, 4) >> places & (2**bits - 1)
     return more.reshape(len(words), QUANT_BLOCK)
 
 

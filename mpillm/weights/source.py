@@ -97,8 +97,13 @@ def check_tensors(source: Source, model: Inventory) -> None:
             )
         known.add(tensor.key)
     for key in source.tensors:
-        if key not in known:
+        if key not in known and not _is_zero_bias(source, key):
             raise ModelError(f"{source.path} has {tensor_name(key)}, which its configuration does not have.")
+
+
+def _is_zero_bias(source: Source, key: Key) -> bool:
+    """Whether it changes nothing: some who quantise give every matrix a bias."""
+    return key.role.endswith("_bias") and not source.read_f32(key).any()
 
 
 def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:

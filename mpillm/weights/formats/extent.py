@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -144,6 +144,11 @@ class Made(Extent):
     def at(self, first: int) -> None:
         return None
 
+    def piece(self, expert: int | None, shape: tuple[int, ...], first: int, step: int) -> Made:
+        """Some rows of what a recipe makes, or of one expert's."""
+        recipe = self.recipe if expert is None else self.recipe.of_expert(expert)
+        return Made(self.file, self.name, 0, shape, self.stored, recipe=recipe, first=first, step=step)
+
     def _of_recipe(self, rows: Rows) -> Rows:
         if isinstance(rows, range):
             return range(self.first + rows.start * self.step, self.first + rows.stop * self.step, self.step)
@@ -164,9 +169,14 @@ def llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArra
     return result
 
 
-def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
-    """Put what a tensor of a file holds among the others; ModelError if that is there already."""
-    for key, piece in place(parsed, extent, extent.shape):
+def add(
+    extents: dict[Key, Extent], parsed: Parsed, extent: Extent, part_rows: Mapping[str, int] | None = None
+) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already.
+
+    `part_rows` has the rows of roles that lie in one tensor with others, where these are not all alike.
+    """
+    for key, piece in place(parsed, extent, extent.shape, part_rows or {}):
         if key in extents:
             raise ModelError(
                 f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
@@ -174,12 +184,17 @@ def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
         extents[key] = piece
 
 
-def place(parsed: Parsed, extent: Extent, shape: Sequence[int]) -> list[tuple[Key, Extent]]:
+def place(
+    parsed: Parsed, extent: Extent, shape: tuple[int, ...], part_rows: Mapping[str, int]
+) -> list[tuple[Key, Extent]]:
     """Take a tensor of a file apart into the matrices and vectors it holds.
 
-    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins, or a `Made` of it all.
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins, or a `Made` of it all;
+    `part_rows`: see `add`.
     """
     ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
+    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # ERNIE 4.5 has it as a row
     if len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
@@ -190,26 +205,35 @@ def place(parsed: Parsed, extent: Extent, shape: Sequence[int]) -> list[tuple[Ke
             f"{extent.stored.name}."
         )
     experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
-    inner = tuple(shape[1:] if parsed.stacked else shape)
-    parts = len(parsed.roles)
-    if inner[0] % parts:
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves."
-        )
-    part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
+    inner = shape[1:] if parsed.stacked else shape
+    counts = _part_rows(parsed, extent, inner[0], part_rows)
     found: list[tuple[Key, Extent]] = []
     offset = extent.offset
     for expert in experts:
-        for number, role in enumerate(parsed.roles):
+        for number, (role, count) in enumerate(zip(parsed.roles, counts, strict=True)):
+            part = (count, *inner[1:])
             if isinstance(extent, Made):
-                recipe = extent.recipe.of_expert(expert) if parsed.stacked else extent.recipe
-                first, step = (number, parts) if parsed.in_turn else (number * part[0], 1)
-                made = Made(
-                    extent.file, extent.name, 0, part, extent.stored, recipe=recipe, first=first, step=step
-                )
-                found.append((Key(role, parsed.layer, expert), made))
-                continue
-            piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
+                first, step = (number, len(counts)) if parsed.in_turn else (sum(counts[:number]), 1)
+                piece: Extent = extent.piece(expert if parsed.stacked else None, part, first, step)
+            else:
+                piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
+                offset += piece.nbytes
             found.append((Key(role, parsed.layer, expert), piece))
-            offset += piece.nbytes
     return found
+
+
+def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, int]) -> Sequence[int]:
+    """The rows of each matrix in a tensor of so many: as many for each, or as it is known."""
+    parts = len(parsed.roles)
+    if parts > 1 and known.keys() >= set(parsed.roles):
+        counts = [known[role] for role in parsed.roles]
+        if sum(counts) != rows:
+            raise ModelError(
+                f"{extent.file.path}: tensor {extent.name} has {rows} rows, but its {parts} parts have {sum(counts)}."
+            )
+        return counts
+    if rows % parts:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not {parts} equal parts."
+        )
+    return (rows // parts,) * parts

@@ -29,6 +29,11 @@ class Method:
             raise ModelError(f"{self.path} has no tensor {name}; the model is not complete.")
         return found
 
+    def drop(self, tensors: dict[str, Raw], *ends: str) -> None:
+        """Remove tensors that only rounding of activations needs, by how their names end."""
+        for name in [name for name in tensors if name.endswith(ends)]:
+            del tensors[name]
+
     def check(self, raw: Raw, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:
         """ModelError if a tensor is of another type, or of none of these shapes."""
         if raw.dtype not in dtypes or raw.shape not in shapes:

@@ -102,7 +102,9 @@ def take_float8(
 ) -> Iterator[tuple[str, Recipe]]:
     """All matrices in e4m3, with their scales; the activations' scales are for those who round these too."""
     for name in [name for name, raw in tensors.items() if raw.dtype == "F8_E4M3" and len(raw.shape) > 1]:
-        scale = next((name + end for end in ("_scale_inv", "_scale") if name + end in tensors), f"{name}_scale")
+        scale = next(
+            (name + end for end in ("_scale_inv", "_scale") if name + end in tensors), f"{name}_scale"
+        )
         if name in tensors:
             yield name, float8(method, tensors.pop(name), method.part(tensors, scale), block)
     method.drop(tensors, ".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".output_scale")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from mpillm.weights.formats.quantised.scales import (
     unpacked,
 )
 from mpillm.weights.formats.recipes import Raw
-from mpillm.weights.formats.stored import Bytes, Floats, Stored
+from mpillm.weights.formats.stored import Bytes, Stored
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word the numbers of neighbouring rows are
 
@@ -112,7 +112,7 @@ class Grouped:
 class GptqMethod(Method):
     """`gptq`: X.qweight, X.qzeros, X.scales and perhaps X.g_idx make X.weight."""
 
-    bits = (4, 8)
+    bits: ClassVar[tuple[int, ...]] = (4, 8)
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         bits = self.config.get("bits")
@@ -129,7 +129,6 @@ class GptqMethod(Method):
             )
             index = tensors.pop(f"{base}.g_idx", None)
             yield f"{base}.weight", self.grouped(bits, q, zeros, scales, index, symmetric)
-            self.drop_zero_bias(tensors, f"{base}.bias")
 
     def symmetric(self) -> bool:
         return self.config.get("sym") is True
@@ -179,8 +178,3 @@ class AwqMethod(GptqMethod):
         if columns % count:
             raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
         return Grouped("AWQ", bits, q, zeros, scales, 0, symmetric, None, by_rows=True)
-
-
-def to_floats(recipe: Recipe, rows: Rows, threads: int = 1) -> Floats:
-    """What a recipe makes, as float32."""
-    return recipe.stored.decode(recipe.blocks(rows), recipe.shape[-1], threads)

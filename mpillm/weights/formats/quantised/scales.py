@@ -36,7 +36,8 @@ def stored_as(name: str, type: BlockType) -> Stored:
 
 def array_of(raw: Raw) -> NDArray[Any]:
     """A small tensor, in its own type."""
-    return raw.file.view(raw.offset, raw.nbytes).copy().view(_DTYPES[raw.dtype]).reshape(raw.shape)
+    flat: NDArray[Any] = raw.file.view(raw.offset, raw.nbytes).copy().view(_DTYPES[raw.dtype])
+    return flat.reshape(raw.shape)
 
 
 def floats_of(raw: Raw) -> Floats:
@@ -53,7 +54,8 @@ def unpacked(words: Ints, bits: int) -> NDArray[np.uint8]:
     """The numbers in 32-bit words [..., w], lowest bits first: [..., w * 32 / bits]."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     values = words.view(np.uint32)[..., None] >> shifts & np.uint32(2**bits - 1)
-    return values.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    numbers: NDArray[np.uint8] = values.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    return numbers
 
 
 def to_f16(values: Floats) -> Bytes:
