@@ -313,7 +313,7 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
     blocks = canonical.view(CANONICAL[type])
     if type.k_quant:
         return decode_super(type, blocks).reshape(len(canonical), -1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         d, q = plain_scales(type, blocks)[..., None], plain_integers(type, blocks["q"], fifth_bits(blocks))
         values = d * q
         if "m" in (blocks.dtype.names or ()):

@@ -213,9 +213,11 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
     q = (
         w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
     )  # block, row, byte
-    high = blocks.high_bits(q[..., 16:].reshape(-1, 4)) if type in (BlockType.Q5_0, BlockType.Q5_1) else None
-    low = q if high is None else q[..., :16]
-    values = blocks.plain_integers(type, low, None if high is None else high.reshape(*q.shape[:2], -1))
+    low, high = q, None
+    if type in (BlockType.Q5_0, BlockType.Q5_1):
+        low, high = q[..., :16], blocks.high_bits(q[..., 16:].reshape(count * tiles * TILE_ROWS, 4))
+        high = high.reshape(count, tiles * TILE_ROWS, QUANT_BLOCK)
+    values = blocks.plain_integers(type, low, high)
     scales = blocks.plain_scales(type, w)
     dots = np.matmul(
         act["q"].transpose(1, 0, 2).astype(np.float32), values.astype(np.float32).transpose(0, 2, 1)
