@@ -9,11 +9,23 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Recipe
 from mpillm.weights.formats.quantised.base import Method
+from mpillm.weights.formats.quantised.compressed import CompressedMethod
+from mpillm.weights.formats.quantised.float4 import BitsAndBytesMethod, ModelOptMethod
+from mpillm.weights.formats.quantised.float8 import Float8Method
+from mpillm.weights.formats.quantised.gptq import AwqMethod, GptqMethod
 from mpillm.weights.formats.quantised.mxfp4 import Mxfp4Method
 from mpillm.weights.formats.recipes import Raw
 
 QUANTIZATION = "quantization_config"
-METHODS: dict[str, type[Method]] = {"mxfp4": Mxfp4Method}
+METHODS: dict[str, type[Method]] = {
+    "awq": AwqMethod,
+    "bitsandbytes": BitsAndBytesMethod,
+    "compressed-tensors": CompressedMethod,
+    "fp8": Float8Method,
+    "gptq": GptqMethod,
+    "modelopt": ModelOptMethod,
+    "mxfp4": Mxfp4Method,
+}
 
 
 class _None:

@@ -115,7 +115,7 @@ class GptqMethod(Method):
     bits: ClassVar[tuple[int, ...]] = (4, 8)
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
-        bits = self.config.get("bits")
+        bits = self.config.get("bits", self.config.get("w_bit"))
         if bits not in self.bits:
             raise ModelError(
                 f"{self.path}: {self.config['quant_method']} with {str(bits)[:20]} bits is not supported; "
