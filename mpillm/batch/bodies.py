@@ -89,11 +89,16 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 
 
 def refuse_repeated_keys(raw: bytes) -> None:
-    """RequestError if an object of a line, which is JSON, has a key twice: readers differ in which value counts."""
+    """RequestError if an object of a line has a key twice: readers differ in which value counts.
+
+    What is no JSON is left to `decode_line`. The values are not kept: those of a long line take much memory.
+    """
     try:
         _UNIQUE.decode(raw.decode())
     except RecursionError:
         raise RequestError("the line is nested too deeply") from None
+    except ValueError:
+        pass
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
-from mpillm.batch.requests import Batch
+from mpillm.batch.requests import CheckedInput
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.errors import JobError
@@ -23,6 +21,7 @@ from mpillm.serve.app import Service, make_app
 from mpillm.serve.arrivals import Arrivals
 from mpillm.serve.batches import Batches, Files
 from mpillm.serve.metrics import Metrics
+from mpillm.serve.signals import first_signal_calls
 from mpillm.serve.uploads import routes
 from mpillm.spec import Spec
 from mpillm.store.directory import explained
@@ -52,8 +51,8 @@ def run(world: World, spec: Spec, options: Options, progress: Progress) -> int:
         path = model_path(world, spec, progress)
         session = stack.enter_context(contextlib.closing(Session(world, spec, path)))
         if listener is None:
-            with _first_signal_calls(lambda: None):  # rank 0 says when it ends
-                return follow(session.worker, session.channel, session.watch.look)
+            with first_signal_calls(lambda: None):  # rank 0 says when it ends
+                return follow(session.worker, session.channel, session.watch.check)
         return _lead(session, spec, path, options, listener, progress)
 
 
@@ -72,7 +71,7 @@ def _lead(
     service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
     identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
 
-    def open_journal(claim: Claim, batch: Batch) -> Journal:
+    def open_journal(claim: Claim, batch: CheckedInput) -> Journal:
         return Journal(claim, identity, batch.lines, session.layout, session.model_state)
 
     data = spec.output_path
@@ -88,7 +87,7 @@ def _lead(
     server = uvicorn.Server(config)
     web = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
     host, port = listener.getsockname()[:2]
-    with _first_signal_calls(arrivals.close):
+    with first_signal_calls(arrivals.close):
         web.start()
         try:
             progress.say(
@@ -98,7 +97,7 @@ def _lead(
                 for completion in finished:
                     arrivals.take(completion)
                 batches.commit()
-                session.watch.look()
+                session.watch.check()
         finally:
             arrivals.close()
             server.should_exit = True
@@ -119,22 +118,3 @@ def _listen(options: Options) -> socket.socket:
             f"The server cannot listen on {options.host} port {options.port}: {error.strerror}; "
             "give another --host or --port."
         ) from None
-
-
-@contextlib.contextmanager
-def _first_signal_calls(function: Callable[[], object]) -> Iterator[None]:
-    """In the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before."""
-
-    def handle(_number: int, _frame: object) -> None:
-        restore()
-        function()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()

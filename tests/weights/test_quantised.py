@@ -24,6 +24,8 @@ from tests.weights.build import Tiny, write_hf
 EXACT, HALF, INTEGER = 0.0, 2.0**-11, 2.0**-11  # how far a value may be off, by the largest of its row
 CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+MODELOPT, BNB = {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "bitsandbytes"}
 Write = Callable[[np.random.Generator, int, int], quantised.Written]
 
 # method: its configuration, what writes a matrix, the type it is delivered as, and how exactly
@@ -48,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "gptq 8 bits asymmetric": (
         GPTQ | {"bits": 8, "sym": False}, partial(quantised.gptq, group=64, bits=8, sym=False), BlockType.F16, HALF,
     ),
-    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, partial(quantised.awq, group=64), BlockType.Q4_1, INTEGER),
+    "awq": (AWQ, partial(quantised.awq, group=64), BlockType.Q4_1, INTEGER),
     "int4": (CT, partial(quantised.packed, group=32), BlockType.Q4_0, EXACT),
     "int4 rows": (CT, partial(quantised.packed, group=-1), BlockType.Q4_0, EXACT),
     "int4 asymmetric": (CT, partial(quantised.packed, group=64, zero=True), BlockType.Q4_1, INTEGER),
@@ -56,15 +58,11 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "int8 in words": (CT, partial(quantised.packed, group=64, bits=8), BlockType.Q8_0, EXACT),
     "int8": (CT, quantised.int8, BlockType.Q8_0, HALF),
     "nvfp4": (CT, quantised.nvfp4, BlockType.F16, HALF),
-    "nvfp4 modelopt": (
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, partial(quantised.nvfp4, optimum=True), BlockType.F16, HALF,
-    ),
+    "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.F16, HALF),
     "mxfp4": (CT, quantised.mxfp4, BlockType.MXFP4, EXACT),
-    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.F16, HALF),
-    "nf4 nested": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.F16, HALF,
-    ),
-    "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, quantised.llm_int8, BlockType.Q8_0, HALF),
+    "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.F16, HALF),
+    "nf4 nested": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.F16, HALF),
+    "llm.int8": (BNB | {"load_in_8bit": True}, quantised.llm_int8, BlockType.Q8_0, HALF),
 }  # fmt: skip
 
 

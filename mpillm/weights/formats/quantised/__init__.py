@@ -36,8 +36,11 @@ class _None:
         yield from ()
 
 
-def method_of(config: Any, path: Path) -> Method | _None:
-    """The method of a checkpoint; ModelError if it is not supported, before any tensor is read."""
+def method_of(config: Any, path: str | Path) -> Method | _None:
+    """The method of a checkpoint; ModelError if it is not supported, before any tensor is read.
+
+    `path` is what messages call the checkpoint.
+    """
     if config is None or config == {}:
         return _None()
     name = config.get("quant_method") if isinstance(config, Mapping) else None

@@ -14,7 +14,7 @@ from mpillm.weights.formats.recipes import Raw
 class Method:
     """Takes the tensors of a checkpoint that belong to quantised matrices, and says how these are made of them."""
 
-    def __init__(self, config: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], path: str | Path) -> None:
         """`config` is the checkpoint's quantization_config; ModelError if it asks for what is not supported."""
         self.config, self.path = config, path
 
