@@ -39,6 +39,7 @@ from mpillm.store.records import Layout, PartialResult, line_key
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
+from mpillm.weights.source import weight_types
 
 log = logging.getLogger(__name__)
 
@@ -462,6 +463,7 @@ class Leader:
             "bytes": size,
             "fingerprint": digest,
             "architecture": config.architecture,
+            "weights": ", ".join(weight_types(self._session.source)),
             "layers": config.n_layers,
             "hidden": config.hidden,
             "vocab": config.vocab,
@@ -471,7 +473,7 @@ class Leader:
     def _metadata(self) -> dict[str, Any]:
         """Attributes of results.h5: only what is the same however the run went."""
         described = self._describe_model()
-        del described["path"]
+        del described["path"], described["weights"]
         return {"model": described, "job": self._spec.identity()}
 
     def _why_not_finite(self) -> str:

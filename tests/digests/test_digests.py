@@ -23,7 +23,7 @@ from mpillm.weights.paging.weights import minimum_budget
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
 from tests.model.engine_harness import _alone, run_laid_out, vocab_of
-from tests.model.golden import GGUFS, MODELS, path_of
+from tests.model.golden import GGUFS, MODELS, may_be_quantised, path_of
 from tests.model.test_smollm2 import smollm2
 from tests.tools.test_pack import Quiet
 
@@ -69,7 +69,7 @@ def test_each_model(name: str) -> None:
     found = answers(model)
     check({name: found})
     assert answers(model, **budgets(model), max_num_batched_tokens=40, threads=1) == found
-    other = "f32" if name.endswith(".gguf") else "f16"
+    other = "f32" if may_be_quantised(name) else "f16"
     check({f"{name} kv={other}": answers(model, kv_type=other, threads=2, max_num_seqs=3)})
 
 
