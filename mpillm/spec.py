@@ -36,6 +36,7 @@ Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
 Word = Annotated[str, Meta(min_length=1)]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
@@ -51,6 +52,8 @@ for _power, _letter in enumerate("KMGT", 1):
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
 _PLAIN |= {"object": "a table", "array": "a list"}
 _MISSING = object()
+# Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
+_ADDED = ("sampling.presence_penalty", "sampling.frequency_penalty")
 
 
 def byte_size(value: str | int) -> int:
@@ -97,6 +100,8 @@ class Sampling(Section, frozen=True):
     top_k: TopK = 0
     min_p: Fraction = 0.0
     repetition_penalty: Penalty = 1.0
+    presence_penalty: Subtracted = 0.0
+    frequency_penalty: Subtracted = 0.0
     seed: Seed = 0
     stop: Stop = []
 
@@ -221,6 +226,9 @@ class Spec(Section, frozen=True, kw_only=True):
         for name in ("sampling", "wire", "embeddings"):
             section = getattr(self, name)
             values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
+        for key in _ADDED:
+            if not values[key]:
+                del values[key]
         values["memory.max_context"] = self.memory.max_context
         values["memory.kv_type"] = self.memory.kv_type
         return values
@@ -333,11 +341,11 @@ def _value(text: str) -> Any:
 
 def _known() -> Iterator[str]:
     """Every key a job can have, dotted."""
-    for name in Spec.__struct_fields__:
-        sections = [kind for kind in Section.__subclasses__() if kind.__name__.lower() == name]
-        yield from (f"{name}.{key}" for kind in sections for key in kind.__struct_fields__)
-        if not sections:
-            yield name
+    for field in msgspec.structs.fields(Spec):
+        if isinstance(field.type, type) and issubclass(field.type, Section):
+            yield from (f"{field.name}.{key}" for key in field.type.__struct_fields__)
+        else:
+            yield field.name
 
 
 def key_called(name: str) -> str | None:

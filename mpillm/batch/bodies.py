@@ -29,9 +29,6 @@ IGNORED = frozenset({
 # Keys that would change a result in a way that is not built: refused, unless they say what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -40,27 +37,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "suffix": ("",),
-    "min_tokens": (0,),
     "length_penalty": (1,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "modalities": (["text"],),
-    "bad_words": ([],),
-    "documents": ([],),
 }
 # fmt: off
 _REFUSED = frozenset({
-    "prompt_logprobs", "truncate_prompt_tokens", "structured_outputs", "guided_json", "guided_regex",
-    "guided_choice", "guided_grammar", "dimensions", "logits_processors", "allowed_token_ids", "audio",
+    "truncate_prompt_tokens", "structured_outputs", "guided_json", "guided_regex",
+    "guided_choice", "guided_grammar", "dimensions", "logits_processors", "audio",
     "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
     "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
 })
 # fmt: on
 _INSTEAD = {
-    "prompt_logprobs": "; echo with logprobs gives them",
     "best_of": "; n gives several answers",
     "max_new_tokens": "; it is called max_tokens",
     "stream": "; a batch is answered as a whole",

@@ -15,7 +15,7 @@ import msgspec
 
 from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
-from mpillm.batch.endpoints.generate import LOGPROB_BYTES, TOKEN_BYTES
+from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
 from mpillm.batch.requests import MAX_LINE
 from mpillm.spec import Spec
@@ -54,7 +54,9 @@ class _Body(msgspec.Struct):
     max_completion_tokens: int | None = None
     logprobs: int | bool | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     echo: bool | None = None
+    best_of: int | None = None
 
 
 class _Line(_Body):
@@ -118,17 +120,23 @@ def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:
     if body.input:
         count = min(prompts, MAX_SEQUENCES)
         return count, prompt + 4 * hidden, count * hidden * JSON_BYTES
-    count = min(prompts * max(body.n or 1, 1), MAX_SEQUENCES)
+    count = min(prompts * max(body.n or 1, body.best_of or 1, 1), MAX_SEQUENCES)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = min(max(spec.sampling.max_tokens if asked is None else asked, 0), context)
-    scored = min(len(body.prompt), context) if body.echo else 0
-    kept, shown = prompt + TOKEN * tokens, TOKEN_BYTES * tokens
+    scored = min(len(given), context)
+    logprobs = 0
     if body.logprobs is not None and body.logprobs is not False:
         alternatives = body.top_logprobs or 0 if body.logprobs is True else int(body.logprobs)
-        each = 1 + min(max(alternatives, 0), 20)
-        kept += (tokens + scored) * each * LOGPROB
-        shown += (tokens + scored) * each * LOGPROB_BYTES
-    return count, kept, count * shown
+        logprobs = (tokens + (scored if body.echo else 0)) * _each(alternatives)
+    if body.prompt_logprobs is not None:
+        logprobs += scored * _each(body.prompt_logprobs)
+    kept = prompt + TOKEN * tokens + LOGPROB * logprobs
+    return count, kept, count * (TOKEN_BYTES * tokens + LOGPROB_BYTES * logprobs)
+
+
+def _each(alternatives: int) -> int:
+    """Log-probabilities for each token."""
+    return 1 + min(max(alternatives, 0), MAX_LOGPROBS)
 
 
 def _prompts(raw: bytes) -> int:

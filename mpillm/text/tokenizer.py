@@ -197,19 +197,20 @@ class Tokenizer:
         messages: list[Message],
         options: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
+        add_special: bool = False,
     ) -> list[int]:
         """A chat as token ids; control tokens come from the template alone (see `chat`).
 
+        With `add_special` it has BOS and EOS as a text does, besides those that the template writes.
         Raise RequestError if the template fails, and TooLongError if the chat certainly has more than `max_tokens`
         tokens.
         """
         max_chars = MAX_CHARS if max_tokens is None else self.max_chars(max_tokens)
         pieces = self._chat(options).pieces(messages, options, max_chars)
-        if not isinstance(pieces, str):
-            return self._mixed(pieces)
-        if max_tokens is not None:
-            self._check_length(pieces, max_tokens, self._whole)
-        return self._whole(pieces, False)
+        if isinstance(pieces, str):
+            return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
+        head, tail = _ends(*(self.encode("a", own) for own in (False, True))) if add_special else ([], [])
+        return [*head, *self._mixed(pieces), *tail]
 
     def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
         templates = self._parts.templates
@@ -245,9 +246,7 @@ class Tokenizer:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """The tokens that the post-processor puts before and after a text."""
-        bare, full = (_ids(self._core, "a", own, plain=True) for own in (False, True))
-        at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
-        return full[:at], full[at + len(bare) :]
+        return _ends(*(_ids(self._core, "a", own, plain=True) for own in (False, True)))
 
     def _spelled(self, id: int) -> list[int]:
         """The token itself, or, if it is a control token, its characters: merges may reach one, too."""
@@ -327,6 +326,12 @@ def _special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
         normalized=token.normalized,
         special=True,
     )
+
+
+def _ends(bare: list[int], full: list[int]) -> tuple[list[int], list[int]]:
+    """What stands before `bare` in `full`, and what behind it."""
+    at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
+    return full[:at], full[at + len(bare) :]
 
 
 def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:
