@@ -47,7 +47,7 @@ class Raw:
         return self.file.view(self.offset, self.nbytes).reshape(self.shape[0], -1)
 
     def rows(self, rows: Rows) -> Bytes:
-        """Some rows of it, uint8 [len(rows), row bytes]; those of a range are read in one go."""
+        """Some rows of it, uint8 [len(rows), row bytes]; those of a range as `MappedFile.read` reads them."""
         if not isinstance(rows, range):
             return self.bytes()[rows]
         if not rows:
@@ -141,7 +141,8 @@ class Mxfp4:
 
     def blocks(self, rows: Rows) -> Bytes:
         """ggml's blocks have columns j and 16 + j in byte j."""
-        values, exponents = self.values.rows(rows), self.exponents.rows(rows)
+        exponents = self.exponents.rows(rows).copy()  # the next read takes its place
+        values = self.values.rows(rows)
         pairs = values.reshape(*exponents.shape, 2, 8)
         out = np.empty((*exponents.shape, 17), np.uint8)
         out[..., 0] = exponents
