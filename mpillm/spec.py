@@ -53,7 +53,10 @@ _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool
 _PLAIN |= {"object": "a table", "array": "a list"}
 _MISSING = object()
 # Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
-_ADDED = ("sampling.presence_penalty", "sampling.frequency_penalty")
+_ADDED = tuple(
+    f"sampling.{key}"
+    for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
+)
 
 
 def byte_size(value: str | int) -> int:
@@ -91,6 +94,33 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A table of the job file: nothing in it goes unread."""
 
 
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's `json_schema` of a response format; keywords that cannot be enforced are errors, unless not `strict`."""
+
+    name: str = ""
+    description: str | None = None
+    schema: dict[str, Any] | bool = True
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: one of the first five."""
+
+    json: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[Word], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+    disable_any_whitespace: bool = False
+
+
 class Sampling(Section, frozen=True):
     """What a request that does not say otherwise is sampled with; temperature 0 is greedy."""
 
@@ -104,6 +134,8 @@ class Sampling(Section, frozen=True):
     frequency_penalty: Subtracted = 0.0
     seed: Seed = 0
     stop: Stop = []
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Layout(Section, frozen=True):
@@ -171,8 +203,9 @@ class Wire(Section, frozen=True):
 class Embeddings(Section, frozen=True):
     """What becomes of a text's hidden states where /v1/embeddings is asked."""
 
-    pooling: Pooling = "mean"
-    normalize: bool = True
+    pooling: Pooling | Auto = "auto"  # auto: as the model's files say
+    normalize: bool | Auto = "auto"
+    prompt_name: str | None = None  # of the model's prompts, what stands before each text
 
 
 class BatchLimits(Section, frozen=True):
@@ -417,7 +450,8 @@ def _choices(path: str) -> str:
     """The words a key takes, and that it takes a number where it does."""
     kind: Any = Spec
     for key in path.split("."):
-        fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+        struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), Spec)
+        fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
         kind = fields.get(key)
     words = [repr(word) for word in _literals(kind)]
     takes_number = any(get_args(part) and get_args(part)[0] is int for part in get_args(kind))

@@ -29,7 +29,6 @@ IGNORED = frozenset({
 # Keys that would change a result in a way that is not built: refused, unless they say what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -43,8 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # fmt: off
 _REFUSED = frozenset({
-    "truncate_prompt_tokens", "structured_outputs", "guided_json", "guided_regex",
-    "guided_choice", "guided_grammar", "dimensions", "logits_processors", "audio",
+    "truncate_prompt_tokens", "logits_processors", "audio",
     "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
     "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
 })

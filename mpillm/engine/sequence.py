@@ -30,6 +30,10 @@ class Constraint(Protocol):
     def ended(self) -> bool:
         """Whether no token may follow."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether what has been generated obeys; at its end false only where that could not be found out."""
+
     def push(self, token: int) -> None:
         """Take note of a generated token, which was allowed."""
 
@@ -222,9 +226,10 @@ class Sequence:
             return
         if self.constraint is not None:
             self.constraint.push(token)
-        stopped = request.watch is not None and request.watch(token)
-        if stopped or (self.constraint is not None and self.constraint.ended):
+        if request.watch is not None and request.watch(token):
             self.finish_reason = "stop"
+        elif self.constraint is not None and self.constraint.ended:
+            self.finish_reason = "stop" if self.constraint.complete else "length"
         elif self.generated >= request.max_tokens:
             self.finish_reason = "length"
 

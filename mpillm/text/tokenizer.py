@@ -20,6 +20,7 @@ from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
@@ -180,6 +181,11 @@ class Tokenizer:
         """A token as text; bytes that are not whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
+    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
+    def grammars(self, vocab: int, end_ids: frozenset[int]) -> Grammars:
+        """What holds answers to grammars, of a model with `vocab` tokens that ends its texts with one of `end_ids`."""
+        return Grammars(self._core.to_str(), max(vocab, self.vocab_size), end_ids)
+
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
@@ -198,10 +204,6 @@ class Tokenizer:
     def chat_reads(self, name: str) -> bool:
         """Whether the chat template looks at a variable of this name, as far as its text says."""
         return any(name in template for template in self._parts.templates.values())
-
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as the text that the template makes of it; `options` are further variables of the template."""
-        return self._chat(options).render(messages, options)
 
     def encode_chat(
         self,

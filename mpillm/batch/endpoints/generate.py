@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
 from numpy.typing import ArrayLike
 
+from mpillm.batch.endpoints.constraints import grammar_of
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.prompts import (
     TokenIds,
@@ -20,9 +22,9 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.endpoints.sampling import Sampled, Tokens
 from mpillm.batch.work import Column, Model, Work, hashed_id
-from mpillm.engine.sequence import Completion, Request, TopLogprobs
+from mpillm.engine.sequence import Completion, Constraint, Request, TopLogprobs
 from mpillm.errors import RequestError
-from mpillm.spec import Spec, Stop
+from mpillm.spec import ResponseFormat, Spec, Stop, StructuredOutputs, Word
 from mpillm.text import StopWatch, cut_at_stop
 
 MAX_LOGPROBS = 1000
@@ -62,6 +64,12 @@ class Generate(Sampled, frozen=True, kw_only=True):
     stop: Stop | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[Word], Meta(min_length=1)] | None = None
+    guided_grammar: str | None = None
     prompt_logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -111,7 +119,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         """One of the answer's choices."""
         raise NotImplementedError
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         found: dict[str, ArrayLike] = {"tokens": completion.tokens}
         if completion.request.logprobs is not None:
             found["logprobs"] = completion.logprobs
@@ -134,6 +142,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         if stops and model.text is None:
             raise RequestError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
         settings = self.settings(spec, model)
+        settings["constraint"] = self._constraint(spec, model)
         requests: list[Request] = []
         for index, ids in enumerate(prompts):
             which = prompt_name(prompts, index)
@@ -159,6 +168,21 @@ class Generate(Sampled, frozen=True, kw_only=True):
             ]
         check_answer(sum(map(_answer_bytes, requests)))
         return tuple(requests)
+
+    def _constraint(self, spec: Spec, model: Model) -> Callable[[], Constraint] | None:
+        grammar = grammar_of(self, spec)
+        if grammar is None:
+            return None
+        if model.text is None:
+            raise RequestError(
+                "an answer can only be held to a grammar with a tokenizer, and the model has none"
+            )
+        for key in ("min_tokens", "bad_words", "allowed_token_ids"):
+            if getattr(self, key):
+                raise RequestError(f"{key} and a grammar (or a schema, or choices) exclude one another")
+        grammars = model.text.grammars(model.vocab, model.end_ids)
+        grammars.check(grammar)
+        return partial(grammars.matcher, grammar)
 
     def stops(self, spec: Spec) -> tuple[str, ...]:
         """The stop strings: the body's own, or the job's."""
