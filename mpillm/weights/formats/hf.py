@@ -33,6 +33,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     method = method_of(config.pop(QUANTIZATION, None), path)
     files = _files(path)
     extents: dict[Key, Extent] = {}
+    part_rows = _attention_rows(config)
     try:
         tensors = {
             name: Raw(file, name, *tensor)
@@ -40,9 +41,9 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
             if not _predicts_further(name, config)
         }
         for name, recipe in method.take(tensors):
-            _add_made(extents, name, recipe, family.names)
+            _add_made(extents, name, recipe, family.names, part_rows)
         for raw in tensors.values():
-            _add(extents, raw, family.names)
+            _add(extents, raw, family.names, part_rows)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
@@ -143,7 +144,16 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     return own <= int(found["layer"]) < own + further
 
 
-def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names) -> None:
+def _attention_rows(config: dict[str, Any]) -> dict[str, int]:
+    """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        return {}
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    return {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+
+
+def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, part_rows: dict[str, int]) -> None:
     """A tensor of floats."""
     if names.ignored_hf(raw.name):
         return
@@ -154,19 +164,18 @@ def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names) -> None:
         )
     if parsed.in_turn and len(raw.shape) > 1:
         recipe = Plain(raw) if names.ROLES[parsed.roles[0]].ndim == 1 else Transposed(raw)
-        _add_made(extents, raw.name, recipe, own)
+        _add_made(extents, raw.name, recipe, own, part_rows)
         return
-    add(extents, parsed, Extent(raw.file, raw.name, raw.offset, raw.shape, OWN[raw.dtype]))
+    add(extents, parsed, Extent(raw.file, raw.name, raw.offset, raw.shape, OWN[raw.dtype]), part_rows)
 
 
-def _add_made(extents: dict[Key, Extent], name: str, recipe: Recipe, own: names.Names) -> None:
+def _add_made(
+    extents: dict[Key, Extent], name: str, recipe: Recipe, own: names.Names, part_rows: dict[str, int]
+) -> None:
     """A tensor that is made of others."""
     file = next(recipe.lies())[0]
-    add(
-        extents,
-        _parsed(name, file, own),
-        Made(file, name, 0, recipe.shape, recipe.stored, recipe=recipe),
-    )
+    made = Made(file, name, 0, recipe.shape, recipe.stored, recipe=recipe)
+    add(extents, _parsed(name, file, own), made, part_rows)
 
 
 def _parsed(name: str, file: MappedFile, own: names.Names) -> names.Parsed:
