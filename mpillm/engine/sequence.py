@@ -130,7 +130,7 @@ class Request:
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether the result depends on the last layer's output for all tokens of the prompt that `score_from` leaves."""
+        """Whether the result depends on the last layer's output for all tokens of the prompt (from `score_from` on)."""
         if self.kind == "embed":
             return self.pooling == "mean"
         return self.prompt_logprobs is not None

@@ -53,7 +53,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
         prompt, wholes = self._tokens(spec, model)
         if sum(map(len, wholes)) > MAX_PROMPT_TOKENS:
             raise RequestError(
-                f"the prompt with each of its choices has more than {MAX_PROMPT_TOKENS} tokens in all; give fewer choices"
+                f"the prompt with each choice has more than {MAX_PROMPT_TOKENS} tokens in all; give fewer choices"
             )
         common = min(len(prompt), *(_common(prompt, whole) for whole in wholes))
         if common == 0:
