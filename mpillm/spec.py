@@ -203,8 +203,9 @@ class Wire(Section, frozen=True):
 class Embeddings(Section, frozen=True):
     """What becomes of a text's hidden states where /v1/embeddings is asked."""
 
-    pooling: Pooling = "mean"
-    normalize: bool = True
+    pooling: Pooling | Auto = "auto"  # auto: as the model's files say
+    normalize: bool | Auto = "auto"
+    prompt_name: str | None = None  # of the model's prompts, what stands before each text
 
 
 class BatchLimits(Section, frozen=True):

@@ -135,10 +135,10 @@ def _pull(world: World, options: argparse.Namespace) -> int:
 
 
 def _report(world: World, options: argparse.Namespace) -> int:
-    from mpillm.store import report
+    from mpillm.store import report_page
 
     if world.rank == 0:
-        path, missing = report.write_html(options.directory)
+        path, missing = report_page.write_html(options.directory)
         print(path)
         if missing:
             print(missing, file=sys.stderr)

@@ -194,10 +194,6 @@ class Tokenizer:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
 
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as the text that the template makes of it; `options` are further variables of the template."""
-        return self._chat(options).render(messages, options)
-
     def encode_chat(
         self,
         messages: list[Message],

@@ -47,7 +47,7 @@ class Choose(Endpoint, frozen=True, kw_only=True):
         scores = [sum(completion.prompt_logprobs) for completion in completions]
         return {"model": model.name, "best": self.choices[int(np.argmax(scores))]}
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         return {"scores": [sum(completion.prompt_logprobs)]}
 
 

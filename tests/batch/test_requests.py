@@ -20,6 +20,7 @@ from mpillm.batch.bodies import decode_line
 from mpillm.batch.endpoints import ChatCompletions, Completions, Embeddings
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
+from tests.text.asked import render_chat
 
 CHAT = [{"role": "user", "content": "the quick fox"}]
 
@@ -167,7 +168,7 @@ BAD = [
     ({"prompt": [True]}, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"),
     ({"prompt": []}, "prompt is an empty list"),
     ({"prompt": ["a", ""]}, "prompt 2 of 2 has no tokens"),
-    ({"input": ["a"], "dimensions": 3}, "dimensions is not supported"),
+    ({"input": ["a"], "dimensions": 0}, "dimensions: expected a whole number >= 1"),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
     ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
     ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
@@ -409,7 +410,7 @@ _ANY = job(Path("."))
 
 def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: Path) -> None:
     assert WITH_TEXT.text is not None
-    rendered = WITH_TEXT.text.render_chat(CHAT)
+    rendered = render_chat(WITH_TEXT.text, CHAT)
     assert "</s>" in rendered
     prompt, listed, vector, chat = works(
         tmp_path,

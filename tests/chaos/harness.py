@@ -28,7 +28,7 @@ from pathlib import Path
 import psutil
 
 from mpillm import spec
-from mpillm.comm.world import CRASHED
+from mpillm.comm.running import CRASHED
 from mpillm.errors import Interrupted, JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.run import plan

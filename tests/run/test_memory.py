@@ -22,7 +22,7 @@ from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
 from mpillm.run import plan
 from mpillm.run.input_memory import CHAT, COPIES, LINE, NAMES, PROMPT, TEMPLATE, WRITTEN, input_bytes
-from mpillm.store import report
+from mpillm.store import report, report_page
 from tests.conftest import Mpi, run_bounded
 from tests.run.cgroups import CGROUPS, SPARE, Cgroup
 
@@ -95,7 +95,7 @@ def test_a_slow_disk_is_seen_in_the_report(models: dict[str, Path], tmp_path: Pa
     assert least / 4 < rank.seconds["weights"] < made.seconds, "what is not computed meanwhile is waited for"
     assert rank.seconds["weights"] == rank.weights["stall_seconds"]
     assert f"{100 * made.waited_for_weights():.0f} % of the time was waited for them." in "".join(
-        report.summary(made)
+        report_page.summary(made)
     )
 
 

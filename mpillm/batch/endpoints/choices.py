@@ -104,7 +104,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
             "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
         }
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         return {"loglikelihoods": [math.fsum(completion.prompt_logprobs)]}
 
     def _tokens(self, spec: Spec, model: Model) -> tuple[TokenIds, list[TokenIds]]:

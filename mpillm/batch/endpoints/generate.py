@@ -119,7 +119,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         """One of the answer's choices."""
         raise NotImplementedError
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         found: dict[str, ArrayLike] = {"tokens": completion.tokens}
         if completion.request.logprobs is not None:
             found["logprobs"] = completion.logprobs
