@@ -49,7 +49,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
         encode = partial(
             model.text.encode_chat,
-            _messages(self.messages),
+            chat_messages(self.messages),
             self._options(),
             add_special=bool(self.add_special_tokens),
         )
@@ -113,7 +113,7 @@ def _logprobs(completion: Completion, detokenizer: Detokenizer) -> list[dict[str
     ]
 
 
-def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose contents are strings, lists of text parts or null."""
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
