@@ -98,7 +98,17 @@ def test_each_kernel_path(path: str) -> None:
 @pytest.mark.parametrize(
     ("name", "weights"),
     [
-        *((name, "source") for name in ("llama_bias", "mixtral", "smol_bf16", "llama_kquants.gguf")),
+        *(
+            (name, "source")
+            for name in (
+                "llama_bias",
+                "mixtral",
+                "smol_bf16",
+                "phi3",
+                "granitemoe_shared",
+                "llama_kquants.gguf",
+            )
+        ),
         *((name, weights) for name in ("llama3", "qwen3_moe") for weights in ("source", "q4_0", "q8_0")),
     ],
 )
