@@ -14,6 +14,7 @@ from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
+from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.minimax import MiniMax
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen(),
     Gemma(),
     Glm(),
+    GptOss(),
     Granite(),
     Olmo(),
     Olmoe(),
