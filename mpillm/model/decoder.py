@@ -137,11 +137,12 @@ class _RankLayer:
         rank, spec, number = self._rank, self.spec, self._number
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
+            own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
             self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
-            prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, x)
+            prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
-        part, bias = spec.mlp.compute(rank, number, prepared, x)
+        part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp", bias, after, x, part)
 
     @property
@@ -150,6 +151,11 @@ class _RankLayer:
         kept = self._rank.kept
         names = "attention", "mixer residual", "mlp", "mlp residual"
         return tuple(kept(_missing, name, self._number) for name in names)  # type: ignore[return-value]
+
+    def _normed(self, page: Page, x: Floats) -> Floats:
+        """The rows as the mixer sees them."""
+        norm = self.spec.mixer_norms.before
+        return self._rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
 
     def _after(self, page: Page, norm: NormSpec | None, role: str) -> kernels.Norm | None:
         """The norm of a part's output, which outlives the page."""

@@ -37,6 +37,7 @@ ROUNDED = Bounds(most=0.2, mean=0.03, embedding=0.1, margin=0.2)
 
 def bounds_of(name: str, quantized: bool) -> Bounds:
     """What a model's values are held to: `quantized` are its weights, or what travels between ranks."""
+    quantized = quantized or name.endswith("mxfp4")
     if name.startswith(("qwen3_next", "qwen3next", "qwen35")):
         return ROUGH if quantized else RECURRENT
     if quantized:
