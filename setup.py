@@ -41,9 +41,14 @@ def compile_in_parallel(
     flags = compiler._get_cc_args(preprocessor, debug, extra_preargs)
     compile_one: Callable[..., None] = compiler._compile
     # The largest sources first, so that no core waits for a long one at the end.
-    order = sorted((name for name in objects if name in build), key=lambda name: -os.path.getsize(build[name][0]))
+    order = sorted(
+        (name for name in objects if name in build), key=lambda name: -os.path.getsize(build[name][0])
+    )
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        jobs = [pool.submit(compile_one, name, *build[name], flags, extra_postargs, preprocessor) for name in order]
+        jobs = [
+            pool.submit(compile_one, name, *build[name], flags, extra_postargs, preprocessor)
+            for name in order
+        ]
         for job in jobs:
             job.result()
     return list(objects)

@@ -70,6 +70,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "pack": _pack,
         "pull": _pull,
         "report": _report,
+        "merge": _merge,
         "doctor": _doctor,
         "bench": bench.run,
     }
@@ -127,6 +128,17 @@ def _report(world: World, options: argparse.Namespace) -> int:
         print(path)
         if missing:
             print(missing, file=sys.stderr)
+    return 0
+
+
+def _merge(world: World, options: argparse.Namespace) -> int:
+    from mpillm.store import merge
+
+    if world.rank == 0:
+        made = merge.merge(options.parts, options.output)
+        if made.renamed:
+            print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
+        print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
     return 0
 
 
@@ -201,6 +213,15 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("name", help="such as smollm2-135m")
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")
     report.add_argument("directory", type=Path, help="the run's output directory")
+    merge = commands.add_parser("merge", help="the outputs of a job's parts become one")
+    merge.add_argument(
+        "parts",
+        metavar="PART",
+        nargs="+",
+        type=Path,
+        help="output directories of finished runs, or one directory that holds them",
+    )
+    merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
     doctor = commands.add_parser(
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )

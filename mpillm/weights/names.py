@@ -29,7 +29,8 @@ class Role:
     `hf` and `gguf` name the tensor of a layer without experts (or a global one), `*_expert` one expert's tensor,
     `*_stacked` all experts' in one, experts outermost. The first name is the usual one. Hugging Face names come without
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
-    `by_columns`: shards hold columns of it, so its blocks must be narrow enough.
+    `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
+    products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Role:
     gguf: str
     quantisable: bool = False
     by_columns: bool = False
+    exact: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
     gguf_expert: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ ROLES: dict[str, Role] = {
         _vector("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         _vector("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias"),
         _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
-        Role("router", 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight"),
+        Role("router", 2, "layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight", exact=True),
         _vector("router_bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
         _vector("router_correction", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
         _mlp("gate", "w1"),
@@ -103,7 +105,13 @@ ROLES: dict[str, Role] = {
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),
-        Role("shared_router", 2, "layers.{l}.mlp.shared_expert_gate.weight", "blk.{l}.ffn_gate_inp_shexp.weight"),
+        Role(
+            "shared_router",
+            2,
+            "layers.{l}.mlp.shared_expert_gate.weight",
+            "blk.{l}.ffn_gate_inp_shexp.weight",
+            exact=True,
+        ),
         Role("final_norm", 1, "norm.weight", "output_norm.weight"),
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mpillm import kernels
 from mpillm.errors import Interrupted, JobError, ModelError, OutputError
@@ -101,6 +101,22 @@ def content(folder: Path) -> dict[str, str]:
 def test_packed_is_as_unpacked(tmp_path: Path, name: str) -> None:
     packed(name, tmp_path / "p")
     assert outcome(tmp_path / "p", name) == expected(name)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
+def test_a_mixture_in_bf16_packed_as_f32_is_that_mixture_in_f32(tmp_path: Path, name: str) -> None:
+    """Also its routers: products with BF16 would round what they see, and other experts would be chosen."""
+    for folder, dtype in (("bf16", ml_dtypes.bfloat16), ("f32", np.float32)):
+        shutil.copytree(model_path(name), tmp_path / folder)
+        weights = load_file(model_path(name) / "model.safetensors")
+        rounded = {key: value.astype(ml_dtypes.bfloat16).astype(dtype) for key, value in weights.items()}
+        save_file(rounded, tmp_path / folder / "model.safetensors")
+    packed(tmp_path / "bf16", tmp_path / "p", "f32")
+    assert outcome(tmp_path / "p", name) == outcome(tmp_path / "f32", name)
+    for quantize in ("none", "q8_0", "bf16"):
+        with closing(open_unpacked(tmp_path / "bf16", quantize)) as source:
+            routers = {info.type for key, info in source.tensors.items() if "router" in key.role}
+            assert routers == {BlockType.F32}
 
 
 @pytest.mark.parametrize("loader", ["mmap", "read"])

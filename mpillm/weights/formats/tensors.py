@@ -249,6 +249,8 @@ class TensorSource:
     def _delivered(self, key: Key, extent: Extent) -> BlockType:
         if self._quantize is not None and ROLES[key.role].quantisable:
             return self._quantize
+        if ROLES[key.role].exact and extent.stored.type is BlockType.BF16:
+            return BlockType.F32
         if extent.stored.type.k_quant and ROLES[key.role].by_columns and not self._cut_in_blocks:
             return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
         return extent.stored.type

@@ -1,0 +1,301 @@
+"""`mpillm merge`: the output directories of a job's parts become one, in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import h5py
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.batch.work import hashed_id
+from mpillm.errors import JobError
+from mpillm.store import report
+from mpillm.store.directory import Directory
+from mpillm.store.hdf5 import Column, TextColumn, new_file
+from mpillm.store.output import JOURNAL
+from mpillm.store.readable import printable
+from mpillm.store.results import HDF5, JSONL, TIMINGS, hdf5_text
+
+FILES = (JSONL, HDF5, TIMINGS, report.JSON)
+CHUNK = 1 << 16  # values that are copied at a time
+
+# Datasets that hold an index into another dataset, and which; the index moves by what the parts before have there.
+_INDEX = {"requests/choices": "choices/prompt", "choices/prompt": "prompts/offsets"}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has written."""
+
+    requests: int
+    errors: int
+    renamed: bool  # whether every custom_id got its part's name in front
+
+
+class _Id(msgspec.Struct):
+    custom_id: str
+
+
+class _Response(msgspec.Struct):
+    status_code: int
+    request_id: str
+    body: dict[str, msgspec.Raw]
+
+
+class _Line(msgspec.Struct):
+    id: str
+    custom_id: str
+    response: _Response
+    error: msgspec.Raw
+
+
+def merge(parts: Sequence[Path], output: Path) -> Merged:
+    """Merge the output directories `parts`, or those inside one directory, in their order.
+
+    results.jsonl and results.h5 hold the requests of all parts; `requests/part` in results.h5 tells whose a request
+    is, and the attribute `parts` has their names. report.json has the sums over all parts. Where two parts have the
+    same custom_id, every custom_id becomes PART/custom_id.
+
+    Raises
+    ------
+    JobError
+        If a part is not finished, if two parts were run with different jobs or models, or if `output` is the
+        output of a run.
+    """
+    parts = _parts(parts)
+    names = _names(parts)
+    metadata = _metadata(parts)
+    output.mkdir(parents=True, exist_ok=True)
+    with Directory(output) as directory:
+        if JOURNAL in directory.names():
+            raise JobError(f"{output} is the output of a run; give another directory for the merged results.")
+        renamed = not _all_different(parts)
+        ids = names if renamed else [""] * len(parts)
+        with directory.replacing(JSONL) as file:
+            counts = []
+            for part, name in zip(parts, ids, strict=True):
+                count = 0
+                for line in _lines(part):
+                    file.write(_renamed(line, name) if name else line)
+                    file.write(b"\n")
+                    count += 1
+                counts.append(count)
+        _merge_results(directory, parts, names, ids, counts, metadata)
+        _merge_timings(directory, parts)
+        made = _merge_reports(parts, ids)
+        report.write(directory, made)
+    return Merged(sum(counts), made.requests.errors, renamed)
+
+
+def _parts(given: Sequence[Path]) -> list[Path]:
+    """The directories to merge: those given, or the directories in the only one given if it is not itself a run's."""
+    found = list(given)
+    if len(given) == 1 and given[0].is_dir() and not (given[0] / JOURNAL).exists():
+        found = sorted(path for path in given[0].iterdir() if (path / JOURNAL).exists())
+        if not found:
+            raise JobError(f"{given[0]} holds no output directory of a run.")
+    for part in found:
+        missing = [name for name in FILES if not (part / name).is_file()]
+        if missing:
+            raise JobError(
+                f"{part} has no {missing[0]}: "
+                + (
+                    "that part is not finished, run its command again."
+                    if (part / JOURNAL).exists()
+                    else "it is not the output directory of a run."
+                )
+            )
+    if len({part.resolve() for part in found}) < len(found):
+        raise JobError("A part is given twice.")
+    return found
+
+
+def _names(parts: Sequence[Path]) -> list[str]:
+    """A name for each part: its directory's, or its path where two directories have the same name."""
+    names = [part.resolve().name for part in parts]
+    return names if len(set(names)) == len(names) else [str(part) for part in parts]
+
+
+def _metadata(parts: Sequence[Path]) -> dict[str, Any]:
+    """The attributes that results.h5 has in all parts; JobError names the first that differs."""
+    first: dict[str, Any] = {}
+    for part in parts:
+        with h5py.File(part / HDF5) as h5:
+            attributes = dict(h5.attrs)
+        first = first or attributes
+        for key in sorted(first.keys() | attributes.keys()):
+            if first.get(key) != attributes.get(key):
+                raise JobError(
+                    f"{parts[0]} and {part} are no parts of one job: their {key} differs "
+                    f"({_shown(first.get(key))} and {_shown(attributes.get(key))})."
+                )
+    return first
+
+
+def _shown(value: Any) -> str:
+    text = printable(str(value))
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _lines(part: Path) -> Iterator[bytes]:
+    with open(part / JSONL, "rb") as file:
+        for line in file:
+            yield line.rstrip(b"\n")
+
+
+def _all_different(parts: Sequence[Path]) -> bool:
+    """Whether no custom_id occurs twice, by hashes of 8 bytes (two equal ones cost longer names, nothing else)."""
+    decode = msgspec.json.Decoder(_Id).decode
+    hashes = b"".join(
+        blake2b(decode(line).custom_id.encode(), digest_size=8).digest()
+        for line in itertools.chain.from_iterable(map(_lines, parts))
+    )
+    values = np.frombuffer(hashes, np.uint64)
+    return len(np.unique(values)) == len(values)
+
+
+def _renamed(line: bytes, part: str) -> bytes:
+    """A line of results.jsonl whose custom_id, and the ids made from it, have the part's name in front."""
+    parsed = msgspec.json.decode(line, type=_Line)
+    before, parsed.custom_id = parsed.custom_id, f"{part}/{parsed.custom_id}"
+    old, new = hashed_id(before), hashed_id(parsed.custom_id)
+    parsed.id = parsed.id.replace(old, new)
+    parsed.response.request_id = parsed.response.request_id.replace(old, new)
+    if "id" in parsed.response.body:
+        raw = bytes(parsed.response.body["id"]).replace(old.encode(), new.encode())
+        parsed.response.body["id"] = msgspec.Raw(raw)
+    return msgspec.json.encode(parsed)
+
+
+def _merge_results(
+    directory: Directory,
+    parts: Sequence[Path],
+    names: Sequence[str],
+    ids: Sequence[str],
+    counts: Sequence[int],
+    metadata: dict[str, Any],
+) -> None:
+    with new_file(directory, HDF5) as (h5, check), ExitStack() as stack:
+        opened = [stack.enter_context(h5py.File(part / HDF5)) for part in parts]
+        for part, source, count in zip(parts, opened, counts, strict=True):
+            if len(source["requests/line"]) != count:
+                raise JobError(
+                    f"{part / HDF5} and {JSONL} do not belong together; run that part's command again."
+                )
+        for key, value in metadata.items():
+            h5.attrs[key] = value
+        h5.attrs["parts"] = msgspec.json.encode(list(names)).decode()
+        h5["timings"] = h5py.ExternalLink(TIMINGS, "/")
+        for group in (name for name in opened[0] if name != "timings"):
+            for name in opened[0][group]:
+                _merge_dataset(h5.require_group(group), f"{group}/{name}", opened, ids, check)
+        of_part = Column(h5["requests"], "part", np.int32)
+        for index, count in enumerate(counts):
+            for start in range(0, count, CHUNK):
+                of_part.add_bytes(np.full(min(CHUNK, count - start), index, np.int32).tobytes())
+                check()
+        of_part.flush()
+
+
+def _merge_dataset(
+    group: h5py.Group, path: str, sources: Sequence[h5py.File], ids: Sequence[str], check: Any
+) -> None:
+    """Append a dataset of all parts; offsets and indices move by what the parts before hold."""
+    name = path.rpartition("/")[2]
+    dataset = sources[0][path]
+    if h5py.check_string_dtype(dataset.dtype):
+        texts = TextColumn(group, name)
+        for source, part in zip(sources, ids, strict=True):
+            for value in itertools.chain.from_iterable(_chunks(source[path])):
+                text = value.decode()
+                texts.add(_renamed_text(text, part) if part and path == "requests/custom_id" else text)
+            check()
+        texts.flush()
+        return
+    # An offsets dataset has an entry more than there are rows: the first one is kept of the first part alone.
+    offsets = name == "offsets" or path == "requests/choices"
+    numbers = Column(group, name, dataset.dtype)
+    base = 0
+    for index, source in enumerate(sources):
+        for number, chunk in enumerate(_chunks(source[path])):
+            values = chunk[1:] if offsets and index and number == 0 else chunk
+            numbers.add_bytes((values + base if base else values).astype(dataset.dtype).tobytes())
+            check()
+        if offsets:
+            base += int(source[path][-1])
+        elif path in _INDEX:
+            base += len(source[_INDEX[path]]) - 1
+    numbers.flush()
+
+
+def _renamed_text(stored: str, part: str) -> str:
+    """A custom_id as results.h5 stores it, with the part's name in front."""
+    custom_id = msgspec.json.decode(stored, type=str) if stored.startswith('"') else stored
+    return hdf5_text(f"{part}/{custom_id}")
+
+
+def _chunks(dataset: h5py.Dataset) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(dataset), CHUNK):
+        yield dataset[start : start + CHUNK]
+
+
+def _merge_timings(directory: Directory, parts: Sequence[Path]) -> None:
+    with new_file(directory, TIMINGS) as (h5, check), ExitStack() as stack:
+        opened = [stack.enter_context(h5py.File(part / TIMINGS)) for part in parts]
+        for name in opened[0]:
+            column = Column(h5, name, opened[0][name].dtype)
+            for chunk in itertools.chain.from_iterable(_chunks(source[name]) for source in opened):
+                column.add_bytes(chunk.tobytes())
+                check()
+            column.flush()
+
+
+def _merge_reports(parts: Sequence[Path], ids: Sequence[str]) -> report.Report:
+    """Sums over all parts; seconds are from the first part's start to the last one's end."""
+    made = [report.read(part) for part in parts]
+    began = [datetime.fromisoformat(each.began) for each in made]
+    first = min(began)
+    events = sorted(
+        ((start - first).total_seconds() + seconds, index, tokens, requests)
+        for index, (start, each) in enumerate(zip(began, made, strict=True))
+        for seconds, tokens, requests in each.timeline
+    )
+    latest = [(0, 0)] * len(made)  # tokens and requests of each part so far
+    timeline = []
+    for seconds, index, tokens, requests in events:
+        latest[index] = (tokens, requests)
+        timeline.append((seconds, sum(of[0] for of in latest), sum(of[1] for of in latest)))
+    ends = [(start - first).total_seconds() + each.seconds for start, each in zip(began, made, strict=True)]
+    ranks = itertools.chain.from_iterable(each.ranks for each in made)
+    errors = (
+        (f"{part}/{custom_id}" if part else custom_id, message)
+        for part, each in zip(ids, made, strict=True)
+        for custom_id, message in each.errors.items()
+    )
+    return msgspec.structs.replace(
+        made[0],
+        began=first.isoformat(),
+        seconds=max(ends),
+        phases={key: sum(each.phases.get(key, 0.0) for each in made) for key in made[0].phases},
+        requests=_summed([each.requests for each in made]),
+        tokens=_summed([each.tokens for each in made]),
+        batch=msgspec.structs.replace(made[0].batch, steps=sum(each.batch.steps for each in made)),
+        ranks=[msgspec.structs.replace(rank, rank=number) for number, rank in enumerate(ranks)],
+        timeline=timeline,
+        errors=dict(itertools.islice(errors, report.SHOWN_ERRORS)),
+        warnings=list(dict.fromkeys(itertools.chain.from_iterable(each.warnings for each in made))),
+    )
+
+
+def _summed(structs: Sequence[Any]) -> Any:
+    fields = structs[0].__struct_fields__
+    return type(structs[0])(**{name: sum(getattr(each, name) for each in structs) for name in fields})

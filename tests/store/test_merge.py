@@ -1,0 +1,124 @@
+"""`mpillm merge`: parts of an input, merged, are what the whole input gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from mpillm.cli.commands import run as command
+from mpillm.errors import JobError
+from mpillm.store import report
+from mpillm.store.merge import merge
+from tests.conftest import clean_environment, run_bounded
+from tests.job_helpers import CHAT
+
+LINES: list[Any] = [
+    {"prompt": ["the fox", [7, 8, 9]], "n": 2, "logprobs": 2, "custom_id": "\N{SNOWMAN} text"},
+    {"messages": [{"role": "user", "content": "the fox"}], "custom_id": "chat"},
+    {"prompt": "a", "stream": "yes", "custom_id": "refused"},
+    {"prompt": "the end", "custom_id": '"quoted"'},
+    {"input": ["a", [5, 6]], "custom_id": "vectors"},
+    {"prompt": "a b c", "echo": True, "max_tokens": 0, "logprobs": 0, "custom_id": "scored\0"},
+]
+CUTS = {"000": slice(0, 2), "001": slice(2, 3), "002": slice(3, 6)}
+
+
+def run(folder: Path, name: str, lines: list[Any]) -> Path:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    output = folder / "parts" / name
+    words = ["--model", CHAT, "--input", path, "--output", output, "--set", "sampling.max_tokens=3"]
+    done = run_bounded([sys.executable, "-m", "mpillm", "run", *words], env=clean_environment())
+    assert done.returncode in (0, 1), done.stderr
+    return output
+
+
+def datasets(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with h5py.File(path) as h5:
+        h5.visititems(
+            lambda name, node: found.update({name: node[:]}) if isinstance(node, h5py.Dataset) else None
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merge")
+    for name, cut in CUTS.items():
+        run(folder, name, LINES[cut])
+    (run(folder, "whole", LINES)).rename(folder / "whole")
+    run(folder, "unnamed", [{"prompt": "b"}, {"prompt": "c"}]).rename(folder / "unnamed")
+    return folder
+
+
+def test_parts_give_what_the_whole_gives(runs: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert command(["merge", str(runs / "parts"), "--output", str(merged)]) == 0
+    lines, of_whole = ((path / "results.jsonl").read_bytes() for path in (merged, runs / "whole"))
+    assert lines.replace(b"Line 1:", b"Line 3:") == of_whole  # an error names the line of the part's own input
+    found, whole = datasets(merged / "results.h5"), datasets(runs / "whole/results.h5")
+    assert found.pop("requests/part").tolist() == [0, 0, 1, 2, 2, 2]
+    assert found.pop("requests/line").tolist() == [1, 2, 1, 1, 2, 3]
+    del whole["requests/line"]
+    assert found.keys() == whole.keys()
+    for name, values in whole.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name, strict=True)
+    assert len(datasets(merged / "timings.h5")["seconds_running"]) == len(found["choices/prompt"])
+    with h5py.File(merged / "results.h5") as h5, h5py.File(runs / "whole/results.h5") as whole_h5:
+        assert json.loads(h5.attrs["parts"]) == list(CUTS)
+        assert h5.attrs["job"] == whole_h5.attrs["job"]
+    sums, one = report.read(merged), report.read(runs / "whole")
+    assert (sums.requests.total, sums.requests.ok, sums.requests.errors) == (6, 5, 1)
+    assert (sums.tokens.prompt, sums.tokens.generated) == (one.tokens.prompt, one.tokens.generated)
+    assert sums.errors.keys() == one.errors.keys() == {"refused"}
+    assert sums.timeline[-1][1] == one.tokens.generated
+    assert report.write_html(merged)[0].is_file()
+
+
+def test_ids_that_two_parts_have_get_the_names_of_their_parts(runs: Path, tmp_path: Path) -> None:
+    made = merge([runs / "parts/000", runs / "unnamed", runs / "whole"], tmp_path)
+    assert made.renamed
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    ids = [line["custom_id"] for line in lines]
+    assert len(set(ids)) == len({line["id"] for line in lines}) == len(lines) == 10
+    assert len({line["response"]["body"].get("id", line["id"]) for line in lines}) == len(lines)
+    assert ids[0] == "000/\N{SNOWMAN} text"
+    assert ids[2].startswith("unnamed/")
+    stored = [text.decode() for text in datasets(tmp_path / "results.h5")["requests/custom_id"]]
+    assert [json.loads(text) if text.startswith('"') else text for text in stored] == ids
+    assert list(report.read(tmp_path).errors) == ["whole/refused"]
+    again = tmp_path / "results.jsonl"
+    before = again.read_bytes()
+    merge([runs / "parts/000", runs / "unnamed", runs / "whole"], tmp_path)
+    assert again.read_bytes() == before
+
+
+def test_what_cannot_be_merged_is_named(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/journal").write_bytes(b"")
+    with pytest.raises(
+        JobError, match=r"begun has no results.jsonl: that part is not finished, run its command"
+    ):
+        merge([runs / "whole", tmp_path / "begun"], tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(JobError, match="holds no output directory of a run"):
+        merge([tmp_path / "out"], tmp_path / "out")
+    with pytest.raises(JobError, match="given twice"):
+        merge([runs / "whole", runs / "parts/../whole"], tmp_path / "out")
+    with pytest.raises(JobError, match="is the output of a run"):
+        merge([runs / "whole", runs / "unnamed"], runs / "whole")
+    other = tmp_path / "other"
+    words = ["--model", str(CHAT), "--input", str(runs / "000.jsonl"), "--output", str(other)]
+    words += ["--set", "sampling.max_tokens=4"]
+    assert (
+        run_bounded([sys.executable, "-m", "mpillm", "run", *words], env=clean_environment()).returncode == 0
+    )
+    with pytest.raises(JobError, match=r"are no parts of one job: their job differs .*max_tokens"):
+        merge([runs / "whole", other], tmp_path / "out")
