@@ -15,7 +15,16 @@ from typing import Any
 
 from mpillm.errors import JobError
 from mpillm.kernels import fused, reference
-from mpillm.kernels.fused import Attention, Expert, Experts, LatentAttention, LayerStack, Mlp, Products, Residual
+from mpillm.kernels.fused import (
+    Attention,
+    Expert,
+    Experts,
+    LatentAttention,
+    LayerStack,
+    Mlp,
+    Products,
+    Residual,
+)
 from mpillm.kernels.reference import (
     activate,
     activation_nbytes,
@@ -50,11 +59,46 @@ from mpillm.kernels.types import (
 )
 
 __all__ = [
-    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType", "Expert",
-    "Experts", "LatentAttention", "LayerStack", "Mlp", "Norm", "Products", "Residual", "activate", "activation_nbytes", "attention",
-    "available", "compute", "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts",
-    "matmul", "pack", "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "softcap",
-    "softmax", "square_sums", "top_k",
+    "ACTIVATION_BLOCK_BYTES",
+    "KV_BLOCK",
+    "QUANT_BLOCK",
+    "TILE_ROWS",
+    "Activation",
+    "Attention",
+    "BlockType",
+    "Expert",
+    "Experts",
+    "LatentAttention",
+    "LayerStack",
+    "Mlp",
+    "Norm",
+    "Products",
+    "Residual",
+    "activate",
+    "activation_nbytes",
+    "attention",
+    "available",
+    "compute",
+    "dequantize",
+    "first_touch",
+    "fold",
+    "kv_pools",
+    "kv_store",
+    "layer_norm",
+    "lse_parts",
+    "matmul",
+    "pack",
+    "packed_nbytes",
+    "path",
+    "quantize",
+    "quantize_rows",
+    "rms_norm",
+    "rope",
+    "set_path",
+    "softcap",
+    "softmax",
+    "square_sums",
+    "top_k",
 ]  # fmt: skip
 
 PATHS = (

@@ -158,17 +158,18 @@ class LatentAttention(_Fused):
     """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434, section 2.1), of x [m, d] to out [m, d].
 
     kv_a(x) is a latent, which `kv_norm` normalises, and a key that all heads share, which is rotated; both together are
-    stored as the key of one KV head, whose value is the latent. q(x), or with a low rank q(q_norm(q_a(x))), has for each
-    head a part that meets the latent and a part that is rotated. Head i's matrix k_b[i] [latent, part] takes the first
-    part into the space of latents, and v_b[i] [v, latent] what attention makes there to the head's value, so latents are
-    never expanded to the heads' keys and values. out is the product of o with these.
+    stored as the key of one KV head, whose value is the latent. q(x), or with a low rank q(q_norm(q_a(x))), has for
+    each head a part that meets the latent and a part that is rotated. Head i's matrix k_b[i] [latent, part] takes the
+    first part into the space of latents, and v_b[i] [value, latent] takes what attention makes there to the head's
+    value: latents are never expanded to keys and values of heads. out is the product of o with these values.
 
     `norm` is that of x, `biases` those of q_a and kv_a (each may be None). out has neither o's bias nor x added.
     """
 
-    def __init__(self, q: Packed, kv_a: Packed, k_b: Sequence[Packed], v_b: Sequence[Packed], o: Packed, scale: float, *,
-                 kv_norm: Norm, q_a: Packed | None = None, q_norm: Norm | None = None, norm: Norm | None = None,
-                 biases: tuple[F32 | None, F32 | None] | None = None, interleaved: bool = True) -> None:  # fmt: skip
+    def __init__(self, q: Packed, kv_a: Packed, k_b: Sequence[Packed], v_b: Sequence[Packed], o: Packed,
+                 scale: float, *, kv_norm: Norm, q_a: Packed | None = None, q_norm: Norm | None = None,
+                 norm: Norm | None = None, biases: tuple[F32 | None, F32 | None] | None = None,
+                 interleaved: bool = True) -> None:  # fmt: skip
         self._q, self._q_a, self._kv_a, self._o, self._scale = q, q_a, kv_a, o, scale
         self._k_b, self._v_b, self._interleaved = tuple(k_b), tuple(v_b), interleaved
         self._norm_before, self._q_norm, self._kv_norm = norm, q_norm, kv_norm

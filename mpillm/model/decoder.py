@@ -193,7 +193,7 @@ class _RankLayer:
     def _mix(self, page: Layer, x: Floats, rows: Rows) -> None:
         rank, mixer, norms = self._rank, self.spec.mixer, self.spec.mixer_norms
 
-        def make() -> kernels.Attention:
+        def make() -> kernels.Attention | kernels.LatentAttention:
             norm = norms.before.kernel(page, "attn_norm") if norms.before else None
             return mixer.kernel(page, norm, rank.place, rank.block)
 

@@ -30,7 +30,8 @@ class Role:
     `*_stacked` all experts' in one, experts outermost. The first name is the usual one. Hugging Face names come without
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
     `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
-    products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
+    products with BF16 round their activations, and a router that sees rounded ones chooses other experts. `by_heads`:
+    a matrix for each head, one under the other, which GGUF files hold as three dimensions.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Role:
     quantisable: bool = False
     by_columns: bool = False
     exact: bool = False
+    by_heads: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
     gguf_expert: tuple[str, ...] = ()
@@ -52,6 +54,17 @@ def _vector(name: str, hf: str, gguf: str) -> Role:
 
 def _matrix(name: str, hf: str, gguf: str, by_columns: bool = False) -> Role:
     return Role(name, 2, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", quantisable=True, by_columns=by_columns)
+
+
+def _heads(name: str) -> Role:
+    return Role(
+        name,
+        2,
+        f"layers.{{l}}.self_attn.{name}_proj.weight",
+        f"blk.{{l}}.attn_{name}.weight",
+        quantisable=True,
+        by_heads=True,
+    )
 
 
 def _mlp(name: str, mixtral: str) -> Role:
@@ -86,6 +99,16 @@ ROLES: dict[str, Role] = {
         _vector("v_bias", "self_attn.v_proj.bias", "attn_v.bias"),
         _vector("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         _vector("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+        _matrix("q_a", "self_attn.q_a_proj.weight", "attn_q_a.weight"),
+        _vector("q_a_bias", "self_attn.q_a_proj.bias", "attn_q_a.bias"),
+        _vector("q_a_norm", "self_attn.q_a_layernorm.weight", "attn_q_a_norm.weight"),
+        _matrix("q_b", "self_attn.q_b_proj.weight", "attn_q_b.weight"),
+        _matrix("kv_a", "self_attn.kv_a_proj_with_mqa.weight", "attn_kv_a_mqa.weight"),
+        _vector("kv_a_bias", "self_attn.kv_a_proj_with_mqa.bias", "attn_kv_a_mqa.bias"),
+        _vector("kv_a_norm", "self_attn.kv_a_layernorm.weight", "attn_kv_a_norm.weight"),
+        _matrix("kv_b", "self_attn.kv_b_proj.weight", "attn_kv_b.weight"),  # k_b and v_b, head by head
+        _heads("k_b"),
+        _heads("v_b"),
         _vector("sinks", "self_attn.sinks", "attn_sinks.weight"),
         _matrix("o", "self_attn.o_proj.weight", "attn_output.weight", by_columns=True),
         _vector("o_bias", "self_attn.o_proj.bias", "attn_output.bias"),

@@ -42,8 +42,9 @@ class Entry:
 class LayerPlan:
     """One item of the weight cache: a part of a layer, one of its experts, or the output head.
 
-    `nbytes` is the size of its buffer. In a packed model that is the bytes from `offset` on in file number `file`, and
-    a tensor may have several entries: the parts of its matrix in their order. A layer's experts are all alike there,
+    `nbytes` is the size of its buffer. A tensor may have several entries: the matrices of heads. In a packed model the
+    buffer is the bytes from `offset` on in file number `file`, and entries may be the parts of one matrix in their
+    order. A layer's experts are all alike there,
     and may share the entries of the first one.
     """
 
@@ -71,8 +72,10 @@ def plan_entries(
     """What a rank holds of these tensors, each from a multiple of ALIGNMENT on, and the bytes that takes."""
     entries, offset = [], 0
     for tensor in tensors:
-        entries.append(plan_entry(tensor.key, *tensor.slices(place), type_of(tensor.key), offset))
-        offset += aligned(entries[-1].nbytes)
+        rows, cols, bounds = tensor.slices(place)
+        for part in tensor.apart(rows):
+            entries.append(plan_entry(tensor.key, part, cols, bounds, type_of(tensor.key), offset))
+            offset += aligned(entries[-1].nbytes)
     return tuple(entries), offset
 
 

@@ -87,7 +87,7 @@ def test_threads(model: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("path", COMPILED)
-@pytest.mark.parametrize("model", ["llama3", "qwen3_moe", "llama_mixed.gguf"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe", "deepseek_v3", "llama_mixed.gguf"])
 def test_instruction_sets(model: str, path: str) -> None:
     kernels.set_path(path)
     assert_same(model, run(model))
@@ -123,7 +123,7 @@ def test_streamed_weights(model: str) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
-@pytest.mark.parametrize("model", ["llama3", "qwen3_moe", "mixed windows"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe", "deepseek_v3", "mixed windows"])
 def test_a_kv_cache_on_disk(model: str, kv_type: str, tmp_path: Path) -> None:
     if model == "mixed windows":
         model = str(harness.write_mixed_windows(tmp_path / "model"))

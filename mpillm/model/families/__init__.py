@@ -8,6 +8,7 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
+from mpillm.model.families.deepseek import DeepSeek
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
 from mpillm.model.families.granite import Granite
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
     Qwen(),
+    DeepSeek(),
     Gemma(),
     Glm(),
     Granite(),
@@ -33,7 +35,7 @@ _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.archi
 _BY_GGUF = {kind: family for family in FAMILIES for kind in family.gguf}
 MODEL_TYPES: dict[str, str] = {
     model_type: name for family in FAMILIES for name, model_type in family.architectures.items()
-}
+} | {model_type: name for family in FAMILIES for model_type, name in family.further_types.items()}
 
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:

@@ -12,6 +12,8 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.fields import Fields
 from mpillm.model.known_keys import is_harmless
 from mpillm.model.layers.attention import Rotary
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
+from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST, read_rope
@@ -32,12 +34,14 @@ ACTIVATIONS = {
 class Family:
     """A family of models: one file, which `families.FAMILIES` lists.
 
-    `architectures` are transformers' classes with their model_type, `gguf` the values of general.architecture that it
+    `architectures` are transformers' classes with their model_type, `further_types` other values of model_type with the
+    class that they stand for, `gguf` the values of general.architecture that it
     reads, `names` what its tensors are called, and `tied` what an absent tie_word_embeddings means. `defaults` has what
     other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
     """
 
     architectures: ClassVar[Mapping[str, str]]
+    further_types: ClassVar[Mapping[str, str]] = {}
     gguf: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[Names] = Names()
     tied: ClassVar[bool] = False
@@ -179,6 +183,34 @@ def read_chosen(fields: Fields, count: int) -> int:
     if chosen > count:
         raise fields.fail("num_experts_per_tok", f"but the model has {count} experts")
     return chosen
+
+
+def read_grouped_experts(fields: Fields, **router: Any) -> ExpertsSpec:
+    """Experts in groups beside shared ones, as in DeepSeek and GLM; `router` is what the family says of that."""
+    names = "n_routed_experts", "num_local_experts", "num_experts"  # transformers knows it by each
+    given = [name for name in names if name in fields.values] or [names[0]]
+    counts = [fields.integer(name, 1, 2**16) for name in given]
+    count = counts[0]
+    if counts.count(count) != len(counts):
+        raise fields.fail(given[0], f"but {given[1]} is {fields.values[given[1]]}")
+    groups = fields.integer("n_group", 1, 2**16, default=1)
+    if count % groups:
+        raise fields.fail("n_group", f"but {count} experts are no such number of equal groups")
+    used = fields.integer("topk_group", 1, groups, default=1)
+    chosen = read_chosen(fields, count)
+    if chosen > used * (count // groups):
+        raise fields.fail("num_experts_per_tok", f"but {used} groups have {used * (count // groups)} experts")
+    spec = RouterSpec(
+        chosen,
+        groups=groups,
+        groups_chosen=used,
+        scale=fields.number("routed_scaling_factor", 0, 1e9, default=1.0),
+        **router,
+    )
+    width, shared = read_width(fields, "moe_intermediate_size"), fields.integer("n_shared_experts", 0, 2**16)
+    return ExpertsSpec(
+        count, width, spec, shared=MlpSpec(width * shared, prefix="shared_") if shared else None
+    )
 
 
 def model(

@@ -7,7 +7,7 @@ from mpillm.model.families.base import (
     Family,
     model,
     read_activation,
-    read_chosen,
+    read_grouped_experts,
     read_norm,
     read_partial_rotary,
     read_sizes,
@@ -15,7 +15,6 @@ from mpillm.model.families.base import (
 )
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import AttentionSpec
-from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
@@ -45,6 +44,7 @@ class Glm(Family):
             "rms_norm_eps": 1e-5,
             "num_experts_per_tok": 8,
             "n_routed_experts": 128,
+            "n_shared_experts": 1,
             "moe_intermediate_size": 1408,
             "norm_topk_prob": True,
         },
@@ -67,7 +67,9 @@ class Glm(Family):
         if not mixture:
             dense = LayerSpec(attention, mlp, Norms(norm, norm), Norms(norm, norm))
             return model(fields, architecture, sizes, lambda number: dense, norm)
-        experts = _experts(fields)
+        experts = read_grouped_experts(
+            fields, scoring="sigmoid", correction=True, normalise=fields.flag("norm_topk_prob")
+        )
         first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
         fields.raw("num_nextn_predict_layers")  # layers beyond the model's own, which are not read
 
@@ -75,26 +77,3 @@ class Glm(Family):
             return LayerSpec(attention, experts if number >= first else mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
-
-
-def _experts(fields: Fields) -> ExpertsSpec:
-    local = fields.optional_integer("num_local_experts", 1, 2**16)
-    count = local or fields.integer("n_routed_experts", 1, 2**16)
-    fields.read.add("n_routed_experts")
-    width = read_width(fields, "moe_intermediate_size")
-    groups = fields.integer("n_group", 1, 2**16, default=1)
-    if count % groups:
-        raise fields.fail("n_group", f"but {count} experts are no such number of equal groups")
-    router = RouterSpec(
-        read_chosen(fields, count),
-        scoring="sigmoid",
-        correction=True,
-        groups=groups,
-        groups_chosen=fields.integer("topk_group", 1, groups, default=1),
-        normalise=fields.flag("norm_topk_prob"),
-        scale=fields.number("routed_scaling_factor", 0, 1e9, default=1.0),
-    )
-    shared = fields.integer("n_shared_experts", 0, 2**16, default=1)
-    return ExpertsSpec(
-        count, width, router, shared=MlpSpec(width * shared, prefix="shared_") if shared else None
-    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mpillm.model.cache_spec import LayerCache
 from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.experts import ExpertsSpec
+from mpillm.model.layers.latent import LatentAttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.partition.grid import Axis, Place
@@ -18,7 +19,7 @@ from mpillm.weights.inventory import ATTENTION, PageSpec, TensorSpec
 class LayerSpec:
     """x += residual_scale * mixer(x), then x += residual_scale * mlp(x), each with the norms around it."""
 
-    mixer: AttentionSpec
+    mixer: AttentionSpec | LatentAttentionSpec
     mlp: MlpSpec | ExpertsSpec
     mixer_norms: Norms
     mlp_norms: Norms

@@ -28,6 +28,7 @@ class GgufFamily(Protocol):
         """The configuration with Hugging Face's keys, without RoPE's."""
 
 
+LOG_MULTIPLIED = {"deepseek2"}  # architectures whose scores yarn multiplies
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
 _IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 _UNSET = (-1, 2**32 - 1)  # ids that stand for "no such token", signed and unsigned
@@ -76,8 +77,8 @@ def config_of(
     return config
 
 
-def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-    """The keys of nearly all models, from their usual fields."""
+def usual_config(fields: GgufFields, shape_of: ShapeOf, head_dim: int | None = None) -> dict[str, Any]:
+    """The keys of nearly all models, from their usual fields; `head_dim` where the usual ones do not say it."""
     embed = shape_of(Key("embed"))
     if embed is None:
         raise ModelError(f"{fields.path} has no tensor token_embd.weight; fetch the model again.")
@@ -96,7 +97,7 @@ def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
-        "head_dim": _head_dim(fields, hidden // heads),
+        "head_dim": _head_dim(fields, hidden // heads) if head_dim is None else head_dim,
         "intermediate_size": fields.integer("feed_forward_length"),
         **_tokens(fields.metadata),
     }
@@ -225,6 +226,10 @@ def _rope(fields: GgufFields, config: dict[str, Any], factors: list[float] | Non
         rope["beta_fast"] = beta_fast
     if beta_slow:
         rope["beta_slow"] = beta_slow
+    if "rope.scaling.yarn_log_multiplier" in fields.values and fields.kind in LOG_MULTIPLIED:
+        # convert_hf_to_gguf.py writes a tenth of mscale_all_dim, and llama.cpp takes mscale to be the same.
+        scale = fields.number("rope.scaling.yarn_log_multiplier") * 10
+        rope |= {"mscale": scale, "mscale_all_dim": scale}
     if attention != 1.0:
         rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return rope

@@ -15,7 +15,7 @@ from mpillm.weights import names
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_config import config_of
 from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
-from mpillm.weights.formats.tensors import Extent, TensorSource, add
+from mpillm.weights.formats.tensors import Extent, TensorSource, add, split_kv_b
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key
 
@@ -38,6 +38,7 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
                     factors = _factors(file, tensor)
                 _add(extents, file, name, tensor, family.names)
         config = config_of(metadata, path, family, lambda key: _shape(extents, key), factors)
+        split_kv_b(extents, config, path)
         if family.names.rope_pairs:
             _mark_permuted(extents, config, path)
         extents.setdefault(

@@ -13,7 +13,7 @@ from mpillm.weights import names
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.safetensors import Tensor, read_header
 from mpillm.weights.formats.stored import OWN
-from mpillm.weights.formats.tensors import Extent, TensorSource, add
+from mpillm.weights.formats.tensors import Extent, TensorSource, add, split_kv_b
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key
 
@@ -34,6 +34,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
             if _predicts_further(name, config):
                 continue
             _add(extents, file, name, tensor, family.names)
+        split_kv_b(extents, config, path)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)

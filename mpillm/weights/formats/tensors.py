@@ -16,6 +16,7 @@ from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
+from mpillm.weights.formats.heads import HeadPart
 from mpillm.weights.formats.loaders import LOADING_NBYTES, Lying, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
@@ -38,7 +39,8 @@ class Extent:
     """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
 
     `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
-    halves of each of so many heads are interleaved.
+    halves of each of so many heads are interleaved. `part`: rows of each head lie among those of another matrix, which
+    begins at `offset`; `shape` and `stored` are those of the rows that are gathered.
     """
 
     file: MappedFile
@@ -47,6 +49,7 @@ class Extent:
     shape: tuple[int, ...]
     stored: Stored
     rope_heads: int = 0
+    part: HeadPart | None = None
 
     @property
     def k(self) -> int:
@@ -63,7 +66,8 @@ class Extent:
 
     @property
     def nbytes(self) -> int:
-        return self.n * self.row_bytes
+        """Bytes in the file."""
+        return self.part.nbytes(self.n) if self.part else self.n * self.row_bytes
 
 
 GATHERED = (
@@ -145,7 +149,7 @@ class TensorSource:
         same = stored.own and type == stored.type
         if not same and (stored.quantised or type not in QUANTIZE.values()):
             return Rows(type, self.read(key, rows, cols), 0)
-        if head and (rows.start % head or rows.stop % head):
+        if extent.part or (head and (rows.start % head or rows.stop % head)):
             raw, head = _stored_rows(extent, rows), 0
         else:
             raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
@@ -156,7 +160,8 @@ class TensorSource:
         extent = self._extents[entry.key]
         offset = extent.offset + entry.rows.start * extent.row_bytes
         unchanged = extent.stored.own and not entry.type.quantised and entry.type == extent.stored.type
-        whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
+        moved = extent.rope_heads or extent.part
+        whole = bool(entry.bounds) and len(entry.cols) == extent.k and not moved
         if not unchanged or not whole or offset % entry.type.block_bytes:
             return None
         return Lying(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
@@ -275,6 +280,9 @@ def _span(extent: Extent, rows: range) -> tuple[int, int]:
     first, stop = rows.start, rows.stop
     if len(extent.shape) == 1:
         first, stop = 0, 1
+    elif extent.part:
+        heads, size = extent.part.heads(rows), extent.part.rows * extent.part.row_bytes
+        return extent.offset + heads.start * size, len(heads) * size
     elif extent.rope_heads:  # a row comes from somewhere in its head
         head = extent.n // extent.rope_heads
         first, stop = first // head * head, -(-stop // head) * head
@@ -300,7 +308,10 @@ def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Byte
     if isinstance(rows, range):
         assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
         offset, nbytes = _span(extent, rows)
-        raw = extent.file.read(offset, nbytes).reshape(-1, extent.row_bytes)
+        raw = extent.file.read(offset, nbytes)
+        if extent.part:
+            return extent.part.gather(raw, rows)
+        raw = raw.reshape(-1, extent.row_bytes)
         if not extent.rope_heads:
             return raw
         first = (offset - extent.offset) // extent.row_bytes
@@ -340,7 +351,10 @@ def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[
 
     `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins.
     """
-    ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
+    first = ROLES[parsed.roles[0]]
+    if first.by_heads and len(shape) == 3:
+        shape = shape[0] * shape[1], shape[2]
+    ndim = first.ndim + parsed.stacked
     if len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
@@ -366,3 +380,25 @@ def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[
             found.append((Key(role, parsed.layer, expert), piece))
             offset += piece.nbytes
     return found
+
+
+def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path) -> None:
+    """Put k_b and v_b in the place of each kv_b, in which they lie head by head (see `heads`); ModelError if not."""
+    for key in [key for key in extents if key.role == "kv_b"]:
+        whole = extents.pop(key)
+        if Key("k_b", key.layer) in extents:  # some files have both
+            continue
+        sizes = [config.get(name) for name in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")]
+        heads, part, value = (size if type(size) is int and size > 0 else 1 for size in sizes)
+        rows = part + value
+        if whole.shape[0] != heads * rows:
+            raise ModelError(
+                f"{path}: tensor {whole.name} has {whole.shape[0]} rows, but {heads} heads of {part} + {value} have "
+                f"{heads * rows}."
+            )
+        for role, first, count, turned in (("k_b", 0, part, True), ("v_b", part, value, False)):
+            of = HeadPart(whole.stored, whole.k, rows, first, count, turned)
+            shape = (heads * whole.k, part) if turned else (heads * value, whole.k)
+            extents[Key(role, key.layer)] = Extent(
+                whole.file, whole.name, whole.offset, shape, of.made, part=of
+            )
