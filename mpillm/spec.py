@@ -340,6 +340,11 @@ def _known() -> Iterator[str]:
             yield name
 
 
+def key_called(name: str) -> str | None:
+    """The dotted key of a job whose last word this is, or whose only name; None if there is none."""
+    return next((key for key in _known() if key.rpartition(".")[2] == name), None)
+
+
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:
     known = set(_known())
     tables = {key.split(".")[0] for key in known if "." in key}

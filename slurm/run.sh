@@ -2,20 +2,27 @@
 # The common part of the batch scripts: starts `python -m mpillm run "$@"` on the allocation's tasks, and
 # puts the job back into the queue when it was interrupted. What it needs to know it finds out:
 #
-#   MPILLM_VENV      the virtual environment, on a file system that all nodes see   (default: the checkout's .venv)
+#   MPILLM_VENV      a virtual or conda environment, on a file system that all nodes see   (default: what site.sh beside
+#                    this file says, else the checkout's .venv)
 #   MPILLM_LAUNCHER  srun or mpiexec   (default: srun if this Slurm speaks the installed MPI's protocol, else mpiexec)
 #   MPILLM_RESTARTS  how often an interrupted job may be queued again               (default: 100)
 set -uo pipefail
 
 say() { echo "run.sh: $*" >&2; }
 
-venv=${MPILLM_VENV:-$(cd "$(dirname "$0")/.." && pwd)/.venv}
-if [ ! -r "$venv/bin/activate" ]; then
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck disable=SC1091
+[ -r "$here/site.sh" ] && . "$here/site.sh"
+venv=${MPILLM_VENV:-${here%/*}/.venv}
+if [ -r "$venv/bin/activate" ]; then
+    # shellcheck disable=SC1091
+    . "$venv/bin/activate"
+elif [ -x "$venv/bin/python" ]; then # a conda environment has no such file
+    PATH=$venv/bin:$PATH
+else
     say "no virtual environment at $venv; type 'make install' in the checkout, or set MPILLM_VENV"
     exit 2
 fi
-# shellcheck disable=SC1091
-. "$venv/bin/activate"
 
 # Since Slurm 22.05 srun no longer takes --cpus-per-task from the allocation: without this every rank gets one core.
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -75,6 +75,8 @@ def test_a_command_can_be_typed(page: Path, line: str) -> None:
         check_sbatch(words[1:])
     elif program in ("mpiexec", "srun"):
         check_launch(words[1:])
+    elif program == "mpillm":
+        check_mpillm(words[1:])
     elif program == "python":
         check_python(words)
     else:
@@ -141,11 +143,11 @@ def check_extras(words: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_quickstart_runs_as_printed(tmp_path: Path) -> None:
-    """The README's first mpiexec, typed into a new shell after `make`: also as root, and on fewer than 4 cores."""
+    """The README's first command, typed into a new shell after `make`: also as root, and on fewer than 4 cores."""
     activate = ROOT / ".venv" / "bin" / "activate"
     if not activate.exists():
         pytest.skip("make has not been here: there is no .venv")
-    typed = next(line for line in fenced(ROOT / "README.md") if line.startswith("mpiexec"))
+    typed = next(line for line in fenced(ROOT / "README.md") if line.startswith("mpillm"))
     env = {
         name: os.environ[name]
         for name in ("HOME", "PATH", "MPILLM_CACHE", "PIP_INDEX_URL")

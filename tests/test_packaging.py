@@ -17,7 +17,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-BUILT_FROM = ("cython/", "mpillm/", "jobs/")
+BUILT_FROM = ("cython/", "mpillm/", "jobs/", "slurm/")
+BESIDE = {"mpillm.jobs": "jobs", "mpillm.slurm": "slurm", "mpillm.slurm.hosts": "slurm/hosts"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -26,13 +27,15 @@ def test_every_package_is_listed() -> None:
     there = {
         str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("mpillm/**/__init__.py")
     }
-    assert listed == there | {"mpillm.jobs"}
+    assert listed == there | BESIDE.keys()
 
 
-def test_every_job_file_is_installed() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["mpillm.jobs"]
-    taken = {path for pattern in patterns for path in (ROOT / "jobs").glob(pattern)}
-    assert taken == {path for path in (ROOT / "jobs").iterdir() if path.is_file()}
+def test_every_job_file_and_script_is_installed() -> None:
+    for package, folder in BESIDE.items():
+        assert PROJECT["tool"]["setuptools"]["package-dir"][package] == folder
+        patterns = PROJECT["tool"]["setuptools"]["package-data"][package]
+        taken = {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}
+        assert taken == {path for path in (ROOT / folder).iterdir() if path.is_file()}
 
 
 def test_the_command_exists() -> None:

@@ -198,7 +198,7 @@ def _sent(session: Session) -> int:
 def weight_bytes(session: Session, rows: int) -> int:
     """Bytes of weights that a step of so many rows reads on this rank: of experts, those that random routing picks."""
     picked = 1 - (1 - session.config.expert_share) ** rows
-    entries = [entry for item in session.weights.items for entry in item.entries]
+    entries = [entry for item in session.weights.pages for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mpillm
-from mpillm.cli import bench, supervise
+from mpillm.cli import bench, serve, supervise
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
@@ -27,10 +27,17 @@ from mpillm.errors import JobError
 if TYPE_CHECKING:
     from mpillm.spec import Spec
 
+NO_JOBS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # what an input may be called
 QUICKSTART = "quickstart.toml"
+NEXT_STEPS = """\
+next steps:
+  mpillm launch -n 2 run                                       answer eight questions with the default small model
+  mpillm launch -n 4 run --input prompts.jsonl --output out/mine                             answer your own
+  mpillm plan --model MODEL --ranks 4                                        will a model fit, and how
+"""
 EXAMPLES = """\
 examples:
-  mpiexec -n 2 python -m mpillm                                    the quickstart job on the default small model
+  mpillm launch -n 2 run                                           the quickstart job on the default small model
   mpiexec -n 4 python -m mpillm run jobs/summaries.toml --set sampling.seed=3
   mpiexec -n 4 python -m mpillm run --model smollm2-135m --input requests.jsonl --output out/mine
   python -m mpillm plan jobs/large-model.toml --ranks 4
@@ -42,6 +49,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     with _only_first_prints():
         options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    if options.command is None and launch.launched_by(os.environ) is None:
+        _parser().print_help()
+        print(f"\n{NEXT_STEPS}", end="")
+        return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
     return guard(lambda world: _command(world, options))
@@ -69,10 +80,12 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "plan": _plan,
         "pack": _pack,
         "pull": _pull,
+        "init": _init,
         "report": _report,
         "merge": _merge,
         "doctor": _doctor,
         "bench": bench.run,
+        "serve": serve.run,
     }
     return commands[options.command or "run"](world, options)
 
@@ -131,6 +144,14 @@ def _report(world: World, options: argparse.Namespace) -> int:
     return 0
 
 
+def _init(world: World, options: argparse.Namespace) -> int:
+    from mpillm.tools import init
+
+    if world.rank == 0:
+        print("\n".join(init.init(options.what, options.directory)))
+    return 0
+
+
 def _merge(world: World, options: argparse.Namespace) -> int:
     from mpillm.store import merge
 
@@ -164,6 +185,9 @@ def _spec(world: World, options: argparse.Namespace) -> Spec:
 def _load(options: argparse.Namespace) -> Spec:
     from mpillm import spec
 
+    job = getattr(options, "job", None)
+    if job is not None and job.suffix in NO_JOBS:
+        raise JobError(f"{job} is no job file (TOML); to run its requests, type --input {job}.")
     return spec.load(
         _job_file(options),
         getattr(options, "set", ()),
@@ -178,10 +202,32 @@ def _job_of(words: list[str]) -> Spec:
     return _load(_parser().parse_args(words))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Knows that a key of the job may have been meant where an option is unknown."""
+
+    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        options, unknown = self.parse_known_args(words)
+        for word in unknown:
+            name, equals, value = word.removeprefix("--").partition("=")
+            following = words[words.index(word) + 1 :]
+            value = value if equals or not following else following[0]
+            if word.startswith("--") and (key := _key_called(name)):
+                self.error(f"there is no option --{name}; type --set {key}={value or 'VALUE'}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
+
+def _key_called(option: str) -> str | None:
+    from mpillm import spec
+
+    return spec.key_called(option.replace("-", "_"))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mpillm",
-        description="Batches of LLM requests on CPUs, over MPI. Without a command: the quickstart job.",
+        description="Batches of LLM requests on CPUs, over MPI.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -211,6 +257,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
+    init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")
+    init.add_argument("what", choices=("job", "hostfile", "slurm"))
+    init.add_argument("directory", type=Path)
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")
     report.add_argument("directory", type=Path, help="the run's output directory")
     merge = commands.add_parser("merge", help="the outputs of a job's parts become one")
@@ -222,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         help="output directories of finished runs, or one directory that holds them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
+    serve.add(commands.add_parser("serve", help="OpenAI's HTTP interface and a web page in front of a model"))
     doctor = commands.add_parser(
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )
@@ -261,8 +311,6 @@ def _job_file(options: argparse.Namespace) -> Path | None:
     job: Path | None = getattr(options, "job", None)
     if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
         return job
-    package = Path(mpillm.__file__).parent
-    for folder in (package.parent / "jobs", package / "jobs"):  # a checkout, or an installed package
-        if (folder / QUICKSTART).is_file():
-            return folder / QUICKSTART
-    raise JobError("This installation has no quickstart job; name a job file: mpillm run JOB.toml.")
+    from mpillm.tools.init import shipped
+
+    return shipped("jobs") / QUICKSTART

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,27 +13,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mpillm.cli import terminal
+from mpillm.cli.progress import LINES, LIVE, Lines, Live
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
 
-# Under mpiexec stderr is a pipe that leads to a terminal or to a file, so that updates must be rare.
-SECONDS_BETWEEN = {True: 0.2, False: 2.0}
 FEW, SOME = 8, 3  # answers shown: all of a few, some of many
 LONGEST = 400  # characters of an answer shown
-
-
-class _Bar:
-    """A tqdm bar that shows tokens per second, of prompts and generated ones together."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
-
-    def update(self, answered: int, tokens: int) -> None:
-        elapsed = self._bar.format_dict["elapsed"]
-        if elapsed > 0:
-            self._bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
-        self._bar.update(answered)
 
 
 class Console:
@@ -41,7 +29,9 @@ class Console:
     def __init__(self, speaks: Callable[[], bool] = lambda: True) -> None:
         """`speaks` says whether this process prints now: when rank 0 is lost, another one takes over."""
         self._speaks = speaks
+        self._live = sys.stderr.isatty()
         self._download: tqdm | None = None
+        self._said = time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line on stderr, on rank 0 only."""
@@ -59,18 +49,45 @@ class Console:
     def _bytes(self, what: str, done: int, total: int) -> None:
         if not self._speaks():
             return
+        if not self._live:
+            self._bytes_in_lines(what, done, total)
+            return
         if self._download is None:
-            self._download = self._bar(total=total or None, desc=what, unit="B", unit_scale=True)
+            self._download = tqdm(
+                total=total or None,
+                desc=what,
+                unit="B",
+                unit_scale=True,
+                file=sys.stderr,
+                mininterval=LIVE,
+                dynamic_ncols=True,
+            )
         self._download.update(done - self._download.n)
         if total and done >= total:
             self._download.close()
             self._download = None
 
+    def _bytes_in_lines(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now > self._said + LINES or (total and done >= total):
+            self._said = now
+            self.say(f"{what}: {done / 1e6:.0f}{f' of {total / 1e6:.0f}' if total else ''} MB")
+
     @contextmanager
     def requests(self, total: int) -> Iterator[Bar]:
-        """A bar of requests, with rate and time left."""
-        with self._bar(total=total, desc="requests", unit="req") as bar:
-            yield _Bar(bar)
+        """A line of requests, with rates and the time left."""
+        if not self._live or not self._speaks():
+            yield Lines(total, self.say)
+            return
+        form = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<{remaining}{postfix}] {bar}"
+        with tqdm(
+            total=total,
+            bar_format=form,
+            smoothing=0,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        ) as bar:
+            yield Live(bar)
 
     def finish(self, made: report.Report, directory: Path) -> None:
         """Print the answers (the first ones, if there are many), the summary, and where the results are."""
@@ -81,19 +98,12 @@ class Console:
                 print(_answer(json.loads(line)))
         if made.requests.total > shown:
             print(f"... and {made.requests.total - shown} more in {path}")
+        # Two streams may arrive in any order, and the summary is the last thing to be read.
+        stream = sys.stdout if terminal.both_streams_meet() else sys.stderr
         sys.stdout.flush()
-        for line in report.summary(made):
-            self.say(line)
-        self.say(f"The results are in {path}.")
-
-    def _bar(self, **settings: object) -> tqdm:
-        return tqdm(
-            file=sys.stderr,
-            disable=not self._speaks(),
-            mininterval=SECONDS_BETWEEN[sys.stderr.isatty()],
-            dynamic_ncols=sys.stderr.isatty(),
-            **settings,
-        )
+        for line in (*report.summary(made), f"The results are in {path}."):
+            print(f"mpillm: {line}", file=stream)
+        stream.flush()
 
 
 def _answer(result: dict[str, Any]) -> str:
@@ -102,13 +112,28 @@ def _answer(result: dict[str, Any]) -> str:
     if "error" in body:
         texts = [f"ERROR: {body['error']['message']}"]
     elif "data" in body:
-        texts = [_described(item["embedding"]) for item in body["data"]]
+        texts = [_embedding(item["embedding"]) for item in body["data"]]
+    elif not body["usage"].get("completion_tokens"):
+        texts = [_score(choice) for choice in body["choices"]]
     else:
-        texts = [
-            choice.get("text") or choice.get("message", {}).get("content") or "" for choice in body["choices"]
-        ]
+        texts = [_text(choice) for choice in body["choices"]]
     shown = [_shortened(text) for text in texts]
     return f"{visible(result['custom_id'])}: " + " | ".join(shown)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    text: str = choice.get("text") or choice.get("message", {}).get("content") or ""
+    return text
+
+
+def _score(choice: dict[str, Any]) -> str:
+    """The sum of a prompt's log-probabilities, from its second token on."""
+    logprobs = [
+        value for value in (choice.get("logprobs") or {}).get("token_logprobs", ()) if value is not None
+    ]
+    if not logprobs:
+        return _text(choice)
+    return f"logprob {sum(logprobs):.4f} of {len(logprobs)} tokens: {_text(choice)}"
 
 
 def _shortened(text: str) -> str:
@@ -120,8 +145,8 @@ def _shortened(text: str) -> str:
     return f"{words[: cut if cut > 0 else LONGEST - 4]} ..."
 
 
-def _described(embedding: list[float] | str) -> str:
+def _embedding(embedding: list[float] | str) -> str:
     if isinstance(embedding, str):
         return f"an embedding of {len(embedding)} base64 characters"
     begin = ", ".join(f"{value:.4f}" for value in embedding[:4])
-    return f"[{begin}, ...] ({len(embedding)} numbers)"
+    return f"embedding of {len(embedding)} values: {begin}, ..."

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from mpillm.cli.terminal import terminal_of_launcher
+
 # Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder text, and surrogates: what acts on
 # a terminal instead of being shown.
 _ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -88,7 +90,8 @@ def unfailing() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     before = sys.stdout, sys.stderr
-    out, error = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    out = Unfailing(terminal_of_launcher(1) or sys.stdout)
+    error = Unfailing(terminal_of_launcher(2) or sys.stderr)
     sys.stdout, sys.stderr = out, error
     try:
         yield

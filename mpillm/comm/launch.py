@@ -22,7 +22,7 @@ _LAUNCHERS = (
     ("PALS", "PALS_SIZE", "PALS_RANKID"),
     ("Flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
 )
-_STARTERS = (
+STARTERS = (
     "hydra_pmi_proxy",
     "mpiexec.hydra",
     "mpiexec.gforker",
@@ -85,7 +85,7 @@ def starter_folder() -> str:
         starter = os.readlink(f"/proc/{os.getppid()}/exe")
     except OSError:
         return ""
-    return os.path.dirname(starter) if os.path.basename(starter) in _STARTERS else ""
+    return os.path.dirname(starter) if os.path.basename(starter) in STARTERS else ""
 
 
 def loaded_library_path() -> str:

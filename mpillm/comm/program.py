@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-from mpillm.comm import deadline, faults, launch
+from mpillm.comm import deadline, ending, faults, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.world import World, say
@@ -46,6 +46,7 @@ def start() -> World:
         if not mpi.Is_initialized():
             meeting = _begin_meeting(started)
             initialise(mpi, loaded.path)
+            ending.ours()
     if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
         if meeting is not None:
             meeting.over()

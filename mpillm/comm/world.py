@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mpillm.comm import cores, deadline, faults, heartbeat
+from mpillm.comm import cores, deadline, ending, faults, heartbeat
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, Rank
@@ -288,7 +287,7 @@ class World:
         final = int(all_ranks[failed[0], 0] if len(failed) else all_ranks[:, 0].max())
         if self.lost:
             self._exit(final)  # MPI_Finalize may wait for the dead
-        self._finalize(final, orderly=not len(failed))
+        self._end(final, orderly=not len(failed))
         return final
 
     def _exit(self, code: int) -> NoReturn:
@@ -312,22 +311,16 @@ class World:
         self.wait(done)
         return arrived
 
-    def _finalize(self, code: int, orderly: bool) -> None:
-        from mpi4py import MPI
-
-        if (
-            not orderly
-        ):  # messages may be under way that nobody will take any more: MPI may wait for them for ever
-            watch = threading.Timer(GRACE, os._exit, (code,))
-            watch.daemon = True
-            watch.start()
+    def _end(self, code: int, orderly: bool) -> None:
+        """End this world; MPI itself ends with the process, so that another world may follow."""
         sys.stdout.flush()
-        if self._heartbeat:
-            deadline.alarm(self._heartbeat.limit)
-        MPI.Finalize()
-        if self._heartbeat:
-            deadline.alarm(0)
-            self._heartbeat.stop()
+        limit = self._heartbeat.limit if self._heartbeat else 0.0
+        self.part()
+        if self.size > 1:
+            ending.world_ended(code, orderly, limit)
+        if orderly:
+            for comm in (self.comm, self._startup, self._leaving):
+                comm.Free()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mpillm.engine import step as messages
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Answerer, Reply, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
-from mpillm.engine.scheduler import Limits, Scheduler, Totals
+from mpillm.engine.scheduler import Limits, Scheduler, Totals, longest_first
 from mpillm.engine.sequence import Begun, Completion, Request, Sequence
 from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step, Table
 from mpillm.model.cache_layout import blocks_for
@@ -42,7 +42,7 @@ class Worker:
         seconds = time.perf_counter() - begun
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
-        self.decoder.stepped(seconds)
+        self.decoder.note_step(seconds)
         return reply
 
     @property
@@ -91,25 +91,35 @@ class Engine:
         self._scheduler: Scheduler | None = None  # of the run that goes on, or went on last
         self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: arrived, not taken yet
 
-    def run(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing)."""
-        ended: list[Sequence] = []  # whose last token an earlier run has drawn
-        scheduler = Scheduler(self._limits, _begin(requests, ended), self.totals)
+    def run(
+        self, requests: Iterable[Request], more: Callable[[], bool] | None = None
+    ) -> Iterator[list[Completion]]:
+        """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing).
+
+        A server's `requests` is an iterator that may go on after it has ended: `more` is called when nothing is left to
+        do, waits for the next request, and returns False when there will be none.
+        """
+        limits = self._limits
+        sequences = _Sequences(requests)
+        waiting = longest_first(sequences, limits.max_running) if more is None else sequences
+        scheduler = Scheduler(limits, waiting, self.totals)
         self._scheduler = scheduler
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
-        while scheduler.has_work:
+        while scheduler.has_work() or (more is not None and more()):
             while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
                 self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
                 with pace.measured(self._worker):
                     in_flight.append((self._start(chosen), chosen))
+            if not in_flight:  # what had come was withdrawn
+                assert more is not None
+                continue
             step, chosen = in_flight.popleft()
             done = self._finish(step, chosen)
             for sequence in done:
                 scheduler.release(sequence)
-            yield [sequence.completion() for sequence in (*ended, *done)]
-            ended.clear()
-        if ended:
+            yield [sequence.completion() for sequence in (*sequences.take_ended(), *done)]
+        if ended := sequences.take_ended():
             yield [sequence.completion() for sequence in ended]
 
     def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, Begun]]:
@@ -218,16 +228,29 @@ class Engine:
         return merge(self._collect(step.number), outputs, self._shard_vocab)
 
 
-def _begin(requests: Iterable[Request], ended: list[Sequence]) -> Iterator[Sequence]:
-    """The requests' sequences; those whose last token an earlier run has drawn go to `ended` instead."""
-    begun = time.monotonic()
-    for request in requests:
-        sequence = Sequence(request, begun)
-        if sequence.finish_reason is None:
-            yield sequence
-        else:
+class _Sequences:
+    """The sequences of requests, but for those whose last token an earlier run has drawn: these have ended."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._requests = iter(requests)
+        self._begun = time.monotonic()
+        self._ended: list[Sequence] = []
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return self
+
+    def __next__(self) -> Sequence:
+        while True:
+            sequence = Sequence(next(self._requests), self._begun)
+            if sequence.finish_reason is None:
+                return sequence
             sequence.started = time.monotonic()
-            ended.append(sequence)
+            self._ended.append(sequence)
+
+    def take_ended(self) -> list[Sequence]:
+        """Those that have ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:

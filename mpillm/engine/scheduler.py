@@ -7,6 +7,7 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import count
 
 from mpillm.engine.blocks import NO_SLOT, BlockPool, BlockTable
 from mpillm.engine.sequence import Sequence
@@ -29,6 +30,12 @@ class Limits:
         0,
     )  # of each group of layers with a block table of its own; 0: all tokens are kept
     n_slots: int = 0  # for sequences' states, if the model has any
+
+    @property
+    def max_running(self) -> int:
+        """The most sequences that are admitted at once."""
+        running = self.max_sequences * self.micro_batches
+        return min(running, self.n_slots) if self.n_slots else running
 
     @property
     def max_length(self) -> int:
@@ -74,20 +81,18 @@ class Scheduler:
         self.totals = totals or Totals()
         self.running: list[Sequence] = []  # the oldest first
         self._preempted: list[Sequence] = []  # the oldest first
-        self._max_running = limits.max_sequences * limits.micro_batches
+        self._max_running = limits.max_running
         self._free_slots = list(range(limits.n_slots))  # a heap
-        if limits.n_slots:
-            self._max_running = min(self._max_running, limits.n_slots)
         self._shares = limits.prefix_sharing and not limits.n_slots and bool(limits.windows)
         self._full = [group for group, window in enumerate(limits.windows) if not window]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
-        self._waiting = enumerate(_longest_first(waiting, self._max_running))
+        self._waiting, self._numbers = waiting, count()
         self._next = self._take_next()
 
-    @property
     def has_work(self) -> bool:
-        """Whether any sequence is not finished."""
+        """Whether any sequence is not finished; looks for new ones."""
+        self._next = self._next or self._take_next()
         return bool(self.running or self._preempted or self._next)
 
     @property
@@ -147,13 +152,15 @@ class Scheduler:
         self._clear(sequence)
 
     def _take_next(self) -> Sequence | None:
-        """The first in the queue, which is taken from one by one: a job's sequences need not all be in memory."""
-        numbered = next(self._waiting, None)
-        if numbered is None:
+        """The first in the queue, which is taken from one by one: a job's sequences need not all be in memory.
+
+        An iterator that has ended is asked again: a server's next request may have come.
+        """
+        sequence = next(self._waiting, None)
+        if sequence is None:
             return None
-        number, sequence = numbered
         assert sequence.request.max_length <= self.limits.max_length, "a job refuses what could never run"
-        sequence.number = number
+        sequence.number = next(self._numbers)
         sequence.tables = [BlockTable() for _ in self.limits.windows]
         return sequence
 
@@ -162,6 +169,7 @@ class Scheduler:
         owed = sum(self._missing(sequence) for sequence in self.running)
         growing = sum(self._growing(sequence) for sequence in self.running)
         while len(self.running) < self._max_running:
+            self._next = self._next or self._take_next()
             sequence = self._preempted[0] if self._preempted else self._next
             if sequence is None:
                 return
@@ -177,7 +185,7 @@ class Scheduler:
                 del self._preempted[0]
             else:
                 sequence.started = time.monotonic()
-                self._next = self._take_next()
+                self._next = None
             insort(self.running, sequence, key=_number)
 
     def _share(self, sequence: Sequence, coming: frozenset[bytes] | set[bytes] = frozenset()) -> bool:
@@ -297,7 +305,7 @@ def _number(sequence: Sequence) -> int:
     return sequence.number
 
 
-def _longest_first(sequences: Iterator[Sequence], window: int) -> Iterator[Sequence]:
+def longest_first(sequences: Iterator[Sequence], window: int) -> Iterator[Sequence]:
     """Let sequences that only read (scores, embeddings) go in windows, the longest of each first.
 
     A long prompt's chunks must follow each other, so at the end of a run it should not be the one that is left.

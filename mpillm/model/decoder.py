@@ -22,8 +22,8 @@ from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import cos_sin
 from mpillm.partition import grid
 from mpillm.weights.inventory import ATTENTION, HEAD
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 from mpillm.weights.paging.weights import Weights
 from mpillm.weights.source import Source
 
@@ -75,13 +75,12 @@ class Decoder:
         self._view = [self._views.index(view) for view in views]
         # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
         self._stackable = (
-            self._rank.at_rest
+            self._rank.all_resident
             and kv.spill is None
             and place.shards == 1
             and all(layer.spec.fused for layer in self._layers)
         )
         self._stack: kernels.LayerStack | None = None
-        self._stack_bytes = sum(item.nbytes for item in weights.cycle.items if item.part == ATTENTION)
         vocab = grid.vocab_axis(config.vocab)
         self.vocab = vocab.entries(place)
         self.vocab_bounds = np.array(vocab.own_panels(place), np.int32)
@@ -101,9 +100,9 @@ class Decoder:
         """Seconds so far of waiting for weights, and of loading them."""
         return self._rank.weights.stall_seconds, self._rank.weights.load_seconds
 
-    def stepped(self, seconds: float) -> None:
-        """Note how long a step took (see `Weights.stepped`)."""
-        self._rank.weights.stepped(seconds)
+    def note_step(self, seconds: float) -> None:
+        """Note how long a step took (see `Weights.note_step`)."""
+        self._rank.weights.note_step(seconds)
 
     def forward(self, batch: Batch) -> Floats | None:
         """Run the step's rows through this stage: the last layer's output [m, d] on the last stage, else None."""
@@ -124,7 +123,7 @@ class Decoder:
                 self._stack = self._make_stack()
         else:
             self._rank.compute(self._stack, x, rows, self._pipe.progress)
-            self._rank.weights.cycle.count_hits(len(self._layers), self._stack_bytes)
+            self._rank.weights.cycle.count_hits(len(self._layers))
         if self.is_last:
             return x
         self._pipe.send(x)
@@ -190,7 +189,7 @@ class _RankLayer:
         names = "attention", "mixer residual", "mlp", "mlp residual"
         return tuple(kept(_missing, name, self._number) for name in names)  # type: ignore[return-value]
 
-    def _mix(self, page: Layer, x: Floats, rows: Rows) -> None:
+    def _mix(self, page: Page, x: Floats, rows: Rows) -> None:
         rank, mixer, norms = self._rank, self.spec.mixer, self.spec.mixer_norms
 
         def make() -> kernels.Attention | kernels.LatentAttention:
@@ -208,12 +207,12 @@ class _RankLayer:
         bias = page.vector("o_bias") if mixer.o_bias else None
         self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
 
-    def _after(self, page: Layer, norm: NormSpec | None, role: str) -> kernels.Norm | None:
+    def _after(self, page: Page, norm: NormSpec | None, role: str) -> kernels.Norm | None:
         """The norm of a part's output, which outlives the page."""
         if norm is None:
             return None
         return self._rank.kept(
-            lambda: norm.kernel(page, role, copy=not self._rank.at_rest), role, self._number
+            lambda: norm.kernel(page, role, copy=not self._rank.all_resident), role, self._number
         )
 
     def _residual(

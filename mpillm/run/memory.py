@@ -49,12 +49,12 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
     return found
 
 
-def process(source: Source, config: ModelConfig, place: Place, items: int, kept: int) -> int:
-    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `items`.
+def process(source: Source, config: ModelConfig, place: Place, pages: int, kept: int) -> int:
+    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages`.
 
     Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
     """
-    found = PROCESS + config.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * items
+    found = PROCESS + config.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * pages
     found += kept if place.rank == 0 else 0
     return found + source.loading_nbytes
 

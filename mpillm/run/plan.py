@@ -28,7 +28,7 @@ from mpillm.run.limits import (
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.paging.weights import minimum_budget, streamed
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.plan import PagePlan
 from mpillm.weights.source import Source, rank_plans
 
 
@@ -95,8 +95,8 @@ def make_plan(
     stages, shards = grid.choose(config, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
     places = [Place(rank, stages, shards) for rank in range(ranks)]
     caches = rank_layouts(config, places, spec.memory.kv_type)
-    items = [rank_plans(config, place, source) for place in places]
-    shares = [_weights(spec, own) for own in items]
+    pages = [rank_plans(config, place, source) for place in places]
+    shares = [_weights(spec, own) for own in pages]
     read = [share["streamed"] for share in shares]
     rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
@@ -105,7 +105,7 @@ def make_plan(
     kept = input_bytes(spec, config.hidden, step.sequences * stages)
     processes = [
         memory.process(source, config, place, len(own), kept)
-        for place, own in zip(places, items, strict=True)
+        for place, own in zip(places, pages, strict=True)
     ]
     plans = [
         _rank(
@@ -162,15 +162,15 @@ def wire_bytes(
     }
 
 
-def _weights(spec: Spec, items: Sequence[LayerPlan]) -> dict[str, int]:
-    share = sum(item.nbytes for item in items)
-    least = minimum_budget(items)
+def _weights(spec: Spec, pages: Sequence[PagePlan]) -> dict[str, int]:
+    share = sum(page.nbytes for page in pages)
+    least = minimum_budget(pages)
     budget = spec.memory.weights_bytes
     return {
         "share": share,
         "held": share if budget is None else min(budget, share),
         "least": least,
-        "streamed": streamed(items, budget, spec.memory.policy),
+        "streamed": streamed(pages, budget, spec.memory.policy),
     }
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How a run goes, as rank 0 knows it. Parts are of 1."""
+
+    tokens: int  # that went through the model so far, prompts' and generated
+    hits: (
+        float | None
+    )  # part of the uses of paged weights that found them in memory; None if nothing is paged
+    stalled: float  # part of the time in which this rank waited for weights
+    waited: float  # part of the time in which it waited for other ranks
 
 
 class Bar(Protocol):
     """A count of finished requests."""
 
-    def update(self, answered: int, tokens: int) -> None:
-        """`answered` more are finished; `tokens` (prompts' and generated) have been computed in all."""
+    def update(self, answered: int, state: Callable[[], State]) -> None:
+        """`answered` more are finished; `state` is called if it is to be shown now. Call it after every step."""
 
 
 class Progress(Protocol):

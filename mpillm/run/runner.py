@@ -19,27 +19,26 @@ import msgspec
 from mpillm import __version__
 from mpillm.batch import requests
 from mpillm.batch.requests import Batch
-from mpillm.batch.work import Model, Work
+from mpillm.batch.work import Work
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Begun, Completion, Request
 from mpillm.errors import Interrupted, MpillmError
-from mpillm.run import catalogue, memory
+from mpillm.run import memory
 from mpillm.run.limits import cached_tokens, described_step
-from mpillm.run.progress import Bar, Progress
+from mpillm.run.opened import model_name, model_of, model_path
+from mpillm.run.progress import Bar, Progress, State
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
 from mpillm.store.journal import MODEL_FILE, Journal, began, first_layout
 from mpillm.store.output import Claim
-from mpillm.store.readable import printable
 from mpillm.store.records import Layout, Part, line_key
-from mpillm.text import load_tokenizer
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
-from mpillm.weights.inventory import described
+from mpillm.weights.inventory import tensor_name
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class _Part:
             if world.rank == 0 and self._claim is None:
                 patience = TAKEOVER if world.lost else 0.0
                 self._claim = self._stack.enter_context(Claim(spec.output_path, patience))
-        model = _model_path(world, spec, self._progress)
+        model = model_path(world, spec, self._progress)
         session = Session(world, spec, model, self._origin, self._shards_before())
         while_computing.enter_context(closing(session))
         self._origin = session.origin
@@ -182,15 +181,6 @@ def _differ(one: Layout, other: Layout, wire: Wire) -> bool:
     )
 
 
-def _model_path(world: World, spec: Spec, progress: Progress) -> Path:
-    """Where the model is: rank 0 fetches it if need be, then every rank looks for it on its own node."""
-    for ranks in (range(1), range(1, world.size)):
-        with world.together():
-            if world.rank in ranks:
-                path = catalogue.resolve(spec.model, progress.downloading)
-    return path
-
-
 @dataclass
 class _Pending:
     """A line whose choices are being computed."""
@@ -207,22 +197,11 @@ class Leader:
         """Check the input and open the journal; MpillmError if either cannot be used."""
         self._session, self._spec, self._claim, self._progress = session, spec, claim, progress
         self._path = model
-        self._name = printable(model.stem if model.suffix == ".gguf" else model.resolve().name)
+        self._name = model_name(model)
         self._phases: dict[str, float] = {}
         self._clock = time.monotonic()
-        config, source = session.config, session.source
         since = began(claim)
-        tokenizer = load_tokenizer(source.tokenizer, config.vocab, lambda: since)
-        self._model = Model(
-            vocab=config.vocab,
-            max_position=config.max_position,
-            hidden=config.hidden,
-            end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
-            kv_tokens=session.origin.kv_tokens,
-            kv_token_bytes=session.kv_token_nbytes,
-            text=tokenizer,
-            name=self._name,
-        )
+        self._model = model_of(session, model, lambda: since)
         self._batch: Batch = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
         self._batch.keep_answered(self._journal.done)
@@ -371,7 +350,22 @@ class Leader:
         if count:
             since = time.monotonic() - self._computing_since
             self._timeline.append((since, totals.generated_tokens, len(self._journal.done)))
-        bar.update(count, totals.prompt_tokens + totals.generated_tokens)
+        bar.update(count, self._state)
+
+    def _state(self) -> State:
+        """How the run goes, for those who watch it."""
+        totals, session = self._engine.totals, self._session
+        elapsed = max(time.monotonic() - self._computing_since, 1e-9)
+        weights = session.weights
+        caches = [weights.cycle, *([weights.experts] if weights.experts else [])]
+        hits = sum(cache.counters.hits for cache in caches)
+        uses = hits + sum(cache.counters.misses for cache in caches)
+        return State(
+            tokens=totals.prompt_tokens + totals.generated_tokens,
+            hits=hits / uses if uses and (max(session.streamed) or weights.experts) else None,
+            stalled=weights.stall_seconds / elapsed,
+            waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
+        )
 
     def _requests(self) -> Iterator[Request]:
         """The engine's requests, made line by line when their turn comes."""
@@ -484,7 +478,7 @@ class Leader:
         what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
         key = first_not_finite(self._session.source)
         if key is not None:
-            return f"{what}: in {self._path}, {described(key)} is not; fetch or convert the model again."
+            return f"{what}: in {self._path}, {tensor_name(key)} is not; fetch or convert the model again."
         return f"{what}, though its weights are."
 
     def _first_errors(self) -> dict[str, str]:

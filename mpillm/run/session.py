@@ -32,7 +32,7 @@ from mpillm.store.report import Rank
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.identity import FileIdentity, Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.weights import Weights
@@ -115,8 +115,8 @@ class Session:
             plans = rank_plans(self.config, self.place, self.source)
             self.weights = Weights(
                 plans,
-                lambda items, streamed: self.source.open_loader(
-                    spec.memory.loader, self.threads, items, streamed
+                lambda pages, streamed: self.source.open_loader(
+                    spec.memory.loader, self.threads, pages, streamed
                 ),
                 spec.memory.weights_bytes,
                 spec.memory.policy,
@@ -243,7 +243,7 @@ class Session:
             weights=min(weights.total, weights.budget),
             kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_slots),
             activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.items), kept),
+            process=memory.process(self.source, config, place, len(weights.pages), kept),
         )
 
     def _decoder(self) -> Decoder:
@@ -258,5 +258,5 @@ class Session:
         return Decoder(config, place, self.source, self.weights, self.kv, group, pipe, self.threads)
 
 
-def _described(cache: WeightCache[Layer] | ExpertCache[Layer]) -> dict[str, float]:
+def _described(cache: WeightCache[Page] | ExpertCache[Page]) -> dict[str, float]:
     return {"share": cache.total, "budget": cache.budget, **asdict(cache.counters)}

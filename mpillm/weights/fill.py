@@ -1,4 +1,4 @@
-"""Reading planned tensors of a source and making them kernel-ready, chunk by chunk."""
+"""Reads the planned tensors of a source and packs them for the kernels, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.kernels.types import TILE_ROWS, BlockType
 from mpillm.weights.io.reading import Bytes
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
-from mpillm.weights.plan import ALIGNMENT, Entry, LayerPlan
+from mpillm.weights.page import Page
+from mpillm.weights.plan import ALIGNMENT, Entry, PagePlan
 
-CHUNK = 2**20  # bytes that are on their way into the buffer at a time
+CHUNK = 2**20  # bytes that a thread packs at a time
 
 
 class Rows(NamedTuple):
@@ -36,7 +36,7 @@ class TensorReader(Protocol):
         """A vector, or some of its values."""
 
     def rows_to_pack(self, key: Key, rows: range, cols: range) -> Rows:
-        """Rows and columns of a matrix, as they lie in the file if that will do."""
+        """Rows and columns of a matrix, as stored in the file where possible."""
 
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
@@ -45,17 +45,17 @@ class TensorReader(Protocol):
         """Bytes of a row of a matrix in its file."""
 
     def release(self, key: Key, rows: range | None = None) -> None:
-        """Give back what reading these rows has taken."""
+        """Release the memory that reading these rows has taken."""
 
 
 def load(
-    plan: LayerPlan,
+    plan: PagePlan,
     source: TensorReader,
     buffer: Bytes,
     pool: Executor | None = None,
     chunk: int = CHUNK,
-) -> Layer:
-    """Read what is planned and make it kernel-ready in `buffer` (uint8 [plan.nbytes], 64-byte aligned).
+) -> Page:
+    """Read a page and pack it into `buffer` (uint8 [plan.nbytes], 64-byte aligned).
 
     Besides the buffer, little more than `chunk` bytes for each of the pool's threads is held (and their float32
     values, where `kernels.pack` cannot convert them).
@@ -64,7 +64,7 @@ def load(
     assert buffer.ctypes.data % ALIGNMENT == 0
     groups = [[(entry, buffer[entry.offset : entry.offset + entry.nbytes])] for entry in plan.entries]
     fill(groups, source, pool, chunk)
-    return Layer(plan, buffer)
+    return Page(plan, buffer)
 
 
 def fill(
@@ -73,12 +73,11 @@ def fill(
     pool: Executor | None = None,
     chunk: int = CHUNK,
 ) -> None:
-    """Read rows of tensors and make them kernel-ready, each in one or several places.
+    """Read rows of tensors and pack them, each into one or several buffers.
 
-    A group's entries have the same key and rows, and columns of their own; with each comes where its bytes go. Groups
-    that follow one another in the file are read together, up to `chunk` bytes. The
-    pool's threads take chunks of rows, each for itself: kernels that share out a chunk would wait for one another all
-    the time.
+    The entries of a group have the same key and rows, but different columns; each has its destination. Groups that are
+    neighbours in the file are read together, up to `chunk` bytes. Each thread of the pool packs chunks of its own:
+    threads that share a chunk would wait for one another all the time.
     """
     work = list(_tasks(groups, source, chunk))
     if pool is None or len(work) == 1:
@@ -92,7 +91,7 @@ def fill(
 
 
 class _Portion(NamedTuple):
-    """Rows and columns of a matrix, of which the first row is number `first` of the entries'."""
+    """Rows and columns of a matrix; its first row is row number `first` of the entries."""
 
     entries: Sequence[tuple[Entry, Bytes]]
     first: int
@@ -107,7 +106,7 @@ class _Portion(NamedTuple):
 def _tasks(
     groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorReader, chunk: int
 ) -> Iterator[Callable[[], None]]:
-    """What there is to do, one request of the file after the other."""
+    """The reads of the file, in order, as functions."""
     together: list[_Portion] = []
     for entries in groups:
         key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type
@@ -119,17 +118,17 @@ def _tasks(
         )
         head = source.head_rows(key) or 1
         unit = math.lcm(TILE_ROWS, head)
-        most = max(chunk // (max(type.row_bytes(len(cols)), source.stored_row_bytes(key)) * unit), 1) * unit
+        limit = max(chunk // (max(type.row_bytes(len(cols)), source.stored_row_bytes(key)) * unit), 1) * unit
         first = 0
         while first < len(rows):
-            room = most - sum(len(portion.rows) for portion in together)
+            free = limit - sum(len(portion.rows) for portion in together)
             last = together[-1] if together else None
             goes_on = last and (last.key, last.cols, last.rows.stop) == (key, cols, rows[first])
-            if not goes_on or room < unit or rows[first] % head:
+            if not goes_on or free < unit or rows[first] % head:
                 if together:
                     yield partial(_fill_rows, together, source)
-                together, room = [], most
-            together.append(_Portion(entries, first, rows[first : first + room // unit * unit], cols))
+                together, free = [], limit
+            together.append(_Portion(entries, first, rows[first : first + free // unit * unit], cols))
             first += len(together[-1].rows)
     if together:
         yield partial(_fill_rows, together, source)
@@ -142,7 +141,7 @@ def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorReader) -
 
 
 def _fill_rows(portions: Sequence[_Portion], source: TensorReader) -> None:
-    """Rows of a matrix that follow one another."""
+    """Read and pack consecutive rows of a matrix."""
     key, cols, begin = portions[0].key, portions[0].cols, portions[0].rows.start
     rows = range(begin, portions[-1].rows.stop)
     stored, chunk, head = source.rows_to_pack(key, rows, cols)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpillm.errors import ModelError
-from mpillm.weights.inventory import described
+from mpillm.weights.inventory import tensor_name
 from mpillm.weights.names import Key
 from mpillm.weights.source import Source
 
@@ -15,7 +15,7 @@ def check_vectors(source: Source) -> None:
     for key, info in source.tensors.items():
         if len(info.shape) == 1 and not _is_finite(source, key):
             raise ModelError(
-                f"{source.path}: {described(key)} has values that are not finite (NaN or infinity); fetch or convert "
+                f"{source.path}: {tensor_name(key)} has values that are not finite (NaN or infinity); fetch or convert "
                 "the model again."
             )
 

@@ -9,8 +9,8 @@ from typing import Protocol
 from mpillm.partition.grid import Axis, Divisible, Place
 from mpillm.weights.names import Key
 
-# Names of pages, in the order in which a step uses them: the smaller the pages, the less memory is bound by what is in
-# use and what is on its way, and the more can stay.
+# Kinds of pages, in the order in which a step uses them. They are small, because the page in use and the one that is
+# being loaded take memory in which others could stay.
 ATTENTION, GATE, UP, DOWN, SHARED, EXPERT = "attention", "gate", "up", "down", "shared expert", "expert"
 HEAD = "the output head"
 
@@ -47,9 +47,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class PageSpec:
-    """The tensors that are loaded and evicted together: `name` says which of a layer's pages, or the LM head."""
+    """The tensors that are loaded and evicted together: `kind` says which of a layer's pages, or the LM head."""
 
-    name: str
+    kind: str
     tensors: tuple[TensorSpec, ...]
     layer: int = -1
     expert: int = -1
@@ -87,7 +87,7 @@ def all_tensors(model: Inventory) -> Iterator[TensorSpec]:
             yield from page.tensors
 
 
-def described(key: Key) -> str:
+def tensor_name(key: Key) -> str:
     """What messages call a tensor."""
     of = "" if key.layer < 0 else f" of layer {key.layer}"
     return f"{key.role}{of}" + ("" if key.expert < 0 else f", expert {key.expert}")

@@ -1,4 +1,4 @@
-"""What a rank holds: the rows and columns of each tensor, and where they lie in memory. Pure functions of shapes."""
+"""What a rank holds: rows and columns of each tensor, and their place in memory. Pure functions of shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vec
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's part that a rank holds: rows and columns of it, and `nbytes` from `offset` on in the buffer.
+    """The rows and columns of a tensor that a rank holds, as `nbytes` bytes at `offset` in the buffer of a page.
 
     `bounds` are the column panels, relative to the first column; a vector (`type` F32, no `bounds`) has one column.
     """
@@ -39,12 +39,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One item of the weight cache: a part of a layer, one of its experts, or the output head.
+class PagePlan:
+    """What a rank holds of a page: `nbytes` is the size of its buffer, `kind` says which of the layer's pages it is.
 
-    `nbytes` is the size of its buffer. A tensor may have several entries: the matrices of heads. In a packed model the
-    buffer is the bytes from `offset` on in file number `file`, and entries may be the parts of one matrix in their
-    order. A layer's experts are all alike there,
+    A tensor may have several entries: the matrices of heads. In a packed model the buffer is the bytes from `offset` on
+    in file number `file`, and entries may be the parts of one matrix in order. Experts of a layer are all alike there,
     and may share the entries of the first one.
     """
 
@@ -52,7 +51,7 @@ class LayerPlan:
     entries: tuple[Entry, ...]
     nbytes: int
     layer: int = -1
-    part: str = HEAD
+    kind: str = HEAD
     file: int = -1
     offset: int = 0
     expert: int = -1
@@ -69,7 +68,7 @@ class LayerPlan:
 def plan_entries(
     tensors: Sequence[TensorSpec], place: Place, type_of: Callable[[Key], BlockType]
 ) -> tuple[tuple[Entry, ...], int]:
-    """What a rank holds of these tensors, each from a multiple of ALIGNMENT on, and the bytes that takes."""
+    """What a rank holds of these tensors, each at a multiple of ALIGNMENT, and the bytes of all."""
     entries, offset = [], 0
     for tensor in tensors:
         rows, cols, bounds = tensor.slices(place)
@@ -89,9 +88,9 @@ def plan_entry(
     return Entry(key, rows, cols, type, bounds, offset, nbytes)
 
 
-def plan_name(part: str, layer: int, expert: int = -1) -> str:
-    """What messages call an item."""
-    return part if layer < 0 else f"layer {layer}, {part}" + (f" {expert}" if expert >= 0 else "")
+def page_name(kind: str, layer: int, expert: int = -1) -> str:
+    """What messages call a page."""
+    return kind if layer < 0 else f"layer {layer}, {kind}" + (f" {expert}" if expert >= 0 else "")
 
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:

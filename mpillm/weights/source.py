@@ -14,12 +14,12 @@ from mpillm.errors import ModelError
 from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
-from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, described
-from mpillm.weights.layer import Layer
+from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, tensor_name
 from mpillm.weights.names import ROLES, Key
-from mpillm.weights.paging.cache import Loader
+from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.paging.pager import Loader
+from mpillm.weights.plan import PagePlan
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,27 @@ class Source(Protocol):
 
     @property
     def loading_nbytes(self) -> int:
-        """Bytes that loading takes at most, besides the items themselves."""
+        """Bytes that loading takes at most, besides the pages themselves."""
 
     @property
     def files_read_as_stored(self) -> tuple[Path, ...]:
-        """Files from which items come byte for byte; none where they are made from what lies in the files."""
+        """Files from which pages come byte for byte; none where they are made from what lies in the files."""
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""
 
-    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
         """What a rank holds of a page."""
 
-    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
         """What a rank holds of each of a layer's experts."""
 
     def open_loader(
-        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
-    ) -> Loader[Layer]:
-        """The loader of some of the source's items; `streamed`: not all of them stay in memory.
+        self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
+    ) -> Loader[Page]:
+        """The loader of some of the source's pages; `streamed`: not all of them stay in memory.
 
-        Experts are loaded several at a time, larger items in several pieces. JobError if there is none of that kind.
+        Experts are loaded several at a time, larger pages in several pieces. JobError if there is none of that kind.
         """
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
@@ -88,20 +88,20 @@ def check_tensors(source: Source, model: Inventory) -> None:
         info = source.tensors.get(tensor.key)
         if info is None:
             raise ModelError(
-                f"{source.path} has no tensor for {described(tensor.key)}; the model is not complete."
+                f"{source.path} has no tensor for {tensor_name(tensor.key)}; the model is not complete."
             )
         if info.shape != tensor.shape:
             raise ModelError(
-                f"{source.path}: {described(tensor.key)} has shape {list(info.shape)}, but the configuration makes it "
-                f"{list(tensor.shape)}."
+                f"{source.path}: {tensor_name(tensor.key)} has shape {list(info.shape)}, but the configuration makes "
+                f"it {list(tensor.shape)}."
             )
         known.add(tensor.key)
     for key in source.tensors:
         if key not in known:
-            raise ModelError(f"{source.path} has {described(key)}, which its configuration does not have.")
+            raise ModelError(f"{source.path} has {tensor_name(key)}, which its configuration does not have.")
 
 
-def rank_plans(model: Inventory, place: Place, source: Source) -> list[LayerPlan]:
+def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:
     """All that a rank holds, in the order of use: its stage's layers and, on the last stage, the LM head.
 
     `check_tensors` has found the source complete.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.scheduler import Limits, Scheduler
+from mpillm.engine.scheduler import Limits, Scheduler, longest_first
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for, blocks_needed, first_kept, window_blocks
@@ -42,7 +42,7 @@ class Ranks:
 
     def __init__(self, made: Iterable[Sequence], **changes: Any) -> None:
         self.limits = limits(**changes)
-        self.scheduler = Scheduler(self.limits, iter(made))
+        self.scheduler = Scheduler(self.limits, longest_first(iter(made), self.limits.max_running))
         self.finished: list[str] = []
         self.computed: dict[str, list[int]] = {}  # positions, in order
         self.fresh = 0  # rows that were computed for the first time, and not shared before
@@ -56,7 +56,7 @@ class Ranks:
     def run(self) -> Iterator[Chosen]:
         """Yields every step as it is sent."""
         scheduler = self.scheduler
-        while scheduler.has_work:
+        while scheduler.has_work():
             while len(self._in_flight) < self.limits.micro_batches and (
                 chosen := scheduler.next(self.limits.micro_batches)
             ):
@@ -341,10 +341,11 @@ def test_readers_go_longest_first_within_a_window() -> None:
             taken.append(one.request.id)
             yield one
 
-    scheduler = Scheduler(limits(max_sequences=4, max_tokens=9), stream())
+    bounds = limits(max_sequences=4, max_tokens=9)
+    scheduler = Scheduler(bounds, longest_first(stream(), bounds.max_running))
     assert taken == ["3", "generates"]  # who generates goes on as it comes
     order = []
-    while scheduler.has_work:
+    while scheduler.has_work():
         for one, count in scheduler.next(1):
             one.in_flight = False
             one.computed += count
@@ -360,6 +361,32 @@ def test_micro_batches_share_the_sequences() -> None:
     assert [one.request.id for one, _ in first] == ["0", "1", "2"]
     assert [one.request.id for one, _ in second] == ["3", "4", "5"]
     assert scheduler.next(2) == []
+
+
+def test_an_iterator_that_has_ended_is_asked_again() -> None:
+    """A server's requests come when they come."""
+    queue = [sequence("first", 4, 1)]
+
+    class Queue:
+        def __iter__(self) -> Iterator[Sequence]:
+            return self
+
+        def __next__(self) -> Sequence:
+            if not queue:
+                raise StopIteration
+            return queue.pop(0)
+
+    scheduler = Scheduler(limits(max_sequences=4), iter(Queue()))
+    ((first, _),) = scheduler.next(1)
+    assert (first.request.id, scheduler.next(1)) == ("first", [])
+    queue += [sequence("second", 4, 1), sequence("third", 4, 1)]
+    assert [one.request.id for one, _ in scheduler.next(1)] == ["second", "third"]
+    for one in list(scheduler.running):
+        scheduler.release(one)
+    assert not scheduler.has_work()
+    queue.append(sequence("fourth", 4, 1))
+    assert scheduler.has_work()
+    assert scheduler.next(1)[0][0].number == 3
 
 
 def test_blocks_for() -> None:

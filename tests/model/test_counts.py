@@ -92,14 +92,14 @@ def test_a_layers_experts_are_one_piece_of_work_for_any_number_of_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mixtures = sum(layer.mlp.count > 0 for layer in config("qwen3_moe").layers)
-    in_turn = ExpertCache.in_turn
+    ready_groups = ExpertCache.ready_groups
 
-    def when_all_are_there(cache: ExpertCache[Any], items: Sequence[int]) -> Iterator[list[Any]]:
+    def when_all_are_there(cache: ExpertCache[Any], pages: Sequence[int]) -> Iterator[list[Any]]:
         with cache._changed:
-            cache._changed.wait_for(lambda: cache.counters.loads == len(cache.items))
-        return in_turn(cache, items)
+            cache._changed.wait_for(lambda: cache.counters.loads == len(cache.pages))
+        return ready_groups(cache, pages)
 
-    monkeypatch.setattr(ExpertCache, "in_turn", when_all_are_there)
+    monkeypatch.setattr(ExpertCache, "ready_groups", when_all_are_there)
     one, regions = steps(monkeypatch, "qwen3_moe", 1)
     eight, regions_of_eight = steps(monkeypatch, "qwen3_moe", 8)
     kinds = Counter(type(work).__name__ for work in one)

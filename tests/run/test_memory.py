@@ -174,8 +174,8 @@ from mpillm.partition.grid import Place
 from tests.run.test_shared_files import content, paging
 place = Place(*map(int, sys.argv[2:]))
 with paging(Path(sys.argv[1]), "mmap", everything=True, place=place) as cache:
-    for item in range(len(cache.items)):
-        content(cache, item)
+    for page in range(len(cache.pages)):
+        content(cache, page)
     print("ready", flush=True)
     sys.stdin.read()
 """

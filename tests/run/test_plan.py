@@ -36,10 +36,10 @@ def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
     config = config_of(source)
     held = set[Key]()
     for rank in made.ranks:
-        items = rank_plans(config, Place(rank.rank, stages, ranks // stages), source)
-        assert rank.weights_share == rank.weights_held == sum(item.nbytes for item in items)
+        pages = rank_plans(config, Place(rank.rank, stages, ranks // stages), source)
+        assert rank.weights_share == rank.weights_held == sum(page.nbytes for page in pages)
         assert rank.weights_streamed == 0
-        held.update(entry.key for item in items for entry in item.entries)
+        held.update(entry.key for page in pages for entry in page.entries)
         assert 0 < rank.kv_held <= 4 * 2**20
         assert rank.held == rank.weights_held + rank.kv_held + rank.activations + rank.process
     assert held == set(source.tensors) - {Key("embed")}, (

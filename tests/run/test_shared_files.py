@@ -12,7 +12,7 @@ import pytest
 from mpillm.errors import ModelError
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.source import rank_plans
@@ -25,19 +25,19 @@ LOADERS = pytest.mark.parametrize("loader", ["mmap", "read"])
 @contextmanager
 def paging(
     model: Path, loader: Kind, everything: bool = False, place: Place = ALONE
-) -> Iterator[WeightCache[Layer]]:
+) -> Iterator[WeightCache[Page]]:
     """A cache with the least budget, through which everything passes in every round, or one that holds `everything`."""
     with closing(open_source(model)) as source:
         config = config_of(source)
-        items = rank_plans(config, place, source)
-        budget = None if everything else minimum_budget(items)
-        cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=not everything), budget)
+        pages = rank_plans(config, place, source)
+        budget = None if everything else minimum_budget(pages)
+        cache = WeightCache(pages, source.open_loader(loader, 1, pages, streamed=not everything), budget)
         with closing(cache):
             yield cache
 
 
-def content(cache: WeightCache[Layer], item: int) -> bytes:
-    with cache.use(item) as layer:
+def content(cache: WeightCache[Page], page: int) -> bytes:
+    with cache.use(page) as layer:
         return layer.buffer.tobytes()
 
 
@@ -46,8 +46,8 @@ def test_two_jobs_page_from_one_file(tmp_path: Path, loader: Kind) -> None:
     """Each gives pages back that the other one needs; neither sees anything of that."""
     packed("llama3", tmp_path / "p")
     with paging(tmp_path / "p", loader) as first, paging(tmp_path / "p", loader) as second:
-        count = len(first.items)
-        alone = [content(first, item) for item in range(count)]
+        count = len(first.pages)
+        alone = [content(first, page) for page in range(count)]
         for turn in range(2 * count):
             here, there = turn % count, (turn + count // 2) % count
             assert (content(first, here), content(second, there)) == (alone[here], alone[there])
@@ -58,9 +58,9 @@ def test_a_file_that_vanishes_is_read_to_the_end(tmp_path: Path, loader: Kind) -
     """Who has it open keeps it, as with any file; the next run says what is missing."""
     packed("llama3", tmp_path / "p")
     with paging(tmp_path / "p", loader) as cache:
-        before = [content(cache, item) for item in range(len(cache.items))]
+        before = [content(cache, page) for page in range(len(cache.pages))]
         (tmp_path / "p" / "layer-00001.safetensors").unlink()
-        assert [content(cache, item) for item in range(len(cache.items))] == before
+        assert [content(cache, page) for page in range(len(cache.pages))] == before
     with pytest.raises(ModelError, match=r"names layer-00001\.safetensors, which is missing"):
         open_source(tmp_path / "p")
 
@@ -76,4 +76,4 @@ def test_a_disk_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(os, "preadv", lost)
         with pytest.raises(ModelError, match=r"\.safetensors cannot be read any more: Input/output error"):
-            [content(cache, item) for item in [*range(len(cache.items))] * 2]
+            [content(cache, page) for page in [*range(len(cache.pages))] * 2]

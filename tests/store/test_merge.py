@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 
-from mpillm.cli.commands import run as command
 from mpillm.errors import JobError
 from mpillm.store import report
 from mpillm.store.merge import merge
@@ -60,7 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parts_give_what_the_whole_gives(runs: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
-    assert command(["merge", str(runs / "parts"), "--output", str(merged)]) == 0
+    words = [sys.executable, "-m", "mpillm", "merge", runs / "parts", "--output", merged]
+    assert run_bounded(words, env=clean_environment()).returncode == 0
     lines, of_whole = ((path / "results.jsonl").read_bytes() for path in (merged, runs / "whole"))
     assert (
         lines.replace(b"Line 1:", b"Line 3:") == of_whole

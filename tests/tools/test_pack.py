@@ -26,7 +26,7 @@ from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
 from mpillm.tools.pack import Packed, Weights, pack
-from mpillm.weights.formats.loaders import InPlace
+from mpillm.weights.formats.loaders import InPlaceLoader
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
@@ -35,9 +35,9 @@ from mpillm.weights.io.verified import VerifiedFile
 from mpillm.weights.names import USUAL, Key
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed import loaders
-from mpillm.weights.packed.files import Made, Part, Writer
+from mpillm.weights.packed.files import PackedPage, PackedPiece, Writer
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
-from mpillm.weights.packed.loaders import Mapped, Reading
+from mpillm.weights.packed.loaders import MappedLoader, ReadLoader
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.weights import minimum_budget
@@ -155,21 +155,21 @@ def test_floats_that_stay_are_used_where_they_lie(name: str, monkeypatch: pytest
     for shards in (1, 2):
         with closing(open_source(path)) as source:
             config = config_of(source)
-            items = rank_plans(config, Place(0, 1, shards), source)
+            pages = rank_plans(config, Place(0, 1, shards), source)
             here, packed = (
-                source.open_loader("auto", 1, items, False),
-                source.open_loader("read", 1, items, False),
+                source.open_loader("auto", 1, pages, False),
+                source.open_loader("read", 1, pages, False),
             )
-            assert isinstance(here, InPlace)
-            assert not isinstance(packed, InPlace)
+            assert isinstance(here, InPlaceLoader)
+            assert not isinstance(packed, InPlaceLoader)
             with closing(here), closing(packed):
-                for plan in items:
+                for plan in pages:
                     calls.clear()
-                    layer = here.load(plan, here.room(plan, []))
+                    layer = here.load(plan, here.allocate(plan, []))
                     beside = [entry for entry in plan.entries if source.in_place(entry) is None]
                     assert len(calls) == sum(bool(entry.bounds) for entry in beside)
                     assert layer.buffer.nbytes < sum(entry.nbytes for entry in beside) + 64 * len(beside) + 64
-                    again = packed.load(plan, packed.room(plan, []))
+                    again = packed.load(plan, packed.allocate(plan, []))
                     for entry in plan.entries:
                         if not entry.bounds:
                             continue
@@ -301,14 +301,14 @@ def decoded_k(type: str, blocks: np.ndarray) -> np.ndarray:
 def test_a_packing_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, again = tmp_path / "a", tmp_path / "b"
     packed("llama3", first)
-    part = Writer._part
+    pack_page = Writer._page
 
-    def broken(self: Writer, made: Part) -> Made:
-        if made.name == HEAD:
+    def broken(self: Writer, page: PackedPage) -> PackedPiece:
+        if page.kind == HEAD:
             raise KeyboardInterrupt
-        return part(self, made)
+        return pack_page(self, page)
 
-    monkeypatch.setattr(Writer, "_part", broken)
+    monkeypatch.setattr(Writer, "_page", broken)
     with pytest.raises(KeyboardInterrupt):
         packed("llama3", again)
     monkeypatch.undo()
@@ -550,10 +550,10 @@ def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.Mo
             with closing(source.open_loader(kind, 1, items, streamed)) as loader:
                 return type(loader)
 
-        assert chosen("auto", streamed=True) is chosen("read", streamed=False) is Reading
-        assert chosen("auto", streamed=False) is chosen("mmap", streamed=True) is Mapped
+        assert chosen("auto", streamed=True) is chosen("read", streamed=False) is ReadLoader
+        assert chosen("auto", streamed=False) is chosen("mmap", streamed=True) is MappedLoader
         monkeypatch.setattr(loaders, "network_kind", lambda _: "nfs")
-        assert chosen("auto", streamed=False) is Reading
+        assert chosen("auto", streamed=False) is ReadLoader
         monkeypatch.setattr(loaders, "can_populate", lambda: False)
         with pytest.raises(JobError, match=r'memory\.loader = "mmap" needs Linux 5\.14 or newer'):
             chosen("mmap", streamed=False)

@@ -17,16 +17,17 @@ from mpillm.model.opening import open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.fill import load
 from mpillm.weights.packed.layout import panels_of, shard_extent
-from mpillm.weights.paging.cache import Heap, WeightCache, fixed_part, minimum_budget
+from mpillm.weights.paging.cache import WeightCache, fixed_part, minimum_budget
+from mpillm.weights.paging.pager import BufferLoader
 from mpillm.weights.paging.weights import PATIENCE, Weights
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.plan import PagePlan
 from mpillm.weights.source import rank_plans
 from tests.shapes import shape
 from tests.weights.build import Tiny, write_hf
 
 
-def plans(*sizes: int) -> list[LayerPlan]:
-    return [LayerPlan(str(i), (), size) for i, size in enumerate(sizes)]
+def plans(*sizes: int) -> list[PagePlan]:
+    return [PagePlan(str(i), (), size) for i, size in enumerate(sizes)]
 
 
 class Item:
@@ -39,8 +40,8 @@ class Item:
         self.data = np.empty(0, np.uint8)
 
 
-class Loader(Heap[Item]):
-    """Fills a buffer with the item's number, and knows what it did."""
+class Loader(BufferLoader[Item]):
+    """Fills a buffer with the page's number, and knows what it did."""
 
     def __init__(self, seconds: float = 0.0, parallel: int = 1) -> None:
         super().__init__(self._make, parallel)
@@ -50,29 +51,29 @@ class Loader(Heap[Item]):
         self.gate.set()
         self.fail_at: int | None = None
 
-    def _make(self, plan: LayerPlan, buffer: np.ndarray) -> Item:
+    def _make(self, plan: PagePlan, buffer: np.ndarray) -> Item:
         assert self.gate.wait(10)
         time.sleep(self.seconds)
-        item = int(plan.name)
-        self.loads.append(item)
-        if item == self.fail_at:
-            raise OSError(f"item {item} cannot be read")
-        buffer[:] = item + 1
+        page = int(plan.name)
+        self.loads.append(page)
+        if page == self.fail_at:
+            raise OSError(f"page {page} cannot be read")
+        buffer[:] = page + 1
         return Item(buffer)
 
 
 def run(cache: WeightCache[Item], order: Iterable[int]) -> None:
     for number in order:
-        with cache.use(number) as item:
-            assert (item.data == number + 1).all()
-            assert len(item.data) == cache.items[number].nbytes
+        with cache.use(number) as page:
+            assert (page.data == number + 1).all()
+            assert len(page.data) == cache.pages[number].nbytes
 
 
-def at_rest(cache: WeightCache) -> None:
+def settle(cache: WeightCache) -> None:
     """Wait until the threads have read ahead as far as they can."""
     with cache._changed:
         cache._changed.wait_for(
-            lambda: cache._choose() is None and all(slot.layer is not None for slot in cache._slots.values())
+            lambda: cache._choose() is None and all(slot.page is not None for slot in cache._slots.values())
         )
 
 
@@ -100,7 +101,7 @@ def test_everything_fits(policy, budget):
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("budget", "fixed"), [(200, 0), (299, 0), (300, 1), (500, 3), (800, 6), (999, 7)])
 def test_a_cycle_hits_its_fixed_part(budget, fixed):
-    """Hits are exact: after the first round, one per fixed item and round; everything else is loaded once a round."""
+    """Hits are exact: after the first round, one per fixed page and round; everything else is loaded once a round."""
     loader = Loader()
     cache = WeightCache(plans(*[100] * 10), loader, budget)
     rounds = 6
@@ -130,10 +131,10 @@ def test_lru_hits_nothing_in_a_cycle_that_does_not_fit(budget):
 
 @pytest.mark.usefixtures("threads")
 def test_stalls_are_what_had_to_be_waited_for():
-    """Slow use: everything but the first item is read ahead in time. Slow loads: every miss is a stall."""
+    """Slow use: everything but the first page is read ahead in time. Slow loads: every miss is a stall."""
     slow_use = WeightCache(plans(*[8] * 4), Loader(0.001), 16)
-    for item in [*range(4)] * 3:
-        with slow_use.use(item):
+    for page in [*range(4)] * 3:
+        with slow_use.use(page):
             time.sleep(0.05)
     assert slow_use.counters.misses == 12
     assert slow_use.counters.stalls <= 2  # the first, and one for a machine that was busy
@@ -167,20 +168,20 @@ def test_reads_ahead_without_being_asked():
     st.randoms(use_true_random=False),
 )
 def test_any_order_gives_the_same_bytes_within_the_budget(sizes, extra, policy, random):
-    """Also orders that are no cycle: a step may leave items out, or use one twice."""
-    items = plans(*sizes)
-    budget = minimum_budget(items) + extra
+    """Also orders that are no cycle: a step may leave pages out, or use one twice."""
+    pages = plans(*sizes)
+    budget = minimum_budget(pages) + extra
     buffers: list[weakref.ref[np.ndarray]] = []
     live: list[int] = [0]
 
-    def loader(plan: LayerPlan, buffer: np.ndarray) -> Item:
+    def loader(plan: PagePlan, buffer: np.ndarray) -> Item:
         buffer[:] = int(plan.name) + 1
         if not any(known() is buffer for known in buffers):
             buffers.append(weakref.ref(buffer))
         live.append(sum(known.nbytes for known in [ref() for ref in buffers] if known is not None))
         return Item(buffer)
 
-    cache = WeightCache(items, Heap(loader), budget, policy)
+    cache = WeightCache(pages, BufferLoader(loader), budget, policy)
     try:
         order = list(range(len(sizes))) * 3
         for _ in range(6):
@@ -197,13 +198,13 @@ def test_any_order_gives_the_same_bytes_within_the_budget(sizes, extra, policy, 
 def test_the_fixed_part_leaves_room_for_two_neighbours():
     random = np.random.default_rng(1)
     for _ in range(200):
-        items = plans(*random.integers(1, 60, random.integers(1, 12)).tolist())
-        total = sum(item.nbytes for item in items)
-        budget = minimum_budget(items) + int(random.integers(0, total + 1))
-        fixed = fixed_part(items, budget)
-        streamed = [item for i, item in enumerate(items) if i not in fixed]
-        assert sum(items[i].nbytes for i in fixed) + minimum_budget(streamed) <= budget
-        assert (len(fixed) == len(items)) == (total <= budget)
+        pages = plans(*random.integers(1, 60, random.integers(1, 12)).tolist())
+        total = sum(page.nbytes for page in pages)
+        budget = minimum_budget(pages) + int(random.integers(0, total + 1))
+        fixed = fixed_part(pages, budget)
+        streamed = [page for i, page in enumerate(pages) if i not in fixed]
+        assert sum(pages[i].nbytes for i in fixed) + minimum_budget(streamed) <= budget
+        assert (len(fixed) == len(pages)) == (total <= budget)
     head_stays = plans(10, 10, 10, 10, 80)
     assert fixed_part(head_stays, 110) == {4, *fixed_part(head_stays, 110)}
     spread = sorted(fixed_part(plans(*[10] * 16), 100))
@@ -212,17 +213,17 @@ def test_the_fixed_part_leaves_room_for_two_neighbours():
 
 
 def test_too_small_a_budget_is_refused():
-    items = plans(30, 10, 50, 20)
-    assert minimum_budget(items) == 70
+    pages = plans(30, 10, 50, 20)
+    assert minimum_budget(pages) == 70
     with pytest.raises(
         JobError, match=r"memory\.weights is 69 bytes, but this rank needs at least 70 bytes .*of 110"
     ):
-        WeightCache(items, Loader(), 69)
-    cache = WeightCache(items, Loader(), 70)
+        WeightCache(pages, Loader(), 69)
+    cache = WeightCache(pages, Loader(), 70)
     run(cache, [0, 1, 2, 3, 0, 1])
     cache.close()
     with pytest.raises(JobError, match='has no policy "fifo"; it has cycle and lru'):
-        WeightCache(items, Loader(), 70, "fifo")
+        WeightCache(pages, Loader(), 70, "fifo")
     assert minimum_budget(plans(30)) == 30
     assert minimum_budget([]) == 0
 
@@ -232,12 +233,14 @@ def test_an_item_is_not_used_after_its_end(tmp_path):
     """Whoever keeps a layer beyond its `with` block keeps no memory, and notices when the layer has gone."""
     model = Tiny(n_layers=3)
     source = open_source(write_hf(tmp_path, model.weights(), model.config()))
-    items = rank_plans(model.model(1), Place(0, 1, 1), source)
-    cache = WeightCache(items, Heap(lambda plan, buffer: load(plan, source, buffer)), minimum_budget(items))
+    pages = rank_plans(model.model(1), Place(0, 1, 1), source)
+    cache = WeightCache(
+        pages, BufferLoader(lambda plan, buffer: load(plan, source, buffer)), minimum_budget(pages)
+    )
     with cache.use(0) as first:
         first.matrix("q")
-    for item in (1, 2, 3):
-        with cache.use(item):
+    for page in (1, 2, 3):
+        with cache.use(page):
             pass
     with pytest.raises(AssertionError, match="layer 0, attention is used after it was dropped"):
         first.matrix("q")
@@ -256,9 +259,9 @@ def test_what_the_loader_raises_is_raised_in_use():
     loader.fail_at = 2
     cache = WeightCache(plans(*[8] * 4), loader, 16)
     run(cache, [0])
-    with pytest.raises(OSError, match="item 2 cannot be read"):
+    with pytest.raises(OSError, match="page 2 cannot be read"):
         run(cache, [1, 2])
-    with pytest.raises(OSError, match="item 2 cannot be read"):
+    with pytest.raises(OSError, match="page 2 cannot be read"):
         run(cache, [0])
     cache.close()
 
@@ -266,9 +269,9 @@ def test_what_the_loader_raises_is_raised_in_use():
 @pytest.mark.usefixtures("threads")
 def test_an_error_in_a_use_gives_the_item_back():
     cache = WeightCache(plans(*[8] * 4), Loader(), 16)
-    for item in [*range(4)] * 2:
-        with pytest.raises(KeyError), cache.use(item):
-            raise KeyError(item)
+    for page in [*range(4)] * 2:
+        with pytest.raises(KeyError), cache.use(page):
+            raise KeyError(page)
     run(cache, [*range(4)] * 2)
     assert cache.counters.peak <= 16
     cache.close()
@@ -277,8 +280,8 @@ def test_an_error_in_a_use_gives_the_item_back():
 @pytest.mark.usefixtures("threads")
 def test_a_use_that_is_never_entered_costs_nothing():
     cache = WeightCache(plans(*[8] * 4), Loader(), 16)
-    for item in range(4):
-        cache.use(item)
+    for page in range(4):
+        cache.use(page)
     run(cache, range(4))
     cache.close()
 
@@ -289,7 +292,7 @@ def test_uses_within_uses():
     with cache.use(0) as a, cache.use(1) as b:
         assert (a.data[0], b.data[0]) == (1, 2)
         with (
-            pytest.raises(RuntimeError, match="more items of the weight cache are in use than"),
+            pytest.raises(RuntimeError, match="the pages in use exceed the budget of the weight cache"),
             cache.use(3),
         ):
             pass
@@ -301,7 +304,7 @@ def test_uses_within_uses():
         roomy.use(streamed[0]),
         roomy.use(streamed[1]),
         roomy.use(kept),
-        pytest.raises(RuntimeError, match="more items of the weight cache are in use than"),
+        pytest.raises(RuntimeError, match="the pages in use exceed the budget of the weight cache"),
     ):
         run(roomy, [streamed[2]])
     roomy.close()
@@ -313,7 +316,7 @@ def test_close_in_the_middle():
     loader.gate.clear()
     cache = WeightCache(plans(*[8] * 4), loader, 16)
     threading.Timer(0.05, loader.gate.set).start()
-    cache.close()  # waits for the item that is being loaded
+    cache.close()  # waits for the page that is being loaded
     with pytest.raises(RuntimeError, match="the weight cache is closed"), cache.use(0):
         pass
     cache.close()
@@ -331,10 +334,10 @@ def test_an_item_used_twice_in_a_row_stays():
     """The head's norm and the head are two uses; reading ahead must not come between them."""
     cache = WeightCache(plans(*[8] * 6), Loader(), 16)
     for _ in range(5):
-        for item in range(6):
-            run(cache, [item])
+        for page in range(6):
+            run(cache, [page])
             time.sleep(0.002)
-            run(cache, [item])
+            run(cache, [page])
     assert (cache.counters.hits, cache.counters.misses) == (30, 30)
     cache.close()
 
@@ -343,17 +346,19 @@ def test_an_item_used_twice_in_a_row_stays():
 def test_real_layers_are_the_same_whatever_the_budget(tmp_path):
     model = Tiny(n_layers=5, seed=3)
     source = open_source(write_hf(tmp_path, model.weights(), model.config(), "BF16"), "q8_0")
-    items = rank_plans(model.model(32), Place(0, 1, 1), source)
+    pages = rank_plans(model.model(32), Place(0, 1, 1), source)
     seen = []
     for policy, budget in (
         ("cycle", None),
-        ("cycle", minimum_budget(items)),
-        ("lru", 2 * minimum_budget(items)),
+        ("cycle", minimum_budget(pages)),
+        ("lru", 2 * minimum_budget(pages)),
     ):
-        cache = WeightCache(items, Heap(lambda plan, buffer: load(plan, source, buffer)), budget, policy)
+        cache = WeightCache(
+            pages, BufferLoader(lambda plan, buffer: load(plan, source, buffer)), budget, policy
+        )
         contents = []
-        for item in [*range(6)] * 2:
-            with cache.use(item) as layer:
+        for page in [*range(6)] * 2:
+            with cache.use(page) as layer:
                 parts = [
                     layer.buffer[entry.offset : entry.offset + entry.nbytes] for entry in layer.plan.entries
                 ]
@@ -377,30 +382,30 @@ def test_what_stays_of_large_models_is_nearly_the_budget(model, shards):
         shard_extent(panels_of(page.tensors, model.max_shards, lambda _: BlockType.Q4_0), place)[2]
         for page in [*pages, model.head]
     ]
-    items, total = plans(*sizes), sum(sizes)
+    pages, total = plans(*sizes), sum(sizes)
     for share in (0.25, 0.5, 0.75):
-        stays = sum(sizes[i] for i in fixed_part(items, int(share * total)))
+        stays = sum(sizes[i] for i in fixed_part(pages, int(share * total)))
         assert share - 0.02 < stays / total <= share
-    assert minimum_budget(items) < 0.08 * total
+    assert minimum_budget(pages) < 0.08 * total
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("head", "given_up"), [(300, 100), (100, 100), (50, 100)])
 def test_more_is_read_ahead_when_one_that_stayed_goes(head, given_up):
-    """An item as large as those that are streamed, but not a large head."""
+    """A page as large as those that are streamed, but not a large head."""
     loader = Loader(parallel=2)
     cache = WeightCache(plans(*[100] * 40, head), loader, 1000)
-    items, before = len(cache.items), 0  # the threads have begun already
+    pages, before = len(cache.pages), 0  # the threads have begun already
     for gone in (0, given_up):
         streamed = cache.streamed
-        run(cache, [*range(items)] * 3)
-        at_rest(cache)
+        run(cache, [*range(pages)] * 3)
+        settle(cache)
         fixed = cache.total - streamed
         ahead = cache.counters.loaded - before - 3 * streamed - (0 if gone else fixed)
         assert -(1000 - fixed) <= ahead <= 1000 - fixed
         assert cache.counters.peak <= 1000
         before = cache.counters.loaded
-        cache.deepen()
+        cache.read_further_ahead()
         assert cache.streamed == streamed + given_up
     cache.close()
 
@@ -409,7 +414,7 @@ def test_more_is_read_ahead_when_one_that_stayed_goes(head, given_up):
 def test_a_large_part_is_not_given_up():
     cache = WeightCache(plans(*[100] * 10), Loader(), 500)
     streamed = cache.streamed
-    cache.deepen()
+    cache.read_further_ahead()
     assert cache.streamed == streamed
     cache.close()
 
@@ -422,7 +427,7 @@ def test_it_reads_further_ahead_if_steps_compute_and_wait():
         for step in range(8):
             assert (weights.cycle.fixed < fixed) == (deeper and step >= PATIENCE)
             weights.cycle.counters.stall_seconds += waited
-            weights.stepped(1.0)
+            weights.note_step(1.0)
         assert len(weights.cycle.fixed) == len(fixed) - deeper  # by one, once
         weights.close()
 
@@ -431,11 +436,11 @@ def test_it_reads_further_ahead_if_steps_compute_and_wait():
 @pytest.mark.parametrize("policy", ["cycle", "lru"])
 @pytest.mark.parametrize("budget", [200, 350, 1000])
 def test_several_loads_at_a_time(policy, budget):
-    """The next item is on its way before this one is there, and the budget holds all the same."""
+    """The next page is on its way before this one is there, and the budget holds all the same."""
     loader = Loader(0.001, parallel=3)
     cache = WeightCache(plans(*[100] * 10), loader, budget, policy)
     run(cache, [*range(10)] * 6)
     assert cache.counters.hits + cache.counters.misses == 60
-    assert cache.counters.hit_bytes + cache.counters.miss_bytes == 6000
+    assert cache.counters.loaded == cache.counters.loads * 100
     assert cache.counters.peak <= budget
     cache.close()

@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 from mpillm.errors import JobError
 from mpillm.weights.paging.experts import ExpertCache, minimum_budget
 from mpillm.weights.paging.weights import budgets, streamed
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.plan import PagePlan
 from tests.weights.test_cache import Item, Loader, plans
 
 
-def experts(layers: int, each: int, size: int = 100) -> list[LayerPlan]:
+def experts(layers: int, each: int, size: int = 100) -> list[PagePlan]:
     return [
-        LayerPlan(str(layer * each + expert), (), size, layer, "expert", expert=expert)
+        PagePlan(str(layer * each + expert), (), size, layer, "expert", expert=expert)
         for layer in range(layers)
         for expert in range(each)
     ]
 
 
 def run(cache: ExpertCache[Item], steps: Iterable[Iterable[list[int]]]) -> None:
-    """Steps of layers of chosen items."""
+    """Steps of layers of chosen pages."""
     for step in steps:
         for chosen in step:
-            ready = (held for some in cache.in_turn(chosen) for held in some)
-            for item, held in zip(chosen, ready, strict=True):
-                assert (held.data == (item + 1) % 256).all()
-                assert len(held.data) == cache.items[item].nbytes
+            ready = (held for some in cache.ready_groups(chosen) for held in some)
+            for page, held in zip(chosen, ready, strict=True):
+                assert (held.data == (page + 1) % 256).all()
+                assert len(held.data) == cache.pages[page].nbytes
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_only_what_was_chosen_is_read_and_once_a_step(loader: Loader) -> None:
     assert sorted(loader.loads) == [0, 2, 5, 8, 9, 11]
     counters = cache.counters
     assert (counters.hits, counters.misses, counters.loads) == (0, 6, 6)
-    assert (counters.loaded, counters.miss_bytes) == (600, 600)
+    assert counters.loaded == 600
     assert counters.peak <= 500
 
 
@@ -68,11 +68,11 @@ def test_where_all_are_used_a_fixed_part_stays(loader: Loader, budget: int) -> N
 
 @pytest.mark.parametrize(("budget", "most"), [(200, 1), (400, 2), (700, 3), (800, 8)])
 def test_what_is_there_comes_together(loader: Loader, budget: int, most: int) -> None:
-    """All of a layer's items at once where they stay, else as many as leave half of the room to those that follow."""
+    """All of a layer's pages at once where they stay, else as many as leave half of the room to those that follow."""
     cache = ExpertCache(experts(1, 8), loader, budget, 0.5)
     run(cache, [[list(range(8))]] * 3)
     sizes = []
-    for some in cache.in_turn(range(8)):
+    for some in cache.ready_groups(range(8)):
         with cache._changed:  # the loaders fetch whatever finds room meanwhile
             cache._changed.wait_for(lambda: cache._choose() is None, timeout=0.1)
         sizes.append(len(some))
@@ -97,7 +97,7 @@ def test_the_most_used_stay(loader: Loader) -> None:
     run(cache, (step(number) for number in range(64, 128)))
     cache.close()
     late = Counter(loader.loads) - loads
-    assert not any(late[item] for item in liked)
+    assert not any(late[page] for page in liked)
     assert sum(late.values()) == 64 * layers
 
 
@@ -105,7 +105,7 @@ def test_what_fits_is_all_read_ahead(loader: Loader) -> None:
     cache = ExpertCache(experts(2, 4), loader, 800, 0.5)
     run(cache, [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3)
     cache.close()
-    assert cache.stays
+    assert cache.all_resident
     assert cache.streamed == 0
     assert sorted(loader.loads) == list(range(8))
     assert (cache.counters.hits, cache.counters.misses) == (16, 8)
@@ -115,16 +115,16 @@ def test_what_fits_is_all_read_ahead(loader: Loader) -> None:
 @given(st.data())
 def test_any_choice_gives_the_same_bytes_within_the_budget(data: st.DataObject) -> None:
     layers, each = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
-    items = [
-        LayerPlan(plan.name, (), data.draw(st.integers(1, 50)), plan.layer, "expert", expert=plan.expert)
+    pages = [
+        PagePlan(plan.name, (), data.draw(st.integers(1, 50)), plan.layer, "expert", expert=plan.expert)
         for plan in experts(layers, each)
     ]
-    budget = minimum_budget(items) + data.draw(st.integers(0, 300))
+    budget = minimum_budget(pages) + data.draw(st.integers(0, 300))
     choice = st.lists(st.integers(0, each - 1), unique=True, max_size=each).map(sorted)
     steps = [
         [[layer * each + expert for expert in data.draw(choice)] for layer in range(layers)] for _ in range(4)
     ]
-    cache = ExpertCache(items, Loader(parallel=data.draw(st.integers(1, 4))), budget, 0.5)
+    cache = ExpertCache(pages, Loader(parallel=data.draw(st.integers(1, 4))), budget, 0.5)
     try:
         run(cache, steps)
         uses = sum(len(chosen) for step in steps for chosen in step)
@@ -138,9 +138,9 @@ def test_any_choice_gives_the_same_bytes_within_the_budget(data: st.DataObject) 
 def test_what_the_loader_raises_is_raised_in_use(loader: Loader) -> None:
     loader.fail_at = 2
     cache = ExpertCache(experts(1, 4), loader, 200, 0.5)
-    with pytest.raises(OSError, match="item 2 cannot be read"):
+    with pytest.raises(OSError, match="page 2 cannot be read"):
         run(cache, [[[0, 1, 2, 3]]])
-    with pytest.raises(OSError, match="item 2 cannot be read"):
+    with pytest.raises(OSError, match="page 2 cannot be read"):
         run(cache, [[[0]]])
     cache.close()
 
@@ -148,13 +148,13 @@ def test_what_the_loader_raises_is_raised_in_use(loader: Loader) -> None:
 def test_a_use_that_breaks_off_gives_the_item_back(loader: Loader) -> None:
     cache = ExpertCache(experts(1, 4), loader, 200, 0.5)
     for _ in range(3):
-        turn = cache.in_turn([0, 1, 2, 3])
+        turn = cache.ready_groups([0, 1, 2, 3])
         next(turn)
         turn.close()
     run(cache, [[[0, 1, 2, 3]]])
     cache.close()
     with pytest.raises(RuntimeError, match="the cache of experts is closed"):
-        next(cache.in_turn([0]))
+        next(cache.ready_groups([0]))
 
 
 def test_too_small_a_budget_is_refused(loader: Loader) -> None:
@@ -163,12 +163,12 @@ def test_too_small_a_budget_is_refused(loader: Loader) -> None:
 
 
 def test_experts_get_what_the_parts_leave() -> None:
-    items = [*plans(30, 10, 50), *experts(2, 4, 10)]
-    assert minimum_budget(items[3:]) == 20
-    assert budgets(items, 80) == (60, 20)
-    assert budgets(items, 120) == (90, 30)
-    assert budgets(items, 500) == (90, 410)
-    assert streamed(items, 120, "cycle") == 50
-    assert streamed(items, 169, "lru") == 1
-    assert streamed(items, 170, "cycle") == streamed(items, None, "lru") == 0
-    assert np.isclose(streamed(items, 100, "lru"), 170 - 20)
+    pages = [*plans(30, 10, 50), *experts(2, 4, 10)]
+    assert minimum_budget(pages[3:]) == 20
+    assert budgets(pages, 80) == (60, 20)
+    assert budgets(pages, 120) == (90, 30)
+    assert budgets(pages, 500) == (90, 410)
+    assert streamed(pages, 120, "cycle") == 50
+    assert streamed(pages, 169, "lru") == 1
+    assert streamed(pages, 170, "cycle") == streamed(pages, None, "lru") == 0
+    assert np.isclose(streamed(pages, 100, "lru"), 170 - 20)

@@ -13,8 +13,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis, undivided
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class AttentionSpec:
         widest = 4 * (2 * heads + 2 * kv_heads + 1) * self.head_dim
         return widest + int(copied * (hidden + heads * self.head_dim))
 
-    def kernel(self, page: Layer, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
+    def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         vector = page.vector
         heads, kv_heads, share = (

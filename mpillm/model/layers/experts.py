@@ -17,8 +17,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import EXPERT, SHARED, PageSpec, TensorSpec
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 Ints = NDArray[np.int32]
 
@@ -107,7 +107,7 @@ class ExpertsSpec:
         """Bytes that a row of an expert takes at most."""
         return MlpSpec(self.width).row_nbytes(place, block, hidden, copied)
 
-    def prepare(self, rank: Rank, layer: int, first: Layer, norm: NormSpec | None, x: Floats) -> Prepared:
+    def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Prepared:
         """The normed rows of x [m, hidden], and the experts that the router chooses for them."""
         h = rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
         spec = self.router
@@ -145,7 +145,7 @@ class ExpertsSpec:
             part += shared
         return part, None
 
-    def _shared_kernel(self, page: Layer) -> kernels.Mlp:
+    def _shared_kernel(self, page: Page) -> kernels.Mlp:
         assert self.shared is not None
         return self.shared.of_pages(dict.fromkeys(self.shared.pages, page))
 
@@ -215,5 +215,5 @@ class _Experts(Sequence[PageSpec]):
         return PageSpec(EXPERT, tensors, self._layer, expert)
 
 
-def _expert(page: Layer) -> kernels.Expert:
+def _expert(page: Page) -> kernels.Expert:
     return kernels.Expert(*(page.matrix(role) for role in ("gate", "up", "down")))

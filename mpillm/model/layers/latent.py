@@ -25,7 +25,7 @@ from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 from mpillm.weights.names import Key
 
 
@@ -117,7 +117,7 @@ class LatentAttentionSpec:
         return widest + int(copied * multiplied)
 
     def kernel(
-        self, page: Layer, norm: kernels.Norm | None, place: Place, block: int
+        self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.LatentAttention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         low = self.q_norm is not None

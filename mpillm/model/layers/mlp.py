@@ -15,8 +15,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import DOWN, GATE, UP, PageSpec, TensorSpec
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class MlpSpec:
         """Bytes that a row of an expert takes at most: there are none."""
         return 0
 
-    def prepare(self, rank: Rank, layer: int, first: Layer, norm: NormSpec | None, x: Floats) -> Any:
+    def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Any:
         """What `compute` needs of the page before its own ones; `norm` is that of its input x [m, hidden]."""
-        if rank.at_rest:
+        if rank.all_resident:
             return self.kernel(rank, layer, first, norm)
         return rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
 
     def compute(self, rank: Rank, layer: int, prepared: Any, x: Floats) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the bias that is still to be added to it."""
-        if rank.at_rest:
+        if rank.all_resident:
             part = np.empty_like(x)
             rank.compute(prepared, x, part)
             bias = rank.kept(lambda: self.output_bias(rank, layer), "down_bias", layer)
@@ -105,7 +105,7 @@ class MlpSpec:
         rank.group.all_reduce(part)
         return part, bias
 
-    def kernel(self, rank: Rank, layer: int, first: Layer, norm: NormSpec | None) -> kernels.Mlp:
+    def kernel(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None) -> kernels.Mlp:
         """All of it as one operation of the kernels, which refers to the memory of its pages."""
 
         def make() -> kernels.Mlp:
@@ -115,7 +115,7 @@ class MlpSpec:
 
         return rank.kept(make, "mlp", layer)
 
-    def of_pages(self, pages: dict[str, Layer], norm: kernels.Norm | None = None) -> kernels.Mlp:
+    def of_pages(self, pages: dict[str, Page], norm: kernels.Norm | None = None) -> kernels.Mlp:
         """The same of loaded pages, by the names of its own."""
         gate, up = self.prefix + GATE, self.prefix + UP
         biases = None

@@ -9,8 +9,8 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NormSpec:
         if self.bias:
             yield TensorSpec(Key(f"{role}_bias", layer), (width,))
 
-    def kernel(self, page: Layer, role: str, copy: bool = False) -> kernels.Norm:
+    def kernel(self, page: Page, role: str, copy: bool = False) -> kernels.Norm:
         """The norm of a loaded page, whose memory it refers to unless that is to be copied."""
         weight = page.vector(role).copy() if copy else page.vector(role)
         if self.offset:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.comm.collectives import Group
 from mpillm.partition.grid import Place
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 from mpillm.weights.paging.cache import Use
 from mpillm.weights.paging.weights import Weights
 
@@ -26,24 +26,24 @@ class Rank:
         self.place, self.block, self.group, self.threads = place, block, group, threads
         self.weights = weights
         #: Whether pages that were loaded stay where they are, so that objects may refer to their memory.
-        self.at_rest = weights.cycle.budget >= weights.cycle.total
-        self._pages = {(item.layer, item.part): number for number, item in enumerate(weights.cycle.items)}
-        experts = weights.experts.items if weights.experts else ()
-        self._first_expert = {item.layer: number for number, item in enumerate(experts) if not item.expert}
+        self.all_resident = weights.cycle.budget >= weights.cycle.total
+        self._pages = {(page.layer, page.kind): number for number, page in enumerate(weights.cycle.pages)}
+        experts = weights.experts.pages if weights.experts else ()
+        self._first_expert = {page.layer: number for number, page in enumerate(experts) if not page.expert}
         self._kept: dict[tuple[object, ...], Any] = {}
 
-    def page(self, layer: int, name: str) -> Use[Layer]:
+    def page(self, layer: int, name: str) -> Use[Page]:
         """A page, loaded and kept in memory while in the `with` block."""
         return self.weights.cycle.use(self._pages[layer, name])
 
     def experts(self, layer: int, experts: NDArray[np.integer[Any]]) -> Any:
         """The loaded pages of some experts of a layer, in ascending order, as many at a time as there are."""
         assert self.weights.experts is not None
-        return self.weights.experts.in_turn((self._first_expert[layer] + experts).tolist())
+        return self.weights.experts.ready_groups((self._first_expert[layer] + experts).tolist())
 
     def kept(self, make: Callable[[], T], *key: object) -> T:
         """What `make` makes of loaded pages: made once if all stay in memory, else each time, for they may move."""
-        if not self.at_rest:
+        if not self.all_resident:
             return make()
         if key not in self._kept:
             self._kept[key] = make()
@@ -65,7 +65,7 @@ class Rank:
             kernels.rms_norm(x, norm.weight, norm.eps, out, self.threads)
         return out
 
-    def times(self, x: Floats, page: Layer, role: str) -> Floats:
+    def times(self, x: Floats, page: Page, role: str) -> Floats:
         """x @ matrix.T: f32 [m, n]."""
         matrix = page.matrix(role)
         out = np.empty((len(x), matrix.n), np.float32)

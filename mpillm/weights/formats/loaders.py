@@ -1,4 +1,4 @@
-"""Where items of an unpacked model come from: made kernel-ready, or used where they lie in the files."""
+"""Where pages of an unpacked model come from: made kernel-ready, or used where they lie in the files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mpillm.weights.io.filesystem import can_populate, network_kind
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.numa import spread
 from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
-from mpillm.weights.layer import Layer, Placed
-from mpillm.weights.paging.cache import Heap, Loader
+from mpillm.weights.page import Page, Placed
 from mpillm.weights.paging.loaders import Kind, MappingLoader
-from mpillm.weights.plan import ALIGNMENT, Entry, LayerPlan, aligned
+from mpillm.weights.paging.pager import BufferLoader, Loader
+from mpillm.weights.plan import ALIGNMENT, Entry, PagePlan, aligned
 
 UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
 LOADING_NBYTES = 48 * 2**20  # of rows on their way into kernel-ready form, with what decoding them takes
 
 
-class Lying(NamedTuple):
+class StoredRows(NamedTuple):
     """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
 
     file: int
@@ -37,7 +37,7 @@ class TensorFiles(TensorReader, Protocol):
     path: Path
     mapped: tuple[MappedFile, ...]
 
-    def in_place(self, entry: Entry) -> Lying | None:
+    def in_place(self, entry: Entry) -> StoredRows | None:
         """Where what is planned lies just as products can take it."""
 
     def read_past_cache(self) -> None:
@@ -45,9 +45,9 @@ class TensorFiles(TensorReader, Protocol):
 
 
 def open_unpacked_loader(
-    source: TensorFiles, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
-) -> Loader[Layer]:
-    """The loader of some items of an unpacked model (see `Source.open_loader`).
+    source: TensorFiles, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
+) -> Loader[Page]:
+    """The loader of some pages of an unpacked model (see `Source.open_loader`).
 
     "auto" maps what stays, for that costs nothing but reading it once, if there are matrices that products can take as
     they lie in the files. What is streamed it reads past the page cache, which is faster than filling that cache and
@@ -55,16 +55,16 @@ def open_unpacked_loader(
     """
     slow_faults = network_kind(source.path) is not None
     mapped = kind != "read" and not streamed and not (slow_faults and kind == "auto") and can_populate()
-    if mapped and any(source.in_place(entry) for item in items for entry in item.entries):
-        return InPlace(source, REQUESTS if items[0].expert >= 0 else 2)
+    if mapped and any(source.in_place(entry) for page in pages for entry in page.entries):
+        return InPlaceLoader(source, REQUESTS if pages[0].expert >= 0 else 2)
     past_cache = kind == "read" or (kind == "auto" and (streamed or slow_faults))
-    return Unpacked(source, threads, items, streamed, past_cache)
+    return UnpackedLoader(source, threads, pages, streamed, past_cache)
 
 
-class Unpacked(Heap[Layer]):
-    """Items of an unpacked model, made kernel-ready by threads that all items share.
+class UnpackedLoader(BufferLoader[Page]):
+    """Pages of an unpacked model, made kernel-ready by threads that all pages share.
 
-    Several items are loaded at a time: small ones each by one thread, for handing pieces over takes as long as packing
+    Several pages are loaded at a time: small ones each by one thread, for handing pieces over takes as long as packing
     them, unless they are read past the page cache, where the disk is to be kept busy.
     """
 
@@ -72,14 +72,14 @@ class Unpacked(Heap[Layer]):
         self,
         source: TensorFiles,
         threads: int,
-        items: Sequence[LayerPlan],
+        pages: Sequence[PagePlan],
         streamed: bool,
         past_cache: bool,
     ) -> None:
         if past_cache:
             source.read_past_cache()
             workers = REQUESTS
-            parallel = REQUESTS if items[0].expert >= 0 else 2
+            parallel = REQUESTS if pages[0].expert >= 0 else 2
         else:
             # What stays is awaited by the first step, which has nothing else to do.
             workers = parallel = max(threads // 2, 1) if streamed else threads
@@ -91,28 +91,28 @@ class Unpacked(Heap[Layer]):
         self._arena, self._begins = new_buffer(0, ALIGNMENT), dict[str, int]()
         if not streamed:
             # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
-            sizes = [item.nbytes for item in items]
+            sizes = [page.nbytes for page in pages]
             self._arena = new_buffer(sum(sizes), ALIGNMENT)
             spread(self._arena, threads)
             self._begins = dict(
-                zip((item.name for item in items), accumulate(sizes, initial=0), strict=False)
+                zip((page.name for page in pages), accumulate(sizes, initial=0), strict=False)
             )
 
-    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+    def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         if not self._begins:
-            return super().room(plan, dropped)
+            return super().allocate(plan, dropped)
         return self._arena[self._begins[plan.name] :][: plan.nbytes]
 
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _make(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+    def _make(self, plan: PagePlan, buffer: Bytes) -> Page:
         pool = None if plan.nbytes <= self._small else self._pool
         return load(plan, self._source, buffer, pool, self._chunk)
 
 
-class InPlace(MappingLoader):
-    """Items of an unpacked model that stay: matrices are used where they lie in its files, which ranks of a node share.
+class InPlaceLoader(MappingLoader):
+    """Pages of an unpacked model that stay: matrices are used where they lie in its files, which ranks of a node share.
 
     What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
     The files are mapped once more for it, for what is read of them otherwise gives its pages back.
@@ -122,10 +122,10 @@ class InPlace(MappingLoader):
         super().__init__(source.mapped, parallel)
         self._source = source
 
-    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+    def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return new_buffer(sum(aligned(entry.nbytes) for entry in self._beside(plan)), ALIGNMENT)
 
-    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+    def load(self, plan: PagePlan, buffer: Bytes) -> Page:
         places, at = {}, 0
         for entry in self._beside(plan):
             places[entry.offset] = Placed(buffer[at : at + entry.nbytes], 0)
@@ -133,13 +133,13 @@ class InPlace(MappingLoader):
         fill([[(entry, places[entry.offset].data)] for entry in self._beside(plan)], self._source)
         for entry in plan.entries:
             if there := self._source.in_place(entry):
-                pages = self._maps[there.file].view(there.offset, there.nbytes)
-                self._have(there.file, pages)
-                places[entry.offset] = Placed(pages, there.row_bytes)
-        return Layer(plan, buffer, places)
+                memory = self._maps[there.file].view(there.offset, there.nbytes)
+                self._make_resident(there.file, memory)
+                places[entry.offset] = Placed(memory, there.row_bytes)
+        return Page(plan, buffer, places)
 
-    def give_back(self, plan: LayerPlan) -> None:
+    def release(self, plan: PagePlan) -> None:
         """The maps go when the files are closed: the next run finds the pages where they are."""
 
-    def _beside(self, plan: LayerPlan) -> list[Entry]:
+    def _beside(self, plan: PagePlan) -> list[Entry]:
         return [entry for entry in plan.entries if self._source.in_place(entry) is None]

@@ -17,15 +17,15 @@ from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
 from mpillm.weights.formats.heads import HeadPart
-from mpillm.weights.formats.loaders import LOADING_NBYTES, Lying, open_unpacked_loader
+from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import ROLES, Key, Parsed
-from mpillm.weights.paging.cache import Loader
+from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
-from mpillm.weights.plan import Entry, LayerPlan, plan_entries, plan_name
+from mpillm.weights.paging.pager import Loader
+from mpillm.weights.plan import Entry, PagePlan, page_name, plan_entries
 from mpillm.weights.source import TensorInfo
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
@@ -155,7 +155,7 @@ class TensorSource:
             raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
-    def in_place(self, entry: Entry) -> Lying | None:
+    def in_place(self, entry: Entry) -> StoredRows | None:
         """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
         extent = self._extents[entry.key]
         offset = extent.offset + entry.rows.start * extent.row_bytes
@@ -164,7 +164,9 @@ class TensorSource:
         whole = bool(entry.bounds) and len(entry.cols) == extent.k and not moved
         if not unchanged or not whole or offset % entry.type.block_bytes:
             return None
-        return Lying(self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes)
+        return StoredRows(
+            self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes
+        )
 
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
@@ -202,21 +204,21 @@ class TensorSource:
             yield _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
             self.release(key, rows)
 
-    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
         """What a rank holds of a page."""
         entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
-        name = plan_name(page.name, page.layer, page.expert)
-        return LayerPlan(name, entries, nbytes, page.layer, page.name, expert=page.expert)
+        name = page_name(page.kind, page.layer, page.expert)
+        return PagePlan(name, entries, nbytes, page.layer, page.kind, expert=page.expert)
 
-    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
         """What a rank holds of each of a layer's experts."""
         return [self.plan(page, model, place) for page in pages]
 
     def open_loader(
-        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
-    ) -> Loader[Layer]:
-        """The loader of some items."""
-        return open_unpacked_loader(self, kind, threads, items, streamed)
+        self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
+    ) -> Loader[Page]:
+        """The loader of some pages."""
+        return open_unpacked_loader(self, kind, threads, pages, streamed)
 
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""

@@ -39,30 +39,28 @@ from mpillm.weights.packed.layout import (
     PAGE,
     VERSION,
     Panel,
-    described,
     layer_file,
     panel_name,
     panels_of,
+    piece_records,
 )
 from mpillm.weights.plan import Entry, aligned
 
 TEMPORARY = ".tmp"
-MAKERS = (
-    2  # parts that are made ready at a time: while the last rows of one are under way, the next one begins
-)
-LEAVING = 2  # parts on their way to the disk: one of them may still be hashed
+MAKERS = 2  # pages that are packed at a time: the next one begins while the last rows of one are packed
+WRITING = 2  # pages that are written at a time: one of them may still be hashed
 WRITERS = 4  # pieces that are written and read back at a time
-CHUNK = 8 * 2**20  # bytes of a file that is looked at again, held at a time
+CHUNK = 8 * 2**20  # bytes that are read at a time to hash a file
 _DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
 
-Progress = Callable[[int], None]  # so many more bytes are safe
+Progress = Callable[[int], None]  # of the number of further bytes that are on the disk
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is paged in together. An expert's panels are those of the layer's first one."""
+class PackedPage:
+    """A page as it is stored. An expert has the panels of the layer's first one."""
 
-    name: str
+    kind: str
     layer: int
     panels: tuple[Panel, ...]
     expert: int = -1
@@ -74,15 +72,15 @@ class Part:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A file to be: its parts, or the embedding table of so many bytes."""
+    """A file to write: its pages, or the embedding table (`pages` is empty), as `data_bytes` bytes."""
 
     name: str
     header: dict[str, Any]
-    parts: tuple[Part, ...]
+    pages: tuple[PackedPage, ...]
     data_bytes: int
 
     def head(self, digest: str) -> bytes:
-        """The file's beginning, as long as it will be whatever the hash of the rest."""
+        """The file's header; its length does not depend on the hash `digest` of the data."""
         metadata = self.header["__metadata__"] | {"sha256": digest}
         text = json.dumps(self.header | {"__metadata__": metadata}, separators=(",", ":")).encode()
         length = aligned(8 + len(text), PAGE) - 8
@@ -94,24 +92,24 @@ class FilePlan:
 
 
 def plan_files(source: TensorSource, model: Inventory, about: dict[str, str]) -> list[FilePlan]:
-    """All files of a model; `about` says in each where it comes from."""
+    """All files of a model; each has the metadata `about`, which names its source."""
 
-    def part(page: PageSpec) -> Part:
+    def packed(page: PageSpec) -> PackedPage:
         panels = panels_of(page.tensors, model.max_shards, lambda key: source.tensors[key].type)
-        return Part(page.name, page.layer, tuple(panels))
+        return PackedPage(page.kind, page.layer, tuple(panels))
 
     about = {"format": FORMAT, "version": str(VERSION), **about}
     plans = []
     for layer in range(model.n_layers):
-        parts = [part(page) for page in model.pages(layer)]
+        pages = [packed(page) for page in model.pages(layer)]
         if experts := model.experts(layer):
-            parts += _experts(source, experts, part(experts[0]))
-        plans.append(_plan(layer_file(layer), tuple(parts), about))
-    plans.append(_plan("head.safetensors", (part(model.head),), about))
+            pages += _experts(source, experts, packed(experts[0]))
+        plans.append(_plan(layer_file(layer), tuple(pages), about))
+    plans.append(_plan("head.safetensors", (packed(model.head),), about))
     return [*plans, _plan_embed(source, about)]
 
 
-def _experts(source: TensorSource, experts: Sequence[PageSpec], first: Part) -> Iterator[Part]:
+def _experts(source: TensorSource, experts: Sequence[PageSpec], first: PackedPage) -> Iterator[PackedPage]:
     """A layer's experts, all like the first one; ModelError if they are not of the same types."""
     for page in experts:
         for tensor, like in zip(page.tensors, experts[0].tensors, strict=True):
@@ -123,25 +121,25 @@ def _experts(source: TensorSource, experts: Sequence[PageSpec], first: Part) -> 
         yield replace(first, expert=page.expert)
 
 
-def _plan(name: str, parts: tuple[Part, ...], about: dict[str, str]) -> FilePlan:
+def _plan(name: str, pages: tuple[PackedPage, ...], about: dict[str, str]) -> FilePlan:
     header: dict[str, Any] = {}
     pieces: list[dict[str, Any]] = []
     offset = 0
-    experts = sum(part.expert >= 0 for part in parts)
-    for part in parts:
-        if part.expert > 0:  # is like the first one, and lies in the same tensor
+    experts = sum(page.expert >= 0 for page in pages)
+    for page in pages:
+        if page.expert > 0:  # is like the first one, and lies in the same tensor
             continue
-        pieces += described(list(part.panels), part.name, part.layer)
-        one = part.expert == 0
+        pieces += piece_records(list(page.panels), page.kind, page.layer)
+        one = page.expert == 0
         for number, dims in enumerate(
-            [(experts, part.nbytes)] if one else [(p.nbytes,) for p in part.panels]
+            [(experts, page.nbytes)] if one else [(p.nbytes,) for p in page.panels]
         ):
             end = offset + math.prod(dims)
             tensor = {"dtype": "U8", "shape": list(dims), "data_offsets": [offset, end]}
-            header[panel_name(part.name, part.layer, number)] = tensor
+            header[panel_name(page.kind, page.layer, number)] = tensor
             offset = end
     metadata = {**about, "pieces": json.dumps(pieces, separators=(",", ":"))}
-    return FilePlan(name, {"__metadata__": metadata, **header}, parts, offset)
+    return FilePlan(name, {"__metadata__": metadata, **header}, pages, offset)
 
 
 def _plan_embed(source: TensorSource, about: dict[str, str]) -> FilePlan:
@@ -155,35 +153,35 @@ def _plan_embed(source: TensorSource, about: dict[str, str]) -> FilePlan:
     return FilePlan(f"{EMBED}.safetensors", {"__metadata__": metadata, EMBED: tensor}, (), size)
 
 
-class Made:
-    """A piece of a file that is ready for the disk, in memory that may be longer."""
+class PackedPiece:
+    """A piece of a file that is ready to be written, in memory that may be longer."""
 
     def __init__(self, memory: Bytes, nbytes: int) -> None:
         self.memory, self.data = memory, memory[:nbytes]
 
 
 class Writer:
-    """Writes files one after the other. While parts are made ready, those before go to the disk and are hashed."""
+    """Writes files one after the other. While pages are packed, the ones before are written and hashed."""
 
     def __init__(self, source: TensorSource, directory: Path, threads: int, progress: Progress) -> None:
-        """The source is read past the page cache from now on."""
+        """From now on the source is read past the page cache."""
         source.read_past_cache()
         self._source = source
         self._directory = directory
         self._progress = progress
-        # Parts that are made and those on their way to the disk are about a layer.
+        # The pages that are packed and written at a time amount to about a layer.
         self._makers = ThreadPoolExecutor(MAKERS, "packing")
         self._rows = ThreadPoolExecutor(threads + REQUESTS, "rows")  # some wait for the disk
         self._disk = ThreadPoolExecutor(WRITERS, "write")
         self._hash, self._ends = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "end")
-        self._leaving: deque[tuple[Made, list[Future[None]]]] = deque()  # on their way to the disk
+        self._writing: deque[tuple[PackedPiece, list[Future[None]]]] = deque()
         self._lock = threading.Lock()
-        self._spare: list[Bytes] = []  # memory that has been written from: new memory takes long
+        self._spare: list[Bytes] = []  # memory for reuse, because allocating takes long
         self._files: list[Future[None]] = []
         self.digests: dict[str, str] = {}
 
     def keep(self, plan: FilePlan) -> bool:
-        """Whether a file is there already, from an earlier run, and is sound."""
+        """Whether a sound file is there from an earlier run."""
         path = self._directory / plan.name
         if not os.path.exists(path) or path.stat().st_size != plan.nbytes:
             return False
@@ -202,17 +200,17 @@ class Writer:
         return True
 
     def write(self, plans: Iterable[FilePlan]) -> None:
-        """Write files one behind the other; they are complete when `close` returns.
+        """Write files one after the other; they are complete when `close` returns.
 
-        The parts of one are made while the last ones of the file before go to the disk.
+        The first pages of a file are packed while the last ones of the file before are written.
         """
-        file: _Growing | None = None
+        file: _GrowingFile | None = None
         try:
             for plan, made in self._in_order(self._pieces(plans)):
-                self._wait(LEAVING - 1)
-                file = file or _Growing(plan, self._directory)
+                self._wait(WRITING - 1)
+                file = file or _GrowingFile(plan, self._directory)
                 last = file.put(made.data, self._hash, self._disk)
-                self._leaving.append((made, last))
+                self._writing.append((made, last))
                 self._progress(made.data.nbytes)
                 if file.whole:
                     self._progress(file.begin)
@@ -220,20 +218,20 @@ class Writer:
                     file = None
             self._wait(0)
         except BaseException:
-            wait([done for _, last in self._leaving for done in last])
+            wait([done for _, last in self._writing for done in last])
             if file is not None:
                 file.close()
             raise
 
     def close(self) -> None:
-        """Wait for all files; what went wrong with one is raised."""
+        """Wait for all files, and raise the first error."""
         for pool in (self._makers, self._rows, self._hash, self._ends, self._disk):
             pool.shutdown()
         for file in self._files:
             file.result()
 
-    def _finish(self, file: _Growing) -> None:
-        """Bring a file to the disk, and give it its name."""
+    def _finish(self, file: _GrowingFile) -> None:
+        """Complete a file, and rename it."""
         try:
             path, digest = file.finish()
         finally:
@@ -241,22 +239,22 @@ class Writer:
         os.replace(path, self._directory / file.plan.name)
         self.digests[file.plan.name] = digest
 
-    def _wait(self, most: int) -> None:
-        """Until at most so many pieces are on their way to the disk: the others' memory serves again."""
-        while len(self._leaving) > most:
-            made, last = self._leaving[0]
+    def _wait(self, maximum: int) -> None:
+        """Wait until at most `maximum` pieces are being written, and reuse the memory of the others."""
+        while len(self._writing) > maximum:
+            made, last = self._writing[0]
             wait(last)
             for done in last:
                 done.result()
-            self._leaving.popleft()
+            self._writing.popleft()
             with self._lock:
                 self._spare.append(made.memory)
 
     def _in_order(
-        self, pieces: Iterator[tuple[FilePlan, Callable[[], Made]]]
-    ) -> Iterator[tuple[FilePlan, Made]]:
-        """What the functions return, some of them called at a time."""
-        waiting: deque[tuple[FilePlan, Future[Made]]] = deque()
+        self, pieces: Iterator[tuple[FilePlan, Callable[[], PackedPiece]]]
+    ) -> Iterator[tuple[FilePlan, PackedPiece]]:
+        """The results of the functions in order, MAKERS of which run at a time."""
+        waiting: deque[tuple[FilePlan, Future[PackedPiece]]] = deque()
         for plan, make in pieces:
             waiting.append((plan, self._makers.submit(make)))
             if len(waiting) >= MAKERS:
@@ -266,12 +264,12 @@ class Writer:
             plan, made = waiting.popleft()
             yield plan, made.result()
 
-    def _pieces(self, plans: Iterable[FilePlan]) -> Iterator[tuple[FilePlan, Callable[[], Made]]]:
-        """What makes the files' data, piece by piece."""
+    def _pieces(self, plans: Iterable[FilePlan]) -> Iterator[tuple[FilePlan, Callable[[], PackedPiece]]]:
+        """For each piece of the files' data, its file and the function that makes it."""
         for plan in plans:
-            for part in plan.parts:
-                yield plan, partial(self._part, part)
-            if not plan.parts:
+            for page in plan.pages:
+                yield plan, partial(self._page, page)
+            if not plan.pages:
                 n = self._source.tensors[Key(EMBED)].shape[0]
                 row = plan.data_bytes // n
                 even = PAGE // math.gcd(row, PAGE)  # rows whose bytes are whole pages
@@ -279,39 +277,39 @@ class Writer:
                 for first in range(0, n, step):
                     yield plan, partial(self._embed, range(first, min(first + step, n)))
 
-    def _part(self, part: Part) -> Made:
-        made = self._room(part.nbytes)
+    def _page(self, page: PackedPage) -> PackedPiece:
+        made = self._allocate(page.nbytes)
         end = begin = 0
-        for panel in part.panels:  # what lies between the pieces is zeros
+        for panel in page.panels:  # the gaps between the pieces are zeros
             for piece in panel.pieces:
                 made.data[end : begin + piece.entry.offset] = 0
                 end = begin + piece.entry.offset + piece.entry.nbytes
             begin += panel.nbytes
         made.data[end:] = 0
-        fill(_alike(part, made.data), self._source, self._rows, PORTION)
+        fill(_grouped(page, made.data), self._source, self._rows, PORTION)
         return made
 
-    def _embed(self, rows: range) -> Made:
+    def _embed(self, rows: range) -> PackedPiece:
         stored = self._source.stored_rows(Key(EMBED), rows)[1]
-        made = self._room(stored.nbytes)
+        made = self._allocate(stored.nbytes)
         made.data.reshape(stored.shape)[:] = stored
         self._source.release(Key(EMBED), rows)
         return made
 
-    def _room(self, nbytes: int) -> Made:
-        """The smallest memory that is long enough, of what has been written; else new, and some of that goes."""
+    def _allocate(self, nbytes: int) -> PackedPiece:
+        """The smallest spare memory that is long enough, else new memory; then a spare one is freed for it."""
         with self._lock:
             self._spare.sort(key=len)
             for number, memory in enumerate(self._spare):
                 if memory.nbytes >= nbytes:
-                    return Made(self._spare.pop(number), nbytes)
+                    return PackedPiece(self._spare.pop(number), nbytes)
             if self._spare:
                 self._spare.pop()
-        return Made(new_buffer(nbytes, PAGE), nbytes)
+        return PackedPiece(new_buffer(nbytes, PAGE), nbytes)
 
 
-class _Growing:
-    """A file on its way to the disk."""
+class _GrowingFile:
+    """A file that is being written."""
 
     def __init__(self, plan: FilePlan, directory: Path) -> None:
         self.plan = plan
@@ -322,11 +320,11 @@ class _Growing:
 
     @property
     def whole(self) -> bool:
-        """Whether there is nothing more to put."""
+        """Whether all data has been put."""
         return self._at == self.plan.nbytes
 
     def put(self, data: Bytes, hash: Executor, disk: Executor) -> list[Future[None]]:
-        """Write and hash what comes next; it must stay as it is meanwhile."""
+        """Write and hash the next piece, which must not change until the futures are done."""
         assert self._at + data.nbytes <= self.plan.nbytes, self.plan.name
         at, self._at = self._at, self._at + data.nbytes
         put = [hash.submit(self._digest.update, data.data), *self._file.put(data, at, disk)]
@@ -334,7 +332,7 @@ class _Growing:
         return put
 
     def finish(self) -> tuple[Path, str]:
-        """Write the file's head, and have the disk keep it all: its name, and the hash of its data."""
+        """Write the file's header and flush all to the disk; return the file's path and the hash of its data."""
         wait(self._put)  # all of them, even if one fails: the file is closed then
         for done in self._put:
             done.result()
@@ -347,15 +345,15 @@ class _Growing:
         self._file.close()
 
 
-def _alike(part: Part, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
-    """The pieces of a part with where they go, those together that take the same rows; tensor after tensor."""
+def _grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
+    """The pieces of a page and their destinations in `data`, tensor by tensor, grouped by their rows."""
     groups: dict[Key, dict[range, list[tuple[Entry, Bytes]]]] = {}
     begin = 0
-    for panel in part.panels:
+    for panel in page.panels:
         for piece in panel.pieces:
             entry = piece.entry
-            if part.expert >= 0:
-                entry = replace(entry, key=entry.key._replace(expert=part.expert))
+            if page.expert >= 0:
+                entry = replace(entry, key=entry.key._replace(expert=page.expert))
             out = data[begin + entry.offset : begin + entry.offset + entry.nbytes]
             groups.setdefault(entry.key, {}).setdefault(entry.rows, []).append((entry, out))
         begin += panel.nbytes
@@ -371,7 +369,7 @@ def _digest_in(path: Path) -> str:
 
 
 def _hash_of(path: Path, begin: int) -> str:
-    """The hash of what lies behind a file's header."""
+    """The hash of a file's data, which begins at `begin`."""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
         file.seek(begin)

@@ -80,11 +80,11 @@ def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[Entry, ...], 
     return tuple(entries), begin, offset
 
 
-def panel_name(part: str, layer: int, number: int) -> str:
+def panel_name(kind: str, layer: int, number: int) -> str:
     """The name in a safetensors file of a panel's bytes, or of all experts'."""
-    if part == EXPERT:
+    if kind == EXPERT:
         return f"layers.{layer}.experts"
-    return f"head.panel.{number}" if part == HEAD else f"layers.{layer}.{part}.panel.{number}"
+    return f"head.panel.{number}" if kind == HEAD else f"layers.{layer}.{kind}.panel.{number}"
 
 
 def layer_file(layer: int) -> str:
@@ -92,15 +92,15 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def described(panels: list[Panel], part: str, layer: int) -> Iterator[dict[str, Any]]:
+def piece_records(panels: list[Panel], kind: str, layer: int) -> Iterator[dict[str, Any]]:
     """The panels' pieces for the file's metadata: all that another reader needs to find its way."""
     begin = 0
     for panel in panels:
         for piece in panel.pieces:
             entry = piece.entry
             yield {
-                "tensor": hf_name(entry.key) if part != EXPERT else hf_name_of_experts(entry.key),
-                "panel": panel_name(part, layer, panel.number),
+                "tensor": hf_name(entry.key) if kind != EXPERT else hf_name_of_experts(entry.key),
+                "panel": panel_name(kind, layer, panel.number),
                 "offset": begin + entry.offset,
                 "nbytes": entry.nbytes,
                 "type": entry.type.name,
@@ -109,5 +109,5 @@ def described(panels: list[Panel], part: str, layer: int) -> Iterator[dict[str, 
                 "bounds": list(entry.bounds),
                 "repeated": piece.repeated,
             }
-        if part == EXPERT:
+        if kind == EXPERT:
             begin += panel.nbytes

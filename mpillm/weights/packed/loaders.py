@@ -1,4 +1,4 @@
-"""Where items of a packed model come from: the files as they are, mapped or read into buffers."""
+"""Where pages of a packed model come from: the files as they are, mapped or read into buffers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from mpillm.errors import JobError
 from mpillm.weights.io.filesystem import can_populate, madvise, network_kind
 from mpillm.weights.io.reading import REQUESTS, Bytes, open_direct, read_at, read_direct, used_again
-from mpillm.weights.layer import Layer
 from mpillm.weights.packed.layout import PAGE
-from mpillm.weights.paging.cache import Loader
+from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind, MappingLoader, ParallelLoader, StoredFile
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.paging.pager import Loader
+from mpillm.weights.plan import PagePlan
 
 
 def open_packed_loader(
-    path: Path, files: Sequence[StoredFile], kind: Kind, items: Sequence[LayerPlan], streamed: bool
-) -> Loader[Layer]:
-    """The loader of some items of the packed model at `path` (see `Source.open_loader`); JobError if it cannot be had.
+    path: Path, files: Sequence[StoredFile], kind: Kind, pages: Sequence[PagePlan], streamed: bool
+) -> Loader[Page]:
+    """The loader of some pages of the packed model at `path` (see `Source.open_loader`); JobError if it cannot be had.
 
     "auto" maps what stays. What is streamed it reads past the page cache, and what comes over a network, always.
     """
@@ -32,38 +32,38 @@ def open_packed_loader(
             'memory.loader = "mmap" needs Linux 5.14 or newer; leave it "auto", or make it "read".'
         )
     # The second of two fills the queue while the first waits for its last pieces.
-    parallel = REQUESTS if items[0].expert >= 0 else 2
-    return Mapped(files, parallel) if kind == "mmap" else Reading(files, parallel)
+    parallel = REQUESTS if pages[0].expert >= 0 else 2
+    return MappedLoader(files, parallel) if kind == "mmap" else ReadLoader(files, parallel)
 
 
-class Mapped(MappingLoader):
-    """Items are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
+class MappedLoader(MappingLoader):
+    """Pages are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
 
-    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+    def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return self._maps[plan.file].view(plan.offset, plan.nbytes)
 
-    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
-        self._have(plan.file, buffer)
-        return Layer(plan, buffer)
+    def load(self, plan: PagePlan, buffer: Bytes) -> Page:
+        self._make_resident(plan.file, buffer)
+        return Page(plan, buffer)
 
-    def give_back(self, plan: LayerPlan) -> None:
-        """Unmap an item's pages; the system keeps them as long as nobody else needs the memory."""
+    def release(self, plan: PagePlan) -> None:
+        """Unmap a page's pages; the system keeps them as long as nobody else needs the memory."""
         buffer = self._maps[plan.file].view(plan.offset, plan.nbytes)
         madvise(buffer.ctypes.data, buffer.nbytes, mmap.MADV_DONTNEED)
         os.posix_fadvise(self._files[plan.file].descriptor, plan.offset, plan.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-class Reading(ParallelLoader):
-    """Items are read into buffers of their own, past the page cache where the file system allows it."""
+class ReadLoader(ParallelLoader):
+    """Pages are read into buffers of their own, past the page cache where the file system allows it."""
 
     def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
         super().__init__(files, parallel)
         self._direct = [open_direct(file.path) for file in files]
 
-    def room(self, plan: LayerPlan, dropped: list[Bytes]) -> Bytes:
+    def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return used_again(dropped, plan.nbytes, PAGE)
 
-    def load(self, plan: LayerPlan, buffer: Bytes) -> Layer:
+    def load(self, plan: PagePlan, buffer: Bytes) -> Page:
         file, direct = self._files[plan.file], self._direct[plan.file]
 
         def fetch(begin: int, nbytes: int) -> None:
@@ -72,9 +72,9 @@ class Reading(ParallelLoader):
                 read_at(file.descriptor, file.path, plan.offset + begin, out)
 
         self._in_pieces(file, plan.nbytes, fetch)
-        return Layer(plan, buffer)
+        return Page(plan, buffer)
 
-    def give_back(self, plan: LayerPlan) -> None:
+    def release(self, plan: PagePlan) -> None:
         """The memory goes with the last view of it."""
 
     def close(self) -> None:

@@ -25,7 +25,6 @@ from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
-from mpillm.weights.layer import Layer
 from mpillm.weights.names import USUAL, Key
 from mpillm.weights.packed.layout import (
     EMBED,
@@ -34,15 +33,16 @@ from mpillm.weights.packed.layout import (
     TOKENIZER,
     VERSION,
     Panel,
-    described,
     panel_name,
     panels_of,
+    piece_records,
     shard_extent,
 )
 from mpillm.weights.packed.loaders import open_packed_loader
-from mpillm.weights.paging.cache import Loader
+from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
-from mpillm.weights.plan import LayerPlan, plan_name
+from mpillm.weights.paging.pager import Loader
+from mpillm.weights.plan import PagePlan, page_name
 from mpillm.weights.source import TensorInfo
 
 ROWS = 256  # of the embedding table that are looked at together
@@ -68,7 +68,7 @@ class PackedFile:
 
 
 class PackedSource:
-    """A `Source` whose items are runs of bytes in `packed_files`."""
+    """A `Source` whose pages are runs of bytes in `packed_files`."""
 
     loading_nbytes = 0
 
@@ -97,15 +97,15 @@ class PackedSource:
             for panel in file.panels.values():
                 yield file.path, panel.offset, panel.nbytes
 
-    def plan(self, page: PageSpec, model: Inventory, place: Place) -> LayerPlan:
+    def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
         """What a rank holds of a page: one run of bytes. ModelError if it is not laid out as this version does it."""
         panels = panels_of(page.tensors, model.max_shards, lambda key: self.tensors[key].type)
-        number, begin = self._find(page.name, page.layer, panels, [(panel.nbytes,) for panel in panels])
+        number, begin = self._find(page.kind, page.layer, panels, [(panel.nbytes,) for panel in panels])
         entries, offset, nbytes = shard_extent(panels, place)
-        name = plan_name(page.name, page.layer)
-        return LayerPlan(name, entries, nbytes, page.layer, page.name, number, begin + offset)
+        name = page_name(page.kind, page.layer)
+        return PagePlan(name, entries, nbytes, page.layer, page.kind, number, begin + offset)
 
-    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[LayerPlan]:
+    def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
         """What a rank holds of each of a layer's experts: one run of bytes."""
         layer = pages[0].layer
         panels = panels_of(pages[0].tensors, model.max_shards, lambda key: self.tensors[key].type)
@@ -113,8 +113,8 @@ class PackedSource:
         number, begin = self._find(EXPERT, layer, panels, [(len(pages), whole)])
         entries, offset, nbytes = shard_extent(panels, place)
         return [
-            LayerPlan(
-                plan_name(EXPERT, layer, expert),
+            PagePlan(
+                page_name(EXPERT, layer, expert),
                 entries,
                 nbytes,
                 layer,
@@ -127,30 +127,30 @@ class PackedSource:
         ]
 
     def _find(
-        self, part: str, layer: int, panels: list[Panel], shapes: Sequence[tuple[int, ...]]
+        self, kind: str, layer: int, panels: list[Panel], shapes: Sequence[tuple[int, ...]]
     ) -> tuple[int, int]:
         """The file's number and where the panels begin in it, if they have these shapes; else a ModelError."""
-        names = [panel_name(part, layer, number) for number in range(len(shapes))]
+        names = [panel_name(kind, layer, number) for number in range(len(shapes))]
         number = self._where.get(names[0], -1)
         file = self.packed_files[number]
         found = [file.panels[name].shape if name in file.panels else () for name in names]
-        wanted, inside = list(described(panels, part, layer)), set(names)
+        wanted, inside = list(piece_records(panels, kind, layer)), set(names)
         if found != list(shapes) or wanted != [row for row in file.table if row.get("panel") in inside]:
             raise ModelError(
-                f"{file.path} is not laid out as its configuration asks for ({plan_name(part, layer)}); {PACK_AGAIN}."
+                f"{file.path} is not laid out as its configuration asks for ({page_name(kind, layer)}); {PACK_AGAIN}."
             )
         return number, file.panels[names[0]].offset
 
     @property
     def files_read_as_stored(self) -> tuple[Path, ...]:
-        """The files that hold the items."""
+        """The files that hold the pages."""
         return tuple(file.path for file in self.packed_files)
 
     def open_loader(
-        self, kind: Kind, threads: int, items: Sequence[LayerPlan], streamed: bool
-    ) -> Loader[Layer]:
-        """The loader of some items; JobError if this system does not let it map files."""
-        return open_packed_loader(self.path, self.packed_files, kind, items, streamed)
+        self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
+    ) -> Loader[Page]:
+        """The loader of some pages; JobError if this system does not let it map files."""
+        return open_packed_loader(self.path, self.packed_files, kind, pages, streamed)
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
         """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""

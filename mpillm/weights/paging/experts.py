@@ -1,203 +1,201 @@
-"""The cache of a mixture's experts: what a step's tokens chose is paged in, each once, and the most used stay.
+"""The cache of experts: those that a step's tokens chose are loaded once each, and those used most often stay.
 
-Which experts a layer needs is known only when its router has spoken, so nothing is read ahead of that; but then all
-that are missing are read at a time, while those before them are computed.
+The experts that a layer needs are known only after its router has run, so nothing is read ahead of that. Then all that
+are missing are read at once, while the ones before them are computed.
 
-What goes is what is likely to be needed last. An item's layer comes round once a step; its expert is chosen there with
-a probability p that the steps so far tell, so its next use lies (steps until its layer's turn) + 1/p - 1 steps ahead.
-Where all experts are used in every step (large batches) that keeps a fixed part and streams the rest, as the cycle of
-the other weights does; where few are, it keeps those that are chosen most.
+The expert that is likely to be needed last is evicted. A layer comes round once in a step, and each of its experts is
+chosen with a probability p that is estimated from past steps. The expected distance of an expert's next use is
+therefore (steps until the layer's turn) + 1/p - 1. If all experts are used in every step (large batches), this keeps
+a fixed part and streams the rest, like the cycle of the other pages; if few are used, it keeps the most frequent ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 
 from mpillm.errors import JobError
 from mpillm.weights.io.reading import Bytes
-from mpillm.weights.paging.cache import Droppable, Loader, Pager, Slot
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.paging.pager import Loader, Pager, Slot, T
+from mpillm.weights.plan import PagePlan
 
-T = TypeVar("T", bound=Droppable)
-
-SMOOTHING = 1 / 32  # how much of an expert's probability the last step decides
-RAREST = 1e-4  # no probability falls below: what was never used goes in the order of the layers
+SMOOTHING = 1 / 32  # the weight of the last step in the estimate of an expert's probability
+RAREST = 1e-4  # the lowest probability: experts that were never used are evicted in the order of their layers
 
 
 class ExpertCache(Pager[T]):
-    """Experts in memory, never more than `budget` bytes of them; uses come from one thread at a time.
+    """Experts in memory, never more than `budget` bytes of them. Only one thread at a time may use them.
 
-    `items` come in the order of their layers.
+    `pages` are in the order of their layers.
     """
 
     name = "cache of experts"
 
-    def __init__(self, items: Sequence[LayerPlan], loader: Loader[T], budget: int, chosen: float) -> None:
+    def __init__(self, pages: Sequence[PagePlan], loader: Loader[T], budget: int, chosen: float) -> None:
         """`chosen` is the share of a layer's experts that a token is sent to. JobError if the budget is too small."""
-        super().__init__(items, loader)
+        super().__init__(pages, loader)
         self.budget = budget
-        least = minimum_budget(self.items)
-        if budget < least:
-            raise JobError(f"Experts get {budget} bytes of memory.weights, but need at least {least} bytes.")
-        self._turn: list[int] = []  # the items of the layer at hand that are still to be used, in their order
-        layers = sorted({item.layer for item in self.items})
-        place = {layer: number for number, layer in enumerate(layers)}
-        self._layer = np.array([place[item.layer] for item in self.items])
+        minimum = minimum_budget(self.pages)
+        if budget < minimum:
+            raise JobError(
+                f"Experts get {budget} bytes of memory.weights, but need at least {minimum} bytes."
+            )
+        count = len(self.pages)
+        layers = sorted({page.layer for page in self.pages})
+        position = {layer: number for number, layer in enumerate(layers)}
         self._layers = len(layers)
-        self._now = -1  # the layer at hand
-        self._probability = np.full(len(self.items), chosen)
-        self._used = np.zeros(len(self.items), bool)  # in this step
-        self._idle = np.zeros(len(self.items), bool)  # is in memory and not in use
-        self._distance = np.zeros(len(self.items))  # steps until an item is likely to be needed
-        self._may_go = np.zeros(
-            len(self.items)
-        )  # the same, of idle items that the turn does not need; else 0
-        self._ahead = (
-            0 if self.total <= budget else len(self.items)
-        )  # next to be read without being asked for
+        self._layer = np.array([position[page.layer] for page in self.pages])
+        self._current = -1  # the layer whose experts are in use
+        self._queue: list[int] = []  # its experts that are still to be used, in order
+        self._probability = np.full(count, chosen)
+        self._used = np.zeros(count, bool)  # in this step
+        self._idle = np.zeros(count, bool)  # in memory and not in use
+        self._distance = np.zeros(count)  # expected steps until the next use
+        self._evictable = np.zeros(count)  # the distance of idle pages that are not in the queue, else 0
+        # The next page that is loaded without being asked for; there is none where some are streamed.
+        self._ahead = 0 if self.all_resident else count
         self._start()
 
     @property
-    def stays(self) -> bool:
-        """Whether all items stay in memory once they are there."""
+    def all_resident(self) -> bool:
+        """Whether all pages stay in memory once they are loaded."""
         return self.total <= self.budget
 
     @property
     def streamed(self) -> int:
-        """Bytes that a step loads anew if its tokens choose every expert."""
+        """Bytes that a step loads again if its tokens choose every expert."""
         return max(self.total - self.budget, 0)
 
-    def in_turn(self, items: Sequence[int]) -> Iterator[list[T]]:
-        """Items of one layer in their order, those together that are there, and in memory until the next are asked for.
+    def ready_groups(self, pages: Sequence[int]) -> Iterator[list[T]]:
+        """Yield pages of one layer in order, in groups of those that are loaded; a group stays until the next one.
 
-        Run it to its end.
+        The caller must exhaust the iterator.
         """
-        if self.stays and self.counters.loads == len(self.items) and not self._closed:
-            yield self._at_rest(items)
+        if self.all_resident and self.counters.loads == len(self.pages) and not self._closed:
+            yield self._use_resident(pages)
             return
         with self._changed:
             self._check()
-            self._turn = list(items)
-            self._begin(items)
+            self._queue = list(pages)
+            self._begin(pages)
             self._changed.notify_all()
         try:
-            while self._turn:
+            while self._queue:
                 held = self._acquire()
                 try:
-                    yield [layer for slot in held.values() if (layer := slot.layer) is not None]
+                    yield [page for slot in held.values() if (page := slot.page) is not None]
                 finally:
                     self._release(held)
         finally:
             with self._changed:
-                self._turn = []
+                self._queue = []
 
-    def _begin(self, items: Sequence[int]) -> None:
-        """Note which experts the layer at hand needs, and whether a step has ended; and what may go from now on."""
-        if not items:
+    def _begin(self, pages: Sequence[int]) -> None:
+        """Note which experts the current layer needs, whether a step has ended, and which pages may be evicted."""
+        if not pages:
             return
-        layer = int(self._layer[items[0]])
-        if layer <= self._now:
+        layer = int(self._layer[pages[0]])
+        if layer <= self._current:
             self._probability += SMOOTHING * (self._used - self._probability)
             np.maximum(self._probability, RAREST, out=self._probability)
             self._used[:] = False
-        self._now = layer
-        self._used[items] = True
+        self._current = layer
+        self._used[pages] = True
         turns = (np.arange(self._layers) - layer - 1) % self._layers / self._layers
         np.add(turns[self._layer], 1 / self._probability, out=self._distance)
-        np.multiply(self._distance, self._idle, out=self._may_go)
-        self._may_go[items] = 0.0
+        np.multiply(self._distance, self._idle, out=self._evictable)
+        self._evictable[pages] = 0.0
 
-    def _at_rest(self, items: Sequence[int]) -> list[T]:
-        """Everything is there and stays: nobody else looks at the slots, so no lock is needed."""
+    def _use_resident(self, pages: Sequence[int]) -> list[T]:
+        """All pages are in memory for good: no thread touches the slots, so no lock is needed."""
         found = []
-        for item in items:
-            slot = self._slots[item]
-            self._count(item, slot)
+        for page in pages:
+            slot = self._slots[page]
+            self._count(slot)
             slot.used = True
-            assert slot.layer is not None
-            found.append(slot.layer)
+            assert slot.page is not None
+            found.append(slot.page)
         return found
 
     def _acquire(self) -> dict[int, Slot[T]]:
-        """Wait for the first item of the turn, and take those behind it that are there too.
+        """Wait for the first page of the queue, and take the pages after it that are loaded too.
 
-        They take half of the budget at most, so that others find room meanwhile.
+        They take at most half of the budget, so that others can be loaded meanwhile.
         """
         with self._changed:
             held: dict[int, Slot[T]] = {}
-            room = self.budget // 2
-            for item in self._turn:
-                slot = self._slots.get(item)
-                there = slot is not None and slot.layer is not None
-                room -= self.items[item].nbytes
-                if held and (not there or room < 0):
+            free = self.budget // 2
+            for page in self._queue:
+                slot = self._slots.get(page)
+                loaded = slot is not None and slot.page is not None
+                free -= self.pages[page].nbytes
+                if held and (not loaded or free < 0):
                     break
-                self._count(item, slot)
-                if not there:
-                    self._stall(item)
+                self._count(slot)
+                if not loaded:
+                    self._stall(page)
                     self._check()
-                slot = held[item] = self._slots[item]
+                slot = held[page] = self._slots[page]
                 slot.used = True
                 slot.users += 1
-                self._idle[item] = False
-            self._turn = self._turn[len(held) :]
+                self._idle[page] = False
+            self._queue = self._queue[len(held) :]
             return held
 
     def _release(self, held: dict[int, Slot[T]]) -> None:
         with self._changed:
-            for item, slot in held.items():
+            for page, slot in held.items():
                 slot.users -= 1
-                if item in self._slots:  # else the cache was closed meanwhile
-                    self._idle[item], self._may_go[item] = True, self._distance[item]
-            if not self.stays:
+                if page in self._slots:  # else the cache was closed meanwhile
+                    self._idle[page], self._evictable[page] = True, self._distance[page]
+            if not self.all_resident:
                 self._changed.notify_all()
 
     def _choose(self) -> tuple[int, list[int]] | None:
-        """The item to load now, and what has to go for it: what the layer at hand needs, in its order."""
-        for place, item in enumerate(self._turn):
-            if item not in self._slots:
-                victims = self._victims(item, place)
-                return None if victims is None else (item, victims)
-        while self._ahead < len(self.items) and self._ahead in self._slots:
+        """The first missing page of the queue, else the next page that is loaded without being asked for."""
+        for place, page in enumerate(self._queue):
+            if page not in self._slots:
+                victims = self._victims(page, place)
+                return None if victims is None else (page, victims)
+        while self._ahead < len(self.pages) and self._ahead in self._slots:
             self._ahead += 1
-        return (self._ahead, []) if self._ahead < len(self.items) else None
+        return (self._ahead, []) if self._ahead < len(self.pages) else None
 
-    def _victims(self, item: int, place: int) -> list[int] | None:
-        """What goes for the item at this place of the turn; None if it cannot come before others have been used."""
-        room, size = self.budget - self.counters.held, self.items[item].nbytes
-        if room >= size:
+    def _victims(self, page: int, place: int) -> list[int] | None:
+        """The pages to evict for the page at this place of the queue; None if others must be used before."""
+        free, size = self.budget - self.counters.held, self.pages[page].nbytes
+        if free >= size:
             return []
-        victims, may_go = list[int](), self._may_go.copy()
-        while room < size and may_go[other := int(may_go.argmax())]:
+        victims, evictable = list[int](), self._evictable.copy()
+        while free < size and evictable[other := int(evictable.argmax())]:
             victims.append(other)
-            room += self.items[other].nbytes
-            may_go[other] = 0.0
-        if room >= size:
+            free += self.pages[other].nbytes
+            evictable[other] = 0.0
+        if free >= size:
             return victims
         if place:
             return None
-        # It is waited for: what comes after it in its turn goes, the last one first, and is loaded once more.
-        for other in reversed(self._turn[1:]):
+        # The first page of the queue is waited for: evict later pages of the queue, the last one first, and load them
+        # again when their turn comes.
+        for other in reversed(self._queue[1:]):
             if self._idle[other]:
                 victims.append(other)
-                room += self.items[other].nbytes
-                if room >= size:
+                free += self.pages[other].nbytes
+                if free >= size:
                     return victims
         return None
 
-    def _is_loaded(self, item: int) -> None:
-        self._idle[item] = True
-        if item not in self._turn:
-            self._may_go[item] = self._distance[item]
+    def _on_loaded(self, page: int) -> None:
+        self._idle[page] = True
+        if page not in self._queue:
+            self._evictable[page] = self._distance[page]
 
-    def _drop(self, item: int) -> Bytes:
-        self._idle[item], self._may_go[item] = False, 0.0
-        return super()._drop(item)
+    def _evict(self, page: int) -> Bytes:
+        self._idle[page], self._evictable[page] = False, 0.0
+        return super()._evict(page)
 
 
-def minimum_budget(items: Sequence[LayerPlan]) -> int:
-    """The least bytes that experts work with: one in use, and the next one on its way."""
-    return sum(sorted(item.nbytes for item in items)[-2:])
+def minimum_budget(pages: Sequence[PagePlan]) -> int:
+    """The minimum budget of a cache of these experts, in bytes: one in use, and the next one being loaded."""
+    return sum(sorted(page.nbytes for page in pages)[-2:])

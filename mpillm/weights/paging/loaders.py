@@ -1,4 +1,4 @@
-"""What loaders of items have in common: files that must stay as they are, read or mapped in pieces, several at once."""
+"""What loaders of pages have in common: files that must stay as they are, read or mapped in pieces, several at once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Watched:
 
 
 class ParallelLoader:
-    """Loads an item in pieces, several at a time, and so many items."""
+    """Loads a page in pieces, several at a time, and so many pages."""
 
     def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
         self.parallel = parallel
@@ -87,9 +87,9 @@ class MappingLoader(ParallelLoader):
         super().__init__(files, parallel)
         self._maps = [MappedFile(file.path) for file in files]
 
-    def _have(self, number: int, pages: Bytes) -> None:
+    def _make_resident(self, number: int, memory: Bytes) -> None:
         """Have all pages in memory: looking at them later then never waits for the disk, nor fails."""
-        file, first = self._files[number], pages.ctypes.data
+        file, first = self._files[number], memory.ctypes.data
         address = first // mmap.PAGESIZE * mmap.PAGESIZE
 
         def fetch(begin: int, nbytes: int) -> None:
@@ -106,7 +106,7 @@ class MappingLoader(ParallelLoader):
                     f"{file.path} cannot be read any more: its disk failed ({error.strerror})."
                 ) from None
 
-        self._in_pieces(file, first + pages.nbytes - address, fetch)
+        self._in_pieces(file, first + memory.nbytes - address, fetch)
 
     def close(self) -> None:
         super().close()

@@ -1,132 +1,135 @@
-"""A rank's weights under one budget: the parts that every step uses, and the experts that only some tokens need."""
+"""A rank's weights under one budget: the pages that every step uses, and the experts that only some tokens need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from mpillm.errors import JobError
-from mpillm.weights.layer import Layer
+from mpillm.weights.page import Page
 from mpillm.weights.paging import cache, experts
-from mpillm.weights.paging.cache import Loader, Policy, WeightCache, fixed_part
+from mpillm.weights.paging.cache import Policy, WeightCache, fixed_part
 from mpillm.weights.paging.experts import ExpertCache
-from mpillm.weights.plan import LayerPlan
+from mpillm.weights.paging.pager import CacheCounters, Loader
+from mpillm.weights.plan import PagePlan
 
-EVEN = 0.05  # of a step may be waited for weights without a remedy
-PATIENCE = 3  # steps that wait for longer before there is one
+TOLERATED_WAIT = 0.05  # the share of a step that may be spent waiting for weights
+PATIENCE = 3  # steps with longer waits before more is read ahead
 
-OpenLoader = Callable[[Sequence[LayerPlan], bool], Loader[Layer]]  # of (items, streamed)
+OpenLoader = Callable[[Sequence[PagePlan], bool], Loader[Page]]  # of (pages, streamed)
 
 
 class Weights:
-    """The caches that page a rank's items."""
+    """The caches of a rank's pages: `cycle`, and `experts` where the model has any."""
 
     def __init__(
         self,
-        plans: Sequence[LayerPlan],
+        plans: Sequence[PagePlan],
         open_loader: OpenLoader,
         budget: int | None = None,
         policy: Policy = "cycle",
         chosen: float = 1.0,
     ) -> None:
         """`chosen` is the share of a layer's experts that a token is sent to. JobError if the budget is too small."""
-        self._waited, self._uneven = 0.0, 0  # seconds up to the last step; steps that computed and waited
-        parts, mixture = split(plans)
-        self.total = sum(item.nbytes for item in plans)
+        self._waited, self._waits = 0.0, 0  # seconds of stalls up to the last step; steps with long waits
+        common, mixture = split(plans)
+        self.total = _nbytes(plans)
         self.budget = self.total if budget is None else budget
-        least = minimum_budget(plans)
-        if self.budget < least:
+        minimum = minimum_budget(plans)
+        if self.budget < minimum:
             raise JobError(
-                f"memory.weights is {self.budget} bytes, but this rank needs at least {least} bytes for the two "
-                f"neighbouring items that are largest{' and two experts' if mixture else ''} (of {self.total} for "
-                "all); give it more, or use more ranks."
+                f"memory.weights is {self.budget} bytes, but this rank needs at least {minimum} bytes for the two "
+                f"largest neighbouring pages{' and two experts' if mixture else ''} (of {self.total} for all); "
+                "raise it, or use more ranks."
             )
-        for_parts, for_experts = budgets(plans, self.budget)
-        streamed = for_parts < sum(item.nbytes for item in parts)
-        self.cycle = WeightCache(parts, open_loader(parts, streamed), for_parts, policy)
-        self.experts: ExpertCache[Layer] | None = None
+        for_common, for_experts = budgets(plans, self.budget)
+        self.cycle = WeightCache(
+            common, open_loader(common, for_common < _nbytes(common)), for_common, policy
+        )
+        self.experts: ExpertCache[Page] | None = None
         if mixture:
-            streamed = for_experts < sum(item.nbytes for item in mixture)
-            self.experts = ExpertCache(mixture, open_loader(mixture, streamed), for_experts, chosen)
+            loader = open_loader(mixture, for_experts < _nbytes(mixture))
+            self.experts = ExpertCache(mixture, loader, for_experts, chosen)
 
     @property
-    def items(self) -> tuple[LayerPlan, ...]:
-        """All that is paged."""
-        return self.cycle.items + (self.experts.items if self.experts else ())
+    def pages(self) -> tuple[PagePlan, ...]:
+        """All pages of the rank."""
+        return self.cycle.pages + (self.experts.pages if self.experts else ())
 
     @property
     def streamed(self) -> int:
-        """Bytes that a step loads anew if its tokens choose every expert."""
+        """Bytes that a step loads again if its tokens choose every expert."""
         return self.cycle.streamed + (self.experts.streamed if self.experts else 0)
 
     @property
     def loaded(self) -> int:
-        """Bytes that were made ready so far."""
+        """Bytes that were loaded so far."""
         return sum(counters.loaded for counters in self._counters)
 
     @property
     def stall_seconds(self) -> float:
-        """Seconds that were waited for weights."""
+        """Seconds of stalls so far."""
         return sum(counters.stall_seconds for counters in self._counters)
 
     @property
     def load_seconds(self) -> float:
-        """Seconds of loading, of all threads together."""
+        """Seconds of loading so far, summed over all threads."""
         return sum(counters.load_seconds for counters in self._counters)
 
-    def stepped(self, seconds: float) -> None:
-        """Note that a step took so long, and read further ahead if steps keep waiting though they compute as well.
+    def note_step(self, seconds: float) -> None:
+        """Note that a step took so long, and read further ahead if steps that mostly compute keep waiting.
 
-        Where the disk alone is the limit (a few sequences), the largest fixed part is best. Where computing takes
-        about as long, parts that need longer than others to read or to compute make either wait for the other, unless
-        one more is on its way.
+        Where only the disk is the limit (a few sequences), the largest fixed part is best. Where computing takes about
+        as long as reading, pages of unequal cost make one wait for the other, unless one more page is read ahead.
         """
         waited, self._waited = (
             self.cycle.counters.stall_seconds - self._waited,
             self.cycle.counters.stall_seconds,
         )
-        if EVEN * seconds < waited < seconds / 2:
-            self._uneven += 1
-            if self._uneven == PATIENCE and self.cycle.fixed:
-                self.cycle.deepen()
+        if TOLERATED_WAIT * seconds < waited < seconds / 2:
+            self._waits += 1
+            if self._waits == PATIENCE and self.cycle.fixed:
+                self.cycle.read_further_ahead()
 
     def close(self) -> None:
-        """Stop reading ahead, and let all buffers go."""
+        """Stop reading ahead, and release all buffers."""
         self.cycle.close()
         if self.experts:
             self.experts.close()
 
     @property
-    def _counters(self) -> list[cache.Counters]:
+    def _counters(self) -> list[CacheCounters]:
         return [self.cycle.counters, *([self.experts.counters] if self.experts else [])]
 
 
-def split(plans: Sequence[LayerPlan]) -> tuple[list[LayerPlan], list[LayerPlan]]:
-    """What every step uses, and the experts."""
-    return [item for item in plans if item.expert < 0], [item for item in plans if item.expert >= 0]
+def split(plans: Sequence[PagePlan]) -> tuple[list[PagePlan], list[PagePlan]]:
+    """The pages that every step uses, and the experts."""
+    return [page for page in plans if page.expert < 0], [page for page in plans if page.expert >= 0]
 
 
-def minimum_budget(plans: Sequence[LayerPlan]) -> int:
-    """The least bytes that paging works with."""
-    parts, mixture = split(plans)
-    return cache.minimum_budget(parts) + experts.minimum_budget(mixture)
+def minimum_budget(plans: Sequence[PagePlan]) -> int:
+    """The minimum budget of these pages, in bytes."""
+    common, mixture = split(plans)
+    return cache.minimum_budget(common) + experts.minimum_budget(mixture)
 
 
-def budgets(plans: Sequence[LayerPlan], budget: int) -> tuple[int, int]:
-    """What of a budget the parts get, and the experts: no byte of an expert is used as often as one of a part."""
-    parts, mixture = split(plans)
-    for_parts = min(sum(item.nbytes for item in parts), budget - experts.minimum_budget(mixture))
-    return for_parts, budget - for_parts
+def budgets(plans: Sequence[PagePlan], budget: int) -> tuple[int, int]:
+    """The budgets of the pages that every step uses and of the experts: the former come first, being used more."""
+    common, mixture = split(plans)
+    for_common = min(_nbytes(common), budget - experts.minimum_budget(mixture))
+    return for_common, budget - for_common
 
 
-def streamed(plans: Sequence[LayerPlan], budget: int | None, policy: Policy) -> int:
-    """Bytes that a step loads anew if its tokens choose every expert."""
-    total = sum(item.nbytes for item in plans)
+def streamed(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> int:
+    """Bytes that a step loads again if its tokens choose every expert."""
+    total = _nbytes(plans)
     if budget is None or total <= budget or budget < minimum_budget(plans):
         return 0
-    parts, mixture = split(plans)
-    for_parts, for_experts = budgets(plans, budget)
-    fixed = (
-        fixed_part(parts, for_parts) if policy == "cycle" or for_parts == sum(i.nbytes for i in parts) else ()
-    )
-    stays = sum(parts[index].nbytes for index in fixed) + min(for_experts, sum(i.nbytes for i in mixture))
-    return total - stays
+    common, mixture = split(plans)
+    for_common, for_experts = budgets(plans, budget)
+    all_stay = for_common == _nbytes(common)
+    fixed = fixed_part(common, for_common) if policy == "cycle" or all_stay else ()
+    return total - sum(common[index].nbytes for index in fixed) - min(for_experts, _nbytes(mixture))
+
+
+def _nbytes(plans: Sequence[PagePlan]) -> int:
+    return sum(page.nbytes for page in plans)

@@ -1,4 +1,4 @@
-"""A loaded part of a layer: its matrices and vectors, as views of the memory that holds them."""
+"""A loaded page: its matrices and vectors, as views of the memory that holds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpillm.kernels.types import BlockType
 from mpillm.weights.io.reading import Bytes
-from mpillm.weights.plan import Entry, LayerPlan
+from mpillm.weights.plan import Entry, PagePlan
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -23,10 +23,10 @@ T = TypeVar("T")
 class Matrix:
     """A kernel-ready matrix [n, k]: `data` is uint8, packed in column panels `bounds` (int32, P + 1).
 
-    With `row_bytes` it is not packed: rows of floats lie so far apart, as in their file.
+    If `row_bytes` > 0, it is not packed: `data` has rows of floats, `row_bytes` apart, as in their file.
 
-    In packed models a matrix may lie in `parts` (`data` is then empty): matrices with all of its columns, one under
-    the other, or with all of its rows and one or several of its column panels each, side by side.
+    In packed models a matrix may consist of `parts` (`data` is then empty). They are matrices with all of its columns,
+    one below the other, or with all of its rows and some of its column panels, side by side.
     """
 
     type: BlockType
@@ -39,17 +39,17 @@ class Matrix:
 
 
 class Placed(NamedTuple):
-    """Where an entry lies; `row_bytes` > 0: rows of floats lie so far apart there, as in their file."""
+    """The memory of an entry; if `row_bytes` > 0, it has rows of floats, `row_bytes` apart, as in their file."""
 
     data: Bytes
     row_bytes: int
 
 
-class Layer:
-    """A loaded item: its matrices and vectors, as views of the buffer, until it is dropped."""
+class Page:
+    """The matrices and vectors of a page, as views of its buffer, until it is dropped."""
 
-    def __init__(self, plan: LayerPlan, buffer: Bytes, places: Mapping[int, Placed] | None = None) -> None:
-        """`places`: of an item that is not as planned in the buffer, its entries by their planned offsets."""
+    def __init__(self, plan: PagePlan, buffer: Bytes, places: Mapping[int, Placed] | None = None) -> None:
+        """`places`: the entries by their planned offsets, if they are not at these offsets in the buffer."""
         self.plan = plan
         self.buffer = buffer
         self._places = places
@@ -60,7 +60,7 @@ class Layer:
         return tuple(self._matrix(entry) for entry in self.plan.index[role])
 
     def matrix(self, role: str) -> Matrix:
-        """A matrix of the item."""
+        """A matrix of the page."""
         parts = self.matrices(role)
         if len(parts) == 1:
             return parts[0]
@@ -86,15 +86,15 @@ class Layer:
         values = [self._place(entry).data.view(np.float32) for entry in entries]
         return values[0] if len(values) == 1 else np.concatenate(values)
 
-    def keep(self, make: Callable[[Layer], T]) -> T:
-        """What `make` makes of the item, made once for as long as it stays in memory."""
+    def keep(self, make: Callable[[Page], T]) -> T:
+        """The result of `make(page)`, which is called once for as long as the page stays in memory."""
         if self._kept is None:
             self._kept = make(self)
         kept: T = self._kept
         return kept
 
     def drop(self) -> None:
-        """Let go of the buffer: others may have it now."""
+        """Release the buffer."""
         self.buffer = np.empty(0, np.uint8)
         self._places = None
         self._kept = None

@@ -1,0 +1,90 @@
+"""How far a run is: a live line on a terminal, a new line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from mpillm.run.progress import State
+
+LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
+WINDOW = 10.0  # seconds that the rate of now is taken over
+
+
+class Rates:
+    """Tokens per second: over all of the run, and over its last seconds."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._seen = deque([(self._begun, 0)])
+
+    def add(self, tokens: int) -> None:
+        """So many tokens have been computed in all."""
+        now = time.monotonic()
+        self._seen.append((now, tokens))
+        while len(self._seen) > 2 and self._seen[1][0] < now - WINDOW:
+            self._seen.popleft()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the beginning to the last `add`."""
+        return self._seen[-1][0] - self._begun
+
+    def __str__(self) -> str:
+        (before, had), (now, has) = self._seen[0], self._seen[-1]
+        overall = has / self.elapsed if self.elapsed else 0.0
+        lately = (has - had) / (now - before) if now > before else 0.0
+        return f"{overall:.0f} tokens/s ({lately:.0f} now)"
+
+
+def described(state: State) -> str:
+    """What the run has waited for; empty if it was next to nothing."""
+    parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
+    for what, part in (("stalls", state.stalled), ("other ranks", state.waited)):
+        if part >= 0.005:
+            parts.append(f"{what} {100 * part:.0f} %")
+    return "".join(f", {part}" for part in parts)
+
+
+class Live:
+    """A line on a terminal that is drawn anew."""
+
+    def __init__(self, bar: tqdm) -> None:
+        """The bar has a postfix and no rate of its own."""
+        self._bar, self._rates, self._shown = bar, Rates(), 0.0
+
+    def update(self, answered: int, state: Callable[[], State]) -> None:
+        self._bar.n += answered
+        if time.monotonic() < self._shown + LIVE and self._bar.n < self._bar.total:
+            return
+        now = state()
+        self._rates.add(now.tokens)
+        self._bar.set_postfix_str(f"{self._rates}{described(now)}", refresh=False)
+        self._bar.refresh()
+        self._shown = time.monotonic()
+
+
+class Lines:
+    """A sentence every few seconds, for logs and pipes."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say = total, say
+        self._answered, self._rates, self._said = 0, Rates(), time.monotonic()
+
+    def update(self, answered: int, state: Callable[[], State]) -> None:
+        self._answered += answered
+        if time.monotonic() < self._said + LINES:
+            return
+        self._said, now = time.monotonic(), state()
+        self._rates.add(now.tokens)
+        left = ""
+        if self._answered:
+            seconds = self._rates.elapsed * (self._total - self._answered) / self._answered
+            left = f", {tqdm.format_interval(seconds)} left"
+        part = 100 * self._answered / self._total if self._total else 100
+        self._say(
+            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{described(now)}"
+        )

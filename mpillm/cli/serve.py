@@ -1,0 +1,68 @@
+"""`mpillm serve` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mpillm import spec
+from mpillm.cli.console import Console
+from mpillm.comm.world import World
+from mpillm.errors import JobError
+
+KEY = "MPILLM_API_KEY"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `serve`."""
+    parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=None,
+        help=f"what clients must send as Bearer KEY (${KEY}, or none)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("out/serve"),
+        help="directory of uploaded files and batches (out/serve)",
+    )
+    parser.add_argument("--max-waiting", type=int, default=1024, help="requests that may wait (1024)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of a job, such as memory.kv=4GiB",
+    )
+
+
+def run(world: World, options: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    try:
+        from mpillm.serve import server
+    except ImportError as error:
+        raise JobError(
+            f"mpillm serve needs more packages ({error.name}): pip install 'mpillm[serve]'."
+        ) from None
+    job = None
+    with world.together():
+        if world.rank == 0:
+            job = spec.load(
+                None, options.set, model=options.model, input=os.devnull, output=str(options.data)
+            )
+    shared = world.bcast(job)
+    assert shared is not None
+    settings = server.Options(
+        options.host,
+        options.port,
+        options.api_key or os.environ.get(KEY) or None,
+        options.max_waiting,
+    )
+    return server.run(world, shared, settings, Console(lambda: world.rank == 0))

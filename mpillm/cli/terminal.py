@@ -1,0 +1,55 @@
+"""Where the lines of a rank end up: on a terminal, in a file, or in a pipe.
+
+Under mpiexec the streams of a rank are pipes to the launcher. Open MPI's holds back what has no newline, so a line that
+is drawn again and again appears at the end; what is written when the launcher is told to stop is lost; and what is
+written to two pipes arrives in any order. So rank 0 looks at where the launcher itself writes, if it is on its machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TextIO
+
+import psutil
+
+from mpillm.comm import launch
+
+
+def terminal_of_launcher(stream: int) -> TextIO | None:
+    """Rank 0's way to the terminal that its launcher has as stream 1 or 2; None if that is no terminal."""
+    folder = _launcher_streams()
+    started = launch.launched_by(os.environ)
+    if folder is None or started is None or started.rank > 0:
+        return None
+    try:
+        descriptor = os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if not os.isatty(descriptor):
+        os.close(descriptor)
+        return None
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "w", encoding="utf-8", errors="replace")
+
+
+def both_streams_meet() -> bool:
+    """Whether stdout and stderr go through a launcher that writes both to the same place."""
+    folder = _launcher_streams()
+    if folder is None:
+        return False
+    try:
+        return os.path.samestat(os.stat(f"{folder}/1"), os.stat(f"{folder}/2"))
+    except OSError:
+        return False
+
+
+def _launcher_streams() -> str | None:
+    """The descriptors of the outermost MPI launcher on this machine that this process descends from."""
+    found = None
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if os.path.basename(process.exe()) not in launch.STARTERS:
+                break
+            found = f"/proc/{process.pid}/fd"
+    return found

@@ -1,0 +1,99 @@
+"""What a client gets: a JSON body, or the chunks of a stream in OpenAI's form."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from mpillm.batch.endpoints.generate import Generate
+from mpillm.batch.streaming import TextStream
+from mpillm.batch.work import Model, Work
+from mpillm.engine.sequence import Completion
+
+DONE = b"data: [DONE]\n\n"
+
+
+def body(work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    """The answer as JSON has it, with an id and a time of its own (a batch's answers have neither)."""
+    made = work.endpoint.response(work, completions, model)
+    if isinstance(made.get("id"), str):
+        made["id"] = f"{made['id'].partition('-')[0]}-{uuid.uuid4().hex[:24]}"
+    if "created" in made:
+        made["created"] = int(time.time())
+    return made
+
+
+def error(message: str, status: int, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+class Stream:
+    """The chunks of one streamed answer, as server-sent events."""
+
+    def __init__(self, work: Work, model: Model, include_usage: bool) -> None:
+        assert isinstance(work.endpoint, Generate)
+        self._work, self._model, self._usage = work, model, include_usage
+        self._chat = work.endpoint.kind == "chat.completion"
+        self._frame = {
+            "id": f"{work.endpoint.id_prefix}-{uuid.uuid4().hex[:24]}",
+            "object": "chat.completion.chunk" if self._chat else work.endpoint.kind,
+            "created": int(time.time()),
+            "model": model.name,
+        }
+        self._texts = [TextStream(work.endpoint, work.spec, model) for _ in work.requests]
+        # What a tool call or a thought is shows only when the answer is complete.
+        self._whole = bool(getattr(work.endpoint, "tools", None))
+
+    def begin(self) -> Iterator[bytes]:
+        """What comes before any text."""
+        if self._chat:
+            for index in range(len(self._texts)):
+                yield self._event(self._choice(index, {"role": "assistant", "content": ""}))
+
+    def push(self, choice: int, token: int) -> Iterator[bytes]:
+        """What comes with a token of a choice."""
+        if not self._whole and (text := self._texts[choice].push(token)):
+            yield self._event(self._choice(choice, {"content": text} if self._chat else text))
+
+    def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
+        """What comes when all choices are complete: the rest of each text, log-probabilities, why it ended, usage."""
+        made = msgspec.json.decode(msgspec.json.encode(body(self._work, completions, self._model)))
+        for choice in made["choices"]:
+            text = self._texts[choice["index"]]
+            delta: Any
+            if self._chat:
+                message = choice["message"]
+                delta = {k: v for k, v in message.items() if k not in ("role", "content") and v}
+                if rest := text.rest(message.get("content") or ""):
+                    delta["content"] = rest
+                if "tool_calls" in delta:
+                    delta["tool_calls"] = [
+                        {"index": index, **call} for index, call in enumerate(delta["tool_calls"])
+                    ]
+            else:
+                delta = text.rest(choice["text"])
+            more = {k: choice[k] for k in ("logprobs", "finish_reason", "stop_reason") if k in choice}
+            yield self._event(self._choice(choice["index"], delta, **more))
+        if self._usage:
+            yield self._event(usage=made["usage"])
+        yield DONE
+
+    def fail(self, message: str) -> Iterator[bytes]:
+        """What comes when there will be no answer."""
+        yield _event(error(message, 503, "server_error"))
+
+    def _choice(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:
+        key = "delta" if self._chat else "text"
+        return {"index": index, key: delta, "logprobs": None, "finish_reason": None, **more}
+
+    def _event(self, *choices: dict[str, Any], **more: Any) -> bytes:
+        return _event({**self._frame, "choices": choices, **more})
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"

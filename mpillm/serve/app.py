@@ -1,0 +1,287 @@
+"""The HTTP side of the server: OpenAI's URLs, health and metrics, and the web page."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mpillm import __version__
+from mpillm.batch import bodies
+from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.endpoints.generate import Generate
+from mpillm.batch.work import Model, Work
+from mpillm.engine.sequence import Completion
+from mpillm.errors import RequestError
+from mpillm.serve import answers
+from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
+from mpillm.serve.metrics import Metrics
+from mpillm.serve.prepare import prepare
+from mpillm.spec import Spec
+
+PAGE = Path(__file__).parent / "page"
+MAX_BODY = 32 << 20  # bytes of a request
+ENDED = "The server ends before the answer is complete."
+
+
+@dataclass
+class Service:
+    """What the URLs need of the server."""
+
+    spec: Spec
+    model: Model
+    names: frozenset[str]  # what requests may call the model
+    arrivals: Arrivals
+    metrics: Metrics
+    api_key: str | None = None
+    # Templates and tokenizers run one at a time, beside the event loop.
+    preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prepare"))
+    started: float = field(default_factory=time.time)
+
+    def no_model(self, name: str) -> str:
+        """The sentence for a model that is not this one."""
+        return f"There is no model {name[:100]!r}; this server has {self.model.name!r}."
+
+    def prepare(self, url: str, content: dict[str, Any]) -> Work:
+        """The work of a body; RequestError or HTTPException says what is wrong with it."""
+        name = content.get("model")
+        if isinstance(name, str) and name not in self.names:
+            raise HTTPException(404, self.no_model(name))
+        return prepare(url, content, self.spec, self.model)
+
+
+def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
+    """The ASGI application; `more_routes` are those of files and batches."""
+    routes = [
+        *(Route(endpoint.url, _Ask(service, endpoint.url), methods=["POST"]) for endpoint in ENDPOINTS),
+        Route("/v1/models", _models(service), methods=["GET"]),
+        Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
+        *more_routes,
+        Route("/health", _health(service), methods=["GET"]),
+        Route("/metrics", _metrics(service), methods=["GET"]),
+        Route("/", lambda _: FileResponse(PAGE / "index.html"), methods=["GET"]),
+        Mount("/page", StaticFiles(directory=PAGE)),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
+    )
+    return _Guarded(app, service.api_key)
+
+
+class _Guarded:
+    """Asks for the API key on every URL below /v1, if there is one."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app, self._key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._key and scope["path"].startswith("/v1"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+                wrong = answers.error("The API key is missing or wrong.", 401, "authentication_error")
+                await JSONResponse(wrong, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Ask:
+    """A POST to one of the endpoints that a batch has too."""
+
+    def __init__(self, service: Service, url: str) -> None:
+        self._service, self._url = service, url
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        began, status = time.monotonic(), 500
+        try:
+            response = await self._answer(request)
+            status = response.status_code
+        except RequestError:
+            status = 400
+            raise
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        finally:
+            self._service.metrics.answered(self._url, status, time.monotonic() - began)
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        service, loop = self._service, asyncio.get_running_loop()
+        content = _object(await read_body(request, MAX_BODY))
+        streams = content.pop("stream", None) or False
+        if not isinstance(streams, bool):
+            raise RequestError("stream must be true or false")
+        options = content.get("stream_options") or {}
+        work = await loop.run_in_executor(service.preparing, service.prepare, self._url, content)
+        events: asyncio.Queue[tuple[int, int] | list[Completion] | None] = asyncio.Queue()
+
+        def put(event: tuple[int, int] | list[Completion] | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        if streams and not isinstance(work.endpoint, Generate):
+            raise RequestError("stream is for text")
+        ticket = Ticket(work, put, (lambda choice, token: put((choice, token))) if streams else None)
+        try:
+            service.arrivals.submit(ticket)
+        except (Full, Closed) as error:
+            raise HTTPException(429 if isinstance(error, Full) else 503, str(error)) from None
+        if streams:
+            usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            stream = answers.Stream(work, service.model, usage)
+            return StreamingResponse(self._chunks(stream, ticket, events), media_type="text/event-stream")
+        completions = await self._wait(request, ticket, events)
+        if completions is None:
+            raise HTTPException(503, ENDED)
+        _check_finite(completions)
+        service.metrics.count(work, completions)
+        made = await loop.run_in_executor(None, answers.body, work, completions, service.model)
+        return Response(msgspec.json.encode(made), media_type="application/json")
+
+    async def _chunks(
+        self,
+        stream: answers.Stream,
+        ticket: Ticket,
+        events: asyncio.Queue[tuple[int, int] | list[Completion] | None],
+    ) -> AsyncIterator[bytes]:
+        try:
+            for chunk in stream.begin():
+                yield chunk
+            while isinstance(event := await events.get(), tuple):
+                for chunk in stream.push(*event):
+                    yield chunk
+            if event is not None and all(completion.finite for completion in event):
+                self._service.metrics.count(ticket.work, event)
+                for chunk in stream.end(event):
+                    yield chunk
+            else:
+                for chunk in stream.fail(ENDED if event is None else NOT_FINITE):
+                    yield chunk
+        finally:  # also when the client has gone
+            ticket.cancel()
+
+    async def _wait(
+        self,
+        request: Request,
+        ticket: Ticket,
+        events: asyncio.Queue[tuple[int, int] | list[Completion] | None],
+    ) -> list[Completion] | None:
+        """The completions, None if there will be none; withdraws the request when the client goes away."""
+        answer = asyncio.ensure_future(events.get())
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise HTTPException(499, "The client has gone.")
+            found = answer.result()
+            assert not isinstance(found, tuple)
+            return found
+        finally:
+            ticket.cancel()
+            answer.cancel()
+            gone.cancel()
+
+
+NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
+
+
+def _check_finite(completions: list[Completion]) -> None:
+    if not all(completion.finite for completion in completions):
+        raise HTTPException(500, NOT_FINITE)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(request: Request, maximum: int) -> bytes:
+    """A request's body; 413 if it has more than `maximum` bytes."""
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > maximum:
+            raise HTTPException(413, f"The request has more than {maximum} bytes.")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        return bodies.decode_line(raw)
+    except RequestError as error:
+        raise RequestError(str(error).replace("the line", "the body", 1)) from None
+
+
+def _models(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def models(request: Request) -> Response:
+        found = {
+            "id": service.model.name,
+            "object": "model",
+            "created": int(service.started),
+            "owned_by": "mpillm",
+            "max_model_len": service.model.max_position,
+        }
+        name = request.path_params.get("name")
+        if name is None:
+            return JSONResponse({"object": "list", "data": [found]})
+        if name not in service.names:
+            raise HTTPException(404, service.no_model(name))
+        return JSONResponse(found)
+
+    return models
+
+
+def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def health(_: Request) -> Response:
+        arrivals = service.arrivals
+        return JSONResponse(
+            {
+                "status": "ok",
+                "version": __version__,
+                "model": service.model.name,
+                "running": arrivals.running,
+                "waiting": arrivals.waiting,
+            }
+        )
+
+    return health
+
+
+def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def metrics(_: Request) -> Response:
+        text, kind = service.metrics.exposition(service.arrivals)
+        return Response(text, media_type=kind)
+
+    return metrics
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return JSONResponse(
+        answers.error(error.detail, error.status_code, kind), error.status_code, error.headers
+    )
+
+
+async def _request_error(_: Request, error: Exception) -> Response:
+    return JSONResponse(answers.error(f"{error}.", 400), 400)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    return JSONResponse(answers.error(f"{type(error).__name__}: {error}", 500, "server_error"), 500)

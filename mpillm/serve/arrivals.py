@@ -1,0 +1,171 @@
+"""Requests that come while the engine runs: from any thread in, to the thread of the engine, and back.
+
+The engine takes requests from `Arrivals` when it has capacity for them; a request that waits can be withdrawn, and one
+that runs ends with its next token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from mpillm.batch.work import Work
+from mpillm.engine.sequence import Completion, Request
+from mpillm.errors import MpillmError
+
+LOOK = 0.2  # seconds between two looks at whether a signal has come
+
+
+class Full(MpillmError):
+    """So many requests wait that no more are taken."""
+
+
+class Closed(MpillmError):
+    """The server ends and takes no more requests."""
+
+
+class Ticket:
+    """One request of a client, from its arrival to its answer. `done` and `token` are called by the engine's thread."""
+
+    def __init__(
+        self,
+        work: Work,
+        done: Callable[[list[Completion] | None], object],
+        token: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """`done` gets the completions of `work.requests`, or None if there will be none; `token` each choice and id."""
+        self.work = work
+        self.cancelled = False
+        self._done, self._token = done, token
+        self._completions: list[Completion | None] = [None] * len(work.requests)
+        self._missing = len(work.requests)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.cancelled = True
+
+    def requests(self) -> Iterator[Request]:
+        """The engine's requests."""
+        for request in self.work.requests:
+            yield replace(request, watch=self._watch(request.choice, request.watch))
+
+    def _watch(self, choice: int, stops: Callable[[int], bool] | None) -> Callable[[int], bool]:
+        def watch(token: int) -> bool:
+            if self._token is not None:
+                self._token(choice, token)
+            return (stops is not None and stops(token)) or self.cancelled
+
+        return watch
+
+    def take(self, completion: Completion) -> None:
+        """Keep a choice; the last one completes the answer."""
+        self._completions[completion.request.choice] = completion
+        self._missing -= 1
+        if not self._missing:
+            self._done([found for found in self._completions if found is not None])
+
+    def fail(self) -> None:
+        """There will be no answer."""
+        self._done(None)
+
+
+class Arrivals:
+    """The queue between clients and the engine; an iterator that goes on after it has ended."""
+
+    def __init__(self, capacity: int, background: int) -> None:
+        """So many requests may wait; in the background at most `background` choices run at once."""
+        self._capacity, self._background_limit = capacity, background
+        self._background: deque[Iterator[Ticket]] = deque()
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, tuple[Ticket, Request]] = {}  # by the identity of the engine's request
+        self._ticket: Ticket | None = None  # whose choices are being taken
+        self._choices: Iterator[Request] = iter(())
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests that the engine has not taken."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Choices that the engine computes."""
+        return len(self._running)
+
+    def submit(self, ticket: Ticket) -> None:
+        """Let a request wait for its turn; Full or Closed if it cannot."""
+        with self._changed:
+            if self._closed:
+                raise Closed("The server is shutting down.")
+            if len(self._waiting) >= self._capacity:
+                raise Full(f"{self._capacity} requests are waiting already; try again later.")
+            self._waiting.append(ticket)
+            self._changed.notify()
+
+    def add_background(self, tickets: Iterator[Ticket]) -> None:
+        """Let these requests run where no other one waits; the engine's thread takes them one by one."""
+        with self._changed:
+            self._background.append(tickets)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take no more, and give up what waits or runs."""
+        with self._changed:
+            self._closed = True
+            left = {id(ticket): ticket for ticket in self._waiting}
+            left |= {id(ticket): ticket for ticket, _ in self._running.values()}
+            self._waiting.clear()
+            self._background.clear()
+            self._changed.notify()
+        for ticket in left.values():
+            ticket.cancel()
+            ticket.fail()
+
+    # What follows is for the engine's thread.
+
+    def __iter__(self) -> Iterator[Request]:
+        return self
+
+    def __next__(self) -> Request:
+        """The next request, if there is one now."""
+        while True:
+            if self._ticket is not None and not self._ticket.cancelled:
+                for request in self._choices:
+                    self._running[id(request)] = self._ticket, request
+                    return request
+            self._ticket = self._take_ticket()
+            if self._ticket is None:
+                raise StopIteration
+            self._choices = self._ticket.requests()
+
+    def _take_ticket(self) -> Ticket | None:
+        """The next request: one of those that wait, or one of the background."""
+        while True:
+            with self._changed:
+                if self._waiting:
+                    return self._waiting.popleft()
+                if not self._background or len(self._running) >= self._background_limit:
+                    return None
+                tickets = self._background[0]
+            ticket = next(tickets, None)
+            if ticket is not None:
+                return ticket
+            with self._changed, contextlib.suppress(ValueError):  # closed meanwhile
+                self._background.remove(tickets)
+
+    def more(self) -> bool:
+        """Wait until a request is there; False once the queue is closed."""
+        with self._changed:
+            while not (self._waiting or self._background or self._closed):
+                self._changed.wait(LOOK)
+            return not self._closed
+
+    def take(self, completion: Completion) -> None:
+        """Hand a finished choice to the request that it belongs to."""
+        ticket, _ = self._running.pop(id(completion.request))
+        if not ticket.cancelled:
+            ticket.take(completion)

@@ -1,0 +1,140 @@
+"""`mpillm serve`: one engine on all ranks, and OpenAI's HTTP interface in front of it on rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from mpillm.batch.requests import Batch
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
+from mpillm.errors import JobError
+from mpillm.run.opened import model_of, model_path
+from mpillm.run.progress import Progress
+from mpillm.run.session import Session
+from mpillm.serve.app import Service, make_app
+from mpillm.serve.arrivals import Arrivals
+from mpillm.serve.batches import Batches, Files
+from mpillm.serve.metrics import Metrics
+from mpillm.serve.uploads import routes
+from mpillm.spec import Spec
+from mpillm.store.directory import explained
+from mpillm.store.journal import MODEL_FILE, Journal
+from mpillm.store.output import Claim
+
+GRACE = 5  # seconds in which open connections may end
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the server listens, and whom it answers."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_waiting: int = 1024  # requests
+
+
+def run(world: World, spec: Spec, options: Options, progress: Progress) -> int:
+    """Serve until a signal comes (collective); the exit code."""
+    with contextlib.ExitStack() as stack:
+        listener = None
+        with world.together():
+            if world.rank == 0:
+                listener = stack.enter_context(_listen(options))
+        path = model_path(world, spec, progress)
+        session = stack.enter_context(contextlib.closing(Session(world, spec, path)))
+        if listener is None:
+            with _first_signal_calls(lambda: None):  # rank 0 says when it ends
+                return follow(session.worker, session.channel, session.watch.look)
+        return _lead(session, spec, path, options, listener, progress)
+
+
+def _lead(
+    session: Session,
+    spec: Spec,
+    path: Path,
+    options: Options,
+    listener: socket.socket,
+    progress: Progress,
+) -> int:
+    model = model_of(session, path)
+    engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+    arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
+    names = frozenset({model.name, spec.model, str(path)})
+    service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
+    identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
+
+    def open_journal(claim: Claim, batch: Batch) -> Journal:
+        return Journal(claim, identity, batch.lines, session.layout, session.model_state)
+
+    data = spec.output_path
+    with explained(data):
+        files = Files(data / "files")
+        batches = Batches(data / "batches", files, arrivals, spec, model, open_journal)
+    config = uvicorn.Config(
+        make_app(service, routes(files, batches)),
+        log_level="warning",
+        timeout_graceful_shutdown=GRACE,
+        lifespan="off",
+    )
+    server = uvicorn.Server(config)
+    web = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
+    host, port = listener.getsockname()[:2]
+    with _first_signal_calls(arrivals.close):
+        web.start()
+        try:
+            progress.say(
+                f"{model.name} answers at http://{host}:{port} (a page, and OpenAI's /v1); Ctrl-C ends it."
+            )
+            for finished in engine.run(arrivals, arrivals.more):
+                for completion in finished:
+                    arrivals.take(completion)
+                batches.commit()
+                session.watch.look()
+        finally:
+            arrivals.close()
+            server.should_exit = True
+            web.join()
+            batches.close()
+            engine.stop(0)
+    progress.say("The server has ended.")
+    return 0
+
+
+def _listen(options: Options) -> socket.socket:
+    """A socket that listens where the options say; JobError if there is something else."""
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+    except OSError as error:
+        raise JobError(
+            f"The server cannot listen on {options.host} port {options.port}: {error.strerror}; "
+            "give another --host or --port."
+        ) from None
+
+
+@contextlib.contextmanager
+def _first_signal_calls(function: Callable[[], object]) -> Iterator[None]:
+    """In the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before."""
+
+    def handle(_number: int, _frame: object) -> None:
+        restore()
+        function()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()

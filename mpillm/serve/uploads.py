@@ -1,0 +1,117 @@
+"""The URLs of files and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.serve.batches import Batches, Files
+
+MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _Wanted(msgspec.Struct):
+    """The body that begins a batch."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str = "24h"
+    metadata: dict[str, str] | None = None
+
+
+def routes(files: Files, batches: Batches) -> list[Route]:
+    """The routes below /v1/files and /v1/batches."""
+
+    async def upload(request: Request) -> Response:
+        try:
+            async with request.form(max_files=1, max_fields=8) as form:
+                source, purpose = form.get("file"), form.get("purpose")
+                if not isinstance(source, UploadFile):
+                    raise HTTPException(400, "The form needs a file.")
+                made = await run_in_threadpool(
+                    files.add, source.filename or "file", str(purpose or "batch"), source.file
+                )
+        except MultiPartException as error:
+            raise HTTPException(400, f"The body is no form: {error.message}.") from None
+        return _json(made)
+
+    async def list_files(_: Request) -> Response:
+        return _json({"object": "list", "data": await run_in_threadpool(files.all), "has_more": False})
+
+    async def read_file(request: Request) -> Response:
+        return _json(files.read(request.path_params["id"]))
+
+    async def content(request: Request) -> Response:
+        name = request.path_params["id"]
+        return FileResponse(
+            files.content(name), media_type="application/jsonl", filename=files.read(name).filename
+        )
+
+    async def delete(request: Request) -> Response:
+        name = request.path_params["id"]
+        files.delete(name)
+        return _json({"id": name, "object": "file", "deleted": True})
+
+    async def begin(request: Request) -> Response:
+        raw = await request.body()
+        try:
+            wanted = msgspec.json.decode(raw, type=_Wanted)
+        except msgspec.MsgspecError as error:
+            raise HTTPException(400, f"The body is wrong: {error}.") from None
+        urls = [endpoint.url for endpoint in ENDPOINTS]
+        if wanted.endpoint not in urls:
+            raise HTTPException(
+                400, f"The endpoint {wanted.endpoint[:100]!r} is unknown; there are {', '.join(urls)}."
+            )
+        made = await run_in_threadpool(batches.add, wanted.input_file_id, wanted.endpoint, wanted.metadata)
+        return _json(made)
+
+    async def list_batches(_: Request) -> Response:
+        found = [batches.now(batch) for batch in await run_in_threadpool(batches.all)]
+        return _json({"object": "list", "data": found, "has_more": False})
+
+    async def read_batch(request: Request) -> Response:
+        return _json(batches.now(batches.read(request.path_params["id"])))
+
+    async def cancel(request: Request) -> Response:
+        return _json(await run_in_threadpool(batches.cancel, request.path_params["id"]))
+
+    return [
+        Route("/v1/files", _found(upload), methods=["POST"]),
+        Route("/v1/files", _found(list_files), methods=["GET"]),
+        Route("/v1/files/{id}", _found(read_file), methods=["GET"]),
+        Route("/v1/files/{id}", _found(delete), methods=["DELETE"]),
+        Route("/v1/files/{id}/content", _found(content), methods=["GET"]),
+        Route("/v1/batches", _found(begin), methods=["POST"]),
+        Route("/v1/batches", _found(list_batches), methods=["GET"]),
+        Route("/v1/batches/{id}", _found(read_batch), methods=["GET"]),
+        Route("/v1/batches/{id}/cancel", _found(cancel), methods=["POST"]),
+    ]
+
+
+def _found(handler: Handler) -> Handler:
+    """`handler`, with 404 for what it does not find."""
+
+    async def found(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except KeyError as error:
+            raise HTTPException(404, f"There is no {error.args[0]!r}.") from None
+
+    return found
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,69 @@
+"""`mpillm init`: the job files, hostfiles and Slurm scripts that come with the package, written where they are used."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import mpillm
+from mpillm.errors import JobError, OutputError
+
+# What is written: directories of the package, and where they go below the target.
+SETS = {
+    "job": {"jobs": "."},
+    "hostfile": {"slurm/hosts": "."},
+    "slurm": {"slurm": "slurm", "jobs": "jobs"},
+}
+NEXT = {
+    "job": ["mpiexec -n 2 python -m mpillm run {0}/quickstart.toml"],
+    "hostfile": [
+        "put your machines' names into {0}/openmpi.hosts (Open MPI) or {0}/mpich.hosts (MPICH), then:",
+        "mpiexec --hostfile {0}/openmpi.hosts -n 3 python -m mpillm doctor",
+    ],
+    "slurm": ["cd {0} && sbatch slurm/one-node.sbatch jobs/quickstart.toml"],
+}
+SITE = """\
+# What jobs on this site need; run.sh reads it first.
+#
+# module load openmpi/5.0                              # the site's MPI, and for mpi4py which library it is:
+# export MPI4PY_LIBMPI=/opt/site/openmpi/lib/libmpi.so
+
+: "${{MPILLM_VENV:={venv}}}"   # a virtual environment, or a conda environment
+"""
+
+
+def shipped(name: str) -> Path:
+    """A directory that comes with the package, such as `jobs`: in a checkout, or as it was installed."""
+    package = Path(mpillm.__file__).parent
+    for folder in (package.parent / name, package / name):
+        if folder.is_dir():
+            return folder
+    raise JobError(f"This installation has no {name}/; install mpillm again.")
+
+
+def init(what: str, target: Path) -> list[str]:
+    """Write the files of `what` (a key of SETS) into `target`; return sentences and commands that come next.
+
+    Raises
+    ------
+    OutputError
+        If a file is there already; nothing is written then.
+    """
+    files = {
+        target / to / path.name: path
+        for name, to in SETS[what].items()
+        for path in sorted(shipped(name).iterdir())
+        if path.is_file() and path.suffix != ".py"
+    }
+    site = target / "slurm" / "site.sh"
+    for path in [*files, *([site] if what == "slurm" else [])]:
+        if path.exists():
+            raise OutputError(f"{path} is there already and is kept; remove it, or give another directory.")
+    for path, source in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read_bytes())
+        path.chmod(0o755 if path.suffix == ".sh" else 0o644)
+    if what == "slurm":
+        site.write_text(SITE.format(venv=shlex.quote(sys.prefix)))
+    return [line.format(shlex.quote(str(target))) for line in NEXT[what]]

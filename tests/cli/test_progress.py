@@ -1,0 +1,148 @@
+"""What is seen of a run while it goes on, on a terminal and elsewhere, and what is said to a wrong command."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from mpillm import cli
+from mpillm.cli import progress
+from mpillm.run.progress import State
+from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
+
+
+def state(tokens: int) -> State:
+    return State(tokens, hits=0.5, stalled=0.25, waited=0.0)
+
+
+def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    lines = progress.Lines(40, said.append)
+    for step in range(1, 13):
+        now[0] += 1.0
+        lines.update(1, lambda step=step: state(100 * step))  # type: ignore[misc]
+    assert said == [
+        "5 of 40 requests (12 %), 100 tokens/s (100 now), 00:35 left, hits 50 %, stalls 25 %",
+        "10 of 40 requests (25 %), 100 tokens/s (100 now), 00:30 left, hits 50 %, stalls 25 %",
+    ]
+
+
+def test_the_rate_of_now_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    rates, tokens = progress.Rates(), 0
+    for second in range(1, 101):
+        now[0], tokens = float(second), tokens + (10 if second <= 50 else 90)
+        rates.add(tokens)
+    assert str(rates) == "50 tokens/s (90 now)"
+
+
+def on_a_terminal(words: list[str | Path], env: dict[str, str]) -> str:
+    """What a command shows on a terminal of 80 columns."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with subprocess.Popen(words, stdin=follower, stdout=follower, stderr=follower, env=env) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                part = os.read(leader, 1 << 16)
+            except OSError:  # nobody has it open any more
+                break
+            shown += part
+        assert process.wait(60) == 0, shown
+    os.close(leader)
+    return shown.decode(errors="replace")
+
+
+@pytest.mark.mpiexec
+def test_a_terminal_shows_a_live_line_and_ends_with_the_summary(mpi: Mpi, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(20))
+    shown = on_a_terminal(mpi.command(2, *command(source, tmp_path / "out")), mpi.environment())
+    assert re.search(r"\r\s*\d+/20 requests\s+\d+% \[00:0\d<[\d:?]+, \d+ tokens/s", shown), shown
+    lines = [line for line in shown.splitlines() if line.strip()]
+    assert lines[-1].startswith("mpillm: The results are in ")
+    answers = [number for number, line in enumerate(lines) if line.startswith(("r0: ", "r1: ", "r2: "))]
+    summary = [number for number, line in enumerate(lines) if line.startswith("mpillm: 20 requests: ")]
+    assert len(answers) == 3
+    assert max(answers) < min(summary)
+
+
+@pytest.mark.mpiexec
+def test_the_summary_is_the_last_thing_in_a_pipe(mpi: Mpi, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(6))
+    words = " ".join(f"'{word}'" for word in mpi.command(2, *command(source, tmp_path / "out")))
+    done = run_bounded(["bash", "-c", f"{words} 2>&1 | cat"], env=mpi.environment())
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("mpillm: The results are in ")
+    assert sum(re.match(r"r\d: ", line) is not None for line in lines) == 6
+    assert re.search(r"^r2: logprob -\d+\.\d{4} of \d+ tokens: ", done.stdout, flags=re.M)
+    assert re.search(r"^r3: embedding of 24 values: ", done.stdout, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "--max-tokens", "5"], "there is no option --max-tokens; type --set sampling.max_tokens=5"),
+        (
+            ["plan", "--temperature=0.5"],
+            "there is no option --temperature; type --set sampling.temperature=0.5",
+        ),
+        (["run", "--nonsense", "5"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_an_option_that_is_a_key(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "rows.csv", "rows.parquet", "prompts.jsonl.gz"])
+def test_an_input_in_place_of_a_job(name: str) -> None:
+    done = run_bounded([sys.executable, "-m", "mpillm", "plan", name])
+    assert done.returncode == 2
+    assert f"{name} is no job file (TOML); to run its requests, type --input {name}." in done.stderr
+
+
+def test_without_anything_help_says_what_to_do_next() -> None:
+    done = run_bounded([sys.executable, "-m", "mpillm"])
+    assert done.returncode == 0
+    assert len(done.stdout.partition("next steps:\n")[2].splitlines()) == 3
+
+
+TWICE = """
+import sys
+from mpillm.cli import main
+
+def job(name, *more):
+    return ["run", "--model", sys.argv[1], "--input", sys.argv[2], "--output", f"{sys.argv[3]}/{name}", *more]
+
+assert [main(job("a")), main(job("b", "--set", "no.key=1")), main(job("c"))] == [0, 2, 0]
+"""
+
+
+@pytest.mark.mpiexec
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_main_can_be_called_again(openmpi: Mpi, ranks: int, tmp_path: Path) -> None:
+    source, program = write_lines(tmp_path / "in.jsonl", mixed_lines(4)), tmp_path / "twice.py"
+    program.write_text(TWICE)
+    if ranks == 1:
+        env = clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        done = run_bounded([sys.executable, program, CHAT, source, tmp_path], env=env)
+    else:
+        done = openmpi.run(2, program, CHAT, source, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a/results.jsonl").read_bytes() == (tmp_path / "c/results.jsonl").read_bytes()

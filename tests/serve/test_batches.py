@@ -1,0 +1,101 @@
+"""Files and batches of the server, by OpenAI's client: the same results as a run, also across restarts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import clean_environment
+from tests.serve.test_server import batch as answers_of_a_run
+from tests.serve.test_server import serving
+
+BODIES: list[dict[str, Any]] = [
+    {"prompt": f"the fox {n}", "max_tokens": 8 + 10 * n, "ignore_eos": True} for n in range(40)
+]
+LINES = [
+    {"custom_id": f"line {n}", "method": "POST", "url": "/v1/completions", "body": body}
+    for n, body in enumerate(BODIES)
+]
+WRONG = {"custom_id": "wrong", "method": "POST", "url": "/v1/completions", "body": {"prompt": 3.5}}
+
+
+def ended(client: openai.OpenAI, name: str) -> Any:
+    until = time.monotonic() + 90
+    while (found := client.batches.retrieve(name)).status not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+    return found
+
+
+def lines_of(client: openai.OpenAI, name: str | None) -> list[Any]:
+    assert name is not None
+    return [json.loads(line) for line in client.files.content(name).text.splitlines()]
+
+
+def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
+    expected = answers_of_a_run(tmp_path, BODIES)
+    source = "".join(f"{json.dumps(line)}\n" for line in [*LINES, WRONG]).encode()
+    command: list[str | Path] = [sys.executable]
+    with (
+        serving(tmp_path, command, clean_environment()) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client,
+    ):
+        file = client.files.create(file=("in.jsonl", source), purpose="batch")
+        assert (file.bytes, client.files.content(file.id).content) == (len(source), source)
+        made = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
+        )
+        until = time.monotonic() + 60
+        while client.batches.retrieve(made.id).request_counts.completed < 2:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        # A client's request does not wait for the batch.
+        alone = client.completions.create(model="chat", prompt="a", max_tokens=2)
+        assert alone.usage.completion_tokens == 2
+        state = client.batches.retrieve(made.id)
+        assert (state.status, state.request_counts.total) == ("in_progress", 41)
+    with (
+        serving(tmp_path, command, clean_environment()) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client,
+    ):
+        state = ended(client, made.id)
+        assert (state.status, state.metadata) == ("completed", {"a": "b"})
+        assert state.request_counts.model_dump() == {"completed": 40, "failed": 1, "total": 41}
+        answers = lines_of(client, state.output_file_id)
+        assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in LINES]
+        texts = [answer["response"]["body"]["choices"] for answer in answers]
+        assert texts == [body["choices"] for body in expected]
+        (error,) = lines_of(client, state.error_file_id)
+        assert (error["custom_id"], error["response"]["status_code"]) == ("wrong", 400)
+        assert [found.id for found in client.batches.list()] == [made.id]
+
+        # One that is cancelled, one whose input is no input, and what is not there.
+        again = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        assert client.batches.cancel(again.id).status == "cancelling"
+        assert ended(client, again.id).status == "cancelled"
+        empty = client.files.create(file=("empty.jsonl", b""), purpose="batch")
+        failed = client.batches.create(
+            input_file_id=empty.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        assert ended(client, failed.id).errors.data[0].message.endswith("holds no request.")
+        assert client.files.delete(file.id).deleted
+        assert file.id not in {found.id for found in client.files.list()}
+        for call in (
+            lambda: client.files.retrieve(file.id),
+            lambda: client.batches.retrieve("../files"),
+            lambda: client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            ),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                call()
+        with pytest.raises(openai.BadRequestError, match="endpoint '/v1/images' is unknown"):
+            client.batches.create(input_file_id=empty.id, endpoint="/v1/images", completion_window="24h")  # type: ignore[arg-type]

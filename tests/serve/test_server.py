@@ -1,0 +1,246 @@
+"""The server, asked by OpenAI's own client and by clients that vanish."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.job_helpers import CHAT
+
+KEY = "secret key"
+WORDS = ["the", "fox", "end", "a", "b", "over", "dog", "quick"]
+
+
+@contextmanager
+def serving(folder: Path, command: list[str | Path], env: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """A server that has begun to listen: its URL and its process."""
+    words = [*command, "-m", "mpillm", "serve", "--model", CHAT, "--port", "0", "--data", folder / "data"]
+    log = folder / "log"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env
+        )
+    try:
+        until = time.monotonic() + 60
+        while "answers at http://" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        yield log.read_text().partition("answers at ")[2].partition(" ")[0], process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    env = clean_environment(MPILLM_API_KEY=KEY)
+    with serving(tmp_path_factory.mktemp("serve"), [sys.executable], env) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+def prompt(draw: random.Random) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(draw.randrange(1, 12)))
+
+
+def batch(folder: Path, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of a run."""
+    source = folder / "in.jsonl"
+    source.write_text("".join(f"{json.dumps(body)}\n" for body in bodies))
+    words = ["--model", CHAT, "--input", source, "--output", folder / "out"]
+    assert (
+        run_bounded([sys.executable, "-m", "mpillm", "run", *words], env=clean_environment()).returncode == 0
+    )
+    lines = (folder / "out/results.jsonl").read_text().splitlines()
+    return [json.loads(line)["response"]["body"] for line in lines]
+
+
+def test_answers_are_those_of_a_batch(client: openai.OpenAI, tmp_path: Path) -> None:
+    draw = random.Random(7)
+    chats = [{"messages": [{"role": "user", "content": prompt(draw)}], "max_tokens": 9} for _ in range(3)]
+    stop = {"prompt": prompt(draw), "max_tokens": 24, "logprobs": 2}
+    scored = {"prompt": [prompt(draw), [7, 8, 9]], "max_tokens": 0, "echo": True, "logprobs": 1}
+    vectors = {"input": [prompt(draw), prompt(draw)]}
+    found = batch(tmp_path, [*chats, stop, scored, vectors])
+    for body, expected in zip(chats, found, strict=False):
+        made = client.chat.completions.create(model="chat", **body)  # type: ignore[call-overload]
+        assert made.choices[0].message.content == expected["choices"][0]["message"]["content"]
+        assert made.usage.model_dump(exclude_none=True) == expected["usage"]
+        with client.chat.completions.create(
+            model="chat", stream=True, stream_options={"include_usage": True}, **body
+        ) as stream:  # type: ignore[call-overload]
+            chunks = list(stream)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == made.choices[0].message.content
+        assert [chunk.usage for chunk in chunks if chunk.usage] == [made.usage]
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+        assert reasons == [None] * (len(reasons) - 1) + [made.choices[0].finish_reason]
+        assert len(chunks) > 4, "a stream comes bit by bit"
+    for body, expected in zip((stop, scored), found[3:5], strict=True):
+        made = client.completions.create(model="chat", **body)  # type: ignore[call-overload]
+        assert [choice.text for choice in made.choices] == [choice["text"] for choice in expected["choices"]]
+        for choice, other in zip(made.choices, expected["choices"], strict=True):
+            assert choice.logprobs.token_logprobs == other["logprobs"]["token_logprobs"]
+    made = client.embeddings.create(model="chat", encoding_format="float", **vectors)  # type: ignore[arg-type]
+    assert [row.embedding for row in made.data] == [row["embedding"] for row in found[5]["data"]]
+
+
+def test_a_stream_never_shows_what_a_stop_string_takes_back(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": "chat", "prompt": "the quick fox", "max_tokens": 40}
+    text = client.completions.create(**body).choices[0].text
+    assert len(text) > 10
+    for start in range(2, len(text) - 4, max(len(text) // 6, 1)):
+        stop = text[start : start + 3]
+        whole = client.completions.create(stop=stop, **body).choices[0]
+        with client.completions.create(stop=stop, stream=True, **body) as stream:
+            streamed = [chunk.choices[0] for chunk in stream]
+        assert "".join(choice.text for choice in streamed) == whole.text == text[: text.find(stop)]
+        assert streamed[-1].finish_reason == whole.finish_reason == "stop"
+
+
+def test_a_seed_gives_the_same_answer_again(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": "chat", "prompt": "the", "max_tokens": 12, "temperature": 1.5, "n": 3}
+
+    def texts(**more: Any) -> list[str]:
+        return [choice.text for choice in client.completions.create(**body, **more).choices]
+
+    assert texts(seed=5) == texts(seed=5)
+    assert len({*texts(seed=5), *texts(seed=6), *texts(), *texts()}) > 9
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "the body is not JSON"),
+        (b"[1]", 400, "the body is no JSON object"),
+        (b'{"max_tokens": 3}', 400, "key 'messages' is missing"),
+        (b'{"messages": [], "max_tokens": 3}', 400, "messages: expected a list"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "max_tokns": 3}', 400, "did you mean 'max_tokens'"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "stream": "yes"}', 400, "stream must be true or false"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "model": "gpt-4"}', 404, "There is no model 'gpt-4'"),
+        (b" " * (33 << 20), 413, "The request has more than"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(client: openai.OpenAI, body: bytes, status: int, message: str) -> None:
+    with pytest.raises(openai.APIStatusError) as found:
+        client.post(
+            "/chat/completions",
+            cast_to=object,
+            content=body,
+            options={"headers": {"content-type": "application/json"}},
+        )
+    assert (found.value.status_code, message in str(found.value.body)) == (status, True), found.value.body
+
+
+def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -> None:
+    assert [model.id for model in client.models.list()] == ["chat"]
+    assert client.models.retrieve("chat").id == "chat"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    for key in ("wrong", "", "secret"):
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key=key or "x").models.list()
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="chat", messages=[])
+    http = client._client
+    assert http.get(f"{server}/health").json()["status"] == "ok"
+    text = http.get(f"{server}/metrics").text
+    assert 'mpillm_requests_total{endpoint="/v1/chat/completions",status="400"}' in text
+    assert http.get(server).headers["content-type"].startswith("text/html")
+
+
+def test_clients_that_vanish_cost_the_others_nothing(client: openai.OpenAI, server: str) -> None:
+    draw = random.Random(3)
+    prompts = [prompt(draw) for _ in range(24)]
+    body: dict[str, Any] = {"model": "chat", "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+    alone = [client.completions.create(prompt=text, **body).choices[0].text for text in prompts]
+
+    def ask(index: int) -> str | None:
+        text = prompts[index]
+        if index % 4 == 1:  # goes in the middle of a long stream
+            longer = {**body, "max_tokens": 400}
+            with client.completions.create(prompt=text, stream=True, **longer) as stream:
+                next(iter(stream))
+            return None
+        if index % 4 == 3:  # goes while it waits for a whole answer
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.05).completions.create(
+                    prompt=text, **{**body, "max_tokens": 400}
+                )
+            return None
+        if index % 4 == 2:
+            with client.completions.create(prompt=text, stream=True, **body) as stream:
+                return "".join(chunk.choices[0].text for chunk in stream)
+        return client.completions.create(prompt=text, **body).choices[0].text
+
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(ask, range(len(prompts))))
+    for index, text in enumerate(found):
+        assert text in (None, alone[index])
+    until = time.monotonic() + 60
+    while (state := client._client.get(f"{server}/health").json())["running"]:
+        assert time.monotonic() < until, state
+        time.sleep(0.05)
+
+
+@pytest.mark.mpiexec
+def test_on_two_ranks_until_a_signal(mpi: Mpi, tmp_path: Path) -> None:
+    """The same answers on two ranks, after a rest that is longer than the deadline for ranks that hang."""
+    command = mpi.command(2)
+    env = mpi.environment(MPILLM_DEADLINE="3")
+    with serving(tmp_path, command, env) as (url, process):
+        time.sleep(4)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
+            body: dict[str, Any] = {"model": "chat", "prompt": "the fox", "max_tokens": 8}
+            with client.completions.create(stream=True, **body) as stream:
+                text = "".join(chunk.choices[0].text for chunk in stream)
+            assert text == client.completions.create(**body).choices[0].text
+        assert process.poll() is None
+
+
+def test_the_end(tmp_path: Path) -> None:
+    with serving(tmp_path, [sys.executable], clean_environment()) as (url, process):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
+        body: dict[str, Any] = {"model": "chat", "prompt": "the", "max_tokens": 450}
+        with (
+            client,
+            client.completions.create(stream=True, extra_body={"ignore_eos": True}, **body) as stream,
+        ):
+            next(iter(stream))
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError, match="The server ends before the answer is complete"):
+                list(stream)
+        assert process.wait(30) == 0
+    assert "The server has ended." in (tmp_path / "log").read_text()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words = [sys.executable, "-m", "mpillm", "serve", "--model", CHAT, "--port", port]
+        done = run_bounded(words, env=clean_environment())
+        assert (done.returncode, f"cannot listen on 127.0.0.1 port {port}" in done.stderr) == (2, True)
