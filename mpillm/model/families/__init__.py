@@ -40,7 +40,8 @@ MODEL_TYPES: dict[str, str] = {
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
-    supported = f"supported are {', '.join(_BY_ARCHITECTURE)}"
+    short = ", ".join(architecture.removesuffix("ForCausalLM") for architecture in _BY_ARCHITECTURE)
+    supported = f"supported are {short} (each with ForCausalLM)"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")

@@ -25,8 +25,8 @@ from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.page import Page
 from mpillm.weights.names import Key
+from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
