@@ -143,6 +143,12 @@ ROLES: dict[str, Role] = {
 
 Roles = tuple[str, ...]  # several where a tensor holds several matrices, row upon row
 
+# What Gemma, OLMo and EXAONE call the norms after attention and MLP; elsewhere the first name is that of one before.
+AFTER_NORMS: dict[str, Roles] = {
+    "layers.{l}.post_attention_layernorm.weight": ("attn_post_norm",),
+    "layers.{l}.post_feedforward_layernorm.weight": ("ffn_post_norm",),
+}
+
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
 _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
@@ -197,12 +203,14 @@ _GGUF = (
 class Names:
     """The names of a family's tensors where they differ from the usual ones: roles by pattern.
 
-    Hugging Face names are without "model.". A name with no roles is that of a tensor which is not read. `hf_prefixes`
-    are what stands before the names of layers; the first one that fits is removed. `rope_pairs`: in GGUF files the rows
-    of q and k lie so that the two halves of each head are interleaved (llama.cpp's `permute`).
+    Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. A name with no roles is
+    that of a tensor which is not read. `hf_prefixes` are what stands before the names of layers; the first one that
+    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the halves of each head are interleaved
+    (llama.cpp's `permute`).
     """
 
     hf: Mapping[str, Roles] = field(default_factory=dict)
+    hf_stacked: Mapping[str, Roles] = field(default_factory=dict)
     gguf: Mapping[str, Roles] = field(default_factory=dict)
     hf_prefixes: tuple[str, ...] = ("model.",)
     rope_pairs: bool = False
@@ -218,10 +226,11 @@ class Names:
 
     @functools.cached_property
     def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:
-        hf, gguf = (
-            tuple(_pattern(name, roles) for name, roles in names.items()) for names in (self.hf, self.gguf)
+        hf, stacked, gguf = (
+            tuple(_pattern(name, roles, names is self.hf_stacked) for name, roles in names.items())
+            for names in (self.hf, self.hf_stacked, self.gguf)
         )
-        return hf, gguf
+        return hf + stacked, gguf
 
 
 USUAL = Names()

@@ -120,7 +120,7 @@ def run(
     """
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK
-        least = max(world.gather(minimum_budget(session.weights.items)))
+        least = max(world.gather(minimum_budget(session.weights.pages)))
     if kv_blocks:
         job["kv"] = block * kv_blocks
     if streams:

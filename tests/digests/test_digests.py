@@ -58,7 +58,7 @@ def budgets(model: Path) -> dict[str, int]:
     """The least that `model` can do with: every layer is paged in for each step, sequences are preempted."""
     _, session = run_laid_out(_alone(), model, [])
     return {
-        "weights": minimum_budget(session.weights.items),
+        "weights": minimum_budget(session.weights.pages),
         "kv": TIGHT * KV_BLOCK * session.kv_token_nbytes,
     }
 

@@ -9,13 +9,19 @@ from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
 from mpillm.model.families.deepseek import DeepSeek
+from mpillm.model.families.dots import Dots
+from mpillm.model.families.ernie import Ernie
+from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.llama import Llama
+from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
-from mpillm.model.families.olmo import Olmo
+from mpillm.model.families.olmo import Olmo, Olmoe
 from mpillm.model.families.qwen import Qwen
+from mpillm.model.families.seed import Seed
+from mpillm.model.families.smollm import SmolLM3
 from mpillm.model.families.starcoder import StarCoder
 from mpillm.model.fields import Fields
 
@@ -28,14 +34,21 @@ FAMILIES: tuple[Family, ...] = (
     Glm(),
     Granite(),
     Olmo(),
+    Olmoe(),
     StarCoder(),
+    SmolLM3(),
+    Seed(),
+    MiniMax(),
+    Exaone(),
+    Ernie(),
+    Dots(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 _BY_GGUF = {kind: family for family in FAMILIES for kind in family.gguf}
 MODEL_TYPES: dict[str, str] = {
     model_type: name for family in FAMILIES for name, model_type in family.architectures.items()
-} | {model_type: name for family in FAMILIES for model_type, name in family.further_types.items()}
+} | {model_type: name for family in FAMILIES for model_type, name in family.model_types.items()}
 
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:

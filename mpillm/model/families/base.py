@@ -11,15 +11,14 @@ from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.fields import Fields
 from mpillm.model.known_keys import is_harmless
-from mpillm.model.layers.attention import Rotary
-from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
-from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.attention import AttentionSpec, Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST, read_rope
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf
 from mpillm.weights.names import Names
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # values of layer_types
 SMALL_BOS = {"bos_token_id": 1, "eos_token_id": 2}
 ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -41,7 +40,7 @@ class Family:
     """
 
     architectures: ClassVar[Mapping[str, str]]
-    further_types: ClassVar[Mapping[str, str]] = {}
+    model_types: ClassVar[Mapping[str, str]] = {}  # further ones, with the class that computes them
     gguf: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[Names] = Names()
     tied: ClassVar[bool] = False
@@ -109,6 +108,15 @@ def read_norm(fields: Fields, key: str = "rms_norm_eps", default: float = 1e-6, 
     return NormSpec(fields.number(key, 0, 1, default=default), **more)
 
 
+def attention_of(
+    sizes: Sizes, rotary: Rotary | None, window: int = 0, *, scale: float | None = None, **more: Any
+) -> AttentionSpec:
+    """Attention of these sizes, with scores times 1 / sqrt(head_dim) unless `scale` says otherwise."""
+    if scale is None:
+        scale = sizes.head_dim**-0.5
+    return AttentionSpec(sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, scale, rotary, window, **more)
+
+
 def read_rotary(
     fields: Fields, sizes: Sizes, dim: int | None = None, interleaved: bool = False, layer_type: str = ""
 ) -> Rotary:
@@ -154,18 +162,18 @@ def read_windows(
 
     `some`: the architecture may have windows in some layers only.
     """
-    types = read_layer_types(fields, n_layers, "full_attention", "sliding_attention")
+    types = read_layer_types(fields, n_layers, FULL, SLIDING)
     if types is None:
         return tuple(window if layer >= first else 0 for layer in range(n_layers))
-    if "sliding_attention" in types and not window:
+    if SLIDING in types and not window:
         raise ModelError(
             f"{fields.name}: layer_types has sliding_attention, but no sliding_window is in use."
         )
-    if window and not some and "full_attention" in types:
+    if window and not some and FULL in types:
         raise ModelError(
             f"{fields.name}: layer_types has full_attention, but {architecture} has windows in all layers."
         )
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    return tuple(window if kind == SLIDING else 0 for kind in types)
 
 
 def read_expert_count(fields: Fields) -> int:
@@ -177,40 +185,12 @@ def read_expert_count(fields: Fields) -> int:
     return int(fields.defaults["num_local_experts"]) if count is None else count
 
 
-def read_chosen(fields: Fields, count: int) -> int:
+def read_chosen(fields: Fields, count: int, key: str = "num_experts_per_tok") -> int:
     """How many of `count` experts a token goes to."""
-    chosen = fields.integer("num_experts_per_tok", 1, 2**16)
+    chosen = fields.integer(key, 1, 2**16)
     if chosen > count:
-        raise fields.fail("num_experts_per_tok", f"but the model has {count} experts")
+        raise fields.fail(key, f"but the model has {count} experts")
     return chosen
-
-
-def read_grouped_experts(fields: Fields, **router: Any) -> ExpertsSpec:
-    """Experts in groups beside shared ones, as in DeepSeek and GLM; `router` is what the family says of that."""
-    names = "n_routed_experts", "num_local_experts", "num_experts"  # transformers knows it by each
-    given = [name for name in names if name in fields.values] or [names[0]]
-    counts = [fields.integer(name, 1, 2**16) for name in given]
-    count = counts[0]
-    if counts.count(count) != len(counts):
-        raise fields.fail(given[0], f"but {given[1]} is {fields.values[given[1]]}")
-    groups = fields.integer("n_group", 1, 2**16, default=1)
-    if count % groups:
-        raise fields.fail("n_group", f"but {count} experts are no such number of equal groups")
-    used = fields.integer("topk_group", 1, groups, default=1)
-    chosen = read_chosen(fields, count)
-    if chosen > used * (count // groups):
-        raise fields.fail("num_experts_per_tok", f"but {used} groups have {used * (count // groups)} experts")
-    spec = RouterSpec(
-        chosen,
-        groups=groups,
-        groups_chosen=used,
-        scale=fields.number("routed_scaling_factor", 0, 1e9, default=1.0),
-        **router,
-    )
-    width, shared = read_width(fields, "moe_intermediate_size"), fields.integer("n_shared_experts", 0, 2**16)
-    return ExpertsSpec(
-        count, width, spec, shared=MlpSpec(width * shared, prefix="shared_") if shared else None
-    )
 
 
 def model(

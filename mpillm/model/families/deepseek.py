@@ -10,11 +10,11 @@ from mpillm.model.families.base import (
     Sizes,
     model,
     read_activation,
-    read_grouped_experts,
     read_norm,
     read_rotary,
     read_width,
 )
+from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.latent import LatentAttentionSpec
@@ -36,7 +36,7 @@ class DeepSeek(Family):
     """
 
     architectures = {_V2: "deepseek_v2", _V3: "deepseek_v3", _LITE: "glm4_moe_lite"}
-    further_types = {"kimi_k2": _V3}
+    model_types = {"kimi_k2": _V3}
     gguf = ("deepseek2",)
     defaults = {
         _V2: {
@@ -203,12 +203,11 @@ def _experts(fields: Fields, architecture: str) -> ExpertsSpec:
             raise fields.fail("scoring_func", f"but {architecture} has sigmoid")
         if fields.raw("topk_method") not in (None, "noaux_tc"):
             raise fields.fail("topk_method", f"but {architecture} has noaux_tc")
-        normalise = fields.flag("norm_topk_prob")
-        return read_grouped_experts(fields, scoring="sigmoid", correction=True, normalise=normalise)
-    fields.raw("norm_topk_prob")  # transformers does not look at it
+        return read_routed_experts(fields)
     if fields.raw("scoring_func") not in (None, "softmax"):
         raise fields.fail("scoring_func", f"but {architecture} has softmax")
     method = fields.one_of("topk_method", ("greedy", "group_limited_greedy"), default="greedy")
     if method == "greedy" and fields.values.get("n_group") not in (None, 1):
         fields = Fields({**fields.values, "n_group": 1, "topk_group": 1}, fields.name, fields.defaults)
-    return read_grouped_experts(fields, group_best=1, normalise=False)
+    # transformers does not look at norm_topk_prob
+    return read_routed_experts(fields, scoring="softmax", correction=False, group_best=1, normalise=False)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
+    FULL,
+    SLIDING,
     Family,
     Sizes,
+    attention_of,
     model,
     read_activation,
     read_layer_types,
@@ -15,13 +18,13 @@ from mpillm.model.families.base import (
     read_width,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec, Rotary
+from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.names import Names
+from mpillm.weights.names import AFTER_NORMS, Names
 
 _GEMMA2, _GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
 _USUAL = {
@@ -33,7 +36,6 @@ _USUAL = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class Gemma(Family):
@@ -41,13 +43,7 @@ class Gemma(Family):
 
     architectures = {_GEMMA2: "gemma2", _GEMMA3: "gemma3_text"}
     tied = True
-    names = Names(
-        hf={
-            "layers.{l}.post_attention_layernorm.weight": ("attn_post_norm",),
-            "layers.{l}.pre_feedforward_layernorm.weight": ("ffn_norm",),
-            "layers.{l}.post_feedforward_layernorm.weight": ("ffn_post_norm",),
-        }
-    )
+    names = Names(hf={**AFTER_NORMS, "layers.{l}.pre_feedforward_layernorm.weight": ("ffn_norm",)})
     defaults = {
         _GEMMA2: {
             **_USUAL,
@@ -73,23 +69,21 @@ class Gemma(Family):
         every = fields.integer("sliding_window_pattern", 1, LONGEST, default=6 if newer else 2)
         fields.raw("_sliding_window_pattern")
         fields.raw("cache_implementation")
-        types = read_layer_types(fields, sizes.n_layers, _FULL, _SLIDING)
+        types = read_layer_types(fields, sizes.n_layers, FULL, SLIDING)
         if types is None:
-            types = [_SLIDING if (layer + 1) % every else _FULL for layer in range(sizes.n_layers)]
+            types = [SLIDING if (layer + 1) % every else FULL for layer in range(sizes.n_layers)]
         rotaries = _rotaries(fields, sizes, set(types))
 
         def layer(number: int) -> LayerSpec:
-            attention = AttentionSpec(
-                sizes.n_heads,
-                sizes.n_kv_heads,
-                sizes.head_dim,
-                scale,
+            attention = attention_of(
+                sizes,
                 rotaries[types[number]],
-                window if types[number] == _SLIDING else 0,
+                window if types[number] == SLIDING else 0,
                 qkv_bias=bias,
                 o_bias=bias,
                 qk_norm=norm if newer else None,
                 softcap=softcap,
+                scale=scale,
             )
             return LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
 
@@ -112,5 +106,5 @@ def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary
     found = read_rotary(fields, sizes)
     local = fields.optional_number("rope_local_base_freq", 1.0, 1e30)
     if local is None:
-        return {_FULL: found, _SLIDING: found}
-    return {_FULL: found, _SLIDING: Rotary(RopeConfig(local), found.dim)}
+        return {FULL: found, SLIDING: found}
+    return {FULL: found, SLIDING: Rotary(RopeConfig(local), found.dim)}

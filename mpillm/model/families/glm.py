@@ -5,16 +5,16 @@ from __future__ import annotations
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
+    attention_of,
     model,
     read_activation,
-    read_grouped_experts,
     read_norm,
     read_partial_rotary,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
@@ -54,11 +54,8 @@ class Glm(Family):
         activation = read_activation(fields, "silu", "swish")
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias, mixture = fields.flag("attention_bias"), architecture == _MIXTURE
-        attention = AttentionSpec(
-            sizes.n_heads,
-            sizes.n_kv_heads,
-            sizes.head_dim,
-            sizes.head_dim**-0.5,
+        attention = attention_of(
+            sizes,
             read_partial_rotary(fields, sizes, default=0.5, interleaved=not mixture),
             qkv_bias=bias,
             qk_norm=norm if mixture and fields.flag("use_qk_norm") else None,
@@ -67,9 +64,7 @@ class Glm(Family):
         if not mixture:
             dense = LayerSpec(attention, mlp, Norms(norm, norm), Norms(norm, norm))
             return model(fields, architecture, sizes, lambda number: dense, norm)
-        experts = read_grouped_experts(
-            fields, scoring="sigmoid", correction=True, normalise=fields.flag("norm_topk_prob")
-        )
+        experts = read_routed_experts(fields)
         first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
         fields.raw("num_nextn_predict_layers")  # layers beyond the model's own, which are not read
 

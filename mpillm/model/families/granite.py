@@ -1,4 +1,4 @@
-"""Granite: Llama with multipliers of embeddings, attention, residuals and logits."""
+"""Granite: Llama with multipliers of embeddings, attention, residuals and logits, dense or with experts."""
 
 from __future__ import annotations
 
@@ -6,52 +6,69 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
     Family,
+    attention_of,
     model,
     read_activation,
+    read_chosen,
+    read_expert_count,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.weights.names import Names
+
+_DENSE, _MIXTURE, _SHARED = "GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"
+_USUAL = {"max_position_embeddings": 2048, **SMALL_BOS}
+_EXPERTS = {**_USUAL, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0}
+_MULTIPLIERS = "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"
 
 
 class Granite(Family):
-    """Dense Granite 3 and later."""
+    """Granite 3 and later; a mixture's experts are as wide as a dense MLP would be."""
 
-    architectures = {"GraniteForCausalLM": "granite"}
-    defaults = {"GraniteForCausalLM": {"max_position_embeddings": 2048, **SMALL_BOS}}
+    architectures = {_DENSE: "granite", _MIXTURE: "granitemoe", _SHARED: "granitemoeshared"}
+    names = Names(
+        hf={
+            "layers.{l}.block_sparse_moe.router.layer.weight": ("router",),
+            "layers.{l}.shared_mlp.input_linear.weight": ("shared_gate", "shared_up"),
+            "layers.{l}.shared_mlp.output_linear.weight": ("shared_down",),
+        },
+        hf_stacked={
+            "layers.{l}.block_sparse_moe.input_linear.weight": ("gate", "up"),
+            "layers.{l}.block_sparse_moe.output_linear.weight": ("down",),
+        },
+    )
+    defaults = {_DENSE: _USUAL, _MIXTURE: _EXPERTS, _SHARED: _EXPERTS}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields, "silu", "swish")
-        sizes, width = read_sizes(fields), read_width(fields)
-        attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
-        norm = read_norm(fields)
+        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        bias = fields.flag("attention_bias")
         scale, residual, embedding, logits = (
-            fields.number(key, 1e-9, 1e9, default=1.0)
-            for key in (
-                "attention_multiplier",
-                "residual_multiplier",
-                "embedding_multiplier",
-                "logits_scaling",
+            fields.number(key, 1e-9, 1e9, default=1.0) for key in _MULTIPLIERS
+        )
+        mlp: MlpSpec | ExpertsSpec
+        if architecture == _DENSE:
+            mlp = MlpSpec(width, activation, bias=fields.flag("mlp_bias"))
+        else:
+            count = read_expert_count(fields)
+            shared = fields.integer("shared_intermediate_size", 0, 2**24) if architecture == _SHARED else 0
+            mlp = ExpertsSpec(
+                count,
+                width,
+                RouterSpec(read_chosen(fields, count)),
+                activation,
+                MlpSpec(shared, activation, prefix="shared_") if shared else None,
             )
-        )
-        attention = AttentionSpec(
-            sizes.n_heads,
-            sizes.n_kv_heads,
-            sizes.head_dim,
-            scale,
-            read_rotary(fields, sizes),
-            qkv_bias=attention_bias,
-            o_bias=attention_bias,
-        )
-        layer = LayerSpec(
-            attention, MlpSpec(width, activation, bias=mlp_bias), Norms(norm), Norms(norm), residual
-        )
+        rotary = read_rotary(fields, sizes)
+        attention = attention_of(sizes, rotary, scale=scale, qkv_bias=bias, o_bias=bias)
+        layer = LayerSpec(attention, mlp, Norms(norm), Norms(norm), residual)
         return model(
             fields,
             architecture,

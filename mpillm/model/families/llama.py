@@ -9,6 +9,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
     Family,
+    attention_of,
     model,
     read_activation,
     read_norm,
@@ -19,7 +20,6 @@ from mpillm.model.families.base import (
     refuse_qk_norm,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
@@ -48,11 +48,8 @@ class Llama(Family):
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
         norm, rotary = read_norm(fields), read_rotary(fields, sizes)
         refuse_qk_norm(fields, architecture, has=False)
-        attention = AttentionSpec(
-            sizes.n_heads,
-            sizes.n_kv_heads,
-            sizes.head_dim,
-            sizes.head_dim**-0.5,
+        attention = attention_of(
+            sizes,
             rotary,
             qkv_bias=attention_bias,
             o_bias=attention_bias,

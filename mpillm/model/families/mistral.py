@@ -6,6 +6,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
     Family,
+    attention_of,
     model,
     read_activation,
     read_chosen,
@@ -18,7 +19,6 @@ from mpillm.model.families.base import (
     refuse_qk_norm,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
@@ -61,11 +61,8 @@ class Mistral(Family):
         refuse_qk_norm(fields, architecture, has=False)
 
         def layer(number: int) -> LayerSpec:
-            attention = AttentionSpec(
-                sizes.n_heads,
-                sizes.n_kv_heads,
-                sizes.head_dim,
-                sizes.head_dim**-0.5,
+            attention = attention_of(
+                sizes,
                 rotary,
                 windows[number],
             )

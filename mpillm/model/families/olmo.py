@@ -1,53 +1,112 @@
-"""OLMo 2: norms only after attention and MLP, and norms of q and k over the whole projection."""
+"""OLMo 2 and 3, and OLMoE with experts: norms of q and k over the whole projection."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
+    FULL,
+    SLIDING,
     Family,
+    Sizes,
+    attention_of,
     model,
     read_activation,
+    read_chosen,
+    read_expert_count,
+    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.attention import Rotary
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.weights.names import Names
+from mpillm.model.rope import RopeConfig
+from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.names import AFTER_NORMS, Names
+
+_OLMO2, _OLMO3, _MIXTURE = "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"
+_USUAL = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
 
 
 class Olmo(Family):
-    """Post-norm layers. The norm of a whole row of q needs all heads, so attention is not cut into shards."""
+    """Layers with norms after attention and MLP. The norm of a whole row of q needs all heads: no shards."""
 
-    architectures = {"Olmo2ForCausalLM": "olmo2"}
-    names = Names(
-        hf={
-            "layers.{l}.post_attention_layernorm.weight": ("attn_post_norm",),
-            "layers.{l}.post_feedforward_layernorm.weight": ("ffn_post_norm",),
-        }
-    )
-    defaults = {
-        "Olmo2ForCausalLM": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
-    }
+    architectures = {_OLMO2: "olmo2", _OLMO3: "olmo3"}
+    names = Names(hf=AFTER_NORMS)
+    defaults = {_OLMO2: _USUAL, _OLMO3: {**_USUAL, "sliding_window": 4096, "rope_theta": 5e5}}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields, "silu", "swish")
         sizes, width = read_sizes(fields), read_width(fields)
         bias, norm = fields.flag("attention_bias"), read_norm(fields)
-        attention = AttentionSpec(
-            sizes.n_heads,
-            sizes.n_kv_heads,
-            sizes.head_dim,
-            sizes.head_dim**-0.5,
+        window, types = 0, [FULL] * sizes.n_layers
+        if architecture == _OLMO3:
+            window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+            types = list(
+                read_layer_types(fields, sizes.n_layers, FULL, SLIDING)
+                or (SLIDING if (layer + 1) % 4 else FULL for layer in range(sizes.n_layers))
+            )
+        rotaries = _rotaries(fields, sizes, set(types))
+
+        def layer(number: int) -> LayerSpec:
+            attention = attention_of(
+                sizes,
+                rotaries[types[number]],
+                window if types[number] == SLIDING else 0,
+                qkv_bias=bias,
+                o_bias=bias,
+                qk_norm=norm,
+                qk_norm_whole=True,
+            )
+            return LayerSpec(attention, MlpSpec(width, activation), Norms(after=norm), Norms(after=norm))
+
+        return model(fields, architecture, sizes, layer, norm)
+
+
+class Olmoe(Family):
+    """Pre-norm layers with experts; no shards, as above."""
+
+    architectures = {_MIXTURE: "olmoe"}
+    defaults = {
+        _MIXTURE: {
+            **_USUAL,
+            "max_position_embeddings": 4096,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 8,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        bias, count = fields.flag("attention_bias"), read_expert_count(fields)
+        router = RouterSpec(read_chosen(fields, count), normalise=fields.flag("norm_topk_prob"))
+        attention = attention_of(
+            sizes,
             read_rotary(fields, sizes),
             qkv_bias=bias,
             o_bias=bias,
             qk_norm=norm,
             qk_norm_whole=True,
         )
-        layer = LayerSpec(attention, MlpSpec(width, activation), Norms(after=norm), Norms(after=norm))
+        experts = ExpertsSpec(count, width, router, activation)
+        layer = LayerSpec(attention, experts, Norms(norm), Norms(norm))
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+
+def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:
+    """RoPE by layer type: what older files of OLMo 3 say of scaling is for layers without a window."""
+    parameters = fields.values.get("rope_parameters")
+    if isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values()):
+        return {kind: read_rotary(fields, sizes, layer_type=kind) for kind in types}
+    found = read_rotary(fields, sizes)
+    return {
+        kind: found if kind == FULL else Rotary(RopeConfig(found.config.theta), found.dim) for kind in types
+    }

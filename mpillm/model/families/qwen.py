@@ -9,6 +9,7 @@ from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
+    attention_of,
     model,
     read_activation,
     read_chosen,
@@ -21,7 +22,6 @@ from mpillm.model.families.base import (
     refuse_qk_norm,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
@@ -85,11 +85,8 @@ class Qwen(Family):
         refuse_qk_norm(fields, architecture, has=qk_norm is not None)
 
         def layer(number: int) -> LayerSpec:
-            attention = AttentionSpec(
-                sizes.n_heads,
-                sizes.n_kv_heads,
-                sizes.head_dim,
-                sizes.head_dim**-0.5,
+            attention = attention_of(
+                sizes,
                 rotary,
                 windows[number],
                 qkv_bias=qkv_bias,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
+    attention_of,
     model,
     read_activation,
     read_norm,
@@ -13,7 +14,6 @@ from mpillm.model.families.base import (
     read_width,
 )
 from mpillm.model.fields import Fields
-from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
@@ -52,11 +52,8 @@ class StarCoder(Family):
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         for key in ("embedding_dropout", "norm_type", "mlp_type"):
             fields.raw(key)
-        attention = AttentionSpec(
-            sizes.n_heads,
-            sizes.n_kv_heads,
-            sizes.head_dim,
-            sizes.head_dim**-0.5,
+        attention = attention_of(
+            sizes,
             read_rotary(fields, sizes),
             window,
             qkv_bias=bias,

@@ -338,9 +338,14 @@ def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
 
 
-def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
-    """Put what a tensor of a file holds among the others; ModelError if that is there already."""
-    for key, piece in place(parsed, extent, extent.shape):
+def add(
+    extents: dict[Key, Extent], parsed: Parsed, extent: Extent, part_rows: Mapping[str, int] | None = None
+) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already.
+
+    `part_rows` has the rows of roles that lie in one tensor with others, where these are not all alike.
+    """
+    for key, piece in place(parsed, extent, extent.shape, part_rows or {}):
         if key in extents:
             raise ModelError(
                 f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
@@ -348,15 +353,19 @@ def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent) -> None:
         extents[key] = piece
 
 
-def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[Key, Extent]]:
+def place(
+    parsed: Parsed, extent: Extent, shape: tuple[int, ...], part_rows: Mapping[str, int]
+) -> list[tuple[Key, Extent]]:
     """Take a tensor of a file apart into the matrices and vectors it holds.
 
-    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins.
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins; `part_rows`: see `add`.
     """
     first = ROLES[parsed.roles[0]]
     if first.by_heads and len(shape) == 3:
         shape = shape[0] * shape[1], shape[2]
     ndim = first.ndim + parsed.stacked
+    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # ERNIE 4.5 has it as a row
     if len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
@@ -368,16 +377,12 @@ def place(parsed: Parsed, extent: Extent, shape: tuple[int, ...]) -> list[tuple[
         )
     experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
     inner = shape[1:] if parsed.stacked else shape
-    parts = len(parsed.roles)
-    if inner[0] % parts:
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has {inner[0]} rows, which are not {parts} halves."
-        )
-    part = (inner[0] // parts, *inner[1:]) if parts > 1 else inner
+    counts = _part_rows(parsed, extent, inner[0], part_rows)
     found = []
     offset = extent.offset
     for expert in experts:
-        for role in parsed.roles:
+        for role, count in zip(parsed.roles, counts, strict=True):
+            part = (count, *inner[1:])
             piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
             found.append((Key(role, parsed.layer, expert), piece))
             offset += piece.nbytes
@@ -404,3 +409,20 @@ def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path
             extents[Key(role, key.layer)] = Extent(
                 whole.file, whole.name, whole.offset, shape, of.made, part=of
             )
+
+
+def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, int]) -> Sequence[int]:
+    """The rows of each matrix in a tensor of so many: as many for each, or as it is known."""
+    parts = len(parsed.roles)
+    if parts > 1 and known.keys() >= set(parsed.roles):
+        counts = [known[role] for role in parsed.roles]
+        if sum(counts) != rows:
+            raise ModelError(
+                f"{extent.file.path}: tensor {extent.name} has {rows} rows, but its {parts} parts have {sum(counts)}."
+            )
+        return counts
+    if rows % parts:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not {parts} equal parts."
+        )
+    return (rows // parts,) * parts

@@ -1,0 +1,83 @@
+"""ERNIE 4.5, dense or with experts: RoPE of neighbouring dimensions."""
+
+from __future__ import annotations
+
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import (
+    SMALL_BOS,
+    Family,
+    attention_of,
+    model,
+    read_activation,
+    read_chosen,
+    read_norm,
+    read_rotary,
+    read_sizes,
+    read_width,
+)
+from mpillm.model.fields import Fields
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.names import Names
+
+_DENSE, _MIXTURE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
+_USUAL = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, **SMALL_BOS}
+
+
+class Ernie(Family):
+    """A mixture's router adds a correction to the softmax where it chooses, and divides weights by their sum."""
+
+    architectures = {_DENSE: "ernie4_5", _MIXTURE: "ernie4_5_moe"}
+    tied = True
+    names = Names(
+        hf={"layers.{l}.mlp.moe_statics.e_score_correction_bias": ("router_correction",)},
+    )
+    defaults = {
+        _DENSE: {**_USUAL, "num_key_value_heads": 2, "head_dim": 128},
+        _MIXTURE: {
+            **_USUAL,
+            "num_key_value_heads": 4,
+            "moe_num_experts": 64,
+            "moe_k": 6,
+            "moe_intermediate_size": 1536,
+        },
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        bias = architecture == _DENSE and fields.flag("use_bias")
+        attention = attention_of(
+            sizes, read_rotary(fields, sizes, interleaved=True), qkv_bias=bias, o_bias=bias
+        )
+        dense = LayerSpec(attention, MlpSpec(width, activation, bias=bias), Norms(norm), Norms(norm))
+        if architecture == _DENSE:
+            return model(fields, architecture, sizes, lambda number: dense, norm)
+        mixture = LayerSpec(attention, _experts(fields), Norms(norm), Norms(norm))
+        first, every = (
+            fields.integer("moe_layer_start_index", 0, LONGEST, default=1),
+            fields.integer("moe_layer_interval", 1, LONGEST, default=1),
+        )
+        last = fields.integer("moe_layer_end_index", -1, LONGEST, default=-1)
+        last = sizes.n_layers - 1 if last == -1 else last
+
+        def layer(number: int) -> LayerSpec:
+            return mixture if first <= number <= last and (number + 1) % every == 0 else dense
+
+        return model(fields, architecture, sizes, layer, norm)
+
+
+def _experts(fields: Fields) -> ExpertsSpec:
+    count = fields.integer("moe_num_experts", 1, 2**16)
+    width = read_width(fields, "moe_intermediate_size")
+    fields.number("moe_norm_min", 0, 1e-6, default=1e-12)  # sums of softmaxes are larger
+    shared = fields.integer("moe_num_shared_experts", 0, 2**16, default=2)
+    return ExpertsSpec(
+        count,
+        width,
+        RouterSpec(read_chosen(fields, count, "moe_k"), correction=True),
+        shared=MlpSpec(width * shared, prefix="shared_") if shared else None,
+    )

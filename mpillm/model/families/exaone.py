@@ -1,0 +1,75 @@
+"""EXAONE 4: norms only after attention and MLP, norms of each head's q and k, and windows in most layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import (
+    FULL,
+    SLIDING,
+    Family,
+    attention_of,
+    model,
+    read_activation,
+    read_layer_types,
+    read_norm,
+    read_rotary,
+    read_sizes,
+    read_width,
+)
+from mpillm.model.fields import Fields
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.names import AFTER_NORMS, Names
+
+
+class Exaone(Family):
+    """Where some layers have a window, those without one have no RoPE."""
+
+    architectures = {"Exaone4ForCausalLM": "exaone4"}
+    names = Names(hf=AFTER_NORMS)
+    defaults = {
+        "Exaone4ForCausalLM": {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+        types = _layer_types(fields, sizes.n_layers, window)
+        rotary = read_rotary(fields, sizes)
+
+        def layer(number: int) -> LayerSpec:
+            slides = types[number] == SLIDING
+            attention = attention_of(
+                sizes,
+                rotary if slides or not window else None,
+                window if slides else 0,
+                qk_norm=norm,
+            )
+            return LayerSpec(attention, MlpSpec(width, activation), Norms(after=norm), Norms(after=norm))
+
+        return model(fields, architecture, sizes, layer, norm)
+
+
+def _layer_types(fields: Fields, n_layers: int, window: int) -> Sequence[str]:
+    """Each layer's type; without layer_types sliding_window_pattern says that every n-th layer has no window."""
+    types = read_layer_types(fields, n_layers, FULL, SLIDING)
+    if not window or types is not None:
+        fields.raw("sliding_window_pattern")
+    if not window:
+        return [FULL] * n_layers
+    if types is not None:
+        return types
+    every = fields.integer("sliding_window_pattern", 1, LONGEST, default=4)
+    return [SLIDING if (layer + 1) % every else FULL for layer in range(n_layers)]
