@@ -170,7 +170,7 @@ class Embeddings(Section, frozen=True):
     normalize: bool = True
 
 
-class Batch(Section, frozen=True):
+class BatchLimits(Section, frozen=True):
     """How much one step takes on; more is faster and changes no result."""
 
     max_num_seqs: Auto | Positive = "auto"
@@ -198,7 +198,7 @@ class Spec(Section, frozen=True, kw_only=True):
     memory: Memory = Memory()
     wire: Wire = Wire()
     embeddings: Embeddings = Embeddings()
-    batch: Batch = Batch()
+    batch: BatchLimits = BatchLimits()
     job: Job = Job()
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillm import spec
 from mpillm.batch import requests
-from mpillm.batch.requests import Batch
+from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.spec import Spec
@@ -30,7 +30,7 @@ def job(folder: Path, *overrides: str) -> Spec:
     return spec.load(None, overrides, input=str(folder / "in.jsonl"), output=str(folder / "out"))
 
 
-def checked(folder: Path, lines: list[Any], *overrides: str, model: Model = WITH_TEXT) -> Batch:
+def checked(folder: Path, lines: list[Any], *overrides: str, model: Model = WITH_TEXT) -> CheckedInput:
     """The batch of an input with these lines (objects, or bytes as they are)."""
     raw = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
     made = job(folder, *overrides)

@@ -27,7 +27,7 @@ LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
 
 
 @dataclass
-class Batch:
+class CheckedInput:
     """The checked input."""
 
     path: Path
@@ -74,12 +74,14 @@ class Batch:
         return make_work(line, bodies.decode_line(raw), self.spec, self.model)
 
 
-def check(path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None) -> Batch:
+def check(
+    path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None
+) -> CheckedInput:
     """Read and check every line; JobError if the input as a whole cannot be used.
 
     `progress` is told the bytes read so far, now and then.
     """
-    batch = Batch(path, spec, model)
+    batch = CheckedInput(path, spec, model)
     named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
     with _opened(path) as file:
         for number, offset, raw in _raw_lines(file):
@@ -102,7 +104,7 @@ def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> 
     return Work(line, endpoint, endpoint.requests(line.custom_id, spec, model), spec)
 
 
-def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Batch) -> Line:
+def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: CheckedInput) -> Line:
     """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
     try:
         if raw is None:

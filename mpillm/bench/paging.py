@@ -22,7 +22,7 @@ from mpillm.model.cache_layout import blocks_for
 from mpillm.run import memory, plan
 from mpillm.run.limits import TOKENS
 from mpillm.run.session import Session
-from mpillm.spec import Batch, Memory, Spec, byte_size
+from mpillm.spec import BatchLimits, Memory, Spec, byte_size
 from mpillm.weights.paging.weights import PATIENCE
 
 WARM = PATIENCE + 1  # tokens of each sequence before those that count: how far to read ahead has settled then
@@ -149,7 +149,7 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
             f"--budget {budget} is {weights} bytes for each rank, but {least} are the least that works."
         )
     room = Memory(weights=weights, kv=kv, max_context=longest)
-    return msgspec.structs.replace(spec, memory=room, batch=Batch(max_num_seqs=sequences))
+    return msgspec.structs.replace(spec, memory=room, batch=BatchLimits(max_num_seqs=sequences))
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:

@@ -22,7 +22,7 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Request
 from mpillm.run.session import Session
-from mpillm.spec import Batch, Layout, Memory, Spec
+from mpillm.spec import BatchLimits, Layout, Memory, Spec
 
 KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
 START = 16  # tokens of the prompt that a start-up is timed with
@@ -64,7 +64,7 @@ def spec_for(model: str, threads: int, options: Options) -> Spec:
         output="-",
         layout=Layout(threads=threads),
         memory=Memory(kv=KV, max_context=options.longest),
-        batch=Batch(max_num_seqs=max(1, *options.sequences)),
+        batch=BatchLimits(max_num_seqs=max(1, *options.sequences)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The engine: rank 0 leads, all others follow its steps."""
+"""The engine: rank 0 sends steps, and all ranks compute them."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from numpy.typing import NDArray
 from mpillm.comm.collectives import Channel
 from mpillm.engine import step as messages
 from mpillm.engine.pace import Pace
-from mpillm.engine.reply import Answerer, Reply, merge
+from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
 from mpillm.engine.scheduler import Limits, Scheduler, Totals, longest_first
-from mpillm.engine.sequence import Begun, Completion, Request, Sequence
-from mpillm.engine.step import Fetch, Hidden, Kind, Output, Part, Step, Table
+from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
+from mpillm.engine.step import Chunk, Fetch, Hidden, Kind, Output, Step, Table
 from mpillm.model.cache_layout import blocks_for
 from mpillm.model.decoder import Decoder
 from mpillm.partition.grid import Place
 
-MORE = 8  # times as many candidates are asked for where they did not suffice
+MORE = 8  # the factor by which the number of candidates grows where they did not suffice
 
 
 class Worker:
-    """A rank's part in any message: what leader and followers do alike."""
+    """Computes a rank's share of the work that a message asks for; the leader and the followers each have one."""
 
     def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
         self.decoder = decoder
-        self.seconds = 0.0  # in steps, with all that they waited for
+        self.seconds = 0.0  # in steps, including waits
         self.longest = 0.0  # seconds of the longest step
-        self._answerer = Answerer(decoder, keep_steps=micro_batches, threads=threads)
+        self._replies = ReplyBuilder(decoder, keep_steps=micro_batches, threads=threads)
 
     def step(self, step: Step) -> Reply | None:
-        """Compute this rank's part of a step; a last-stage rank's reply."""
-        begun = time.perf_counter()
+        """Compute this rank's share of a step; return the reply, on a last-stage rank."""
+        start = time.perf_counter()
         x = self.decoder.forward(step.batch())
-        reply = None if x is None else self._answerer.answer(step, x)
-        seconds = time.perf_counter() - begun
+        reply = None if x is None else self._replies.build(step, x)
+        seconds = time.perf_counter() - start
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
         self.decoder.note_step(seconds)
@@ -47,18 +47,18 @@ class Worker:
 
     @property
     def paging(self) -> tuple[float, float]:
-        """Seconds so far of waiting for weights, and of loading them."""
+        """Seconds so far of waiting for weights and of loading them."""
         return self.decoder.paging
 
     def fetch(self, fetch: Fetch) -> Reply | None:
         """Answer a request for candidates, on a last-stage rank."""
-        return self._answerer.fetch(fetch) if self.decoder.is_last else None
+        return self._replies.fetch(fetch) if self.decoder.is_last else None
 
 
-def follow(worker: Worker, channel: Channel, look: Callable[[], object] = lambda: None) -> int:
-    """What every rank but 0 does until it is told to stop; the exit code. It calls `look` before each step."""
+def follow(worker: Worker, channel: Channel, check: Callable[[], object] = lambda: None) -> int:
+    """Follow the leader's messages until it sends stop; return its exit code. `check` is called before each message."""
     while True:
-        look()
+        check()
         message = channel.take()
         kind = messages.kind_of(message)
         if kind is Kind.STOP:
@@ -71,7 +71,7 @@ def follow(worker: Worker, channel: Channel, look: Callable[[], object] = lambda
 
 
 class Engine:
-    """Leads the ranks through requests; lives on rank 0."""
+    """Computes requests on all ranks; it exists on rank 0."""
 
     def __init__(
         self,
@@ -81,20 +81,20 @@ class Engine:
         shard_vocab: list[int],
         totals: Totals | None = None,
     ) -> None:
-        """`totals` are those of an engine that this one succeeds."""
+        """`totals` are those of the engine that this one replaces, if any."""
         self.totals = totals or Totals()
         self._worker = worker
         self._channel = channel
         self._limits = limits
-        self._shard_vocab = shard_vocab  # vocabulary rows of each shard of the last stage
+        self._shard_vocab = shard_vocab  # rows of the vocabulary on each shard of the last stage
         self._last_stage = _last_stage_ranks(worker.decoder.place)
-        self._scheduler: Scheduler | None = None  # of the run that goes on, or went on last
-        self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: arrived, not taken yet
+        self._scheduler: Scheduler | None = None  # of the current run, or of the last one
+        self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: received, not used yet
 
     def run(
         self, requests: Iterable[Request], more: Callable[[], bool] | None = None
     ) -> Iterator[list[Completion]]:
-        """Compute requests that `Limits` admits; yields after every step what it finished (mostly nothing).
+        """Compute requests that `Limits` admits; yield after each step what it finished (mostly nothing).
 
         A server's `requests` is an iterator that may go on after it has ended: `more` is called when nothing is left to
         do, waits for the next request, and returns False when there will be none.
@@ -122,30 +122,30 @@ class Engine:
         if ended := sequences.take_ended():
             yield [sequence.completion() for sequence in ended]
 
-    def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, Begun]]:
-        """What unfinished sequences have generated since this gave it last, where it is so many tokens.
+    def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, PartialCompletion]]:
+        """What unfinished sequences have generated since the last call, if that is `at_least` tokens.
 
-        With each its request, and how many tokens were given before.
+        Yields the request, the number of tokens that were yielded before, and what follows them.
         """
         for sequence in self._scheduler.unfinished if self._scheduler else ():
             if sequence.generated - sequence.saved >= at_least:
-                begun, start = sequence.begun(), sequence.saved
-                sequence.saved = len(begun.tokens)
-                yield sequence.request, start, begun.since(start)
+                partial, start = sequence.partial(), sequence.saved
+                sequence.saved = len(partial.tokens)
+                yield sequence.request, start, partial.since(start)
 
     def stop(self, exit_code: int) -> None:
-        """Send everybody home."""
+        """Tell all followers to stop."""
         self._channel.post(messages.stop_message(exit_code))
 
     def _start(self, chosen: list[tuple[Sequence, int]]) -> Step:
-        step = Step(self.totals.steps, tuple(_part(sequence, count) for sequence, count in chosen))
+        step = Step(self.totals.steps, tuple(_chunk(sequence, count) for sequence, count in chosen))
         self.totals.steps += 1
         self.totals.most_sequences = max(self.totals.most_sequences, len(chosen))
         self._post(step)
         return step
 
     def _post(self, message: Step | Fetch) -> None:
-        """Tell all ranks, do this rank's part, and keep its reply if it has one."""
+        """Send a message to all ranks, compute this rank's share, and keep its reply if it has one."""
         if self._worker.decoder.place.size > 1:
             self._channel.post(message.encode())
         own = self._worker.step(message) if isinstance(message, Step) else self._worker.fetch(message)
@@ -153,7 +153,7 @@ class Engine:
             self._replies[0, own.step] = own
 
     def _collect(self, number: int) -> list[Reply]:
-        """The last stage's replies to step `number`, by shard; those to later steps may arrive before a fetch's."""
+        """The last stage's replies to step `number`, by shard; replies to later steps may arrive before a fetch's."""
         for rank in self._last_stage:
             while (rank, number) not in self._replies:
                 reply = Reply.decode(self._channel.collect(rank), self._worker.decoder.config.hidden)
@@ -161,25 +161,25 @@ class Engine:
         return [self._replies.pop((rank, number)) for rank in self._last_stage]
 
     def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """Take a step's results; the sequences that it finished."""
+        """Take the results of a step; return the sequences that it finished."""
         replies = self._collect(step.number)
         candidates = merge(replies, step.outputs, self._shard_vocab)
         drawn = self._draw(step, chosen, candidates)
         self.totals.generated_tokens += len(drawn)
         pairs = zip(step.outputs, candidates, strict=True)
-        by_part = {part: list(group) for part, group in groupby(pairs, lambda pair: pair[0].part)}
+        by_chunk = {chunk: list(group) for chunk, group in groupby(pairs, lambda pair: pair[0].chunk)}
         hidden = iter(replies[0].hidden)
         finished = []
-        for index, (part, (sequence, count)) in enumerate(zip(step.parts, chosen, strict=True)):
+        for index, (chunk, (sequence, count)) in enumerate(zip(step.chunks, chosen, strict=True)):
             sequence.in_flight = False
             self._count(sequence, count)
-            _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[part.hidden]))
-            outputs = by_part.get(index, [])
+            _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[chunk.hidden]))
+            outputs = by_chunk.get(index, [])
             sequence.finite = all(found.finite for _, found in outputs)
             if sequence.finite:
                 _take(sequence, outputs, drawn.get(index))
             if _is_done(sequence):
-                if part.hidden is Hidden.ALL and sequence.pooled is not None:
+                if chunk.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
                 finished.append(sequence)
         return finished
@@ -195,9 +195,9 @@ class Engine:
     def _draw(
         self, step: Step, chosen: list[tuple[Sequence, int]], candidates: list[Candidates]
     ) -> dict[int, tuple[Candidates, int]]:
-        """By part: the next token, as an index into the candidates it was drawn from.
+        """By chunk: the next token, as an index into the candidates it was drawn from.
 
-        Those whose draws go past the candidates at hand are asked for in one message, with more candidates each.
+        Where a draw needs more candidates than there are, one message fetches more for all such outputs.
         """
         drawn: dict[int, tuple[Candidates, int]] = {}
         known = {i: found for i, found in enumerate(candidates) if step.outputs[i].sampled and found.finite}
@@ -205,15 +205,15 @@ class Engine:
         while known:
             undecided = []
             for i, found in known.items():
-                part = step.outputs[i].part
-                sequence, _ = chosen[part]
+                chunk = step.outputs[i].chunk
+                sequence, _ = chosen[chunk]
                 if i not in numbers:
                     numbers[i] = sequence.uniform() if sequence.request.temperature > 0 else 0.0
                 index = draw(found, sequence.request, numbers[i])
                 if index is None:
                     undecided.append(i)
                 else:
-                    drawn[part] = found, index
+                    drawn[chunk] = found, index
             known = dict(zip(undecided, self._fetch(step, undecided, known), strict=True))
         return drawn
 
@@ -229,11 +229,11 @@ class Engine:
 
 
 class _Sequences:
-    """The sequences of requests, but for those whose last token an earlier run has drawn: these have ended."""
+    """The sequences of requests, without those that an earlier run has completed: `take_ended` returns these."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._requests = iter(requests)
-        self._begun = time.monotonic()
+        self._submitted = time.monotonic()
         self._ended: list[Sequence] = []
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -241,20 +241,20 @@ class _Sequences:
 
     def __next__(self) -> Sequence:
         while True:
-            sequence = Sequence(next(self._requests), self._begun)
+            sequence = Sequence(next(self._requests), self._submitted)
             if sequence.finish_reason is None:
                 return sequence
             sequence.started = time.monotonic()
             self._ended.append(sequence)
 
     def take_ended(self) -> list[Sequence]:
-        """Those that have ended since the last call."""
+        """Completed sequences since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:
-    """Add final hidden states to those of the tokens before."""
+    """Add final hidden states to the sum over the tokens before."""
     for state in states:
         exact = state.astype(np.float64)
         sequence.pooled = exact if sequence.pooled is None else sequence.pooled + exact
@@ -263,7 +263,7 @@ def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:
 def _take(
     sequence: Sequence, outputs: Iterable[tuple[Output, Candidates]], drawn: tuple[Candidates, int] | None
 ) -> None:
-    """Keep what is wanted of the prompt's tokens, and the token that was drawn."""
+    """Store the log-probabilities that the request wants, and the token that was drawn."""
     request = sequence.request
     unpenalised: Candidates | None = None
     for output, found in outputs:
@@ -281,14 +281,14 @@ def _take(
                 sequence.top.append((unpenalised or found).top(request.logprobs))
 
 
-def _part(sequence: Sequence, count: int) -> Part:
-    """What a step says of a sequence whose next `count` tokens it computes."""
+def _chunk(sequence: Sequence, count: int) -> Chunk:
+    """The chunk of the next `count` tokens of a sequence."""
     request = sequence.request
     start, end = sequence.computed, sequence.computed + count
     prompt = request.prompt
     at_end = end == len(sequence.tokens)
     samples = request.kind == "generate" and request.max_tokens > 0 and at_end
-    fresh = start >= sequence.reached  # what is computed again has been scored, or pooled
+    fresh = start >= sequence.reached  # tokens that are computed again were scored or pooled before
     scores = request.prompt_logprobs is not None and fresh and start < len(prompt) - 1
     hidden = Hidden.NONE
     if request.kind == "embed":
@@ -297,7 +297,7 @@ def _part(sequence: Sequence, count: int) -> Part:
         elif at_end:
             hidden = Hidden.LAST
     penalised = samples and request.repetition_penalty != 1.0
-    return Part(
+    return Chunk(
         start=start,
         tokens=np.array(sequence.tokens[start:end], np.int32),
         tables=tuple(
@@ -309,7 +309,7 @@ def _part(sequence: Sequence, count: int) -> Part:
         successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,
         logprobs=-1 if request.logprobs is None else request.logprobs,
-        # As the followers will read them: float32.
+        # Rounded to float32, as the followers read them.
         temperature=float(np.float32(request.temperature)),
         penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
         seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else messages.NO_IDS,

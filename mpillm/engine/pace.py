@@ -37,15 +37,15 @@ class Pace:
 
     def __init__(self, limits: Limits) -> None:
         self.micro_batches = limits.micro_batches
-        self._most = limits.micro_batches
+        self._maximum = limits.micro_batches
         self._streams = limits.streams
 
     @contextmanager
     def measured(self, worker: Paged) -> Iterator[None]:
         """The block is a step of `worker`'s."""
-        begun, (waited, loaded) = time.perf_counter(), worker.paging
+        start, (waited, loaded) = time.perf_counter(), worker.paging
         yield
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         if self._streams:
             now = worker.paging
             self.adapt(seconds, now[0] - waited, now[1] - loaded)
@@ -55,4 +55,4 @@ class Pace:
         if waited > seconds / 2:
             self.micro_batches = max(self.micro_batches - 1, 1)
         elif loaded < seconds / 2:
-            self.micro_batches = min(self.micro_batches + 1, self._most)
+            self.micro_batches = min(self.micro_batches + 1, self._maximum)

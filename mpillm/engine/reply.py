@@ -1,10 +1,10 @@
-"""What the last stage answers to a step: candidates and normalisers of the rows asked for, not logits.
+"""The reply of the last stage to a step: candidates and normalisers of some rows instead of logits.
 
-Each shard of the last stage answers for its part of the vocabulary. For every output of the step, in order, a
+Each shard of the last stage replies for its part of the vocabulary. For every output of the step, in order, a
 reply holds its k likeliest ids (fewer if its part is smaller), their logits as they decide and as the model gave
-them, per vocabulary panel the parts of the two normalisers, and the logit of the target if the shard owns it.
+them, per vocabulary panel the sums for the two normalisers, and the logit of the target if the shard owns it.
 Shard 0 adds the final hidden states that embeddings are pooled from. Where a logit is NaN or infinite, the output's
-candidates mean nothing, and its parts are NaN.
+candidates mean nothing, and its sums are NaN.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.engine import exact
 from mpillm.engine.sampler import Candidates, weights_of
-from mpillm.engine.step import Fetch, Output, Part, Step
+from mpillm.engine.step import Chunk, Fetch, Output, Step
 from mpillm.model.decoder import Decoder
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 HEADER = struct.Struct("<4I")  # step, outputs, candidates, hidden rows
-PARTS = 4  # per panel: greatest raw logit, sum of exp(raw - it), greatest value, sum of exp((value - it) / T)
+SUMS = 4  # per panel: maximum raw logit, sum of exp(raw - maximum), maximum value, sum of exp((value - maximum) / T)
 TILE = 64  # outputs whose logits are held at once while scoring
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One shard's answer; `counts[i]` candidates of output i lie one after the other in the flat arrays."""
+    """The reply of one shard. The flat arrays hold the candidates of output 0, then those of output 1, and so on."""
 
     step: int
     ids: NDArray[np.int32]
     values: Floats
     raw: Floats
-    parts: Floats  # [outputs, own panels, PARTS]
+    panel_sums: Floats  # [outputs, own panels, SUMS]
     targets: Floats  # [outputs], NaN where there is none or another shard owns it
     hidden: Floats  # [hidden rows, d]
 
     def encode(self) -> bytes:
         """The message."""
         head = HEADER.pack(self.step, len(self.targets), len(self.ids), len(self.hidden))
-        arrays = (self.ids, self.values, self.raw, self.parts, self.targets, self.hidden)
+        arrays = (self.ids, self.values, self.raw, self.panel_sums, self.targets, self.hidden)
         return head + b"".join(array.tobytes() for array in arrays)
 
     @staticmethod
@@ -58,20 +58,26 @@ class Reply:
         words = np.frombuffer(message, "<f4", offset=HEADER.size)
         sizes = [candidates, candidates, candidates, None, outputs, rows * width]
         panels = len(words) - sum(size for size in sizes if size is not None)
-        if panels < 0 or (panels % (outputs * PARTS) if outputs else panels):
+        if panels < 0 or (panels % (outputs * SUMS) if outputs else panels):
             raise ValueError(f"a reply of {len(message)} bytes does not match its header")
         ends = np.cumsum([panels if size is None else size for size in sizes])
-        ids, values, raw, parts, targets, hidden = np.split(words, ends[:-1])
-        shape = (outputs, -1, PARTS) if outputs else (0, 0, PARTS)
+        ids, values, raw, panel_sums, targets, hidden = np.split(words, ends[:-1])
+        shape = (outputs, -1, SUMS) if outputs else (0, 0, SUMS)
         return Reply(
-            step, ids.view("<i4"), values, raw, parts.reshape(shape), targets, hidden.reshape(rows, width)
+            step,
+            ids.view("<i4"),
+            values,
+            raw,
+            panel_sums.reshape(shape),
+            targets,
+            hidden.reshape(rows, width),
         )
 
 
-class Answerer:
-    """Makes a last-stage rank's replies, and keeps the rows drawn from until they cannot be asked for again.
+class ReplyBuilder:
+    """Makes the replies of a last-stage rank, and keeps sampled rows as long as more candidates may be fetched.
 
-    Rows as they enter the output head, that is, not their logits: those may be a hundred times as large.
+    It keeps the rows that enter the LM head, not their logits, which may be a hundred times as large.
     """
 
     def __init__(self, decoder: Decoder, keep_steps: int, threads: int) -> None:
@@ -80,8 +86,8 @@ class Answerer:
         self._threads = threads
         self._kept: dict[int, tuple[Step, dict[int, Floats]]] = {}
 
-    def answer(self, step: Step, x: Floats) -> Reply:
-        """Answer a step whose rows left the last layer as `x` [m, d]."""
+    def build(self, step: Step, x: Floats) -> Reply:
+        """The reply to a step; `x` [m, d] is the output of the last layer."""
         outputs, hidden_rows = step.outputs, step.hidden_rows()
         kept: dict[int, Floats] = {}
         pieces = []
@@ -100,7 +106,7 @@ class Answerer:
         return self._join(step.number, pieces, hidden)
 
     def fetch(self, fetch: Fetch) -> Reply:
-        """Answer a request for more candidates of a recent step."""
+        """The reply to a request for more candidates of a recent step."""
         step, kept = self._kept[fetch.number]
         outputs = [step.outputs[i]._replace(k=fetch.k) for i in fetch.outputs]
         rows = [kept[i] for i in fetch.outputs]
@@ -116,13 +122,13 @@ class Answerer:
         vocab, threads = self._decoder.vocab, self._threads
         finite = finite_rows(logits)
         if not finite.all():
-            logits[~finite] = 0.0  # so that what follows is defined; nothing is drawn from it
+            logits[~finite] = 0.0  # to keep the arithmetic below defined; no token is drawn from these rows
         values = logits
         if any(output.penalised for output in outputs):
             values = logits.copy()
             for row, output in zip(values, outputs, strict=True):
                 if output.penalised:
-                    _penalise(row, step.parts[output.part], vocab)
+                    _penalise(row, step.chunks[output.chunk], vocab)
         wanted = np.array([output.k for output in outputs])
         k = min(int(wanted.max()), len(vocab)) or 1
         top, ids = np.empty((len(outputs), k), np.float32), np.empty((len(outputs), k), np.int32)
@@ -132,15 +138,15 @@ class Answerer:
         own = (targets >= 0) & (targets < len(vocab))  # NO_TARGET lies below every part of the vocabulary
         found = np.where(own, logits[np.arange(len(outputs)), np.where(own, targets, 0)], np.float32(np.nan))
         mask = np.arange(k) < wanted[:, None]
-        parts = self._normalisers(outputs, logits, values)
-        parts[~finite] = np.nan
-        return ids[mask] + np.int32(vocab.start), top[mask], raw[mask], parts, found
+        panel_sums = self._normalisers(outputs, logits, values)
+        panel_sums[~finite] = np.nan
+        return ids[mask] + np.int32(vocab.start), top[mask], raw[mask], panel_sums, found
 
     def _normalisers(self, outputs: Seq[Output], logits: Floats, values: Floats) -> Floats:
-        """Parts of the normalisers [outputs, own panels, PARTS]: a pass over all logits, unless nobody needs them."""
+        """The panels' sums for the normalisers [outputs, own panels, SUMS]; zeros if no output needs them."""
         bounds, threads = self._decoder.vocab_bounds, self._threads
         if not any(output.normalised for output in outputs):
-            return np.zeros((len(outputs), len(bounds) - 1, PARTS), np.float32)
+            return np.zeros((len(outputs), len(bounds) - 1, SUMS), np.float32)
         inv_t = np.array([output.inv_t for output in outputs], np.float32)
         sums = np.empty((2, len(outputs), len(bounds) - 1, 3), np.float32)
         kernels.lse_parts(logits, inv_t, bounds, sums[0], threads)
@@ -153,15 +159,17 @@ class Answerer:
     def _join(self, number: int, pieces: list[tuple[NDArray[np.generic], ...]], hidden: Floats) -> Reply:
         if not pieces:
             none = np.empty(0, np.float32)
-            pieces = [(none.view(np.int32), none, none, np.empty((0, 0, PARTS), np.float32), none)]
-        ids, values, raw, parts, targets = (np.concatenate(column) for column in zip(*pieces, strict=True))
-        return Reply(number, ids, values, raw, parts, targets, hidden)
+            pieces = [(none.view(np.int32), none, none, np.empty((0, 0, SUMS), np.float32), none)]
+        ids, values, raw, panel_sums, targets = (
+            np.concatenate(column) for column in zip(*pieces, strict=True)
+        )
+        return Reply(number, ids, values, raw, panel_sums, targets, hidden)
 
 
 def finite_rows(rows: Floats) -> NDArray[np.bool_]:
     """Whether all numbers of each row [m, n] are finite: [m].
 
-    A sum shows it in one pass without a copy; only a sum that is not finite makes a second look necessary.
+    A sum tells in one pass without a copy. Only rows with a sum that is not finite are checked value by value.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         finite: NDArray[np.bool_] = np.isfinite(np.add.reduce(rows, axis=1))
@@ -170,15 +178,15 @@ def finite_rows(rows: Floats) -> NDArray[np.bool_]:
     return finite
 
 
-def _penalise(row: Floats, part: Part, vocab: range) -> None:
+def _penalise(row: Floats, chunk: Chunk, vocab: range) -> None:
     """Repetition penalty of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less likely."""
-    own = part.seen[(part.seen >= vocab.start) & (part.seen < vocab.stop)] - vocab.start
-    penalty = np.float32(part.penalty)
+    own = chunk.seen[(chunk.seen >= vocab.start) & (chunk.seen < vocab.stop)] - vocab.start
+    penalty = np.float32(chunk.penalty)
     row[own] = np.where(row[own] > 0, row[own] / penalty, row[own] * penalty)
 
 
 def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> list[Candidates]:
-    """The shards' replies to the same outputs as one list of candidates each; `shard_sizes` in vocabulary rows."""
+    """Merge the shards' replies to the same outputs into one `Candidates` each; `shard_sizes` in vocabulary rows."""
     if not outputs:
         return []
     wanted = np.array([output.k for output in outputs])
@@ -187,12 +195,12 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     for shard, (reply, count) in enumerate(zip(replies, counts, strict=True)):
         if len(reply.targets) != len(outputs) or len(reply.ids) != count.sum():
             raise ValueError(
-                f"shard {shard} answered {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
+                f"shard {shard} replied {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
                 f"{count.sum()} of {len(outputs)} were asked for"
             )
-    broken = np.any([np.isnan(reply.parts[:, 0, 0]) for reply in replies], axis=0)
+    broken = np.any([np.isnan(reply.panel_sums[:, 0, 0]) for reply in replies], axis=0)
     if broken.any():
-        replies = [replace(reply, parts=np.nan_to_num(reply.parts, nan=1.0)) for reply in replies]
+        replies = [replace(reply, panel_sums=np.nan_to_num(reply.panel_sums, nan=1.0)) for reply in replies]
     ids, values, raw = (
         _tables([getattr(reply, name) for reply in replies], counts) for name in ("ids", "values", "raw")
     )
@@ -227,16 +235,16 @@ _NONE = np.empty(0, np.float32)
 
 
 def _tables(flat: Seq[NDArray[Any]], counts: Seq[NDArray[np.int64]]) -> NDArray[Any]:
-    """All shards' values as one row for each output; what a shard has too few of is -inf (or the lowest id)."""
+    """All shards' values as one row for each output; missing ones are -inf (or the lowest id)."""
     tables = []
     for values, count in zip(flat, counts, strict=True):
-        most = int(count.max())
-        if len(values) == most * len(count):
-            tables.append(values.reshape(len(count), most))
+        width = int(count.max())
+        if len(values) == width * len(count):
+            tables.append(values.reshape(len(count), width))
             continue
         lowest = -np.inf if values.dtype.kind == "f" else np.iinfo(np.int32).min
-        table = np.full((len(count), most), lowest, values.dtype)
-        table[np.arange(most) < count[:, None]] = values
+        table = np.full((len(count), width), lowest, values.dtype)
+        table[np.arange(width) < count[:, None]] = values
         tables.append(table)
     return tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)
 
@@ -244,20 +252,20 @@ def _tables(flat: Seq[NDArray[Any]], counts: Seq[NDArray[np.int64]]) -> NDArray[
 def _normalisers(
     replies: Seq[Reply], outputs: Seq[Output], inv_t: NDArray[np.float64]
 ) -> tuple[list[float], list[float]]:
-    """`log_z` and `scaled_z` of each output, from the parts of all panels of the vocabulary, in their order."""
+    """`log_z` and `scaled_z` of each output, from the sums of all panels of the vocabulary, in order."""
     at = [i for i, output in enumerate(outputs) if output.normalised]
     if not at:
         return [np.nan] * len(outputs), [np.nan] * len(outputs)
     log_z, scaled_z = np.full((2, len(outputs)), np.nan)
-    parts = np.concatenate([reply.parts for reply in replies], axis=1)[at].astype(np.float64)
-    raw_most, raw_total = _total(parts[:, :, 0], parts[:, :, 1], np.ones(len(at)))
-    log_z[at] = raw_most + exact.log(raw_total)
-    _, scaled_z[at] = _total(parts[:, :, 2], parts[:, :, 3], inv_t[at])
+    panel_sums = np.concatenate([reply.panel_sums for reply in replies], axis=1)[at].astype(np.float64)
+    raw_maximum, raw_total = _total(panel_sums[:, :, 0], panel_sums[:, :, 1], np.ones(len(at)))
+    log_z[at] = raw_maximum + exact.log(raw_total)
+    _, scaled_z[at] = _total(panel_sums[:, :, 2], panel_sums[:, :, 3], inv_t[at])
     return log_z.tolist(), scaled_z.tolist()
 
 
-def _total(greatest: Doubles, sums: Doubles, inv_t: Doubles) -> tuple[Doubles, Doubles]:
-    """Greatest values [n], and whole sums relative to them [n], from those of panels [n, panels] in their order."""
-    most = greatest.max(axis=1)
-    terms = sums * exact.exp((greatest - most[:, None]) * inv_t[:, None])
-    return most, np.cumsum(terms, axis=1)[:, -1]
+def _total(maxima: Doubles, sums: Doubles, inv_t: Doubles) -> tuple[Doubles, Doubles]:
+    """Maxima [n], and sums relative to them [n], from those of the panels [n, panels] in order."""
+    maximum = maxima.max(axis=1)
+    terms = sums * exact.exp((maxima - maximum[:, None]) * inv_t[:, None])
+    return maximum, np.cumsum(terms, axis=1)[:, -1]

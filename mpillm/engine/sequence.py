@@ -1,4 +1,4 @@
-"""A request as the engine sees it, all state of one request in one object, and what comes out."""
+"""A request as the engine sees it, the state of one request while it runs, and its completion."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
-    """What has been generated of a request: all that is needed to go on from there and end in the same bytes."""
+class PartialCompletion:
+    """What has been generated of a request: enough to continue from there and end in the same bytes."""
 
     tokens: list[int]
     logprobs: list[float] = field(default_factory=list)  # of `tokens`, if asked for
@@ -29,11 +29,11 @@ class Begun:
     prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], if asked for
     prompt_top: list[TopLogprobs] = field(default_factory=list)  # per token of prompt[1:]
     seconds_waiting: float = 0.0  # from the run's beginning to its first step
-    seconds_running: float = 0.0  # from the first step on, in all runs that it took
+    seconds_running: float = 0.0  # since its first step, summed over all runs
 
-    def since(self, start: int) -> Begun:
-        """The stretch from token `start` on; what belongs to the prompt lies in the stretch from 0 on."""
-        return Begun(
+    def since(self, start: int) -> PartialCompletion:
+        """What follows token `start`; the prompt's log-probabilities belong to `start` = 0."""
+        return PartialCompletion(
             tokens=self.tokens[start:],
             logprobs=self.logprobs[start:],
             top=self.top[start:],
@@ -43,11 +43,11 @@ class Begun:
             seconds_running=self.seconds_running,
         )
 
-    def continued(self, start: int, more: Begun) -> Begun:
-        """This up to token `start`, and then a stretch that begins there; this alone if it does not reach there."""
+    def continued(self, start: int, more: PartialCompletion) -> PartialCompletion:
+        """This one up to token `start`, followed by `more`; unchanged if it is shorter than `start`."""
         if start > len(self.tokens):
             return self
-        return Begun(
+        return PartialCompletion(
             tokens=self.tokens[:start] + more.tokens,
             logprobs=self.logprobs[:start] + more.logprobs,
             top=self.top[:start] + more.top,
@@ -60,7 +60,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to compute: a prompt of token ids and how to go on from it.
+    """One sequence to compute: a prompt of token ids, and how to continue it.
 
     A line of the input with several prompts or ``n > 1`` becomes several of these; `id` and `choice`
     together name one, and together with `seed` they key its random stream.
@@ -84,7 +84,7 @@ class Request:
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     pooling: Literal["mean", "last"] = "mean"
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
-    begun: Begun | None = None  # what an earlier run has generated of it
+    resumed: PartialCompletion | None = None  # what an earlier run has generated
 
     @property
     def only_reads(self) -> bool:
@@ -93,24 +93,24 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """The most tokens whose keys and values it will ever hold."""
+        """The maximum number of tokens whose keys and values it will need."""
         if self.kind == "embed":
             return len(self.prompt)
         return len(self.prompt) + max(0, self.max_tokens - 1)
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether what comes out depends on the last layer's output for every token of the prompt."""
+        """Whether the result depends on the last layer's output for every token of the prompt."""
         if self.kind == "embed":
             return self.pooling == "mean"
         return self.prompt_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion(Begun):
-    """What became of a request.
+class Completion(PartialCompletion):
+    """The result of a request.
 
-    `tokens` includes an end token that ended the text (then it is `stop_id` too). Log-probabilities are of the
+    `tokens` includes the end token, if one ended the text (it is `stop_id` too). Log-probabilities are of the
     model's own distribution, before penalties and temperature, natural logarithm.
     """
 
@@ -118,7 +118,7 @@ class Completion(Begun):
     finish_reason: Literal["stop", "length"]
     stop_id: int | None = None
     embedding: NDArray[np.float32] | None = None  # [hidden], not normalised
-    finite: bool = True  # False: the model's output was NaN or infinite, and there is no result
+    finite: bool = True  # False: the model's output was NaN or infinite, so there is no result
 
 
 class Sequence:
@@ -129,7 +129,9 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.number = 0  # in the order of admission: the lower, the older
         self.computed = 0  # tokens whose keys and values are in the KV cache
-        self.reached = 0  # the most that `computed` has been: less is computed again, after a preemption
+        self.reached = (
+            0  # maximum of `computed` so far; after a preemption, tokens up to here are computed again
+        )
         self.tables: list[BlockTable] = []  # of each group of layers, all with the same end
         self.slot = NO_SLOT  # of its states
         self._block_keys: list[bytes] = []
@@ -140,24 +142,24 @@ class Sequence:
         self.prompt_top: list[TopLogprobs] = []
         self.pooled: NDArray[np.float64] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.finite = True  # what the model has put out so far
+        self.finite = True  # the model's outputs so far
         self.stop_id: int | None = None
-        self.saved = 0  # generated tokens that are safe, or were found so
+        self.saved = 0  # generated tokens that the journal has
         self.submitted = submitted  # as time.monotonic() says
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
         self._stream = struct.unpack("<2Q", hashlib.blake2b(name, digest_size=16).digest())
-        if request.begun is not None:
-            self._take_up(request.begun)
+        if request.resumed is not None:
+            self._resume(request.resumed)
 
-    def _take_up(self, begun: Begun) -> None:
-        """Go on from what an earlier run has generated, as after a preemption: all but the last token was computed."""
-        for token in begun.tokens:
-            self.append(token)  # what ends the text is seen again
+    def _resume(self, before: PartialCompletion) -> None:
+        """Continue what an earlier run has generated, as after a preemption: all but the last token were computed."""
+        for token in before.tokens:
+            self.append(token)  # so that `watch` sees it again
         self.saved = self.generated
         self.reached = len(self.tokens) - 1
-        self.logprobs, self.top = list(begun.logprobs), list(begun.top)
-        self.prompt_logprobs, self.prompt_top = list(begun.prompt_logprobs), list(begun.prompt_top)
+        self.logprobs, self.top = list(before.logprobs), list(before.top)
+        self.prompt_logprobs, self.prompt_top = list(before.prompt_logprobs), list(before.prompt_top)
 
     @property
     def generated(self) -> int:
@@ -166,11 +168,10 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """How many tokens the next step can compute of it."""
+        """The number of tokens that the next step can compute."""
         if self.computed < self.reached and self.request.needs_all_rows:
-            return (
-                self.reached - self.computed
-            )  # what follows also counts, so the two are not computed together
+            # Rows after `reached` are scored or pooled, rows before are not: one step never has both.
+            return self.reached - self.computed
         return len(self.tokens) - self.computed
 
     def block_key(self, index: int) -> bytes:
@@ -187,7 +188,7 @@ class Sequence:
         return philox.uniform(self._stream, self.generated)
 
     def append(self, token: int) -> None:
-        """Take a generated token and decide whether it ends the text."""
+        """Append a generated token and decide whether it ends the text."""
         request = self.request
         self.tokens.append(token)
         if token in request.stop_ids:
@@ -197,11 +198,11 @@ class Sequence:
         elif self.generated >= request.max_tokens:
             self.finish_reason = "length"
 
-    def begun(self) -> Begun:
-        """What has been generated so far, also where an interruption came between a token and its log-probability."""
+    def partial(self) -> PartialCompletion:
+        """What has been generated so far, without a last token whose log-probability is missing."""
         request = self.request
         known = self.generated if request.logprobs is None else min(len(self.logprobs), len(self.top))
-        return Begun(
+        return PartialCompletion(
             tokens=self.tokens[len(request.prompt) :][:known],
             logprobs=self.logprobs[:known],
             top=self.top[:known],
@@ -233,6 +234,6 @@ class Sequence:
 
     def _seconds(self) -> dict[str, float]:
         waited, ran = self.started - self.submitted, time.monotonic() - self.started
-        if (before := self.request.begun) is not None:
+        if (before := self.request.resumed) is not None:
             waited, ran = before.seconds_waiting, before.seconds_running + ran
         return {"seconds_waiting": waited, "seconds_running": ran}

@@ -1,11 +1,11 @@
 """The one message that a step needs: what every rank must know to compute its part, packed as integers.
 
 A step is complete in itself: block tables, positions and token ids travel in it, so a follower keeps no state
-about sequences. The layout, all little-endian 32-bit words: a 28-byte header (kind and magic, step number, parts,
-tokens, table entries, seen ids, groups of layers); for each part its ten fields (start, tokens, slot, score_k,
+about sequences. The layout, all little-endian 32-bit words: a 28-byte header (kind and magic, step number, chunks,
+tokens, table entries, seen ids, groups of layers); for each chunk its ten fields (start, tokens, slot, score_k,
 successor, sample_k with logprobs + 1 in its highest byte, seen ids, hidden, and as floats temperature and penalty),
-and for each group the number of its first block and how many it has; then all tokens, block tables (part by part, of
-each its groups), and seen ids.
+and for each group the number of its first block and how many it has; then all tokens, block tables (chunk by chunk, and
+by group in each), and seen ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Ints = NDArray[np.int32]
 
 HEADER = struct.Struct("<7I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 10  # of a part, and two more for each group
+FIELDS = 10  # of a chunk, and two more for each group
 NO_TARGET = -1
 
 
@@ -43,7 +43,7 @@ class Kind(IntEnum):
 
 
 class Hidden(IntEnum):
-    """Which final hidden states a part wants back (for embeddings)."""
+    """Which final hidden states are wanted of a chunk (for embeddings)."""
 
     NONE = 0
     LAST = 1
@@ -61,8 +61,8 @@ class Table(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One sequence's part of a step: tokens `start` to `start + len(tokens)` of it."""
+class Chunk:
+    """What a step computes of one sequence: its tokens from `start` to `start + len(tokens)`."""
 
     start: int
     tokens: Ints
@@ -85,7 +85,7 @@ class Output(NamedTuple):
     k: int  # candidates wanted
     target: int  # the id whose logit is wanted, or NO_TARGET
     inv_t: float  # 1 / temperature, for the second normaliser
-    part: int  # index of the part, whose penalty applies if `penalised`
+    chunk: int  # index of the chunk, whose penalty applies if `penalised`
     penalised: bool
     sampled: bool  # a token is drawn from it, so more candidates may be asked for
     normalised: bool  # probabilities are wanted, so both normalisers must be known
@@ -93,94 +93,94 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A batch of parts."""
+    """A batch of chunks."""
 
     number: int
-    parts: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
 
     @cached_property
     def outputs(self) -> list[Output]:
-        """The outputs in the order of all replies: for each part its scored rows, then its sampled row."""
+        """The outputs in the order of all replies: for each chunk its scored rows, then its sampled row."""
         return list(self._outputs())
 
     def _outputs(self) -> Iterator[Output]:
         row = 0
-        for index, part in enumerate(self.parts):
-            count = len(part.tokens)
-            if part.score_k >= 0:
-                targets = [*part.tokens[1:].tolist(), part.successor]
+        for index, chunk in enumerate(self.chunks):
+            count = len(chunk.tokens)
+            if chunk.score_k >= 0:
+                targets = [*chunk.tokens[1:].tolist(), chunk.successor]
                 for i, target in enumerate(targets):
                     if target != NO_TARGET:
-                        yield Output(row + i, part.score_k, target, 1.0, index, False, False, True)
+                        yield Output(row + i, chunk.score_k, target, 1.0, index, False, False, True)
             last = row + count - 1
-            if part.sample_k > 0:
-                inv_t = inverse_temperature(part.temperature)
-                penalised = part.penalty != 1.0
-                wanted = part.logprobs >= 0
+            if chunk.sample_k > 0:
+                inv_t = inverse_temperature(chunk.temperature)
+                penalised = chunk.penalty != 1.0
+                wanted = chunk.logprobs >= 0
                 if penalised and wanted:
                     # Log-probabilities are of the model's own distribution: look at the row as it is, too.
-                    yield Output(last, max(part.logprobs, 1), NO_TARGET, 1.0, index, False, False, True)
-                normalised = wanted or part.temperature > 0
-                yield Output(last, part.sample_k, NO_TARGET, inv_t, index, penalised, True, normalised)
+                    yield Output(last, max(chunk.logprobs, 1), NO_TARGET, 1.0, index, False, False, True)
+                normalised = wanted or chunk.temperature > 0
+                yield Output(last, chunk.sample_k, NO_TARGET, inv_t, index, penalised, True, normalised)
             row += count
 
     def hidden_rows(self) -> Ints:
         """Rows of the batch whose final hidden state is wanted, ascending."""
         rows: list[int] = []
         row = 0
-        for part in self.parts:
-            count = len(part.tokens)
-            if part.hidden is Hidden.ALL:
+        for chunk in self.chunks:
+            count = len(chunk.tokens)
+            if chunk.hidden is Hidden.ALL:
                 rows.extend(range(row, row + count))
-            elif part.hidden is Hidden.LAST:
+            elif chunk.hidden is Hidden.LAST:
                 rows.append(row + count - 1)
             row += count
         return np.array(rows, np.int32)
 
     def batch(self) -> Batch:
         """The arrays that the decoder works on."""
-        tokens = np.concatenate([part.tokens for part in self.parts])
-        counts = np.array([len(part.tokens) for part in self.parts], np.int32)
-        starts = np.array([part.start for part in self.parts], np.int32)
+        tokens = np.concatenate([chunk.tokens for chunk in self.chunks])
+        counts = np.array([len(chunk.tokens) for chunk in self.chunks], np.int32)
+        starts = np.array([chunk.start for chunk in self.chunks], np.int32)
         rows = np.cumsum(counts, dtype=np.int32) - counts
         positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
-        tables = zip(*(part.tables for part in self.parts), strict=True)
+        tables = zip(*(chunk.tables for chunk in self.chunks), strict=True)
         return Batch(
             tokens=tokens,
             positions=positions,
             offset=positions % KV_BLOCK,
             groups=tuple(_group_tables(group, counts, positions) for group in tables),
             first_rows=rows,
-            slots=np.array([part.slot for part in self.parts], np.int32),
+            slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
         )
 
     def encode(self) -> bytes:
         """The message."""
-        fields = np.array([_fields(part) for part in self.parts], np.int32)
-        floats = [(part.temperature, part.penalty) for part in self.parts]
+        fields = np.array([_fields(chunk) for chunk in self.chunks], np.int32)
+        floats = [(chunk.temperature, chunk.penalty) for chunk in self.chunks]
         fields[:, FIELDS - 2 : FIELDS] = np.array(floats, np.float32).view(np.int32)
-        tokens = [part.tokens for part in self.parts]
-        blocks = [table.blocks for part in self.parts for table in part.tables]
-        seen = [part.seen for part in self.parts]
+        tokens = [chunk.tokens for chunk in self.chunks]
+        blocks = [table.blocks for chunk in self.chunks for table in chunk.tables]
+        seen = [chunk.seen for chunk in self.chunks]
         body = np.concatenate([fields.ravel(), *tokens, *blocks, *seen])
         sizes = (sum(map(len, arrays)) for arrays in (tokens, blocks, seen))
-        groups = len(self.parts[0].tables)
+        groups = len(self.chunks[0].tables)
         return (
-            HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.parts), *sizes, groups)
+            HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.chunks), *sizes, groups)
             + body.astype("<i4").tobytes()
         )
 
     @staticmethod
     def decode(message: bytes) -> Step:
         """The step of a message whose kind is STEP."""
-        _, number, parts, tokens, table, seen, groups = HEADER.unpack_from(message)
+        _, number, chunks, tokens, table, seen, groups = HEADER.unpack_from(message)
         words = np.frombuffer(message, "<i4", offset=HEADER.size).astype(np.int32, copy=False)
         width = FIELDS + 2 * groups
-        if len(words) != parts * width + tokens + table + seen:
+        if len(words) != chunks * width + tokens + table + seen:
             raise ValueError(f"a step message of {len(message)} bytes does not match its header")
-        fields = words[: parts * width].reshape(parts, width)
+        fields = words[: chunks * width].reshape(chunks, width)
         _check(fields, tokens, table, seen)
-        at_tokens = parts * width
+        at_tokens = chunks * width
         at_table = at_tokens + tokens
         at_seen = at_table + table
         decoded = []
@@ -192,7 +192,7 @@ class Step:
                 tables.append(Table(first, words[at_table : at_table + n_blocks]))
                 at_table += n_blocks
             decoded.append(
-                Part(
+                Chunk(
                     start=start,
                     tokens=words[at_tokens : at_tokens + n_tokens],
                     tables=tuple(tables),
@@ -223,27 +223,27 @@ def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> Gro
 
 
 def _check(fields: Ints, tokens: int, table: int, seen: int) -> None:
-    """ValueError unless the parts' sizes make up the header's, and each part's tokens lie in its blocks."""
+    """ValueError unless the chunks' sizes sum up to the header's, and each chunk's tokens lie in its blocks."""
     exact = fields.astype(np.int64)
     starts, counts, seen_ids = exact[:, 0], exact[:, 1], exact[:, 6]
     firsts, blocks = exact[:, FIELDS::2], exact[:, FIELDS + 1 :: 2]
     sums = [int(sizes.sum()) for sizes in (counts, blocks, seen_ids)]
     negative = any((sizes < 0).any() for sizes in (counts, firsts, blocks, seen_ids))
     if not len(fields) or negative or sums != [tokens, table, seen]:
-        raise ValueError("a step message's parts do not make up what its header says")
+        raise ValueError("the chunks of a step message do not match its header")
     first, last = starts[:, None], (starts + counts)[:, None] - 1
     outside = (firsts * KV_BLOCK > first) | (last >= (firsts + blocks) * KV_BLOCK)
     if starts.min() < 0 or counts.min() < 1 or outside.any():
-        raise ValueError("a step message has a part whose tokens lie outside its blocks")
+        raise ValueError("a step message has a chunk whose tokens lie outside its blocks")
 
 
-def _fields(part: Part) -> tuple[int, ...]:
-    """A part's fields; the floats' bits go where the zeros are."""
-    packed_k = part.sample_k | (part.logprobs + 1) << 24
-    tables = (number for table in part.tables for number in (table.first, len(table.blocks)))
+def _fields(chunk: Chunk) -> tuple[int, ...]:
+    """The fields of a chunk; the zeros are replaced by the bits of the floats."""
+    packed_k = chunk.sample_k | (chunk.logprobs + 1) << 24
+    tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
-        part.start, len(part.tokens), part.slot, part.score_k, part.successor, packed_k, len(part.seen), part.hidden,
-        0, 0, *tables,
+        chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, packed_k, len(chunk.seen),
+        chunk.hidden, 0, 0, *tables,
     )  # fmt: skip
 
 

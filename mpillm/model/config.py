@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mpillm.model.cache_spec import LayerCache
@@ -34,6 +34,9 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     block: int = 1
+    ignored_keys: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # of the configuration, which nobody knows
 
     def with_block(self, block: int) -> ModelConfig:
         """The same for weights of this block size."""

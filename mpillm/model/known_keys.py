@@ -1,4 +1,7 @@
-"""Configuration keys that do not change what this decoder computes, so that any other can be refused by name."""
+"""Configuration keys that families do not read: those that are harmless, and those that would change the result.
+
+Any other one is ignored, as transformers ignores it, and said in the report.
+"""
 
 from __future__ import annotations
 
@@ -97,9 +100,26 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Features of other models by their keys: whatever value one has, it may change the result.
+_OTHERS = """
+    alibi_bias_max attention_logit_cap attention_window attn_output_gate block_types dim_model_base embedding_scale
+    final_logit_softcap head_scale index_topk key_multiplier kv_lora_rank lm_head_multiplier logits_soft_cap
+    mup_scale_factor mup_use_scaling mup_width_scale parallel_residual position_embedding_type post_norm q_lora_rank
+    qk_norm residual_scale rotary_pct sandwich_norm scale_depth scale_emb scale_embeddings swiglu_limit
+    use_gated_attention use_post_norm use_sinks window_size
+""".split()  # noqa: SIM905 (a list of strings would fill a screen)
+
+SWITCHES = frozenset(_OTHERS) | SWITCHED_OFF.keys()
+
+
 def is_harmless(key: str, value: Any) -> bool:
-    """Whether an unread key with this value leaves the result as it is."""
+    """Whether an unread key with this value is known to leave the result as it is."""
     if value is None or key in HARMLESS or HARMLESS_PATTERN.fullmatch(key):
         return True
     # 1 == True in Python: the type is compared too.
     return any(type(value) is type(off) and value == off for off in SWITCHED_OFF.get(key, ()))
+
+
+def is_switch(key: str) -> bool:
+    """Whether a key is known to change what some models compute."""
+    return key in SWITCHES

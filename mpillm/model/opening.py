@@ -16,10 +16,17 @@ from mpillm.weights.source import Source, check_tensors, column_unit
 
 class _Families:
     def of_config(self, config: Mapping[str, Any], name: str) -> Family:
+        judge(config, name)
         return family_of(config, name)[0]
 
     def of_gguf(self, kind: Any, name: str) -> Family:
         return gguf_family(kind, name)
+
+
+def judge(config: Mapping[str, Any], name: str) -> None:
+    """ModelError unless a model with this config.json can be run, as far as that says; tensors are not looked at."""
+    # How weights are stored is judged by the file format, for every architecture alike.
+    read_config({key: value for key, value in config.items() if key != "quantization_config"}, name)
 
 
 def open_source(path: str | Path, quantize: str = "none") -> Source:

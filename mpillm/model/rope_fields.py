@@ -11,8 +11,12 @@ from mpillm.model.rope import RopeConfig, yarn_attention_factor, yarn_scale
 
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
 LONGEST = 2**31 - 1  # positions are int32 in the kernels
-# Written into the dict by some exporters whatever the kind; without effect there.
-HARMLESS = {"type", "rope_type", "rope_theta", "finetuned", "original_max_position_embeddings"}
+# Written into the dict by some exporters whatever the kind; without effect there. mrope_section says which dimensions
+# turn by an image's height and width: those of a text all turn alike.
+HARMLESS = {
+    "attn_factor", "finetuned", "mrope_interleaved", "mrope_section", "original_max_position_embeddings",
+    "rope_theta", "rope_type", "type",
+}  # fmt: skip
 
 
 def read_rope(
@@ -84,6 +88,8 @@ def _kind(rope: Fields) -> str:
         if set(rope.values) <= HARMLESS | {"factor", "partial_rotary_factor"}:
             return "default"  # a factor other than 1 is refused there
         raise ModelError(f"{rope.name}: the rope type is missing; it must be one of {', '.join(KINDS[:-1])}.")
+    if kind == "mrope":
+        return "default"  # as transformers calls it since
     if kind not in KINDS:
         raise ModelError(
             f"{rope.name}: rope type {str(kind)[:40]!r} is not supported (supported: {', '.join(KINDS[:-1])})."

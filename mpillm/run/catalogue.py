@@ -25,7 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpillm.errors import JobError
+from mpillm.errors import JobError, MpillmError
+from mpillm.model.families import gguf_family
+from mpillm.model.opening import judge
+from mpillm.weights.formats.gguf_file import gguf_parts
+from mpillm.weights.formats.gguf_header import architecture_in
+from mpillm.weights.formats.hf import read_json
+from mpillm.weights.opening import gguf_in
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +39,7 @@ Progress = Callable[[int, int], None]  # (bytes so far, bytes in all); the total
 
 POLL_SECONDS = 0.2
 CHUNK = 1 << 20
+HEAD = 1 << 16  # bytes of a GGUF file in which its architecture stands
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
         if path.is_file():
             return path
         if path.is_dir():
-            return _directory(path)
+            return path if (path / "config.json").exists() else gguf_in(path) or path
     except OSError as error:
         raise JobError(f"The model {path} cannot be looked at: {error.strerror}.") from error
     hint = (
@@ -98,19 +105,6 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     raise JobError(
         f"The model {model!r} is no file, no directory and not in the catalogue ({known()}); or write {hint}."
     )
-
-
-def _directory(path: Path) -> Path:
-    """The directory itself, or its only GGUF file where it holds no config.json and no second one."""
-    if not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return files[0]
-        if files:
-            raise JobError(
-                f"The directory {path} holds {len(files)} GGUF files; name one, such as {files[0]}."
-            )
-    return path
 
 
 def known() -> str:
@@ -323,7 +317,11 @@ def _disk_error(error: OSError, folder: Path, entry: Entry) -> JobError:
 
 
 def _pull_hf(name: str) -> Path:
-    """Let huggingface_hub keep the repository in its own cache; a note in ours finds it again offline."""
+    """Let huggingface_hub keep the repository in its own cache; a note in ours finds it again offline.
+
+    What cannot be run is refused before more than a configuration or the beginning of a file is fetched. The library
+    shows its progress, and goes on where an earlier download was interrupted.
+    """
     match = HF_NAME.fullmatch(name)
     if match is None:
         raise JobError(f"{name!r} is not hf:owner/name, hf:owner/name@revision or hf:owner/name/FILE.gguf.")
@@ -339,13 +337,18 @@ def _pull_hf(name: str) -> Path:
     repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
         if file:
-            path = Path(hub.hf_hub_download(repo, file, revision=revision))
+            _judge_gguf(hub, name, repo, file, revision)
+            paths = [hub.hf_hub_download(repo, part, revision=revision) for part in gguf_parts(file)]
+            path = Path(paths[0])
         else:
+            _judge_repository(hub, name, repo, revision)
             path = Path(
                 hub.snapshot_download(
                     repo, revision=revision, allow_patterns=HF_FILES, ignore_patterns=HF_NOT
                 )
             )
+    except MpillmError:
+        raise
     except Exception as error:  # its own errors, its HTTP library's, and the disk's: all end in one sentence
         first = (str(error).strip().splitlines() or [""])[0]
         raise JobError(f"{name} could not be pulled ({type(error).__name__}: {first}).") from error
@@ -361,3 +364,22 @@ def _pull_hf(name: str) -> Path:
     except OSError as error:  # the model is there all the same
         log.warning("no note of %s in %s: %s", name, note.parent, error)
     return path
+
+
+def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> None:
+    """ModelError if the repository's config.json is that of a model which cannot be run."""
+    try:
+        path = hub.hf_hub_download(repo, "config.json", revision=revision)
+    except Exception as error:
+        if type(error).__name__ != "EntryNotFoundError":
+            raise
+        return  # it has none, as repositories of GGUF files: what is there is seen later
+    judge(read_json(Path(path)), name)
+
+
+def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:
+    """ModelError if the file's architecture is none that can be run."""
+    path = f"{repo}@{revision}/{file}" if revision else f"{repo}/{file}"
+    with hub.HfFileSystem().open(path, "rb", block_size=HEAD) as remote:
+        if architecture := architecture_in(remote.read(HEAD)):
+            gguf_family(architecture, name)

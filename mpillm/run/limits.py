@@ -157,7 +157,7 @@ def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) 
     return nbytes_in_file(sizes, spec.memory.kv_bytes - n_slots * layout.state_nbytes, n_blocks)
 
 
-def described_step(sequences: int, tokens: int, streamed: int) -> str:
+def step_description(sequences: int, tokens: int, streamed: int) -> str:
     """A step's size for people; `streamed` is what the rank that reads most reads for it."""
     size = f"a step takes up to {sequences} sequences and {tokens} tokens"
     return f"{shown_bytes(streamed)} of weights are read for each step; {size}" if streamed else size

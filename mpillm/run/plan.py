@@ -22,7 +22,7 @@ from mpillm.run.limits import (
     cache_in_file,
     cache_in_memory,
     cached_tokens,
-    described_step,
+    step_description,
     step_size,
 )
 from mpillm.spec import Spec, shown_bytes
@@ -243,7 +243,7 @@ def _table(plan: Plan) -> Iterator[str]:
         yield (
             f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank lie on disk"
         )
-    yield "batch     " + described_step(
+    yield "batch     " + step_description(
         plan.step_sequences, plan.step_tokens, max(rank.weights_streamed for rank in plan.ranks)
     )
     total = sum(plan.wire.values())

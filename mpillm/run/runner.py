@@ -18,16 +18,16 @@ import msgspec
 
 from mpillm import __version__
 from mpillm.batch import requests
-from mpillm.batch.requests import Batch
+from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Work
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Begun, Completion, Request
+from mpillm.engine.sequence import Completion, PartialCompletion, Request
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.run import memory
-from mpillm.run.limits import cached_tokens, described_step
+from mpillm.run.limits import cached_tokens, step_description
 from mpillm.run.opened import model_name, model_of, model_path
 from mpillm.run.progress import Bar, Progress, State
 from mpillm.run.session import Origin, Session
@@ -35,7 +35,7 @@ from mpillm.spec import Spec, Wire
 from mpillm.store import report, results
 from mpillm.store.journal import MODEL_FILE, Journal, began, first_layout
 from mpillm.store.output import Claim
-from mpillm.store.records import Layout, Part, line_key
+from mpillm.store.records import Layout, PartialResult, line_key
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
@@ -164,9 +164,9 @@ class _Part:
                 if self._leader is not None:
                     self._leader.compute()
                     return True
-                if follow(session.worker, session.channel, session.watch.look) == 0:
+                if follow(session.worker, session.channel, session.watch.check) == 0:
                     with self._world.together():
-                        session.watch.look_closely()
+                        session.watch.check_all()
                     self._world.gather(session.statistics())
                     return True
                 return False
@@ -202,7 +202,7 @@ class Leader:
         self._clock = time.monotonic()
         since = began(claim)
         self._model = model_of(session, model, lambda: since)
-        self._batch: Batch = requests.check(spec.input_path, spec, self._model)
+        self._batch: CheckedInput = requests.check(spec.input_path, spec, self._model)
         self._journal = self._open_journal()
         self._batch.keep_answered(self._journal.done)
         self._resumed = self._journal.resumed
@@ -258,7 +258,7 @@ class Leader:
         except MpillmError as error:
             with suppress(MpillmError):  # a full disk, most likely: the first error says it
                 if isinstance(error, ModelChangedError):
-                    self._journal.drop_unsound()
+                    self._journal.drop_unverified()
                 elif self._spec.job.checkpoint_tokens:
                     self._save_everything()
                 self._journal.flush()
@@ -320,19 +320,19 @@ class Leader:
                 self._safe(journal.commit(), bar)
                 if time.monotonic() > self._looked + LOOK_EVERY:
                     self._look()
-                if self._session.watch.look():
-                    journal.mark_sound()
+                if self._session.watch.check():
+                    journal.mark_verified()
             self._safe(journal.flush(), bar)
 
     def _look_closely(self) -> None:
         """At the end every rank looks at its files of the model as closely as at the beginning."""
         try:
             with self._session.world.together():
-                self._session.watch.look_closely()
+                self._session.watch.check_all()
         except ModelChangedError:
-            self._journal.drop_unsound()
+            self._journal.drop_unverified()
             raise
-        self._journal.mark_sound(closely=True)
+        self._journal.mark_verified(all_ranks=True)
         self._journal.flush()
 
     def _look(self) -> None:
@@ -372,14 +372,14 @@ class Leader:
         for work in self._batch.works(done=self._journal.done):
             count = len(work.requests)
             self._pending[work.custom_id] = _Pending(work, count, [None] * count)
-            begun = self._journal.begun(work.line)
+            partial = self._journal.partial(work.line)
             for request in work.requests:
                 if request.max_length > self._session.limits.max_length:
                     raise Interrupted(
                         f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
                         "the same command goes on with as many ranks as before."
                     )
-                yield replace(request, begun=begun.get(request.choice))
+                yield replace(request, resumed=partial.get(request.choice))
 
     def _take(self, completion: Completion) -> None:
         """Keep a completion; if it was its line's last one, the answer goes to the journal."""
@@ -398,10 +398,10 @@ class Leader:
             self._not_finite[pending.work.custom_id] = NOT_FINITE
             self._journal.append(results.failed(pending.work, NOT_FINITE, status=500))
 
-    def _save(self, request: Request, start: int, begun: Begun) -> None:
+    def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
         """Let the journal have what a choice has generated from token `start` on."""
         key = line_key(self._pending[request.id].work.line)
-        self._journal.append(Part(request.id, key, request.choice, start, begun))
+        self._journal.append(PartialResult(request.id, key, request.choice, start, partial))
 
     def _save_everything(self) -> None:
         """The run ends before its time: let nothing be generated again that need not be."""
@@ -439,7 +439,7 @@ class Leader:
         """What a step takes on, where that is more than usual."""
         session, limits, asked = self._session, self._session.limits, self._spec.memory
         if streamed := max(session.streamed):
-            size = described_step(limits.max_sequences, limits.max_tokens, streamed)
+            size = step_description(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
             context = min(asked.max_context, session.config.max_position)
@@ -465,6 +465,7 @@ class Leader:
             "layers": config.n_layers,
             "hidden": config.hidden,
             "vocab": config.vocab,
+            **({"ignored_keys": ", ".join(config.ignored_keys)} if config.ignored_keys else {}),
         }
 
     def _metadata(self) -> dict[str, Any]:
@@ -496,9 +497,9 @@ def _tokens(totals: Totals) -> report.Tokens:
     )
 
 
-def _batch(totals: Totals, session: Session) -> report.Batch:
+def _batch(totals: Totals, session: Session) -> report.Steps:
     limits = session.limits
-    return report.Batch(
+    return report.Steps(
         max_sequences=limits.max_sequences,
         max_tokens=limits.max_tokens,
         kv_blocks=limits.n_blocks,

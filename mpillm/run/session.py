@@ -100,7 +100,7 @@ class Session:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source)
-            self.watch.look()
+            self.watch.check()
             self.fingerprint = summed(self.watch.files)
         self._same_model()
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)

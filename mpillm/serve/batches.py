@@ -157,7 +157,7 @@ class Batches:
         arrivals: Arrivals,
         spec: Spec,
         model: Model,
-        open_journal: Callable[[Claim, requests.Batch], Journal],
+        open_journal: Callable[[Claim, requests.CheckedInput], Journal],
     ) -> None:
         """`open_journal` opens the journal of a batch in its claimed directory."""
         self._described = _Described(folder, Batch)
@@ -264,9 +264,9 @@ class _Run:
 
     def __init__(
         self,
-        batch: requests.Batch,
+        batch: requests.CheckedInput,
         claim: Claim,
-        open_journal: Callable[[Claim, requests.Batch], Journal],
+        open_journal: Callable[[Claim, requests.CheckedInput], Journal],
         model: Model,
     ) -> None:
         self._batch, self._claim, self._model = batch, claim, model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
-from mpillm.batch.requests import Batch
+from mpillm.batch.requests import CheckedInput
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.errors import JobError
@@ -53,7 +53,7 @@ def run(world: World, spec: Spec, options: Options, progress: Progress) -> int:
         session = stack.enter_context(contextlib.closing(Session(world, spec, path)))
         if listener is None:
             with _first_signal_calls(lambda: None):  # rank 0 says when it ends
-                return follow(session.worker, session.channel, session.watch.look)
+                return follow(session.worker, session.channel, session.watch.check)
         return _lead(session, spec, path, options, listener, progress)
 
 
@@ -72,7 +72,7 @@ def _lead(
     service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
     identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
 
-    def open_journal(claim: Claim, batch: Batch) -> Journal:
+    def open_journal(claim: Claim, batch: CheckedInput) -> Journal:
         return Journal(claim, identity, batch.lines, session.layout, session.model_state)
 
     data = spec.output_path
@@ -98,7 +98,7 @@ def _lead(
                 for completion in finished:
                     arrivals.take(completion)
                 batches.commit()
-                session.watch.look()
+                session.watch.check()
         finally:
             arrivals.close()
             server.should_exit = True

@@ -26,7 +26,7 @@ import msgspec
 
 from mpillm import __version__
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import Begun
+from mpillm.engine.sequence import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
 from mpillm.store.directory import Directory, explained, explanation
 from mpillm.store.output import JOURNAL, Claim
@@ -38,11 +38,11 @@ from mpillm.store.records import (
     Header,
     Layout,
     Lines,
-    Part,
+    PartialResult,
     Place,
     Result,
     Scan,
-    Sound,
+    Verified,
     framed,
     good_records,
     line_key,
@@ -75,28 +75,28 @@ class Journal:
         layout: Layout | None = None,
         model_state: str = "",
     ) -> None:
-        """Open the claimed directory's journal, or begin one; `layout` is that of what will be appended.
+        """Open the journal of the claimed directory, or create it; `layout` is that of the results to append.
 
-        `model_state` says whether the model's files have been touched (`Watch.state`): if it is another one than
-        before, what was appended after the last `mark_sound` is dropped.
+        `model_state` changes when somebody touches the model's files (`Watch.state`). If it differs from the journal's,
+        what was appended after the last `mark_verified` is dropped.
 
-        OutputError says what differs if it is another job's, or if a line that it knows is not in the input any more.
+        OutputError if it belongs to another job, or if the input lacks a line that it had before.
         """
         self.path = claim.path / JOURNAL
         self._directory = claim.directory
         self.damage: list[str] = []
-        self.seconds = 0.0  # spent on bringing results to disk
-        self._due = 0.0  # when the next group may go, as time.monotonic() says
-        self._waiting: list[Result | Part | Layout | Sound] = []
+        self.seconds = 0.0  # spent on writing
+        self._due = 0.0  # time.monotonic() at which the next write is due
+        self._waiting: list[Result | PartialResult | Layout | Verified] = []
         self._layout, self._state = layout, model_state
-        self._parts: dict[str, list[int]] = {}
+        self._partial: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
         header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
         if JOURNAL not in self._directory.names():
             with self._directory.replacing(JOURNAL) as file:
                 start = framed(header, 0)
                 start += framed(Lines(keys), len(start))
-                start += framed(Sound(len(start), model_state), len(start))
+                start += framed(Verified(len(start), model_state), len(start))
                 file.write(start + framed(header, len(start)))
         with explained(self.path):
             self._file = self._directory.open(JOURNAL, os.O_RDWR)
@@ -109,9 +109,9 @@ class Journal:
 
     def _resume(self, header: Header, keys: bytes, lines: Sequence[Line]) -> None:
         with explained(self.path):
-            found = self._scan_sound()
+            found = self._scan_verified()
             size = os.fstat(self._file).st_size
-        self.done, self._parts = found.done, found.parts
+        self.done, self._partial = found.done, found.partial
         self.answered, self._last_layout = found.answered, found.layout
         self._end = found.end
         if found.header is None:
@@ -135,19 +135,19 @@ class Journal:
             self._write(framed(found.header, self._end))
         if found.keys != keys:
             self._write(framed(Lines(keys), self._end))
-        self._unmarked = 0  # good looks that it takes until all that was appended is known to be sound
-        self._looked = self._end  # where the journal ended at the last good look at the model
-        self._sound = self._end  # up to where all is known to be sound
-        if found.sound is None or found.sound.state != self._state:
-            self._write(framed(Sound(self._end, self._state), self._end))
+        self._unmarked = 0  # successful checks until everything that was appended is verified
+        self._checked = self._end  # where the journal ended at the last successful check of the model
+        self._verified = self._end  # everything before this offset is verified
+        if found.verified is None or found.verified.state != self._state:
+            self._write(framed(Verified(self._end, self._state), self._end))
 
-    def _scan_sound(self) -> Scan:
-        """What the journal holds, without what may have been computed with other files of the model."""
+    def _scan_verified(self) -> Scan:
+        """The content of the journal, without what may have been computed with other files of the model."""
         found = scan(self._file)
-        if found.header is None or found.sound is None or found.sound.state == self._state:
+        if found.header is None or found.verified is None or found.verified.state == self._state:
             return found
         before = len(found.done)
-        os.ftruncate(self._file, found.sound.upto)
+        os.ftruncate(self._file, found.verified.upto)
         found = scan(self._file)
         if dropped := before - len(found.done):
             self.damage.append(
@@ -156,24 +156,25 @@ class Journal:
             )
         return found
 
-    def mark_sound(self, closely: bool = False) -> None:
-        """The model's files are what they were. With `closely`, all ranks have looked, and so all is sound up to here.
+    def mark_verified(self, all_ranks: bool = False) -> None:
+        """Note that the model's files are unchanged.
 
-        Else each rank looks for itself, and what counts is what was there at the look before.
+        If all ranks have checked them, everything up to here is verified. If only this one has, others may find a
+        change at their next check, so only what was there at the previous check is verified.
         """
-        self._sound, self._looked = self._end if closely else self._looked, self._end
+        self._verified, self._checked = self._end if all_ranks else self._checked, self._end
         if self._unmarked:
-            self._waiting.append(Sound(self._sound, self._state))
+            self._waiting.append(Verified(self._verified, self._state))
             self._unmarked -= 1
 
-    def drop_unsound(self) -> None:
-        """The model's files have changed: what was appended since the last good look is dropped."""
+    def drop_unverified(self) -> None:
+        """The model's files have changed: drop what is not verified."""
         self._waiting.clear()
         with explained(self.path):
-            os.ftruncate(self._file, self._sound)
-        self._end = self._sound
-        self._write(framed(Sound(self._end, self._state), self._end))
-        self.done = {name: place for name, place in self.done.items() if place.offset < self._sound}
+            os.ftruncate(self._file, self._verified)
+        self._end = self._verified
+        self._write(framed(Verified(self._end, self._state), self._end))
+        self.done = {name: place for name, place in self.done.items() if place.offset < self._verified}
 
     def _refuse_other_job(self, was: Header, now: Header) -> None:
         if was.version != VERSION:
@@ -205,12 +206,12 @@ class Journal:
         )
 
     def _refuse_changed_lines(self, found: Scan, keys: bytes, lines: Sequence[Line]) -> None:
-        """Lines may be added anywhere; one that was there must still be there as it was."""
+        """OutputError if a line has changed or is missing; lines may be added anywhere."""
         old = found.keys or b""
         if keys.startswith(old) and not found.damage:
             return
         now = {keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)}
-        what = "the input has changed since it was begun"
+        what = "the input has changed since the run began"
         for name, key in found.done_keys.items():
             if key not in now:
                 raise OutputError(
@@ -225,8 +226,8 @@ class Journal:
         begin = f"The output directory {self.path.parent} belongs to another job"
         return f"{begin}: {what}; restore it or give another output."
 
-    def append(self, record: Result | Part) -> None:
-        """Take a finished request, or a part of one; it is on disk after the next `flush`."""
+    def append(self, record: Result | PartialResult) -> None:
+        """Append a finished or partial result; it is on disk after the next `flush`."""
         if self._layout is not None and self._layout != self._last_layout:
             self._waiting.append(self._layout)
             self._last_layout = self._layout
@@ -234,13 +235,13 @@ class Journal:
         self._unmarked = 2
 
     def commit(self) -> int:
-        """`flush`, if it is time again; call it often."""
+        """`flush`, if it is due; call this often."""
         return self.flush() if time.monotonic() >= self._due else 0
 
     def flush(self) -> int:
-        """Bring what was appended to disk, all in one go, and return how many requests that finished.
+        """Write what was appended to the disk in one go, and return the number of requests that it finishes.
 
-        Interrupted if the disk is full: what waited still waits, and a later flush may go well.
+        Interrupted if the disk is full: nothing is lost, and a later flush may succeed.
         """
         if not self._waiting:
             return 0
@@ -250,17 +251,17 @@ class Journal:
             if isinstance(record, Result):
                 places.append((record.custom_id, Place(at, len(data[-1]) - HEAD.size, record.status)))
             at += len(data[-1])
-        begun = time.monotonic()
+        start = time.monotonic()
         self._write(b"".join(data))
         now = time.monotonic()
-        self.seconds += now - begun
-        self._due = now + max(SYNC_EVERY, (now - begun) * (1 / SYNC_SHARE - 1))
+        self.seconds += now - start
+        self._due = now + max(SYNC_EVERY, (now - start) * (1 / SYNC_SHARE - 1))
         self.done.update(places)
         self._waiting.clear()
         return len(places)
 
     def check(self) -> None:
-        """Interrupted if the journal is no longer the file of its name; call it every so often."""
+        """Interrupted if the file was deleted or replaced; call this regularly."""
         if not self._directory.holds(JOURNAL, self._file):
             raise Interrupted(
                 f"The journal {self.path} was deleted or replaced during the run; put it back and run the same "
@@ -268,11 +269,11 @@ class Journal:
             )
 
     def finish(self, errors: int) -> None:
-        """Note that the results are written: from now on the run is complete, whatever becomes of its processes."""
+        """Note that the results are written, which makes the run complete."""
         self._write(framed(Finished(errors), self._end))
 
     def _write(self, data: bytes) -> None:
-        """Write at the end, to disk; after a failure the file ends where it did."""
+        """Append to the file and sync it; after a failure the file is as long as before."""
         try:
             view, at = memoryview(data), self._end
             while view:
@@ -291,7 +292,7 @@ class Journal:
             log.warning("The unfinished end of %s stays for now: %s.", self.path, error.strerror)
 
     def read(self, custom_id: str) -> Result:
-        """A finished request's record; OutputError if it is not what was written."""
+        """The record of a finished request; OutputError if it is damaged."""
         place = self.done[custom_id]
         with explained(self.path):
             payload = payload_at(self._file, place.offset, os.fstat(self._file).st_size)
@@ -302,18 +303,18 @@ class Journal:
             )
         return msgspec.msgpack.decode(payload, type=Result)
 
-    def begun(self, line: Line) -> dict[int, Begun]:
-        """What runs before this one have generated of a line that they did not finish, by choice; gives it once."""
-        found: dict[int, Begun] = {}
+    def partial(self, line: Line) -> dict[int, PartialCompletion]:
+        """What earlier runs have generated of an unfinished line, by choice; each line can be asked for once."""
+        found: dict[int, PartialCompletion] = {}
         with explained(self.path):
             size = os.fstat(self._file).st_size
-            for offset in self._parts.pop(line.custom_id, ()):
+            for offset in self._partial.pop(line.custom_id, ()):
                 payload = payload_at(self._file, offset, size)
-                part = msgspec.msgpack.decode(payload, type=Part) if payload is not None else None
+                part = msgspec.msgpack.decode(payload, type=PartialResult) if payload is not None else None
                 if part is not None and part.key == line_key(line):
-                    before = found.get(part.choice, Begun(tokens=[]))
-                    found[part.choice] = before.continued(part.start, part.begun)
-        return {choice: begun for choice, begun in found.items() if begun.tokens}
+                    before = found.get(part.choice, PartialCompletion(tokens=[]))
+                    found[part.choice] = before.continued(part.start, part.completion)
+        return {choice: partial for choice, partial in found.items() if partial.tokens}
 
     def close(self) -> None:
         """Close the file; what was not flushed is lost."""
@@ -332,7 +333,7 @@ class Journal:
 
 @contextlib.contextmanager
 def _opened(directory: Directory) -> Iterator[int | None]:
-    """The directory's journal, for reading; None if there is none yet."""
+    """The journal of the directory, opened for reading; None if there is none yet."""
     with explained(directory.path / JOURNAL):
         try:
             file = directory.open(JOURNAL, os.O_RDONLY)
@@ -346,9 +347,9 @@ def _opened(directory: Directory) -> Iterator[int | None]:
 
 
 def began(claim: Claim) -> datetime:
-    """When the run that the claimed directory belongs to first began: now, if it has no readable journal yet.
+    """When the run in the claimed directory first began: now, if it has no readable journal yet.
 
-    A chat template that asks for the date is told this one, so that a run which goes on tomorrow gives the same bytes.
+    A chat template that asks for the date gets this one, so that a run that is resumed tomorrow gives the same bytes.
     """
     with _opened(claim.directory) as file:
         for _, payload in good_records(file) if file is not None else ():
@@ -358,7 +359,7 @@ def began(claim: Claim) -> datetime:
 
 
 def first_layout(claim: Claim) -> Layout | None:
-    """The layout on which the run that the claimed directory belongs to has answered its first requests."""
+    """The layout on which the run in the claimed directory has answered its first requests."""
     with _opened(claim.directory) as file:
         for _, payload in good_records(file) if file is not None else ():
             if (tag := tag_of(payload)) == "layout":
@@ -369,7 +370,7 @@ def first_layout(claim: Claim) -> Layout | None:
 
 
 def finished(path: Path) -> Finished | None:
-    """How the run in this directory ended; None if it has not come to its end, or its input has grown since."""
+    """How the run in this directory ended; None if it is not finished, or if its input has grown since."""
     with explained(path):
         try:
             directory = Directory(path)

@@ -1,8 +1,8 @@
-"""The journal's records: what they hold, how they lie in the file, and how they are found again in a damaged one.
+"""The records of the journal: their content, their layout in the file, and how they are found in a damaged file.
 
 A record is a head of 20 bytes (magic, length of the payload, CRC-32 of place and length, BLAKE2b-64 of place and
-payload) and a payload in MessagePack. The place (offset and length) is part of both sums, so a record that stands
-anywhere else than where it was written, such as inside another one's payload, is not taken for one.
+payload) and a payload in MessagePack. Both sums include the place (offset and length), so a record
+is not valid at another place than where it was written, for instance inside the payload of another one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import Begun
+from mpillm.engine.sequence import PartialCompletion
 
 VERSION = 2
 KEY_BYTES = 8
@@ -31,7 +31,7 @@ _CHUNK = 1 << 20
 
 
 class Header(msgspec.Struct, tag="header", frozen=True):
-    """Which job's output this is: by dotted key, what changes a result (`Spec.identity` and the model's own)."""
+    """The job that the output belongs to: what changes a result, by dotted key (`Spec.identity` and the model)."""
 
     version: int
     identity: dict[str, Any]
@@ -40,7 +40,7 @@ class Header(msgspec.Struct, tag="header", frozen=True):
 
 
 class Lines(msgspec.Struct, tag="lines", frozen=True):
-    """The input's lines as they were at some start of the run: a key of 8 bytes for each."""
+    """The lines of the input when the run was started: a key of 8 bytes for each."""
 
     keys: bytes
 
@@ -65,18 +65,18 @@ class Result(msgspec.Struct, tag="result", frozen=True):
     choices: list[Choice] = []
 
 
-class Part(msgspec.Struct, tag="part", frozen=True):
-    """What a choice that was not finished had generated from its token `start` on; the rest lies in parts before."""
+class PartialResult(msgspec.Struct, tag="part", frozen=True):
+    """What an unfinished choice has generated from token `start` on; earlier records have what precedes it."""
 
     custom_id: str
     key: bytes  # of its line
     choice: int
     start: int
-    begun: Begun
+    completion: PartialCompletion = msgspec.field(name="begun")
 
 
 class Layout(msgspec.Struct, tag="layout", frozen=True):
-    """What follows was computed by so many stages of so many shards."""
+    """The results after this record were computed by so many stages of so many shards."""
 
     stages: int
     shards: int
@@ -85,22 +85,24 @@ class Layout(msgspec.Struct, tag="layout", frozen=True):
         return f"{self.stages} stage(s) x {self.shards} shard(s)"
 
 
-class Sound(msgspec.Struct, tag="sound", frozen=True):
-    """Up to byte `upto`, all was computed with the model that the header names; so is what follows if nobody has
-    touched the model's files since, that is if their `state` is still this one."""
+class Verified(msgspec.Struct, tag="sound", frozen=True):
+    """All records up to byte `upto` were computed with the model that the header names.
+
+    So were the later ones, if the `state` of the model's files is still this one: then nobody has touched them.
+    """
 
     upto: int
     state: str
 
 
 class Finished(msgspec.Struct, tag="finished", frozen=True):
-    """All lines known so far have their result, and the files with the results are written."""
+    """All lines so far have a result, and the files with the results are written."""
 
-    errors: int  # requests that ended in one
+    errors: int  # requests that ended in an error
 
 
 class _Name(msgspec.Struct, frozen=True):
-    """What of a result is needed to know that it is there."""
+    """The fields of a result that are needed to know that it is there."""
 
     custom_id: str
     key: bytes
@@ -108,22 +110,22 @@ class _Name(msgspec.Struct, frozen=True):
 
 
 class _Named(msgspec.Struct, frozen=True):
-    """Whose a record is."""
+    """The request that a record belongs to."""
 
     custom_id: str
 
 
-Record = Header | Lines | Result | Part | Layout | Sound | Finished
+Record = Header | Lines | Result | PartialResult | Layout | Verified | Finished
 
 
 def line_key(line: Line) -> bytes:
-    """The key of a line: of its name and its content."""
+    """The key of a line: a hash of its name and content."""
     return hashlib.blake2b(line.digest + line.custom_id.encode(), digest_size=KEY_BYTES).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a finished request's record is, and how the request ended."""
+    """The record of a finished request in the file, and how the request ended."""
 
     offset: int
     length: int  # of the payload
@@ -132,16 +134,16 @@ class Place:
 
 @dataclass
 class Scan:
-    """What a journal holds."""
+    """The content of a journal."""
 
     header: Header | None = None
-    headers: int = 0  # good copies of it
+    headers: int = 0  # undamaged copies of it
     keys: bytes | None = None
     done: dict[str, Place] = field(default_factory=dict)
     done_keys: dict[str, bytes] = field(default_factory=dict)
-    parts: dict[str, list[int]] = field(default_factory=dict)  # offsets, by custom_id of what is not done
+    partial: dict[str, list[int]] = field(default_factory=dict)  # offsets of partial results, by custom_id
     finished: Finished | None = None  # unless something came after it
-    sound: Sound | None = None  # the last one
+    verified: Verified | None = None  # the last one
     layout: Layout | None = None  # of the last results
     answered: Counter[Layout] = field(default_factory=Counter)  # requests, by layout where it is known
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
@@ -182,7 +184,7 @@ def _read(file: int, offset: int, length: int) -> bytes:
 
 
 def scan(file: int) -> Scan:
-    """Read a journal from end to end; what follows its last good record is torn."""
+    """Read a journal from end to end; bytes after its last good record are an unfinished one."""
     found = Scan()
     for offset, payload in good_records(file):
         if offset > found.end:
@@ -198,17 +200,17 @@ def scan(file: int) -> Scan:
                     found.answered[found.layout] += 1
                 found.done[name.custom_id] = Place(offset, len(payload), name.status)
                 found.done_keys[name.custom_id] = name.key
-                found.parts.pop(name.custom_id, None)
+                found.partial.pop(name.custom_id, None)
         elif tag == "part":
             of = msgspec.msgpack.decode(payload, type=_Named)
             if of.custom_id not in found.done:
-                found.parts.setdefault(of.custom_id, []).append(offset)
+                found.partial.setdefault(of.custom_id, []).append(offset)
         elif tag == "layout":
             found.layout = msgspec.msgpack.decode(payload, type=Layout)
         elif tag == "lines":
             found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
         elif tag == "sound":
-            found.sound = msgspec.msgpack.decode(payload, type=Sound)
+            found.verified = msgspec.msgpack.decode(payload, type=Verified)
         elif tag == "finished":
             found.finished = msgspec.msgpack.decode(payload, type=Finished)
         elif tag == "header":
@@ -218,7 +220,7 @@ def scan(file: int) -> Scan:
 
 
 def good_records(file: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and payload of every good record, found again behind what is damaged."""
+    """Offset and payload of every good record; after damaged bytes the next one is searched for."""
     size = os.fstat(file).st_size
     offset: int | None = 0
     while offset is not None and offset < size:
@@ -231,7 +233,7 @@ def good_records(file: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _next_magic(file: int, offset: int, size: int) -> int | None:
-    """Where the next record may begin, at `offset` or behind it."""
+    """Where the next record may begin, at `offset` or later."""
     while offset < size:
         chunk = os.pread(file, _CHUNK + len(_MAGIC) - 1, offset)
         if (at := chunk.find(_MAGIC)) >= 0:

@@ -45,7 +45,7 @@ class Tokens(msgspec.Struct, kw_only=True):
         return self.prompt - self.shared + self.generated
 
 
-class Batch(msgspec.Struct, kw_only=True):
+class Steps(msgspec.Struct, kw_only=True):
     """What steps could take on, and what they did."""
 
     max_sequences: int
@@ -89,7 +89,7 @@ class Report(msgspec.Struct, kw_only=True):
     phases: dict[str, float]  # seconds of checking the input, loading, computing, writing
     requests: Requests
     tokens: Tokens
-    batch: Batch
+    batch: Steps
     stages: int
     shards: int
     ranks: list[Rank]

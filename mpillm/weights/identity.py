@@ -21,7 +21,7 @@ SAMPLES = 64  # of a file, evenly spread
 SAMPLE_BYTES = 4096
 ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
 SMALL = 256 * 1024  # bytes of a tensor that is hashed whole
-LOOK_EVERY = 2.0  # seconds between two looks at the files
+CHECK_EVERY = 2.0  # seconds between two looks at the files
 
 # What a directory may hold beside the weights that decides how text becomes tokens, and when an answer ends.
 TEXT_FILES = (
@@ -61,7 +61,7 @@ def summed(files: dict[str, FileIdentity]) -> tuple[int, str]:
 
 
 class Watch:
-    """Looks every so often whether a model's files are still those that were opened."""
+    """Checks now and then whether the files of a model have changed since they were opened."""
 
     def __init__(self, source: Source) -> None:
         """Note what the files are now; ModelError if one cannot be read."""
@@ -71,33 +71,36 @@ class Watch:
         except OSError as error:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}.") from None
         self.files = identity(source)
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     @property
     def state(self) -> str:
-        """A hash of where the files lie and when they were last touched: equal only if nobody has touched them."""
+        """A hash of the files' inodes, sizes and times: it stays the same as long as nobody touches them."""
         return hashlib.blake2b(repr(list(self._states.values())).encode(), digest_size=8).hexdigest()
 
-    def look(self) -> bool:
-        """Look if it is time, at what the system says of the files; whether it was. ModelChangedError names one."""
-        if time.monotonic() < self._looked + LOOK_EVERY:
+    def check(self) -> bool:
+        """Check size and times of the files, if that is due; return whether it was.
+
+        ModelChangedError names a file that has changed.
+        """
+        if time.monotonic() < self._checked + CHECK_EVERY:
             return False
         for path, stretches in self._paths.items():
             try:
                 state = _state(path)
             except FileNotFoundError:
                 raise _changed(path) from None
-            except OSError:  # a file server that does not answer; the next look, or a read, will tell
+            except OSError:  # a file server that does not answer; the next check, or a read, will tell
                 continue
             if state != self._states.get(path):
                 if _identify(path, stretches) != self.files.get(_name(self._source, path)):
                     raise _changed(path)
                 self._states[path] = state
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         return True
 
-    def look_closely(self) -> None:
-        """Read again all that makes the identity; ModelChangedError names a file that is not what it was."""
+    def check_all(self) -> None:
+        """Compute the identity of all files again; ModelChangedError names a file that has changed."""
         found = identity(self._source)
         for name in {**self.files, **found}:
             if found.get(name) != self.files.get(name):
@@ -107,7 +110,7 @@ class Watch:
 def _changed(path: Path) -> ModelChangedError:
     return ModelChangedError(
         f"The model's file {path} has changed while the run was using it. Put it back as it was and run the same "
-        "command again: what was computed since the last good look at it is computed again."
+        "command again: what was computed since the last successful check is computed again."
     )
 
 

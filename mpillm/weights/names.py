@@ -154,8 +154,11 @@ _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("route
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
-# Tensors that carry nothing which the configuration does not say: buffers that old checkpoints saved along.
-_HF_IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+# Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
+# and a classifier's head.
+_HF_IGNORED = re.compile(
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|score\.weight"
+)
 _GGUF_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mpillm.errors import JobError, ModelError
 from mpillm.weights.formats.families import Families
-from mpillm.weights.formats.gguf_file import open_gguf
-from mpillm.weights.formats.hf import open_hf
+from mpillm.weights.formats.gguf_file import SPLIT, open_gguf
+from mpillm.weights.formats.hf import INDEX as SAFETENSORS_INDEX
+from mpillm.weights.formats.hf import SINGLE, open_hf
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
 from mpillm.weights.packed.source import open_packed
@@ -42,14 +43,29 @@ def open_unpacked(path: str | Path, families: Families, quantize: str = "none") 
         return open_gguf(path, families, quantize)
     if os.path.exists(path / UNFINISHED):
         raise ModelError(f"{path} is not packed completely; run the same pack command again to finish it.")
-    if not os.path.exists(path / "config.json"):
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 or (ggufs and ggufs[0].name.endswith(f"-00001-of-{len(ggufs):05d}.gguf")):
-            return open_gguf(ggufs[0], families, quantize)
-        if ggufs:
-            raise ModelError(f"{path} holds {len(ggufs)} GGUF files; give one of them as the model.")
+    if found := gguf_in(path):
+        return open_gguf(found, families, quantize)
     return open_hf(path, families, quantize)
 
 
 def _is_packed(path: Path) -> bool:
     return os.path.isdir(path) and os.path.exists(path / INDEX)
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file, or the first part of one, that is the model in a directory; None if it has safetensors files.
+
+    Files of what turns images into embeddings ("mmproj") lie beside many models and are none. ModelError if there are
+    several models.
+    """
+    if any((path / name).exists() for name in (SINGLE, SAFETENSORS_INDEX)):
+        return None
+    found = sorted(file for file in path.glob("*.gguf") if "mmproj" not in file.name.lower())
+    models = [file for file in found if not (part := SPLIT.fullmatch(file.name)) or int(part["number"]) == 1]
+    if len(models) > 1:
+        raise ModelError(
+            f"{path} holds {len(models)} GGUF files; give one of them as the model, such as {models[0]}."
+        )
+    if found and not models:
+        raise ModelError(f"{path} has {found[0].name}, but not the first part of it; fetch the other parts.")
+    return models[0] if models else None

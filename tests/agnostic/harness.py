@@ -13,7 +13,7 @@ import numpy as np
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Begun, Completion, Request
+from mpillm.engine.sequence import Completion, PartialCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session
@@ -137,7 +137,7 @@ def run(
 
             def counted(step: Any) -> Any:
                 nonlocal rows
-                rows += sum(len(part.tokens) for part in step.parts)
+                rows += sum(len(part.tokens) for part in step.chunks)
                 return compute(step)
 
             session.worker.step = counted  # type: ignore[method-assign]
@@ -154,17 +154,17 @@ def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: 
     """What `run` gives on one rank, where runs are broken off again and again and go on from what was saved."""
     rng = np.random.default_rng(seed)
     found: dict[Name, Values] = {}
-    saved: dict[Name, Begun] = {}
+    saved: dict[Name, PartialCompletion] = {}
     totals = Totals()
     while todo := [one for one in requests if (one.id, one.choice) not in found]:
-        begun = [replace(one, begun=saved.get((one.id, one.choice))) for one in todo]
+        resumed = [replace(one, resumed=saved.get((one.id, one.choice))) for one in todo]
         every = int(rng.integers(1, 9))
         with closing(Session(world, spec_of(model, **job), model)) as session:
             engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
             engine.totals = totals
-            for _, finished in zip(range(rng.integers(3, 25)), engine.run(begun), strict=False):
+            for _, finished in zip(range(rng.integers(3, 25)), engine.run(resumed), strict=False):
                 found |= {(one.request.id, one.request.choice): values(one) for one in finished}
                 for request, start, more in engine.unsaved(every):
                     name = request.id, request.choice
-                    saved[name] = saved.get(name, Begun(tokens=[])).continued(start, more)
+                    saved[name] = saved.get(name, PartialCompletion(tokens=[])).continued(start, more)
     return Outcome(found, totals, 0, 0, session)

@@ -14,7 +14,7 @@ import pytest
 from mpillm import kernels
 from mpillm.comm.program import start
 from mpillm.comm.world import World
-from mpillm.engine.sequence import Begun, Request
+from mpillm.engine.sequence import PartialCompletion, Request
 from tests.agnostic import harness
 from tests.agnostic.harness import MODELS, Outcome
 
@@ -170,10 +170,10 @@ def test_what_was_saved_to_its_last_token_is_not_computed_again() -> None:
     ended = {}
     for one in some:
         tokens, _, _, logprobs, top, prompt_logprobs, prompt_top, _ = expected("llama3")[one.id, one.choice]
-        begun = Begun(
+        partial = PartialCompletion(
             tokens=tokens, logprobs=logprobs, top=top, prompt_logprobs=prompt_logprobs, prompt_top=prompt_top
         )
-        ended[one.id, one.choice] = replace(one, begun=begun)
+        ended[one.id, one.choice] = replace(one, resumed=partial)
     outcome = run("llama3", list(ended.values()))
     assert outcome.totals.steps == outcome.rows == 0
     assert_same("llama3", outcome, some)

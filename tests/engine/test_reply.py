@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.reply import Answerer, Reply, merge
+from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, inverse_temperature
-from mpillm.engine.step import NO_IDS, Fetch, Part, Step
+from mpillm.engine.step import NO_IDS, Chunk, Fetch, Step
 
 VOCAB, PANELS, WIDTH = 160, 8, 3
 
@@ -19,17 +19,17 @@ def step() -> Step:
     """A part of every kind: scored, drawn, greedy, penalised, and one that is only read."""
     ids = lambda *values: np.array(values, np.int32)  # noqa: E731
     parts = [
-        Part(0, ids(5, 6, 7), NO_IDS, score_k=2, successor=159),
-        Part(9, ids(1), NO_IDS, sample_k=128, temperature=0.7),
-        Part(9, ids(2), NO_IDS, sample_k=1),
-        Part(0, ids(3, 4), NO_IDS),
-        Part(9, ids(1), NO_IDS, sample_k=4, logprobs=3, penalty=1.5, seen=ids(*range(0, VOCAB, 3))),
-        Part(9, ids(1), NO_IDS, score_k=0, successor=20, sample_k=30, temperature=2.0, logprobs=0),
+        Chunk(0, ids(5, 6, 7), NO_IDS, score_k=2, successor=159),
+        Chunk(9, ids(1), NO_IDS, sample_k=128, temperature=0.7),
+        Chunk(9, ids(2), NO_IDS, sample_k=1),
+        Chunk(0, ids(3, 4), NO_IDS),
+        Chunk(9, ids(1), NO_IDS, sample_k=4, logprobs=3, penalty=1.5, seen=ids(*range(0, VOCAB, 3))),
+        Chunk(9, ids(1), NO_IDS, score_k=0, successor=20, sample_k=30, temperature=2.0, logprobs=0),
     ]
     return Step(7, tuple(parts))
 
 
-def answers(shards: int, logits: np.ndarray) -> tuple[list[Answerer], list[Reply]]:
+def answers(shards: int, logits: np.ndarray) -> tuple[list[ReplyBuilder], list[Reply]]:
     """Each shard's answerer, with a decoder whose hidden states are rows' numbers, and their replies as they travel."""
     answerers = []
     for shard in range(shards):
@@ -42,9 +42,9 @@ def answers(shards: int, logits: np.ndarray) -> tuple[list[Answerer], list[Reply
             final_norm=lambda x: x,
             logits=lambda x, own=own: own[x[:, 0].astype(int)],
         )
-        answerers.append(Answerer(decoder, keep_steps=1, threads=1))
+        answerers.append(ReplyBuilder(decoder, keep_steps=1, threads=1))
     x = np.repeat(np.arange(len(logits), dtype=np.float32)[:, None], WIDTH, axis=1)
-    return answerers, [_travel(answerer.answer(step(), x)) for answerer in answerers]
+    return answerers, [_travel(answerer.build(step(), x)) for answerer in answerers]
 
 
 def _travel(reply: Reply) -> Reply:
@@ -72,7 +72,7 @@ def test_one_shard_gives_what_the_logits_say() -> None:
     merged = merge(answers(1, logits)[1], outputs, [VOCAB])
     assert [output.row for output in outputs] == [0, 1, 2, 3, 4, 7, 7, 8, 8]
     for output, found in zip(outputs, merged, strict=True):
-        raw, part = logits[output.row], step().parts[output.part]
+        raw, part = logits[output.row], step().chunks[output.chunk]
         values = raw.copy()
         if output.penalised:
             values[part.seen] = np.where(raw > 0, raw / np.float32(1.5), raw * np.float32(1.5))[part.seen]
@@ -138,10 +138,10 @@ def test_more_candidates_go_on_where_the_first_ended(shards: int, k: int) -> Non
 
 
 def test_a_step_that_only_computes_has_an_empty_answer() -> None:
-    only = Step(1, (Part(0, np.zeros(2, np.int32), NO_IDS),))
+    only = Step(1, (Chunk(0, np.zeros(2, np.int32), NO_IDS),))
     assert only.outputs == []
     decoder: Any = SimpleNamespace(place=SimpleNamespace(shard=0), final_norm=lambda x: x)
-    reply = Answerer(decoder, keep_steps=1, threads=1).answer(only, np.zeros((2, WIDTH), np.float32))
+    reply = ReplyBuilder(decoder, keep_steps=1, threads=1).build(only, np.zeros((2, WIDTH), np.float32))
     assert merge([_travel(reply)], only.outputs, [VOCAB]) == []
 
 
@@ -154,6 +154,6 @@ def test_an_answer_to_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="does not match its header"):
         Reply.decode(message[:40], WIDTH)
     with pytest.raises(
-        ValueError, match=r"shard 0 answered \d+ candidates of \d+ outputs where \d+ of 2 were"
+        ValueError, match=r"shard 0 replied \d+ candidates of \d+ outputs where \d+ of 2 were"
     ):
         merge([reply], step().outputs[:2], [VOCAB])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.engine import step as messages
-from mpillm.engine.step import HEADER, Fetch, Hidden, Kind, Part, Step, Table
+from mpillm.engine.step import HEADER, Chunk, Fetch, Hidden, Kind, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import first_kept
 
@@ -23,13 +23,13 @@ def steps(draw: st.DrawFn) -> Step:
 
 
 @st.composite
-def _parts(draw: st.DrawFn, windows: list[int]) -> Part:
+def _parts(draw: st.DrawFn, windows: list[int]) -> Chunk:
     count = draw(st.integers(1, 70))
     start = draw(st.integers(0, 100))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     ids = lambda n: rng.integers(0, 50_000, n).astype(np.int32)  # noqa: E731
     firsts = [first_kept(start, window) for window in windows]
-    return Part(
+    return Chunk(
         start=start,
         tokens=ids(count),
         tables=tuple(Table(first, ids(-(-(start + count) // KV_BLOCK) - first)) for first in firsts),
@@ -49,7 +49,7 @@ def _parts(draw: st.DrawFn, windows: list[int]) -> Part:
 def test_round_trip(step: Step) -> None:
     message = step.encode()
     integers = 0
-    for part in step.parts:
+    for part in step.chunks:
         integers += 10 + len(part.tokens) + len(part.seen)
         integers += sum(2 + len(table.blocks) for table in part.tables)
     assert HEADER.size == 28
@@ -62,17 +62,17 @@ def test_round_trip(step: Step) -> None:
     batch, other = step.batch(), back.batch()
     for name in ("tokens", "positions", "offset", "first_rows", "slots"):
         assert np.array_equal(getattr(batch, name), getattr(other, name))
-    assert batch.slots.tolist() == [part.slot for part in step.parts]
-    rows = [(part, part.start + i) for part in step.parts for i in range(len(part.tokens))]
+    assert batch.slots.tolist() == [part.slot for part in step.chunks]
+    rows = [(part, part.start + i) for part in step.chunks for i in range(len(part.tokens))]
     assert batch.positions.tolist() == [position for _, position in rows]
-    assert [rows[row] for row in batch.first_rows] == [(part, part.start) for part in step.parts]
+    assert [rows[row] for row in batch.first_rows] == [(part, part.start) for part in step.chunks]
     assert np.array_equal(batch.offset, batch.positions % KV_BLOCK)
-    assert len(batch.groups) == len(other.groups) == len(step.parts[0].tables)
+    assert len(batch.groups) == len(other.groups) == len(step.chunks[0].tables)
     for number, (group, same) in enumerate(zip(batch.groups, other.groups, strict=True)):
         assert np.array_equal(group.block, same.block)
         assert group.table_start.min() >= 0
         assert group.table[group.padding :].tolist() == [
-            block for part in step.parts for block in part.tables[number].blocks
+            block for part in step.chunks for block in part.tables[number].blocks
         ]
         for row, (part, position) in enumerate(rows):
             first, blocks = part.tables[number]
@@ -83,8 +83,8 @@ def test_round_trip(step: Step) -> None:
 
 def test_outputs_are_scored_rows_then_the_sampled_row() -> None:
     tokens = np.array([5, 6, 7], np.int32)
-    scored = Part(0, tokens, ONE_BLOCK, score_k=2, successor=8)
-    last = Part(3, tokens[:2], ONE_BLOCK, score_k=0, sample_k=4, temperature=0.5, penalty=1.5, logprobs=3)
+    scored = Chunk(0, tokens, ONE_BLOCK, score_k=2, successor=8)
+    last = Chunk(3, tokens[:2], ONE_BLOCK, score_k=0, sample_k=4, temperature=0.5, penalty=1.5, logprobs=3)
     outputs = Step(1, (scored, last)).outputs
     assert [(o.row, o.k, o.target, o.sampled) for o in outputs] == [
         (0, 2, 6, False),
@@ -107,7 +107,7 @@ def test_fetch_and_stop() -> None:
 
 
 def test_what_is_no_message_is_refused() -> None:
-    step = Step(0, (Part(0, np.zeros(3, np.int32), ONE_BLOCK),)).encode()
+    step = Step(0, (Chunk(0, np.zeros(3, np.int32), ONE_BLOCK),)).encode()
     with pytest.raises(ValueError, match="shorter than its header"):
         messages.kind_of(step[:20])
     with pytest.raises(ValueError, match="starts with 0x00000000"):
@@ -116,9 +116,9 @@ def test_what_is_no_message_is_refused() -> None:
         Step.decode(step[:-4])
     with pytest.raises(ValueError, match="does not match its header"):
         Fetch.decode(Fetch(1, (1, 2), 3).encode()[:-4])
-    # Tokens, blocks, start and first block of the only part.
+    # Tokens, blocks, start and first block of the only chunk.
     for at, wrong in ((1, 4), (1, -3), (11, 2), (11, -1), (0, -1), (0, 30), (10, 1), (10, -1)):
         words = np.frombuffer(step, "<i4").copy()
         words[HEADER.size // 4 + at] = wrong
-        with pytest.raises(ValueError, match=r"do not make up what its header says|lie outside its blocks"):
+        with pytest.raises(ValueError, match=r"do not match its header|lie outside its blocks"):
             Step.decode(words.tobytes())

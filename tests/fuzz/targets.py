@@ -24,7 +24,7 @@ from mpillm.batch import requests
 from mpillm.batch.work import Line, Model
 from mpillm.engine import step as messages
 from mpillm.engine.reply import Reply, merge
-from mpillm.engine.step import Fetch, Kind, Part, Step, Table
+from mpillm.engine.step import Chunk, Fetch, Kind, Step, Table
 from mpillm.errors import JobError, LayoutError, ModelError, OutputError, RequestError
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
@@ -254,14 +254,14 @@ def _step(folder: Path) -> Target:
                 Fetch.decode(data)
             elif kind is Kind.STEP:
                 step = Step.decode(data)
-                assert len(step.batch().tokens) == sum(len(part.tokens) for part in step.parts)
+                assert len(step.batch().tokens) == sum(len(part.tokens) for part in step.chunks)
                 assert len(step.hidden_rows()) <= len(step.batch().tokens)
                 assert step.encode()[20:] == data[20:]
 
     ids = np.arange(40, dtype=np.int32)
     parts = (
-        Part(0, ids, (Table(0, ids[:2]), Table(0, ids[2:4])), score_k=3, successor=7),
-        Part(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), 6, sample_k=5, seen=ids, penalty=1.5),
+        Chunk(0, ids, (Table(0, ids[:2]), Table(0, ids[2:4])), score_k=3, successor=7),
+        Chunk(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), 6, sample_k=5, seen=ids, penalty=1.5),
     )
     return Target(run, [Step(3, parts).encode(), Fetch(1, (4, 2), 99).encode(), messages.stop_message(75)])
 
@@ -269,7 +269,9 @@ def _step(folder: Path) -> Target:
 def _reply(folder: Path) -> Target:
     """What the last stage answers, and its merging."""
     ids = np.arange(4, dtype=np.int32)
-    step = Step(7, (Part(0, ids, (), sample_k=4, temperature=0.5), Part(0, ids, (), score_k=2, successor=1)))
+    step = Step(
+        7, (Chunk(0, ids, (), sample_k=4, temperature=0.5), Chunk(0, ids, (), score_k=2, successor=1))
+    )
     outputs = step.outputs
 
     def run(data: bytes) -> None:
@@ -296,7 +298,7 @@ def _journal(folder: Path) -> Target:
             finished(out)
             with Journal(claim, {"a": 1}, lines) as journal:
                 for line in lines:
-                    journal.begun(line)
+                    journal.partial(line)
                 for name in journal.done:
                     journal.read(name)
 

@@ -14,9 +14,9 @@ from mpillm.engine.sequence import Completion, Request
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run.session import Session
-from mpillm.spec import Batch, Layout, Memory, Spec, Wire
+from mpillm.spec import BatchLimits, Layout, Memory, Spec, Wire
 
-SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": Batch}
+SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": BatchLimits}
 
 
 def spec_of(model: Path, **job: Any) -> Spec:

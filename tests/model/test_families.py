@@ -50,3 +50,32 @@ def test_a_tied_head_is_the_default_of_some_families(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with closing(open_source(folder)) as source:
         config_of(source)
+
+
+def test_tensors_that_no_text_is_generated_with(tmp_path: Path) -> None:
+    """A classifier's head, and layers that predict further tokens under a name of their own."""
+    folder = shutil.copytree(MODELS / "llama2", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in (
+        "score.weight",
+        "mtp.layers.0.input_layernorm.weight",
+        "model.mtp_block.0.mlp.up_proj.weight",
+    ):
+        tensors[name] = np.ones((2, 48), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with closing(open_source(folder)) as source:
+        config_of(source)
+
+
+def test_a_configuration_is_judged_before_tensors(tmp_path: Path) -> None:
+    folder = shutil.copytree(MODELS / "llama2", tmp_path / "model")
+    save_file({"strange": np.ones(1, np.float32)}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for change, words in (
+        ({"architectures": ["StrangeForCausalLM"]}, "'StrangeForCausalLM' is not supported; supported are"),
+        ({"clip_qkv": 8.0}, "clip_qkv = 8.0 may change the result"),
+        ({}, "tensor 'strange' belongs to no architecture"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=words):
+            open_source(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import json
 import os
 import threading
 import types
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.errors import JobError
+from mpillm.errors import JobError, ModelError
 from mpillm.run import catalogue
 from mpillm.run.catalogue import Entry, models_dir, pull, resolve
 
@@ -182,7 +184,7 @@ def test_paths_stay_as_they_are(tmp_path: Path) -> None:
     assert resolve(str(folder / "one.gguf")) == folder / "one.gguf"
     assert resolve(str(folder)) == folder / "one.gguf"
     (folder / "two.gguf").touch()
-    with pytest.raises(JobError, match="holds 2 GGUF files; name one"):
+    with pytest.raises(ModelError, match="holds 2 GGUF files; give one of them"):
         resolve(str(folder))
     (folder / "config.json").touch()
     assert resolve(str(folder)) == folder
@@ -213,21 +215,49 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, 0
+        self.files: list[str] = []
+
+    def HfFileSystem(self) -> Hub:
+        return self
+
+    def open(self, path: str, mode: str, block_size: int) -> io.BytesIO:
+        """The beginning of a GGUF file, of the architecture that the repository is called after."""
+        assert (mode, block_size) == ("rb", catalogue.HEAD)
+        kind = path.split("/")[1].partition("@")[0].encode()
+        head = b"GGUF" + bytes(20) + b"general.architecture" + (8).to_bytes(4, "little")
+        return io.BytesIO(head + len(kind).to_bytes(8, "little") + kind + bytes(99))
 
     def snapshot_download(self, repo: str, **kwargs: object) -> str:
         self.calls += 1
         path = self.folder / repo
-        if repo.endswith("gone"):
-            raise ValueError("404 not there\nmore")
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         if not repo.endswith("bare"):
             (path / "model.safetensors").touch()
         return str(path)
 
     def hf_hub_download(self, repo: str, file: str, **kwargs: object) -> str:
-        path = self.folder / file
-        path.touch()
+        path = self.folder / repo / file
+        self.files.append(f"{repo}/{file}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file == "config.json":
+            if repo.endswith("bare"):
+                raise EntryNotFoundError("404")
+            if repo.endswith("gone"):
+                raise ValueError("404 not there\nmore")
+            architecture = "NoSuchForCausalLM" if repo.endswith("strange") else "LlamaForCausalLM"
+            path.write_text(json.dumps({**LLAMA, "architectures": [architecture]}))
+        else:
+            path.touch()
         return str(path)
+
+
+class EntryNotFoundError(Exception):
+    """As huggingface_hub calls it."""
+
+
+LLAMA = {
+    "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9,
+}  # fmt: skip
 
 
 def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +268,27 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert path == tmp_path / "owner" / "name"
     assert pull("hf:owner/name") == path
     assert hub.calls == 1, "the second time asks nobody"
-    assert pull("hf:owner/quants/Q4_0.gguf@main") == tmp_path / "Q4_0.gguf"
+    assert pull("hf:owner/llama/Q4_0.gguf@main") == tmp_path / "owner/llama/Q4_0.gguf"
+    hub.files.clear()
+    first = pull("hf:owner/qwen3/Q8_0/big-00002-of-00003.gguf")
+    assert first == tmp_path / "owner/qwen3/Q8_0/big-00001-of-00003.gguf"
+    assert hub.files == [f"owner/qwen3/Q8_0/big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
     with pytest.raises(
         JobError, match="has no safetensors files; for one of its GGUF files write hf:owner/bare"
     ):
         pull("hf:owner/bare")
     with pytest.raises(JobError, match=r"hf:owner/gone could not be pulled \(ValueError: 404 not there\)"):
         pull("hf:owner/gone")
+    hub.files.clear()
+    calls = hub.calls
+    with pytest.raises(
+        ModelError, match="'NoSuchForCausalLM' is not supported; supported are LlamaForCausalLM"
+    ):
+        pull("hf:owner/strange")
+    assert (hub.files, hub.calls) == (["owner/strange/config.json"], calls), "nothing else was fetched"
+    with pytest.raises(ModelError, match="has architecture 'clip'; supported in GGUF files are llama"):
+        pull("hf:owner/clip/mmproj.gguf")
+    assert hub.files == ["owner/strange/config.json"]
     monkeypatch.setitem(catalogue.sys.modules, "huggingface_hub", None)
     with pytest.raises(JobError, match="needs the package huggingface_hub: pip install 'mpillm"):
         pull("hf:owner/third")

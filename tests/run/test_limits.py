@@ -10,8 +10,8 @@ from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.partition.grid import Place
-from mpillm.run.limits import MAX_TOKENS, described_step, limits, step_size
-from mpillm.spec import Batch, Memory, Spec
+from mpillm.run.limits import MAX_TOKENS, limits, step_description, step_size
+from mpillm.spec import BatchLimits, Memory, Spec
 from tests.shapes import shape
 
 LLAMA_8B = shape(32, 4096, 32, 8, 128, 14_336, 128_256)
@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def spec(weights: int | str = "all", kv: int = GIB, **batch: Any) -> Spec:
-    return Spec(input="-", output="-", memory=Memory(weights=weights, kv=kv), batch=Batch(**batch))
+    return Spec(input="-", output="-", memory=Memory(weights=weights, kv=kv), batch=BatchLimits(**batch))
 
 
 def layouts(places: list[Place] = ALONE) -> list[CacheLayout]:
@@ -69,7 +69,7 @@ def test_what_is_asked_for_is_kept() -> None:
 
 
 def test_it_is_said() -> None:
-    assert described_step(9, 70, 0) == "a step takes up to 9 sequences and 70 tokens"
-    assert described_step(9, 70, 3 * 2**20) == (
+    assert step_description(9, 70, 0) == "a step takes up to 9 sequences and 70 tokens"
+    assert step_description(9, 70, 3 * 2**20) == (
         "3.0 MiB of weights are read for each step; a step takes up to 9 sequences and 70 tokens"
     )

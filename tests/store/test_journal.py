@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import Begun
+from mpillm.engine.sequence import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
 from mpillm.store.journal import Journal, began, finished
 from mpillm.store.output import Claim
-from mpillm.store.records import HEAD, Finished, Part, Result, framed, line_key
+from mpillm.store.records import HEAD, Finished, PartialResult, Result, framed, line_key
 from tests.conftest import Mount
 from tests.job_helpers import lines, result
 
@@ -401,9 +401,9 @@ def test_a_power_cut_costs_only_what_was_not_synced(tmp_path: Path, lost: str) -
         assert sorted(done(tmp_path)) == sorted(NAMES)
 
 
-def part(name: str, start: int, *tokens: int, choice: int = 0) -> Part:
+def part(name: str, start: int, *tokens: int, choice: int = 0) -> PartialResult:
     """A stretch of a choice; a token's values are made of it."""
-    begun = Begun(
+    begun = PartialCompletion(
         tokens=list(tokens),
         logprobs=[-token / 3 for token in tokens],
         top=[[(token, -token / 7), (token + 1, float("-inf"))] for token in tokens],
@@ -412,17 +412,17 @@ def part(name: str, start: int, *tokens: int, choice: int = 0) -> Part:
         seconds_waiting=0.5,
         seconds_running=start + 1.5,
     )
-    return Part(name, line_key(lines(name)[0]), choice, start, begun)
+    return PartialResult(name, line_key(lines(name)[0]), choice, start, begun)
 
 
-def begun(folder: Path, name: str, of: tuple[str, ...] = NAMES) -> dict[int, Begun]:
+def begun(folder: Path, name: str, of: tuple[str, ...] = NAMES) -> dict[int, PartialCompletion]:
     with Claim(folder) as claim, Journal(claim, IDENTITY, lines(*of)) as journal:
-        found = journal.begun(next(line for line in lines(*of) if line.custom_id == name))
-        assert journal.begun(lines(name)[0]) == {}  # given once
+        found = journal.partial(next(line for line in lines(*of) if line.custom_id == name))
+        assert journal.partial(lines(name)[0]) == {}  # given once
         return found
 
 
-def append(folder: Path, *records: Part | Result) -> None:
+def append(folder: Path, *records: PartialResult | Result) -> None:
     with Claim(folder) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
         for record in records:
             journal.append(record)
@@ -434,12 +434,12 @@ def test_parts_of_a_long_answer_are_put_together_again(tmp_path: Path) -> None:
     append(tmp_path, part("a", 3, 4, 5), result("c"))
     assert done(tmp_path) == ["c"]
     assert begun(tmp_path, "c") == begun(tmp_path, "d") == {}
-    whole = replace(part("a", 0, 1, 2, 3, 4, 5).begun, seconds_running=4.5)
-    assert begun(tmp_path, "a") == {0: whole, 1: part("a", 0, 9).begun}
+    whole = replace(part("a", 0, 1, 2, 3, 4, 5).completion, seconds_running=4.5)
+    assert begun(tmp_path, "a") == {0: whole, 1: part("a", 0, 9).completion}
     # From an earlier token again (a later part was lost), or from the start (a choice that has come to its end).
     append(tmp_path, part("a", 4, 6), part("b", 0, 7, 8))
     assert begun(tmp_path, "a")[0].tokens == [1, 2, 3, 4, 6]
-    assert begun(tmp_path, "b") == {0: part("b", 0, 7, 8).begun}
+    assert begun(tmp_path, "b") == {0: part("b", 0, 7, 8).completion}
     append(tmp_path, result("a"))
     assert begun(tmp_path, "a") == {}
 
@@ -458,7 +458,7 @@ def test_a_damaged_part_costs_what_comes_after_it(tmp_path: Path) -> None:
 def test_a_part_of_a_line_that_has_changed_is_left(tmp_path: Path) -> None:
     append(tmp_path, part("a", 0, 1))
     with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
-        assert journal.begun(Line(1, 0, 0, "a", b"other words")) == {}
+        assert journal.partial(Line(1, 0, 0, "a", b"other words")) == {}
 
 
 def test_records_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
@@ -495,7 +495,7 @@ def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
             journal.append(result(name))
             journal.flush()
             if name != "d":
-                journal.mark_sound()
+                journal.mark_verified()
         journal.flush()
     with Claim(tmp_path) as claim, opened(claim, "first") as journal:  # nobody has touched the files
         assert list(journal.done) == ["a", "b", "c", "d"]
@@ -507,11 +507,11 @@ def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
         ]
         journal.append(result("c"))
         journal.flush()
-        journal.mark_sound(closely=True)
+        journal.mark_verified(all_ranks=True)
         journal.append(result("d"))
         journal.flush()
         journal.append(result("e"))
-        journal.drop_unsound()
+        journal.drop_unverified()
         assert journal.flush() == 0
         assert list(journal.done) == ["a", "b", "c"]
     with Claim(tmp_path) as claim, opened(claim, "third") as journal:

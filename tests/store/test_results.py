@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from mpillm.batch.requests import Batch
+from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Work
 from mpillm.errors import Interrupted
 from mpillm.run.input_memory import WRITING
@@ -53,7 +53,7 @@ def finish(work: Work, journal: Journal) -> None:
     journal.append(results.finished(work, made, WITH_TEXT))
 
 
-def run(batch: Batch, out: Path, order: random.Random, stops: int, errors: int = 3) -> None:
+def run(batch: CheckedInput, out: Path, order: random.Random, stops: int, errors: int = 3) -> None:
     """A run that is stopped so many times, and finishes its requests in another order each time."""
     for _ in range(stops + 1):
         with Claim(out) as claim, Journal(claim, {}, batch.lines) as journal:

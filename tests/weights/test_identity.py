@@ -73,28 +73,28 @@ def test_small_tensors_count_whole_and_large_ones_by_samples_and_time(
 
 def test_a_change_while_it_is_used_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(open_source(model))
-    assert not watch.look()  # it is not time yet
-    monkeypatch.setattr(identity, "LOOK_EVERY", 0.0)
-    assert watch.look()
+    assert not watch.check()  # it is not time yet
+    monkeypatch.setattr(identity, "CHECK_EVERY", 0.0)
+    assert watch.check()
     state = watch.state
     shutil.copy(model / "tokenizer.json", model / "copy")
     (model / "copy").rename(model / "tokenizer.json")  # another file with the same bytes
-    assert watch.look()
+    assert watch.check()
     assert watch.state != state
-    watch.look_closely()
+    watch.check_all()
     weights = next(model.glob("*.safetensors"))
     overwrite(weights)
     with pytest.raises(
         ModelChangedError, match=rf"The model's file {weights} has changed while the run was using"
     ):
-        watch.look()
+        watch.check()
     with pytest.raises(ModelChangedError, match=rf"The model's file {weights} has changed while"):
-        watch.look_closely()
+        watch.check_all()
     overwrite(weights)
-    watch.look_closely()
+    watch.check_all()
     (model / "tokenizer_config.json").unlink()
     with pytest.raises(ModelChangedError, match=r"tokenizer_config\.json has changed"):
-        watch.look()
+        watch.check()
 
 
 def test_a_file_that_is_gone_is_named(model: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mpillm.errors import ModelError
 from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.fields import Fields
-from mpillm.model.known_keys import is_harmless
+from mpillm.model.known_keys import is_harmless, is_switch
 from mpillm.model.layers.attention import AttentionSpec, Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
@@ -204,26 +204,52 @@ def model(
     """The model of these layers; `more` is what else the family says. Reads what is left: special tokens, and tying."""
     bos, eos = (fields.integers(key, -LONGEST, LONGEST) for key in ("bos_token_id", "eos_token_id"))
     fields.flag("tie_word_embeddings")  # the tensors say so
+    layers = tuple(layer(number) for number in range(sizes.n_layers))
+    _check_layer_types(fields, architecture, layers)
     found = ModelConfig(
         architecture=architecture,
         hidden=sizes.hidden,
         vocab=sizes.vocab,
-        layers=tuple(layer(number) for number in range(sizes.n_layers)),
+        layers=layers,
         final_norm=final_norm,
-        max_position=sizes.max_position,
+        max_position=_longest(fields, sizes.max_position),
         # Ids outside the vocabulary stand in for "none" in some published configurations.
         bos_id=next((token for token in bos if 0 <= token < sizes.vocab), None),
         eos_ids=tuple(token for token in eos if 0 <= token < sizes.vocab),
         **more,  # type: ignore[arg-type]
     )
     unknown = {key: value for key, value in fields.unread().items() if not is_harmless(key, value)}
-    if unknown:
-        shown = ", ".join(f"{key} = {str(value)[:40]}" for key, value in sorted(unknown.items())[:4])
-        others = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+    if switches := {key: value for key, value in unknown.items() if is_switch(key)}:
+        shown = ", ".join(f"{key} = {str(value)[:40]}" for key, value in sorted(switches.items())[:4])
+        others = f" and {len(switches) - 4} more" if len(switches) > 4 else ""
         raise ModelError(
             f"{fields.name}: {shown}{others} may change the result and is not supported in {architecture}."
         )
-    return found
+    return replace(found, ignored_keys=tuple(sorted(unknown)))
+
+
+def _check_layer_types(fields: Fields, architecture: str, layers: Sequence[LayerSpec]) -> None:
+    """ModelError if layer_types, which the family has not read, says something else than what its layers are."""
+    if "layer_types" in fields.read:
+        return
+    types = read_layer_types(fields, len(layers), FULL, SLIDING)
+    for number, kind in enumerate(types or ()):
+        window = getattr(layers[number].mixer, "window", 0)
+        if (kind == SLIDING) != (window > 0):
+            raise ModelError(
+                f"{fields.name}: layer_types has {kind} for layer {number}, but {architecture} has "
+                f"{f'a window of {window} tokens' if window else 'no window'} there."
+            )
+
+
+def _longest(fields: Fields, max_position: int) -> int:
+    """The most positions of a sequence.
+
+    Dual chunk attention (Qwen 2.5 1M) changes nothing up to the length that the model was trained with, and is not
+    computed beyond.
+    """
+    border = fields.table("dual_chunk_attention_config").get("original_max_position_embeddings")
+    return min(max_position, border) if type(border) is int and border > 0 else max_position
 
 
 def refuse_qk_norm(fields: Fields, architecture: str, has: bool) -> None:

@@ -37,6 +37,7 @@ class Llama(Family):
     """Pre-norm layers of grouped-query attention and a gated MLP with SiLU."""
 
     architectures = {"LlamaForCausalLM": "llama"}
+    model_types = {"internlm3": "LlamaForCausalLM", "iquestcoder": "LlamaForCausalLM"}
     gguf = ("llama",)
     names = Names(rope_pairs=True)
     defaults = {"LlamaForCausalLM": {"max_position_embeddings": 2048, **SMALL_BOS}}

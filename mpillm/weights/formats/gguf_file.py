@@ -19,7 +19,7 @@ from mpillm.weights.formats.tensors import Extent, TensorSource, add, split_kv_b
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key
 
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_SPLITS = 999
 
 
@@ -52,9 +52,17 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         raise
 
 
+def gguf_parts(name: str) -> list[str]:
+    """The names of all parts of a split file, of which `name` is one, or `name` alone."""
+    if not (match := SPLIT.fullmatch(name)):
+        return [name]
+    count = min(int(match["count"]), MAX_SPLITS)
+    return [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, count + 1)]
+
+
 def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
     """The headers of all parts, the one with the metadata first; `files` takes the mapped files."""
-    match = _SPLIT.fullmatch(path.name)
+    match = SPLIT.fullmatch(path.name)
     first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
     files.append(MappedFile(first))
     headers = [read_header(files[0])]

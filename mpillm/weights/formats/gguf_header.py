@@ -82,6 +82,17 @@ def read_header(file: MappedFile) -> Header:
     return Header(metadata, _placed(file, described, begin, _alignment(file, metadata)))
 
 
+def architecture_in(begin: bytes) -> str | None:
+    """The architecture that the first bytes of a GGUF file name; None if they do not."""
+    key = b"general.architecture" + struct.pack("<I", _Type.STRING)
+    at = begin.find(key) + len(key)
+    if not begin.startswith(b"GGUF") or key not in begin or len(begin) < at + 8:
+        return None
+    length = int.from_bytes(begin[at : at + 8], "little")
+    name = begin[at + 8 : at + 8 + length]
+    return name.decode("utf-8", "replace") if 0 < length == len(name) else None
+
+
 def broken(file: MappedFile, problem: str) -> ModelError:
     return ModelError(f"{file.path} is not a sound GGUF file: {problem}; fetch the model again.")
 
