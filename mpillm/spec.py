@@ -36,6 +36,7 @@ Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
 Word = Annotated[str, Meta(min_length=1)]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
@@ -51,6 +52,11 @@ for _power, _letter in enumerate("KMGT", 1):
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
 _PLAIN |= {"object": "a table", "array": "a list"}
 _MISSING = object()
+# Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
+_ADDED = tuple(
+    f"sampling.{key}"
+    for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
+)
 
 
 def byte_size(value: str | int) -> int:
@@ -88,6 +94,33 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A table of the job file: nothing in it goes unread."""
 
 
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's `json_schema` of a response format; keywords that cannot be enforced are errors, unless not `strict`."""
+
+    name: str = ""
+    description: str | None = None
+    schema: dict[str, Any] | bool = True
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: one of the first five."""
+
+    json: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[Word], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+    disable_any_whitespace: bool = False
+
+
 class Sampling(Section, frozen=True):
     """What a request that does not say otherwise is sampled with; temperature 0 is greedy."""
 
@@ -97,8 +130,12 @@ class Sampling(Section, frozen=True):
     top_k: TopK = 0
     min_p: Fraction = 0.0
     repetition_penalty: Penalty = 1.0
+    presence_penalty: Subtracted = 0.0
+    frequency_penalty: Subtracted = 0.0
     seed: Seed = 0
     stop: Stop = []
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Layout(Section, frozen=True):
@@ -166,8 +203,9 @@ class Wire(Section, frozen=True):
 class Embeddings(Section, frozen=True):
     """What becomes of a text's hidden states where /v1/embeddings is asked."""
 
-    pooling: Pooling = "mean"
-    normalize: bool = True
+    pooling: Pooling | Auto = "auto"  # auto: as the model's files say
+    normalize: bool | Auto = "auto"
+    prompt_name: str | None = None  # of the model's prompts, what stands before each text
 
 
 class BatchLimits(Section, frozen=True):
@@ -221,6 +259,9 @@ class Spec(Section, frozen=True, kw_only=True):
         for name in ("sampling", "wire", "embeddings"):
             section = getattr(self, name)
             values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
+        for key in _ADDED:
+            if not values[key]:
+                del values[key]
         values["memory.max_context"] = self.memory.max_context
         values["memory.kv_type"] = self.memory.kv_type
         return values
@@ -333,11 +374,11 @@ def _value(text: str) -> Any:
 
 def _known() -> Iterator[str]:
     """Every key a job can have, dotted."""
-    for name in Spec.__struct_fields__:
-        sections = [kind for kind in Section.__subclasses__() if kind.__name__.lower() == name]
-        yield from (f"{name}.{key}" for kind in sections for key in kind.__struct_fields__)
-        if not sections:
-            yield name
+    for field in msgspec.structs.fields(Spec):
+        if isinstance(field.type, type) and issubclass(field.type, Section):
+            yield from (f"{field.name}.{key}" for key in field.type.__struct_fields__)
+        else:
+            yield field.name
 
 
 def key_called(name: str) -> str | None:
@@ -409,7 +450,8 @@ def _choices(path: str) -> str:
     """The words a key takes, and that it takes a number where it does."""
     kind: Any = Spec
     for key in path.split("."):
-        fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+        struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), Spec)
+        fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
         kind = fields.get(key)
     words = [repr(word) for word in _literals(kind)]
     takes_number = any(get_args(part) and get_args(part)[0] is int for part in get_args(kind))

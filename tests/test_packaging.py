@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, clean_environment, run_bounded
 
@@ -81,3 +83,36 @@ def test_without_a_compiler_it_is_installed_all_the_same(checkout: Path, compile
     names = build("wheel", checkout, CC=compiler)
     assert "mpillm/kernels/reference.py" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The names of requirements, with their lower bounds, as conda writes them."""
+    plain = (requirement.partition(";")[0].replace("ml-dtypes", "ml_dtypes") for requirement in requirements)
+    return {requirement.replace(">=", " >=") for requirement in plain}
+
+
+def test_the_conda_recipe_needs_what_the_package_needs() -> None:
+    text = (ROOT / "packaging/conda/meta.yaml").read_text()
+    plain = re.sub(r"\{%.*?%\}", "", text, flags=re.DOTALL)
+    recipe = yaml.safe_load(re.sub(r"\{\{.*?\}\}", "filled-in", plain))
+    needed = [name for name in PROJECT["project"]["dependencies"] if not name.startswith("tomli")]
+    assert set(recipe["requirements"]["run"]) - {"python"} == names(needed)
+    assert set(recipe["requirements"]["host"]) - {"python", "pip"} == names(
+        PROJECT["build-system"]["requires"]
+    )
+
+
+def test_containers_install_what_there_is() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].keys()
+    for name in ("Containerfile", "apptainer.def"):
+        text = (ROOT / "packaging" / name).read_text()
+        (wanted,) = re.findall(r"\[([^\]\"]*MPI[^\]\"]*)\]", text)
+        chosen = [re.sub(r"\W+", "", word) for word in wanted.split(",")]
+        assert chosen[0] == "MPI"
+        assert set(chosen[1:]) <= extras
+        assert "openmpi" in re.findall(r"MPI=(\w+)", text)
+    job = yaml.safe_load((ROOT / "packaging/kubernetes/mpijob.yaml").read_text())
+    replicas = job["spec"]["mpiReplicaSpecs"]
+    (launcher,) = replicas["Launcher"]["template"]["spec"]["containers"]
+    assert launcher["command"][2] == str(replicas["Worker"]["replicas"] * job["spec"]["slotsPerWorker"])
+    assert launcher["command"][3:7] == ["python", "-m", "mpillm", "run"]

@@ -29,10 +29,6 @@ IGNORED = frozenset({
 # Keys that would change a result in a way that is not built: refused, unless they say what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -40,27 +36,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "suffix": ("",),
-    "min_tokens": (0,),
     "length_penalty": (1,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "modalities": (["text"],),
-    "bad_words": ([],),
-    "documents": ([],),
 }
 # fmt: off
 _REFUSED = frozenset({
-    "prompt_logprobs", "truncate_prompt_tokens", "structured_outputs", "guided_json", "guided_regex",
-    "guided_choice", "guided_grammar", "dimensions", "logits_processors", "allowed_token_ids", "audio",
+    "truncate_prompt_tokens", "logits_processors", "audio",
     "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
     "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
 })
 # fmt: on
 _INSTEAD = {
-    "prompt_logprobs": "; echo with logprobs gives them",
     "best_of": "; n gives several answers",
     "max_new_tokens": "; it is called max_tokens",
     "stream": "; a batch is answered as a whole",
@@ -89,11 +76,16 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 
 
 def refuse_repeated_keys(raw: bytes) -> None:
-    """RequestError if an object of a line, which is JSON, has a key twice: readers differ in which value counts."""
+    """RequestError if an object of a line has a key twice: readers differ in which value counts.
+
+    What is no JSON is left to `decode_line`. The values are not kept: those of a long line take much memory.
+    """
     try:
         _UNIQUE.decode(raw.decode())
     except RecursionError:
         raise RequestError("the line is nested too deeply") from None
+    except ValueError:
+        pass
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> None:

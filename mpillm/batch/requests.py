@@ -21,6 +21,7 @@ from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
 MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
+MAX_ERROR = 400  # characters of what is wrong with a line: all of them stay in memory
 MAX_MODELS = 16  # names of models that are told apart
 PROGRESS_LINES = 256
 LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
@@ -109,8 +110,8 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
     try:
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
-        content = bodies.decode_line(raw)
         bodies.refuse_repeated_keys(raw)
+        content = bodies.decode_line(raw)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
@@ -118,7 +119,9 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
     except RequestError as problem:
-        return replace(line, error=f"Line {line.number}: {str(problem).rstrip('.')}.")
+        said = str(problem).rstrip(".")
+        said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
+        return replace(line, error=f"Line {line.number}: {said}.")
     if (model := work.endpoint.model) is not None:
         name = model[:100]
         if name not in batch.models and len(batch.models) >= MAX_MODELS:

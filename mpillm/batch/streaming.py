@@ -15,7 +15,9 @@ class TextStream:
     def __init__(self, endpoint: Generate, spec: Spec, model: Model) -> None:
         self._detokenizer = Detokenizer(model)
         self._decoder = (
-            None if model.text is None else IncrementalDecoder(model.text, start=endpoint.starts_text)
+            None
+            if model.text is None
+            else IncrementalDecoder(model.text, endpoint.skips_special, endpoint.starts_text)
         )
         self._stops = StopStrings(endpoint.stops(spec))
         self._given = ""

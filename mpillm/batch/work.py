@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 from numpy.typing import ArrayLike
 
 from mpillm.engine.sequence import Completion, Request
+from mpillm.model.embedding import EmbeddingSettings
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
 
@@ -26,6 +27,7 @@ class Model:
     kv_tokens: int | None = None  # tokens that the KV cache's budget holds, None if not known
     kv_token_bytes: int = 0  # of one token on one rank
     text: Tokenizer | None = None
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)  # as its files say
     name: str = ""  # as answers give it
 
 
@@ -75,7 +77,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The body of the answer, as JSON has it; `completions` are those of `work.requests`, in that order."""
         raise NotImplementedError
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         """What a choice leaves in results.h5: a row of values for some of `columns`, by their group."""
         raise NotImplementedError
 

@@ -49,7 +49,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     path = _model(world, asked, progress)
     with world.together():
         config = _config(path, asked.options)
-    counts = tuple(dict.fromkeys(world.limit_threads(count) for count in asked.options.threads or ("auto",)))
+    counts = tuple(dict.fromkeys(world.threads(count) for count in asked.options.threads or ("auto",)))
     options = replace(asked.options, threads=counts)
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
     if world.rank == 0:

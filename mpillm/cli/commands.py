@@ -86,6 +86,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "doctor": _doctor,
         "bench": bench.run,
         "serve": serve.run,
+        "chat": serve.run_chat,
     }
     return commands[options.command or "run"](world, options)
 
@@ -134,10 +135,10 @@ def _pull(world: World, options: argparse.Namespace) -> int:
 
 
 def _report(world: World, options: argparse.Namespace) -> int:
-    from mpillm.store import report
+    from mpillm.store import report_page
 
     if world.rank == 0:
-        path, missing = report.write_html(options.directory)
+        path, missing = report_page.write_html(options.directory)
         print(path)
         if missing:
             print(missing, file=sys.stderr)
@@ -271,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         help="output directories of finished runs, or one directory that holds them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
+    serve.add_chat(commands.add_parser("chat", help="talk to a model in the terminal"))
     serve.add(commands.add_parser("serve", help="OpenAI's HTTP interface and a web page in front of a model"))
     doctor = commands.add_parser(
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"

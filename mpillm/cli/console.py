@@ -17,7 +17,7 @@ from mpillm.cli import terminal
 from mpillm.cli.progress import LINES, LIVE, Lines, Live
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
-from mpillm.store import report
+from mpillm.store import report, report_page
 
 FEW, SOME = 8, 3  # answers shown: all of a few, some of many
 LONGEST = 400  # characters of an answer shown
@@ -101,7 +101,7 @@ class Console:
         # Two streams may arrive in any order, and the summary is the last thing to be read.
         stream = sys.stdout if terminal.both_streams_meet() else sys.stderr
         sys.stdout.flush()
-        for line in (*report.summary(made), f"The results are in {path}."):
+        for line in (*report_page.summary(made), f"The results are in {path}."):
             print(f"mpillm: {line}", file=stream)
         stream.flush()
 

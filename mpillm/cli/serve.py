@@ -1,4 +1,4 @@
-"""`mpillm serve` on the command line."""
+"""`mpillm serve` and `mpillm chat` on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "MPILLM_API_KEY"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
-    parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
+    _add_model(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)"
     )
@@ -34,6 +34,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="directory of uploaded files and batches (out/serve)",
     )
     parser.add_argument("--max-waiting", type=int, default=1024, help="requests that may wait (1024)")
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `chat`."""
+    _add_model(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
     parser.add_argument(
         "--set",
         action="append",
@@ -51,14 +60,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         raise JobError(
             f"mpillm serve needs more packages ({error.name}): pip install 'mpillm[serve]'."
         ) from None
-    job = None
-    with world.together():
-        if world.rank == 0:
-            job = spec.load(
-                None, options.set, model=options.model, input=os.devnull, output=str(options.data)
-            )
-    shared = world.bcast(job)
-    assert shared is not None
+    shared = _spec(world, options, str(options.data))
     settings = server.Options(
         options.host,
         options.port,
@@ -66,3 +68,21 @@ def run(world: World, options: argparse.Namespace) -> int:
         options.max_waiting,
     )
     return server.run(world, shared, settings, Console(lambda: world.rank == 0))
+
+
+def run_chat(world: World, options: argparse.Namespace) -> int:
+    """Talk until the input ends."""
+    from mpillm.serve import chat
+
+    return chat.run(world, _spec(world, options, "out/chat"), Console(lambda: world.rank == 0))
+
+
+def _spec(world: World, options: argparse.Namespace, output: str) -> spec.Spec:
+    """The settings of a job, on every rank; it has no input, and `output` is where files go if there are any."""
+    job = None
+    with world.together():
+        if world.rank == 0:
+            job = spec.load(None, options.set, model=options.model, input=os.devnull, output=output)
+    shared = world.bcast(job)
+    assert shared is not None
+    return shared

@@ -81,7 +81,7 @@ class _Outbox:
     def __init__(self, world: World, count: Count) -> None:
         self._world, self._count = world, count
         self._under_way: deque[tuple[list[MPI.Request], object]] = deque()
-        world.outlives(self._under_way)
+        world.keep_alive(self._under_way)
 
     def send(self, data: U8 | bytes, ranks: list[int], tag: Tag) -> None:
         self.progress()
@@ -102,7 +102,7 @@ def _finish(world: World, requests: list[MPI.Request], expected: list[int], coun
     try:
         count.seconds += world.wait(lambda: MPI.Request.Testall(requests, statuses))
     except (MPI.Exception, RankLost) as error:
-        world.outlives(requests)
+        world.keep_alive(requests)
         if world.is_loss(error):
             raise
         raise WireError(

@@ -16,6 +16,7 @@ from typing import NoReturn
 from mpillm.comm import deadline, ending, faults, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
+from mpillm.comm.running import run
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, JobError, MpillmError
 
@@ -23,14 +24,14 @@ SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that 
 
 
 def guard(program: Callable[[World], int]) -> int:
-    """Start the world, run `program(world)` on every rank, and return the exit code (see `World.run`)."""
+    """Start the world, run `program(world)` on every rank, and return the exit code (see `running.run`)."""
     deadline.die_with_launcher()
     try:
         world = start()
     except MpillmError as error:
         say(f"mpillm: {error}")
         return error.exit_code
-    return world.run(program)
+    return run(world, program)
 
 
 def start() -> World:

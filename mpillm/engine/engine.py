@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpillm.comm.collectives import Channel
 from mpillm.engine import step as messages
+from mpillm.engine.adjust import shifts
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
@@ -100,7 +101,7 @@ class Engine:
         do, waits for the next request, and returns False when there will be none.
         """
         limits = self._limits
-        sequences = _Sequences(requests)
+        sequences = _Sequences(requests, self.totals)
         waiting = longest_first(sequences, limits.max_running) if more is None else sequences
         scheduler = Scheduler(limits, waiting, self.totals)
         self._scheduler = scheduler
@@ -165,7 +166,6 @@ class Engine:
         replies = self._collect(step.number)
         candidates = merge(replies, step.outputs, self._shard_vocab)
         drawn = self._draw(step, chosen, candidates)
-        self.totals.generated_tokens += len(drawn)
         pairs = zip(step.outputs, candidates, strict=True)
         by_chunk = {chunk: list(group) for chunk, group in groupby(pairs, lambda pair: pair[0].chunk)}
         hidden = iter(replies[0].hidden)
@@ -177,7 +177,9 @@ class Engine:
             outputs = by_chunk.get(index, [])
             sequence.finite = all(found.finite for _, found in outputs)
             if sequence.finite:
+                generated = sequence.generated
                 _take(sequence, outputs, drawn.get(index))
+                self.totals.generated_tokens += sequence.generated - generated
             if _is_done(sequence):
                 if chunk.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
@@ -214,25 +216,31 @@ class Engine:
                     undecided.append(i)
                 else:
                     drawn[chunk] = found, index
-            known = dict(zip(undecided, self._fetch(step, undecided, known), strict=True))
+            known = self._fetch(step, {i: known[i] for i in undecided})
         return drawn
 
-    def _fetch(self, step: Step, wanted: list[int], known: dict[int, Candidates]) -> list[Candidates]:
-        """More candidates of some outputs of a step."""
-        if not wanted:
-            return []
+    def _fetch(self, step: Step, known: dict[int, Candidates]) -> dict[int, Candidates]:
+        """Fetch more candidates of some outputs of a step: of those that have the fewest.
+
+        So the number of candidates from which a token is drawn does not depend on the other outputs.
+        """
+        if not known:
+            return {}
+        fewest = min(len(found.ids) for found in known.values())
+        wanted = [i for i, found in known.items() if len(found.ids) == fewest]
         self.totals.fetched_rows += len(wanted)
-        k = min(MORE * max(len(known[i].ids) for i in wanted), sum(self._shard_vocab))
+        k = min(MORE * fewest, sum(self._shard_vocab))
         self._post(Fetch(step.number, tuple(wanted), k))
         outputs = [step.outputs[i]._replace(k=k) for i in wanted]
-        return merge(self._collect(step.number), outputs, self._shard_vocab)
+        more = merge(self._collect(step.number), outputs, self._shard_vocab)
+        return known | dict(zip(wanted, more, strict=True))
 
 
 class _Sequences:
     """The sequences of requests, without those that an earlier run has completed: `take_ended` returns these."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._requests = iter(requests)
+    def __init__(self, requests: Iterable[Request], totals: Totals) -> None:
+        self._requests, self._totals = iter(requests), totals
         self._submitted = time.monotonic()
         self._ended: list[Sequence] = []
 
@@ -242,6 +250,9 @@ class _Sequences:
     def __next__(self) -> Sequence:
         while True:
             sequence = Sequence(next(self._requests), self._submitted)
+            generated = sequence.generated
+            sequence.append_forced()
+            self._totals.generated_tokens += sequence.generated - generated
             if sequence.finish_reason is None:
                 return sequence
             sequence.started = time.monotonic()
@@ -276,6 +287,7 @@ def _take(
             assert drawn is not None
             candidates, index = drawn
             sequence.append(int(candidates.ids[index]))
+            sequence.append_forced()
             if request.logprobs is not None:
                 sequence.logprobs.append(candidates.logprob(index))
                 sequence.top.append((unpenalised or found).top(request.logprobs))
@@ -297,6 +309,9 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         elif at_end:
             hidden = Hidden.LAST
     penalised = samples and request.repetition_penalty != 1.0
+    allowed = request.allowed
+    if samples and sequence.constraint is not None:
+        allowed = sequence.constraint.allowed()
     return Chunk(
         start=start,
         tokens=np.array(sequence.tokens[start:end], np.int32),
@@ -313,6 +328,8 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         temperature=float(np.float32(request.temperature)),
         penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
         seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else messages.NO_IDS,
+        shifts=shifts(sequence) if samples else messages.NO_SHIFTS,
+        allowed=allowed if samples and allowed is not None else messages.NO_IDS,
         hidden=hidden,
     )
 

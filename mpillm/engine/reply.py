@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.engine import exact
-from mpillm.engine.sampler import Candidates, weights_of
+from mpillm.engine.sampler import FORBIDDEN, Candidates, weights_of
 from mpillm.engine.step import Chunk, Fetch, Output, Step
 from mpillm.model.decoder import Decoder
 
@@ -124,11 +124,11 @@ class ReplyBuilder:
         if not finite.all():
             logits[~finite] = 0.0  # to keep the arithmetic below defined; no token is drawn from these rows
         values = logits
-        if any(output.penalised for output in outputs):
+        if any(output.adjusted for output in outputs):
             values = logits.copy()
             for row, output in zip(values, outputs, strict=True):
-                if output.penalised:
-                    _penalise(row, step.chunks[output.chunk], vocab)
+                if output.adjusted:
+                    _adjust(row, step.chunks[output.chunk], vocab)
         wanted = np.array([output.k for output in outputs])
         k = min(int(wanted.max()), len(vocab)) or 1
         top, ids = np.empty((len(outputs), k), np.float32), np.empty((len(outputs), k), np.int32)
@@ -178,11 +178,24 @@ def finite_rows(rows: Floats) -> NDArray[np.bool_]:
     return finite
 
 
-def _penalise(row: Floats, chunk: Chunk, vocab: range) -> None:
-    """Repetition penalty of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less likely."""
-    own = chunk.seen[(chunk.seen >= vocab.start) & (chunk.seen < vocab.stop)] - vocab.start
-    penalty = np.float32(chunk.penalty)
-    row[own] = np.where(row[own] > 0, row[own] / penalty, row[own] * penalty)
+def _adjust(row: Floats, chunk: Chunk, vocab: range) -> None:
+    """What comes between the model's logits and sampling, in vLLM's order: masks, shifts, penalties.
+
+    The repetition penalty is that of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less
+    likely.
+    """
+    if len(chunk.allowed):
+        bits = np.unpackbits(chunk.allowed.view(np.uint8), bitorder="little")[vocab.start : vocab.stop]
+        row[bits == 0] = FORBIDDEN
+    shifts = chunk.shifts
+    chosen = (shifts.ids >= vocab.start) & (shifts.ids < vocab.stop)
+    shifted = shifts.ids[chosen] - vocab.start
+    row[shifted] += shifts.before[chosen]
+    if chunk.penalty != 1.0:
+        own = chunk.seen[(chunk.seen >= vocab.start) & (chunk.seen < vocab.stop)] - vocab.start
+        penalty = np.float32(chunk.penalty)
+        row[own] = np.where(row[own] > 0, row[own] / penalty, row[own] * penalty)
+    row[shifted] += shifts.after[chosen]
 
 
 def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> list[Candidates]:

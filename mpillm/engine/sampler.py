@@ -19,13 +19,14 @@ from mpillm.engine.sequence import Request, TopLogprobs
 
 COLDEST = 1e-5  # a temperature below it is taken for it
 FIRST_LOOK = 128  # candidates asked for when tokens are drawn: enough for nearly every draw
+FORBIDDEN = np.float32(-1e30)  # the logit of what may not be drawn: finite at any temperature
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """The likeliest tokens of one row.
 
-    `values` are the logits that decide (after the repetition penalty), descending; `raw` the model's own.
+    `values` are the logits that decide (after penalties, biases and masks), descending; `raw` the model's own.
     `weights` are exp((value - greatest value) / temperature), for rows that a token is drawn from. `log_z` is the
     logarithm of the sum of exp(raw logit) over the whole vocabulary, `scaled_z` the sum of such weights over it;
     both are NaN where no probability is wanted. `complete` if no token is missing. `finite` if all logits of the row
@@ -81,6 +82,9 @@ def draw(candidates: Candidates, request: Request, u: float) -> int | None:
     closed = (
         candidates.complete
     )  # whether the last kept one is known to be the last that any filter lets through
+    if candidates.values[-1] <= FORBIDDEN / 2:
+        kept, closed = max(int(np.count_nonzero(candidates.values > FORBIDDEN / 2)), 1), True
+        weights = weights[:kept]
     if request.min_p > 0.0:
         below = np.flatnonzero(weights < request.min_p)
         if len(below):

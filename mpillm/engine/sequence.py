@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,28 @@ from mpillm.engine.blocks import NO_SLOT, BlockTable, content_key
 from mpillm.kernels import KV_BLOCK
 
 TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likely first
+
+
+class Constraint(Protocol):
+    """What the tokens of a request must obey, as far as they have been generated."""
+
+    @property
+    def forced(self) -> list[int]:
+        """The tokens that must follow, whatever the model says."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token may follow."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether what has been generated obeys; at its end false only where that could not be found out."""
+
+    def push(self, token: int) -> None:
+        """Take note of a generated token, which was allowed."""
+
+    def allowed(self) -> NDArray[np.int32]:
+        """A bit for each token of the vocabulary that may follow, in words of 32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +98,12 @@ class Request:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    allowed: NDArray[np.int32] | None = None  # a bit for each id that may be drawn; None: all may
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that must not follow one another
+    min_tokens: int = 0  # so many tokens are generated before any of `stop_ids`
     seed: int = 0
     stop_ids: frozenset[int] = (
         frozenset()
@@ -84,6 +112,7 @@ class Request:
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     pooling: Literal["mean", "last"] = "mean"
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
+    constraint: Callable[[], Constraint] | None = None  # makes what the generated tokens must obey
     resumed: PartialCompletion | None = None  # what an earlier run has generated
 
     @property
@@ -127,6 +156,7 @@ class Sequence:
     def __init__(self, request: Request, submitted: float = 0.0) -> None:
         self.request = request
         self.tokens = list(request.prompt)
+        self.constraint = None if request.constraint is None else request.constraint()
         self.number = 0  # in the order of admission: the lower, the older
         self.computed = 0  # tokens whose keys and values are in the KV cache
         self.reached = (
@@ -193,10 +223,26 @@ class Sequence:
         self.tokens.append(token)
         if token in request.stop_ids:
             self.finish_reason, self.stop_id = "stop", token
-        elif request.watch is not None and request.watch(token):
+            return
+        if self.constraint is not None:
+            self.constraint.push(token)
+        if request.watch is not None and request.watch(token):
             self.finish_reason = "stop"
+        elif self.constraint is not None and self.constraint.ended:
+            self.finish_reason = "stop" if self.constraint.complete else "length"
         elif self.generated >= request.max_tokens:
             self.finish_reason = "length"
+
+    def append_forced(self) -> None:
+        """Append the tokens that the constraint forces, without a step for each.
+
+        Where log-probabilities are wanted, they are drawn one by one instead, as the only ones that are allowed.
+        """
+        request = self.request
+        if self.constraint is None or request.logprobs is not None or request.prompt_logprobs is not None:
+            return
+        while self.finish_reason is None and (forced := self.constraint.forced):
+            self.append(forced[0])
 
     def partial(self) -> PartialCompletion:
         """What has been generated so far, without a last token whose log-probability is missing."""

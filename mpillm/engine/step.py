@@ -1,11 +1,11 @@
-"""The one message that a step needs: what every rank must know to compute its part, packed as integers.
+"""The one message that a step needs: what every rank must know to compute its chunk, packed as integers.
 
 A step is complete in itself: block tables, positions and token ids travel in it, so a follower keeps no state
-about sequences. The layout, all little-endian 32-bit words: a 28-byte header (kind and magic, step number, chunks,
-tokens, table entries, seen ids, groups of layers); for each chunk its ten fields (start, tokens, slot, score_k,
-successor, sample_k with logprobs + 1 in its highest byte, seen ids, hidden, and as floats temperature and penalty),
-and for each group the number of its first block and how many it has; then all tokens, block tables (chunk by chunk, and
-by group in each), and seen ids.
+about sequences. The layout, all little-endian 32-bit words: a 40-byte header (kind and magic, step number, chunks,
+tokens, table entries, seen ids, groups of layers, shifted ids, masks, words of a mask); for each chunk its fields (see
+`_fields`; temperature and penalty are floats), and for each group the number of its first block and how many it has;
+then all tokens, block tables (chunk by chunk, and by group in each), seen ids, shifted ids with what is added to their
+logits before and after the penalty (as floats), and masks. Chunks with the same mask share it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from mpillm.model.decoder import Batch
 from mpillm.model.kv import GroupTables
 
 Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
 
-HEADER = struct.Struct("<7I")
+HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 10  # of a chunk, and two more for each group
+FIELDS = 13  # of a chunk, and two more for each group
 NO_TARGET = -1
+NO_MASK = -1
 
 
 class Kind(IntEnum):
@@ -51,6 +53,28 @@ class Hidden(IntEnum):
 
 
 NO_IDS = np.empty(0, np.int32)
+
+
+class Shifts(NamedTuple):
+    """What is added to the logits of some ids that a token is drawn from, before and after the repetition penalty."""
+
+    ids: Ints
+    before: Floats
+    after: Floats
+
+    @property
+    def words(self) -> Ints:
+        """As they travel: an id and its two floats in a row [n, 3]."""
+        return np.stack([self.ids, self.before.view(np.int32), self.after.view(np.int32)], axis=1)
+
+    @staticmethod
+    def of(words: Ints) -> Shifts:
+        """What `words` gives."""
+        ids, before, after = np.ascontiguousarray(words.reshape(-1, 3).T)
+        return Shifts(ids, before.view(np.float32), after.view(np.float32))
+
+
+NO_SHIFTS = Shifts(NO_IDS, NO_IDS.view(np.float32), NO_IDS.view(np.float32))
 
 
 class Table(NamedTuple):
@@ -75,7 +99,16 @@ class Chunk:
     temperature: float = 0.0
     penalty: float = 1.0
     seen: Ints = field(default_factory=lambda: NO_IDS)  # distinct ids that the penalty is for
+    shifts: Shifts = NO_SHIFTS
+    allowed: Ints = field(
+        default_factory=lambda: NO_IDS
+    )  # a bit for each id that may be drawn; empty: all may
     hidden: Hidden = Hidden.NONE
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether a token is drawn from other logits than the model's."""
+        return self.penalty != 1.0 or len(self.shifts.ids) > 0 or len(self.allowed) > 0
 
 
 class Output(NamedTuple):
@@ -85,8 +118,8 @@ class Output(NamedTuple):
     k: int  # candidates wanted
     target: int  # the id whose logit is wanted, or NO_TARGET
     inv_t: float  # 1 / temperature, for the second normaliser
-    chunk: int  # index of the chunk, whose penalty applies if `penalised`
-    penalised: bool
+    chunk: int  # index of the chunk, whose adjustments apply if `adjusted`
+    adjusted: bool
     sampled: bool  # a token is drawn from it, so more candidates may be asked for
     normalised: bool  # probabilities are wanted, so both normalisers must be known
 
@@ -115,13 +148,13 @@ class Step:
             last = row + count - 1
             if chunk.sample_k > 0:
                 inv_t = inverse_temperature(chunk.temperature)
-                penalised = chunk.penalty != 1.0
+                adjusted = chunk.adjusted
                 wanted = chunk.logprobs >= 0
-                if penalised and wanted:
+                if adjusted and wanted:
                     # Log-probabilities are of the model's own distribution: look at the row as it is, too.
                     yield Output(last, max(chunk.logprobs, 1), NO_TARGET, 1.0, index, False, False, True)
                 normalised = wanted or chunk.temperature > 0
-                yield Output(last, chunk.sample_k, NO_TARGET, inv_t, index, penalised, True, normalised)
+                yield Output(last, chunk.sample_k, NO_TARGET, inv_t, index, adjusted, True, normalised)
             row += count
 
     def hidden_rows(self) -> Ints:
@@ -156,59 +189,85 @@ class Step:
 
     def encode(self) -> bytes:
         """The message."""
-        fields = np.array([_fields(chunk) for chunk in self.chunks], np.int32)
+        masks: dict[bytes, int] = {}
+        numbers = [
+            masks.setdefault(chunk.allowed.tobytes(), len(masks)) if len(chunk.allowed) else NO_MASK
+            for chunk in self.chunks
+        ]
+        fields = np.array(
+            [_fields(chunk, number) for chunk, number in zip(self.chunks, numbers, strict=True)], np.int32
+        )
         floats = [(chunk.temperature, chunk.penalty) for chunk in self.chunks]
         fields[:, FIELDS - 2 : FIELDS] = np.array(floats, np.float32).view(np.int32)
         tokens = [chunk.tokens for chunk in self.chunks]
         blocks = [table.blocks for chunk in self.chunks for table in chunk.tables]
         seen = [chunk.seen for chunk in self.chunks]
-        body = np.concatenate([fields.ravel(), *tokens, *blocks, *seen])
+        shifts = [chunk.shifts.words.ravel() for chunk in self.chunks]
+        allowed = [np.frombuffer(mask, np.int32) for mask in masks]
+        body = np.concatenate([fields.ravel(), *tokens, *blocks, *seen, *shifts, *allowed])
         sizes = (sum(map(len, arrays)) for arrays in (tokens, blocks, seen))
         groups = len(self.chunks[0].tables)
-        return (
-            HEADER.pack(MAGIC | Kind.STEP, self.number, len(self.chunks), *sizes, groups)
-            + body.astype("<i4").tobytes()
+        shifted, words = sum(map(len, shifts)) // 3, len(allowed[0]) if allowed else 0
+        head = HEADER.pack(
+            MAGIC | Kind.STEP, self.number, len(self.chunks), *sizes, groups, shifted, len(masks), words
         )
+        return head + body.astype("<i4").tobytes()
 
     @staticmethod
     def decode(message: bytes) -> Step:
         """The step of a message whose kind is STEP."""
-        _, number, chunks, tokens, table, seen, groups = HEADER.unpack_from(message)
+        _, number, chunks, tokens, table, seen, groups, shifted, n_masks, mask_words = HEADER.unpack_from(
+            message
+        )
         words = np.frombuffer(message, "<i4", offset=HEADER.size).astype(np.int32, copy=False)
         width = FIELDS + 2 * groups
-        if len(words) != chunks * width + tokens + table + seen:
+        sizes = [chunks * width, tokens, table, seen, 3 * shifted, n_masks * mask_words]
+        if len(words) != sum(sizes):
             raise ValueError(f"a step message of {len(message)} bytes does not match its header")
-        fields = words[: chunks * width].reshape(chunks, width)
-        _check(fields, tokens, table, seen)
-        at_tokens = chunks * width
-        at_table = at_tokens + tokens
-        at_seen = at_table + table
+        first, *lists = np.split(words, np.cumsum(sizes[:-1]))
+        fields = first.reshape(chunks, width)
+        _check(fields, (tokens, table, seen, shifted), n_masks)
+        masks = lists.pop().reshape(n_masks, mask_words)
+        if len({mask.tobytes() for mask in masks}) < n_masks or (mask_words and not n_masks):
+            raise ValueError("a step message has the same mask twice")
+        all_tokens, all_blocks, all_seen, all_shifts = map(_Taker, lists)
         decoded = []
         for row in fields:
-            start, n_tokens, slot, score_k, successor, packed_k, n_seen, hidden = row[: FIELDS - 2].tolist()
+            (
+                start, n_tokens, slot, score_k, successor, sample_k, logprobs, n_seen, hidden, n_shifts, mask,
+            ) = row[: FIELDS - 2].tolist()  # fmt: skip
             temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
-            tables = []
-            for first, n_blocks in row[FIELDS:].reshape(groups, 2).tolist():
-                tables.append(Table(first, words[at_table : at_table + n_blocks]))
-                at_table += n_blocks
+            tables = row[FIELDS:].reshape(groups, 2).tolist()
             decoded.append(
                 Chunk(
                     start=start,
-                    tokens=words[at_tokens : at_tokens + n_tokens],
-                    tables=tuple(tables),
+                    tokens=all_tokens(n_tokens),
+                    tables=tuple(Table(first, all_blocks(n_blocks)) for first, n_blocks in tables),
                     slot=slot,
                     score_k=score_k,
                     successor=successor,
-                    sample_k=packed_k & 0xFFFFFF,
-                    logprobs=(packed_k >> 24) - 1,
+                    sample_k=sample_k,
+                    logprobs=logprobs,
                     temperature=temperature,
                     penalty=penalty,
-                    seen=words[at_seen : at_seen + n_seen],
+                    seen=all_seen(n_seen),
+                    shifts=Shifts.of(all_shifts(3 * n_shifts)) if n_shifts else NO_SHIFTS,
+                    allowed=NO_IDS if mask == NO_MASK else masks[mask],
                     hidden=Hidden(hidden),
                 )
             )
-            at_tokens, at_seen = at_tokens + n_tokens, at_seen + n_seen
         return Step(number, tuple(decoded))
+
+
+class _Taker:
+    """Takes an array apart from its beginning."""
+
+    def __init__(self, words: Ints) -> None:
+        self._words, self._at = words, 0
+
+    def __call__(self, count: int) -> Ints:
+        self._at += count
+        return self._words[self._at - count : self._at]
 
 
 def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> GroupTables:
@@ -222,14 +281,18 @@ def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> Gro
     return GroupTables(table, table_start, table[table_start + positions // KV_BLOCK], padding)
 
 
-def _check(fields: Ints, tokens: int, table: int, seen: int) -> None:
-    """ValueError unless the chunks' sizes sum up to the header's, and each chunk's tokens lie in its blocks."""
+def _check(fields: Ints, totals: tuple[int, ...], masks: int) -> None:
+    """ValueError unless the chunks' sizes sum up to the header's, and each chunk's tokens lie in its blocks.
+
+    `totals` are those of tokens, table entries, seen ids and shifted ids.
+    """
     exact = fields.astype(np.int64)
-    starts, counts, seen_ids = exact[:, 0], exact[:, 1], exact[:, 6]
+    starts, counts, seen, shifts, mask = (exact[:, at] for at in (0, 1, 7, 9, 10))
     firsts, blocks = exact[:, FIELDS::2], exact[:, FIELDS + 1 :: 2]
-    sums = [int(sizes.sum()) for sizes in (counts, blocks, seen_ids)]
-    negative = any((sizes < 0).any() for sizes in (counts, firsts, blocks, seen_ids))
-    if not len(fields) or negative or sums != [tokens, table, seen]:
+    sums = tuple(int(sizes.sum()) for sizes in (counts, blocks, seen, shifts))
+    negative = any((sizes < 0).any() for sizes in (counts, firsts, blocks, seen, shifts, mask - NO_MASK))
+    used = list(dict.fromkeys(mask[mask != NO_MASK].tolist()))
+    if not len(fields) or negative or sums != totals or used != list(range(masks)):
         raise ValueError("the chunks of a step message do not match its header")
     first, last = starts[:, None], (starts + counts)[:, None] - 1
     outside = (firsts * KV_BLOCK > first) | (last >= (firsts + blocks) * KV_BLOCK)
@@ -237,13 +300,12 @@ def _check(fields: Ints, tokens: int, table: int, seen: int) -> None:
         raise ValueError("a step message has a chunk whose tokens lie outside its blocks")
 
 
-def _fields(chunk: Chunk) -> tuple[int, ...]:
-    """The fields of a chunk; the zeros are replaced by the bits of the floats."""
-    packed_k = chunk.sample_k | (chunk.logprobs + 1) << 24
+def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
+    """The fields of a chunk; `mask` is the number of its mask. The zeros are replaced by the bits of the floats."""
     tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
-        chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, packed_k, len(chunk.seen),
-        chunk.hidden, 0, 0, *tables,
+        chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
+        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, 0, 0, *tables,
     )  # fmt: skip
 
 
@@ -258,7 +320,7 @@ class Fetch:
     def encode(self) -> bytes:
         """The message: the number of candidates stands where a step's number of tokens does."""
         body = np.array(self.outputs, "<i4").tobytes()
-        return HEADER.pack(MAGIC | Kind.FETCH, self.number, len(self.outputs), self.k, 0, 0, 0) + body
+        return HEADER.pack(MAGIC | Kind.FETCH, self.number, len(self.outputs), self.k, *[0] * 6) + body
 
     @staticmethod
     def decode(message: bytes) -> Fetch:
@@ -272,7 +334,7 @@ class Fetch:
 
 def stop_message(exit_code: int) -> bytes:
     """The message after which every rank leaves with `exit_code`."""
-    return HEADER.pack(MAGIC | Kind.STOP, exit_code, 0, 0, 0, 0, 0)
+    return HEADER.pack(MAGIC | Kind.STOP, exit_code, *[0] * 8)
 
 
 def kind_of(message: bytes) -> Kind:

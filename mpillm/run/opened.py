@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
+from mpillm.model.embedding import embedding_settings
 from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
@@ -42,5 +43,6 @@ def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = 
         kv_tokens=session.origin.kv_tokens,
         kv_token_bytes=session.kv_token_nbytes,
         text=tokenizer,
+        embedding=embedding_settings(session.source),
         name=model_name(path),
     )

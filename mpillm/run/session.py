@@ -108,7 +108,8 @@ class Session:
         self.model_state = origin.model_state if origin is not None else "+".join(states)
         stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
         self.place = grid.Place(world.rank, stages, shards)
-        self.threads = world.limit_threads(spec.layout.threads)
+        self.threads = world.threads(spec.layout.threads)
+        world.limit_threads(self.threads)
         self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
         self.counters = Counters()
         with world.together():

@@ -64,12 +64,14 @@ class Ticket:
         """Keep a choice; the last one completes the answer."""
         self._completions[completion.request.choice] = completion
         self._missing -= 1
-        if not self._missing:
+        if self._missing == 0:
             self._done([found for found in self._completions if found is not None])
 
     def fail(self) -> None:
         """There will be no answer."""
-        self._done(None)
+        if self._missing:
+            self._missing = -1  # what still comes is too late
+            self._done(None)
 
 
 class Arrivals:
@@ -133,8 +135,11 @@ class Arrivals:
     def __next__(self) -> Request:
         """The next request, if there is one now."""
         while True:
-            if self._ticket is not None and not self._ticket.cancelled:
+            if self._ticket is not None:
                 for request in self._choices:
+                    if self._ticket.cancelled:
+                        self._ticket.fail()
+                        break
                     self._running[id(request)] = self._ticket, request
                     return request
             self._ticket = self._take_ticket()
@@ -167,5 +172,4 @@ class Arrivals:
     def take(self, completion: Completion) -> None:
         """Hand a finished choice to the request that it belongs to."""
         ticket, _ = self._running.pop(id(completion.request))
-        if not ticket.cancelled:
-            ticket.take(completion)
+        ticket.take(completion)

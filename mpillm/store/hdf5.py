@@ -13,7 +13,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpillm.store.directory import Directory
 
-HELD = 1 << 16  # values of a column that are held before they are written
+HELD = 1 << 13  # values of a column that are held before they are written
+CHUNKS = 1 << 16  # bytes of a dataset's chunks that the library keeps: columns only grow, so the last ones do
+METADATA = 1 << 20  # bytes of its metadata that the library keeps; left to itself, it keeps more and more
 
 
 @contextlib.contextmanager
@@ -24,13 +26,22 @@ def new_file(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Calla
     """
     with directory.replacing(name) as file:
         guarded = _Guarded(file.fileno())
-        with h5py.File(guarded, "w", libver=("earliest", "v110")) as h5:
+        with h5py.File(guarded, "w", libver=("earliest", "v110"), rdcc_nbytes=CHUNKS) as h5:
+            _bound_metadata(h5)
             yield h5, guarded.check
         guarded.check()
 
 
+def _bound_metadata(h5: h5py.File) -> None:
+    config = h5.id.get_mdc_config()
+    config.set_initial_size, config.initial_size = True, METADATA
+    config.max_size, config.min_size = METADATA, METADATA // 2
+    config.flash_incr_mode = 0  # it does not grow for a large entry, either
+    h5.id.set_mdc_config(config)
+
+
 class Column:
-    """A one-dimensional dataset of numbers that grows. What is held until it is written takes 512 KiB at most."""
+    """A one-dimensional dataset of numbers that grows. What is held until it is written takes 64 KiB at most."""
 
     def __init__(self, group: h5py.Group, name: str, dtype: DTypeLike, chunk: int = 1024) -> None:
         self._dataset = _growing(group, name, dtype, chunk)

@@ -292,12 +292,12 @@ class Journal:
             log.warning("The unfinished end of %s stays for now: %s.", self.path, error.strerror)
 
     def read(self, custom_id: str) -> Result:
-        """The record of a finished request; OutputError if it is damaged."""
+        """The record of a finished request; Interrupted if it is damaged: the next run answers it again."""
         place = self.done[custom_id]
         with explained(self.path):
             payload = payload_at(self._file, place.offset, os.fstat(self._file).st_size)
         if payload is None:
-            raise OutputError(
+            raise Interrupted(
                 f"The journal {self.path} is damaged at byte {place.offset} (custom_id {custom_id!r}); "
                 "run the same command again."
             )

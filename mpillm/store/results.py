@@ -35,7 +35,7 @@ def finished(work: Work, completions: Sequence[Completion], model: Model) -> Res
     """The journal's record of a request that went well; `completions` in the order of `work.requests`."""
     line = result_line(work, completions, model)
     prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
-    choices = [_choice(work, completion) for completion in completions]
+    choices = [_choice(work, completion, model) for completion in completions]
     return Result(work.custom_id, line_key(work.line), 200, line, prompts, choices)
 
 
@@ -44,8 +44,8 @@ def failed(work: Work, message: str, status: int = 400) -> Result:
     return Result(work.custom_id, line_key(work.line), status, error_line(work.custom_id, message, status))
 
 
-def _choice(work: Work, completion: Completion) -> Choice:
-    values = work.endpoint.values(completion)
+def _choice(work: Work, completion: Completion, model: Model) -> Choice:
+    values = work.endpoint.values(work, completion, model)
     return Choice(
         finish_reason=completion.finish_reason,
         values={
@@ -90,7 +90,7 @@ def write_hdf5(
     choices: prompt (index into /prompts), finish_reason.
     prompts, tokens: ids (int32) with offsets [.. + 1]; logprobs, prompt_logprobs, embeddings: values (float32)
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
-    are as the model gave them, not normalised.
+    are those of the answers.
     """
     with (
         new_file(directory, HDF5) as (h5, check),

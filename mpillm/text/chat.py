@@ -33,6 +33,7 @@ from mpillm.text.content import Contents, Message
 from mpillm.text.marks import Marker, unused_mark
 
 REFUSES = "The model's chat template refuses these messages"
+OPEN_END = "\U0001fffe "  # stands at the end of a message that is to be continued: a noncharacter, and what trims take
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed
 
 Pieces = list[
@@ -112,8 +113,22 @@ class ChatTemplate:
         return [(piece.replace(mark, ""), index % 2 == 1) for index, piece in enumerate(split)]
 
     def _render(self, messages: Any, options: Any, max_chars: int) -> str:
+        """The chat as one text.
+
+        With `continue_final_message` among the options it ends where the content of the last message does, as in
+        transformers.
+        """
         if not messages:
             raise RequestError("The chat has no messages.")
+        if not options.get("continue_final_message"):
+            return self._generate(messages, options, max_chars)
+        text = self._generate([*messages[:-1], _open(messages[-1])], options, max_chars + len(OPEN_END))
+        before, found, after = text.rpartition(OPEN_END[0])
+        if not found:
+            raise RequestError(f"{REFUSES}: it does not show the last one, which the answer is to continue.")
+        return before if after.startswith(OPEN_END[1]) else before.rstrip()  # the template trims contents
+
+    def _generate(self, messages: Any, options: Any, max_chars: int) -> str:
         variables = {"add_generation_prompt": True, "tools": None, "documents": None} | dict(self.variables)
         length, pieces = 0, []
         try:
@@ -154,6 +169,19 @@ class ChatTemplate:
         parsed = self._environment.parse(self.source)
         compared = {text for node in parsed.find_all(jinja2.nodes.Compare) for text in _strings(node)}
         return Marker(self.control, _strings(parsed), compared)
+
+
+def _open(message: Message) -> Message:
+    """A message with OPEN_END behind its content."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + OPEN_END}
+    if isinstance(content, list) and content and isinstance(content[-1].get("text"), str):
+        return {
+            **message,
+            "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + OPEN_END}],
+        }
+    raise RequestError("The last message has no text that could be continued.")
 
 
 def _strings(node: jinja2.nodes.Node) -> Iterator[str]:

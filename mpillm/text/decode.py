@@ -121,16 +121,26 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 class StopWatch:
     """Watches the tokens of a request as they are generated, and says when its text contains a stop string."""
 
-    def __init__(self, tokenizer: Decoder, stops: Sequence[str], start: bool = True) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, start=start)
-        self._stops = StopStrings(stops)
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        stops: Sequence[str],
+        start: bool = True,
+        skip_special: bool = True,
+        after: int = 0,
+    ) -> None:
+        """No stop string counts that begins in the text of the first `after` tokens."""
+        self._decoder = IncrementalDecoder(tokenizer, skip_special, start=start)
+        self._stops, self._after = StopStrings(stops), after
         self._text: list[str] = []
         self.tokens = 0
 
     def __call__(self, token: int, /) -> bool:
         """True when a stop string is complete; the token that completes it is counted, and text after it is dropped."""
         self.tokens += 1
-        text, stopped = self._stops.push(self._decoder.push(token))
+        text, stopped = self._decoder.push(token), False
+        if self.tokens > self._after:
+            text, stopped = self._stops.push(text)
         self._text.append(text)
         return stopped
 

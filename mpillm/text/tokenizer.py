@@ -20,6 +20,7 @@ from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
@@ -179,6 +180,11 @@ class Tokenizer:
         """A token as text; bytes that are not whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
+    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
+    def grammars(self, vocab: int, end_ids: frozenset[int]) -> Grammars:
+        """What holds answers to grammars, of a model with `vocab` tokens that ends its texts with one of `end_ids`."""
+        return Grammars(self._core.to_str(), max(vocab, self.vocab_size), end_ids)
+
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
@@ -188,28 +194,25 @@ class Tokenizer:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
 
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as the text that the template makes of it; `options` are further variables of the template."""
-        return self._chat(options).render(messages, options)
-
     def encode_chat(
         self,
         messages: list[Message],
         options: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
+        add_special: bool = False,
     ) -> list[int]:
         """A chat as token ids; control tokens come from the template alone (see `chat`).
 
+        With `add_special` it has BOS and EOS as a text does, besides those that the template writes.
         Raise RequestError if the template fails, and TooLongError if the chat certainly has more than `max_tokens`
         tokens.
         """
         max_chars = MAX_CHARS if max_tokens is None else self.max_chars(max_tokens)
         pieces = self._chat(options).pieces(messages, options, max_chars)
-        if not isinstance(pieces, str):
-            return self._mixed(pieces)
-        if max_tokens is not None:
-            self._check_length(pieces, max_tokens, self._whole)
-        return self._whole(pieces, False)
+        if isinstance(pieces, str):
+            return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
+        head, tail = _ends(*(self.encode("a", own) for own in (False, True))) if add_special else ([], [])
+        return [*head, *self._mixed(pieces), *tail]
 
     def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
         templates = self._parts.templates
@@ -245,9 +248,7 @@ class Tokenizer:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """The tokens that the post-processor puts before and after a text."""
-        bare, full = (_ids(self._core, "a", own, plain=True) for own in (False, True))
-        at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
-        return full[:at], full[at + len(bare) :]
+        return _ends(*(_ids(self._core, "a", own, plain=True) for own in (False, True)))
 
     def _spelled(self, id: int) -> list[int]:
         """The token itself, or, if it is a control token, its characters: merges may reach one, too."""
@@ -327,6 +328,12 @@ def _special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
         normalized=token.normalized,
         special=True,
     )
+
+
+def _ends(bare: list[int], full: list[int]) -> tuple[list[int], list[int]]:
+    """What stands before `bare` in `full`, and what behind it."""
+    at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
+    return full[:at], full[at + len(bare) :]
 
 
 def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:

@@ -81,7 +81,7 @@ def _look(world: World, path: Path | None, trouble: str) -> _Rank:
     return _Rank(
         cores=world.nodes.cores_here,
         ranks=world.nodes.ranks_here,
-        threads=world.limit_threads(),
+        threads=world.threads(),
         oversubscribed=world.oversubscribed,
         kernels=kernels.path(),
         memory=psutil.virtual_memory().available,

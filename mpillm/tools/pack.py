@@ -30,7 +30,8 @@ from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, V
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "modules.json",
+    "config_sentence_transformers.json",
 )  # fmt: skip
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
@@ -79,7 +80,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         mine = plans[world.rank :: world.size]
         with world.together(), explained(target):
             done = _Count(progress, sum(plan.nbytes for plan in mine))
-            writer = Writer(opened, target, world.limit_threads(), done)
+            writer = Writer(opened, target, world.threads(), done)
             missing = [plan for plan in mine if not writer.keep(plan)]
         needed = sum(world.gather(sum(plan.nbytes for plan in missing)))
         with world.together(), explained(target):
@@ -197,6 +198,9 @@ def finish(
         for name in ("config.json", *TOKENIZER_FILES):
             if (source.tokenizer / name).exists():
                 shutil.copyfile(source.tokenizer / name, target / name)
+        for path in source.tokenizer.glob("*_Pooling/config.json"):
+            (target / path.parent.name).mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.parent.name / path.name)
     else:
         _write_json(target / "config.json", source.config)
         _write_json(target / TOKENIZER, source.tokenizer)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.world import World
+from mpillm.engine.adjust import bits
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request
@@ -82,7 +83,32 @@ def batch(vocab: int) -> list[Request]:
     ]
     made += [Request(f"long-{i}", ids(20 + i), max_tokens=60) for i in range(4)]
     order = np.random.default_rng(6).permutation(len(made))
-    return [made[i] for i in order]
+    adjusted = [
+        Request(
+            "adjusted",
+            system + ids(2),
+            max_tokens=16,
+            temperature=1.4,
+            presence_penalty=0.7,
+            frequency_penalty=0.4,
+            logit_bias=((3, 4.0), (vocab - 1, 5.0)),
+            bad_words=((3, 3), (vocab - 1, 3, 5)),
+            logprobs=2,
+        ),
+        Request(
+            "allowed",
+            ids(12),
+            max_tokens=16,
+            temperature=2.0,
+            top_p=0.9,
+            repetition_penalty=1.2,
+            frequency_penalty=-1.5,
+            allowed=bits(frozenset(range(1, vocab, 3)), vocab),
+            min_tokens=5,
+            stop_ids=frozenset(range(0, vocab, 5)),
+        ),
+    ]
+    return [*(made[i] for i in order), *adjusted]
 
 
 def values(completion: Completion) -> Values:

@@ -243,3 +243,127 @@ def test_names_depend_on_the_custom_id_alone() -> None:
     one, other = (json.loads(answers.error_line(name, "x")) for name in ("a", "b"))
     assert one["id"] != other["id"]
     assert one == json.loads(answers.error_line("a", "x"))
+
+
+def text_of(work: Work, tokens: list[int], **more: Any) -> tuple[str, Any]:
+    (choice,) = answer(work, [tokens], **more)["choices"]
+    return choice["message"]["content"] if "message" in choice else choice["text"], choice["stop_reason"]
+
+
+def watched(work: Work, tokens: list[int]) -> int:
+    """How many tokens are generated until the request's stop strings end it."""
+    watch = work.requests[0].watch
+    assert watch is not None
+    return next((n for n, token in enumerate(tokens, 1) if watch(token)), len(tokens) + 1)
+
+
+def test_what_of_the_stop_is_shown(tmp_path: Path) -> None:
+    ids, comma = TEXT.encode("the fox, the dog", False), TEXT.encode(",", False)[-1]
+    for included, shown in ((True, "the fox, the"), (False, "the fox, ")):
+        body = {"prompt": "a", "stop": [" x", "the"], "min_tokens": 2, "include_stop_str_in_output": included}
+        (work,) = works(tmp_path, body)
+        count = watched(work, ids)
+        assert count <= len(ids)
+        assert text_of(work, ids[:count], finish_reason="stop") == (shown, "the")
+        (work,) = works(
+            tmp_path, {"prompt": "a", "stop_token_ids": [comma], "include_stop_str_in_output": included}
+        )
+        cut = ids[: ids.index(comma) + 1]
+        assert text_of(work, cut, finish_reason="stop", stop_id=comma) == (
+            "the fox," if included else "the fox",
+            comma,
+        )
+        # The end of the model's turn is a control token, and no part of the text either way.
+        assert text_of(work, [*ids[:3], END], finish_reason="stop", stop_id=END)[0] == TEXT.decode(
+            ids[:3], start=False
+        )
+
+
+def test_stop_strings_count_after_min_tokens(tmp_path: Path) -> None:
+    ids = TEXT.encode("the the the", False)
+    ends = [n for n in range(1, len(ids) + 1) if TEXT.decode(ids[:n], start=False).endswith("the")]
+    for least in range(len(ids) + 1):
+        body = {"prompt": "a", "stop": "the", "min_tokens": least}
+        (work,) = works(tmp_path, body)
+        begin = len(TEXT.decode(ids[:least], start=False))
+        expected = next(
+            (n for n in ends if TEXT.decode(ids[:n], start=False)[begin:].endswith("the")), len(ids) + 1
+        )
+        assert watched(work, ids) == expected
+        if expected <= len(ids):
+            text, stop = text_of(work, ids[:expected], finish_reason="stop")
+            assert (text, stop) == (TEXT.decode(ids[:expected], start=False).removesuffix("the"), "the")
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}])
+def test_control_tokens_in_an_answer(body: dict[str, Any], tmp_path: Path) -> None:
+    mark = TEXT.encode("<|user|>", False, parse_special=True)
+    ids = [*TEXT.encode("fox", False), *mark, *TEXT.encode("dog", False), END]
+    for skip, shown in ((None, "foxdog"), (True, "foxdog"), (False, "fox<|user|>dog")):
+        (work,) = works(tmp_path, {**body, "skip_special_tokens": skip, "stop": "<|user|>"})
+        assert text_of(work, ids, finish_reason="stop", stop_id=END)[0].replace(" ", "") == shown
+        assert watched(work, ids) == (len(ids) + 1 if skip is not False else ids.index(mark[0]) + 1)
+
+
+def test_log_probabilities_of_the_prompt(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a fox"}], "prompt_logprobs": 2}
+    text = {"prompt": "the fox", "prompt_logprobs": 1, "max_tokens": 0}
+    both = {"prompt": "the fox", "prompt_logprobs": 3, "echo": True, "logprobs": 1, "n": 2}
+    for body in (chat, text, both):
+        (work,) = works(tmp_path, body)
+        request = work.requests[0]
+        assert request.prompt_logprobs == body["prompt_logprobs"]
+        made = completion(request, [])
+        found = answer(work, [[]] * len(work.requests))
+        first, *entries = (
+            found["prompt_logprobs"] if "messages" in body else found["choices"][0]["prompt_logprobs"]
+        )
+        assert first is None
+        for id, own, top, entry in zip(
+            request.prompt[1:], made.prompt_logprobs, made.prompt_top, entries, strict=True
+        ):
+            assert entry[str(id)]["decoded_token"] == TEXT.token_text(id)
+            listed = dict(top)
+            assert entry.keys() == {str(id), *(str(token) for token in listed)}
+            assert entry[str(id)]["logprob"] == listed.get(id, own)
+            ranks = {token: value["rank"] for token, value in entry.items()}
+            assert [ranks[str(token)] for token, _ in top] == list(range(1, len(top) + 1))
+            assert ranks[str(id)] is None or id in listed
+        if body is both:
+            tops = found["choices"][1]["logprobs"]["top_logprobs"][1:]
+            assert all(1 <= len(top) <= 2 for top in tops)
+
+
+def test_the_best_of_several(tmp_path: Path) -> None:
+    (work,) = works(tmp_path, {"prompt": ["the", "a"], "n": 2, "best_of": 4})
+    assert len(work.requests) == 8
+    words = ["one", "two", "three", "four"] * 2
+    scores = [-3.0, -1.0, -9.0, -2.0, -1.0, -4.0, -2.0, -3.0]
+    completions = []
+    for request, word, score in zip(work.requests, words, scores, strict=True):
+        ids = TEXT.encode(word, False)
+        completions.append(completion(request, ids, logprobs=[score] * len(ids), top=[[]] * len(ids)))
+    body = json.loads(answers.result_line(work, completions, WITH_TEXT))["response"]["body"]
+    assert [(one["index"], one["text"], one["logprobs"]) for one in body["choices"]] == [
+        (0, "two", None), (1, "four", None), (2, "one", None), (3, "three", None),
+    ]  # fmt: skip
+    assert body["usage"]["completion_tokens"] == sum(len(TEXT.encode(word, False)) for word in words)
+    (plain,) = works(tmp_path, {"prompt": "the", "n": 2, "best_of": 2})
+    assert plain.requests[0].logprobs is None
+
+
+def test_a_message_that_is_continued(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the quick "}]
+    own, open_end, closed = works(
+        tmp_path,
+        {"messages": messages, "continue_final_message": True, "echo": True},
+        {"messages": messages, "continue_final_message": True, "add_special_tokens": True},
+        {"messages": messages, "add_generation_prompt": False},
+    )
+    ids = list(own.requests[0].prompt)
+    assert TEXT.decode(ids, skip_special=False).endswith("<|assistant|>the quick ")
+    assert list(open_end.requests[0].prompt) == [*TEXT.encode("", True), *ids]
+    assert TEXT.decode(closed.requests[0].prompt, skip_special=False).endswith("<|assistant|>the quick </s>")
+    fox = TEXT.encode("fox", False)
+    assert text_of(own, fox)[0] == "the quick fox"
+    assert text_of(open_end, fox)[0] == "fox"

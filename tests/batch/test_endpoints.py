@@ -32,7 +32,7 @@ class Choose(Endpoint, frozen=True, kw_only=True):
 
     question: str
     choices: list[str]
-    response_format: dict[str, str] | None = None  # which the other endpoints refuse
+    suffix: str | None = None  # which the other endpoints refuse
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         prompts = read_prompts(
@@ -47,14 +47,14 @@ class Choose(Endpoint, frozen=True, kw_only=True):
         scores = [sum(completion.prompt_logprobs) for completion in completions]
         return {"model": model.name, "best": self.choices[int(np.argmax(scores))]}
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         return {"scores": [sum(completion.prompt_logprobs)]}
 
 
 def test_a_new_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpillm.batch.bodies.ENDPOINTS", (*ENDPOINTS, Choose))
     monkeypatch.setattr("mpillm.store.results.COLUMNS", (*COLUMNS, *Choose.columns))
-    body = {"question": "the ", "choices": ["fox", "dog", "end"], "response_format": {"type": "choice"}}
+    body = {"question": "the ", "choices": ["fox", "dog", "end"], "suffix": "x"}
     batch = checked(
         tmp_path,
         [body, {"url": "/v1/choose", "body": body}, {"prompt": "a"}, {"url": "/v1/choose", "body": {}}],

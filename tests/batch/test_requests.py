@@ -20,6 +20,7 @@ from mpillm.batch.bodies import decode_line
 from mpillm.batch.endpoints import ChatCompletions, Completions, Embeddings
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
+from tests.text.asked import render_chat
 
 CHAT = [{"role": "user", "content": "the quick fox"}]
 
@@ -129,15 +130,19 @@ BAD = [
     ({"prompt": "a", "strem": True}, "the key 'strem' is unknown (did you mean 'stream'?)"),
     ({"prompt": "a", "max_new_tokens": 3}, "the key 'max_new_tokens' is unknown; it is called max_tokens"),
     ({"prompt": "a", "stream": True}, "stream true is not supported; a batch is answered as a whole"),
-    ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty 0.5 is not supported"),
-    ({"prompt": "a", "frequency_penalty": -1}, "frequency_penalty -1 is not supported"),
-    ({"prompt": "a", "logit_bias": {"5": 1}}, 'logit_bias {"5":1} is not supported'),
-    ({"prompt": "a", "best_of": 2}, "best_of 2 is not supported; n gives several answers"),
-    ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs is not supported; echo with logprobs gives them"),
+    ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty: expected a number <= 2.0"),
+    ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty: expected a number >= -2.0"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias: 'x' is no token id"),
+    ({"prompt": "a", "logit_bias": {"100000": 1}}, "the token id of logit_bias 100000 is not in the vocabulary (0 to {last})"),
+    ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids: expected a list of length >= 1"),
+    ({"prompt": "a", "allowed_token_ids": [-7]}, "the allowed token id -7 is not in the vocabulary (0 to {last})"),
+    ({"prompt": "a", "min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, more than the 8 tokens that may follow the prompt"),
+    ({"prompt": "a", "best_of": 2, "n": 3}, "best_of is 2 and n is 3; best_of cannot be the smaller one"),
+    ({"messages": CHAT, "best_of": 2}, "best_of 2 is not supported; n gives several answers"),
+    ({"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message and add_generation_prompt exclude one another"),
     ({"prompt": "a", "suffix": "b"}, "suffix 'b' is not supported"),
-    ({"messages": CHAT, "response_format": {"type": "json_object"}}, 'response_format {"type":"json_object"} is not supported'),
     ({"messages": CHAT, "tools": [{}]}, "tools [{}] is not supported"),
-    ({"messages": CHAT, "echo": True}, "the key 'echo' is unknown"),
+    ({"messages": CHAT, "ecoh": True}, "the key 'ecoh' is unknown (did you mean 'echo'?)"),
     ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
     ({"messages": CHAT, "logprobs": 2}, "logprobs: expected true or false or null, got a whole number"),
     ({"messages": CHAT, "max_tokens": 0}, "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"),
@@ -147,7 +152,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0] is of type 'image_url'; only text is supported"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls is not supported"),
     ({"prompt": "a", "temperature": -1}, "temperature: expected a number >= 0.0"),
-    ({"prompt": "a", "logprobs": 21}, "logprobs: expected a whole number <= 20"),
+    ({"prompt": "a", "logprobs": 1001}, "logprobs: expected a whole number <= 1000"),
     ({"prompt": "a", "stop": [""]}, "stop[0]: expected a string of length >= 1"),
     ({"prompt": "a", "n": 0}, "n: expected a whole number >= 1"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens: 0 generates nothing; add echo: true to score the prompt"),
@@ -158,7 +163,7 @@ BAD = [
     ({"prompt": [True]}, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"),
     ({"prompt": []}, "prompt is an empty list"),
     ({"prompt": ["a", ""]}, "prompt 2 of 2 has no tokens"),
-    ({"input": ["a"], "dimensions": 3}, "dimensions is not supported"),
+    ({"input": ["a"], "dimensions": 0}, "dimensions: expected a whole number >= 1"),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
     ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
     ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
@@ -400,7 +405,7 @@ _ANY = job(Path("."))
 
 def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: Path) -> None:
     assert WITH_TEXT.text is not None
-    rendered = WITH_TEXT.text.render_chat(CHAT)
+    rendered = render_chat(WITH_TEXT.text, CHAT)
     assert "</s>" in rendered
     prompt, listed, vector, chat = works(
         tmp_path,
@@ -499,3 +504,13 @@ def test_null_contents_and_roles_are_the_templates_business(tmp_path: Path) -> N
     prompts = [TEXT.decode(work.requests[0].prompt, skip_special=False) for work in made]
     assert ["None" in prompt for prompt in prompts] == [True, False, True, False]
     assert "critic" in prompts[1]
+
+
+def test_what_is_wrong_with_a_line_is_said_in_a_few_words(tmp_path: Path) -> None:
+    """All of it stays in memory; msgspec alone would name each of the levels down to the number."""
+    deep = '{"prompt": "a", "k": ' + "[" * 800 + "1e999" + "]" * 800 + "}"
+    said = errors(tmp_path, deep.encode(), {"prompt": "a"})
+    assert said[0] is not None
+    assert said[0].startswith("Line 1: the line is not JSON: number out of range")
+    assert len(said[0]) < 500
+    assert said[1] is None

@@ -1,8 +1,10 @@
 """Jobs that are disturbed at random moments, and started again with the same command until they are done.
 
-What must hold afterwards: every request is answered once, in the bytes of an undisturbed run; no start hung for longer
-than PATIENCE after it was disturbed; and no process outlived its mpiexec. Half of the starts are made so that ranks may
-die in them (Open MPI's ULFM): such a start is disturbed again and again, until it ends.
+Processes are killed, stopped and told to end, disks are filled, files are moved, deleted, damaged and edited. Each
+start has another layout and other budgets. What must hold afterwards: every request is answered once, in the bytes of
+an undisturbed run; no start hung for longer than PATIENCE after it was disturbed; and no process outlived its mpiexec.
+Some starts are made so that ranks may die in them (Open MPI's ULFM): such a start is disturbed again and again, until
+it ends.
 """
 
 from __future__ import annotations
@@ -14,29 +16,33 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from mpillm.comm.world import CRASHED
-from mpillm.errors import JobError
+from mpillm import spec
+from mpillm.comm.running import CRASHED
+from mpillm.errors import Interrupted, JobError
+from mpillm.kernels import KV_BLOCK
+from mpillm.run import plan
 from mpillm.store.journal import finished
 from mpillm.store.output import JOURNAL
+from tests.chaos.counts import Counts
+from tests.chaos.files import Files
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 
-RANKS = 4
-REQUESTS = 200
+RANKS = 4  # of starts in which ranks may die, and of those on two hosts
+REQUESTS = 80
 PATIENCE = 30.0  # seconds from a disturbance to the end of all processes
 AFTER_THE_END = (
     8.0  # the same, once all results are written: a rank that is stopped then stays until it is ended
@@ -45,20 +51,27 @@ DEADLINE = 2.0  # MPILLM_DEADLINE of the disturbed runs; while ranks start it is
 WITH_ULFM = 4.0  # the same, where stopped ranks are to be seen and killed before
 WEIGHTS = 0.8  # of a rank's share of the weights that the variation with less memory may keep
 KV_BLOCKS = 24  # of the variation with a small KV cache: sequences give way
-LATEST = 0.9  # disturbances come between the start and this part of the time that it would take undisturbed
-EARLIER = 0.6  # the same where more may follow,
-TWO_HOSTS = 1.8  # and where two hosts make it slower
+ULFM = 0.15  # so many starts are made so that ranks may die in them
+WHILE_STARTING = 0.3  # so many of the other starts are disturbed before they compute
+FLIPS = 0.2  # so often bits of the journal are flipped before a start
 WHILE_COMPUTING = 0.7  # so often starts with ULFM are disturbed first when they compute
+EARLIER = 0.6  # disturbances with ULFM come within this part of the time that a start would take undisturbed
+TWO_HOSTS = 1.8  # how much longer that is on two hosts
 AGAIN = 0.3  # the next ones come within this part of the time of computing
+JITTER = 0.3  # seconds
 RESULTS = ("results.jsonl", "results.h5")
 LOOK = 0.02  # seconds between two looks at what runs
 SURELY_LATER = 1.0  # seconds after which what the journal gains was computed after the disturbance
 
+STOPPED = "rank stopped"  # nobody notices it where there is no other one
 CUT = "cable cut"  # the kind that needs hosts of its own
 # Kinds that a start with ULFM goes on after, and how often each comes there for one of any other kind.
-CARRIED = {"rank killed": 4, "two ranks killed": 3, "rank stopped": 2}
+CARRIED = {"rank killed": 4, "two ranks killed": 3, STOPPED: 2}
 
-# What else a job may ask for: none of it changes a byte. Small batches, so that there is time to disturb it.
+# Stages and shards of a start. Sums are made of f32 parts, so all of them give the same bytes.
+ALONE = 3  # of them have one rank
+LAYOUTS = ((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (2, 2))
+# What else a start may ask for: none of it changes a byte. Small batches, so that there is time to disturb it.
 VARIATIONS = (
     ("batch.max_num_seqs=4",),
     ("batch.max_num_seqs=4", "job.checkpoint_tokens=1"),
@@ -67,54 +80,9 @@ VARIATIONS = (
     ("batch.max_num_seqs=4", "job.checkpoint_tokens=3", "memory.weights={weights}"),
 )
 
-
-class ChaosError(AssertionError):
-    """The job cannot go on at all; says the seed that makes it happen again, more or less."""
-
-
-@dataclass
-class Counts:
-    """What has been done to the jobs, and what came of it."""
-
-    seed: int
-    disturbances: Counter[str] = field(default_factory=Counter)
-    codes: Counter[int] = field(default_factory=Counter)  # of disturbed runs
-    starts: int = 0
-    jobs: int = 0  # that came to their end
-    lost: int = 0  # requests without an answer
-    twice: int = 0  # requests with several
-    differing: int = 0  # result files that are not those of the undisturbed run
-    orphans: int = 0  # processes that were still there PATIENCE seconds after a disturbance
-    after_the_end: int = 0  # starts in which a rank was stopped when all was done, and stayed
-    crashes: int = 0  # starts that ended in an error nobody foresaw
-    longest: float = 0.0  # seconds from a disturbance until the run went on or all its processes had ended
-    at_work_again: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # seconds, by kind, where ranks may die
-
-    @property
-    def wrong(self) -> int:
-        """How much there is that must not be."""
-        return self.lost + self.twice + self.differing + self.orphans + self.crashes
-
-    def __str__(self) -> str:
-        codes = ", ".join(f"{count} x {code}" for code, count in sorted(self.codes.items()))
-        lines = [f"{count:5d}  {kind}" for kind, count in sorted(self.disturbances.items())]
-        for kind, seconds in sorted(self.at_work_again.items()):
-            lines.append(
-                f"       {kind}: at work again after {statistics.median(seconds):.2f} s (median of {len(seconds)}), "
-                f"{max(seconds):.2f} s at most"
-            )
-        return "\n".join(
-            [
-                *lines,
-                f"       {self.starts} starts of {self.jobs} jobs of {REQUESTS} requests on {RANKS} ranks; "
-                f"exit codes {codes}; stopped after the end and left alone: {self.after_the_end}",
-                f"seed {self.seed}: {self.disturbances.total()} disturbances, {self.lost} lost, {self.twice} twice, "
-                f"{self.differing} differing, {self.orphans} orphans, {self.crashes} crashes, "
-                f"longest silence {self.longest:.1f} s",
-            ]
-        )
+DONE = frozenset({0})
+MOVED = DONE | {Interrupted.exit_code}
+EDITED = DONE | {JobError.exit_code}
 
 
 @dataclass(frozen=True)
@@ -123,7 +91,15 @@ class Job:
 
     model: Path
     output: Path
-    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way of disturbing a start."""
+
+    do: Callable[[Start], object]
+    codes: frozenset[int] | None = None  # that the start may end with; None: with any but CRASHED and 2
+    while_computing: bool = True  # only: it wants a job that has begun
 
 
 @dataclass
@@ -131,7 +107,7 @@ class Start:
     """A start of a job."""
 
     launcher: subprocess.Popen[bytes]
-    output: Path
+    job: Job
     on_hosts: bool
     said_before: int  # bytes in the log
     gone: int = 0  # ranks that were killed or stopped in it
@@ -153,17 +129,25 @@ class Chaos:
         self._disk = folder / "disk"
         self._disk.mkdir()
         self._packed = folder / "packed" / CHAT.name
-        self._sizes = {"weights": 0, "kv": 0}
+        self._plain = shutil.copytree(CHAT, folder / "plain" / CHAT.name)
+        self._files = Files(self._random)
+        self._sizes: dict[tuple[Path, int, int], tuple[int, int]] = {}
         self._starting = self._computing = 0.0  # seconds of an undisturbed run
         self._hosts: Hosts | None = None
-        self._kinds: dict[str, Callable[[Start], object]] = {
-            "rank killed": lambda start: self._signal(start, signal.SIGKILL, 1),
-            "two ranks killed": lambda start: self._signal(start, signal.SIGKILL, 2),
-            "rank stopped": lambda start: self._signal(start, signal.SIGSTOP, 1),
-            "all ranks killed": lambda start: self._signal(start, signal.SIGKILL, RANKS),
-            "mpiexec killed": lambda start: start.launcher.kill(),
-            "warned": lambda start: start.launcher.send_signal(signal.SIGUSR1),
-            "told to end": lambda start: start.launcher.send_signal(signal.SIGTERM),
+        files = self._files
+        self._kinds = {
+            "rank killed": _signalled(lambda start: self._signal(start, signal.SIGKILL, 1)),
+            "two ranks killed": _signalled(lambda start: self._signal(start, signal.SIGKILL, 2)),
+            STOPPED: _signalled(lambda start: self._signal(start, signal.SIGSTOP, 1)),
+            "all ranks killed": _signalled(lambda start: self._signal(start, signal.SIGKILL, RANKS)),
+            "mpiexec killed": _signalled(lambda start: start.launcher.kill()),
+            "warned": _signalled(lambda start: start.launcher.send_signal(signal.SIGUSR1)),
+            "told to end": _signalled(lambda start: start.launcher.send_signal(signal.SIGTERM)),
+            "output moved": Kind(lambda start: files.move(start.job.output), MOVED),
+            "output deleted": Kind(lambda start: files.delete(start.job.output), MOVED),
+            "journal damaged": Kind(lambda start: files.flip_bits(start.job.output), MOVED),
+            "model edited": Kind(self._edit_model, EDITED),
+            "model touched": Kind(lambda start: files.touch(start.job.model), DONE),
         }
 
     def run(self, disturbances: int) -> Counts:
@@ -172,32 +156,43 @@ class Chaos:
             self._undisturbed()
             job = self._next_job()
             while (left := disturbances - self.counts.disturbances.total()) > 0:
+                self._damage(job)
+                if self._random.random() < 1 / len(self._kinds):
+                    self._refused(job)
                 self._disturbed(job, left)
                 if finished(job.output) is not None:
                     self._check(job)
                     job = self._next_job()
-            while finished(job.output) is None:
+            if finished(job.output) is None:
                 self._end(self._start(job))
             self._check(job)
         return self.counts
 
     def _undisturbed(self) -> None:
         """Run both models' jobs without disturbing them, and see how long one takes."""
-        words = [sys.executable, "-m", "mpillm", "pack", CHAT, self._packed, "--weights", "f32"]
+        words: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "mpillm",
+            "pack",
+            CHAT,
+            self._packed,
+            "--weights",
+            "f32",
+        ]
         assert run_bounded(words, env=clean_environment()).returncode == 0
-        for model in (self._packed, CHAT):
+        for model in (self._packed, self._plain):
+            for stages, shards in LAYOUTS:
+                self._sizes[model, stages, shards] = _sizes(model, stages, shards)
             begun = time.monotonic()
-            job = Job(model, self._reference(model), VARIATIONS[0])
-            assert self._start(job).launcher.wait() == 0, self._log.read_text()
+            job = Job(model, self._reference(model))
+            assert self._start(job, 2, 2).launcher.wait() == 0, self._log.read_text()
             took = time.monotonic() - begun
-        report = json.loads((self._reference(CHAT) / "report.json").read_text())
+        report = json.loads((self._reference(self._plain) / "report.json").read_text())
         self._starting, self._computing = took - report["seconds"], report["seconds"]
-        ranks = report["ranks"]
-        self._sizes["weights"] = int(WEIGHTS * max(rank["weights"]["share"] for rank in ranks))
-        self._sizes["kv"] = KV_BLOCKS * max(rank["kv"]["bytes"] // rank["kv"]["blocks"] for rank in ranks)
 
     def _length(self, job: Job) -> float:
-        """About how many seconds a start takes, with what is left to be done."""
+        """About how many seconds a start on four ranks takes, with what is left to be done."""
         done = _size(job.output / JOURNAL) / _size(self._reference(job.model) / JOURNAL)
         return self._starting + self._computing * max(0.0, 1 - done)
 
@@ -205,9 +200,8 @@ class Chaos:
         return self._folder / f"undisturbed-{model.parent.name}"
 
     def _next_job(self) -> Job:
-        """A new job: one of the models, in one of the variations, into a directory of its own."""
-        settings = tuple(setting.format(**self._sizes) for setting in self._random.choice(VARIATIONS))
-        return Job(self._random.choice((CHAT, self._packed)), self._disk / str(self.counts.jobs), settings)
+        """A new job: one of the models, into a directory of its own."""
+        return Job(self._random.choice((self._plain, self._packed)), self._disk / str(self.counts.jobs))
 
     @contextlib.contextmanager
     def _network(self) -> Iterator[None]:
@@ -219,24 +213,32 @@ class Chaos:
             yield
             return
         with Hosts(self._folder, 2).up() as self._hosts:
-            self._kinds[CUT] = self._cut
+            self._kinds[CUT] = _signalled(self._cut)
             yield
 
     @contextlib.contextmanager
     def _small_disk(self) -> Iterator[None]:
         """A disk that can be filled, where this user may mount one."""
-        words = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", self._disk]
+        words: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", self._disk]
         if os.geteuid() or run_bounded(words).returncode:
             self._say("no tmpfs can be mounted here: disks are not filled")
             yield
             return
-        self._kinds["disk full"] = self._fill_disk
+        self._kinds["disk full"] = _signalled(lambda start: self._fill_disk())
+        self._kinds["disk full for the results"] = Kind(self._leave_too_little, MOVED)
         try:
             yield
         finally:
             run_bounded(["umount", "--lazy", self._disk])
 
-    def _launcher(self, on_hosts: bool, ulfm: bool) -> list[str | Path]:
+    def _settings(self, job: Job, stages: int, shards: int) -> list[str]:
+        """The layout, and one of the variations."""
+        weights, kv = self._sizes[job.model, stages, shards]
+        varied = self._random.choice(VARIATIONS)
+        layout = [f"layout.stages={stages}", f"layout.shards={shards}"]
+        return layout + [setting.format(weights=weights, kv=kv) for setting in varied]
+
+    def _launcher(self, ranks: int, on_hosts: bool, ulfm: bool) -> list[str | Path]:
         """mpiexec: here, or from the first host with half of the ranks on each."""
         words: list[str | Path] = [self._mpi.mpiexec]
         if on_hosts:
@@ -245,12 +247,14 @@ class Chaos:
             hostfile.write_text("".join(f"{NETWORK}.{number} slots={RANKS // 2}\n" for number in (1, 2)))
             words = self._hosts.launcher(self._mpi, hostfile)
             words += ["-x", "MPILLM_DEADLINE", "-x", "PYTHONPATH"]
-        return [*words, *(["--with-ft", "ulfm"] if ulfm else []), "-n", str(RANKS)]
+        return [*words, *(["--with-ft", "ulfm"] if ulfm else []), "-n", str(ranks)]
 
-    def _start(self, job: Job, on_hosts: bool = False, ulfm: bool = False) -> Start:
+    def _start(
+        self, job: Job, stages: int = 1, shards: int = 1, on_hosts: bool = False, ulfm: bool = False
+    ) -> Start:
         self.counts.starts += 1
-        words = [*self._launcher(on_hosts, ulfm), sys.executable]
-        words += command(self._input, job.output, *job.settings, model=job.model)
+        words = [*self._launcher(stages * shards, on_hosts, ulfm), sys.executable]
+        words += command(self._input, job.output, *self._settings(job, stages, shards), model=job.model)
         env = self._mpi.environment(MPILLM_DEADLINE=str(WITH_ULFM if ulfm else DEADLINE))
         if on_hosts and self._hosts:
             kept = ("HOME", "PATH", "PYTHONPATH", "MPILLM_DEADLINE", *self._mpi.env)
@@ -265,41 +269,77 @@ class Chaos:
                 stderr=log,
                 start_new_session=True,
             )
-        return Start(launcher, job.output, on_hosts, said)
+        return Start(launcher, job, on_hosts, said)
+
+    def _damage(self, job: Job) -> None:
+        """Perhaps, flip bits of the journal between two starts."""
+        if self._random.random() < FLIPS and self._files.flip_bits(job.output):
+            self._count("journal damaged between starts")
+
+    def _refused(self, job: Job) -> None:
+        """A start with an edited model, if the job has begun."""
+        if _size(job.output / JOURNAL) == 0:
+            return
+        edited = self._files.edit(job.model)
+        self._count("model edited between starts", edited)
+        start = self._start(job)
+        self._end(start, frozenset({JobError.exit_code}))
+        self._files.undo()
 
     def _disturbed(self, job: Job, most: int) -> None:
         """A start that is disturbed once; or, where ranks may die in it, up to `most` times."""
-        ulfm = self._mpi.name == "openmpi" and self._random.random() < 0.5
-        kind = self._next_kind(ulfm)
-        latest = self._length(job) * (TWO_HOSTS if kind == CUT else EARLIER if ulfm else LATEST)
-        start = self._start(job, kind == CUT, ulfm)
-        pause = self._random.uniform(0, latest)
-        if ulfm and self._random.random() < WHILE_COMPUTING:
-            self._until_it_computes(start)
-            pause = self._random.uniform(0, AGAIN * self._computing)
+        ulfm = self._mpi.name == "openmpi" and self._random.random() < ULFM
+        name = self._next_kind(ulfm)
+        kind = self._kinds[name]
+        if ulfm or name == CUT:
+            latest = self._length(job) * (TWO_HOSTS if name == CUT else EARLIER)
+            start = self._start(job, 2, 2, name == CUT, ulfm)
+            pause = self._random.uniform(0, latest)
+            if self._random.random() < WHILE_COMPUTING:
+                self._until_it_computes(start)
+                pause = self._random.uniform(0, AGAIN * self._computing)
+        else:
+            start = self._start(job, *self._random.choice(LAYOUTS[ALONE:] if name == STOPPED else LAYOUTS))
+            if kind.while_computing or self._random.random() > WHILE_STARTING:
+                self._until_some_is_computed(start)
+                pause = self._random.uniform(0, JITTER)
+            else:
+                pause = self._random.uniform(0, self._starting)
         for number in range(1, most + 1):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 start.launcher.wait(pause)
             if start.launcher.poll() is not None:
-                self._decks[ulfm].append(kind)
+                self._decks[ulfm].append(name)
                 break
-            name = f"{kind}, with ULFM" if ulfm else kind
-            self.counts.disturbances[name] += 1
-            self._say(f"{self.counts.disturbances.total()}: {name} after {pause:.1f} s")
+            told = f"{name}, with ULFM" if ulfm else name
+            self._count(told, f"{pause:.1f} s")
             start.since = time.monotonic()
-            self._kinds[kind](start)
-            if not ulfm or kind not in CARRIED or not self._goes_on(start, name) or number == most:
+            kind.do(start)
+            if not ulfm or name not in CARRIED or not self._goes_on(start, told) or number == most:
                 break
-            kind = self._next_kind(ulfm, among_hosts=False)
+            name = self._next_kind(ulfm, among_hosts=False)
+            kind = self._kinds[name]
             pause = self._random.uniform(0, AGAIN * self._computing)
-        self._end(start)
+        self._end(start, kind.codes if start.since else DONE)
         self.counts.codes[start.launcher.returncode] += 1
+        self._files.undo()
         (self._disk / "filler").unlink(missing_ok=True)
+
+    def _count(self, kind: str, how: str = "") -> None:
+        self.counts.disturbances[kind] += 1
+        self._say(f"{self.counts.disturbances.total()}: {kind} {how}")
+
+    def _until_some_is_computed(self, start: Start) -> None:
+        """Or has ended; some is a random part of what is left."""
+        whole, done = _size(self._reference(start.job.model) / JOURNAL), _size(start.job.output / JOURNAL)
+        until = max(done, 1) + self._random.random() * max(whole - done, whole // 10)
+        while _size(start.job.output / JOURNAL) < until and start.launcher.poll() is None:
+            time.sleep(LOOK)
 
     def _until_it_computes(self, start: Start) -> None:
         """Or has ended: ranks cannot die before without ending the run, and starting takes most of the time."""
-        size = _size(start.output / JOURNAL)
-        while _size(start.output / JOURNAL) <= size and start.launcher.poll() is None:
+        size = _size(start.job.output / JOURNAL)
+        while _size(start.job.output / JOURNAL) <= size and start.launcher.poll() is None:
             time.sleep(LOOK)
 
     def _said(self, start: Start) -> bytes:
@@ -323,46 +363,52 @@ class Chaos:
             if told:
                 self.counts.at_work_again.setdefault(kind, []).append(waited)
             # The rank had nothing to do any more, or more than one loss is told of at once.
-            grown = waited > SURELY_LATER and size and _size(start.output / JOURNAL) > size
+            grown = waited > SURELY_LATER and size and _size(start.job.output / JOURNAL) > size
             if told or grown:
                 self.counts.longest = max(self.counts.longest, waited)
                 return True
             if waited > SURELY_LATER:
-                size = size or _size(start.output / JOURNAL)
+                size = size or _size(start.job.output / JOURNAL)
             time.sleep(LOOK)
         return False
 
-    def _end(self, start: Start) -> None:
-        """Wait for mpiexec and all its ranks. Behind a cut cable mpiexec may wait for ever; its ranks may not."""
+    def _end(self, start: Start, codes: frozenset[int] | None = DONE) -> None:
+        """Wait for mpiexec and all its ranks. Behind a cut cable mpiexec may wait for ever; its ranks may not.
+
+        It ends with one of `codes`; None: anything but an error.
+        """
         launcher, begun = start.launcher, start.since or time.monotonic()
-        if not start.on_hosts and start.since:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                launcher.wait(max(0.0, begun + AFTER_THE_END - time.monotonic()))
+        alive, size, killed = begun, 0, False
         while (left := self._left(start)) or (launcher.poll() is None and not start.on_hosts):
             if start.on_hosts and all(_is_launcher(process) for process in left):
                 break
-            waited = time.monotonic() - begun
-            if start.since and waited > AFTER_THE_END and finished(start.output) is not None:
+            if (now := _size(start.job.output / JOURNAL)) != size:  # what it was disturbed by did not end it
+                alive, size = time.monotonic(), now
+            waited = time.monotonic() - alive
+            if start.gone and waited > AFTER_THE_END and finished(start.job.output) is not None:
                 self.counts.after_the_end += 1  # stopped on its last lines: nothing is lost by that
-                _kill(start, left)
-                break
-            if start.since and waited > PATIENCE:
+                killed = True
+            elif start.since and waited > PATIENCE:
                 self.counts.orphans += max(len(left), 1)
                 self._say(f"WRONG: {left} still there after {waited:.0f} s\n{self._last_words()}")
+                killed = True
+            if killed:
                 _kill(start, left)
                 break
             time.sleep(0.05)
         if start.since:
             seconds = time.monotonic() - begun
-            self.counts.longest = max(self.counts.longest, seconds)
+            self.counts.longest = max(self.counts.longest, time.monotonic() - alive)
             self._say(f"   ended after {seconds:.1f} s, mpiexec with {launcher.poll()}")
         if start.on_hosts:
             self._restore()
-        if launcher.wait() == CRASHED:
+        code = launcher.wait()
+        if code == CRASHED:
             self.counts.crashes += 1
             self._say(f"WRONG: an error nobody foresaw\n{self._last_words()}")
-        if launcher.returncode == JobError.exit_code:
-            raise ChaosError(f"The job was refused (seed {self.counts.seed}).\n{self._last_words()}")
+        elif not killed and (code == JobError.exit_code if codes is None else code not in codes):
+            self.counts.other_codes += 1
+            self._say(f"WRONG: exit code {code}\n{self._last_words()}")
 
     def _restore(self) -> None:
         """What is left of MPI itself on the hosts is ended, as its owner would, and the cable is mended."""
@@ -383,25 +429,29 @@ class Chaos:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if str(start.output) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                if str(start.job.output) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
     def _check(self, job: Job) -> None:
         """Compare a job that has come to its end with the undisturbed one."""
         self.counts.jobs += 1
-        answers = Counter(json.loads(line)["custom_id"] for line in _lines(job.output / RESULTS[0]))
+        written = (job.output / RESULTS[0]).exists()
+        answers = Counter(
+            json.loads(line)["custom_id"] for line in (_lines(job.output / RESULTS[0]) if written else ())
+        )
         asked = {json.loads(line)["custom_id"] for line in _lines(self._input)}
         lost, twice = len(asked - set(answers)), sum(count > 1 for count in answers.values())
         differing = [
             name
             for name in RESULTS
-            if (job.output / name).read_bytes() != (self._reference(job.model) / name).read_bytes()
+            if not written
+            or (job.output / name).read_bytes() != (self._reference(job.model) / name).read_bytes()
         ]
         self.counts.lost += lost
         self.counts.twice += twice
         self.counts.differing += len(differing)
-        about = f"{job.output.name}: {REQUESTS} requests ({job.model.parent.name}, {' '.join(job.settings)})"
+        about = f"{job.output.name}: {REQUESTS} requests ({job.model.parent.name})"
         if lost or twice or differing:
             kept = shutil.copytree(job.output, Path(tempfile.mkdtemp(prefix="chaos-wrong-")) / "output")
             self._say(f"WRONG: {about}: {lost} lost, {twice} twice, not the same: {differing}; see {kept}")
@@ -426,10 +476,33 @@ class Chaos:
                 rank.send_signal(number)
                 start.gone += 1
 
-    def _fill_disk(self, _start: Start) -> None:
-        with contextlib.suppress(OSError), (self._disk / "filler").open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+    def _edit_model(self, start: Start) -> None:
+        self._say(f"   {self._files.edit(start.job.model)}")
+
+    def _leave_too_little(self, start: Start) -> None:
+        """Fill the disk so that what is computed fits and the results do not, or not all of them."""
+        reference, output = self._reference(start.job.model), start.job.output
+        left = max(_size(reference / JOURNAL) - _size(output / JOURNAL), 0)
+        self._fill_disk(left + self._random.randrange(sum(_size(reference / name) for name in RESULTS)))
+
+    def _fill_disk(self, leave: int = 0) -> None:
+        found = os.statvfs(self._disk)
+        nbytes = max(found.f_bavail * found.f_frsize - leave, 0)
+        with contextlib.suppress(OSError), (self._disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+
+
+def _sizes(model: Path, stages: int, shards: int) -> tuple[int, int]:
+    """Bytes of weights and of the KV cache that a start with little memory gets."""
+    layout = [f"layout.stages={stages}", f"layout.shards={shards}"]
+    job = spec.load(None, layout, model=str(model), input="in", output="out")
+    ranks = plan.make(job, stages * shards).ranks
+    weights = max(max(int(WEIGHTS * rank.weights_share), rank.weights_least) for rank in ranks)
+    return weights, KV_BLOCKS * KV_BLOCK * max(rank.kv_token for rank in ranks)
+
+
+def _signalled(do: Callable[[Start], object]) -> Kind:
+    return Kind(do, while_computing=False)
 
 
 def _kill(start: Start, left: list[psutil.Process]) -> None:

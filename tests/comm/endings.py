@@ -128,7 +128,8 @@ def waiting(world: World) -> int:
 
 
 def threads(world: World) -> int:
-    chosen = world.limit_threads(os.environ.get("ASKED", "auto"))
+    chosen = world.threads(os.environ.get("ASKED", "auto"))
+    world.limit_threads(chosen)
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
     print(f"{chosen} {policy} {world.nodes.ranks_here} {world.nodes.cores_here}\n", end="", flush=True)
     print(*world.nodes.bindings, sep="\n", end="", flush=True)

@@ -17,7 +17,7 @@ from mpillm.cli import main
 from mpillm.comm.world import World
 
 
-def die(point: str, owner: type, method: str) -> None:
+def die(point: str, owner: Any, method: str) -> None:
     """Have this rank die, if the plan says so, when `owner.method` is called."""
     for rank, at, count, number in (item.split(":") for item in sys.argv[1].split(",")):
         if at == point and rank == os.environ["OMPI_COMM_WORLD_RANK"]:
@@ -39,10 +39,10 @@ def die(point: str, owner: type, method: str) -> None:
 def run(world: World, *args: Any) -> Any:
     """What computes is loaded only when the program's threads are known."""
     from mpillm.engine.engine import Worker
-    from mpillm.run.runner import Leader
+    from mpillm.run import outcome
 
     die("step", Worker, "step")
-    die("write", Leader, "write")
+    die("write", outcome, "write")
     return threads(world, *args)
 
 

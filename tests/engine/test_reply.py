@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpillm.engine.adjust import bits
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
-from mpillm.engine.sampler import Candidates, inverse_temperature
-from mpillm.engine.step import NO_IDS, Chunk, Fetch, Step
+from mpillm.engine.sampler import FORBIDDEN, Candidates, inverse_temperature
+from mpillm.engine.step import NO_IDS, Chunk, Fetch, Shifts, Step
 
 VOCAB, PANELS, WIDTH = 160, 8, 3
 
 
 def step() -> Step:
-    """A part of every kind: scored, drawn, greedy, penalised, and one that is only read."""
+    """A part of every kind: scored, drawn, greedy, adjusted, and one that is only read."""
     ids = lambda *values: np.array(values, np.int32)  # noqa: E731
+    floats = lambda *values: np.array(values, np.float32)  # noqa: E731
     parts = [
         Chunk(0, ids(5, 6, 7), NO_IDS, score_k=2, successor=159),
         Chunk(9, ids(1), NO_IDS, sample_k=128, temperature=0.7),
@@ -25,6 +27,17 @@ def step() -> Step:
         Chunk(0, ids(3, 4), NO_IDS),
         Chunk(9, ids(1), NO_IDS, sample_k=4, logprobs=3, penalty=1.5, seen=ids(*range(0, VOCAB, 3))),
         Chunk(9, ids(1), NO_IDS, score_k=0, successor=20, sample_k=30, temperature=2.0, logprobs=0),
+        Chunk(
+            9,
+            ids(8),
+            NO_IDS,
+            sample_k=40,
+            temperature=0.6,
+            penalty=1.5,
+            seen=ids(*range(0, VOCAB, 3)),
+            shifts=Shifts(ids(3, 4, 159), floats(2, -5, 100), floats(-1.5, 0, -0.25)),
+            allowed=bits(frozenset(range(2, VOCAB, 2)) | {3, 159}, VOCAB),
+        ),
     ]
     return Step(7, tuple(parts))
 
@@ -61,7 +74,7 @@ def same(one: Candidates, other: Candidates) -> bool:
 
 
 def rows() -> np.ndarray:
-    logits = np.random.default_rng(1).normal(0, 3, (9, VOCAB)).astype(np.float32)
+    logits = np.random.default_rng(1).normal(0, 3, (10, VOCAB)).astype(np.float32)
     logits[:, 40:44] = logits[:, 120:124]  # ties across shards
     return logits
 
@@ -70,12 +83,18 @@ def test_one_shard_gives_what_the_logits_say() -> None:
     logits = rows()
     outputs = step().outputs
     merged = merge(answers(1, logits)[1], outputs, [VOCAB])
-    assert [output.row for output in outputs] == [0, 1, 2, 3, 4, 7, 7, 8, 8]
+    assert [output.row for output in outputs] == [0, 1, 2, 3, 4, 7, 7, 8, 8, 9]
     for output, found in zip(outputs, merged, strict=True):
         raw, part = logits[output.row], step().chunks[output.chunk]
         values = raw.copy()
-        if output.penalised:
-            values[part.seen] = np.where(raw > 0, raw / np.float32(1.5), raw * np.float32(1.5))[part.seen]
+        if output.adjusted:
+            if len(part.allowed):
+                kept = [*range(2, VOCAB, 2), 3, 159]
+                values[np.setdiff1d(np.arange(VOCAB), kept)] = FORBIDDEN
+            values[part.shifts.ids] += part.shifts.before
+            penalised = np.where(values > 0, values / np.float32(1.5), values * np.float32(1.5))
+            values[part.seen] = penalised[part.seen]
+            values[part.shifts.ids] += part.shifts.after
         order = np.lexsort((np.arange(VOCAB), -values))[: output.k]
         assert found.ids.tolist() == order.tolist()
         assert found.values.tolist() == values[order].tolist()

@@ -8,22 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.engine import step as messages
-from mpillm.engine.step import HEADER, Chunk, Fetch, Hidden, Kind, Step, Table
+from mpillm.engine.step import HEADER, Chunk, Fetch, Hidden, Kind, Shifts, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import first_kept
 
+MASKS = [np.array(words, np.int32) for words in ([1, -1, 7], [0, 0, 1])]
 ONE_BLOCK = (Table(0, np.zeros(1, np.int32)),)
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     windows = draw(st.lists(st.sampled_from([0, 1, 20, 33, 64]), max_size=3))
-    parts = draw(st.lists(_parts(windows), min_size=1, max_size=8))
-    return Step(draw(st.integers(0, 2**32 - 1)), tuple(parts))
+    chunks = draw(st.lists(_chunks(windows), min_size=1, max_size=8))
+    return Step(draw(st.integers(0, 2**32 - 1)), tuple(chunks))
 
 
 @st.composite
-def _parts(draw: st.DrawFn, windows: list[int]) -> Chunk:
+def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
     count = draw(st.integers(1, 70))
     start = draw(st.integers(0, 100))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -41,41 +42,52 @@ def _parts(draw: st.DrawFn, windows: list[int]) -> Chunk:
         temperature=draw(st.floats(0, 10, width=32)),
         penalty=draw(st.sampled_from([1.0, 1.25])),
         seen=ids(draw(st.integers(0, 9))),
+        shifts=_shifts(rng, draw(st.integers(0, 5))),
+        allowed=draw(st.sampled_from([messages.NO_IDS, *MASKS])),
         hidden=draw(st.sampled_from(Hidden)),
     )
+
+
+def _shifts(rng: np.random.Generator, count: int) -> Shifts:
+    ids = rng.integers(0, 50_000, count).astype(np.int32)
+    return Shifts(ids, *rng.normal(0, 9, (2, count)).astype(np.float32))
 
 
 @given(steps())
 def test_round_trip(step: Step) -> None:
     message = step.encode()
     integers = 0
-    for part in step.chunks:
-        integers += 10 + len(part.tokens) + len(part.seen)
-        integers += sum(2 + len(table.blocks) for table in part.tables)
-    assert HEADER.size == 28
-    assert len(message) == 28 + 4 * integers
+    for chunk in step.chunks:
+        integers += 13 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
+        integers += sum(2 + len(table.blocks) for table in chunk.tables)
+    masks = {chunk.allowed.tobytes() for chunk in step.chunks} - {b""}
+    assert HEADER.size == 40
+    assert len(message) == 40 + 4 * integers + sum(map(len, masks))
     assert messages.kind_of(message) is Kind.STEP
     back = Step.decode(message)
     assert back.encode() == message
     assert back.outputs == step.outputs
+    for chunk, other in zip(step.chunks, back.chunks, strict=True):
+        assert np.array_equal(chunk.allowed, other.allowed)
+        assert all(map(np.array_equal, chunk.shifts, other.shifts))
     assert np.array_equal(back.hidden_rows(), step.hidden_rows())
     batch, other = step.batch(), back.batch()
     for name in ("tokens", "positions", "offset", "first_rows", "slots"):
         assert np.array_equal(getattr(batch, name), getattr(other, name))
-    assert batch.slots.tolist() == [part.slot for part in step.chunks]
-    rows = [(part, part.start + i) for part in step.chunks for i in range(len(part.tokens))]
+    assert batch.slots.tolist() == [chunk.slot for chunk in step.chunks]
+    rows = [(chunk, chunk.start + i) for chunk in step.chunks for i in range(len(chunk.tokens))]
     assert batch.positions.tolist() == [position for _, position in rows]
-    assert [rows[row] for row in batch.first_rows] == [(part, part.start) for part in step.chunks]
+    assert [rows[row] for row in batch.first_rows] == [(chunk, chunk.start) for chunk in step.chunks]
     assert np.array_equal(batch.offset, batch.positions % KV_BLOCK)
     assert len(batch.groups) == len(other.groups) == len(step.chunks[0].tables)
     for number, (group, same) in enumerate(zip(batch.groups, other.groups, strict=True)):
         assert np.array_equal(group.block, same.block)
         assert group.table_start.min() >= 0
         assert group.table[group.padding :].tolist() == [
-            block for part in step.chunks for block in part.tables[number].blocks
+            block for chunk in step.chunks for block in chunk.tables[number].blocks
         ]
-        for row, (part, position) in enumerate(rows):
-            first, blocks = part.tables[number]
+        for row, (chunk, position) in enumerate(rows):
+            first, blocks = chunk.tables[number]
             assert group.block[row] == blocks[position // KV_BLOCK - first]
             for index in range(first, position // KV_BLOCK + 1):
                 assert group.table[group.table_start[row] + index] == blocks[index - first]
@@ -111,13 +123,26 @@ def test_what_is_no_message_is_refused() -> None:
     with pytest.raises(ValueError, match="shorter than its header"):
         messages.kind_of(step[:20])
     with pytest.raises(ValueError, match="starts with 0x00000000"):
-        messages.kind_of(bytes(28))
+        messages.kind_of(bytes(40))
     with pytest.raises(ValueError, match="does not match its header"):
         Step.decode(step[:-4])
     with pytest.raises(ValueError, match="does not match its header"):
         Fetch.decode(Fetch(1, (1, 2), 3).encode()[:-4])
-    # Tokens, blocks, start and first block of the only chunk.
-    for at, wrong in ((1, 4), (1, -3), (11, 2), (11, -1), (0, -1), (0, 30), (10, 1), (10, -1)):
+    # Tokens, blocks, start, first block, shifts and mask of the only chunk.
+    wrongs = (
+        (1, 4),
+        (1, -3),
+        (14, 2),
+        (14, -1),
+        (0, -1),
+        (0, 30),
+        (13, 1),
+        (13, -1),
+        (9, 1),
+        (10, 0),
+        (10, -2),
+    )
+    for at, wrong in wrongs:
         words = np.frombuffer(step, "<i4").copy()
         words[HEADER.size // 4 + at] = wrong
         with pytest.raises(ValueError, match=r"do not match its header|lie outside its blocks"):

@@ -27,10 +27,10 @@ def world() -> Iterator[World]:
     """The world of all ranks that mpiexec has started."""
     world = start()
     assert (world.rank, world.size) == (RANK, SIZE)
-    world.meet()
+    world.start_heartbeat()
     yield world
     world.barrier()
-    world.part()
+    world.stop_heartbeat()
 
 
 @pytest.hookimpl(trylast=True)  # after the reporter was made

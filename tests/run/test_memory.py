@@ -21,63 +21,13 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
 from mpillm.run import plan
-from mpillm.run.input_memory import COPIES, LINE, WRITTEN, input_bytes
-from mpillm.store import report
+from mpillm.run.input_memory import CHAT, COPIES, LINE, NAMES, PROMPT, TEMPLATE, WRITTEN, input_bytes
+from mpillm.store import report, report_page
 from tests.conftest import Mpi, run_bounded
-from tests.model.golden import model_path
+from tests.run.cgroups import CGROUPS, SPARE, Cgroup
 
 SHAPE = synthetic.Shape("llama", 1024, 16, 16, 4, 64, 4096, 16_000)  # 140 MiB in Q4_0
 MIXTURE = synthetic.Shape("qwen3moe", 1024, 1, 16, 4, 64, 1024, 16_000, 16, 4)
-SPARE = 1.1
-CGROUPS = Path("/sys/fs/cgroup")
-
-
-class Cgroup:
-    """A memory cgroup below this process's own, of version 1 or 2."""
-
-    def __init__(self) -> None:
-        """OSError if there is none, or not for us."""
-        own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
-        first = next((path for names, path in own.items() if "memory" in names.split(",")), None)
-        self.first = first is not None
-        parent = CGROUPS / "memory" / first[1:] if first else CGROUPS / own[""][1:]
-        self.path = parent / f"mpillm-test-{os.getpid()}"
-        self.path.mkdir()
-        if not self.file("max").exists():
-            self.path.rmdir()
-            raise OSError("the memory controller is not delegated to this cgroup")
-
-    def file(self, what: str) -> Path:
-        names = {
-            "max": "memory.limit_in_bytes",
-            "peak": "memory.max_usage_in_bytes",
-            "kills": "memory.oom_control",
-        }
-        later = {"max": "memory.max", "peak": "memory.peak", "kills": "memory.events"}
-        return self.path / (names if self.first else later)[what]
-
-    def limit(self, nbytes: int) -> None:
-        self.file("max").write_text(str(nbytes))
-
-    def kills(self) -> int:
-        lines = (line.split() for line in self.file("kills").read_text().splitlines())
-        return int(dict(lines)["oom_kill"])
-
-    def swapped(self) -> int:
-        if not self.first:
-            return int((self.path / "memory.swap.current").read_text())
-        lines = (line.split() for line in (self.path / "memory.stat").read_text().splitlines())
-        return int(dict(lines).get("swap", 0))
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Cgroup]:
-    try:
-        made = Cgroup()
-    except (OSError, KeyError) as error:
-        pytest.skip(f"no memory cgroup can be made here (root can, mostly): {error}")
-    yield made
-    made.path.rmdir()
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +95,7 @@ def test_a_slow_disk_is_seen_in_the_report(models: dict[str, Path], tmp_path: Pa
     assert least / 4 < rank.seconds["weights"] < made.seconds, "what is not computed meanwhile is waited for"
     assert rank.seconds["weights"] == rank.weights["stall_seconds"]
     assert f"{100 * made.waited_for_weights():.0f} % of the time was waited for them." in "".join(
-        report.summary(made)
+        report_page.summary(made)
     )
 
 
@@ -274,13 +224,14 @@ EACH = LINE + WRITTEN
 ASKED = [
     ("", 0),
     ("a", EACH),
-    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH),
-    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * 72 * 128),
-    ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * 4 * 64),
+    (f'{{"custom_id": "{"n" * 500}", "max_tokens": 0}}', EACH + NAMES * sys.getsizeof("n" * 500)),
+    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH + 3 * PROMPT),
+    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * (72 * 128 + 3 * PROMPT)),
+    ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * (4 * 64 + 5 * PROMPT)),
     ('{"body": {"prompt": "a", "max_tokens": 9, "n": 3, "logprobs": 2}}',
-     EACH + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * 120)),
+     EACH + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * 120) + 3 * 3 * PROMPT),
     ('{"messages": [], "max_tokens": 100, "n": 1000, "logprobs": true, "top_logprobs": 20}',
-     EACH + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * 120)),
+     EACH + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * 120) + 1000 * 2 * PROMPT + TEMPLATE + 84 * CHAT),
 ]  # fmt: skip
 
 
@@ -291,34 +242,3 @@ def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> Non
     assert input_bytes(job, 64, 4) == 0
     (tmp_path / "in.jsonl").write_text(text)
     assert input_bytes(job, 64, 4) == nbytes
-
-
-@pytest.mark.mpiexec
-def test_many_choices_with_many_log_probabilities(openmpi: Mpi, tmp_path: Path) -> None:
-    """A long answer is in the plan, and the run keeps to it to its end."""
-    line = {
-        "messages": [{"role": "user", "content": "the fox"}], "n": 256, "max_tokens": 100, "ignore_eos": True,
-        "temperature": 1.0, "logprobs": True, "top_logprobs": 20,
-    }  # fmt: skip
-    (tmp_path / "in.jsonl").write_text(json.dumps(line))
-    places = {
-        "model": str(model_path("chat")),
-        "input": str(tmp_path / "in.jsonl"),
-        "output": str(tmp_path / "out"),
-    }
-    settings = ["memory.kv=4MiB"]
-    (planned,) = plan.make(spec.load(None, settings, **places), 1).ranks
-    arguments = [*(f"--set={setting}" for setting in settings), *(f"--{k}={v}" for k, v in places.items())]
-    done = openmpi.run(1, "-c", PEAK, "run", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) <= planned.held
-
-
-PEAK = """
-import sys
-from mpillm.cli import main
-from mpillm.run import memory
-code = main(sys.argv[1:])
-print(memory.peak())
-sys.exit(code)
-"""

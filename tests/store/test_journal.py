@@ -249,7 +249,7 @@ def test_bit_rot_during_the_run_is_named(tmp_path: Path) -> None:
         raw[-1] ^= 1
         journal.path.write_bytes(raw)
         with pytest.raises(
-            OutputError, match=r"damaged at byte \d+ \(custom_id 'a'\); run the same command again"
+            Interrupted, match=r"damaged at byte \d+ \(custom_id 'a'\); run the same command again"
         ):
             journal.read("a")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpillm.errors import JobError
-from mpillm.store import report
+from mpillm.store import report, report_page
 from mpillm.store.merge import merge
 from tests.conftest import clean_environment, run_bounded
 from tests.job_helpers import CHAT
@@ -81,7 +81,7 @@ def test_parts_give_what_the_whole_gives(runs: Path, tmp_path: Path) -> None:
     assert (sums.tokens.prompt, sums.tokens.generated) == (one.tokens.prompt, one.tokens.generated)
     assert sums.errors.keys() == one.errors.keys() == {"refused"}
     assert sums.timeline[-1][1] == one.tokens.generated
-    assert report.write_html(merged)[0].is_file()
+    assert report_page.write_html(merged)[0].is_file()
 
 
 def test_ids_that_two_parts_have_get_the_names_of_their_parts(runs: Path, tmp_path: Path) -> None:

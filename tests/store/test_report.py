@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpillm.errors import JobError
-from mpillm.store import report
+from mpillm.store import report, report_page
 from mpillm.store.directory import Directory
 
 
@@ -36,7 +36,7 @@ def made(**more: Any) -> report.Report:
 
 
 def test_the_last_lines_of_a_run() -> None:
-    assert list(report.summary(made())) == [
+    assert list(report_page.summary(made())) == [
         "9 requests (4 of them by earlier runs): 8 answered, 1 ended in an error.",
         "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 of them generated.",
         "Wire bytes per token: all_reduce 6.",
@@ -46,7 +46,7 @@ def test_the_last_lines_of_a_run() -> None:
 def test_shared_tokens_are_said_and_are_no_work() -> None:
     shared = made()
     shared.tokens = report.Tokens(prompt=100, generated=50, shared=90)
-    assert list(report.summary(shared))[1:] == [
+    assert list(report_page.summary(shared))[1:] == [
         "100 prompt (90 of them shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
         "25.0 of them generated.",
         "Wire bytes per token: all_reduce 15.",
@@ -59,7 +59,7 @@ def test_what_streaming_costs_a_token() -> None:
     for rank in streamed.ranks:
         rank.weights["loaded"] = 75 * 2**20
         rank.seconds["weights"] = 1.0 / (1 + rank.rank)
-    assert list(report.summary(streamed))[2] == (
+    assert list(report_page.summary(streamed))[2] == (
         "70 steps of up to 9 sequences; weights read per token: 1.0 MiB; 50 % of the time was waited for them."
     )
 
@@ -73,7 +73,7 @@ def test_the_memory_of_ranks_that_share_a_host_is_added_up(hosts: str, more: str
         rank.host, rank.memory_peak = host, (3 - rank.rank) * 2**20
         rank.memory = {"weights": 4 * 2**20, "kv": rank.rank * 2**20}
     expected = f"Memory: at most 3.0 MiB on a rank, of 4.0 MiB that were planned{more}."
-    assert list(report.summary(run))[2] == expected
+    assert list(report_page.summary(run))[2] == expected
 
 
 def test_it_is_read_back(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     report.write(Directory(tmp_path), made(warnings=["The journal was damaged."]))
-    path, missing = report.write_html(tmp_path)
+    path, missing = report_page.write_html(tmp_path)
     assert missing == "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
     page = path.read_text()
     escaped = ("node&lt;0&gt;", "&lt;b&gt;old")
@@ -103,18 +103,18 @@ def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_plots_are_inline(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
     report.write(Directory(tmp_path), made())
-    path, missing = report.write_html(tmp_path)
+    path, missing = report_page.write_html(tmp_path)
     first = path.read_bytes()
     assert missing is None
     assert first.count(b"<svg") == 4
     assert not re.search(rb"<script|src=|href=.http", first)
-    report.write_html(tmp_path)
+    report_page.write_html(tmp_path)
     assert path.read_bytes() == first
 
 
 def test_a_directory_without_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"^There is no finished run in \S+: it has no report\.json\.$"):
-        report.write_html(tmp_path)
+        report_page.write_html(tmp_path)
     (tmp_path / "report.json").write_text('{"model": 3}')
     with pytest.raises(JobError, match=r"report\.json is not one of this mpillm: "):
         report.read(tmp_path)

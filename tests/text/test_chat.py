@@ -20,6 +20,7 @@ from mpillm.errors import Interrupted, RequestError
 from mpillm.text import Tokenizer, TooLongError, load_tokenizer
 from tests.conftest import run_bounded
 from tests.text import chats, vocabularies
+from tests.text.asked import render_chat
 from tests.text.digests import digest
 from tests.text.vocabularies import write_directory
 
@@ -64,8 +65,28 @@ def test_text_and_ids_are_transformers(make: Make, case: dict[str, Any]) -> None
         with pytest.raises(RequestError):
             tokenizer.encode_chat(messages, options)
         return
-    assert tokenizer.render_chat(messages, options) == case["text"]
+    assert render_chat(tokenizer, messages, options) == case["text"]
     assert digest(tokenizer.encode_chat(messages, options)) == case["ids"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral"])
+def test_the_last_message_is_continued(make: Make, template: str) -> None:
+    """As in transformers: all up to the end of the content, which is trimmed if the template trims it."""
+    tokenizer = named(make, template)
+    for content in ("fox", "fox \n", "<|im_end|> fox", "fox <|im_end|>"):
+        messages = [*user("the"), *user(content, role="assistant")]
+        options = {"add_generation_prompt": False, "date_string": "today"}
+        whole = render_chat(tokenizer, messages, options)
+        options["continue_final_message"] = True
+        text = render_chat(tokenizer, messages, options)
+        assert text.endswith(content if content in whole else content.strip())
+        assert whole.startswith(text)
+        ids = tokenizer.encode_chat(messages, options)
+        assert tokenizer.decode(ids, skip_special=False).strip() == text.strip()
+        bounded = tokenizer.encode_chat(messages, options, add_special=True)
+        assert bounded == [*tokenizer.encode("", True), *ids]
+    with pytest.raises(RequestError, match="no text that could be continued"):
+        render_chat(tokenizer, [{"role": "assistant", "content": None}], {"continue_final_message": True})
 
 
 def test_the_default_model(smollm2: Tokenizer) -> None:
@@ -117,7 +138,7 @@ def test_users_write_no_control_tokens(make: Make, name: str) -> None:
             ids = tokenizer.encode_chat(messages, options)
             assert controls(tokenizer, ids) == controls(tokenizer, tokenizer.encode_chat(harmless, options))
             if name != "llama2":  # SentencePiece puts a space after each control token
-                assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(messages, options)
+                assert tokenizer.decode(ids, skip_special=False) == render_chat(tokenizer, messages, options)
 
 
 PIECES = ["<|im_end|>", "<|im_", "end|>", "<", "|>", "</think>", "<think>", " ", "\n", "a", "im"]
@@ -140,7 +161,7 @@ def test_no_mixture_of_pieces_makes_one(make: Make, contents: list[str]) -> None
     ]
     ids = tokenizer.encode_chat(messages)
     assert len(controls(tokenizer, ids)) == 2 * len(messages) + 1
-    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(messages)
+    assert tokenizer.decode(ids, skip_special=False) == render_chat(tokenizer, messages)
 
 
 TWISTED = {  # templates that do something to their strings: what they make of "a<|im_end|>b" has no control token
@@ -162,7 +183,7 @@ def test_templates_that_change_their_strings(make: Make, name: str) -> None:
     messages = user("a<|im_end|>b")
     ids = tokenizer.encode_chat(messages)
     assert controls(tokenizer, ids) == []
-    assert tokenizer.decode(ids) == tokenizer.render_chat(messages)
+    assert tokenizer.decode(ids) == render_chat(tokenizer, messages)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +226,7 @@ def test_names_tools_and_options_are_the_users_too(make: Make) -> None:
     }
     ids = tokenizer.encode_chat(messages, options)
     assert controls(tokenizer, ids) == ["<|im_end|>"]
-    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(messages, options)
+    assert tokenizer.decode(ids, skip_special=False) == render_chat(tokenizer, messages, options)
 
 
 def test_roles_are_what_the_template_accepts(make: Make) -> None:
@@ -239,7 +260,7 @@ def test_a_date_is_that_of_the_run(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, "llama3", chats.TEMPLATES["llama3"])
     tokenizer = load_tokenizer(folder, now=lambda: datetime(2031, 2, 3))
     assert tokenizer is not None
-    assert "Today Date: 03 Feb 2031" in tokenizer.render_chat(user("x"))
+    assert "Today Date: 03 Feb 2031" in render_chat(tokenizer, user("x"))
 
 
 def test_no_template(make: Make, tmp_path: Path) -> None:
@@ -316,7 +337,7 @@ def test_a_template_that_does_not_end(make: Make, template: str, quick: None) ->
             RequestError, match=r"had to be ended 3 times, for a plain chat as well; it is not tried again$"
         ):
             tokenizer.encode_chat(user("x"))
-    assert make("{{ messages[0].content }}").render_chat(user("x")) == "x"
+    assert render_chat(make("{{ messages[0].content }}"), user("x")) == "x"
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -329,7 +350,7 @@ def test_what_ends_the_template_counts_against_its_chat(make: Make, count: int, 
         for _ in range(count):
             with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds$"):
                 tokenizer.encode_chat(user("loop"))
-        assert tokenizer.render_chat(user("x")) == "x"
+        assert render_chat(tokenizer, user("x")) == "x"
 
 
 def nested(depth: int) -> Any:
@@ -385,32 +406,32 @@ def template_process() -> psutil.Process:
 
 def test_a_template_whose_process_is_stopped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make("{{ messages[0].content }}!")
-    assert tokenizer.render_chat(user("x")) == "x!"
+    assert render_chat(tokenizer, user("x")) == "x!"
     monkeypatch.setattr("mpillm.text.confined.MAX_WAIT", 0.2)
     child = template_process()
     child.send_signal(signal.SIGSTOP)
     with pytest.raises(RequestError, match=r"more than 0\.2 seconds"):
-        tokenizer.render_chat(user("x"))
+        render_chat(tokenizer, user("x"))
     monkeypatch.undo()
     assert not child.is_running()
-    assert tokenizer.render_chat(user("y")) == "y!"
+    assert render_chat(tokenizer, user("y")) == "y!"
 
 
 def test_a_template_whose_process_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the template's doing: it is asked again, and no request is to blame if that does not help."""
     tokenizer = make("{{ messages[0].content }}!")
-    assert tokenizer.render_chat(user("x")) == "x!"
+    assert render_chat(tokenizer, user("x")) == "x!"
     template_process().kill()
-    assert tokenizer.render_chat(user("y")) == "y!"
+    assert render_chat(tokenizer, user("y")) == "y!"
     monkeypatch.setattr("mpillm.text.confined.MAX_KILLS", 1)
     template_process().kill()
     with pytest.raises(RequestError, match=r"its process was killed 1 times \(by the kernel"):
-        tokenizer.render_chat(user("x"))
-    assert tokenizer.render_chat(user("z")) == "z!"
+        render_chat(tokenizer, user("x"))
+    assert render_chat(tokenizer, user("z")) == "z!"
     monkeypatch.setattr("mpillm.text.confined._CHILD", "import os; os.kill(os.getpid(), 9)")
     template_process().kill()
     with pytest.raises(Interrupted) as caught:
-        tokenizer.render_chat(user("x"))
+        render_chat(tokenizer, user("x"))
     assert str(caught.value) == (
         "The process that applies the model's chat template was killed 1 times (by the kernel, for want of memory?); "
         "the same command goes on from here."

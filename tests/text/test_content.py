@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mpillm.text import Tokenizer, load_tokenizer
+from tests.text.asked import render_chat
 
 from .vocabularies import write_directory
 
@@ -65,7 +66,7 @@ def load(folder: Path, template: str) -> Tokenizer:
 )
 def test_user(template: str, content: Any, text: str, tmp_path: Path) -> None:
     tokenizer = load(tmp_path, template)
-    assert tokenizer.render_chat([message(content)]) == text
+    assert render_chat(tokenizer, [message(content)]) == text
     assert tokenizer.decode(tokenizer.encode_chat([message(content)])) == text
 
 
@@ -76,7 +77,7 @@ def test_each_role_by_itself(tmp_path: Path) -> None:
         message("hello"),
         message(parts("x", " y "), "assistant"),
     ]
-    assert tokenizer.render_chat(chat) == "<be\nbrief>hello;x;y;"
+    assert render_chat(tokenizer, chat) == "<be\nbrief>hello;x;y;"
 
 
 def test_users_write_no_control_tokens_in_parts(tmp_path: Path) -> None:
@@ -99,4 +100,4 @@ def test_users_write_no_control_tokens_in_parts(tmp_path: Path) -> None:
     ],
 )
 def test_null_is_the_templates_business(template: str, text: str, tmp_path: Path) -> None:
-    assert load(tmp_path, template).render_chat([message(None, "assistant")]) == text
+    assert render_chat(load(tmp_path, template), [message(None, "assistant")]) == text

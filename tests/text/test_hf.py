@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Core
 
 from mpillm.text import IncrementalDecoder, Tokenizer, load_tokenizer
 from tests.text import vocabularies
+from tests.text.asked import render_chat
 from tests.text.digests import digest
 from tests.text.strings import PLAIN, STRINGS
 from tests.text.vocabularies import STYLES, write_directory
@@ -133,13 +134,13 @@ def test_chat_templates_by_file_and_name(tmp_path: Path) -> None:
         {"name": "tool_use", "template": "two {{ tools | length }}"},
     ]
     change(folder, "tokenizer_config.json", chat_template=named)
-    assert load(folder).render_chat(hello) == "one"
-    assert load(folder).render_chat(hello, {"tools": [{}]}) == "two 1"
+    assert render_chat(load(folder), hello) == "one"
+    assert render_chat(load(folder), hello, {"tools": [{}]}) == "two 1"
     (folder / "chat_template.jinja").write_text("three")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("four")
-    assert load(folder).render_chat(hello) == "three"
-    assert load(folder).render_chat(hello, {"tools": [{}]}) == "four"
+    assert render_chat(load(folder), hello) == "three"
+    assert render_chat(load(folder), hello, {"tools": [{}]}) == "four"
 
 
 def test_truncation_and_padding_are_not_for_us(tmp_path: Path) -> None:

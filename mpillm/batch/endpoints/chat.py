@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
-from mpillm.batch.endpoints.generate import Generate, Logprobs, Tokens
+from mpillm.batch.endpoints.generate import Generate, Logprobs
 from mpillm.batch.endpoints.prompts import encoded
+from mpillm.batch.endpoints.sampling import Tokens
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
@@ -23,13 +25,20 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
     key: ClassVar[str] = "messages"
     id_prefix: ClassVar[str] = "chatcmpl"
     kind: ClassVar[str] = "chat.completion"
-    starts_text: ClassVar[bool] = True
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+
+    @property
+    def starts_text(self) -> bool:
+        return not self.continue_final_message
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         if self.top_logprobs and not self.logprobs:
@@ -38,21 +47,50 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
         if not model.text.has_chat:
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
-        encode = partial(model.text.encode_chat, _messages(self.messages), self.chat_template_kwargs)
+        encode = partial(
+            model.text.encode_chat,
+            _messages(self.messages),
+            self._options(),
+            add_special=bool(self.add_special_tokens),
+        )
         ids = encoded(encode, "the prompt", spec, model)
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        requests = self.requests_for(custom_id, [ids], asked, spec, model, logprobs)
-        if requests[0].max_tokens == 0:
+        requests = self.requests_for(custom_id, [ids], asked, spec, model, logprobs, self.prompt_logprobs)
+        if requests[0].max_tokens == 0 and self.prompt_logprobs is None:
             raise RequestError(
                 "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"
             )
         return requests
 
-    def choice(self, work: Work, completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
+        """The variables of the template."""
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt exclude one another")
+        own = {
+            "documents": self.documents or None,
+            "add_generation_prompt": False if self.continue_final_message else self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message or None,
+        }
+        return {key: value for key, value in own.items() if value is not None} | (
+            self.chat_template_kwargs or {}
+        )
+
+    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+        body = super().response(work, completions, model)
+        if self.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self.prompt_top(completions[0], Detokenizer(model))
+        return body
+
+    def choice(
+        self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
+    ) -> dict[str, Any]:
         text, stop_reason = self.generated(work, completion, detokenizer)
+        last = self.messages[-1]
+        if self.echo and last["role"] == "assistant" and isinstance(last.get("content"), str):
+            text = last["content"] + text
         return {
-            "index": completion.request.choice,
+            "index": index,
             "message": {"role": "assistant", "content": text},
             "logprobs": {"content": _logprobs(completion, detokenizer)} if self.logprobs else None,
             "finish_reason": completion.finish_reason,

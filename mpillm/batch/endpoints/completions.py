@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from numpy.typing import ArrayLike
-
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite, offsets, with_chosen
-from mpillm.batch.endpoints.generate import Generate, Logprobs
+from mpillm.batch.endpoints.generate import Choices, Generate, Logprobs
 from mpillm.batch.endpoints.prompts import read_prompts
-from mpillm.batch.work import Column, Model, Work
+from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
@@ -21,20 +20,32 @@ class Completions(Generate, frozen=True, kw_only=True):
 
     url: ClassVar[str] = "/v1/completions"
     key: ClassVar[str] = "prompt"
-    columns: ClassVar[tuple[Column, ...]] = (
-        *Generate.columns,
-        Column("prompt_logprobs", "values", "<f4"),
-    )
     id_prefix: ClassVar[str] = "cmpl"
     kind: ClassVar[str] = "text_completion"
-    starts_text: ClassVar[bool] = False
 
     prompt: str | list[Any]
     logprobs: Logprobs | None = None
     echo: bool | None = None
-    add_special_tokens: bool | None = None
+    best_of: Choices | None = None
+
+    @property
+    def starts_text(self) -> bool:
+        return False
+
+    @property
+    def choices_per_prompt(self) -> int:
+        return max(self.best_of or 1, self.n or 1)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether some choices are not shown."""
+        return self.choices_per_prompt > (self.n or 1)
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise RequestError(
+                f"best_of is {self.best_of} and n is {self.n}; best_of cannot be the smaller one"
+            )
         prompts = read_prompts(
             "prompt", self.prompt, self.add_special_tokens, self.choices_per_prompt, spec, model
         )
@@ -44,14 +55,32 @@ class Completions(Generate, frozen=True, kw_only=True):
             self.max_tokens,
             spec,
             model,
-            self.logprobs,
-            self.logprobs if self.echo else None,
+            self.logprobs or 0 if self._chooses else self.logprobs,
+            self._scored,
         )
-        if requests[0].max_tokens == 0 and not self.echo:
+        if requests[0].max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise RequestError("max_tokens: 0 generates nothing; add echo: true to score the prompt")
         return requests
 
-    def choice(self, work: Work, completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
+    @property
+    def _scored(self) -> int | None:
+        """Alternatives to the prompt's tokens that are wanted."""
+        wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
+        return max((count for count in wanted if count is not None), default=None)
+
+    def kept(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+        """Of each prompt's `best_of` choices the `n` that have the highest log-probability per token, best first."""
+        if not self._chooses:
+            return completions
+        found: list[Completion] = []
+        for at in range(0, len(completions), self.choices_per_prompt):
+            choices = completions[at : at + self.choices_per_prompt]
+            found += sorted(choices, key=_mean_logprob, reverse=True)[: self.n or 1]
+        return found
+
+    def choice(
+        self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
+    ) -> dict[str, Any]:
         text, stop_reason = self.generated(work, completion, detokenizer)
         prompt = ""
         if self.echo:
@@ -61,20 +90,18 @@ class Completions(Generate, frozen=True, kw_only=True):
         logprobs = None
         if self.logprobs is not None:
             logprobs = self._logprobs(completion, detokenizer, prompt + gap, text)
+        shown = {}
+        if self.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = self.prompt_top(completion, detokenizer)
         return {
-            "index": completion.request.choice,
+            "index": index,
             "text": f"{prompt}{gap}{text}",
             "logprobs": logprobs,
             "finish_reason": completion.finish_reason,
             "stop_reason": stop_reason,
+            **shown,
             **self.token_ids(completion),
         }
-
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
-        found = dict(super().values(completion))
-        if completion.request.prompt_logprobs is not None:
-            found["prompt_logprobs"] = completion.prompt_logprobs
-        return found
 
     def _given(self, completion: Completion) -> str | None:
         """The prompt as the string that it came as, None if as token ids."""
@@ -97,7 +124,8 @@ class Completions(Generate, frozen=True, kw_only=True):
         )
         if self.echo:
             prompt = completion.request.prompt
-            scored = with_chosen(prompt[1:], completion.prompt_logprobs, completion.prompt_top)
+            prompt_top = [top[: self.logprobs] for top in completion.prompt_top]
+            scored = with_chosen(prompt[1:], completion.prompt_logprobs, prompt_top)
             ids = [*prompt, *ids]
             logprobs = [None, *map(finite, completion.prompt_logprobs), *logprobs]
             tops = [None, *(detokenizer.alternatives(top) for top in scored), *tops]
@@ -109,3 +137,7 @@ class Completions(Generate, frozen=True, kw_only=True):
             "top_logprobs": tops,
             "text_offset": starts,
         }
+
+
+def _mean_logprob(completion: Completion) -> float:
+    return math.fsum(completion.logprobs) / max(len(completion.logprobs), 1)

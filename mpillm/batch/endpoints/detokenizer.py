@@ -19,8 +19,8 @@ class Detokenizer:
     writes it.
     """
 
-    def __init__(self, model: Model, names_token_ids: bool = False) -> None:
-        self._text = model.text
+    def __init__(self, model: Model, names_token_ids: bool = False, skip_special: bool = True) -> None:
+        self._text, self._skip_special = model.text, skip_special
         self._names_ids = names_token_ids or model.text is None
 
     def token(self, token: int) -> str:
@@ -38,16 +38,16 @@ class Detokenizer:
         return f"token_id:{token}".encode() if self._text is None else self._text.token_bytes(token)
 
     def text(self, ids: Sequence[int], start: bool = True, final: bool = True) -> str:
-        """The text that tokens make, without special ones; `start` and `final` as in `Tokenizer.decode`."""
+        """The text that tokens make; `start` and `final` as in `Tokenizer.decode`."""
         if self._text is None:
             return " ".join(self.pieces(ids))
-        return self._text.decode(ids, start=start, final=final)
+        return self._text.decode(ids, self._skip_special, start=start, final=final)
 
     def pieces(self, ids: Sequence[int], start: bool = True) -> Iterator[str]:
         """What each token adds to the text: nothing while a character is not complete."""
         if self._text is None:
             return map(self.token, ids)
-        decoder = IncrementalDecoder(self._text, start=start)
+        decoder = IncrementalDecoder(self._text, self._skip_special, start=start)
         return map(decoder.push, ids)
 
     def echoed_pieces(self, ids: Sequence[int], given: str | None) -> Iterator[str]:

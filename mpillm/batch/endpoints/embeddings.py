@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -15,7 +15,11 @@ from mpillm.batch.endpoints.generate import CREATED
 from mpillm.batch.endpoints.prompts import check_answer, check_length, prompt_name, read_prompts
 from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
 from mpillm.engine.sequence import Completion, Request
+from mpillm.errors import RequestError
+from mpillm.model.embedding import EmbeddingSettings
 from mpillm.spec import Pooling, Spec
+
+Dimensions = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 JSON_BYTES, BASE64_BYTES = 22, 6  # of a value in an answer, at most
 
@@ -31,15 +35,27 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     pooling: Pooling | None = None
     normalize: bool | None = None
+    dimensions: Dimensions | None = None
+    prompt_name: str | None = None
     add_special_tokens: bool | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        prompts = read_prompts("input", self.input, self.add_special_tokens, 1, spec, model)
+        settings, dimensions = model.embedding, self.dimensions
+        pooling = self.pooling or spec.embeddings.pooling
+        if pooling == "auto":
+            if settings.unsupported:
+                raise RequestError(
+                    f"the model's embeddings need {settings.unsupported}, which is not supported; "
+                    "pooling 'mean' or 'last' gives others"
+                )
+            pooling = settings.pooling
+        if dimensions is not None and model.hidden and dimensions > model.hidden:
+            raise RequestError(f"dimensions {dimensions} is more than the model's {model.hidden}")
+        prompts = read_prompts("input", self._texts(spec, settings), self.add_special_tokens, 1, spec, model)
         each = model.hidden * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
         check_answer(len(prompts) * each)
         for index, ids in enumerate(prompts):
             check_length(ids, prompt_name(prompts, index), spec, model)
-        pooling = self.pooling or spec.embeddings.pooling
         return tuple(
             Request(id=custom_id, prompt=ids, choice=choice, kind="embed", max_tokens=0, pooling=pooling)
             for choice, ids in enumerate(prompts)
@@ -53,22 +69,37 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
             "created": CREATED,
             "model": model.name,
             "data": [
-                msgspec.Raw(msgspec.json.encode(self._embedding(work, completion)))
+                msgspec.Raw(msgspec.json.encode(self._embedding(work, completion, model)))
                 for completion in completions
             ],
             "usage": usage,
         }
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
-        assert completion.embedding is not None
-        return {"embeddings": completion.embedding}
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+        return {"embeddings": self._vector(work, completion, model)}
 
-    def _embedding(self, work: Work, completion: Completion) -> dict[str, Any]:
+    def _texts(self, spec: Spec, settings: EmbeddingSettings) -> str | list[Any]:
+        """The inputs, with the model's prompt before each text; token ids are as they are given."""
+        name = self.prompt_name or spec.embeddings.prompt_name or settings.default_prompt
+        if name is None:
+            return self.input
+        if name not in settings.prompts:
+            known = ", ".join(map(repr, settings.prompts)) or "none"
+            raise RequestError(f"the model has no prompt {name[:100]!r}; it has {known}")
+        prompt = settings.prompts[name]
+        if isinstance(self.input, str):
+            return prompt + self.input
+        return [prompt + text if isinstance(text, str) else text for text in self.input]
+
+    def _vector(self, work: Work, completion: Completion, model: Model) -> NDArray[np.float32]:
+        """The vector as it is answered: of so many dimensions, at length 1 if that is asked for."""
         assert completion.embedding is not None
-        vector = completion.embedding
-        if work.spec.embeddings.normalize if self.normalize is None else self.normalize:
-            vector = normalized(vector)
-        little_endian = np.ascontiguousarray(vector, "<f4")
+        vector = completion.embedding[: self.dimensions]
+        wanted = work.spec.embeddings.normalize if self.normalize is None else self.normalize
+        return normalized(vector) if (model.embedding.normalize if wanted == "auto" else wanted) else vector
+
+    def _embedding(self, work: Work, completion: Completion, model: Model) -> dict[str, Any]:
+        little_endian = np.ascontiguousarray(self._vector(work, completion, model), "<f4")
         shown = (
             base64.b64encode(little_endian.tobytes()).decode()
             if self.encoding_format == "base64"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
 from numpy.typing import ArrayLike
 
-from mpillm.batch.endpoints.detokenizer import Detokenizer
+from mpillm.batch.endpoints.constraints import grammar_of
+from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.prompts import (
     TokenIds,
     check_answer,
@@ -18,20 +20,19 @@ from mpillm.batch.endpoints.prompts import (
     max_tokens,
     prompt_name,
 )
-from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
-from mpillm.engine.sequence import Completion, Request
+from mpillm.batch.endpoints.sampling import Sampled, Tokens
+from mpillm.batch.work import Column, Model, Work, hashed_id
+from mpillm.engine.sequence import Completion, Constraint, Request, TopLogprobs
 from mpillm.errors import RequestError
-from mpillm.spec import Fraction, Penalty, Seed, Spec, Stop, Temperature, TopK, TopP
+from mpillm.spec import ResponseFormat, Spec, Stop, StructuredOutputs, Word
 from mpillm.text import StopWatch, cut_at_stop
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 1000
 MAX_CHOICES = 1024
 CREATED = 0  # seconds since 1970 that every answer names as its own time
 
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
-Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-
 
 TOKEN_BYTES = 8  # of a generated token in an answer: its text and perhaps its id
 LOGPROB_BYTES = 80  # of a log-probability with its token
@@ -47,37 +48,49 @@ def _answer_bytes(request: Request) -> int:
     return found
 
 
-class Generate(Endpoint, frozen=True, kw_only=True):
+class Generate(Sampled, frozen=True, kw_only=True):
     """A body that asks for text; where a key is absent, the job's [sampling] holds."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("tokens", "ids", "<i4"),
         Column("logprobs", "values", "<f4"),
+        Column("prompt_logprobs", "values", "<f4"),
     )
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # what the answer calls itself
-    starts_text: ClassVar[bool]  # the answer begins a text; else it goes on from the prompt
 
     max_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: Fraction | None = None
-    repetition_penalty: Penalty | None = None
     n: Choices | None = None
-    seed: Seed | None = None
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[Word], Meta(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    prompt_logprobs: Logprobs | None = None
+    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+
+    @property
+    def starts_text(self) -> bool:
+        """Whether the answer begins a text; else it goes on from the prompt."""
+        raise NotImplementedError
+
+    @property
+    def skips_special(self) -> bool:
+        """Whether control tokens are left out of the text."""
+        return self.skip_special_tokens is not False
 
     @property
     def choices_per_prompt(self) -> int:
         return self.n or 1
 
     def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
-        detokenizer = Detokenizer(model, bool(self.return_tokens_as_token_ids))
+        detokenizer = Detokenizer(model, bool(self.return_tokens_as_token_ids), self.skips_special)
         generated = sum(len(completion.tokens) for completion in completions)
         return {
             "id": f"{self.id_prefix}-{hashed_id(work.custom_id)}",
@@ -86,8 +99,8 @@ class Generate(Endpoint, frozen=True, kw_only=True):
             "model": model.name,
             # Encoded one by one: the objects of a log-probability take many times its bytes.
             "choices": [
-                msgspec.Raw(msgspec.json.encode(self.choice(work, completion, detokenizer)))
-                for completion in completions
+                msgspec.Raw(msgspec.json.encode(self.choice(work, index, completion, detokenizer)))
+                for index, completion in enumerate(self.kept(completions))
             ],
             "usage": {
                 "prompt_tokens": work.prompt_tokens,
@@ -96,14 +109,22 @@ class Generate(Endpoint, frozen=True, kw_only=True):
             },
         }
 
-    def choice(self, work: Work, completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
+    def kept(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+        """The completions that the answer shows."""
+        return completions
+
+    def choice(
+        self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
+    ) -> dict[str, Any]:
         """One of the answer's choices."""
         raise NotImplementedError
 
-    def values(self, completion: Completion) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
         found: dict[str, ArrayLike] = {"tokens": completion.tokens}
         if completion.request.logprobs is not None:
             found["logprobs"] = completion.logprobs
+        if completion.request.prompt_logprobs is not None:
+            found["prompt_logprobs"] = completion.prompt_logprobs
         return found
 
     def requests_for(
@@ -120,25 +141,27 @@ class Generate(Endpoint, frozen=True, kw_only=True):
         stops = self.stops(spec)
         if stops and model.text is None:
             raise RequestError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
-        settings, stop_ids = self._settings(spec), self._stop_ids(model)
+        settings = self.settings(spec, model)
+        settings["constraint"] = self._constraint(spec, model)
         requests: list[Request] = []
         for index, ids in enumerate(prompts):
             which = prompt_name(prompts, index)
             available = check_length(ids, which, spec, model)
             count = max_tokens(len(ids), asked, available, which, spec, model)
             check_kv(len(ids) + max(count - 1, 0), spec, model)
+            if settings["min_tokens"] > count:
+                raise RequestError(
+                    f"min_tokens is {settings['min_tokens']}, more than the {count} tokens that may follow {which}"
+                )
             requests += [
                 Request(
                     id=custom_id,
                     prompt=ids,
                     choice=len(requests) + choice,
                     max_tokens=count,
-                    stop_ids=stop_ids,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
-                    watch=StopWatch(model.text, stops, start=self.starts_text)
-                    if stops and model.text
-                    else None,
+                    watch=self._watch(stops, model) if stops else None,
                     **settings,
                 )
                 for choice in range(self.choices_per_prompt)
@@ -146,47 +169,73 @@ class Generate(Endpoint, frozen=True, kw_only=True):
         check_answer(sum(map(_answer_bytes, requests)))
         return tuple(requests)
 
+    def _constraint(self, spec: Spec, model: Model) -> Callable[[], Constraint] | None:
+        grammar = grammar_of(self, spec)
+        if grammar is None:
+            return None
+        if model.text is None:
+            raise RequestError(
+                "an answer can only be held to a grammar with a tokenizer, and the model has none"
+            )
+        for key in ("min_tokens", "bad_words", "allowed_token_ids"):
+            if getattr(self, key):
+                raise RequestError(f"{key} and a grammar (or a schema, or choices) exclude one another")
+        grammars = model.text.grammars(model.vocab, model.end_ids)
+        grammars.check(grammar)
+        return partial(grammars.matcher, grammar)
+
     def stops(self, spec: Spec) -> tuple[str, ...]:
         """The stop strings: the body's own, or the job's."""
         stop = spec.sampling.stop if self.stop is None else self.stop
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
+    def _watch(self, stops: Sequence[str], model: Model) -> StopWatch:
+        assert model.text is not None
+        return StopWatch(model.text, stops, self.starts_text, self.skips_special, self.min_tokens or 0)
+
     def generated(
         self, work: Work, completion: Completion, detokenizer: Detokenizer
     ) -> tuple[str, str | int | None]:
         """The generated text up to its stop, and what stopped it: a stop string, the body's stop id, or neither."""
+        tokens, start, included = completion.tokens, self.starts_text, self.include_stop_str_in_output
         if completion.stop_id is not None:
             reason = completion.stop_id if completion.stop_id in (self.stop_token_ids or ()) else None
-            return detokenizer.text(completion.tokens[:-1], self.starts_text), reason
+            return detokenizer.text(tokens if included else tokens[:-1], start), reason
         if completion.finish_reason == "length":  # perhaps inside a character, whose bytes are then left out
-            return detokenizer.text(completion.tokens, self.starts_text, final=False), None
-        text = detokenizer.text(completion.tokens, self.starts_text)
-        stops = self.stops(work.spec)
-        kept, _ = cut_at_stop(text, stops)
+            return detokenizer.text(tokens, start, final=False), None
+        text, stops = detokenizer.text(tokens, start), self.stops(work.spec)
+        first = tokens[: self.min_tokens or 0]  # in which no stop string counts
+        begin = len("".join(detokenizer.pieces(first, start))) if first else 0
+        kept, _ = cut_at_stop(text[begin:], stops)
+        kept = text[:begin] + kept
         rest = text[len(kept) :]
-        return kept, min((stop for stop in stops if rest.startswith(stop)), key=len, default=None)
+        stop = min((stop for stop in stops if rest.startswith(stop)), key=len, default=None)
+        return kept + stop if stop and included else kept, stop
+
+    def prompt_top(self, completion: Completion, detokenizer: Detokenizer) -> list[Any]:
+        """vLLM's `prompt_logprobs`: for each token of the prompt but the first its alternatives, and itself, by their
+        ids. The rank of a token that is none of them is not known."""
+        scored = zip(
+            completion.request.prompt[1:], completion.prompt_logprobs, completion.prompt_top, strict=True
+        )
+        return [None, *(self._alternatives(*token, detokenizer) for token in scored)]
+
+    def _alternatives(
+        self, id: int, logprob: float, top: TopLogprobs, detokenizer: Detokenizer
+    ) -> dict[str, Any]:
+        top = top[: self.prompt_logprobs]
+        ranks = {token: rank for rank, (token, _) in enumerate(top, 1)}
+        return {
+            str(token): {
+                "logprob": finite(value),
+                "rank": ranks.get(token),
+                "decoded_token": detokenizer.token(token),
+            }
+            for token, value in dict([(id, logprob), *top]).items()
+        }
 
     def token_ids(self, completion: Completion) -> dict[str, Any]:
         """The ids of the answer and of its prompt, where they are asked for."""
         if not self.return_token_ids:
             return {}
         return {"token_ids": completion.tokens, "prompt_token_ids": completion.request.prompt}
-
-    def _settings(self, spec: Spec) -> dict[str, Any]:
-        """The body's own sampling settings, the job's where it has none."""
-        keys = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        own = {key: getattr(self, key) for key in keys}
-        settings = {
-            key: getattr(spec.sampling, key) if value is None else value for key, value in own.items()
-        }
-        settings["top_k"] = max(settings["top_k"], 0)  # -1 means all, as 0 does
-        return settings
-
-    def _stop_ids(self, model: Model) -> frozenset[int]:
-        for token in self.stop_token_ids or ():
-            if not 0 <= token < model.vocab:
-                raise RequestError(
-                    f"the stop token id {token} is not in the vocabulary (0 to {model.vocab - 1})"
-                )
-        ends = frozenset() if self.ignore_eos else model.end_ids
-        return ends | frozenset(self.stop_token_ids or ())

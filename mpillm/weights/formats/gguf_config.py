@@ -54,7 +54,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "moe_every_n_layers": (0, 1),
     "interleave_moe_layer_step": (0, 1),
     "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
     "use_parallel_residual": (False,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
@@ -72,6 +71,8 @@ def config_of(
     """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there."""
     fields = GgufFields(metadata, path)
     config = family.gguf_config(fields, shape_of)
+    if pooling := fields.integer("pooling_type", 0):
+        config["pooling_type"] = pooling
     config["rope_parameters"] = _rope(fields, config, rope_factors)
     fields.refuse_unknown()
     return config

@@ -1,0 +1,126 @@
+"""Running a program on all ranks: what becomes of its errors, and how the ranks leave together with one exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from mpillm.comm.faults import RankLost
+from mpillm.comm.world import World, say
+from mpillm.errors import Interrupted, MpillmError, out_of
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+log = logging.getLogger(__name__)
+
+CRASHED = 70  # exit code after an unforeseen error (EX_SOFTWARE of sysexits.h)
+GRACE = (
+    2.0  # seconds in which the other ranks must finish or fail too, before the error of one rank aborts all
+)
+
+
+def run(world: World, program: Callable[[World], int]) -> int:
+    """Run the program on this rank and end MPI; return the exit code that all ranks share.
+
+    An MpillmError that all ranks raise is reported once; one that the other ranks do not raise ends them after GRACE.
+    Any other error is a bug: its last line is reported, and all ranks are aborted at once.
+    """
+    code, error = 0, None
+    with _interruptible():
+        try:
+            world.start_heartbeat()
+            world.limit_threads(world.threads())
+            code = program(world)
+        except MpillmError as found:
+            error = found
+        except SystemExit as found:
+            code = found.code if isinstance(found.code, int) else int(found.code is not None)
+        except BaseException as bug:
+            if world.is_loss(bug):
+                world.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
+            log.debug("%s", "".join(traceback.format_exception(bug)))
+            if (missing := out_of(bug)) is None:
+                world.abort(_in_a_line(bug), CRASHED)
+            error = Interrupted(missing)
+        return _leave(world, code, error)
+
+
+def _leave(world: World, code: int, error: MpillmError | None) -> int:
+    mine = np.array([error.exit_code if error else code, error is not None], np.int32)
+    all_ranks = np.empty((world.size, 2), np.int32)
+    try:
+        with world.losses():
+            arrival = world.ending.Iallgather(mine, all_ranks)
+            try:
+                arrived = _all_arrive(world, arrival, error)
+            except Interrupted as signalled:
+                error = error or signalled
+                arrived = _all_arrive(world, arrival, error)
+    except RankLost:  # does not matter any more: this rank has done its work, or has failed
+        if error:
+            say(f"{world} {error}" if world.rank else f"mpillm: {error}")
+        world.exit(error.exit_code if error else code)
+    if error and not arrived:
+        world.abort(str(error), error.exit_code)
+    failed = np.flatnonzero(all_ranks[:, 1])
+    if error and world.rank == failed[0]:
+        say(f"{world} {error}" if world.rank else f"mpillm: {error}")
+    final = int(all_ranks[failed[0], 0] if len(failed) else all_ranks[:, 0].max())
+    if world.lost:
+        world.exit(final)  # MPI_Finalize may wait for the dead
+    world.end(final, orderly=not len(failed))
+    return final
+
+
+def _all_arrive(world: World, arrival: MPI.Request, error: MpillmError | None) -> bool:
+    """Wait for the other ranks to leave as well; after an error, no longer than GRACE."""
+    until = time.monotonic() + GRACE if error else float("inf")
+    arrived = False
+
+    def done() -> bool:
+        nonlocal arrived
+        arrived = arrival.Test()
+        return arrived or time.monotonic() > until
+
+    world.wait(done)
+    return arrived
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted once; launchers tend to send several signals."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        for name in caught:
+            signal.signal(name, signal.SIG_IGN)
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}; the same command goes on from here.")
+
+    caught: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(name, interrupt) for name in caught]
+    try:
+        yield
+    finally:
+        for name, handler in zip(caught, before, strict=True):
+            signal.signal(name, handler)
+
+
+def _in_a_line(bug: BaseException) -> str:
+    """`Error: message (file.py:12 in function)`: what a user can put into a report."""
+    what = traceback.format_exception_only(bug)[-1].strip()
+    frames = traceback.extract_tb(bug.__traceback__)
+    if not frames:
+        return what
+    at = frames[-1]
+    return (
+        f"{what} ({os.path.basename(at.filename)}:{at.lineno} in {at.name}; mpillm has a bug, or MPI failed)"
+    )

@@ -1,0 +1,49 @@
+"""What a request adds to the model's logits before a token is drawn, from its settings and what it has generated."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.engine.sampler import FORBIDDEN
+from mpillm.engine.sequence import Sequence
+from mpillm.engine.step import NO_SHIFTS, Shifts
+
+
+def shifts(sequence: Sequence) -> Shifts:
+    """The ids whose logits are shifted for the sequence's next token, ascending, and by how much.
+
+    Before the repetition penalty: `logit_bias`, and FORBIDDEN for what `min_tokens` and `bad_words` exclude. After it:
+    the presence and frequency penalties of OpenAI, which count generated tokens alone.
+    """
+    request = sequence.request
+    generated = sequence.tokens[len(request.prompt) :]
+    before = dict(request.logit_bias)
+    if len(generated) < request.min_tokens:
+        before.update(dict.fromkeys(request.stop_ids, float(FORBIDDEN)))
+    for *start, last in request.bad_words:
+        if not start or generated[-len(start) :] == start:
+            before[last] = float(FORBIDDEN)
+    after: dict[int, float] = {}
+    if request.presence_penalty or request.frequency_penalty:
+        after = {
+            token: -(request.presence_penalty + request.frequency_penalty * count)
+            for token, count in Counter(generated).items()
+        }
+    ids = sorted(before.keys() | after.keys())
+    if not ids:
+        return NO_SHIFTS
+    return Shifts(np.array(ids, np.int32), *(_values(table, ids) for table in (before, after)))
+
+
+def _values(table: dict[int, float], ids: list[int]) -> NDArray[np.float32]:
+    return np.array([table.get(id, 0.0) for id in ids], np.float32)
+
+
+def bits(ids: frozenset[int], vocab: int) -> NDArray[np.int32]:
+    """A mask of a vocabulary, as `Part.allowed` has it, in which just these ids are allowed."""
+    allowed = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    allowed[list(ids)] = 1
+    return np.packbits(allowed, bitorder="little").view(np.int32)

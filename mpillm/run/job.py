@@ -1,0 +1,143 @@
+"""What rank 0 knows of a job for as long as it runs: its input and output, and what the report will say of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mpillm.batch import requests
+from mpillm.batch.requests import CheckedInput
+from mpillm.batch.work import Model
+from mpillm.run.opened import model_of
+from mpillm.run.progress import Progress
+from mpillm.run.session import Session
+from mpillm.spec import Spec, Wire
+from mpillm.store.journal import MODEL_FILE, Journal, began
+from mpillm.store.output import Claim
+from mpillm.store.records import Layout
+from mpillm.store.report import SHOWN_ERRORS
+
+
+class Phases:
+    """How many seconds each phase of a run took: what `end` is called with began when the phase before ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.since = time.monotonic()  # the beginning of the current phase
+
+    def end(self, name: str) -> None:
+        """The current phase, called `name`, has ended."""
+        now = time.monotonic()
+        self.seconds[name] = now - self.since
+        self.since = now
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose input was checked. Its lists and dicts grow while it runs."""
+
+    spec: Spec
+    path: Path  # of the model
+    model: Model
+    input: CheckedInput
+    claim: Claim
+    progress: Progress
+    resumed: int  # requests that earlier runs have finished
+    phases: Phases
+    warnings: list[str] = field(default_factory=list)
+    not_finite: dict[str, str] = field(default_factory=dict)  # custom_id: message
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)  # see `Report.timeline`
+
+    def warn(self, warning: str) -> None:
+        """Say it now, and in the report."""
+        self.progress.say(warning)
+        self.warnings.append(warning)
+
+    def first_errors(self) -> dict[str, str]:
+        """The first SHOWN_ERRORS requests that ended in an error, and their messages."""
+        errors = {line.custom_id: line.error or "" for line in self.input.errors[:SHOWN_ERRORS]}
+        return dict(islice((errors | self.not_finite).items(), SHOWN_ERRORS))
+
+    def model_facts(self, session: Session) -> dict[str, Any]:
+        """What the results and the report say of the model."""
+        size, digest = session.fingerprint
+        config = session.config
+        return {
+            "name": self.model.name,
+            "path": str(self.path),
+            "bytes": size,
+            "fingerprint": digest,
+            "architecture": config.architecture,
+            "layers": config.n_layers,
+            "hidden": config.hidden,
+            "vocab": config.vocab,
+            **({"ignored_keys": ", ".join(config.ignored_keys)} if config.ignored_keys else {}),
+        }
+
+    def metadata(self, session: Session) -> dict[str, Any]:
+        """Attributes of results.h5: only what does not depend on how the run went."""
+        model = self.model_facts(session)
+        del model["path"]
+        return {"model": model, "job": self.spec.identity()}
+
+
+def open_job(
+    session: Session, spec: Spec, path: Path, claim: Claim, progress: Progress
+) -> tuple[Job, Journal]:
+    """Check the input and open the journal; MpillmError if either cannot be used."""
+    phases, since = Phases(), began(claim)
+    model = model_of(session, path, lambda: since)
+    checked = requests.check(spec.input_path, spec, model)
+    journal = open_journal(session, spec, checked, claim)
+    checked.keep_answered(journal.done)
+    job = Job(spec, path, model, checked, claim, progress, journal.resumed, phases)
+    for warning in (
+        *journal.damage,
+        *_layouts_that_differ(job, journal, session.layout),
+        *_other_models(job),
+        *session.bindings,
+    ):
+        job.warn(warning)
+    return job, journal
+
+
+def open_journal(session: Session, spec: Spec, checked: CheckedInput, claim: Claim) -> Journal:
+    """The journal of the job; `session` is what the next results will be computed with."""
+    identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
+    return Journal(claim, identity, checked.lines, session.layout, session.model_state)
+
+
+def unanswered(checked: CheckedInput, journal: Journal) -> int:
+    """The number of requests that are still to be computed."""
+    return len(checked) - len(checked.errors) - len(journal.done)
+
+
+def results_differ(one: Layout, other: Layout, wire: Wire) -> bool:
+    """Whether the last digits of results may differ between two layouts."""
+    return (one.shards != other.shards and wire.activations != "f32") or (
+        one.stages != other.stages and wire.between_stages != "f32"
+    )
+
+
+def _layouts_that_differ(job: Job, journal: Journal, now: Layout) -> Iterator[str]:
+    """A warning if earlier runs had other layouts, and that can be seen in the results."""
+    answered, left, wire = journal.answered, unanswered(job.input, journal), job.spec.wire
+    rest = [now] if left else []
+    if any(results_differ(one, other, wire) for one in answered for other in (*answered, *rest)):
+        counts = [f"{count} as {layout}" for layout, count in answered.items()]
+        counts += [f"{left} now as {now}"] if rest else []
+        yield (
+            f"Requests are answered on several layouts: {', '.join(counts)}. With this [wire] the last digits of "
+            "results depend on it (f32 would not)."
+        )
+
+
+def _other_models(job: Job) -> Iterator[str]:
+    """Warnings for lines that name another model than the job's; OpenAI's lines name one."""
+    for name, count in job.input.models.items():
+        if name not in (job.spec.model, job.path.name, job.model.name):
+            yield f"{count} request(s) name the model {name!r}; they are answered by {job.model.name}."

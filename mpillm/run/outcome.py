@@ -1,0 +1,82 @@
+"""Writing what a computed job leaves behind: the files with the results, and the report."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib import metadata
+
+import msgspec
+
+from mpillm import __version__
+from mpillm.engine.scheduler import Totals
+from mpillm.run import memory
+from mpillm.run.computation import Computation
+from mpillm.run.session import Session
+from mpillm.store import report, results
+from mpillm.store.journal import began
+
+PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
+
+
+def write(computation: Computation, ranks: list[report.Rank], start: float) -> report.Report:
+    """Write results and report of a run that began at `start`, and note in the journal that it is complete.
+
+    `ranks` are the statistics of the ranks, rank 0's first. Interrupted if the output directory is gone.
+    """
+    job, session, journal = computation.job, computation.session, computation.journal
+    lines, directory = job.input.lines, job.claim.directory
+    computation.check_output()
+    errors = results.write_jsonl(directory, lines, journal)
+    results.write_hdf5(directory, lines, journal, job.metadata(session))
+    job.phases.end("write")
+    ranks[0].memory_peak = memory.peak()  # the other ranks measured theirs when computing ended
+    made = report.Report(
+        model=job.model_facts(session),
+        job=msgspec.to_builtins(job.spec),
+        began=began(job.claim).isoformat(),
+        seconds=time.monotonic() - start,
+        phases=job.phases.seconds,
+        requests=report.Requests(
+            total=len(lines), ok=len(lines) - errors, errors=errors, resumed=job.resumed
+        ),
+        tokens=_tokens(computation.engine.totals),
+        batch=_steps(computation.engine.totals, session),
+        stages=session.place.stages,
+        shards=session.place.shards,
+        ranks=ranks,
+        versions=_versions(),
+        timeline=job.timeline,
+        errors=job.first_errors(),
+        warnings=job.warnings,
+    )
+    report.write(directory, made)
+    computation.check_output()
+    journal.finish(errors)
+    return made
+
+
+def _tokens(totals: Totals) -> report.Tokens:
+    return report.Tokens(
+        prompt=totals.prompt_tokens + totals.shared_tokens,
+        generated=totals.generated_tokens,
+        shared=totals.shared_tokens,
+        recomputed=totals.recomputed_tokens,
+    )
+
+
+def _steps(totals: Totals, session: Session) -> report.Steps:
+    limits = session.limits
+    return report.Steps(
+        max_sequences=limits.max_sequences,
+        max_tokens=limits.max_tokens,
+        kv_blocks=limits.n_blocks,
+        steps=totals.steps,
+        most_sequences=totals.most_sequences,
+        streamed=sum(session.streamed),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"mpillm": __version__, "python": platform.python_version()}
+    return found | {package: metadata.version(package) for package in PACKAGES}

@@ -1,0 +1,194 @@
+"""`mpillm chat`: a conversation in the terminal, on any number of ranks.
+
+The engine runs in the main thread; another thread reads what is typed on rank 0 and prints the answers. The
+conversation's beginning stays in the KV cache from turn to turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mpillm.batch.endpoints.chat import ChatCompletions
+from mpillm.batch.streaming import TextStream
+from mpillm.batch.work import Model
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
+from mpillm.engine.sequence import Completion
+from mpillm.errors import JobError, RequestError
+from mpillm.run.opened import model_of, model_path
+from mpillm.run.progress import Progress
+from mpillm.run.session import Session
+from mpillm.serve.arrivals import LOOK, Arrivals, Closed, Ticket
+from mpillm.serve.prepare import prepare
+from mpillm.serve.signals import first_signal_calls
+from mpillm.spec import Spec
+
+HELP = """\
+/help          these lines
+/system TEXT   begin anew with a system message
+/reset         begin anew
+/retry         answer the last message again
+/exit          end (so does the end of the input); Ctrl-C stops an answer"""
+
+
+def run(world: World, spec: Spec, progress: Progress) -> int:
+    """Talk until the input ends (collective); the exit code."""
+    path = model_path(world, spec, progress)
+    with contextlib.closing(Session(world, spec, path)) as session:
+        if world.rank:
+            with first_signal_calls(lambda: None):  # rank 0 says when it ends
+                return follow(session.worker, session.channel, session.watch.check)
+        model = model_of(session, path)
+        engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+        arrivals = Arrivals(capacity=1, background=0)
+        typed = _Typed()
+        chat = Chat(spec, model, arrivals, typed)
+        reader = threading.Thread(target=chat.talk, name="chat")
+        with first_signal_calls(chat.interrupt, again=True):
+            try:
+                if model.text is None or not model.text.has_chat:
+                    raise JobError(f"{model.name} has no chat template; use mpillm run with prompts.")
+                progress.say(f"Talking to {model.name}; /help lists the commands.")
+                reader.start()
+                for finished in engine.run(arrivals, arrivals.more):
+                    for completion in finished:
+                        arrivals.take(completion)
+                    session.watch.check()
+            finally:
+                arrivals.close()
+                typed.ended = True
+                if reader.ident is not None:
+                    reader.join()
+                engine.stop(0)
+        return 0
+
+
+class _Typed:
+    """The lines of the standard input. Unlike `input`, it can be ended while it waits for one."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._held = b""
+
+    def __call__(self, prompt: str) -> str:
+        """The next line; EOFError at the end."""
+        if prompt:
+            sys.stdout.write(prompt)
+            sys.stdout.flush()
+        while b"\n" not in self._held:
+            try:
+                while not self.ended and not select.select([0], [], [], LOOK)[0]:
+                    pass
+                more = b"" if self.ended else os.read(0, 4096)
+            except OSError:  # there is no standard input
+                more = b""
+            if not more:
+                break
+            self._held += more
+        line, end, self._held = self._held.partition(b"\n")
+        if not (line or end):
+            raise EOFError
+        return line.decode(errors="replace")
+
+
+class Chat:
+    """A conversation."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        model: Model,
+        arrivals: Arrivals,
+        read: Callable[[str], str],
+    ) -> None:
+        """`read` returns a line that is typed after a prompt, and raises EOFError at the end."""
+        self._spec, self._model, self._arrivals = spec, model, arrivals
+        self._read, self._write = read, sys.stdout.write
+        self._messages: list[dict[str, Any]] = []
+        self._ticket: Ticket | None = None
+
+    def talk(self) -> None:
+        """Read, answer, and end the engine's work at last."""
+        try:
+            while self._turn(self._read("> " if sys.stdin.isatty() else "").strip()):
+                pass
+        except (EOFError, Closed):
+            self._write("\n")
+        finally:
+            self._arrivals.close()
+
+    def interrupt(self) -> None:
+        """Stop the answer that is being given; the conversation, if there is none."""
+        if self._ticket is not None:
+            self._ticket.cancel()
+        else:
+            self._arrivals.close()
+
+    def _turn(self, line: str) -> bool:
+        """Do what a line says; False at the end."""
+        word, _, rest = line.partition(" ")
+        if not line.startswith("/"):
+            if line:
+                self._ask({"role": "user", "content": line})
+        elif word == "/exit":
+            return False
+        elif word == "/reset":
+            self._messages = [message for message in self._messages[:1] if message["role"] == "system"]
+        elif word == "/system":
+            self._messages = [{"role": "system", "content": rest}] if rest else []
+        elif word == "/retry" and len(self._messages) > 1:
+            self._messages.pop()
+            self._ask(self._messages.pop())
+        else:
+            self._write(f"{HELP}\n")
+        return True
+
+    def _ask(self, message: dict[str, Any]) -> None:
+        self._messages.append(message)
+        text = ""
+        try:
+            text = self._answer()
+        except RequestError as error:
+            self._write(f"{error}\n")
+        if text:
+            self._messages.append({"role": "assistant", "content": text})
+        else:
+            self._messages.pop()
+
+    def _answer(self) -> str:
+        """The answer to the messages so far, written as it comes."""
+        work = prepare(ChatCompletions.url, {"messages": self._messages}, self._spec, self._model)
+        assert isinstance(work.endpoint, ChatCompletions)
+        events: queue.SimpleQueue[int | list[Completion] | None] = queue.SimpleQueue()
+        stream = TextStream(work.endpoint, self._spec, self._model)
+        ticket = Ticket(work, events.put, lambda _, token: events.put(token))
+        self._ticket = ticket
+        text = ""
+        try:
+            self._arrivals.submit(ticket)
+            while isinstance(event := events.get(), int):
+                text += self._show(stream.push(event))
+        finally:
+            self._ticket = None
+        if event is None and not ticket.cancelled:
+            raise Closed("The conversation has ended.")
+        if event is not None and not ticket.cancelled:
+            body = work.endpoint.response(work, event, self._model)
+            choice = msgspec.json.decode(body["choices"][0])
+            text += self._show(stream.rest(choice["message"]["content"] or ""))
+        self._show("\n")
+        return text
+
+    def _show(self, text: str) -> str:
+        self._write(text)
+        sys.stdout.flush()
+        return text

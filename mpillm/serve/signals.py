@@ -1,0 +1,30 @@
+"""Signals that end something in order: what the first one does, and that the next one is not held back."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def first_signal_calls(function: Callable[[], object], again: bool = False) -> Iterator[None]:
+    """In the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before.
+
+    With `again` every SIGINT calls the function.
+    """
+
+    def handle(number: int, _frame: object) -> None:
+        if not (again and number == signal.SIGINT):
+            restore()
+        function()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()

@@ -1,0 +1,147 @@
+"""A report for people: the lines at the end of a run, and the page of `mpillm report`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpillm.spec import shown_bytes
+from mpillm.store.directory import replacing
+from mpillm.store.readable import as_json, printable
+from mpillm.store.report import Rank, Report, read
+from mpillm.store.report_plots import plots
+
+HTML = "report.html"
+NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
+
+
+def summary(report: Report) -> Iterator[str]:
+    """The few lines that are said when a run ends."""
+    done = report.requests
+    resumed = f" ({done.resumed} of them by earlier runs)" if done.resumed else ""
+    yield f"{done.total} requests{resumed}: {done.ok} answered, {done.errors} ended in an error."
+    generated = f", {report.rate():.1f} of them generated" if report.tokens.generated else ""
+    tokens = report.tokens
+    shared = f" ({tokens.shared} of them shared)" if tokens.shared else ""
+    yield (
+        f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
+        f"{report.total_rate():.1f} tokens/s while computing{generated}."
+    )
+    if report.batch.streamed:
+        yield (
+            f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "
+            f"weights read per token: {shown_bytes(report.weights_per_token())}; "
+            f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
+        )
+    if measured := [rank for rank in report.ranks if rank.memory]:
+        yield _memory_used(measured)
+    hits, uses = report.expert_hits()
+    if uses:
+        read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
+        yield f"Experts: {100 * hits / uses:.1f} % of their uses found them in memory; {shown_bytes(read)} were read."
+    if any(rank.kv.get("layers_in_file") for rank in report.ranks):
+        read, written = (sum(rank.kv.get(key, 0) for rank in report.ranks) for key in ("read", "written"))
+        waited = max(rank.kv.get("stall_seconds", 0.0) for rank in report.ranks)
+        yield (
+            f"KV cache on disk: {shown_bytes(read)} read, {shown_bytes(written)} written, at most {waited:.1f} s "
+            "waited for it."
+        )
+    wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}
+    if wire:
+        yield (
+            "Wire bytes per token: " + ", ".join(f"{kind} {count:.0f}" for kind, count in wire.items()) + "."
+        )
+
+
+def _memory_used(ranks: Sequence[Rank]) -> str:
+    """By the rank that took most and, where hosts have several, by all ranks of such a host."""
+    used, hosts = list[tuple[int, int]](), dict[str, tuple[int, int]]()
+    for rank in ranks:
+        peak, planned = rank.memory_peak, sum(rank.memory.values())
+        used.append((peak, planned))
+        peaks, plans = hosts.get(rank.host, (0, 0))
+        hosts[rank.host] = peaks + peak, plans + planned
+    line = "Memory: at most {} on a rank, of {} that were planned".format(*map(shown_bytes, max(used)))
+    if len(hosts) < len(used):
+        line += "; {} on all ranks of a host, of {}".format(*map(shown_bytes, max(hosts.values())))
+    return f"{line}."
+
+
+def write_html(directory: Path) -> tuple[Path, str | None]:
+    """Write report.html from report.json; return where, and a sentence if something is missing from it."""
+    report = read(directory)
+    drawn = list(plots(report))
+    missing = None if drawn else NO_PLOTS
+    path = directory / HTML
+    with replacing(path) as file:
+        file.write(_page(directory.name, report, drawn, missing).encode())
+    return path, missing
+
+
+_STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
+td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}th{background:#f3f3f3}
+td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
+pre{background:#f6f6f6;padding:.7rem;overflow-x:auto}"""
+
+
+def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: str | None) -> str:
+    title = html.escape(f"mpillm: {printable(name)}")
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+    ]
+    parts.append(f"<h1>{title}</h1>")
+    parts += [f"<p>{html.escape(line)}</p>" for line in summary(report)]
+    parts += [f"<p><strong>{html.escape(line)}</strong></p>" for line in (*report.warnings, missing) if line]
+    parts += [
+        f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>" for caption, svg in drawn
+    ]
+    parts.append("<h2>Time</h2>")
+    parts.append(
+        _table(("phase", "seconds"), [(key, f"{value:.2f}") for key, value in report.phases.items()])
+    )
+    parts.append(f"<h2>Ranks: {report.stages} stages x {report.shards} shards</h2>")
+    parts.append(_rank_table(report))
+    parts.append("<h2>Wire</h2>")
+    rows = [
+        (kind, shown_bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")
+        for kind, count in report.wire_bytes().items()
+    ]
+    parts.append(_table(("message", "sent by all ranks", "bytes per token"), rows))
+    if report.errors:
+        parts.append(f"<h2>Errors (the first {len(report.errors)} of {report.requests.errors})</h2>")
+        parts.append(_table(("custom_id", "error"), report.errors.items()))
+    for heading, values in (("Model", report.model), ("Job", report.job), ("Versions", report.versions)):
+        shown = as_json(values).decode()
+        parts.append(f"<h2>{heading}</h2><pre>{html.escape(shown)}</pre>")
+    return "\n".join(parts) + "\n"
+
+
+def _rank_table(report: Report) -> str:
+    head = ["rank", "host", "place", "threads", "kernels", "weights: share", "budget", "held at most"]
+    head += ["KV cache", "planned", "process"]
+    mixture = any(rank.experts for rank in report.ranks)
+    for kind in ("", "experts: ") if mixture else ("",):
+        head += [kind + "hits", "misses", "stalls", "stalled s"]
+    rows = []
+    for rank in report.ranks:
+        place = f"stage {rank.stage}, shard {rank.shard}: {rank.layers} layers"
+        row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
+        caches = [rank.weights, rank.experts] if mixture else [rank.weights]
+        row += [shown_bytes(sum(of.get(key, 0) for of in caches)) for key in ("share", "budget", "peak")]
+        row += [shown_bytes(rank.kv.get("bytes", 0)), shown_bytes(sum(rank.memory.values()))]
+        row.append(shown_bytes(rank.memory_peak))
+        for of in caches:
+            row += [f"{of.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
+            row.append(f"{of.get('stall_seconds', 0.0):.2f}")
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    def row(cells: Any, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + row(head, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"

@@ -1,0 +1,143 @@
+"""Answers that obey a grammar: which tokens may follow, by the llguidance library.
+
+A grammar is a string in llguidance's own form, as `json_grammar` and its neighbours make it. The state of a matcher
+follows from the tokens it was given alone, so an answer that is resumed has the same tokens as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
+from numpy.typing import NDArray
+
+from mpillm.errors import RequestError
+
+# Between the tokens of JSON: a space, or a line's end with an indentation. Without a bound models run away in it.
+WHITESPACE = r" |\n[ \t]{0,32}"
+MAX_WORDS = 300  # characters of a message of the library
+
+
+def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True) -> str:
+    """JSON that a schema accepts; where `lenient`, keywords that cannot be enforced are passed over."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the schema is not JSON: {error}") from None
+    if schema is False:
+        raise RequestError("nothing obeys the schema false")
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise RequestError("a schema must be an object, true or false")
+    options: Any = {"lenient": lenient, "whitespace_flexible": whitespace}
+    if whitespace:
+        options["whitespace_pattern"] = WHITESPACE
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def regex_grammar(pattern: str) -> str:
+    """What a regular expression of Rust's regex crate matches as a whole."""
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def choice_grammar(choices: Sequence[str]) -> str:
+    """One of these texts."""
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
+
+
+def text_grammar(text: str) -> str:
+    """A grammar as users write it: Lark's notation, or GBNF (with ::=)."""
+    if "::=" in text:
+        try:
+            text = gbnf_to_lark(text)
+        except Exception as error:  # the converter raises whatever its parser runs into
+            raise RequestError(f"the grammar cannot be read: {_short(str(error))}") from None
+    return LLMatcher.grammar_from_lark(text)
+
+
+class Grammars:
+    """Grammars over the tokens of a model with `vocab` tokens, whose `end_ids` end a text."""
+
+    def __init__(self, tokenizer: str, vocab: int, end_ids: frozenset[int]) -> None:
+        """`tokenizer` is the JSON of the tokenizers library; RequestError if llguidance cannot read it."""
+        try:
+            self._tokenizer = LLTokenizer(tokenizer, n_vocab=vocab, eos_token=sorted(end_ids) or None)
+        except Exception as error:  # whatever the library makes of it
+            raise RequestError(f"llguidance cannot use the model's tokenizer: {_short(str(error))}") from None
+        self._words = -(-vocab // 32)
+        self._compiled = lru_cache(maxsize=128)(self._compile)
+
+    def matcher(self, grammar: str) -> Matcher:
+        """A matcher at the beginning of a text; RequestError if the grammar is wrong, or nothing can obey it."""
+        return Matcher(self._compiled(grammar).deep_copy(), self._words)
+
+    def check(self, grammar: str) -> None:
+        """RequestError as `matcher` raises it."""
+        self._compiled(grammar)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")
+        return matcher
+
+
+class Matcher:
+    """How far a text has come in a grammar; a `Constraint` of the engine."""
+
+    def __init__(self, matcher: LLMatcher, words: int) -> None:
+        self._matcher, self._words = matcher, words
+        self._forced: list[int] = matcher.compute_ff_tokens()
+
+    @property
+    def forced(self) -> list[int]:
+        """The tokens that must follow: those that the tokenizer makes of the text that must."""
+        return self._forced
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text obeys the grammar as it is; at the end false only where the library gave up."""
+        return not self._matcher.is_error()
+
+    def push(self, token: int) -> None:
+        """Take note of the next token, which was allowed."""
+        self._matcher.consume_token(token)
+        self._forced = self._forced[1:]
+        if not self._forced and not self.ended:
+            self._forced = self._matcher.compute_ff_tokens()
+
+    def allowed(self) -> NDArray[np.int32]:
+        """A bit for each token that may follow, in words of 32."""
+        mask = np.zeros(self._words, np.int32)
+        if self._forced:
+            word, bit = divmod(self._forced[0], 32)
+            mask.view(np.uint32)[word] = 1 << bit
+        else:
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return mask
+
+
+def _short(message: str) -> str:
+    """The library's words as part of a sentence."""
+    text = " ".join(message.split())
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
+
+
+def one_of(given: Mapping[str, Any], where: str) -> tuple[str, Any]:
+    """The only key of `given` that is not null, with its value; RequestError if there are none or several."""
+    found = [(key, value) for key, value in given.items() if value is not None]
+    if len(found) != 1:
+        raise RequestError(f"{where} must have one of {', '.join(given)}")
+    return found[0]

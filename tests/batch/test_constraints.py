@@ -1,0 +1,212 @@
+"""Answers that are held to a grammar: they obey it, in any batch, broken off or not, and errors are found before."""
+
+# ruff: noqa: E501 - tables of whole sentences
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm.batch.answers import result_line
+from mpillm.comm.program import start
+from mpillm.comm.world import World
+from mpillm.engine.sequence import Request
+from mpillm.text import load_tokenizer
+from mpillm.text.constrain import Matcher, choice_grammar, json_grammar, regex_grammar
+from tests.agnostic import harness
+from tests.conftest import Mpi
+from tests.e2e.jobs import results, run, write_lines
+from tests.job_helpers import CHAT, END, TEXT, WITH_TEXT, errors, works
+from tests.model.engine_harness import run_engine
+from tests.text import vocabularies
+from tests.text.vocabularies import write_directory
+
+LABELS = ["positive", "negative", "neutral", 'a "quoted" one', "caf\u00e9 \\n"]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "label": {"enum": ["good", "bad", "neither"]},
+        "sure": {"type": "boolean"},
+        "places": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 999},
+            "maxItems": 3,
+        },
+    },
+    "required": ["label", "sure", "places"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+def obeys_schema(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        list(value) == ["label", "sure", "places"]
+        and value["label"] in ("good", "bad", "neither")
+        and isinstance(value["sure"], bool)
+        and len(value["places"]) <= 3
+        and all(type(place) is int and 0 <= place <= 999 for place in value["places"])
+    )
+
+
+# Each body, what its answers must be, and how many of them there are.
+BODIES: list[tuple[dict[str, Any], Any]] = [
+    ({"response_format": FORMAT}, obeys_schema),
+    ({"response_format": FORMAT, "temperature": 1.0, "n": 3, "logprobs": 1}, obeys_schema),
+    ({"guided_json": json.dumps(SCHEMA), "temperature": 2.0, "n": 4}, obeys_schema),
+    ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}, "temperature": 1.0}, lambda t: obeys_schema(t) and " " not in t),
+    ({"structured_outputs": {"choice": LABELS}, "temperature": 3.0, "n": 8}, LABELS.__contains__),
+    ({"guided_choice": LABELS[3:], "logprobs": 2}, LABELS[3:].__contains__),
+    ({"guided_choice": ["only"]}, ["only"].__contains__),
+    ({"guided_choice": ["only"], "echo": True, "logprobs": 0}, lambda t: t == "the quick fox" + "only"),
+    ({"guided_regex": "[a-c]{3}(x|yz)*", "temperature": 5.0, "n": 4, "max_tokens": 300}, re.compile("[a-c]{3}(x|yz)*").fullmatch),
+    ({"guided_grammar": 'root ::= "ab" | "<" root ">"', "temperature": 1.0, "n": 2}, re.compile("(<*)ab(>*)").fullmatch),
+    ({"guided_grammar": 'start: "x" | "(" start ")"', "temperature": 1.0, "n": 2}, re.compile(r"\(*x\)*").fullmatch),
+]  # fmt: skip
+
+
+@functools.cache
+def world() -> World:
+    return start()
+
+
+def made(folder: Path) -> list[Any]:
+    return works(folder, *({"prompt": "the quick fox", "max_tokens": 150, **body} for body, _ in BODIES))
+
+
+def texts(work: Any, completions: Any) -> list[str]:
+    body = json.loads(result_line(work, completions, WITH_TEXT))["response"]["body"]
+    return [choice["text"] for choice in body["choices"]]
+
+
+def test_answers_obey_in_any_batch(tmp_path: Path) -> None:
+    all_works = made(tmp_path)
+    asked: list[Request] = [request for work in all_works for request in work.requests]
+    found = run_engine(CHAT, asked)
+    by_name = {(one.request.id, one.request.choice): one for one in found}
+    complete = 0
+    for work, (_, obeys) in zip(all_works, BODIES, strict=True):
+        completions = [by_name[one.id, one.choice] for one in work.requests]
+        for completion, text in zip(completions, texts(work, completions), strict=True):
+            complete += completion.finish_reason == "stop"
+            assert completion.finish_reason == "length" or obeys(text), text
+            if completion.request.logprobs is not None:
+                assert len(completion.logprobs) == len(completion.tokens)
+    assert complete > len(asked) * 0.7
+    for job in (
+        {"max_num_seqs": 1, "prefix_sharing": False},
+        {"max_num_seqs": 5, "max_num_batched_tokens": 16},
+    ):
+        again = run_engine(CHAT, asked, **job)
+        assert [harness.values(one) for one in again] == [harness.values(one) for one in found]
+
+
+def test_forced_tokens_take_no_steps_and_change_nothing(tmp_path: Path) -> None:
+    body = {"prompt": "the", "guided_json": SCHEMA, "temperature": 1.0, "max_tokens": 100}
+    free, shown = works(tmp_path, {**body, "custom_id": "a"}, {**body, "logprobs": 0, "custom_id": "b"})
+    (one,) = free.requests
+    other = Request(**{**{key: getattr(shown.requests[0], key) for key in Request.__slots__}, "id": "a"})
+    fast, slow = (harness.run(world(), CHAT, [request]) for request in (one, other))
+    assert fast.values["a", 0][0] == slow.values["a", 0][0]
+    assert fast.totals.generated_tokens == slow.totals.generated_tokens == len(fast.values["a", 0][0])
+    assert fast.totals.steps < slow.totals.steps * 0.7
+
+
+def test_a_run_that_is_broken_off_and_resumed(tmp_path: Path) -> None:
+    asked = [request for work in made(tmp_path) for request in work.requests]
+    whole = harness.run(world(), CHAT, asked)
+    assert harness.run_in_pieces(world(), CHAT, asked, seed=4).values == whole.values
+    assert harness.run(world(), CHAT, asked, kv_blocks=14).values == whole.values
+
+
+@pytest.mark.mpiexec
+def test_the_same_bytes_in_any_layout(openmpi: Mpi, tmp_path: Path) -> None:
+    """And a job's own schema holds for lines that have none."""
+    lines = [{"prompt": "the quick fox", "max_tokens": 150, **body} for body, _ in BODIES] + [{"prompt": "a"}]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    own = "sampling.structured_outputs.choice=['yes', 'no']"
+    for name, ranks, layout in (("one", 1, "stages=1"), ("shards", 2, "shards=2"), ("stages", 2, "stages=2")):
+        done = run(openmpi, ranks, source, tmp_path / name, own, f"layout.{layout}")
+        assert done.returncode == 0, done.stderr
+    found = {name: (tmp_path / name / "results.jsonl").read_bytes() for name in ("one", "shards", "stages")}
+    assert found["one"] == found["shards"] == found["stages"]
+    assert results(tmp_path / "one")[-1]["response"]["body"]["choices"][0]["text"] in ("yes", "no")
+
+
+def walk(matcher: Matcher, tokenizer: Any, end_ids: frozenset[int], seed: int, steps: int = 200) -> list[int]:
+    """Tokens that the masks allow, drawn at random."""
+    rng, ids = np.random.default_rng(seed), []
+    while not matcher.ended and len(ids) < steps:
+        allowed = np.flatnonzero(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little"))
+        if matcher.forced:
+            assert allowed.tolist() == matcher.forced[:1]
+        token = int(rng.choice(allowed))
+        if token in end_ids:
+            break
+        ids.append(token)
+        matcher.push(token)
+    assert matcher.complete
+    return ids
+
+
+@pytest.mark.parametrize("style", sorted(vocabularies.STYLES))
+def test_every_style_of_tokenizer(style: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_directory(tmp_path, style))
+    assert tokenizer is not None
+    ends = tokenizer.end_ids
+    grammars = tokenizer.grammars(tokenizer.vocab_size + 7, ends)
+    for seed in range(4):
+        for grammar, obeys in (
+            (json_grammar(SCHEMA), obeys_schema),
+            (choice_grammar(LABELS), LABELS.__contains__),
+            (regex_grammar("[a-c]{3}( fox|\u00e9)*"), re.compile("[a-c]{3}( fox|\u00e9)*").fullmatch),
+        ):
+            ids = walk(grammars.matcher(grammar), tokenizer, ends, seed)
+            text = tokenizer.decode(ids, start=False)
+            assert len(ids) == 200 or obeys(text), text
+            replayed = grammars.matcher(grammar)
+            for token in ids:
+                replayed.push(token)
+            assert replayed.forced == [] or len(ids) == 200
+
+
+BAD = [
+    ({"guided_json": {"type": "obj"}}, "no answer can be held to it: Invalid type: obj"),
+    ({"guided_json": "{"}, "guided_json: the schema is not JSON: Expecting property name enclosed in double quotes"),
+    ({"guided_json": "3"}, "guided_json: a schema must be an object, true or false"),
+    ({"guided_json": False}, "guided_json: nothing obeys the schema false"),
+    ({"guided_json": {"minLength": 3, "maxLength": 1, "type": "string"}}, "Unsatisfiable schema: minLength (3) is greater than maxLength (1)"),
+    ({"guided_json": {"not": {"type": "string"}, "type": "object"}}, 'Unimplemented keys: ["not"]'),
+    ({"guided_regex": "("}, "regex parse error"),
+    ({"guided_grammar": "start: x"}, 'unknown name: "x"'),
+    ({"guided_grammar": "root ::= ("}, "guided_grammar: the grammar cannot be read"),
+    ({"guided_choice": []}, "guided_choice: expected a list of length >= 1"),
+    ({"structured_outputs": {}}, "it must have one of json, regex, choice, grammar, json_object"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "it must have one of"),
+    ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs: object contains unknown field structural_tag"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex and guided_choice exclude one another"),
+    ({"response_format": {"type": "json_schema"}}, "response_format: the key 'json_schema' is missing"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format.type: invalid enum value 'structural_tag'"),
+    ({"guided_choice": ["a"], "min_tokens": 3}, "min_tokens and a grammar (or a schema, or choices) exclude one another"),
+]  # fmt: skip
+
+
+def test_what_no_answer_can_obey_is_an_error_of_its_line(tmp_path: Path) -> None:
+    found = errors(tmp_path, *({"prompt": "a", **body} for body, _ in BAD), {"prompt": "a"})
+    assert found.pop() is None
+    for error, (_, words) in zip(found, BAD, strict=True):
+        assert error is not None
+        assert words in error
+    lenient = {
+        "type": "json_schema",
+        "json_schema": {"schema": {"not": {}, "type": "object"}, "strict": False},
+    }
+    assert errors(tmp_path, {"prompt": "a", "response_format": lenient}) == [None]
+    assert END in TEXT.end_ids

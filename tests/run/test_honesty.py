@@ -1,0 +1,226 @@
+"""Jobs of many kinds, each in a memory cgroup of what `plan` says and a tenth, measured to their very end."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mpillm import spec
+from mpillm.batch.requests import check
+from mpillm.batch.work import Model
+from mpillm.bench import packed, synthetic
+from mpillm.run import plan
+from mpillm.store import report
+from mpillm.store.records import Result, framed, line_key, payload_at, scan
+from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.e2e.jobs import CHAT, WORDS
+from tests.model.golden import model_path
+from tests.run.cgroups import SPARE, Cgroup
+from tests.weights.build import Tiny, write_hf
+
+Lines = Callable[[random.Random], list[dict[str, Any]]]
+
+VOCAB = 16_000
+DENSE = synthetic.Shape("llama", 1024, 6, 16, 4, 64, 4096, VOCAB)  # 60 MiB in Q4_0
+MIXTURE = synthetic.Shape("qwen3moe", 512, 4, 8, 2, 64, 512, VOCAB, 16, 2)
+UNPACKED = Tiny(hidden=512, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=64, intermediate=2048, vocab=VOCAB)
+WORDS_ADDED = 100_000  # of the big vocabulary
+LONG = 8 * 2**20 - 4096  # bytes of a long line: nearly as many as one may have
+
+# Each rank tells the most memory that it has had when all is done.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from mpillm.cli import main
+from mpillm.run import memory
+code = main(sys.argv[2:])
+rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+Path(sys.argv[1], f"peak-{rank}").write_text(str(memory.peak()))
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, an input, and what the job says of memory; `journaled` lines have been answered before."""
+
+    model: str
+    lines: Lines
+    settings: tuple[str, ...] = ()
+    ranks: int = 1
+    journaled: int = 0
+
+
+def ids(
+    draw: random.Random, count: int, length: int, vocab: int = VOCAB, **more: Any
+) -> list[dict[str, Any]]:
+    """Prompts of token ids."""
+    prompts = ([draw.randrange(5, vocab) for _ in range(length)] for _ in range(count))
+    return [{"prompt": prompt, "max_tokens": 3, "ignore_eos": True, **more} for prompt in prompts]
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join(draw.choices(WORDS, k=count))
+
+
+def chats(draw: random.Random, count: int, length: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": words(draw, length)}], "max_tokens": 4}
+        for _ in range(count)
+    ]
+
+
+def long_lines(draw: random.Random) -> list[dict[str, Any]]:
+    """Each as long as a line may be; most ask for too much, and some only hold what nobody reads."""
+    text = words(draw, LONG // 4)[:LONG]
+    return [
+        {"prompt": text},
+        {"prompt": "a" * (LONG - 8) + "\N{GRINNING FACE}"},
+        {"prompt": [draw.randrange(300) for _ in range(LONG // 5)]},
+        {"prompt": [words(draw, 500) for _ in range(2000)], "max_tokens": 1},
+        {"messages": [{"role": "user", "content": "a"}] * (LONG // 40)},
+        {"prompt": "a", "max_tokens": 2, "metadata": [[]] * (LONG // 4)},
+        {"prompt": "a", "max_tokens": 2, "metadata": {str(n): 0.5 for n in range(LONG // 13)}},
+        {"input": [[draw.randrange(300) for _ in range(100)] for _ in range(500)]},
+    ]
+
+
+def named(draw: random.Random) -> list[dict[str, Any]]:
+    """Names as long as they may be, with characters that take four bytes each."""
+    names = (f"{number} \N{GRINNING FACE}".ljust(4000, draw.choice("abc")) for number in range(1500))
+    return [{"custom_id": name, "prompt": [5], "max_tokens": 1} for name in names]
+
+
+CHOICES = {"n": 256, "max_tokens": 100, "temperature": 1.0, "logprobs": True, "top_logprobs": 20}
+
+JOBS = {
+    "dense": Job("packed", partial(ids, count=8, length=64), ("memory.weights=24MiB", "memory.kv=24MiB")),
+    "gguf": Job("gguf", partial(ids, count=8, length=64), ("memory.weights=24MiB", "memory.kv=24MiB")),
+    "unpacked": Job(
+        "unpacked", partial(ids, count=8, length=64), ("memory.kv=16MiB", "quantize=q8_0", "memory.weights=16MiB")
+    ),
+    "mixture": Job("mixture", partial(ids, count=8, length=64), ("memory.weights=24MiB", "memory.kv=16MiB")),
+    "window": Job("window", partial(ids, count=40, length=60, vocab=100), ("memory.kv=1MiB",)),
+    "big vocabulary": Job(
+        "big vocabulary", partial(ids, count=60, length=100, vocab=WORDS_ADDED, echo=True, logprobs=20)
+    ),
+    "many short lines": Job("chat", partial(ids, count=3000, length=2, vocab=300), ("memory.kv=8MiB",)),
+    "long lines": Job("chat", long_lines, ("memory.kv=8MiB",)),
+    "long names": Job("chat", named, ("memory.kv=4MiB",)),
+    "choices": Job("chat", lambda draw: [one | CHOICES for one in chats(draw, 2, 3)], ("memory.kv=4MiB",)),
+    "chats": Job("chat", partial(chats, count=200, length=100), ("memory.kv=8MiB",)),
+    "embeddings": Job(
+        "packed", lambda draw: [{"input": [one["prompt"] for one in ids(draw, 20, 9)]} for _ in range(10)]
+    ),
+    "ranks": Job("packed", partial(ids, count=8, length=64), ("memory.kv=16MiB", "layout.stages=2"), ranks=4),
+    "full journal": Job(
+        "chat", partial(ids, count=60_000, length=3, vocab=300), ("memory.kv=4MiB",), journaled=60_000
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPILLM_CACHE", str(folder))
+        patch.setitem(synthetic.SHAPES, "dense", DENSE)
+        patch.setitem(synthetic.SHAPES, "mixture", MIXTURE)
+        yield {
+            "chat": CHAT,
+            "window": model_path("gemma3"),
+            "packed": packed.create("dense", "q4_0", 1),
+            "mixture": packed.create("mixture", "q4_0", 1),
+            "gguf": synthetic.create("dense", "q4_0"),
+            "unpacked": write_hf(folder / "unpacked", UNPACKED.weights(), UNPACKED.config(), "BF16"),
+            "big vocabulary": with_more_words(folder / "big"),
+        }
+
+
+def with_more_words(folder: Path) -> Path:
+    """The chat model with a vocabulary that takes more memory than all else."""
+    shutil.copytree(CHAT, folder)
+    config, tokenizer = (json.loads((CHAT / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    first = config["vocab_size"]
+    tokenizer["model"]["vocab"] |= {f"word{id}": id for id in range(first, WORDS_ADDED)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": WORDS_ADDED}))
+    tensors = load_file(CHAT / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.resize(embedding, (WORDS_ADDED, embedding.shape[1]))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def fill_journal(job: spec.Spec, count: int) -> None:
+    """Let the journal have an answer to all lines, made of the one that it has."""
+    batch = check(job.input_path, job, Model(vocab=320, max_position=512))
+    with (job.output_path / "journal").open("r+b") as file:
+        found = scan(file.fileno())
+        (place,) = found.done.values()
+        payload = payload_at(file.fileno(), place.offset, found.end)
+        assert payload is not None
+        answer = msgspec.msgpack.decode(payload, type=Result)
+        at = file.seek(0, 2)
+        for line in batch.lines[1:count]:
+            changed = {"custom_id": line.custom_id, "key": line_key(line)}
+            at += file.write(framed(msgspec.structs.replace(answer, **changed), at))
+
+
+@pytest.mark.mpiexec
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_no_job_takes_more_than_its_plan(
+    openmpi: Mpi, cgroup: Cgroup, models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    asked = JOBS[name]
+    places = {
+        "model": str(models[asked.model]),
+        "input": str(tmp_path / "in.jsonl"),
+        "output": str(tmp_path / "out"),
+    }
+    settings = ("layout.threads=1", *asked.settings)
+    job = spec.load(None, settings, **places)
+    arguments = [
+        "run",
+        *(f"--set={one}" for one in settings),
+        *(f"--{key}={value}" for key, value in places.items()),
+    ]
+    lines = [
+        json.dumps(line, ensure_ascii=False, separators=(",", ":")) for line in asked.lines(random.Random())
+    ]
+    if asked.journaled:
+        job.input_path.write_text(lines[0] + "\n")
+        done = run_bounded([sys.executable, "-m", "mpillm", *arguments])
+        assert done.returncode == 0, done.stderr
+    job.input_path.write_text("\n".join(lines) + "\n")
+    if asked.journaled:
+        fill_journal(job, asked.journaled)
+    planned = plan.make(job, asked.ranks).ranks
+    cgroup.limit(int(SPARE * sum(rank.held for rank in planned)))
+    program = ["-c", PROGRAM, str(tmp_path), *arguments]
+    command = openmpi.command(asked.ranks, *program) if asked.ranks > 1 else [sys.executable, *program]
+    env = openmpi.environment() if asked.ranks > 1 else clean_environment()
+    enter = f'echo $$ > {cgroup.path}/cgroup.procs && exec "$@"'
+    done = run_bounded(["sh", "-c", enter, "sh", *command], timeout=300, env=env)
+    assert done.returncode in (0, 1), done.stderr
+    assert (cgroup.kills(), cgroup.swapped()) == (0, 0)
+    made = report.read(job.output_path)
+    assert made.requests.resumed == asked.journaled
+    assert (job.output_path / "results.h5").exists()
+    for rank in planned:
+        peak = int((tmp_path / f"peak-{rank.rank}").read_text())
+        assert peak <= rank.held
+        print(f"{name}: rank {rank.rank}: {peak / 2**20:.1f} of {rank.held / 2**20:.1f} MiB")

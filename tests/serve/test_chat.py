@@ -1,0 +1,87 @@
+"""`mpillm chat`: turns, commands and Ctrl-C, as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpillm.cli.streams import visible
+from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.job_helpers import CHAT
+
+SETTINGS = ["--set", "sampling.max_tokens=7", "--set", "wire.activations=f32"]
+
+
+def answers(folder: Path, *conversations: list[str]) -> list[str]:
+    """What a run answers to conversations of user and assistant in turn, a leading "S:" being the system's."""
+    source = folder / "in.jsonl"
+    with open(source, "w") as file:
+        for number, texts in enumerate(conversations):
+            system = [text[2:] for text in texts if text.startswith("S:")]
+            turns = [text for text in texts if not text.startswith("S:")]
+            messages = [{"role": "system", "content": text} for text in system]
+            messages += [
+                {"role": ("user", "assistant")[index % 2], "content": text}
+                for index, text in enumerate(turns)
+            ]
+            file.write(json.dumps({"messages": messages, "custom_id": str(number)}) + "\n")
+    output = folder / f"out {time.monotonic()}"
+    words = ["run", "--model", CHAT, "--input", source, "--output", output, *SETTINGS]
+    assert run_bounded([sys.executable, "-m", "mpillm", *words], env=clean_environment()).returncode == 0
+    lines = (output / "results.jsonl").read_text().splitlines()
+    return [json.loads(line)["response"]["body"]["choices"][0]["message"]["content"] for line in lines]
+
+
+@pytest.mark.mpiexec
+def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
+    (first, alone) = answers(tmp_path, ["the fox"], ["S:be kind", "over the dog"])
+    (second,) = answers(tmp_path, ["the fox", first, "over the dog"])
+    typed = "the fox\nover the dog\n/retry\n/unknown\n\n/system be kind\nover the dog\n/exit\nnever\n"
+    for command, env in (
+        ([sys.executable], clean_environment()),
+        (openmpi.command(2), openmpi.environment()),
+    ):
+        words = [str(word) for word in [*command, "-m", "mpillm", "chat", "--model", CHAT, *SETTINGS]]
+        done = subprocess.run(
+            words, input=typed, env=env, capture_output=True, text=True, timeout=90, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said, help_text, last = done.stdout.partition("/help  ")
+        assert said == visible(f"{first}\n{second}\n{second}\n", "\n")  # control characters are shown as such
+        assert help_text
+        assert last.endswith(visible(f"stops an answer\n{alone}\n", "\n"))
+        assert "Talking to chat" in done.stderr
+
+
+def test_ctrl_c_stops_an_answer_and_then_the_conversation(tmp_path: Path) -> None:
+    terminal, inside = pty.openpty()
+    words = ["-m", "mpillm", "chat", "--model", str(CHAT), "--set", "sampling.max_tokens=480"]
+    with subprocess.Popen(
+        [sys.executable, *words], stdin=inside, stdout=inside, stderr=subprocess.PIPE, env=clean_environment()
+    ) as process:
+        os.close(inside)
+        seen = b""
+
+        def wait_for(text: bytes, count: int = 1) -> None:
+            nonlocal seen
+            while seen.count(text) < count:
+                seen += os.read(terminal, 4096)
+
+        wait_for(b"> ")
+        os.write(terminal, b"the fox\n")
+        while len(seen) < 60:
+            seen += os.read(terminal, 4096)
+        process.send_signal(signal.SIGINT)
+        wait_for(b"\n> ")  # an answer that is stopped is followed by the next prompt
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    os.close(terminal)

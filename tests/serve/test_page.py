@@ -1,0 +1,129 @@
+"""The web page in a headless browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.conftest import clean_environment
+from tests.serve.test_server import serving
+
+KEY = "a key"
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = pytest.mark.skipif(
+    DRIVER is None, reason="there is no chromedriver (apt install chromium-driver)"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("page")
+    with serving(folder, [sys.executable], clean_environment(MPILLM_API_KEY=KEY)) as (url, _):
+        yield url
+
+
+@pytest.fixture(params=[(1280, "light"), (400, "dark")], ids=["desk", "phone"])
+def browser(request: pytest.FixtureRequest, server: str, tmp_path: Path) -> Iterator[WebDriver]:
+    width, scheme = request.param
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        sizes = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        driver.get(server)
+        yield driver
+    finally:
+        driver.quit()
+
+
+def look(browser: WebDriver, name: str) -> None:
+    """A picture for people who ask for it; the page must never be wider than the screen."""
+    if folder := os.environ.get("MPILLM_TEST_PICTURES"):
+        browser.save_screenshot(f"{folder}/{name}-{browser.execute_script('return innerWidth')}.png")
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> None:
+    wait = WebDriverWait(browser, 60)
+
+    def find(selector: str) -> str:
+        return browser.find_element(By.CSS_SELECTOR, selector).text
+
+    def press(selector: str) -> None:
+        browser.find_element(By.CSS_SELECTOR, selector).click()
+
+    def write(selector: str, text: str) -> None:
+        element = browser.find_element(By.CSS_SELECTOR, selector)
+        element.clear()
+        element.send_keys(text)
+
+    wait.until(lambda _: find("#model") == "chat")
+    # Without the key a sentence says so.
+    write("#text", "the fox")
+    press("#send")
+    wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".message.error"))
+    assert find(".message.error") == "The API key is missing or wrong."
+    press("[data-view=settings]")
+    write("#key", KEY)
+    write("#temperature", "0")
+    write("#tokens", "12")
+    look(browser, "settings")
+    press("[data-view=chat]")
+    press("#reset")
+
+    with openai.OpenAI(base_url=f"{server}/v1", api_key=KEY) as client:
+        history: list[dict[str, str]] = []
+        for turn, text in enumerate(("the fox", "over the dog")):
+            history.append({"role": "user", "content": text})
+            made = client.chat.completions.create(
+                model="chat", messages=history, max_tokens=12, temperature=0
+            )  # type: ignore[call-overload]
+            write("#text", text)
+            press("#send")
+            wait.until(
+                lambda _, turn=turn: (
+                    len(browser.find_elements(By.CSS_SELECTOR, ".message.assistant")) == turn + 1
+                    and not browser.find_element(By.ID, "stop").is_displayed()
+                )
+            )
+            shown = browser.find_elements(By.CSS_SELECTOR, ".message.assistant")[turn]
+            assert shown.get_property("textContent") == made.choices[0].message.content
+            history.append({"role": "assistant", "content": made.choices[0].message.content})
+    look(browser, "chat")
+
+    name = f"three requests of {browser.execute_script('return innerWidth')}.jsonl"
+    source = tmp_path / name
+    lines = [{"prompt": "the fox"}, {"prompt": "a"}, {"prompt": 3.5}]
+    source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    press("[data-view=batches]")
+    browser.find_element(By.ID, "file").send_keys(str(source))
+    press("#upload button")
+    # The newest comes first.
+    wait.until(lambda _: name in find("#list") and "completed" in find("#list tr"))
+    assert "3 of 3, 1 failed" in find("#list tr")
+    look(browser, "batches")
+    press("#list td:last-child button")
+    wait.until(lambda _: list(tmp_path.glob("file-*.jsonl")))
+    (download,) = tmp_path.glob("file-*.jsonl")
+    wait.until(lambda _: len(download.read_text().splitlines()) == 2)
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("401" in entry["message"] for entry in errors), errors
