@@ -80,6 +80,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "plan": _plan,
         "pack": _pack,
         "pull": _pull,
+        "models": _models,
         "init": _init,
         "report": _report,
         "merge": _merge,
@@ -131,6 +132,14 @@ def _pull(world: World, options: argparse.Namespace) -> int:
 
     if world.rank == 0:
         print(catalogue.pull(options.name, Console().downloading))
+    return 0
+
+
+def _models(world: World, options: argparse.Namespace) -> int:
+    from mpillm.run import catalogue
+
+    if world.rank == 0:
+        print("\n".join(catalogue.listed()))
     return 0
 
 
@@ -256,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         default="source",
         help="what matrices are stored as (as they are)",
     )
+    commands.add_parser("models", help="list the models of the catalogue, with what they take")
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")

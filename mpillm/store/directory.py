@@ -20,6 +20,7 @@ from types import TracebackType
 from mpillm.errors import Interrupted, MpillmError, OutputError
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+SYNC_BYTES = 1 << 24  # that are brought to disk at once: the kernel handles no signal meanwhile
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

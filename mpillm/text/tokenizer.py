@@ -8,9 +8,10 @@ writes it. Added tokens that are not control (Qwen3's <think>) are words like ot
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
+from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
 from mpillm.text.parts import Parts
 
-CHUNK = 1 << 16  # characters of a long text that are counted at a time
+CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
 
 def load_tokenizer(
@@ -346,4 +348,10 @@ def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[
                 f"The text is not Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
             ) from error
     core.encode_special_tokens = plain
-    return list(core.encode(text, add_special_tokens=own).ids)
+    if len(text) <= CHUNK:
+        return list(core.encode(text, add_special_tokens=own).ids)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
+    encode = partial(
+        core.encode_batch_fast, [text], add_special_tokens=own
+    )  # unlike `encode`, lets the interpreter go
+    return list(interruptible(encode)[0].ids)

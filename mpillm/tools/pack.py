@@ -58,7 +58,7 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
 
 def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
-    begun = time.monotonic()
+    start = time.monotonic()
     with world.together():
         path = catalogue.resolve(source, progress.downloading) if world.rank == 0 else Path()
     path = world.bcast(path)
@@ -97,7 +97,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         files=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
         kept=sum(count for _, count in everywhere),
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - start,
     )
 
 

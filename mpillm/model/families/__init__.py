@@ -8,6 +8,7 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
+from mpillm.model.families.cohere import Cohere
 from mpillm.model.families.deepseek import DeepSeek
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
@@ -19,6 +20,7 @@ from mpillm.model.families.llama import Llama
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.olmo import Olmo, Olmoe
+from mpillm.model.families.phi import Phi
 from mpillm.model.families.qwen import Qwen
 from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
@@ -42,6 +44,8 @@ FAMILIES: tuple[Family, ...] = (
     Exaone(),
     Ernie(),
     Dots(),
+    Cohere(),
+    Phi(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}

@@ -118,7 +118,7 @@ class DeepSeek(Family):
         rotary = fields.integer("rope.dimension_count")
         sigmoid = fields.integer("expert_gating_func", 0) == _SIGMOID
         groups = fields.integer("expert_group_count", 0) or 1
-        config = usual_config(fields, shape_of, key)
+        config = usual_config(fields, shape_of, head_dim=key)
         dense = fields.integer("leading_dense_block_count", 0)
         count = fields.integer("expert_count", 0)
         return config | {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +24,10 @@ Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class RouterSpec:
-    """How experts are chosen; see `kernels.router.Router`, of which `correction` is a tensor here."""
+class RouterSpec(Router):
+    """A router; with `correction` the model has a learned correction of its scores (see `route`)."""
 
-    chosen: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
     correction: bool = False
-    groups: int = 1
-    groups_chosen: int = 1
-    group_best: int = 2
-    normalise: bool = True
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,19 +102,11 @@ class ExpertsSpec:
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Prepared:
         """The normed rows of x [m, hidden], and the experts that the router chooses for them."""
-        h = rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
-        spec = self.router
-        router = Router(
-            spec.chosen,
-            spec.scoring,
-            first.vector("router_correction") if spec.correction else None,
-            spec.groups,
-            spec.groups_chosen,
-            spec.group_best,
-            spec.normalise,
-            spec.scale,
-        )
-        routed = Routed.of(*route(rank.times(h, first, "router"), router, rank.threads))
+        before = rank.kept(lambda: norm.kernel(first, "ffn_norm") if norm else None, "ffn_norm", layer)
+        h = rank.normalise(x, before)
+        correction = first.vector("router_correction") if self.router.correction else None
+        logits = rank.times(h, first, "router")
+        routed = Routed.of(*route(logits, self.router, correction, rank.threads))
         gate = None
         if self.shared_router:
             gate = rank.times(h, first, "shared_router")

@@ -29,11 +29,12 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     family = families.of_config(config, str(path))
     files = _files(path)
     extents: dict[Key, Extent] = {}
+    part_rows = _attention_rows(config)
     try:
         for name, (file, tensor) in _tensors(path, files).items():
             if _predicts_further(name, config):
                 continue
-            _add(extents, file, name, tensor, family.names)
+            _add(extents, file, name, tensor, family.names, part_rows)
         split_kv_b(extents, config, path)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
@@ -135,7 +136,23 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     return own <= int(found["layer"]) < own + further
 
 
-def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
+def _attention_rows(config: dict[str, Any]) -> dict[str, int]:
+    """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        return {}
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    return {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+
+
+def _add(
+    extents: dict[Key, Extent],
+    file: MappedFile,
+    name: str,
+    tensor: Tensor,
+    own: names.Names,
+    part_rows: dict[str, int],
+) -> None:
     if names.ignored_hf(name):
         return
     parsed = own.parse_hf(name)
@@ -146,7 +163,7 @@ def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor
             f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
         )
     extent = Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
-    add(extents, parsed, extent)
+    add(extents, parsed, extent, part_rows)
 
 
 def _tie(extents: dict[Key, Extent]) -> None:

@@ -366,6 +366,8 @@ def place(
     ndim = first.ndim + parsed.stacked
     if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
         shape = shape[1:]  # ERNIE 4.5 has it as a row
+    if parsed.roles == ("shared_router",) and len(shape) == 1:
+        shape = (1, *shape)  # as GGUF files have it
     if len(shape) != ndim:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
