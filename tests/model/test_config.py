@@ -108,7 +108,7 @@ def test_latents_of_what_is_published() -> None:
     assert mixer.scale == pytest.approx(192**-0.5 * (0.1 * np.log(40) + 1) ** 2)
     assert mixer.rotary.config.attention_factor == 1
     assert [layer.mlp.count for layer in v3.layers] == [0] * 3 + [256] * 58
-    router = RouterSpec(8, "sigmoid", True, 8, 4, scale=2.5)
+    router = RouterSpec(8, "sigmoid", correction=True, groups=8, groups_chosen=4, scale=2.5)
     assert v3.layers[3].mlp == ExpertsSpec(256, 2048, router, shared=MlpSpec(2048, prefix="shared_"))
     lite = read_config(PUBLISHED["DeepSeek-V2-Lite"])
     assert lite.layers[1].mlp == ExpertsSpec(
