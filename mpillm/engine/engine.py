@@ -300,7 +300,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     prompt = request.prompt
     at_end = end == len(sequence.tokens)
     samples = request.kind == "generate" and request.max_tokens > 0 and at_end
-    fresh = start >= sequence.reached  # tokens that are computed again were scored or pooled before
+    fresh = start >= sequence.passed_over  # tokens that are computed again were scored or pooled before
     scores = request.prompt_logprobs is not None and fresh and start < len(prompt) - 1
     hidden = Hidden.NONE
     if request.kind == "embed":

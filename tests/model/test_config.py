@@ -76,6 +76,7 @@ def fixture(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in MODELS.glob("*/config.json")))
 def test_what_transformers_writes_is_read(name: str) -> None:
     raw = fixture(name)
+    raw.pop("quantization_config", None)  # is for those who read the files
     config = read_config(raw)
     assert config.architecture == raw["architectures"][0]
     assert (config.hidden, config.n_layers, config.vocab) == (

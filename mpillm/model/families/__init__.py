@@ -15,6 +15,7 @@ from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
+from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.minimax import MiniMax
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     DeepSeek(),
     Gemma(),
     Glm(),
+    GptOss(),
     Granite(),
     Olmo(),
     Olmoe(),

@@ -68,12 +68,15 @@ def config_of(
     shape_of: ShapeOf,
     rope_factors: list[float] | None,
 ) -> dict[str, Any]:
-    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there."""
+    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there.
+
+    Where the family has something to say of the RoPE, the file's fields are added to it.
+    """
     fields = GgufFields(metadata, path)
     config = family.gguf_config(fields, shape_of)
     if pooling := fields.integer("pooling_type", 0):
         config["pooling_type"] = pooling
-    config["rope_parameters"] = _rope(fields, config, rope_factors)
+    config["rope_parameters"] = config.get("rope_parameters", {}) | _rope(fields, config, rope_factors)
     fields.refuse_unknown()
     return config
 

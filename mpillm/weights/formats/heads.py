@@ -7,58 +7,94 @@ a column for each, and v_b [heads * value, latent], which has the others. llama.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mpillm.weights.formats.stored import OWN, Bytes, Stored
+from mpillm.errors import ModelError
+from mpillm.weights.formats.extent import Extent, Lies, Rows
+from mpillm.weights.formats.stored import OWN, Bytes
+from mpillm.weights.names import Key
 
 
 @dataclass(frozen=True)
-class HeadPart:
-    """Of each head's `rows` rows in the file, of `k` values as `stored`, the `count` rows from `first` on.
+class HeadPart(Extent):
+    """Of each head's `each` rows of a `whole` matrix, the `count` rows from `first` on.
 
-    `turned`: each head's matrix is transposed.
+    `turned`: each head's matrix is transposed. Blocks cannot be turned, but the numbers that they stand for can.
     """
 
-    stored: Stored
-    k: int
-    rows: int
-    first: int
-    count: int
-    turned: bool
+    whole: Extent = field(kw_only=True)
+    each: int = field(kw_only=True)
+    first: int = field(kw_only=True)
+    count: int = field(kw_only=True)
+    turned: bool = field(kw_only=True)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row in the file."""
-        return self.stored.row_bytes(self.k)
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.n // self._height * self.count * self.whole.row_bytes
 
-    @property
-    def made(self) -> Stored:
-        """How rows come from `gather`: blocks cannot be turned, but their values can."""
-        return OWN["F32"] if self.turned and self.stored.block > 1 else self.stored
+    def lies(self) -> Iterator[Lies]:
+        return self.whole.lies()
 
-    def heads(self, rows: range) -> range:
-        """The heads that have some of these rows of the matrix."""
-        each = self.k if self.turned else self.count
-        return range(rows.start // each, -(-rows.stop // each))
-
-    def nbytes(self, n: int) -> int:
-        """Bytes in the file of a matrix of n rows."""
-        return len(self.heads(range(n))) * self.count * self.row_bytes
-
-    def gather(self, raw: Bytes, rows: range, threads: int = 1) -> Bytes:
-        """Rows of the matrix, uint8 [len(rows), row bytes], of the rows in the file of all heads that have some."""
-        heads = self.heads(rows)
-        own = np.ascontiguousarray(
-            raw.reshape(len(heads), self.rows, self.row_bytes)[:, self.first : self.first + self.count]
-        ).reshape(-1, self.row_bytes)
+    def rows(self, rows: Rows) -> Bytes:
+        assert isinstance(rows, range)
+        heads, whole = self._heads(rows), self.whole
+        raw = whole.rows(self._of_whole(heads)).reshape(len(heads), self.each, -1)
+        own = np.ascontiguousarray(raw[:, self.first : self.first + self.count]).reshape(-1, raw.shape[2])
+        begin = heads.start * self._height
         if not self.turned:
-            begin = heads.start * self.count
             return own[rows.start - begin : rows.stop - begin]
-        if self.stored.block > 1:
-            own = self.stored.decode(own, self.k, threads).view(np.uint8)
-        values = own.view(f"u{self.made.block_bytes}").reshape(len(heads), self.count, self.k)
-        begin = heads.start * self.k
+        if whole.stored.block > 1:
+            own = whole.stored.decode(own, whole.k, threads=1).view(np.uint8)
+        values = own.view(f"u{self.stored.block_bytes}").reshape(len(heads), self.count, whole.k)
         turned = values.swapaxes(1, 2).reshape(-1, self.count)[rows.start - begin : rows.stop - begin]
         return np.ascontiguousarray(turned).view(np.uint8)
+
+    def rows_together(self, rows: range) -> Bytes:
+        return self.rows(rows)
+
+    def release(self, rows: range | None = None) -> None:
+        self.whole.release(self._of_whole(self._heads(range(self.n) if rows is None else rows)))
+
+    def at(self, first: int) -> None:
+        return None
+
+    @property
+    def _height(self) -> int:
+        """Rows of a head's matrix."""
+        return self.whole.k if self.turned else self.count
+
+    def _heads(self, rows: range) -> range:
+        """The heads that have some of these rows."""
+        return range(rows.start // self._height, -(-rows.stop // self._height))
+
+    def _of_whole(self, heads: range) -> range:
+        return range(heads.start * self.each, heads.stop * self.each)
+
+
+def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path) -> None:
+    """Put k_b and v_b in the place of each kv_b, in which they lie head by head; ModelError if they do not."""
+    for key in [key for key in extents if key.role == "kv_b"]:
+        whole = extents.pop(key)
+        if Key("k_b", key.layer) in extents:  # some files have both
+            continue
+        sizes = [config.get(name) for name in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")]
+        heads, part, value = (size if type(size) is int and size > 0 else 1 for size in sizes)
+        each = part + value
+        if whole.shape[0] != heads * each:
+            raise ModelError(
+                f"{path}: tensor {whole.name} has {whole.shape[0]} rows, but {heads} heads of {part} + {value} have "
+                f"{heads * each}."
+            )
+        for role, first, count, turned in (("k_b", 0, part, True), ("v_b", part, value, False)):
+            shape = (heads * whole.k, part) if turned else (heads * value, whole.k)
+            stored = OWN["F32"] if turned and whole.stored.block > 1 else whole.stored
+            extents[Key(role, key.layer)] = HeadPart(
+                whole.file, whole.name, whole.offset, shape, stored,
+                whole=whole, each=each, first=first, count=count, turned=turned,
+            )  # fmt: skip
