@@ -59,7 +59,9 @@ MODEL_FILE = "model/"  # begins the keys of an identity that are files of the mo
 
 
 class Journal(Descriptor):
-    """An open journal. A result counts once `flush` has returned: then it is on disk. `close` loses what was not flushed.
+    """An open journal. A result counts once `flush` has returned: then it is on disk.
+
+    When the journal is closed, what was not flushed is lost.
 
     `done` has what was finished, by custom_id (also in runs before this one); `damage` has a sentence for each
     stretch of the file that a disk or a person has changed: the requests in it are simply run again. `answered` says
