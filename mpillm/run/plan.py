@@ -29,7 +29,7 @@ from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.paging.weights import minimum_budget, streamed
 from mpillm.weights.plan import PagePlan
-from mpillm.weights.source import Source, rank_plans
+from mpillm.weights.source import Source, rank_plans, weight_types
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +61,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     architecture: str
+    weights: list[str]  # how matrices are stored, and what they become
     stages: int
     shards: int
     layouts: list[tuple[int, int]]  # all that work, (stages, shards)
@@ -123,6 +124,7 @@ def make_plan(
     return Plan(
         model=spec.model,
         architecture=config.architecture,
+        weights=weight_types(source),
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, ranks),
@@ -231,6 +233,7 @@ def _table(plan: Plan) -> Iterator[str]:
     ranks = len(plan.ranks)
     others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
     yield f"model     {plan.model} ({plan.architecture})"
+    yield f"weights   {', '.join(plan.weights)}"
     yield f"layout    {_layout(plan.stages, plan.shards)} on {_count(ranks, 'rank')}"
     if others:
         yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"

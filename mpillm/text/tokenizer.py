@@ -25,6 +25,7 @@ from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
+from mpillm.text.harmony import MARKS, Harmony
 from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
 from mpillm.text.parts import Parts
@@ -191,10 +192,20 @@ class Tokenizer:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
 
+    @cached_property
+    def harmony(self) -> Harmony | None:
+        """The format of answers in channels, if the vocabulary has its marks."""
+        ids = {self._added[id]: id for id in self.control_ids if self._added[id] in MARKS}
+        return Harmony(ids) if len(ids) == len(MARKS) else None
+
     @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
+
+    def chat_reads(self, name: str) -> bool:
+        """Whether the chat template looks at a variable of this name, as far as its text says."""
+        return any(name in template for template in self._parts.templates.values())
 
     def encode_chat(
         self,

@@ -108,7 +108,7 @@ def _open(path: Path, weights: Weights) -> TensorSource:
     if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
         return source
     source.close()
-    quantised = sorted({info.stored for info in matrices} - {"F32", "F16", "BF16"})
+    quantised = sorted({info.stored for info in matrices if info.type.quantised})
     if quantised:
         raise JobError(
             f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "

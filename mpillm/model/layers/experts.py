@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,15 @@ class RouterSpec(Router):
     """A router; with `correction` the model has a learned correction of its scores (see `route`)."""
 
     correction: bool = False
+    bias: bool = False  # of the logits
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
     """`count` experts of `width` inner columns each, and perhaps a `shared` MLP that every token goes through.
 
-    With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product.
+    With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product. `bias`: all three
+    matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's.
     """
 
     count: int
@@ -43,6 +45,9 @@ class ExpertsSpec:
     activation: Activation = Activation.SILU
     shared: MlpSpec | None = None
     shared_router: bool = False
+    bias: bool = False
+    limit: float = 0.0
+    alpha: float = 1.702
 
     @property
     def share(self) -> float:
@@ -70,6 +75,8 @@ class ExpertsSpec:
     def first_page(self, layer: int, hidden: int) -> Iterator[TensorSpec]:
         """Tensors that belong to the page before its own ones: what decides on the experts, whole on every rank."""
         yield TensorSpec(Key("router", layer), (self.count, hidden))
+        if self.router.bias:
+            yield TensorSpec(Key("router_bias", layer), (self.count,))
         if self.router.correction:
             yield TensorSpec(Key("router_correction", layer), (self.count,))
         if self.shared_router:
@@ -84,11 +91,18 @@ class ExpertsSpec:
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
         """A page for each expert."""
         columns = self.columns(block)
-        return _Experts(layer, self.count, (
+        tensors = [
             TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns),
             TensorSpec(Key("up", layer, 0), (self.width, hidden), columns),
             TensorSpec(Key("down", layer, 0), (hidden, self.width), cols=columns),
-        ))  # fmt: skip
+        ]
+        if self.bias:
+            tensors += [
+                TensorSpec(Key("gate_bias", layer, 0), (self.width,), columns),
+                TensorSpec(Key("up_bias", layer, 0), (self.width,), columns),
+                TensorSpec(Key("down_bias", layer, 0), (hidden,)),
+            ]
+        return _Experts(layer, self.count, tuple(tensors))
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
@@ -106,6 +120,8 @@ class ExpertsSpec:
         h = rank.normalise(x, before)
         correction = first.vector("router_correction") if self.router.correction else None
         logits = rank.times(h, first, "router")
+        if self.router.bias:
+            logits += first.vector("router_bias")
         routed = Routed.of(*route(logits, self.router, correction, rank.threads))
         gate = None
         if self.shared_router:
@@ -143,7 +159,12 @@ class ExpertsSpec:
         h, routed, done = prepared.h, prepared.routed, 0
         sums = np.zeros((self.columns(rank.block).panels // rank.place.shards, *h.shape), np.float32)
         for pages in rank.experts(layer, routed.experts):
-            work = kernels.Experts([page.keep(_expert) for page in pages], activation=self.activation)
+            work = kernels.Experts(
+                [page.keep(self._expert(rank.place)) for page in pages],
+                activation=self.activation,
+                limit=self.limit,
+                alpha=self.alpha,
+            )
             own = routed.starts[done : done + len(pages) + 1]
             rows = slice(own[0], own[-1])
             rank.compute(work, h, routed.rows[rows], own - own[0], routed.weights[rows], sums)
@@ -151,6 +172,21 @@ class ExpertsSpec:
         out = np.empty(h.shape, np.float32)
         kernels.fold(sums, out, rank.threads)
         return out
+
+    def _expert(self, place: Place) -> Callable[[Page], kernels.Expert]:
+        """What makes the kernels' expert of a page; the bias of its output is added by the first shard."""
+
+        def make(page: Page) -> kernels.Expert:
+            matrices = (page.matrix(role) for role in ("gate", "up", "down"))
+            if not self.bias:
+                return kernels.Expert(*matrices)
+            return kernels.Expert(
+                *matrices,
+                biases=(page.vector("gate_bias"), page.vector("up_bias")),
+                down_bias=page.vector("down_bias") if place.shard == 0 else None,
+            )
+
+        return make
 
 
 @dataclass(frozen=True)
@@ -198,7 +234,3 @@ class _Experts(Sequence[PageSpec]):
             for tensor in self._tensors
         )
         return PageSpec(EXPERT, tensors, self._layer, expert)
-
-
-def _expert(page: Page) -> kernels.Expert:
-    return kernels.Expert(*(page.matrix(role) for role in ("gate", "up", "down")))
