@@ -55,6 +55,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
+    if options.command == "ranks" and options.n > 1 and launch.launched_by(os.environ) is None:
+        from mpillm.api import ranks
+
+        ranks.start(options.n, options.address)
     return guard(lambda world: _command(world, options))
 
 
@@ -86,6 +90,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "merge": _merge,
         "doctor": _doctor,
         "bench": bench.run,
+        "ranks": _ranks,
         "serve": serve.run,
         "chat": serve.run_chat,
     }
@@ -171,6 +176,12 @@ def _merge(world: World, options: argparse.Namespace) -> int:
             print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
         print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
     return 0
+
+
+def _ranks(world: World, options: argparse.Namespace) -> int:
+    from mpillm.api import ranks
+
+    return ranks.serve(world, options.address)
 
 
 def _doctor(world: World, options: argparse.Namespace) -> int:
@@ -298,6 +309,9 @@ def _parser() -> argparse.ArgumentParser:
             "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
         )
     )
+    ranks = commands.add_parser("ranks")  # of `mpillm.LLM`, which alone uses it: no help
+    ranks.add_argument("address", metavar="SOCKET")
+    ranks.add_argument("-n", type=_positive, default=1)
     return parser
 
 
