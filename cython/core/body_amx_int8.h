@@ -112,7 +112,7 @@ typedef struct {
     void (*add_blocks)(const wide_block *w, const row_block *x, long count, const uint8_t *ahead, long step, vf *sums);
 } amx_functions;
 
-/* The types that have them: X(type).  Q6_K gained nothing by tiles. */
+/* The types that have them: X(type).  Q6_K gained nothing by tiles; those with a table have not been tried. */
 #define AMX_TYPES(X) X(MK_Q8_0) X(MK_Q4_0) X(MK_Q4_1) X(MK_Q4_K) X(MK_Q5_K)
 #define AMX_FUNCTIONS_OF(type)                                                                                    \
     static void widen_##type(const uint8_t *w, long count, wide_block *to) { widen(type, w, count, to); }         \

@@ -25,6 +25,13 @@ MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
 
 #include "body_float.h"
 
+/* Nibbles' values as products want them: of MXFP4 from 0 on, of IQ4 as vb_dot_s8 takes them. */
+#define FROM_ZERO(value) (value) + 12,
+#define BIASED(value) (int8_t)((value) + VEC_Q8_BIAS),
+static const int8_t E2M1_OPERANDS[16] = {MK_E2M1_VALUES(FROM_ZERO)}, IQ4_OPERANDS[16] = {MK_IQ4_VALUES(BIASED)};
+
+MK_INLINE int is_iq4(int type) { return type == MK_IQ4_NL || type == MK_IQ4_XS; }
+
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
     UNROLL
@@ -33,13 +40,29 @@ MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
         else groups[g] = g < 4 ? vb_low(vb_load(w + 64 * g)) : vb_high(vb_load(w + 64 * (g - 4)));
     UNROLL
     for (int g = 0; g < 8; g++)
-        if (type == MK_Q5_K) groups[g] = vb_more(groups[g], vb_load(w + 256), g, 1);
+        if (type == MK_MXFP4) groups[g] = vb_table(E2M1_OPERANDS, groups[g]);
+        else if (is_iq4(type)) groups[g] = vb_table(IQ4_OPERANDS, groups[g]);
+        else if (type == MK_Q5_K || type == MK_Q5_0 || type == MK_Q5_1) groups[g] = vb_more(groups[g], vb_load(w + 256), g, 1);
         else if (type == MK_Q6_K) groups[g] = vb_more(groups[g], vb_load(w + 256 + 64 * (g / 4)), g % 4 * 2, 3);
+}
+
+/* With what the sum of a block's products begins, for weights that are greater than they should be. */
+MK_INLINE int32_t start_of(int type, const mk_activation *a) {
+    if (type == MK_Q4_0) return a->less8;
+    if (type == MK_Q5_0) return 2 * a->less8;
+    if (type == MK_MXFP4) return a->less8 / 2 * 3;
+    return (type == MK_Q8_0 || is_iq4(type)) && VEC_Q8_BIAS ? a->less128 : 0;
+}
+
+MK_INLINE vi dot_of(int type, vi start, const vb *groups, const int8_t *q) {
+    if (type == MK_Q8_0 || is_iq4(type)) return vb_dot_s8(start, groups, q);
+    if (type == MK_Q4_0 || type == MK_Q4_1 || type == MK_Q4_K) return vb_dot_u4(start, groups, q);
+    return vb_dot_u6(vb_dot_u6(start, groups, q), groups + 4, q + 16);
 }
 
 HOT void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
                               const uint8_t *x, long x_stride, long count, vf *sums) {
-    const int scales = type == MK_Q4_1 ? 64 : 32;
+    const int scales = mk_scale_bytes(type) * MK_TILE;
     const long bytes = (long)mk_block_bytes(type) * MK_TILE;
     vf acc[MAX_SUMS];
     UNROLL
@@ -51,16 +74,15 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
             for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, tile + line);
             vb groups[8];
             load_groups(type, tile + scales, groups);
-            vf d = vf_load_f16((const void *)tile), m = d;
-            if (type == MK_Q4_1) m = vf_load_f16((const void *)(tile + 32));
+            vf d = type == MK_MXFP4 ? vf_load_e8m0(tile) : vf_load_f16((const void *)tile), m = d;
+            if (mk_f16s(type) == 2) m = vf_load_f16((const void *)(tile + 32));
             UNROLL
             for (int t = 0; t < T; t++) {
                 const mk_activation *a = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
-                vi start = vi_set1(type == MK_Q4_0 ? a->less8 : type == MK_Q8_0 && VEC_Q8_BIAS ? a->less128 : 0);
-                vi dot = type == MK_Q8_0 ? vb_dot_s8(start, groups, a->q) : vb_dot_u4(start, groups, a->q);
+                vi dot = dot_of(type, vi_set1(start_of(type, a)), groups, a->q);
                 vf *to = &acc[r * T + t];
                 *to = vf_fma(vf_from(dot), vf_mul(d, vf_set1(a->scale)), *to);
-                if (type == MK_Q4_1) *to = vf_fma(m, vf_set1(a->total), *to);
+                if (mk_f16s(type) == 2) *to = vf_fma(m, vf_set1(a->total), *to);
             }
         }
     }
@@ -73,7 +95,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
  * for their minima. */
 HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
                           long x_stride, long count, vf *sums) {
-    const int bytes = mk_part_bytes(type);
+    const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
     vf acc[MAX_SUMS], d[MANY_TILES], m[MANY_TILES];
     UNROLL
     for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
@@ -82,10 +104,10 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
         for (int r = 0; r < R; r++) {
             d[r] = vf_load_f16((const void *)(w + r * w_stride));
             m[r] = vf_set1(0.0f);
-            if (type != MK_Q6_K) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
+            if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
         }
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
-        for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += 32, values += bytes) {
+        for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
             UNROLL
             for (int r = 0; r < R; r++) {
                 const uint8_t *small = scales + r * w_stride, *part = values + r * w_stride;
@@ -93,8 +115,9 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                 for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, part + line);
                 vb groups[8];
                 load_groups(type, part, groups);
-                vf a = type == MK_Q6_K ? vf_load_i8(small) : vf_mul(d[r], vf_load_u8(small));
-                vf b = type == MK_Q6_K ? vf_load_i8(small + 16) : vf_mul(m[r], vf_load_u8(small + 16));
+                vf a = type == MK_Q6_K ? vf_load_i8(small) : vf_mul(d[r], vf_load_u8(small)), b = m[r];
+                if (type == MK_IQ4_XS) a = vf_mul(d[r], vf_load_i8(small));
+                else b = type == MK_Q6_K ? vf_load_i8(small + 16) : vf_mul(m[r], vf_load_u8(small + 16));
                 UNROLL
                 for (int t = 0; t < T; t++) {
                     const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
@@ -106,11 +129,9 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                         vf dot = vf_fma(vf_from(second), b, vf_mul(vf_from(first), a));
                         *to = vf_fma(dot, vf_mul(d[r], scale), *to);
                     } else {
-                        const vi none = vi_set1(0);
-                        vi dot = type == MK_Q4_K ? vb_dot_u4(none, groups, act->q)
-                                                 : vb_dot_u6(vb_dot_u6(none, groups, act->q), groups + 4, act->q + 16);
+                        vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);
                         *to = vf_fma(vf_from(dot), vf_mul(a, scale), *to);
-                        *to = vf_fma(b, vf_set1(act->total), *to);
+                        if (mk_f16s(type) == 2) *to = vf_fma(b, vf_set1(act->total), *to);
                     }
                 }
             }

@@ -109,20 +109,27 @@ static void quantize_rows(const void *argument, long begin, long end) {
     }
 }
 
+#define AS_IT_IS(value) value,
+static const int8_t E2M1[16] = {MK_E2M1_VALUES(AS_IT_IS)}, IQ4[16] = {MK_IQ4_VALUES(AS_IT_IS)};
+
 /* One block of up to 32 values; d * q is exact, so is it with or without fma. */
 MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
-    uint16_t h[2];
-    memcpy(h, in, type == MK_Q4_1 ? 4 : 2);
-    float d = mk_from_f16(h[0]), m = type == MK_Q4_1 ? mk_from_f16(h[1]) : 0.0f;
-    const uint8_t *q = in + (type == MK_Q4_1 ? 4 : 2);
-    if (type == MK_Q8_0) {
-        for (int j = 0; j < MK_BLOCK; j++) values[j] = d * (float)(int8_t)q[j];
-    } else if (type == MK_Q4_0) {
-        for (int j = 0; j < MK_TILE; j++) values[j] = d * (float)((q[j] & 15) - 8);
-        for (int j = 0; j < MK_TILE; j++) values[MK_TILE + j] = d * (float)((q[j] >> 4) - 8);
-    } else {
-        for (int j = 0; j < MK_TILE; j++) values[j] = d * (float)(q[j] & 15) + m;
-        for (int j = 0; j < MK_TILE; j++) values[MK_TILE + j] = d * (float)(q[j] >> 4) + m;
+    uint16_t h[2] = {0};
+    const int bits = mk_high_bits(type) == 1 ? 4 : 0;
+    const uint8_t *q = in + mk_scale_bytes(type) + bits;
+    const uint32_t fifth = bits ? mk_word(q - bits) : 0;
+    memcpy(h, in, (size_t)mk_scale_bytes(type));
+    const float d = type == MK_MXFP4 ? mk_from_e8m0(*in) : mk_from_f16(h[0]);
+    const float m = mk_f16s(type) == 2 ? mk_from_f16(h[1]) : 0.0f;
+    for (int j = 0; j < MK_BLOCK; j++) {
+        int value = type == MK_Q8_0 ? (int8_t)q[j] : q[j % MK_TILE] >> j / MK_TILE * 4 & 15;
+        if (bits) value |= (fifth >> j & 1) << 4;
+        if (type == MK_Q4_0) value -= 8;
+        if (type == MK_Q5_0) value -= 16;
+        if (type == MK_MXFP4) value = E2M1[value];
+        if (type == MK_IQ4_NL) value = IQ4[value];
+        values[j] = d * (float)value;
+        if (mk_f16s(type) == 2) values[j] += m;
     }
 }
 
@@ -132,15 +139,16 @@ static void dequantise_super(int type, const uint8_t *in, float *values) {
     mk_split(type, in, parts);
     uint16_t h[2];
     memcpy(h, in + (type == MK_Q6_K ? 208 : 0), type == MK_Q6_K ? 2 : 4);
-    float d = mk_from_f16(h[0]), dmin = type == MK_Q6_K ? 0.0f : mk_from_f16(h[1]);
+    float d = mk_from_f16(h[0]), dmin = mk_f16s(type) == 2 ? mk_from_f16(h[1]) : 0.0f;
     for (int s = 0; s < MK_PARTS; s++, values += MK_BLOCK)
         for (int j = 0; j < MK_BLOCK; j++) {
             const mk_part *part = &parts[s];
             int half = j / 16, q = part->low[j % 16] >> 4 * half & 15;
             if (type == MK_Q5_K) q |= (part->high[j % 4] >> j / 4 & 1) << 4;
             if (type == MK_Q6_K) q |= (part->high[4 * half + j % 4] >> j % 16 / 4 * 2 & 3) << 4;
-            values[j] = type == MK_Q6_K ? d * (float)(int8_t)part->scales[half] * (float)(q - 32)
-                                        : d * (float)part->scales[0] * (float)q - dmin * (float)part->scales[1];
+            if (type == MK_IQ4_XS) values[j] = d * (float)(int8_t)part->scales[0] * (float)IQ4[q];
+            else values[j] = type == MK_Q6_K ? d * (float)(int8_t)part->scales[half] * (float)(q - 32)
+                                             : d * (float)part->scales[0] * (float)q - dmin * (float)part->scales[1];
         }
 }
 

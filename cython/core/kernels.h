@@ -11,8 +11,9 @@
 
 /* Block types, in the order of their numbers: X(name, kind, values of a block, its bytes in ggml's form, its bytes in a
  * tile, F16 numbers of a block, bits of a value beside its low four).  The kind decides how a type is packed and which
- * product it has: FLOAT rows stay as they are (body_float.h); PLAIN blocks are F16 numbers and then the values
- * (body_matmul.h, quantised_tile); SUPER blocks are K-quants (super.h; body_matmul.h, super_tile).
+ * product it has: FLOAT rows stay as they are (body_float.h); PLAIN blocks are F16 numbers, or with none of them the
+ * byte of an exponent, and then the values (body_matmul.h, quantised_tile); SUPER blocks are K-quants (super.h;
+ * body_matmul.h, super_tile).
  *
  * A new type is a row here and in mpillm/kernels/types.py, and bodies where those of its kind do not serve: pack.c,
  * dequantise in body_quant.h, load_groups and the kind's tile in body_matmul.h. */
@@ -25,7 +26,12 @@
     X(Q4_1, PLAIN, 32, 20, 20, 2, 0)    \
     X(Q4_K, SUPER, 256, 144, 148, 2, 0) \
     X(Q5_K, SUPER, 256, 176, 180, 2, 1) \
-    X(Q6_K, SUPER, 256, 210, 210, 1, 2)
+    X(Q6_K, SUPER, 256, 210, 210, 1, 2) \
+    X(MXFP4, PLAIN, 32, 17, 17, 0, 0)   \
+    X(IQ4_NL, PLAIN, 32, 18, 18, 1, 0)  \
+    X(Q5_0, PLAIN, 32, 22, 22, 1, 1)    \
+    X(Q5_1, PLAIN, 32, 24, 24, 2, 1)    \
+    X(IQ4_XS, SUPER, 256, 136, 138, 1, 0)
 #define MK_TYPE(name, ...) MK_##name,
 enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
 enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER };
@@ -69,6 +75,14 @@ MK_TRAIT(mk_high_bits, MK_HIGH_OF)
 
 static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT; }
 static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }
+
+/* Bytes before the values of a PLAIN block. */
+static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(type) : 1; }
+
+/* What nibbles stand for, X(value): of MXFP4 twice the e2m1 numbers, and of IQ4_NL and IQ4_XS (ggml's kvalues_iq4nl). */
+#define MK_E2M1_VALUES(X) X(0) X(1) X(2) X(3) X(4) X(6) X(8) X(12) X(0) X(-1) X(-2) X(-3) X(-4) X(-6) X(-8) X(-12)
+#define MK_IQ4_VALUES(X) \
+    X(-127) X(-104) X(-83) X(-65) X(-49) X(-35) X(-22) X(-10) X(1) X(13) X(25) X(38) X(53) X(69) X(89) X(113)
 
 static inline int mk_float_step(int type) { return type == MK_BF16 ? 32 : 16; } /* columns of float weights at a time */
 

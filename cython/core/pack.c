@@ -54,12 +54,32 @@ MK_INLINE void interleave(const uint8_t *const *in, long at, uint8_t *out) {
     }
 }
 
-MK_INLINE void pack_block(const int bytes, const int heads, const uint8_t *const *in, long at, int rows, uint8_t *out) {
-    if (rows < MK_TILE) memset(out, 0, (size_t)bytes * MK_TILE);
+/* Bit 4g + b becomes bit g of byte b. */
+MK_INLINE uint32_t pack_bits(uint32_t bits) {
+    uint32_t bytes = 0;
+    for (int b = 0; b < 4; b++) {
+        uint32_t of = bits >> b & 0x11111111u;
+        of = (of | of >> 3) & 0x03030303u;
+        of = (of | of >> 6) & 0x000f000fu;
+        bytes |= ((of | of >> 12) & 0xffu) << 8 * b;
+    }
+    return bytes;
+}
+
+/* A PLAIN block: scales, then words of values; of Q5_0 and Q5_1, whose fifth bits come first, those bits are last. */
+MK_INLINE void pack_block(const int type, const uint8_t *const *in, long at, int rows, uint8_t *out) {
+    const int scales = mk_scale_bytes(type), each = mk_f16s(type) ? 2 : 1, bits = mk_high_bits(type) == 1 ? 4 : 0;
+    const int words = (mk_block_bytes(type) - scales - bits) / 4;
+    if (rows < MK_TILE) memset(out, 0, (size_t)mk_packed_bytes(type) * MK_TILE);
     for (int r = 0; r < rows; r++)
-        for (int h = 0; h < heads; h++) memcpy(out + h * 32 + r * 2, in[r] + at + h * 2, 2);
-    at += 2 * heads, out += 2 * heads * MK_TILE;
-    for (int g = 0; 2 * heads + 4 * g < bytes; g += 4)
+        for (int i = 0; i < scales; i += each) memcpy(out + i * MK_TILE + r * each, in[r] + at + i, (size_t)each);
+    at += scales, out += scales * MK_TILE;
+    for (int r = 0; r < rows && bits; r++) {
+        const uint32_t fifth = pack_bits(mk_word(in[r] + at));
+        memcpy(out + 64 * words + 4 * r, &fifth, 4);
+    }
+    at += bits;
+    for (int g = 0; g < words; g += 4)
         if (rows == MK_TILE) interleave(in, at + 4 * g, out + 64 * g);
         else
             for (int r = 0; r < rows; r++)
@@ -116,14 +136,31 @@ MK_INLINE void pack_top_bits(const uint8_t *const *in, int from, const int part_
     for (int s = 0; s < 4; s++) memcpy(out + part_bytes * s, &v[s], 16);
 }
 
+/* A block of IQ4_XS: nibbles lie as they do in a tile, and each part has one scale. */
+MK_INLINE void pack_iq4_xs(const uint8_t *const *in, uint8_t *out) {
+    for (int r = 0; r < MK_TILE; r++) {
+        mk_part parts[MK_PARTS];
+        mk_split(MK_IQ4_XS, in[r], parts);
+        memcpy(out + 2 * r, in[r], 2);
+        for (int s = 0; s < MK_PARTS; s++) out[mk_scales_at(MK_IQ4_XS) + MK_TILE * s + r] = parts[s].scales[0];
+    }
+    for (int s = 0; s < MK_PARTS; s++)
+        interleave(in, 8 + 16 * s, out + mk_values_at(MK_IQ4_XS) + mk_part_bytes(MK_IQ4_XS) * s);
+}
+
 MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at, int rows, uint8_t *out) {
     static const uint8_t nothing[210];
     const int part = mk_part_bytes(type), nibbles = type == MK_Q4_K ? 16 : type == MK_Q5_K ? 48 : 0;
     const uint8_t *in[MK_TILE];
     for (int r = 0; r < MK_TILE; r++) {
         in[r] = r < rows ? rows_in[r] + at : nothing;
+        if (type == MK_IQ4_XS) continue;
         if (type == MK_Q6_K) memcpy(out + 2 * r, in[r] + 208, 2);
         else memcpy(out + 2 * r, in[r], 2), memcpy(out + 32 + 2 * r, in[r] + 2, 2);
+    }
+    if (type == MK_IQ4_XS) {
+        pack_iq4_xs(in, out);
+        return;
     }
     pack_scales(type, in, out + mk_scales_at(type));
     out += mk_values_at(type);
@@ -147,7 +184,7 @@ MK_INLINE void pack_rows(const int type, const uint8_t *const *in, long at, int 
     else
         for (long b = 0; b < count; b++)
             if (mk_is_super(type)) pack_super(type, in, at + b * bytes, rows, out + b * packed);
-            else pack_block(bytes, mk_f16s(type), in, at + b * bytes, rows, out + b * packed);
+            else pack_block(type, in, at + b * bytes, rows, out + b * packed);
 }
 
 static void pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {

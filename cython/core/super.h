@@ -1,4 +1,5 @@
-/* K-quants: 256 values in 8 parts of 32, each with a scale and a minimum (Q4_K, Q5_K) or two scales (Q6_K) of its own. */
+/* K-quants: 256 values in 8 parts of 32, each with a scale and a minimum (Q4_K, Q5_K), two scales (Q6_K) or one scale
+ * (IQ4_XS) of its own. */
 #ifndef MK_SUPER_H
 #define MK_SUPER_H
 
@@ -71,14 +72,25 @@ static inline void mk_split_q6(const uint8_t *in, mk_part *parts) {
     }
 }
 
+/* A block of IQ4_XS: d, two high bits of each part's scale, four low ones, nibbles. */
+static inline void mk_split_iq4(const uint8_t *in, mk_part *parts) {
+    for (int s = 0; s < MK_PARTS; s++) {
+        const int low = in[4 + s / 2] >> 4 * (s % 2) & 15, high = in[2 + s / 4] >> 2 * (s % 4) & 3;
+        parts[s].scales[0] = (uint8_t)((low | high << 4) - 32);
+        memcpy(parts[s].low, in + 8 + 16 * s, 16);
+    }
+}
+
 static inline void mk_split(int type, const uint8_t *in, mk_part *parts) {
     if (type == MK_Q6_K) mk_split_q6(in, parts);
+    else if (type == MK_IQ4_XS) mk_split_iq4(in, parts);
     else mk_split_q45(type, in, parts);
 }
 
 /* Where the parts of a tile's block lie: 16 rows' d (and dmin), their scales, part by part, then the values. */
 static inline int mk_scales_at(int type) { return 32 * mk_f16s(type); }
-static inline int mk_values_at(int type) { return mk_scales_at(type) + 32 * MK_PARTS; }
+static inline int mk_part_scales(int type) { return type == MK_IQ4_XS ? MK_TILE : 2 * MK_TILE; }
+static inline int mk_values_at(int type) { return mk_scales_at(type) + mk_part_scales(type) * MK_PARTS; }
 static inline int mk_part_bytes(int type) { return 64 * (4 + mk_high_bits(type)); }
 
 #endif

@@ -115,6 +115,7 @@ MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
     }
     return low;
 }
+XMM(vb_table, (const int8_t *table, vb a), _mm_shuffle_epi8(_mm_loadu_si128((const void *)table), a.q[j]))
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }
 

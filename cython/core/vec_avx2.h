@@ -77,6 +77,10 @@ MK_INLINE __m256i ymm_more(__m256i low, __m256i bits, const int from, const int 
 MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
     return (vb){ymm_more(low.lo, bits.lo, from, mask), ymm_more(low.hi, bits.hi, from, mask)};
 }
+MK_INLINE vb vb_table(const int8_t *table, vb nibbles) {
+    __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
+    return (vb){_mm256_shuffle_epi8(all, nibbles.lo), _mm256_shuffle_epi8(all, nibbles.hi)};
+}
 MK_INLINE __m256i ymm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm256_set1_epi32(v); }
 
 #ifdef VEC_VNNI

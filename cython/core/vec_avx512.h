@@ -106,6 +106,9 @@ MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
     bits = from < 4 ? _mm512_slli_epi16(bits, 4 - from) : _mm512_srli_epi16(bits, from - 4);
     return _mm512_or_si512(low, _mm512_and_si512(bits, _mm512_set1_epi8((char)(mask << 4))));
 }
+MK_INLINE vb vb_table(const int8_t *table, vb nibbles) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), nibbles);
+}
 MK_INLINE __m512i zmm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
 
 #ifdef VEC_VNNI

@@ -19,6 +19,12 @@ static inline void vf_store_part(float *p, vf a, long count) {
     memcpy(p, lanes, (size_t)count * sizeof *lanes);
 }
 
+/* Of 16 bytes what mk_from_e8m0 makes of each, in two factors for the denormals. */
+MK_INLINE vf vf_load_e8m0(const uint8_t *p) {
+    vi e = vi_sub(vi_trunc(vf_load_u8(p)), vi_set1(128)), half = vi_half(e);
+    return vf_mul(vf_pow2(half), vf_pow2(vi_sub(e, half)));
+}
+
 /* Lanes i .. i + 15 of a row of d values, whatever lies beyond being `fill`. */
 MK_INLINE vf vf_row(const float *row, long i, long d, float fill) {
     return i + MK_TILE <= d ? vf_load(row + i) : vf_load_part(row + i, d - i, fill);

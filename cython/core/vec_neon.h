@@ -110,6 +110,7 @@ MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
     }
     return low;
 }
+VB(vb_table, (const int8_t *table, vb a), vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_s8(a.q[j])))
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
 

@@ -72,6 +72,10 @@ MK_INLINE vb vb_more(vb low, vb bits, int from, int mask) {
     for (int j = 0; j < 64; j++) low.b[j] |= (int8_t)(((uint8_t)bits.b[j] >> from & mask) << 4);
     return low;
 }
+MK_INLINE vb vb_table(const int8_t *table, vb nibbles) { /* table [16] */
+    for (int j = 0; j < 64; j++) nibbles.b[j] = table[nibbles.b[j]];
+    return nibbles;
+}
 MK_INLINE vb vb_signed(vb a) { return a; } /* a Q8_0 operand as vb_dot_s8 wants it: q + VEC_Q8_BIAS */
 
 /* start + sum over 8 groups of 4 of w * x; w unsigned nibbles, or signed bytes.  |x| <= 127. */

@@ -127,10 +127,11 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     """Return the endpoint that a line asks, and its body; RequestError if there is none."""
     if "body" not in line and "url" not in line and "method" not in line:
         body = {key: value for key, value in line.items() if key != "custom_id"}
-        found = [endpoint for endpoint in ENDPOINTS if endpoint.key in body]
+        keys = {endpoint.key for endpoint in ENDPOINTS} & body.keys()
+        found = [one for one in ENDPOINTS if one.key in keys and keys <= set(one.__struct_fields__)]
         if len(found) != 1:
-            *keys, last = (endpoint.key for endpoint in ENDPOINTS)
-            raise RequestError(f"the line needs one of {', '.join(keys)} or {last}, or a url and a body")
+            *names, last = (endpoint.key for endpoint in ENDPOINTS)
+            raise RequestError(f"the line needs one of {', '.join(names)} or {last}, or a url and a body")
         return found[0], body
     for key in line:
         if key not in _BATCH_KEYS:

@@ -1,4 +1,4 @@
-"""llama.cpp beside us: a child process that holds the same file, and what comes of running turn by turn."""
+"""llama.cpp as a peer: a child process that runs the same file, in turns with this program."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Peer(Protocol):
 
 
 def installed() -> bool:
-    """Whether llama-cpp-python is here."""
+    """Whether llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -44,7 +44,7 @@ class LlamaCpp:
         """Load the model; JobError if llama-cpp-python is missing or cannot."""
         if not installed():
             raise JobError("--against llama.cpp needs llama-cpp-python: pip install 'mpillm[bench]'.")
-        # How our own OpenMP waits is nothing to hold the other one back with.
+        # Settings of our OpenMP must not slow down the other program.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "mpillm.bench.llama_child"],
@@ -96,5 +96,5 @@ class LlamaCpp:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the ratios of neighbouring runs: what slows the machine down for a while slows both."""
+    """The median ratio of neighbouring runs, because a machine that is slow for a while slows both of a pair."""
     return median(own / other for own, other in zip(ours, theirs, strict=True))

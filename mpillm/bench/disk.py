@@ -1,4 +1,4 @@
-"""How fast the disk gives a model's own files, read one after the other past the page cache: paging's limit."""
+"""How fast the disk delivers a model's files, read in order past the page cache: the limit of paging."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from pathlib import Path
 from mpillm.weights.io.reading import new_buffer, open_direct, read_direct
 from mpillm.weights.packed.layout import PAGE
 
-READERS = (1, 4)  # the faster one counts: some disks want several requests at a time, others one
+READERS = (
+    1,
+    4,
+)  # the faster one counts: some disks are fastest with several requests at a time, others with one
 REQUEST_BYTES = 16 * 2**20
-MOST_BYTES = 2**30  # that are read with each number of readers
-# Requests go to different memory, as weights do: where a disk is the work of a processor (a virtual machine's), it may
-# write half as fast again to what still lies in a cache.
-ROOM = 8 * REQUEST_BYTES
+MAX_BYTES = 2**30  # read with each number of readers
+# Requests go to different memory, as those for weights do. A virtual machine's disk, whose data a processor copies, may
+# be half as fast again if it writes to memory that is in a cache.
+MEMORY_BYTES = 8 * REQUEST_BYTES
 
 
 class Disk:
-    """A model's files, read on and on; `rates` has what each time gave, in bytes a second."""
+    """Reads a model's files over and over; `rates` has the result of each measurement, in bytes per second."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.rates: list[float] = []
@@ -34,30 +37,30 @@ class Disk:
         self._next = 0
 
     def measure(self) -> None:
-        """Note the rate of the fastest way, if the files can be read past the page cache and are large enough."""
+        """Measure the rate with the best number of readers, if the files can be read past the page cache."""
         if min(self._files, default=-1) >= 0 and self._requests:
             self.rates.append(max(self._rate(readers) for readers in READERS))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in self._files:
             if file >= 0:
                 os.close(file)
         self._files = []
 
     def _rate(self, readers: int) -> float:
-        memory = new_buffer(ROOM, PAGE)
-        memory[:] = 0  # what the system takes to find pages for it is not the disk's time
-        count = min(MOST_BYTES // REQUEST_BYTES, len(self._requests))
+        memory = new_buffer(MEMORY_BYTES, PAGE)
+        memory[:] = 0  # so that the time of allocating its pages is not counted
+        count = min(MAX_BYTES // REQUEST_BYTES, len(self._requests))
         numbers = range(self._next, self._next + count)
         self._next += count
 
         def read(number: int) -> int:
             file, at = self._requests[number % len(self._requests)]
-            out = memory[number * REQUEST_BYTES % ROOM :][:REQUEST_BYTES]
+            out = memory[number * REQUEST_BYTES % MEMORY_BYTES :][:REQUEST_BYTES]
             return REQUEST_BYTES if read_direct(file, at, out) else 0
 
         with ThreadPoolExecutor(readers) as pool:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             total = sum(pool.map(read, numbers))
-            return total / (time.perf_counter() - begun)
+            return total / (time.perf_counter() - start)

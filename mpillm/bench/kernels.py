@@ -101,7 +101,7 @@ def cases(sizes: Sizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iter
 
 
 def _time(case: Case, threads: int, repeats: int) -> float:
-    """Seconds of one call: the fastest timing, which others on the machine disturbed least."""
+    """Seconds of one call: the fastest timing, which was disturbed the least."""
     case.call(threads)
     calls = max(1, min(10_000, int(ENOUGH / max(seconds(case.call, threads), 1e-7))))
 

@@ -39,10 +39,10 @@ class Llama:
     def start(self, prompt: Sequence[int]) -> list[float]:
         """Seconds from opening the model (once more) to the first token."""
         self._api.llama_model_free(self._model)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self._model = self._load()
         self._run(self._model, [prompt], 1)
-        return [time.perf_counter() - begun]
+        return [time.perf_counter() - start]
 
     def _load(self) -> Any:
         params = self._api.llama_model_default_params()
@@ -65,15 +65,15 @@ class Llama:
         batch = api.llama_batch_init(rows, 0, 1)
         seconds = []
         try:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             parts = [(i, start, prompt) for i, prompt in enumerate(prompts) for start in (0,)]
             following = self._decode(context, batch, parts)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
             for step in range(1, tokens):
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 parts = [(i, len(prompts[i]) + step - 1, [token]) for i, token in enumerate(following)]
                 following = self._decode(context, batch, parts)
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - start)
         finally:
             api.llama_batch_free(batch)
             api.llama_free(context)

@@ -17,15 +17,15 @@ from mpillm import kernels
 from mpillm.bench.result import Machine
 
 READ_BYTES = 2**30  # more than a cache holds
-# Pieces that take a millisecond or two: on a machine that others use as well, some of them go undisturbed.
+# Pieces that take a millisecond or two, so that on a shared machine some of them are not disturbed.
 PIECE_BYTES = 2**25
 ROUNDS = 500_000  # of products
 REPEATS = 50
-FAST = 0.9  # of the pieces are slower than what counts: a few may have found their data in a cache
+FAST = 0.9  # the quantile of the rates that counts: a few pieces may have found their data in a cache
 
 
 def measure(threads: Iterable[int], nbytes: int = READ_BYTES, rounds: int = ROUNDS) -> Machine:
-    """Measure with each number of threads; without compiled limits there are none."""
+    """Measure with each number of threads; without the compiled module the limits are empty."""
     threads = sorted(set(threads))
     made = Machine(cpu=_cpu(), cores=os.cpu_count() or 1, kernels=kernels.path(), read={}, int8={})
     if not threads:
@@ -44,10 +44,10 @@ def measure(threads: Iterable[int], nbytes: int = READ_BYTES, rounds: int = ROUN
 
 
 def seconds(call: Callable[..., object], *args: object) -> float:
-    """What one call takes."""
-    begun = time.perf_counter()
+    """Seconds of one call."""
+    start = time.perf_counter()
     call(*args)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def _cpu() -> str:

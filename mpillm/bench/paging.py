@@ -14,7 +14,7 @@ import msgspec
 
 from mpillm.bench import disk
 from mpillm.bench.result import Run
-from mpillm.bench.runs import Options, Step, prompts_of, run_steps
+from mpillm.bench.runs import Options, TimedStep, prompts_of, run_steps
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
@@ -50,19 +50,19 @@ def _measure(
     with world.together():
         spec = _bounded(world, spec, budget, sequences, context + tokens)
     world.barrier()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with closing(Session(world, spec, model)) as session:
-        ready = time.perf_counter() - begun
+        ready = time.perf_counter() - start
         prompts = prompts_of(sequences, context, session.config.vocab)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         run_steps(session, prompts, 1)  # what stays comes into memory
-        first = time.perf_counter() - begun
+        first = time.perf_counter() - start
         before = _counters(session)
         with closing(_Disks(session)) as disks:
             disks.measure()
             pace = _Pace(sequences)
 
-            def between(step: Step) -> None:
+            def between(step: TimedStep) -> None:
                 pace.add(step)
                 if pace.turn:
                     disks.measure()
@@ -100,7 +100,7 @@ class _Pace:
     def __init__(self, sequences: int) -> None:
         self._sequences, self._generated = sequences, 0
 
-    def add(self, step: Step) -> None:
+    def add(self, step: TimedStep) -> None:
         """A step is done; those with prompts, and those before them, do not matter."""
         self._generated = 0 if step.prompt else self._generated + step.generated
 
@@ -117,12 +117,12 @@ class _Pace:
         return turn * (TURN - 1) + place - 1 if turn >= 0 and place else -1
 
 
-def all_decode(steps: Sequence[Step], sequences: int, repeats: int) -> list[Step]:
+def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list[TimedStep]:
     """Those in which all sequences generate and do nothing else: `repeats` tokens of each.
 
     Neither the warm ones, nor the first of each turn.
     """
-    pace, found = _Pace(sequences), list[Step]()
+    pace, found = _Pace(sequences), list[TimedStep]()
     for step in steps:
         if step.prompt:
             found.clear()
@@ -143,13 +143,13 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
         weights = int(share * float(budget[:-1]) / 100)
     else:
         weights = byte_size(budget)
-    least = max(rank.weights_least for rank in planned.ranks)
-    if weights < least:
+    minimum = max(rank.weights_minimum for rank in planned.ranks)
+    if weights < minimum:
         raise JobError(
-            f"--budget {budget} is {weights} bytes for each rank, but {least} are the least that works."
+            f"--budget {budget} is {weights} bytes for each rank, but the minimum is {minimum} bytes."
         )
-    room = Memory(weights=weights, kv=kv, max_context=longest)
-    return msgspec.structs.replace(spec, memory=room, batch=BatchLimits(max_num_seqs=sequences))
+    memory = Memory(weights=weights, kv=kv, max_context=longest)
+    return msgspec.structs.replace(spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences))
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:

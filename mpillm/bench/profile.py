@@ -1,4 +1,4 @@
-"""How much of each step the kernels take: while a `Profile` is entered, calls of this process's kernels are timed."""
+"""The share of a step that the kernels take: inside a `Profile`, the kernel calls of this process are timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_WORK = {"activation_nbytes", "available", "kv_pools", "packed_nbytes", "path
 
 
 class Profile:
-    """Seconds by kernel and step. One at a time."""
+    """Seconds by kernel and step; only one can be entered at a time."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -41,7 +41,7 @@ class Profile:
         self._seconds.clear()
 
     def typical(self, prompt: bool) -> list[tuple[str, float]]:
-        """Seconds by kernel, most first: of all steps with prompts together, or of the median step without."""
+        """Seconds by kernel, in descending order: of all steps with prompts together, or of the median step without."""
         steps = [seconds for with_prompt, seconds in self._steps if with_prompt is prompt]
         names = {name for seconds in steps for name in seconds}
         merge = sum if prompt else median
@@ -53,9 +53,9 @@ class Profile:
 
         @functools.wraps(kernel)
         def timed(*args: Any, **named: Any) -> Any:
-            begun = clock()
+            start = clock()
             result = kernel(*args, **named)
-            seconds[name] += clock() - begun
+            seconds[name] += clock() - start
             return result
 
         return timed

@@ -1,4 +1,4 @@
-"""What a bench found out: structs that become JSON. Seconds, bytes, and rates per second."""
+"""The results of a bench, as structs that become JSON. Units are seconds, bytes, and rates per second."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class Machine(msgspec.Struct, kw_only=True):
-    """The limits that nothing on this machine can beat, by number of threads; empty where they cannot be measured."""
+    """The upper limits of this machine, by number of threads; empty where they cannot be measured."""
 
     cpu: str
     cores: int

@@ -1,6 +1,6 @@
 """The real engine, timed step by step: prefill, decode of one and of many sequences, and start-up.
 
-Every function is collective, and returns on rank 0 what it measured, on the others nothing of use.
+Every function is collective. Only rank 0 gets the measurements.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """One of the engine's steps."""
 
     prompt: int  # tokens of prompts
@@ -57,7 +57,7 @@ class Step:
 
 
 def spec_for(model: str, threads: int, options: Options) -> Spec:
-    """The job that a bench's session is made with: the defaults, and room for the largest run."""
+    """The job of a bench's session: the defaults, with memory for the largest run."""
     return Spec(
         model=model,
         input="-",
@@ -75,10 +75,10 @@ def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer
     for turn in range(-1, options.repeats):  # the first one warms up
         gc.collect()  # a session is part of a cycle: the last one's memory is given back before the next one's is taken
         world.barrier()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with closing(Session(world, spec, model)) as session:
             run_steps(session, prompt, 1)
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             threads = session.threads
         other = peer.start(prompt[0]) if peer else 0.0
         if turn >= 0:
@@ -137,8 +137,8 @@ def run_steps(
     prompts: Prompts,
     tokens: int,
     profile: Profile | None = None,
-    between: Callable[[Step], None] | None = None,
-) -> list[Step]:
+    between: Callable[[TimedStep], None] | None = None,
+) -> list[TimedStep]:
     """Run prompts to `tokens` greedy tokens each: rank 0's steps, nothing on the others.
 
     `between` is called with each step on rank 0, before the next one begins and off the clock.
@@ -157,29 +157,29 @@ def run_steps(
     return steps
 
 
-def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[Step]:
+def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[TimedStep]:
     totals = engine.totals
     prompt, generated = totals.prompt_tokens, totals.generated_tokens
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in running:
         now = time.perf_counter()
-        step = Step(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - begun)
+        step = TimedStep(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - start)
         prompt, generated = totals.prompt_tokens, totals.generated_tokens
         if profile:
             profile.step(step.prompt > 0)
         yield step
-        begun = time.perf_counter()
+        start = time.perf_counter()
 
 
-def _typical(steps: list[Step], made: Run) -> Step | None:
+def _typical(steps: list[TimedStep], made: Run) -> TimedStep | None:
     """All of a prompt as one step; of decoding, the median step of those in which the most sequences take part."""
     if not steps:
         return None
     if made.what == "prefill":
-        return Step(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
+        return TimedStep(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
     alone = [step for step in steps if not step.prompt]
-    most = max(step.generated for step in alone)
-    return Step(0, most, median(step.seconds for step in alone if step.generated == most))
+    maximum = max(step.generated for step in alone)
+    return TimedStep(0, maximum, median(step.seconds for step in alone if step.generated == maximum))
 
 
 def _peer_rate(seconds: list[float], made: Run) -> float:

@@ -57,7 +57,22 @@ SHAPES: dict[str, Shape] = {
 }
 WEIGHTS = {
     name.lower(): Type[name]
-    for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+    for name in (
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+        "MXFP4",
+        "BF16",
+        "F16",
+        "F32",
+    )
 }
 # llama.cpp's usual mixtures: these types, and Q6_K where `_more_bits` says.
 MIXTURES = {"q4_k_m": Type.Q4_K, "q5_k_m": Type.Q5_K}
@@ -65,6 +80,7 @@ INSTEAD = {
     Type.Q4_K: Type.Q5_0,
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
+    Type.IQ4_XS: Type.IQ4_NL,
 }  # of rows that are no whole blocks
 
 
@@ -240,13 +256,16 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
     # Of both signs: integers are not centred, and with a mean of their own all rows of activations would soon be alike,
     # and a mixture's tokens all choose the same experts.
     scale = random.choice((-1, 1), POOL_BLOCKS) * random.uniform(0.7, 1.3, POOL_BLOCKS) / k**0.5
+    if kind is Type.MXFP4:  # doubled numbers deviate by 5.8, and the exponent counts from 128
+        blocks[:, 0] = np.rint(128 + np.log2(np.abs(scale) / 5.8))
     for offset, size in _SCALES[kind].items():
         blocks[:, offset : offset + 2] = (size * scale).astype(np.float16).view(np.uint8).reshape(-1, 2)
     return blocks
 
 
 # Where ggml's structs (ggml-common.h) keep their float16 scales, and the size that makes random integers' standard
-# deviation about one: nibbles of 0..15 have 4.6 and the mean 7.5, bytes 74; K-quants have random scales as well.
+# deviation about one: nibbles of 0..15 have 4.6 and the mean 7.5, bytes 74, IQ4's numbers 67; K-quants have random
+# scales as well.
 _SCALES: dict[Type, dict[int, float]] = {
     Type.Q4_0: {0: 1 / 4.6},
     Type.Q4_1: {0: 1 / 4.6, 2: -7.5 / 4.6},
@@ -256,4 +275,7 @@ _SCALES: dict[Type, dict[int, float]] = {
     Type.Q4_K: {0: 1 / 250, 2: 1 / 36},
     Type.Q5_K: {0: 1 / 500, 2: 1 / 36},
     Type.Q6_K: {208: 1 / 1360},
+    Type.IQ4_NL: {0: 1 / 67},
+    Type.IQ4_XS: {0: 1 / 1240},
+    Type.MXFP4: {},
 }

@@ -57,13 +57,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
-    alone = {"plan": _plan, "pull": _pull, "init": _init, "report": _report, "merge": _merge}
+    alone = {
+        "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
+    }  # fmt: skip
     if options.command in alone:
         started = launch.launched_by(os.environ)
         if started is not None and started.rank > 0:
             return 0
         _log(options.verbose, "mpillm:", quiet=False)
         return run_alone(lambda: alone[options.command](options))
+    if options.command == "ranks" and options.n > 1 and launch.launched_by(os.environ) is None:
+        from mpillm.api import ranks
+
+        ranks.start(options.n, options.address)
     return guard(lambda world: _command(world, options))
 
 
@@ -85,6 +91,7 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "pack": _pack,
         "doctor": _doctor,
         "bench": bench.run,
+        "ranks": _ranks,
         "serve": serve.run,
         "chat": serve.run_chat,
     }
@@ -138,6 +145,13 @@ def _pull(options: argparse.Namespace) -> int:
     return 0
 
 
+def _models(options: argparse.Namespace) -> int:
+    from mpillm.run import catalogue
+
+    print("\n".join(catalogue.listed()))
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from mpillm.store import report_page
 
@@ -163,6 +177,12 @@ def _merge(options: argparse.Namespace) -> int:
         print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
     print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
     return 0
+
+
+def _ranks(world: World, options: argparse.Namespace) -> int:
+    from mpillm.api import ranks
+
+    return ranks.serve(world, options.address)
 
 
 def _doctor(world: World, options: argparse.Namespace) -> int:
@@ -257,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
         default="source",
         help="what matrices are stored as (as they are)",
     )
+    commands.add_parser("models", help="list the models of the catalogue, with what they take")
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")
@@ -289,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
             "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
         )
     )
+    ranks = commands.add_parser("ranks")  # of `mpillm.LLM`, which alone uses it: no help
+    ranks.add_argument("address", metavar="SOCKET")
+    ranks.add_argument("-n", type=_positive, default=1)
     return parser
 
 

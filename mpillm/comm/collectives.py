@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm import kernels
-from mpillm.comm.counters import Count, Counters
+from mpillm.comm.counters import Count, MessageCounters
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
@@ -127,7 +127,9 @@ def _finish(world: World, requests: list[MPI.Request], expected: list[int], coun
 class Group:
     """The shards of one stage, which sum what each has computed of it."""
 
-    def __init__(self, world: World, place: Place, wire: Wire, counters: Counters, threads: int = 1) -> None:
+    def __init__(
+        self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
+    ) -> None:
         self._world, self._shards, self._shard = world, place.shards, place.shard
         self._first = place.stage * place.shards
         self._codec, self._count = _Codec(wire, threads), counters.all_reduce
@@ -158,7 +160,9 @@ class Group:
 class Pipe:
     """Activations from a shard of one stage to the same shard of the next."""
 
-    def __init__(self, world: World, place: Place, wire: Wire, counters: Counters, threads: int = 1) -> None:
+    def __init__(
+        self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
+    ) -> None:
         self._world, self._place = world, place
         self._codec, self._count = _Codec(wire, threads), counters.pipe
         self._outbox = _Outbox(world, counters.pipe)
@@ -186,7 +190,7 @@ class Pipe:
 class Channel:
     """Orders from rank 0 to all others, and replies to rank 0, as bytes of any length."""
 
-    def __init__(self, world: World, counters: Counters) -> None:
+    def __init__(self, world: World, counters: MessageCounters) -> None:
         self._world, self._counters = world, counters
         self._orders, self._replies = _Outbox(world, counters.step), _Outbox(world, counters.reply)
 

@@ -20,7 +20,7 @@ class Count:
 
 
 @dataclass
-class Counters:
+class MessageCounters:
     """All kinds; a rank's report has them as `as_dict()`."""
 
     all_reduce: Count = field(default_factory=Count)  # between the shards of a stage

@@ -13,7 +13,7 @@ from mpillm.comm.faults import Process
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankInfo:
     """What a rank tells all others about where it runs."""
 
     host: str
@@ -22,7 +22,7 @@ class Rank:
     process: Process
 
     @classmethod
-    def of_this_process(cls) -> Rank:
+    def of_this_process(cls) -> RankInfo:
         return cls(socket.gethostname(), _boot_id(), Cores.of_this_process(), Process.own())
 
     @property
@@ -34,7 +34,7 @@ class Rank:
 class Nodes:
     """The machines of all ranks, seen from one of them."""
 
-    def __init__(self, rank: int, ranks: Sequence[Rank]) -> None:
+    def __init__(self, rank: int, ranks: Sequence[RankInfo]) -> None:
         """`ranks` in rank order; `rank` is this one's number."""
         own = ranks[rank].node
         here = [number for number, other in enumerate(ranks) if other.node == own]

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from mpillm.comm import cores, deadline, ending, faults, heartbeat
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
-from mpillm.comm.nodes import Nodes, Rank
+from mpillm.comm.nodes import Nodes, RankInfo
 from mpillm.comm.waiting import wait
 from mpillm.errors import MpillmError
 
@@ -47,7 +47,7 @@ class World:
         self.comm = comm  # for messages between ranks; start-up and the end have communicators of their own
         self._startup, self.ending = comm.Dup(), comm.Dup()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        ranks = self.gather(Rank.of_this_process())
+        ranks = self.gather(RankInfo.of_this_process())
         self.nodes = Nodes(self.rank, ranks)
         self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
@@ -201,8 +201,13 @@ class World:
         try:
             self._heartbeat = self._new_heartbeat()
         finally:
-            if self._meeting is not None:
-                self._meeting.over()
+            self.begun()
+
+    def begun(self) -> None:
+        """The start is over: all ranks are here."""
+        if self._meeting is not None:
+            self._meeting.over()
+            self._meeting = None
 
     def stop_heartbeat(self) -> None:
         """This rank does not need the others any more."""

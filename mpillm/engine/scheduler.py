@@ -195,7 +195,7 @@ class Scheduler:
         # The last token is computed in any case, for the token after it.
         end = len(sequence.tokens) - 1
         if sequence.request.needs_all_rows:
-            end = min(end, sequence.reached)
+            end = min(end, sequence.passed_over)
         own, last = sequence.computed // KV_BLOCK, end // KV_BLOCK
         shared, pool = own, self._pool
         while shared < last:

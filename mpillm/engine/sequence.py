@@ -110,6 +110,7 @@ class Request:
     )  # ids that end the text: end-of-sequence ids unless ignored, and the user's
     logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
+    score_from: int = 1  # the first token of the prompt whose log-probability is wanted
     pooling: Literal["mean", "last"] = "mean"
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
     constraint: Callable[[], Constraint] | None = None  # makes what the generated tokens must obey
@@ -129,7 +130,7 @@ class Request:
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether the result depends on the last layer's output for every token of the prompt."""
+        """Whether the result depends on the last layer's output for all tokens of the prompt (from `score_from` on)."""
         if self.kind == "embed":
             return self.pooling == "mean"
         return self.prompt_logprobs is not None
@@ -199,10 +200,15 @@ class Sequence:
     @property
     def left(self) -> int:
         """The number of tokens that the next step can compute."""
-        if self.computed < self.reached and self.request.needs_all_rows:
-            # Rows after `reached` are scored or pooled, rows before are not: one step never has both.
-            return self.reached - self.computed
+        if self.computed < self.passed_over and self.request.needs_all_rows:
+            # Rows from there on are scored or pooled, rows before are not: one step never has both.
+            return self.passed_over - self.computed
         return len(self.tokens) - self.computed
+
+    @property
+    def passed_over(self) -> int:
+        """The number of first tokens whose rows are not scored or pooled: not wanted, or done before."""
+        return max(self.reached, self.request.score_from - 1)
 
     def block_key(self, index: int) -> bytes:
         """The content key of its block number `index`, all of whose tokens are known."""

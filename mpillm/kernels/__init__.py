@@ -57,19 +57,6 @@ __all__ = [
     "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
-PATHS = (
-    "scalar",
-    "avx",
-    "avx2",
-    "avx2vnni",
-    "avx512",
-    "avx512bf16",
-    "avx512vnni",
-    "amx",
-    "neon",
-    "neondot",
-    "numpy",
-)
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
 FUSED = ("Attention", "Expert", "Experts", "LayerStack", "Mlp", "Products", "Residual")
 
@@ -98,9 +85,8 @@ def available() -> tuple[str, ...]:
 def set_path(name: str) -> None:
     """Use another path; JobError if this machine lacks it."""
     if name not in available():
-        known = "" if name in PATHS else f"no kernel path is called {name!r}; "
         choice = ", ".join(available())
-        raise JobError(f"{known}MPILLM_KERNELS = {name} cannot be used on this machine; choose from {choice}")
+        raise JobError(f"MPILLM_KERNELS = {name} cannot be used on this machine; choose from {choice}")
     if name == "numpy":
         _bind(name, reference, fused)
     else:

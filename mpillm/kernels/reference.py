@@ -213,7 +213,12 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
     q = (
         w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
     )  # block, row, byte
-    values = q.view(np.int8) if type == BlockType.Q8_0 else blocks.nibbles(q)
+    low, high = q, None
+    if type in (BlockType.Q5_0, BlockType.Q5_1):
+        low, high = q[..., :16], blocks.high_bits(q[..., 16:].reshape(count * tiles * TILE_ROWS, 4))
+        high = high.reshape(count, tiles * TILE_ROWS, QUANT_BLOCK)
+    values = blocks.plain_integers(type, low, high)
+    scales = blocks.plain_scales(type, w)
     dots = np.matmul(
         act["q"].transpose(1, 0, 2).astype(np.float32), values.astype(np.float32).transpose(0, 2, 1)
     )
@@ -221,12 +226,8 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
     with np.errstate(all="ignore"):
         for b in range(count):
             scale = act["scale"][:, b, None]
-            d = w["d"][:, b].reshape(-1).astype(np.float32)
-            exact = (
-                dots[b] + act["less8"][:, b, None].astype(np.float32) if type == BlockType.Q4_0 else dots[b]
-            )
-            acc = lanes.fma(exact, d * scale, acc)
-            if type == BlockType.Q4_1:
+            acc = lanes.fma(dots[b], scales[:, b].reshape(-1) * scale, acc)
+            if type in (BlockType.Q4_1, BlockType.Q5_1):
                 acc = lanes.fma(w["m"][:, b].reshape(-1).astype(np.float32), act["total"][:, b, None], acc)
     return acc
 
@@ -240,7 +241,7 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
             part = act[:, b * blocks.PARTS + s]
             words = w["q"][:, b, s].transpose(0, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)  # row, byte
             q = blocks.nibbles(words[:, :16]) | blocks.high_bits(words[:, 16:]) << 4
-            small = w["scales"][:, b, s].transpose(1, 0, 2).reshape(2, -1)
+            small = w["scales"][:, b, s].swapaxes(0, 1).reshape(w["scales"].shape[3], -1)
             d, scale = w["d"][:, b].reshape(-1).astype(np.float32), part["scale"][:, None]
             values, wanted = q.astype(np.float32), part["q"].astype(np.float32)
             if type == BlockType.Q6_K:
@@ -248,6 +249,10 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
                 first, second = (wanted[:, h] @ values[:, h].T for h in (slice(16), slice(16, None)))
                 dot = first * small[0].view(np.int8) + second * small[1].view(np.int8)
                 acc = lanes.fma(dot, d * scale, acc)
+            elif type == BlockType.IQ4_XS:
+                acc = lanes.fma(
+                    wanted @ blocks.IQ4[q].T.astype(np.float32), d * small[0].view(np.int8) * scale, acc
+                )
             else:
                 m = w["m"][:, b].reshape(-1).astype(np.float32)
                 acc = lanes.fma(wanted @ values.T, d * small[0] * scale, acc)

@@ -13,17 +13,15 @@ from mpillm.kernels.types import F32, I32, Activation
 
 @dataclass(frozen=True)
 class Router:
-    """How `chosen` experts are found, as in DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437) and what came before.
+    """How `chosen` experts are found, as in DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437) and earlier models.
 
-    Scores are the softmax or the sigmoid of the router's logits. `correction` [experts] is added to them where experts
-    and groups are chosen, and nowhere else. With `groups` > 1 only experts of the `groups_chosen` best groups of equal
-    size count; a group's score is the sum of its `group_best` best. Weights are the scores of the chosen ones, divided
-    by their sum if `normalise`, times `scale`.
+    Scores are the softmax or the sigmoid of the router's logits. With `groups` > 1, experts are divided into groups of
+    equal size, and only those of the `groups_chosen` best groups count; the score of a group is the sum of its
+    `group_best` best. Weights are the scores of the chosen experts, divided by their sum if `normalise`, times `scale`.
     """
 
     chosen: int
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    correction: F32 | None = None
     groups: int = 1
     groups_chosen: int = 1
     group_best: int = 2
@@ -31,17 +29,18 @@ class Router:
     scale: float = 1.0
 
 
-def route(logits: F32, router: Router, threads: int = 1) -> tuple[F32, I32]:
+def route(logits: F32, router: Router, correction: F32 | None = None, threads: int = 1) -> tuple[F32, I32]:
     """Weights and numbers [m, chosen] of the experts of rows with logits [m, experts], which are overwritten.
 
-    The best comes first; of equals (experts and groups) the one with the lower number.
+    The best comes first; of equals (experts and groups) the one with the lower number. `correction` [experts] is
+    added to the scores where experts and groups are chosen, and nowhere else.
     """
     scores = logits
     if router.scoring == "softmax":
         kernels.softmax(scores, threads)
     else:
         kernels.activate(Activation.SIGMOID, scores, None, scores, threads)
-    ranks = scores if router.correction is None else scores + router.correction
+    ranks = scores if correction is None else scores + correction
     if router.groups > 1:
         ranks = _of_best_groups(ranks, router, threads)
     weights, ids = _top_k(ranks, router.chosen, threads)

@@ -42,6 +42,11 @@ class BlockType(IntEnum):
     Q4_K = 6
     Q5_K = 7
     Q6_K = 8
+    MXFP4 = 9
+    IQ4_NL = 10
+    Q5_0 = 11
+    Q5_1 = 12
+    IQ4_XS = 13
 
     @property
     def quantised(self) -> bool:
@@ -65,7 +70,7 @@ class BlockType(IntEnum):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of one block in the kernel-ready form: the 6-bit scales of Q4_K and Q5_K become bytes."""
+        """Bytes of one block in the kernel-ready form: 6-bit scales (all but Q6_K's) become bytes."""
         return TRAITS[self].packed
 
     def row_bytes(self, k: int) -> int:
@@ -92,6 +97,11 @@ TRAITS = {
     BlockType.Q4_K: Traits("super", SUPER_BLOCK, 144, 148),
     BlockType.Q5_K: Traits("super", SUPER_BLOCK, 176, 180),
     BlockType.Q6_K: Traits("super", SUPER_BLOCK, 210, 210),
+    BlockType.MXFP4: Traits("plain", QUANT_BLOCK, 17, 17),
+    BlockType.IQ4_NL: Traits("plain", QUANT_BLOCK, 18, 18),
+    BlockType.Q5_0: Traits("plain", QUANT_BLOCK, 22, 22),
+    BlockType.Q5_1: Traits("plain", QUANT_BLOCK, 24, 24),
+    BlockType.IQ4_XS: Traits("super", SUPER_BLOCK, 136, 138),
 }
 
 

@@ -176,10 +176,11 @@ class _RankLayer:
     def __call__(self, x: Floats, rows: Rows) -> None:
         rank, spec, number = self._rank, self.spec, self._number
         with rank.page(number, ATTENTION) as page:
+            own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             self._mix(page, x, rows)
-            prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, x)
+            prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
-        part, bias = spec.mlp.compute(rank, number, prepared, x)
+        part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp", bias, after, x, part)
 
     @property
@@ -206,6 +207,11 @@ class _RankLayer:
         rank.group.all_reduce(part)
         bias = page.vector("o_bias") if mixer.o_bias else None
         self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
+
+    def _normed(self, page: Page, x: Floats) -> Floats:
+        """The rows as the mixer sees them."""
+        norm = self.spec.mixer_norms.before
+        return self._rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
 
     def _after(self, page: Page, norm: NormSpec | None, role: str) -> kernels.Norm | None:
         """The norm of a part's output, which outlives the page."""

@@ -10,6 +10,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families import family_of, gguf_family, read_config
 from mpillm.model.families.base import Family
 from mpillm.weights import opening
+from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.source import Source, check_tensors, column_unit
 
@@ -25,8 +26,8 @@ class _Families:
 
 def judge(config: Mapping[str, Any], name: str) -> None:
     """ModelError unless a model with this config.json can be run, as far as that says; tensors are not looked at."""
-    # How weights are stored is judged by the file format, for every architecture alike.
-    read_config({key: value for key, value in config.items() if key != "quantization_config"}, name)
+    read_config({key: value for key, value in config.items() if key != QUANTIZATION}, name)
+    method_of(config.get(QUANTIZATION), name)
 
 
 def open_source(path: str | Path, quantize: str = "none") -> Source:

@@ -29,11 +29,12 @@ class RopeConfig:
 
     `kind` says which of the other fields count: linear (factor), llama3 (factor, low_freq_factor, high_freq_factor,
     original_max_position), yarn (factor, beta_fast, beta_slow, truncate, original_max_position), factors (factors, one
-    divisor per frequency). `attention_factor` multiplies cosines and sines; only yarn and factors have one.
+    divisor per frequency), longrope (factors for sequences of up to original_max_position tokens; longer ones are not
+    computed). `attention_factor` multiplies cosines and sines; only yarn, factors and longrope have one.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn", "factors"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "factors", "longrope"] = "default"
     factor: float = 1.0
     original_max_position: int = 0
     low_freq_factor: float = 1.0
@@ -62,6 +63,9 @@ def inv_freq(rope: RopeConfig, head_dim: int) -> Floats:
         case "factors":
             plain /= np.array(rope.factors, F32)
             return plain
+        case "longrope":
+            stretched: Floats = F32(1) / (np.array(rope.factors, F32) * powers)
+            return stretched
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from mpillm.errors import ModelError
 from mpillm.model.fields import Fields
 from mpillm.model.rope import RopeConfig, yarn_attention_factor
 
-KINDS = ("default", "linear", "llama3", "yarn", "factors")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "factors")
+RENAMED = {"mrope": "default", "su": "longrope"}  # what older files say
 LONGEST = 2**31 - 1  # positions are int32 in the kernels
 # Written into the dict by some exporters whatever the kind; without effect there. mrope_section says which dimensions
 # turn by an image's height and width: those of a text all turn alike.
@@ -46,9 +48,12 @@ def read_rope(
         # Like transformers: the configuration's own value goes before the rope dict's.
         inner = rope.optional_integer("original_max_position_embeddings", 1, LONGEST)
         original = flat_original or inner or max_position
-        result = (
-            _llama3(rope, theta, original) if kind == "llama3" else _yarn(rope, theta, original, max_position)
-        )
+        if kind == "llama3":
+            result = _llama3(rope, theta, original)
+        elif kind == "longrope":
+            result = _longrope(rope, theta, original, max_position, dim)
+        else:
+            result = _yarn(rope, theta, original, max_position)
 
     unknown = sorted(set(rope.unread()) - HARMLESS)
     if unknown:
@@ -88,8 +93,7 @@ def _kind(rope: Fields) -> str:
         if set(rope.values) <= HARMLESS | {"factor", "partial_rotary_factor"}:
             return "default"  # a factor other than 1 is refused there
         raise ModelError(f"{rope.name}: the rope type is missing; it must be one of {', '.join(KINDS[:-1])}.")
-    if kind == "mrope":
-        return "default"  # as transformers calls it since
+    kind = RENAMED.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in KINDS:
         raise ModelError(
             f"{rope.name}: rope type {str(kind)[:40]!r} is not supported (supported: {', '.join(KINDS[:-1])})."
@@ -146,15 +150,32 @@ def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeC
     )
 
 
+def _longrope(rope: Fields, theta: float, original: int, max_position: int, dim: int) -> RopeConfig:
+    """LongRoPE (arXiv 2402.13753): divisors for short sequences, and others for those beyond the original length."""
+    short = _divisors(rope, "short_factor", dim)
+    _divisors(rope, "long_factor", dim)
+    factor = rope.optional_number("factor", 1e-6, 1e6) or max_position / original
+    scale = rope.optional_number("attention_factor", 0, 1e6)
+    if scale is None:
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return RopeConfig(
+        theta, "longrope", original_max_position=original, factors=short, attention_factor=scale
+    )
+
+
 def _factors(rope: Fields, theta: float, dim: int) -> RopeConfig:
     """Divisors given one by one (a GGUF file's rope_freqs.weight)."""
-    factors = rope.raw("factors")
+    factors = _divisors(rope, "factors", dim)
+    scale = rope.number("attention_factor", 0, 1e6, default=1.0)
+    return RopeConfig(theta, "factors", factors=factors, attention_factor=scale)
+
+
+def _divisors(rope: Fields, key: str, dim: int) -> tuple[float, ...]:
+    """A divisor for each frequency."""
+    factors = rope.raw(key)
     valid = isinstance(factors, list | tuple) and all(
         type(value) in {int, float} and 1e-6 <= value <= 1e9 for value in factors
     )
     if not valid or len(factors) != dim // 2:
-        raise ModelError(
-            f"{rope.name}: factors must be {dim // 2} positive numbers, half the head dimension."
-        )
-    scale = rope.number("attention_factor", 0, 1e6, default=1.0)
-    return RopeConfig(theta, "factors", factors=tuple(map(float, factors)), attention_factor=scale)
+        raise ModelError(f"{rope.name}: {key} must be {dim // 2} positive numbers, half the head dimension.")
+    return tuple(map(float, factors))

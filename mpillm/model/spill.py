@@ -87,7 +87,7 @@ def maximum_blocks(sizes: Sequence[int], budget: int, traffic: int) -> int:
 
 
 @dataclass
-class Counters:
+class SpillCounters:
     """What went to the file and came from it, in bytes, and what was waited for."""
 
     written: int = 0
@@ -182,7 +182,7 @@ class Spill:
         `pools` has the bytes of a block's keys and of its values in each pool; `layers` has each layer's pool and
         group, None for a layer without keys and values; `budget` is in bytes.
         """
-        self.counters = Counters()
+        self.counters = SpillCounters()
         self._pools, self._layers, self._budget, self._n_blocks = pools, layers, budget, n_blocks
         self._sizes = [sum(nbytes) for nbytes in pools]
         self._starts: dict[int, int] = {}  # by pool: where it begins in the file

@@ -28,6 +28,7 @@ from typing import Any
 from mpillm.errors import JobError, MpillmError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
+from mpillm.run.hosted import HOSTED, table
 from mpillm.weights.formats.gguf_file import gguf_parts
 from mpillm.weights.formats.gguf_header import architecture_in
 from mpillm.weights.formats.hf import read_json
@@ -85,7 +86,7 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     `model` is a catalogue name, `hf:owner/name`, a directory or a .gguf file; a JobError says what would do.
     A catalogue name wins over a directory of the same name (`./name` is the directory).
     """
-    if model in CATALOGUE or model.startswith("hf:"):
+    if model in CATALOGUE or model in HOSTED or model.startswith("hf:"):
         return pull(model, progress)
     if not model:
         raise JobError(f"No model is named; give a path, hf:owner/name or one of {known()}.")
@@ -109,7 +110,12 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
 
 def known() -> str:
     """The catalogue's names, for messages."""
-    return ", ".join(sorted(CATALOGUE))
+    return ", ".join((*CATALOGUE, *HOSTED))
+
+
+def listed() -> Iterator[str]:
+    """The catalogue's models, a line each, below a heading."""
+    return table((name, entry.file_bytes, entry.licence) for name, entry in CATALOGUE.items())
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
@@ -119,6 +125,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     """
     if name.startswith("hf:"):
         return _pull_hf(name)
+    if name in HOSTED:
+        return _pull_hf(f"hf:{HOSTED[name].repository}")
     entry = CATALOGUE.get(name)
     if entry is None:
         raise JobError(

@@ -49,6 +49,7 @@ class _Body(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
     n: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -117,6 +118,8 @@ def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:
     given = body.input or body.prompt or body.messages
     prompts = _prompts(bytes(given)) if given is not body.messages else 1
     prompt = PROMPT * min(-(-len(given) // prompts), context)
+    if body.choices:  # each is scored behind the whole prompt
+        prompts = _prompts(bytes(body.choices))
     if body.input:
         count = min(prompts, MAX_SEQUENCES)
         return count, prompt + 4 * hidden, count * hidden * JSON_BYTES

@@ -20,6 +20,7 @@ from mpillm.store.journal import MODEL_FILE, Journal, began
 from mpillm.store.output import Claim
 from mpillm.store.records import Layout
 from mpillm.store.report import SHOWN_ERRORS
+from mpillm.weights.source import weight_types
 
 
 class Phases:
@@ -72,6 +73,7 @@ class Job:
             "bytes": size,
             "fingerprint": digest,
             "architecture": config.architecture,
+            "weights": ", ".join(weight_types(session.source)),
             "layers": config.n_layers,
             "hidden": config.hidden,
             "vocab": config.vocab,
@@ -81,7 +83,7 @@ class Job:
     def metadata(self, session: Session) -> dict[str, Any]:
         """Attributes of results.h5: only what does not depend on how the run went."""
         model = self.model_facts(session)
-        del model["path"]
+        del model["path"], model["weights"]
         return {"model": model, "job": self.spec.identity()}
 
 

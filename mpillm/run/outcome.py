@@ -19,7 +19,7 @@ from mpillm.store.journal import began
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
 
-def write(computation: Computation, ranks: list[report.Rank], start: float) -> report.Report:
+def write(computation: Computation, ranks: list[report.RankStatistics], start: float) -> report.Report:
     """Write results and report of a run that began at `start`, and note in the journal that it is complete.
 
     `ranks` are the statistics of the ranks, rank 0's first. Interrupted if the output directory is gone.

@@ -29,7 +29,7 @@ from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.paging.weights import minimum_budget, streamed
 from mpillm.weights.plan import PagePlan
-from mpillm.weights.source import Source, rank_plans
+from mpillm.weights.source import Source, rank_plans, weight_types
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[int, int]  # first, and the one behind the last
     weights_share: int  # all that it is responsible for
     weights_held: int  # at most
-    weights_least: int  # the smallest memory.weights that works here
+    weights_minimum: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
     kv_token: int  # for each token in the cache
     kv_state: int  # for each sequence, however long
@@ -61,6 +61,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     architecture: str
+    weights: list[str]  # how matrices are stored, and what they become
     stages: int
     shards: int
     layouts: list[tuple[int, int]]  # all that work, (stages, shards)
@@ -123,6 +124,7 @@ def make_plan(
     return Plan(
         model=spec.model,
         architecture=config.architecture,
+        weights=weight_types(source),
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, ranks),
@@ -164,12 +166,12 @@ def wire_bytes(
 
 def _weights(spec: Spec, pages: Sequence[PagePlan]) -> dict[str, int]:
     share = sum(page.nbytes for page in pages)
-    least = minimum_budget(pages)
+    minimum = minimum_budget(pages)
     budget = spec.memory.weights_bytes
     return {
         "share": share,
         "held": share if budget is None else min(budget, share),
-        "least": least,
+        "minimum": minimum,
         "streamed": streamed(pages, budget, spec.memory.policy),
     }
 
@@ -192,7 +194,7 @@ def _rank(
         layers=(layers.start, layers.stop),
         weights_share=weights["share"],
         weights_held=weights["held"],
-        weights_least=weights["least"],
+        weights_minimum=weights["minimum"],
         weights_streamed=weights["streamed"],
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
@@ -207,11 +209,11 @@ def _problems(
     spec: Spec, ranks: Sequence[RankPlan], capacity: CacheCapacity, caches: Sequence[CacheLayout]
 ) -> Iterator[str]:
     budget = spec.memory.weights_bytes
-    least = max(rank.weights_least for rank in ranks)
-    if budget is not None and budget < least:
+    minimum = max(rank.weights_minimum for rank in ranks)
+    if budget is not None and budget < minimum:
         yield (
-            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {least} bytes "
-            f"({shown_bytes(least)}) for two neighbouring parts of layers; raise it or use more shards."
+            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {minimum} bytes "
+            f"({shown_bytes(minimum)}) for two neighbouring pages; raise it or use more shards."
         )
     if problem := capacity.problem(spec, caches):
         yield problem
@@ -231,6 +233,7 @@ def _table(plan: Plan) -> Iterator[str]:
     ranks = len(plan.ranks)
     others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
     yield f"model     {plan.model} ({plan.architecture})"
+    yield f"weights   {', '.join(plan.weights)}"
     yield f"layout    {_layout(plan.stages, plan.shards)} on {_count(ranks, 'rank')}"
     if others:
         yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"
@@ -256,7 +259,7 @@ def _table(plan: Plan) -> Iterator[str]:
     head = ["rank", "stage", "shard", "layers", "weights: share", "held", "at least", "read per step"]
     rows = [[*head, "KV per token", "KV held", "a step's rows", "process", "in all"]]
     for rank in plan.ranks:
-        weights = [rank.weights_share, rank.weights_held, rank.weights_least, rank.weights_streamed]
+        weights = [rank.weights_share, rank.weights_held, rank.weights_minimum, rank.weights_streamed]
         sizes = [*weights, rank.kv_token, rank.kv_held, rank.activations, rank.process, rank.held]
         layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
         rows.append([str(rank.rank), str(rank.stage), str(rank.shard), layers, *map(shown_bytes, sizes)])

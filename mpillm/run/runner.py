@@ -200,7 +200,7 @@ class Gathering:
     """Everything is computed: rank 0 gathers the statistics of all ranks."""
 
     computation: Computation
-    own: report.Rank
+    own: report.RankStatistics
 
     def advance(self, rank: _Rank) -> State:
         with rank.world.computing():
@@ -209,7 +209,7 @@ class Gathering:
     def regrouped(self, computed: bool, losses: Losses) -> State:
         return self._writing([self.own])
 
-    def _writing(self, ranks: list[report.Rank]) -> State:
+    def _writing(self, ranks: list[report.RankStatistics]) -> State:
         self.computation.job.phases.end("compute")
         return Writing(self.computation, ranks)
 
@@ -219,7 +219,7 @@ class Writing:
     """Rank 0 writes the results and the report."""
 
     computation: Computation
-    ranks: list[report.Rank]
+    ranks: list[report.RankStatistics]
 
     def advance(self, rank: _Rank) -> Ended:
         with rank.world.together():  # no rank leaves before everything is written

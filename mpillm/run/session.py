@@ -11,7 +11,7 @@ import msgspec
 
 from mpillm import kernels
 from mpillm.comm.collectives import Channel, Group, Pipe
-from mpillm.comm.counters import Counters
+from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
 from mpillm.engine.engine import Worker
 from mpillm.engine.scheduler import Limits
@@ -28,7 +28,7 @@ from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import cache_in_memory, limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import Layout
-from mpillm.store.report import Rank
+from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.identity import FileIdentity, Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
@@ -111,7 +111,7 @@ class Session:
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
         self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
-        self.counters = Counters()
+        self.counters = MessageCounters()
         with world.together():
             plans = rank_plans(self.config, self.place, self.source)
             self.weights = Weights(
@@ -174,12 +174,12 @@ class Session:
         """Bytes that one token's keys and values take on the rank that holds most."""
         return max(layout.token_nbytes for layout in self.caches)
 
-    def statistics(self) -> Rank:
+    def statistics(self) -> RankStatistics:
         """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
-        return Rank(
+        return RankStatistics(
             rank=self.world.rank,
             host=self.world.host,
             stage=self.place.stage,

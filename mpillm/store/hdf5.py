@@ -11,9 +11,10 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpillm.store.directory import Directory
+from mpillm.store.directory import SYNC_BYTES, Directory
 
-HELD = 1 << 13  # values of a column that are held before they are written
+HELD = 1 << 13  # values of a column that are held before they are written,
+HELD_CHARS = 1 << 18  # and characters of strings
 CHUNKS = 1 << 16  # bytes of a dataset's chunks that the library keeps: columns only grow, so the last ones do
 METADATA = 1 << 20  # bytes of its metadata that the library keeps; left to itself, it keeps more and more
 
@@ -76,18 +77,20 @@ class TextColumn:
     def __init__(self, group: h5py.Group, name: str) -> None:
         self._dataset = _growing(group, name, h5py.string_dtype(), 1024)
         self._held: list[str] = []
+        self._chars = 0
 
     def add(self, text: str) -> None:
         """Append a string."""
         self._held.append(text)
-        if len(self._held) >= HELD:
+        self._chars += len(text)
+        if len(self._held) >= HELD or self._chars >= HELD_CHARS:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held."""
         if self._held:
             _append(self._dataset, np.array(self._held, object))
-            self._held = []
+            self._held, self._chars = [], 0
 
 
 class RaggedColumn:
@@ -130,6 +133,7 @@ class _Guarded:
     def __init__(self, file: int) -> None:
         self._file = file  # a descriptor
         self._at = 0
+        self._unsynced = 0
         self._error: OSError | None = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -153,6 +157,7 @@ class _Guarded:
             while left and self._error is None:
                 written = os.pwrite(self._file, left, at)
                 left, at = left[written:], at + written
+                self._unsynced += written
         except OSError as error:
             self._error = error
         return len(data)
@@ -168,6 +173,9 @@ class _Guarded:
         """Nothing is held back."""
 
     def check(self) -> None:
-        """Raise what went wrong."""
+        """Raise what went wrong; bring to disk what has come together."""
         if self._error is not None:
             raise self._error
+        if self._unsynced >= SYNC_BYTES:
+            os.fdatasync(self._file)
+            self._unsynced = 0

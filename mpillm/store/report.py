@@ -49,7 +49,7 @@ class Steps(msgspec.Struct, kw_only=True):
     streamed: int  # bytes of weights that all ranks together load for each step
 
 
-class Rank(msgspec.Struct, kw_only=True):
+class RankStatistics(msgspec.Struct, kw_only=True):
     """One process: its place, and its budgets and counters. Bytes and seconds."""
 
     rank: int
@@ -85,7 +85,7 @@ class Report(msgspec.Struct, kw_only=True):
     batch: Steps
     stages: int
     shards: int
-    ranks: list[Rank]
+    ranks: list[RankStatistics]
     versions: dict[str, str]
     timeline: list[
         tuple[float, int, int]

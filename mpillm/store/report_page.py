@@ -10,7 +10,7 @@ from typing import Any
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import replacing
 from mpillm.store.readable import as_json, printable
-from mpillm.store.report import Rank, Report, read
+from mpillm.store.report import RankStatistics, Report, read
 from mpillm.store.report_plots import plots
 
 HTML = "report.html"
@@ -55,7 +55,7 @@ def summary(report: Report) -> Iterator[str]:
         )
 
 
-def _memory_used(ranks: Sequence[Rank]) -> str:
+def _memory_used(ranks: Sequence[RankStatistics]) -> str:
     """By the rank that took most and, where hosts have several, by all ranks of such a host."""
     used, hosts = list[tuple[int, int]](), dict[str, tuple[int, int]]()
     for rank in ranks:

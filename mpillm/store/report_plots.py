@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mpillm.store.report import Rank, Report
+from mpillm.store.report import RankStatistics, Report
 
 Axes = Any  # matplotlib's, which need not be installed
 
@@ -65,7 +65,7 @@ def _draw_cache(axes: Axes, report: Report) -> None:
 
 
 def _draw_stacked(
-    axes: Axes, report: Report, kinds: Sequence[str], value: Callable[[Rank, str], float]
+    axes: Axes, report: Report, kinds: Sequence[str], value: Callable[[RankStatistics, str], float]
 ) -> None:
     names = [f"rank {rank.rank}" for rank in report.ranks]
     left = [0.0] * len(names)

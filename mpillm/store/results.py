@@ -7,6 +7,7 @@ layout, hosts and rates in report.json.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from mpillm.batch.answers import bad_line, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion
-from mpillm.store.directory import Directory
+from mpillm.store.directory import SYNC_BYTES, Directory
 from mpillm.store.hdf5 import Column, RaggedColumn, TextColumn, new_file
 from mpillm.store.journal import Journal
 from mpillm.store.records import Choice, Result, line_key
@@ -64,17 +65,22 @@ def _bytes(values: ArrayLike, kind: np.dtype[Any]) -> bytes:
 
 def write_jsonl(directory: Directory, lines: Iterable[Line], journal: Journal) -> int:
     """Write results.jsonl: every line of the input once, in its order; return how many ended in an error."""
-    errors = 0
+    errors = unsynced = 0
     with directory.replacing(JSONL) as file:
         for line in lines:
             if line.error is not None:
                 errors += 1
-                file.write(bad_line(line))
+                written = bad_line(line)
             else:
                 result = journal.read(line.custom_id)
                 errors += result.status != 200
-                file.write(result.line)
-            file.write(b"\n")
+                written = result.line
+            file.write(written + b"\n")
+            unsynced += len(written)
+            if unsynced >= SYNC_BYTES:
+                file.flush()
+                os.fdatasync(file.fileno())
+                unsynced = 0
     return errors
 
 

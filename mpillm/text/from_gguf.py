@@ -28,6 +28,9 @@ _SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}"
 _QWEN2 = rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}"
+_QWEN35 = (  # combining marks belong to words
+    rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACE}"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
@@ -46,6 +49,7 @@ _SPLITS = {
     "gpt-2": (_GPT2,),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
+    "qwen35": (_QWEN35,),
     "smollm": (r"\p{N}", _GPT2),
     "tekken": (_TEKKEN,),
     "gpt-4o": (_GPT4O,),
@@ -64,10 +68,10 @@ _SPLITS = {
 }
 _SAME = {
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral dbrx smaug-bpe glm4 chatglm-bpe",
-    "qwen2": "stablelm2 deepseek-r1-qwen kormo megrez hunyuan solar-open grok-2",
+    "qwen2": "stablelm2 deepseek-r1-qwen kormo f2llmv2 megrez hunyuan solar-open grok-2",
     "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
     "gpt-2": "phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
-    "deepseek-v3": "hunyuan-dense",
+    "deepseek-v3": "hunyuan-dense joyai-llm",
     "gpt-4o": "llama4 minimax-m2",
 }
 _PRE = {name: name for name in _SPLITS} | {

@@ -8,9 +8,10 @@ writes it. Added tokens that are not control (Qwen3's <think>) are words like ot
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
+from mpillm.text.harmony import MARKS, Harmony
+from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
 from mpillm.text.parts import Parts
 
-CHUNK = 1 << 16  # characters of a long text that are counted at a time
+CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
 
 def load_tokenizer(
@@ -189,10 +192,20 @@ class Tokenizer:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
 
+    @cached_property
+    def harmony(self) -> Harmony | None:
+        """The format of answers in channels, if the vocabulary has its marks."""
+        ids = {self._added[id]: id for id in self.control_ids if self._added[id] in MARKS}
+        return Harmony(ids) if len(ids) == len(MARKS) else None
+
     @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self._parts.templates)
+
+    def chat_reads(self, name: str) -> bool:
+        """Whether the chat template looks at a variable of this name, as far as its text says."""
+        return any(name in template for template in self._parts.templates.values())
 
     def encode_chat(
         self,
@@ -346,4 +359,10 @@ def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[
                 f"The text is not Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
             ) from error
     core.encode_special_tokens = plain
-    return list(core.encode(text, add_special_tokens=own).ids)
+    if len(text) <= CHUNK:
+        return list(core.encode(text, add_special_tokens=own).ids)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
+    encode = partial(
+        core.encode_batch_fast, [text], add_special_tokens=own
+    )  # unlike `encode`, lets the interpreter go
+    return list(interruptible(encode)[0].ids)

@@ -58,7 +58,7 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
 
 def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
-    begun = time.monotonic()
+    start = time.monotonic()
     with world.together():
         path = catalogue.resolve(source, progress.downloading) if world.rank == 0 else Path()
     path = world.bcast(path)
@@ -97,7 +97,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         files=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
         kept=sum(count for _, count in everywhere),
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - start,
     )
 
 
@@ -108,7 +108,7 @@ def _open(path: Path, weights: Weights) -> TensorSource:
     if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
         return source
     source.close()
-    quantised = sorted({info.stored for info in matrices} - {"F32", "F16", "BF16"})
+    quantised = sorted({info.stored for info in matrices if info.type.quantised})
     if quantised:
         raise JobError(
             f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "

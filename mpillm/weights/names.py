@@ -99,9 +99,16 @@ ROLES: dict[str, Role] = {
         _mlp("gate", "w1"),
         _mlp("up", "w3"),
         _mlp("down", "w2"),
-        _vector("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
-        _vector("up_bias", "mlp.up_proj.bias", "ffn_up.bias"),
-        _vector("down_bias", "mlp.down_proj.bias", "ffn_down.bias"),
+        *(
+            Role(
+                f"{name}_bias",
+                1,
+                f"layers.{{l}}.mlp.{name}_proj.bias",
+                f"blk.{{l}}.ffn_{name}.bias",
+                hf_expert=(f"layers.{{l}}.mlp.experts.{{e}}.{name}_proj.bias",),
+            )
+            for name in ("gate", "up", "down")
+        ),
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),
@@ -143,27 +150,30 @@ GGUF_ROPE_FACTORS = "rope_freqs.weight"
 class Parsed(NamedTuple):
     """What a name in a file stands for.
 
-    `roles` has two names where two matrices lie in one, row upon row; `stacked` tensors hold all experts, outermost.
+    `roles` has two names where two matrices lie in one, row upon row, or `in_turn` one row of each; `stacked` tensors
+    hold all experts, outermost.
     """
 
     roles: Roles
     layer: int
     expert: int
     stacked: bool
+    in_turn: bool = False
 
 
 class _Pattern(NamedTuple):
     regex: re.Pattern[str]
     roles: Roles
     stacked: bool
+    in_turn: bool
 
 
-def _pattern(name: str, roles: Roles, stacked: bool = False) -> _Pattern:
+def _pattern(name: str, roles: Roles, stacked: bool = False, in_turn: bool = False) -> _Pattern:
     number = "(?:0|[1-9][0-9]{0,5})"
     regex = (
         re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
     )
-    return _Pattern(re.compile(regex), roles, stacked)
+    return _Pattern(re.compile(regex), roles, stacked, in_turn)
 
 
 _HF = (
@@ -183,15 +193,19 @@ _GGUF = (
 class Names:
     """The names of a family's tensors where they differ from the usual ones: roles by pattern.
 
-    Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. A name with no roles is
-    that of a tensor which is not read. `hf_prefixes` are what stands before the names of layers; the first one that
-    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the halves of each head are interleaved
+    Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. So do those in
+    `hf_in_turn`, where rows of several roles alternate, and matrices of floats lie transposed, and GGUF names in
+    `gguf_stacked`. A name with no roles is that of a tensor which is not read. `hf_prefixes` are what stands before the
+    names of layers; the first one that fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the
+    halves of each head are interleaved
     (llama.cpp's `permute`).
     """
 
     hf: Mapping[str, Roles] = field(default_factory=dict)
     hf_stacked: Mapping[str, Roles] = field(default_factory=dict)
     gguf: Mapping[str, Roles] = field(default_factory=dict)
+    hf_in_turn: Mapping[str, Roles] = field(default_factory=dict)
+    gguf_stacked: Mapping[str, Roles] = field(default_factory=dict)
     hf_prefixes: tuple[str, ...] = ("model.",)
     rope_pairs: bool = False
 
@@ -210,7 +224,9 @@ class Names:
             tuple(_pattern(name, roles, names is self.hf_stacked) for name, roles in names.items())
             for names in (self.hf, self.hf_stacked, self.gguf)
         )
-        return hf + stacked, gguf
+        in_turn = tuple(_pattern(name, roles, True, True) for name, roles in self.hf_in_turn.items())
+        all_experts = tuple(_pattern(name, roles, True) for name, roles in self.gguf_stacked.items())
+        return in_turn + hf + stacked, all_experts + gguf
 
 
 USUAL = Names()
@@ -232,7 +248,7 @@ def _parse(name: str, patterns: Iterable[_Pattern]) -> Parsed | None:
         if match:
             numbers = match.groupdict()
             layer, expert = int(numbers.get("layer", -1)), int(numbers.get("expert", -1))
-            return Parsed(pattern.roles, layer, expert, pattern.stacked)
+            return Parsed(pattern.roles, layer, expert, pattern.stacked, pattern.in_turn)
     return None
 
 

@@ -97,8 +97,23 @@ def check_tensors(source: Source, model: Inventory) -> None:
             )
         known.add(tensor.key)
     for key in source.tensors:
-        if key not in known:
+        if key not in known and not _is_zero_bias(source, key):
             raise ModelError(f"{source.path} has {tensor_name(key)}, which its configuration does not have.")
+
+
+def _is_zero_bias(source: Source, key: Key) -> bool:
+    """Whether it changes nothing: some who quantise give every matrix a bias."""
+    return key.role.endswith("_bias") and not source.read_f32(key).any()
+
+
+def weight_types(source: Source) -> list[str]:
+    """How matrices are stored and what they become, such as "FP8 as F16"; what most bytes are of comes first."""
+    sizes: dict[str, int] = {}
+    for info in source.tensors.values():
+        if len(info.shape) == 2:
+            name = info.stored if info.stored == info.type.name else f"{info.stored} as {info.type.name}"
+            sizes[name] = sizes.get(name, 0) + info.nbytes
+    return sorted(sizes, key=lambda name: -sizes[name])
 
 
 def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:

@@ -84,6 +84,8 @@ def batch(vocab: int) -> list[Request]:
     made += [Request(f"long-{i}", ids(20 + i), max_tokens=60) for i in range(4)]
     order = np.random.default_rng(6).permutation(len(made))
     adjusted = [
+        Request("from", system + ids(30), max_tokens=0, prompt_logprobs=2, score_from=70),
+        Request("from", system + ids(25), choice=1, max_tokens=0, prompt_logprobs=0, score_from=64),
         Request(
             "adjusted",
             system + ids(2),

@@ -23,7 +23,7 @@ from mpillm.bench import kernels as kernel_bench
 from mpillm.bench.paging import TURN, WARM, all_decode
 from mpillm.bench.profile import Profile
 from mpillm.bench.result import Bench, Machine, Run
-from mpillm.bench.runs import Options, Step, _typical
+from mpillm.bench.runs import Options, TimedStep, _typical
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
 from mpillm.errors import JobError
@@ -142,14 +142,16 @@ def test_paging_says_what_was_read(cache: Path) -> None:
 def test_paging_counts_steps_in_which_all_generate() -> None:
     """Neither prompts, nor the first steps after them or after the disk was measured, nor when some have ended."""
     rng = np.random.default_rng()
-    prompts = [Step(10, 2, 9.0), Step(0, 2, 9.0), Step(6, 4, 9.0)]
-    warm, end = [Step(0, 4, 8.0)] * (WARM + 1), [Step(0, 2, 7.0)]
-    counted = [Step(0, 4, seconds) for seconds in rng.random(TURN)]  # more than a turn has besides its first
-    run = [*prompts, *warm, *counted[:-1], Step(0, 4, 6.0), counted[-1], Step(0, 4, 5.0), *end]
+    prompts = [TimedStep(10, 2, 9.0), TimedStep(0, 2, 9.0), TimedStep(6, 4, 9.0)]
+    warm, end = [TimedStep(0, 4, 8.0)] * (WARM + 1), [TimedStep(0, 2, 7.0)]
+    counted = [
+        TimedStep(0, 4, seconds) for seconds in rng.random(TURN)
+    ]  # more than a turn has besides its first
+    run = [*prompts, *warm, *counted[:-1], TimedStep(0, 4, 6.0), counted[-1], TimedStep(0, 4, 5.0), *end]
     assert all_decode(run, 4, len(counted)) == counted
     assert all_decode(run, 4, 1) == counted[:1]
-    halves = [Step(0, 2, seconds) for seconds in rng.random(4)]  # two micro-batches
-    assert all_decode(prompts + [Step(0, 2, 8.0)] * 2 * (WARM + 1) + halves + end, 4, 2) == halves
+    halves = [TimedStep(0, 2, seconds) for seconds in rng.random(4)]  # two micro-batches
+    assert all_decode(prompts + [TimedStep(0, 2, 8.0)] * 2 * (WARM + 1) + halves + end, 4, 2) == halves
 
 
 def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_budget_that_is_none_is_refused(cache: Path) -> None:
     done = bench(cache, "--synthetic", "tiny-llama", "--what", "paging", "--budget", "1%", "--threads", "1")
     assert done.returncode == 2
     assert "--budget 1% is" in done.stderr
-    assert "are the least that works" in done.stderr
+    assert "the minimum is" in done.stderr
 
 
 def test_no_room_for_a_synthetic_model_is_said_before_it_is_written(
@@ -324,10 +326,16 @@ def test_a_ratio_is_the_median_of_neighbours() -> None:
 
 def test_a_typical_step_is_one_that_all_take_part_in() -> None:
     decode = Run(what="batch", threads=1, sequences=4, tokens=1)
-    steps = [Step(8, 2, 9.0), Step(0, 4, 1.0), Step(0, 4, 3.0), Step(0, 4, 2.0), Step(0, 2, 0.1)]
-    assert _typical(steps, decode) == Step(0, 4, 2.0)
+    steps = [
+        TimedStep(8, 2, 9.0),
+        TimedStep(0, 4, 1.0),
+        TimedStep(0, 4, 3.0),
+        TimedStep(0, 4, 2.0),
+        TimedStep(0, 2, 0.1),
+    ]
+    assert _typical(steps, decode) == TimedStep(0, 4, 2.0)
     prefill = Run(what="prefill", threads=1, sequences=1, tokens=8)
-    assert _typical([Step(6, 0, 2.0), Step(2, 1, 1.0)], prefill) == Step(8, 0, 3.0)
+    assert _typical([TimedStep(6, 0, 2.0), TimedStep(2, 1, 1.0)], prefill) == TimedStep(8, 0, 3.0)
     assert _typical([], prefill) is None
 
 

@@ -497,7 +497,7 @@ def _sizes(model: Path, stages: int, shards: int) -> tuple[int, int]:
     layout = [f"layout.stages={stages}", f"layout.shards={shards}"]
     job = spec.load(None, layout, model=str(model), input="in", output="out")
     ranks = plan.make(job, stages * shards).ranks
-    weights = max(max(int(WEIGHTS * rank.weights_share), rank.weights_least) for rank in ranks)
+    weights = max(max(int(WEIGHTS * rank.weights_share), rank.weights_minimum) for rank in ranks)
     return weights, KV_BLOCKS * KV_BLOCK * max(rank.kv_token for rank in ranks)
 
 

@@ -17,9 +17,9 @@ from mpillm.errors import Interrupted, JobError, ModelError
 def blocked(world: World) -> int:
     """Wait for messages that never come."""
     from mpillm.comm.collectives import Channel
-    from mpillm.comm.counters import Counters
+    from mpillm.comm.counters import MessageCounters
 
-    Channel(world, Counters()).take()
+    Channel(world, MessageCounters()).take()
     return 0
 
 
@@ -40,9 +40,9 @@ def all_interrupted(world: World) -> int:
 def under_way(world: World) -> int:
     """All fail alike while large messages are under way that nobody will take."""
     from mpillm.comm.collectives import Channel
-    from mpillm.comm.counters import Counters
+    from mpillm.comm.counters import MessageCounters
 
-    channel = Channel(world, Counters())
+    channel = Channel(world, MessageCounters())
     if world.rank == 0:
         channel.post(bytes(50_000_000))
     raise JobError("There is no such job.")
@@ -95,10 +95,10 @@ def signalled(world: World, number: signal.Signals) -> int:
 
 def out_of_step(world: World) -> int:
     from mpillm.comm.collectives import Pipe
-    from mpillm.comm.counters import Counters
+    from mpillm.comm.counters import MessageCounters
     from mpillm.partition.grid import Place
 
-    pipe = Pipe(world, Place(world.rank, world.size, 1), "f32", Counters())
+    pipe = Pipe(world, Place(world.rank, world.size, 1), "f32", MessageCounters())
     if world.rank == 0:
         pipe.send(np.zeros((2, 8), np.float32))
     elif world.rank == 1:
@@ -109,9 +109,9 @@ def out_of_step(world: World) -> int:
 def waiting(world: World) -> int:
     """Rank 0 computes, the others wait for it: how much of a core do they take?"""
     from mpillm.comm.collectives import Channel
-    from mpillm.comm.counters import Counters
+    from mpillm.comm.counters import MessageCounters
 
-    counters = Counters()
+    counters = MessageCounters()
     channel = Channel(world, counters)
     seconds = float(os.environ["SECONDS"])
     world.barrier()

@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from mpillm.comm.collectives import Group
-from mpillm.comm.counters import Counters
+from mpillm.comm.counters import MessageCounters
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
 from mpillm.kernels import path
@@ -44,7 +44,7 @@ def main(world: World) -> int:
         if not world.oversubscribed:  # MPI's own waiting would take the cores from those it waits for
             took["MPI's own"] = microseconds(partial(world.comm.Allreduce, x, total))
         for wire in ("f32", "q8_0"):
-            group = Group(world, place, wire, Counters())
+            group = Group(world, place, wire, MessageCounters())
             took[wire] = microseconds(partial(group.all_reduce, np.zeros_like(x)))
         if world.rank == 0:
             figures = ", ".join(f"{name} {value:.1f}" for name, value in took.items())

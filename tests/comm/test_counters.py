@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from mpillm.comm.counters import Counters
+from mpillm.comm.counters import MessageCounters
 
 
 def test_counters() -> None:
-    counters = Counters()
+    counters = MessageCounters()
     counters.all_reduce.sent(3, 34)
     counters.all_reduce.sent(1, 66)
     counters.reply.bytes_received += 5

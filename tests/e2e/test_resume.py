@@ -169,3 +169,30 @@ def test_answers_outlive_the_memory_that_they_needed(openmpi: Mpi, tmp_path: Pat
     assert after[:2] == before
     assert [json.loads(line)["response"]["status_code"] for line in after] == [200, 200, 400, 200]
     assert b"memory.kv" in after[2]
+
+
+def test_answers_outlive_fewer_ranks_and_bad_lines(openmpi: Mpi, tmp_path: Path) -> None:
+    """One rank holds fewer tokens than two stages do; bad lines come before, between and after the answered ones."""
+    kv = "memory.kv=12000"
+    old = [
+        {"custom_id": "long", "prompt": [5] * 90, "max_tokens": 2},
+        {"custom_id": "chat", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    ]
+    source, output = write_lines(tmp_path / "in.jsonl", old), tmp_path / "out"
+    assert run(openmpi, 2, source, output, kv, "layout.stages=2").returncode == 0
+    before = (output / "results.jsonl").read_bytes().splitlines()
+    bad = [
+        {"custom_id": "first", "prompt": [10**6]},
+        {"custom_id": "long, too", "prompt": [5] * 91, "max_tokens": 2},
+        {"custom_id": "chat", "prompt": "whose name is another line's"},
+        {"custom_id": "new", "prompt": "a", "max_tokens": 2},
+    ]
+    write_lines(source, [bad[0], old[0], bad[1], old[1], *bad[2:]])
+    source.write_bytes(source.read_bytes() + b'{"custom_id": "long", \xff\n[]\n')
+    again = run(openmpi, 1, source, output, kv)
+    assert again.returncode == 1, again.stderr
+    after = (output / "results.jsonl").read_bytes().splitlines()
+    statuses = [json.loads(line)["response"]["status_code"] for line in after]
+    assert statuses == [400, 200, 400, 200, 400, 200, 400, 400]
+    assert [after[1], after[3]] == before
+    assert b"raise memory.kv" in after[2]

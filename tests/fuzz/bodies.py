@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 from mpillm.batch import bodies
@@ -141,11 +142,17 @@ def _prompt(draw: Draw) -> Any:
     if draw.often(50):
         return _text(draw)
     if draw.often(50):
-        return [draw.below(300) for _ in range(_many(draw))]
-    return [
-        _text(draw) if draw.often(50) else [draw.below(320) for _ in range(draw.below(20))]
-        for _ in range(_many(draw))
-    ]
+        return _repeated(draw, lambda: draw.below(300))
+    return _repeated(
+        draw, lambda: _text(draw) if draw.often(50) else [draw.below(320) for _ in range(draw.below(20))]
+    )
+
+
+def _repeated(draw: Draw, one: Callable[[], Any]) -> list[Any]:
+    """A list of values that begins anew after some of them, so that a long one is made quickly."""
+    count = _many(draw)
+    few = [one() for _ in range(min(count, 20))]
+    return (few * (count // 20 + 1))[:count]
 
 
 def _many(draw: Draw) -> int:

@@ -262,8 +262,10 @@ def _bodies(folder: Path) -> Target:
     for name, style in STYLE.items():
         text = load_tokenizer(write_directory(folder / name, style, TEMPLATES[name]))
         assert text is not None
-        models.append(Model(text.vocab_size, 4096, 64, frozenset({0}), 4096, 64, text, name))
-    models.append(Model(300, 4096, 64))
+        models.append(
+            Model(vocab=text.vocab_size, max_position=4096, hidden=64, kv_tokens=4096, text=text, name=name)
+        )
+    models.append(Model(vocab=300, max_position=4096, hidden=64))
 
     def run(data: bytes) -> None:
         raw = bodies.line(bodies.Draw(data[1:]))

@@ -194,13 +194,22 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
     blocks = -(-k // type.block)
     raw = rng.integers(0, 256, (n, blocks, type.block_bytes), dtype=np.uint8)
     if type.k_quant:
-        for at in (208,) if type == BlockType.Q6_K else (0, 2):
+        for at in {BlockType.Q6_K: (208,), BlockType.IQ4_XS: (0,)}.get(type, (0, 2)):
             scale = rng.standard_normal((n, blocks, 1)) / 100
             raw[:, :, at : at + 2] = scale.astype(np.float16).view(np.uint8)
         return raw.reshape(n, -1)
-    scales = 2 if type == BlockType.Q4_1 else 1
+    if type == BlockType.MXFP4:
+        raw[:, :, 0] = rng.choice(
+            [0, 1, 2, 255, *range(118, 134)], (n, blocks), p=[0.005] * 4 + [0.98 / 16] * 16
+        )
+        return raw.reshape(n, -1)
+    scales = 2 if type in (BlockType.Q4_1, BlockType.Q5_1) else 1
     raw[:, :, : 2 * scales] = rng.standard_normal((n, blocks, scales)).astype(np.float16).view(np.uint8)
-    if k % 32:  # the last block is padded with zeros
+    if k % 32 and type in (
+        BlockType.Q8_0,
+        BlockType.Q4_0,
+        BlockType.Q4_1,
+    ):  # the last block is padded with zeros
         quants = raw[:, -1, 2 * scales :]
         if type == BlockType.Q8_0:
             quants[:, k % 32 :] = 0

@@ -32,6 +32,7 @@ ROUNDED = Bounds(most=0.2, mean=0.03, embedding=0.1, margin=0.2)
 
 def bounds_of(name: str, quantized: bool) -> Bounds:
     """What a model's values are held to: `quantized` are its weights, or what travels between ranks."""
+    quantized = quantized or name.endswith("mxfp4")
     return QUANTIZED if quantized else ROUNDED if "bf16" in name else EXACT
 
 

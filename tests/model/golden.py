@@ -32,6 +32,11 @@ def gguf_path(name: str) -> Path:
     return FIXTURES / "gguf" / f"{name}.gguf"
 
 
+def may_be_quantised(name: str) -> bool:
+    """Whether a tiny model's digests name the type of their KV cache: those of GGUF files and quantised models."""
+    return name.endswith((".gguf", "mxfp4"))
+
+
 def path_of(name: str) -> Path:
     """A tiny model's path; the name of a GGUF file ends in .gguf."""
     return FIXTURES / ("gguf" if name.endswith(".gguf") else "models") / name

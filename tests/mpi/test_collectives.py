@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from mpillm.comm.collectives import Channel, Group, Pipe, Wire
-from mpillm.comm.counters import Counters
+from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType, dequantize, fold, quantize
 from mpillm.partition.grid import Axis, Place, panel_bounds
@@ -56,7 +56,7 @@ def own_part(panels: F32, place: Place) -> F32:
 
 @WIRES
 def test_sums_are_the_tree(world: World, place: Place, wire: Wire) -> None:
-    group = Group(world, place, wire, Counters())
+    group = Group(world, place, wire, MessageCounters())
     for seed, (m, d) in enumerate(SHAPES):
         random = np.random.default_rng([seed, place.stage])  # the shards of a stage share the panels
         panels = random.standard_normal((PANELS, m, d), np.float32) * random.choice(
@@ -77,7 +77,7 @@ def test_sums_are_the_tree(world: World, place: Place, wire: Wire) -> None:
 
 @WIRES
 def test_pipes_carry(world: World, place: Place, wire: Wire) -> None:
-    counters = Counters()
+    counters = MessageCounters()
     pipe = Pipe(world, place, wire, counters)
     for seed, (m, d) in enumerate(SHAPES):
         start = np.random.default_rng([seed, place.shard]).standard_normal((m, d)).astype(np.float32)
@@ -104,7 +104,7 @@ def test_pipes_carry(world: World, place: Place, wire: Wire) -> None:
 
 def test_many_steps_in_flight(world: World, place: Place) -> None:
     """Rank 0 orders all steps before it collects the first reply; orders are empty, small and large."""
-    counters = Counters()
+    counters = MessageCounters()
     channel = Channel(world, counters)
     group, pipe = Group(world, place, "q8_0", counters), Pipe(world, place, "q8_0", counters)
     steps = [(1, b""), (64, b"x" * 200_000), (2, bytes(range(24))), (7, b"y"), (300, b"z" * 70_000)]
@@ -145,7 +145,7 @@ def test_q8_0_saves_its_share(world: World) -> None:
     x = np.random.default_rng(world.rank).standard_normal((16, 1024)).astype(np.float32)
     carried, sums = {}, {}
     for wire in ("f32", "q8_0"):
-        counters = Counters()
+        counters = MessageCounters()
         sums[wire] = x.copy()
         Group(world, place, wire, counters).all_reduce(sums[wire])
         count = counters.all_reduce

@@ -11,7 +11,7 @@ from tests.digests import recorded
 from tests.digests.recorded import digest_of
 from tests.model.checks import bounds_of, check, requests_of, sampled
 from tests.model.engine_harness import layouts, run_laid_out, vocab_of
-from tests.model.golden import GGUFS, MODELS, PLAIN_GGUFS, golden, path_of
+from tests.model.golden import GGUFS, MODELS, PLAIN_GGUFS, golden, may_be_quantised, path_of
 
 ALL = [*MODELS, *(f"{name}.gguf" for name in GGUFS)]
 FEW = ["llama3", "qwen3_moe", "smol_bf16", "llama_mixed.gguf"]
@@ -29,7 +29,7 @@ def test_every_layout(name: str, world: World) -> None:
     requests = [*compared, *recorded.requests(vocab_of(path))]
     first = len(compared)  # of those that were recorded
     exact = not name.endswith(".gguf") or name.removesuffix(".gguf") in PLAIN_GGUFS
-    known = name + (" kv=f32" if name.endswith(".gguf") else "")
+    known = name + (" kv=f32" if may_be_quantised(name) else "")
     job: dict[str, Any] = {"kv_type": "f32"}
     for stages, shards in layouts(path, world.size):
         job |= {"stages": stages, "shards": shards}

@@ -196,7 +196,7 @@ def test_paths_stay_as_they_are(tmp_path: Path) -> None:
         ("", "No model is named"),
         (
             "smollm3",
-            r"no file, no directory and not in the catalogue \(smollm2-135m\); or write hf:owner/name",
+            r"no file, no directory and not in the catalogue \(smollm2-135m, qwen3-0\.6b, .*\); or write hf:owner/name",
         ),
         ("meta/llama", "or write hf:meta/llama for a repository"),
         ("hf:meta", "is not hf:owner/name"),
@@ -292,3 +292,19 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(catalogue.sys.modules, "huggingface_hub", None)
     with pytest.raises(JobError, match="needs the package huggingface_hub: pip install 'mpillm"):
         pull("hf:owner/third")
+
+
+def test_models_of_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPILLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(catalogue.sys.modules, "huggingface_hub", Hub(tmp_path))  # type: ignore[arg-type]
+    assert resolve("phi-4") == tmp_path / "microsoft/phi-4"
+
+
+def test_all_models_are_listed() -> None:
+    heading, *lines = catalogue.listed()
+    assert heading.startswith("name")
+    assert [line.split()[0] for line in lines] == [*catalogue.CATALOGUE, *catalogue.HOSTED]
+    assert len(lines) == 10
+    (mixture,) = (line for line in lines if line.startswith("qwen3-30b-a3b"))
+    assert "Apache-2.0" in mixture
+    assert "61.1 GB   61.1 / 30.5 / 15.3 / 7.6; with q4_0 17.2 / 8.6 / 4.3 / 2.1" in mixture

@@ -77,7 +77,7 @@ def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> Non
 
 def test_a_budget_smaller_than_the_share_is_streamed() -> None:
     whole = planned("llama3", 1).ranks[0]
-    budget = (whole.weights_share + whole.weights_least) // 2
+    budget = (whole.weights_share + whole.weights_minimum) // 2
     cycle = planned("llama3", 1, f"memory.weights={budget}").ranks[0]
     lru = planned("llama3", 1, f"memory.weights={budget}", "memory.policy=lru").ranks[0]
     assert cycle.weights_held == budget
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_said() -> None:
     made = planned("llama3", 2, "memory.weights=1KiB", "memory.kv=1KiB", "layout.stages=1")
     weights, kv = made.problems
     assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
-    assert weights.endswith("for two neighbouring parts of layers; raise it or use more shards.")
+    assert weights.endswith("for two neighbouring pages; raise it or use more shards.")
     assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
     assert plan.as_text(made).endswith(f"{weights}\n{kv}")
     with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):

@@ -16,7 +16,7 @@ from mpillm.store.directory import Directory
 
 def made(**more: Any) -> report.Report:
     ranks = [
-        report.Rank(
+        report.RankStatistics(
             rank=rank, host=f"node<{rank}>", stage=0, shard=rank, layers=30, threads=2, kernels="avx2",
             weights={"share": 2**30, "budget": 2**29, "peak": 2**29, "hits": 30 * rank, "misses": 7},
             kv={"budget": 2**28, "bytes": 2**27, "blocks": 5},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from dataclasses import replace
@@ -17,7 +18,8 @@ from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Work
 from mpillm.errors import Interrupted
 from mpillm.run.input_memory import WRITING
-from mpillm.store import results
+from mpillm.store import hdf5, results
+from mpillm.store.directory import Directory
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
 from tests.conftest import Mount, run_bounded
@@ -236,3 +238,42 @@ def test_writing_many_lines_takes_little_memory(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "out/results.h5") as h5:
         assert len(h5["tokens/ids"]) == 12 * 30_000
         assert h5["requests/custom_id"][-1] == b"request 30000"
+
+
+def test_results_go_to_disk_in_small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written or brought to disk in one go that could keep a signal waiting."""
+    strings, arrays, syncs, unsynced = [0], [0], [0], {"bytes": 0, "most": 0}
+    append, pwrite = hdf5._append, os.pwrite
+
+    def appended(dataset: h5py.Dataset, values: np.ndarray[Any, Any]) -> None:
+        of_strings = values.dtype == object
+        strings.append(sum(map(len, values)) if of_strings else 0)
+        arrays.append(len(values) if of_strings else values.nbytes)
+        append(dataset, values)
+
+    def written(file: int, data: Any, at: int) -> int:
+        count = pwrite(file, data, at)
+        unsynced["bytes"] += count
+        unsynced["most"] = max(unsynced["most"], unsynced["bytes"])
+        return count
+
+    def synced(_file: int) -> None:
+        syncs.append(unsynced["bytes"])
+        unsynced["bytes"] = 0
+
+    monkeypatch.setattr(hdf5, "_append", appended)
+    monkeypatch.setattr(os, "pwrite", written)
+    monkeypatch.setattr(os, "fdatasync", synced)
+    monkeypatch.setattr(hdf5, "SYNC_BYTES", 1 << 20)
+    with Directory(tmp_path) as directory, hdf5.new_file(directory, "a.h5") as (h5, check):
+        names, values = hdf5.TextColumn(h5, "names"), hdf5.Column(h5, "values", np.float64)
+        for number in range(20_000):
+            names.add(f"{number}".ljust(random.choice((5, 500)), "x"))
+            values.add(*([0.5] * random.randrange(20)))
+            check()
+        names.flush()
+        values.flush()
+    assert max(strings) <= hdf5.HELD_CHARS + 500
+    assert max(arrays) <= 8 * (hdf5.HELD + 20)
+    assert len(syncs) > 4
+    assert unsynced["most"] <= 3 << 20, "a part, and what the library keeps back of chunks"

@@ -46,6 +46,14 @@ def test_ids_are_llama_cpps(name: str, special: bool) -> None:
     assert wrong == []
 
 
+def test_qwen35_differs_from_qwen2_in_marks_alone() -> None:
+    newer, older = (load(vocabularies.byte_level_fields(pre)) for pre in ("qwen35", "qwen2"))
+    for text in STRINGS:
+        assert newer.decode(newer.encode(text)) == text
+        if not has_mark(text):
+            assert newer.encode(text) == older.encode(text)
+
+
 @pytest.mark.parametrize("special", [False, True], ids=["text", "special"])
 def test_ids_of_the_default_model(smollm2: Tokenizer, special: bool) -> None:
     golden = GOLDEN["smollm2" + ("+special" if special else "")]

@@ -24,7 +24,7 @@ from mpillm.weights.opening import gguf_in
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
 
-OWN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+OWN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "MXFP4", "Q5_0", "Q5_1")
 U32, STRING, ARRAY = 4, 8, 9
 
 
@@ -67,7 +67,7 @@ def decodable() -> list[str]:
 
 
 def test_kinds_that_can_be_decoded():
-    assert {"Q2_K", "Q3_K", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(decodable())
+    assert {"Q2_K", "Q3_K", "IQ3_S", "TQ2_0", "NVFP4"} <= set(decodable())
     assert stored_in_gguf(int(gguf.GGMLQuantizationType.I32)) is None
     assert stored_in_gguf(int(gguf.GGMLQuantizationType.Q8_K)) is None
     assert stored_in_gguf(4) is None

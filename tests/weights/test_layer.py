@@ -48,7 +48,7 @@ CASES = {
     "experts": (MOE, lambda path: hf(path, MOE)),
     "experts quantised": (MOE, lambda path: hf(path, MOE, "BF16", "q4_0")),
     "wide mixed GGUF": (WIDE, lambda path: gguf(path, WIDE, "llama", "Q4_0", "F16", "Q4_1")),
-    "wide decoded GGUF": (WIDE, lambda path: gguf(path, WIDE, "qwen2", "Q5_0", "BF16")),
+    "wide Q5 GGUF": (WIDE, lambda path: gguf(path, WIDE, "qwen2", "Q5_0", "BF16")),
 }
 
 

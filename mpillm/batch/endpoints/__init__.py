@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpillm.batch.endpoints.chat import ChatCompletions
+from mpillm.batch.endpoints.choices import MultipleChoice
 from mpillm.batch.endpoints.completions import Completions
 from mpillm.batch.endpoints.embeddings import Embeddings
 from mpillm.batch.work import Column, Endpoint
@@ -11,6 +12,7 @@ ENDPOINTS: tuple[type[Endpoint], ...] = (
     ChatCompletions,
     Completions,
     Embeddings,
+    MultipleChoice,
 )
 
 # What choices leave in results.h5, in the order of its groups.

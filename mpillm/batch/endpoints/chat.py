@@ -16,6 +16,7 @@ from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
+from mpillm.text import cut_at_stop
 
 
 class ChatCompletions(Generate, frozen=True, kw_only=True):
@@ -31,6 +32,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = None
@@ -47,9 +49,11 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
         if not model.text.has_chat:
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
+        if self.reasoning_effort is not None and not model.text.chat_reads("reasoning_effort"):
+            raise RequestError("the model's chat template does not look at reasoning_effort")
         encode = partial(
             model.text.encode_chat,
-            _messages(self.messages),
+            chat_messages(self.messages),
             self._options(),
             add_special=bool(self.add_special_tokens),
         )
@@ -71,6 +75,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             "documents": self.documents or None,
             "add_generation_prompt": False if self.continue_final_message else self.add_generation_prompt,
             "continue_final_message": self.continue_final_message or None,
+            "reasoning_effort": self.reasoning_effort,
         }
         return {key: value for key, value in own.items() if value is not None} | (
             self.chat_template_kwargs or {}
@@ -91,12 +96,26 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             text = last["content"] + text
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text},
+            "message": {"role": "assistant", **self._said(work, completion, detokenizer, text)},
             "logprobs": {"content": _logprobs(completion, detokenizer)} if self.logprobs else None,
             "finish_reason": completion.finish_reason,
             "stop_reason": stop_reason,
             **self.token_ids(completion),
         }
+
+    def _said(
+        self, work: Work, completion: Completion, detokenizer: Detokenizer, text: str
+    ) -> dict[str, str | None]:
+        """The content of an answer, and apart from it what the model thought, where its format has channels."""
+        if detokenizer.harmony is None:
+            return {"content": text}
+        ended, final = completion.stop_id is not None, completion.finish_reason != "length"
+        tokens = completion.tokens[:-1] if ended else completion.tokens
+        thought, said = detokenizer.harmony.split(tokens, lambda ids: detokenizer.text(ids, final=final))
+        if final and not ended:
+            stops = self.stops(work.spec)
+            thought, said = thought and cut_at_stop(thought, stops)[0], cut_at_stop(said, stops)[0]
+        return {"reasoning_content": thought, "content": said}
 
 
 def _logprobs(completion: Completion, detokenizer: Detokenizer) -> list[dict[str, Any]]:
@@ -113,7 +132,7 @@ def _logprobs(completion: Completion, detokenizer: Detokenizer) -> list[dict[str
     ]
 
 
-def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose contents are strings, lists of text parts or null."""
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 

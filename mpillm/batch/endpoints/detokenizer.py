@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from mpillm.batch.work import Model
 from mpillm.engine.sequence import TopLogprobs
 from mpillm.text import IncrementalDecoder
+from mpillm.text.harmony import Harmony
 
 LOWEST = -9999.0  # JSON has no infinity: vLLM's lower bound for log-probabilities
 
@@ -62,6 +63,11 @@ class Detokenizer:
                 piece = ""  # put there by the tokenizer
             at += len(piece)
             yield piece
+
+    @property
+    def harmony(self) -> Harmony | None:
+        """The format of answers in channels, if the model has it and its marks are not shown."""
+        return self._text.harmony if self._text is not None and self._skip_special else None
 
     @property
     def gap(self) -> str:

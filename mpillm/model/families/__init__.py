@@ -8,16 +8,19 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
+from mpillm.model.families.cohere import Cohere
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
+from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.olmo import Olmo, Olmoe
+from mpillm.model.families.phi import Phi
 from mpillm.model.families.qwen import Qwen
 from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
@@ -30,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen(),
     Gemma(),
     Glm(),
+    GptOss(),
     Granite(),
     Olmo(),
     Olmoe(),
@@ -40,6 +44,8 @@ FAMILIES: tuple[Family, ...] = (
     Exaone(),
     Ernie(),
     Dots(),
+    Cohere(),
+    Phi(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}

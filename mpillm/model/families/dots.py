@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -20,12 +23,14 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_window, routed_config, usual_config
 
 
 class Dots(Family):
     """Qwen 3's attention and DeepSeek V3's experts."""
 
     architectures = {"Dots1ForCausalLM": "dots1"}
+    gguf = ("dots1",)
     defaults = {
         "Dots1ForCausalLM": {
             "num_key_value_heads": 32,
@@ -54,3 +59,10 @@ class Dots(Family):
             return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        if fields.integer("expert_gating_func", 2) != 2:
+            raise ModelError(f"{fields.path}: {fields.kind}.expert_gating_func must be 2, a sigmoid.")
+        config = usual_config(fields, shape_of) | routed_config(fields)
+        return config | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}

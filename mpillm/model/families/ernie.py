@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
@@ -21,6 +23,14 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    routed_config,
+    usual_config,
+)
 from mpillm.weights.names import Names
 
 _DENSE, _MIXTURE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
@@ -31,6 +41,7 @@ class Ernie(Family):
     """A mixture's router adds a correction to the softmax where it chooses, and divides weights by their sum."""
 
     architectures = {_DENSE: "ernie4_5", _MIXTURE: "ernie4_5_moe"}
+    gguf = ("ernie4_5", "ernie4_5-moe")
     tied = True
     names = Names(
         hf={"layers.{l}.mlp.moe_statics.e_score_correction_bias": ("router_correction",)},
@@ -68,6 +79,24 @@ class Ernie(Family):
             return mixture if first <= number <= last and (number + 1) % every == 0 else dense
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        if fields.kind == "ernie4_5":
+            refuse_experts(fields)
+            return config | {"architectures": [_DENSE]}
+        fields.integer("expert_shared_feed_forward_length", 0)  # of all shared experts
+        routed = routed_config(fields)
+        return config | {
+            "architectures": [_MIXTURE],
+            "moe_num_experts": routed["n_routed_experts"],
+            "moe_k": routed["num_experts_per_tok"],
+            "moe_intermediate_size": routed["moe_intermediate_size"],
+            "moe_num_shared_experts": routed["n_shared_experts"],
+            "moe_layer_start_index": routed["first_k_dense_replace"],
+            "moe_layer_interval": fields.integer("interleave_moe_layer_step", 1) or 1,
+        }
 
 
 def _experts(fields: Fields) -> ExpertsSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -23,6 +24,7 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
 from mpillm.weights.names import AFTER_NORMS, Names
 
 
@@ -30,6 +32,7 @@ class Exaone(Family):
     """Where some layers have a window, those without one have no RoPE."""
 
     architectures = {"Exaone4ForCausalLM": "exaone4"}
+    gguf = ("exaone4",)
     names = Names(hf=AFTER_NORMS)
     defaults = {
         "Exaone4ForCausalLM": {
@@ -60,6 +63,15 @@ class Exaone(Family):
             return LayerSpec(attention, MlpSpec(width, activation), Norms(after=norm), Norms(after=norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        config = usual_config(fields, shape_of)
+        return config | {
+            "architectures": ["Exaone4ForCausalLM"],
+            "sliding_window": fields.integer("attention.sliding_window", 0) or None,
+            "layer_types": window_types(fields, config["num_hidden_layers"], 4),
+        }
 
 
 def _layer_types(fields: Fields, n_layers: int, window: int) -> Sequence[str]:

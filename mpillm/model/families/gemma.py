@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     FULL,
@@ -24,6 +26,7 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config, window_types
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _GEMMA2, _GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
@@ -42,6 +45,7 @@ class Gemma(Family):
     """Weights of norms are stored minus one; embeddings are multiplied by the square root of their width."""
 
     architectures = {_GEMMA2: "gemma2", _GEMMA3: "gemma3_text"}
+    gguf = ("gemma2", "gemma3")
     tied = True
     names = Names(hf={**AFTER_NORMS, "layers.{l}.pre_feedforward_layernorm.weight": ("ffn_norm",)})
     defaults = {
@@ -62,7 +66,8 @@ class Gemma(Family):
         scale = fields.number("query_pre_attn_scalar", 1e-6, 1e9) ** -0.5
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         softcap = fields.optional_number("attn_logit_softcapping", 0, 1e9) or 0.0
-        norm = read_norm(fields, offset=1.0)
+        # GGUF files have the weights of norms as they are.
+        norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
         if fields.flag("use_bidirectional_attention"):
             raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
         newer = architecture == _GEMMA3
@@ -96,6 +101,26 @@ class Gemma(Family):
             embedding_scale=sizes.hidden**0.5,
             logit_softcap=fields.optional_number("final_logit_softcapping", 0, 1e9) or 0.0,
         )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        config = usual_config(fields, shape_of)
+        newer = fields.kind == "gemma3"
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        # What llama.cpp takes for the largest of both: no field says it.
+        largest = layers == (62 if newer else 46)
+        softcaps = {
+            "attn_logit_softcapping": fields.number("attn_logit_softcapping", 0.0 if newer else 50.0),
+            "final_logit_softcapping": fields.number("final_logit_softcapping", 0.0 if newer else 30.0),
+        }
+        return config | {
+            "architectures": [_GEMMA3 if newer else _GEMMA2],
+            "gguf_norms": True,
+            "query_pre_attn_scalar": config["hidden_size"] // heads if largest else config["head_dim"],
+            "sliding_window": fields.integer("attention.sliding_window", 4096),
+            "layer_types": window_types(fields, layers, 6 if newer else 2),
+            "rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0) if newer else None,
+            **softcaps,
+        }
 
 
 def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:

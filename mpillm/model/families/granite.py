@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
@@ -21,18 +23,27 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
 from mpillm.weights.names import Names
 
 _DENSE, _MIXTURE, _SHARED = "GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"
 _USUAL = {"max_position_embeddings": 2048, **SMALL_BOS}
 _EXPERTS = {**_USUAL, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0}
 _MULTIPLIERS = "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"
+_SCALES = "attention.scale", "residual_scale", "embedding_scale", "logit_scale"  # the same in GGUF files
 
 
 class Granite(Family):
     """Granite 3 and later; a mixture's experts are as wide as a dense MLP would be."""
 
     architectures = {_DENSE: "granite", _MIXTURE: "granitemoe", _SHARED: "granitemoeshared"}
+    gguf = ("granite",)
     names = Names(
         hf={
             "layers.{l}.block_sparse_moe.router.layer.weight": ("router",),
@@ -43,6 +54,7 @@ class Granite(Family):
             "layers.{l}.block_sparse_moe.input_linear.weight": ("gate", "up"),
             "layers.{l}.block_sparse_moe.output_linear.weight": ("down",),
         },
+        rope_pairs=True,
     )
     defaults = {_DENSE: _USUAL, _MIXTURE: _EXPERTS, _SHARED: _EXPERTS}
 
@@ -78,3 +90,12 @@ class Granite(Family):
             embedding_scale=embedding,
             logit_scale=1 / logits,
         )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        scales = (fields.number(name, 0.0) for name in _SCALES)
+        return usual_config(fields, shape_of) | {
+            "architectures": [_DENSE],
+            **{key: scale for key, scale in zip(_MULTIPLIERS, scales, strict=True) if scale},
+        }

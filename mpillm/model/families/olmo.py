@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -29,6 +30,14 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+    window_types,
+)
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _OLMO2, _OLMO3, _MIXTURE = "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"
@@ -39,6 +48,7 @@ class Olmo(Family):
     """Layers with norms after attention and MLP. The norm of a whole row of q needs all heads: no shards."""
 
     architectures = {_OLMO2: "olmo2", _OLMO3: "olmo3"}
+    gguf = ("olmo2",)
     names = Names(hf=AFTER_NORMS)
     defaults = {_OLMO2: _USUAL, _OLMO3: {**_USUAL, "sliding_window": 4096, "rope_theta": 5e5}}
 
@@ -69,11 +79,21 @@ class Olmo(Family):
 
         return model(fields, architecture, sizes, layer, norm)
 
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        config = usual_config(fields, shape_of)
+        window = fields.integer("attention.sliding_window", 0)
+        if not window:
+            return config | {"architectures": [_OLMO2]}
+        types = window_types(fields, config["num_hidden_layers"], 4)
+        return config | {"architectures": [_OLMO3], "sliding_window": window, "layer_types": types}
+
 
 class Olmoe(Family):
     """Pre-norm layers with experts; no shards, as above."""
 
     architectures = {_MIXTURE: "olmoe"}
+    gguf = ("olmoe",)
     defaults = {
         _MIXTURE: {
             **_USUAL,
@@ -99,6 +119,14 @@ class Olmoe(Family):
         experts = ExpertsSpec(count, width, router, activation)
         layer = LayerSpec(attention, experts, Norms(norm), Norms(norm))
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        return usual_config(fields, shape_of) | {
+            "architectures": [_MIXTURE],
+            "num_experts": fields.integer("expert_count"),
+            "num_experts_per_tok": fields.integer("expert_used_count"),
+        }
 
 
 def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:

@@ -45,7 +45,7 @@ class Qwen(Family):
     """Llama with biases on q, k and v (Qwen 2), or with norms of each head's q and k (Qwen 3)."""
 
     architectures = {_QWEN2: "qwen2", _QWEN3: "qwen3", _MIXTURE: "qwen3_moe", _QWEN2_MIXTURE: "qwen2_moe"}
-    gguf = ("qwen2", "qwen3", "qwen3moe")
+    gguf = ("qwen2", "qwen3", "qwen3moe", "qwen2moe")
     names = Names(
         hf={
             "layers.{l}.mlp.shared_expert.gate_proj.weight": ("shared_gate",),
@@ -104,8 +104,9 @@ class Qwen(Family):
         architecture, model_type = names[fields.kind]
         config |= {"architectures": [architecture], "model_type": model_type}
         refuse_window(fields)
-        if (
-            fields.kind != "qwen2"
+        if fields.kind not in (
+            "qwen2",
+            "qwen2moe",
         ):  # which always has them: missing ones are found when the tensors are checked
             roles = ("q_bias", "k_bias", "v_bias", "o_bias")
             present = {role for role in roles if shape_of(Key(role, 0)) is not None}
@@ -114,17 +115,20 @@ class Qwen(Family):
                     f"{fields.path} has {', '.join(sorted(present))} without the other biases of its kind."
                 )
             config |= {"attention_bias": True} if present else {}
-        if fields.kind != "qwen3moe":
+        if fields.kind not in ("qwen3moe", "qwen2moe"):
             refuse_experts(fields)
             return config
+        newer = fields.kind == "qwen3moe"
+        if not newer:
+            config["shared_expert_intermediate_size"] = fields.integer("expert_shared_feed_forward_length")
         layers = range(min(config["num_hidden_layers"], 4096))
         return config | {
             "num_experts": fields.integer("expert_count", 0),
             "num_experts_per_tok": fields.integer("expert_used_count", 0),
             "moe_intermediate_size": fields.integer("expert_feed_forward_length", 0)
             or fields.integer("feed_forward_length"),
-            # llama.cpp always does, for this architecture.
-            "norm_topk_prob": fields.raw("expert_weights_norm") is not False,
+            # llama.cpp always does for Qwen 3, and never for Qwen 2.
+            "norm_topk_prob": fields.raw("expert_weights_norm") is not False if newer else False,
             "mlp_only_layers": [layer for layer in layers if shape_of(Key("router", layer)) is None],
             "decoder_sparse_step": 1,
         }

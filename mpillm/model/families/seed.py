@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -17,12 +19,22 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
+from mpillm.weights.names import Key, Names
 
 
 class Seed(Family):
     """Dense pre-norm layers."""
 
     architectures = {"SeedOssForCausalLM": "seed_oss"}
+    gguf = ("seed_oss",)
+    names = Names(gguf={"blk.{l}.post_attention_norm.weight": ("ffn_norm",)})
     defaults = {
         "SeedOssForCausalLM": {
             "num_key_value_heads": 8,
@@ -46,3 +58,12 @@ class Seed(Family):
         mlp = MlpSpec(width, activation, bias=fields.flag("mlp_bias"))
         layer = LayerSpec(attention, mlp, Norms(norm), Norms(norm))
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        return config | {
+            "architectures": ["SeedOssForCausalLM"],
+            "attention_bias": shape_of(Key("q_bias", 0)) is not None,
+        }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -19,13 +21,23 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
+from mpillm.weights.names import Names
 
 
 class SmolLM3(Family):
     """`no_rope_layers` has a 1 for each layer with RoPE; those without it may have a sliding window."""
 
     architectures = {"SmolLM3ForCausalLM": "smollm3"}
+    gguf = ("smollm3",)
     tied = True
+    names = Names(rope_pairs=True)
     defaults = {
         "SmolLM3ForCausalLM": {
             "num_key_value_heads": 4,
@@ -67,3 +79,9 @@ class SmolLM3(Family):
             return LayerSpec(attention, MlpSpec(width, activation, bias=mlp_bias), Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        return config | {"architectures": ["SmolLM3ForCausalLM"]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -18,6 +20,13 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
 from mpillm.weights.names import Names
 
 
@@ -25,6 +34,7 @@ class StarCoder(Family):
     """Pre-norm layers with biases everywhere, and perhaps a window in all of them."""
 
     architectures = {"Starcoder2ForCausalLM": "starcoder2"}
+    gguf = ("starcoder2",)
     tied = True
     names = Names(
         hf={
@@ -63,3 +73,9 @@ class StarCoder(Family):
             attention, MlpSpec(width, activation, gated=False, bias=bias), Norms(norm), Norms(norm)
         )
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of, ("layer_norm_epsilon", "norm_epsilon"))
+        return config | {"architectures": ["Starcoder2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +24,19 @@ Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class RouterSpec:
-    """How experts are chosen; see `kernels.router.Router`, of which `correction` is a tensor here."""
+class RouterSpec(Router):
+    """A router; with `correction` the model has a learned correction of its scores (see `route`)."""
 
-    chosen: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
     correction: bool = False
-    groups: int = 1
-    groups_chosen: int = 1
-    group_best: int = 2
-    normalise: bool = True
-    scale: float = 1.0
+    bias: bool = False  # of the logits
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
     """`count` experts of `width` inner columns each, and perhaps a `shared` MLP that every token goes through.
 
-    With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product.
+    With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product. `bias`: all three
+    matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's.
     """
 
     count: int
@@ -50,6 +45,9 @@ class ExpertsSpec:
     activation: Activation = Activation.SILU
     shared: MlpSpec | None = None
     shared_router: bool = False
+    bias: bool = False
+    limit: float = 0.0
+    alpha: float = 1.702
 
     @property
     def share(self) -> float:
@@ -77,6 +75,8 @@ class ExpertsSpec:
     def first_page(self, layer: int, hidden: int) -> Iterator[TensorSpec]:
         """Tensors that belong to the page before its own ones: what decides on the experts, whole on every rank."""
         yield TensorSpec(Key("router", layer), (self.count, hidden))
+        if self.router.bias:
+            yield TensorSpec(Key("router_bias", layer), (self.count,))
         if self.router.correction:
             yield TensorSpec(Key("router_correction", layer), (self.count,))
         if self.shared_router:
@@ -91,11 +91,18 @@ class ExpertsSpec:
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
         """A page for each expert."""
         columns = self.columns(block)
-        return _Experts(layer, self.count, (
+        tensors = [
             TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns),
             TensorSpec(Key("up", layer, 0), (self.width, hidden), columns),
             TensorSpec(Key("down", layer, 0), (hidden, self.width), cols=columns),
-        ))  # fmt: skip
+        ]
+        if self.bias:
+            tensors += [
+                TensorSpec(Key("gate_bias", layer, 0), (self.width,), columns),
+                TensorSpec(Key("up_bias", layer, 0), (self.width,), columns),
+                TensorSpec(Key("down_bias", layer, 0), (hidden,)),
+            ]
+        return _Experts(layer, self.count, tuple(tensors))
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
@@ -109,19 +116,13 @@ class ExpertsSpec:
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Prepared:
         """The normed rows of x [m, hidden], and the experts that the router chooses for them."""
-        h = rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
-        spec = self.router
-        router = Router(
-            spec.chosen,
-            spec.scoring,
-            first.vector("router_correction") if spec.correction else None,
-            spec.groups,
-            spec.groups_chosen,
-            spec.group_best,
-            spec.normalise,
-            spec.scale,
-        )
-        routed = Routed.of(*route(rank.times(h, first, "router"), router, rank.threads))
+        before = rank.kept(lambda: norm.kernel(first, "ffn_norm") if norm else None, "ffn_norm", layer)
+        h = rank.normalise(x, before)
+        correction = first.vector("router_correction") if self.router.correction else None
+        logits = rank.times(h, first, "router")
+        if self.router.bias:
+            logits += first.vector("router_bias")
+        routed = Routed.of(*route(logits, self.router, correction, rank.threads))
         gate = None
         if self.shared_router:
             gate = rank.times(h, first, "shared_router")
@@ -158,7 +159,12 @@ class ExpertsSpec:
         h, routed, done = prepared.h, prepared.routed, 0
         sums = np.zeros((self.columns(rank.block).panels // rank.place.shards, *h.shape), np.float32)
         for pages in rank.experts(layer, routed.experts):
-            work = kernels.Experts([page.keep(_expert) for page in pages], activation=self.activation)
+            work = kernels.Experts(
+                [page.keep(self._expert(rank.place)) for page in pages],
+                activation=self.activation,
+                limit=self.limit,
+                alpha=self.alpha,
+            )
             own = routed.starts[done : done + len(pages) + 1]
             rows = slice(own[0], own[-1])
             rank.compute(work, h, routed.rows[rows], own - own[0], routed.weights[rows], sums)
@@ -166,6 +172,21 @@ class ExpertsSpec:
         out = np.empty(h.shape, np.float32)
         kernels.fold(sums, out, rank.threads)
         return out
+
+    def _expert(self, place: Place) -> Callable[[Page], kernels.Expert]:
+        """What makes the kernels' expert of a page; the bias of its output is added by the first shard."""
+
+        def make(page: Page) -> kernels.Expert:
+            matrices = (page.matrix(role) for role in ("gate", "up", "down"))
+            if not self.bias:
+                return kernels.Expert(*matrices)
+            return kernels.Expert(
+                *matrices,
+                biases=(page.vector("gate_bias"), page.vector("up_bias")),
+                down_bias=page.vector("down_bias") if place.shard == 0 else None,
+            )
+
+        return make
 
 
 @dataclass(frozen=True)
@@ -213,7 +234,3 @@ class _Experts(Sequence[PageSpec]):
             for tensor in self._tensors
         )
         return PageSpec(EXPERT, tensors, self._layer, expert)
-
-
-def _expert(page: Page) -> kernels.Expert:
-    return kernels.Expert(*(page.matrix(role) for role in ("gate", "up", "down")))

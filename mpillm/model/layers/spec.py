@@ -16,18 +16,22 @@ from mpillm.weights.inventory import ATTENTION, PageSpec, TensorSpec
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """x += residual_scale * mixer(x), then x += residual_scale * mlp(x), each with the norms around it."""
+    """x += residual_scale * mixer(x), then x += residual_scale * mlp(x), each with the norms around it.
+
+    `parallel`: both are of what the mixer's norm makes of x before either is added, and the MLP has no norm before it.
+    """
 
     mixer: AttentionSpec
     mlp: MlpSpec | ExpertsSpec
     mixer_norms: Norms
     mlp_norms: Norms
     residual_scale: float = 1.0
+    parallel: bool = False
 
     @property
     def fused(self) -> bool:
         """Whether it may be part of a `kernels.LayerStack`."""
-        return self.mixer.fused and self.mlp.fused
+        return self.mixer.fused and self.mlp.fused and not self.parallel
 
     def axes(self, block: int) -> Iterator[Axis]:
         """The axes that limit the number of shards."""

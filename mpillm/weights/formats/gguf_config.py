@@ -67,18 +67,23 @@ def config_of(
     shape_of: ShapeOf,
     rope_factors: list[float] | None,
 ) -> dict[str, Any]:
-    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there."""
+    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there.
+
+    Where the family has something to say of the RoPE, the file's fields are added to it.
+    """
     fields = GgufFields(metadata, path)
     config = family.gguf_config(fields, shape_of)
     if pooling := fields.integer("pooling_type", 0):
         config["pooling_type"] = pooling
-    config["rope_parameters"] = _rope(fields, config, rope_factors)
+    config["rope_parameters"] = config.get("rope_parameters", {}) | _rope(fields, config, rope_factors)
     fields.refuse_unknown()
     return config
 
 
-def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-    """The keys of nearly all models, from their usual fields."""
+def usual_config(
+    fields: GgufFields, shape_of: ShapeOf, eps: tuple[str, str] = ("layer_norm_rms_epsilon", "rms_norm_eps")
+) -> dict[str, Any]:
+    """The keys of nearly all models, from their usual fields; `eps` has the field and the key of what norms add."""
     embed = shape_of(Key("embed"))
     if embed is None:
         raise ModelError(f"{fields.path} has no tensor token_embd.weight; fetch the model again.")
@@ -94,13 +99,41 @@ def usual_config(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "vocab_size": embed[0],
         "max_position_embeddings": fields.integer("context_length"),
-        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        eps[1]: fields.number(f"attention.{eps[0]}"),
         "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
         "head_dim": _head_dim(fields, hidden // heads),
         "intermediate_size": fields.integer("feed_forward_length"),
         **_tokens(fields.metadata),
     }
+
+
+def routed_config(fields: GgufFields) -> dict[str, Any]:
+    """The keys of experts as DeepSeek V3 has them, from their usual fields."""
+    return {
+        "n_routed_experts": fields.integer("expert_count"),
+        "num_experts_per_tok": fields.integer("expert_used_count"),
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
+        "n_shared_experts": fields.integer("expert_shared_count", 0),
+        "n_group": fields.integer("expert_group_count", 1) or 1,
+        "topk_group": fields.integer("expert_group_used_count", 1) or 1,
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": fields.raw("expert_weights_norm") is True,
+        "first_k_dense_replace": fields.integer("leading_dense_block_count", 0),
+    }
+
+
+def window_types(fields: GgufFields, n_layers: int, every: int) -> list[str]:
+    """layer_types: what the file says of each layer, or else that every n-th one has no window."""
+    said = fields.raw("attention.sliding_window_pattern")
+    if isinstance(said, list | bool):
+        flags = said if isinstance(said, list) else [said] * n_layers
+        return ["sliding_attention" if flag else "full_attention" for flag in flags]
+    every = fields.integer("attention.sliding_window_pattern", every)
+    return [
+        "sliding_attention" if every > 0 and (layer + 1) % every else "full_attention"
+        for layer in range(min(n_layers, 4096))
+    ]
 
 
 def refuse_experts(fields: GgufFields) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.weights import names
+from mpillm.weights.formats.extent import Extent, add
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_config import config_of
 from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
-from mpillm.weights.formats.tensors import Extent, TensorSource, add
+from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key
 

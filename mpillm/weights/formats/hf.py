@@ -10,10 +10,13 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.weights import names
+from mpillm.weights.formats.extent import Extent, Made, Recipe, add
 from mpillm.weights.formats.families import Families
+from mpillm.weights.formats.quantised import QUANTIZATION, method_of
+from mpillm.weights.formats.recipes import Plain, Raw, Transposed
 from mpillm.weights.formats.safetensors import Tensor, read_header
 from mpillm.weights.formats.stored import OWN
-from mpillm.weights.formats.tensors import Extent, TensorSource, add
+from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key
 
@@ -27,13 +30,20 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     """The model in a directory with config.json; ModelError if it is not complete or not sound."""
     config, metadata = read_config(path)
     family = families.of_config(config, str(path))
+    method = method_of(config.pop(QUANTIZATION, None), path)
     files = _files(path)
     extents: dict[Key, Extent] = {}
+    part_rows = _attention_rows(config)
     try:
-        for name, (file, tensor) in _tensors(path, files).items():
-            if _predicts_further(name, config):
-                continue
-            _add(extents, file, name, tensor, family.names)
+        tensors = {
+            name: Raw(file, name, *tensor)
+            for name, (file, tensor) in _tensors(path, files).items()
+            if not _predicts_further(name, config)
+        }
+        for name, recipe in method.take(tensors):
+            _add_made(extents, name, recipe, family.names, part_rows)
+        for raw in tensors.values():
+            _add(extents, raw, family.names, part_rows)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)
@@ -134,18 +144,45 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     return own <= int(found["layer"]) < own + further
 
 
-def _add(extents: dict[Key, Extent], file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> None:
-    if names.ignored_hf(name):
+def _attention_rows(config: dict[str, Any]) -> dict[str, int]:
+    """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        return {}
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    return {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+
+
+def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, part_rows: dict[str, int]) -> None:
+    """A tensor of floats."""
+    if names.ignored_hf(raw.name):
         return
+    parsed = _parsed(raw.name, raw.file, own)
+    if raw.dtype not in {"F32", "F16", "BF16"}:
+        raise ModelError(
+            f"{raw.file.path}: tensor {raw.name} has dtype {raw.dtype}; F32, F16 and BF16 are supported."
+        )
+    if parsed.in_turn and len(raw.shape) > 1:
+        recipe = Plain(raw) if names.ROLES[parsed.roles[0]].ndim == 1 else Transposed(raw)
+        _add_made(extents, raw.name, recipe, own, part_rows)
+        return
+    add(extents, parsed, Extent(raw.file, raw.name, raw.offset, raw.shape, OWN[raw.dtype]), part_rows)
+
+
+def _add_made(
+    extents: dict[Key, Extent], name: str, recipe: Recipe, own: names.Names, part_rows: dict[str, int]
+) -> None:
+    """A tensor that is made of others."""
+    file = next(recipe.lies())[0]
+    made = Made(file, name, 0, recipe.shape, recipe.stored, recipe=recipe)
+    add(extents, _parsed(name, file, own), made, part_rows)
+
+
+def _parsed(name: str, file: MappedFile, own: names.Names) -> names.Parsed:
     parsed = own.parse_hf(name)
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
-    if tensor.dtype not in {"F32", "F16", "BF16"}:
-        raise ModelError(
-            f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
-        )
-    extent = Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
-    add(extents, parsed, extent)
+    return parsed
 
 
 def _tie(extents: dict[Key, Extent]) -> None:

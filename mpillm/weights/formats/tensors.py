@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.errors import JobError, ModelError
+from mpillm.errors import JobError
 from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
+from mpillm.weights.formats.extent import Extent, llama_cpp_rows
 from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import ROLES, Key, Parsed
+from mpillm.weights.names import ROLES, Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
@@ -31,39 +31,6 @@ QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
 
 PIECE = 2**20  # bytes of a tensor that is looked at piece by piece
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
-
-    `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
-    halves of each of so many heads are interleaved.
-    """
-
-    file: MappedFile
-    name: str
-    offset: int
-    shape: tuple[int, ...]
-    stored: Stored
-    rope_heads: int = 0
-
-    @property
-    def k(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def n(self) -> int:
-        """Rows in the file; a vector is one row."""
-        return self.shape[0] if len(self.shape) == 2 else 1
-
-    @property
-    def row_bytes(self) -> int:
-        return self.stored.row_bytes(self.k)
-
-    @property
-    def nbytes(self) -> int:
-        return self.n * self.row_bytes
 
 
 GATHERED = (
@@ -111,7 +78,7 @@ class TensorSource:
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""
         for extent in self._extents.values():
-            yield extent.file.path, extent.offset, extent.nbytes
+            yield from ((file.path, offset, nbytes) for file, offset, nbytes in extent.lies())
 
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
         """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
@@ -124,7 +91,7 @@ class TensorSource:
         cols = range(extent.k) if cols is None else cols
         assert cols.start % type.block == 0, (key, cols)
         assert cols.stop % type.block == 0 or cols.stop == extent.k, (key, cols)
-        raw = _stored_rows(extent, rows)
+        raw = extent.rows(rows)
         if extent.stored.own and type == extent.stored.type:
             cut = _blocks(extent.stored, raw, cols)
             unaligned = cut.ctypes.data % min(type.block_bytes, 4) if type.block == 1 else 0
@@ -146,22 +113,20 @@ class TensorSource:
         if not same and (stored.quantised or type not in QUANTIZE.values()):
             return Rows(type, self.read(key, rows, cols), 0)
         if head and (rows.start % head or rows.stop % head):
-            raw, head = _stored_rows(extent, rows), 0
+            raw, head = extent.rows(rows), 0
         else:
-            raw = extent.file.read(*_span(extent, rows)).reshape(-1, extent.row_bytes)
+            raw = extent.rows_together(rows)
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
     def in_place(self, entry: Entry) -> StoredRows | None:
         """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
         extent = self._extents[entry.key]
-        offset = extent.offset + entry.rows.start * extent.row_bytes
+        there = extent.at(entry.rows.start)
         unchanged = extent.stored.own and not entry.type.quantised and entry.type == extent.stored.type
-        whole = bool(entry.bounds) and len(entry.cols) == extent.k and not extent.rope_heads
-        if not unchanged or not whole or offset % entry.type.block_bytes:
+        whole = bool(entry.bounds) and len(entry.cols) == extent.k
+        if there is None or not unchanged or not whole or there[1] % entry.type.block_bytes:
             return None
-        return StoredRows(
-            self.mapped.index(extent.file), offset, entry.n * extent.row_bytes, extent.row_bytes
-        )
+        return StoredRows(self.mapped.index(there[0]), there[1], entry.n * extent.row_bytes, extent.row_bytes)
 
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
@@ -172,13 +137,12 @@ class TensorSource:
         """Values as float32, as precise as they are stored: a vector (or some of its entries) [n], rows [m, k]."""
         extent = self._extents[key]
         if len(extent.shape) == 1:
-            raw = extent.file.view(extent.offset, extent.nbytes)
-            values = extent.stored.decode(raw[None], extent.k, threads=1)[0]
+            values = extent.stored.decode(extent.vector(), extent.k, threads=1)[0]
             index = np.arange(extent.k) if rows is None else np.asarray(rows)
-            result: Floats = values[_llama_cpp_rows(index, extent.k, extent.rope_heads)]
+            result: Floats = values[llama_cpp_rows(index, extent.k, extent.rope_heads)]
         else:
             rows = range(extent.n) if rows is None else rows
-            result = _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
+            result = _values(extent, extent.rows(rows), range(extent.k), threads=1)
             if not isinstance(rows, range):
                 self._gathered += len(rows)
                 if self._gathered < GATHERED:
@@ -196,7 +160,7 @@ class TensorSource:
         step = max(PIECE // extent.row_bytes, 1)
         for first in range(0, extent.n, step):
             rows = range(first, min(first + step, extent.n))
-            yield _values(extent, _stored_rows(extent, rows), range(extent.k), threads=1)
+            yield _values(extent, extent.rows(rows), range(extent.k), threads=1)
             self.release(key, rows)
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
@@ -218,7 +182,7 @@ class TensorSource:
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
         """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
         extent = self._extents[key]
-        return extent.stored, _stored_rows(extent, rows)
+        return extent.stored, extent.rows(rows)
 
     def stored_row_bytes(self, key: Key) -> int:
         """Bytes of a row of a matrix in its file."""
@@ -240,8 +204,7 @@ class TensorSource:
 
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""
-        extent = self._extents[key]
-        extent.file.release(*_span(extent, range(extent.n) if rows is None else rows))
+        self._extents[key].release(rows)
 
     def close(self) -> None:
         """Unmap the files; arrays that `read` returned must not be used any more."""
@@ -272,46 +235,6 @@ class TensorSource:
         return types[quantize]
 
 
-def _span(extent: Extent, rows: range) -> tuple[int, int]:
-    """Offset and size of the bytes from the first of some rows to the last."""
-    first, stop = rows.start, rows.stop
-    if len(extent.shape) == 1:
-        first, stop = 0, 1
-    elif extent.rope_heads:  # a row comes from somewhere in its head
-        head = extent.n // extent.rope_heads
-        first, stop = first // head * head, -(-stop // head) * head
-    return extent.offset + first * extent.row_bytes, max(stop - first, 0) * extent.row_bytes
-
-
-def _llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
-    """Where rows of q or k lie in a GGUF file of the llama architecture; `rows` itself for 0 heads.
-
-    convert_hf_to_gguf.py's `permute` writes row (head, half, j) at (head, j, half).
-    """
-    if not heads:
-        return rows
-    size = n // heads
-    head, inside = np.divmod(rows, size)
-    half, j = np.divmod(inside, size // 2)
-    result: NDArray[np.integer[Any]] = head * size + 2 * j + half
-    return result
-
-
-def _stored_rows(extent: Extent, rows: range | NDArray[np.integer[Any]]) -> Bytes:
-    """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
-    if isinstance(rows, range):
-        assert 0 <= rows.start <= rows.stop <= extent.n, (extent.name, rows)
-        offset, nbytes = _span(extent, rows)
-        raw = extent.file.read(offset, nbytes).reshape(-1, extent.row_bytes)
-        if not extent.rope_heads:
-            return raw
-        first = (offset - extent.offset) // extent.row_bytes
-    else:
-        raw, first = extent.file.view(extent.offset, extent.nbytes).reshape(extent.n, extent.row_bytes), 0
-    gathered: Bytes = raw[_llama_cpp_rows(np.asarray(rows), extent.n, extent.rope_heads) - first]
-    return gathered
-
-
 def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:
     """The blocks of stored rows in which some columns lie; a view."""
     first, stop = cols.start // stored.block, -(-cols.stop // stored.block)
@@ -325,68 +248,3 @@ def _values(extent: Extent, raw: Bytes, cols: range, threads: int) -> Floats:
     values = stored.decode(cut, cut.shape[1] // stored.block_bytes * stored.block, threads)
     begin = cols.start % stored.block
     return np.ascontiguousarray(values[:, begin : begin + len(cols)])
-
-
-def add(
-    extents: dict[Key, Extent], parsed: Parsed, extent: Extent, part_rows: Mapping[str, int] | None = None
-) -> None:
-    """Put what a tensor of a file holds among the others; ModelError if that is there already.
-
-    `part_rows` has the rows of roles that lie in one tensor with others, where these are not all alike.
-    """
-    for key, piece in place(parsed, extent, extent.shape, part_rows or {}):
-        if key in extents:
-            raise ModelError(
-                f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
-            )
-        extents[key] = piece
-
-
-def place(
-    parsed: Parsed, extent: Extent, shape: tuple[int, ...], part_rows: Mapping[str, int]
-) -> list[tuple[Key, Extent]]:
-    """Take a tensor of a file apart into the matrices and vectors it holds.
-
-    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins; `part_rows`: see `add`.
-    """
-    ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
-    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
-        shape = shape[1:]  # ERNIE 4.5 has it as a row
-    if len(shape) != ndim:
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
-        )
-    if 0 in shape or shape[-1] % extent.stored.block:
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, whose rows are not whole blocks of "
-            f"{extent.stored.name}."
-        )
-    experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
-    inner = shape[1:] if parsed.stacked else shape
-    counts = _part_rows(parsed, extent, inner[0], part_rows)
-    found = []
-    offset = extent.offset
-    for expert in experts:
-        for role, count in zip(parsed.roles, counts, strict=True):
-            part = (count, *inner[1:])
-            piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
-            found.append((Key(role, parsed.layer, expert), piece))
-            offset += piece.nbytes
-    return found
-
-
-def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, int]) -> Sequence[int]:
-    """The rows of each matrix in a tensor of so many: as many for each, or as it is known."""
-    parts = len(parsed.roles)
-    if parts > 1 and known.keys() >= set(parsed.roles):
-        counts = [known[role] for role in parsed.roles]
-        if sum(counts) != rows:
-            raise ModelError(
-                f"{extent.file.path}: tensor {extent.name} has {rows} rows, but its {parts} parts have {sum(counts)}."
-            )
-        return counts
-    if rows % parts:
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not {parts} equal parts."
-        )
-    return (rows // parts,) * parts

@@ -20,6 +20,7 @@ from mpillm.kernels.blocks import PACKED
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
+from mpillm.weights.formats.quantised import QUANTIZATION
 from mpillm.weights.formats.safetensors import Tensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec
@@ -257,6 +258,7 @@ def open_packed(path: Path, quantize: str = "none") -> PackedSource:
             f'"none", or pack its source with --weights {quantize}.'
         )
     config, files = read_config(path)
+    config.pop(QUANTIZATION, None)  # of the model that was packed
     return PackedSource(path, config, files)
 
 

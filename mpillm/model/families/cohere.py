@@ -1,0 +1,93 @@
+"""Command R (Cohere) and Command R7B or A (Cohere 2): attention and MLP beside each other, after one LayerNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import (
+    FULL,
+    SLIDING,
+    Family,
+    attention_of,
+    model,
+    read_activation,
+    read_layer_types,
+    read_norm,
+    read_rotary,
+    read_sizes,
+    read_width,
+    refuse_qk_norm,
+)
+from mpillm.model.fields import Fields
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
+
+_COHERE, _COHERE2 = "CohereForCausalLM", "Cohere2ForCausalLM"
+_USUAL = {
+    "max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+    "logit_scale": 0.0625,
+    "bos_token_id": 5,
+    "eos_token_id": 255001,
+}
+
+
+class Cohere(Family):
+    """RoPE is of neighbouring dimensions. Cohere 2 has windows in most layers, and RoPE in those alone."""
+
+    architectures = {_COHERE: "cohere", _COHERE2: "cohere2"}
+    gguf = ("command-r", "cohere2")
+    tied = True
+    defaults = {_COHERE: _USUAL, _COHERE2: {**_USUAL, "rope_theta": 1e4, "sliding_window": 4096}}
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
+        norm = read_norm(fields, "layer_norm_eps", 1e-5, centred=True)
+        rotary = read_rotary(fields, sizes, interleaved=True)
+        refuse_qk_norm(fields, architecture, has=False)
+        window, types = 0, [FULL] * sizes.n_layers
+        if architecture == _COHERE2:
+            window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+            every = fields.integer("sliding_window_pattern", 1, LONGEST, default=4)
+            fields.raw("_sliding_window_pattern")
+            types = list(
+                read_layer_types(fields, sizes.n_layers, FULL, SLIDING)
+                or (SLIDING if (layer + 1) % every else FULL for layer in range(sizes.n_layers))
+            )
+
+        def layer(number: int) -> LayerSpec:
+            slides = types[number] == SLIDING and window > 0
+            attention = attention_of(
+                sizes,
+                rotary if architecture == _COHERE or slides else None,
+                window if slides else 0,
+                qkv_bias=bias,
+                o_bias=bias,
+            )
+            return LayerSpec(attention, MlpSpec(width, activation), Norms(norm), Norms(), parallel=True)
+
+        return model(
+            fields,
+            architecture,
+            sizes,
+            layer,
+            norm,
+            logit_scale=fields.number("logit_scale", 1e-9, 1e9),
+        )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_eps"))
+        config["logit_scale"] = fields.number("logit_scale")
+        if fields.kind == "command-r":
+            return config | {"architectures": [_COHERE]}
+        return config | {
+            "architectures": [_COHERE2],
+            "sliding_window": fields.integer("attention.sliding_window"),
+            "layer_types": window_types(fields, config["num_hidden_layers"], 4),
+        }

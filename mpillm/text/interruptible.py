@@ -1,0 +1,32 @@
+"""Long work of a library in a thread of its own, so that the process can be interrupted meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """What `work` returns or raises; the work must let other threads run, as a library's may.
+
+    Python handles signals between two instructions of the main thread, so it must not be the one that is away. If a
+    handler raises an exception, the work is left alone and goes with the process.
+    """
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # a Rust panic is a BaseException
+            failed.append(error)
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return found[0]

@@ -1,0 +1,241 @@
+"""Where tensors lie in their files, or what they are made from: rows of matrices as blocks of one type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.errors import ModelError
+from mpillm.weights.formats.stored import Bytes, Stored
+from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.names import ROLES, Key, Parsed
+
+Lies = tuple[MappedFile, int, int]  # file, offset and bytes
+Rows = range | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
+
+    `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
+    halves of each of so many heads are interleaved.
+    """
+
+    file: MappedFile
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    stored: Stored
+    rope_heads: int = 0
+
+    @property
+    def k(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n(self) -> int:
+        """Rows in the file; a vector is one row."""
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stored.row_bytes(self.k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n * self.row_bytes
+
+    def lies(self) -> Iterator[Lies]:
+        """All that is read for it."""
+        yield self.file, self.offset, self.nbytes
+
+    def vector(self) -> Bytes:
+        """A vector as it is stored, uint8 [1, bytes]."""
+        return self.file.view(self.offset, self.nbytes)[None]
+
+    def rows(self, rows: Rows) -> Bytes:
+        """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
+        if isinstance(rows, range):
+            assert 0 <= rows.start <= rows.stop <= self.n, (self.name, rows)
+            raw = self.rows_together(rows)
+            if not self.rope_heads:
+                return raw
+            first = (self._span(rows)[0] - self.offset) // self.row_bytes
+        else:
+            raw, first = self.file.view(self.offset, self.nbytes).reshape(self.n, self.row_bytes), 0
+        gathered: Bytes = raw[llama_cpp_rows(np.asarray(rows), self.n, self.rope_heads) - first]
+        return gathered
+
+    def rows_together(self, rows: range) -> Bytes:
+        """The same in the order of the file, and all rows of the heads that rows in llama.cpp's order are of."""
+        return self.file.read(*self._span(rows)).reshape(-1, self.row_bytes)
+
+    def release(self, rows: range | None = None) -> None:
+        """Give back the mapped pages of it, or of some rows."""
+        self.file.release(*self._span(range(self.n) if rows is None else rows))
+
+    def at(self, first: int) -> tuple[MappedFile, int] | None:
+        """Where rows from `first` on lie just as they are delivered; None where they do not."""
+        return None if self.rope_heads else (self.file, self.offset + first * self.row_bytes)
+
+    def _span(self, rows: range) -> tuple[int, int]:
+        """Offset and size of the bytes from the first of some rows to the last."""
+        first, stop = rows.start, rows.stop
+        if len(self.shape) == 1:
+            first, stop = 0, 1
+        elif self.rope_heads:  # a row comes from somewhere in its head
+            head = self.n // self.rope_heads
+            first, stop = first // head * head, -(-stop // head) * head
+        return self.offset + first * self.row_bytes, max(stop - first, 0) * self.row_bytes
+
+
+class Recipe(Protocol):
+    """How a matrix is made from tensors of files, or those of all experts; a vector is a matrix of one column."""
+
+    @property
+    def stored(self) -> Stored:
+        """The blocks that are made; the name is that of what lies in the files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows, columns], or [experts, rows, columns]."""
+
+    def of_expert(self, expert: int) -> Recipe:
+        """That of one expert's matrix."""
+
+    def blocks(self, rows: Rows) -> Bytes:
+        """Some rows: uint8 [len(rows), row bytes]."""
+
+    def lies(self) -> Iterator[Lies]:
+        """All that is read for it."""
+
+    def release(self, rows: Rows) -> None:
+        """Give back what reading these rows has taken."""
+
+
+@dataclass(frozen=True)
+class Made(Extent):
+    """A tensor of which row i is row `first` + i * `step` of what a recipe makes; of a vector, value i."""
+
+    recipe: Recipe = field(kw_only=True)
+    first: int = 0
+    step: int = 1
+
+    def lies(self) -> Iterator[Lies]:
+        return self.recipe.lies()
+
+    def vector(self) -> Bytes:
+        return self.recipe.blocks(self._of_recipe(range(self.k))).reshape(1, -1)
+
+    def rows(self, rows: Rows) -> Bytes:
+        return self.recipe.blocks(self._of_recipe(rows))
+
+    def rows_together(self, rows: range) -> Bytes:
+        return self.rows(rows)
+
+    def release(self, rows: range | None = None) -> None:
+        self.recipe.release(self._of_recipe(range(self.shape[0]) if rows is None else rows))
+
+    def at(self, first: int) -> None:
+        return None
+
+    def piece(self, expert: int | None, shape: tuple[int, ...], first: int, step: int) -> Made:
+        """Some rows of what a recipe makes, or of one expert's."""
+        recipe = self.recipe if expert is None else self.recipe.of_expert(expert)
+        return Made(self.file, self.name, 0, shape, self.stored, recipe=recipe, first=first, step=step)
+
+    def _of_recipe(self, rows: Rows) -> Rows:
+        if isinstance(rows, range):
+            return range(self.first + rows.start * self.step, self.first + rows.stop * self.step, self.step)
+        return self.first + rows * self.step
+
+
+def llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
+    """Where rows of q or k lie in a GGUF file of the llama architecture; `rows` itself for 0 heads.
+
+    convert_hf_to_gguf.py's `permute` writes row (head, half, j) at (head, j, half).
+    """
+    if not heads:
+        return rows
+    size = n // heads
+    head, inside = np.divmod(rows, size)
+    half, j = np.divmod(inside, size // 2)
+    result: NDArray[np.integer[Any]] = head * size + 2 * j + half
+    return result
+
+
+def add(
+    extents: dict[Key, Extent], parsed: Parsed, extent: Extent, part_rows: Mapping[str, int] | None = None
+) -> None:
+    """Put what a tensor of a file holds among the others; ModelError if that is there already.
+
+    `part_rows` has the rows of roles that lie in one tensor with others, where these are not all alike.
+    """
+    for key, piece in place(parsed, extent, extent.shape, part_rows or {}):
+        if key in extents:
+            raise ModelError(
+                f"{extent.file.path}: tensors {extents[key].name} and {extent.name} are the same weights."
+            )
+        extents[key] = piece
+
+
+def place(
+    parsed: Parsed, extent: Extent, shape: tuple[int, ...], part_rows: Mapping[str, int]
+) -> list[tuple[Key, Extent]]:
+    """Take a tensor of a file apart into the matrices and vectors it holds.
+
+    `shape` is the tensor's whole shape, outermost dimension first; `extent` is where it begins, or a `Made` of it all;
+    `part_rows`: see `add`.
+    """
+    ndim = ROLES[parsed.roles[0]].ndim + parsed.stacked
+    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # ERNIE 4.5 has it as a row
+    if parsed.roles == ("shared_router",) and len(shape) == 1:
+        shape = (1, *shape)  # as GGUF files have it
+    if len(shape) != ndim:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
+        )
+    if 0 in shape or shape[-1] % extent.stored.block:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, whose rows are not whole blocks of "
+            f"{extent.stored.name}."
+        )
+    experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
+    inner = shape[1:] if parsed.stacked else shape
+    counts = _part_rows(parsed, extent, inner[0], part_rows)
+    found: list[tuple[Key, Extent]] = []
+    offset = extent.offset
+    for expert in experts:
+        for number, (role, count) in enumerate(zip(parsed.roles, counts, strict=True)):
+            part = (count, *inner[1:])
+            if isinstance(extent, Made):
+                first, step = (number, len(counts)) if parsed.in_turn else (sum(counts[:number]), 1)
+                piece: Extent = extent.piece(expert if parsed.stacked else None, part, first, step)
+            else:
+                piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)
+                offset += piece.nbytes
+            found.append((Key(role, parsed.layer, expert), piece))
+    return found
+
+
+def _part_rows(parsed: Parsed, extent: Extent, rows: int, known: Mapping[str, int]) -> Sequence[int]:
+    """The rows of each matrix in a tensor of so many: as many for each, or as it is known."""
+    parts = len(parsed.roles)
+    if parts > 1 and known.keys() >= set(parsed.roles):
+        counts = [known[role] for role in parsed.roles]
+        if sum(counts) != rows:
+            raise ModelError(
+                f"{extent.file.path}: tensor {extent.name} has {rows} rows, but its {parts} parts have {sum(counts)}."
+            )
+        return counts
+    if rows % parts:
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {rows} rows, which are not {parts} equal parts."
+        )
+    return (rows // parts,) * parts

@@ -1,0 +1,43 @@
+"""What a method of quantisation does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpillm.errors import ModelError
+from mpillm.weights.formats.extent import Recipe
+from mpillm.weights.formats.recipes import Raw
+
+
+class Method:
+    """Takes the tensors of a checkpoint that belong to quantised matrices, and says how these are made of them."""
+
+    def __init__(self, config: Mapping[str, Any], path: str | Path) -> None:
+        """`config` is the checkpoint's quantization_config; ModelError if it asks for what is not supported."""
+        self.config, self.path = config, path
+
+    def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        """The names and recipes of quantised matrices, whose tensors are removed; ModelError if one is missing."""
+        raise NotImplementedError
+
+    def part(self, tensors: dict[str, Raw], name: str) -> Raw:
+        """A tensor without which a matrix is not complete, removed from the others."""
+        found = tensors.pop(name, None)
+        if found is None:
+            raise ModelError(f"{self.path} has no tensor {name}; the model is not complete.")
+        return found
+
+    def drop(self, tensors: dict[str, Raw], *ends: str) -> None:
+        """Remove tensors that only rounding of activations needs, by how their names end."""
+        for name in [name for name in tensors if name.endswith(ends)]:
+            del tensors[name]
+
+    def check(self, raw: Raw, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:
+        """ModelError if a tensor is of another type, or of none of these shapes."""
+        if raw.dtype not in dtypes or raw.shape not in shapes:
+            raise ModelError(
+                f"{raw.file.path}: tensor {raw.name} is {raw.dtype} {list(raw.shape)}, but must be "
+                f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}."
+            )

@@ -1,0 +1,211 @@
+"""Numbers of 4 bits with a table: NVFP4 (e2m1 in blocks of 16) and bitsandbytes' nf4 and fp4."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mpillm.errors import ModelError
+from mpillm.kernels.blocks import E2M1
+from mpillm.kernels.types import BlockType
+from mpillm.weights.formats.extent import Lies, Recipe, Rows
+from mpillm.weights.formats.quantised.base import Method
+from mpillm.weights.formats.quantised.float8 import E4M3, take_float8
+from mpillm.weights.formats.quantised.scales import (
+    FLOATS,
+    array_of,
+    floats_of,
+    indices,
+    stored_as,
+    to_f16,
+    to_q8_0,
+)
+from mpillm.weights.formats.recipes import Raw
+from mpillm.weights.formats.stored import Bytes, Floats
+
+NVFP4, NF4, INT8 = (
+    stored_as(name, type)
+    for name, type in (("NVFP4", BlockType.F16), ("NF4", BlockType.F16), ("INT8", BlockType.Q8_0))
+)
+NVFP4_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Nvfp4:
+    """e2m1 numbers, even columns in low halves of bytes, times e4m3 scales of 16 columns, times or by a third one."""
+
+    values: Raw
+    scales: Raw
+    whole: Raw
+    divides: bool
+    stored = NVFP4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], 2 * self.values.shape[1]
+
+    def of_expert(self, expert: int) -> Nvfp4:
+        raise AssertionError("each expert has tensors of its own")
+
+    def blocks(self, rows: Rows) -> Bytes:
+        raw = self.values.rows(rows)
+        numbers = E2M1[np.stack([raw & 15, raw >> 4], axis=-1)].reshape(len(raw), -1, NVFP4_BLOCK)
+        whole = floats_of(self.whole).ravel()[0]
+        scales = E4M3[self.scales.bytes()[indices(rows)]]
+        scales = scales / whole if self.divides else scales * whole
+        return to_f16((numbers * (scales * np.float32(0.5))[..., None]).reshape(len(raw), -1))
+
+    def lies(self) -> Iterator[Lies]:
+        for raw in (self.values, self.scales, self.whole):
+            yield from raw.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.values.release(rows)
+
+
+def nvfp4(method: Method, values: Raw, scales: Raw, whole: Raw, divides: bool) -> Nvfp4:
+    """The recipe of NVFP4; ModelError if its tensors do not go together."""
+    rows, half = (*values.shape, 0)[:2]
+    method.check(values, ("U8",), (rows, half))
+    method.check(scales, ("F8_E4M3",), (rows, 2 * half // NVFP4_BLOCK))
+    method.check(whole, FLOATS, (), (1,))
+    return Nvfp4(values, scales, whole, divides)
+
+
+class ModelOptMethod(Method):
+    """`modelopt`: NVFP4 with X_scale and X_scale_2, or FP8 with X_scale."""
+
+    def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        algorithm = self.config.get("quant_algo")
+        if algorithm not in ("NVFP4", "FP8"):
+            raise ModelError(
+                f"{self.path}: modelopt with quant_algo {str(algorithm)[:40]!r} is not supported; NVFP4 and FP8 are."
+            )
+        for name in [name for name in tensors if f"{name}_scale_2" in tensors]:
+            values, scales, whole = (self.part(tensors, name + end) for end in ("", "_scale", "_scale_2"))
+            yield name, nvfp4(self, values, scales, whole, divides=False)
+        yield from take_float8(self, tensors, (128, 128))
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Numbers of a table of 16, two in a byte, the first in the upper half, times the scale of `block` of them."""
+
+    values: Raw
+    table: Raw
+    scales: Raw
+    nested: tuple[Raw, Raw, int, float] | None  # scales' own scales, their table, block, and what is added
+    block: int
+    shape: tuple[int, int]
+    stored = NF4
+
+    def of_expert(self, expert: int) -> Nf4:
+        raise AssertionError("each expert has tensors of its own")
+
+    def blocks(self, rows: Rows) -> Bytes:
+        index, (_, k) = indices(rows), self.shape
+        codes = self.values.file.view(self.values.offset, self.values.nbytes).reshape(-1, k // 2)[index]
+        numbers = floats_of(self.table)[np.stack([codes >> 4, codes & 15], axis=-1)].reshape(len(index), k)
+        places = index[:, None] * k + np.arange(k)
+        return to_f16(numbers * self._scales[places // self.block])
+
+    @cached_property
+    def _scales(self) -> Floats:
+        scales = array_of(self.scales).ravel()
+        if self.nested is None:
+            return scales.astype(np.float32)
+        own, table, block, offset = self.nested
+        found: Floats = floats_of(table)[scales] * np.repeat(floats_of(own), block)[: len(scales)]
+        found += np.float32(offset)
+        return found
+
+    def lies(self) -> Iterator[Lies]:
+        for raw in (self.values, self.table, self.scales, *(self.nested[:2] if self.nested else ())):
+            yield from raw.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.values.release()
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Integers [rows, columns] times `factor` times a scale for each row, or for all: Q8_0 as they are."""
+
+    values: Raw
+    scales: Raw
+    factor: float = 1.0
+    stored = INT8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def of_expert(self, expert: int) -> Int8:
+        raise AssertionError("each expert has tensors of its own")
+
+    def blocks(self, rows: Rows) -> Bytes:
+        scales = floats_of(self.scales).reshape(-1, 1) * np.float32(self.factor)
+        return to_q8_0(
+            self.values.rows(rows).view(np.int8), scales[indices(rows)] if len(scales) > 1 else scales
+        )
+
+    def lies(self) -> Iterator[Lies]:
+        yield from self.values.lies()
+        yield from self.scales.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.values.release(rows)
+
+
+class BitsAndBytesMethod(Method):
+    """`bitsandbytes`: 4 bits with X.quant_state.*, or int8 X with X's row scales in SCB."""
+
+    def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        marks = [name for name in tensors if ".quant_state.bitsandbytes__" in name]
+        for mark in marks:
+            name = mark.split(".quant_state.")[0]
+            yield name, self._nf4(tensors, name, tensors.pop(mark))
+        for name in [name for name in tensors if name.endswith(".SCB")]:
+            base = name.removesuffix("SCB") + "weight"
+            values, scales = self.part(tensors, base), tensors.pop(name)
+            tensors.pop(f"{base}_format", None)
+            rows, columns = (*values.shape, 0)[:2]
+            self.check(values, ("I8",), (rows, columns))
+            self.check(scales, ("F32",), (rows,))
+            yield base, Int8(values, scales, 1 / 127)
+
+    def _nf4(self, tensors: dict[str, Raw], name: str, mark: Raw) -> Nf4:
+        state = self._state(mark)
+        n, k = state["shape"]
+        values, table, scales = (self.part(tensors, name + end) for end in ("", ".quant_map", ".absmax"))
+        count = -(-n * k // state["blocksize"])
+        nested = None
+        if f"{name}.nested_absmax" in tensors:
+            own, inner = (
+                self.part(tensors, f"{name}.{end}") for end in ("nested_absmax", "nested_quant_map")
+            )
+            block = state["nested_blocksize"]
+            self.check(own, ("F32",), (-(-count // block),))
+            self.check(inner, ("F32",), (256,))
+            nested = (own, inner, block, float(state["nested_offset"]))
+        self.check(values, ("U8",), (n * k // 2, 1), (n * k // 2,))
+        self.check(table, ("F32",), (16,))
+        self.check(scales, ("F32",) if nested is None else ("U8",), (count,))
+        return Nf4(values, table, scales, nested, state["blocksize"], (n, k))
+
+    def _state(self, mark: Raw) -> Mapping[str, Any]:
+        """What bitsandbytes notes of a matrix, as JSON in a tensor of bytes."""
+        try:
+            state = json.loads(mark.file.view(mark.offset, mark.nbytes).tobytes())
+            n, k = state["shape"]
+            sizes = (n, k, state["blocksize"], state.get("nested_blocksize", 1))
+            if all(type(size) is int and size > 0 for size in sizes) and k % 2 == 0:
+                return {"nested_offset": 0.0, "nested_blocksize": 1, **state}
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ModelError(f"{mark.file.path}: tensor {mark.name} is no state of bitsandbytes.")

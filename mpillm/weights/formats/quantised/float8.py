@@ -1,0 +1,110 @@
+"""FP8: e4m3 numbers with a scale for a tensor, for each row, or for blocks of rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import ml_dtypes
+import numpy as np
+
+from mpillm.errors import ModelError
+from mpillm.kernels.types import BlockType
+from mpillm.weights.formats.extent import Lies, Recipe, Rows
+from mpillm.weights.formats.quantised.base import Method
+from mpillm.weights.formats.quantised.scales import FLOATS, floats_of, indices, stored_as, to_f16
+from mpillm.weights.formats.recipes import Raw
+from mpillm.weights.formats.stored import Bytes, Floats
+
+FP8 = stored_as("FP8", BlockType.F16)
+E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+SCALES = (*FLOATS, "F8_E8M0")
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Numbers [rows, columns], or of all experts, times the scale of their block of `block` rows and columns."""
+
+    values: Raw
+    scales: Raw
+    block: tuple[int, int]
+    stored = FP8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def of_expert(self, expert: int) -> Float8:
+        return replace(self, values=self.values[expert], scales=self.scales[expert])
+
+    def blocks(self, rows: Rows) -> Bytes:
+        height, width = self.block
+        by_block = self._by_block[indices(rows) // height]
+        scales = np.repeat(by_block, width, axis=1)[:, : self.shape[-1]] if width > 1 else by_block
+        return to_f16(E4M3[self.values.rows(rows)] * scales)
+
+    @cached_property
+    def _by_block(self) -> Floats:
+        height, width = (-(-size // block) for size, block in zip(self.shape, self.block, strict=True))
+        return floats_of(self.scales).reshape(height, width)
+
+    def lies(self) -> Iterator[Lies]:
+        yield from self.values.lies()
+        yield from self.scales.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.values.release(rows)
+
+
+def float8(method: Method, values: Raw, scales: Raw, block: tuple[int, int]) -> Float8:
+    """The recipe of e4m3 numbers, whose scales' shape says what has one; ModelError if it says nothing sensible."""
+    outer, (n, k) = values.shape[:-2], values.shape[-2:]
+    blocks = (-(-n // block[0]), -(-k // block[1]))
+    if scales.dtype in SCALES:
+        for shape, covered in (
+            ((*outer, *blocks), block),
+            ((*outer, n, 1), (1, k)),
+            ((*outer, n), (1, k)),
+            ((*outer, 1), (n, k)),
+            ((*outer, 1, 1), (n, k)),
+            (outer, (n, k)),
+        ):
+            if scales.shape == shape:
+                return Float8(values, scales, covered)
+    raise ModelError(
+        f"{method.path}: {scales.name} is {scales.dtype} {list(scales.shape)}, which are no scales of "
+        f"{values.name} {list(values.shape)}."
+    )
+
+
+class Float8Method(Method):
+    """`fp8`: X in e4m3, and X_scale_inv or X_scale, which multiplies it."""
+
+    def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        fmt = self.config.get("fmt", "e4m3")
+        if fmt not in ("e4m3", "float8_e4m3fn"):
+            raise ModelError(f"{self.path}: fp8 numbers in {str(fmt)[:40]} are not supported; e4m3 are.")
+        yield from take_float8(self, tensors, block_of(self, self.config.get("weight_block_size")))
+
+
+def block_of(method: Method, given: object) -> tuple[int, int]:
+    """The rows and columns of a block, 128 of both if the configuration says nothing."""
+    if given is None:
+        return 128, 128
+    if not isinstance(given, list) or len(given) != 2 or not all(type(x) is int and x > 0 for x in given):
+        raise ModelError(f"{method.path}: {str(given)[:60]} is no size of the blocks of quantised weights.")
+    return given[0], given[1]
+
+
+def take_float8(
+    method: Method, tensors: dict[str, Raw], block: tuple[int, int]
+) -> Iterator[tuple[str, Recipe]]:
+    """All matrices in e4m3, with their scales; the activations' scales are for those who round these too."""
+    for name in [name for name, raw in tensors.items() if raw.dtype == "F8_E4M3" and len(raw.shape) > 1]:
+        scale = next(
+            (name + end for end in ("_scale_inv", "_scale") if name + end in tensors), f"{name}_scale"
+        )
+        if name in tensors:
+            yield name, float8(method, tensors.pop(name), method.part(tensors, scale), block)
+    method.drop(tensors, ".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".output_scale")

@@ -1,0 +1,180 @@
+"""GPTQ and AWQ: integers of 4 or 8 bits with a scale and a zero for each group of columns, transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.errors import ModelError
+from mpillm.kernels.types import QUANT_BLOCK, BlockType
+from mpillm.weights.formats.extent import Lies, Recipe, Rows
+from mpillm.weights.formats.quantised.base import Method
+from mpillm.weights.formats.quantised.scales import (
+    FLOATS,
+    array_of,
+    floats_of,
+    indices,
+    stored_as,
+    to_f16,
+    to_q4,
+    to_q8_0,
+    unpacked,
+)
+from mpillm.weights.formats.recipes import Raw
+from mpillm.weights.formats.stored import Bytes, Stored
+
+AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word the numbers of neighbouring rows are
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """W[o, i] = scales[g, o] * (q[i, o] - zeros[g, o]), where g is the group of column i.
+
+    `groups` [columns] is the group of each one, or None if they follow one another. `plus` is added to stored zeros.
+    `by_rows`: words hold neighbouring rows of W (AWQ), not columns.
+    """
+
+    name: str
+    bits: int
+    q: Raw
+    zeros: Raw
+    scales: Raw
+    plus: int
+    symmetric: bool
+    groups: NDArray[np.integer[Any]] | None
+    by_rows: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        columns, rows = self.q.shape
+        each = 32 // self.bits
+        return (rows * each, columns) if self.by_rows else (rows, columns * each)
+
+    @cached_property
+    def stored(self) -> Stored:
+        """4 bits: Q4_0 or, with zeros of their own, Q4_1; 8 bits: Q8_0; F16 where a block of 32 has several scales."""
+        whole = self.groups is None and (self.shape[1] // self.scales.shape[0]) % QUANT_BLOCK == 0
+        if whole and self.bits == 4:
+            return stored_as(self.name, BlockType.Q4_0 if self.symmetric else BlockType.Q4_1)
+        return stored_as(self.name, BlockType.Q8_0 if whole and self.symmetric else BlockType.F16)
+
+    def of_expert(self, expert: int) -> Grouped:
+        raise AssertionError("each expert has tensors of its own")
+
+    def blocks(self, rows: Rows) -> Bytes:
+        index = indices(rows)
+        q = self._rows_of(self.q, index, not self.by_rows).T
+        scales = floats_of(self.scales)[:, index].T
+        zeros = self._rows_of(self.zeros, index, False).T.astype(np.int16) + self.plus
+        middle = 2 ** (self.bits - 1)
+        if self.symmetric and (zeros != middle).any():
+            raise ModelError(
+                f"{self.q.file.path}: {self.zeros.name} has other zeros than {middle}, but the configuration says "
+                "that weights are symmetric."
+            )
+        type, each = self.stored.type, self.shape[1] // scales.shape[1]
+        if type is BlockType.F16:
+            group = np.arange(self.shape[1]) // each if self.groups is None else self.groups
+            return to_f16((q - zeros[:, group]).astype(np.float32) * scales[:, group])
+        by_block = np.repeat(scales, each // QUANT_BLOCK, axis=1)
+        if type is BlockType.Q8_0:
+            return to_q8_0((q ^ 128).view(np.int8), by_block)
+        if type is BlockType.Q4_0:
+            return to_q4(q, by_block)
+        return to_q4(q, by_block, np.repeat(zeros, each // QUANT_BLOCK, axis=1).astype(np.float32))
+
+    def _rows_of(self, raw: Raw, index: NDArray[np.integer[Any]], down: bool) -> NDArray[np.uint8]:
+        """Numbers of some rows of W: [columns or groups, len(index)]; `down`: words hold columns."""
+        words = raw.bytes().view(np.int32)
+        if down:
+            taken = np.ascontiguousarray(words[:, index].T)
+            return np.ascontiguousarray(unpacked(taken, self.bits).T)
+        each = 32 // self.bits
+        first, last = int(index.min()) // each, int(index.max()) // each
+        numbers = unpacked(np.ascontiguousarray(words[:, first : last + 1]), self.bits)
+        if self.by_rows:
+            numbers = numbers.reshape(len(words), -1, each)[..., AWQ_ORDER].reshape(len(words), -1)
+        return numbers[:, index - first * each]
+
+    def lies(self) -> Iterator[Lies]:
+        for raw in (self.q, self.zeros, self.scales):
+            yield from raw.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.q.release()
+
+
+class GptqMethod(Method):
+    """`gptq`: X.qweight, X.qzeros, X.scales and perhaps X.g_idx make X.weight."""
+
+    bits: ClassVar[tuple[int, ...]] = (4, 8)
+
+    def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        bits = self.config.get("bits", self.config.get("w_bit"))
+        if bits not in self.bits:
+            raise ModelError(
+                f"{self.path}: {self.config['quant_method']} with {str(bits)[:20]} bits is not supported; "
+                f"{' and '.join(map(str, self.bits))} are."
+            )
+        symmetric = self.symmetric()
+        for name in [name for name in tensors if name.endswith(".qweight")]:
+            base = name.removesuffix(".qweight")
+            q, zeros, scales = (
+                self.part(tensors, f"{base}.{end}") for end in ("qweight", "qzeros", "scales")
+            )
+            index = tensors.pop(f"{base}.g_idx", None)
+            yield f"{base}.weight", self.grouped(bits, q, zeros, scales, index, symmetric)
+
+    def symmetric(self) -> bool:
+        return self.config.get("sym") is True
+
+    def grouped(
+        self, bits: int, q: Raw, zeros: Raw, scales: Raw, index: Raw | None, symmetric: bool
+    ) -> Grouped:
+        plus = 0 if self.config.get("checkpoint_format") == "gptq_v2" else 1
+        each = 32 // bits
+        self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
+        rows, columns, count = q.shape[1], q.shape[0] * each, scales.shape[0]
+        self.check(scales, FLOATS, (count, rows))
+        self.check(zeros, ("I32",), (count, -(-rows // each)))
+        groups = None
+        if index is not None:
+            self.check(index, ("I32",), (columns,))
+            groups = array_of(index)
+            if groups.min() < 0 or groups.max() >= count:
+                raise ModelError(f"{self.path}: {index.name} names groups that {scales.name} does not have.")
+            if columns % count == 0 and (groups == np.arange(columns) // (columns // count)).all():
+                groups = None
+        elif columns % count:
+            raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
+        return Grouped("GPTQ", bits, q, zeros, scales, plus, symmetric, groups, by_rows=False)
+
+
+class AwqMethod(GptqMethod):
+    """`awq`: the same, of 4 bits, with words that hold neighbouring rows in an order of their own."""
+
+    bits = (4,)
+
+    def symmetric(self) -> bool:
+        version = self.config.get("version", "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise ModelError(f"{self.path}: awq version {str(version)[:40]!r} is not supported; gemm is.")
+        if self.config.get("zero_point", True) is not True:
+            raise ModelError(f"{self.path}: awq without zero_point is not supported.")
+        return False
+
+    def grouped(
+        self, bits: int, q: Raw, zeros: Raw, scales: Raw, index: Raw | None, symmetric: bool
+    ) -> Grouped:
+        self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
+        columns, words, count = q.shape[0], q.shape[1], scales.shape[0]
+        self.check(scales, FLOATS, (count, words * 8))
+        self.check(zeros, ("I32",), (count, words))
+        if columns % count:
+            raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
+        return Grouped("AWQ", bits, q, zeros, scales, 0, symmetric, None, by_rows=True)

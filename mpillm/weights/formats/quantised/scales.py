@@ -1,0 +1,88 @@
+"""Numbers of quantised checkpoints, and blocks of our own types made of integers and their scales."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.kernels.types import QUANT_BLOCK, BlockType
+from mpillm.weights.formats.extent import Rows
+from mpillm.weights.formats.recipes import Raw
+from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
+
+Ints = NDArray[np.integer[Any]]
+FLOATS = ("F16", "BF16", "F32")
+_DTYPES: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I32": np.int32,
+    "I64": np.int64,
+    "I8": np.int8,
+    "U8": np.uint8,
+}
+
+
+def stored_as(name: str, type: BlockType) -> Stored:
+    """Blocks of one of our types that are made of what is called `name`."""
+    return replace(OWN[type.name], name=name)
+
+
+def array_of(raw: Raw) -> NDArray[Any]:
+    """A small tensor, in its own type."""
+    flat: NDArray[Any] = raw.file.view(raw.offset, raw.nbytes).copy().view(_DTYPES[raw.dtype])
+    return flat.reshape(raw.shape)
+
+
+def floats_of(raw: Raw) -> Floats:
+    """A small tensor as float32."""
+    return array_of(raw).astype(np.float32)
+
+
+def indices(rows: Rows) -> NDArray[np.integer[Any]]:
+    """Rows as an array."""
+    return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+
+
+def unpacked(words: Ints, bits: int) -> NDArray[np.uint8]:
+    """The numbers in 32-bit words [..., w], lowest bits first: [..., w * 32 / bits]."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    values = words.view(np.uint32)[..., None] >> shifts & np.uint32(2**bits - 1)
+    numbers: NDArray[np.uint8] = values.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    return numbers
+
+
+def to_f16(values: Floats) -> Bytes:
+    """Rows of F16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(values.astype(np.float16)).view(np.uint8)
+
+
+def to_q8_0(q: NDArray[np.int8], scales: Floats) -> Bytes:
+    """Q8_0 of integers [n, k] and scales [n, k / 32] or [n, 1]."""
+    out = np.empty((len(q), q.shape[1] // QUANT_BLOCK, 34), np.uint8)
+    out[..., :2] = _halves(scales, out.shape[1])
+    out[..., 2:] = q.view(np.uint8).reshape(*out.shape[:2], QUANT_BLOCK)
+    return out.reshape(len(q), -1)
+
+
+def to_q4(q: NDArray[np.uint8], scales: Floats, zeros: Floats | None = None) -> Bytes:
+    """Q4_0 of integers [n, k] whose zero is 8, or with `zeros` Q4_1; scales and zeros are [n, k / 32] or [n, 1]."""
+    blocks = q.reshape(len(q), -1, 2, QUANT_BLOCK // 2)
+    parts = [_halves(scales, blocks.shape[1])]
+    if zeros is not None:
+        parts.append(_halves(-(zeros * scales), blocks.shape[1]))
+    return np.concatenate([*parts, blocks[:, :, 0] | blocks[:, :, 1] << 4], axis=-1).reshape(len(q), -1)
+
+
+def _halves(values: Floats, count: int) -> Bytes:
+    """F16 numbers as bytes [n, count, 2]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        halves = np.broadcast_to(values.astype(np.float16), (len(values), count))
+    return np.ascontiguousarray(halves).view(np.uint8).reshape(len(values), count, 2)

@@ -1,0 +1,160 @@
+"""Matrices that do not lie in their files as they are multiplied: transposed, a row of each in turn, or in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.kernels.types import BlockType
+from mpillm.weights.formats.extent import Lies, Rows
+from mpillm.weights.formats.stored import OWN, Bytes, Stored
+from mpillm.weights.io.mapped import MappedFile
+
+MXFP4 = OWN[BlockType.MXFP4.name]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor of a safetensors file, with the bytes of one of its values."""
+
+    file: MappedFile
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all that has the same first index."""
+        return self.nbytes // self.shape[0]
+
+    def __getitem__(self, index: int) -> Raw:
+        """What has this first index."""
+        return replace(
+            self, shape=self.shape[1:], offset=self.offset + index * self.row_bytes, nbytes=self.row_bytes
+        )
+
+    def lies(self) -> Iterator[Lies]:
+        yield self.file, self.offset, self.nbytes
+
+    def bytes(self) -> Bytes:
+        """All of it, uint8 [first dimension, row bytes], mapped."""
+        return self.file.view(self.offset, self.nbytes).reshape(self.shape[0], -1)
+
+    def rows(self, rows: Rows) -> Bytes:
+        """Some rows of it, uint8 [len(rows), row bytes]; those of a range as `MappedFile.read` reads them."""
+        if not isinstance(rows, range):
+            return self.bytes()[rows]
+        if not rows:
+            return np.empty((0, self.row_bytes), np.uint8)
+        together = self.file.read(
+            self.offset + rows[0] * self.row_bytes, (rows[-1] - rows[0] + 1) * self.row_bytes
+        )
+        return together.reshape(-1, self.row_bytes)[:: rows.step]
+
+    def release(self, rows: Rows | None = None) -> None:
+        """Give back the pages of some rows, or of all of it."""
+        if not isinstance(rows, range):
+            self.file.release(self.offset, self.nbytes)
+        elif rows:
+            first, count = rows[0], rows[-1] - rows[0] + 1
+            self.file.release(self.offset + first * self.row_bytes, count * self.row_bytes)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Floats as they lie: [rows, columns], a vector's values [rows], or these of all experts."""
+
+    raw: Raw
+
+    @property
+    def stored(self) -> Stored:
+        return OWN[self.raw.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.raw.shape
+
+    def of_expert(self, expert: int) -> Plain:
+        return Plain(self.raw[expert])
+
+    def blocks(self, rows: Rows) -> Bytes:
+        return self.raw.rows(rows)
+
+    def lies(self) -> Iterator[Lies]:
+        return self.raw.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.raw.release(rows)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Floats of which columns are stored as rows, [columns, rows] or [experts, columns, rows]."""
+
+    raw: Raw
+
+    @property
+    def stored(self) -> Stored:
+        return OWN[self.raw.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *outer, columns, rows = self.raw.shape
+        return (*outer, rows, columns)
+
+    def of_expert(self, expert: int) -> Transposed:
+        return Transposed(self.raw[expert])
+
+    def blocks(self, rows: Rows) -> Bytes:
+        values: NDArray[Any] = self.raw.bytes().view(f"u{self.stored.block_bytes}")
+        index = slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+        return np.ascontiguousarray(values[:, index].T).view(np.uint8)
+
+    def lies(self) -> Iterator[Lies]:
+        return self.raw.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.raw.release()
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """e2m1 numbers, neighbouring columns in a byte, [.., rows, columns / 32, 16], and exponents [.., columns / 32]."""
+
+    values: Raw
+    exponents: Raw
+    stored: Stored = MXFP4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *outer, count, _ = self.values.shape
+        return (*outer, 32 * count)
+
+    def of_expert(self, expert: int) -> Mxfp4:
+        return Mxfp4(self.values[expert], self.exponents[expert])
+
+    def blocks(self, rows: Rows) -> Bytes:
+        """ggml's blocks have columns j and 16 + j in byte j."""
+        exponents = self.exponents.rows(rows).copy()  # the next read takes its place
+        values = self.values.rows(rows)
+        pairs = values.reshape(*exponents.shape, 2, 8)
+        out = np.empty((*exponents.shape, 17), np.uint8)
+        out[..., 0] = exponents
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        out[..., 1::2] = first & 15 | second << 4
+        out[..., 2::2] = first >> 4 | second & 0xF0
+        return out.reshape(len(values), -1)
+
+    def lies(self) -> Iterator[Lies]:
+        yield from self.values.lies()
+        yield from self.exponents.lies()
+
+    def release(self, rows: Rows) -> None:
+        self.values.release(rows)
+        self.exponents.release(rows)

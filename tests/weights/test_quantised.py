@@ -1,0 +1,179 @@
+"""Quantised Hugging Face checkpoints, in the layouts that are published, against what their tensors stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpillm.errors import ModelError
+from mpillm.kernels import BlockType
+from mpillm.model.opening import config_of, open_source
+from mpillm.weights.formats.quantised import METHODS
+from mpillm.weights.names import ROLES, Key, hf_name
+from tests.weights import quantised
+from tests.weights.build import Tiny, write_hf
+
+EXACT, HALF, INTEGER = 0.0, 2.0**-11, 2.0**-11  # how far a value may be off, by the largest of its row
+CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+MODELOPT, BNB = {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "bitsandbytes"}
+Write = Callable[[np.random.Generator, int, int], quantised.Written]
+
+# method: its configuration, what writes a matrix, the type it is delivered as, and how exactly
+CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
+    "fp8 blocks": (
+        FP8 | {"weight_block_size": [128, 128]}, partial(quantised.fp8, block=(128, 128)), BlockType.F16, HALF,
+    ),
+    "fp8 small blocks": (
+        FP8 | {"weight_block_size": [48, 40]}, partial(quantised.fp8, block=(48, 40)), BlockType.F16, HALF,
+    ),
+    "fp8 tensor": (FP8, partial(quantised.fp8, whole=True), BlockType.F16, HALF),
+    "fp8 rows": (CT | {"format": "float-quantized"}, quantised.fp8, BlockType.F16, HALF),
+    **{
+        f"gptq {group}": (GPTQ | {"sym": True}, partial(quantised.gptq, group=group), BlockType.Q4_0, EXACT)
+        for group in (32, 64, -1)
+    },
+    "gptq asymmetric": (GPTQ | {"sym": False}, partial(quantised.gptq, group=32, sym=False), BlockType.Q4_1, INTEGER),
+    "gptq act-order": (GPTQ | {"sym": True}, partial(quantised.gptq, group=32, act=True), BlockType.F16, HALF),
+    "gptq 8 bits": (
+        GPTQ | {"bits": 8, "sym": True}, partial(quantised.gptq, group=64, bits=8), BlockType.Q8_0, EXACT,
+    ),
+    "gptq 8 bits asymmetric": (
+        GPTQ | {"bits": 8, "sym": False}, partial(quantised.gptq, group=64, bits=8, sym=False), BlockType.F16, HALF,
+    ),
+    "awq": (AWQ, partial(quantised.awq, group=64), BlockType.Q4_1, INTEGER),
+    "int4": (CT, partial(quantised.packed, group=32), BlockType.Q4_0, EXACT),
+    "int4 rows": (CT, partial(quantised.packed, group=-1), BlockType.Q4_0, EXACT),
+    "int4 asymmetric": (CT, partial(quantised.packed, group=64, zero=True), BlockType.Q4_1, INTEGER),
+    "int4 act-order": (CT, partial(quantised.packed, group=32, act=True), BlockType.F16, HALF),
+    "int8 in words": (CT, partial(quantised.packed, group=64, bits=8), BlockType.Q8_0, EXACT),
+    "int8": (CT, quantised.int8, BlockType.Q8_0, HALF),
+    "nvfp4": (CT, quantised.nvfp4, BlockType.F16, HALF),
+    "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.F16, HALF),
+    "mxfp4": (CT, quantised.mxfp4, BlockType.MXFP4, EXACT),
+    "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.F16, HALF),
+    "nf4 nested": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.F16, HALF),
+    "llm.int8": (BNB | {"load_in_8bit": True}, quantised.llm_int8, BlockType.Q8_0, HALF),
+}  # fmt: skip
+
+
+def checkpoint(path: Path, case: str, model: Tiny) -> dict[Key, np.ndarray]:
+    """Write a model with quantised matrices of layers; returns their values. The head stays as it is."""
+    config, write, _, _ = CASES[case]
+    random = np.random.default_rng(len(case))
+    tensors, values = {}, {}
+    for name, value in model.weights().items():
+        if value.ndim < 2 or "layers" not in name:
+            tensors[name] = value.astype(ml_dtypes.bfloat16)
+            continue
+        made, w = write(random, *value.shape)
+        base = name.removesuffix("weight")
+        tensors |= {base + end: tensor for end, tensor in made.items()}
+        values[name] = w
+    write_hf(path, tensors, model.config() | {"quantization_config": config})
+    roles = {hf_name(key): key for key in keys(model)}
+    return {roles[name]: w for name, w in values.items()}
+
+
+def keys(model: Tiny) -> list[Key]:
+    names = [role.name for role in ROLES.values() if role.name in {"q", "k", "v", "o", "gate", "up", "down"}]
+    return [Key(name, layer) for name in names for layer in range(model.n_layers)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values(tmp_path: Path, case: str) -> None:
+    """As they are delivered, whole and piece by piece; 192 and 320 columns leave ragged blocks of 128."""
+    model = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=1)
+    _, _, type, bound = CASES[case]
+    values = checkpoint(tmp_path / "m", case, model)
+    with closing(open_source(tmp_path / "m")) as source:
+        config_of(source)  # is complete
+        assert len(values) == 7
+        for key, w in values.items():
+            assert source.tensors[key].type == type
+            got = source.read_f32(key)
+            assert np.isfinite(got).all()
+            assert (np.abs(got - w).max(axis=1) <= bound * np.abs(w).max(axis=1)).all(), key
+            raw = source.read(key)
+            for first in range(0, len(w), 48):
+                rows = range(first, min(first + 48, len(w)))
+                assert (source.read(key, rows) == raw[rows.start : rows.stop]).all()
+                assert (source.read_f32(key, np.array(rows)[::-1]) == got[rows.start : rows.stop][::-1]).all()
+        assert source.tensors[Key("head")].type == BlockType.BF16
+
+
+def test_every_method_has_a_case() -> None:
+    assert {config["quant_method"] for config, *_ in CASES.values()} | {"mxfp4"} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"quant_method": "hqq"},
+            "has quant_method 'hqq', which is not supported; supported are awq, bitsandbytes",
+        ),
+        ({"bits": 4}, "names no quant_method"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits is not supported; 4 and 8 are"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq version 'gemv' is not supported"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "quant_algo 'W4A8' is not supported"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 numbers in e5m2 are not supported"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},
+            "transform_config of compressed",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    """An unknown method before a tensor is read: there is none."""
+    write_hf(tmp_path, Tiny().weights(), Tiny().config() | {"quantization_config": config})
+    if config.get("quant_method") in ("hqq", None):
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=re.escape(message)):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "drop", "message"),
+    [
+        ("gptq 32", ".scales", "has no tensor .*scales; the model is not complete"),
+        ("fp8 blocks", "_scale_inv", "has no tensor .*weight_scale; the model is not complete"),
+        ("int4", "_scale", "has no tensor .*weight_scale; the model is not complete"),
+        ("nf4", ".absmax", "has no tensor .*absmax; the model is not complete"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, case: str, drop: str, message: str) -> None:
+    config, write, _, _ = CASES[case]
+    made, _ = write(np.random.default_rng(1), 64, 64)
+    tensors = {
+        f"model.layers.0.self_attn.q_proj.{end}": value
+        for end, value in made.items()
+        if drop not in f".{end}"
+    }
+    write_hf(tmp_path, tensors, Tiny().config() | {"quantization_config": config})
+    with pytest.raises(ModelError, match=message):
+        open_source(tmp_path)
+
+
+def test_a_bias_of_zeros_that_the_configuration_lacks(tmp_path: Path) -> None:
+    model = Tiny(hidden=64, n_layers=1)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    for value, fits in ((np.zeros(64, np.float32), True), (np.ones(64, np.float32), False)):
+        path = write_hf(tmp_path / str(fits), model.weights() | {name: value}, model.config())
+        with closing(open_source(path)) as source:
+            if fits:
+                config_of(source)
+                continue
+            with pytest.raises(ModelError, match="has q_bias of layer 0"):
+                config_of(source)
