@@ -300,6 +300,12 @@ def load(
     for key in ("input", "output"):
         if key not in values:
             raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
+    return checked(values, where)
+
+
+def checked(values: dict[str, Any], where: str) -> Spec:
+    """Return the job of these tables; JobError says what is wrong, of `where`."""
+    _refuse_unknown(values, where)
     try:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:

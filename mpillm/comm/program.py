@@ -7,11 +7,12 @@ exit code they share. mpi4py is imported here when a world starts, never before,
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mpillm.comm import deadline, ending, faults, launch
 from mpillm.comm.faults import RankLost
@@ -19,6 +20,9 @@ from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.running import run
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, JobError, MpillmError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that says why
 
@@ -59,6 +63,27 @@ def start() -> World:
             raise
     say("mpillm: A rank was lost before the ranks had met; the same command goes on from here.")
     os._exit(Interrupted.exit_code)
+
+
+def inside() -> bool:
+    """Whether this process is one of several ranks of a program, by what started it or by MPI that is running."""
+    started = launch.launched_by(os.environ)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        return bool(mpi.COMM_WORLD.Get_size() > 1)
+    return started is not None and started.size > 1
+
+
+def world_of(comm: MPI.Intracomm | None) -> World:
+    """A world of the ranks of a running program: those of `comm`, or all. Collective; no rank watches the others.
+
+    Whoever runs the program decides what becomes of it when a rank is lost.
+    """
+    if comm is not None:
+        return World(comm.Dup())
+    world = start()
+    world.begun()
+    return world
 
 
 def library() -> launch.Library:

@@ -201,8 +201,13 @@ class World:
         try:
             self._heartbeat = self._new_heartbeat()
         finally:
-            if self._meeting is not None:
-                self._meeting.over()
+            self.begun()
+
+    def begun(self) -> None:
+        """The start is over: all ranks are here."""
+        if self._meeting is not None:
+            self._meeting.over()
+            self._meeting = None
 
     def stop_heartbeat(self) -> None:
         """This rank does not need the others any more."""

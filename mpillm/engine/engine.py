@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import groupby, islice
 
 import numpy as np
@@ -94,8 +94,10 @@ class Engine:
 
     def run(
         self, requests: Iterable[Request], more: Callable[[], bool] | None = None
-    ) -> Iterator[list[Completion]]:
+    ) -> Generator[list[Completion], None, None]:
         """Compute requests that `Limits` admits; yield after each step what it finished (mostly nothing).
+
+        The generator may be closed before its end.
 
         A server's `requests` is an iterator that may go on after it has ended: `more` is called when nothing is left to
         do, waits for the next request, and returns False when there will be none.
@@ -107,19 +109,25 @@ class Engine:
         self._scheduler = scheduler
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
-        while scheduler.has_work() or (more is not None and more()):
-            while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
-                self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
-                with pace.measured(self._worker):
-                    in_flight.append((self._start(chosen), chosen))
-            if not in_flight:  # what had come was withdrawn
-                assert more is not None
-                continue
-            step, chosen = in_flight.popleft()
-            done = self._finish(step, chosen)
-            for sequence in done:
-                scheduler.release(sequence)
-            yield [sequence.completion() for sequence in (*sequences.take_ended(), *done)]
+        try:
+            while scheduler.has_work() or (more is not None and more()):
+                while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
+                    self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
+                    with pace.measured(self._worker):
+                        in_flight.append((self._start(chosen), chosen))
+                if not in_flight:  # what had come was withdrawn
+                    assert more is not None
+                    continue
+                step, chosen = in_flight.popleft()
+                done = self._finish(step, chosen)
+                for sequence in done:
+                    scheduler.release(sequence)
+                yield [sequence.completion() for sequence in (*sequences.take_ended(), *done)]
+        except GeneratorExit:
+            # Nobody wants the rest; the replies to what is under way are taken, so that no rank waits to send them.
+            for step, _ in in_flight:
+                self._collect(step.number)
+            raise
         if ended := sequences.take_ended():
             yield [sequence.completion() for sequence in ended]
 

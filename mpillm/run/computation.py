@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from mpillm.batch.answers import NOT_FINITE
 from mpillm.batch.work import Work
 from mpillm.engine.engine import Engine
 from mpillm.engine.scheduler import Totals
@@ -25,8 +26,6 @@ from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
 
 CHECK_EVERY = 1.0  # seconds between two checks of the output directory
-
-NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
 
 @dataclass

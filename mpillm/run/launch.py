@@ -224,7 +224,7 @@ class Supervisor:
         known = self._hostfile_text()
         launcher = subprocess.Popen(
             [*command(self._library, self._settings, ranks, hostfile), *self._program],
-            env={**os.environ, **_ROOT} if os.geteuid() == 0 else None,
+            env={**os.environ, **AS_ROOT} if os.geteuid() == 0 else None,
             start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
         )
@@ -251,7 +251,7 @@ class Supervisor:
                     launcher.send_signal(signal.SIGUSR1)  # both MPIs pass it on; on SIGTERM they kill at once
                     give_up = now + STOPPING
         finally:
-            _end_session(launcher)
+            end_session(launcher)
         return launcher.returncode, grown
 
     def _hostfile_text(self) -> str:
@@ -274,7 +274,7 @@ def _ranks_below(pid: int) -> bool:
     return False
 
 
-_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -283,7 +283,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _end_session(launcher: subprocess.Popen[bytes]) -> None:
+def end_session(launcher: subprocess.Popen[bytes]) -> None:
     """Kill what is left of a start on this machine: mpiexec, and whoever is in its session."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

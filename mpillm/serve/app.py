@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpillm import __version__
 from mpillm.batch import bodies
+from mpillm.batch.answers import NOT_FINITE
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model, Work
@@ -195,9 +196,6 @@ class _Ask:
             ticket.cancel()
             answer.cancel()
             gone.cancel()
-
-
-NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
 
 def _check_finite(completions: list[Completion]) -> None:

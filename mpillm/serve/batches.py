@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from mpillm.batch import requests
-from mpillm.batch.answers import bad_line
+from mpillm.batch.answers import NOT_FINITE, bad_line
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion
 from mpillm.errors import MpillmError
@@ -32,7 +32,6 @@ from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
 
 ENDED = ("completed", "failed", "cancelled")
-NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 _ID = re.compile(r"(file|batch)-[0-9a-f]{24}")
 _COPY = 1 << 20  # bytes at a time
 

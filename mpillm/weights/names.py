@@ -122,9 +122,16 @@ ROLES: dict[str, Role] = {
         _mlp("gate", "w1"),
         _mlp("up", "w3"),
         _mlp("down", "w2"),
-        _vector("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
-        _vector("up_bias", "mlp.up_proj.bias", "ffn_up.bias"),
-        _vector("down_bias", "mlp.down_proj.bias", "ffn_down.bias"),
+        *(
+            Role(
+                f"{name}_bias",
+                1,
+                f"layers.{{l}}.mlp.{name}_proj.bias",
+                f"blk.{{l}}.ffn_{name}.bias",
+                hf_expert=(f"layers.{{l}}.mlp.experts.{{e}}.{name}_proj.bias",),
+            )
+            for name in ("gate", "up", "down")
+        ),
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),

@@ -1,0 +1,1 @@
+"""The Python interface: `LLM`, `Job` and `read_results`, as `mpillm` exports them."""

@@ -1,0 +1,135 @@
+"""Typed answers: what callers of `LLM` get for a request, made of the journal's kind of record."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.errors import RequestError
+
+if TYPE_CHECKING:
+    from mpillm.store.records import Choice, Result
+
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer of any kind. `body` is that of results.jsonl, as JSON has it."""
+
+    index: int  #: of the request among those of its call, from 0
+    custom_id: str
+    error: str | None = None  #: why there is no answer
+    body: dict[str, Any] = field(repr=False)
+
+    def check(self) -> None:
+        """Raise RequestError if the request ended in an error."""
+        if self.error is not None:
+            raise RequestError(self.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One text that was generated for a prompt."""
+
+    text: str
+    tokens: Ids = field(repr=False)  #: [tokens]
+    logprobs: Floats | None = field(repr=False, default=None)  #: [tokens], natural logarithm, if asked for
+    finish_reason: str  #: "stop" or "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Answer):
+    """The texts that were generated for a request: `n` for each of its prompts."""
+
+    prompt_tokens: tuple[Ids, ...] = field(repr=False, default=())  #: of each prompt
+    completions: tuple[Completion, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The first text; RequestError if the request ended in an error."""
+        self.check()
+        return self.completions[0].text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Answer):
+    """Log-probabilities of a prompt's own tokens; of its first prompt, if a request has several."""
+
+    tokens: Ids = field(repr=False, default_factory=lambda: np.empty(0, np.int32))  #: [tokens]
+    logprobs: Floats = field(
+        repr=False, default_factory=lambda: np.empty(0, np.float32)
+    )  #: [tokens - 1], of `tokens[1:]`, natural logarithm
+
+    @property
+    def total(self) -> float:
+        """Their sum; RequestError if the request ended in an error."""
+        self.check()
+        return float(self.logprobs.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Answer):
+    """Vectors of a request's texts."""
+
+    vectors: Floats = field(
+        repr=False, default_factory=lambda: np.empty((0, 0), np.float32)
+    )  #: [texts, hidden]
+
+    @property
+    def vector(self) -> Floats:
+        """The first one, [hidden]; RequestError if the request ended in an error."""
+        self.check()
+        first: Floats = self.vectors[0]
+        return first
+
+
+def answer_of(index: int, result: Result) -> Answer:
+    """The typed answer of a record; what it is follows from what it holds."""
+    body = msgspec.json.decode(result.line)["response"]["body"]
+    common: dict[str, Any] = {"index": index, "custom_id": result.custom_id, "body": body}
+    if result.status != 200:
+        return Generation(**common, error=body["error"]["message"])
+    if "data" in body:
+        return Embedding(**common, vectors=_vectors(body))
+    prompts = tuple(np.frombuffer(prompt, "<i4") for prompt in result.prompts)
+    if (
+        scored := [
+            values for choice in result.choices if (values := _row(choice, "prompt_logprobs")) is not None
+        ]
+    ) and not body["usage"]["completion_tokens"]:
+        return Score(**common, tokens=prompts[0], logprobs=scored[0])
+    completions = tuple(map(_completion, body["choices"], result.choices))
+    return Generation(**common, prompt_tokens=prompts, completions=completions)
+
+
+def _completion(shown: dict[str, Any], choice: Choice) -> Completion:
+    message = shown.get("message")
+    tokens = np.frombuffer(choice.values.get("tokens", b""), "<i4")
+    return Completion(
+        text=(shown["text"] if message is None else message["content"]) or "",
+        tokens=tokens,
+        logprobs=_row(choice, "logprobs"),
+        finish_reason=choice.finish_reason,
+    )
+
+
+def _row(choice: Choice, group: str) -> Floats | None:
+    values = choice.values.get(group)
+    return None if values is None else np.frombuffer(values, "<f4")
+
+
+def _vectors(body: dict[str, Any]) -> Floats:
+    rows = [
+        np.frombuffer(base64.b64decode(item["embedding"]), "<f4")
+        if isinstance(item["embedding"], str)
+        else np.array(item["embedding"], np.float32)
+        for item in body["data"]
+    ]
+    return np.stack(rows)

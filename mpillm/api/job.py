@@ -1,0 +1,83 @@
+"""`Job`: a run from Python, as `mpillm launch` does it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpillm import spec
+from mpillm.api.results import Results
+from mpillm.errors import Interrupted, JobError, MpillmError
+
+
+class Job:
+    """A job file, keys of a job, or both: a file of requests becomes a directory of answers.
+
+    >>> job = Job("jobs/quickstart.toml", output="out/mine", sampling={"temperature": 0.8})
+    >>> results = job.run(ranks=4)
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, **keys: Any) -> None:
+        """`keys` win over the file: `model`, `input`, `output`, `quantize`, or tables such as `memory={"kv": "1GiB"}`.
+
+        JobError says what is wrong with the job.
+        """
+        self._words = [] if path is None else [os.fspath(path)]
+        names = {name: os.fspath(keys.pop(name)) for name in ("model", "input", "output") if name in keys}
+        self._words += [word for name, value in names.items() for word in (f"--{name}", value)]
+        settings = list(_settings(keys))
+        self._words += [word for setting in settings for word in ("--set", setting)]
+        #: the checked job
+        self.spec = spec.load(path, settings, **names)
+
+    @property
+    def directory(self) -> Path:
+        """Where the results will be."""
+        return self.spec.output_path
+
+    def run(self, ranks: int = 1) -> Results:
+        """Run the job on so many ranks of this machine, or go on with it; return the results.
+
+        Requests that end in an error are among them. Ranks that fail are started again. MpillmError says why the job
+        cannot run; Interrupted, or Ctrl-C, that it stopped: the same call goes on from there.
+        """
+        words = [sys.executable, "-m", "mpillm", "launch", "-n", str(ranks), "run", *self._words]
+        # A session of its own: Ctrl-C is passed on once, and then waited for.
+        with subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                _, said = process.communicate()
+            except BaseException:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(KeyboardInterrupt):
+                    process.communicate()
+                raise
+        if process.returncode in (0, 1):
+            return Results(self.directory)
+        ours = [line.removeprefix("mpillm: ") for line in said.splitlines() if line.startswith("mpillm: ")]
+        reason = ours[-1] if ours else f"The run ended with exit code {process.returncode}: {said[-500:]}"
+        kinds: dict[int, type[MpillmError]] = {2: JobError, 75: Interrupted}
+        raise kinds.get(process.returncode, MpillmError)(reason)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.spec.model}: {self.spec.input} to {self.spec.output}>"
+
+
+def _settings(keys: Mapping[str, Any], before: str = "") -> list[str]:
+    """Tables as `--set` takes them; JSON's numbers, strings and lists are TOML's."""
+    found = []
+    for name, value in keys.items():
+        if isinstance(value, Mapping):
+            found += _settings(value, f"{before}{name}.")
+        else:
+            found.append(f"{before}{name}={json.dumps(value)}")
+    return found

@@ -1,0 +1,183 @@
+"""`LLM`: a model that answers from Python, on ranks that it starts by itself or on those of the caller's program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from mpillm.api.answers import Answer, Embedding, Generation, Score, answer_of
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpillm.api.local import Local
+    from mpillm.api.remote import Remote
+
+Prompt = str | Sequence[int]  #: a text, or token ids
+Messages = Sequence[Mapping[str, Any]]  #: of a chat, each with `role` and `content`
+A = TypeVar("A", bound=Answer)
+
+
+class LLM:
+    """A model that stays loaded and answers batches of requests.
+
+    In a script or a notebook it starts `ranks` processes on this machine (through mpiexec if there are several), which
+    end with `close`, with the `with` block, or with this process. In a program that mpiexec has started, every rank
+    makes the same calls, the model is laid out over all of them (or over `comm`), rank 0's requests are answered, and
+    every rank gets all answers; MPI is never finalised.
+
+    Answers are those of `mpillm run` with the same lines and settings, to the byte, however many ranks compute them
+    where `wire` is exact.
+
+    >>> with LLM("smollm2-135m", ranks=2) as llm:
+    ...     print(llm.chat([{"role": "user", "content": "Why is the sky blue?"}])[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        ranks: int | None = None,
+        *,
+        comm: MPI.Intracomm | None = None,
+        **settings: Any,
+    ) -> None:
+        """Load a model: a catalogue name, a Hugging Face directory, a GGUF file, or hf:owner/name.
+
+        `settings` are those of a job file: `quantize="q8_0"`, or a table such as `memory={"kv": "256MiB"}`,
+        `sampling={"temperature": 0.8}`, `layout={"stages": 2}`. MpillmError says what is wrong with the model, with a
+        setting, or with the ranks.
+        """
+        from mpillm import spec
+        from mpillm.comm import program
+        from mpillm.errors import JobError
+
+        values = {"model": model, "input": "/dev/null", "output": "/dev/null/none", **settings}
+        self._spec = spec.checked(values, "LLM")
+        self._world = None
+        if comm is not None or program.inside():
+            self._world = program.world_of(comm)
+            if ranks not in (None, self._world.size):
+                raise JobError(f"The program has {self._world.size} ranks, and ranks={ranks}.")
+            self._world.limit_threads(self._world.threads())
+        elif ranks is not None and ranks < 1:
+            raise JobError(f"ranks={ranks} is not a number of ranks.")
+        self._ranks = ranks or 1
+        self._backend = self._start()
+
+    def _start(self) -> Local | Remote:
+        # Imported here: what computes is loaded when the number of threads is known.
+        if self._world is not None:
+            from mpillm.api.local import Local
+
+            return Local(self._world, self._spec)
+        from mpillm.api.remote import Remote
+
+        return Remote(self._spec, self._ranks)
+
+    @property
+    def model(self) -> str:
+        """The model's name, as answers give it."""
+        return self._backend.model
+
+    @property
+    def layout(self) -> str:
+        """Stages and shards, in words."""
+        return self._backend.layout
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **body: Any) -> list[Generation]:
+        """Go on from each prompt; `body` has keys of /v1/completions (`max_tokens`, `temperature`, `n`, `stop`, ...).
+
+        Answers are in the order of the prompts. One that ended in an error says so in `error`, and raises it when its
+        `text` is read.
+        """
+        return _kind(Generation, self._answers(self._prompts(prompts, body)))
+
+    def chat(self, messages: Messages | Sequence[Messages], **body: Any) -> list[Generation]:
+        """Answer one chat or several; `body` has keys of /v1/chat/completions."""
+        chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        lines = [_line({"messages": chat, **body}) for chat in cast("Sequence[Messages]", chats)]
+        return _kind(Generation, self._answers(lines))
+
+    def score(self, prompts: Prompt | Sequence[Prompt], **body: Any) -> list[Score]:
+        """Log-probabilities of each prompt's own tokens, from the second one on."""
+        asked = {"echo": True, "max_tokens": 0, "logprobs": 0, **body}
+        return _kind(Score, self._answers(self._prompts(prompts, asked)))
+
+    def embed(self, texts: Prompt | Sequence[Prompt], **body: Any) -> list[Embedding]:
+        """A vector of each text; `body` has keys of /v1/embeddings (`pooling`, `normalize`, ...)."""
+        asked = {"encoding_format": "base64", **body}
+        return _kind(Embedding, self._answers(self._prompts(texts, asked, key="input")))
+
+    def stream(
+        self, requests: Iterable[Prompt | Messages | Mapping[str, Any]], **body: Any
+    ) -> Iterator[Answer]:
+        """Yield each request's answer when it is finished; `index` says which one it is.
+
+        A request is a prompt, the messages of a chat, or a line of the batch format as a dictionary (then it may be of
+        any kind, and `body` does not count). The iterator may be closed before its end.
+        """
+        lines = [_request(request, body) for request in requests]
+        return self._stream(lines)
+
+    def _stream(self, lines: Sequence[bytes]) -> Iterator[Answer]:
+        if not self._backend.open:
+            self._backend = self._start()
+        for index, result in self._backend.ask(lines):
+            yield answer_of(index, result)
+
+    def _answers(self, lines: Sequence[bytes]) -> list[Answer]:
+        """All answers, in the order of the lines."""
+        answers = list(self._stream(lines))
+        return sorted(answers, key=lambda answer: answer.index)
+
+    def _prompts(
+        self, prompts: Prompt | Sequence[Prompt], body: Mapping[str, Any], key: str = "prompt"
+    ) -> list[bytes]:
+        one = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
+        several = [prompts] if one else prompts
+        return [_line({key: _plain(cast("Prompt", prompt)), **body}) for prompt in several]
+
+    def close(self) -> None:
+        """End the ranks, or let go of the model in the caller's ranks. A later call loads it again."""
+        self._backend.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<LLM {self.model}, {self.layout}>"
+
+
+def _plain(prompt: Prompt) -> str | list[int]:
+    """A prompt as JSON has it; token ids may be NumPy's."""
+    return prompt if isinstance(prompt, str) else [int(token) for token in prompt]
+
+
+def _request(request: Prompt | Messages | Mapping[str, Any], body: Mapping[str, Any]) -> bytes:
+    """The line of a request of `stream`."""
+    if isinstance(request, Mapping):
+        return _line(request)
+    if not isinstance(request, str) and len(request) and isinstance(request[0], Mapping):
+        return _line({"messages": request, **body})
+    return _line({"prompt": _plain(cast("Prompt", request)), **body})
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _kind(kind: type[A], answers: list[Answer]) -> list[A]:
+    """The answers as `kind`, which those that ended in an error are made."""
+    return [
+        answer
+        if isinstance(answer, kind)
+        else kind(index=answer.index, custom_id=answer.custom_id, error=answer.error, body=answer.body)
+        for answer in answers
+    ]

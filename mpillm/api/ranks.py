@@ -1,0 +1,92 @@
+"""The ranks that a caller's process has started: rank 0 reads its requests from a socket, all others follow."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from multiprocessing.connection import Client, Connection
+from typing import NoReturn
+
+import msgspec
+
+from mpillm.api.messages import Ask, Finished, Over, Ready, Refused, Start, Stop, receive, send
+from mpillm.comm.program import library
+from mpillm.comm.world import World
+from mpillm.errors import MpillmError
+from mpillm.run.launch import Settings, command, program
+from mpillm.run.service import Service
+from mpillm.spec import Spec
+
+
+def start(ranks: int, address: str) -> NoReturn:
+    """Become mpiexec with so many ranks."""
+    words = [*command(library(), Settings(ranks), ranks, None), *program(["ranks", address])]
+    os.execvp(words[0], words)
+
+
+def serve(world: World, address: str) -> int:
+    """Answer what comes over the socket until its other end is closed (collective); the exit code."""
+    connection = Client(address, "AF_UNIX") if world.rank == 0 else None
+    try:
+        spec = None
+        if connection is not None:
+            first = receive(connection)
+            assert isinstance(first, Start)
+            spec = msgspec.convert(first.spec, Spec)
+        shared = world.bcast(spec)
+        assert shared is not None
+        with closing(Service(world, shared)) as service:
+            if connection is not None:
+                send(connection, Ready(service.model.name, str(service.layout)))
+            while world.bcast((lines := _next(connection)) is not None):
+                if connection is None:
+                    service.follow()
+                else:
+                    assert lines is not None
+                    _answer(service, lines, connection)
+        return 0
+    except MpillmError as error:
+        if connection is not None:
+            _tell(connection, Refused(type(error).__name__, str(error)))
+        raise
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _next(connection: Connection | None) -> list[bytes] | None:
+    """On rank 0 the lines that come next; None when the caller is gone, and on the other ranks."""
+    while connection is not None:
+        try:
+            message = receive(connection)
+        except (EOFError, OSError):
+            break
+        if isinstance(message, Ask):
+            return message.lines
+        assert isinstance(message, Stop)  # came when all was over
+    return None
+
+
+def _answer(service: Service, lines: list[bytes], connection: Connection) -> None:
+    """Send results until all are sent or no more are wanted."""
+    with closing(service.answers(lines)) as steps:
+        for results in steps:
+            if results and not _tell(connection, Finished(results)):
+                return
+            if connection.poll():
+                try:
+                    message = receive(connection)
+                except (EOFError, OSError):
+                    return
+                assert isinstance(message, Stop)
+                break
+    _tell(connection, Over())
+
+
+def _tell(connection: Connection, message: Finished | Over | Refused) -> bool:
+    """Send a message; whether the caller is still there."""
+    try:
+        send(connection, message)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,172 @@
+"""Ranks of our own: processes that a caller's process starts, asks, and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from mpillm import errors
+from mpillm.api.messages import Ask, Finished, Over, Ready, Refused, Start, Stop, receive, send
+from mpillm.errors import Interrupted, MpillmError
+from mpillm.run.launch import AS_ROOT, end_session
+from mpillm.spec import Spec
+from mpillm.store.records import Result
+
+ENDING = 10.0  # seconds for the ranks to end by themselves
+LOOK = 0.2  # seconds between two looks at ranks that start
+# Of a launcher or of MPI in this process: with these the ranks would join it.
+_FOREIGN = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PALS_", "HYDI_", "MPI_LOCAL")
+
+
+class Remote:
+    """A laid-out model in processes of its own, which end with this one, however it ends."""
+
+    def __init__(self, spec: Spec, ranks: int) -> None:
+        """Start the ranks and wait until the model is laid out; MpillmError says why it is not."""
+        folder = Path(tempfile.mkdtemp(prefix="mpillm-"))
+        held = _Held(folder)
+        self._close = weakref.finalize(self, held.end)  # also when this process ends
+        self._log = held.log  # what the ranks say is read when they have ended
+        address = str(folder / "socket")
+        words = [sys.executable, "-m", "mpillm", "ranks", address, "-n", str(ranks)]
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(1)
+            self._process = held.process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C is for the caller alone
+            )
+            self._connection = held.connection = self._accept(listener)
+        shutil.rmtree(folder)
+        try:
+            send(self._connection, Start(msgspec.to_builtins(spec)))
+            ready = self._receive()
+        except BaseException:
+            self.close()
+            raise
+        assert isinstance(ready, Ready)
+        self.model, self.layout = ready.model, ready.layout
+
+    @property
+    def open(self) -> bool:
+        """Whether the ranks can be asked."""
+        return self._close.alive
+
+    def ask(self, lines: Sequence[bytes]) -> Iterator[tuple[int, Result]]:
+        """Yield the index and the result of each line when it is finished; the generator may be closed before its end.
+
+        Interrupted if the ranks end meanwhile, which closes this.
+        """
+        over = False
+        try:
+            self._send(Ask(list(lines)))
+            while isinstance(message := self._receive(), Finished):
+                yield from message.results
+            over = True
+        except MpillmError:
+            self.close()
+            over = True
+            raise
+        finally:
+            if not over:  # the caller wants no more, or was interrupted
+                self._drain()
+
+    def _drain(self) -> None:
+        try:
+            self._send(Stop())
+            while not isinstance(self._receive(), Over):
+                pass
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._close()
+
+    def _accept(self, listener: socket.socket) -> Connection:
+        """Rank 0's connection."""
+        listener.settimeout(LOOK)
+        try:
+            while self._process.poll() is None:
+                with contextlib.suppress(TimeoutError):
+                    accepted, _ = listener.accept()
+                    accepted.setblocking(True)
+                    return Connection(accepted.detach())
+        except BaseException:
+            self.close()
+            raise
+        raise self._ended()
+
+    def _send(self, message: Ask | Stop) -> None:
+        try:
+            send(self._connection, message)
+        except OSError:
+            raise self._ended() from None
+
+    def _receive(self) -> Ready | Finished | Over:
+        try:
+            message = receive(self._connection)
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if isinstance(message, Refused):
+            raise getattr(errors, message.kind, MpillmError)(message.message)
+        assert isinstance(message, Ready | Finished | Over)
+        return message
+
+    def _ended(self) -> MpillmError:
+        """What the ranks said when they ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING)
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").splitlines()
+        self.close()
+        ours = [line.removeprefix("mpillm: ") for line in said if line.startswith("mpillm: ")]
+        reason = (ours or [line for line in said if line.strip()] or ["they said nothing"])[-1]
+        return Interrupted(f"The ranks have ended (exit code {self._process.returncode}): {reason}")
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without what a launcher has left there, and with what mpiexec asks of root."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+    return {**kept, **AS_ROOT} if os.geteuid() == 0 else kept
+
+
+@dataclass
+class _Held:
+    """What must be ended."""
+
+    folder: Path
+    log: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+    process: subprocess.Popen[bytes] | None = None
+    connection: Connection | None = None
+
+    def end(self) -> None:
+        """End the ranks: they leave when the connection is closed; what is left of them after a while is killed."""
+        if self.connection is not None:
+            self.connection.close()
+        if self.process is not None:
+            until = time.monotonic() + (ENDING if self.connection is not None else 0)
+            while self.process.poll() is None and time.monotonic() < until:
+                time.sleep(0.02)
+            end_session(self.process)
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

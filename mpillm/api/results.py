@@ -1,0 +1,181 @@
+"""The results of a run as NumPy arrays, as rows, and as a frame of pandas or polars."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.errors import JobError
+from mpillm.store.results import HDF5, JSONL
+
+
+class Ragged:
+    """Rows of different lengths, which lie one behind the other in one array."""
+
+    def __init__(self, values: NDArray[Any], offsets: NDArray[np.int64]) -> None:
+        self.values = values  #: all rows, [offsets[-1]]
+        self.offsets = offsets  #: where each row begins, and the last one ends, [rows + 1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray[Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+class Results:
+    """A finished run's output directory.
+
+    Requests are in the input's order. The choices of request `i` are the rows `choices[i]` to `choices[i + 1]` of
+    `tokens`, `logprobs`, `prompt_logprobs`, `embeddings` and `finish_reasons`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Open an output directory; JobError if it holds no results (yet)."""
+        self.directory = Path(directory)
+        if not (self.directory / JSONL).is_file() or not (self.directory / HDF5).is_file():
+            raise JobError(
+                f"There are no results in {self.directory}: its run is not finished, or it is no output."
+            )
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The lines of results.jsonl, one by one."""
+        with (self.directory / JSONL).open("rb") as file:
+            yield from map(msgspec.json.decode, file)
+
+    @cached_property
+    def custom_ids(self) -> NDArray[np.object_]:
+        """[requests], str"""
+        found: NDArray[np.object_] = np.array(
+            [_text(name) for name in self._read("requests/custom_id")], object
+        )
+        return found
+
+    @cached_property
+    def status(self) -> NDArray[np.int32]:
+        """[requests]: 200, or that of an error"""
+        found: NDArray[np.int32] = self._read("requests/status")
+        return found
+
+    @cached_property
+    def choices(self) -> NDArray[np.int64]:
+        """[requests + 1]: where the choices of each request begin"""
+        found: NDArray[np.int64] = self._read("requests/choices")
+        return found
+
+    @cached_property
+    def finish_reasons(self) -> NDArray[np.object_]:
+        """[choices]: "stop" or "length" """
+        found: NDArray[np.object_] = np.array(
+            [name.decode() for name in self._read("choices/finish_reason")], object
+        )
+        return found
+
+    @cached_property
+    def prompts(self) -> Ragged:
+        """Token ids of each prompt; those of choice `j` are row `prompt_of[j]`."""
+        return self._ragged("prompts", "ids")
+
+    @cached_property
+    def prompt_of(self) -> NDArray[np.int64]:
+        """[choices]: the row of `prompts`"""
+        found: NDArray[np.int64] = self._read("choices/prompt")
+        return found
+
+    @cached_property
+    def tokens(self) -> Ragged:
+        """Token ids that each choice has generated."""
+        return self._ragged("tokens", "ids")
+
+    @cached_property
+    def logprobs(self) -> Ragged:
+        """Their natural log-probabilities, where they were asked for."""
+        return self._ragged("logprobs", "values")
+
+    @cached_property
+    def prompt_logprobs(self) -> Ragged:
+        """Natural log-probabilities of a prompt's tokens from the second one on, where they were asked for."""
+        return self._ragged("prompt_logprobs", "values")
+
+    @cached_property
+    def embeddings(self) -> Ragged:
+        """Vectors as the model gave them, before they are normalised."""
+        return self._ragged("embeddings", "values")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each request, one by one: custom_id, status, error, text, finish_reason, logprob, embedding.
+
+        `text` and `finish_reason` are of the first choice; `logprob` is the sum over the prompt of a request that was
+        scored; `embedding` is the first vector, as results.jsonl has it.
+        """
+        for line in self:
+            yield row_of(line)
+
+    def frame(self, library: Literal["pandas", "polars"] | None = None) -> Any:
+        """`rows` as a DataFrame of pandas or polars; of the one that is installed, pandas if both are.
+
+        ImportError if neither is.
+        """
+        name = library or next((name for name in ("pandas", "polars") if find_spec(name)), None)
+        if name is None:
+            raise ImportError("A frame needs pandas or polars: pip install pandas.")
+        if name == "pandas":
+            import pandas
+
+            return pandas.DataFrame.from_records(list(self.rows()))
+        import polars
+
+        return polars.DataFrame(list(self.rows()), infer_schema_length=None)
+
+    def _read(self, name: str) -> Any:
+        with h5py.File(self.directory / HDF5) as file:
+            return file[name][:]
+
+    def _ragged(self, group: str, values: str) -> Ragged:
+        return Ragged(self._read(f"{group}/{values}"), self._read(f"{group}/offsets"))
+
+
+def read_results(directory: str | os.PathLike[str]) -> Results:
+    """The results of a finished run; JobError if there are none in `directory`."""
+    return Results(directory)
+
+
+def row_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table for a line of results.jsonl (see `Results.rows`)."""
+    response = line["response"]
+    body, error = response["body"], line["error"]
+    choice: dict[str, Any] = next(iter(body.get("choices") or ()), {})
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    if logprobs is not None and body["usage"].get("completion_tokens"):
+        logprobs = None
+    text = choice.get("text", (choice.get("message") or {}).get("content"))
+    return {
+        "custom_id": line["custom_id"],
+        "status": response["status_code"],
+        "error": error["message"] if error else None,
+        "text": text,
+        "finish_reason": choice.get("finish_reason"),
+        "logprob": None if logprobs is None else sum(value for value in logprobs if value is not None),
+        "embedding": body["data"][0]["embedding"] if "data" in body else None,
+    }
+
+
+def _text(stored: bytes) -> str:
+    """A string of results.h5 (see `hdf5_text`)."""
+    text = stored.decode()
+    return json.loads(text) if text.startswith('"') else text

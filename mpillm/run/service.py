@@ -1,0 +1,139 @@
+"""A model that stays laid out between batches of requests, for callers that ask again and again.
+
+Nothing is kept on disk: what a caller has received is done. Requests, their draws and their answers are those of a run
+whose input has the same lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from mpillm.batch import bodies
+from mpillm.batch.answers import NOT_FINITE, error_line
+from mpillm.batch.requests import MAX_LINE, make_work
+from mpillm.batch.work import Line, Work
+from mpillm.comm.world import World
+from mpillm.engine.engine import Engine, follow
+from mpillm.engine.sequence import Completion, Request
+from mpillm.errors import ModelError, RequestError
+from mpillm.run.opened import model_of, model_path
+from mpillm.run.progress import Bar
+from mpillm.run.session import Session
+from mpillm.spec import Spec
+from mpillm.store import results
+from mpillm.store.records import Layout, Result
+
+
+@dataclass
+class _Pending:
+    """A line whose choices are being computed."""
+
+    number: int
+    work: Work
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+class _Quiet:
+    """A `Progress` that says nothing: a model that is fetched is a matter of `mpillm pull`."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def downloading(self, done: int, total: int) -> None:
+        pass
+
+    def requests(self, total: int) -> AbstractContextManager[Bar]:
+        raise NotImplementedError
+
+
+class Service:
+    """A laid-out model. Making it is collective; then rank 0 calls `answers` while the others call `follow`."""
+
+    def __init__(self, world: World, spec: Spec) -> None:
+        """Lay the model of `spec` out; MpillmError on all ranks if that fails on any. Input and output are not used."""
+        path = model_path(world, spec, _Quiet())
+        self._session = session = Session(world, spec, path)
+        self._spec = spec
+        self.name = ""
+        with world.together():
+            if world.rank == 0:
+                since = datetime.now().astimezone()
+                self.model = model_of(session, path, lambda: since)
+                self.name = self.model.name
+                self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+
+    @property
+    def layout(self) -> Layout:
+        """Stages and shards."""
+        return self._session.layout
+
+    def follow(self) -> None:
+        """Every rank but 0: take part in one call of `answers`."""
+        if follow(self._session.worker, self._session.channel, self._session.watch.check):
+            raise ModelError("Rank 0 has stopped.")
+
+    def answers(self, lines: Sequence[bytes]) -> Generator[list[tuple[int, Result]], None, None]:
+        """Rank 0: compute lines of the batch format; yield after every step what it finished: indices and results.
+
+        A wrong line ends in an error result. The generator may be closed before its end.
+        """
+        pending: dict[str, _Pending] = {}
+        refused: list[tuple[int, Result]] = []
+        code = 1
+        try:
+            with closing(self._engine.run(self._requests(lines, pending, refused))) as steps:
+                for completions in steps:
+                    finished = [self._take(completion, pending) for completion in completions]
+                    yield [*refused, *filter(None, finished)]
+                    refused.clear()
+                    self._session.watch.check()
+            code = 0
+            yield refused
+        except GeneratorExit:
+            code = 0
+            raise
+        finally:
+            self._engine.stop(code)
+
+    def _requests(
+        self, lines: Sequence[bytes], pending: dict[str, _Pending], refused: list[tuple[int, Result]]
+    ) -> Iterator[Request]:
+        names: set[str] = set()
+        for index, raw in enumerate(lines):
+            name = f"request-{index + 1}"
+            try:
+                if len(raw) > MAX_LINE:
+                    raise RequestError(f"the request is longer than {MAX_LINE >> 20} MiB")
+                content = bodies.decode_line(raw)
+                name = bodies.custom_id_of(content) or name
+                if name in names:
+                    raise RequestError(f"the custom_id {name[:100]!r} is already that of another request")
+                names.add(name)
+                line = Line(index + 1, 0, len(raw), name, hashlib.blake2b(raw, digest_size=16).digest())
+                work = make_work(line, content, self._spec, self.model)
+            except RequestError as problem:
+                message = f"Request {index + 1}: {str(problem).rstrip('.')}."
+                refused.append((index, Result(name, b"", 400, error_line(name, message))))
+                continue
+            pending[name] = _Pending(index, work)
+            yield from work.requests
+
+    def _take(self, completion: Completion, pending: dict[str, _Pending]) -> tuple[int, Result] | None:
+        """Keep a completion; return its line's result if it was the last one."""
+        found = pending[completion.request.id]
+        found.completions[completion.request.choice] = completion
+        if len(found.completions) < len(found.work.requests):
+            return None
+        del pending[completion.request.id]
+        completions = [found.completions[choice] for choice in range(len(found.work.requests))]
+        if all(one.finite for one in completions):
+            return found.number, results.finished(found.work, completions, self.model)
+        return found.number, results.failed(found.work, NOT_FINITE, status=500)
+
+    def close(self) -> None:
+        """Let go of the model (on every rank)."""
+        self._session.close()

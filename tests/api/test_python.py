@@ -1,0 +1,230 @@
+"""The Python interface: `LLM` on ranks of its own and on a program's, `Job`, `read_results`, and their page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from mpillm import LLM, Job, read_results
+from mpillm.api.answers import Embedding, Generation, Score
+from mpillm.errors import Interrupted, JobError, ModelError, MpillmError, RequestError
+from tests.conftest import ROOT, Mpi, clean_environment
+from tests.e2e.jobs import CHAT, command, mixed_lines, results, write_lines
+
+pytestmark = pytest.mark.mpiexec
+SETTINGS = {"memory": {"kv": "16MiB"}, "wire": {"activations": "f32"}}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(str(CHAT), ranks=2, **SETTINGS) as made:
+        yield made
+
+
+def test_answers_are_those_of_a_run(llm: LLM, openmpi: Mpi, tmp_path: Path) -> None:
+    lines = mixed_lines(12, seed=3)
+    source = write_lines(tmp_path / "in.jsonl", [*lines, {"custom_id": "bad", "prompt": 5}])
+    done = openmpi.run(1, *command(source, tmp_path / "out", "memory.kv=16MiB"))
+    assert done.returncode == 1, done.stderr
+    expected = {line["custom_id"]: line["response"]["body"] for line in results(tmp_path / "out")}
+    for _ in range(2):  # called twice, it works twice
+        answers = list(llm.stream([*lines, {"custom_id": "bad", "prompt": 5}]))
+        assert sorted(answer.index for answer in answers) == list(range(13))
+        bad = [answer for answer in answers if answer.error is not None]
+        assert [answer.custom_id for answer in bad] == ["bad"]
+        for answer in answers:
+            if answer.error is None:
+                assert answer.body == expected[answer.custom_id]
+    kinds = {answer.index % 4: type(answer) for answer in answers if answer.error is None}
+    assert kinds == {0: Generation, 1: Generation, 2: Score, 3: Embedding}
+
+    found = read_results(tmp_path / "out")
+    assert list(found.custom_ids) == [f"r{n}" for n in range(12)] + ["bad"]
+    assert list(found.status) == [200] * 12 + [400]
+    for answer in answers:
+        choice = found.choices[answer.index]
+        if isinstance(answer, Score):
+            np.testing.assert_array_equal(answer.logprobs, found.prompt_logprobs[choice])
+            np.testing.assert_array_equal(answer.tokens, found.prompts[found.prompt_of[choice]])
+        elif isinstance(answer, Generation) and answer.error is None:
+            for number, completion in enumerate(answer.completions):
+                np.testing.assert_array_equal(completion.tokens, found.tokens[choice + number])
+    rows = list(found.rows())
+    assert rows[12]["error"] is not None
+    assert rows[2]["logprob"] == pytest.approx(float(found.prompt_logprobs[found.choices[2]].sum()), rel=1e-5)
+    assert len(rows[3]["embedding"]) == 24
+
+
+def test_each_kind_of_call(llm: LLM) -> None:
+    several = llm.generate(["the quick", [5, 6, 7], np.array([5, 6, 7])], max_tokens=3, logprobs=0, n=2)
+    assert [len(answer.completions) for answer in several] == [2, 2, 2]
+    assert several[1].prompt_tokens[0].tolist() == [5, 6, 7]
+    assert several[1].completions[0].tokens.tolist() == several[2].completions[0].tokens.tolist()
+    assert several[0].completions[0].logprobs is not None
+    assert llm.generate("the quick", max_tokens=3)[0].text == several[0].text
+    hello = {"role": "user", "content": "hello \u4f60"}
+    assert llm.chat([hello], max_tokens=2)[0].text == llm.chat([[hello], [hello]], max_tokens=2)[1].text
+    score = llm.score("the quick brown")[0]
+    assert len(score.logprobs) == len(score.tokens) - 1
+    assert score.total == pytest.approx(float(score.logprobs.sum()))
+    vector = llm.embed("the quick")[0].vector
+    assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_wrong_request_costs_no_other(llm: LLM) -> None:
+    answers = llm.generate(["a", "b"], max_tokens=-1)
+    with pytest.raises(RequestError, match=r"Request 2: max_tokens: expected a whole number >= 0\."):
+        answers[1].text  # noqa: B018
+    with pytest.raises(RequestError):
+        llm.embed([[]])[0].vector  # noqa: B018
+    assert llm.generate("a", max_tokens=1)[0].error is None
+
+
+def test_a_stream_may_be_left(llm: LLM) -> None:
+    expected = llm.generate("the quick", max_tokens=5)[0].text
+    stream = llm.stream((f"the quick {n}" for n in range(40)), max_tokens=60)
+    assert next(stream).error is None
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.generate("the quick", max_tokens=5)[0].text == expected
+
+
+def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        LLM(str(tmp_path))
+    with pytest.raises(JobError, match="'3 bananas' is no size"):
+        LLM(str(CHAT), memory={"kv": "3 bananas"})
+    with pytest.raises(JobError, match=r"unknown key 'sampling\.heat'"):
+        LLM(str(CHAT), sampling={"heat": 1})
+    with pytest.raises(MpillmError, match="cannot be laid out on 3 ranks"):
+        LLM(str(CHAT), ranks=3)
+
+
+def below(parent: int) -> list[psutil.Process]:
+    """The ranks that a process has started."""
+    return [one for one in psutil.Process(parent).children(recursive=True) if "ranks" in one.cmdline()]
+
+
+CALLER = """
+import sys
+from mpillm import LLM
+
+llm = LLM(sys.argv[1], ranks=2, memory={"kv": "64MiB"})
+print("ready", flush=True)
+try:
+    llm.generate([f"the quick {n}" for n in range(500)], max_tokens=400, ignore_eos=True)
+except KeyboardInterrupt:
+    print(len(llm.generate("the quick", max_tokens=3)[0].completions), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_behind(number: signal.Signals, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CALLER, CHAT],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean_environment(TMPDIR=str(tmp_path) if len(str(tmp_path)) < 60 else "/tmp"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    ) as caller:
+        assert caller.stdout is not None
+        assert caller.stdout.readline() == "ready\n"
+        ranks = below(caller.pid)
+        assert len(ranks) >= 2
+        time.sleep(0.5)
+        caller.send_signal(number)
+        said = caller.stdout.read()
+    assert said == ("1\n" if number == signal.SIGINT else "")
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert len(gone) == len(ranks)
+
+
+def test_ranks_that_die_are_started_again() -> None:
+    before = below(os.getpid())
+    with LLM(str(CHAT), **SETTINGS) as llm:
+        expected = llm.generate("the quick", max_tokens=5)[0].text
+        (mine,) = [rank for rank in below(os.getpid()) if rank not in before]
+        stream = llm.stream([f"the quick {n}" for n in range(200)], max_tokens=100)
+        next(stream)
+        mine.kill()
+        with pytest.raises(Interrupted, match=r"The ranks have ended \(exit code -9\)"):
+            list(stream)
+        assert llm.generate("the quick", max_tokens=5)[0].text == expected
+
+
+PROGRAM = """
+import sys
+from mpi4py import MPI
+from mpillm import LLM
+
+comm = MPI.COMM_WORLD
+settings = {"memory": {"kv": "8MiB"}, "wire": {"activations": "f32"}}
+with LLM(sys.argv[1], **settings) as llm:
+    texts = [answer.text for answer in llm.generate(["the quick", "brown fox"], max_tokens=4)]
+    streamed = {answer.index: answer.text for answer in llm.stream(["the quick", "brown fox"], max_tokens=4)}
+half = comm.Split(comm.rank // 2)
+with LLM(sys.argv[1], comm=half, **settings) as llm:
+    alone = llm.generate("the quick", max_tokens=4)[0].text
+assert not MPI.Is_finalized()
+assert comm.allreduce(1) == 4
+assert texts == [streamed[0], streamed[1]] and alone == texts[0]
+sys.stdout.write(f"{texts!r}\\n")
+"""
+
+
+def test_on_the_ranks_of_a_program(mpi: Mpi, llm: LLM, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = mpi.run(4, program, CHAT)
+    assert done.returncode == 0, done.stderr
+    texts = [answer.text for answer in llm.generate(["the quick", "brown fox"], max_tokens=4)]
+    assert done.stdout.splitlines() == [repr(texts)] * 4
+
+
+def test_a_job(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(5))
+    job = Job(model=CHAT, input=source, output=tmp_path / "out", sampling={"max_tokens": 3}, **SETTINGS)
+    assert job.spec.sampling.max_tokens == 3
+    assert len(job.run()) == 5
+    with pytest.raises(JobError, match=r"belongs to another job: sampling\.seed"):
+        Job(
+            model=CHAT,
+            input=source,
+            output=tmp_path / "out",
+            sampling={"max_tokens": 3, "seed": 4},
+            **SETTINGS,
+        ).run()
+    with pytest.raises(JobError, match="There are no results in"):
+        read_results(tmp_path)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, openmpi: Mpi) -> None:
+    """All code of docs/python.md in one script, with a tiny model in place of the default one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "the quick"}) + "\n")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), flags=re.M | re.S)
+    assert len(blocks) == 5
+    code = [block.replace('"smollm2-135m"', repr(str(CHAT))) for block in blocks]
+    # A random model has no opinion on cheese.
+    script = "\n".join(code[:4]).replace(
+        "assert scores[0].total > scores[1].total", "assert scores[0].total < 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("request-1 ")
+    (tmp_path / "program.py").write_text(code[4])
+    done = openmpi.run(2, tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
