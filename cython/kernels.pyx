@@ -107,7 +107,10 @@ cdef struct Pools:
 
 
 cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *:
-    """Contiguous pools for keys of hd dimensions and values of vd; the caller keeps the arrays."""
+    """Contiguous pools for keys of hd dimensions and values of vd; the caller keeps the arrays.
+
+    vpool may be None: values are then the first vd dimensions of keys.
+    """
     cdef const float[:, :, :, ::1] kfloats, vfloats
     cdef const uint16_t[:, :, :, ::1] khalves, vhalves
     cdef const uint8_t[:, :, ::1] kbytes, vbytes
@@ -119,21 +122,37 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *
             raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {dim}")
         if kv_type == MK_Q8_0 and dim % MK_BLOCK:
             raise ValueError(f"a Q8_0 KV cache needs heads of a multiple of {MK_BLOCK} dimensions, not {dim}")
+    pools.values = NULL
     if kv_type == MK_F32:
-        kfloats, vfloats = kpool, vpool
-        pools.keys, pools.values = <void *>&kfloats[0, 0, 0, 0], <void *>&vfloats[0, 0, 0, 0]
+        kfloats = kpool
+        pools.keys = <void *>&kfloats[0, 0, 0, 0]
     elif kv_type == MK_F16:
-        khalves, vhalves = kpool, vpool
-        pools.keys, pools.values = <void *>&khalves[0, 0, 0, 0], <void *>&vhalves[0, 0, 0, 0]
+        khalves = kpool
+        pools.keys = <void *>&khalves[0, 0, 0, 0]
     else:
-        kbytes, vbytes = kpool, vpool
-        pools.keys, pools.values = <void *>&kbytes[0, 0, 0], <void *>&vbytes[0, 0, 0]
+        kbytes = kpool
+        pools.keys = <void *>&kbytes[0, 0, 0]
     pools.blocks = kpool.shape[0]
     if kv_type == MK_Q8_0:
         require("kpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, hd)), kpool.shape)
-        require("vpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, vd)), vpool.shape)
     else:
         require("kpool", (pools.blocks, kvh, hd, MK_KV_BLOCK), kpool.shape)
+    if vpool is None:
+        if vd > hd:
+            raise ValueError(f"values of {vd} dimensions are no part of keys of {hd}")
+        return pools
+    if kv_type == MK_F32:
+        vfloats = vpool
+        pools.values = <void *>&vfloats[0, 0, 0, 0]
+    elif kv_type == MK_F16:
+        vhalves = vpool
+        pools.values = <void *>&vhalves[0, 0, 0, 0]
+    else:
+        vbytes = vpool
+        pools.values = <void *>&vbytes[0, 0, 0]
+    if kv_type == MK_Q8_0:
+        require("vpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, vd)), vpool.shape)
+    else:
         require("vpool", (pools.blocks, kvh, MK_KV_BLOCK, vd), vpool.shape)
     return pools
 
@@ -504,12 +523,20 @@ def softmax(float[:, :] x, int threads=1):
     finish(&work, threads)
 
 
-def kv_store(int kv_type, const float[:, :] k, const float[:, :] v, const int32_t[::1] block,
+def kv_store(int kv_type, const float[:, :] k, v, const int32_t[::1] block,
              const int32_t[::1] offset, kpool, vpool, int kvh, int hd, int value_dim=0):
     cdef Pools pools
+    cdef const float[:, :] rows
+    cdef const float *values = NULL
+    cdef long stride = 0
     cdef int vd = value_dim or hd
     require_rows("k", k, -1, <Py_ssize_t>kvh * hd)
-    require_rows("v", v, k.shape[0], <Py_ssize_t>kvh * vd)
+    if (v is None) != (vpool is None):
+        raise ValueError("v and vpool must both be given, or neither")
+    if v is not None:
+        rows = v
+        require_rows("v", rows, k.shape[0], <Py_ssize_t>kvh * vd)
+        values, stride = &rows[0, 0], rows.strides[0] // 4
     pools = pools_of(kv_type, kpool, vpool, kvh, hd, vd)
     require_vector("block", k.shape[0], block.shape[0])
     require_vector("offset", k.shape[0], offset.shape[0])
@@ -517,8 +544,8 @@ def kv_store(int kv_type, const float[:, :] k, const float[:, :] v, const int32_
     require_range("offset", offset, MK_KV_BLOCK)
     cdef mk_work work
     mk_begin(&work)
-    mk_kv_store(&work, kv_type, &k[0, 0], k.strides[0] // 4, &v[0, 0], v.strides[0] // 4, &block[0], &offset[0],
-                k.shape[0], pools.keys, pools.values, kvh, hd, vd)
+    mk_kv_store(&work, kv_type, &k[0, 0], k.strides[0] // 4, values, stride, &block[0], &offset[0], k.shape[0],
+                pools.keys, pools.values, kvh, hd, 0 if v is None else vd)
     finish(&work, 1)
 
 
@@ -650,6 +677,7 @@ def lse_parts(const float[:, :] x, const float[::1] inv_t, bounds, float[:, :, :
 include "products.pxi"
 include "norms.pxi"
 include "attention.pxi"
+include "latent.pxi"
 include "recurrent.pxi"
 include "mlp.pxi"
 include "stack.pxi"

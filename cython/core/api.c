@@ -232,3 +232,14 @@ void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long r
     mk_step_of(work, add_rows, m, 1, 0)->small = (mk_small_job){
         .b = rows, .b_stride = rows_stride, .alpha = scale, .d = d, .out = x, .out_stride = stride};
 }
+
+static void copy_rows(const void *argument, long begin, long end) {
+    const mk_small_job *job = argument;
+    for (long row = begin; row < end; row++)
+        memcpy(job->out + row * job->out_stride, job->a + row * job->a_stride, (size_t)job->d * sizeof *job->a);
+}
+
+void mk_copy_rows(mk_work *work, const float *x, long x_stride, long m, long d, float *out, long out_stride) {
+    mk_step_of(work, copy_rows, m, 1, 0)->small =
+        (mk_small_job){.a = x, .a_stride = x_stride, .d = d, .out = out, .out_stride = out_stride};
+}

@@ -222,16 +222,17 @@ MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap
     q->total = vf_add(q->total, vf_add(part[0], part[1]));
 }
 
-/* One tile against one block of keys and values of a type. */
-static void visit(query_group *group, int tile, int type, long start, const uint8_t *keys, const uint8_t *values,
-                  const uint8_t *next_keys, const uint8_t *next_values) {
-    const query_tile *many = &QUERY_TILE_FUNCTIONS[type][group->shape], *one = &QUERY_TILE_FUNCTIONS[type][0];
+/* One tile against one block of keys and one of values, each of a type. */
+static void visit(query_group *group, int tile, int type, int value_type, long start, const uint8_t *keys,
+                  const uint8_t *values, const uint8_t *next_keys, const uint8_t *next_values) {
+    const query_tile *many = &QUERY_TILE_FUNCTIONS[value_type][group->shape];
+    const query_tile *one = &QUERY_TILE_FUNCTIONS[value_type][0];
     int Q = QUERIES[group->shape], hd = group->job->hd, vd = group->job->vd;
     int count = group->count - tile * Q < Q ? group->count - tile * Q : Q;
     long lanes = group->lanes, from = 0, to = MK_KV_BLOCK - 1;
     query *queries = group->queries + tile * Q;
     float *p = group->p[tile * Q], *sums = group->sums + tile * Q * lanes;
-    many->scores(group->q + (long)tile * Q * hd, keys, next_keys, hd, p);
+    QUERY_TILE_FUNCTIONS[type][group->shape].scores(group->q + (long)tile * Q * hd, keys, next_keys, hd, p);
     for (int j = 0; j < count; j++) {
         query *q = queries + j;
         q->from = q->first > start ? q->first - start : 0;
@@ -284,33 +285,64 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
         }
 }
 
+/* The first vd dimensions of a head's block of keys as its values: floats, token by token. */
+HOT void keys_as_values(const int type, const uint8_t *keys, int hd, int vd, float *out) {
+    float part[MK_TILE][MK_KV_BLOCK];
+    for (int begin = 0; begin < vd; begin += MK_TILE) {
+        int count = vd - begin < MK_TILE ? vd - begin : MK_TILE;
+        for (int i = 0; i < count; i++)
+            for (int vector = 0; vector < MK_KV_BLOCK / MK_TILE; vector++) {
+                vf scale = vf_set1(1.0f);
+                if (type == MK_Q8_0)
+                    scale = vf_load_f16((const uint16_t *)keys + begin / MK_BLOCK * MK_BLOCK + vector * MK_TILE);
+                vf_store(part[i] + vector * MK_TILE, load_keys(type, keys, hd, begin + i, vector, scale));
+            }
+        for (int token = 0; token < MK_KV_BLOCK; token++)
+            for (int i = 0; i < count; i++) out[(long)token * vd + begin + i] = part[i][token];
+    }
+}
+
+static void values_of_keys(int type, const uint8_t *keys, int hd, int vd, float *out) {
+    if (type == MK_F32) keys_as_values(MK_F32, keys, hd, vd, out);
+    else if (type == MK_F16) keys_as_values(MK_F16, keys, hd, vd, out);
+    else keys_as_values(MK_Q8_0, keys, hd, vd, out);
+}
+
 static void attend(const mk_attention_job *job, const mk_query_group *item) {
     query_group group;
-    float key_floats[MAX_FLOAT_DIM * MK_KV_BLOCK], value_floats[MAX_FLOAT_DIM * MK_KV_BLOCK];
+    float key_floats[MAX_FLOAT_DIM * MK_KV_BLOCK], value_floats[MK_MAX_HEAD_DIM * MK_KV_BLOCK];
     long low, high, key_bytes = mk_kv_bytes(job->type, job->hd), value_bytes = mk_kv_bytes(job->type, job->vd);
     group.job = job;
     group.lanes = MK_LANES(job->vd);
     gather(&group, item, &low, &high);
     int tiles = (int)mk_blocks(group.count, QUERIES[group.shape]);
-    int floats = tiles > 1 && job->type != MK_F32 && job->hd <= MAX_FLOAT_DIM && job->vd <= MAX_FLOAT_DIM;
+    int shared = !job->vpool;
+    int floats = tiles > 1 && !shared && job->type != MK_F32 && job->hd <= MAX_FLOAT_DIM && job->vd <= MAX_FLOAT_DIM;
     const int32_t *table = job->table + job->table_start[item->row];
     for (long block = low / MK_KV_BLOCK, last = high / MK_KV_BLOCK; block <= last; block++) {
         long at = (long)table[block] * job->kvh + item->kv_head;
         long ahead = (long)table[block < last ? block + 1 : block] * job->kvh + item->kv_head;
         const uint8_t *keys = (const uint8_t *)job->kpool + at * key_bytes;
         const uint8_t *next_keys = (const uint8_t *)job->kpool + ahead * key_bytes;
-        const uint8_t *values = (const uint8_t *)job->vpool + at * value_bytes;
-        const uint8_t *next_values = (const uint8_t *)job->vpool + ahead * value_bytes;
-        int type = job->type;
+        const uint8_t *values = NULL, *next_values = NULL;
+        int type = job->type, value_type = type;
+        if (shared) {
+            values_of_keys(type, keys, job->hd, job->vd, value_floats);
+            values = next_values = (const uint8_t *)value_floats;
+            value_type = MK_F32;
+        } else {
+            values = (const uint8_t *)job->vpool + at * value_bytes;
+            next_values = (const uint8_t *)job->vpool + ahead * value_bytes;
+        }
         if (floats) {
             to_floats(type, 1, keys, next_keys, job->hd, key_floats);
             to_floats(type, 0, values, next_values, job->vd, value_floats);
             keys = next_keys = (const uint8_t *)key_floats;
             values = next_values = (const uint8_t *)value_floats;
-            type = MK_F32;
+            type = value_type = MK_F32;
         }
         for (int tile = 0; tile < tiles; tile++)
-            visit(&group, tile, type, block * MK_KV_BLOCK, keys, values, next_keys, next_values);
+            visit(&group, tile, type, value_type, block * MK_KV_BLOCK, keys, values, next_keys, next_values);
     }
     for (int j = 0; j < group.count; j++) {
         vf total = vf_set1(vf_hadd(group.queries[j].total));

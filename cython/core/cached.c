@@ -13,7 +13,7 @@ static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at,
     for (int i = 0; i < hd / MK_BLOCK; i++) memcpy(block + 2 * (i * MK_KV_BLOCK + offset), &scales[i], 2);
 }
 
-/* One row of K goes to one column of its block, one row of V to one row. */
+/* One row of K goes to one column of its block, one row of V to one row; with vd 0 there is no V. */
 static void store(const void *argument, long begin, long end) {
     const mk_store_job *job = argument;
     int hd = job->hd, vd = job->vd;
@@ -22,22 +22,23 @@ static void store(const void *argument, long begin, long end) {
         for (int head = 0; head < job->kvh; head++) {
             long offset = job->offset[row], at = (long)job->block[row] * job->kvh + head;
             const float *key = job->k + row * job->k_stride + (long)head * hd;
-            const float *value = job->v + row * job->v_stride + (long)head * vd;
             uint8_t *keys = (uint8_t *)job->kpool + at * mk_kv_bytes(job->type, hd);
-            uint8_t *values = (uint8_t *)job->vpool + at * mk_kv_bytes(job->type, vd);
             if (job->type == MK_Q8_0) {
                 put_q8(key, keys, hd, offset, offset, MK_KV_BLOCK);
-                put_q8(value, values, vd, offset, offset * vd, 1);
             } else if (job->type == MK_F16) {
                 uint16_t *to = (uint16_t *)keys + offset;
                 mk_active->to_f16(key, half, hd);
                 for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = half[i];
-                mk_active->to_f16(value, (uint16_t *)values + offset * vd, vd);
             } else {
                 float *to = (float *)keys + offset;
                 for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = key[i];
-                memcpy((float *)values + offset * vd, value, (size_t)vd * sizeof *value);
             }
+            if (!vd) continue;
+            const float *value = job->v + row * job->v_stride + (long)head * vd;
+            uint8_t *values = (uint8_t *)job->vpool + at * mk_kv_bytes(job->type, vd);
+            if (job->type == MK_Q8_0) put_q8(value, values, vd, offset, offset * vd, 1);
+            else if (job->type == MK_F16) mk_active->to_f16(value, (uint16_t *)values + offset * vd, vd);
+            else memcpy((float *)values + offset * vd, value, (size_t)vd * sizeof *value);
         }
 }
 
@@ -52,7 +53,8 @@ void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, cons
 /* Groups: runs of rows of one sequence times runs of heads of one KV head, as many as a thread's stack holds. */
 static long group_queries(mk_query_group *groups, const int32_t *table_start, const int32_t *kv_of_head, long m,
                           int heads, int hd) {
-    int most = MK_ATTENTION_SUMS / MK_LANES(hd);
+    /* Wide heads, which are few, take all of the stack's room; others leave more items for the threads. */
+    int most = (hd > MK_WIDE_HEAD ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
     long count = 0;
     if (most > MK_MAX_QUERIES) most = MK_MAX_QUERIES;
     if (most >= MK_QUERY_TILE) most -= most % MK_QUERY_TILE;

@@ -145,6 +145,7 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long r
                int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
 /* x += scale * rows, which with rows_stride 0 are all the same one */
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, float scale, long m, long d);
+void mk_copy_rows(mk_work *work, const float *x, long x_stride, long m, long d, float *out, long out_stride);
 /* A product of a mixture: row rows[i] of out += weights[i] * what mk_matmul would write to row i; before that, with a
  * bias [n], the same row of the first panel += weights[i] * bias.  The products of a step have as many rows of W each,
  * and add up one after the other. */
@@ -173,9 +174,11 @@ void mk_top_k(mk_work *work, const float *x, long stride, long m, long n, long k
 void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t, long m, const int32_t *bounds, int
                   panels,
                   float *out);
+/* v: NULL with vd 0 */
 void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride, const
                  int32_t *block,
                  const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd, int vd);
+/* vpool: NULL where a head's values are the first vd dimensions of its keys */
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride, const void
                   *kpool,
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,

@@ -72,7 +72,7 @@ typedef struct {
     const float *q, *sinks; /* sinks [heads], or NULL */
     float *out;
     long q_stride, out_stride;
-    const void *kpool, *vpool;
+    const void *kpool, *vpool; /* vpool NULL: a value is the first vd dimensions of its key */
     const int32_t *pos, *table, *table_start;
     const mk_query_group *groups; /* items */
 } mk_attention_job;
@@ -164,7 +164,7 @@ typedef struct {
 
 /* Attention's queries and running sums lie on the stack of a thread: so many floats of each, for a group of queries.
  * MK_QUERY_TILE is a multiple of every path's tiles. */
-enum { MK_ATTENTION_SUMS = 8192, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12 };
+enum { MK_ATTENTION_SUMS = 16384, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12, MK_WIDE_HEAD = 256 };
 
 /* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
 enum { MK_MANY_TILES = 4, MK_ROWS = 16 };

@@ -1,7 +1,8 @@
 """The commands, and the words that they take.
 
-Only rank 0 prints at the default level, on streams that never fail (see `streams`). Every command runs inside
-`program.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of all.
+Only rank 0 prints at the default level, on streams that never fail (see `streams`). A command that needs ranks runs
+inside `program.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of
+all; the others run without MPI, on rank 0 alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
 from mpillm.comm.program import guard
+from mpillm.comm.running import run_alone
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 
@@ -55,6 +57,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
+    alone = {
+        "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
+    }  # fmt: skip
+    if options.command in alone:
+        started = launch.launched_by(os.environ)
+        if started is not None and started.rank > 0:
+            return 0
+        _log(options.verbose, "mpillm:", quiet=False)
+        return run_alone(lambda: alone[options.command](options))
     if options.command == "ranks" and options.n > 1 and launch.launched_by(os.environ) is None:
         from mpillm.api import ranks
 
@@ -74,20 +85,10 @@ def _only_first_prints() -> Iterator[None]:
 
 
 def _command(world: World, options: argparse.Namespace) -> int:
-    verbosity = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
-    quiet = world.rank > 0 and not options.verbose
-    logging.basicConfig(
-        level=logging.ERROR if quiet else verbosity, format=f"{world} %(message)s", stream=sys.stderr
-    )
+    _log(options.verbose, str(world), quiet=world.rank > 0 and not options.verbose)
     commands = {
         "run": _run,
-        "plan": _plan,
         "pack": _pack,
-        "pull": _pull,
-        "models": _models,
-        "init": _init,
-        "report": _report,
-        "merge": _merge,
         "doctor": _doctor,
         "bench": bench.run,
         "ranks": _ranks,
@@ -95,6 +96,13 @@ def _command(world: World, options: argparse.Namespace) -> int:
         "chat": serve.run_chat,
     }
     return commands[options.command or "run"](world, options)
+
+
+def _log(verbose: int, who: str, quiet: bool) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(
+        level=logging.ERROR if quiet else level, format=f"{who} %(message)s", stream=sys.stderr
+    )
 
 
 def _run(world: World, options: argparse.Namespace) -> int:
@@ -109,15 +117,13 @@ def _run(world: World, options: argparse.Namespace) -> int:
     return 1 if report.requests.errors else 0
 
 
-def _plan(world: World, options: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> int:
     from mpillm.run import plan
 
-    spec = _spec(world, options)
-    if world.rank == 0:
-        made = plan.make(spec, options.ranks)
-        print(plan.as_json(made) if options.json else plan.as_text(made))
-        return JobError.exit_code if made.problems else 0
-    return 0
+    spec = _load(options)
+    made = plan.make(spec, options.ranks)
+    print(plan.as_json(made) if options.json else plan.as_text(made))
+    return JobError.exit_code if made.problems else 0
 
 
 def _pack(world: World, options: argparse.Namespace) -> int:
@@ -132,49 +138,44 @@ def _pack(world: World, options: argparse.Namespace) -> int:
     return 0
 
 
-def _pull(world: World, options: argparse.Namespace) -> int:
+def _pull(options: argparse.Namespace) -> int:
     from mpillm.run import catalogue
 
-    if world.rank == 0:
-        print(catalogue.pull(options.name, Console().downloading))
+    print(catalogue.pull(options.name, Console().downloading))
     return 0
 
 
-def _models(world: World, options: argparse.Namespace) -> int:
+def _models(options: argparse.Namespace) -> int:
     from mpillm.run import catalogue
 
-    if world.rank == 0:
-        print("\n".join(catalogue.listed()))
+    print("\n".join(catalogue.listed()))
     return 0
 
 
-def _report(world: World, options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> int:
     from mpillm.store import report_page
 
-    if world.rank == 0:
-        path, missing = report_page.write_html(options.directory)
-        print(path)
-        if missing:
-            print(missing, file=sys.stderr)
+    path, missing = report_page.write_html(options.directory)
+    print(path)
+    if missing:
+        print(missing, file=sys.stderr)
     return 0
 
 
-def _init(world: World, options: argparse.Namespace) -> int:
+def _init(options: argparse.Namespace) -> int:
     from mpillm.tools import init
 
-    if world.rank == 0:
-        print("\n".join(init.init(options.what, options.directory)))
+    print("\n".join(init.init(options.what, options.directory)))
     return 0
 
 
-def _merge(world: World, options: argparse.Namespace) -> int:
+def _merge(options: argparse.Namespace) -> int:
     from mpillm.store import merge
 
-    if world.rank == 0:
-        made = merge.merge(options.parts, options.output)
-        if made.renamed:
-            print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
-        print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
+    made = merge.merge(options.parts, options.output)
+    if made.renamed:
+        print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
+    print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
     return 0
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from enum import IntEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-from mpi4py import MPI
 
 from mpillm import kernels
 from mpillm.comm.counters import Count, MessageCounters
@@ -22,6 +21,9 @@ from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
 from mpillm.partition.grid import Place
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -84,6 +86,8 @@ class _Outbox:
         world.keep_alive(self._under_way)
 
     def send(self, data: U8 | bytes, ranks: list[int], tag: Tag) -> None:
+        from mpi4py import MPI  # here and below: planning a run loads this module, and needs no MPI
+
         self.progress()
         requests: list[MPI.Request] = []
         self._under_way.append((requests, data))
@@ -92,12 +96,16 @@ class _Outbox:
 
     def progress(self) -> None:
         """Move messages on and forget those that are gone."""
+        from mpi4py import MPI
+
         while self._under_way and MPI.Request.Testall(self._under_way[0][0]):
             self._under_way.popleft()
 
 
 def _finish(world: World, requests: list[MPI.Request], expected: list[int], count: Count) -> None:
     """Wait for receives (they come first in `requests`) and sends; check the receives' sizes in bytes."""
+    from mpi4py import MPI
+
     statuses = [MPI.Status() for _ in requests]
     try:
         count.seconds += world.wait(lambda: MPI.Request.Testall(requests, statuses))
@@ -205,6 +213,8 @@ class Channel:
         return self._receive(source, Tag.REPLY, self._counters.reply)
 
     def _receive(self, source: int, tag: Tag, count: Count) -> bytes:
+        from mpi4py import MPI
+
         status = MPI.Status()
         found: list[MPI.Message] = []
 

@@ -55,6 +55,21 @@ def run(world: World, program: Callable[[World], int]) -> int:
         return _leave(world, code, error)
 
 
+def run_alone(program: Callable[[], int]) -> int:
+    """Run a program that needs neither MPI nor other ranks; return its exit code, after saying what went wrong."""
+    with _interruptible():
+        try:
+            return program()
+        except MpillmError as error:
+            say(f"mpillm: {error}")
+            return error.exit_code
+        except Exception as bug:
+            log.debug("%s", "".join(traceback.format_exception(bug)))
+            missing = out_of(bug)
+            say(f"mpillm: {missing or _in_a_line(bug)}")
+            return CRASHED if missing is None else Interrupted.exit_code
+
+
 def _leave(world: World, code: int, error: MpillmError | None) -> int:
     mine = np.array([error.exit_code if error else code, error is not None], np.int32)
     all_ranks = np.empty((world.size, 2), np.int32)

@@ -20,6 +20,7 @@ from mpillm.kernels.fused import (
     Expert,
     Experts,
     GatedDeltaNet,
+    LatentAttention,
     LayerStack,
     Mlp,
     Products,
@@ -63,15 +64,26 @@ from mpillm.kernels.types import (
 )
 
 __all__ = [
-    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType", "Expert",
-    "Experts", "GatedDeltaNet", "LayerStack", "Mlp", "Norm", "Products", "Residual", "activate", "activation_nbytes",
-    "attention", "available", "compute", "decays", "delta_floats", "delta_rule", "dequantize", "first_touch", "fold",
-    "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack", "packed_nbytes", "path", "quantize",
-    "quantize_rows", "rms_norm", "rope", "set_path", "short_conv", "softcap", "softmax", "square_sums", "top_k",
+    "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType",
+    "Expert", "Experts", "GatedDeltaNet", "LatentAttention", "LayerStack", "Mlp", "Norm", "Products", "Residual",
+    "activate", "activation_nbytes", "attention", "available", "compute", "decays", "delta_floats", "delta_rule",
+    "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack",
+    "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "short_conv", "softcap",
+    "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
-FUSED = ("Attention", "Expert", "Experts", "GatedDeltaNet", "LayerStack", "Mlp", "Products", "Residual")
+FUSED = (
+    "Attention",
+    "Expert",
+    "Experts",
+    "GatedDeltaNet",
+    "LatentAttention",
+    "LayerStack",
+    "Mlp",
+    "Products",
+    "Residual",
+)
 
 _compiled: Any = None
 try:

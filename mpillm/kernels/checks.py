@@ -68,11 +68,14 @@ def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np
         require_rows("x", x, width=k, dtype=np.float32)
 
 
-def require_pools(kv_type: BlockType, kpool: Array, vpool: Array, kvh: int, hd: int, vd: int) -> None:
-    """Pools as `kv_pools` has them."""
+def require_pools(kv_type: BlockType, kpool: Array, vpool: Array | None, kvh: int, hd: int, vd: int) -> None:
+    """Pools as `kv_pools` has them; without vpool, values are the first vd dimensions of keys."""
     keys, values = kv_pools(kv_type, len(kpool), kvh, hd, vd)
     require("kpool", kpool, *keys)
-    require("vpool", vpool, *values)
+    if vpool is not None:
+        require("vpool", vpool, *values)
+    elif vd > hd:
+        raise ValueError(f"values of {vd} dimensions are no part of keys of {hd}")
 
 
 def require_vector(name: str, array: Array | None, count: int) -> None:

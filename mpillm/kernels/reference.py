@@ -429,36 +429,43 @@ def softmax(x: F32, threads: int = 1) -> None:
         x[:] = e / lanes.lane_sum(e)[:, None]
 
 
-def kv_store(kv_type: BlockType, k: F32, v: F32, block: I32, offset: I32, kpool: Pool, vpool: Pool, kvh: int,
-             hd: int, value_dim: int = 0) -> None:  # fmt: skip
-    """Put k [m, kvh * hd] and v [m, kvh * value_dim] at (block[i], offset[i]) of the pools (see `types.kv_pools`)."""
+def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32, kpool: Pool, vpool: Pool | None,
+             kvh: int, hd: int, value_dim: int = 0) -> None:  # fmt: skip
+    """Put k [m, kvh * hd] and v [m, kvh * value_dim] at (block[i], offset[i]) of the pools (see `types.kv_pools`).
+
+    v and vpool may be None where values are a part of the keys (see `attention`).
+    """
     value_dim = value_dim or hd
-    require_pools(kv_type, kpool, vpool, kvh, hd, value_dim)
     require_rows("k", k, width=kvh * hd, dtype=np.float32)
-    require_rows("v", v, rows=len(k), width=kvh * value_dim, dtype=np.float32)
+    if (v is None) != (vpool is None):
+        raise ValueError("v and vpool must both be given, or neither")
+    if v is not None:
+        require_rows("v", v, rows=len(k), width=kvh * value_dim, dtype=np.float32)
+    require_pools(kv_type, kpool, vpool, kvh, hd, value_dim)
     for name, array, limit in (("block", block, len(kpool)), ("offset", offset, KV_BLOCK)):
         require(name, array, (len(k),), np.int32)
         if len(k) and not 0 <= array.min() <= array.max() < limit:
             raise ValueError(f"{name} must be within 0..{limit - 1}")
-    rows, values = k.reshape(len(k), kvh, hd), v.reshape(len(k), kvh, value_dim)
-    if kv_type == BlockType.Q8_0:
-        for x, pool, is_keys in ((rows, kpool, True), (values, vpool, False)):
-            dim = x.shape[2]
+    stored = [(k.reshape(len(k), kvh, hd), kpool, True)]
+    if v is not None and vpool is not None:
+        stored.append((v.reshape(len(k), kvh, value_dim), vpool, False))
+    for x, pool, is_keys in stored:
+        dim = x.shape[2]
+        if kv_type == BlockType.Q8_0:
             q, scales = _q8_parts(pool, dim, is_keys)
             done = np.empty((len(k) * kvh, kv_type.row_bytes(dim)), np.uint8)
             quantize(kv_type, np.ascontiguousarray(x).reshape(-1, dim), done)
             blocks = done.reshape(len(k), kvh, -1, kv_type.block_bytes)
             scales[block, :, :, offset] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-            mine = blocks[..., 2:].view(np.int8).reshape(len(k), kvh, dim)
-            if is_keys:
-                q[block, :, :, offset] = mine
-            else:
-                q[block, :, offset, :] = mine
-        return
-    element = np.float32 if kv_type == BlockType.F32 else np.float16
-    with np.errstate(over="ignore"):
-        kpool.view(element)[block, :, :, offset] = rows.astype(element)
-        vpool.view(element)[block, :, offset, :] = values.astype(element)
+            to, row = q, blocks[..., 2:].view(np.int8).reshape(len(k), kvh, dim)
+        else:
+            element = np.float32 if kv_type == BlockType.F32 else np.float16
+            with np.errstate(over="ignore"):
+                to, row = pool.view(element), x.astype(element)
+        if is_keys:
+            to[block, :, :, offset] = row
+        else:
+            to[block, :, offset, :] = row
 
 
 def _q8_parts(pool: Pool, hd: int, is_keys: bool) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
@@ -483,7 +490,7 @@ def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool
     return product
 
 
-def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool, pos: I32,
+def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | None, pos: I32,
               table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
               threads: int = 1, value_dim: int = 0, sinks: F32 | None = None,
               softcap: float = 0.0) -> None:  # fmt: skip
@@ -491,6 +498,7 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool, po
 
     q [m, heads * hd], out [m, heads * value_dim] (0: hd). `sinks` [heads]: a logit that takes part in the softmax's
     denominator, and has no value (gpt-oss). `softcap` > 0: scores s become softcap * tanh(s / softcap) (Gemma 2).
+    Without vpool a head's values are the first value_dim dimensions of its keys (the latents of DeepSeek V2).
     """
     heads, value_dim = len(kv_of_head), value_dim or hd
     require_rows("q", q, width=heads * hd, dtype=np.float32)
@@ -515,8 +523,11 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool, po
         if not 0 <= used.min() <= used.max() < len(kpool):
             raise ValueError(f"row {i}: the block table names a block outside the pool of {len(kpool)}")
         keys = _kv_floats(kv_type, kpool, used, hd, True).transpose(1, 2, 0, 3).reshape(kvh, hd, -1)
-        values = _kv_floats(kv_type, vpool, used, value_dim, False).transpose(1, 0, 2, 3)
-        values = values.reshape(kvh, -1, value_dim)
+        if vpool is None:
+            values = keys[:, :value_dim].swapaxes(1, 2)
+        else:
+            values = _kv_floats(kv_type, vpool, used, value_dim, False).transpose(1, 0, 2, 3)
+            values = values.reshape(kvh, -1, value_dim)
         skip = begin % KV_BLOCK
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):

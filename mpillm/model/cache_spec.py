@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class TokenCache:
     """Keys of `k_dim` and values of `v_dim` numbers for each token and each of a rank's `kv_heads` KV heads.
 
+    `v_dim` is 0 where values are a part of the keys.
+
     With a `window` above 0 a token attends to itself and to the `window - 1` tokens before it, so only those are kept.
     """
 

@@ -30,7 +30,8 @@ class RopeConfig:
     `kind` says which of the other fields count: linear (factor), llama3 (factor, low_freq_factor, high_freq_factor,
     original_max_position), yarn (factor, beta_fast, beta_slow, truncate, original_max_position), factors (factors, one
     divisor per frequency), longrope (factors for sequences of up to original_max_position tokens; longer ones are not
-    computed). `attention_factor` multiplies cosines and sines; only yarn, factors and longrope have one.
+    computed). `attention_factor` multiplies cosines and sines; only yarn, factors and longrope have one. `score_factor`
+    is what yarn's mscale_all_dim multiplies scores by, in models that do so (DeepSeek's).
     """
 
     theta: float = 10000.0
@@ -43,6 +44,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    score_factor: float = 1.0
     factors: tuple[float, ...] = ()
 
 
@@ -70,13 +72,14 @@ def inv_freq(rope: RopeConfig, head_dim: int) -> Floats:
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
     """YaRN's scale of cosines and sines where the config does not give one (the paper's, section 3.4)."""
-
-    def scale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     if mscale and mscale_all_dim:
-        return scale(mscale) / scale(mscale_all_dim)
-    return scale(1.0)
+        return yarn_scale(factor, mscale) / yarn_scale(factor, mscale_all_dim)
+    return yarn_scale(factor, 1.0)
+
+
+def yarn_scale(factor: float, weight: float) -> float:
+    """0.1 weight ln(factor) + 1, and 1 for what does not stretch."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _powers(theta: float, head_dim: int) -> Floats:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.model.fields import Fields
-from mpillm.model.rope import RopeConfig, yarn_attention_factor
+from mpillm.model.rope import RopeConfig, yarn_attention_factor, yarn_scale
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "factors")
 RENAMED = {"mrope": "default", "su": "longrope"}  # what older files say
@@ -147,6 +147,7 @@ def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeC
         beta_slow=beta_slow,
         truncate=rope.flag("truncate", default=True),
         attention_factor=yarn_attention_factor(factor, mscale, mscale_all_dim) if scale is None else scale,
+        score_factor=yarn_scale(factor, mscale_all_dim) ** 2 if mscale_all_dim else 1.0,
     )
 
 

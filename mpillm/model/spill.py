@@ -313,6 +313,8 @@ class Spill:
         start = self._starts[pool]
         for data in memory:
             size = data.shape[1]
+            if not size:  # values that are a part of the keys
+                continue
             step = max(REQUEST_BYTES // size, 1)
             for begin, end in runs:
                 for at in range(begin, end, step):
@@ -328,6 +330,8 @@ def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> Pool:
 
 def _zeros(nbytes: int) -> Bytes:
     """Zeros in memory of their own that begins at a page and goes with them."""
+    if not nbytes:  # which no mapping may be
+        return np.empty(0, np.uint8)
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= HUGE:
         with contextlib.suppress(OSError):  # a kernel without them

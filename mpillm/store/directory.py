@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from mpillm.errors import Interrupted, MpillmError, OutputError
 
@@ -23,20 +24,42 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 SYNC_BYTES = 1 << 24  # that are brought to disk at once: the kernel handles no signal meanwhile
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+D = TypeVar("D", bound="Descriptor")
 
-class Directory:
-    """A directory's handle, until closed."""
+
+class Descriptor:
+    """An open file descriptor `_file`, closed once: by `close` or at the end of a `with` block."""
+
+    _file: int
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self: D) -> D:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Directory(Descriptor):
+    """An open directory."""
 
     def __init__(self, path: Path) -> None:
         """Open an existing directory; OSError if that fails. `path` itself may lead over symbolic links."""
         self.path = path
-        self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def open(self, name: str, flags: int) -> int:
         """Open a regular file of the directory and return its descriptor; OutputError if it is anything else."""
         try:
             file = os.open(
-                name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=self._handle
+                name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=self._file
             )
         except OSError as error:
             if error.errno != errno.ELOOP:
@@ -51,18 +74,18 @@ class Directory:
 
     def names(self) -> set[str]:
         """What is in the directory, without temporary files."""
-        return {name for name in os.listdir(self._handle) if not _TEMPORARY.fullmatch(name)}
+        return {name for name in os.listdir(self._file) if not _TEMPORARY.fullmatch(name)}
 
     def remove_temporary_files(self) -> None:
         """Remove what killed processes have left of `replacing`; nobody may be replacing a file meanwhile."""
-        for name in filter(_TEMPORARY.fullmatch, os.listdir(self._handle)):
+        for name in filter(_TEMPORARY.fullmatch, os.listdir(self._file)):
             with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=self._handle)
+                os.unlink(name, dir_fd=self._file)
 
     def holds(self, name: str, file: int) -> bool:
         """Whether `name` is still the open `file`."""
         try:
-            found = os.stat(name, dir_fd=self._handle, follow_symlinks=False)
+            found = os.stat(name, dir_fd=self._file, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return os.path.samestat(found, os.fstat(file))
@@ -70,7 +93,7 @@ class Directory:
     def is_at_its_path(self) -> bool:
         """Whether the path still leads to this directory; true where that cannot be found out."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._handle))
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
@@ -79,8 +102,8 @@ class Directory:
     def whereabouts(self) -> Path | None:
         """Where the directory is now; None if it has been deleted, or where the system cannot tell (not on Linux)."""
         try:
-            path = Path(os.readlink(f"/proc/self/fd/{self._handle}"))
-            return path if os.path.samestat(os.stat(path), os.fstat(self._handle)) else None
+            path = Path(os.readlink(f"/proc/self/fd/{self._file}"))
+            return path if os.path.samestat(os.stat(path), os.fstat(self._file)) else None
         except OSError:
             return None
 
@@ -94,26 +117,12 @@ class Directory:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
-                os.rename(temporary, name, src_dir_fd=self._handle, dst_dir_fd=self._handle)
-                os.fsync(self._handle)
+                os.rename(temporary, name, src_dir_fd=self._file, dst_dir_fd=self._file)
+                os.fsync(self._file)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=self._handle)
+                    os.unlink(temporary, dir_fd=self._file)
                 raise
-
-    def close(self) -> None:
-        """Let go of the handle."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-    def __enter__(self) -> Directory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

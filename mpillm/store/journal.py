@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -28,7 +27,7 @@ from mpillm import __version__
 from mpillm.batch.work import Line
 from mpillm.engine.sequence import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
-from mpillm.store.directory import Directory, explained, explanation
+from mpillm.store.directory import Descriptor, Directory, explained, explanation
 from mpillm.store.output import JOURNAL, Claim
 from mpillm.store.records import (
     HEAD,
@@ -59,8 +58,10 @@ SYNC_SHARE = 0.02
 MODEL_FILE = "model/"  # begins the keys of an identity that are files of the model
 
 
-class Journal:
+class Journal(Descriptor):
     """An open journal. A result counts once `flush` has returned: then it is on disk.
+
+    When the journal is closed, what was not flushed is lost.
 
     `done` has what was finished, by custom_id (also in runs before this one); `damage` has a sentence for each
     stretch of the file that a disk or a person has changed: the requests in it are simply run again. `answered` says
@@ -315,20 +316,6 @@ class Journal:
                     before = found.get(part.choice, PartialCompletion(tokens=[]))
                     found[part.choice] = before.continued(part.start, part.completion)
         return {choice: partial for choice, partial in found.items() if partial.tokens}
-
-    def close(self) -> None:
-        """Close the file; what was not flushed is lost."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,10 @@ def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True)
     options: Any = {"lenient": lenient, "whitespace_flexible": whitespace}
     if whitespace:
         options["whitespace_pattern"] = WHITESPACE
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    except (ValueError, RecursionError) as error:  # a number beyond 64 bits, too many levels
+        raise RequestError(f"the schema cannot be read: {_short(str(error))}") from None
 
 
 def regex_grammar(pattern: str) -> str:

@@ -17,12 +17,16 @@ HEAD = "the output head"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the model: its whole shape ([n] or [n, k]), and the axes of rows and columns that shards share."""
+    """A tensor of the model: its whole shape ([n] or [n, k]), and the axes of rows and columns that shards share.
+
+    With `matrices` so many rows each are a matrix of their own: the heads' matrices, one under the other.
+    """
 
     key: Key
     shape: tuple[int, ...]
     rows: Axis | None = None
     cols: Axis | None = None
+    matrices: int = 0
 
     def slices(self, place: Place) -> tuple[range, range, tuple[int, ...]]:
         """Rows, columns and column panels (relative to the first column) that a rank holds; a vector has no panels."""
@@ -32,6 +36,13 @@ class TensorSpec:
         if self.cols is None:
             return rows, range(self.shape[1]), (0, self.shape[1])
         return rows, self.cols.entries(place), self.cols.own_panels(place)
+
+    def apart(self, rows: range) -> list[range]:
+        """These rows, cut where another matrix begins."""
+        if not self.matrices:
+            return [rows]
+        cuts = range(rows.start // self.matrices * self.matrices, rows.stop, self.matrices)
+        return [range(max(cut, rows.start), min(cut + self.matrices, rows.stop)) for cut in cuts]
 
 
 @dataclass(frozen=True)

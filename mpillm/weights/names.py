@@ -31,7 +31,8 @@ class Role:
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
     `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
     products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
-    `flat`: a vector that files have with more dimensions.
+    `flat`: a vector that files have with more dimensions. `by_heads`: a matrix for each head, one under the other,
+    which GGUF files hold as three dimensions.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Role:
     by_columns: bool = False
     exact: bool = False
     flat: bool = False
+    by_heads: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
     gguf_expert: tuple[str, ...] = ()
@@ -62,6 +64,17 @@ def _exact(name: str, hf: str, gguf: str) -> Role:
 
 def _flat(name: str, hf: str, gguf: str) -> Role:
     return Role(name, 1, f"layers.{{l}}.{hf}", f"blk.{{l}}.{gguf}", flat=True)
+
+
+def _heads(name: str) -> Role:
+    return Role(
+        name,
+        2,
+        f"layers.{{l}}.self_attn.{name}_proj.weight",
+        f"blk.{{l}}.attn_{name}.weight",
+        quantisable=True,
+        by_heads=True,
+    )
 
 
 def _mlp(name: str, mixtral: str) -> Role:
@@ -97,6 +110,16 @@ ROLES: dict[str, Role] = {
         _vector("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         _vector("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
         _matrix("q_gate", "self_attn.q_gate.weight", "attn_q_gate.weight"),
+        _matrix("q_a", "self_attn.q_a_proj.weight", "attn_q_a.weight"),
+        _vector("q_a_bias", "self_attn.q_a_proj.bias", "attn_q_a.bias"),
+        _vector("q_a_norm", "self_attn.q_a_layernorm.weight", "attn_q_a_norm.weight"),
+        _matrix("q_b", "self_attn.q_b_proj.weight", "attn_q_b.weight"),
+        _matrix("kv_a", "self_attn.kv_a_proj_with_mqa.weight", "attn_kv_a_mqa.weight"),
+        _vector("kv_a_bias", "self_attn.kv_a_proj_with_mqa.bias", "attn_kv_a_mqa.bias"),
+        _vector("kv_a_norm", "self_attn.kv_a_layernorm.weight", "attn_kv_a_norm.weight"),
+        _matrix("kv_b", "self_attn.kv_b_proj.weight", "attn_kv_b.weight"),  # k_b and v_b, head by head
+        _heads("k_b"),
+        _heads("v_b"),
         _vector("sinks", "self_attn.sinks", "attn_sinks.weight"),
         _matrix("o", "self_attn.o_proj.weight", "attn_output.weight", by_columns=True),
         _vector("o_bias", "self_attn.o_proj.bias", "attn_output.bias"),
@@ -119,9 +142,16 @@ ROLES: dict[str, Role] = {
         _mlp("gate", "w1"),
         _mlp("up", "w3"),
         _mlp("down", "w2"),
-        _vector("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
-        _vector("up_bias", "mlp.up_proj.bias", "ffn_up.bias"),
-        _vector("down_bias", "mlp.down_proj.bias", "ffn_down.bias"),
+        *(
+            Role(
+                f"{name}_bias",
+                1,
+                f"layers.{{l}}.mlp.{name}_proj.bias",
+                f"blk.{{l}}.ffn_{name}.bias",
+                hf_expert=(f"layers.{{l}}.mlp.experts.{{e}}.{name}_proj.bias",),
+            )
+            for name in ("gate", "up", "down")
+        ),
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),

@@ -55,9 +55,13 @@ class Page:
         self._places = places
         self._kept: Any = None
 
+    def matrices(self, role: str) -> tuple[Matrix, ...]:
+        """The matrices of a tensor that has one for each head."""
+        return tuple(self._matrix(entry) for entry in self.plan.index[role])
+
     def matrix(self, role: str) -> Matrix:
         """A matrix of the page."""
-        parts = tuple(self._matrix(entry) for entry in self.plan.index[role])
+        parts = self.matrices(role)
         if len(parts) == 1:
             return parts[0]
         first, second, *_ = self.plan.index[role]

@@ -42,9 +42,9 @@ class Entry:
 class PagePlan:
     """What a rank holds of a page: `nbytes` is the size of its buffer, `kind` says which of the layer's pages it is.
 
-    In a packed model the buffer is the bytes from `offset` on in file number `file`, and a tensor may have several
-    entries: the parts of its matrix in order. Experts of a layer are all alike there, and may share the entries of the
-    first one.
+    A tensor may have several entries: the matrices of heads. In a packed model the buffer is the bytes from `offset` on
+    in file number `file`, and entries may be the parts of one matrix in order. Experts of a layer are all alike there,
+    and may share the entries of the first one.
     """
 
     name: str
@@ -71,8 +71,10 @@ def plan_entries(
     """What a rank holds of these tensors, each at a multiple of ALIGNMENT, and the bytes of all."""
     entries, offset = [], 0
     for tensor in tensors:
-        entries.append(plan_entry(tensor.key, *tensor.slices(place), type_of(tensor.key), offset))
-        offset += aligned(entries[-1].nbytes)
+        rows, cols, bounds = tensor.slices(place)
+        for part in tensor.apart(rows):
+            entries.append(plan_entry(tensor.key, part, cols, bounds, type_of(tensor.key), offset))
+            offset += aligned(entries[-1].nbytes)
     return tuple(entries), offset
 
 

@@ -26,9 +26,9 @@ from tests.weights.build import Tiny, write_hf
 Name = tuple[str, int]
 Values = tuple[Any, ...]
 
-# Dense, with experts, with a sliding window in all layers and in half of them, quantised (K-quants, and mixed): all
-# decoders' code and KV of both types.
-MODELS = ["llama3", "qwen3_moe", "mistral", "qwen2_window", "llama_mixed.gguf"]
+# Dense, with experts, with a sliding window in all layers and in half of them, with latents, quantised (K-quants, and
+# mixed): all decoders' code and KV of both types.
+MODELS = ["llama3", "qwen3_moe", "mistral", "qwen2_window", "deepseek_v3", "llama_mixed.gguf"]
 
 
 def path_of(model: str) -> Path:

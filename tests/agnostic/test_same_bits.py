@@ -88,7 +88,7 @@ def test_threads(model: str, threads: int) -> None:
 
 @pytest.mark.parametrize("path", COMPILED)
 @pytest.mark.parametrize(
-    "model", ["llama3", "qwen3_moe", "llama_mixed.gguf", "qwen3_next", "qwen35_f16.gguf"]
+    "model", ["llama3", "qwen3_moe", "deepseek_v3", "llama_mixed.gguf", "qwen3_next", "qwen35_f16.gguf"]
 )
 def test_instruction_sets(model: str, path: str) -> None:
     kernels.set_path(path)

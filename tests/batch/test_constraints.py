@@ -17,6 +17,7 @@ from mpillm.batch.answers import result_line
 from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.sequence import Request
+from mpillm.errors import RequestError
 from mpillm.text import load_tokenizer
 from mpillm.text.constrain import Matcher, choice_grammar, json_grammar, regex_grammar
 from tests.agnostic import harness
@@ -210,3 +211,8 @@ def test_what_no_answer_can_obey_is_an_error_of_its_line(tmp_path: Path) -> None
     }
     assert errors(tmp_path, {"prompt": "a", "response_format": lenient}) == [None]
     assert END in TEXT.end_ids
+
+
+def test_a_schema_that_the_library_does_not_take() -> None:
+    with pytest.raises(RequestError, match="the schema cannot be read: Value is not JSON serializable: 1000"):
+        json_grammar({"minimum": 10**30})

@@ -88,7 +88,7 @@ def test_quantised_while_paged_in(name: str, quantize: str) -> None:
 def test_each_kernel_path(path: str) -> None:
     """Every block type, dense layers and experts."""
     kernels.set_path(path)
-    for name in ("llama3", "qwen3_moe", "smol_bf16", *(f"{name}.gguf" for name in GGUFS)):
+    for name in ("llama3", "qwen3_moe", "deepseek_v3", "smol_bf16", *(f"{name}.gguf" for name in GGUFS)):
         check({name: answers(path_of(name))})
     test_keys_and_values_in_q8_0()
     for name in ("llama3", "qwen3_moe"):
@@ -107,10 +107,15 @@ def test_each_kernel_path(path: str) -> None:
                 "smol_bf16",
                 "phi3",
                 "granitemoe_shared",
+                "deepseek_v2",
                 "llama_kquants.gguf",
             )
         ),
-        *((name, weights) for name in ("llama3", "qwen3_moe") for weights in ("source", "q4_0", "q8_0")),
+        *(
+            (name, weights)
+            for name in ("llama3", "qwen3_moe", "deepseek_v3")
+            for weights in ("source", "q4_0", "q8_0")
+        ),
     ],
 )
 def test_packed(name: str, weights: Weights, tmp_path: Path) -> None:

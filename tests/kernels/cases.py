@@ -147,14 +147,18 @@ def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, k
                table_start: Array, kv_of_head: Array, scale: Array, sinks: Array) -> list[Array]:  # fmt: skip
     kind = BlockType(kv_type)
     kpool, vpool = (np.empty(shape, dtype) for shape, dtype in kernels.kv_pools(kind, pool, kvh, hd, vd))
+    if shared := not v.size:
+        vpool = vpool[:0]
     for one in (kpool, vpool):  # NaN: what was never stored must not be read
         one.view(np.float32 if kind == BlockType.F32 else np.uint16)[...] = (
             np.nan if kind == BlockType.F32 else 0x7E00
         )
-    kernels.kv_store(kind, k, v, block, offset, kpool, vpool, kvh, hd, vd)
+    kernels.kv_store(
+        kind, k, None if shared else v, block, offset, kpool, None if shared else vpool, kvh, hd, vd
+    )
     out = np.empty((rows, heads * vd), np.float32)
-    kernels.attention(kind, q, out, kpool, vpool, pos, table, table_start, kv_of_head, kvh, hd, float(scale[0]),
-                      window, threads, vd, sinks if len(sinks) else None, float(scale[1]))  # fmt: skip
+    kernels.attention(kind, q, out, kpool, None if shared else vpool, pos, table, table_start, kv_of_head, kvh, hd,
+                      float(scale[0]), window, threads, vd, sinks if len(sinks) else None, float(scale[1]))  # fmt: skip
     return [kpool, vpool, out]
 
 
@@ -264,8 +268,12 @@ def product(
 
 
 def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
-              threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0) -> Case:  # fmt: skip
-    """Several sequences with scattered blocks; a few rows of each at random positions."""
+              threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0,
+              shared: bool = False) -> Case:  # fmt: skip
+    """Several sequences with scattered blocks; a few rows of each at random positions.
+
+    `shared`: values are the first vd dimensions of keys.
+    """
     vd = vd or hd
     lengths = rng.integers(1, 150, 3)
     blocks = rng.permutation(40).astype(np.int32)
@@ -277,6 +285,8 @@ def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int,
     kv_of_head = np.sort(rng.integers(0, kvh, heads)).astype(np.int32)
     stored = len(where)
     k, v = (rng.standard_normal((stored, kvh * dim)).astype(np.float32) for dim in (hd, vd))
+    if shared:
+        v = v[:0]
     q = 3 * rng.standard_normal((rows, heads * hd)).astype(np.float32)
     ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40, vd]
     sink = 3 * rng.standard_normal(heads if sinks else 0).astype(np.float32)
@@ -391,5 +401,9 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
                 rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 30])), rows=rows, threads=threads, vd=vd,
                 sinks=bool(rng.integers(2)), softcap=float(rng.choice([0, 5])),
             )  # fmt: skip
+        for hd, vd, heads in ((96, 64, 3), (576, 512, 30), (160, 32, 7)):
+            yield attention(
+                rng, kv_type, hd, heads, kvh=1, window=0, rows=5, threads=threads, vd=vd, shared=True
+            )
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=20, rows=9, threads=threads, sinks=True)
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=0, rows=9, threads=threads, softcap=2.5)

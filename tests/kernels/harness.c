@@ -77,8 +77,9 @@ static const void *optional(int array) { return sizes[array] ? arrays[array] : N
 
 static void attention(void) {
     int type = ints[0], stored = ints[1], rows = ints[2], heads = ints[3], kvh = ints[4], hd = ints[5], vd = ints[8];
+    const float *values = optional(1); /* NULL: they are a part of the keys */
     size_t bytes[2] = {(size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, hd),
-                       (size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, vd)};
+                       values ? (size_t)ints[7] * (size_t)kvh * (size_t)mk_kv_bytes(type, vd) : 0};
     const uint32_t nan = type == MK_F32 ? 0x7fc00000u : 0x7e007e00u;
     uint8_t *pools[2];
     for (int p = 0; p < 2; p++) {
@@ -88,9 +89,10 @@ static void attention(void) {
     const size_t out_bytes = (size_t)(rows * heads * vd) * 4;
     float *out = make(out_bytes, 0), scale[2]; /* of scores, and their soft cap */
     memcpy(scale, arrays[9], sizeof scale);
-    mk_kv_store(&work, type, arrays[0], kvh * hd, arrays[1], kvh * vd, arrays[2], arrays[3], stored, pools[0], pools[1],
-                kvh, hd, vd);
-    mk_attention(&work, type, arrays[4], heads * hd, out, heads * vd, pools[0], pools[1], arrays[5], arrays[6],
+    mk_kv_store(&work, type, arrays[0], kvh * hd, values, kvh * vd, arrays[2], arrays[3], stored, pools[0], pools[1],
+                kvh, hd, values ? vd : 0);
+    mk_attention(&work, type, arrays[4], heads * hd, out, heads * vd, pools[0], values ? pools[1] : NULL, arrays[5],
+                 arrays[6],
                  arrays[7], arrays[8], rows, heads, kvh, hd, vd, scale[0], ints[6], optional(10), scale[1]);
     give(pools[0], bytes[0]);
     give(pools[1], bytes[1]);

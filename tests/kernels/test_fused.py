@@ -172,6 +172,56 @@ def delta_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list
     return [out, states]
 
 
+def latent_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    """What latent attention gives of rows of two sequences, and the keys after it."""
+    rng = np.random.default_rng(seed)
+    d, heads, low = HIDDEN[seed % 2], 3, seed % 3 > 0
+    latent, part, rotary, vd, rank = ((48, 24, 8, 32, 40), (32, 32, 16, 32, 64), (20, 10, 6, 14, 18))[
+        seed % 3
+    ]
+    q_a = matrix(rng, fitting(d, seed), rank, d, cut="rows" if cut else "") if low else None
+    width = rank if low else d
+    q = matrix(rng, fitting(width, seed + 1), heads * (part + rotary), width, cut="rows" if cut else "")
+    kv_a = matrix(rng, fitting(d, seed + 2), latent + rotary, d, cut="rows" if cut else "")
+    k_b = [matrix(rng, fitting(part, seed), latent, part) for _ in range(heads)]
+    v_b = [matrix(rng, fitting(latent, seed // 2), vd, latent) for _ in range(heads)]
+    whole = seed % 3 == 2  # too narrow for two panels
+    o = matrix(
+        rng,
+        fitting(heads * vd, seed + 3),
+        d,
+        heads * vd,
+        1 if whole else 2,
+        "columns" if cut and not whole else "",
+    )
+    biases = (vector(rng, rank) if low and seed % 4 else None, vector(rng, kv_a.n)) if seed % 2 else None
+    work = make(
+        q, kv_a, k_b, v_b, o, 0.2, q_a=q_a, norm=norm_of(rng, d, seed), biases=biases,
+        kv_norm=Norm(latent, 1e-6, vector(rng, latent)), q_norm=Norm(rank, 1e-6, vector(rng, rank)) if low else None,
+        interleaved=seed % 4 != 2,
+    )  # fmt: skip
+    kv_type = BlockType.F16 if seed % 4 else BlockType.F32
+    pool, none = (np.zeros(*one) for one in kernels.kv_pools(kv_type, BLOCKS, 1, kv_a.n))
+    row = np.arange(m, dtype=np.int32)
+    pos, start = np.concatenate([row[::2] // 2, row[1::2] // 2]), np.repeat([0, 2], [(m + 1) // 2, m // 2])
+    table = np.array([2, 0, 3, 1], np.int32)
+    cos, sin = rng.standard_normal((2, m, rotary // 2)).astype(np.float32)
+    out = np.empty((m, d), np.float32)
+    where = table[start + pos // 32], pos % 32, pos, table, start.astype(np.int32)
+    work(
+        rng.standard_normal((m, d)).astype(np.float32),
+        cos,
+        sin,
+        kv_type,
+        pool,
+        none[..., :0],
+        *where,
+        out,
+        threads,
+    )
+    return [out, pool]
+
+
 def mlp_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
     rng = np.random.default_rng(seed)
     d = HIDDEN[seed % 2]
@@ -207,6 +257,7 @@ def residual_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> l
 RESULTS = {
     "Attention": attention_results,
     "GatedDeltaNet": delta_results,
+    "LatentAttention": latent_results,
     "Mlp": mlp_results,
     "Residual": residual_results,
 }
@@ -386,6 +437,30 @@ def test_what_is_no_attention_is_refused(words: str, options: dict[str, Any]) ->
     q, k, v = (matrix(rng, BlockType.Q8_0, n * 8, 64) for n in (2, 1, 1))
     with pytest.raises(ValueError, match=words):
         kernels.Attention(q, k, v, matrix(rng, BlockType.Q8_0, 64, 16), heads, 1, 8, 1.0, **options)
+
+
+def test_what_is_no_latent_attention_is_refused() -> None:
+    rng = np.random.default_rng(3)
+    heads, latent, part, rotary, value = 2, 32, 8, 4, 16
+    q, kv_a = (
+        matrix(rng, BlockType.F32, heads * (part + rotary), 64),
+        matrix(rng, BlockType.F32, latent + rotary, 64),
+    )
+    k_b = [matrix(rng, BlockType.F32, latent, part) for _ in range(heads)]
+    v_b = [matrix(rng, BlockType.F32, value, latent) for _ in range(heads)]
+    o, norm = matrix(rng, BlockType.F32, 64, heads * value), {"kv_norm": Norm(latent, 1e-6)}
+    kernels.LatentAttention(q, kv_a, k_b, v_b, o, 1.0, **norm)
+    with pytest.raises(ValueError, match="heads and k of v_b, n of q and k of o"):
+        kernels.LatentAttention(q, kv_a, k_b[:1], v_b, o, 1.0, **norm)
+    with pytest.raises(ValueError, match="n and k of v_b must have shape"):
+        kernels.LatentAttention(q, kv_a, k_b, [v_b[0], k_b[0]], o, 1.0, **norm)
+    with pytest.raises(ValueError, match="kv's norm must be 32 wide, not 16"):
+        kernels.LatentAttention(q, kv_a, k_b, v_b, o, 1.0, kv_norm=Norm(16, 1e-6))
+    with pytest.raises(ValueError, match="q without a low rank has neither a norm nor a bias"):
+        kernels.LatentAttention(q, kv_a, k_b, v_b, o, 1.0, q_norm=Norm(8, 1e-6), **norm)
+    odd = matrix(rng, BlockType.F32, latent + 3, 64), matrix(rng, BlockType.F32, heads * (part + 3), 64)
+    with pytest.raises(ValueError, match="rope rotates an even number"):
+        kernels.LatentAttention(odd[1], odd[0], k_b, v_b, o, 1.0, **norm)
 
 
 def test_what_is_no_mlp_is_refused() -> None:

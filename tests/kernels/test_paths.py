@@ -128,6 +128,21 @@ def test_attention_depends_on_positions_alone(path: str) -> None:
             assert cases.same(part.run()[-1], want[rows])
 
 
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("kv_type", cases.KV_TYPES)
+def test_values_that_are_a_part_of_the_keys_give_the_bits_of_values_that_are_stored(
+    path: str, kv_type: BlockType
+) -> None:
+    kernels.set_path(path)
+    for hd, vd, heads in ((96, 64, 1), (576, 512, 20), (1056, 1024, 3)):
+        shared = cases.attention(
+            np.random.default_rng(hd), kv_type, hd, heads, kvh=1, window=0, vd=vd, shared=True
+        )
+        stored = cases.Case("attention", shared.ints, shared.arrays.copy(), threads=2)
+        stored.arrays[1] = np.ascontiguousarray(shared.arrays[0][:, :vd])
+        assert cases.same(shared.run()[-1], stored.run()[-1])
+
+
 @pytest.mark.parametrize("path", kernels.available())
 def test_every_f16_converts_as_ieee_says(path: str) -> None:
     every = np.arange(65536, dtype=np.uint16)

@@ -7,18 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.errors import ModelError
+from mpillm.model.cache_spec import TokenCache
 from mpillm.model.config import ModelConfig
 from mpillm.model.families import MODEL_TYPES, read_config
 from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
+from mpillm.model.layers.latent import LatentAttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.rope import RopeConfig
+from mpillm.partition.grid import Place
 from mpillm.weights.formats import hf
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
@@ -45,14 +49,15 @@ def attention(config: ModelConfig) -> AttentionSpec:
 
 
 def windows(config: ModelConfig) -> tuple[int, ...]:
-    return tuple(layer.mixer.window for layer in config.layers)
+    return tuple(getattr(layer.mixer, "window", 0) for layer in config.layers)
 
 
 def rope(config: ModelConfig) -> RopeConfig:
     """That of all layers."""
     (rotary,) = {layer.mixer.rotary for layer in config.layers}
     assert rotary is not None
-    assert (rotary.dim, rotary.interleaved) == (attention(config).head_dim, False)
+    if isinstance(config.layers[0].mixer, AttentionSpec):
+        assert (rotary.dim, rotary.interleaved) == (attention(config).head_dim, False)
     return rotary.config
 
 
@@ -91,7 +96,56 @@ def test_what_is_published_is_read(name: str) -> None:
     assert rope(config).kind == {
         "Llama-3.2-1B-Instruct": "llama3",
         "Qwen2.5-7B with its card's YaRN": "yarn",
+        "DeepSeek-V2-Lite": "yarn",
+        "DeepSeek-V3 in BF16": "yarn",
+        "Kimi-K2-Instruct in BF16": "yarn",
     }.get(name, "default")
+
+
+def test_latents_of_what_is_published() -> None:
+    v3 = read_config(PUBLISHED["DeepSeek-V3 in BF16"])
+    mixer = v3.layers[60].mixer
+    assert isinstance(mixer, LatentAttentionSpec)
+    assert mixer.cache(Place(0, 1, 1), 1) == (TokenCache(1, 576, 0),)
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.1 * np.log(40) + 1) ** 2)
+    assert mixer.rotary.config.attention_factor == 1
+    assert [layer.mlp.count for layer in v3.layers] == [0] * 3 + [256] * 58
+    router = RouterSpec(8, "sigmoid", correction=True, groups=8, groups_chosen=4, scale=2.5)
+    assert v3.layers[3].mlp == ExpertsSpec(256, 2048, router, shared=MlpSpec(2048, prefix="shared_"))
+    lite = read_config(PUBLISHED["DeepSeek-V2-Lite"])
+    assert lite.layers[1].mlp == ExpertsSpec(
+        64,
+        1408,
+        RouterSpec(6, group_best=1, normalise=False),
+        shared=MlpSpec(2816, prefix="shared_"),
+    )
+    assert (lite.layers[0].mixer.q_rank, lite.layers[0].mixer.q_norm) == (0, None)
+    assert read_config(PUBLISHED["Kimi-K2-Instruct in BF16"]).layers[1].mlp.count == 384
+    flash = read_config(PUBLISHED["GLM-4.7-Flash"]).layers[0].mixer
+    assert (flash.value_dim, flash.key_dim, flash.rotary.interleaved) == (256, 192, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2, but latents are expanded for each"),
+        ("deepseek_v3", {"topk_group": 1}, "num_experts_per_tok is 3, but 1 groups have 2 experts"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3, but 8 experts are no such number of equal groups"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax', but DeepseekV3ForCausalLM"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, but rope needs an even number"),
+        ("deepseek_v3", {"architectures": ["DeepseekV32ForCausalLM"]}, "'DeepseekV32ForCausalLM' is not supported"),
+        ("deepseek_v3", {"model_type": "deepseek_v32"}, "model_type 'deepseek_v32' does not belong to"),
+        ("deepseek_v3", {"index_topk": 2048}, "index_topk = 2048 may change the result"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc', but only greedy or"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = True may change the result"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "must be a list of 4 words, dense or sparse"),
+        ("glm4_moe_lite", {"num_local_experts": 4}, "n_routed_experts is 6, but num_local_experts is 4"),
+    ],
+)  # fmt: skip
+def test_latents_refused(name: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        read_config({**fixture(name), **change})
 
 
 def test_llama() -> None:

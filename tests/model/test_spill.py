@@ -86,6 +86,7 @@ def test_runs(blocks: set[int], gap: int) -> None:
         [TokenCache(2, 16, 16, 40 * (i % 3 > 0)) for i in range(9)],  # three groups that share pools
         [TokenCache(2, 8 + 8 * (i % 2), 16, 40 * (i % 2)) for i in range(6)],  # two groups that do not
         [TokenCache(1 + i % 3, 4, 2 * i) for i in range(1, 8)],  # one group, blocks of all sizes
+        [TokenCache(1, 24, 0)] * 5,  # latents: values are a part of the keys
     ],
 )
 def test_it_is_what_memory_would_be(caches: list[TokenCache], tmp_path: Path) -> None:

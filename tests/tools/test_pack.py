@@ -55,6 +55,8 @@ EVERY = [
     "smol_bf16",
     "llama_mixed.gguf",
     "llama_kquants.gguf",
+    "gpt_oss_mxfp4",
+    "gptoss_mxfp4.gguf",
 ]
 
 

@@ -9,6 +9,7 @@ from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
 from mpillm.model.families.cohere import Cohere
+from mpillm.model.families.deepseek import DeepSeek
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
     Qwen(),
+    DeepSeek(),
     QwenNext(),
     Gemma(),
     Glm(),
@@ -59,7 +61,8 @@ MODEL_TYPES: dict[str, str] = {
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
-    supported = f"supported are {', '.join(_BY_ARCHITECTURE)}"
+    short = ", ".join(architecture.removesuffix("ForCausalLM") for architecture in _BY_ARCHITECTURE)
+    supported = f"supported are {short} (each with ForCausalLM)"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")

@@ -33,7 +33,8 @@ ACTIVATIONS = {
 class Family:
     """A family of models: one file, which `families.FAMILIES` lists.
 
-    `architectures` are transformers' classes with their model_type, `gguf` the values of general.architecture that it
+    `architectures` are transformers' classes with their model_type, `further_types` other values of model_type with the
+    class that they stand for, `gguf` the values of general.architecture that it
     reads, `names` what its tensors are called, and `tied` what an absent tie_word_embeddings means. `defaults` has what
     other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
     """

@@ -44,6 +44,7 @@ class Glm(Family):
             "rms_norm_eps": 1e-5,
             "num_experts_per_tok": 8,
             "n_routed_experts": 128,
+            "n_shared_experts": 1,
             "moe_intermediate_size": 1408,
             "norm_topk_prob": True,
         },

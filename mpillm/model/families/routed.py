@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.families.base import read_chosen, read_width
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 
 
-def read_routed_experts(fields: Fields, shared: int = 1) -> ExpertsSpec:
-    """Experts that a sigmoid with a correction chooses, perhaps in groups, beside `shared` ones by default."""
-    local = fields.optional_integer("num_local_experts", 1, 2**16)
-    count = local or fields.integer("n_routed_experts", 1, 2**16)
-    fields.read.add("n_routed_experts")
-    width = read_width(fields, "moe_intermediate_size")
+def read_routed_experts(fields: Fields, shared: int = 1, **router: Any) -> ExpertsSpec:
+    """Experts that a sigmoid with a correction chooses, perhaps in groups, beside `shared` ones by default.
+
+    `router` is what else a family says of the choice.
+    """
+    names = (
+        "n_routed_experts",
+        "num_local_experts",
+        "num_experts",
+    )  # transformers has a name or another in its files
+    given = [name for name in names if fields.values.get(name) is not None] or [names[0]]
+    counts = [fields.integer(name, 1, 2**16) for name in given]
+    count = counts[0]
+    if counts.count(count) != len(counts):
+        raise fields.fail(given[0], f"but {given[1]} is {fields.values[given[1]]}")
+    fields.read |= set(names)
     groups = fields.integer("n_group", 1, 2**16, default=1)
     if count % groups:
         raise fields.fail("n_group", f"but {count} experts are no such number of equal groups")
-    router = RouterSpec(
-        read_chosen(fields, count),
-        scoring="sigmoid",
-        correction=True,
+    used = fields.integer("topk_group", 1, groups, default=1)
+    chosen = read_chosen(fields, count)
+    if chosen > used * (count // groups):
+        raise fields.fail("num_experts_per_tok", f"but {used} groups have {used * (count // groups)} experts")
+    spec = RouterSpec(
+        chosen,
         groups=groups,
-        groups_chosen=fields.integer("topk_group", 1, groups, default=1),
-        normalise=fields.flag("norm_topk_prob"),
+        groups_chosen=used,
         scale=fields.number("routed_scaling_factor", 0, 1e9, default=1.0),
+        **{
+            "scoring": "sigmoid",
+            "correction": True,
+            "normalise": fields.flag("norm_topk_prob"),
+            **router,
+        },
     )
+    width = read_width(fields, "moe_intermediate_size")
     shared = fields.integer("n_shared_experts", 0, 2**16, default=shared)
     return ExpertsSpec(
-        count, width, router, shared=MlpSpec(width * shared, prefix="shared_") if shared else None
+        count, width, spec, shared=MlpSpec(width * shared, prefix="shared_") if shared else None
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -121,18 +122,7 @@ class AttentionSpec:
         cache: LayerCacheView,
     ) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
-
-        def make() -> kernels.Attention:
-            return self.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
-
-        part = np.empty_like(x)
-        cos, sin, *where = step.rows(self.turn, cache.group)
-        with cache.pools() as pools:
-            rank.compute(
-                rank.kept(make, "attention", layer), x, cos, sin, cache.kv_type, *pools, *where, part
-            )
-        rank.group.all_reduce(part)
-        return part, page.vector("o_bias") if self.o_bias else None
+        return attend(self, rank, layer, page, norm, x, step, cache)
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
@@ -170,3 +160,43 @@ class AttentionSpec:
 
     def _kv_heads(self, place: Place, block: int) -> range:
         return self.heads(block).shared(self.n_heads // self.n_kv_heads).units(place)
+
+
+class _Attention(Protocol):
+    """A kind of attention: its kernel reads and writes a cache of tokens."""
+
+    @property
+    def o_bias(self) -> bool:
+        """Whether its output has a bias, which is added after all shards' parts."""
+
+    @property
+    def turn(self) -> Turn | None:
+        """Its RoPE, if it has one."""
+
+    def kernel(
+        self, page: Page, norm: kernels.Norm | None, place: Place, block: int
+    ) -> kernels.Attention | kernels.LatentAttention:
+        """The kernels' attention of a loaded page; `norm` is that of its input."""
+
+
+def attend(
+    spec: _Attention,
+    rank: Rank,
+    layer: int,
+    page: Page,
+    norm: NormSpec | None,
+    x: Floats,
+    step: Step,
+    cache: LayerCacheView,
+) -> tuple[Floats, Floats | None]:
+    """`Mixer.compute` of any kind of attention."""
+
+    def make() -> kernels.Attention | kernels.LatentAttention:
+        return spec.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
+
+    part = np.empty_like(x)
+    cos, sin, *where = step.rows(spec.turn, cache.group)
+    with cache.pools() as pools:
+        rank.compute(rank.kept(make, "attention", layer), x, cos, sin, cache.kv_type, *pools, *where, part)
+    rank.group.all_reduce(part)
+    return part, page.vector("o_bias") if spec.o_bias else None

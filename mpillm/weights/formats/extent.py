@@ -232,6 +232,8 @@ def place(
     `groups`: see `add`.
     """
     role = ROLES[parsed.roles[0]]
+    if role.by_heads and len(shape) == 3:
+        shape = shape[0] * shape[1], shape[2]
     ndim = role.ndim + parsed.stacked
     if role.flat:
         shape = (*shape[:1], math.prod(shape[1:]))

@@ -31,6 +31,7 @@ class GgufFamily(Protocol):
         """How tensors that hold several matrices are taken apart."""
 
 
+LOG_MULTIPLIED = {"deepseek2"}  # architectures whose scores yarn multiplies
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
 _IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 _UNSET = (-1, 2**32 - 1)  # ids that stand for "no such token", signed and unsigned
@@ -87,10 +88,12 @@ def usual_config(
     shape_of: ShapeOf,
     eps: tuple[str, str] = ("layer_norm_rms_epsilon", "rms_norm_eps"),
     partial: bool = False,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
     """The keys of nearly all models, from their usual fields; `eps` has the field and the key of what norms add.
 
     `partial`: RoPE may turn a part of each head; and all layers may have experts, so that no other MLP has a width.
+    `head_dim` is given where the usual fields do not say it.
     """
     embed = shape_of(Key("embed"))
     if embed is None:
@@ -111,7 +114,7 @@ def usual_config(
         "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
         "intermediate_size": fields.integer("feed_forward_length", 0 if partial else None),
-        **_head_dim(fields, hidden // heads, partial),
+        **(_head_dim(fields, hidden // heads, partial) if head_dim is None else {"head_dim": head_dim}),
         **_tokens(fields.metadata),
     }
 
@@ -273,6 +276,10 @@ def _rope(fields: GgufFields, config: dict[str, Any], factors: list[float] | Non
         rope["beta_fast"] = beta_fast
     if beta_slow:
         rope["beta_slow"] = beta_slow
+    if "rope.scaling.yarn_log_multiplier" in fields.values and fields.kind in LOG_MULTIPLIED:
+        # convert_hf_to_gguf.py writes a tenth of mscale_all_dim, and llama.cpp takes mscale to be the same.
+        scale = fields.number("rope.scaling.yarn_log_multiplier") * 10
+        rope |= {"mscale": scale, "mscale_all_dim": scale}
     if attention != 1.0:
         rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return rope

@@ -16,6 +16,7 @@ from mpillm.weights.formats.extent import Extent, add
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_config import config_of
 from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
+from mpillm.weights.formats.heads import split_kv_b
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Key, Parsed
@@ -51,6 +52,7 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         groups = family.row_groups(config)
         for parsed, extent in composed:
             add(extents, parsed, extent, groups)
+        split_kv_b(extents, config, path)
         if family.names.rope_pairs:
             _mark_permuted(extents, config, path)
         extents.setdefault(

@@ -12,6 +12,7 @@ from mpillm.errors import ModelError
 from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, Made, Recipe, add
 from mpillm.weights.formats.families import Families
+from mpillm.weights.formats.heads import split_kv_b
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
 from mpillm.weights.formats.safetensors import Tensor, read_header
@@ -46,6 +47,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
             _add_made(extents, name, recipe, family.names, groups)
         for raw in tensors.values():
             _add(extents, raw, family.names, groups)
+        split_kv_b(extents, config, path)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)

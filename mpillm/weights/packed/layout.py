@@ -57,8 +57,8 @@ def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key]
                 before, same_cols, _ = tensor.slices(Place(number - 1, 1, count))
                 if same_cols == cols:
                     border = min(max(before.stop, rows.start), rows.stop)
-            for part in (range(rows.start, border), range(border, rows.stop)):
-                if part:
+            for half in (range(rows.start, border), range(border, rows.stop)):
+                for part in tensor.apart(half) if half else ():
                     entry = plan_entry(key, part, cols, bounds, type_of(key), offset)
                     pieces.append(Piece(entry, part.start < border))
                     offset += aligned(entry.nbytes)

@@ -1,0 +1,100 @@
+"""Matrices that lie in their file within another one: each head's rows beside those of another matrix.
+
+DeepSeek's `kv_b_proj` [heads * (part + value), latent] expands a latent to each head's keys and values. What is
+computed with (`kernels.LatentAttention`) are k_b [heads * latent, part], which has the first rows of each head turned,
+a column for each, and v_b [heads * value, latent], which has the others. llama.cpp's newer files hold them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpillm.errors import ModelError
+from mpillm.weights.formats.extent import Extent, Lies, Rows
+from mpillm.weights.formats.stored import OWN, Bytes
+from mpillm.weights.names import Key
+
+
+@dataclass(frozen=True)
+class HeadPart(Extent):
+    """Of each head's `each` rows of a `whole` matrix, the `count` rows from `first` on.
+
+    `turned`: each head's matrix is transposed. Blocks cannot be turned, but the numbers that they stand for can.
+    """
+
+    whole: Extent = field(kw_only=True)
+    each: int = field(kw_only=True)
+    first: int = field(kw_only=True)
+    count: int = field(kw_only=True)
+    turned: bool = field(kw_only=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.n // self._height * self.count * self.whole.row_bytes
+
+    def lies(self) -> Iterator[Lies]:
+        return self.whole.lies()
+
+    def rows(self, rows: Rows) -> Bytes:
+        assert isinstance(rows, range)
+        heads, whole = self._heads(rows), self.whole
+        raw = whole.rows(self._of_whole(heads)).reshape(len(heads), self.each, -1)
+        own = np.ascontiguousarray(raw[:, self.first : self.first + self.count]).reshape(-1, raw.shape[2])
+        begin = heads.start * self._height
+        if not self.turned:
+            return own[rows.start - begin : rows.stop - begin]
+        if whole.stored.block > 1:
+            own = whole.stored.decode(own, whole.k, threads=1).view(np.uint8)
+        values = own.view(f"u{self.stored.block_bytes}").reshape(len(heads), self.count, whole.k)
+        turned = values.swapaxes(1, 2).reshape(-1, self.count)[rows.start - begin : rows.stop - begin]
+        return np.ascontiguousarray(turned).view(np.uint8)
+
+    def rows_together(self, rows: range) -> Bytes:
+        return self.rows(rows)
+
+    def release(self, rows: range | None = None) -> None:
+        self.whole.release(self._of_whole(self._heads(range(self.n) if rows is None else rows)))
+
+    def at(self, first: int) -> None:
+        return None
+
+    @property
+    def _height(self) -> int:
+        """Rows of a head's matrix."""
+        return self.whole.k if self.turned else self.count
+
+    def _heads(self, rows: range) -> range:
+        """The heads that have some of these rows."""
+        return range(rows.start // self._height, -(-rows.stop // self._height))
+
+    def _of_whole(self, heads: range) -> range:
+        return range(heads.start * self.each, heads.stop * self.each)
+
+
+def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path) -> None:
+    """Put k_b and v_b in the place of each kv_b, in which they lie head by head; ModelError if they do not."""
+    for key in [key for key in extents if key.role == "kv_b"]:
+        whole = extents.pop(key)
+        if Key("k_b", key.layer) in extents:  # some files have both
+            continue
+        sizes = [config.get(name) for name in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")]
+        heads, part, value = (size if type(size) is int and size > 0 else 1 for size in sizes)
+        each = part + value
+        if whole.shape[0] != heads * each:
+            raise ModelError(
+                f"{path}: tensor {whole.name} has {whole.shape[0]} rows, but {heads} heads of {part} + {value} have "
+                f"{heads * each}."
+            )
+        for role, first, count, turned in (("k_b", 0, part, True), ("v_b", part, value, False)):
+            shape = (heads * whole.k, part) if turned else (heads * value, whole.k)
+            stored = OWN["F32"] if turned and whole.stored.block > 1 else whole.stored
+            extents[Key(role, key.layer)] = HeadPart(
+                whole.file, whole.name, whole.offset, shape, stored,
+                whole=whole, each=each, first=first, count=count, turned=turned,
+            )  # fmt: skip

