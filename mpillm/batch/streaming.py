@@ -10,7 +10,11 @@ from mpillm.text import IncrementalDecoder, StopStrings
 
 
 class TextStream:
-    """Text of one choice: what `push` and `rest` return makes the text of the answer, in this order."""
+    """Text of one choice: what `push` and `rest` return makes the text of the answer, in this order.
+
+    All of it comes at the end where tokens alone do not say what the text will be: where the model's format has
+    channels, and with echo, special tokens or stop strings in the text.
+    """
 
     def __init__(self, endpoint: Generate, spec: Spec, model: Model) -> None:
         self._detokenizer = Detokenizer(model)
@@ -21,9 +25,17 @@ class TextStream:
         )
         self._stops = StopStrings(endpoint.stops(spec))
         self._given = ""
+        self._at_the_end = (
+            self._detokenizer.harmony is not None
+            or bool(getattr(endpoint, "echo", None))
+            or endpoint.skip_special_tokens is False
+            or bool(endpoint.include_stop_str_in_output)
+        )
 
     def push(self, token: int) -> str:
         """The text that a token completes and that no stop string can take back, which may be empty."""
+        if self._at_the_end:
+            return ""
         if self._decoder is not None:
             more, _ = self._stops.push(self._decoder.push(token))
         else:

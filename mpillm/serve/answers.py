@@ -46,8 +46,6 @@ class Stream:
             "model": model.name,
         }
         self._texts = [TextStream(work.endpoint, work.spec, model) for _ in work.requests]
-        # What a tool call or a thought is shows only when the answer is complete.
-        self._whole = bool(getattr(work.endpoint, "tools", None))
 
     def begin(self) -> Iterator[bytes]:
         """What comes before any text."""
@@ -57,7 +55,7 @@ class Stream:
 
     def push(self, choice: int, token: int) -> Iterator[bytes]:
         """What comes with a token of a choice."""
-        if not self._whole and (text := self._texts[choice].push(token)):
+        if text := self._texts[choice].push(token):
             yield self._event(self._choice(choice, {"content": text} if self._chat else text))
 
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:

@@ -123,6 +123,18 @@ def test_a_stream_never_shows_what_a_stop_string_takes_back(client: openai.OpenA
         assert streamed[-1].finish_reason == whole.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"echo": True}, {"skip_special_tokens": False}, {"include_stop_str_in_output": True, "stop": "o"}],
+)
+def test_a_stream_of_what_tokens_alone_do_not_say(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    body: dict[str, Any] = {"model": "chat", "prompt": "the quick fox", "max_tokens": 30, "extra_body": more}
+    whole = client.completions.create(**body).choices[0]
+    with client.completions.create(stream=True, **body) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == whole.text
+    assert whole.text
+
+
 def test_a_seed_gives_the_same_answer_again(client: openai.OpenAI) -> None:
     body: dict[str, Any] = {"model": "chat", "prompt": "the", "max_tokens": 12, "temperature": 1.5, "n": 3}
 
