@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mpillm.store.report import RankStatistics, Report
 
 Axes = Any  # matplotlib's, which need not be installed
+
+# What the page calls what report.json counts: seconds by what they went to, bytes by the message they were in.
+_SECONDS = {
+    "compute": "computing", "weights": "waiting for weights", "kv": "waiting for the KV cache on disk",
+    "all_reduce": "waiting for other shards", "pipe": "waiting for other stages", "step": "waiting for a step",
+    "reply": "waiting for replies",
+}  # fmt: skip
+_MESSAGES = {
+    "all_reduce": "sums over shards", "pipe": "activations to the next stage", "step": "steps", "reply": "replies",
+}  # fmt: skip
 
 
 def plots(report: Report) -> Iterator[tuple[str, str]]:
@@ -46,33 +56,34 @@ def _draw_timeline(axes: Axes, report: Report) -> None:
 
 
 def _draw_seconds(axes: Axes, report: Report) -> None:
-    kinds = sorted({kind for rank in report.ranks for kind in rank.seconds})
-    _draw_stacked(axes, report, kinds, lambda rank, kind: rank.seconds.get(kind, 0.0))
+    _draw_stacked(axes, report, _SECONDS, lambda rank, kind: rank.seconds.get(kind, 0.0))
     axes.set_xlabel("seconds")
 
 
 def _draw_wire(axes: Axes, report: Report) -> None:
-    kinds = list(report.wire_bytes())
     _draw_stacked(
-        axes, report, kinds, lambda rank, kind: rank.messages.get(kind, {}).get("bytes_sent", 0) / 2**20
+        axes, report, _MESSAGES, lambda rank, kind: rank.messages.get(kind, {}).get("bytes_sent", 0) / 2**20
     )
     axes.set_xlabel("MiB")
 
 
 def _draw_cache(axes: Axes, report: Report) -> None:
-    _draw_stacked(axes, report, ["hits", "misses"], lambda rank, kind: rank.weights.get(kind, 0))
+    names = {"hits": "found in memory", "misses": "loaded"}
+    _draw_stacked(axes, report, names, lambda rank, kind: rank.weights.get(kind, 0))
     axes.set_xlabel("uses")
 
 
 def _draw_stacked(
-    axes: Axes, report: Report, kinds: Sequence[str], value: Callable[[RankStatistics, str], float]
+    axes: Axes, report: Report, kinds: Mapping[str, str], value: Callable[[RankStatistics, str], float]
 ) -> None:
+    """A bar for each rank; `kinds` has what the page calls a kind. What no rank has is left out."""
     names = [f"rank {rank.rank}" for rank in report.ranks]
     left = [0.0] * len(names)
-    for kind in kinds:
+    for kind, shown in kinds.items():
         values = [value(rank, kind) for rank in report.ranks]
-        axes.barh(names, values, left=left, label=kind)
-        left = [start + width for start, width in zip(left, values, strict=True)]
+        if any(values):
+            axes.barh(names, values, left=left, label=shown)
+            left = [start + width for start, width in zip(left, values, strict=True)]
     axes.invert_yaxis()
-    if kinds:
-        axes.legend(fontsize="small")
+    if any(left):
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from mpillm.comm.counters import MessageCounters
 from mpillm.errors import JobError
-from mpillm.store import report, report_page
+from mpillm.store import report, report_page, report_plots
 from mpillm.store.directory import Directory
 
 
@@ -110,6 +111,12 @@ def test_plots_are_inline(tmp_path: Path) -> None:
     assert not re.search(rb"<script|src=|href=.http", first)
     report_page.write_html(tmp_path)
     assert path.read_bytes() == first
+
+
+def test_the_plots_know_all_that_is_counted() -> None:
+    messages = set(MessageCounters().as_dict())
+    assert set(report_plots._MESSAGES) == messages
+    assert set(report_plots._SECONDS) == {"compute", "weights", "kv", *messages}
 
 
 def test_a_directory_without_a_finished_run(tmp_path: Path) -> None:
