@@ -86,6 +86,8 @@ class Files:
         return f"{path.name} {how}"
 
     def touch(self, model: Path) -> None:
-        """Write one of a model's files again as it is."""
+        """Write one of a model's files again as it is, in place: one that is shortened first is a changed one."""
         path = self._draw.choice(sorted(file for file in model.rglob("*") if file.is_file()))
-        path.write_bytes(path.read_bytes())
+        content = path.read_bytes()
+        with path.open("r+b") as file:
+            file.write(content)
