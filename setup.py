@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import runpy
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from glob import glob
 from typing import Any
@@ -49,8 +49,12 @@ def compile_in_parallel(
             pool.submit(compile_one, name, *build[name], flags, extra_postargs, preprocessor)
             for name in order
         ]
+        wait(jobs, return_when=FIRST_EXCEPTION)
         for job in jobs:
-            job.result()
+            job.cancel()  # after a failure; where there is none, all are done
+        for job in jobs:
+            if not job.cancelled():
+                job.result()
     return list(objects)
 
 

@@ -170,7 +170,7 @@ def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, closing(disk.Disk(paths)) as measured:
         patch.setattr(disk, "read_direct", read)
         patch.setattr(disk, "READERS", (1,))
-        patch.setattr(disk, "MOST_BYTES", 3 * disk.REQUEST_BYTES)
+        patch.setattr(disk, "MAX_BYTES", 3 * disk.REQUEST_BYTES)
         for _ in range(4):
             measured.measure()
     if not measured.rates:

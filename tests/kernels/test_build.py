@@ -59,11 +59,11 @@ def test_a_compiler_without_openmp_builds_all_the_same(refused: str, tmp_path: P
     assert sorted(path.name.split(".")[0] for path in tmp_path.rglob("*.so")) == ["_compiled", "_limits"]
     calls = log.read_text().splitlines()
     openmp = [call for call in calls if "-fopenmp" in call]
+    sources = [path.name for path in (ROOT / "cython" / "core").glob("*.c")]
     if refused:
-        assert len(openmp) == 2  # one try for each module
+        assert 2 <= len(openmp) < len(sources)  # a few tries for each module: as many as began at once
     else:
         assert openmp == calls
-    sources = [path.name for path in (ROOT / "cython" / "core").glob("*.c")]
     built = [call for call in calls if call not in openmp] if refused else calls
     for name in ["kernels.c", "limits.c", *sources]:
         assert sum(f"{name} " in call for call in built if " -c " in call) == 1, name
