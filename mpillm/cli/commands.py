@@ -195,13 +195,7 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
 
 def _spec(world: World, options: argparse.Namespace) -> Spec:
     """The job as rank 0 reads it, on every rank."""
-    job = None
-    with world.together():
-        if world.rank == 0:
-            job = _load(options)
-    shared = world.bcast(job)
-    assert shared is not None
-    return shared
+    return world.on_rank_0(lambda: _load(options))
 
 
 def _load(options: argparse.Namespace) -> Spec:

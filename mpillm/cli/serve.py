@@ -79,10 +79,6 @@ def run_chat(world: World, options: argparse.Namespace) -> int:
 
 def _spec(world: World, options: argparse.Namespace, output: str) -> spec.Spec:
     """The settings of a job, on every rank; it has no input, and `output` is where files go if there are any."""
-    job = None
-    with world.together():
-        if world.rank == 0:
-            job = spec.load(None, options.set, model=options.model, input=os.devnull, output=output)
-    shared = world.bcast(job)
-    assert shared is not None
-    return shared
+    return world.on_rank_0(
+        lambda: spec.load(None, options.set, model=options.model, input=os.devnull, output=output)
+    )

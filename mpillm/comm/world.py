@@ -116,6 +116,14 @@ class World:
             error = found
         self.agree(error)
 
+    def on_rank_0(self, make: Callable[[], T]) -> T:
+        """Return on every rank what rank 0 makes; an MpillmError there is raised on all."""
+        made = None
+        with self.together():
+            if self.rank == 0:
+                made = make()
+        return cast("T", self.bcast(made))
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """In the block, a rank that hangs (see `stillness`) is ended after the deadline."""

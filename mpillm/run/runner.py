@@ -126,11 +126,8 @@ class _Rank:
         """The number of shards with which the run began, if the results depend on it (collective)."""
         if self.spec.wire.activations == "f32":
             return None
-        before = None
-        with self.world.together():
-            if self.world.rank == 0:
-                before = first_layout(self.claim)
-        return self.world.bcast(before.shards if before is not None else None)
+        before = self.world.on_rank_0(lambda: first_layout(self.claim))
+        return before.shards if before is not None else None
 
     @contextmanager
     def computing(self, session: Session) -> Iterator[None]:

@@ -59,9 +59,7 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
 def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
     start = time.monotonic()
-    with world.together():
-        path = catalogue.resolve(source, progress.downloading) if world.rank == 0 else Path()
-    path = world.bcast(path)
+    path = world.on_rank_0(lambda: catalogue.resolve(source, progress.downloading))
     with contextlib.ExitStack() as stack:
         with world.together():
             opened = stack.enter_context(closing(_open(path, weights)))
