@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from mpillm.batch.answers import NOT_FINITE
-from mpillm.batch.work import Work
+from mpillm.batch.pending import Pending
 from mpillm.engine.engine import Engine
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request
@@ -28,15 +28,6 @@ from mpillm.weights.inventory import tensor_name
 CHECK_EVERY = 1.0  # seconds between two checks of the output directory
 
 
-@dataclass
-class _Pending:
-    """A line whose choices are being computed."""
-
-    work: Work
-    missing: int
-    completions: list[Completion | None] = field(default_factory=list)
-
-
 class Computation:
     """The requests of a job that are not answered yet, on the ranks of a session."""
 
@@ -44,7 +35,7 @@ class Computation:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
         self.engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab, totals)
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, Pending] = {}
         self._checked = time.monotonic()
 
     def continued(self, session: Session) -> Computation:
@@ -140,8 +131,7 @@ class Computation:
     def _requests(self) -> Iterator[Request]:
         """The engine's requests, made line by line when the engine asks for them."""
         for work in self.job.input.works(done=self.journal.done):
-            count = len(work.requests)
-            self._pending[work.custom_id] = _Pending(work, count, [None] * count)
+            self._pending[work.custom_id] = Pending(work)
             partial = self.journal.partial(work.line)
             for request in work.requests:
                 if request.max_length > self.session.limits.max_length:
@@ -154,19 +144,16 @@ class Computation:
     def _take(self, completion: Completion) -> None:
         """Keep a completion; the last one of a line sends the line's answer to the journal."""
         pending = self._pending[completion.request.id]
-        pending.completions[completion.request.choice] = completion
-        pending.missing -= 1
-        if pending.missing:
+        completions = pending.take(completion)
+        if completions is None:
             if len(completion.tokens) >= (self.job.spec.job.checkpoint_tokens or math.inf):
                 self._save(completion.request, 0, completion.since(0))
             return
         del self._pending[completion.request.id]
-        completions = [found for found in pending.completions if found is not None]
-        if all(found.finite for found in completions):
-            self.journal.append(results.finished(pending.work, completions, self.job.model))
-        else:
+        result = results.ended(pending.work, completions, self.job.model)
+        if result.status != 200:
             self.job.not_finite[pending.work.custom_id] = NOT_FINITE
-            self.journal.append(results.failed(pending.work, NOT_FINITE, status=500))
+        self.journal.append(result)
 
     def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
         """Append what a choice has generated from token `start` on to the journal."""
@@ -179,7 +166,7 @@ class Computation:
             self._save(*unsaved)
         for pending in self._pending.values():
             for completion in pending.completions:
-                if completion is not None and completion.tokens:
+                if completion.tokens:
                     self._save(completion.request, 0, completion.since(0))
 
     def _capacity(self) -> Iterator[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
 from datetime import datetime
 
 from mpillm.batch import bodies
-from mpillm.batch.answers import NOT_FINITE, error_line
+from mpillm.batch.answers import error_line
+from mpillm.batch.pending import Pending
 from mpillm.batch.requests import MAX_LINE, make_work
-from mpillm.batch.work import Line, Work
+from mpillm.batch.work import Line
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
@@ -26,15 +26,6 @@ from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.store import results
 from mpillm.store.records import Layout, Result
-
-
-@dataclass
-class _Pending:
-    """A line whose choices are being computed."""
-
-    number: int
-    work: Work
-    completions: dict[int, Completion] = field(default_factory=dict)
 
 
 class _Quiet:
@@ -81,7 +72,7 @@ class Service:
 
         A wrong line ends in an error result. The generator may be closed before its end.
         """
-        pending: dict[str, _Pending] = {}
+        pending: dict[str, tuple[int, Pending]] = {}
         refused: list[tuple[int, Result]] = []
         code = 1
         try:
@@ -100,7 +91,10 @@ class Service:
             self._engine.stop(code)
 
     def _requests(
-        self, lines: Sequence[bytes], pending: dict[str, _Pending], refused: list[tuple[int, Result]]
+        self,
+        lines: Sequence[bytes],
+        pending: dict[str, tuple[int, Pending]],
+        refused: list[tuple[int, Result]],
     ) -> Iterator[Request]:
         names: set[str] = set()
         for index, raw in enumerate(lines):
@@ -119,20 +113,19 @@ class Service:
                 message = f"Request {index + 1}: {str(problem).rstrip('.')}."
                 refused.append((index, Result(name, b"", 400, error_line(name, message))))
                 continue
-            pending[name] = _Pending(index, work)
+            pending[name] = index, Pending(work)
             yield from work.requests
 
-    def _take(self, completion: Completion, pending: dict[str, _Pending]) -> tuple[int, Result] | None:
+    def _take(
+        self, completion: Completion, pending: dict[str, tuple[int, Pending]]
+    ) -> tuple[int, Result] | None:
         """Keep a completion; return its line's result if it was the last one."""
-        found = pending[completion.request.id]
-        found.completions[completion.request.choice] = completion
-        if len(found.completions) < len(found.work.requests):
+        index, found = pending[completion.request.id]
+        completions = found.take(completion)
+        if completions is None:
             return None
         del pending[completion.request.id]
-        completions = [found.completions[choice] for choice in range(len(found.work.requests))]
-        if all(one.finite for one in completions):
-            return found.number, results.finished(found.work, completions, self.model)
-        return found.number, results.failed(found.work, NOT_FINITE, status=500)
+        return index, results.ended(found.work, completions, self.model)
 
     def close(self) -> None:
         """Let go of the model (on every rank)."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from mpillm.batch.pending import Pending
 from mpillm.batch.work import Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import MpillmError
@@ -40,8 +41,7 @@ class Ticket:
         self.work = work
         self.cancelled = False
         self._done, self._token = done, token
-        self._completions: list[Completion | None] = [None] * len(work.requests)
-        self._missing = len(work.requests)
+        self._pending: Pending | None = Pending(work)  # None once it is done
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more."""
@@ -62,15 +62,14 @@ class Ticket:
 
     def take(self, completion: Completion) -> None:
         """Keep a choice; the last one completes the answer."""
-        self._completions[completion.request.choice] = completion
-        self._missing -= 1
-        if self._missing == 0:
-            self._done([found for found in self._completions if found is not None])
+        if self._pending is not None and (completions := self._pending.take(completion)) is not None:
+            self._pending = None
+            self._done(completions)
 
     def fail(self) -> None:
         """There will be no answer."""
-        if self._missing:
-            self._missing = -1  # what still comes is too late
+        if self._pending is not None:
+            self._pending = None  # what still comes is too late
             self._done(None)
 
 

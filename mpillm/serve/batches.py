@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from mpillm.batch import requests
-from mpillm.batch.answers import NOT_FINITE, bad_line
+from mpillm.batch.answers import bad_line
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion
 from mpillm.errors import MpillmError
@@ -300,10 +300,7 @@ class _Run:
         self._under_way.remove(work.custom_id)
         if completions is None:  # the server ends
             return
-        if all(found.finite for found in completions):
-            self._journal.append(results.finished(work, completions, self._model))
-        else:
-            self._journal.append(results.failed(work, NOT_FINITE, status=500))
+        self._journal.append(results.ended(work, completions, self._model))
         self._look_for_end()
 
     def _look_for_end(self) -> None:

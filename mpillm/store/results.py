@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mpillm import __version__
-from mpillm.batch.answers import bad_line, error_line, result_line
+from mpillm.batch.answers import NOT_FINITE, bad_line, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import Completion
@@ -38,6 +38,13 @@ def finished(work: Work, completions: Sequence[Completion], model: Model) -> Res
     prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
     choices = [_choice(work, completion, model) for completion in completions]
     return Result(work.custom_id, line_key(work.line), 200, line, prompts, choices)
+
+
+def ended(work: Work, completions: Sequence[Completion], model: Model) -> Result:
+    """The journal's record of a request whose choices are all computed: an error if any of them is not finite."""
+    if all(completion.finite for completion in completions):
+        return finished(work, completions, model)
+    return failed(work, NOT_FINITE, status=500)
 
 
 def failed(work: Work, message: str, status: int = 400) -> Result:
