@@ -69,10 +69,6 @@ class Stream:
                 delta = {k: v for k, v in message.items() if k not in ("role", "content") and v}
                 if rest := text.rest(message.get("content") or ""):
                     delta["content"] = rest
-                if "tool_calls" in delta:
-                    delta["tool_calls"] = [
-                        {"index": index, **call} for index, call in enumerate(delta["tool_calls"])
-                    ]
             else:
                 delta = text.rest(choice["text"])
             more = {k: choice[k] for k in ("logprobs", "finish_reason", "stop_reason") if k in choice}

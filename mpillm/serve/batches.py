@@ -156,7 +156,7 @@ class Batches:
         arrivals: Arrivals,
         spec: Spec,
         model: Model,
-        open_journal: Callable[[Claim, requests.CheckedInput], Journal],
+        open_journal: Callable[[requests.CheckedInput, Claim], Journal],
     ) -> None:
         """`open_journal` opens the journal of a batch in its claimed directory."""
         self._described = _Described(folder, Batch)
@@ -265,7 +265,7 @@ class _Run:
         self,
         batch: requests.CheckedInput,
         claim: Claim,
-        open_journal: Callable[[Claim, requests.CheckedInput], Journal],
+        open_journal: Callable[[requests.CheckedInput, Claim], Journal],
         model: Model,
     ) -> None:
         self._batch, self._claim, self._model = batch, claim, model
@@ -274,7 +274,7 @@ class _Run:
         self._all_taken = False
         with contextlib.ExitStack() as unless_made:
             unless_made.callback(claim.close)
-            self._journal = open_journal(claim, batch)
+            self._journal = open_journal(batch, claim)
             unless_made.pop_all()
         batch.keep_answered(self._journal.done)
 

@@ -6,14 +6,15 @@ import contextlib
 import socket
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
-from mpillm.batch.requests import CheckedInput
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.errors import JobError
+from mpillm.run.job import open_journal
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
@@ -25,8 +26,6 @@ from mpillm.serve.signals import first_signal_calls
 from mpillm.serve.uploads import routes
 from mpillm.spec import Spec
 from mpillm.store.directory import explained
-from mpillm.store.journal import MODEL_FILE, Journal
-from mpillm.store.output import Claim
 
 GRACE = 5  # seconds in which open connections may end
 
@@ -69,15 +68,12 @@ def _lead(
     arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
     names = frozenset({model.name, spec.model, str(path)})
     service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
-    identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
-
-    def open_journal(claim: Claim, batch: CheckedInput) -> Journal:
-        return Journal(claim, identity, batch.lines, session.layout, session.model_state)
-
     data = spec.output_path
     with explained(data):
         files = Files(data / "files")
-        batches = Batches(data / "batches", files, arrivals, spec, model, open_journal)
+        batches = Batches(
+            data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
+        )
     config = uvicorn.Config(
         make_app(service, routes(files, batches)),
         log_level="warning",

@@ -15,6 +15,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.serve.app import read_body
 from mpillm.serve.batches import Batches, Files
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
@@ -65,7 +66,7 @@ def routes(files: Files, batches: Batches) -> list[Route]:
         return _json({"id": name, "object": "file", "deleted": True})
 
     async def begin(request: Request) -> Response:
-        raw = await request.body()
+        raw = await read_body(request, MAX_REQUEST)
         try:
             wanted = msgspec.json.decode(raw, type=_Wanted)
         except msgspec.MsgspecError as error:

@@ -179,6 +179,9 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
             client.with_options(api_key=key or "x").models.list()
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="chat", messages=[])
+    with pytest.raises(openai.APIStatusError) as found:
+        client.post("/batches", cast_to=object, content=b" " * (2 << 20))
+    assert found.value.status_code == 413
     http = client._client
     assert http.get(f"{server}/health").json()["status"] == "ok"
     text = http.get(f"{server}/metrics").text
