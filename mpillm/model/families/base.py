@@ -33,10 +33,11 @@ ACTIVATIONS = {
 class Family:
     """A family of models: one file, which `families.FAMILIES` lists.
 
-    `architectures` are transformers' classes with their model_type, `further_types` other values of model_type with the
-    class that they stand for, `gguf` the values of general.architecture that it
-    reads, `names` what its tensors are called, and `tied` what an absent tie_word_embeddings means. `defaults` has what
-    other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
+    `architectures` are transformers' classes with their model_type, `model_types` other values of model_type with
+    the class that they stand for, `gguf` the values of general.architecture that it reads, `names` what its tensors
+    are called, and `tied` what an absent tie_word_embeddings means. With `yarn_multiplies_scores` a GGUF file's
+    yarn multiplies attention's scores, as its log multiplier says. `defaults` has what other absent keys mean, by
+    class: the defaults of transformers' configuration classes. Sizes have none.
     """
 
     architectures: ClassVar[Mapping[str, str]]
@@ -44,6 +45,7 @@ class Family:
     gguf: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[Names] = Names()
     tied: ClassVar[bool] = False
+    yarn_multiplies_scores: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
@@ -160,6 +162,18 @@ def read_layer_types(fields: Fields, n_layers: int, *supported: str) -> Sequence
             f"{fields.name}: layer type {str(unknown[0])[:60]!r} in layer_types is not supported."
         )
     return types
+
+
+def every_nth_full(n_layers: int, every: int) -> list[str]:
+    """layer_types of a model in which every n-th layer has no window."""
+    return [SLIDING if (layer + 1) % every else FULL for layer in range(n_layers)]
+
+
+def read_window_types(fields: Fields, n_layers: int, every: int) -> list[str]:
+    """layer_types, or what sliding_window_pattern says (`every` if it is absent): every n-th layer has no window."""
+    every = fields.integer("sliding_window_pattern", 1, LONGEST, default=every)
+    fields.raw("_sliding_window_pattern")
+    return list(read_layer_types(fields, n_layers, FULL, SLIDING) or every_nth_full(n_layers, every))
 
 
 def read_windows(

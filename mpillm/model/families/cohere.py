@@ -12,11 +12,11 @@ from mpillm.model.families.base import (
     attention_of,
     model,
     read_activation,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
+    read_window_types,
     refuse_qk_norm,
 )
 from mpillm.model.fields import Fields
@@ -53,12 +53,7 @@ class Cohere(Family):
         window, types = 0, [FULL] * sizes.n_layers
         if architecture == _COHERE2:
             window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
-            every = fields.integer("sliding_window_pattern", 1, LONGEST, default=4)
-            fields.raw("_sliding_window_pattern")
-            types = list(
-                read_layer_types(fields, sizes.n_layers, FULL, SLIDING)
-                or (SLIDING if (layer + 1) % every else FULL for layer in range(sizes.n_layers))
-            )
+            types = read_window_types(fields, sizes.n_layers, every=4)
 
         def layer(number: int) -> LayerSpec:
             slides = types[number] == SLIDING and window > 0

@@ -38,6 +38,7 @@ class DeepSeek(Family):
     architectures = {_V2: "deepseek_v2", _V3: "deepseek_v3", _LITE: "glm4_moe_lite"}
     model_types = {"kimi_k2": _V3}
     gguf = ("deepseek2",)
+    yarn_multiplies_scores = True
     defaults = {
         _V2: {
             **_LATENTS,

@@ -11,6 +11,7 @@ from mpillm.model.families.base import (
     SLIDING,
     Family,
     attention_of,
+    every_nth_full,
     model,
     read_activation,
     read_layer_types,
@@ -84,4 +85,4 @@ def _layer_types(fields: Fields, n_layers: int, window: int) -> Sequence[str]:
     if types is not None:
         return types
     every = fields.integer("sliding_window_pattern", 1, LONGEST, default=4)
-    return [SLIDING if (layer + 1) % every else FULL for layer in range(n_layers)]
+    return every_nth_full(n_layers, every)

@@ -13,11 +13,11 @@ from mpillm.model.families.base import (
     attention_of,
     model,
     read_activation,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
+    read_window_types,
 )
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import Rotary
@@ -71,12 +71,8 @@ class Gemma(Family):
         if fields.flag("use_bidirectional_attention"):
             raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
         newer = architecture == _GEMMA3
-        every = fields.integer("sliding_window_pattern", 1, LONGEST, default=6 if newer else 2)
-        fields.raw("_sliding_window_pattern")
         fields.raw("cache_implementation")
-        types = read_layer_types(fields, sizes.n_layers, FULL, SLIDING)
-        if types is None:
-            types = [SLIDING if (layer + 1) % every else FULL for layer in range(sizes.n_layers)]
+        types = read_window_types(fields, sizes.n_layers, every=6 if newer else 2)
         rotaries = _rotaries(fields, sizes, set(types))
 
         def layer(number: int) -> LayerSpec:

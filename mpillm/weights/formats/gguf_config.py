@@ -24,6 +24,8 @@ class GgufFamily(Protocol):
     def names(self) -> Names: ...
     @property
     def tied(self) -> bool: ...
+    @property
+    def yarn_multiplies_scores(self) -> bool: ...
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration with Hugging Face's keys, without RoPE's."""
 
@@ -31,7 +33,6 @@ class GgufFamily(Protocol):
         """How tensors that hold several matrices are taken apart."""
 
 
-LOG_MULTIPLIED = {"deepseek2"}  # architectures whose scores yarn multiplies
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
 _IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 _UNSET = (-1, 2**32 - 1)  # ids that stand for "no such token", signed and unsigned
@@ -78,7 +79,8 @@ def config_of(
     config = family.gguf_config(fields, shape_of)
     if pooling := fields.integer("pooling_type", 0):
         config["pooling_type"] = pooling
-    config["rope_parameters"] = config.get("rope_parameters", {}) | _rope(fields, config, rope_factors)
+    rope = _rope(fields, config, rope_factors, family.yarn_multiplies_scores)
+    config["rope_parameters"] = config.get("rope_parameters", {}) | rope
     fields.refuse_unknown()
     return config
 
@@ -237,7 +239,9 @@ def _head_dim(fields: GgufFields, default: int, partial: bool) -> dict[str, Any]
     return {"head_dim": head_dim}
 
 
-def _rope(fields: GgufFields, config: dict[str, Any], factors: list[float] | None) -> dict[str, Any]:
+def _rope(
+    fields: GgufFields, config: dict[str, Any], factors: list[float] | None, multiplies_scores: bool
+) -> dict[str, Any]:
     theta = fields.number("rope.freq_base", 10000.0)
     kind = fields.raw("rope.scaling.type")
     factor = fields.number("rope.scaling.factor", 0.0)
@@ -276,7 +280,7 @@ def _rope(fields: GgufFields, config: dict[str, Any], factors: list[float] | Non
         rope["beta_fast"] = beta_fast
     if beta_slow:
         rope["beta_slow"] = beta_slow
-    if "rope.scaling.yarn_log_multiplier" in fields.values and fields.kind in LOG_MULTIPLIED:
+    if multiplies_scores and "rope.scaling.yarn_log_multiplier" in fields.values:
         # convert_hf_to_gguf.py writes a tenth of mscale_all_dim, and llama.cpp takes mscale to be the same.
         scale = fields.number("rope.scaling.yarn_log_multiplier") * 10
         rope |= {"mscale": scale, "mscale_all_dim": scale}
