@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -66,6 +69,14 @@ def _environment_is_put_back() -> Iterator[None]:
         os.environ.update(before)
 
 
+@cache
+def _sessions() -> str:
+    """A folder that is removed at the end; its name is short, for sockets lie in it."""
+    folder = tempfile.mkdtemp(prefix="mpi-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @dataclass(frozen=True)
 class Mpi:
     """One installed MPI: its mpiexec, and the environment in which mpi4py finds the library that belongs to it."""
@@ -79,7 +90,12 @@ class Mpi:
         return [self.mpiexec, "-n", str(ranks), sys.executable, *args]
 
     def environment(self, **more: str) -> dict[str, str]:
-        return clean_environment(**{**self.env, **more})
+        """The environment of one start, whose session has a folder of its own.
+
+        In a shared folder, what a killed mpiexec left stops a later one that has its process id.
+        """
+        session = {"PRTE_MCA_prte_local_tmpdir_base": tempfile.mkdtemp(dir=_sessions())}
+        return clean_environment(**{**self.env, **session, **more})
 
     def run(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -19,8 +20,9 @@ from mpillm.spec import Spec
 
 
 def start(ranks: int, address: str) -> NoReturn:
-    """Become mpiexec with so many ranks."""
-    words = [*command(library(), Settings(ranks), ranks, None), *program(["ranks", address])]
+    """Become mpiexec with so many ranks; what it writes lies beside the socket at `address`."""
+    folder = Path(address).parent
+    words = [*command(library(), Settings(ranks), ranks, None, folder), *program(["ranks", address])]
     os.execvp(words[0], words)
 
 

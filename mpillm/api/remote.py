@@ -55,7 +55,6 @@ class Remote:
                 start_new_session=True,  # Ctrl-C is for the caller alone
             )
             self._connection = held.connection = self._accept(listener)
-        shutil.rmtree(folder)
         try:
             send(self._connection, Start(msgspec.to_builtins(spec)))
             ready = self._receive()

@@ -30,6 +30,7 @@ from mpillm.comm.launch import Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.run import plan
 from mpillm.spec import Spec
+from mpillm.store.directory import Directory
 from mpillm.store.journal import finished
 from mpillm.store.output import JOURNAL
 
@@ -85,10 +86,13 @@ def write_hosts(path: Path, hosts: Sequence[Host], library: Library) -> None:
     path.write_text("".join(form.format(host.name, host.slots) + "\n" for host in hosts))
 
 
-def command(library: Library, settings: Settings, ranks: int, hostfile: Path | None) -> list[str]:
+def command(
+    library: Library, settings: Settings, ranks: int, hostfile: Path | None, folder: Path
+) -> list[str]:
     """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
 
-    Where it can (Open MPI 5), it lets the others go on when a rank dies.
+    Where it can (Open MPI 5), it lets the others go on when a rank dies, and keeps its session in `folder`: in the
+    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id.
     """
     mpiexec = str(library.mpiexec() or "mpiexec")
     if library.name == "MPICH":
@@ -96,7 +100,8 @@ def command(library: Library, settings: Settings, ranks: int, hostfile: Path | N
         words += ["-launcher", "ssh", "-launcher-exec", settings.agent] if settings.agent != "ssh" else []
     else:
         words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-        words += ["--with-ft", "ulfm"] if library.version >= (5,) else []
+        if library.version >= (5,):
+            words += ["--with-ft", "ulfm", "--prtemca", "prte_local_tmpdir_base", str(folder)]
         words += ["--hostfile", str(hostfile)] if hostfile else []
         words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []
     return [*words, *settings.mpi_options, "-n", str(ranks)]
@@ -131,14 +136,17 @@ class Supervisor:
         self._spec, self._library, self._settings = spec, library, settings
         self._program, self._say = program, say
         self._told: signal.Signals | None = None  # to stop, and by what
+        self._output: Directory | None = None  # as it was before the first start
         self._journal_seen = False
 
     def run(self) -> int:
         """Return the exit code: 0 or 1 for a complete run, 2 for a wrong job, 75 if it may go on later."""
         before = [signal.signal(number, self._tell) for number in _STOPS]
         try:
-            with tempfile.TemporaryDirectory(prefix="mpillm-") as folder:
-                return self._until_complete(Path(folder) / "hosts")
+            with contextlib.ExitStack() as stack:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpillm-")))
+                self._open_output(stack)
+                return self._until_complete(folder)
         finally:
             for number, handler in zip(_STOPS, before, strict=True):
                 signal.signal(number, handler)
@@ -146,15 +154,30 @@ class Supervisor:
     def _tell(self, number: int, _frame: FrameType | None) -> None:
         self._told = signal.Signals(number)
 
-    def _until_complete(self, hostfile: Path) -> int:
-        fruitless, first = 0, True
+    def _open_output(self, stack: contextlib.ExitStack) -> None:
+        """Make and open the output directory; where that fails, rank 0 says why. What stays empty is removed."""
+        path = self._spec.output_path
+        with contextlib.suppress(OSError):
+            if not path.exists():
+                path.mkdir(parents=True)
+                stack.callback(_remove_if_empty, path)
+            self._output = stack.enter_context(Directory(path))
+
+    def _output_is_gone(self) -> bool:
+        """Whether the output directory, or the journal in it, was moved or deleted since the start."""
+        if self._output is not None and not self._output.is_at_its_path():
+            return True
+        return self._journal_seen and not self._journal_size()
+
+    def _until_complete(self, folder: Path) -> int:
+        fruitless, first, hostfile = 0, True, folder / "hosts"
         while True:
             hosts = self._hosts()
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
             if hosts:
                 write_hosts(hostfile, hosts, self._library)
             size = self._journal_size()
-            code, grown = self._once(ranks, hostfile if hosts else None)
+            code, grown = self._once(ranks, hostfile if hosts else None, folder)
             outcome = finished(self._spec.output_path)
             # This start has said so, not one before it, since when the input may have grown.
             if outcome is not None and self._journal_size() > size:
@@ -165,7 +188,7 @@ class Supervisor:
             if first and code == JobError.exit_code:
                 return code  # rank 0 has said why
             first = False
-            if self._journal_seen and not self._journal_size():
+            if self._output_is_gone():
                 self._say(
                     f"The output directory {self._spec.output_path} was moved or deleted; the run stops."
                 )
@@ -219,11 +242,11 @@ class Supervisor:
             return False
         return code == 0
 
-    def _once(self, ranks: int, hostfile: Path | None) -> tuple[int, bool]:
+    def _once(self, ranks: int, hostfile: Path | None, folder: Path) -> tuple[int, bool]:
         """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""
         known = self._hostfile_text()
         launcher = subprocess.Popen(
-            [*command(self._library, self._settings, ranks, hostfile), *self._program],
+            [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
             env={**os.environ, **AS_ROOT} if os.geteuid() == 0 else None,
             start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
@@ -264,6 +287,11 @@ class Supervisor:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._told:
             time.sleep(LOOK)
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _ranks_below(pid: int) -> bool:

@@ -44,16 +44,17 @@ def test_bad_hostfiles(tmp_path: Path) -> None:
 
 
 def test_the_words_for_each_mpi() -> None:
-    hosts = Path("h")
+    hosts, folder = Path("h"), Path("f")
     plain, agent = Settings(ranks=2), Settings(hostfile=hosts, agent="/a", mpi_options=("-x", "A"))
-    assert launch.command(OPENMPI, plain, 2, None) == [
-        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--with-ft", "ulfm", "-n", "2"]
+    assert launch.command(OPENMPI, plain, 2, None, folder) == [
+        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--with-ft", "ulfm"],
+        *["--prtemca", "prte_local_tmpdir_base", "f", "-n", "2"],
     ]
-    assert launch.command(OPENMPI, agent, 3, hosts)[7:] == [
+    assert launch.command(OPENMPI, agent, 3, hosts, folder)[10:] == [
         *["--hostfile", "h", "--prtemca", "plm_ssh_agent", "/a", "-x", "A", "-n", "3"]
     ]
-    assert launch.command(MPICH, plain, 2, None) == ["mpiexec", "-n", "2"]
-    assert launch.command(MPICH, agent, 3, hosts)[1:] == [
+    assert launch.command(MPICH, plain, 2, None, folder) == ["mpiexec", "-n", "2"]
+    assert launch.command(MPICH, agent, 3, hosts, folder)[1:] == [
         *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-x", "A", "-n", "3"]
     ]
 
