@@ -41,12 +41,13 @@ class Step:
 
     def rows(self, turn: Turn | None, group: int | None) -> Rows:
         """Cosines and sines [m, dim / 2] of the rows' positions, and where their keys and values are in a group."""
-        if (turn, group) not in self._rows:
+        found = self._rows.get((turn, group))
+        if found is None:
             batch, (cos, sin) = self.batch, self._cos_sin(turn)
             tables = NO_TABLES if group is None else batch.groups[group]
             where = tables.block, batch.offset, batch.positions, tables.table, tables.table_start
-            self._rows[turn, group] = cos, sin, *where
-        return self._rows[turn, group]
+            found = self._rows[turn, group] = cos, sin, *where
+        return found
 
     @cached_property
     def begun(self) -> Ints:

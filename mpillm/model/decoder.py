@@ -7,6 +7,7 @@ step, of any sequences), d = hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -139,18 +140,22 @@ class _RankLayer:
         with rank.page(number, ATTENTION) as page:
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
-            self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
+            self._residual("mixer residual", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
         part, bias = spec.mlp.compute(rank, number, prepared, own)
-        self._residual("mlp", bias, after, x, part)
+        self._residual("mlp residual", bias, after, x, part)
 
     @property
-    def operations(self) -> tuple[kernels.Attention, kernels.Residual, kernels.Mlp, kernels.Residual]:
-        """Its operations, where all pages stay in memory and it has run once."""
-        kept = self._rank.kept
-        names = "attention", "mixer residual", "mlp", "mlp residual"
-        return tuple(kept(_missing, name, self._number) for name in names)  # type: ignore[return-value]
+    def operations(self) -> tuple[Any, ...]:
+        """What `kernels.LayerStack` takes of it, where all pages stay in memory and it has run once."""
+        kept, number = self._rank.kept, self._number
+        return (
+            kept(_missing, "attention", number),
+            kept(kernels.Residual, "mixer residual", number),  # a plain one has not been made
+            kept(_missing, "mlp", number),
+            kept(kernels.Residual, "mlp residual", number),
+        )
 
     def _normed(self, page: Page, x: Floats) -> Floats:
         """The rows as the mixer sees them."""
@@ -168,16 +173,15 @@ class _RankLayer:
     def _residual(
         self, name: str, bias: Floats | None, after: kernels.Norm | None, x: Floats, part: Floats
     ) -> None:
-        """x += scale * norm(part + bias); x += part + bias is (x + part) + bias."""
+        """x += scale * norm(part + bias); without norm and scale (x + part) + bias, which NumPy does at less cost."""
         scale = self.spec.residual_scale
-        last = bias if after is None and scale == 1.0 else None
-        first = bias if last is None else None
-        work = self._rank.kept(
-            lambda: kernels.Residual(first, after, scale), f"{name} residual", self._number
-        )
-        self._rank.compute(work, x, part)
-        if last is not None:
-            x += last
+        if after is not None or scale != 1.0:
+            work = self._rank.kept(lambda: kernels.Residual(bias, after, scale), name, self._number)
+            self._rank.compute(work, x, part)
+            return
+        x += part
+        if bias is not None:
+            x += bias
 
 
 class _Stack:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ class KVCache:
             assert spill_dir is not None
             layers = [(layer.pool, layer.group) if layer else None for layer in layout.tokens]
             self.spill = Spill(spill_dir, layout.pools, layers, budget - self._states_nbytes, n_blocks)
+        self._arrays: dict[int, Arrays] = {}  # of layers whose pools are in memory
         self._pools: list[Pool | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
 
     def begin(self, groups: Sequence[GroupTables], offset: Ints) -> None:
@@ -64,6 +64,7 @@ class KVCache:
         top = max(int(group.block.max()) for group in groups) + 1
         if self.spill is not None:
             self.spill.make_space(top, self._pools)
+            self._arrays.clear()  # some pools may have left memory
             if self.spill.layers:
                 new = [np.unique(group.block[offset == 0]) for group in groups]  # nothing is in them yet
                 needed = [
@@ -83,7 +84,10 @@ class KVCache:
         if pool is None:
             assert self.spill is not None
             return self._seen(layer, self.spill.acquire(i))
-        return self._seen(layer, pool)
+        known = self._arrays.get(i)
+        if known is None:
+            known = self._arrays[i] = self._seen(layer, pool)
+        return known
 
     def release(self, i: int) -> None:
         """The step is done with that layer."""
@@ -135,10 +139,12 @@ class LayerCacheView:
         self.kv_type = kv.kv_type
         self.group = kv.group_of(i)  # whose block tables are those of its keys and values
 
-    @contextmanager
-    def pools(self) -> Iterator[Arrays]:
-        """Its keys and values, while in the `with` block; layers follow each other in their order."""
-        yield self._kv.acquire(self._i)
+    def acquire(self) -> Arrays:
+        """Its keys and values, until `release`; layers follow each other in their order."""
+        return self._kv.acquire(self._i)
+
+    def release(self) -> None:
+        """The step is done with this layer."""
         self._kv.release(self._i)
 
     @property

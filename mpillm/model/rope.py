@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import astuple, dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,14 @@ class RopeConfig:
     attention_factor: float = 1.0
     score_factor: float = 1.0
     factors: tuple[float, ...] = ()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))
+
+    def __hash__(self) -> int:
+        """The hash, computed once: each layer looks up its rows by it at each step."""
+        return self._hash
 
 
 def inv_freq(rope: RopeConfig, head_dim: int) -> Floats:

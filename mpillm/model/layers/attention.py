@@ -196,7 +196,8 @@ def attend(
 
     part = np.empty_like(x)
     cos, sin, *where = step.rows(spec.turn, cache.group)
-    with cache.pools() as pools:
-        rank.compute(rank.kept(make, "attention", layer), x, cos, sin, cache.kv_type, *pools, *where, part)
+    work, pools = rank.kept(make, "attention", layer), cache.acquire()
+    rank.compute(work, x, cos, sin, cache.kv_type, *pools, *where, part)
+    cache.release()
     rank.group.all_reduce(part)
     return part, page.vector("o_bias") if spec.o_bias else None

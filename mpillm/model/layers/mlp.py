@@ -99,7 +99,7 @@ class MlpSpec:
         if rank.all_resident:
             part = np.empty_like(x)
             rank.compute(prepared, x, part)
-            bias = rank.kept(lambda: self.output_bias(rank, layer), "down_bias", layer)
+            bias = rank.kept(lambda: self.output_bias(rank, layer), "down_bias", layer) if self.bias else None
         else:
             part, bias = self._page_by_page(rank, layer, prepared), self.output_bias(rank, layer)
         rank.group.all_reduce(part)

@@ -45,9 +45,9 @@ class Rank:
         """What `make` makes of loaded pages: made once if all stay in memory, else each time, for they may move."""
         if not self.all_resident:
             return make()
-        if key not in self._kept:
-            self._kept[key] = make()
-        found: T = self._kept[key]
+        found: T | None = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
         return found
 
     def compute(self, work: Any, *args: Any) -> None:
