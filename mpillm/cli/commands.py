@@ -59,6 +59,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return supervise.run(options, _job_of)
     alone = {
         "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
+        "status": _status, "watch": _watch, "compare": _compare,
     }  # fmt: skip
     if options.command in alone:
         started = launch.launched_by(os.environ)
@@ -179,6 +180,34 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _status(options: argparse.Namespace) -> int:
+    from mpillm.store.readable import as_json
+    from mpillm.store.status import Reader
+
+    with contextlib.closing(Reader(options.directory)) as reader:
+        now = reader.look()
+    print(as_json(now).decode() if options.json else "\n".join(now.lines()))
+    return now.exit_code
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from mpillm.store.status import Reader, watch
+
+    with contextlib.closing(Reader(options.directory)) as reader:
+        now = watch(reader, options.every, lambda line: print(line, flush=True))
+    print("\n".join(now.lines()))
+    return now.exit_code
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mpillm.api.compare import compare
+    from mpillm.api.results import read_results
+
+    made = compare(read_results(options.first), read_results(options.second))
+    print("\n".join(made.lines()))
+    return 0 if made.same else 1
+
+
 def _ranks(world: World, options: argparse.Namespace) -> int:
     from mpillm.api import ranks
 
@@ -279,6 +308,15 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("directory", type=Path)
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")
     report.add_argument("directory", type=Path, help="the run's output directory")
+    status = commands.add_parser("status", help="how far a run is, while it runs and after")
+    status.add_argument("directory", type=Path, help="the run's output directory")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    watch = commands.add_parser("watch", help="how far a run is, again and again until it ends")
+    watch.add_argument("directory", type=Path, help="the run's output directory")
+    watch.add_argument("--every", type=_positive, default=5, metavar="SECONDS", help="between two lines (5)")
+    compare = commands.add_parser("compare", help="what differs between the results of two runs")
+    compare.add_argument("first", type=Path, help="a finished run's output directory")
+    compare.add_argument("second", type=Path, help="another one's")
     merge = commands.add_parser("merge", help="the outputs of a job's parts become one")
     merge.add_argument(
         "parts",

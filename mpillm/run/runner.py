@@ -32,7 +32,7 @@ from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec
 from mpillm.store import report
 from mpillm.store.journal import first_layout
-from mpillm.store.output import Claim
+from mpillm.store.output import PATIENCE, Claim
 from mpillm.store.records import Layout
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class _Rank:
     @cached_property
     def claim(self) -> Claim:
         """The output directory, claimed for this run when it is first asked for, on rank 0."""
-        patience = TAKEOVER if self.world.lost else 0.0
+        patience = TAKEOVER if self.world.lost else PATIENCE
         return self.stack.enter_context(Claim(self.spec.output_path, patience))
 
     def begin(self, origin: Origin | None, before: Computation | None, losses: Losses) -> State:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "journal"
 LOCK = "journal.lock"
+PATIENCE = 0.5  # seconds: `mpillm status` holds the lock for an instant
 LOOK = 0.05  # seconds between two looks at a lock
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -33,10 +34,10 @@ class Claim:
     `directory`, so that another job that has the path meanwhile is never written to.
     """
 
-    def __init__(self, path: Path, patience: float = 0.0) -> None:
+    def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         """Make the directory if need be; OutputError if it cannot be written, is foreign, or in use by another run.
 
-        `patience` is for how many seconds another run may still have it.
+        `patience` is for how many seconds another process may still have it.
         """
         self.path = path
         self.since = datetime.now().astimezone()

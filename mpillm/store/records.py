@@ -183,10 +183,13 @@ def _read(file: int, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-def scan(file: int) -> Scan:
-    """Read a journal from end to end; bytes after its last good record are an unfinished one."""
-    found = Scan()
-    for offset, payload in good_records(file):
+def scan(file: int, found: Scan | None = None) -> Scan:
+    """Read a journal to its end; bytes after its last good record are an unfinished one.
+
+    `found` is what an earlier scan of the same journal has found, which this one goes on from, and changes.
+    """
+    found = Scan() if found is None else found
+    for offset, payload in good_records(file, found.end):
         if offset > found.end:
             found.damage.append((found.end, offset))
         found.end = offset + HEAD.size + len(payload)
@@ -219,10 +222,10 @@ def scan(file: int) -> Scan:
     return found
 
 
-def good_records(file: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and payload of every good record; after damaged bytes the next one is searched for."""
+def good_records(file: int, begin: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Offset and payload of every good record from `begin` on; after damaged bytes the next one is searched for."""
     size = os.fstat(file).st_size
-    offset: int | None = 0
+    offset: int | None = begin
     while offset is not None and offset < size:
         payload = payload_at(file, offset, size)
         if payload is None:

@@ -15,6 +15,8 @@ COMMANDS = {
     "init": (["init", "job", "job"], 0, "job/quickstart.toml"),
     "report": (["report", "."], 2, "There is no finished run in ."),
     "merge": (["merge", ".", "--output", "merged"], 2, "holds no output directory of a run"),
+    "status": (["status", "."], 2, "The directory . is no output of a run"),
+    "compare": (["compare", ".", "."], 2, "There are no results in ."),
     "pull": (["pull", "nothing-like-this"], 2, "nothing-like-this"),
 }
 

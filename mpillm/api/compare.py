@@ -1,0 +1,148 @@
+"""What differs between the results of two runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.api.results import Ragged, Results
+from mpillm.store.results import HDF5
+
+SHOWN = 10  # requests that differ
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A request that the two runs have answered differently."""
+
+    custom_id: str
+    what: str  # a sentence
+
+    def __str__(self) -> str:
+        return f"{self.custom_id}: {self.what}"
+
+
+@dataclass
+class Comparison:
+    """What two runs have in common, and what not; requests are compared by their custom_id."""
+
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)  # a sentence for each that differs
+    equal: int = 0
+    different: list[Difference] = field(default_factory=list)
+    largest: dict[str, float] = field(default_factory=dict)  # absolute difference of values, by their group
+
+    @property
+    def same(self) -> bool:
+        """Whether all requests are in both runs, with the same answers."""
+        return not (self.only_first or self.only_second or self.different)
+
+    def lines(self) -> Iterator[str]:
+        """What a person wants to read."""
+        yield from (f"setting    {line}" for line in self.settings)
+        yield f"equal      {self.equal} requests"
+        yield f"different  {len(self.different)} requests"
+        yield from (f"  {difference}" for difference in self.different[:SHOWN])
+        if len(self.different) > SHOWN:
+            yield f"  and {len(self.different) - SHOWN} more"
+        for which, names in (("first", self.only_first), ("second", self.only_second)):
+            if names:
+                yield f"only in the {which} run: {len(names)} requests, such as {names[0]}"
+        for group, distance in self.largest.items():
+            yield f"{group} differ by {distance:.3g} at most, where tokens are the same"
+
+
+def compare(first: Results, second: Results) -> Comparison:
+    """Compare the answers of two finished runs, and the settings that decide them."""
+    made = Comparison(settings=list(_settings(first, second)))
+    at = [{name: row for row, name in enumerate(run.custom_ids)} for run in (first, second)]
+    made.only_first = [name for name in at[0] if name not in at[1]]
+    made.only_second = [name for name in at[1] if name not in at[0]]
+    for name, row in at[0].items():
+        if name in at[1]:
+            told = _answer(first, row, second, at[1][name], made.largest)
+            if told is None:
+                made.equal += 1
+            else:
+                made.different.append(Difference(name, told))
+    return made
+
+
+def _settings(first: Results, second: Results) -> Iterator[str]:
+    one, two = (dict(_attributes(run.directory)) for run in (first, second))
+    for key in [*one, *(key for key in two if key not in one)]:
+        before, after = one.get(key, "unset"), two.get(key, "unset")
+        if before != after:
+            yield f"{key}: {before} and {after}"
+
+
+def _attributes(directory: Path) -> Iterator[tuple[str, str]]:
+    """The attributes of results.h5; those that are JSON objects key by key."""
+    with h5py.File(directory / HDF5) as file:
+        for name, value in file.attrs.items():
+            text = str(value)
+            if not text.startswith("{"):
+                yield name, text
+                continue
+            for key, item in json.loads(text).items():
+                yield f"{name} {key}", json.dumps(item, ensure_ascii=False)
+
+
+def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, float]) -> str | None:
+    """How two answers differ; None if they do not."""
+    status = first.status[i], second.status[j]
+    if status[0] != status[1]:
+        return f"status {status[0]} and {status[1]}"
+    choices = [range(run.choices[row], run.choices[row + 1]) for run, row in ((first, i), (second, j))]
+    if len(choices[0]) != len(choices[1]):
+        return f"{len(choices[0])} and {len(choices[1])} choices"
+    told = None
+    for number, (a, b) in enumerate(zip(*choices, strict=True)):
+        where = f"choice {number}, " if len(choices[0]) > 1 else ""
+        prompts = first.prompts[first.prompt_of[a]], second.prompts[second.prompt_of[b]]
+        for what, (x, y) in (("prompt's token", prompts), ("token", (first.tokens[a], second.tokens[b]))):
+            place = _first_difference(x, y)
+            if place is not None:
+                token = [ids[place] if place < len(ids) else "the end" for ids in (x, y)]
+                return f"{where}{what} {place}: {token[0]} and {token[1]}"
+        if first.finish_reasons[a] != second.finish_reasons[b]:
+            return f"{where}finish reason {first.finish_reasons[a]} and {second.finish_reasons[b]}"
+        told = told or _values(first, a, second, b, where, largest)
+    return told
+
+
+def _first_difference(a: NDArray[Any], b: NDArray[Any]) -> int | None:
+    """Where two arrays differ first; None if they are equal."""
+    length = min(len(a), len(b))
+    unequal = np.flatnonzero(a[:length] != b[:length])
+    if len(unequal):
+        return int(unequal[0])
+    return None if len(a) == len(b) else length
+
+
+def _values(
+    first: Results, a: int, second: Results, b: int, where: str, largest: dict[str, float]
+) -> str | None:
+    groups: Sequence[tuple[str, Ragged, Ragged]] = (
+        ("log-probabilities", first.logprobs, second.logprobs),
+        ("prompt log-probabilities", first.prompt_logprobs, second.prompt_logprobs),
+        ("embeddings", first.embeddings, second.embeddings),
+    )
+    told = None
+    for group, one, two in groups:
+        x, y = one[a], two[b]
+        if len(x) != len(y):
+            return f"{where}{len(x)} and {len(y)} {group}"
+        if not np.array_equal(x, y, equal_nan=True):
+            distance = float(np.nanmax(np.abs(x.astype(np.float64) - y.astype(np.float64))))
+            largest[group] = max(largest.get(group, 0.0), distance)
+            told = told or f"{where}{group} differ by {distance:.3g} at most"
+    return told

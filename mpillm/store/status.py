@@ -1,0 +1,167 @@
+"""How far a run is, read from its journal without touching it: while it runs, after it stopped, and after its end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mpillm.errors import JobError
+from mpillm.store.directory import Directory, explained
+from mpillm.store.journal import MODEL_FILE
+from mpillm.store.output import JOURNAL, LOCK
+from mpillm.store.records import KEY_BYTES, Header, Scan, scan
+
+
+class Status(msgspec.Struct, kw_only=True, frozen=True):
+    """How far the run of a directory is."""
+
+    directory: str
+    state: Literal["running", "stopped", "complete"]
+    model: str
+    began: str  # date and time in ISO 8601, with its zone
+    written_by: str  # version of mpillm
+    total: int  # requests of the input
+    answered: int  # those that are on disk, with errors
+    errors: int
+    partial: int  # unfinished ones of which some tokens are on disk
+    damaged: int  # bytes that are no records
+    idle: float  # seconds since the journal was last written to
+    owner: str = ""  # the process that runs it
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the run is complete, 1 if it is and some requests ended in an error, 75 if it is not complete."""
+        if self.state != "complete":
+            return 75
+        return 1 if self.errors else 0
+
+    def lines(self) -> Iterator[str]:
+        """What a person wants to read."""
+        running = f" by {self.owner}" if self.owner else ""
+        yield f"{self.directory}: {self.state}{running}"
+        yield f"  model     {self.model}"
+        yield f"  begun     {self.began[:19].replace('T', ' ')}, by mpillm {self.written_by}"
+        part = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
+        errors = f", {self.errors} of them ended in an error" if self.errors else ""
+        yield f"  requests  {self.answered} of {self.total}{part}{errors}"
+        if self.partial:
+            yield f"  partial   {self.partial} requests are saved in part"
+        if self.damaged:
+            yield f"  damage    {self.damaged} bytes of the journal; the requests in them run again"
+        if self.state == "running":
+            yield f"  written   {_ago(self.idle)} ago"
+        elif self.state == "stopped":
+            yield f"  written   {_ago(self.idle)} ago; the command of the run goes on from here"
+
+
+def _ago(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _largest_file(header: Header) -> str:
+    """The name of the model's largest file."""
+    files = {
+        name.removeprefix(MODEL_FILE): facts["bytes"]
+        for name, facts in header.identity.items()
+        if name.startswith(MODEL_FILE)
+    }
+    return max(files, key=lambda name: files[name], default="?")
+
+
+class Reader:
+    """The journal of a directory, read again and again: each time only what is new."""
+
+    def __init__(self, path: Path) -> None:
+        """JobError if the directory holds no journal."""
+        self._path = path
+        self._found = Scan()
+        with explained(path):
+            try:
+                self._directory = Directory(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise JobError(f"There is no directory {path}.") from None
+        if JOURNAL not in self._directory.names():
+            self._directory.close()
+            raise JobError(f"The directory {path} is no output of a run: it holds no {JOURNAL}.")
+
+    def look(self) -> Status:
+        """The status now; OutputError if the journal cannot be read."""
+        owner = self._owner()
+        with explained(self._path / JOURNAL):
+            file = self._directory.open(JOURNAL, os.O_RDONLY)
+            try:
+                facts = os.fstat(file)
+                # A run that goes on with another model's files, or after damage, cuts the journal.
+                again = self._found if facts.st_size >= self._found.end else Scan()
+                found = self._found = scan(file, again)
+            finally:
+                os.close(file)
+        if found.header is None:
+            raise JobError(
+                f"The journal {self._path / JOURNAL} is damaged: nothing in it says which job it is of."
+            )
+        total = len(found.keys or b"") // KEY_BYTES
+        state: Literal["running", "stopped", "complete"] = "complete" if found.finished else "stopped"
+        return Status(
+            directory=str(self._path),
+            state=state if owner is None else "running",
+            model=_largest_file(found.header),
+            began=found.header.began,
+            written_by=found.header.written_by,
+            total=total,
+            answered=total
+            if found.finished
+            else len(found.done),  # lines that are no requests are errors, too
+            errors=found.finished.errors
+            if found.finished
+            else sum(place.status != 200 for place in found.done.values()),
+            partial=len(found.partial),
+            damaged=sum(end - start for start, end in found.damage),
+            idle=max(0.0, time.time() - facts.st_mtime),
+            owner=owner or "",
+        )
+
+    def _owner(self) -> str | None:
+        """Who holds the lock of the directory; None if nobody does."""
+        with contextlib.suppress(FileNotFoundError):
+            file = self._directory.open(LOCK, os.O_RDONLY)
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return os.pread(file, 200, 0).decode(errors="replace").strip() or "a process"
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
+                    raise
+            finally:
+                os.close(file)
+        return None
+
+    def close(self) -> None:
+        """Close the directory."""
+        self._directory.close()
+
+
+def watch(reader: Reader, every: float, say: Callable[[str], None]) -> Status:
+    """Say how far a run is, every so many seconds, until it runs no longer; the last status."""
+    begun = time.monotonic()
+    first = now = reader.look()
+    while now.state == "running":
+        spent = time.monotonic() - begun
+        part = 100 * now.answered / now.total if now.total else 100
+        pace = ""
+        if now.answered > first.answered:
+            rate = (now.answered - first.answered) / spent
+            pace = f", {60 * rate:.1f} a minute, {_ago((now.total - now.answered) / rate)} left"
+        say(f"{now.answered} of {now.total} requests ({part:.0f} %){pace}")
+        time.sleep(every)
+        now = reader.look()
+    return now

@@ -1,0 +1,114 @@
+"""`mpillm status`, `watch` and `compare`: read from outside, while a run goes on, after a kill and after its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpillm.errors import JobError
+from mpillm.store.status import Reader
+from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.e2e.jobs import command, mixed_lines, run, write_lines
+from tests.e2e.test_resume import wait_for_results
+
+pytestmark = pytest.mark.mpiexec
+
+
+def mpillm(*words: object) -> subprocess.CompletedProcess[str]:
+    return run_bounded([sys.executable, "-m", "mpillm", *map(str, words)], env=clean_environment())
+
+
+def status(output: Path) -> tuple[int, dict[str, object]]:
+    done = mpillm("status", "--json", output)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
+    """Running, killed, and complete after a resume; looking at it changes nothing."""
+    lines = [*mixed_lines(300, seed=9, tokens=60), {"custom_id": "bad", "prompt": 5}]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out"
+    launcher = subprocess.Popen(
+        [str(word) for word in openmpi.command(1, *command(source, output, "batch.max_num_seqs=2"))],
+        env=openmpi.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for_results(output / "journal", launcher, 4000)
+        code, now = status(output)
+        assert (code, now["state"], now["total"]) == (75, "running", 301)
+        assert "process" in str(now["owner"])
+        assert now["model"] == "model.safetensors"
+        before = int(str(now["answered"]))
+        assert 0 < before < 300
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "mpillm", "watch", "--every", "1", str(output)],
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert watching.stdout is not None
+        assert " of 301 requests (" in watching.stdout.readline()
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    said, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 75
+    assert ": stopped" in said
+    assert "the command of the run goes on from here" in said
+    code, now = status(output)
+    assert (code, now["state"]) == (75, "stopped")
+    assert before <= int(str(now["answered"])) < 300
+
+    assert run(openmpi, 1, source, output).returncode == 1  # for the bad line
+    code, now = status(output)
+    assert (code, now["state"], now["answered"], now["errors"]) == (1, "complete", 301, 1)
+
+
+def test_new_records_alone_are_read_again(openmpi: Mpi, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(3, seed=1))
+    assert run(openmpi, 1, source, tmp_path / "out").returncode == 0
+    reader = Reader(tmp_path / "out")
+    journal = tmp_path / "out/journal"
+    whole = reader.look()
+    assert (whole.state, whole.answered) == ("complete", 3)
+    data = journal.read_bytes()
+    journal.write_bytes(data[: len(data) // 2])  # a record is cut
+    cut = reader.look()
+    assert cut.state == "stopped"
+    assert cut.answered < 3
+    journal.write_bytes(data)
+    assert reader.look().answered == 3
+    reader.close()
+    with pytest.raises(JobError, match="is no output of a run: it holds no journal"):
+        Reader(tmp_path)
+    with pytest.raises(JobError, match="There is no directory"):
+        Reader(tmp_path / "nothing")
+
+
+def test_what_differs_between_two_runs(openmpi: Mpi, tmp_path: Path) -> None:
+    lines = mixed_lines(12, seed=3)
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    fewer = write_lines(tmp_path / "fewer.jsonl", lines[:-1])
+    one, same, other, less = (tmp_path / name for name in ("one", "same", "other", "less"))
+    assert run(openmpi, 1, source, one).returncode == 0
+    assert run(openmpi, 2, source, same, "layout.stages=2").returncode == 0
+    assert run(openmpi, 1, source, other, "quantize=q8_0").returncode == 0
+    assert run(openmpi, 1, fewer, less).returncode == 0
+    done = mpillm("compare", one, same)
+    assert (done.returncode, done.stdout) == (0, "equal      12 requests\ndifferent  0 requests\n")
+    done = mpillm("compare", one, other)
+    assert done.returncode == 1
+    assert 'setting    job quantize: "none" and "q8_0"' in done.stdout
+    assert "embeddings differ by" in done.stdout
+    done = mpillm("compare", one, less)
+    assert done.returncode == 1
+    assert f"only in the first run: 1 requests, such as {lines[-1]['custom_id']}" in done.stdout
