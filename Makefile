@@ -2,6 +2,7 @@
 # make test   install what the tests need, and run them
 # make test-mpi  those of the tests that run inside MPI ranks
 # make lint   ruff, mypy, import-linter, cython-lint
+# make docs   the documentation as a site in build/site
 # make clean  remove what these have made (not results, not models)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(filter-out cython/declarations.pxi,$(wildcard cython/*.p* cython/core/*.[ch]))
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-mpi lint clean install
+.PHONY: run test test-mpi lint docs clean install
 
 install: $(VENV)/installed
 
@@ -37,6 +38,9 @@ test-mpi: $(VENV)/installed-test $(MPICH)/installed
 
 lint: $(VENV)/installed-lint
 	@. $(BIN)/activate && ruff check . && ruff format --check . && mypy && lint-imports && cython-lint cython
+
+docs: $(VENV)/installed-docs
+	@. $(BIN)/activate && NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(MPICH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@ Commands that need a cluster run in tests/cluster; the two at the top of the REA
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shlex
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from mpillm import spec
+from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.cli import commands
-from tests.conftest import ROOT, run_bounded
+from tests.conftest import ROOT, clean_environment, run_bounded
+from tests.job_helpers import CHAT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -117,7 +120,7 @@ def check_python(words: list[str]) -> None:
 
 def check_mpillm(words: list[str]) -> None:
     """The command line parses, and the job it names is a good one."""
-    options = commands._parser().parse_args(words)
+    options = commands.command_parser().parse_args(words)
     if options.command == "launch":
         assert options.hostfile is None or (ROOT / options.hostfile).is_file(), options.hostfile
         return check_mpillm(options.words)
@@ -242,3 +245,33 @@ def test_numbers_in_memory_md_are_right() -> None:
     product = re.search(r"2 x 30 x 3 x 64 x 2 bytes = ([\d.]+) KiB", text)
     assert product
     assert float(product[1]) * 1024 == 2 * 30 * 3 * 64 * 2
+
+
+def test_the_site_is_built(tmp_path: Path) -> None:
+    """Every page is in it, no link is broken, and the reference has every command, endpoint and exit code."""
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = run_bounded(words, env=clean_environment(NO_MKDOCS_2_WARNING="1"), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    reference = html.unescape((tmp_path / "site/reference/index.html").read_text())
+    subparsers = commands.command_parser()._subparsers
+    assert subparsers is not None
+    choices = next(action.choices for action in subparsers._group_actions)
+    assert choices is not None
+    hidden = {"ranks"}
+    for told in [f"mpillm {name}" for name in choices if name not in hidden]:
+        assert f">{told}<" in reference, told
+    for told in [*(endpoint.url for endpoint in ENDPOINTS), *map(str, (0, 1, 2, 70, 75))]:
+        assert f">{told}<" in reference, told
+    for page in (ROOT / "docs").glob("*.md"):
+        name = "" if page.stem == "index" else page.stem
+        assert (tmp_path / "site" / name / "index.html").is_file(), page
+
+
+def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:
+    """The code of docs/tutorial-python.md, with a tiny model in place of the default one."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the quick"}\n')
+    text = (ROOT / "docs/tutorial-python.md").read_text().replace('"smollm2-135m"', repr(str(CHAT)))
+    script = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S))
+    done = run_bounded([sys.executable, "-c", script], env=clean_environment(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 200"

@@ -50,9 +50,9 @@ exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     with _only_first_prints():
-        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+        options = command_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     if options.command is None and launch.launched_by(os.environ) is None:
-        _parser().print_help()
+        command_parser().print_help()
         print(f"\n{NEXT_STEPS}", end="")
         return 0
     if options.command == "launch":
@@ -244,7 +244,7 @@ def _load(options: argparse.Namespace) -> Spec:
 
 def _job_of(words: list[str]) -> Spec:
     """The job that a command line names."""
-    return _load(_parser().parse_args(words))
+    return _load(command_parser().parse_args(words))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -269,7 +269,8 @@ def _key_called(option: str) -> str | None:
     return spec.key_called(option.replace("-", "_"))
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = _Parser(
         prog="mpillm",
         description="Batches of LLM requests on CPUs, over MPI.",
