@@ -156,7 +156,7 @@ def _models(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from mpillm.store import report_page
 
-    path, missing = report_page.write_html(options.directory)
+    path, missing = report_page.write_html(options.directory, options.figures)
     print(path)
     if missing:
         print(missing, file=sys.stderr)
@@ -309,6 +309,9 @@ def command_parser() -> argparse.ArgumentParser:
     init.add_argument("directory", type=Path)
     report = commands.add_parser("report", help="a finished run as one HTML page with plots")
     report.add_argument("directory", type=Path, help="the run's output directory")
+    report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="write each plot there as well, as SVG, PDF and CSV"
+    )
     status = commands.add_parser("status", help="how far a run is, while it runs and after")
     status.add_argument("directory", type=Path, help="the run's output directory")
     status.add_argument("--json", action="store_true", help="print JSON")

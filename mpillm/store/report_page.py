@@ -11,7 +11,7 @@ from mpillm.spec import shown_bytes
 from mpillm.store.directory import replacing
 from mpillm.store.readable import as_json, printable
 from mpillm.store.report import RankStatistics, Report, read
-from mpillm.store.report_plots import plots
+from mpillm.store.report_plots import MESSAGES, available, plots, write_figures
 
 HTML = "report.html"
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
@@ -69,28 +69,55 @@ def _memory_used(ranks: Sequence[RankStatistics]) -> str:
     return f"{line}."
 
 
-def write_html(directory: Path) -> tuple[Path, str | None]:
-    """Write report.html from report.json; return where, and a sentence if something is missing from it."""
+def write_html(directory: Path, figures: Path | None = None) -> tuple[Path, str | None]:
+    """Write report.html from report.json; return where, and a sentence if something is missing from it.
+
+    `figures` is a folder for the plots: each as SVG, PDF and CSV.
+    """
     report = read(directory)
-    drawn = list(plots(report))
+    found = list(plots(report, directory))
+    drawn = [(plot.caption, plot.svg()) for plot in found] if available() else []
     missing = None if drawn else NO_PLOTS
     path = directory / HTML
     with replacing(path) as file:
-        file.write(_page(directory.name, report, drawn, missing).encode())
+        file.write(_page(directory.resolve().name, report, drawn, missing).encode())
+    if figures is not None:
+        write_figures(found, figures)
     return path, missing
 
 
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
-td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}th{background:#f3f3f3}
-td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
-pre{background:#f6f6f6;padding:.7rem;overflow-x:auto}"""
+def cite(report: Report) -> str:
+    """A line that says what decided the answers, for a publication."""
+    job, model = report.job, report.model
+    facts = [f"mpillm {report.versions.get('mpillm', '?')}", f"model {model.get('name', '?')}"]
+    if "fingerprint" in model:
+        facts[-1] += f" ({model.get('weights', '')}, fingerprint {model['fingerprint']})"
+    facts += [f"{report.stages} stage(s) x {report.shards} shard(s)"]
+    for section in ("sampling", "wire"):
+        facts += [
+            f"{section}.{key} {value}"
+            for key, value in job.get(section, {}).items()
+            if value not in (None, [])
+        ]
+    return printable("; ".join(facts))
+
+
+_STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
+@media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
+body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:var(--text);
+background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
+td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right}th{background:var(--shade)}
+td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}svg text{fill:currentColor}
+pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
+@media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}table{display:table;font-size:9px}}"""
 
 
 def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: str | None) -> str:
     title = html.escape(f"mpillm: {printable(name)}")
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{title}</title><style>{_STYLE}</style>"
     ]
     parts.append(f"<h1>{title}</h1>")
     parts += [f"<p>{html.escape(line)}</p>" for line in summary(report)]
@@ -104,15 +131,18 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
     )
     parts.append(f"<h2>Ranks: {report.stages} stages x {report.shards} shards</h2>")
     parts.append(_rank_table(report))
-    parts.append("<h2>Wire</h2>")
     rows = [
-        (kind, shown_bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")
+        (MESSAGES.get(kind, kind), shown_bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")
         for kind, count in report.wire_bytes().items()
+        if count
     ]
-    parts.append(_table(("message", "sent by all ranks", "bytes per token"), rows))
+    if rows:
+        parts.append("<h2>Messages between ranks</h2>")
+        parts.append(_table(("message", "sent by all ranks", "bytes per token"), rows))
     if report.errors:
         parts.append(f"<h2>Errors (the first {len(report.errors)} of {report.requests.errors})</h2>")
         parts.append(_table(("custom_id", "error"), report.errors.items()))
+    parts.append(f"<h2>To cite</h2><pre>{html.escape(cite(report))}</pre>")
     for heading, values in (("Model", report.model), ("Job", report.job), ("Versions", report.versions)):
         shown = as_json(values).decode()
         parts.append(f"<h2>{heading}</h2><pre>{html.escape(shown)}</pre>")

@@ -1,89 +1,248 @@
-"""The plots of a report's page, as SVG."""
+"""The plots of a report: their data as tables, and their figures by matplotlib."""
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
+
+from mpillm.store.directory import replacing
 from mpillm.store.report import RankStatistics, Report
+from mpillm.store.results import HDF5, TIMINGS
 
 Axes = Any  # matplotlib's, which need not be installed
+Row = tuple[Any, ...]
 
 # What the page calls what report.json counts: seconds by what they went to, bytes by the message they were in.
-_SECONDS = {
+SECONDS = {
     "compute": "computing", "weights": "waiting for weights", "kv": "waiting for the KV cache on disk",
     "all_reduce": "waiting for other shards", "pipe": "waiting for other stages", "step": "waiting for a step",
     "reply": "waiting for replies",
 }  # fmt: skip
-_MESSAGES = {
+MESSAGES = {
     "all_reduce": "sums over shards", "pipe": "activations to the next stage", "step": "steps", "reply": "replies",
 }  # fmt: skip
+USES = {"hits": "found in memory", "misses": "loaded"}
+BINS = 30  # of a histogram
 
 
-def plots(report: Report) -> Iterator[tuple[str, str]]:
-    """Captions and SVG of all plots; none without matplotlib."""
-    try:
-        import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]
+@dataclass(frozen=True)
+class Plot:
+    """A table of numbers and how it is drawn; `name` is that of its files."""
+
+    name: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    draw: Callable[[Axes, Plot], None]
+    unit: str = ""
+    height: float = 2.6  # inches
+
+    def figure(self) -> Any:
+        """A figure of matplotlib; ImportError without it."""
         from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return
 
-    def plot(draw: Callable[[Axes], None]) -> str:
-        figure = Figure(figsize=(8, 3), layout="constrained")
-        draw(figure.add_subplot())
+        figure = Figure(figsize=(6.4, self.height), layout="constrained")
+        self.draw(figure.add_subplot(), self)
+        return figure
+
+    def svg(self) -> str:
+        """The figure for a page: its lines and letters have the colour of the page's text."""
+        import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]
+
         out = io.StringIO()
         with mpl.rc_context({"svg.hashsalt": "mpillm", "svg.fonttype": "none"}):
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+            metadata = {"Date": None, "Creator": None}
+            self.figure().savefig(out, format="svg", metadata=metadata, transparent=True)
         text = out.getvalue()
-        return text[text.index("<svg") :]
+        return text[text.index("<svg") :].replace("#000000", "currentColor")
 
+
+def available() -> bool:
+    """Whether there is matplotlib."""
+    return find_spec("matplotlib") is not None
+
+
+def plots(report: Report, directory: Path) -> Iterator[Plot]:
+    """The plots of a run, whose files are in `directory`; those that would be empty are left out."""
     if len(report.timeline) > 1:
-        yield "Generated tokens over time", plot(lambda axes: _draw_timeline(axes, report))
-    yield "Where each rank's seconds went", plot(lambda axes: _draw_seconds(axes, report))
-    yield "Bytes sent by each rank", plot(lambda axes: _draw_wire(axes, report))
-    yield (
-        "The weight cache: uses that were served and that had to be loaded",
-        plot(lambda axes: _draw_cache(axes, report)),
+        rows = [*_rates(report.timeline)]
+        yield Plot("throughput", "Generated tokens per second", ("seconds", "tokens/s"), rows, _draw_line)
+    yield from _by_rank(
+        "seconds", "Where each rank's seconds went", SECONDS, report, _seconds_of, unit="seconds"
     )
-
-
-def _draw_timeline(axes: Axes, report: Report) -> None:
-    seconds, tokens, _ = zip(*report.timeline, strict=True)
-    axes.plot(seconds, tokens)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("tokens")
-
-
-def _draw_seconds(axes: Axes, report: Report) -> None:
-    _draw_stacked(axes, report, _SECONDS, lambda rank, kind: rank.seconds.get(kind, 0.0))
-    axes.set_xlabel("seconds")
-
-
-def _draw_wire(axes: Axes, report: Report) -> None:
-    _draw_stacked(
-        axes, report, _MESSAGES, lambda rank, kind: rank.messages.get(kind, {}).get("bytes_sent", 0) / 2**20
+    yield from _by_rank("bytes", "Sent by each rank", MESSAGES, report, _mebibytes_of, unit="MiB")
+    yield from _by_rank(
+        "weights",
+        "Uses of paged weights",
+        USES,
+        report,
+        lambda rank, kind: rank.weights.get(kind, 0),
+        unit="uses",
     )
-    axes.set_xlabel("MiB")
+    yield from _by_rank(
+        "experts", "Uses of experts", USES, report, lambda rank, kind: rank.experts.get(kind, 0), unit="uses"
+    )
+    memory = [
+        (f"rank {rank.rank}", sum(rank.memory.values()) / 2**20, rank.memory_peak / 2**20)
+        for rank in report.ranks
+        if rank.memory
+    ]
+    if memory:
+        columns = "rank", "planned", "used at most"
+        yield Plot(
+            "memory",
+            "Memory of each rank",
+            columns,
+            memory,
+            _draw_beside,
+            "MiB",
+            _bars_height(2 * len(memory)),
+        )
+    yield from _distributions(directory)
 
 
-def _draw_cache(axes: Axes, report: Report) -> None:
-    names = {"hits": "found in memory", "misses": "loaded"}
-    _draw_stacked(axes, report, names, lambda rank, kind: rank.weights.get(kind, 0))
-    axes.set_xlabel("uses")
+def write_figures(drawn: Sequence[Plot], folder: Path) -> list[Path]:
+    """Write each plot's table as CSV and, with matplotlib, its figure as SVG and PDF; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for plot in drawn:
+        path = folder / f"{plot.name}.csv"
+        with replacing(path) as file:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([plot.columns, *plot.rows])
+            file.write(text.getvalue().encode())
+        written.append(path)
+        for kind in ("svg", "pdf") if available() else ():
+            path = folder / f"{plot.name}.{kind}"
+            with replacing(path) as file:
+                plot.figure().savefig(file, format=kind)
+            written.append(path)
+    return written
 
 
-def _draw_stacked(
-    axes: Axes, report: Report, kinds: Mapping[str, str], value: Callable[[RankStatistics, str], float]
-) -> None:
-    """A bar for each rank; `kinds` has what the page calls a kind. What no rank has is left out."""
-    names = [f"rank {rank.rank}" for rank in report.ranks]
+def _rates(timeline: Sequence[tuple[float, int, int]]) -> Iterator[Row]:
+    """The middle of each stretch of time, and tokens per second in it; short stretches are taken together."""
+    least = (timeline[-1][0] - timeline[0][0]) / 100
+    since, had = timeline[0][:2]
+    for now, tokens, _ in timeline[1:]:
+        if now > since + least or (now == timeline[-1][0] and now > since):
+            yield round((since + now) / 2, 3), round((tokens - had) / (now - since), 3)
+            since, had = now, tokens
+
+
+def _seconds_of(rank: RankStatistics, kind: str) -> float:
+    return rank.seconds.get(kind, 0.0)
+
+
+def _mebibytes_of(rank: RankStatistics, kind: str) -> float:
+    return rank.messages.get(kind, {}).get("bytes_sent", 0) / 2**20
+
+
+def _by_rank(
+    name: str,
+    caption: str,
+    kinds: Mapping[str, str],
+    report: Report,
+    value: Callable[[RankStatistics, str], float],
+    unit: str,
+) -> Iterator[Plot]:
+    """A plot with a bar for each rank; `kinds` has what the page calls a kind. What no rank has is left out."""
+    values = {kind: [value(rank, kind) for rank in report.ranks] for kind in kinds}
+    found = [kind for kind in kinds if any(values[kind])]
+    if found:
+        rows = [
+            (f"rank {rank.rank}", *(values[kind][i] for kind in found)) for i, rank in enumerate(report.ranks)
+        ]
+        columns = "rank", *(kinds[kind] for kind in found)
+        yield Plot(name, caption, columns, rows, _draw_stacked, unit, _bars_height(len(rows)))
+
+
+def _bars_height(bars: int) -> float:
+    """Inches of a figure with so many bars."""
+    return min(1.0 + 0.3 * bars, 20.0)
+
+
+def _distributions(directory: Path) -> Iterator[Plot]:
+    """Lengths of prompts and answers, and seconds that answers took, where the files with them are there."""
+    if not (directory / HDF5).is_file() or not (directory / TIMINGS).is_file():
+        return
+    with h5py.File(directory / HDF5) as h5, h5py.File(directory / TIMINGS) as timings:
+        lengths = {
+            "prompts": np.diff(h5["prompts/offsets"][:]),
+            "answers": np.diff(h5["tokens/offsets"][:]),
+        }
+        waited, ran = timings["seconds_waiting"][:], timings["seconds_running"][:]
+    found = {name: values for name, values in lengths.items() if values.any()}
+    yield from _histogram("lengths", "Lengths of prompts and answers", found, "tokens")
+    took = {"waiting": waited, "from the first step to the last": ran}
+    yield from _histogram("latencies", "Seconds that answers took", took, "seconds")
+
+
+def _histogram(name: str, caption: str, values: Mapping[str, Any], unit: str) -> Iterator[Plot]:
+    everything = np.concatenate([*values.values(), []])
+    if not len(everything):
+        return
+    edges = np.histogram_bin_edges(everything, BINS)
+    counts = [np.histogram(of, edges)[0] for of in values.values()]
+    rows = [
+        (round(float(edges[i]), 6), round(float(edges[i + 1]), 6), *(int(count[i]) for count in counts))
+        for i in range(len(edges) - 1)
+    ]
+    yield Plot(name, caption, (f"{unit} from", "to", *values), rows, _draw_histogram, unit)
+
+
+def _draw_line(axes: Axes, plot: Plot) -> None:
+    x, y = zip(*plot.rows, strict=True)
+    axes.plot(x, y)
+    axes.set_xlabel(plot.columns[0])
+    axes.set_ylabel(plot.columns[1])
+    axes.set_ylim(bottom=0)
+
+
+def _draw_stacked(axes: Axes, plot: Plot) -> None:
+    """A bar for each rank."""
+    names, *values = zip(*plot.rows, strict=True)
     left = [0.0] * len(names)
-    for kind, shown in kinds.items():
-        values = [value(rank, kind) for rank in report.ranks]
-        if any(values):
-            axes.barh(names, values, left=left, label=shown)
-            left = [start + width for start, width in zip(left, values, strict=True)]
+    for label, widths in zip(plot.columns[1:], values, strict=True):
+        axes.barh(names, widths, left=left, label=label)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    _finish_bars(axes, plot)
+
+
+def _draw_beside(axes: Axes, plot: Plot) -> None:
+    """Bars beside each other for each rank."""
+    names, *values = zip(*plot.rows, strict=True)
+    height = 0.8 / len(values)
+    for i, (label, widths) in enumerate(zip(plot.columns[1:], values, strict=True)):
+        axes.barh(
+            [at + (i - (len(values) - 1) / 2) * height for at in range(len(names))],
+            widths,
+            height,
+            label=label,
+        )
+    axes.set_yticks(range(len(names)), names)
+    _finish_bars(axes, plot)
+
+
+def _finish_bars(axes: Axes, plot: Plot) -> None:
     axes.invert_yaxis()
-    if any(left):
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    axes.set_xlabel(plot.unit)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+
+
+def _draw_histogram(axes: Axes, plot: Plot) -> None:
+    starts, ends, *counts = zip(*plot.rows, strict=True)
+    edges = [*starts, ends[-1]]
+    for label, of in zip(plot.columns[2:], counts, strict=True):
+        axes.stairs(of, edges, label=label, fill=True, alpha=0.5)
+    axes.set_xlabel(plot.unit)
+    axes.set_ylabel("answers" if len(counts) == 1 else "how many")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")

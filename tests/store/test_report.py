@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
+import csv
 import re
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 from mpillm.comm.counters import MessageCounters
@@ -83,14 +84,7 @@ def test_it_is_read_back(tmp_path: Path) -> None:
 
 
 def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_matplotlib(name: str, *rest: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    monkeypatch.setattr(report_page, "available", lambda: False)  # matplotlib is an extra
     report.write(Directory(tmp_path), made(warnings=["The journal was damaged."]))
     path, missing = report_page.write_html(tmp_path)
     assert missing == "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
@@ -113,10 +107,53 @@ def test_plots_are_inline(tmp_path: Path) -> None:
     assert path.read_bytes() == first
 
 
+def test_each_plot_is_a_table(tmp_path: Path) -> None:
+    """With `figures`: as CSV and, with matplotlib, as SVG and PDF; what no rank has is in none of them."""
+    report.write(Directory(tmp_path), made())
+    report_page.write_html(tmp_path, tmp_path / "figures")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"throughput.csv", "seconds.csv", "bytes.csv", "weights.csv"} <= names
+    assert not {"memory.csv", "experts.csv", "lengths.csv"} & names
+    if report_plots.available():
+        assert {"seconds.svg", "seconds.pdf"} <= names
+    with (tmp_path / "figures/bytes.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["rank", "sums over shards"],
+        ["rank 0", str(300 / 2**20)],
+        ["rank 1", str(600 / 2**20)],
+    ]
+    with (tmp_path / "figures/throughput.csv").open() as file:
+        assert list(csv.reader(file)) == [["seconds", "tokens/s"], ["0.5", "20.0"], ["1.5", "30.0"]]
+
+
+def test_lengths_and_latencies_are_those_of_the_results(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "results.h5", "w") as h5:
+        h5["prompts/offsets"] = [0, 3, 10]
+        h5["tokens/offsets"] = [0, 5, 5, 25]
+    with h5py.File(tmp_path / "timings.h5", "w") as h5:
+        h5["seconds_waiting"] = [0.0, 0.0, 1.0]
+        h5["seconds_running"] = [1.0, 2.0, 3.0]
+    found = {plot.name: plot for plot in report_plots.plots(made(), tmp_path)}
+    for name, counts in (("lengths", [2, 3]), ("latencies", [3, 3])):
+        rows = found[name].rows
+        assert [sum(column) for column in list(zip(*rows, strict=True))[2:]] == counts
+        assert rows[0][0] == 0.0
+    assert found["lengths"].rows[-1][1] == 20.0
+
+
+def test_the_line_to_cite() -> None:
+    run = made()
+    run.model["fingerprint"], run.model["weights"] = "abc", "Q4_0"
+    assert report_page.cite(run) == (
+        "mpillm 0; model small & <b>old</b> (Q4_0, fingerprint abc); 1 stage(s) x 2 shard(s); sampling.seed 3"
+    )
+
+
 def test_the_plots_know_all_that_is_counted() -> None:
     messages = set(MessageCounters().as_dict())
-    assert set(report_plots._MESSAGES) == messages
-    assert set(report_plots._SECONDS) == {"compute", "weights", "kv", *messages}
+    assert set(report_plots.MESSAGES) == messages
+    assert set(report_plots.SECONDS) == {"compute", "weights", "kv", *messages}
 
 
 def test_a_directory_without_a_finished_run(tmp_path: Path) -> None:
