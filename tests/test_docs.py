@@ -192,7 +192,7 @@ def test_the_keys_of_a_job_are_described() -> None:
         for key in re.findall(r"`([a-z_.]+)`", row):
             section = section if key.startswith(".") else key.rpartition(".")[0]
             named.add(section + key if key.startswith(".") else key)
-    assert named == set(spec._known())
+    assert named == set(spec.known_keys())
 
 
 def test_the_defaults_are_the_real_ones() -> None:

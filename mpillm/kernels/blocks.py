@@ -224,7 +224,7 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
             packed[field] = source[field]
         words = source["q"].reshape(*source.shape, source.dtype["q"].shape[0] // 4, 4)
         if (high := fifth_bits(source)) is not None:
-            words = np.concatenate([words, super_blocks.words_of(high, 1)], axis=-2)
+            words = np.concatenate([words, super_blocks.field_of(high, 1)], axis=-2)
         packed["q"] = words.transpose(0, 1, 3, 2, 4)
         panels.append(packed.view(np.uint8).reshape(-1))
     return panels

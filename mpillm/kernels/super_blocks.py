@@ -67,8 +67,12 @@ class Parts(NamedTuple):
     least: U8 | None  # [..., 1 or 2]
 
 
-def meaning(type: BlockType, q: U8, small: U8) -> Parts:
-    """What integers [..., 32] and small scales [..., 1 or 2] as they lie in tiles stand for."""
+def meaning(type: BlockType, words: U8, small: U8) -> Parts:
+    """What the words of parts (`words_of`) and their small scales (`small_scales`) stand for."""
+    low, *high = FIELDS[type].bits
+    q = columns_of(words[..., :low, :], low)
+    for bits in high:
+        q |= columns_of(words[..., low : low + bits, :], bits) << np.uint8(low)
     if type == BlockType.IQ4_XS:
         return Parts(IQ4[q], small.view(np.int8).astype(np.int16), None)
     signed = (q - np.uint8(ZERO.get(type, 0))).view(np.int8)
@@ -79,7 +83,16 @@ def meaning(type: BlockType, q: U8, small: U8) -> Parts:
     return Parts(signed, small[..., :1].astype(np.int16), small[..., 1:])
 
 
-def words_of(q: U8, bits: int) -> U8:
+def words_of(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
+    """Parts of canonical blocks as they lie in tiles, but for scales: uint8 [..., 8, words, 4]."""
+    q, done, fields = integers(type, blocks), 0, []
+    for bits in FIELDS[type].bits:
+        fields.append(field_of(q >> np.uint8(done) & np.uint8(2**bits - 1), bits))
+        done += bits
+    return np.concatenate(fields, axis=-2)
+
+
+def field_of(q: U8, bits: int) -> U8:
     """Fields of so many bits, of columns [..., 32], as they lie in a tile: words [..., bits, 4].
 
     Two nibbles of a byte belong to columns 16 apart; of smaller fields those of 4, 8, ... neighbouring groups of 4
@@ -90,27 +103,18 @@ def words_of(q: U8, bits: int) -> U8:
         pairs: U8 = groups[..., :4, :] | groups[..., 4:, :] << np.uint8(4)
         return pairs
     places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    words: U8 = np.bitwise_or.reduce(groups.reshape(*q.shape[:-1], bits, -1, 4) << places, axis=-2)
+    words: U8 = np.bitwise_or.reduce(groups.reshape(*q.shape[:-1], bits, 8 // bits, 4) << places, axis=-2)
     return words
 
 
 def columns_of(words: U8, bits: int) -> U8:
-    """The inverse of `words_of`."""
+    """The inverse of `field_of`."""
     if bits == 4:
         groups = np.concatenate([words & 15, words >> 4], axis=-2)
     else:
         places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
         groups = words[..., None, :] >> places & np.uint8(2**bits - 1)
     return groups.reshape(*words.shape[:-2], QUANT_BLOCK)
-
-
-def integers_of_tile(type: BlockType, words: U8) -> U8:
-    """The integers [..., 32] in a part's words [..., bits, 4] of rows of a tile."""
-    low, *high = FIELDS[type].bits
-    q = columns_of(words[..., :low, :], low)
-    for bits in high:
-        q |= columns_of(words[..., low : low + bits, :], bits) << np.uint8(low)
-    return q
 
 
 def integers(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
@@ -126,7 +130,9 @@ def integers(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 def _turns(stored: U8, together: int, bits: int) -> U8:
     places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    parts: U8 = stored.reshape(*stored.shape[:-1], -1, 1, together) >> places & np.uint8(2**bits - 1)
+    parts: U8 = stored.reshape(
+        *stored.shape[:-1], stored.shape[-1] // together, 1, together
+    ) >> places & np.uint8(2**bits - 1)
     return parts
 
 
@@ -157,15 +163,13 @@ def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
     """Values f32 [..., 256] of canonical blocks: the products are exact, so that a value is rounded once."""
-    q, scale, least = meaning(type, integers(type, blocks), small_scales(type, blocks))
+    q, scale, least = meaning(type, words_of(type, blocks), small_scales(type, blocks))
     halves = q.reshape(*q.shape[:-1], 2, 16)
     with np.errstate(all="ignore"):
-        d = blocks["d"].astype(np.float32)[..., None, None, None]
-        values = d * scale[..., None] * halves
+        values = blocks["d"].astype(np.float32)[..., None, None, None] * scale[..., None] * halves
         if least is not None:
             values = values - blocks["m"].astype(np.float32)[..., None, None, None] * least[..., None]
-    result: F32 = values.astype(np.float32, copy=False).reshape(*blocks.shape, SUPER_BLOCK)
-    return result
+    return values.reshape(*blocks.shape, SUPER_BLOCK)
 
 
 def interleaved_super(type: BlockType, source: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
@@ -174,10 +178,5 @@ def interleaved_super(type: BlockType, source: npt.NDArray[np.void]) -> npt.NDAr
     for number in {"d", "m"} & set(source.dtype.names or ()):
         packed[number] = source[number]
     packed["scales"] = small_scales(type, source).transpose(0, 1, 3, 4, 2)
-    q = integers(type, source).transpose(0, 1, 3, 2, 4)  # tile, block, part, row, column
-    fields, done = [], 0
-    for bits in FIELDS[type].bits:
-        fields.append(words_of(q >> done & np.uint8(2**bits - 1), bits))
-        done += bits
-    packed["q"] = np.concatenate(fields, axis=-2).swapaxes(-3, -2)
+    packed["q"] = words_of(type, source).transpose(0, 1, 3, 4, 2, 5)  # tile, block, part, word, row, byte
     return packed

@@ -1,0 +1,137 @@
+"""Attention over keys and values of heads, and over latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpillm.kernels.fused.products import Fused, Packed
+from mpillm.kernels.types import F32, I32, Activation, BlockType, Norm
+
+Pool = npt.NDArray[Any]
+
+
+class Attention(Fused):
+    """out [m, d] = o(attention(rope(q), rope(k), v)) of x [m, d]; the rows' keys and values are stored first.
+
+    `norm` normalises x. `biases` of q, k and v may be None each. `qk_norms` normalise q and k before rope: every head
+    by itself if the norm is hd wide, else whole rows. rope rotates `rotary` dimensions of each head: all with None,
+    none with 0, where cos and sin are ignored. A head has hd dimensions of q and k, and `value_dim` (0: hd) of v.
+    `sinks` and `softcap` are described at `reference.attention`. What the heads make is multiplied by the sigmoid of
+    gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias nor x added (`Residual`).
+    """
+
+    def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
+                 window: int = 0, value_dim: int = 0, norm: Norm | None = None,
+                 biases: tuple[F32 | None, F32 | None, F32 | None] | None = None,
+                 qk_norms: tuple[Norm | None, Norm | None] | None = None, rotary: int | None = None,
+                 interleaved: bool = False, sinks: F32 | None = None, softcap: float = 0.0,
+                 gate: Packed | None = None) -> None:  # fmt: skip
+        self._qkv, self._o, self._norm_before, self._gate = (q, k, v), o, norm, gate
+        self._kv_of_head, self._kvh, self._hd, self._value_dim = kv_of_head, kvh, hd, value_dim or hd
+        self._scale, self._window, self._sinks, self._softcap = scale, window, sinks, softcap
+        self._biases, self._qk_norms = biases or (None, None, None), qk_norms or (None, None)
+        self._rotary, self._interleaved = hd if rotary is None else rotary, interleaved
+
+    def __call__(self, x: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool, vpool: Pool,
+                 block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
+                 threads: int = 1) -> None:  # fmt: skip
+        rows = self._norm(x, self._norm_before, threads)
+        q, k, v = (self._times(rows, matrix, threads) for matrix in self._qkv)
+        for values, bias in zip((q, k, v), self._biases, strict=True):
+            if bias is not None:
+                values += bias
+        q = self._norm_heads(q, self._qk_norms[0], len(self._kv_of_head), threads)
+        k = self._norm_heads(k, self._qk_norms[1], self._kvh, threads)
+        gate = None if self._gate is None else self._times(rows, self._gate, threads)
+        self._attend(q, k, v, gate, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
+                     threads)  # fmt: skip
+
+    def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
+               vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
+               threads: int = 1) -> None:  # fmt: skip
+        """The same from q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
+        if self._gate is not None:
+            raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
+        self._attend(q, k, v, None, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
+                     threads)  # fmt: skip
+
+    def _attend(self, q: F32, k: F32, v: F32, gate: F32 | None, cos: F32 | None, sin: F32 | None, kv_type: BlockType,
+                kpool: Pool, vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
+                threads: int) -> None:  # fmt: skip
+        ops = self.ops
+        if self._rotary:
+            for values, heads in ((q, len(self._kv_of_head)), (k, self._kvh)):
+                ops.rope(values, cos, sin, heads, self._hd, threads, self._rotary, self._interleaved)
+        ops.kv_store(kv_type, k, v, block, offset, kpool, vpool, self._kvh, self._hd, self._value_dim)
+        mixed = np.empty((len(q), len(self._kv_of_head) * self._value_dim), np.float32)
+        ops.attention(kv_type, q, mixed, kpool, vpool, pos, table, table_start, self._kv_of_head, self._kvh, self._hd,
+                      self._scale, self._window, threads, self._value_dim, self._sinks, self._softcap)  # fmt: skip
+        if gate is not None:
+            ops.activate(Activation.SIGMOID, gate, mixed, mixed, threads)
+        self._multiply(mixed, self._o, out, threads)
+
+
+class LatentAttention(Fused):
+    """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434, section 2.1), of x [m, d] to out [m, d].
+
+    kv_a(x) is a latent, which `kv_norm` normalises, and a key that all heads share, which is rotated; both together are
+    stored as the key of one KV head, whose value is the latent. q(x), or with a low rank q(q_norm(q_a(x))), has for
+    each head a part that meets the latent and a part that is rotated. Head i's matrix k_b[i] [latent, part] takes the
+    first part into the space of latents, and v_b[i] [value, latent] takes what attention makes there to the head's
+    value: latents are never expanded to keys and values of heads. out is the product of o with these values.
+
+    `norm` is that of x, `biases` those of q_a and kv_a (each may be None). out has neither o's bias nor x added.
+    """
+
+    def __init__(self, q: Packed, kv_a: Packed, k_b: Sequence[Packed], v_b: Sequence[Packed], o: Packed,
+                 scale: float, *, kv_norm: Norm, q_a: Packed | None = None, q_norm: Norm | None = None,
+                 norm: Norm | None = None, biases: tuple[F32 | None, F32 | None] | None = None,
+                 interleaved: bool = True) -> None:  # fmt: skip
+        self._q, self._q_a, self._kv_a, self._o, self._scale = q, q_a, kv_a, o, scale
+        self._k_b, self._v_b, self._interleaved = tuple(k_b), tuple(v_b), interleaved
+        self._norm_before, self._q_norm, self._kv_norm = norm, q_norm, kv_norm
+        self._biases = biases or (None, None)
+        self._latent, self._nope, self._value_dim = k_b[0].n, k_b[0].k, v_b[0].n
+        self._rotary = kv_a.n - self._latent
+
+    def __call__(self, x: F32, cos: F32, sin: F32, kv_type: BlockType, kpool: Pool, vpool: object, block: I32,
+                 offset: I32, pos: I32, table: I32, table_start: I32, out: F32, threads: int = 1) -> None:  # fmt: skip
+        """vpool is not used: values are a part of the keys."""
+        ops, m, heads, latent, nope = self.ops, len(x), len(self._k_b), self._latent, self._nope
+        rows = self._norm(x, self._norm_before, threads)
+        low = rows
+        if self._q_a is not None:
+            low = self._times(rows, self._q_a, threads)
+            if self._biases[0] is not None:
+                low += self._biases[0]
+            low = self._norm(low, self._q_norm, threads)
+        q = self._times(low, self._q, threads).reshape(m, heads, nope + self._rotary)
+        keys = self._times(rows, self._kv_a, threads)
+        if self._biases[1] is not None:
+            keys += self._biases[1]
+        keys[:, :latent] = self._norm(keys[:, :latent], self._kv_norm, threads)
+        self._rotate(keys[:, None, latent:], cos, sin, threads)
+        queries = np.empty((m, heads, keys.shape[1]), np.float32)
+        for head, matrix in enumerate(self._k_b):
+            queries[:, head, :latent] = self._times(np.ascontiguousarray(q[:, head, :nope]), matrix, threads)
+        queries[:, :, latent:] = q[:, :, nope:]
+        self._rotate(queries[:, :, latent:], cos, sin, threads)
+        ops.kv_store(kv_type, keys, None, block, offset, kpool, None, 1, keys.shape[1], latent)
+        mixed = np.empty((m, heads * latent), np.float32)
+        ops.attention(kv_type, queries.reshape(m, -1), mixed, kpool, None, pos, table, table_start,
+                      np.zeros(heads, np.int32), 1, keys.shape[1], self._scale, 0, threads, latent)  # fmt: skip
+        made = np.empty((m, heads, self._value_dim), np.float32)
+        for head, matrix in enumerate(self._v_b):
+            part = np.ascontiguousarray(mixed[:, head * latent : (head + 1) * latent])
+            made[:, head] = self._times(part, matrix, threads)
+        self._multiply(made.reshape(m, -1), self._o, out, threads)
+
+    def _rotate(self, x: F32, cos: F32, sin: F32, threads: int) -> None:
+        """RoPE of x [m, heads, rotary], a view, in place."""
+        turned = np.ascontiguousarray(x).reshape(len(x), -1)
+        self.ops.rope(turned, cos, sin, x.shape[1], x.shape[2], threads, x.shape[2], self._interleaved)
+        x[:] = turned.reshape(x.shape)

@@ -1,0 +1,45 @@
+"""The job file: TOML to frozen structs, with every unknown key, wrong type and wrong value named by its path.
+
+Paths: what a job file reads (`input`, and `model` where it is a path) is found from the job file's own
+directory; what it writes (`output`) goes under the directory the command was started in. A path typed on the
+command line always starts from there.
+"""
+
+from __future__ import annotations
+
+from mpillm.spec.messages import plain_words
+from mpillm.spec.reading import checked, load
+from mpillm.spec.sections import (
+    BatchLimits,
+    Embeddings,
+    Fraction,
+    Job,
+    JsonSchema,
+    Layout,
+    Memory,
+    Penalty,
+    Pooling,
+    ResponseFormat,
+    Sampling,
+    Section,
+    Seed,
+    Spec,
+    Stop,
+    StructuredOutputs,
+    Subtracted,
+    Temperature,
+    TopK,
+    TopP,
+    Wire,
+    Word,
+    key_called,
+    known_keys,
+)
+from mpillm.spec.sizes import byte_size, shown_bytes
+
+__all__ = [
+    "BatchLimits", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Penalty", "Pooling",
+    "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
+    "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
+    "plain_words", "shown_bytes",
+]  # fmt: skip

@@ -1,0 +1,81 @@
+"""What is wrong with a job, in the words of those who write TOML and JSON."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, get_args
+
+import msgspec
+
+from mpillm.spec.sections import Spec
+from mpillm.spec.sizes import shown_value
+
+_PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
+_PLAIN |= {"object": "a table", "array": "a list"}
+_MISSING = object()
+
+
+def nearest(key: str, known: set[str]) -> str:
+    """The known key that was likely meant."""
+    leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return f"did you mean {close[0]!r}?"
+    if close := difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7):
+        return f"did you mean {leaves[close[0]]!r}?"
+    section = key.rpartition(".")[0]
+    siblings = sorted(name for name in known if name.rpartition(".")[0] == section)
+    return f"there are {', '.join(siblings)}."
+
+
+def explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
+    """msgspec's sentence with the key first and the value that was given."""
+    text, _, place = str(error).rpartition(" - at `$")
+    text, path = (text, place.rstrip("`").lstrip(".")) if text else (str(error), "")
+    if path == "memory":  # said by Memory.__post_init__, which knows the key
+        return f"memory.{text}" if ": " in text else f"memory: {text}"
+    given = _look_up(values, path)
+    text = plain_words(text)
+    if text.startswith("invalid enum value") and (choices := _choices(path)):
+        text = f"expected one of {choices}"
+    shown = "" if given is _MISSING or isinstance(given, dict) else f", not {shown_value(given)}"
+    text = re.sub(r", got [\w ]+$", "", text) if shown else text
+    return f"{path}: {text}{shown}"
+
+
+def plain_words(text: str) -> str:
+    """One of msgspec's sentences, in the words of those who write TOML and JSON, to go on another one with."""
+    text = re.sub(r"`([^`]*)`", lambda found: " or ".join(map(_plain, found[1].split(" | "))), text)
+    return text[0].lower() + text[1:]
+
+
+def _plain(word: str) -> str:
+    return _PLAIN.get(word, word)
+
+
+def _look_up(values: Any, path: str) -> Any:
+    for key in re.findall(r"[^.\[\]]+", path):
+        try:
+            values = values[int(key)] if isinstance(values, list) else values[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return _MISSING
+    return values
+
+
+def _choices(path: str) -> str:
+    """The words a key takes, and that it takes a number where it does."""
+    kind: Any = Spec
+    for key in path.split("."):
+        struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), Spec)
+        fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+        kind = fields.get(key)
+    words = [repr(word) for word in _literals(kind)]
+    takes_number = any(get_args(part) and get_args(part)[0] is int for part in get_args(kind))
+    return ", ".join([*words, "a whole number"] if takes_number else words)
+
+
+def _literals(kind: Any) -> list[str]:
+    arguments = get_args(kind)
+    if arguments and all(isinstance(word, str) for word in arguments):
+        return list(arguments)
+    return [word for part in arguments for word in _literals(part)]

@@ -1,0 +1,151 @@
+"""Read a job file and what the command line adds."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mpillm.errors import JobError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+from mpillm.spec.messages import explain, nearest
+from mpillm.spec.sections import Spec, known_keys
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    input: str | None = None,
+    output: str | None = None,
+) -> Spec:
+    """Return the checked job of a file (or of none), the command line's word on top; JobError says what is wrong.
+
+    `overrides` are "section.key=value" in TOML; a bare word is a string. `model`, `input` and `output` win over
+    both. What those leave out and the file does not have either is an error, but for the model (the default one).
+    """
+    values = _read(Path(path)) if path is not None else {}
+    where = "The command line" if path is None else f"The job file {path}"
+    _refuse_unknown(values, where)
+    if path is not None:
+        _find_beside(values, Path(path).parent)
+    for override in overrides:
+        _override(values, override)
+    values.update(
+        {k: v for k, v in (("model", model), ("input", input), ("output", output)) if v is not None}
+    )
+    _refuse_unknown(values, "The command line")
+    for key in ("input", "output"):
+        if key not in values:
+            raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
+    return checked(values, where)
+
+
+def checked(values: dict[str, Any], where: str) -> Spec:
+    """Return the job of these tables; JobError says what is wrong, of `where`."""
+    _refuse_unknown(values, where)
+    try:
+        spec = msgspec.convert(values, Spec)
+    except msgspec.ValidationError as error:
+        raise JobError(f"{where}: {explain(error, values)}.") from None
+    for key in ("model", "input", "output"):
+        if "\0" in getattr(spec, key):
+            raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
+    _refuse_overwriting(spec)
+    return spec
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _toml(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise JobError(f"There is no job file {path}.") from None
+    except OSError as error:
+        raise JobError(f"The job file {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"The job file {path} is not UTF-8 text (byte {error.start}).") from None
+    except ValueError as error:
+        raise JobError(f"The job file {path} is not TOML: {error}.") from None
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; ValueError says what is wrong with it."""
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # Python reads no number of more than 4300 digits
+        raise ValueError("a number in it has too many digits") from None
+    return values
+
+
+def _find_beside(values: dict[str, Any], folder: Path) -> None:
+    """Make a job file's `input`, and a `model` that is a path, start from the job file's directory."""
+    source = values.get("input")
+    if isinstance(source, str) and source:
+        values["input"] = str(folder / os.path.expanduser(source))
+    model = values.get("model")
+    if isinstance(model, str) and model and not model.startswith("hf:"):
+        path = folder / os.path.expanduser(model)
+        if "/" in model or model.endswith(".gguf"):
+            values["model"] = str(path)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Put "a.b=value" into the tables."""
+    name, equals, text = override.partition("=")
+    keys = [key.strip() for key in name.split(".")]
+    if not equals or not all(keys):
+        raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
+    table = values
+    for depth, key in enumerate(keys[:-1], 1):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise JobError(f"--set {override!r}: {'.'.join(keys[:depth])} is a value, not a table.")
+    table[keys[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself."""
+    try:
+        parsed = _toml(f"value = {text}")
+    except ValueError:
+        return text
+    return parsed["value"] if set(parsed) == {"value"} else text
+
+
+def _refuse_unknown(values: dict[str, Any], where: str) -> None:
+    known = set(known_keys())
+    tables = {key.split(".")[0] for key in known if "." in key}
+    given: list[str] = []
+    for key, value in values.items():
+        if key in tables and isinstance(value, dict):
+            given += [f"{key}.{inner}" for inner in value]
+        elif key not in tables:
+            given.append(key)
+    for key in given:
+        if key not in known:
+            raise JobError(f"{where} has an unknown key {key!r}; {nearest(key, known | tables)}")
+
+
+def _refuse_overwriting(spec: Spec) -> None:
+    """An input inside the output directory would be taken for a result, or replaced by one."""
+    source, target = spec.input_path.resolve(), spec.output_path.resolve()
+    if source == target or target in source.parents:
+        how = "are the same" if source == target else "overlap: the input lies inside"
+        raise JobError(
+            f"The input {spec.input} and the output {spec.output} {how}; "
+            "give the results a directory of their own."
+        )

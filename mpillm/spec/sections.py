@@ -1,0 +1,235 @@
+"""What a job says, as frozen structs: one for each table of the job file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mpillm.spec.sizes import byte_size
+
+Auto = Literal["auto"]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
+TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
+Word = Annotated[str, Meta(min_length=1)]
+Stop = Word | Annotated[list[Word], Meta(max_length=64)]
+
+Quantize = Literal["none", "q8_0", "q4_0"]
+Pooling = Literal["mean", "last"]
+KVType = Literal["f32", "f16", "q8_0"]
+
+# Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
+_ADDED = tuple(
+    f"sampling.{key}"
+    for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
+)
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the job file: nothing in it goes unread."""
+
+
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's `json_schema` of a response format; keywords that cannot be enforced are errors, unless not `strict`."""
+
+    name: str = ""
+    description: str | None = None
+    schema: dict[str, Any] | bool = True
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: one of the first five."""
+
+    json: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[Word], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+    disable_any_whitespace: bool = False
+
+
+class Sampling(Section, frozen=True):
+    """What a request that does not say otherwise is sampled with; temperature 0 is greedy."""
+
+    max_tokens: Count = 128
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: Fraction = 0.0
+    repetition_penalty: Penalty = 1.0
+    presence_penalty: Subtracted = 0.0
+    frequency_penalty: Subtracted = 0.0
+    seed: Seed = 0
+    stop: Stop = []
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+class Layout(Section, frozen=True):
+    """Ranks = stages x shards, and the threads of each."""
+
+    stages: Auto | Positive = "auto"
+    shards: Auto | Positive = "auto"
+    threads: Auto | Positive = "auto"
+
+
+class Memory(Section, frozen=True):
+    """What a rank may hold: weights in kernel-ready form, and the KV cache."""
+
+    weights: str | Positive = "all"
+    kv: str | Positive = "1GiB"
+    kv_spill: str | Positive = "none"
+    spill_dir: Word = "auto"
+    max_context: Positive = 4096
+    policy: Literal["cycle", "lru"] = "cycle"
+    loader: Literal["auto", "mmap", "read"] = "auto"
+    kv_type: Auto | KVType = "auto"
+
+    @property
+    def weights_bytes(self) -> int | None:
+        """The weight cache's budget per rank; None for "all"."""
+        return None if self.weights == "all" else byte_size(self.weights)
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache's budget per rank."""
+        return byte_size(self.kv)
+
+    @property
+    def kv_spill_bytes(self) -> int:
+        """How much of the KV cache may lie on disk, per rank."""
+        return 0 if self.kv_spill == "none" else byte_size(self.kv_spill)
+
+    @property
+    def spill_folder(self) -> Path:
+        """Where it lies, on every node."""
+        return Path(tempfile.gettempdir() if self.spill_dir == "auto" else os.path.expanduser(self.spill_dir))
+
+    def __post_init__(self) -> None:
+        words = {"weights": "all", "kv_spill": "none"}  # that stand for a size
+        for key, value in (("weights", self.weights), ("kv", self.kv), ("kv_spill", self.kv_spill)):
+            if value == words.get(key):
+                continue
+            try:
+                byte_size(value)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+
+class Wire(Section, frozen=True):
+    """How activations travel: Q8_0 blocks (34 bytes for 32 values), or exactly.
+
+    What shards sum travels twice a layer; what goes from stage to stage travels once a step. The latter is exact by
+    default, so that the number of stages changes no result, at a cost that only slow networks feel.
+    """
+
+    activations: Literal["q8_0", "f32"] = "q8_0"  # between the shards of a stage
+    between_stages: Literal["q8_0", "f32"] = "f32"
+
+
+class Embeddings(Section, frozen=True):
+    """What becomes of a text's hidden states where /v1/embeddings is asked."""
+
+    pooling: Pooling | Auto = "auto"  # auto: as the model's files say
+    normalize: bool | Auto = "auto"
+    prompt_name: str | None = None  # of the model's prompts, what stands before each text
+
+
+class BatchLimits(Section, frozen=True):
+    """How much one step takes on; more is faster and changes no result."""
+
+    max_num_seqs: Auto | Positive = "auto"
+    max_num_batched_tokens: Auto | Positive = "auto"
+    prefix_sharing: bool = True  # prompts that begin alike are computed once up to where they differ
+
+
+class Job(Section, frozen=True):
+    """How the run goes about it; changes no result."""
+
+    checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
+        64  # answers are saved every so many tokens; 0: when done
+    )
+
+
+class Spec(Section, frozen=True, kw_only=True):
+    """A checked job: what the job file and the command line say together."""
+
+    model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
+    input: Annotated[str, Meta(min_length=1)]
+    output: Annotated[str, Meta(min_length=1)]
+    quantize: Quantize = "none"
+    sampling: Sampling = Sampling()
+    layout: Layout = Layout()
+    memory: Memory = Memory()
+    wire: Wire = Wire()
+    embeddings: Embeddings = Embeddings()
+    batch: BatchLimits = BatchLimits()
+    job: Job = Job()
+
+    @property
+    def input_path(self) -> Path:
+        """Where the requests are."""
+        return Path(self.input)
+
+    @property
+    def output_path(self) -> Path:
+        """The output directory."""
+        return Path(self.output)
+
+    def identity(self) -> dict[str, Any]:
+        """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.
+
+        Not in it: the layout, the budgets, the batch, `job` (they change no result), and the model's and the input's
+        content, which the journal knows by their own fingerprints.
+        """
+        values: dict[str, Any] = {"quantize": self.quantize}
+        for name in ("sampling", "wire", "embeddings"):
+            section = getattr(self, name)
+            values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
+        for key in _ADDED:
+            if not values[key]:
+                del values[key]
+        values["memory.max_context"] = self.memory.max_context
+        values["memory.kv_type"] = self.memory.kv_type
+        return values
+
+    def fingerprint(self) -> str:
+        """A hash of `identity`, 32 hexadecimal digits."""
+        return hashlib.blake2b(
+            msgspec.json.encode(self.identity(), order="sorted"), digest_size=16
+        ).hexdigest()
+
+
+def known_keys() -> Iterator[str]:
+    """Every key a job can have, dotted."""
+    for field in msgspec.structs.fields(Spec):
+        if isinstance(field.type, type) and issubclass(field.type, Section):
+            yield from (f"{field.name}.{key}" for key in field.type.__struct_fields__)
+        else:
+            yield field.name
+
+
+def key_called(name: str) -> str | None:
+    """The dotted key of a job whose last word this is, or whose only name; None if there is none."""
+    return next((key for key in known_keys() if key.rpartition(".")[2] == name), None)
