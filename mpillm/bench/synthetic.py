@@ -58,13 +58,13 @@ SHAPES: dict[str, Shape] = {
 WEIGHTS = {
     name.lower(): Type[name]
     for name in (
-        "Q2_K",
-        "Q3_K",
         "Q4_0",
         "Q4_1",
         "Q5_0",
         "Q5_1",
         "Q8_0",
+        "Q2_K",
+        "Q3_K",
         "Q4_K",
         "Q5_K",
         "Q6_K",
