@@ -55,24 +55,35 @@ class CheckedInput:
             for line in self.lines
         ]
 
+    def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
+        """The good lines in input order, without the custom_ids in `done`."""
+        return (line for line in self.lines if line.error is None and line.custom_id not in done)
+
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
-        """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
+        """The work of the unanswered lines, which are read again one by one."""
         with _opened(self.path) as file:
-            for line in self.lines:
-                if line.error is None and line.custom_id not in done:
-                    yield self._work(file, line)
+            for line in self.unanswered(done):
+                yield self._work(file, line)
 
     def work(self, line: Line) -> Work:
         """One good line's work."""
         with _opened(self.path) as file:
             return self._work(file, line)
 
+    def content(self, line: Line) -> bytes:
+        """The bytes of a line."""
+        with _opened(self.path) as file:
+            return self._content(file, line)
+
     def _work(self, file: BinaryIO, line: Line) -> Work:
+        return make_work(line, bodies.decode_line(self._content(file, line)), self.spec, self.model)
+
+    def _content(self, file: BinaryIO, line: Line) -> bytes:
         file.seek(line.offset)
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, bodies.decode_line(raw), self.spec, self.model)
+        return raw
 
 
 def check(
