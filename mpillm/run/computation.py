@@ -87,8 +87,7 @@ class Computation:
     def _compute(self) -> None:
         leader, dispatcher = self._leader, self._dispatcher
         with self.job.progress.requests(unanswered(self.job.input, self.journal)) as bar:
-            more = partial(self._more, bar) if len(self.session.replicas) > 1 else None
-            for finished in leader.engine.run(leader.requests(self._next), more):
+            for finished in leader.engine.run(leader.requests(self._next), partial(self._more, bar)):
                 for completion in finished:
                     if leader.take(completion):
                         dispatcher.answered_here()
