@@ -18,7 +18,7 @@ from mpillm.run.limits import cached_tokens, step_description
 from mpillm.run.progress import Bar, State
 from mpillm.run.session import Session
 from mpillm.store.journal import Journal
-from mpillm.store.records import Result
+from mpillm.store.records import Counts, Result
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
@@ -32,6 +32,7 @@ class Computation:
     def __init__(self, job: Job, session: Session, journal: Journal, totals: Totals) -> None:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
+        journal.counted = self._counted
         self._leader = Leader(session, job.spec, job.model, self._keep, totals)
         lines = list(job.input.unanswered(journal.done))
         self._dispatcher = Dispatcher(session, lines, self._assigned, self._keep)
@@ -144,6 +145,18 @@ class Computation:
             since = time.monotonic() - self.job.phases.since
             self.job.timeline.append((since, self.totals.generated_tokens, len(self.journal.done)))
         bar.update(count, self._state)
+
+    def _counted(self) -> Counts:
+        """What this start has computed so far."""
+        totals, earlier = self.totals, self.job.earlier
+        return Counts(
+            start=1 + max((counts.start for counts in earlier), default=0),
+            seconds=time.monotonic() - self.job.phases.since,
+            prompt=totals.prompt_tokens + totals.shared_tokens,
+            generated=totals.generated_tokens,
+            shared=totals.shared_tokens,
+            recomputed=totals.recomputed_tokens,
+        )
 
     def _state(self) -> State:
         """The state of the run, for the progress display."""

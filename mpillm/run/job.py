@@ -18,7 +18,7 @@ from mpillm.run.session import Session
 from mpillm.spec import Spec, Wire
 from mpillm.store.journal import MODEL_FILE, Journal, began
 from mpillm.store.output import Claim
-from mpillm.store.records import Layout
+from mpillm.store.records import Counts, Layout
 from mpillm.store.report import SHOWN_ERRORS
 from mpillm.weights.source import weight_types
 
@@ -47,7 +47,8 @@ class Job:
     input: CheckedInput
     claim: Claim
     progress: Progress
-    resumed: int  # requests that earlier runs have finished
+    resumed: int  # requests that earlier starts have finished
+    earlier: tuple[Counts, ...]  # what each earlier start has computed
     phases: Phases
     warnings: list[str] = field(default_factory=list)
     not_finite: dict[str, str] = field(default_factory=dict)  # custom_id: message
@@ -96,7 +97,7 @@ def open_job(
     checked = requests.check(spec.input_path, spec, model)
     journal = open_journal(session, spec, checked, claim)
     checked.keep_answered(journal.done)
-    job = Job(spec, path, model, checked, claim, progress, journal.resumed, phases)
+    job = Job(spec, path, model, checked, claim, progress, journal.resumed, journal.counts, phases)
     for warning in (
         *journal.damage,
         *_layouts_that_differ(job, journal, session.layout),

@@ -41,6 +41,18 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
             total=len(lines), ok=len(lines) - errors, errors=errors, resumed=job.resumed
         ),
         tokens=_tokens(computation.totals),
+        earlier=[
+            report.Start(
+                seconds=counts.seconds,
+                tokens=report.Tokens(
+                    prompt=counts.prompt,
+                    generated=counts.generated,
+                    shared=counts.shared,
+                    recomputed=counts.recomputed,
+                ),
+            )
+            for counts in job.earlier
+        ],
         batch=_steps(computation.totals, session),
         stages=session.place.stages,
         shards=session.place.shards,

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mpillm.store.records import (
     HEAD,
     KEY_BYTES,
     VERSION,
+    Counts,
     Finished,
     Header,
     Layout,
@@ -65,7 +66,9 @@ class Journal(Descriptor):
 
     `done` has what was finished, by custom_id (also in runs before this one); `damage` has a sentence for each
     stretch of the file that a disk or a person has changed: the requests in it are simply run again. `answered` says
-    on which layouts earlier runs have answered how many requests.
+    on which layouts earlier runs have answered how many requests, and `counts` what each start has computed.
+
+    `counted`, if set, says what this start has computed so far; it is written with the results.
     """
 
     def __init__(
@@ -86,9 +89,10 @@ class Journal(Descriptor):
         self.path = claim.path / JOURNAL
         self._directory = claim.directory
         self.damage: list[str] = []
+        self.counted: Callable[[], Counts] | None = None
         self.seconds = 0.0  # spent on writing
         self._due = 0.0  # time.monotonic() at which the next write is due
-        self._waiting: list[Result | PartialResult | Layout | Verified] = []
+        self._waiting: list[Result | PartialResult | Layout | Counts | Verified] = []
         self._layout, self._state = layout, model_state
         self._partial: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
@@ -114,6 +118,7 @@ class Journal(Descriptor):
             size = os.fstat(self._file).st_size
         self.done, self._partial = found.done, found.partial
         self.answered, self._last_layout = found.answered, found.layout
+        self.counts = tuple(found.counts.values())
         self._end = found.end
         if found.header is None:
             raise OutputError(
@@ -246,6 +251,8 @@ class Journal(Descriptor):
         """
         if not self._waiting:
             return 0
+        if self.counted is not None:
+            self._waiting.append(self.counted())
         data, places, at = [], [], self._end
         for record in self._waiting:
             data.append(framed(record, at))

@@ -85,6 +85,17 @@ class Layout(msgspec.Struct, tag="layout", frozen=True):
         return f"{self.stages} stage(s) x {self.shards} shard(s)"
 
 
+class Counts(msgspec.Struct, tag="counts", frozen=True):
+    """What start number `start` of the run has computed so far; of each start the last record counts."""
+
+    start: int  # from 1
+    seconds: float  # of computing
+    prompt: int  # tokens
+    generated: int
+    shared: int  # of the prompts' tokens, those that were not computed
+    recomputed: int
+
+
 class Verified(msgspec.Struct, tag="sound", frozen=True):
     """All records up to byte `upto` were computed with the model that the header names.
 
@@ -115,7 +126,7 @@ class _Named(msgspec.Struct, frozen=True):
     custom_id: str
 
 
-Record = Header | Lines | Result | PartialResult | Layout | Verified | Finished
+Record = Header | Lines | Result | PartialResult | Layout | Counts | Verified | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -145,6 +156,7 @@ class Scan:
     finished: Finished | None = None  # unless something came after it
     verified: Verified | None = None  # the last one
     layout: Layout | None = None  # of the last results
+    counts: dict[int, Counts] = field(default_factory=dict)  # by start
     answered: Counter[Layout] = field(default_factory=Counter)  # requests, by layout where it is known
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
     end: int = 0  # of the last good record
@@ -210,6 +222,9 @@ def scan(file: int, found: Scan | None = None) -> Scan:
                 found.partial.setdefault(of.custom_id, []).append(offset)
         elif tag == "layout":
             found.layout = msgspec.msgpack.decode(payload, type=Layout)
+        elif tag == "counts":
+            counts = msgspec.msgpack.decode(payload, type=Counts)
+            found.counts[counts.start] = counts
         elif tag == "lines":
             found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
         elif tag == "sound":

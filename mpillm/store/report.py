@@ -25,7 +25,7 @@ class Requests(msgspec.Struct, kw_only=True):
 
 
 class Tokens(msgspec.Struct, kw_only=True):
-    """What this run has computed, without what earlier runs of the same command had."""
+    """What this start has computed, without what earlier starts of the same command had."""
 
     prompt: int  # all tokens of the prompts
     generated: int
@@ -36,6 +36,13 @@ class Tokens(msgspec.Struct, kw_only=True):
     def computed(self) -> int:
         """Tokens that went through the model, each once."""
         return self.prompt - self.shared + self.generated
+
+
+class Start(msgspec.Struct, kw_only=True):
+    """What an earlier start of the same command has computed."""
+
+    seconds: float  # of computing
+    tokens: Tokens
 
 
 class Steps(msgspec.Struct, kw_only=True):
@@ -83,6 +90,7 @@ class Report(msgspec.Struct, kw_only=True):
     phases: dict[str, float]  # seconds of checking the input, loading, computing, writing
     requests: Requests
     tokens: Tokens
+    earlier: list[Start] = []  # starts of the same command
     batch: Steps
     stages: int  # of rank 0's replica
     shards: int
@@ -99,6 +107,13 @@ class Report(msgspec.Struct, kw_only=True):
     def computing(self) -> float:
         """The seconds that rates are counted over."""
         return self.phases.get("compute", self.seconds) or self.seconds
+
+    def all_starts(self) -> Start:
+        """What all starts of the command have computed."""
+        starts = [*self.earlier, Start(seconds=self.computing, tokens=self.tokens)]
+        names = Tokens.__struct_fields__
+        tokens = Tokens(**{name: sum(getattr(start.tokens, name) for start in starts) for name in names})
+        return Start(seconds=sum(start.seconds for start in starts), tokens=tokens)
 
     def rate(self) -> float:
         """Generated tokens per second of computing."""

@@ -29,6 +29,12 @@ def summary(report: Report) -> Iterator[str]:
         f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
         f"{report.total_rate():.1f} tokens/s while computing{generated}."
     )
+    if report.earlier:
+        everything = report.all_starts()
+        yield (
+            f"All {len(report.earlier) + 1} starts of this command together: {everything.tokens.prompt} prompt and "
+            f"{everything.tokens.generated} generated tokens in {everything.seconds:.1f} s of computing."
+        )
     if report.batch.streamed:
         yield (
             f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "

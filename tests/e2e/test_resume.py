@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import psutil
 import pytest
 
+from mpillm.store import report
 from tests.conftest import Mpi, get_mpi
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
@@ -73,6 +75,15 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
     again = run(mpi, 2, source, output, *settings)
     assert again.returncode == 0, again.stderr
     assert "by earlier runs" in again.stderr
+    made = report.read(output)
+    assert len(made.earlier) == 1
+    assert made.earlier[0].tokens.generated > 0
+    everything = made.all_starts().tokens
+    with h5py.File(output / "results.h5") as h5:
+        assert everything.generated >= len(h5["tokens/ids"]) > made.tokens.generated
+    assert everything.prompt > made.tokens.prompt
+    said = f"All 2 starts of this command together: {everything.prompt} prompt and {everything.generated} generated"
+    assert said in again.stderr
     assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
     for name in ("results.jsonl", "results.h5"):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
