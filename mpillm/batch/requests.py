@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
+from mpillm.batch.order import Order
 from mpillm.batch.work import Line, Model, Work
 from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
@@ -36,6 +37,7 @@ class CheckedInput:
     model: Model
     lines: list[Line] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
+    order: Order = field(default_factory=Order)  # in which to compute the lines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -57,8 +59,15 @@ class CheckedInput:
 
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
+        return self._works(range(len(self)), done)
+
+    def ordered_works(self, done: Container[str] = ()) -> Iterator[Work]:
+        """The same in the order in which it is best computed."""
+        return self._works(self.order.indices(), done)
+
+    def _works(self, indices: Iterable[int], done: Container[str]) -> Iterator[Work]:
         with _opened(self.path) as file:
-            for line in self.lines:
+            for line in map(self.lines.__getitem__, indices):
                 if line.error is None and line.custom_id not in done:
                     yield self._work(file, line)
 
@@ -121,7 +130,9 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
     except RequestError as problem:
         said = str(problem).rstrip(".")
         said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
+        batch.order.add(None)
         return replace(line, error=f"Line {line.number}: {said}.")
+    batch.order.add(work)
     if (model := work.endpoint.model) is not None:
         name = model[:100]
         if name not in batch.models and len(batch.models) >= MAX_MODELS:

@@ -130,7 +130,7 @@ class Computation:
 
     def _requests(self) -> Iterator[Request]:
         """The engine's requests, made line by line when the engine asks for them."""
-        for work in self.job.input.works(done=self.journal.done):
+        for work in self.job.input.ordered_works(done=self.journal.done):
             self._pending[work.custom_id] = Pending(work)
             partial = self.journal.partial(work.line)
             for request in work.requests:

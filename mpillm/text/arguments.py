@@ -41,7 +41,7 @@ class Arguments:
         return False
 
     def _reads(self, content: str | None, call: Message) -> bool:
-        chat = [
+        chat: list[Message] = [
             {"role": "user", "content": "1"},
             {"role": "assistant", "content": content, "tool_calls": [call]},
             {"role": "tool", "content": "2", "tool_call_id": call["id"], "name": "f"},
