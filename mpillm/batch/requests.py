@@ -57,31 +57,46 @@ class CheckedInput:
             for line in self.lines
         ]
 
+    def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
+        """The good lines without the custom_ids in `done`, in the order in which they are best computed."""
+        return self._without(done, self.order.indices())
+
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
-        return self._works(range(len(self)), done)
+        return self._works(self._without(done, range(len(self))))
 
     def ordered_works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The same in the order in which it is best computed."""
-        return self._works(self.order.indices(), done)
+        return self._works(self.unanswered(done))
 
-    def _works(self, indices: Iterable[int], done: Container[str]) -> Iterator[Work]:
+    def _works(self, lines: Iterable[Line]) -> Iterator[Work]:
         with _opened(self.path) as file:
-            for line in map(self.lines.__getitem__, indices):
-                if line.error is None and line.custom_id not in done:
-                    yield self._work(file, line)
+            for line in lines:
+                yield self._work(file, line)
+
+    def _without(self, done: Container[str], indices: Iterable[int]) -> Iterator[Line]:
+        lines = map(self.lines.__getitem__, indices)
+        return (line for line in lines if line.error is None and line.custom_id not in done)
 
     def work(self, line: Line) -> Work:
         """One good line's work."""
         with _opened(self.path) as file:
             return self._work(file, line)
 
+    def content(self, line: Line) -> bytes:
+        """The bytes of a line."""
+        with _opened(self.path) as file:
+            return self._content(file, line)
+
     def _work(self, file: BinaryIO, line: Line) -> Work:
+        return make_work(line, bodies.decode_line(self._content(file, line)), self.spec, self.model)
+
+    def _content(self, file: BinaryIO, line: Line) -> bytes:
         file.seek(line.offset)
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, bodies.decode_line(raw), self.spec, self.model)
+        return raw
 
 
 def check(
