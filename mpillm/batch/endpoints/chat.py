@@ -71,8 +71,9 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             self._options(),
             add_special=bool(self.add_special_tokens),
         )
-        ids = encoded(encode, "the prompt", spec, model)
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        around = model.text.around if self.add_special_tokens else ([], [])
+        ids = encoded(encode, "the prompt", spec, model, self.cut(asked, spec, model), around)
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         requests = self.requests_for(
             custom_id,
