@@ -156,8 +156,9 @@ class AttentionSpec:
         part = np.empty_like(x)
         cos, sin, *where = step.rows(self.turn, cache.group)
         work = rank.kept(lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
-        with cache.pools() as pools:
-            rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
+        pools = cache.acquire()
+        rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
+        cache.release()
         rank.group.all_reduce(part)
         return part, page.vector("o_bias") if self.o_bias else None
 
