@@ -119,6 +119,8 @@ class Decoder:
             product = self._rank.kept(lambda: kernels.Products(head.matrix("head")), HEAD)
             out = np.empty((len(hidden), len(self.vocab)), np.float32)
             self._rank.compute(product, hidden, [out])
+            if self.config.head_bias:
+                out += head.vector("head_bias")
         if self.config.logit_scale != 1.0:
             out *= np.float32(self.config.logit_scale)
         if self.config.logit_softcap:
@@ -142,8 +144,11 @@ class _RankLayer:
             self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
+            scale = page.vector("layer_scale")[0] if spec.scaled else None
         part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp", bias, after, x, part)
+        if scale is not None:
+            x *= scale
 
     @property
     def operations(self) -> tuple[kernels.Attention, kernels.Residual, kernels.Mlp, kernels.Residual]:
