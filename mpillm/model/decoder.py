@@ -139,6 +139,8 @@ class _RankLayer:
         rank, spec, number = self._rank, self.spec, self._number
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
+            if spec.positions:
+                x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
             self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)

@@ -99,6 +99,7 @@ ROLES: dict[str, Role] = {
     role.name: role
     for role in (
         Role("embed", 2, "embed_tokens.weight", "token_embd.weight"),
+        Role("positions", 1, "wpe.weight", "position_embd.weight", flat=True),
         _vector("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
         _vector("attn_norm_bias", "input_layernorm.bias", "attn_norm.bias"),
         _matrix("q", "self_attn.q_proj.weight", "attn_q.weight"),

@@ -432,7 +432,7 @@ def test_what_transformers_ignores_in_rope() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported; supported are"),
+        ({"architectures": ["OPTForCausalLM"]}, "architecture 'OPTForCausalLM' is not supported; supported are"),
         ({"architectures": None, "model_type": "mamba"}, "architectures is missing"),
         ({"architectures": []}, "architectures must be a list of one name"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of one name"),

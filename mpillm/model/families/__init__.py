@@ -17,6 +17,7 @@ from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.gemma4 import Gemma4
 from mpillm.model.families.glm import Glm
+from mpillm.model.families.gpt2 import Gpt2
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.hunyuan import Hunyuan
@@ -59,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
     Cohere(),
     Phi(),
     Hunyuan(),
+    Gpt2(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
@@ -68,19 +70,9 @@ MODEL_TYPES: dict[str, str] = {
 } | {model_type: name for family in FAMILIES for model_type, name in family.model_types.items()}
 
 
-_IMAGES = "ForConditionalGeneration"
-
-
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
-    short, images = (
-        ", ".join(name.removesuffix(suffix) for name in names if name.endswith(suffix))
-        for suffix, names in (
-            ("ForCausalLM", list(_BY_ARCHITECTURE)),
-            (_IMAGES, sorted({*WITH_IMAGES, *(n for n in _BY_ARCHITECTURE if n.endswith(_IMAGES))})),
-        )
-    )
-    supported = f"supported are {short} (each with ForCausalLM), and as text {images} (each with {_IMAGES})"
+    supported = f"supported are {_supported()}"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")
@@ -107,6 +99,18 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     ):
         raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {architecture}.")
     return _BY_ARCHITECTURE[architecture], architecture
+
+
+def _supported() -> str:
+    """The classes that can be run, in the words of messages."""
+    causal, images = "ForCausalLM", "ForConditionalGeneration"
+    names = [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
+    short, as_text = (
+        ", ".join(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+        for suffix in (causal, images)
+    )
+    others = ", ".join(name for name in names if not name.endswith((causal, images)))
+    return f"{short} (each with {causal}), {others}, and as text {as_text} (each with {images})"
 
 
 def gguf_family(kind: Any, name: str) -> Family:

@@ -21,6 +21,7 @@ class LayerSpec:
 
     `parallel`: both are of what the mixer's norm makes of x before either is added, and the MLP has no norm before it.
     `scaled`: what leaves the layer is multiplied by a learned number.
+    `positions`: a learned vector for each of so many positions is added to what enters it.
     """
 
     mixer: Mixer
@@ -30,11 +31,12 @@ class LayerSpec:
     residual_scale: float = 1.0
     parallel: bool = False
     scaled: bool = False
+    positions: int = 0
 
     @property
     def fused(self) -> bool:
         """Whether it may be part of a `kernels.LayerStack`."""
-        return self.mixer.fused and self.mlp.fused and not self.parallel and not self.scaled
+        return self.mixer.fused and self.mlp.fused and not (self.parallel or self.scaled or self.positions)
 
     def axes(self, block: int) -> Iterator[Axis]:
         """The axes that limit the number of shards."""
@@ -56,6 +58,8 @@ class LayerSpec:
         return self.mixer.cache(place, block)
 
     def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        if self.positions:
+            yield TensorSpec(Key("positions"), (self.positions * hidden,))
         if self.mixer_norms.before:
             yield from self.mixer_norms.before.tensors("attn_norm", layer, hidden)
         yield from self.mixer.tensors(layer, hidden, block)
