@@ -13,8 +13,8 @@ from mpillm import kernels
 from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
-from mpillm.engine.engine import Worker
-from mpillm.engine.scheduler import Limits
+from mpillm.engine.engine import Engine, Worker
+from mpillm.engine.scheduler import Limits, Totals
 from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.cache_layout import rank_layouts
@@ -175,6 +175,10 @@ class Session:
         return self._origin or Origin(
             self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state
         )
+
+    def engine(self, totals: Totals | None = None) -> Engine:
+        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any."""
+        return Engine(self.worker, self.channel, self.limits, self.shard_vocab, totals)
 
     @property
     def shard_vocab(self) -> list[int]:
