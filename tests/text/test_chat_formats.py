@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -332,10 +333,6 @@ def test_schemas_of_any_form(name: str, schema: dict[str, Any], grammars: tuple[
     calls = Tagged(None, CALLS[name]).split(WRITTEN[name], "free", tools, final=True).calls
     assert [call.name for call in calls] == ["weather", "now"]
     lark = Lark(grammars[0].control)
-    try:
-        grammar = lark.whole(
-            Tagged(None, CALLS[name]).expression(lark, "closed", Asked(None, tools, "required"))
-        )
-        grammars[1].check(grammar)
-    except RequestError as error:
-        assert str(error)
+    with contextlib.suppress(RequestError):
+        asked = Asked(None, tools, "required")
+        grammars[1].check(lark.whole(Tagged(None, CALLS[name]).expression(lark, "closed", asked)))
