@@ -33,24 +33,28 @@ cdef Rows rows_of(cos, sin, const int32_t[::1] block, const int32_t[::1] offset,
 
 cdef class Attention:
     cdef Products qkv, o
-    cdef NormStep norm, q_norm, k_norm
+    cdef NormStep norm, q_norm, k_norm, v_norm
     cdef Vector q_bias, k_bias, v_bias, sinks
     cdef const int32_t[::1] kv_of_head
     cdef int heads, kvh, hd, vd, window, rotary
-    cdef bint interleaved, gated
+    cdef bint interleaved, gated, chunked, normed_after_rope
+    cdef mk_tuning tuning
     cdef float scale, softcap
     cdef long steps  # at most
 
     def __init__(self, q, k, v, o, const int32_t[::1] kv_of_head, int kvh, int hd, float scale, *, int window=0,
                  int value_dim=0, norm=None, biases=None, qk_norms=None, rotary=None, bint interleaved=False,
-                 sinks=None, float softcap=0.0, gate=None):
+                 sinks=None, float softcap=0.0, gate=None, bint chunked=False, tuning=None, v_norm=None,
+                 bint normed_after_rope=False):
         cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
         self.gated = gate is not None
         self.qkv, self.o = Products(q, k, v, gate) if self.gated else Products(q, k, v), Products(o)
         if self.gated:
             require("n of the gate", (heads * vd,), (gate.n,))
         self.heads, self.kvh, self.hd, self.vd, self.kv_of_head = heads, kvh, hd, vd, kv_of_head
-        self.scale, self.window, self.softcap = scale, window, softcap
+        self.scale, self.window, self.softcap, self.chunked = scale, window, softcap, chunked
+        self.tuning = tuning_of(tuning)
+        require_chunks(window, chunked)
         require_range("kv_of_head", kv_of_head, kvh)
         require("n of q, k, v and k of o", (heads * hd, kvh * hd, kvh * vd, heads * vd), (q.n, k.n, v.n, o.k))
         self.rotary = 0 if rotary == 0 else rotary_of(rotary or 0, hd)
@@ -65,8 +69,10 @@ cdef class Attention:
         q_norm, k_norm = qk_norms or (None, None)
         self.q_norm = norm_of("q's norm", q_norm, (hd, q.n))
         self.k_norm = norm_of("k's norm", k_norm, (hd, k.n))
+        self.v_norm = norm_of("v's norm", v_norm, (vd, v.n))
+        self.normed_after_rope = normed_after_rope
         self.sinks = Vector("sinks", sinks, heads)
-        self.steps = self.qkv.steps + self.o.steps + 11
+        self.steps = self.qkv.steps + self.o.steps + 12
 
     def __call__(self, const float[:, :] x, cos, sin, int kv_type, kpool, vpool, const int32_t[::1] block,
                  const int32_t[::1] offset, const int32_t[::1] pos, const int32_t[::1] table,
@@ -83,6 +89,8 @@ cdef class Attention:
                const int32_t[::1] table, const int32_t[::1] table_start, out, int threads=1):
         if self.gated:
             raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
+        if self.normed_after_rope:
+            raise ValueError("attention that normalises after rope begins with its rows x")
         cdef Pools pools = self.pools(kv_type, kpool, vpool)
         cdef long m = q.shape[0]
         cdef Rows rows = rows_of(cos, sin, block, offset, pos, table, table_start, m, self.rotary, self.window,
@@ -128,16 +136,23 @@ cdef class Attention:
         add_bias(&work, k, narrow, self.k_bias, m)
         add_bias(&work, v, values, self.v_bias, m)
         mk_join(&work, 0)
-        if self.q_norm is not None:
-            self.q_norm.add_heads(&work, q, m, self.heads, self.hd)
+        if self.v_norm is not None:
+            self.v_norm.add_heads(&work, v, m, self.kvh, self.vd)
             mk_join(&work, 1)
-        if self.k_norm is not None:
-            self.k_norm.add_heads(&work, k, m, self.kvh, self.hd)
+        if not self.normed_after_rope:
+            self.add_norms(&work, q, k, m)
         mk_join(&work, 0)
         self.add_attend(&work, space, q, k, v, gate, rows, kv_type, pools, out)
         if residual is not None:
             residual.add(&work, add_to, stride, out.to, out.stride, m, self.o.widths[0])
         return finish(&work, threads)
+
+    cdef void add_norms(self, mk_work *work, float *q, float *k, long m) noexcept:
+        if self.q_norm is not None:
+            self.q_norm.add_heads(work, q, m, self.heads, self.hd)
+            mk_join(work, 1)
+        if self.k_norm is not None:
+            self.k_norm.add_heads(work, k, m, self.kvh, self.hd)
 
     cdef size_t attend_space(self, long m) noexcept:
         return floats(m * self.heads * self.vd) + self.o.space(m)
@@ -153,11 +168,14 @@ cdef class Attention:
             mk_join(work, m > 1)  # one row is done before another thread knows of it
             mk_rope(work, k, narrow, rows.cos, rows.sin, m, self.kvh, self.hd, self.rotary, self.interleaved)
             mk_join(work, 0)
+        if self.normed_after_rope:
+            self.add_norms(work, q, k, m)
+            mk_join(work, 0)
         mk_kv_store(work, kv_type, k, narrow, v, self.kvh * self.vd, rows.block, rows.offset, m, pools.keys,
                     pools.values, self.kvh, self.hd, self.vd)
         mk_attention(work, kv_type, q, wide, mixed, mixed_wide, pools.keys, pools.values, rows.pos, rows.table,
                      rows.table_start, &self.kv_of_head[0], m, self.heads, self.kvh, self.hd, self.vd, self.scale,
-                     self.window, self.sinks.at, self.softcap)
+                     self.window, self.sinks.at, self.softcap, self.chunked, &self.tuning)
         if gate:
             mk_activate(work, MK_SIGMOID, gate, mixed_wide, mixed, mixed_wide, 0, 0, m, mixed_wide, mixed, mixed_wide)
         return self.o.add(work, space, mixed, mixed_wide, m, out)

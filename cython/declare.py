@@ -1,7 +1,7 @@
 """Writes declarations.pxi: what core/kernels.h declares, in Cython's words. setup.py runs it before Cython.
 
-It reads what that header has: prototypes and inline functions, enums, tables `#define NAME(X) X(row, ...) X(row, ...)`
-and the macros of one `name` that enums apply to them.
+It reads what that header has: prototypes and inline functions, enums, structs of scalars, tables
+`#define NAME(X) X(row, ...) X(row, ...)` and the macros of one `name` that enums apply to them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 CORE = Path(__file__).parent / "core"
 WIDTH = 120
+PLAIN = re.compile(r"typedef struct \{([^}\[]*)\} (mk_\w+);")  # structs without arrays
 OPAQUE = ("mk_step", "mk_product", "mk_work")  # structs that core/path.h defines
 
 
@@ -33,6 +34,9 @@ def declarations(header: str) -> str:
         lines += ["    enum:", *(f"        {name}" for name in names)]
     for name in OPAQUE:
         lines += [f"    ctypedef struct {name}:", "        pass"]
+    for fields, name in PLAIN.findall(text):
+        lines += [f"    ctypedef struct {name}:"]
+        lines += [f"        {' '.join(one.split())}" for one in fields.split(";") if one.strip()]
     lines += [f"    int {name}(int type)" for name in re.findall(r"^MK_TRAIT\((\w+),", text, re.MULTILINE)]
     for function in re.findall(
         r"^(?:static inline )?((?:const )?\w+ \*?mk_\w+\([^)]*\))[;\s]", text, re.MULTILINE

@@ -157,6 +157,22 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *
     return pools
 
 
+cdef int require_chunks(int window, bint chunked) except -1:
+    if chunked and window < 1:
+        raise ValueError("chunks are windows: they need a number of positions")
+    return 0
+
+
+cdef mk_tuning tuning_of(tuning) except *:
+    """beta, length and offset, or None."""
+    cdef mk_tuning found = mk_tuning(0.0, 0, 0)
+    if tuning is not None:
+        found.beta, found.length, found.offset = tuning
+        if found.length < 1 or found.offset < 0:
+            raise ValueError(f"scores cannot be tuned by {tuning}: the length is at least 1, the offset at least 0")
+    return found
+
+
 cdef int require_range(str name, const int32_t[::1] values, int limit) except -1:
     cdef Py_ssize_t i
     for i in range(values.shape[0]):
@@ -551,8 +567,10 @@ def kv_store(int kv_type, const float[:, :] k, v, const int32_t[::1] block,
 
 def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, const int32_t[::1] pos,
               const int32_t[::1] table, const int32_t[::1] table_start, const int32_t[::1] kv_of_head, int kvh, int hd,
-              float scale, int window, int threads=1, int value_dim=0, sinks=None, float softcap=0.0):
+              float scale, int window, int threads=1, int value_dim=0, sinks=None, float softcap=0.0,
+              bint chunked=False, tuning=None):
     cdef Pools pools
+    cdef mk_tuning of_position = tuning_of(tuning)
     cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
     cdef Vector sink = Vector("sinks", sinks, heads)
     require_rows("q", q, -1, <Py_ssize_t>heads * hd)
@@ -564,11 +582,12 @@ def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, c
     require_tables(pos, table, table_start, window, pools.blocks)
     if softcap:
         require_cap(softcap)
+    require_chunks(window, chunked)
     cdef mk_work work
     mk_begin(&work)
     mk_attention(&work, kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, pools.keys,
                  pools.values, &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, vd,
-                 scale, window, sink.at, softcap)
+                 scale, window, sink.at, softcap, chunked, &of_position)
     finish(&work, threads)
 
 

@@ -255,6 +255,11 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
             one->mix(p + j * MK_KV_BLOCK, values, values, vd, to + 1, queries[j].to, sums + j * lanes, lanes);
 }
 
+static float tuned(const mk_tuning *tuning, long position) {
+    long stretch = (position + tuning->offset) / tuning->length;
+    return (float)(1.0 + (double)tuning->beta * log(1.0 + (double)stretch));
+}
+
 /* Lay a group's queries out; returns its first and last position.  A sink is a score that was there before all others,
  * whose value is zero. */
 static void gather(query_group *group, const mk_query_group *item, long *low, long *high) {
@@ -273,9 +278,12 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
         for (int h = 0; h < item->heads; h++, count++) {
             long row = item->row + r, head = item->head + h, last = job->pos[row];
             long first = job->window && last >= job->window ? last - job->window + 1 : 0;
+            if (job->chunked) first = last - last % job->window;
+            float scale = job->scale;
+            if (job->tuning.length) scale *= tuned(&job->tuning, last);
             const float *from = job->q + row * job->q_stride + head * hd;
             float *to = group->q + (long)(count / Q) * Q * hd + count % Q;
-            for (int i = 0; i < hd; i++) to[(long)i * Q] = from[i] * job->scale;
+            for (int i = 0; i < hd; i++) to[(long)i * Q] = from[i] * scale;
             group->queries[count] = (query){.first = first, .last = last,
                                             .top = job->sinks ? job->sinks[head] : -INFINITY,
                                             .total = job->sinks ? vf_load(first_lane) : vf_set1(0.0f),

@@ -107,6 +107,12 @@ int mk_path_count(void);
 const char *mk_path_name(int index); /* NULL past the end */
 int mk_set_path(const char *name);   /* 0, or -1: not on this machine */
 
+/* Scores of the query at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / length)). */
+typedef struct {
+    float beta;
+    int32_t length, offset;
+} mk_tuning;
+
 /* Work: begin, add at most MK_STEPS steps, run; after a run it is empty and may be filled again. */
 enum { MK_STEPS = 48, MK_MAX_PRODUCTS = 32 /* of one activation */ };
 typedef struct mk_work mk_work;
@@ -180,12 +186,13 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
 void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride, const
                  int32_t *block,
                  const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd, int vd);
-/* vpool: NULL where a head's values are the first vd dimensions of its keys */
+/* vpool: NULL where a head's values are the first vd dimensions of its keys.  chunked: a row attends to the positions of
+ * its own chunk of `window` ones.  tuning: NULL, or what multiplies scores besides `scale`. */
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride, const void
                   *kpool,
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
                  const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd, float scale, int window,
-                 const float *sinks, float softcap);
+                 const float *sinks, float softcap, int chunked, const mk_tuning *tuning);
 /* out = e^(rates * softplus(x + bias)); rates, bias [d] */
 void mk_decays(mk_work *work, const float *x, const float *rates, const float *bias, long m, long d, float *out);
 /* Rows first_rows[s] .. first_rows[s + 1] - 1 (the last one's: m - 1) are those of sequence s, whose state is in slot

@@ -67,8 +67,9 @@ typedef struct {
 } mk_query_group;
 
 typedef struct {
-    int type, kvh, hd, vd, window; /* hd, vd: dimensions of a head's keys and of its values */
+    int type, kvh, hd, vd, window, chunked; /* hd, vd: dimensions of a head's keys and of its values */
     float scale, softcap;
+    mk_tuning tuning; /* length 0: none */
     const float *q, *sinks; /* sinks [heads], or NULL */
     float *out;
     long q_stride, out_stride;

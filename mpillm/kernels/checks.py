@@ -102,6 +102,20 @@ def require_activation(kind: int, gated: bool, limit: float) -> Activation:
     return Activation(kind)
 
 
+def require_chunks(window: int, chunked: bool) -> None:
+    """Chunks of at least one position."""
+    if chunked and window < 1:
+        raise ValueError("chunks are windows: they need a number of positions")
+
+
+def require_tuning(tuning: tuple[float, int, int] | None) -> None:
+    """A length of at least one position, from an offset that is not negative."""
+    if tuning and (tuning[1] < 1 or tuning[2] < 0):
+        raise ValueError(
+            f"scores cannot be tuned by {tuning}: the length is at least 1, the offset at least 0"
+        )
+
+
 def require_cap(cap: float) -> None:
     """A soft cap above 0."""
     if not cap > 0:

@@ -18,15 +18,18 @@ class Router:
     Scores are the softmax or the sigmoid of the router's logits. With `groups` > 1, experts are divided into groups of
     equal size, and only those of the `groups_chosen` best groups count; the score of a group is the sum of its
     `group_best` best. Weights are the scores of the chosen experts, divided by their sum if `normalise`, times `scale`.
+    With sparsemixer (arXiv 2409.12136, PhiMoE) the weight of each expert in turn is its softmax among those that were
+    not chosen before it and whose logits are not further from its own than `jitter` allows; nothing else counts then.
     """
 
     chosen: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     groups: int = 1
     groups_chosen: int = 1
     group_best: int = 2
     normalise: bool = True
     scale: float = 1.0
+    jitter: float = 0.0
 
 
 def route(logits: F32, router: Router, correction: F32 | None = None, threads: int = 1) -> tuple[F32, I32]:
@@ -35,6 +38,8 @@ def route(logits: F32, router: Router, correction: F32 | None = None, threads: i
     The best comes first; of equals (experts and groups) the one with the lower number. `correction` [experts] is
     added to the scores where experts and groups are chosen, and nowhere else.
     """
+    if router.scoring == "sparsemixer":
+        return _sparsemixer(logits, router, threads)
     scores = logits
     if router.scoring == "softmax":
         kernels.softmax(scores, threads)
@@ -51,6 +56,20 @@ def route(logits: F32, router: Router, correction: F32 | None = None, threads: i
     if router.scale != 1.0:
         weights *= np.float32(router.scale)
     return weights, ids
+
+
+def _sparsemixer(logits: F32, router: Router, threads: int) -> tuple[F32, I32]:
+    left, weights, ids = logits.copy(), [], []
+    for _ in range(router.chosen):
+        best, best_id = _top_k(left, 1, threads)
+        with np.errstate(invalid="ignore"):  # 0 / 0, of logits that are all 0, is not far
+            distance = (best - left) / np.maximum(np.abs(logits), best)
+        near = np.where(distance > np.float32(2 * router.jitter), np.float32(-np.inf), left)
+        kernels.softmax(near, threads)
+        weights.append(np.take_along_axis(near, best_id, axis=1))
+        ids.append(best_id)
+        np.put_along_axis(left, best_id, np.float32(-np.inf), axis=1)
+    return np.concatenate(weights, axis=1), np.concatenate(ids, axis=1)
 
 
 def _of_best_groups(ranks: F32, router: Router, threads: int) -> F32:

@@ -19,7 +19,8 @@ class ModelConfig:
     """A model as its family reads it from `config.json` or a GGUF file's metadata; an `Inventory` of tensors.
 
     Embeddings are multiplied by `embedding_scale`, logits by `logit_scale`; `logit_softcap` c > 0 makes a logit x
-    c tanh(x / c). `block` is the block size of weights that are cut by columns (see `grid.axis` and `column_unit`).
+    c tanh(x / c). `head_bias`: the LM head has a bias. `block` is the block size of weights that are cut by columns
+    (see `grid.axis` and `column_unit`).
     """
 
     architecture: str
@@ -33,6 +34,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    head_bias: bool = False
     block: int = 1
     ignored_keys: tuple[str, ...] = field(
         default=(), compare=False
@@ -75,9 +77,9 @@ class ModelConfig:
     def head(self) -> PageSpec:
         """The final norm and the LM head."""
         norm = self.final_norm.tensors("final_norm", -1, self.hidden)
-        return PageSpec(
-            HEAD, (*norm, TensorSpec(Key("head"), (self.vocab, self.hidden), vocab_axis(self.vocab)))
-        )
+        rows = vocab_axis(self.vocab)
+        bias = [TensorSpec(Key("head_bias"), (self.vocab,), rows)] if self.head_bias else []
+        return PageSpec(HEAD, (*norm, *bias, TensorSpec(Key("head"), (self.vocab, self.hidden), rows)))
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
         """What each of the model's layers keeps of a sequence on the rank at `place`."""

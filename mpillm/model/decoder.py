@@ -121,6 +121,8 @@ class Decoder:
             product = self._rank.kept(lambda: kernels.Products(head.matrix("head")), HEAD)
             out = np.empty((len(hidden), len(self.vocab)), np.float32)
             self._rank.compute(product, hidden, [out])
+            if self.config.head_bias:
+                out += head.vector("head_bias")
         if self.config.logit_scale != 1.0:
             out *= np.float32(self.config.logit_scale)
         if self.config.logit_softcap:
@@ -139,13 +141,18 @@ class _RankLayer:
         rank, spec, number = self._rank, self.spec, self._number
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
+            if spec.positions:
+                x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
             self._residual("mixer residual", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
+            scale = page.vector("layer_scale")[0] if spec.scaled else None
         part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp residual", bias, after, x, part)
+        if scale is not None:
+            x *= scale
 
     @property
     def operations(self) -> tuple[Any, ...]:

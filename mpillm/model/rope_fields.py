@@ -10,14 +10,15 @@ from mpillm.errors import ModelError
 from mpillm.model.fields import Fields
 from mpillm.model.rope import RopeConfig, yarn_attention_factor, yarn_scale
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope", "factors")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional", "factors")
 RENAMED = {"mrope": "default", "su": "longrope"}  # what older files say
 LONGEST = 2**31 - 1  # positions are int32 in the kernels
 # Written into the dict by some exporters whatever the kind; without effect there. mrope_section says which dimensions
-# turn by an image's height and width: those of a text all turn alike.
+# turn by an image's height and width: those of a text all turn alike. llama_4_scaling_beta and
+# the mscales are read by the families that have them.
 HARMLESS = {
-    "attn_factor", "finetuned", "mrope_interleaved", "mrope_section", "original_max_position_embeddings",
-    "rope_theta", "rope_type", "type",
+    "attn_factor", "finetuned", "llama_4_scaling_beta", "long_mscale", "max_position_embeddings", "mrope_interleaved",
+    "mrope_section", "original_max_position_embeddings", "rope_theta", "rope_type", "short_mscale", "type",
 }  # fmt: skip
 
 
@@ -35,13 +36,16 @@ def read_rope(
 
     theta = rope.number("rope_theta", 1.0, 1e30, default=default_theta if flat_theta is None else flat_theta)
     kind = _kind(rope)
-    _check_part_of_head(config, rope, dim == head_dim)
+    if kind != "proportional":
+        _check_part_of_head(config, rope, dim == head_dim)
     if kind == "default":
         if rope.number("factor", 0, 1e30, default=1.0) != 1.0:
             raise rope.fail("factor", "but the rope type is default; give the type that scales")
         result = RopeConfig(theta)
     elif kind == "linear":
         result = RopeConfig(theta, "linear", factor=rope.number("factor", 1e-6, 1e6))
+    elif kind == "proportional":
+        result = _proportional(rope, theta, dim)
     elif kind == "factors":
         result = _factors(rope, theta, dim)
     else:
@@ -162,6 +166,14 @@ def _longrope(rope: Fields, theta: float, original: int, max_position: int, dim:
     return RopeConfig(
         theta, "longrope", original_max_position=original, factors=short, attention_factor=scale
     )
+
+
+def _proportional(rope: Fields, theta: float, dim: int) -> RopeConfig:
+    """Frequencies as if the whole head turned, of which those of the first part are used and all others are 0."""
+    turning = int(rope.number("partial_rotary_factor", 0, 1, default=1.0) * dim // 2)
+    factor = rope.number("factor", 1e-6, 1e6, default=1.0)
+    factors = (factor,) * turning + (math.inf,) * (dim // 2 - turning)
+    return RopeConfig(theta, "factors", factors=factors)
 
 
 def _factors(rope: Fields, theta: float, dim: int) -> RopeConfig:

@@ -158,7 +158,8 @@ def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, k
     )
     out = np.empty((rows, heads * vd), np.float32)
     kernels.attention(kind, q, out, kpool, None if shared else vpool, pos, table, table_start, kv_of_head, kvh, hd,
-                      float(scale[0]), window, threads, vd, sinks if len(sinks) else None, float(scale[1]))  # fmt: skip
+                      float(scale[0]), abs(window), threads, vd, sinks if len(sinks) else None, float(scale[1]),
+                      window < 0, (float(scale[2]), 7, 1) if scale[2] else None)  # fmt: skip
     return [kpool, vpool, out]
 
 
@@ -277,10 +278,10 @@ def product(
 
 def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
               threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0,
-              shared: bool = False) -> Case:  # fmt: skip
+              shared: bool = False, tuning: float = 0.0) -> Case:  # fmt: skip
     """Several sequences with scattered blocks; a few rows of each at random positions.
 
-    `shared`: values are the first vd dimensions of keys.
+    `shared`: values are the first vd dimensions of keys. A window below 0 stands for chunks of so many positions.
     """
     vd = vd or hd
     lengths = rng.integers(1, 150, 3)
@@ -299,7 +300,7 @@ def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int,
     ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40, vd]
     sink = 3 * rng.standard_normal(heads if sinks else 0).astype(np.float32)
     arrays = [k, v, block, offset, q, pos, blocks, start[owner].astype(np.int32), kv_of_head,
-              np.array([hd**-0.5, softcap], np.float32), sink]  # fmt: skip
+              np.array([hd**-0.5, softcap, tuning], np.float32), sink]  # fmt: skip
     return Case("attention", ints, arrays, threads, f"lengths {lengths.tolist()}")
 
 
@@ -414,4 +415,5 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
                 rng, kv_type, hd, heads, kvh=1, window=0, rows=5, threads=threads, vd=vd, shared=True
             )
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=20, rows=9, threads=threads, sinks=True)
+        yield attention(rng, kv_type, 32, heads=4, kvh=2, window=-27, rows=20, threads=threads, tuning=0.3)
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=0, rows=9, threads=threads, softcap=2.5)

@@ -113,7 +113,9 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
     options = {
         "norm": norm_of(rng, d, seed), "biases": biases, "qk_norms": norms, "value_dim": vd, "window": seed % 2 * 9,
         "rotary": (None, 0, 8)[seed % 3], "interleaved": seed % 4 == 0, "softcap": seed % 2 * 4.0,
-        "sinks": vector(rng, HEADS) if seed % 4 > 1 else None,
+        "sinks": vector(rng, HEADS) if seed % 4 > 1 else None, "chunked": seed % 4 == 3,
+        "tuning": (0.4, 5, seed % 2) if seed % 3 == 0 else None, "normed_after_rope": seed == 4,
+        "v_norm": norm_of(rng, vd, 2 * (seed % 2)) if seed % 5 == 1 else None,
     }  # fmt: skip
     gated = seed in (2, 5)
     if gated:
@@ -133,7 +135,7 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
     )  # fmt: skip
     results = []
     parts = tuple(vector(rng, m * n).reshape(m, n) for n in (q.n, k.n, v.n))
-    for inputs in ((x,),) if gated else ((x,), parts):
+    for inputs in ((x,),) if gated or seed == 4 else ((x,), parts):
         pools = [np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, BLOCKS, KVH, HD, vd)]
         out = np.empty((m, d), np.float32)
         call = work if len(inputs) == 1 else work.attend
@@ -430,6 +432,8 @@ def test_a_stack_is_its_layers_in_turn() -> None:
         ("n of q, k, v and k of o", {"value_dim": 16}),
         ("rope rotates an even number of a head's 8 dimensions, not 12", {"rotary": 12}),
         ("a soft cap must be above 0", {"softcap": -1.0}),
+        ("chunks are windows: they need a number of positions", {"chunked": True}),
+        ("scores cannot be tuned by .*: the length is at least 1", {"tuning": (0.1, 0, 0)}),
     ],
 )
 def test_what_is_no_attention_is_refused(words: str, options: dict[str, Any]) -> None:

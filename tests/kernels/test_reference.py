@@ -144,7 +144,7 @@ def test_exp_of_the_twin_within_2_ulp() -> None:
     np.testing.assert_array_equal(edges, np.array([np.nan, np.inf, 0, np.inf, 0, 1], np.float32))
 
 
-SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
+SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7), (64, 4, 2, -20)]
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,19 @@ SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7)]
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, softcap: float) -> None:
     """Softmax attention in float64 over the rows that were stored: half of them with sinks and narrower values."""
+    tuning = 0.4 if window < 0 else 0.0
     vd, sinks = (hd, False) if softcap else (max(hd // 2, 8 if hd < 64 else 32), True)
     case = cases.attention(
-        np.random.default_rng(hd), kv_type, hd, heads, kvh, window, vd=vd, sinks=sinks, softcap=softcap
+        np.random.default_rng(hd),
+        kv_type,
+        hd,
+        heads,
+        kvh,
+        window,
+        vd=vd,
+        sinks=sinks,
+        softcap=softcap,
+        tuning=tuning,
     )
     _, _, got = case.run()
     k, v, block, offset, q, pos, table, table_start, kv_of_head, scale, sink = case.arrays
@@ -171,11 +181,13 @@ def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: in
     elif kv_type == BlockType.Q8_0:
         k, v = (rounded(x) for x in (k, v))
     for row, last in enumerate(pos.tolist()):
-        first = max(0, last - window + 1) if window else 0
+        first = max(0, last - window + 1) if window > 0 else 0
+        if window < 0:
+            first = last // -window * -window
         rows = [place[int(table[table_start[row] + t // 32]), t % 32] for t in range(first, last + 1)]
         for head, g in enumerate(kv_of_head.tolist()):
             s = k[rows, g * hd : (g + 1) * hd].astype(np.float64) @ q[row, head * hd : (head + 1) * hd]
-            s *= float(scale[0])
+            s *= float(scale[0]) * (1 + tuning * np.log1p((last + 1) // 7))
             if softcap:
                 s = softcap * np.tanh(s / softcap)
             p, total = np.exp(s), np.exp(s).sum() + (np.exp(float(sink[head])) if sinks else 0)

@@ -76,6 +76,14 @@ def test_of_equals_the_lower_number_is_chosen() -> None:
         np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
 
 
+def test_sparsemixer_weighs_what_is_near_the_best_of_those_that_are_left() -> None:
+    logits = np.array([[1.0, 2.0, 1.9, -3.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    weights, ids = route(logits, Router(2, "sparsemixer", jitter=0.05))
+    assert ids.tolist() == [[1, 2], [0, 1]]
+    near = 1 / (1 + np.exp(-0.1))  # of 2.0 and 1.9; nothing is near 1.9 once 2.0 is taken
+    np.testing.assert_allclose(weights, [[near, 1.0], [1 / 4, 1 / 3]], rtol=1e-6)
+
+
 def test_no_likely_expert_is_no_error() -> None:
     """Sigmoids of which all are 0: weights are 0, not NaN."""
     weights, ids = route(np.full((1, 4), -200, np.float32), Router(2, "sigmoid"))

@@ -16,7 +16,7 @@ from mpillm.errors import ModelError
 from mpillm.model.cache_spec import TokenCache
 from mpillm.model.config import ModelConfig
 from mpillm.model.families import MODEL_TYPES, read_config
-from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.attention import AttentionSpec, Tuning
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.latent import LatentAttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
@@ -100,6 +100,104 @@ def test_what_is_published_is_read(name: str) -> None:
         "DeepSeek-V3 in BF16": "yarn",
         "Kimi-K2-Instruct in BF16": "yarn",
     }.get(name, "default")
+
+
+def test_llama4() -> None:
+    config = read_config(fixture("llama4"))
+    first, second = (layer.mixer for layer in config.layers[:2])
+    assert (first.window, first.chunked, first.tuning, first.rotary.interleaved) == (21, True, None, True)
+    assert (second.window, second.chunked, second.rotary) == (0, False, None)
+    assert second.tuning == Tuning(0.3, 16, offset=1)
+    assert (first.qk_norm, second.qk_norm) == (NormSpec(1e-5, weights=False), None)
+    assert experts(config) == (0, 4, 0, 4)
+    assert config.layers[1].mlp.scaled_input
+    untuned = read_config({**fixture("llama4"), "attn_temperature_tuning": False, "use_qk_norm": False})
+    assert all(layer.mixer.tuning is layer.mixer.qk_norm is None for layer in untuned.layers)
+    sizes = {**SIZES, "architectures": ["Llama4ForCausalLM"]}
+    scout = read_config(sizes)
+    assert windows(scout) == (8192, 8192, 8192, 0)
+    assert experts(scout) == (16,) * 4
+    assert experts(read_config({**sizes, "moe_layers": [2]})) == (0, 0, 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers is .*, but must be a list of 4 numbers"),
+        ({"attention_chunk_size": None}, "layer_types is .*, but there is no attention_chunk_size"),
+        ({"attn_temperature_tuning": "yes"}, "attn_temperature_tuning is 'yes', but must be true or false"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but the model has 4 experts"),
+    ],
+)
+def test_llama4_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        read_config({**fixture("llama4"), **change})
+
+
+def test_ministral() -> None:
+    tuned = read_config(fixture("ministral3"))
+    assert attention(tuned).tuning == Tuning(0.3, 16, offset=0)
+    published = read("ministral3", head_dim=16)
+    assert attention(published).tuning == Tuning(0.1, 16384, offset=0)
+    assert (rope(published).kind, rope(published).attention_factor) == ("yarn", 1.0)
+    untuned = read("ministral3", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert attention(untuned).tuning is None
+    some = read("ministral", sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2)
+    assert windows(some) == (9, 0, 9, 0)
+
+
+def test_hunyuan() -> None:
+    dense = read_config(fixture("hunyuan"))
+    assert attention(dense).normed_after_rope
+    assert rope(dense).theta == pytest.approx(1e4 * 30 ** (12 / 10))
+    mixture = read_config(fixture("hunyuan_moe"))
+    assert [layer.mlp.router.chosen for layer in mixture.layers] == [2, 3]
+    lists = read("hunyuan_v1_moe", num_experts=[2, 3, 4, 5], moe_topk=1, moe_intermediate_size=[8] * 4)
+    assert experts(lists) == (2, 3, 4, 5)
+    assert lists.layers[0].mlp.width == 8
+
+
+def test_gemma4() -> None:
+    dense, mixture = read_config(fixture("gemma4")), read_config(fixture("gemma4_moe"))
+    window, full = (layer.mixer for layer in dense.layers[:2])
+    assert (window.head_dim, window.n_kv_heads, window.window, window.v_is_k) == (8, 2, 20, False)
+    assert (full.head_dim, full.n_kv_heads, full.window, full.v_is_k) == (16, 1, 0, True)
+    assert (window.scale, full.rotary.config.factors) == (1.0, (1.0,) * 2 + (np.inf,) * 6)
+    assert (experts(mixture), mixture.layers[0].mlp.apart) == ((6, 6), NormSpec(1e-6))
+    own = {key: value for key, value in fixture("gemma4").items() if key != "per_layer_config"}
+    published = {**own, "global_head_dim": 16, "num_global_key_value_heads": 1}
+    assert read_config(published) == dense
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (
+            "gemma4_text",
+            {},
+            "hidden_size_per_layer_input is .*, but layers with inputs or with keys of others",
+        ),
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},
+            "num_kv_shared_layers is 2",
+        ),
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "per_layer_config": {"0": {"head_dim": 4}}},
+            "per_layer_config must say the same of all full_attention layers",
+        ),
+        ("hunyuan_v1_dense", {"use_cla": True}, "use_cla is True, but HunYuanDenseV1ForCausalLM"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "moe_topk is .*, but must be a number, or 4 of them"),
+        ("hunyuan_v1_moe", {"num_experts": 2, "moe_topk": 3}, "moe_topk is 3, but layer 0 has 2 experts"),
+        ("hunyuan_v1_moe", {"num_shared_expert": [2] * 4}, "only one shared expert is supported"),
+        ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, but the router always chooses 2"),
+    ],
+)
+def test_further_families_refused(kind: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        read(kind, **change)
 
 
 def test_latents_of_what_is_published() -> None:
@@ -334,7 +432,7 @@ def test_what_transformers_ignores_in_rope() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported; supported are"),
+        ({"architectures": ["OPTForCausalLM"]}, "architecture 'OPTForCausalLM' is not supported; supported are"),
         ({"architectures": None, "model_type": "mamba"}, "architectures is missing"),
         ({"architectures": []}, "architectures must be a list of one name"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of one name"),

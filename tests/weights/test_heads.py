@@ -74,6 +74,23 @@ def test_a_file_that_has_both_forms(tmp_path: Path) -> None:
         assert not (source.read_f32(Key("k_b", 1), range(5)) == 1).all()
 
 
+def test_experts_that_lie_transposed() -> None:
+    folder = FIXTURES / "models/llama4"
+    tensors = load_file(folder / "model.safetensors")
+    together = tensors["model.layers.1.feed_forward.experts.gate_up_proj"]
+    down = tensors["model.layers.1.feed_forward.experts.down_proj"]
+    width = down.shape[1]
+    with closing(open_unpacked(folder)) as source:
+        config_of(source)
+        for expert in range(len(down)):
+            gate_up = together[expert].T
+            for role, whole in (("gate", gate_up[:width]), ("up", gate_up[width:]), ("down", down[expert].T)):
+                key = Key(role, 1, expert)
+                assert source.tensors[key].shape == whole.shape
+                assert (source.read_f32(key, range(3, 17)) == whole[3:17]).all()
+                assert (source.read(key, None, range(4, 9)).view(np.float32) == whole[:, 4:9]).all()
+
+
 def test_heads_of_other_sizes_than_the_configuration_says(tmp_path: Path) -> None:
     folder = changed(tmp_path, v_head_dim=12)
     with pytest.raises(ModelError, match=r"kv_b_proj.weight has 100 rows, but 4 heads of 14 \+ 12 have 104"):

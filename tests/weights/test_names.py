@@ -5,7 +5,7 @@ import pytest
 from mpillm.weights import names
 from mpillm.weights.names import ROLES, USUAL, Key, Parsed
 
-GLOBAL = ("embed", "final_norm", "final_norm_bias", "head")
+GLOBAL = ("embed", "positions", "final_norm", "final_norm_bias", "head", "head_bias")
 
 
 @pytest.mark.parametrize("role", ROLES)

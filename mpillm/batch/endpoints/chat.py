@@ -45,6 +45,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     echo: bool | None = None
     documents: list[dict[str, Any]] | None = None
+    include_reasoning: bool | None = None
     tools: list[Any] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -159,7 +160,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
         """What the message of a request's answer has besides its role."""
         found = self._format(spec, model)
         shown: dict[str, Any] = {}
-        if found.has_reasoning:
+        if found.has_reasoning and self.include_reasoning is not False:
             shown["reasoning_content"] = answer.reasoning
         shown["content"] = answer.content if answer.content.strip() or not answer.calls else None
         if answer.calls:
@@ -193,7 +194,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
                 "job's chat.tool_calls"
             )
         state = self._state(found, prompt, model.text)
-        if not self.skips_special or (not tools and not found.thinks(state)):
+        if not tools and not found.thinks(state):
             return content
         one = self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice)
         lark = Lark(model.text.control)

@@ -17,11 +17,13 @@ Pool = npt.NDArray[Any]
 class Attention(Fused):
     """out [m, d] = o(attention(rope(q), rope(k), v)) of x [m, d]; the rows' keys and values are stored first.
 
-    `norm` normalises x. `biases` of q, k and v may be None each. `qk_norms` normalise q and k before rope: every head
-    by itself if the norm is hd wide, else whole rows. rope rotates `rotary` dimensions of each head: all with None,
-    none with 0, where cos and sin are ignored. A head has hd dimensions of q and k, and `value_dim` (0: hd) of v.
-    `sinks` and `softcap` are described at `reference.attention`. What the heads make is multiplied by the sigmoid of
-    gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias nor x added (`Residual`).
+    `norm` normalises x. `biases` of q, k and v may be None each. `qk_norms` normalise q and k before rope, or after it
+    with `normed_after_rope`, and `v_norm` v: every head by itself if the norm is as wide as a head, else whole rows.
+    rope rotates `rotary` dimensions of each head: all with None, none with 0, where cos and sin are ignored. A head has
+    hd dimensions of q and k, and `value_dim` (0: hd) of v.
+    `sinks`, `softcap`, `chunked` and `tuning` are described at `reference.attention`. What the heads make is multiplied
+    by the sigmoid of gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias nor x added
+    (`Residual`).
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
@@ -29,10 +31,14 @@ class Attention(Fused):
                  biases: tuple[F32 | None, F32 | None, F32 | None] | None = None,
                  qk_norms: tuple[Norm | None, Norm | None] | None = None, rotary: int | None = None,
                  interleaved: bool = False, sinks: F32 | None = None, softcap: float = 0.0,
-                 gate: Packed | None = None) -> None:  # fmt: skip
+                 gate: Packed | None = None, chunked: bool = False,
+                 tuning: tuple[float, int, int] | None = None, v_norm: Norm | None = None,
+                 normed_after_rope: bool = False) -> None:  # fmt: skip
         self._qkv, self._o, self._norm_before, self._gate = (q, k, v), o, norm, gate
         self._kv_of_head, self._kvh, self._hd, self._value_dim = kv_of_head, kvh, hd, value_dim or hd
         self._scale, self._window, self._sinks, self._softcap = scale, window, sinks, softcap
+        self._chunked, self._tuning, self._v_norm = chunked, tuning, v_norm
+        self._normed_after_rope = normed_after_rope
         self._biases, self._qk_norms = biases or (None, None, None), qk_norms or (None, None)
         self._rotary, self._interleaved = hd if rotary is None else rotary, interleaved
 
@@ -44,8 +50,9 @@ class Attention(Fused):
         for values, bias in zip((q, k, v), self._biases, strict=True):
             if bias is not None:
                 values += bias
-        q = self._norm_heads(q, self._qk_norms[0], len(self._kv_of_head), threads)
-        k = self._norm_heads(k, self._qk_norms[1], self._kvh, threads)
+        if not self._normed_after_rope:
+            q, k = self._norms(q, k, threads)
+        v = self._norm_heads(v, self._v_norm, self._kvh, threads)
         gate = None if self._gate is None else self._times(rows, self._gate, threads)
         self._attend(q, k, v, gate, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
                      threads)  # fmt: skip
@@ -56,8 +63,17 @@ class Attention(Fused):
         """The same from q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
         if self._gate is not None:
             raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
+        if self._normed_after_rope:
+            raise ValueError("attention that normalises after rope begins with its rows x")
         self._attend(q, k, v, None, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
                      threads)  # fmt: skip
+
+    def _norms(self, q: F32, k: F32, threads: int) -> tuple[F32, F32]:
+        q_norm, k_norm = self._qk_norms
+        return (
+            self._norm_heads(q, q_norm, len(self._kv_of_head), threads),
+            self._norm_heads(k, k_norm, self._kvh, threads),
+        )
 
     def _attend(self, q: F32, k: F32, v: F32, gate: F32 | None, cos: F32 | None, sin: F32 | None, kv_type: BlockType,
                 kpool: Pool, vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
@@ -66,10 +82,13 @@ class Attention(Fused):
         if self._rotary:
             for values, heads in ((q, len(self._kv_of_head)), (k, self._kvh)):
                 ops.rope(values, cos, sin, heads, self._hd, threads, self._rotary, self._interleaved)
+        if self._normed_after_rope:
+            q, k = self._norms(q, k, threads)
         ops.kv_store(kv_type, k, v, block, offset, kpool, vpool, self._kvh, self._hd, self._value_dim)
         mixed = np.empty((len(q), len(self._kv_of_head) * self._value_dim), np.float32)
         ops.attention(kv_type, q, mixed, kpool, vpool, pos, table, table_start, self._kv_of_head, self._kvh, self._hd,
-                      self._scale, self._window, threads, self._value_dim, self._sinks, self._softcap)  # fmt: skip
+                      self._scale, self._window, threads, self._value_dim, self._sinks, self._softcap,
+                      self._chunked, self._tuning)  # fmt: skip
         if gate is not None:
             ops.activate(Activation.SIGMOID, gate, mixed, mixed, threads)
         self._multiply(mixed, self._o, out, threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from mpillm.kernels import lanes
 from mpillm.kernels.checks import (
     require,
     require_cap,
+    require_chunks,
     require_pools,
     require_rows,
+    require_tuning,
     require_vector,
 )
 from mpillm.kernels.reference.products import quantize
@@ -91,11 +94,14 @@ def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool
 def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | None, pos: I32,
               table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
               threads: int = 1, value_dim: int = 0, sinks: F32 | None = None,
-              softcap: float = 0.0) -> None:  # fmt: skip
+              softcap: float = 0.0, chunked: bool = False,
+              tuning: tuple[float, int, int] | None = None) -> None:  # fmt: skip
     """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]].
 
     q [m, heads * hd], out [m, heads * value_dim] (0: hd). `sinks` [heads]: a logit that takes part in the softmax's
     denominator, and has no value (gpt-oss). `softcap` > 0: scores s become softcap * tanh(s / softcap) (Gemma 2).
+    `chunked`: a row attends to the positions of its own chunk of `window` ones (Llama 4). `tuning` (beta, length,
+    offset): scores at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / length)) (Llama 4).
     Without vpool a head's values are the first value_dim dimensions of its keys (the latents of DeepSeek V2).
     """
     heads, value_dim = len(kv_of_head), value_dim or hd
@@ -105,6 +111,8 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
     require_vector("sinks", sinks, heads)
     if softcap:
         require_cap(softcap)
+    require_chunks(window, chunked)
+    require_tuning(tuning)
     require("pos", pos, (len(q),), np.int32)
     require("table_start", table_start, (len(q),), np.int32)
     require("table", table, (len(table),), np.int32)
@@ -117,6 +125,8 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
                 f"row {i}: position {last} lies outside its block table of {len(table) - first} blocks"
             )
         begin = max(0, last - window + 1) if window else 0
+        if chunked:
+            begin = last - last % window
         used = table[first + begin // KV_BLOCK : first + last // KV_BLOCK + 1]
         if not 0 <= used.min() <= used.max() < len(kpool):
             raise ValueError(f"row {i}: the block table names a block outside the pool of {len(kpool)}")
@@ -129,11 +139,19 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
         skip = begin % KV_BLOCK
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):
-            mine = q[i, head * hd : (head + 1) * hd] * np.float32(scale)
+            mine = q[i, head * hd : (head + 1) * hd] * (np.float32(scale) * np.float32(_tuned(tuning, last)))
             sink = np.float32(-np.inf) if sinks is None else sinks[head]
             out[i, head * value_dim : (head + 1) * value_dim] = _attend(
                 mine, keys[g][:, span], values[g][span], sink, np.float32(softcap)
             )
+
+
+def _tuned(tuning: tuple[float, int, int] | None, position: int) -> float:
+    """What `tuning` multiplies scores by at a position, a value of float32."""
+    if tuning is None:
+        return 1.0
+    beta, length, offset = tuning
+    return float(np.float32(1 + float(np.float32(beta)) * math.log(1 + (position + offset) // length)))
 
 
 def _attend(q: F32, keys: F32, values: F32, sink: np.float32, cap: np.float32) -> F32:

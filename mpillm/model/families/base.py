@@ -220,7 +220,7 @@ def model(
     sizes: Sizes,
     layer: Callable[[int], LayerSpec],
     final_norm: NormSpec,
-    **more: float,
+    **more: Any,
 ) -> ModelConfig:
     """The model of these layers; `more` is what else the family says. Reads what is left: special tokens, and tying."""
     bos, eos = (fields.integers(key, -LONGEST, LONGEST) for key in ("bos_token_id", "eos_token_id"))
@@ -237,7 +237,7 @@ def model(
         # Ids outside the vocabulary stand in for "none" in some published configurations.
         bos_id=next((token for token in bos if 0 <= token < sizes.vocab), None),
         eos_ids=tuple(token for token in eos if 0 <= token < sizes.vocab),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
     unknown = {key: value for key, value in fields.unread().items() if not is_harmless(key, value)}
     if switches := {key: value for key, value in unknown.items() if is_switch(key)}:

@@ -1,4 +1,4 @@
-"""Mistral, and Mixtral with its experts: Llama with a sliding window. (In GGUF files both are "llama".)"""
+"""Mistral, Ministral and Mixtral: Llama with windows, tuned scores or experts. (Mistral's GGUF files are "llama".)"""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mpillm.model.families.base import (
     refuse_qk_norm,
 )
 from mpillm.model.fields import Fields
+from mpillm.model.layers.attention import Tuning
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
@@ -27,12 +28,16 @@ from mpillm.model.rope_fields import LONGEST
 
 _USUAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, **SMALL_BOS}
 _DENSE, _MIXTURE = "MistralForCausalLM", "MixtralForCausalLM"
+_SOME_WINDOWS, _TUNED = "MinistralForCausalLM", "Ministral3ForCausalLM"
 
 
 class Mistral(Family):
-    """Dense, or in each layer experts as wide as the dense MLP, whose weights are divided by their sum."""
+    """Dense, or in each layer experts as wide as the dense MLP, whose weights are divided by their sum.
 
-    architectures = {_DENSE: "mistral", _MIXTURE: "mixtral"}
+    Ministral has windows in some layers, and Ministral 3 scores that are tuned by the query's position.
+    """
+
+    architectures = {_DENSE: "mistral", _MIXTURE: "mixtral", _SOME_WINDOWS: "ministral", _TUNED: "ministral3"}
     defaults = {
         _DENSE: {"sliding_window": 4096, **_USUAL},
         _MIXTURE: {
@@ -42,13 +47,33 @@ class Mistral(Family):
             "num_experts_per_tok": 2,
             **_USUAL,
         },
+        _SOME_WINDOWS: {"sliding_window": 4096, **_USUAL},
+        _TUNED: {
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            **_USUAL,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields, "silu", "swish")
         sizes, width = read_sizes(fields), read_width(fields)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
-        windows = read_windows(fields, architecture, sizes.n_layers, window, 0, some=False)
+        windows = read_windows(
+            fields, architecture, sizes.n_layers, window, 0, some=architecture == _SOME_WINDOWS
+        )
         mlp: MlpSpec | ExpertsSpec = MlpSpec(width, activation)
         if architecture == _MIXTURE:
             count = read_expert_count(fields)
@@ -59,13 +84,25 @@ class Mistral(Family):
             mlp = ExpertsSpec(count, width, RouterSpec(read_chosen(fields, count)), activation)
         norm, rotary = read_norm(fields), read_rotary(fields, sizes)
         refuse_qk_norm(fields, architecture, has=False)
+        tuning = _tuning(fields) if architecture == _TUNED else None
 
         def layer(number: int) -> LayerSpec:
             attention = attention_of(
                 sizes,
                 rotary,
                 windows[number],
+                tuning=tuning,
             )
             return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+
+def _tuning(fields: Fields) -> Tuning | None:
+    """How scores grow with positions, which the table of RoPE says."""
+    table = fields.table("rope_parameters") or fields.table("rope_scaling")
+    rope = Fields(table, f"{fields.name}, rope parameters")
+    beta = rope.optional_number("llama_4_scaling_beta", 0, 1e6)
+    if not beta:
+        return None
+    return Tuning(beta, rope.integer("original_max_position_embeddings", 1, LONGEST), offset=0)

@@ -1,36 +1,48 @@
-"""Phi-3 and Phi-4: Llama with fused matrices and RoPE that changes beyond a length."""
+"""Phi-3, Phi-4 and Phi-3.5-MoE: Llama with fused matrices or experts, and RoPE that changes beyond a length."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
+    SMALL_BOS,
     Family,
+    Sizes,
     attention_of,
     model,
     read_activation,
+    read_expert_count,
     read_norm,
     read_partial_rotary,
+    read_rotary,
     read_sizes,
     read_width,
 )
 from mpillm.model.fields import Fields
+from mpillm.model.layers.attention import Rotary
+from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.names import Names
 
-_PHI3 = "Phi3ForCausalLM"
+_PHI3, _MIXTURE = "Phi3ForCausalLM", "PhimoeForCausalLM"
 
 
 class Phi(Family):
-    """q, k and v lie in one tensor, gate and up in another; there may be a window in all layers."""
+    """q, k and v lie in one tensor, gate and up in another; there may be a window in all layers.
 
-    architectures = {_PHI3: "phi3"}
+    The mixture has LayerNorm, and a router whose weights do not sum to 1.
+    """
+
+    architectures = {_PHI3: "phi3", _MIXTURE: "phimoe"}
     names = Names(
         hf={
             "layers.{l}.self_attn.qkv_proj.weight": ("q", "k", "v"),
             "layers.{l}.mlp.gate_up_proj.weight": ("gate", "up"),
+            "layers.{l}.mlp.router.weight": ("router",),
         }
     )
     defaults = {
@@ -40,13 +52,51 @@ class Phi(Family):
             "rms_norm_eps": 1e-5,
             "bos_token_id": 1,
             "eos_token_id": 32000,
-        }
+        },
+        _MIXTURE: {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            **SMALL_BOS,
+        },
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        if architecture == _MIXTURE:
+            return self._mixture(fields)
         activation = read_activation(fields, "silu", "swish")
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         attention = attention_of(sizes, read_partial_rotary(fields, sizes, default=1.0), window)
         layer = LayerSpec(attention, MlpSpec(width, activation), Norms(norm), Norms(norm))
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def _mixture(self, fields: Fields) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
+        norm = read_norm(fields, default=1e-5, centred=True, bias=True)
+        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+        count = read_expert_count(fields)
+        if fields.integer("num_experts_per_tok", 1, 2**16) != 2 or count < 2:
+            raise fields.fail("num_experts_per_tok", "but the router always chooses 2")
+        router = RouterSpec(2, "sparsemixer", jitter=fields.number("router_jitter_noise", 0, 1e6))
+        fields.raw("input_jitter_noise")  # of training
+        attention = attention_of(sizes, _scaled(fields, sizes), window, qkv_bias=bias, o_bias=bias)
+        layer = LayerSpec(attention, ExpertsSpec(count, width, router, activation), Norms(norm), Norms(norm))
+        return model(
+            fields, _MIXTURE, sizes, lambda number: layer, norm, head_bias=fields.flag("lm_head_bias")
+        )
+
+
+def _scaled(fields: Fields, sizes: Sizes) -> Rotary:
+    """RoPE of which cosines and sines are multiplied by short_mscale, up to the length of training."""
+    rotary = read_rotary(fields, sizes)
+    table = fields.table("rope_parameters") or fields.table("rope_scaling")
+    if rotary.config.kind == "default":
+        return rotary
+    scale = Fields(table, f"{fields.name}, rope parameters").number("short_mscale", 0, 1e6, default=1.0)
+    return replace(rotary, config=replace(rotary.config, attention_factor=scale))

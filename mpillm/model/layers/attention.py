@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -32,12 +32,25 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Scores at position p are multiplied by 1 + `beta` ln(1 + floor((p + `offset`) / `length`))."""
+
+    beta: float
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Multi-head attention in which n_heads / n_kv_heads query heads share a head of keys and values.
 
-    Scores are multiplied by `scale`. A `window` above 0 lets a token see itself and the window - 1 tokens before it.
-    `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row together. `sinks` are
-    learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score s c tanh(s / c).
+    Scores are multiplied by `scale`, and by a factor of the query's position if there is a `tuning`. A `window` above 0
+    lets a token see itself and the window - 1 tokens before it, or with `chunked` those before it in its own chunk of
+    `window` tokens.
+    `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row together, before RoPE or
+    `normed_after_rope`; `v_norm`, which has no weights, to each head of v. With `v_is_k` v is the product that k is
+    made of. `sinks` are learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score
+    s c tanh(s / c).
     With a `gate` what each head makes is multiplied by the sigmoid of a product of its own, before the output's.
     """
 
@@ -54,6 +67,11 @@ class AttentionSpec:
     sinks: bool = False
     softcap: float = 0.0
     gate: bool = False
+    chunked: bool = False
+    tuning: Tuning | None = None
+    v_norm: NormSpec | None = None
+    normed_after_rope: bool = False
+    v_is_k: bool = False
 
     @property
     def turn(self) -> Turn | None:
@@ -82,11 +100,13 @@ class AttentionSpec:
         if self.gate:
             yield TensorSpec(Key("q_gate", layer), (queries, hidden), heads)
         yield TensorSpec(Key("k", layer), (keys, hidden), kv_heads)
-        yield TensorSpec(Key("v", layer), (keys, hidden), kv_heads)
+        if not self.v_is_k:
+            yield TensorSpec(Key("v", layer), (keys, hidden), kv_heads)
         if self.qkv_bias:
             yield TensorSpec(Key("q_bias", layer), (queries,), heads)
             yield TensorSpec(Key("k_bias", layer), (keys,), kv_heads)
-            yield TensorSpec(Key("v_bias", layer), (keys,), kv_heads)
+            if not self.v_is_k:
+                yield TensorSpec(Key("v_bias", layer), (keys,), kv_heads)
         if self.qk_norm:
             widths = (queries, keys) if self.qk_norm_whole else (hd, hd)
             for role, width in zip(("q_norm", "k_norm"), widths, strict=True):
@@ -164,7 +184,7 @@ class AttentionSpec:
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
-        vector = page.vector
+        vector, v = page.vector, "k" if self.v_is_k else "v"
         heads, kv_heads, share = (
             self.heads(block),
             self.kv_heads(place, block),
@@ -173,11 +193,14 @@ class AttentionSpec:
         of_head = [head // share - kv_heads.start for head in heads.units(place)]
         norms = None
         if self.qk_norm and not (self.qk_norm_whole and place.shards > 1):
-            norms = self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm")
+            norms = (
+                self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
+                self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
+            )
         return kernels.Attention(
             page.matrix("q"),
             page.matrix("k"),
-            page.matrix("v"),
+            page.matrix(v),
             page.matrix("o"),
             np.array(of_head, np.int32),
             len(kv_heads),
@@ -185,13 +208,19 @@ class AttentionSpec:
             self.scale,
             window=self.window,
             norm=norm,
-            biases=(vector("q_bias"), vector("k_bias"), vector("v_bias")) if self.qkv_bias else None,
+            biases=(vector("q_bias"), vector("k_bias"), vector("k_bias" if self.v_is_k else "v_bias"))
+            if self.qkv_bias
+            else None,
             qk_norms=norms,
             rotary=self.rotary.dim if self.rotary else 0,
             interleaved=self.rotary is not None and self.rotary.interleaved,
             sinks=vector("sinks") if self.sinks else None,
             softcap=self.softcap,
             gate=page.matrix("q_gate") if self.gate else None,
+            chunked=self.chunked,
+            tuning=astuple(self.tuning) if self.tuning else None,
+            v_norm=self.v_norm.kernel(page, "", width=self.head_dim) if self.v_norm else None,
+            normed_after_rope=self.normed_after_rope,
         )
 
     def kv_heads(self, place: Place, block: int) -> range:

@@ -21,6 +21,7 @@ from mpillm.weights.names import Key
 from mpillm.weights.page import Page
 
 Ints = NDArray[np.int32]
+APART = "router_norm", "experts_norm", "shared_post_norm", "experts_post_norm"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class RouterSpec(Router):
 
     correction: bool = False
     bias: bool = False  # of the logits
+    expert_scales: bool = False  # weights are multiplied by a learned number of their expert
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class ExpertsSpec:
     """`count` experts of `width` inner columns each, and perhaps a `shared` MLP that every token goes through.
 
     With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product. `bias`: all three
-    matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's.
+    matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's. With `scaled_input` a row is
+    multiplied by its weight before an expert, not after it. With `apart` the router, the mixture, what it makes, and
+    what the shared MLP makes have a norm each (Gemma 4).
     """
 
     count: int
@@ -48,6 +52,8 @@ class ExpertsSpec:
     bias: bool = False
     limit: float = 0.0
     alpha: float = 1.702
+    scaled_input: bool = False
+    apart: NormSpec | None = None
 
     @property
     def share(self) -> float:
@@ -79,6 +85,11 @@ class ExpertsSpec:
             yield TensorSpec(Key("router_bias", layer), (self.count,))
         if self.router.correction:
             yield TensorSpec(Key("router_correction", layer), (self.count,))
+        if self.router.expert_scales:
+            yield TensorSpec(Key("expert_scales", layer), (self.count,))
+        if self.apart:
+            for role in APART:
+                yield from self.apart.tensors(role, layer, hidden)
         if self.shared_router:
             yield TensorSpec(Key("shared_router", layer), (1, hidden))
 
@@ -108,6 +119,10 @@ class ExpertsSpec:
         """Bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
         sums = 4 * (self.columns(block).panels // place.shards) * hidden
         widest = sums + self.mixed_row_nbytes(place, block, hidden, copied)
+        if self.scaled_input:
+            widest += 4 * self.router.chosen * hidden
+        if self.apart:
+            widest += 4 * 4 * hidden
         return max(widest, self.shared.row_nbytes(place, block, hidden, copied) if self.shared else 0)
 
     def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
@@ -119,15 +134,34 @@ class ExpertsSpec:
         before = rank.kept(lambda: norm.kernel(first, "ffn_norm") if norm else None, "ffn_norm", layer)
         h = rank.normalise(x, before)
         correction = first.vector("router_correction") if self.router.correction else None
-        logits = rank.times(h, first, "router")
+        own, seen, after = h, h, None
+        if self.apart:
+            norms = {role: self._own_norm(rank, layer, first, role) for role in APART}
+            seen, own = rank.normalise(x, norms["router_norm"]), rank.normalise(x, norms["experts_norm"])
+            seen *= np.float32(x.shape[1] ** -0.5)
+            after = norms["shared_post_norm"], norms["experts_post_norm"]
+        logits = rank.times(seen, first, "router")
         if self.router.bias:
             logits += first.vector("router_bias")
-        routed = Routed.of(*route(logits, self.router, correction, rank.threads))
+        weights, ids = route(logits, self.router, correction, rank.threads)
+        if self.router.expert_scales:
+            weights *= first.vector("expert_scales")[ids]
+        mixed = [(own, Routed.of(weights, ids))]
+        if self.scaled_input:
+            ones = np.ones((len(h), 1), np.float32)
+            choices = (slice(i, i + 1) for i in range(self.router.chosen))
+            mixed = [(own * weights[:, one], Routed.of(ones, ids[:, one])) for one in choices]
         gate = None
         if self.shared_router:
             gate = rank.times(h, first, "shared_router")
             kernels.activate(Activation.SIGMOID, gate, None, gate, rank.threads)
-        return Prepared(h, routed, gate)
+        return Prepared(h, mixed, gate, after)
+
+    def _own_norm(self, rank: Rank, layer: int, first: Page, role: str) -> kernels.Norm:
+        """One of the norms of what is `apart`, which outlives the page."""
+        assert self.apart is not None
+        norm, copy = self.apart, not rank.all_resident
+        return rank.kept(lambda: norm.kernel(first, role, copy), role, layer)
 
     def compute(self, rank: Rank, layer: int, prepared: Prepared, x: Floats) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
@@ -142,6 +176,11 @@ class ExpertsSpec:
                 shared *= prepared.gate
         part = self._mixture(rank, layer, prepared)
         rank.group.all_reduce(part)
+        if prepared.after is not None:
+            assert shared is not None
+            shared, part = (
+                rank.normalise(rows, norm) for rows, norm in zip((shared, part), prepared.after, strict=True)
+            )
         if shared is not None:
             part += shared
         return part, None
@@ -156,20 +195,22 @@ class ExpertsSpec:
         Experts are added up in the order of their numbers within each of the shard's column panels, and only then are
         panels folded: the sums are the same however many shards the panels are spread over.
         """
-        h, routed, done = prepared.h, prepared.routed, 0
-        sums = np.zeros((self.columns(rank.block).panels // rank.place.shards, *h.shape), np.float32)
-        for pages in rank.experts(layer, routed.experts):
-            work = kernels.Experts(
-                [page.keep(self._expert(rank.place)) for page in pages],
-                activation=self.activation,
-                limit=self.limit,
-                alpha=self.alpha,
-            )
-            own = routed.starts[done : done + len(pages) + 1]
-            rows = slice(own[0], own[-1])
-            rank.compute(work, h, routed.rows[rows], own - own[0], routed.weights[rows], sums)
-            done += len(pages)
-        out = np.empty(h.shape, np.float32)
+        shape = prepared.h.shape
+        sums = np.zeros((self.columns(rank.block).panels // rank.place.shards, *shape), np.float32)
+        for h, routed in prepared.mixed:
+            done = 0
+            for pages in rank.experts(layer, routed.experts):
+                work = kernels.Experts(
+                    [page.keep(self._expert(rank.place)) for page in pages],
+                    activation=self.activation,
+                    limit=self.limit,
+                    alpha=self.alpha,
+                )
+                own = routed.starts[done : done + len(pages) + 1]
+                rows = slice(own[0], own[-1])
+                rank.compute(work, h, routed.rows[rows], own - own[0], routed.weights[rows], sums)
+                done += len(pages)
+        out = np.empty(shape, np.float32)
         kernels.fold(sums, out, rank.threads)
         return out
 
@@ -191,11 +232,16 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Normed rows [m, hidden], where they go, and what the shared MLP's output is multiplied by, f32 [m, 1]."""
+    """Normed rows h [m, hidden], what goes where, and what the shared MLP's output is multiplied by, f32 [m, 1].
+
+    `mixed`: rows [m, hidden] with the experts that they go to, whose sum is the mixture. `after`: the norms of what the
+    shared MLP and the mixture make.
+    """
 
     h: Floats
-    routed: Routed
+    mixed: list[tuple[Floats, Routed]]
     gate: Floats | None
+    after: tuple[kernels.Norm, kernels.Norm] | None = None
 
 
 @dataclass(frozen=True)

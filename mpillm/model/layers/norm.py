@@ -15,21 +15,31 @@ from mpillm.weights.page import Page
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm: RMS norm, or LayerNorm if `centred`; `offset` is added to the weights (Gemma's are stored minus one)."""
+    """A norm: RMS norm, or LayerNorm if `centred`; `offset` is added to the weights (Gemma's are stored minus one).
+
+    Without `weights` they are all 1.
+    """
 
     eps: float
     centred: bool = False
     bias: bool = False
     offset: float = 0.0
+    weights: bool = True
 
     def tensors(self, role: str, layer: int, width: int) -> Iterator[TensorSpec]:
         """Its weights, and its bias if it has one; the role of the bias is `role` + "_bias"."""
-        yield TensorSpec(Key(role, layer), (width,))
+        if self.weights:
+            yield TensorSpec(Key(role, layer), (width,))
         if self.bias:
             yield TensorSpec(Key(f"{role}_bias", layer), (width,))
 
-    def kernel(self, page: Page, role: str, copy: bool = False) -> kernels.Norm:
-        """The norm of a loaded page, whose memory it refers to unless that is to be copied."""
+    def kernel(self, page: Page, role: str, copy: bool = False, width: int = 0) -> kernels.Norm:
+        """The norm of a loaded page, whose memory it refers to unless that is to be copied.
+
+        `width` is that of a norm without weights.
+        """
+        if not self.weights:
+            return kernels.Norm(width, self.eps, centred=self.centred)
         weight = page.vector(role).copy() if copy else page.vector(role)
         if self.offset:
             weight = weight + np.float32(self.offset)

@@ -12,6 +12,7 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import ATTENTION, PageSpec, TensorSpec
+from mpillm.weights.names import Key
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class LayerSpec:
     """x += residual_scale * mixer(x), then x += residual_scale * mlp(x), each with the norms around it.
 
     `parallel`: both are of what the mixer's norm makes of x before either is added, and the MLP has no norm before it.
+    `scaled`: what leaves the layer is multiplied by a learned number.
+    `positions`: a learned vector for each of so many positions is added to what enters it.
     """
 
     mixer: Mixer
@@ -27,11 +30,13 @@ class LayerSpec:
     mlp_norms: Norms
     residual_scale: float = 1.0
     parallel: bool = False
+    scaled: bool = False
+    positions: int = 0
 
     @property
     def fused(self) -> bool:
         """Whether it may be part of a `kernels.LayerStack`."""
-        return self.mixer.fused and self.mlp.fused and not self.parallel
+        return self.mixer.fused and self.mlp.fused and not (self.parallel or self.scaled or self.positions)
 
     def axes(self, block: int) -> Iterator[Axis]:
         """The axes that limit the number of shards."""
@@ -53,6 +58,8 @@ class LayerSpec:
         return self.mixer.cache(place, block)
 
     def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        if self.positions:
+            yield TensorSpec(Key("positions"), (self.positions * hidden,))
         if self.mixer_norms.before:
             yield from self.mixer_norms.before.tensors("attn_norm", layer, hidden)
         yield from self.mixer.tensors(layer, hidden, block)
@@ -63,3 +70,5 @@ class LayerSpec:
         yield from self.mlp.first_page(layer, hidden)
         if self.mlp_norms.after:
             yield from self.mlp_norms.after.tensors("ffn_post_norm", layer, hidden)
+        if self.scaled:
+            yield TensorSpec(Key("layer_scale", layer), (1,))
