@@ -31,6 +31,7 @@ MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
 static const int8_t E2M1_OPERANDS[16] = {MK_E2M1_VALUES(FROM_ZERO)}, IQ4_OPERANDS[16] = {MK_IQ4_VALUES(BIASED)};
 
 MK_INLINE int is_iq4(int type) { return type == MK_IQ4_NL || type == MK_IQ4_XS; }
+MK_INLINE int is_signed(int type) { return type == MK_Q8_0 || is_iq4(type) || mk_is_grid(type); }
 
 /* Bits of the values of group g of 4 columns: two of each in a byte, or one. */
 MK_INLINE vb two_bits(const uint8_t *w, const int g, const int to) {
@@ -38,8 +39,33 @@ MK_INLINE vb two_bits(const uint8_t *w, const int g, const int to) {
 }
 MK_INLINE vb one_bit(const uint8_t *w, const int g, const int to) { return vb_bits(vb_load(w), g, 1, to); }
 
+/* Row by row, for what is looked up is a gather on every path; a call, because there is too much of it for each tile. */
+MK_INLINE void grid_rows(const int type, const uint8_t *w, uint32_t (*words)[MK_TILE]) {
+    for (int r = 0; r < MK_TILE; r++)
+        for (int i = 0; i < 4; i++) {
+            const uint64_t eight = mk_grid_eight(type, w + r * mk_grid_bytes(type), i);
+            words[2 * i][r] = (uint32_t)eight, words[2 * i + 1][r] = (uint32_t)(eight >> 32);
+        }
+}
+static __attribute__((noinline)) void grid_words(int type, const uint8_t *w, uint32_t (*words)[MK_TILE]) {
+    switch (type) {
+    case MK_IQ2_XXS: grid_rows(MK_IQ2_XXS, w, words); break;
+    case MK_IQ2_XS: grid_rows(MK_IQ2_XS, w, words); break;
+    case MK_IQ2_S: grid_rows(MK_IQ2_S, w, words); break;
+    case MK_IQ3_XXS: grid_rows(MK_IQ3_XXS, w, words); break;
+    default: grid_rows(MK_IQ3_S, w, words);
+    }
+}
+
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
+    if (mk_is_grid(type)) {
+        uint32_t words[8][MK_TILE];
+        grid_words(type, w, words);
+        UNROLL
+        for (int g = 0; g < 8; g++) groups[g] = vb_signed(vb_load((const uint8_t *)words[g]));
+        return;
+    }
     UNROLL
     for (int g = 0; g < 8; g++)
         if (type == MK_Q8_0) groups[g] = vb_signed(vb_load(w + 64 * g));
@@ -59,11 +85,11 @@ MK_INLINE int32_t start_of(int type, const mk_activation *a) {
     if (type == MK_Q4_0) return a->less8;
     if (type == MK_Q5_0) return 2 * a->less8;
     if (type == MK_MXFP4) return a->less8 / 2 * 3;
-    return (type == MK_Q8_0 || is_iq4(type)) && VEC_Q8_BIAS ? a->less128 : 0;
+    return is_signed(type) && VEC_Q8_BIAS ? a->less128 : 0;
 }
 
 MK_INLINE vi dot_of(int type, vi start, const vb *groups, const int8_t *q) {
-    if (type == MK_Q8_0 || is_iq4(type)) return vb_dot_s8(start, groups, q);
+    if (is_signed(type)) return vb_dot_s8(start, groups, q, 8);
     if (type == MK_Q4_0 || type == MK_Q4_1 || type == MK_Q4_K) return vb_dot_u4(start, groups, q);
     return vb_dot_u6(vb_dot_u6(start, groups, q), groups + 4, q + 16);
 }
@@ -103,11 +129,20 @@ typedef struct {
     vf scale[2], least[2];
 } part_scales;
 
-MK_INLINE part_scales load_scales(const int type, const uint8_t *small, vf d, vf m) {
+MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const uint8_t *part, vf d, vf m) {
     part_scales of;
     UNROLL
     for (int h = 0; h < 2; h++) of.scale[h] = of.least[h] = vf_set1(0.0f);
-    if (type == MK_IQ4_XS) {
+    if (mk_is_grid(type)) {
+        uint8_t odd[2][MK_TILE];
+        for (int h = 0; h < 1 + mk_halved(type); h++) {
+            for (int r = 0; r < MK_TILE; r++) {
+                const uint8_t scales = mk_part_scales(type) ? small[r] : 0;
+                odd[h][r] = (uint8_t)mk_grid_scale(type, part + r * mk_grid_bytes(type), scales, h);
+            }
+            of.scale[h] = mk_halved(type) ? vf_load_u8(odd[h]) : vf_mul(d, vf_load_u8(odd[h]));
+        }
+    } else if (type == MK_IQ4_XS) {
         of.scale[0] = vf_mul(d, vf_load_i8(small));
     } else if (!mk_halved(type)) {
         of.scale[0] = vf_mul(d, vf_load_u8(small));
@@ -128,7 +163,14 @@ MK_INLINE part_scales load_scales(const int type, const uint8_t *small, vf d, vf
 
 /* As `start_of`, for the half h of a part. */
 MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const int h) {
+    if (mk_is_grid(type)) return VEC_Q8_BIAS ? a->less32[h] * 4 : 0;
     return type == MK_Q6_K ? a->less32[h] : type == MK_Q3_K ? a->less32[h] / 8 : 0;
+}
+
+MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, const vb *groups) {
+    const vi start = vi_set1(start_of_half(type, a, h));
+    if (mk_is_grid(type)) return vb_dot_s8(start, groups + 4 * h, a->q + 16 * h, 4);
+    return vb_dot_u6(start, groups + 4 * h, a->q + 16 * h);
 }
 
 /* K-quants, 32 columns after 32.  Scales of 4, 6 or 8 bits times an f16 are exact, and so are the sums of both halves
@@ -145,6 +187,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
         for (int r = 0; r < R; r++) {
             d[r] = vf_load_f16((const void *)(w + r * w_stride));
             m[r] = vf_set1(0.0f);
+            if (mk_is_grid(type)) d[r] = vf_mul(d[r], vf_set1(mk_grid_unit(type)));
             if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
             if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* what less32 has more */
         }
@@ -157,15 +200,14 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                 for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, part + line);
                 vb groups[8];
                 load_groups(type, part, groups);
-                const part_scales of = load_scales(type, small, d[r], m[r]);
+                const part_scales of = load_scales(type, small, part, d[r], m[r]);
                 UNROLL
                 for (int t = 0; t < T; t++) {
                     const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
                     const vf scale = vf_set1(act->scale);
                     vf *to = &acc[r * T + t];
                     if (mk_halved(type)) {
-                        vi first = vb_dot_u6(vi_set1(start_of_half(type, act, 0)), groups, act->q);
-                        vi second = vb_dot_u6(vi_set1(start_of_half(type, act, 1)), groups + 4, act->q + 16);
+                        vi first = dot_of_half(type, act, 0, groups), second = dot_of_half(type, act, 1, groups);
                         vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
                         *to = vf_fma(dot, vf_mul(d[r], scale), *to);
                         if (type != MK_Q2_K) continue;

@@ -136,7 +136,7 @@ MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
 static void dequantise_super(int type, const uint8_t *in, float *values) {
     uint16_t h[2] = {0};
     memcpy(h, in + mk_d_at(type), 2 * (size_t)mk_f16s(type));
-    const float d = mk_from_f16(h[0]), dmin = mk_from_f16(h[1]);
+    const float d = mk_from_f16(h[0]) * (mk_is_grid(type) ? mk_grid_unit(type) : 1.0f), dmin = mk_from_f16(h[1]);
     for (int s = 0; s < MK_PARTS; s++, values += MK_BLOCK) {
         mk_part part;
         mk_split(type, in, s, &part);

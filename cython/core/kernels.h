@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 /* Block types, in the order of their numbers: X(name, kind, values of a block, its bytes in ggml's form, its bytes in a
- * tile, F16 numbers of a block, bits of a value).  The kind decides how a type is packed and which
+ * tile, F16 numbers of a block, bits of a value or 0 where it is looked up in a grid).    The kind decides how a type is packed and which
  * product it has: FLOAT rows stay as they are (body_float.h); PLAIN blocks are F16 numbers, or with none of them the
  * byte of an exponent, and then the values (body_matmul.h, quantised_tile); SUPER blocks are K-quants (super.h;
  * body_matmul.h, super_tile).
@@ -33,7 +33,12 @@
     X(Q5_1, PLAIN, 32, 24, 24, 2, 5)      \
     X(IQ4_XS, SUPER, 256, 136, 138, 1, 4) \
     X(Q3_K, SUPER, 256, 110, 114, 1, 3)   \
-    X(Q2_K, SUPER, 256, 84, 84, 2, 2)
+    X(Q2_K, SUPER, 256, 84, 84, 2, 2)   \
+    X(IQ3_S, SUPER, 256, 110, 114, 1, 0)  \
+    X(IQ3_XXS, SUPER, 256, 98, 98, 1, 0)  \
+    X(IQ2_S, SUPER, 256, 82, 82, 1, 0)    \
+    X(IQ2_XS, SUPER, 256, 74, 74, 1, 0)   \
+    X(IQ2_XXS, SUPER, 256, 66, 66, 1, 0)
 #define MK_TYPE(name, ...) MK_##name,
 enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
 enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER };

@@ -164,6 +164,16 @@ MK_INLINE void pack_iq4_xs(const uint8_t *const *in, uint8_t *out) {
         interleave(in, 8 + 16 * s, out + mk_values_at(MK_IQ4_XS) + mk_part_bytes(MK_IQ4_XS) * s);
 }
 
+/* A block of IQ2 or IQ3: the bytes of a part of each row after the others. */
+MK_INLINE void pack_grid(const int type, const uint8_t *const *in, uint8_t *out) {
+    const int bytes = mk_grid_bytes(type), part = mk_part_bytes(type), scales = mk_part_scales(type);
+    for (int s = 0; s < MK_PARTS; s++)
+        for (int r = 0; r < MK_TILE; r++) {
+            const uint8_t small = mk_grid_take(type, in[r], s, out + mk_values_at(type) + part * s + bytes * r);
+            if (scales) out[mk_scales_at(type) + scales * s + r] = small;
+        }
+}
+
 MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at, int rows, uint8_t *out) {
     static const uint8_t nothing[210];
     const int part = mk_part_bytes(type), nibbles = type == MK_Q4_K ? 16 : type == MK_Q5_K ? 48 : 0;
@@ -171,6 +181,10 @@ MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at
     for (int r = 0; r < MK_TILE; r++) {
         in[r] = r < rows ? rows_in[r] + at : nothing;
         for (int i = 0; i < mk_f16s(type); i++) memcpy(out + 32 * i + 2 * r, in[r] + mk_d_at(type) + 2 * i, 2);
+    }
+    if (mk_is_grid(type)) {
+        pack_grid(type, in, out);
+        return;
     }
     if (type == MK_IQ4_XS) {
         pack_iq4_xs(in, out);

@@ -1,12 +1,12 @@
 /* K-quants: 256 values in 8 parts of 32, each with a scale and a minimum (Q4_K, Q5_K), two scales (Q6_K, Q3_K), two
- * of both (Q2_K) or one scale (IQ4_XS) of its own. */
+ * of both (Q2_K) or one scale (IQ4_XS) of its own; and those of grids.h. */
 #ifndef MK_SUPER_H
 #define MK_SUPER_H
 
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "grids.h"
 
 /* A row's part: its values are d * scale[h] * q - dmin * least[h], where h is the half that a column is in. */
 typedef struct {
@@ -16,6 +16,11 @@ typedef struct {
 } mk_part;
 
 enum { MK_PARTS = MK_SUPER / MK_BLOCK };
+
+/* Whether the halves of a part have scales of their own. */
+static inline int mk_halved(int type) {
+    return type == MK_Q2_K || type == MK_Q3_K || type == MK_Q6_K || type == MK_IQ2_XS || type == MK_IQ2_S;
+}
 
 #define MK_AS_IT_IS(value) value,
 static const int8_t mk_iq4[16] = {MK_IQ4_VALUES(MK_AS_IT_IS)};
@@ -66,9 +71,24 @@ static inline void mk_split_iq4(const uint8_t *in, int s, mk_part *part) {
     for (int j = 0; j < MK_BLOCK; j++) part->q[j] = mk_iq4[in[8 + 16 * s + j % 16] >> j / 16 * 4 & 15];
 }
 
+/* IQ2 and IQ3. */
+static inline void mk_split_grid(int type, const uint8_t *in, int s, mk_part *part) {
+    uint8_t raw[16];
+    const uint8_t scales = mk_grid_take(type, in, s, raw);
+    for (int h = 0; h < 2; h++) part->scale[h] = (int16_t)mk_grid_scale(type, raw, scales, mk_halved(type) ? h : 0);
+    for (int i = 0; i < 4; i++) {
+        const uint64_t eight = mk_grid_eight(type, raw, i);
+        for (int j = 0; j < 8; j++) part->q[8 * i + j] = (int8_t)(eight >> 8 * j);
+    }
+}
+
 /* Part s of a row's block. */
 static inline void mk_split(int type, const uint8_t *in, int s, mk_part *part) {
     part->least[0] = part->least[1] = 0;
+    if (mk_is_grid(type)) {
+        mk_split_grid(type, in, s, part);
+        return;
+    }
     switch (type) {
     case MK_Q2_K: mk_split_q2(in, s, part); break;
     case MK_Q3_K: mk_split_q3(in, s, part); break;
@@ -81,13 +101,13 @@ static inline void mk_split(int type, const uint8_t *in, int s, mk_part *part) {
 /* Where d and dmin are in a row's block. */
 static inline int mk_d_at(int type) { return type == MK_Q2_K ? 80 : type == MK_Q3_K ? 108 : type == MK_Q6_K ? 208 : 0; }
 
-/* Whether the halves of a part have scales of their own. */
-static inline int mk_halved(int type) { return type == MK_Q2_K || type == MK_Q3_K || type == MK_Q6_K; }
-
 /* Where the parts of a tile's block lie: 16 rows' d (and dmin), their scales, part by part, then the values. */
 static inline int mk_scales_at(int type) { return 32 * mk_f16s(type); }
-static inline int mk_part_scales(int type) { return type == MK_IQ4_XS ? MK_TILE : 2 * MK_TILE; }
+static inline int mk_part_scales(int type) {
+    if (type == MK_IQ2_XXS || type == MK_IQ3_XXS) return 0;
+    return mk_is_grid(type) || type == MK_IQ4_XS ? MK_TILE : 2 * MK_TILE;
+}
 static inline int mk_values_at(int type) { return mk_scales_at(type) + mk_part_scales(type) * MK_PARTS; }
-static inline int mk_part_bytes(int type) { return 64 * mk_bits(type); }
+static inline int mk_part_bytes(int type) { return mk_is_grid(type) ? MK_TILE * mk_grid_bytes(type) : 64 * mk_bits(type); }
 
 #endif

@@ -138,8 +138,8 @@ MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
     }
     return start;
 }
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 8; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
+    for (int g = 0; g < groups; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
         __m128i xg = avx_x4(x + 4 * g);
         QUARTERS {
             __m128i pairs = _mm_maddubs_epi16(_mm_abs_epi8(w[g].q[j]), _mm_sign_epi8(xg, w[g].q[j]));

@@ -82,23 +82,16 @@ MK_INLINE vb vb_signed(vb a) {
     __m256i flip = _mm256_set1_epi8(-128);
     return (vb){_mm256_xor_si256(a.lo, flip), _mm256_xor_si256(a.hi, flip)};
 }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 8; g++) {
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
+    for (int g = 0; g < groups; g++) {
         __m256i xg = ymm_x4(x + 4 * g);
         start.lo = _mm256_dpbusd_avx_epi32(start.lo, w[g].lo, xg);
         start.hi = _mm256_dpbusd_avx_epi32(start.hi, w[g].hi, xg);
     }
     return start;
 }
-#define vb_dot_s8 vb_dot_u4
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 4; g++) {
-        __m256i xg = ymm_x4(x + 4 * g);
-        start.lo = _mm256_dpbusd_avx_epi32(start.lo, w[g].lo, xg);
-        start.hi = _mm256_dpbusd_avx_epi32(start.hi, w[g].hi, xg);
-    }
-    return start;
-}
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 8); }
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 4); }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
@@ -124,8 +117,8 @@ MK_INLINE __m256i ymm_dot(__m256i start, __m256i w, __m256i x) { /* |w| * (x wit
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 8; g++) {
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
+    for (int g = 0; g < groups; g++) {
         __m256i xg = ymm_x4(x + 4 * g);
         start = (vi){ymm_dot(start.lo, w[g].lo, xg), ymm_dot(start.hi, w[g].hi, xg)};
     }

@@ -112,15 +112,12 @@ MK_INLINE __m512i zmm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return 
 
 #ifdef VEC_VNNI
 MK_INLINE vb vb_signed(vb a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 8; g++) start = _mm512_dpbusd_epi32(start, w[g], zmm_x4(x + 4 * g));
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
+    for (int g = 0; g < groups; g++) start = _mm512_dpbusd_epi32(start, w[g], zmm_x4(x + 4 * g));
     return start;
 }
-#define vb_dot_s8 vb_dot_u4
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 4; g++) start = _mm512_dpbusd_epi32(start, w[g], zmm_x4(x + 4 * g));
-    return start;
-}
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 8); }
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 4); }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
@@ -137,8 +134,8 @@ MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
     }
     return start;
 }
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 8; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
+    for (int g = 0; g < groups; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
         __m512i xg = zmm_x4(x + 4 * g);
         xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w[g]), _mm512_setzero_si512(), xg);
         __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w[g]), xg);

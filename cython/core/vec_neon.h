@@ -140,8 +140,8 @@ MK_INLINE vi neon_dots(vi start, const vb *w, const int8_t *x, const int groups)
     return start;
 #endif
 }
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 8); }
+#define vb_dot_s8 neon_dots
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 8); }
 MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 4); }
-#define vb_dot_u4 vb_dot_s8
 
 #endif

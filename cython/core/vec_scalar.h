@@ -77,18 +77,14 @@ MK_INLINE vb vb_table(const int8_t *table, vb nibbles) { /* table [16] */
 }
 MK_INLINE vb vb_signed(vb a) { return a; } /* a Q8_0 operand as vb_dot_s8 wants it: q + VEC_Q8_BIAS */
 
-/* start + sum over 8 groups of 4 of w * x; w unsigned nibbles, or signed bytes.  |x| <= 127. */
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 8; g++)
+/* start + sum over so many groups of 4 of w * x; w signed bytes.  |x| <= 127. */
+MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, int groups) {
+    for (int g = 0; g < groups; g++)
         LANES for (int b = 0; b < 4; b++) start.i[j] += w[g].b[4 * j + b] * x[4 * g + b];
     return start;
 }
-#define vb_dot_u4 vb_dot_s8
+MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 8); } /* w: nibbles */
 /* The same over 4 groups; w within 0..63. */
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 4; g++)
-        LANES for (int b = 0; b < 4; b++) start.i[j] += w[g].b[4 * j + b] * x[4 * g + b];
-    return start;
-}
+MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 4); }
 
 #endif

@@ -68,6 +68,11 @@ WEIGHTS = {
         "Q4_K",
         "Q5_K",
         "Q6_K",
+        "IQ2_XXS",
+        "IQ2_XS",
+        "IQ2_S",
+        "IQ3_XXS",
+        "IQ3_S",
         "IQ4_NL",
         "IQ4_XS",
         "MXFP4",
@@ -85,6 +90,7 @@ INSTEAD = {
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
     Type.IQ4_XS: Type.IQ4_NL,
+    **dict.fromkeys((Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS), Type.Q4_0),
 }  # of rows that are no whole blocks
 
 
@@ -283,5 +289,10 @@ _SCALES: dict[Type, dict[int, float]] = {
     Type.Q2_K: {80: 1 / 11, 82: 1 / 11},
     Type.IQ4_NL: {0: 1 / 67},
     Type.IQ4_XS: {0: 1 / 1240},
+    Type.IQ3_S: {0: 1 / 167},
+    Type.IQ3_XXS: {0: 1 / 170},
+    Type.IQ2_S: {0: 1 / 61},
+    Type.IQ2_XS: {0: 1 / 61},
+    Type.IQ2_XXS: {0: 1 / 61},
     Type.MXFP4: {},
 }

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mpillm.kernels import grid_blocks
 from mpillm.kernels.types import F32, QUANT_BLOCK, SUPER_BLOCK, TILE_ROWS, U8, BlockType
 
 PARTS = SUPER_BLOCK // QUANT_BLOCK
@@ -21,6 +22,7 @@ CANONICAL = {
     BlockType.IQ4_XS: np.dtype([("d", "<f2"), ("scales", "u1", 6), ("low", "u1", 128)]),
     BlockType.Q3_K: np.dtype([("high", "u1", 32), ("low", "u1", 64), ("scales", "u1", 12), ("d", "<f2")]),
     BlockType.Q2_K: np.dtype([("scales", "u1", 16), ("low", "u1", 64), ("d", "<f2"), ("m", "<f2")]),
+    **grid_blocks.CANONICAL,
 }
 
 
@@ -39,13 +41,22 @@ FIELDS = {
     BlockType.Q3_K: Fields((2, 1), 2),
     BlockType.Q2_K: Fields((2,), 2),
 }
-HALVED = {BlockType.Q6_K, BlockType.Q3_K, BlockType.Q2_K}  # the halves of a part have scales of their own
+# The halves of a part have scales of their own.
+HALVED = {BlockType.Q6_K, BlockType.Q3_K, BlockType.Q2_K, BlockType.IQ2_XS, BlockType.IQ2_S}
 ZERO = {BlockType.Q6_K: 32, BlockType.Q3_K: 4}  # the integer that stands for zero
 
 
 def _packed(type: BlockType) -> np.dtype[Any]:
     """A tile's block: each scale of 16 rows, then part by part the small ones, then the values."""
     numbers = [(name, "<f2", TILE_ROWS) for name in ("d", "m") if name in (CANONICAL[type].names or ())]
+    if grid := grid_blocks.GRIDS.get(type):
+        return np.dtype(
+            [
+                ("d", "<f2", TILE_ROWS),
+                ("scales", "u1", (PARTS, int(grid.scales), TILE_ROWS)),
+                ("q", "u1", (PARTS, 1, TILE_ROWS, grid.bytes)),
+            ]
+        )
     bits, scales = FIELDS[type]
     return np.dtype(
         [
@@ -69,6 +80,8 @@ class Parts(NamedTuple):
 
 def meaning(type: BlockType, words: U8, small: U8) -> Parts:
     """What the words of parts (`words_of`) and their small scales (`small_scales`) stand for."""
+    if type in grid_blocks.GRIDS:
+        return Parts(*grid_blocks.meaning(type, words[..., 0, :], small), None)
     low, *high = FIELDS[type].bits
     q = columns_of(words[..., :low, :], low)
     for bits in high:
@@ -84,7 +97,9 @@ def meaning(type: BlockType, words: U8, small: U8) -> Parts:
 
 
 def words_of(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """Parts of canonical blocks as they lie in tiles, but for scales: uint8 [..., 8, words, 4]."""
+    """Parts of canonical blocks as they lie in tiles, but for scales: uint8 [..., 8, words, 4] or [..., 8, 1, n]."""
+    if type in grid_blocks.GRIDS:
+        return grid_blocks.parts_of(blocks)[..., None, :]
     q, done, fields = integers(type, blocks), 0, []
     for bits in FIELDS[type].bits:
         fields.append(field_of(q >> np.uint8(done) & np.uint8(2**bits - 1), bits))
@@ -130,17 +145,19 @@ def integers(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 def _turns(stored: U8, together: int, bits: int) -> U8:
     places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    parts: U8 = stored.reshape(
-        *stored.shape[:-1], stored.shape[-1] // together, 1, together
-    ) >> places & np.uint8(2**bits - 1)
+    groups = stored.reshape(*stored.shape[:-1], stored.shape[-1] // together, 1, together)
+    parts: U8 = groups >> places & np.uint8(2**bits - 1)
     return parts
 
 
 def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """Small scales of each part of canonical blocks as they lie in tiles: uint8 [..., 8, 1 or 2].
+    """Small scales of each part of canonical blocks as they lie in tiles: uint8 [..., 8, 0, 1 or 2].
 
-    They are a scale and a minimum, two scales (int8), one (int8), or of Q2_K two bytes of a scale and a minimum each.
+    They are a scale and a minimum, two scales (int8), one (int8), or of Q2_K two bytes of a scale and a minimum each;
+    for IQ2 and IQ3 see `grid_blocks.scales_of`.
     """
+    if type in grid_blocks.GRIDS:
+        return grid_blocks.scales_of(type, blocks)
     q = blocks["scales"]
     if type == BlockType.IQ4_XS:
         high = q[..., :2, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
@@ -161,12 +178,18 @@ def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
     return np.stack([scale, minimum], axis=-1)
 
 
+def block_scale(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
+    """What the scales of parts are multiplied by, of canonical or packed blocks."""
+    d: F32 = blocks["d"].astype(np.float32)
+    return d * np.float32(grid_blocks.GRIDS[type].unit) if type in grid_blocks.GRIDS else d
+
+
 def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
     """Values f32 [..., 256] of canonical blocks: the products are exact, so that a value is rounded once."""
     q, scale, least = meaning(type, words_of(type, blocks), small_scales(type, blocks))
     halves = q.reshape(*q.shape[:-1], 2, 16)
     with np.errstate(all="ignore"):
-        values = blocks["d"].astype(np.float32)[..., None, None, None] * scale[..., None] * halves
+        values = block_scale(type, blocks)[..., None, None, None] * scale[..., None] * halves
         if least is not None:
             values = values - blocks["m"].astype(np.float32)[..., None, None, None] * least[..., None]
     return values.reshape(*blocks.shape, SUPER_BLOCK)

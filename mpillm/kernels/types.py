@@ -49,6 +49,11 @@ class BlockType(IntEnum):
     IQ4_XS = 13
     Q3_K = 14
     Q2_K = 15
+    IQ3_S = 16
+    IQ3_XXS = 17
+    IQ2_S = 18
+    IQ2_XS = 19
+    IQ2_XXS = 20
 
     @property
     def quantised(self) -> bool:
@@ -106,6 +111,11 @@ TRAITS = {
     BlockType.IQ4_XS: Traits("super", SUPER_BLOCK, 136, 138),
     BlockType.Q3_K: Traits("super", SUPER_BLOCK, 110, 114),
     BlockType.Q2_K: Traits("super", SUPER_BLOCK, 84, 84),
+    BlockType.IQ3_S: Traits("super", SUPER_BLOCK, 110, 114),
+    BlockType.IQ3_XXS: Traits("super", SUPER_BLOCK, 98, 98),
+    BlockType.IQ2_S: Traits("super", SUPER_BLOCK, 82, 82),
+    BlockType.IQ2_XS: Traits("super", SUPER_BLOCK, 74, 74),
+    BlockType.IQ2_XXS: Traits("super", SUPER_BLOCK, 66, 66),
 }
 
 

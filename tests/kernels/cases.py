@@ -208,7 +208,7 @@ def values(rng: np.random.Generator, *shape: int) -> Array:
 
 SCALES_AT = {  # of a block of 256 values
     BlockType.Q6_K: (208,),
-    BlockType.IQ4_XS: (0,),
+    **dict.fromkeys((type for type in BlockType if type.k_quant and type.name.startswith("IQ")), (0,)),
     BlockType.Q3_K: (108,),
     BlockType.Q2_K: (80, 82),
 }

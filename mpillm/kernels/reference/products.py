@@ -213,7 +213,7 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
             small = np.ascontiguousarray(w["scales"][:, b, s].swapaxes(1, 2))
             small = small.reshape(tiles * TILE_ROWS, small.shape[2])
             q, small_scale, least = super_blocks.meaning(type, words, small)
-            d, scale = w["d"][:, b].reshape(-1).astype(np.float32), part["scale"][:, None]
+            d, scale = super_blocks.block_scale(type, w[:, b]).reshape(-1), part["scale"][:, None]
             m = w["m"][:, b].reshape(-1).astype(np.float32) if least is not None else d
             values, wanted = q.astype(np.float32), part["q"].astype(np.float32)
             if type not in super_blocks.HALVED:
