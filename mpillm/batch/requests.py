@@ -11,17 +11,19 @@ import hashlib
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
 from mpillm.batch.order import Order
+from mpillm.batch.rows import MAX_LINE, ROW_ERROR
+from mpillm.batch.template import Template
 from mpillm.batch.work import Line, Model, Work
 from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
-MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
 MAX_ERROR = 400  # characters of what is wrong with a line: all of them stay in memory
 MAX_MODELS = 16  # names of models that are told apart
 PROGRESS_LINES = 256
@@ -38,6 +40,12 @@ class CheckedInput:
     lines: list[Line] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
     order: Order = field(default_factory=Order)  # in which to compute the lines
+    unit: str = "Line"  # what messages call a line
+
+    @cached_property
+    def template(self) -> Template | None:
+        """What the job asks of a row."""
+        return None if self.spec.request is None else Template(self.spec.request)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -81,17 +89,28 @@ class CheckedInput:
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, bodies.decode_line(raw), self.spec, self.model)
+        return make_work(line, self.content(raw), self.spec, self.model)
+
+    def content(self, raw: bytes) -> dict[str, Any]:
+        """The request of a line, or what the job asks of the row that it holds; RequestError if there is none."""
+        row = bodies.decode_line(raw)
+        if ROW_ERROR in row:
+            raise RequestError(str(row[ROW_ERROR]))
+        return row if self.template is None else self.template.line(row)
 
 
 def check(
-    path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None
+    path: Path,
+    spec: Spec,
+    model: Model,
+    progress: Callable[[int], None] | None = None,
+    unit: str = "Line",
 ) -> CheckedInput:
     """Read and check every line; JobError if the input as a whole cannot be used.
 
-    `progress` is told the bytes read so far, now and then.
+    `progress` is told the bytes read so far, now and then. `unit` is what messages call a line.
     """
-    batch = CheckedInput(path, spec, model)
+    batch = CheckedInput(path, spec, model, unit=unit)
     named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
     with _opened(path) as file:
         for number, offset, raw in _raw_lines(file):
@@ -120,7 +139,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
         bodies.refuse_repeated_keys(raw)
-        content = bodies.decode_line(raw)
+        content = batch.content(raw)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
@@ -131,7 +150,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
         said = str(problem).rstrip(".")
         said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
         batch.order.add(None)
-        return replace(line, error=f"Line {line.number}: {said}.")
+        return replace(line, error=f"{batch.unit} {line.number}: {said}.")
     batch.order.add(work)
     if (model := work.endpoint.model) is not None:
         name = model[:100]
