@@ -11,7 +11,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,11 +41,6 @@ class CheckedInput:
     order: Order = field(default_factory=Order)  # in which to compute the lines
     unit: str = "Line"  # what messages call a line
 
-    @cached_property
-    def template(self) -> Template | None:
-        """What the job asks of a row."""
-        return None if self.spec.request is None else Template(self.spec.request)
-
     def __len__(self) -> int:
         return len(self.lines)
 
@@ -65,38 +59,46 @@ class CheckedInput:
             for line in self.lines
         ]
 
+    def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
+        """The good lines without the custom_ids in `done`, in the order in which they are best computed."""
+        return self._without(done, self.order.indices())
+
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
-        return self._works(range(len(self)), done)
+        return self._works(self._without(done, range(len(self))))
 
     def ordered_works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The same in the order in which it is best computed."""
-        return self._works(self.order.indices(), done)
+        return self._works(self.unanswered(done))
 
-    def _works(self, indices: Iterable[int], done: Container[str]) -> Iterator[Work]:
+    def _works(self, lines: Iterable[Line]) -> Iterator[Work]:
         with _opened(self.path) as file:
-            for line in map(self.lines.__getitem__, indices):
-                if line.error is None and line.custom_id not in done:
-                    yield self._work(file, line)
+            for line in lines:
+                yield self._work(file, line)
+
+    def _without(self, done: Container[str], indices: Iterable[int]) -> Iterator[Line]:
+        lines = map(self.lines.__getitem__, indices)
+        return (line for line in lines if line.error is None and line.custom_id not in done)
 
     def work(self, line: Line) -> Work:
         """One good line's work."""
         with _opened(self.path) as file:
             return self._work(file, line)
 
+    def content(self, line: Line) -> bytes:
+        """The bytes of a line."""
+        with _opened(self.path) as file:
+            return self._content(file, line)
+
     def _work(self, file: BinaryIO, line: Line) -> Work:
+        return make_work(line, read_line(self._content(file, line), self.spec), self.spec, self.model)
+
+    def _content(self, file: BinaryIO, line: Line) -> bytes:
         file.seek(line.offset)
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, self.content(raw), self.spec, self.model)
-
-    def content(self, raw: bytes) -> dict[str, Any]:
-        """The request of a line, or what the job asks of the row that it holds; RequestError if there is none."""
-        row = bodies.decode_line(raw)
-        if ROW_ERROR in row:
-            raise RequestError(str(row[ROW_ERROR]))
-        return row if self.template is None else self.template.line(row)
+        return raw
 
 
 def check(
@@ -127,6 +129,14 @@ def check(
     return batch
 
 
+def read_line(raw: bytes, spec: Spec) -> dict[str, Any]:
+    """The request of a line, or what the job asks of the row that it holds; RequestError if there is none."""
+    row = bodies.decode_line(raw)
+    if ROW_ERROR in row:
+        raise RequestError(str(row[ROW_ERROR]))
+    return row if spec.request is None else Template(spec.request).line(row)
+
+
 def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
     """The work of a line that holds the object `content`; RequestError if it asks for nothing that can be done."""
     endpoint = bodies.read_body(content)
@@ -139,7 +149,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
         bodies.refuse_repeated_keys(raw)
-        content = batch.content(raw)
+        content = read_line(raw, batch.spec)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:

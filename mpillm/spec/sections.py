@@ -25,16 +25,22 @@ TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
 Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
 Word = Annotated[str, Meta(min_length=1)]
+Tags = tuple[Word, Word]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
 Quantize = Literal["none", "q8_0", "q4_0"]
+ToolCalls = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",
+    "mistral", "mistral_args", "granite", "phi4_mini", "llama3_json", "pythonic", "lfm2",
+]  # fmt: skip
 Pooling = Literal["mean", "last"]
 KVType = Literal["f32", "f16", "q8_0"]
 
 # Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
-_ADDED = tuple(
-    f"sampling.{key}"
-    for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
+_ADDED = (
+    *("sampling.presence_penalty", "sampling.frequency_penalty"),
+    *("sampling.response_format", "sampling.structured_outputs"),
+    *("chat.reasoning", "chat.tool_calls"),
 )
 
 
@@ -86,9 +92,17 @@ class Sampling(Section, frozen=True):
     structured_outputs: StructuredOutputs | None = None
 
 
-class Layout(Section, frozen=True):
-    """Ranks = stages x shards, and the threads of each."""
+class Chat(Section, frozen=True):
+    """How answers to chats are divided; auto: by the model's chat template and its tokens."""
 
+    reasoning: Auto | Literal["none"] | Tags = "auto"  # or the tags around it
+    tool_calls: ToolCalls = "auto"
+
+
+class Layout(Section, frozen=True):
+    """Ranks = replicas x stages x shards, and the threads of each; stages and shards are those of a replica."""
+
+    replicas: Positive = 1
     stages: Auto | Positive = "auto"
     shards: Auto | Positive = "auto"
     threads: Auto | Positive = "auto"
@@ -181,6 +195,7 @@ class Spec(Section, frozen=True, kw_only=True):
     quantize: Quantize = "none"
     request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
     sampling: Sampling = Sampling()
+    chat: Chat = Chat()
     layout: Layout = Layout()
     memory: Memory = Memory()
     wire: Wire = Wire()
@@ -205,11 +220,11 @@ class Spec(Section, frozen=True, kw_only=True):
         content, which the journal knows by their own fingerprints.
         """
         values: dict[str, Any] = {"quantize": self.quantize}
-        for name in ("sampling", "wire", "embeddings"):
+        for name in ("sampling", "chat", "wire", "embeddings"):
             section = getattr(self, name)
             values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
         for key in _ADDED:
-            if not values[key]:
+            if values[key] in (None, 0.0, "auto"):
                 del values[key]
         if self.request is not None:
             values["request"] = self.request

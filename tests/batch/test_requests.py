@@ -141,7 +141,7 @@ BAD = [
     ({"messages": CHAT, "best_of": 2}, "best_of 2 is not supported; n gives several answers"),
     ({"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message and add_generation_prompt exclude one another"),
     ({"prompt": "a", "suffix": "b"}, "suffix 'b' is not supported"),
-    ({"messages": CHAT, "tools": [{}]}, "tools [{}] is not supported"),
+    ({"messages": CHAT, "tools": [{}]}, "tools[0]: object missing required field function"),
     ({"messages": CHAT, "ecoh": True}, "the key 'ecoh' is unknown (did you mean 'echo'?)"),
     ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
     ({"messages": CHAT, "logprobs": 2}, "logprobs: expected true or false or null, got a whole number"),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from mpillm.batch.endpoints.constraints import grammar_of
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite, offsets, with_chosen
 from mpillm.batch.endpoints.generate import Choices, Generate, Logprobs
 from mpillm.batch.endpoints.prompts import read_prompts
@@ -57,6 +58,7 @@ class Completions(Generate, frozen=True, kw_only=True):
             model,
             self.logprobs or 0 if self._chooses else self.logprobs,
             self._scored,
+            grammar_of(self, spec),
         )
         if requests[0].max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise RequestError("max_tokens: 0 generates nothing; add echo: true to score the prompt")
