@@ -49,11 +49,8 @@ exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["lm-eval"]:  # whose words are the harness's
-        return run_alone(lambda: _lm_eval(words[1:]))
     with _only_first_prints():
-        options = _parser().parse_args(words)
+        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     if options.command is None and launch.launched_by(os.environ) is None:
         _parser().print_help()
         print(f"\n{NEXT_STEPS}", end="")
@@ -211,16 +208,6 @@ def _compare(options: argparse.Namespace) -> int:
     return 0 if made.same else 1
 
 
-def _lm_eval(words: Sequence[str]) -> int:
-    try:
-        from mpillm.api import lm_eval
-    except ImportError as error:
-        raise JobError(
-            f"lm-evaluation-harness is missing ({error.name}): pip install 'mpillm[lm-eval]'."
-        ) from None
-    return lm_eval.main(words)
-
-
 def _ranks(world: World, options: argparse.Namespace) -> int:
     from mpillm.api import ranks
 
@@ -355,7 +342,6 @@ def _parser() -> argparse.ArgumentParser:
             "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
         )
     )
-    commands.add_parser("lm-eval", help="lm-evaluation-harness with a model of ours", add_help=False)
     ranks = commands.add_parser("ranks")  # of `mpillm.LLM`, which alone uses it: no help
     ranks.add_argument("address", metavar="SOCKET")
     ranks.add_argument("-n", type=_positive, default=1)

@@ -126,6 +126,11 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The tokens that `encode` puts before and behind a text with `add_special`."""
+        return _ends(*(self.encode("a", own) for own in (False, True)))
+
     def max_chars(self, tokens: int) -> int:
         """The maximum number of characters that so many tokens can stand for."""
         return MAX_CHARS if self._longest is None else min(tokens * self._longest, MAX_CHARS)
@@ -235,12 +240,8 @@ class Tokenizer:
         pieces = self._chat(options).pieces(messages, options, max_chars)
         if isinstance(pieces, str):
             return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
-        head, tail = _ends(*(self.encode("a", own) for own in (False, True))) if add_special else ([], [])
+        head, tail = self.around if add_special else ([], [])
         return [*head, *self._mixed(pieces), *tail]
-
-    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as one text, in which control tokens are written out; RequestError if the template fails."""
-        return self._chat(options).render(messages, options)
 
     def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
         templates = self._parts.templates

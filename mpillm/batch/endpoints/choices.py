@@ -46,7 +46,6 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     choices: Annotated[list[Choice], Meta(min_length=1)]
     add_special_tokens: bool | None = None
-    is_greedy: bool | None = None  # whether answers say if a choice is what greedy decoding would give
     chat_template_kwargs: dict[str, Any] | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
@@ -67,12 +66,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
                 raise RequestError(f"choices[{index}] adds no token to the prompt")
             made.append(
                 Request(
-                    id=custom_id,
-                    prompt=ids,
-                    choice=index,
-                    max_tokens=0,
-                    prompt_logprobs=1 if self.is_greedy else 0,
-                    score_from=common,
+                    id=custom_id, prompt=ids, choice=index, max_tokens=0, prompt_logprobs=0, score_from=common
                 )
             )
         return tuple(made)
@@ -94,7 +88,6 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
                     "logprob_per_token": total / tokens,
                     "logprob_per_byte": total / nbytes if nbytes else None,
                     "probability": float(weights[index] / math.fsum(weights)),
-                    **({"is_greedy": _is_greedy(completion)} if self.is_greedy else {}),
                 }
             )
         best = {
@@ -150,12 +143,6 @@ def _common(one: TokenIds, other: TokenIds) -> int:
 
 def _bytes(ids: list[int], model: Model) -> int:
     return sum(len(model.text.token_bytes(id)) for id in ids) if model.text is not None else 0
-
-
-def _is_greedy(completion: Completion) -> bool:
-    """Whether each token that was scored is the likeliest."""
-    scored = completion.request.prompt[completion.request.score_from :]
-    return all(top[0][0] == token for token, top in zip(scored, completion.prompt_top, strict=True))
 
 
 def _value(logprob: float | None) -> float:
