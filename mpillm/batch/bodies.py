@@ -21,7 +21,7 @@ MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
 # fmt: off
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "priority", "request_id", "cache_salt", "stream_options",
+    "prompt_cache_retention", "priority", "request_id", "cache_salt", "stream_options", "guided_decoding_backend",
     "parallel_tool_calls"
 })
 # fmt: on
@@ -42,7 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # fmt: off
 _REFUSED = frozenset({
-    "truncate_prompt_tokens", "logits_processors", "audio",
+    "logits_processors", "audio",
     "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
     "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
 })

@@ -12,10 +12,13 @@ from numpy.typing import ArrayLike
 
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.prompts import (
+    Cut,
     TokenIds,
+    Truncated,
     check_answer,
     check_kv,
     check_length,
+    cut_of,
     max_tokens,
     prompt_name,
 )
@@ -70,6 +73,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
     guided_choice: Annotated[list[Word], Meta(min_length=1)] | None = None
     guided_grammar: str | None = None
     prompt_logprobs: Logprobs | None = None
+    truncate_prompt_tokens: Truncated | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -173,6 +177,11 @@ class Generate(Sampled, frozen=True, kw_only=True):
             ]
         check_answer(sum(map(_answer_bytes, requests)))
         return tuple(requests)
+
+    def cut(self, asked: int | None, spec: Spec, model: Model) -> Cut | None:
+        """To how many tokens a prompt is cut, which keeps its end; `asked` is the body's own maximum of tokens."""
+        generated = spec.sampling.max_tokens if asked is None else asked
+        return cut_of(self.truncate_prompt_tokens, generated, True, spec, model)
 
     def _constraint(self, grammar: str | None, model: Model) -> Callable[[], Constraint] | None:
         if grammar is None:
