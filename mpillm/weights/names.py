@@ -192,9 +192,11 @@ _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
-# a classifier's head, and what sees images.
+# a classifier's head, and what sees images or hears sounds.
 _HF_IGNORED = re.compile(
-    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|score\.weight|(model\.)?visual\..+"
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|score\.weight|"
+    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..+|"
+    r"(model\.)?image_newline"
 )
 _GGUF_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
@@ -204,7 +206,7 @@ class Parsed(NamedTuple):
     """What a name in a file stands for.
 
     `roles` has two names where two matrices lie in one, row upon row, or `in_turn` one row of each; `stacked` tensors
-    hold all experts, outermost.
+    hold all experts, outermost. Matrices of floats in `transposed` tensors are [columns, rows].
     """
 
     roles: Roles
@@ -212,6 +214,7 @@ class Parsed(NamedTuple):
     expert: int
     stacked: bool
     in_turn: bool = False
+    transposed: bool = False
 
 
 class _Pattern(NamedTuple):
@@ -219,14 +222,17 @@ class _Pattern(NamedTuple):
     roles: Roles
     stacked: bool
     in_turn: bool
+    transposed: bool
 
 
-def _pattern(name: str, roles: Roles, stacked: bool = False, in_turn: bool = False) -> _Pattern:
+def _pattern(
+    name: str, roles: Roles, stacked: bool = False, in_turn: bool = False, transposed: bool = False
+) -> _Pattern:
     number = "(?:0|[1-9][0-9]{0,5})"
     regex = (
         re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
     )
-    return _Pattern(re.compile(regex), roles, stacked, in_turn)
+    return _Pattern(re.compile(regex), roles, stacked, in_turn, transposed)
 
 
 _HF = (
@@ -247,10 +253,10 @@ class Names:
     """The names of a family's tensors where they differ from the usual ones: roles by pattern.
 
     Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. So do those in
-    `hf_in_turn`, where rows of several roles alternate, and matrices of floats lie transposed, and GGUF names in
-    `gguf_stacked`. A name with no roles is that of a tensor which is not read. `hf_prefixes` are what stands before the
-    names of layers; the first one that fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the
-    halves of each head are interleaved
+    `hf_in_turn`, where rows of several roles alternate, and GGUF names in `gguf_stacked`. Matrices of floats in
+    `hf_in_turn`, and in those of `hf` and `hf_stacked` that `hf_transposed` names, lie transposed. A name with no roles
+    is that of a tensor which is not read. `hf_prefixes` are what stands before the names of layers; the first one that
+    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the halves of each head are interleaved
     (llama.cpp's `permute`).
     """
 
@@ -258,8 +264,14 @@ class Names:
     hf_stacked: Mapping[str, Roles] = field(default_factory=dict)
     gguf: Mapping[str, Roles] = field(default_factory=dict)
     hf_in_turn: Mapping[str, Roles] = field(default_factory=dict)
+    hf_transposed: frozenset[str] = frozenset()
     gguf_stacked: Mapping[str, Roles] = field(default_factory=dict)
-    hf_prefixes: tuple[str, ...] = ("model.",)
+    hf_prefixes: tuple[str, ...] = (
+        "model.language_model.",
+        "language_model.model.",
+        "language_model.",
+        "model.",
+    )
     rope_pairs: bool = False
 
     def parse_hf(self, name: str) -> Parsed | None:
@@ -274,10 +286,15 @@ class Names:
     @functools.cached_property
     def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:
         hf, stacked, gguf = (
-            tuple(_pattern(name, roles, names is self.hf_stacked) for name, roles in names.items())
+            tuple(
+                _pattern(name, roles, names is self.hf_stacked, transposed=name in self.hf_transposed)
+                for name, roles in names.items()
+            )
             for names in (self.hf, self.hf_stacked, self.gguf)
         )
-        in_turn = tuple(_pattern(name, roles, True, True) for name, roles in self.hf_in_turn.items())
+        in_turn = tuple(
+            _pattern(name, roles, True, True, transposed=True) for name, roles in self.hf_in_turn.items()
+        )
         all_experts = tuple(_pattern(name, roles, True) for name, roles in self.gguf_stacked.items())
         return in_turn + hf + stacked, all_experts + gguf
 
@@ -301,7 +318,7 @@ def _parse(name: str, patterns: Iterable[_Pattern]) -> Parsed | None:
         if match:
             numbers = match.groupdict()
             layer, expert = int(numbers.get("layer", -1)), int(numbers.get("expert", -1))
-            return Parsed(pattern.roles, layer, expert, pattern.stacked, pattern.in_turn)
+            return Parsed(pattern.roles, layer, expert, pattern.stacked, pattern.in_turn, pattern.transposed)
     return None
 
 

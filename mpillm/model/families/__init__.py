@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mpillm.errors import ModelError
@@ -19,6 +20,7 @@ from mpillm.model.families.glm import Glm
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
 from mpillm.model.families.granite_hybrid import GraniteHybrid
+from mpillm.model.families.images import TEXT_SIZES, WITH_IMAGES
 from mpillm.model.families.lfm2 import Lfm2
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.mamba2 import Mamba2
@@ -27,7 +29,7 @@ from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.nemotron_h import NemotronH
 from mpillm.model.families.olmo import Olmo, Olmoe
 from mpillm.model.families.phi import Phi
-from mpillm.model.families.qwen import Qwen
+from mpillm.model.families.qwen import Qwen, QwenVlMixture
 from mpillm.model.families.qwen_next import QwenNext
 from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
@@ -38,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
     Qwen(),
+    QwenVlMixture(),
     DeepSeek(),
     QwenNext(),
     Gemma(),
@@ -71,8 +74,7 @@ MODEL_TYPES: dict[str, str] = {
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
-    short = ", ".join(architecture.removesuffix("ForCausalLM") for architecture in _BY_ARCHITECTURE)
-    supported = f"supported are {short} (each with ForCausalLM)"
+    supported = f"supported are {_supported()}"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")
@@ -84,6 +86,14 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ModelError(f"{name}: architectures must be a list of one name; {supported}.")
     architecture = named[0]
+    if architecture in WITH_IMAGES:
+        found = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+        if found is None:
+            raise ModelError(
+                f"{name}: the text part of {architecture} has model_type {str(model_type)[:60]!r}, which is not "
+                f"supported; {supported}."
+            )
+        return _BY_ARCHITECTURE[found], found
     if architecture not in _BY_ARCHITECTURE:
         raise ModelError(f"{name}: architecture {architecture[:60]!r} is not supported; {supported}.")
     if model_type is not None and (
@@ -91,6 +101,17 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     ):
         raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {architecture}.")
     return _BY_ARCHITECTURE[architecture], architecture
+
+
+def _supported() -> str:
+    """The classes that can be run, in the words of messages."""
+    causal, images = "ForCausalLM", "ForConditionalGeneration"
+    names = [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
+    short, as_text = (
+        ", ".join(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+        for suffix in (causal, images)
+    )
+    return f"{short} (each with {causal}), and as text {as_text} (each with {images})"
 
 
 def gguf_family(kind: Any, name: str) -> Family:
@@ -108,6 +129,10 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelCo
     neither read nor known to be harmless might change the result.
     """
     family, architecture = family_of(config, name)
-    fields = Fields(config, name, family.defaults[architecture])
+    defaults = family.defaults[architecture]
+    if config.get("architectures") != [architecture]:  # the text part of a model with others
+        defaults = {**TEXT_SIZES.get(architecture, {}), **defaults}
+    fields = Fields(config, name, defaults)
     fields.read |= {"architectures", "model_type"}
-    return family.config(fields, architecture)
+    found, named = family.config(fields, architecture), config.get("architectures")
+    return replace(found, architecture=named[0]) if named else found
