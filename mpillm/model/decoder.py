@@ -131,7 +131,7 @@ class Decoder:
 
 
 class _RankLayer:
-    """A layer on its rank: x += mixer(x), x += mlp(x), with the norms and the scale that its spec has."""
+    """A layer on its rank: x += mixer(x), x += mlp(x), with the norms and the scales that its spec has."""
 
     def __init__(self, spec: LayerSpec, number: int, i: int, rank: Rank, kv: KVCache) -> None:
         """`i` is its number among the rank's layers."""
@@ -144,13 +144,17 @@ class _RankLayer:
             if spec.positions:
                 x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
-            part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
-            self._residual("mixer residual", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
+            if spec.mixer:
+                part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
+                after = self._after(page, norms.after, "attn_post_norm")
+                self._residual("mixer residual", bias, after, spec.residual_scale, x, part)
+            if not spec.mlp:
+                return
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
             scale = page.vector("layer_scale")[0] if spec.scaled else None
         part, bias = spec.mlp.compute(rank, number, prepared, own)
-        self._residual("mlp residual", bias, after, x, part)
+        self._residual("mlp residual", bias, after, spec.residual_scale * spec.mlp_scale, x, part)
         if scale is not None:
             x *= scale
 
@@ -179,10 +183,15 @@ class _RankLayer:
         )
 
     def _residual(
-        self, name: str, bias: Floats | None, after: kernels.Norm | None, x: Floats, part: Floats
+        self,
+        name: str,
+        bias: Floats | None,
+        after: kernels.Norm | None,
+        scale: float,
+        x: Floats,
+        part: Floats,
     ) -> None:
         """x += scale * norm(part + bias); without norm and scale (x + part) + bias, which NumPy does at less cost."""
-        scale = self.spec.residual_scale
         if after is not None or scale != 1.0:
             work = self._rank.kept(lambda: kernels.Residual(bias, after, scale), name, self._number)
             self._rank.compute(work, x, part)

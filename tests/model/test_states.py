@@ -26,6 +26,9 @@ MODELS = [
     ("qwen3", frozenset({0, 1})),
     ("qwen3_next", frozenset[int]()),
     ("qwen35", frozenset[int]()),
+    ("lfm2_moe", frozenset[int]()),
+    ("falcon_h1", frozenset[int]()),
+    ("nemotron_h", frozenset[int]()),
 ]
 BOTH = frozenset({0})  # keeps its attention unless it is recurrent
 

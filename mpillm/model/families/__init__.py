@@ -14,18 +14,23 @@ from mpillm.model.families.deepseek import DeepSeek
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
+from mpillm.model.families.falcon_h1 import FalconH1
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.gemma4 import Gemma4
 from mpillm.model.families.glm import Glm
 from mpillm.model.families.gpt2 import Gpt2
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
+from mpillm.model.families.granite_hybrid import GraniteHybrid
 from mpillm.model.families.hunyuan import Hunyuan
 from mpillm.model.families.images import TEXT_SIZES, WITH_IMAGES
+from mpillm.model.families.lfm2 import Lfm2
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.llama4 import Llama4
+from mpillm.model.families.mamba2 import Mamba2
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
+from mpillm.model.families.nemotron_h import NemotronH
 from mpillm.model.families.olmo import Olmo, Olmoe
 from mpillm.model.families.phi import Phi
 from mpillm.model.families.qwen import Qwen, QwenVlMixture
@@ -48,6 +53,7 @@ FAMILIES: tuple[Family, ...] = (
     Glm(),
     GptOss(),
     Granite(),
+    GraniteHybrid(),
     Olmo(),
     Olmoe(),
     StarCoder(),
@@ -61,6 +67,10 @@ FAMILIES: tuple[Family, ...] = (
     Phi(),
     Hunyuan(),
     Gpt2(),
+    Lfm2(),
+    FalconH1(),
+    NemotronH(),
+    Mamba2(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}

@@ -40,7 +40,7 @@ class ExpertsSpec:
     With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product. `bias`: all three
     matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's. With `scaled_input` a row is
     multiplied by its weight before an expert, not after it. With `apart` the router, the mixture, what it makes, and
-    what the shared MLP makes have a norm each (Gemma 4).
+    what the shared MLP makes have a norm each (Gemma 4). `gated` is as in `MlpSpec`.
     """
 
     count: int
@@ -54,6 +54,7 @@ class ExpertsSpec:
     alpha: float = 1.702
     scaled_input: bool = False
     apart: NormSpec | None = None
+    gated: bool = True
 
     @property
     def share(self) -> float:
@@ -103,7 +104,7 @@ class ExpertsSpec:
         """A page for each expert."""
         columns = self.columns(block)
         tensors = [
-            TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns),
+            *([TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns)] if self.gated else []),
             TensorSpec(Key("up", layer, 0), (self.width, hidden), columns),
             TensorSpec(Key("down", layer, 0), (hidden, self.width), cols=columns),
         ]
@@ -218,7 +219,8 @@ class ExpertsSpec:
         """What makes the kernels' expert of a page; the bias of its output is added by the first shard."""
 
         def make(page: Page) -> kernels.Expert:
-            matrices = (page.matrix(role) for role in ("gate", "up", "down"))
+            gate = page.matrix("gate") if self.gated else None
+            matrices = gate, page.matrix("up"), page.matrix("down")
             if not self.bias:
                 return kernels.Expert(*matrices)
             return kernels.Expert(
