@@ -28,13 +28,16 @@ Word = Annotated[str, Meta(min_length=1)]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
 Quantize = Literal["none", "q8_0", "q4_0"]
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "cls"]
 KVType = Literal["f32", "f16", "q8_0"]
 
 # Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
-_ADDED = tuple(
-    f"sampling.{key}"
-    for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
+_ADDED = (
+    *(
+        f"sampling.{key}"
+        for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
+    ),
+    *(f"scoring.{key}" for key in ("template", "instruction", "tokens")),
 )
 
 
@@ -156,6 +159,17 @@ class Embeddings(Section, frozen=True):
     prompt_name: str | None = None  # of the model's prompts, what stands before each text
 
 
+class Scoring(Section, frozen=True):
+    """How /v1/score and /v1/rerank make one text of a query and a document, and which words answer it.
+
+    `tokens` are of a model that answers in words: that a document is not relevant, and that it is.
+    """
+
+    template: str | None = None  # with {query} and {document}, and {instruction}
+    instruction: str | None = None
+    tokens: Annotated[list[Word], Meta(max_length=2)] = []
+
+
 class BatchLimits(Section, frozen=True):
     """How much one step takes on; more is faster and changes no result."""
 
@@ -184,6 +198,7 @@ class Spec(Section, frozen=True, kw_only=True):
     memory: Memory = Memory()
     wire: Wire = Wire()
     embeddings: Embeddings = Embeddings()
+    scoring: Scoring = Scoring()
     batch: BatchLimits = BatchLimits()
     job: Job = Job()
 
@@ -204,7 +219,7 @@ class Spec(Section, frozen=True, kw_only=True):
         content, which the journal knows by their own fingerprints.
         """
         values: dict[str, Any] = {"quantize": self.quantize}
-        for name in ("sampling", "wire", "embeddings"):
+        for name in ("sampling", "wire", "embeddings", "scoring"):
             section = getattr(self, name)
             values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
         for key in _ADDED:

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "modules.json",
     "config_sentence_transformers.json",
 )  # fmt: skip
+MODULE_FILES = ("config.json", "model.safetensors")  # of a module of Sentence Transformers
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
@@ -64,6 +65,8 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         with world.together():
             opened = stack.enter_context(closing(_open(path, weights)))
             config = config_of(opened)
+            if config.pooled:
+                raise JobError(f"{path} has a classifier, which packed models cannot have; run it as it is.")
             size, digest = fingerprint(opened)
             about = {
                 "source": path.name,
@@ -196,9 +199,10 @@ def finish(
         for name in ("config.json", *TOKENIZER_FILES):
             if (source.tokenizer / name).exists():
                 shutil.copyfile(source.tokenizer / name, target / name)
-        for path in source.tokenizer.glob("*_Pooling/config.json"):
-            (target / path.parent.name).mkdir(exist_ok=True)
-            shutil.copyfile(path, target / path.parent.name / path.name)
+        for path in source.tokenizer.glob("[0-9]*_[A-Z]*/*"):
+            if path.name in MODULE_FILES:
+                (target / path.parent.name).mkdir(exist_ok=True)
+                shutil.copyfile(path, target / path.parent.name / path.name)
     else:
         _write_json(target / "config.json", source.config)
         _write_json(target / TOKENIZER, source.tokenizer)

@@ -159,6 +159,8 @@ ROLES: dict[str, Role] = {
         Role("final_norm", 1, "norm.weight", "output_norm.weight"),
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),
+        Role("classifier", 2, "score.weight", "cls.output.weight"),
+        Role("classifier_bias", 1, "score.bias", "cls.output.bias"),
     )
 }  # fmt: skip
 
@@ -177,10 +179,13 @@ _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("route
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
+# What a model's last hidden states are given to: each is read by the models that have that task alone.
+TASK_ROLES = frozenset({"head", "classifier", "classifier_bias"})
+
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
-# a classifier's head, and what sees images.
+# and what sees images.
 _HF_IGNORED = re.compile(
-    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|score\.weight|(model\.)?visual\..+"
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|(model\.)?visual\..+"
 )
 _GGUF_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
@@ -295,7 +300,7 @@ def hf_name(key: Key) -> str:
     """The usual name of a tensor in a Hugging Face checkpoint."""
     role = ROLES[key.role]
     name = role.hf if key.expert < 0 else role.hf_expert[0]
-    return ("" if key.role == "head" else "model.") + name.format(l=key.layer, e=key.expert)
+    return ("" if key.role in TASK_ROLES else "model.") + name.format(l=key.layer, e=key.expert)
 
 
 def hf_name_of_experts(key: Key) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mpillm.errors import ModelError
@@ -27,6 +28,7 @@ from mpillm.model.families.qwen_next import QwenNext
 from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
 from mpillm.model.families.starcoder import StarCoder
+from mpillm.model.families.tasks import Task, split_task
 from mpillm.model.fields import Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -59,28 +61,31 @@ MODEL_TYPES: dict[str, str] = {
 } | {model_type: name for family in FAMILIES for model_type, name in family.model_types.items()}
 
 
-def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
-    """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
+def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
+    """The family of a configuration with Hugging Face's keys, the class of its layers and its task.
+
+    ModelError if there is none.
+    """
     short = ", ".join(architecture.removesuffix("ForCausalLM") for architecture in _BY_ARCHITECTURE)
-    supported = f"supported are {short} (each with ForCausalLM)"
+    supported = f"supported are {short} (each with ForCausalLM, ForSequenceClassification or Model)"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")
     if named is None:
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ModelError(f"{name}: architectures is missing; {supported}.")
-        architecture = MODEL_TYPES[model_type]
-        return _BY_ARCHITECTURE[architecture], architecture
-    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        named = [MODEL_TYPES[model_type]]
+    elif not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ModelError(f"{name}: architectures must be a list of one name; {supported}.")
-    architecture = named[0]
-    if architecture not in _BY_ARCHITECTURE:
-        raise ModelError(f"{name}: architecture {architecture[:60]!r} is not supported; {supported}.")
+    found = split_task(named[0], _BY_ARCHITECTURE)
+    if found is None:
+        raise ModelError(f"{name}: architecture {named[0][:60]!r} is not supported; {supported}.")
+    architecture, task = found
     if model_type is not None and (
         not isinstance(model_type, str) or MODEL_TYPES.get(model_type) != architecture
     ):
-        raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {architecture}.")
-    return _BY_ARCHITECTURE[architecture], architecture
+        raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {named[0]}.")
+    return _BY_ARCHITECTURE[architecture], architecture, task
 
 
 def gguf_family(kind: Any, name: str) -> Family:
@@ -97,7 +102,9 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelCo
     Absent keys mean what transformers' configuration classes say. What is not known is refused by name: a key that is
     neither read nor known to be harmless might change the result.
     """
-    family, architecture = family_of(config, name)
+    family, architecture, task = family_of(config, name)
     fields = Fields(config, name, family.defaults[architecture])
     fields.read |= {"architectures", "model_type"}
-    return family.config(fields, architecture)
+    classifier = family.classifier(fields) if task == "classify" else None
+    model = family.config(fields, architecture)
+    return replace(model, generates=task == "generate", classifier=classifier)
