@@ -32,18 +32,26 @@ static const int8_t E2M1_OPERANDS[16] = {MK_E2M1_VALUES(FROM_ZERO)}, IQ4_OPERAND
 
 MK_INLINE int is_iq4(int type) { return type == MK_IQ4_NL || type == MK_IQ4_XS; }
 
+/* Bits of the values of group g of 4 columns: two of each in a byte, or one. */
+MK_INLINE vb two_bits(const uint8_t *w, const int g, const int to) {
+    return vb_bits(vb_load(w + 64 * (g / 4)), g % 4 * 2, 3, to);
+}
+MK_INLINE vb one_bit(const uint8_t *w, const int g, const int to) { return vb_bits(vb_load(w), g, 1, to); }
+
 /* One block of 16 rows of W: its 8 groups of 4 columns. */
 MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
     UNROLL
     for (int g = 0; g < 8; g++)
         if (type == MK_Q8_0) groups[g] = vb_signed(vb_load(w + 64 * g));
-        else groups[g] = g < 4 ? vb_low(vb_load(w + 64 * g)) : vb_high(vb_load(w + 64 * (g - 4)));
+        else if (type == MK_Q2_K || type == MK_Q3_K) groups[g] = two_bits(w, g, 0);
+        else groups[g] = vb_bits(vb_load(w + 64 * (g % 4)), g / 4 * 4, 15, 0);
     UNROLL
     for (int g = 0; g < 8; g++)
         if (type == MK_MXFP4) groups[g] = vb_table(E2M1_OPERANDS, groups[g]);
         else if (is_iq4(type)) groups[g] = vb_table(IQ4_OPERANDS, groups[g]);
-        else if (type == MK_Q5_K || type == MK_Q5_0 || type == MK_Q5_1) groups[g] = vb_more(groups[g], vb_load(w + 256), g, 1);
-        else if (type == MK_Q6_K) groups[g] = vb_more(groups[g], vb_load(w + 256 + 64 * (g / 4)), g % 4 * 2, 3);
+        else if (mk_bits(type) == 5) groups[g] = vb_or(groups[g], one_bit(w + 256, g, 4));
+        else if (type == MK_Q6_K) groups[g] = vb_or(groups[g], two_bits(w + 256, g, 4));
+        else if (type == MK_Q3_K) groups[g] = vb_or(groups[g], one_bit(w + 128, g, 2));
 }
 
 /* With what the sum of a block's products begins, for weights that are greater than they should be. */
@@ -90,9 +98,42 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
     for (int i = 0; i < R * T; i++) sums[i] = acc[i];
 }
 
-/* K-quants, 32 columns after 32.  Scales of 6 or 8 bits times an f16 are exact, and so is the sum of both halves of
- * Q6_K times theirs: it is an integer below 2^24.  What rounds is as with the others: one fma for the columns, and one
- * for their minima. */
+/* Scales of 16 rows' parts as products want them, and minima, of a part with one of each or with one for each half. */
+typedef struct {
+    vf scale[2], least[2];
+} part_scales;
+
+MK_INLINE part_scales load_scales(const int type, const uint8_t *small, vf d, vf m) {
+    part_scales of;
+    UNROLL
+    for (int h = 0; h < 2; h++) of.scale[h] = of.least[h] = vf_set1(0.0f);
+    if (type == MK_IQ4_XS) {
+        of.scale[0] = vf_mul(d, vf_load_i8(small));
+    } else if (!mk_halved(type)) {
+        of.scale[0] = vf_mul(d, vf_load_u8(small));
+        of.least[0] = vf_mul(m, vf_load_u8(small + 16));
+    } else {
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            if (type == MK_Q2_K) { /* a byte has both */
+                vf both = vf_load_u8(small + 16 * h);
+                of.least[h] = vf_from(vi_trunc(vf_mul(both, vf_set1(0.0625f))));
+                of.scale[h] = vf_fma(of.least[h], vf_set1(-16.0f), both);
+            } else {
+                of.scale[h] = vf_load_i8(small + 16 * h);
+            }
+    }
+    return of;
+}
+
+/* As `start_of`, for the half h of a part. */
+MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const int h) {
+    return type == MK_Q6_K ? a->less32[h] : type == MK_Q3_K ? a->less32[h] / 8 : 0;
+}
+
+/* K-quants, 32 columns after 32.  Scales of 4, 6 or 8 bits times an f16 are exact, and so are the sums of both halves
+ * times theirs: they are integers below 2^24.  What rounds is as with the others: one fma for the columns, and one for
+ * their minima. */
 HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
                           long x_stride, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
@@ -105,6 +146,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
             d[r] = vf_load_f16((const void *)(w + r * w_stride));
             m[r] = vf_set1(0.0f);
             if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
+            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* what less32 has more */
         }
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
@@ -115,23 +157,25 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                 for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, part + line);
                 vb groups[8];
                 load_groups(type, part, groups);
-                vf a = type == MK_Q6_K ? vf_load_i8(small) : vf_mul(d[r], vf_load_u8(small)), b = m[r];
-                if (type == MK_IQ4_XS) a = vf_mul(d[r], vf_load_i8(small));
-                else b = type == MK_Q6_K ? vf_load_i8(small + 16) : vf_mul(m[r], vf_load_u8(small + 16));
+                const part_scales of = load_scales(type, small, d[r], m[r]);
                 UNROLL
                 for (int t = 0; t < T; t++) {
                     const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
                     const vf scale = vf_set1(act->scale);
                     vf *to = &acc[r * T + t];
-                    if (type == MK_Q6_K) {
-                        vi first = vb_dot_u6(vi_set1(act->less32[0]), groups, act->q);
-                        vi second = vb_dot_u6(vi_set1(act->less32[1]), groups + 4, act->q + 16);
-                        vf dot = vf_fma(vf_from(second), b, vf_mul(vf_from(first), a));
+                    if (mk_halved(type)) {
+                        vi first = vb_dot_u6(vi_set1(start_of_half(type, act, 0)), groups, act->q);
+                        vi second = vb_dot_u6(vi_set1(start_of_half(type, act, 1)), groups + 4, act->q + 16);
+                        vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
                         *to = vf_fma(dot, vf_mul(d[r], scale), *to);
+                        if (type != MK_Q2_K) continue;
+                        vf least = vf_mul(of.least[0], vf_set1((float)act->less32[0]));
+                        least = vf_fma(of.least[1], vf_set1((float)act->less32[1]), least);
+                        *to = vf_fma(least, vf_mul(m[r], scale), *to);
                     } else {
                         vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);
-                        *to = vf_fma(vf_from(dot), vf_mul(a, scale), *to);
-                        if (mk_f16s(type) == 2) *to = vf_fma(b, vf_set1(act->total), *to);
+                        *to = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), *to);
+                        if (mk_f16s(type) == 2) *to = vf_fma(of.least[0], vf_set1(act->total), *to);
                     }
                 }
             }

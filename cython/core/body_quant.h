@@ -109,13 +109,12 @@ static void quantize_rows(const void *argument, long begin, long end) {
     }
 }
 
-#define AS_IT_IS(value) value,
-static const int8_t E2M1[16] = {MK_E2M1_VALUES(AS_IT_IS)}, IQ4[16] = {MK_IQ4_VALUES(AS_IT_IS)};
+static const int8_t E2M1[16] = {MK_E2M1_VALUES(MK_AS_IT_IS)};
 
 /* One block of up to 32 values; d * q is exact, so is it with or without fma. */
 MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
     uint16_t h[2] = {0};
-    const int bits = mk_high_bits(type) == 1 ? 4 : 0;
+    const int bits = mk_bits(type) == 5 ? 4 : 0;
     const uint8_t *q = in + mk_scale_bytes(type) + bits;
     const uint32_t fifth = bits ? mk_word(q - bits) : 0;
     memcpy(h, in, (size_t)mk_scale_bytes(type));
@@ -127,7 +126,7 @@ MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
         if (type == MK_Q4_0) value -= 8;
         if (type == MK_Q5_0) value -= 16;
         if (type == MK_MXFP4) value = E2M1[value];
-        if (type == MK_IQ4_NL) value = IQ4[value];
+        if (type == MK_IQ4_NL) value = mk_iq4[value];
         values[j] = d * (float)value;
         if (mk_f16s(type) == 2) values[j] += m;
     }
@@ -135,21 +134,17 @@ MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
 
 /* A K-quant's block: the products are exact, so a value is rounded once. */
 static void dequantise_super(int type, const uint8_t *in, float *values) {
-    mk_part parts[MK_PARTS];
-    mk_split(type, in, parts);
-    uint16_t h[2];
-    memcpy(h, in + (type == MK_Q6_K ? 208 : 0), type == MK_Q6_K ? 2 : 4);
-    float d = mk_from_f16(h[0]), dmin = mk_f16s(type) == 2 ? mk_from_f16(h[1]) : 0.0f;
-    for (int s = 0; s < MK_PARTS; s++, values += MK_BLOCK)
+    uint16_t h[2] = {0};
+    memcpy(h, in + mk_d_at(type), 2 * (size_t)mk_f16s(type));
+    const float d = mk_from_f16(h[0]), dmin = mk_from_f16(h[1]);
+    for (int s = 0; s < MK_PARTS; s++, values += MK_BLOCK) {
+        mk_part part;
+        mk_split(type, in, s, &part);
         for (int j = 0; j < MK_BLOCK; j++) {
-            const mk_part *part = &parts[s];
-            int half = j / 16, q = part->low[j % 16] >> 4 * half & 15;
-            if (type == MK_Q5_K) q |= (part->high[j % 4] >> j / 4 & 1) << 4;
-            if (type == MK_Q6_K) q |= (part->high[4 * half + j % 4] >> j % 16 / 4 * 2 & 3) << 4;
-            if (type == MK_IQ4_XS) values[j] = d * (float)(int8_t)part->scales[0] * (float)IQ4[q];
-            else values[j] = type == MK_Q6_K ? d * (float)(int8_t)part->scales[half] * (float)(q - 32)
-                                             : d * (float)part->scales[0] * (float)q - dmin * (float)part->scales[1];
+            values[j] = d * (float)part.scale[j / 16] * (float)part.q[j];
+            if (mk_f16s(type) == 2) values[j] -= dmin * (float)part.least[j / 16];
         }
+    }
 }
 
 static void dequantize(const void *argument, long begin, long end) {

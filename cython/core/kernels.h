@@ -10,28 +10,30 @@
 #include <stdint.h>
 
 /* Block types, in the order of their numbers: X(name, kind, values of a block, its bytes in ggml's form, its bytes in a
- * tile, F16 numbers of a block, bits of a value beside its low four).  The kind decides how a type is packed and which
+ * tile, F16 numbers of a block, bits of a value).  The kind decides how a type is packed and which
  * product it has: FLOAT rows stay as they are (body_float.h); PLAIN blocks are F16 numbers, or with none of them the
  * byte of an exponent, and then the values (body_matmul.h, quantised_tile); SUPER blocks are K-quants (super.h;
  * body_matmul.h, super_tile).
  *
  * A new type is a row here and in mpillm/kernels/types.py, and bodies where those of its kind do not serve: pack.c,
  * dequantise in body_quant.h, load_groups and the kind's tile in body_matmul.h. */
-#define MK_BLOCK_TYPES(X)               \
-    X(F32, FLOAT, 1, 4, 4, 0, 0)        \
-    X(F16, FLOAT, 1, 2, 2, 0, 0)        \
-    X(BF16, FLOAT, 1, 2, 2, 0, 0)       \
-    X(Q8_0, PLAIN, 32, 34, 34, 1, 4)    \
-    X(Q4_0, PLAIN, 32, 18, 18, 1, 0)    \
-    X(Q4_1, PLAIN, 32, 20, 20, 2, 0)    \
-    X(Q4_K, SUPER, 256, 144, 148, 2, 0) \
-    X(Q5_K, SUPER, 256, 176, 180, 2, 1) \
-    X(Q6_K, SUPER, 256, 210, 210, 1, 2) \
-    X(MXFP4, PLAIN, 32, 17, 17, 0, 0)   \
-    X(IQ4_NL, PLAIN, 32, 18, 18, 1, 0)  \
-    X(Q5_0, PLAIN, 32, 22, 22, 1, 1)    \
-    X(Q5_1, PLAIN, 32, 24, 24, 2, 1)    \
-    X(IQ4_XS, SUPER, 256, 136, 138, 1, 0)
+#define MK_BLOCK_TYPES(X)                 \
+    X(F32, FLOAT, 1, 4, 4, 0, 32)         \
+    X(F16, FLOAT, 1, 2, 2, 0, 16)         \
+    X(BF16, FLOAT, 1, 2, 2, 0, 16)        \
+    X(Q8_0, PLAIN, 32, 34, 34, 1, 8)      \
+    X(Q4_0, PLAIN, 32, 18, 18, 1, 4)      \
+    X(Q4_1, PLAIN, 32, 20, 20, 2, 4)      \
+    X(Q4_K, SUPER, 256, 144, 148, 2, 4)   \
+    X(Q5_K, SUPER, 256, 176, 180, 2, 5)   \
+    X(Q6_K, SUPER, 256, 210, 210, 1, 6)   \
+    X(MXFP4, PLAIN, 32, 17, 17, 0, 4)     \
+    X(IQ4_NL, PLAIN, 32, 18, 18, 1, 4)    \
+    X(Q5_0, PLAIN, 32, 22, 22, 1, 5)      \
+    X(Q5_1, PLAIN, 32, 24, 24, 2, 5)      \
+    X(IQ4_XS, SUPER, 256, 136, 138, 1, 4) \
+    X(Q3_K, SUPER, 256, 110, 114, 1, 3)   \
+    X(Q2_K, SUPER, 256, 84, 84, 2, 2)
 #define MK_TYPE(name, ...) MK_##name,
 enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
 enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER };
@@ -64,14 +66,14 @@ enum { MK_ACTIVATIONS(MK_NUMBER) MK_ACTIVATION_COUNT };
 #define MK_VALUES_OF(name, kind, values, ...) values,
 #define MK_BYTES_OF(name, kind, values, bytes, ...) bytes,
 #define MK_PACKED_OF(name, kind, values, bytes, packed, ...) packed,
-#define MK_F16S_OF(name, kind, values, bytes, packed, f16s, high) f16s,
-#define MK_HIGH_OF(name, kind, values, bytes, packed, f16s, high) high,
+#define MK_F16S_OF(name, kind, values, bytes, packed, f16s, bits) f16s,
+#define MK_BITS_OF(name, kind, values, bytes, packed, f16s, bits) bits,
 MK_TRAIT(mk_kind, MK_KIND_OF)
 MK_TRAIT(mk_block, MK_VALUES_OF)
 MK_TRAIT(mk_block_bytes, MK_BYTES_OF)
 MK_TRAIT(mk_packed_bytes, MK_PACKED_OF) /* of a block in a tile, where 6-bit scales have become bytes */
 MK_TRAIT(mk_f16s, MK_F16S_OF)
-MK_TRAIT(mk_high_bits, MK_HIGH_OF)
+MK_TRAIT(mk_bits, MK_BITS_OF)
 
 static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT; }
 static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }

@@ -68,7 +68,7 @@ MK_INLINE uint32_t pack_bits(uint32_t bits) {
 
 /* A PLAIN block: scales, then words of values; of Q5_0 and Q5_1, whose fifth bits come first, those bits are last. */
 MK_INLINE void pack_block(const int type, const uint8_t *const *in, long at, int rows, uint8_t *out) {
-    const int scales = mk_scale_bytes(type), each = mk_f16s(type) ? 2 : 1, bits = mk_high_bits(type) == 1 ? 4 : 0;
+    const int scales = mk_scale_bytes(type), each = mk_f16s(type) ? 2 : 1, bits = mk_bits(type) == 5 ? 4 : 0;
     const int words = (mk_block_bytes(type) - scales - bits) / 4;
     if (rows < MK_TILE) memset(out, 0, (size_t)mk_packed_bytes(type) * MK_TILE);
     for (int r = 0; r < rows; r++)
@@ -86,22 +86,32 @@ MK_INLINE void pack_block(const int type, const uint8_t *const *in, long at, int
                 for (int i = g; i < g + 4; i++) memcpy(out + 64 * i + 4 * r, in[r] + at + 4 * i, 4);
 }
 
+/* ggml's 8 scales and 8 minima of 6 bits: scales 0-3, minima 0-3, scales 4-7, minima 4-7. */
+MK_INLINE words six_bits(words w) {
+    words low = w & 0x3f3f3f3fu, high = w >> 2 & 0x30303030u, last = SHUFFLE(words, w, w, 2, 2, 2, 2);
+    last = (last >> (words){0, 0, 0, 4} & 0x0f0f0f0fu) | SHUFFLE(words, high, high, 0, 1, 0, 1);
+    return SHUFFLE(words, low, last, 0, 1, 6, 7);
+}
+
+/* Q3_K's 16 scales of 6 bits, with 32 more than they stand for, as signed bytes. */
+MK_INLINE words six_bits_signed(const uint8_t *q) {
+    const uint32_t first = mk_word(q), second = mk_word(q + 4), high = mk_word(q + 8);
+    words w = (words){first, second, first >> 4, second >> 4} & 0x0f0f0f0fu;
+    w |= ((words){high, high >> 2, high >> 4, high >> 6} & 0x03030303u) << 4;
+    return (w & 0x1f1f1f1fu) | (~w & 0x20202020u) * 7;
+}
+
 /* The scales of 16 rows' blocks: part by part those of all rows, the first ones and the second ones (super.h). */
 MK_INLINE void pack_scales(const int type, const uint8_t *const *in, uint8_t *out) {
+    const int at = type == MK_Q6_K ? 192 : type == MK_Q2_K ? 0 : 4;
     octets v[MK_TILE];
-    for (int r = 0; r < MK_TILE; r++) {
-        words w = load(in[r] + (type == MK_Q6_K ? 192 : 4));
-        if (type != MK_Q6_K) { /* scales 0-3, minima 0-3, scales 4-7, minima 4-7 */
-            words low = w & 0x3f3f3f3fu, high = w >> 2 & 0x30303030u, last = SHUFFLE(words, w, w, 2, 2, 2, 2);
-            last = (last >> (words){0, 0, 0, 4} & 0x0f0f0f0fu) | SHUFFLE(words, high, high, 0, 1, 0, 1);
-            w = SHUFFLE(words, low, last, 0, 1, 6, 7);
-        }
-        v[r] = (octets)w;
-    }
+    for (int r = 0; r < MK_TILE; r++)
+        if (type == MK_Q3_K) v[r] = (octets)six_bits_signed(in[r] + 96);
+        else v[r] = (octets)(mk_halved(type) ? load(in[r] + at) : six_bits(load(in[r] + at)));
     transpose_bytes(v);
     for (int s = 0; s < MK_PARTS; s++)
         for (int h = 0; h < 2; h++)
-            memcpy(out + 32 * s + 16 * h, &v[type == MK_Q6_K ? 2 * s + h : s / 4 * 8 + 4 * h + s % 4], 16);
+            memcpy(out + 32 * s + 16 * h, &v[mk_halved(type) ? 2 * s + h : s / 4 * 8 + 4 * h + s % 4], 16);
 }
 
 /* Two parts' nibbles lie in the halves of 32 bytes at `from`: their first 16 values, then the other 16 (mk_halves). */
@@ -115,10 +125,10 @@ MK_INLINE void pack_low(const uint8_t *const *in, int from, uint8_t *first, uint
     for (int g = 0; g < 4; g++) memcpy(first + 64 * g, &low[g], 16), memcpy(second + 64 * g, &high[g], 16);
 }
 
-/* Bit s of byte 4g + b of four rows' 32 becomes bit g of byte b of word s. */
-MK_INLINE void pack_fifth_bits(const uint8_t *const *in, const int part_bytes, uint8_t *out) {
+/* Bit s of byte 4g + b of four rows' 32 at `from` becomes bit g of byte b of word s. */
+MK_INLINE void pack_one_bit(const uint8_t *const *in, int from, const int part_bytes, uint8_t *out) {
     words v[8];
-    for (int r = 0; r < 4; r++) v[r] = load(in[r] + 16), v[4 + r] = load(in[r] + 32);
+    for (int r = 0; r < 4; r++) v[r] = load(in[r] + from), v[4 + r] = load(in[r] + from + 16);
     transpose_words(v), transpose_words(v + 4);
     for (int g = 0; g < 8; g += 2) trade(v + g, v + g + 1, 1, 0x55555555u);
     for (int g = 0; g < 8; g++)
@@ -128,7 +138,7 @@ MK_INLINE void pack_fifth_bits(const uint8_t *const *in, const int part_bytes, u
 }
 
 /* Bits 2s and 2s + 1 of byte 4g + b of four rows' 16 at `from` become bits 2g and 2g + 1 of byte b of word s. */
-MK_INLINE void pack_top_bits(const uint8_t *const *in, int from, const int part_bytes, uint8_t *out) {
+MK_INLINE void pack_two_bits_of_16(const uint8_t *const *in, int from, const int part_bytes, uint8_t *out) {
     words v[4] = {load(in[0] + from), load(in[1] + from), load(in[2] + from), load(in[3] + from)};
     transpose_words(v);
     for (int g = 0; g < 4; g += 2) trade(v + g, v + g + 1, 2, 0x33333333u);
@@ -136,14 +146,20 @@ MK_INLINE void pack_top_bits(const uint8_t *const *in, int from, const int part_
     for (int s = 0; s < 4; s++) memcpy(out + part_bytes * s, &v[s], 16);
 }
 
+/* The same of 64 bytes, of which 32 belong to four parts. */
+MK_INLINE void pack_two_bits(const uint8_t *const *in, int from, const int part_bytes, uint8_t *out) {
+    for (int i = 0; i < 4; i++)
+        pack_two_bits_of_16(in, from + 16 * i, part_bytes, out + part_bytes * (i / 2 * 4) + 64 * (i % 2));
+}
+
 /* A block of IQ4_XS: nibbles lie as they do in a tile, and each part has one scale. */
 MK_INLINE void pack_iq4_xs(const uint8_t *const *in, uint8_t *out) {
-    for (int r = 0; r < MK_TILE; r++) {
-        mk_part parts[MK_PARTS];
-        mk_split(MK_IQ4_XS, in[r], parts);
-        memcpy(out + 2 * r, in[r], 2);
-        for (int s = 0; s < MK_PARTS; s++) out[mk_scales_at(MK_IQ4_XS) + MK_TILE * s + r] = parts[s].scales[0];
-    }
+    for (int r = 0; r < MK_TILE; r++)
+        for (int s = 0; s < MK_PARTS; s++) {
+            mk_part part;
+            mk_split(MK_IQ4_XS, in[r], s, &part);
+            out[mk_scales_at(MK_IQ4_XS) + MK_TILE * s + r] = (uint8_t)part.scale[0];
+        }
     for (int s = 0; s < MK_PARTS; s++)
         interleave(in, 8 + 16 * s, out + mk_values_at(MK_IQ4_XS) + mk_part_bytes(MK_IQ4_XS) * s);
 }
@@ -154,9 +170,7 @@ MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at
     const uint8_t *in[MK_TILE];
     for (int r = 0; r < MK_TILE; r++) {
         in[r] = r < rows ? rows_in[r] + at : nothing;
-        if (type == MK_IQ4_XS) continue;
-        if (type == MK_Q6_K) memcpy(out + 2 * r, in[r] + 208, 2);
-        else memcpy(out + 2 * r, in[r], 2), memcpy(out + 32 + 2 * r, in[r] + 2, 2);
+        for (int i = 0; i < mk_f16s(type); i++) memcpy(out + 32 * i + 2 * r, in[r] + mk_d_at(type) + 2 * i, 2);
     }
     if (type == MK_IQ4_XS) {
         pack_iq4_xs(in, out);
@@ -166,13 +180,14 @@ MK_INLINE void pack_super(const int type, const uint8_t *const *rows_in, long at
     out += mk_values_at(type);
     for (int r = 0; r < MK_TILE; r += 4, out += 16) {
         const uint8_t *const *four = in + r;
-        for (int i = 0; i < 4; i++) { /* of Q6_K, parts s and s + 2 share bytes; of the others, s and s + 1 */
-            int first = type == MK_Q6_K ? i / 2 * 4 + i % 2 : 2 * i, second = first + (type == MK_Q6_K ? 2 : 1);
+        for (int i = 0; i < 4 && mk_bits(type) > 3; i++) { /* of Q6_K, parts s and s + 2 share bytes; of the others, */
+            int first = type == MK_Q6_K ? i / 2 * 4 + i % 2 : 2 * i, second = first + (type == MK_Q6_K ? 2 : 1); /* s + 1 */
             pack_low(four, nibbles + 32 * i, out + part * first, out + part * second);
         }
-        if (type == MK_Q5_K) pack_fifth_bits(four, part, out + 256);
-        for (int i = 0; i < 4 && type == MK_Q6_K; i++)
-            pack_top_bits(four, 128 + 16 * i, part, out + part * (i / 2 * 4) + 256 + 64 * (i % 2));
+        if (type == MK_Q5_K) pack_one_bit(four, 16, part, out + 256);
+        if (type == MK_Q6_K) pack_two_bits(four, 128, part, out + 256);
+        if (type == MK_Q3_K) pack_one_bit(four, 0, part, out + 128);
+        if (type == MK_Q3_K || type == MK_Q2_K) pack_two_bits(four, type == MK_Q3_K ? 32 : 16, part, out);
     }
 }
 

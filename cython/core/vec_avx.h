@@ -106,15 +106,14 @@ MK_INLINE int32_t vi_sum(vi a) {
 }
 
 XMM(vb_load, (const uint8_t *p), _mm_loadu_si128((const void *)(p + 16 * j)))
-XMM(vb_low, (vb a), _mm_and_si128(a.q[j], _mm_set1_epi8(15)))
-XMM(vb_high, (vb a), _mm_and_si128(_mm_srli_epi16(a.q[j], 4), _mm_set1_epi8(15)))
-MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
+MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
     QUARTERS {
-        __m128i b = from < 4 ? _mm_slli_epi16(bits.q[j], 4 - from) : _mm_srli_epi16(bits.q[j], from - 4);
-        low.q[j] = _mm_or_si128(low.q[j], _mm_and_si128(b, _mm_set1_epi8((char)(mask << 4))));
+        a.q[j] = from < to ? _mm_slli_epi16(a.q[j], to - from) : _mm_srli_epi16(a.q[j], from - to);
+        a.q[j] = _mm_and_si128(a.q[j], _mm_set1_epi8((char)(mask << to)));
     }
-    return low;
+    return a;
 }
+XMM(vb_or, (vb a, vb b), _mm_or_si128(a.q[j], b.q[j]))
 XMM(vb_table, (const int8_t *table, vb a), _mm_shuffle_epi8(_mm_loadu_si128((const void *)table), a.q[j]))
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }

@@ -63,20 +63,14 @@ MK_INLINE int32_t vi_sum(vi a) {
 MK_INLINE vb vb_load(const uint8_t *p) {
     return (vb){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
 }
-MK_INLINE vb vb_low(vb a) {
-    __m256i mask = _mm256_set1_epi8(15);
-    return (vb){_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+MK_INLINE __m256i ymm_bits(__m256i a, const int from, const int mask, const int to) {
+    a = from < to ? _mm256_slli_epi16(a, to - from) : _mm256_srli_epi16(a, from - to);
+    return _mm256_and_si256(a, _mm256_set1_epi8((char)(mask << to)));
 }
-MK_INLINE vb vb_high(vb a) {
-    return vb_low((vb){_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
+MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
+    return (vb){ymm_bits(a.lo, from, mask, to), ymm_bits(a.hi, from, mask, to)};
 }
-MK_INLINE __m256i ymm_more(__m256i low, __m256i bits, const int from, const int mask) {
-    bits = from < 4 ? _mm256_slli_epi16(bits, 4 - from) : _mm256_srli_epi16(bits, from - 4);
-    return _mm256_or_si256(low, _mm256_and_si256(bits, _mm256_set1_epi8((char)(mask << 4))));
-}
-MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
-    return (vb){ymm_more(low.lo, bits.lo, from, mask), ymm_more(low.hi, bits.hi, from, mask)};
-}
+MK_INLINE vb vb_or(vb a, vb b) { return (vb){_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 MK_INLINE vb vb_table(const int8_t *table, vb nibbles) {
     __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
     return (vb){_mm256_shuffle_epi8(all, nibbles.lo), _mm256_shuffle_epi8(all, nibbles.hi)};

@@ -100,12 +100,11 @@ MK_INLINE vf vf_sums(const vf *a, const int step) {
 }
 
 MK_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
-MK_INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-MK_INLINE vb vb_high(vb a) { return vb_low(_mm512_srli_epi16(a, 4)); }
-MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
-    bits = from < 4 ? _mm512_slli_epi16(bits, 4 - from) : _mm512_srli_epi16(bits, from - 4);
-    return _mm512_or_si512(low, _mm512_and_si512(bits, _mm512_set1_epi8((char)(mask << 4))));
+MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
+    a = from < to ? _mm512_slli_epi16(a, to - from) : _mm512_srli_epi16(a, from - to);
+    return _mm512_and_si512(a, _mm512_set1_epi8((char)(mask << to)));
 }
+MK_INLINE vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
 MK_INLINE vb vb_table(const int8_t *table, vb nibbles) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), nibbles);
 }

@@ -100,16 +100,14 @@ VF(vf_sums, (const vf *a, const int step), vpaddq_f32(neon_halves(a[4 * j * step
                                                       neon_halves(a[(4 * j + 2) * step], a[(4 * j + 3) * step])))
 
 VB(vb_load, (const uint8_t *p), vreinterpretq_s8_u8(vld1q_u8(p + 16 * j)))
-VB(vb_low, (vb a), vandq_s8(a.q[j], vdupq_n_s8(15)))
-VB(vb_high, (vb a), vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.q[j]), 4)))
-MK_INLINE vb vb_more(vb low, vb bits, const int from, const int mask) {
+MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
     QUARTERS {
-        uint8x16_t b = vshlq_u8(vreinterpretq_u8_s8(bits.q[j]), vdupq_n_s8((int8_t)(4 - from)));
-        b = vandq_u8(b, vdupq_n_u8((uint8_t)(mask << 4)));
-        low.q[j] = vorrq_s8(low.q[j], vreinterpretq_s8_u8(b));
+        uint8x16_t b = vshlq_u8(vreinterpretq_u8_s8(a.q[j]), vdupq_n_s8((int8_t)(to - from)));
+        a.q[j] = vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8((uint8_t)(mask << to))));
     }
-    return low;
+    return a;
 }
+VB(vb_or, (vb a, vb b), vorrq_s8(a.q[j], b.q[j]))
 VB(vb_table, (const int8_t *table, vb a), vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_s8(a.q[j])))
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }

@@ -65,13 +65,12 @@ VF(vf_halves, (vf a), j < 8 ? a.f[j] + a.f[(j + 8) & 15] : 0.0f) /* the first st
 VF(vf_sums, (const vf *a, int step), vf_hadd(a[j * step])) /* of 16 vectors that lie so far apart */
 
 MK_INLINE vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }
-MK_INLINE vb vb_low(vb a) { for (int j = 0; j < 64; j++) a.b[j] &= 15; return a; }
-MK_INLINE vb vb_high(vb a) { for (int j = 0; j < 64; j++) a.b[j] = (int8_t)((uint8_t)a.b[j] >> 4); return a; }
-/* Nibbles with more bits above: those of `bits` from `from` on, as many as `mask` (1 or 3) has. */
-MK_INLINE vb vb_more(vb low, vb bits, int from, int mask) {
-    for (int j = 0; j < 64; j++) low.b[j] |= (int8_t)(((uint8_t)bits.b[j] >> from & mask) << 4);
-    return low;
+/* Of every byte the bits from `from` on, as many as `mask` has, moved to `to`. */
+MK_INLINE vb vb_bits(vb a, int from, int mask, int to) {
+    for (int j = 0; j < 64; j++) a.b[j] = (int8_t)(((uint8_t)a.b[j] >> from & mask) << to);
+    return a;
 }
+MK_INLINE vb vb_or(vb a, vb b) { for (int j = 0; j < 64; j++) a.b[j] |= b.b[j]; return a; }
 MK_INLINE vb vb_table(const int8_t *table, vb nibbles) { /* table [16] */
     for (int j = 0; j < 64; j++) nibbles.b[j] = table[nibbles.b[j]];
     return nibbles;

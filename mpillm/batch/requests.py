@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
+from mpillm.batch.order import Order
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
@@ -36,6 +37,7 @@ class CheckedInput:
     model: Model
     lines: list[Line] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
+    order: Order = field(default_factory=Order)  # in which to compute the lines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -55,24 +57,46 @@ class CheckedInput:
             for line in self.lines
         ]
 
+    def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
+        """The good lines without the custom_ids in `done`, in the order in which they are best computed."""
+        return self._without(done, self.order.indices())
+
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
         """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
+        return self._works(self._without(done, range(len(self))))
+
+    def ordered_works(self, done: Container[str] = ()) -> Iterator[Work]:
+        """The same in the order in which it is best computed."""
+        return self._works(self.unanswered(done))
+
+    def _works(self, lines: Iterable[Line]) -> Iterator[Work]:
         with _opened(self.path) as file:
-            for line in self.lines:
-                if line.error is None and line.custom_id not in done:
-                    yield self._work(file, line)
+            for line in lines:
+                yield self._work(file, line)
+
+    def _without(self, done: Container[str], indices: Iterable[int]) -> Iterator[Line]:
+        lines = map(self.lines.__getitem__, indices)
+        return (line for line in lines if line.error is None and line.custom_id not in done)
 
     def work(self, line: Line) -> Work:
         """One good line's work."""
         with _opened(self.path) as file:
             return self._work(file, line)
 
+    def content(self, line: Line) -> bytes:
+        """The bytes of a line."""
+        with _opened(self.path) as file:
+            return self._content(file, line)
+
     def _work(self, file: BinaryIO, line: Line) -> Work:
+        return make_work(line, bodies.decode_line(self._content(file, line)), self.spec, self.model)
+
+    def _content(self, file: BinaryIO, line: Line) -> bytes:
         file.seek(line.offset)
         raw = file.read(line.length)
         if _digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
-        return make_work(line, bodies.decode_line(raw), self.spec, self.model)
+        return raw
 
 
 def check(
@@ -120,7 +144,9 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
     except RequestError as problem:
         said = str(problem).rstrip(".")
         said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
+        batch.order.add(None)
         return replace(line, error=f"Line {line.number}: {said}.")
+    batch.order.add(work)
     if (model := work.endpoint.model) is not None:
         name = model[:100]
         if name not in batch.models and len(batch.models) >= MAX_MODELS:

@@ -63,6 +63,8 @@ WEIGHTS = {
         "Q5_0",
         "Q5_1",
         "Q8_0",
+        "Q2_K",
+        "Q3_K",
         "Q4_K",
         "Q5_K",
         "Q6_K",
@@ -77,6 +79,8 @@ WEIGHTS = {
 # llama.cpp's usual mixtures: these types, and Q6_K where `_more_bits` says.
 MIXTURES = {"q4_k_m": Type.Q4_K, "q5_k_m": Type.Q5_K}
 INSTEAD = {
+    Type.Q2_K: Type.Q4_0,
+    Type.Q3_K: Type.Q4_0,
     Type.Q4_K: Type.Q5_0,
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
@@ -275,6 +279,8 @@ _SCALES: dict[Type, dict[int, float]] = {
     Type.Q4_K: {0: 1 / 250, 2: 1 / 36},
     Type.Q5_K: {0: 1 / 500, 2: 1 / 36},
     Type.Q6_K: {208: 1 / 1360},
+    Type.Q3_K: {108: 1 / 43},
+    Type.Q2_K: {80: 1 / 11, 82: 1 / 11},
     Type.IQ4_NL: {0: 1 / 67},
     Type.IQ4_XS: {0: 1 / 1240},
     Type.MXFP4: {},

@@ -1,4 +1,4 @@
-"""The messages of a step: sums over the shards of a stage, activations between stages, orders and replies.
+"""The ranks' messages: sums over the shards of a stage, activations between stages, orders and replies, requests.
 
 Nothing here pickles and nothing blocks: what is sent leaves in the background from a buffer that is kept until it has
 gone, and what is waited for is waited for by `World.wait`, which spares the cores. Messages of one kind between two
@@ -39,6 +39,7 @@ class Tag(IntEnum):
     PIPE = 2
     STEP = 3
     REPLY = 4
+    REQUESTS = 5
 
 
 class _Codec:
@@ -77,7 +78,7 @@ class _Space:
         return self._bytes[:nbytes].reshape(shape)
 
 
-class _Outbox:
+class Outbox:
     """Messages under way. Each keeps its buffer until MPI has no more use for it."""
 
     def __init__(self, world: World, count: Count) -> None:
@@ -94,12 +95,13 @@ class _Outbox:
         requests.extend(self._world.comm.Isend([data, MPI.BYTE], rank, tag) for rank in ranks)
         self._count.sent(len(ranks), len(data))
 
-    def progress(self) -> None:
-        """Move messages on and forget those that are gone."""
+    def progress(self) -> bool:
+        """Move messages on and forget those that are gone; return whether all are."""
         from mpi4py import MPI
 
         while self._under_way and MPI.Request.Testall(self._under_way[0][0]):
             self._under_way.popleft()
+        return not self._under_way
 
 
 def _finish(world: World, requests: list[MPI.Request], expected: list[int], count: Count) -> None:
@@ -131,7 +133,7 @@ class Group:
         self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
     ) -> None:
         self._world, self._shards, self._shard = world, place.shards, place.shard
-        self._first = place.stage * place.shards
+        self._first = place.first + place.stage * place.shards
         self._codec, self._count = _Codec(wire, threads), counters.all_reduce
         self._parts = _Space()
 
@@ -164,21 +166,22 @@ class Pipe:
         self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
     ) -> None:
         self._world, self._place = world, place
+        self._rank = place.first + place.rank
         self._codec, self._count = _Codec(wire, threads), counters.pipe
-        self._outbox = _Outbox(world, counters.pipe)
+        self._outbox = Outbox(world, counters.pipe)
 
     def send(self, x: F32) -> None:
         """Send f32 [m, d] to the next stage; x may be changed at once."""
         assert not self._place.is_last_stage
         data = np.empty((len(x), self._codec.type.row_bytes(x.shape[1])), np.uint8)
         self._codec.encode(x, data)
-        self._outbox.send(data.reshape(-1), [self._place.rank + self._place.shards], Tag.PIPE)
+        self._outbox.send(data.reshape(-1), [self._rank + self._place.shards], Tag.PIPE)
 
     def recv(self, m: int, d: int) -> F32:
         """Return the f32 [m, d] that the previous stage sent next; it belongs to the caller."""
         assert not self._place.is_first_stage
         data = np.empty((m, self._codec.type.row_bytes(d)), np.uint8)
-        request = self._world.comm.Irecv(data, self._place.rank - self._place.shards, Tag.PIPE)
+        request = self._world.comm.Irecv(data, self._rank - self._place.shards, Tag.PIPE)
         _finish(self._world, [request], [data.nbytes], self._count)
         return self._codec.decode(data, d)
 
@@ -188,29 +191,31 @@ class Pipe:
 
 
 class Channel:
-    """Orders from rank 0 to all others, and replies to rank 0, as bytes of any length."""
+    """Orders from a replica's leader to its other ranks, and replies to the leader, as bytes of any length."""
 
-    def __init__(self, world: World, counters: MessageCounters) -> None:
+    def __init__(self, world: World, counters: MessageCounters, ranks: range | None = None) -> None:
+        """`ranks` are those of the replica, the leader first; all of the world if it is the only one."""
         self._world, self._counters = world, counters
-        self._orders, self._replies = _Outbox(world, counters.step), _Outbox(world, counters.reply)
+        self._ranks = ranks if ranks is not None else range(world.size)
+        self._orders, self._replies = Outbox(world, counters.step), Outbox(world, counters.reply)
 
     def post(self, order: bytes) -> None:
-        """Rank 0: send an order to every other rank."""
-        assert self._world.rank == 0
-        self._orders.send(order, list(range(1, self._world.size)), Tag.STEP)
+        """The leader: send an order to every other rank."""
+        assert self._world.rank == self._ranks[0]
+        self._orders.send(order, list(self._ranks[1:]), Tag.STEP)
 
     def take(self) -> bytes:
-        """Every rank but 0: return the next order."""
-        return self._receive(0, Tag.STEP, self._counters.step)
+        """Every other rank: return the next order."""
+        return self._receive(self._ranks[0], Tag.STEP, self._counters.step)
 
     def reply(self, answer: bytes) -> None:
-        """Every rank but 0: send an answer to rank 0."""
-        assert self._world.rank > 0
-        self._replies.send(answer, [0], Tag.REPLY)
+        """Every other rank: send an answer to the leader."""
+        assert self._world.rank in self._ranks[1:]
+        self._replies.send(answer, [self._ranks[0]], Tag.REPLY)
 
     def collect(self, source: int) -> bytes:
-        """Rank 0: return the next answer of rank `source`."""
-        return self._receive(source, Tag.REPLY, self._counters.reply)
+        """The leader: return the next answer of the replica's rank number `source`."""
+        return self._receive(self._ranks[source], Tag.REPLY, self._counters.reply)
 
     def _receive(self, source: int, tag: Tag, count: Count) -> bytes:
         from mpi4py import MPI

@@ -25,8 +25,9 @@ class MessageCounters:
 
     all_reduce: Count = field(default_factory=Count)  # between the shards of a stage
     pipe: Count = field(default_factory=Count)  # activations, from stage to stage
-    step: Count = field(default_factory=Count)  # what to compute, from rank 0 to all
-    reply: Count = field(default_factory=Count)  # candidates for the next token, to rank 0
+    step: Count = field(default_factory=Count)  # what to compute, from a replica's leader to its other ranks
+    reply: Count = field(default_factory=Count)  # candidates for the next token, to the leader
+    requests: Count = field(default_factory=Count)  # lines and answers, between rank 0 and the other leaders
 
     def as_dict(self) -> dict[str, dict[str, int | float]]:
         return asdict(self)

@@ -16,7 +16,7 @@ from mpillm.engine.adjust import shifts
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
-from mpillm.engine.scheduler import Limits, Scheduler, Totals, longest_first
+from mpillm.engine.scheduler import Limits, Scheduler, Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
 from mpillm.engine.step import Chunk, Fetch, Hidden, Kind, Output, Step, Table
 from mpillm.model.cache_layout import blocks_for
@@ -102,10 +102,8 @@ class Engine:
         A server's `requests` is an iterator that may go on after it has ended: `more` is called when nothing is left to
         do, waits for the next request, and returns False when there will be none.
         """
-        limits = self._limits
         sequences = _Sequences(requests, self.totals)
-        waiting = longest_first(sequences, limits.max_running) if more is None else sequences
-        scheduler = Scheduler(limits, waiting, self.totals)
+        scheduler = Scheduler(self._limits, sequences, self.totals)
         self._scheduler = scheduler
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()

@@ -303,25 +303,3 @@ class Scheduler:
 
 def _number(sequence: Sequence) -> int:
     return sequence.number
-
-
-def longest_first(sequences: Iterator[Sequence], window: int) -> Iterator[Sequence]:
-    """Let sequences that only read (scores, embeddings) go in windows, the longest of each first.
-
-    A long prompt's chunks must follow each other, so at the end of a run it should not be the one that is left.
-    Sequences that generate go on as they come: how long they will be is not known.
-    """
-    readers: list[Sequence] = []
-    for sequence in sequences:
-        if not sequence.request.only_reads:
-            yield sequence
-            continue
-        readers.append(sequence)
-        if len(readers) == window:
-            yield from sorted(readers, key=_length, reverse=True)
-            readers.clear()
-    yield from sorted(readers, key=_length, reverse=True)
-
-
-def _length(sequence: Sequence) -> int:
-    return len(sequence.tokens)

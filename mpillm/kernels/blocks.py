@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mpillm.kernels import super_blocks
 from mpillm.kernels.lanes import fma
 from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
     F32,
     QUANT_BLOCK,
     ROW_GROUP,
-    SUPER_BLOCK,
     TILE_ROWS,
     U8,
     BlockType,
@@ -33,36 +33,11 @@ ACTIVATION = np.dtype(
     ]
 )
 assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
-PARTS = SUPER_BLOCK // QUANT_BLOCK
 PACKED = {
     BlockType.Q8_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (8, TILE_ROWS, 4))]),
     BlockType.Q4_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]),
     BlockType.Q4_1: np.dtype(
         [("d", "<f2", TILE_ROWS), ("m", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]
-    ),
-    # K-quants: two small numbers for each part and row (scale and minimum, or two scales), then the parts' values.
-    BlockType.Q4_K: np.dtype(
-        [
-            ("d", "<f2", TILE_ROWS),
-            ("m", "<f2", TILE_ROWS),
-            ("scales", "u1", (PARTS, 2, TILE_ROWS)),
-            ("q", "u1", (PARTS, 4, TILE_ROWS, 4)),
-        ]
-    ),
-    BlockType.Q5_K: np.dtype(
-        [
-            ("d", "<f2", TILE_ROWS),
-            ("m", "<f2", TILE_ROWS),
-            ("scales", "u1", (PARTS, 2, TILE_ROWS)),
-            ("q", "u1", (PARTS, 5, TILE_ROWS, 4)),
-        ]
-    ),
-    BlockType.Q6_K: np.dtype(
-        [
-            ("d", "<f2", TILE_ROWS),
-            ("scales", "u1", (PARTS, 2, TILE_ROWS)),
-            ("q", "u1", (PARTS, 6, TILE_ROWS, 4)),
-        ]
     ),
     BlockType.MXFP4: np.dtype([("e", "u1", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]),
     BlockType.IQ4_NL: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]),
@@ -70,31 +45,19 @@ PACKED = {
     BlockType.Q5_1: np.dtype(
         [("d", "<f2", TILE_ROWS), ("m", "<f2", TILE_ROWS), ("q", "u1", (5, TILE_ROWS, 4))]
     ),
-    BlockType.IQ4_XS: np.dtype(
-        [
-            ("d", "<f2", TILE_ROWS),
-            ("scales", "u1", (PARTS, 1, TILE_ROWS)),
-            ("q", "u1", (PARTS, 4, TILE_ROWS, 4)),
-        ]
-    ),
+    **super_blocks.PACKED,
 }
 CANONICAL = {
     BlockType.Q8_0: np.dtype([("d", "<f2"), ("q", "u1", 32)]),
     BlockType.Q4_0: np.dtype([("d", "<f2"), ("q", "u1", 16)]),
     BlockType.Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]),
-    BlockType.Q4_K: np.dtype([("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("low", "u1", 128)]),
-    BlockType.Q5_K: np.dtype(
-        [("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("high", "u1", 32), ("low", "u1", 128)]
-    ),
-    BlockType.Q6_K: np.dtype([("low", "u1", 128), ("high", "u1", 64), ("scales", "u1", 16), ("d", "<f2")]),
     BlockType.MXFP4: np.dtype([("e", "u1"), ("q", "u1", 16)]),
     BlockType.IQ4_NL: np.dtype([("d", "<f2"), ("q", "u1", 16)]),
     BlockType.Q5_0: np.dtype([("d", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
     BlockType.Q5_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
-    BlockType.IQ4_XS: np.dtype([("d", "<f2"), ("scales", "u1", 6), ("low", "u1", 128)]),
+    **super_blocks.CANONICAL,
 }
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # doubled
-IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 
 
 def round_away(x: F32) -> F32:
@@ -205,8 +168,8 @@ def plain_integers(type: BlockType, q: U8, high: U8 | None = None) -> npt.NDArra
             values = values - np.int8(16)
         case BlockType.MXFP4:
             values = E2M1[values]
-        case BlockType.IQ4_NL | BlockType.IQ4_XS:
-            values = IQ4[values]
+        case BlockType.IQ4_NL:
+            values = super_blocks.IQ4[values]
     return values
 
 
@@ -215,90 +178,6 @@ def fifth_bits(blocks: npt.NDArray[np.void]) -> U8 | None:
     if "high" not in (blocks.dtype.names or ()):
         return None
     return np.unpackbits(np.ascontiguousarray(blocks["high"]), axis=-1, bitorder="little")
-
-
-def integers(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """The values' integers uint8 [..., 8, 32] of K-quant blocks, before scales, minima and Q6_K's -32."""
-    chunk = {BlockType.Q6_K: 64, BlockType.IQ4_XS: 16}.get(
-        type, 32
-    )  # bytes whose low halves come before their high ones
-    low = blocks["low"].reshape(*blocks.shape, 128 // chunk, 1, chunk)
-    values: U8 = np.concatenate([low & 15, low >> 4], axis=-2).reshape(*blocks.shape, PARTS, QUANT_BLOCK)
-    if type in (BlockType.Q4_K, BlockType.IQ4_XS):
-        return values
-    bits = 1 if type == BlockType.Q5_K else 2
-    turns = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    more = blocks["high"].reshape(*blocks.shape, bits, 1, QUANT_BLOCK) >> turns & (2**bits - 1)
-    values |= more.reshape(values.shape) << 4
-    return values
-
-
-def high_bits(words: U8) -> U8:
-    """What lies above the nibbles of rows [n, bytes] of a packed part: uint8 [n, 32] (or 0)."""
-    bits = {0: 0, 4: 1, 8: 2}[words.shape[1]]
-    if not bits:
-        return np.zeros((len(words), 1), np.uint8)
-    places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    more: U8 = words.reshape(len(words), words.shape[1] // 4, 1, 4) >> places & (2**bits - 1)
-    return more.reshape(len(words), QUANT_BLOCK)
-
-
-def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """Of each part of K-quant blocks: scale and minimum, both scales, or one (int8): uint8 [..., 8, 1 or 2]."""
-    q = blocks["scales"]
-    if type == BlockType.IQ4_XS:
-        high = q[..., :2, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
-        low = np.stack([q[..., 2:] & 15, q[..., 2:] >> 4], axis=-1)
-        scale: U8 = (low.reshape(*blocks.shape, PARTS) | high.reshape(*blocks.shape, PARTS) << 4) - np.uint8(
-            32
-        )
-        return scale[..., None]
-    if type == BlockType.Q6_K:
-        return q.reshape(*blocks.shape, PARTS, 2)
-    first, second, mixed = q[..., :4], q[..., 4:8], q[..., 8:]
-    scale = np.concatenate([first & 63, mixed & 15 | first >> 6 << 4], axis=-1)
-    minimum = np.concatenate([second & 63, mixed >> 4 | second >> 6 << 4], axis=-1)
-    return np.stack([scale, minimum], axis=-1)
-
-
-def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """Values f32 [..., 256] of K-quant blocks: the products are exact, so that a value is rounded once."""
-    q, scales = integers(type, blocks), small_scales(type, blocks)
-    d = blocks["d"].astype(np.float32)[..., None, None]
-    with np.errstate(all="ignore"):
-        if type == BlockType.Q6_K:
-            halves = (q.view(np.int8) - np.int8(32)).reshape(*q.shape[:-1], 2, 16)
-            values = d[..., None] * scales.view(np.int8)[..., None] * halves
-        elif type == BlockType.IQ4_XS:
-            values = d * scales.view(np.int8) * IQ4[q]
-        else:
-            minimum = blocks["m"].astype(np.float32)[..., None, None] * scales[..., 1:]
-            values = d * scales[..., :1] * q - minimum
-    result: F32 = values.astype(np.float32, copy=False).reshape(*blocks.shape, SUPER_BLOCK)
-    return result
-
-
-def interleaved_super(type: BlockType, source: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Tiles [tile, block] of K-quant blocks [tile, block, 16]: super.h says where each bit goes."""
-    packed = np.empty(source.shape[:2], PACKED[type])
-    packed["d"] = source["d"]
-    if "m" in (source.dtype.names or ()):
-        packed["m"] = source["m"]
-    packed["scales"] = small_scales(type, source).transpose(0, 1, 3, 4, 2)
-    q = integers(type, source).transpose(0, 1, 3, 2, 4)  # tile, block, part, row, column
-    low = q & 15
-    nibbles = low[..., :16] | low[..., 16:] << 4
-    groups = [nibbles.reshape(*q.shape[:-1], 4, 4)]
-    if type in (
-        BlockType.Q5_K,
-        BlockType.Q6_K,
-    ):  # columns of a word: as many groups of 4 as its bytes have room for
-        bits = 1 if type == BlockType.Q5_K else 2
-        more = (q >> 4).reshape(*q.shape[:-1], bits, 8 // bits, 4)
-        places = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-        groups.append(np.bitwise_or.reduce(more << places, axis=-2))
-    packed["q"] = np.concatenate(groups, axis=-2).swapaxes(-3, -2)
-    return packed
 
 
 def decode(type: BlockType, canonical: U8, k: int) -> F32:
@@ -312,7 +191,7 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
         return (canonical.view("<u2")[:, :k].astype(np.uint32) << 16).view(np.float32)
     blocks = canonical.view(CANONICAL[type])
     if type.k_quant:
-        return decode_super(type, blocks).reshape(len(canonical), -1)
+        return super_blocks.decode_super(type, blocks).reshape(len(canonical), -1)
     with np.errstate(invalid="ignore", over="ignore"):
         d, q = plain_scales(type, blocks)[..., None], plain_integers(type, blocks["q"], fifth_bits(blocks))
         values = d * q
@@ -338,18 +217,14 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
         )  # tile, block, row, byte
         source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
         if type.k_quant:
-            panels.append(interleaved_super(type, source).view(np.uint8).reshape(-1))
+            panels.append(super_blocks.interleaved_super(type, source).view(np.uint8).reshape(-1))
             continue
         packed = np.empty(source.shape[:2], PACKED[type])
         for field in set(source.dtype.names or ()) - {"q", "high"}:
             packed[field] = source[field]
         words = source["q"].reshape(*source.shape, source.dtype["q"].shape[0] // 4, 4)
-        if (
-            high := fifth_bits(source)
-        ) is not None:  # bit g of byte b of a word of its own is column 4 g + b's
-            places = np.arange(8, dtype=np.uint8)[:, None]
-            bits = np.bitwise_or.reduce(high.reshape(*source.shape, 8, 4) << places, axis=-2)
-            words = np.concatenate([words, bits[..., None, :]], axis=-2)
+        if (high := fifth_bits(source)) is not None:
+            words = np.concatenate([words, super_blocks.field_of(high, 1)], axis=-2)
         packed["q"] = words.transpose(0, 1, 3, 2, 4)
         panels.append(packed.view(np.uint8).reshape(-1))
     return panels

@@ -47,6 +47,8 @@ class BlockType(IntEnum):
     Q5_0 = 11
     Q5_1 = 12
     IQ4_XS = 13
+    Q3_K = 14
+    Q2_K = 15
 
     @property
     def quantised(self) -> bool:
@@ -70,7 +72,7 @@ class BlockType(IntEnum):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of one block in the kernel-ready form: 6-bit scales (all but Q6_K's) become bytes."""
+        """Bytes of one block in the kernel-ready form, in which scales of 6 bits are bytes."""
         return TRAITS[self].packed
 
     def row_bytes(self, k: int) -> int:
@@ -102,6 +104,8 @@ TRAITS = {
     BlockType.Q5_0: Traits("plain", QUANT_BLOCK, 22, 22),
     BlockType.Q5_1: Traits("plain", QUANT_BLOCK, 24, 24),
     BlockType.IQ4_XS: Traits("super", SUPER_BLOCK, 136, 138),
+    BlockType.Q3_K: Traits("super", SUPER_BLOCK, 110, 114),
+    BlockType.Q2_K: Traits("super", SUPER_BLOCK, 84, 84),
 }
 
 

@@ -108,9 +108,10 @@ def undivided(units: int, width: int = 1) -> Axis:
 class Place:
     """A rank's place in the grid; the shards of a stage are neighbours in rank order."""
 
-    rank: int
+    rank: int  # within its replica
     stages: int
     shards: int
+    first: int = 0  # the world's rank of the replica's rank 0 (see `replicas`)
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.stages * self.shards, self
@@ -188,7 +189,7 @@ def choose(
             f"{refused} as {asked} (ranks = stages x shards); what works: {_listed(works)}. "
             "Change [layout] or the number of ranks."
         )
-    within = [pair for pair in fits if not _crosses_hosts(pair[1], ranks_per_host)]
+    within = [pair for pair in fits if not crosses_hosts(pair[1], ranks_per_host)]
     return (within or fits)[0]
 
 
@@ -203,12 +204,12 @@ def choose_fewer(
 
     def worth(pair: tuple[int, int]) -> tuple[bool, int, bool, bool, int]:
         used, same = pair[0] * pair[1], pair[1] == shards
-        return same and same_shards, used, same, not _crosses_hosts(pair[1], ranks_per_host), pair[1]
+        return same and same_shards, used, same, not crosses_hosts(pair[1], ranks_per_host), pair[1]
 
     return max(works, key=worth)
 
 
-def _crosses_hosts(shards: int, ranks_per_host: Sequence[int] | None) -> bool:
+def crosses_hosts(shards: int, ranks_per_host: Sequence[int] | None) -> bool:
     """True if some shard group has ranks of two hosts."""
     border = 0
     for ranks in (ranks_per_host or ())[:-1]:

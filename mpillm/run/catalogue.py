@@ -76,7 +76,7 @@ CATALOGUE: dict[str, Entry] = {
 HF_NAME = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?"
 )
-HF_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+HF_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model"]
 HF_NOT = ["*/*", "consolidated*"]  # other formats of the same weights live in folders and under this name
 
 

@@ -1,26 +1,24 @@
-"""Computing a job's requests with one session, on rank 0: lines become requests, completions go to the journal."""
+"""Computing a job's requests with one session, on rank 0: what all replicas answer goes to the journal."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 
 from mpillm.batch.answers import NOT_FINITE
-from mpillm.batch.pending import Pending
-from mpillm.engine.engine import Engine
+from mpillm.batch.work import Line
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Completion, PartialCompletion, Request
-from mpillm.errors import Interrupted, MpillmError
+from mpillm.errors import MpillmError
+from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
 from mpillm.run.job import Job, open_journal, unanswered
+from mpillm.run.leader import Given, Leader
 from mpillm.run.limits import cached_tokens, step_description
 from mpillm.run.progress import Bar, State
 from mpillm.run.session import Session
-from mpillm.store import results
 from mpillm.store.journal import Journal
-from mpillm.store.records import PartialResult, line_key
+from mpillm.store.records import Result
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
@@ -34,27 +32,32 @@ class Computation:
     def __init__(self, job: Job, session: Session, journal: Journal, totals: Totals) -> None:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
-        self.engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab, totals)
-        self._pending: dict[str, Pending] = {}
+        self._leader = Leader(session, job.spec, job.model, self._keep, totals)
+        lines = list(job.input.unanswered(journal.done))
+        self._dispatcher = Dispatcher(session, lines, self._assigned, self._keep)
         self._checked = time.monotonic()
 
     def continued(self, session: Session) -> Computation:
         """The rest of this computation, with a new session; what was computed is in the journal."""
-        self._save_everything()
+        self._leader.save_everything()
         self.journal.flush()
         self.close()
-        self._pending = {}
         journal = open_journal(session, self.job.spec, self.job.input, self.job.claim)
-        return Computation(self.job, session, journal, self.engine.totals)
+        return Computation(self.job, session, journal, self.totals)
 
     def close(self) -> None:
         """Close the journal."""
         self.journal.close()
 
+    @property
+    def totals(self) -> Totals:
+        """What all replicas have done so far."""
+        return added([self._leader.engine.totals, *self._dispatcher.totals])
+
     def run(self) -> None:
         """Compute all requests, and have every rank check that the model's files have not changed.
 
-        The followers stop when all is computed, and also when an error ends the computation.
+        The other ranks stop when all is computed, and also when an error ends the computation.
         """
         for line in self._capacity():
             self.job.progress.say(line)
@@ -62,14 +65,15 @@ class Computation:
             self._compute()
         except MpillmError as error:
             with suppress(MpillmError):  # such as a full disk, which is most likely the first error too
+                self._dispatcher.stop(error.exit_code)
                 if isinstance(error, ModelChangedError):
                     self.journal.drop_unverified()
                 elif self.job.spec.job.checkpoint_tokens:
-                    self._save_everything()
+                    self._leader.save_everything()
                 self.journal.flush()
-            self.engine.stop(error.exit_code)
+            self._leader.engine.stop(error.exit_code)
             raise
-        self.engine.stop(0)
+        self._leader.engine.stop(0)
         self._verify_model()
         if self.job.not_finite:
             self.job.warn(self._why_not_finite())
@@ -81,20 +85,48 @@ class Computation:
         self._checked = time.monotonic()
 
     def _compute(self) -> None:
-        journal, every = self.journal, self.job.spec.job.checkpoint_tokens
-        with self.job.progress.requests(unanswered(self.job.input, journal)) as bar:
-            for finished in self.engine.run(self._requests()):
+        leader, dispatcher = self._leader, self._dispatcher
+        with self.job.progress.requests(unanswered(self.job.input, self.journal)) as bar:
+            for finished in leader.engine.run(leader.requests(self._next), partial(self._more, bar)):
                 for completion in finished:
-                    self._take(completion)
-                if every:
-                    for unsaved in self.engine.unsaved(every):
-                        self._save(*unsaved)
-                self._show(journal.commit(), bar)
-                if time.monotonic() > self._checked + CHECK_EVERY:
-                    self.check_output()
-                if self.session.watch.check():
-                    journal.mark_verified()
-            self._show(journal.flush(), bar)
+                    if leader.take(completion):
+                        dispatcher.answered_here()
+                leader.save()
+                dispatcher.serve()
+                self._look(bar)
+            dispatcher.stop(0)
+            self._show(self.journal.flush(), bar)
+
+    def _next(self) -> Given | None:
+        """The next line for this replica; None if there is none now."""
+        line = self._dispatcher.take()
+        return (self.job.input.work(line), self.journal.partial(line)) if line is not None else None
+
+    def _more(self, bar: Bar) -> bool:
+        """Wait until this replica has a line to compute, while others compute; False when all lines are answered."""
+        while not self._dispatcher.done:
+            if self._dispatcher.has_more:
+                return True
+            self._dispatcher.wait()
+            self._look(bar)
+        return False
+
+    def _assigned(self, line: Line) -> Assigned:
+        return Assigned(line, self.job.input.content(line), self.journal.partial(line))
+
+    def _keep(self, record: Record) -> None:
+        """Append a record of any replica to the journal."""
+        if isinstance(record, Result) and record.status != 200:
+            self.job.not_finite[record.custom_id] = NOT_FINITE
+        self.journal.append(record)
+
+    def _look(self, bar: Bar) -> None:
+        """Between steps: bring what is due to disk, show it, and check that the files are still there."""
+        self._show(self.journal.commit(), bar)
+        if time.monotonic() > self._checked + CHECK_EVERY:
+            self.check_output()
+        if self.session.watch.check():
+            self.journal.mark_verified()
 
     def _verify_model(self) -> None:
         try:
@@ -110,12 +142,12 @@ class Computation:
         """Show that `count` more requests are on disk."""
         if count:
             since = time.monotonic() - self.job.phases.since
-            self.job.timeline.append((since, self.engine.totals.generated_tokens, len(self.journal.done)))
+            self.job.timeline.append((since, self.totals.generated_tokens, len(self.journal.done)))
         bar.update(count, self._state)
 
     def _state(self) -> State:
         """The state of the run, for the progress display."""
-        totals, session = self.engine.totals, self.session
+        totals, session = self.totals, self.session
         elapsed = max(time.monotonic() - self.job.phases.since, 1e-9)
         weights = session.weights
         caches = [weights.cycle, *([weights.experts] if weights.experts else [])]
@@ -127,47 +159,6 @@ class Computation:
             stalled=weights.stall_seconds / elapsed,
             waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
         )
-
-    def _requests(self) -> Iterator[Request]:
-        """The engine's requests, made line by line when the engine asks for them."""
-        for work in self.job.input.works(done=self.journal.done):
-            self._pending[work.custom_id] = Pending(work)
-            partial = self.journal.partial(work.line)
-            for request in work.requests:
-                if request.max_length > self.session.limits.max_length:
-                    raise Interrupted(
-                        f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
-                        "the same command goes on with as many ranks as before."
-                    )
-                yield replace(request, resumed=partial.get(request.choice))
-
-    def _take(self, completion: Completion) -> None:
-        """Keep a completion; the last one of a line sends the line's answer to the journal."""
-        pending = self._pending[completion.request.id]
-        completions = pending.take(completion)
-        if completions is None:
-            if len(completion.tokens) >= (self.job.spec.job.checkpoint_tokens or math.inf):
-                self._save(completion.request, 0, completion.since(0))
-            return
-        del self._pending[completion.request.id]
-        result = results.ended(pending.work, completions, self.job.model)
-        if result.status != 200:
-            self.job.not_finite[pending.work.custom_id] = NOT_FINITE
-        self.journal.append(result)
-
-    def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
-        """Append what a choice has generated from token `start` on to the journal."""
-        key = line_key(self._pending[request.id].work.line)
-        self.journal.append(PartialResult(request.id, key, request.choice, start, partial))
-
-    def _save_everything(self) -> None:
-        """Append everything that unfinished lines have generated to the journal."""
-        for unsaved in self.engine.unsaved():
-            self._save(*unsaved)
-        for pending in self._pending.values():
-            for completion in pending.completions:
-                if completion.tokens:
-                    self._save(completion.request, 0, completion.since(0))
 
     def _capacity(self) -> Iterator[str]:
         """What a step computes and the KV cache holds, where memory makes that worth a line."""

@@ -40,10 +40,11 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
         requests=report.Requests(
             total=len(lines), ok=len(lines) - errors, errors=errors, resumed=job.resumed
         ),
-        tokens=_tokens(computation.engine.totals),
-        batch=_steps(computation.engine.totals, session),
+        tokens=_tokens(computation.totals),
+        batch=_steps(computation.totals, session),
         stages=session.place.stages,
         shards=session.place.shards,
+        replicas=len(session.replicas),
         ranks=ranks,
         versions=_versions(),
         timeline=job.timeline,

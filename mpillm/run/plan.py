@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 import msgspec
 
@@ -12,12 +14,14 @@ from mpillm.model.activations import activations_of
 from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
-from mpillm.partition import grid
+from mpillm.partition import grid, replicas
 from mpillm.partition.grid import Place
+from mpillm.partition.replicas import Replica
 from mpillm.run import catalogue, memory
 from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import (
     CacheCapacity,
+    StepSize,
     cache_capacity,
     cache_in_file,
     cache_in_memory,
@@ -36,6 +40,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank will hold. Bytes."""
 
     rank: int
+    replica: int
     stage: int
     shard: int
     layers: tuple[int, int]  # first, and the one behind the last
@@ -62,9 +67,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     architecture: str
     weights: list[str]  # how matrices are stored, and what they become
-    stages: int
+    replicas: int
+    stages: int  # of the first replica, as what follows where replicas differ
     shards: int
-    layouts: list[tuple[int, int]]  # all that work, (stages, shards)
+    layouts: list[tuple[int, int]]  # all that work for a replica of so many ranks, (stages, shards)
     kv_type: str
     kv_tokens: int  # that the KV cache holds, in sequences of max_context tokens
     kv_tokens_in_memory: int  # of those; the others lie on disk
@@ -93,47 +99,27 @@ def make_plan(
     ranks_per_host: Sequence[int] | None = None,
 ) -> Plan:
     """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
-    stages, shards = grid.choose(config, ranks, spec.layout.stages, spec.layout.shards, ranks_per_host)
-    places = [Place(rank, stages, shards) for rank in range(ranks)]
-    caches = rank_layouts(config, places, spec.memory.kv_type)
-    pages = [rank_plans(config, place, source) for place in places]
-    shares = [_weights(spec, own) for own in pages]
-    read = [share["streamed"] for share in shares]
-    rows = activations_of(source, config)
-    step = step_size(spec, rows, places, any(read))
-    capacity = cache_capacity(spec, caches, read, step.sequences * stages)
-    windows, max_context = caches[0].windows, min(spec.memory.max_context, config.max_position)
-    kept = input_bytes(spec, config.hidden, step.sequences * stages)
-    processes = [
-        memory.process(source, config, place, len(own), kept)
-        for place, own in zip(places, pages, strict=True)
-    ]
-    plans = [
-        _rank(
-            spec,
-            config,
-            place,
-            cache,
-            capacity,
-            share,
-            memory.activations(rows, place, step.tokens),
-            process,
-        )
-        for place, cache, share, process in zip(places, caches, shares, processes, strict=True)
-    ]
+    found = replicas.choose(
+        config, ranks, spec.layout.replicas, spec.layout.stages, spec.layout.shards, ranks_per_host
+    )
+    laid_out = [_replica(spec, source, config, number, replica) for number, replica in enumerate(found)]
+    first, plans = laid_out[0], [rank for replica in laid_out for rank in replica.ranks]
+    stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
+    capacity, windows = first.capacity, first.caches[0].windows
     return Plan(
         model=spec.model,
         architecture=config.architecture,
         weights=weight_types(source),
+        replicas=len(found),
         stages=stages,
         shards=shards,
-        layouts=grid.layouts(config, ranks),
-        kv_type=caches[0].kv_type.name.lower(),
+        layouts=grid.layouts(config, len(found[0].ranks)),
+        kv_type=first.caches[0].kv_type.name.lower(),
         kv_tokens=cached_tokens(capacity.blocks, windows, max_context),
         kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
         kv_slots=capacity.slots,
-        step_sequences=capacity.sequences(step.sequences, windows),
-        step_tokens=step.tokens,
+        step_sequences=capacity.sequences(first.step.sequences, windows),
+        step_tokens=first.step.tokens,
         max_context=max_context,
         wire=wire_bytes(
             config,
@@ -144,8 +130,52 @@ def make_plan(
         ),
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
-        problems=list(_problems(spec, plans, capacity, caches)),
+        problems=list(
+            dict.fromkeys(
+                problem
+                for replica in laid_out
+                for problem in _problems(spec, replica.ranks, replica.capacity, replica.caches)
+            )
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _ReplicaPlan:
+    """What the ranks of a replica will hold."""
+
+    caches: list[CacheLayout]
+    step: StepSize
+    capacity: CacheCapacity
+    max_context: int
+    ranks: list[RankPlan]
+
+
+def _replica(spec: Spec, source: Source, config: ModelConfig, number: int, replica: Replica) -> _ReplicaPlan:
+    places = replica.places
+    caches = rank_layouts(config, places, spec.memory.kv_type)
+    pages = [rank_plans(config, place, source) for place in places]
+    shares = [_weights(spec, own) for own in pages]
+    read = [share["streamed"] for share in shares]
+    rows = activations_of(source, config)
+    step = step_size(spec, rows, places, any(read))
+    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages)
+    kept = 0 if number else input_bytes(spec, config.hidden, step.sequences * replica.stages)
+    plans = [
+        _rank(
+            spec,
+            config,
+            number,
+            place,
+            cache,
+            capacity,
+            share,
+            memory.activations(rows, place, step.tokens),
+            memory.process(source, config, place, len(own), kept),
+        )
+        for place, own, cache, share in zip(places, pages, caches, shares, strict=True)
+    ]
+    return _ReplicaPlan(caches, step, capacity, min(spec.memory.max_context, config.max_position), plans)
 
 
 def wire_bytes(
@@ -179,6 +209,7 @@ def _weights(spec: Spec, pages: Sequence[PagePlan]) -> dict[str, int]:
 def _rank(
     spec: Spec,
     config: ModelConfig,
+    replica: int,
     place: Place,
     cache: CacheLayout,
     capacity: CacheCapacity,
@@ -188,7 +219,8 @@ def _rank(
 ) -> RankPlan:
     layers = grid.stage_layers(config.n_layers, place)
     return RankPlan(
-        rank=place.rank,
+        rank=place.first + place.rank,
+        replica=replica,
         stage=place.stage,
         shard=place.shard,
         layers=(layers.start, layers.stop),
@@ -234,7 +266,7 @@ def _table(plan: Plan) -> Iterator[str]:
     others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
     yield f"model     {plan.model} ({plan.architecture})"
     yield f"weights   {', '.join(plan.weights)}"
-    yield f"layout    {_layout(plan.stages, plan.shards)} on {_count(ranks, 'rank')}"
+    yield f"layout    {_layouts(plan)} on {_count(ranks, 'rank')}"
     if others:
         yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"
     contexts = plan.kv_tokens / plan.max_context
@@ -256,13 +288,32 @@ def _table(plan: Plan) -> Iterator[str]:
         less = f"; {saved:.1f} % less than float32" if saved else ""
         yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
     yield ""
-    head = ["rank", "stage", "shard", "layers", "weights: share", "held", "at least", "read per step"]
+    head = [
+        "rank",
+        "replica",
+        "stage",
+        "shard",
+        "layers",
+        "weights: share",
+        "held",
+        "at least",
+        "read per step",
+    ]
     rows = [[*head, "KV per token", "KV held", "a step's rows", "process", "in all"]]
     for rank in plan.ranks:
         weights = [rank.weights_share, rank.weights_held, rank.weights_minimum, rank.weights_streamed]
         sizes = [*weights, rank.kv_token, rank.kv_held, rank.activations, rank.process, rank.held]
         layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
-        rows.append([str(rank.rank), str(rank.stage), str(rank.shard), layers, *map(shown_bytes, sizes)])
+        rows.append(
+            [
+                str(rank.rank),
+                str(rank.replica),
+                str(rank.stage),
+                str(rank.shard),
+                layers,
+                *map(shown_bytes, sizes),
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -270,6 +321,17 @@ def _table(plan: Plan) -> Iterator[str]:
     together = shown_bytes(sum(rank.held for rank in plan.ranks))
     on_one = f": on one machine {together} for all of them" if ranks > 1 else ""
     yield from plan.problems or [f"It fits, where every rank finds the memory of its last column{on_one}."]
+
+
+def _layouts(plan: Plan) -> str:
+    """The replicas, with their number of ranks where they have not all the same."""
+    own = _layout(plan.stages, plan.shards)
+    if plan.replicas == 1:
+        return own
+    sizes = Counter(rank.replica for rank in plan.ranks)
+    if len(set(sizes.values())) == 1:
+        return f"{plan.replicas} replicas of {own}"
+    return f"{plan.replicas} replicas of {', '.join(map(str, sizes.values()))} ranks, the first of {own}"
 
 
 def _layout(stages: int, shards: int) -> str:

@@ -23,15 +23,17 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import follow
 from mpillm.engine.scheduler import Totals
 from mpillm.errors import Interrupted, MpillmError
+from mpillm.partition.replicas import Replicas
 from mpillm.run import outcome
 from mpillm.run.computation import Computation
+from mpillm.run.dispatch import Assistant
 from mpillm.run.job import open_job, results_differ
-from mpillm.run.opened import model_path
+from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Origin, Session
 from mpillm.spec import Spec
 from mpillm.store import report
-from mpillm.store.journal import first_layout
+from mpillm.store.journal import began, first_layout
 from mpillm.store.output import PATIENCE, Claim
 from mpillm.store.records import Layout
 
@@ -90,10 +92,17 @@ class _Rank:
         patience = TAKEOVER if self.world.lost else PATIENCE
         return self.stack.enter_context(Claim(self.spec.output_path, patience))
 
-    def begin(self, origin: Origin | None, before: Computation | None, losses: Losses) -> State:
+    def begin(
+        self,
+        losses: Losses,
+        origin: Origin | None = None,
+        laid_out: Replicas | None = None,
+        before: Computation | None = None,
+    ) -> State:
         """Lay the model out, and open or continue the job on rank 0: the next state (collective).
 
-        `origin` is what the run began with, `before` the computation of this rank that a loss has interrupted, if any.
+        After a loss, `origin` is what the run began with, `laid_out` has the replicas of the ranks that are left, and
+        `before` is the computation of this rank that the loss has interrupted, if any.
         """
         world = self.world
         with ExitStack() as unless_begun, _explaining(losses):
@@ -101,16 +110,29 @@ class _Rank:
                 if world.rank == 0:
                     _ = self.claim
             path = model_path(world, self.spec, self.progress)
-            session = Session(world, self.spec, path, origin, self._shards_before())
+            session = Session(
+                world, self.spec, path, origin, laid_out, self._shards_before(), replicated=True
+            )
             unless_begun.callback(session.close)
-            state: State = Following(session, losses)
+            computation = None
             with world.together():
                 if world.rank == 0:
-                    state = Leading(self._computation(session, path, before))
-            if isinstance(state, Leading) and losses:
-                state.computation.job.warn(_what_was_lost(losses, session))
+                    computation = self._computation(session, path, before)
+            assistant = self._assistant(session, path)
+            if computation is not None and losses:
+                computation.job.warn(_what_was_lost(losses, session))
             unless_begun.pop_all()
-        return state
+        return Leading(computation) if computation is not None else Following(session, assistant, losses)
+
+    def _assistant(self, session: Session, path: Path) -> Assistant | None:
+        """What the leaders of other replicas than rank 0's compute with (collective)."""
+        if len(session.replicas) == 1:
+            return None
+        since = self.world.on_rank_0(lambda: began(self.claim))
+        with self.world.together():
+            if session.place.rank == 0 and self.world.rank > 0:
+                return Assistant(session, self.spec, model_of(session, path, lambda: since))
+        return None
 
     def _computation(self, session: Session, path: Path, before: Computation | None) -> Computation:
         if before is not None:
@@ -150,7 +172,7 @@ class Starting:
     losses: Losses
 
     def advance(self, rank: _Rank) -> State:
-        return rank.begin(None, None, self.losses)
+        return rank.begin(self.losses)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         assert not computed
@@ -166,10 +188,10 @@ class Restarting:
     losses: Losses
 
     def advance(self, rank: _Rank) -> State:
-        stages, shards = self.origin.layout(rank.world, rank.spec.wire)
-        if not rank.world.keep_first(stages * shards):
+        laid_out = self.origin.laid_out(rank.world, rank.spec.wire)
+        if not rank.world.keep_first(laid_out[-1].ranks.stop):
             rank.world.exit(0)
-        return rank.begin(self.origin, self.before, self.losses)
+        return rank.begin(self.losses, self.origin, laid_out, self.before)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         assert not computed
@@ -229,20 +251,24 @@ class Writing:
 
 @dataclass(frozen=True)
 class Following:
-    """This rank computes the steps that rank 0 sends."""
+    """This rank computes the steps that its leader sends; if it leads a replica, the lines that rank 0 sends."""
 
     session: Session
+    assistant: Assistant | None  # of a leader
     losses: Losses
 
     def advance(self, rank: _Rank) -> State | Ended:
         session = self.session
         with rank.computing(session):
-            if follow(session.worker, session.channel, session.watch.check) != 0:
+            if (self.assistant.run() if self.assistant else self._follow()) != 0:
                 return Ended(None)
             with rank.world.together():
                 session.watch.check_all()
             rank.world.gather(session.statistics())
             return Waiting(session.origin, self.losses)
+
+    def _follow(self) -> int:
+        return follow(self.session.worker, self.session.channel, self.session.watch.check)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         return Waiting(self.session.origin, self.losses).regrouped(computed, losses)
@@ -304,9 +330,11 @@ def _explaining(losses: Losses) -> Iterator[None]:
 
 
 def _what_was_lost(losses: Losses, session: Session) -> str:
-    now, before = session.layout, Layout(session.origin.stages, session.origin.shards)
+    now, first = session.layout, session.origin.replicas[0]
+    before = Layout(first.stages, first.shards)
     seconds = time.monotonic() - losses[-1].noticed
-    line = f"Lost {_lost_ranks(losses)}; the others went on after {seconds:.1f} s, as {now}."
+    replicas = f"{len(session.replicas)} replicas of " if len(session.replicas) > 1 else ""
+    line = f"Lost {_lost_ranks(losses)}; the others went on after {seconds:.1f} s, as {replicas}{now}."
     if results_differ(now, before, session.spec.wire):
         line += (
             f" What is computed from here on may differ in its last digits from what {before} would have given "

@@ -13,9 +13,10 @@ from datetime import datetime
 
 from mpillm.batch import bodies
 from mpillm.batch.answers import error_line
+from mpillm.batch.order import ordered
 from mpillm.batch.pending import Pending
 from mpillm.batch.requests import MAX_LINE, make_work
-from mpillm.batch.work import Line
+from mpillm.batch.work import Line, Work
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Completion, Request
@@ -96,6 +97,15 @@ class Service:
         pending: dict[str, tuple[int, Pending]],
         refused: list[tuple[int, Result]],
     ) -> Iterator[Request]:
+        for work in ordered(self._works(lines, pending, refused)):
+            yield from work.requests
+
+    def _works(
+        self,
+        lines: Sequence[bytes],
+        pending: dict[str, tuple[int, Pending]],
+        refused: list[tuple[int, Result]],
+    ) -> Iterator[Work]:
         names: set[str] = set()
         for index, raw in enumerate(lines):
             name = f"request-{index + 1}"
@@ -114,7 +124,7 @@ class Service:
                 refused.append((index, Result(name, b"", 400, error_line(name, message))))
                 continue
             pending[name] = index, Pending(work)
-            yield from work.requests
+            yield work
 
     def _take(
         self, completion: Completion, pending: dict[str, tuple[int, Pending]]

@@ -15,14 +15,15 @@ from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
 from mpillm.engine.engine import Worker
 from mpillm.engine.scheduler import Limits
-from mpillm.errors import LayoutError, ModelError
+from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
-from mpillm.partition import grid
+from mpillm.partition import grid, replicas
+from mpillm.partition.replicas import Replicas
 from mpillm.run import memory
 from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import cache_in_memory, limits
@@ -46,20 +47,20 @@ class Origin:
     """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
 
     config: ModelConfig
-    stages: int
-    shards: int
+    replicas: Replicas
     kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
     watch: Watch  # of this rank's files of the model
     model: dict[str, FileIdentity]  # the files as rank 0 had them
     model_state: str  # of all ranks' files
 
-    def layout(self, world: World, wire: Wire) -> tuple[int, int]:
-        """(stages, shards) for the ranks that are left, or for some of them."""
-        return grid.choose_fewer(
+    def laid_out(self, world: World, wire: Wire) -> Replicas:
+        """The replicas for the ranks that are left, or for some of them."""
+        return replicas.choose_fewer(
             self.config,
             world.size,
-            self.shards,
+            self.replicas,
             same_shards=wire.activations != "f32",
+            same_stages=wire.between_stages != "f32",
             ranks_per_host=world.nodes.ranks_per_host,
         )
 
@@ -73,13 +74,17 @@ class Session:
         spec: Spec,
         model: Path,
         origin: Origin | None = None,
+        laid_out: Replicas | None = None,
         shards_before: int | None = None,
+        replicated: bool = False,
     ) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise.
 
-        `origin` is what the run began with, if ranks were lost since, and the world has as many ranks as its layout.
-        So many shards as `shards_before` are taken where the job leaves it open and they work.
+        `origin` is what the run began with, if ranks were lost since; the world then has the ranks of `laid_out`.
+        So many shards as `shards_before` are taken where the job leaves it open and they work. There is one replica
+        unless `replicated`.
         """
+        self._laid_out, self._replicated = laid_out, replicated
         self.world, self.spec, self._origin, self._shards_before = world, spec, origin, shards_before
         with ExitStack() as unless_made:
             self._open_files = unless_made
@@ -106,8 +111,11 @@ class Session:
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
-        stages, shards = origin.layout(world, spec.wire) if origin is not None else self._choose_layout()
-        self.place = grid.Place(world.rank, stages, shards)
+        self.replicas = self._laid_out or self._choose_layout()
+        number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
+        self.replica, self._places = number, self.replicas[number].places
+        ranks = self.replicas[number].ranks
+        self.place = self._places[world.rank - ranks.start]
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
         self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
@@ -124,50 +132,55 @@ class Session:
                 self.config.expert_share,
             )
             self._open_files.callback(self.weights.close)
-            places = [grid.Place(rank, stages, shards) for rank in range(world.size)]
-            self.caches = rank_layouts(self.config, places, spec.memory.kv_type)
-        self.streamed = world.gather(self.weights.streamed)
-        self.limits = self._limits()
-        self.channel = Channel(world, self.counters)
+            self.caches = rank_layouts(self.config, self._places, spec.memory.kv_type)
+        self.streamed = world.gather(self.weights.streamed)[ranks.start : ranks.stop]
+        with world.together():
+            self.limits = self._limits()
+        self._kv_tokens = min(world.gather(self.limits.max_length))
+        self.channel = Channel(world, self.counters, ranks)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
         log.info(
-            "%s stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
-            world, self.place.stage, stages, self.place.shard, shards, self.threads, kernels.path(),
-            self.weights.total / 2**20,
+            "%s replica %d of %d, stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
+            world, number, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
+            self.place.shards, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
 
-    def _choose_layout(self) -> tuple[int, int]:
-        world, stages, shards = self.world, self.spec.layout.stages, self.spec.layout.shards
-        if shards == "auto" and self._shards_before is not None:
+    def _choose_layout(self) -> Replicas:
+        world, asked, hosts = self.world, self.spec.layout, self.world.nodes.ranks_per_host
+        if asked.replicas > 1 and not self._replicated:
+            raise JobError(
+                f"layout.replicas = {asked.replicas} is for `mpillm run` alone; start one server for each replica."
+            )
+        if asked.shards == "auto" and self._shards_before is not None:
             with suppress(LayoutError):  # then with others
-                return grid.choose(self.config, world.size, stages, self._shards_before)
-        return grid.choose(self.config, world.size, stages, shards, world.nodes.ranks_per_host)
+                return replicas.choose(
+                    self.config, world.size, asked.replicas, asked.stages, self._shards_before
+                )
+        found = replicas.choose(self.config, world.size, asked.replicas, asked.stages, asked.shards, hosts)
+        if self.spec.wire.between_stages != "f32" and len({replica.stages for replica in found}) > 1:
+            raise LayoutError(
+                f"{world.size} ranks as {asked.replicas} replicas have different numbers of stages, on which answers "
+                'depend with wire.between_stages = "q8_0"; set it to "f32", or change layout.replicas.'
+            )
+        return found
 
     @property
     def layout(self) -> Layout:
-        """As the journal notes it."""
+        """As the journal notes it: answers do not depend on the number of replicas."""
         return Layout(self.place.stages, self.place.shards)
 
     @property
     def origin(self) -> Origin:
         """What this run began with."""
-        kv_tokens = self.limits.max_length
         return self._origin or Origin(
-            self.config,
-            self.place.stages,
-            self.place.shards,
-            kv_tokens,
-            self.watch,
-            self.model,
-            self.model_state,
+            self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state
         )
 
     @property
     def shard_vocab(self) -> list[int]:
         """Vocabulary rows of each shard of the last stage."""
-        stages, shards = self.place.stages, self.place.shards
         vocab = grid.vocab_axis(self.config.vocab)
-        return [len(vocab.entries(grid.Place(shard, stages, shards))) for shard in range(shards)]
+        return [len(vocab.entries(place)) for place in self._places if place.is_last_stage]
 
     @property
     def kv_token_nbytes(self) -> int:
@@ -182,6 +195,7 @@ class Session:
         return RankStatistics(
             rank=self.world.rank,
             host=self.world.host,
+            replica=self.replica,
             stage=self.place.stage,
             shard=self.place.shard,
             layers=len(grid.stage_layers(self.config.n_layers, self.place)),
@@ -230,15 +244,14 @@ class Session:
 
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
-        places = [grid.Place(rank, self.place.stages, self.place.shards) for rank in range(self.world.size)]
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self._activations, places, self.caches, max_context, self.streamed)
+        return limits(self.spec, self._activations, self._places, self.caches, max_context, self.streamed)
 
     def _memory(self) -> memory.Memory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
         kept = 0
-        if place.rank == 0:
+        if self.world.rank == 0:
             kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
         return memory.Memory(
             weights=min(weights.total, weights.budget),

@@ -287,7 +287,7 @@ class _Run:
     def tickets(self, ended: Callable[[], object]) -> Iterator[Ticket]:
         """A ticket for each line that is not answered; `ended` is called once all are."""
         self._ended = ended
-        for work in self._batch.works(done=set(self._journal.done)):
+        for work in self._batch.ordered_works(done=set(self._journal.done)):
             if self.cancelled:
                 break
             ticket = Ticket(work, partial(self._take, work))

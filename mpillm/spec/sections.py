@@ -90,8 +90,9 @@ class Sampling(Section, frozen=True):
 
 
 class Layout(Section, frozen=True):
-    """Ranks = stages x shards, and the threads of each."""
+    """Ranks = replicas x stages x shards, and the threads of each; stages and shards are those of a replica."""
 
+    replicas: Positive = 1
     stages: Auto | Positive = "auto"
     shards: Auto | Positive = "auto"
     threads: Auto | Positive = "auto"

@@ -59,6 +59,7 @@ class RankStatistics(msgspec.Struct, kw_only=True):
     layers: int
     threads: int
     kernels: str
+    replica: int = 0
     weights: dict[
         str, float
     ]  # share (of all its layers), budget, peak, hits, misses, stalls, stall_seconds, loaded, ...
@@ -83,8 +84,9 @@ class Report(msgspec.Struct, kw_only=True):
     requests: Requests
     tokens: Tokens
     batch: Steps
-    stages: int
+    stages: int  # of rank 0's replica
     shards: int
+    replicas: int = 1
     ranks: list[RankStatistics]
     versions: dict[str, str]
     timeline: list[

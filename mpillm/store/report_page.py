@@ -102,7 +102,8 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
     parts.append(
         _table(("phase", "seconds"), [(key, f"{value:.2f}") for key, value in report.phases.items()])
     )
-    parts.append(f"<h2>Ranks: {report.stages} stages x {report.shards} shards</h2>")
+    replicas = f"{report.replicas} replicas, " if report.replicas > 1 else ""
+    parts.append(f"<h2>Ranks: {replicas}{report.stages} stages x {report.shards} shards</h2>")
     parts.append(_rank_table(report))
     parts.append("<h2>Wire</h2>")
     rows = [
@@ -128,6 +129,7 @@ def _rank_table(report: Report) -> str:
     rows = []
     for rank in report.ranks:
         place = f"stage {rank.stage}, shard {rank.shard}: {rank.layers} layers"
+        place = f"replica {rank.replica}, {place}" if report.replicas > 1 else place
         row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
         caches = [rank.weights, rank.experts] if mixture else [rank.weights]
         row += [shown_bytes(sum(of.get(key, 0) for of in caches)) for key in ("share", "budget", "peak")]

@@ -11,6 +11,7 @@ import tokenizers
 
 from mpillm.errors import ModelError
 from mpillm.foreign import HEAD, what_it_is
+from mpillm.text import from_ranks
 from mpillm.text.parts import END_NAMES, Parts, checked, looks_special
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ def read(path: Path) -> Parts | None:
     """The tokenizer of a directory, or of a tokenizer.json and the files beside it; None if there is none."""
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json"
-    if not file.exists():
+    ranks = None if file.exists() else from_ranks.file_in(folder)
+    if ranks is None and not file.exists():
         if old := [name for name in OLD_FILES if (folder / name).exists()]:
             log.warning(
                 "%s has %s but no tokenizer.json, so prompts must be token ids; transformers' "
@@ -37,18 +39,22 @@ def read(path: Path) -> Parts | None:
                 *(folder, old[0]),
             )
         return None
-    core = checked(lambda: tokenizers.Tokenizer.from_str(_text(file)), str(file))
-    core.no_truncation()
-    core.no_padding()
     config = _object(folder / "tokenizer_config.json")
-    parts = Parts(core, str(file))
-    _added_tokens(parts, config)
-    parts.named = _named(_object(folder / "special_tokens_map.json") | config)
+    parts = from_ranks.read(ranks, config) if ranks else _of_json(file)
+    _added_tokens(parts, config, _object(folder / "added_tokens.json"))
+    parts.named |= _named(_object(folder / "special_tokens_map.json") | config)
     _control(parts, config)
     parts.end_ids = _end_ids(parts, folder)
     parts.templates = _templates(folder, config)
     _warn_of_old_saves(parts, config)
     return parts
+
+
+def _of_json(file: Path) -> Parts:
+    core = checked(lambda: tokenizers.Tokenizer.from_str(_text(file)), str(file))
+    core.no_truncation()
+    core.no_padding()
+    return Parts(core, str(file))
 
 
 def _text(file: Path) -> str:
@@ -81,9 +87,12 @@ def _content(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _added_tokens(parts: Parts, config: dict[str, Any]) -> None:
-    """Add the tokens that only tokenizer_config.json lists, in the order of their ids, as transformers does."""
-    listed = config.get("added_tokens_decoder") or {}
+def _added_tokens(parts: Parts, config: dict[str, Any], old: dict[str, Any]) -> None:
+    """Add the tokens that only tokenizer_config.json lists, in the order of their ids, as transformers does.
+
+    Without such a list those of `old`, which has the ids by tokens (added_tokens.json), are added.
+    """
+    listed = config.get("added_tokens_decoder") or {id: {"content": token} for token, id in old.items()}
     known = {token.content for token in parts.core.get_added_tokens_decoder().values()}
     try:
         items = sorted((int(id), token) for id, token in listed.items())

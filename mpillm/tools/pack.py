@@ -31,7 +31,7 @@ Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "modules.json",
-    "config_sentence_transformers.json",
+    "config_sentence_transformers.json", "tekken.json", "tiktoken.model", "qwen.tiktoken", "tokenizer.tiktoken",
 )  # fmt: skip
 MODULE_FILES = ("config.json", "model.safetensors")  # of a module of Sentence Transformers
 SPARE = 16 * 2**20  # bytes that stay free on the disk

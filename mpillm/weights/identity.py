@@ -27,7 +27,8 @@ CHECK_EVERY = 2.0  # seconds between two looks at the files
 TEXT_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-    "modules.json", "config_sentence_transformers.json", "*_Pooling/config.json",
+    "modules.json", "config_sentence_transformers.json", "*_Pooling/config.json", "tekken.json", "tokenizer.model",
+    "*.tiktoken", "tiktoken.model",
 )  # fmt: skip
 
 

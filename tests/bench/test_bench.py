@@ -202,7 +202,7 @@ def test_no_room_for_a_synthetic_model_is_said_before_it_is_written(
     assert not list((cache / "synthetic").iterdir())
 
 
-@pytest.mark.parametrize(("shape", "weights"), [("llama-2b", "q4_0"), ("tiny-llama", "q3_k")])
+@pytest.mark.parametrize(("shape", "weights"), [("llama-2b", "q4_0"), ("tiny-llama", "q1_k")])
 def test_what_cannot_be_made_is_refused(cache: Path, shape: str, weights: str) -> None:
     with pytest.raises(JobError, match=r"There is no synthetic model .* llama-1b, .* weights q4_0,"):
         synthetic.create(shape, weights)

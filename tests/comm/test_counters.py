@@ -15,4 +15,4 @@ def test_counters() -> None:
     plain = json.loads(json.dumps(counters.as_dict()))
     assert plain["all_reduce"] == {"messages": 4, "bytes_sent": 168, "bytes_received": 0, "seconds": 0.0}
     assert plain["reply"]["bytes_received"] == 5
-    assert set(plain) == {"all_reduce", "pipe", "step", "reply"}
+    assert set(plain) == {"all_reduce", "pipe", "step", "reply", "requests"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.scheduler import Limits, Scheduler, longest_first
+from mpillm.engine.scheduler import Limits, Scheduler
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for, blocks_needed, first_kept, window_blocks
@@ -42,7 +42,7 @@ class Ranks:
 
     def __init__(self, made: Iterable[Sequence], **changes: Any) -> None:
         self.limits = limits(**changes)
-        self.scheduler = Scheduler(self.limits, longest_first(iter(made), self.limits.max_running))
+        self.scheduler = Scheduler(self.limits, iter(made))
         self.finished: list[str] = []
         self.computed: dict[str, list[int]] = {}  # positions, in order
         self.fresh = 0  # rows that were computed for the first time, and not shared before
@@ -180,7 +180,7 @@ def various(count: int, seed: int) -> list[Sequence]:
 def test_everybody_finishes_and_every_block_comes_back(
     windows: tuple[int, ...], n_blocks: int, micro_batches: int, prefix_sharing: bool
 ) -> None:
-    made = various(60 if windows == (0,) else 20, n_blocks * 10 + micro_batches)
+    made = various(60 if windows == (0,) else 32, n_blocks * 10 + micro_batches)
     job = {"n_blocks": n_blocks, "micro_batches": micro_batches, "prefix_sharing": prefix_sharing}
     ranks = Ranks(made, windows=windows, **job)
     for _ in ranks.run():
@@ -287,12 +287,11 @@ def test_the_last_token_is_computed_though_its_block_is_there() -> None:
 
 def test_what_needs_all_rows_shares_nothing_but_is_shared() -> None:
     made = [
+        sequence("last", 65, 0, shared=64, kind="embed", pooling="last"),
         sequence("scored", 64, 0, shared=64, prompt_logprobs=0),
         sequence("pooled", 64, 0, shared=64, kind="embed", pooling="mean"),
-        sequence("last", 65, 0, shared=64, kind="embed", pooling="last"),
     ]
     ranks = Ranks(made, max_tokens=500)
-    # The longest first, for all of these only read.
     assert steps_of(ranks) == [[("last", 65), ("scored", 64), ("pooled", 64)]]
     again = Ranks(
         [
@@ -328,31 +327,6 @@ def test_no_block_is_kept_for_who_will_not_need_one() -> None:
     ranks = Ranks([sequence(str(i), 40, 25) for i in range(9)], n_blocks=16, max_sequences=9, max_tokens=500)
     assert [len(step) for step in ranks.run()][:2] == [8, 8]
     assert ranks.scheduler.totals.preemptions == 0
-
-
-def test_readers_go_longest_first_within_a_window() -> None:
-    lengths = [3, 9, 5, 7, 8, 2]
-    made = [sequence(str(n), n, 0, prompt_logprobs=0) for n in lengths]
-    made.insert(1, sequence("generates", 4, 1))
-    taken: list[str] = []
-
-    def stream() -> Iterator[Sequence]:
-        for one in made:
-            taken.append(one.request.id)
-            yield one
-
-    bounds = limits(max_sequences=4, max_tokens=9)
-    scheduler = Scheduler(bounds, longest_first(stream(), bounds.max_running))
-    assert taken == ["3", "generates"]  # who generates goes on as it comes
-    order = []
-    while scheduler.has_work():
-        for one, count in scheduler.next(1):
-            one.in_flight = False
-            one.computed += count
-            if one.computed == len(one.tokens):
-                order.append(one.request.id)
-                scheduler.release(one)
-    assert order == ["generates", "9", "7", "5", "3", "8", "2"]
 
 
 def test_micro_batches_share_the_sequences() -> None:

@@ -205,6 +205,14 @@ def values(rng: np.random.Generator, *shape: int) -> Array:
     return x
 
 
+SCALES_AT = {  # of a block of 256 values
+    BlockType.Q6_K: (208,),
+    BlockType.IQ4_XS: (0,),
+    BlockType.Q3_K: (108,),
+    BlockType.Q2_K: (80, 82),
+}
+
+
 def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Array:
     """Rows of any type with all kinds of bits, scales of about 1."""
     if not type.quantised:
@@ -218,7 +226,7 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
     blocks = -(-k // type.block)
     raw = rng.integers(0, 256, (n, blocks, type.block_bytes), dtype=np.uint8)
     if type.k_quant:
-        for at in {BlockType.Q6_K: (208,), BlockType.IQ4_XS: (0,)}.get(type, (0, 2)):
+        for at in SCALES_AT.get(type, (0, 2)):
             scale = rng.standard_normal((n, blocks, 1)) / 100
             raw[:, :, at : at + 2] = scale.astype(np.float16).view(np.uint8)
         return raw.reshape(n, -1)

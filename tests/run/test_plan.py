@@ -126,3 +126,18 @@ def test_a_q8_0_kv_cache() -> None:
 
 def test_as_json() -> None:
     assert msgspec.json.decode(plan.as_json(planned("llama3", 1)), type=Plan) == planned("llama3", 1)
+
+
+def test_replicas_hold_the_whole_model_each() -> None:
+    alone, made = planned("llama3", 2, "layout.shards=1"), planned("llama3", 3, "layout.replicas=2")
+    assert [(rank.rank, rank.replica, rank.stage) for rank in made.ranks] == [(0, 0, 0), (1, 0, 1), (2, 1, 0)]
+    weights = [rank.weights_share for rank in made.ranks]
+    assert weights == [
+        *(rank.weights_share for rank in alone.ranks),
+        planned("llama3", 1).ranks[0].weights_share,
+    ]
+    assert "2 replicas of 2, 1 ranks, the first of 2 stages x 1 shard on 3 ranks" in plan.as_text(made)
+    even = plan.as_text(planned("llama3", 4, "layout.replicas=2"))
+    assert "2 replicas of 1 stage x 2 shards on 4 ranks" in even
+    with pytest.raises(LayoutError, match=r"layout\.replicas = 3 needs at least 3 ranks"):
+        planned("llama3", 2, "layout.replicas=3")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpillm.kernels import blocks, lanes
+from mpillm.kernels import blocks, lanes, super_blocks
 from mpillm.kernels.checks import (
     require,
     require_activations,
@@ -185,8 +185,7 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
     )  # block, row, byte
     low, high = q, None
     if type in (BlockType.Q5_0, BlockType.Q5_1):
-        low, high = q[..., :16], blocks.high_bits(q[..., 16:].reshape(count * tiles * TILE_ROWS, 4))
-        high = high.reshape(count, tiles * TILE_ROWS, QUANT_BLOCK)
+        low, high = q[..., :16], super_blocks.columns_of(q[..., None, 16:], 1)
     values = blocks.plain_integers(type, low, high)
     scales = blocks.plain_scales(type, w)
     dots = np.matmul(
@@ -203,30 +202,30 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
 
 
 def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
-    """As `_quantised`, part by part of 32 columns; Q6_K's halves have scales of their own."""
+    """As `_quantised`, part by part of 32 columns, whose halves may have scales of their own."""
     w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
     acc = np.zeros((len(act), tiles * TILE_ROWS), np.float32)
     with np.errstate(all="ignore"):
-        for b, s in itertools.product(range(count), range(blocks.PARTS)):
-            part = act[:, b * blocks.PARTS + s]
-            words = w["q"][:, b, s].transpose(0, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)  # row, byte
-            q = blocks.nibbles(words[:, :16]) | blocks.high_bits(words[:, 16:]) << 4
-            small = w["scales"][:, b, s].swapaxes(0, 1).reshape(w["scales"].shape[3], -1)
+        for b, s in itertools.product(range(count), range(super_blocks.PARTS)):
+            part = act[:, b * super_blocks.PARTS + s]
+            words = w["q"][:, b, s].swapaxes(1, 2)  # tile, row, word, byte
+            words = words.reshape(tiles * TILE_ROWS, *words.shape[2:])
+            small = np.ascontiguousarray(w["scales"][:, b, s].swapaxes(1, 2))
+            small = small.reshape(tiles * TILE_ROWS, small.shape[2])
+            q, small_scale, least = super_blocks.meaning(type, words, small)
             d, scale = w["d"][:, b].reshape(-1).astype(np.float32), part["scale"][:, None]
+            m = w["m"][:, b].reshape(-1).astype(np.float32) if least is not None else d
             values, wanted = q.astype(np.float32), part["q"].astype(np.float32)
-            if type == BlockType.Q6_K:
-                values -= 32
-                first, second = (wanted[:, h] @ values[:, h].T for h in (slice(16), slice(16, None)))
-                dot = first * small[0].view(np.int8) + second * small[1].view(np.int8)
-                acc = lanes.fma(dot, d * scale, acc)
-            elif type == BlockType.IQ4_XS:
-                acc = lanes.fma(
-                    wanted @ blocks.IQ4[q].T.astype(np.float32), d * small[0].view(np.int8) * scale, acc
-                )
-            else:
-                m = w["m"][:, b].reshape(-1).astype(np.float32)
-                acc = lanes.fma(wanted @ values.T, d * small[0] * scale, acc)
-                acc = lanes.fma(-(m * small[1]), part["total"][:, None], acc)
+            if type not in super_blocks.HALVED:
+                acc = lanes.fma(wanted @ values.T, d * small_scale[:, 0] * scale, acc)
+                if least is not None:
+                    acc = lanes.fma(-(m * least[:, 0]), part["total"][:, None], acc)
+                continue
+            first, second = (wanted[:, h] @ values[:, h].T for h in (slice(16), slice(16, None)))
+            acc = lanes.fma(first * small_scale[:, 0] + second * small_scale[:, 1], d * scale, acc)
+            if least is not None:
+                sums = part["less32"].astype(np.float32) @ least.T.astype(np.float32)
+                acc = lanes.fma(sums, m / np.float32(32) * scale, acc)
     return acc
 
 

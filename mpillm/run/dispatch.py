@@ -1,0 +1,267 @@
+"""How replicas share a job: rank 0 hands out lines and journals what comes back, the other leaders compute.
+
+A leader asks for lines when its scheduler has room for more, and sends the records of its answers after each step.
+Rank 0 looks for messages between its own steps. A replica never holds more than its share of all lines that are not
+answered yet, so that at the end none of them waits while another one has a queue.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import fields
+
+import msgspec
+
+from mpillm.batch import bodies
+from mpillm.batch.requests import make_work
+from mpillm.batch.work import Line, Model
+from mpillm.comm.mailbox import Mailbox
+from mpillm.engine.scheduler import Totals
+from mpillm.engine.sequence import PartialCompletion
+from mpillm.errors import MpillmError
+from mpillm.run.leader import Given, Leader
+from mpillm.run.session import Session
+from mpillm.spec import Spec
+from mpillm.store.records import PartialResult, Result
+from mpillm.weights.identity import ModelChangedError
+
+FEW, MANY = 4, 256  # lines that a leader asks for: at first, and at most
+TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though nothing is finished
+LOOK_EVERY = 0.5  # seconds between two looks at other things while nothing is computed
+PARTING = 1.5  # seconds in which leaders must send what they have after an error, before all ranks are ended
+
+Record = Result | PartialResult
+
+
+class Assigned(msgspec.Struct, frozen=True, array_like=True):
+    """A line for another replica."""
+
+    line: Line
+    content: bytes
+    partial: dict[int, PartialCompletion]  # what earlier runs have generated, by choice
+
+
+class Lines(msgspec.Struct, tag="lines", frozen=True):
+    """From rank 0: lines that a leader has asked for."""
+
+    lines: list[Assigned]
+
+
+class Stop(msgspec.Struct, tag="stop", frozen=True):
+    """From rank 0: no more lines will come. After an error the exit code is not 0, and what is unfinished is saved."""
+
+    exit_code: int
+
+
+class News(msgspec.Struct, tag="news", frozen=True):
+    """From a leader: records since its last message, how far it is, and how many lines it can take."""
+
+    records: list[Record]
+    totals: Totals
+    wanted: int  # 0 if it has asked before
+
+
+class Left(msgspec.Struct, tag="left", frozen=True):
+    """From a leader: its last message."""
+
+    error: bytes  # a pickled MpillmError, or nothing
+
+
+_FROM_RANK_0 = msgspec.msgpack.Decoder(Lines | Stop)
+_FROM_LEADER = msgspec.msgpack.Decoder(News | Left)
+
+
+class Dispatcher:
+    """Rank 0's side: the queue of lines, and what the other leaders hold and have computed."""
+
+    def __init__(
+        self,
+        session: Session,
+        lines: Sequence[Line],
+        assigned: Callable[[Line], Assigned],
+        keep: Callable[[Record], None],
+    ) -> None:
+        """`lines` wait to be computed; `keep` takes the records that come from other leaders."""
+        self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
+        self._queue, self._assigned, self._keep = deque(lines), assigned, keep
+        self._leaders = [replica.first for replica in session.replicas]
+        self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
+        self._wanted = dict.fromkeys(self._leaders[1:], 0)
+        self._totals: dict[int, Totals] = {}
+        self._here = set(self._leaders[1:])  # who has not sent its last message
+
+    @property
+    def totals(self) -> list[Totals]:
+        """Those of the other replicas, as they last told."""
+        return list(self._totals.values())
+
+    def take(self) -> Line | None:
+        """The next line for rank 0's own replica; None if there is none now."""
+        if not self.has_more:
+            return None
+        self._held[0] += 1
+        return self._queue.popleft()
+
+    def answered_here(self) -> None:
+        """Rank 0's own replica has answered a line."""
+        self._held[0] -= 1
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `take` has a line now."""
+        return self._room(0) > 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every line is answered."""
+        return not self._queue and not any(self._held.values())
+
+    def serve(self) -> None:
+        """Take what has come from the other leaders, and give them what they have asked for."""
+        while self._here and (message := self._mailbox.receive()) is not None:
+            self._take(*message)
+        self._give()
+
+    def wait(self) -> None:
+        """Serve the next message, or nothing if none comes soon."""
+        if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
+            self._take(*message)
+        self.serve()
+
+    def stop(self, exit_code: int) -> None:
+        """Tell the other leaders to stop, and wait until they have; after an error, for PARTING seconds at most."""
+        for leader in sorted(self._here):
+            self._mailbox.send(msgspec.msgpack.encode(Stop(exit_code)), leader)
+        until = time.monotonic() + PARTING if exit_code else float("inf")
+        while self._here and (left := until - time.monotonic()) > 0:
+            if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
+                with (
+                    suppress(MpillmError) if exit_code else nullcontext()
+                ):  # the first error is the one to report
+                    self._take(*message)
+
+    def _take(self, leader: int, data: bytes) -> None:
+        message = _FROM_LEADER.decode(data)
+        if isinstance(message, Left):
+            self._here.discard(leader)
+            if message.error:
+                error: MpillmError = pickle.loads(message.error)
+                raise type(error)(f"{error} (on rank {leader}, host {self._hosts[leader]})")
+            return
+        for record in message.records:
+            self._keep(record)
+            self._held[leader] -= isinstance(record, Result)
+        self._totals[leader] = message.totals
+        self._wanted[leader] += message.wanted
+
+    def _give(self) -> None:
+        for leader, wanted in self._wanted.items():
+            if count := min(wanted, self._room(leader)):
+                lines = [self._assigned(self._queue.popleft()) for _ in range(count)]
+                self._mailbox.send(msgspec.msgpack.encode(Lines(lines)), leader)
+                self._held[leader] += count
+                self._wanted[leader] = 0
+
+    def _room(self, leader: int) -> int:
+        """How many of the waiting lines a replica may take now."""
+        unanswered = len(self._queue) + sum(self._held.values())
+        share = -(-unanswered // len(self._leaders))
+        return min(max(share - self._held[leader], 0), len(self._queue))
+
+
+class Assistant:
+    """The side of the leader of another replica."""
+
+    def __init__(self, session: Session, spec: Spec, model: Model) -> None:
+        """`model` is what rank 0 has checked the lines with."""
+        self._session, self._spec, self._model = session, spec, model
+        self._mailbox = Mailbox(session.world, session.counters)
+        self._records: list[Record] = []
+        self._leader = Leader(session, spec, model, self._records.append)
+        self._lines: deque[Assigned] = deque()
+        self._ask, self._asked = FEW, False
+        self._told = time.monotonic()
+        self._stop: Stop | None = None
+
+    def run(self) -> int:
+        """Compute lines until rank 0 says stop; return its exit code."""
+        engine, watch = self._leader.engine, self._session.watch
+        try:
+            for finished in engine.run(self._leader.requests(self._next), self._more):
+                for completion in finished:
+                    self._leader.take(completion)
+                self._leader.save()
+                watch.check()
+                self._serve()
+                if self._stop is not None:
+                    break
+            assert self._stop is not None
+            self._part(self._stop.exit_code)
+        except MpillmError as error:
+            self._part(error.exit_code, error)
+            raise
+        return self._stop.exit_code
+
+    def _part(self, exit_code: int, error: MpillmError | None = None) -> None:
+        """Send what is left, and let the other ranks of this replica stop."""
+        if exit_code and self._spec.job.checkpoint_tokens and not isinstance(error, ModelChangedError):
+            self._leader.save_everything()
+        self._tell(0)
+        self._mailbox.send(msgspec.msgpack.encode(Left(pickle.dumps(error) if error else b"")), 0)
+        self._leader.engine.stop(exit_code)
+        self._mailbox.flush(PARTING if exit_code else float("inf"))
+
+    def _next(self) -> Given | None:
+        if len(self._lines) <= self._ask // 2 and not self._asked:
+            if not self._lines:
+                self._ask = min(2 * self._ask, MANY)  # the scheduler takes them faster than they come
+            self._asked = True
+            self._tell(self._ask)
+        if not self._lines:
+            return None
+        given = self._lines.popleft()
+        content = bodies.decode_line(given.content)
+        return make_work(given.line, content, self._spec, self._model), given.partial
+
+    def _more(self) -> bool:
+        """Wait for a line when nothing is left to do; False if there will be none."""
+        self._serve()
+        while not self._lines and self._stop is None:
+            if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
+                self._take(message[1])
+        return self._stop is None
+
+    def _serve(self) -> None:
+        while (message := self._mailbox.receive()) is not None:
+            self._take(message[1])
+        if self._records or time.monotonic() > self._told + TELL_EVERY:
+            self._tell(0)
+
+    def _take(self, data: bytes) -> None:
+        message = _FROM_RANK_0.decode(data)
+        if isinstance(message, Stop):
+            self._stop = message
+        else:
+            self._lines.extend(message.lines)
+            self._asked = False
+
+    def _tell(self, wanted: int) -> None:
+        news = News(self._records, self._leader.engine.totals, wanted)
+        self._mailbox.send(msgspec.msgpack.encode(news), 0)
+        self._records.clear()
+        self._told = time.monotonic()
+
+
+def added(totals: Sequence[Totals]) -> Totals:
+    """The totals of several replicas together."""
+    most = ("most_sequences", "most_blocks")
+    return Totals(
+        **{
+            field.name: (max if field.name in most else sum)(getattr(one, field.name) for one in totals)
+            for field in fields(Totals)
+        }
+    )

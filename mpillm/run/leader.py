@@ -1,0 +1,105 @@
+"""What the leader of a replica does with lines: they become requests of its engine, and completions become records."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from mpillm.batch.pending import Pending
+from mpillm.batch.work import Model, Work
+from mpillm.engine.engine import Engine
+from mpillm.engine.scheduler import Totals
+from mpillm.engine.sequence import Completion, PartialCompletion, Request
+from mpillm.errors import Interrupted
+from mpillm.run.session import Session
+from mpillm.spec import Spec
+from mpillm.store import results
+from mpillm.store.records import PartialResult, Result, line_key
+
+Given = tuple[
+    Work, Mapping[int, PartialCompletion]
+]  # a line, and what earlier runs have generated of its choices
+
+
+class Leader:
+    """Computes lines with the engine of a replica; the records of what they come to go to `keep`."""
+
+    def __init__(
+        self,
+        session: Session,
+        spec: Spec,
+        model: Model,
+        keep: Callable[[Result | PartialResult], None],
+        totals: Totals | None = None,
+    ) -> None:
+        """`totals` are those of the engine that this one's replaces, if any."""
+        self.engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab, totals)
+        self._max_length, self._model, self._keep = session.limits.max_length, model, keep
+        self._every = spec.job.checkpoint_tokens
+        self._pending: dict[str, Pending] = {}
+
+    def requests(self, take: Callable[[], Given | None]) -> Iterator[Request]:
+        """The engine's requests, made when it asks for them; `take` returns the next line, or None for now."""
+        return _Requests(take, self._begin)
+
+    def _begin(self, work: Work, partial: Mapping[int, PartialCompletion]) -> Iterator[Request]:
+        self._pending[work.custom_id] = Pending(work)
+        for request in work.requests:
+            if request.max_length > self._max_length:
+                raise Interrupted(
+                    f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
+                    "the same command goes on with as many ranks as before."
+                )
+            yield replace(request, resumed=partial.get(request.choice))
+
+    def take(self, completion: Completion) -> bool:
+        """Keep a completion; return whether it was the last one of its line, and so made the line's answer."""
+        pending = self._pending[completion.request.id]
+        completions = pending.take(completion)
+        if completions is None:
+            if len(completion.tokens) >= (self._every or math.inf):
+                self._save(completion.request, 0, completion.since(0))
+            return False
+        del self._pending[completion.request.id]
+        self._keep(results.ended(pending.work, completions, self._model))
+        return True
+
+    def save(self) -> None:
+        """Keep what unfinished choices have generated, where it is as much as `job.checkpoint_tokens` says."""
+        if self._every:
+            for unsaved in self.engine.unsaved(self._every):
+                self._save(*unsaved)
+
+    def save_everything(self) -> None:
+        """Keep everything that unfinished lines have generated."""
+        for unsaved in self.engine.unsaved():
+            self._save(*unsaved)
+        for pending in self._pending.values():
+            for completion in pending.completions:
+                if completion.tokens:
+                    self._save(completion.request, 0, completion.since(0))
+
+    def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
+        """Keep what a choice has generated from token `start` on."""
+        key = line_key(self._pending[request.id].work.line)
+        self._keep(PartialResult(request.id, key, request.choice, start, partial))
+
+
+class _Requests:
+    """An iterator that may go on after it has ended: more lines may come."""
+
+    def __init__(self, take: Callable[[], Given | None], begin: Callable[..., Iterator[Request]]) -> None:
+        self._take, self._begin = take, begin
+        self._ready: deque[Request] = deque()
+
+    def __iter__(self) -> Iterator[Request]:
+        return self
+
+    def __next__(self) -> Request:
+        if not self._ready:
+            if (given := self._take()) is None:
+                raise StopIteration
+            self._ready.extend(self._begin(*given))
+        return self._ready.popleft()

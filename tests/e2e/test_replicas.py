@@ -1,0 +1,148 @@
+"""Several copies of the model compute one job: the same bytes as one gives, whoever is lost or stopped meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import Mpi, run_bounded
+from tests.e2e.jobs import assert_one_sentence, command, mixed_lines, results, run, write_lines
+
+pytestmark = pytest.mark.mpiexec
+DYING = Path(__file__).with_name("dying.py")
+REPLICAS = "layout.replicas=2"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = mixed_lines(40, seed=11, tokens=24)
+    lines[7]["body"]["messages"] = []  # an error of that line
+    return write_lines(tmp_path_factory.mktemp("input") / "requests.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process without mpiexec."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    done = run_bounded([sys.executable, *command(source, output)])
+    assert done.returncode == 1, done.stderr
+    return output
+
+
+def report(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return found
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    for name in ("results.jsonl", "results.h5"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_same_bytes_under_each_mpi(mpi: Mpi, source: Path, alone: Path, tmp_path: Path) -> None:
+    ranks, places = (2, [(0, 0), (1, 0)]) if mpi.name == "mpich" else (3, [(0, 0), (0, 1), (1, 0)])
+    done = run(mpi, ranks, source, tmp_path / "out", REPLICAS, "batch.max_num_seqs=4")
+    assert done.returncode == 1, done.stderr
+    assert_same_results(alone, tmp_path / "out")
+    ours, theirs = report(tmp_path / "out"), report(alone)
+    assert [(rank["replica"], rank["stage"]) for rank in ours["ranks"]] == places
+    assert ours["replicas"] == 2
+    assert ours["tokens"]["generated"] == theirs["tokens"]["generated"]
+    assert ours["tokens"]["prompt"] == theirs["tokens"]["prompt"]
+    # Both have computed: the other leader has had lines, and rank 0 answers.
+    for rank in (0, ranks - 1):
+        assert ours["ranks"][rank]["messages"]["requests"]["bytes_received"] > 1000
+        assert ours["ranks"][rank]["kv"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "left"),
+    [
+        pytest.param("0:step:9:SIGKILL", 2, id="rank 0"),
+        pytest.param("1:step:9:SIGKILL,2:step:9:SIGKILL", 1, id="a follower and a leader"),
+    ],
+)
+def test_the_others_compute_what_a_lost_replica_had(
+    plan: str, left: int, source: Path, alone: Path, openmpi: Mpi, tmp_path: Path
+) -> None:
+    words = command(source, tmp_path / "out", REPLICAS, "batch.max_num_seqs=4")[2:]
+    mpiexec, *start = openmpi.command(3, DYING, plan, *words)
+    env = openmpi.environment(MPILLM_DEADLINE="8")
+    done = run_bounded([mpiexec, "--with-ft", "ulfm", *start], timeout=60, env=env)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^mpillm: Lost rank [012] on .* went on ", done.stderr, re.MULTILINE), done.stderr
+    assert_same_results(alone, tmp_path / "out")
+    assert report(tmp_path / "out")["replicas"] == left
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_goes_on(
+    number: signal.Signals, source: Path, alone: Path, openmpi: Mpi, tmp_path: Path
+) -> None:
+    """On another number of replicas. What both had when the signal came is kept; after a kill, what was on disk."""
+    output = tmp_path / "out"
+    slow = ["batch.max_num_seqs=2", "job.checkpoint_tokens=4"]
+    words = openmpi.command(3, *command(source, output, REPLICAS, *slow))
+    with subprocess.Popen(words, env=openmpi.environment(), stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while records(output) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        for one in ranks if number is signal.SIGKILL else []:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+        if number is signal.SIGTERM:
+            os.kill(process.pid, number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    kept = records(output)
+    assert kept >= 5
+    assert not (output / "results.jsonl").exists()
+    done = run(openmpi, 2, source, output, REPLICAS)
+    assert done.returncode == 1, done.stderr
+    assert_same_results(alone, output)
+    generated = report(output)["tokens"]["generated"]
+    assert 0 < generated < report(alone)["tokens"]["generated"]
+
+
+def records(output: Path) -> int:
+    """Results, and parts of them, that are on disk."""
+    journal = output / "journal"
+    data = journal.read_bytes() if journal.exists() else b""
+    return data.count(b"\xa4type\xa6result") + data.count(b"\xa4type\xa4part")
+
+
+def test_what_cannot_be_is_said_once(openmpi: Mpi, source: Path, tmp_path: Path) -> None:
+    done = run(openmpi, 2, source, tmp_path / "out", "layout.replicas=3")
+    assert_one_sentence(done, 2, "layout.replicas = 3 needs at least 3 ranks, and there are 2")
+
+
+def test_an_error_of_another_replica_ends_the_run_and_keeps_what_there_is(
+    openmpi: Mpi, source: Path, alone: Path, tmp_path: Path
+) -> None:
+    """The answers of a replica whose leader is told to stop are not lost, and rank 0 says why."""
+    plan = "1:step:12:SIGTERM"
+    words = command(source, tmp_path / "out", REPLICAS, "batch.max_num_seqs=2")[2:]
+    mpiexec, *start = openmpi.command(2, DYING, plan, *words)
+    done = run_bounded([mpiexec, *start], timeout=60, env=openmpi.environment())
+    assert_one_sentence(done, 75, "Stopped by SIGTERM", "on rank 1")
+    assert records(tmp_path / "out") > 0
+    done = run(openmpi, 1, source, tmp_path / "out")
+    assert done.returncode == 1, done.stderr
+    assert_same_results(alone, tmp_path / "out")
+    assert results(tmp_path / "out")[7]["error"] is not None
+    assert report(tmp_path / "out")["requests"]["resumed"] > 0
