@@ -9,7 +9,7 @@
 enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 20, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
 
 /* A part reads so many bytes, times rows of x: what it fetches ahead beyond its end is then little. */
-enum { LEAST = 1 << 17 };
+enum { MINIMUM = 1 << 17 };
 
 #define ADD(range, items, kind, ...) \
     mk_step_of(work, mk_active->range, items, 1, 0)->kind = (mk_##kind##_job){__VA_ARGS__}
@@ -129,7 +129,7 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long r
     const long tile = panel_bytes(type, MK_TILE, bounds[panels]), first = panel_bytes(type, MK_TILE, bounds[1]);
     const int at_once = m == 1 && first >= MK_LONG_TILE ? MK_MANY_TILES : 1;
     mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), at_once, 0)->matmul = job;
-    work->last->least = LEAST / (tile * (m < job.chunk ? m : job.chunk) + 1);
+    work->last->minimum = MINIMUM / (tile * (m < job.chunk ? m : job.chunk) + 1);
 }
 
 void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,

@@ -1,16 +1,5 @@
 /* AMX: a second matmul for the path that was included before, with the same bits. */
 
-/* A thread's tiles are configured while it computes. */
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16]; /* of a row */
-    uint8_t rows[16];
-} tile_shapes;
-
-static void begin_tiles(const tile_shapes *shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(*shapes)); }
-
-static void end_tiles(void) { __asm__ volatile("tilerelease"); }
-
 #include "body_amx_bf16.h"
 #include "body_amx_int8.h"
 

@@ -5,6 +5,8 @@
  * chains from zero, and adds them to the sums of these lanes.  x is laid out so from the start (tile_rows), with rows side
  * by side; W is transposed on its way, once for all rows of x that pass by. */
 
+#include "body_amx_tiles.h"
+
 enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */, TILE_BYTES = 1024 };
 enum { APART = 1088 /* bytes from a transposed tile to the next, which so lies in other sets of a cache */ };
 enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TRANSPOSED = 16 /* blocks of W */, MAX_ROWS = 256 /* of x */ };

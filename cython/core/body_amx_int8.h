@@ -4,15 +4,17 @@
  * rows of x that are copied together.  Their scaling and their sums are what they are everywhere, for each output one
  * fma after the other, and take more than half of the time: tiles hold vectors' second port up. */
 
+#include "body_amx_tiles.h"
+
 enum { AMX_ROWS = 16, AMX_GROUPS = 4, AMX_SLAB = 8 /* blocks that pass together */ };
-/* Sums of as many tiles as there is room for, for rows of x are copied again for others; but of so many where more rows
- * follow, for which W should still be in the cache. */
+/* The capacity for sums, which as many tiles share as it allows, because rows of x are copied again for other tiles; and
+ * the maximum of tiles where more rows follow, for which W should still be in the cache. */
 enum { AMX_SUMS = 7168, AMX_TILES = 16 };
 
 /* 32 columns of 16 rows of W: bytes of any type, their scales, and their minima. */
 typedef struct {
     int8_t q[8][64];
-    vf scale, least;
+    vf scale, minimum;
 } wide_block;
 
 /* 32 columns of 16 rows of x. */
@@ -42,7 +44,7 @@ MK_INLINE void add_block(const int minima, const wide_block *w, const row_block 
     for (int t = 0; t < AMX_ROWS; t++) {
         vf dot = vf_from(vb_load((const uint8_t *)dots[t]));
         sums[t] = vf_fma(dot, vf_mul(w->scale, vf_set1(x->of[t].scale)), sums[t]);
-        if (minima) sums[t] = vf_fma(w->least, vf_set1(x->of[t].total), sums[t]);
+        if (minima) sums[t] = vf_fma(w->minimum, vf_set1(x->of[t].total), sums[t]);
     }
 }
 
@@ -95,14 +97,14 @@ HOT void widen(const int type, const uint8_t *w, long count, wide_block *to) {
         if (!mk_is_super(type)) {
             widen_bytes(type, w + 32 * mk_f16s(type), to);
             to->scale = d;
-            to++->least = m;
+            to++->minimum = m;
             continue;
         }
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, scales += 32, values += mk_part_bytes(type)) {
             widen_bytes(type, values, to);
             to->scale = vf_mul(d, vf_load_u8(scales));
-            to++->least = vf_mul(vf_sub(vf_set1(0.0f), m), vf_load_u8(scales + 16));
+            to++->minimum = vf_mul(vf_sub(vf_set1(0.0f), m), vf_load_u8(scales + 16));
         }
     }
 }
@@ -163,7 +165,7 @@ static void amx_panel(const mk_matmul_job *job, int rows, int p, long tile, int 
     }
 }
 
-/* How many of `left` rows go through tiles: whole groups, and two at least, for one does not pay for what it needs. */
+/* How many of `left` rows go through tiles: whole groups, and two at minimum, for one does not pay for what it needs. */
 static int rows_for_tiles(long left) {
     long groups = left / AMX_ROWS < AMX_GROUPS ? left / AMX_ROWS : AMX_GROUPS;
     return groups > 1 ? (int)groups * AMX_ROWS : 0;
@@ -178,16 +180,16 @@ static int levels_of(const mk_matmul_job *job) {
 
 static void int8_matmul(const mk_matmul_job *job, long begin, long end) {
     vf pending[AMX_SUMS];
-    const long most = AMX_SUMS / levels_of(job); /* of a level */
+    const long capacity = AMX_SUMS / levels_of(job); /* of a level */
     begin_tiles(&INT8_TILES);
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
         tiles = end - item < job->tiles - tile ? end - item : job->tiles - tile;
         const int all = rows_for_tiles(limit - row) == limit - row;
-        if (tiles > (all ? most / (limit - row) : AMX_TILES)) tiles = all ? most / (limit - row) : AMX_TILES;
+        if (tiles > (all ? capacity / (limit - row) : AMX_TILES)) tiles = all ? capacity / (limit - row) : AMX_TILES;
         for (int rows; (rows = rows_for_tiles(limit - row)); row += rows)
-            product(job, amx_panel, pending, most, rows, tile, (int)tiles, row);
+            product(job, amx_panel, pending, capacity, rows, tile, (int)tiles, row);
         for (long done = 0; row < limit && done < tiles;)
             done += some_tiles(job, tile + done, tiles - done, row, limit);
     }

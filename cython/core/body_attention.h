@@ -207,9 +207,9 @@ MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap
             part[j] = vf_gt(i, last, out, vf_gt(first, i, out, part[j]));
         }
     }
-    vf most = vf_max(part[0], part[1]);
-    if (vf_any_gt(most, vf_set1(q->top))) {
-        float top = vf_hmax(most);
+    vf maximum = vf_max(part[0], part[1]);
+    if (vf_any_gt(maximum, vf_set1(q->top))) {
+        float top = vf_hmax(maximum);
         vf factor = vf_exp(vf_set1(q->top - top));
         for (long i = 0; i < vd; i += MK_TILE) vf_store(sums + i, vf_mul(vf_load(sums + i), factor));
         q->total = vf_mul(q->total, factor);

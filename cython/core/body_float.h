@@ -86,12 +86,12 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
 
 HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead,
                     const uint8_t *x, long x_stride, long columns, vf *sums) {
-    const long most = type == MK_BF16 ? MK_BF16_BLOCK : columns;
+    const long piece = type == MK_BF16 ? MK_BF16_BLOCK : columns;
     const uint8_t *rows[MAX_STREAMS];
     UNROLL
     for (int r = 0; r < R; r++) rows[r] = w + r * stride;
-    for (; columns > most; columns -= most, x += most / 32 * BF16_STEP * GROUP(T))
-        float_run(type, R, T, rows, ahead, x, x_stride, most, sums);
+    for (; columns > piece; columns -= piece, x += piece / 32 * BF16_STEP * GROUP(T))
+        float_run(type, R, T, rows, ahead, x, x_stride, piece, sums);
     float_run(type, R, T, rows, ahead, x, x_stride, columns, sums);
 }
 

@@ -9,8 +9,8 @@ typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x,
 
 enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROWS : MK_MANY_TILES };
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
-/* With few rows memory is the limit.  Of several tiles at once a little of each is fetched ahead: more would take the
- * room that a core has for lines on their way from those that are needed sooner.  One tile alone is one stream, which
+/* With few rows memory is the limit.  Of several tiles at once a little of each is fetched ahead: more would take
+ * a core's buffers for lines on their way from those that are needed sooner.  One tile alone is one stream, which
  * goes on in the next tile: far ahead, into the second cache, that takes more lines at a time. */
 enum { NEAR = 1024, FAR = 8192, FEW = 4 };
 
@@ -290,8 +290,8 @@ static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
 
 /* Outputs of `tiles` tiles for `rows` rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
  * All tiles' parts of a panel come before the next panel, so that weights are read as they lie in memory.
- * pending [levels][most]: sums of 2^i panels that wait for their neighbour. */
-static void product(const mk_matmul_job *job, panel_function panel, vf *pending, long most, int rows, long tile,
+ * pending [levels][capacity]: sums of 2^i panels that wait for their neighbour. */
+static void product(const mk_matmul_job *job, panel_function panel, vf *pending, long capacity, int rows, long tile,
                     int tiles, long row) {
     const uint8_t *x = job->x + row * job->x_stride;
     int depth = 0;
@@ -301,7 +301,7 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
             x += bytes;
             continue;
         }
-        vf *sums = pending + depth++ * most;
+        vf *sums = pending + depth++ * capacity;
         panel(job, rows, p, tile, tiles, x, sums);
         x += bytes;
         if (job->panel_stride) {
@@ -309,15 +309,15 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
             depth--;
             continue;
         }
-        for (int carry = p; carry & 1; carry >>= 1, sums -= most) {
+        for (int carry = p; carry & 1; carry >>= 1, sums -= capacity) {
             depth--;
-            for (int i = 0; i < tiles * rows; i++) sums[i - most] = vf_add(sums[i - most], sums[i]);
+            for (int i = 0; i < tiles * rows; i++) sums[i - capacity] = vf_add(sums[i - capacity], sums[i]);
         }
     }
     if (!job->panel_stride) store_tiles(job, pending, tile, tiles, row, rows, job->out);
 }
 
-/* Rows row .. limit - 1 of up to `tiles` tiles: of as many as there is room for, which is returned. */
+/* Rows row .. limit - 1 of up to `tiles` tiles: of as many as the sums on the stack allow; returns how many. */
 static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
     const int floats = mk_is_float(job->type);
     vf pending[MK_MAX_LEVELS][RUN_SUMS];

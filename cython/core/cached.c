@@ -53,18 +53,18 @@ void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, cons
 /* Groups: runs of rows of one sequence times runs of heads of one KV head, as many as a thread's stack holds. */
 static long group_queries(mk_query_group *groups, const int32_t *table_start, const int32_t *kv_of_head, long m,
                           int heads, int hd) {
-    /* Wide heads, which are few, take all of the stack's room; others leave more items for the threads. */
-    int most = (hd > MK_WIDE_HEAD ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
+    /* Wide heads, which are few, use the stack's whole capacity; others leave more items for the threads. */
+    int maximum = (hd > MK_WIDE_HEAD ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
     long count = 0;
-    if (most > MK_MAX_QUERIES) most = MK_MAX_QUERIES;
-    if (most >= MK_QUERY_TILE) most -= most % MK_QUERY_TILE;
-    else most = most >= 8 ? 8 : 4; /* heads have at most MK_MAX_HEAD_DIM dimensions */
+    if (maximum > MK_MAX_QUERIES) maximum = MK_MAX_QUERIES;
+    if (maximum >= MK_QUERY_TILE) maximum -= maximum % MK_QUERY_TILE;
+    else maximum = maximum >= 8 ? 8 : 4; /* heads have at most MK_MAX_HEAD_DIM dimensions */
     for (int head = 0; head < heads;) {
         int width = 1;
-        while (width < most && head + width < heads && kv_of_head[head + width] == kv_of_head[head]) width++;
+        while (width < maximum && head + width < heads && kv_of_head[head + width] == kv_of_head[head]) width++;
         for (long row = 0; row < m;) {
             int rows = 1;
-            while ((rows + 1) * width <= most && row + rows < m && table_start[row + rows] == table_start[row]) rows++;
+            while ((rows + 1) * width <= maximum && row + rows < m && table_start[row + rows] == table_start[row]) rows++;
             groups[count++] = (mk_query_group){rows, width, row, head, kv_of_head[head]};
             row += rows;
         }

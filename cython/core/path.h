@@ -123,7 +123,7 @@ struct mk_step {
     mk_range range;
     mk_job job;
     long items, grain, parts; /* `grain` items are never parted */
-    long least;               /* items of a part, if each thread gets one */
+    long minimum;             /* items of a part, if each thread gets one */
     int uneven;               /* items differ much in cost: each is a part */
     int joined;               /* needs nothing of the step before it: is of the same set */
     long before;              /* parts of its set before its own */

@@ -43,7 +43,7 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
     step->range = range;
     step->items = items;
     step->grain = grain;
-    step->least = 0;
+    step->minimum = 0;
     step->uneven = uneven;
     step->joined = work->joining;
     memset(&step->job, 0, sizeof step->job);
@@ -227,13 +227,13 @@ static void run_alone(mk_work *work) {
         if (step->items > 0) step->range(&step->job, 0, step->items);
 }
 
-/* Cut the steps into parts; returns the parts of the set that has the most. */
+/* Cut the steps into parts; returns the largest number of parts of a set. */
 static long prepare(mk_work *work, int threads) {
-    long most = 0;
+    long maximum = 0;
     atomic_store(&work->now, -1);
     for (mk_step *step = work->steps, *set = step; step < work->steps + work->count; step++) {
         long parts = step->uneven ? step->items : PARTS * (long)threads;
-        while (parts > threads && step->items < parts * step->least) parts -= threads;
+        while (parts > threads && step->items < parts * step->minimum) parts -= threads;
         step->parts = step->items > 0 ? mk_blocks(step->items, (int)step->grain) : 0;
         if (step->parts > parts) step->parts = parts;
         if (!step->joined || step == work->steps) {
@@ -244,9 +244,9 @@ static long prepare(mk_work *work, int threads) {
         step->before = set->all;
         set->set++;
         set->all += step->parts;
-        if (set->all > most) most = set->all;
+        if (set->all > maximum) maximum = set->all;
     }
-    return most;
+    return maximum;
 }
 
 int mk_run(mk_work *work, int threads) {

@@ -42,7 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # fmt: off
 _REFUSED = frozenset({
-    "truncate_prompt_tokens", "logits_processors", "audio",
+    "logits_processors", "audio",
     "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
     "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
 })

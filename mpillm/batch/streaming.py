@@ -1,10 +1,15 @@
-"""The text of an answer, bit by bit, as its tokens are generated."""
+"""The text of an answer, bit by bit, as its tokens are generated; of a chat its parts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from mpillm.batch.endpoints.chat import ChatCompletions
 from mpillm.batch.endpoints.detokenizer import Detokenizer
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model
+from mpillm.engine.sequence import Request
 from mpillm.spec import Spec
 from mpillm.text import IncrementalDecoder, StopStrings
 
@@ -12,22 +17,22 @@ from mpillm.text import IncrementalDecoder, StopStrings
 class TextStream:
     """Text of one choice: what `push` and `rest` return makes the text of the answer, in this order.
 
-    All of it comes at the end where tokens alone do not say what the text will be: where the model's format has
-    channels, and with echo, special tokens or stop strings in the text.
+    All of it comes at the end where tokens alone do not say what the text will be: with echo, special tokens or stop
+    strings in the text.
     """
 
     def __init__(self, endpoint: Generate, spec: Spec, model: Model) -> None:
+        shown = endpoint.shown(spec, model)
         self._detokenizer = Detokenizer(model)
         self._decoder = (
             None
             if model.text is None
-            else IncrementalDecoder(model.text, endpoint.skips_special, endpoint.starts_text)
+            else IncrementalDecoder(model.text, endpoint.skips_special, endpoint.starts_text, shown)
         )
         self._stops = StopStrings(endpoint.stops(spec))
         self._given = ""
         self._at_the_end = (
-            self._detokenizer.harmony is not None
-            or bool(getattr(endpoint, "echo", None))
+            bool(getattr(endpoint, "echo", None))
             or endpoint.skip_special_tokens is False
             or bool(endpoint.include_stop_str_in_output)
         )
@@ -46,3 +51,38 @@ class TextStream:
     def rest(self, text: str) -> str:
         """What the whole `text` of the answer has beyond what was given."""
         return text.removeprefix(self._given) if text.startswith(self._given) else ""
+
+
+class ChatStream:
+    """The parts of one answer to a chat, as OpenAI's deltas: what `push` and `rest` return makes its message."""
+
+    def __init__(self, endpoint: ChatCompletions, request: Request, spec: Spec, model: Model) -> None:
+        self._endpoint, self._request, self._spec, self._model = endpoint, request, spec, model
+        self._stream = TextStream(endpoint, spec, model)
+        self._text = ""
+        self._given: dict[str, str] = {"reasoning_content": "", "content": ""}
+        self._calls = 0  # that were given
+
+    def push(self, token: int) -> dict[str, Any]:
+        """The delta that a token completes, which may be empty."""
+        more = self._stream.push(token)
+        if not more:
+            return {}
+        self._text += more
+        answer = self._endpoint.divide(self._text, self._request.prompt, self._spec, self._model, final=False)
+        if answer is None:
+            return {"content": more}
+        return self.rest(self._endpoint.message(answer, self._request, self._spec, self._model))
+
+    def rest(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """What a message has beyond what was given."""
+        delta: dict[str, Any] = {}
+        for key, given in self._given.items():
+            text = message.get(key) or ""
+            if text.startswith(given) and len(text) > len(given):
+                delta[key] = text[len(given) :]
+                self._given[key] = text
+        if calls := message.get("tool_calls", [])[self._calls :]:
+            delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls, self._calls)]
+            self._calls += len(calls)
+        return delta

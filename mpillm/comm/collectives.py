@@ -147,16 +147,28 @@ class Group:
             return
         m, d = x.shape
         parts = self._parts.take(self._shards, m, self._codec.type.row_bytes(d))
+        self._codec.encode(x, parts[self._shard])
+        self._exchange(parts)
+        values = self._codec.decode(parts.reshape(self._shards * m, -1), d)
+        kernels.fold(values.reshape(self._shards, m, d), x, self._codec.threads)
+
+    def all_gather(self, x: F32) -> F32:
+        """Every shard's x, f32 [m, d], exactly as it is: f32 [shards, m, d]. It is valid until the next call."""
+        parts = self._parts.take(self._shards, len(x), x.shape[1] * x.itemsize)
+        values: F32 = parts.view(np.float32)
+        values[self._shard] = x
+        self._exchange(parts)
+        return values
+
+    def _exchange(self, parts: U8) -> None:
+        """Send this shard's part to all others, and receive theirs, which are as large."""
         mine = parts[self._shard]
-        self._codec.encode(x, mine)
         others = [shard for shard in range(self._shards) if shard != self._shard]
         comm = self._world.comm
         requests = [comm.Irecv(parts[shard], self._first + shard, Tag.ALL_REDUCE) for shard in others]
         requests += [comm.Isend(mine, self._first + shard, Tag.ALL_REDUCE) for shard in others]
         self._count.sent(len(others), mine.nbytes)
         _finish(self._world, requests, [mine.nbytes] * len(others), self._count)
-        values = self._codec.decode(parts.reshape(self._shards * m, -1), d)
-        kernels.fold(values.reshape(self._shards, m, d), x, self._codec.threads)
 
 
 class Pipe:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mpillm.comm.collectives import Channel
 from mpillm.engine import step as messages
 from mpillm.engine.adjust import shifts
+from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
@@ -198,6 +199,7 @@ class Engine:
         self.totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
         self.totals.recomputed_tokens += min(count, begin - sequence.computed)
         sequence.computed = end
+        sequence.loads = sequence.saves = NO_SLOT
         sequence.reached = max(sequence.reached, end)
 
     def _draw(
@@ -328,6 +330,8 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
             for table in sequence.tables
         ),
         slot=sequence.slot,
+        loads=sequence.loads,
+        saves=sequence.saves,
         score_k=request.prompt_logprobs or 0 if scores else -1,
         successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,

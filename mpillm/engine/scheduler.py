@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from mpillm.engine.blocks import NO_SLOT, BlockPool, BlockTable
+from mpillm.engine.saved_states import SavedStates
 from mpillm.engine.sequence import Sequence
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for, first_kept, longest_sequence, window_blocks
@@ -30,6 +31,12 @@ class Limits:
         0,
     )  # of each group of layers with a block table of its own; 0: all tokens are kept
     n_slots: int = 0  # for sequences' states, if the model has any
+    n_saved: int = 0  # slots for states after prefixes; they are numbered behind the others
+
+    @property
+    def n_states(self) -> int:
+        """All slots."""
+        return self.n_slots + self.n_saved
 
     @property
     def max_running(self) -> int:
@@ -73,7 +80,7 @@ class Scheduler:
     window, and all others in the other groups.
 
     If the model has states, an admitted sequence has a slot for its own, from its first token until it finishes or is
-    preempted. States after a prefix are not kept, so such a model's sequences share nothing.
+    preempted. A prefix is then shared where states were saved too (`SavedStates`): a chunk ends where they are to be.
     """
 
     def __init__(self, limits: Limits, waiting: Iterator[Sequence], totals: Totals | None = None) -> None:
@@ -83,7 +90,8 @@ class Scheduler:
         self._preempted: list[Sequence] = []  # the oldest first
         self._max_running = limits.max_running
         self._free_slots = list(range(limits.n_slots))  # a heap
-        self._shares = limits.prefix_sharing and not limits.n_slots and bool(limits.windows)
+        self._saved = SavedStates(limits.n_slots, limits.n_saved)
+        self._shares = limits.prefix_sharing and bool(limits.n_saved if limits.n_slots else limits.windows)
         self._full = [group for group, window in enumerate(limits.windows) if not window]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
@@ -111,6 +119,7 @@ class Scheduler:
         At most `micro_batches` steps will be in flight, so it takes its share of all sequences.
         """
         limits = self.limits
+        self._saved.begin_step()
         if self._windowed:
             for sequence in self.running:
                 if not sequence.in_flight:
@@ -135,8 +144,13 @@ class Scheduler:
             # Decoding goes first, but for the oldest: it always goes on.
             kept = 0 if decodes else min(decoding, maximum - len(chosen) - 1)
             allowed = max(budget - kept, int(not chosen))
-            count = self._allocate(sequence, min(sequence.left, allowed)) if allowed else 0
+            saves = not decodes and self._saved.can_save(sequence)
+            wanted = sequence.save_at - sequence.computed if saves else sequence.left
+            count = self._allocate(sequence, min(wanted, sequence.left, allowed)) if allowed else 0
             if count:
+                self._saved.let_go(sequence.loads)  # later steps may drop what this one reads
+                if saves and count == wanted:
+                    sequence.saves = self._saved.save(sequence.block_key(sequence.save_at // KV_BLOCK - 1))
                 self._count_shared(sequence)
                 if self._shares:
                     coming.update(self._name_blocks(sequence, count))
@@ -181,6 +195,7 @@ class Scheduler:
             growing += self._growing(sequence)
             if self.limits.n_slots:
                 sequence.slot = heappop(self._free_slots)
+                sequence.save_at = self._saved.place_to_save(sequence) if self._shares else 0
             if self._preempted:
                 del self._preempted[0]
             else:
@@ -203,7 +218,7 @@ class Scheduler:
             if key in coming or not all((group, key) in pool for group in self._full):
                 break
             shared += 1
-        while shared > own and not self._windows_found(sequence, shared):
+        while shared > own and not self._end_found(sequence, shared):
             shared -= 1
         if shared > own:
             self._drop_behind(sequence, shared * KV_BLOCK)
@@ -213,10 +228,20 @@ class Scheduler:
                     assert block is not None
                     table.blocks.append(block)
             sequence.computed = shared * KV_BLOCK
+            if self.limits.n_slots:
+                self._saved.let_go(sequence.loads)
+                sequence.loads = self._saved.take(sequence.block_key(shared - 1))
+        if self.limits.n_slots:
+            return self._saved.comes(sequence.block_key(index) for index in range(shared, last))
         return shared < last and sequence.block_key(shared) in coming
 
-    def _windows_found(self, sequence: Sequence, count: int) -> bool:
-        """Whether groups with windows have what a sequence attends to after its first `count` blocks."""
+    def _end_found(self, sequence: Sequence, count: int) -> bool:
+        """Whether a sequence can go on after its first `count` blocks.
+
+        That needs saved states, and in groups with windows the blocks that are attended to.
+        """
+        if self.limits.n_slots and sequence.block_key(count - 1) not in self._saved:
+            return False
         own = sequence.computed // KV_BLOCK
         return all(
             (group, sequence.block_key(index)) in self._pool
@@ -277,6 +302,8 @@ class Scheduler:
         for table in sequence.tables:
             self._pool.release(table.blocks)
         sequence.tables, sequence.computed = [BlockTable() for _ in self.limits.windows], 0
+        self._saved.let_go(sequence.loads)
+        sequence.loads = NO_SLOT
         if sequence.slot != NO_SLOT:
             heappush(self._free_slots, sequence.slot)
             sequence.slot = NO_SLOT

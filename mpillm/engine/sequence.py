@@ -166,6 +166,9 @@ class Sequence:
         )
         self.tables: list[BlockTable] = []  # of each group of layers, all with the same end
         self.slot = NO_SLOT  # of its states
+        self.loads = NO_SLOT  # the slot of saved states with which its next chunk begins
+        self.saves = NO_SLOT  # the slot in which its states after its next chunk are saved
+        self.save_at = 0  # the number of its first tokens after which saved states would be of use to others
         self._block_keys: list[bytes] = []
         self.in_flight = False  # part of a step whose reply is outstanding
         self.logprobs: list[float] = []

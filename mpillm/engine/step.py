@@ -24,14 +24,14 @@ from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.sampler import inverse_temperature
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.batch import Batch
-from mpillm.model.kv import GroupTables
+from mpillm.model.kv import GroupTables, StateMoves
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 13  # of a chunk, and two more for each group
+FIELDS = 15  # of a chunk, and two more for each group
 NO_TARGET = -1
 NO_MASK = -1
 
@@ -93,6 +93,8 @@ class Chunk:
     tokens: Ints
     tables: tuple[Table, ...]  # of each group of layers
     slot: int = NO_SLOT  # of the sequence's states
+    loads: int = NO_SLOT  # the slot of saved states with which the sequence goes on
+    saves: int = NO_SLOT  # the slot in which its states after the chunk are saved
     score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
     successor: int = NO_TARGET  # the token after the last one, if known
     sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
@@ -188,6 +190,15 @@ class Step:
             groups=tuple(_group_tables(group, counts, positions) for group in tables),
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
+            states=self._state_moves(),
+        )
+
+    def _state_moves(self) -> StateMoves:
+        chunks = [chunk for chunk in self.chunks if chunk.slot != NO_SLOT]
+        return StateMoves(
+            fresh=[chunk.slot for chunk in chunks if chunk.start == 0],
+            loaded=[(chunk.slot, chunk.loads) for chunk in chunks if chunk.loads != NO_SLOT],
+            saved=[(chunk.saves, chunk.slot) for chunk in chunks if chunk.saves != NO_SLOT],
         )
 
     def encode(self) -> bytes:
@@ -238,6 +249,7 @@ class Step:
         for row in fields:
             (
                 start, n_tokens, slot, score_k, successor, sample_k, logprobs, n_seen, hidden, n_shifts, mask,
+                loads, saves,
             ) = row[: FIELDS - 2].tolist()  # fmt: skip
             temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
             tables = row[FIELDS:].reshape(groups, 2).tolist()
@@ -247,6 +259,8 @@ class Step:
                     tokens=all_tokens(n_tokens),
                     tables=tuple(Table(first, all_blocks(n_blocks)) for first, n_blocks in tables),
                     slot=slot,
+                    loads=loads,
+                    saves=saves,
                     score_k=score_k,
                     successor=successor,
                     sample_k=sample_k,
@@ -308,7 +322,7 @@ def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
     tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
         chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
-        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, 0, 0, *tables,
+        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, 0, 0, *tables,
     )  # fmt: skip
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.model.kv import GroupTables
+from mpillm.model.kv import GroupTables, StateMoves
 from mpillm.model.rope import RopeConfig, cos_sin
 
 Floats = NDArray[np.float32]
@@ -16,6 +15,7 @@ Ints = NDArray[np.int32]
 Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
 Turn = tuple[RopeConfig, int]  # RoPE of so many dimensions of each head
 NO_IDS = np.empty(0, np.int32)
+NO_MOVES = StateMoves()
 NO_TABLES = GroupTables(NO_IDS, NO_IDS, NO_IDS)
 
 
@@ -29,6 +29,7 @@ class Batch:
     groups: tuple[GroupTables, ...]  # of each group of layers
     first_rows: Ints  # of each sequence
     slots: Ints  # of each sequence's states, -1 where it has none
+    states: StateMoves = NO_MOVES
 
 
 class Step:
@@ -47,12 +48,6 @@ class Step:
             where = tables.block, batch.offset, batch.positions, tables.table, tables.table_start
             self._rows[turn, group] = cos, sin, *where
         return self._rows[turn, group]
-
-    @cached_property
-    def begun(self) -> Ints:
-        """The slots of sequences that begin in this step: what is in them is another one's."""
-        first: Ints = self.batch.slots[self.batch.positions[self.batch.first_rows] == 0]
-        return first
 
     def _cos_sin(self, turn: Turn | None) -> tuple[Floats | None, Floats | None]:
         if turn is None:

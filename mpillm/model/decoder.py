@@ -92,7 +92,7 @@ class Decoder:
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         step = Step(batch)
-        self._kv.begin(batch.groups, batch.offset)
+        self._kv.begin(batch.groups, batch.offset, batch.states)
         if self._stack is None:
             for layer in self._layers:
                 self._pipe.progress()  # what the previous step sent on leaves while this one computes
@@ -102,6 +102,7 @@ class Decoder:
         else:
             self._rank.compute(self._stack.work, x, self._stack.rows(step), self._pipe.progress)
             self._rank.weights.cycle.count_hits(len(self._layers))
+        self._kv.end(batch.states)
         if self.is_last:
             return x
         self._pipe.send(x)

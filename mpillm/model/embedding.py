@@ -19,8 +19,8 @@ from mpillm.weights.formats.safetensors import read_header
 from mpillm.weights.formats.stored import OWN, Floats
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.source import Source
+from mpillm.weights.text_files import MODULES, PROMPTS
 
-MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 GGUF_KEY = "pooling_type"  # of the configuration that is made of a GGUF file
 
 _GGUF = {0: "mean", 1: "mean", 2: "cls", 3: "last", 4: "rank"}  # 0: it does not say

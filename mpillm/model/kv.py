@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,14 @@ class GroupTables:
     table_start: Ints
     block: Ints  # the block that takes the row's keys and values
     padding: int = 0
+
+
+class StateMoves(NamedTuple):
+    """What a step does to states beside computing them, by slots; a pair is a slot that is written and its source."""
+
+    fresh: Sequence[int] = ()  # of sequences that begin: their states are zeros
+    loaded: Sequence[tuple[int, int]] = ()  # before the step
+    saved: Sequence[tuple[int, int]] = ()  # after it
 
 
 class KVCache:
@@ -57,8 +65,11 @@ class KVCache:
             self.spill = Spill(spill_dir, layout.pools, layers, budget - self._states_nbytes, n_blocks)
         self._pools: list[Pool | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
 
-    def begin(self, groups: Sequence[GroupTables], offset: Ints) -> None:
+    def begin(self, groups: Sequence[GroupTables], offset: Ints, moves: StateMoves) -> None:
         """A step begins that reads all blocks of these tables, and writes each row at its block and `offset`."""
+        self._move(moves.loaded)
+        for states in self._states:
+            states[list(moves.fresh)] = 0
         if not groups:
             return
         top = max(int(group.block.max()) for group in groups) + 1
@@ -75,6 +86,10 @@ class KVCache:
             self._top = top
             held = top * self.layout.block_nbytes if self.spill is None else self.spill.held
             self.peak = max(self.peak, self._states_nbytes + held)
+
+    def end(self, moves: StateMoves) -> None:
+        """All layers of the step have been computed."""
+        self._move(moves.saved)
 
     def acquire(self, i: int) -> Arrays:
         """Keys and values of this rank's layer number i; layers follow each other in their order."""
@@ -99,7 +114,7 @@ class KVCache:
     def states(self, i: int) -> NDArray[np.uint8]:
         """The states that this rank's layer number i keeps, [slot, bytes].
 
-        A slot's content is not defined before its sequence's first token.
+        At a sequence's first token they are zeros.
         """
         return self._states[i]
 
@@ -111,6 +126,11 @@ class KVCache:
         """Let go of the file, if there is one."""
         if self.spill is not None:
             self.spill.close()
+
+    def _move(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for states in self._states if pairs else ():
+            for written, read in pairs:
+                states[written] = states[read]
 
     def _layer(self, i: int) -> TokenLayer:
         layer = self.layout.tokens[i]

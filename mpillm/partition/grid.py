@@ -99,11 +99,6 @@ def vocab_axis(vocab: int) -> Axis:
     return axis(vocab, block=VOCAB_UNIT if vocab >= SMALL_VOCAB else 1)
 
 
-def undivided(units: int, width: int = 1) -> Axis:
-    """An axis of one panel: a single shard holds it."""
-    return Axis((0, units), width)
-
-
 @dataclass(frozen=True)
 class Place:
     """A rank's place in the grid; the shards of a stage are neighbours in rank order."""

@@ -25,6 +25,7 @@ from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed
+SAVED, MAX_SAVED = 8, 64  # one in so many slots for states is for saved ones, and so many at most
 SHARE = 8  # the budgets' part that activations may take then: one in so many
 
 
@@ -78,6 +79,7 @@ def limits(
         streams=streams,
         windows=windows,
         n_slots=capacity.slots,
+        n_saved=capacity.saved,
     )
 
 
@@ -88,6 +90,12 @@ class CacheCapacity:
     blocks: int
     blocks_in_memory: int  # of them: what memory alone holds
     slots: int  # for sequences' states; 0 if the model has none
+    saved: int  # beside them, for states after prefixes that sequences have in common
+
+    @property
+    def states(self) -> int:
+        """All slots."""
+        return self.slots + self.saved
 
     def sequences(self, maximum: int, windows: Sequence[int]) -> int:
         """The number of sequences, up to `maximum`, that can be in a step at once."""
@@ -112,21 +120,24 @@ def cache_capacity(
 ) -> CacheCapacity:
     """What memory.kv and memory.kv_spill hold on all ranks, where up to `sequences` sequences run at once.
 
-    States get up to half of memory.kv, and all of it where layers keep nothing else.
+    States get up to half of memory.kv, and all of it where layers keep nothing else; an eighth of their slots is for
+    those that are saved.
     """
-    budget, slots = spec.memory.kv_bytes, 0
+    budget, slots, saved = spec.memory.kv_bytes, 0, 0
     states = max(layout.state_nbytes for layout in layouts)
     if states:
         share = 2 if layouts[0].windows else 1
-        slots = min(budget // share // states, sequences)
+        slots = budget // share // states
+        saved = min(slots // SAVED, MAX_SAVED) if spec.batch.prefix_sharing else 0
+        slots = min(slots - saved, sequences)
     blocks, in_memory = [], []
     for layout, weights in zip(layouts, streamed, strict=True):
-        left = budget - slots * layout.state_nbytes
+        left = budget - (slots + saved) * layout.state_nbytes
         if layout.pools:
             sizes = [sum(nbytes) for nbytes in layout.pools]
             in_memory.append(left // layout.block_nbytes)
             blocks.append(maximum_blocks(sizes, left, min(weights, spec.memory.kv_spill_bytes)))
-    return CacheCapacity(min(blocks, default=0), min(in_memory, default=0), slots)
+    return CacheCapacity(min(blocks, default=0), min(in_memory, default=0), slots, saved)
 
 
 def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:

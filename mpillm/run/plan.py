@@ -230,8 +230,8 @@ def _rank(
         weights_streamed=weights["streamed"],
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
-        kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.slots),
-        kv_in_file=cache_in_file(spec, cache, capacity.blocks, capacity.slots),
+        kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.states),
+        kv_in_file=cache_in_file(spec, cache, capacity.blocks, capacity.states),
         activations=activations,
         process=process,
     )

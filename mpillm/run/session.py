@@ -255,7 +255,7 @@ class Session:
             kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
         return memory.Memory(
             weights=min(weights.total, weights.budget),
-            kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_slots),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_states),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, config, place, len(weights.pages), kept),
         )
@@ -264,8 +264,8 @@ class Session:
         config, place, wire = self.config, self.place, self.spec.wire
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
-            n_blocks, n_slots = self.limits.n_blocks, self.limits.n_slots
-            self.kv = KVCache(self.caches[place.rank], n_blocks, n_slots, budget, folder)
+            n_blocks, n_states = self.limits.n_blocks, self.limits.n_states
+            self.kv = KVCache(self.caches[place.rank], n_blocks, n_states, budget, folder)
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from mpillm.batch.endpoints.chat import ChatCompletions
 from mpillm.batch.endpoints.generate import Generate
-from mpillm.batch.streaming import TextStream
+from mpillm.batch.streaming import ChatStream, TextStream
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion
 
@@ -36,43 +37,44 @@ class Stream:
     """The chunks of one streamed answer, as server-sent events."""
 
     def __init__(self, work: Work, model: Model, include_usage: bool) -> None:
-        assert isinstance(work.endpoint, Generate)
+        endpoint = work.endpoint
+        assert isinstance(endpoint, Generate)
         self._work, self._model, self._usage = work, model, include_usage
-        self._chat = work.endpoint.kind == "chat.completion"
+        self._chats: list[ChatStream] = []
+        self._texts: list[TextStream] = []
+        if isinstance(endpoint, ChatCompletions):
+            self._chats = [ChatStream(endpoint, request, work.spec, model) for request in work.requests]
+        else:
+            self._texts = [TextStream(endpoint, work.spec, model) for _ in work.requests]
         self._frame = {
-            "id": f"{work.endpoint.id_prefix}-{uuid.uuid4().hex[:24]}",
-            "object": "chat.completion.chunk" if self._chat else work.endpoint.kind,
+            "id": f"{endpoint.id_prefix}-{uuid.uuid4().hex[:24]}",
+            "object": "chat.completion.chunk" if self._chats else endpoint.kind,
             "created": int(time.time()),
             "model": model.name,
         }
-        self._texts = [TextStream(work.endpoint, work.spec, model) for _ in work.requests]
 
     def begin(self) -> Iterator[bytes]:
         """What comes before any text."""
-        if self._chat:
-            for index in range(len(self._texts)):
-                yield self._event(self._choice(index, {"role": "assistant", "content": ""}))
+        for index in range(len(self._chats)):
+            yield self._event(self._choice(index, {"role": "assistant", "content": ""}))
 
     def push(self, choice: int, token: int) -> Iterator[bytes]:
         """What comes with a token of a choice."""
-        if text := self._texts[choice].push(token):
-            yield self._event(self._choice(choice, {"content": text} if self._chat else text))
+        stream = self._chats[choice] if self._chats else self._texts[choice]
+        if more := stream.push(token):
+            yield self._event(self._choice(choice, more))
 
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
         """What comes when all choices are complete: the rest of each text, log-probabilities, why it ended, usage."""
         made = msgspec.json.decode(msgspec.json.encode(body(self._work, completions, self._model)))
         for choice in made["choices"]:
-            text = self._texts[choice["index"]]
-            delta: Any
-            if self._chat:
-                message = choice["message"]
-                delta = {k: v for k, v in message.items() if k not in ("role", "content") and v}
-                if rest := text.rest(message.get("content") or ""):
-                    delta["content"] = rest
+            index, delta = choice["index"], None
+            if self._chats:
+                delta = self._chats[index].rest(choice["message"])
             else:
-                delta = text.rest(choice["text"])
+                delta = self._texts[index].rest(choice["text"])
             more = {k: choice[k] for k in ("logprobs", "finish_reason", "stop_reason") if k in choice}
-            yield self._event(self._choice(choice["index"], delta, **more))
+            yield self._event(self._choice(index, delta, **more))
         if self._usage:
             yield self._event(usage=made["usage"])
         yield DONE
@@ -82,7 +84,7 @@ class Stream:
         yield _event(error(message, 503, "server_error"))
 
     def _choice(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:
-        key = "delta" if self._chat else "text"
+        key = "delta" if self._chats else "text"
         return {"index": index, key: delta, "logprobs": None, "finish_reason": None, **more}
 
     def _event(self, *choices: dict[str, Any], **more: Any) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from mpillm.batch.endpoints.chat import ChatCompletions
-from mpillm.batch.streaming import TextStream
+from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
@@ -115,6 +115,7 @@ class Chat:
         self._read, self._write = read, sys.stdout.write
         self._messages: list[dict[str, Any]] = []
         self._ticket: Ticket | None = None
+        self._thinks = False  # what was written last is reasoning
 
     def talk(self) -> None:
         """Read, answer, and end the engine's work at last."""
@@ -169,7 +170,7 @@ class Chat:
         work = prepare(ChatCompletions.url, {"messages": self._messages}, self._spec, self._model)
         assert isinstance(work.endpoint, ChatCompletions)
         events: queue.SimpleQueue[int | list[Completion] | None] = queue.SimpleQueue()
-        stream = TextStream(work.endpoint, self._spec, self._model)
+        stream = ChatStream(work.endpoint, work.requests[0], self._spec, self._model)
         ticket = Ticket(work, events.put, lambda _, token: events.put(token))
         self._ticket = ticket
         text = ""
@@ -184,11 +185,18 @@ class Chat:
         if event is not None and not ticket.cancelled:
             body = work.endpoint.response(work, event, self._model)
             choice = msgspec.json.decode(body["choices"][0])
-            text += self._show(stream.rest(choice["message"]["content"] or ""))
-        self._show("\n")
+            text += self._show(stream.rest(choice["message"]))
+        self._show({"content": "\n"})
         return text
 
-    def _show(self, text: str) -> str:
-        self._write(text)
+    def _show(self, delta: dict[str, Any]) -> str:
+        """Write what comes of an answer; its content."""
+        thought, content = str(delta.get("reasoning_content", "")), str(delta.get("content", ""))
+        self._write(thought)
+        self._thinks = self._thinks or bool(thought)
+        if content and self._thinks:
+            self._write("\n\n")
+            self._thinks = False
+        self._write(content)
         sys.stdout.flush()
-        return text
+        return content

@@ -11,6 +11,7 @@ from mpillm.spec.messages import plain_words
 from mpillm.spec.reading import checked, load
 from mpillm.spec.sections import (
     BatchLimits,
+    Chat,
     Embeddings,
     Fraction,
     Job,
@@ -38,7 +39,7 @@ from mpillm.spec.sections import (
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
-    "BatchLimits", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Penalty", "Pooling",
+    "BatchLimits", "Chat", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Penalty", "Pooling",
     "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
     "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
     "plain_words", "shown_bytes",

@@ -25,19 +25,23 @@ TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
 Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
 Word = Annotated[str, Meta(min_length=1)]
+Tags = tuple[Word, Word]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
 Quantize = Literal["none", "q8_0", "q4_0"]
+ToolCalls = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",
+    "mistral", "mistral_args", "granite", "phi4_mini", "llama3_json", "pythonic", "lfm2",
+]  # fmt: skip
 Pooling = Literal["mean", "last", "cls"]
 KVType = Literal["f32", "f16", "q8_0"]
 
 # Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
 _ADDED = (
-    *(
-        f"sampling.{key}"
-        for key in ("presence_penalty", "frequency_penalty", "response_format", "structured_outputs")
-    ),
-    *(f"scoring.{key}" for key in ("template", "instruction", "tokens")),
+    *("sampling.presence_penalty", "sampling.frequency_penalty"),
+    *("sampling.response_format", "sampling.structured_outputs"),
+    *("chat.reasoning", "chat.tool_calls"),
+    *("scoring.template", "scoring.instruction", "scoring.tokens"),
 )
 
 
@@ -87,6 +91,13 @@ class Sampling(Section, frozen=True):
     stop: Stop = []
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+
+class Chat(Section, frozen=True):
+    """How answers to chats are divided; auto: by the model's chat template and its tokens."""
+
+    reasoning: Auto | Literal["none"] | Tags = "auto"  # or the tags around it
+    tool_calls: ToolCalls = "auto"
 
 
 class Layout(Section, frozen=True):
@@ -195,6 +206,7 @@ class Spec(Section, frozen=True, kw_only=True):
     output: Annotated[str, Meta(min_length=1)]
     quantize: Quantize = "none"
     sampling: Sampling = Sampling()
+    chat: Chat = Chat()
     layout: Layout = Layout()
     memory: Memory = Memory()
     wire: Wire = Wire()
@@ -220,11 +232,11 @@ class Spec(Section, frozen=True, kw_only=True):
         content, which the journal knows by their own fingerprints.
         """
         values: dict[str, Any] = {"quantize": self.quantize}
-        for name in ("sampling", "wire", "embeddings", "scoring"):
+        for name in ("sampling", "chat", "wire", "embeddings", "scoring"):
             section = getattr(self, name)
             values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
         for key in _ADDED:
-            if not values[key]:
+            if values[key] in (None, 0.0, "auto"):
                 del values[key]
         values["memory.max_context"] = self.memory.max_context
         values["memory.kv_type"] = self.memory.kv_type

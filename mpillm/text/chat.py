@@ -28,6 +28,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from mpillm.errors import RequestError
+from mpillm.text.arguments import Arguments
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.content import Contents, Message
 from mpillm.text.marks import Marker, unused_mark
@@ -84,13 +85,13 @@ class ChatTemplate:
         list is brought into the form that the template reads. RequestError if the template fails, TooLongError
         if the text is longer than `max_chars`.
         """
-        return self._render(self._contents.fit(_aliased(messages)), options or {}, max_chars)
+        return self._render(self._fit(messages), options or {}, max_chars)
 
     def pieces(
         self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
     ) -> str | Pieces:
         """The chat as one text if all its control tokens are the template's own, else in pieces that say which are."""
-        messages, options = self._contents.fit(_aliased(messages)), options or {}
+        messages, options = self._fit(messages), options or {}
         text = self._render(messages, options, max_chars)
         tokens = self._marker.tokens
         if tokens is None:
@@ -111,6 +112,10 @@ class ChatTemplate:
             )
         split = tokens.split(marked)  # text, token, text, token, ..., text
         return [(piece.replace(mark, ""), index % 2 == 1) for index, piece in enumerate(split)]
+
+    def _fit(self, messages: list[Message]) -> list[Message]:
+        """The messages in the forms that the template reads."""
+        return self._arguments.fit(self._contents.fit(_aliased(messages)))
 
     def _render(self, messages: Any, options: Any, max_chars: int) -> str:
         """The chat as one text.
@@ -163,6 +168,10 @@ class ChatTemplate:
     @cached_property
     def _contents(self) -> Contents:
         return Contents(lambda messages: self._render(messages, {}, MAX_CHARS))
+
+    @cached_property
+    def _arguments(self) -> Arguments:
+        return Arguments(lambda messages: self._render(messages, {}, MAX_CHARS))
 
     @cached_property
     def _marker(self) -> Marker:

@@ -13,7 +13,14 @@ class Decoder(Protocol):
     @property
     def by_bytes(self) -> bool: ...
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True, start: bool = True) -> str: ...
+    def decode(
+        self,
+        ids: Sequence[int],
+        skip_special: bool = True,
+        start: bool = True,
+        final: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> str: ...
 
     def token_bytes(self, id: int) -> bytes: ...
 
@@ -28,11 +35,19 @@ class IncrementalDecoder:
 
     A character whose bytes are spread over several tokens comes with the last of them; bytes that never become a
     character come as U+FFFD. `start` says that the text begins here (a chat's answer): the first space of a
-    SentencePiece tokenizer is then removed. Otherwise the ids continue a prompt, and the space is kept.
+    SentencePiece tokenizer is then removed. Otherwise the ids continue a prompt, and the space is kept. Control tokens
+    in `shown` are part of the text in any case.
     """
 
-    def __init__(self, tokenizer: Decoder, skip_special: bool = True, start: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        skip_special: bool = True,
+        start: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer, self._skip_special, self._start = tokenizer, skip_special, start
+        self._shown = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = start and tokenizer.strips_space
         self._ids: list[int] = []  # used only if tokens are not runs of bytes
@@ -43,7 +58,7 @@ class IncrementalDecoder:
         if not self._tokenizer.by_bytes:
             self._ids.append(id)
             return self._more(final=False)
-        if self._skip_special and self._tokenizer.is_control(id):
+        if self._skip_special and self._tokenizer.is_control(id) and id not in self._shown:
             return ""
         return self._utf8.decode(self._stripped(self._tokenizer.token_bytes(id)))
 
@@ -59,7 +74,7 @@ class IncrementalDecoder:
 
     def _more(self, final: bool) -> str:
         """Decode all ids again; text that can still change (a last U+FFFD, a changed beginning) waits for the end."""
-        text = self._tokenizer.decode(self._ids, self._skip_special, self._start)
+        text = self._tokenizer.decode(self._ids, self._skip_special, self._start, shown=self._shown)
         if not text.startswith(self._given) or (text.endswith("\ufffd") and not final):
             return ""
         more = text[len(self._given) :]
@@ -128,9 +143,10 @@ class StopWatch:
         start: bool = True,
         skip_special: bool = True,
         after: int = 0,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         """No stop string counts that begins in the text of the first `after` tokens."""
-        self._decoder = IncrementalDecoder(tokenizer, skip_special, start=start)
+        self._decoder = IncrementalDecoder(tokenizer, skip_special, start, shown)
         self._stops, self._after = StopStrings(stops), after
         self._text: list[str] = []
         self.tokens = 0

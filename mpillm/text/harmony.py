@@ -1,47 +1,82 @@
 """Harmony, the chat format of gpt-oss: what a model thinks and what it says lie in channels of one answer.
 
-An answer is messages `<|start|>assistant<|channel|>NAME<|message|>TEXT<|end|>`; the prompt has begun the first one.
+An answer is messages `<|start|>assistant<|channel|>NAME<|message|>TEXT<|end|>`; the prompt has begun the first one. A
+message to a function, `<|channel|>commentary to=functions.NAME<|message|>{...}`, is a tool call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+
+from mpillm.text.chat_formats.base import Answer, Call, Tool, call_of, decode_json, without_open_end
+from mpillm.text.chat_formats.lark import Lark
+from mpillm.text.chat_formats.tagged import Asked, ChatFormat, State
 
 START, CHANNEL, MESSAGE, END = MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+CONSTRAIN, CALL = "<|constrain|>", "<|call|>"
 ANALYSIS = "analysis"  # the channel of what a model thinks
+NAME = re.compile(r"<\|channel\|>\s*(\S*)")
+RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
 
-Decode = Callable[[Sequence[int]], str]
 
+class Harmony(ChatFormat):
+    """The format of models whose vocabulary has its marks."""
 
-@dataclass(frozen=True)
-class Harmony:
-    """The format with a tokenizer's ids of its marks."""
+    marks = (*MARKS, CONSTRAIN, CALL)
+    id_length = 24
+    has_reasoning = True
+    has_calls = True
 
-    ids: Mapping[str, int]
+    def state(self, prompt: str) -> State:
+        return "open"
 
-    def split(self, tokens: Sequence[int], decode: Decode) -> tuple[str | None, str]:
-        """What the model thought (None if it did not) and what it said. Tokens without marks are what it said."""
+    def continued(self, content: str) -> State:
+        return "closed"
+
+    def thinks(self, state: State) -> bool:
+        return state == "open"
+
+    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> Answer:
+        """Text without marks is what was said."""
         thought: list[str] = []
         said: list[str] = []
-        for channel, text in self._messages(tokens, decode):
-            (thought if channel == ANALYSIS else said).append(text)
-        return "\n".join(thought) if thought else None, "\n".join(said)
+        calls: list[Call] = []
+        if not final:
+            text = without_open_end(text, self.marks)
+        for channel, function, part, whole in _messages(text):
+            found = decode_json(part, 0) if function and tools else None
+            call = None if function is None or found is None else call_of(function, found[0])
+            if call is not None:
+                calls += [call] if whole or final else []
+            elif channel == ANALYSIS:
+                thought.append(part)
+            elif not (function and tools) or final:
+                said.append(part)
+        return Answer("\n".join(thought) if thought else None, "\n".join(said), tuple(calls))
 
-    def _messages(self, tokens: Sequence[int], decode: Decode) -> list[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
-        channel, part, place = "", list[int](), MESSAGE
-        marks = {id: mark for mark, id in self.ids.items()}
-        for token in [*tokens, self.ids[END]]:
-            mark = marks.get(token)
-            if mark is None:
-                part.append(token)
-                continue
-            if place == CHANNEL:  # the name, perhaps with whom it is to
-                channel = (decode(part).split() or [""])[0]
-            elif place == MESSAGE and part:
-                found.append((channel, decode(part)))
-            part, place = [], mark
-            if mark == START:
-                channel = ""
-        return found
+    def expression(self, lark: Lark, state: State, asked: Asked) -> str:
+        """Any number of thoughts, and then the answer in the last channel, or a call."""
+        channel, end = lark.literal(CHANNEL), lark.literal(f"{END}{START}assistant")
+        thoughts = f'({channel} ("{ANALYSIS}" | "commentary") {lark.literal(MESSAGE)} ANY {end})*'
+        last = f'{channel} "final" {lark.literal(MESSAGE)}'
+        ways = [f"{last} {asked.answer or 'ANY'}"] if asked.choice != "required" else []
+        for tool in asked.tools:
+            head = lark.literal(f"{CHANNEL}commentary to=functions.{tool.name} {CONSTRAIN}json{MESSAGE}")
+            ways.append(f"{head} {lark.schema(tool.parameters, tool.strict)}")
+        return f"{thoughts} {lark.rule(' | '.join(ways))}"
+
+
+def _messages(text: str) -> Iterator[tuple[str, str | None, str, bool]]:
+    """Each message's channel, the function that it is to, if any, its text, and whether its end is there."""
+    pieces = re.split("(" + "|".join(map(re.escape, (*MARKS, CALL))) + ")", text.replace(CONSTRAIN, " "))
+    header, place = "", START if RECIPIENT.search(pieces[0]) and len(pieces) > 1 else MESSAGE
+    for piece, mark in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+        if place == MESSAGE:
+            if piece:
+                name, to = NAME.search(header), RECIPIENT.search(header)
+                yield name[1] if name else "", to[1] if to else None, piece, mark is not None
+            header = ""
+        elif place in (START, CHANNEL):
+            header += f"{place}{piece}"
+        place = mark or place

@@ -21,12 +21,13 @@ import tokenizers
 from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.chat_formats.known import format_of
+from mpillm.text.chat_formats.tagged import ChatFormat
 from mpillm.text.confined import ConfinedTemplate
 from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
-from mpillm.text.harmony import MARKS, Harmony
 from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
 from mpillm.text.parts import Parts
@@ -126,6 +127,11 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The tokens that `encode` puts before and behind a text with `add_special`."""
+        return _ends(*(self.encode("a", own) for own in (False, True)))
+
     def max_chars(self, tokens: int) -> int:
         """The maximum number of characters that so many tokens can stand for."""
         return MAX_CHARS if self._longest is None else min(tokens * self._longest, MAX_CHARS)
@@ -156,19 +162,25 @@ class Tokenizer:
                 raise too_long
 
     def decode(
-        self, ids: Sequence[int], skip_special: bool = True, start: bool = True, final: bool = True
+        self,
+        ids: Sequence[int],
+        skip_special: bool = True,
+        start: bool = True,
+        final: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> str:
-        """The text of ids, without control tokens if `skip_special`.
+        """The text of ids, without control tokens if `skip_special`, except those in `shown`.
 
         Bytes that are no UTF-8 become U+FFFD; those at the end that only lack their rest are left out unless the
         text is `final`. `start` says that the text begins with these ids: a SentencePiece tokenizer puts a space
         before its first word, which is then removed.
         """
+        if skip_special:
+            ids = [id for id in ids if id in shown or not self.is_control(id)]
         if not self.by_bytes:
-            kept = [id for id in ids if not (skip_special and self.is_control(id))]
-            text = self._core.decode(kept, skip_special_tokens=False)
+            text = self._core.decode(list(ids), skip_special_tokens=False)
             return text if final else text.rstrip("\ufffd")
-        data = b"".join(self.token_bytes(id) for id in ids if not (skip_special and self.is_control(id)))
+        data = b"".join(map(self.token_bytes, ids))
         if start and self.strips_space:
             data = data.removeprefix(b" ")
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)
@@ -193,11 +205,15 @@ class Tokenizer:
         """A new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
 
+    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
+    def chat_format(self, reasoning: str | tuple[str, str], tool_calls: str) -> ChatFormat:
+        """The format of the model's answers to chats; the arguments are those of `format_of`."""
+        return format_of(self._parts.templates.values(), self._added.values(), reasoning, tool_calls)
+
     @cached_property
-    def harmony(self) -> Harmony | None:
-        """The format of answers in channels, if the vocabulary has its marks."""
-        ids = {self._added[id]: id for id in self.control_ids if self._added[id] in MARKS}
-        return Harmony(ids) if len(ids) == len(MARKS) else None
+    def control(self) -> dict[str, int]:
+        """The control tokens with their ids."""
+        return {self._added[id]: id for id in sorted(self.control_ids)}
 
     @property
     def has_chat(self) -> bool:
@@ -225,7 +241,7 @@ class Tokenizer:
         pieces = self._chat(options).pieces(messages, options, max_chars)
         if isinstance(pieces, str):
             return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
-        head, tail = _ends(*(self.encode("a", own) for own in (False, True))) if add_special else ([], [])
+        head, tail = self.around if add_special else ([], [])
         return [*head, *self._mixed(pieces), *tail]
 
     def encode_pair(

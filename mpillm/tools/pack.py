@@ -26,14 +26,9 @@ from mpillm.weights.identity import fingerprint
 from mpillm.weights.names import ROLES
 from mpillm.weights.packed.files import FilePlan, Writer, plan_files
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
+from mpillm.weights.text_files import text_files
 
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
-TOKENIZER_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "modules.json",
-    "config_sentence_transformers.json", "tekken.json", "tiktoken.model", "qwen.tiktoken", "tokenizer.tiktoken",
-)  # fmt: skip
-MODULE_FILES = ("config.json", "model.safetensors")  # of a module of Sentence Transformers
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
@@ -196,13 +191,10 @@ def finish(
 ) -> None:
     """Carry configuration and tokenizer along; the index comes last, and says that all is there."""
     if isinstance(source.tokenizer, Path):
-        for name in ("config.json", *TOKENIZER_FILES):
-            if (source.tokenizer / name).exists():
-                shutil.copyfile(source.tokenizer / name, target / name)
-        for path in source.tokenizer.glob("[0-9]*_[A-Z]*/*"):
-            if path.name in MODULE_FILES:
-                (target / path.parent.name).mkdir(exist_ok=True)
-                shutil.copyfile(path, target / path.parent.name / path.name)
+        for path in text_files(source.tokenizer):
+            copy = target / path.relative_to(source.tokenizer)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     else:
         _write_json(target / "config.json", source.config)
         _write_json(target / TOKENIZER, source.tokenizer)

@@ -16,20 +16,13 @@ import msgspec
 
 from mpillm.errors import ModelError
 from mpillm.weights.source import Source
+from mpillm.weights.text_files import text_files
 
 SAMPLES = 64  # of a file, evenly spread
 SAMPLE_BYTES = 4096
 ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
 SMALL = 256 * 1024  # bytes of a tensor that is hashed whole
 CHECK_EVERY = 2.0  # seconds between two looks at the files
-
-# What a directory may hold beside the weights that decides how text becomes tokens, and when an answer ends.
-TEXT_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-    "modules.json", "config_sentence_transformers.json", "*_Pooling/config.json", "tekken.json", "tokenizer.model",
-    "*.tiktoken", "tiktoken.model",
-)  # fmt: skip
 
 
 class ModelChangedError(ModelError):
@@ -129,8 +122,7 @@ def _files(source: Source) -> dict[Path, list[tuple[int, int]] | None]:
     """The files, each with offset and length of what is hashed besides samples; None: all of it."""
     found: dict[Path, list[tuple[int, int]] | None] = {}
     if isinstance(source.tokenizer, Path):
-        for pattern in TEXT_FILES:
-            found.update(dict.fromkeys(sorted(source.tokenizer.glob(pattern))))
+        found.update(dict.fromkeys(text_files(source.tokenizer)))
     found.update(dict.fromkeys(path for path in source.files if path not in found))
     first: dict[Path, int] = {}
     for path, offset, nbytes in source.extents():

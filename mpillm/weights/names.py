@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -31,7 +31,8 @@ class Role:
     the "model." with which they begin in all but base-model checkpoints. `quantisable`: `quantize = ...` applies.
     `by_columns`: shards hold columns of it, so its blocks must be narrow enough. `exact`: BF16 becomes F32, because
     products with BF16 round their activations, and a router that sees rounded ones chooses other experts.
-    `flat`: a vector that files have with more dimensions. `by_heads`: a matrix for each head, one under the other,
+    `flat`: a vector that files have with more dimensions. `one_row`: a vector that files may have as a matrix of one
+    row, or a matrix of one row that they may have as a vector. `by_heads`: a matrix for each head, one under the other,
     which GGUF files hold as three dimensions.
     """
 
@@ -43,6 +44,7 @@ class Role:
     by_columns: bool = False
     exact: bool = False
     flat: bool = False
+    one_row: bool = False
     by_heads: bool = False
     hf_expert: tuple[str, ...] = ()
     hf_stacked: tuple[str, ...] = ()
@@ -138,7 +140,7 @@ ROLES: dict[str, Role] = {
         _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
         _exact("router", "mlp.gate.weight", "ffn_gate_inp.weight"),
         _vector("router_bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
-        _vector("router_correction", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
+        replace(_vector("router_correction", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias"), one_row=True),
         _mlp("gate", "w1"),
         _mlp("up", "w3"),
         _mlp("down", "w2"),
@@ -155,7 +157,7 @@ ROLES: dict[str, Role] = {
         _matrix("shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight"),
         _matrix("shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
         _matrix("shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", by_columns=True),
-        _exact("shared_router", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
+        replace(_exact("shared_router", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"), one_row=True),
         Role("final_norm", 1, "norm.weight", "output_norm.weight"),
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ BAD = [
     ({"messages": CHAT, "best_of": 2}, "best_of 2 is not supported; n gives several answers"),
     ({"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message and add_generation_prompt exclude one another"),
     ({"prompt": "a", "suffix": "b"}, "suffix 'b' is not supported"),
-    ({"messages": CHAT, "tools": [{}]}, "tools [{}] is not supported"),
+    ({"messages": CHAT, "tools": [{}]}, "tools[0]: object missing required field function"),
     ({"messages": CHAT, "ecoh": True}, "the key 'ecoh' is unknown (did you mean 'echo'?)"),
     ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
     ({"messages": CHAT, "logprobs": 2}, "logprobs: expected true or false or null, got a whole number"),
@@ -150,7 +151,7 @@ BAD = [
     ({"messages": [{"content": "a"}]}, "messages[0] needs a role such as 'user'"),
     ({"messages": [{"role": "user"}]}, "messages[0].content must be a string or a list of text parts"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0] is of type 'image_url'; only text is supported"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls is not supported"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0] needs a function with a name"),
     ({"prompt": "a", "temperature": -1}, "temperature: expected a number >= 0.0"),
     ({"prompt": "a", "logprobs": 1001}, "logprobs: expected a whole number <= 1000"),
     ({"prompt": "a", "stop": [""]}, "stop[0]: expected a string of length >= 1"),
@@ -519,3 +520,35 @@ def test_what_is_wrong_with_a_line_is_said_in_a_few_words(tmp_path: Path) -> Non
     assert said[0].startswith("Line 1: the line is not JSON: number out of range")
     assert len(said[0]) < 500
     assert said[1] is None
+
+
+def test_long_prompts_are_cut(tmp_path: Path) -> None:
+    text, context = "the quick brown fox jumps over the lazy dog " * 40, 256
+    ids = TEXT.encode(text, False)
+    head, tail = TEXT.around
+    room = 20 - len(head) - len(tail)
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 9}
+    asked = [
+        {"prompt": text, "truncate_prompt_tokens": 20},
+        {"prompt": text, "truncate_prompt_tokens": 20, "add_special_tokens": False},
+        {"prompt": [ids, "fox"], "truncate_prompt_tokens": 20},
+        {"prompt": text, "truncate_prompt_tokens": -1, "max_tokens": 56},
+        {**chat, "truncate_prompt_tokens": 20},
+        {"input": text, "truncate_prompt_tokens": 20},
+        {"input": text, "truncate_prompt_tokens": -1},
+    ]
+    made = works(tmp_path, *asked, overrides=(f"memory.max_context={context}",))
+    found = [list(work.requests[0].prompt) for work in made]
+    assert found[0] == [*head, *ids[-room:], *tail]
+    assert found[1] == found[2] == ids[-20:]
+    assert list(made[2].requests[1].prompt) == TEXT.encode("fox")
+    assert len(found[3]) == context - 56
+    (whole,) = works(tmp_path, chat, model=replace(WITH_TEXT, max_position=4096))
+    assert found[4] == list(whole.requests[0].prompt)[-20:]
+    assert found[5] == [*head, *ids[:room], *tail]
+    assert len(found[6]) == context
+    wrong = [{"prompt": "a", "truncate_prompt_tokens": 0}, {"prompt": "a", "truncate_prompt_tokens": -2}]
+    assert errors(tmp_path, *wrong) == [
+        "Line 1: truncate_prompt_tokens must be -1, or 1 or more.",
+        "Line 2: truncate_prompt_tokens: expected a whole number >= -1.",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import psutil
 import pytest
 
 from tests.conftest import Mpi, get_mpi, run_bounded
-from tests.e2e.jobs import command, mixed_lines, write_lines
+from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
+from tests.model.golden import model_path
 
 pytestmark = pytest.mark.mpiexec
 PROGRAM = Path(__file__).with_name("dying.py")
@@ -31,9 +33,12 @@ def undisturbed(source: Path) -> Path:
     return output
 
 
-def dying(mpi: Mpi, ranks: int, plan: str, source: Path, output: Path, *settings: str) -> str:
+def dying(
+    mpi: Mpi, ranks: int, plan: str, source: Path, output: Path, *settings: str, model: Path = CHAT
+) -> str:
     """Run with ranks that die as planned; what was said. The run must end well, and leave nobody behind."""
-    mpiexec, *words = mpi.command(ranks, PROGRAM, plan, *command(source, output, *SETTINGS, *settings)[2:])
+    words = command(source, output, *SETTINGS, *settings, model=model)[2:]
+    mpiexec, *words = mpi.command(ranks, PROGRAM, plan, *words)
     env = mpi.environment(MPILLM_DEADLINE="2" if "HANG" in plan else "8")
     done = run_bounded([mpiexec, "--with-ft", "ulfm", *words], timeout=60, env=env)
     assert done.returncode == 0, done.stderr
@@ -72,6 +77,30 @@ def test_the_others_go_on(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert f"{report['stages']} x {report['shards']}" == layout
     assert any(warning.startswith("Lost rank ") for warning in report["warnings"])
+
+
+def test_states_are_computed_again(openmpi: Mpi, tmp_path: Path) -> None:
+    """A model whose layers keep a state for each sequence, with prompts that begin alike."""
+    model, draw = model_path("qwen3_next"), random.Random(12)
+    ids = [draw.randrange(140) for _ in range(100)]
+    lines = [
+        {
+            "custom_id": str(number),
+            "prompt": ids[:70] + ids[-number - 1 :],
+            "max_tokens": 9 + number % 5,
+            "temperature": number % 2,
+            "logprobs": number % 3,
+        }
+        for number in range(16)
+    ]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    whole = openmpi.run(1, *command(source, tmp_path / "whole", *SETTINGS, model=model))
+    assert whole.returncode == 0, whole.stderr
+    for layout in ("stages", "shards"):
+        output = tmp_path / layout
+        said = dying(openmpi, 2, "1:step:12:SIGKILL", source, output, f"layout.{layout}=2", model=model)
+        assert re.search(r"^mpillm: Lost .*\brank 1 on ", said, re.MULTILINE), said
+        assert_same(output, tmp_path / "whole")
 
 
 def test_no_token_is_drawn_twice(source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.scheduler import Limits, Scheduler
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.kernels import KV_BLOCK
@@ -47,6 +48,7 @@ class Ranks:
         self.computed: dict[str, list[int]] = {}  # positions, in order
         self.fresh = 0  # rows that were computed for the first time, and not shared before
         self.slots: dict[int, Sequence] = {}  # of running sequences' states
+        self.states: dict[int, tuple[int, int]] = {}  # by slot: after how many tokens, and a hash of them
         self._held: dict[
             tuple[int, int], Any
         ] = {}  # by block and offset: a group, and all tokens up to there
@@ -92,8 +94,19 @@ class Ranks:
             if self.limits.n_slots:
                 assert self.slots.setdefault(one.slot, one) is one
                 assert one.slot in range(self.limits.n_slots)
+                if one.loads != NO_SLOT:
+                    assert one.loads in range(self.limits.n_slots, self.limits.n_states)
+                    self.states[one.slot] = self.states[one.loads]
+                if one.computed:
+                    assert self.states[one.slot] == (one.computed, self._content(one, one.computed - 1))
             self.computed.setdefault(one.request.id, []).extend(range(one.computed, end))
             self.fresh += max(0, end - max(one.computed, one.reached))
+        for one, count in chosen if self.limits.n_slots else ():
+            self.states[one.slot] = one.computed + count, self._content(one, one.computed + count - 1)
+        for one, _ in chosen:
+            if one.saves != NO_SLOT:
+                assert one.saves in range(self.limits.n_slots, self.limits.n_states)
+                self.states[one.saves] = self.states[one.slot]
         for one, count in chosen:  # what is read was not overwritten by this very step
             for group, window in enumerate(self.limits.windows):
                 end = one.computed + count
@@ -111,6 +124,7 @@ class Ranks:
         for one, count in chosen:
             one.in_flight = False
             one.computed += count
+            one.loads = one.saves = NO_SLOT
             one.reached = max(one.reached, one.computed)
             if one.computed == len(one.tokens):
                 if one.request.only_reads:
@@ -215,6 +229,41 @@ def test_every_sequence_has_a_slot_for_its_states(
         np.flatnonzero(np.diff(positions) != 1).size for positions in ranks.computed.values()
     ]  # whoever was preempted began at the first token again
     assert sum(again) == totals.preemptions - sum(not one.request.max_length for one in made)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    ("windows", "n_blocks"), [((0,), 9), ((0,), 200), ((), 0), ((0, 33), 14), ((40,), 100)]
+)
+@pytest.mark.parametrize(("n_slots", "n_saved"), [(2, 1), (4, 2), (20, 5)])
+def test_states_are_saved_where_prefixes_end(
+    windows: tuple[int, ...], n_blocks: int, n_slots: int, n_saved: int, micro_batches: int
+) -> None:
+    """`Ranks` checks that each state which is loaded is the one after the sequence's own tokens."""
+    made = various(40, n_slots)
+    job = {"n_slots": n_slots, "n_saved": n_saved, "micro_batches": micro_batches}
+    ranks = Ranks(made, windows=windows, n_blocks=n_blocks, **job)
+    for _ in ranks.run():
+        assert len(ranks.scheduler.running) <= n_slots
+    assert sorted(ranks.finished) == sorted(one.request.id for one in made)
+    totals = ranks.scheduler.totals
+    assert ranks.fresh + totals.shared_tokens == sum(one.request.max_length or 1 for one in made)
+    if n_blocks in (0, 200):
+        assert totals.shared_tokens > 0
+
+
+def test_the_third_that_begins_alike_goes_on_from_a_saved_state() -> None:
+    made = [sequence(name, 100, 2, shared=96) for name in "abcde"]
+    ranks = Ranks(made, windows=(), n_blocks=0, n_slots=5, n_saved=1, max_tokens=500)
+    assert steps_of(ranks) == [
+        [("a", 100), ("b", 96)],
+        [("a", 1), ("b", 4), ("c", 4), ("d", 4), ("e", 4)],
+        [("b", 1), ("c", 1), ("d", 1), ("e", 1)],
+    ]
+    # Where none is shared, nothing is saved: no chunk is cut.
+    made = [sequence(name, 100, 1) for name in "ab"]
+    ranks = Ranks(made, windows=(0,), n_slots=5, n_saved=1, max_tokens=500)
+    assert steps_of(ranks) == [[("a", 100), ("b", 100)]]
 
 
 def test_blocks_behind_a_window_serve_others() -> None:

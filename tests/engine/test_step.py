@@ -35,6 +35,8 @@ def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
         tokens=ids(count),
         tables=tuple(Table(first, ids(-(-(start + count) // KV_BLOCK) - first)) for first in firsts),
         slot=draw(st.integers(-1, 5)),
+        loads=draw(st.integers(-1, 2)),
+        saves=draw(st.integers(-1, 2)),
         score_k=draw(st.integers(-1, 20)),
         successor=draw(st.sampled_from([-1, 17])),
         sample_k=draw(st.sampled_from([0, 1, 128, 200_000])),
@@ -58,7 +60,7 @@ def test_round_trip(step: Step) -> None:
     message = step.encode()
     integers = 0
     for chunk in step.chunks:
-        integers += 13 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
+        integers += 15 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
         integers += sum(2 + len(table.blocks) for table in chunk.tables)
     masks = {chunk.allowed.tobytes() for chunk in step.chunks} - {b""}
     assert HEADER.size == 40
@@ -74,6 +76,7 @@ def test_round_trip(step: Step) -> None:
     batch, other = step.batch(), back.batch()
     for name in ("tokens", "positions", "offset", "first_rows", "slots"):
         assert np.array_equal(getattr(batch, name), getattr(other, name))
+    assert batch.states == other.states
     assert batch.slots.tolist() == [chunk.slot for chunk in step.chunks]
     rows = [(chunk, chunk.start + i) for chunk in step.chunks for i in range(len(chunk.tokens))]
     assert batch.positions.tolist() == [position for _, position in rows]
@@ -132,12 +135,12 @@ def test_what_is_no_message_is_refused() -> None:
     wrongs = (
         (1, 4),
         (1, -3),
-        (14, 2),
-        (14, -1),
+        (16, 2),
+        (16, -1),
         (0, -1),
         (0, 30),
-        (13, 1),
-        (13, -1),
+        (15, 1),
+        (15, -1),
         (9, 1),
         (10, 0),
         (10, -2),

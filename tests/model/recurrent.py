@@ -55,7 +55,6 @@ class Recurrent:
         self, rank: Rank, layer: int, page: Page, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
     ) -> tuple[Floats, Floats | None]:  # fmt: skip
         part, bias = np.zeros_like(x), None
-        cache.states[step.begun] = 0
         self._advance(cache.states, x, part, step)
         if self.both:
             mixed, bias = self.attention.compute(rank, layer, page, norm, x, step, cache)

@@ -18,7 +18,7 @@ from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model import spill
 from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of
 from mpillm.model.cache_spec import TokenCache
-from mpillm.model.kv import GroupTables, KVCache
+from mpillm.model.kv import GroupTables, KVCache, StateMoves
 from mpillm.model.spill import SpillFile, maximum_blocks, nbytes_in_file, pools_in_file, runs
 
 
@@ -117,7 +117,7 @@ def test_it_is_what_memory_would_be(caches: list[TokenCache], tmp_path: Path) ->
                     (old, tables(np.concatenate([old, new]), np.concatenate([old[: kept // 2], new])))
                 )
             for one in (cache, whole):
-                one.begin([table for _, table in groups], offset)
+                one.begin([table for _, table in groups], offset, StateMoves())
             for layer in range(len(caches)):
                 old, table = groups[whole.group_of(layer)]
                 for ours, theirs in zip(cache.acquire(layer), whole.acquire(layer), strict=True):
@@ -149,7 +149,7 @@ def small(tmp_path: Path) -> Iterator[KVCache]:
 
 
 def pass_through(cache: KVCache, table: np.ndarray, block: np.ndarray, offset: np.ndarray) -> None:
-    cache.begin([tables(table, block)], offset)
+    cache.begin([tables(table, block)], offset, StateMoves())
     for layer in range(4):
         cache.acquire(layer)
         cache.release(layer)

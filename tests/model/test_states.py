@@ -65,7 +65,7 @@ def test_a_state_counts(model: str, recurrent: frozenset[int]) -> None:
 def test_any_cut_gives_the_same(model: str, recurrent: frozenset[int], sequences: int, tokens: int) -> None:
     outcome = run(model, recurrent, max_num_seqs=sequences, max_num_batched_tokens=tokens, threads=2)
     assert outcome.values == expected(model, recurrent)
-    assert outcome.totals.shared_tokens == 0
+    assert outcome.totals.shared_tokens > 0
 
 
 @cases

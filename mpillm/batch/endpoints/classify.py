@@ -10,7 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import CREATED
-from mpillm.batch.endpoints.prompts import check_answer, check_length, prompt_name, read_prompts
+from mpillm.batch.endpoints.prompts import (
+    Truncated,
+    check_answer,
+    check_length,
+    cut_of,
+    prompt_name,
+    read_prompts,
+)
 from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
 from mpillm.engine.pooled import decide, logits_of
 from mpillm.engine.sequence import Completion, Request
@@ -27,6 +34,7 @@ class Classify(Endpoint, frozen=True, kw_only=True):
 
     input: str | list[Any]
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Truncated | None = None
     use_activation: bool | None = None
     activation: bool | None = None
 
@@ -36,7 +44,8 @@ class Classify(Endpoint, frozen=True, kw_only=True):
             raise RequestError(
                 "the model has no classifier; /v1/multiple_choice chooses among texts with any model"
             )
-        prompts = read_prompts("input", self.input, self.add_special_tokens, 1, spec, model)
+        cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
+        prompts = read_prompts("input", self.input, self.add_special_tokens, 1, spec, model, cut)
         check_answer(len(prompts) * len(classifier.labels) * JSON_BYTES)
         for index, ids in enumerate(prompts):
             check_length(ids, prompt_name(prompts, index), spec, model)

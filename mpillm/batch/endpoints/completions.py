@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from mpillm.batch.endpoints.constraints import grammar_of
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite, offsets, with_chosen
 from mpillm.batch.endpoints.generate import Choices, Generate, Logprobs
 from mpillm.batch.endpoints.prompts import read_prompts
@@ -47,7 +48,13 @@ class Completions(Generate, frozen=True, kw_only=True):
                 f"best_of is {self.best_of} and n is {self.n}; best_of cannot be the smaller one"
             )
         prompts = read_prompts(
-            "prompt", self.prompt, self.add_special_tokens, self.choices_per_prompt, spec, model
+            "prompt",
+            self.prompt,
+            self.add_special_tokens,
+            self.choices_per_prompt,
+            spec,
+            model,
+            self.cut(self.max_tokens, spec, model),
         )
         requests = self.requests_for(
             custom_id,
@@ -57,6 +64,7 @@ class Completions(Generate, frozen=True, kw_only=True):
             model,
             self.logprobs or 0 if self._chooses else self.logprobs,
             self._scored,
+            grammar_of(self, spec),
         )
         if requests[0].max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise RequestError("max_tokens: 0 generates nothing; add echo: true to score the prompt")
@@ -104,8 +112,8 @@ class Completions(Generate, frozen=True, kw_only=True):
         }
 
     def _given(self, completion: Completion) -> str | None:
-        """The prompt as the string that it came as, None if as token ids."""
-        given = self.prompt
+        """The prompt as the string that it came as; None if as token ids, or if it may be cut."""
+        given = None if self.truncate_prompt_tokens is not None else self.prompt
         if isinstance(given, list):
             given = given[completion.request.choice // self.choices_per_prompt]
         return given if isinstance(given, str) else None

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from mpillm.batch.work import Model
 from mpillm.engine.sequence import TopLogprobs
 from mpillm.text import IncrementalDecoder
-from mpillm.text.harmony import Harmony
 
 LOWEST = -9999.0  # JSON has no infinity: vLLM's lower bound for log-probabilities
 
@@ -17,11 +16,18 @@ class Detokenizer:
 
     Without a tokenizer, or where the line asks for it, a token is "token_id:17". A text without a tokenizer is
     such words with a space between them. A token that is no UTF-8 of its own is "bytes:\\xf0\\x9f", as OpenAI
-    writes it.
+    writes it. Control tokens are left out if `skip_special`, except those in `shown`.
     """
 
-    def __init__(self, model: Model, names_token_ids: bool = False, skip_special: bool = True) -> None:
-        self._text, self._skip_special = model.text, skip_special
+    def __init__(
+        self,
+        model: Model,
+        names_token_ids: bool = False,
+        skip_special: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        self.model = model
+        self._text, self._skip_special, self._shown = model.text, skip_special, shown
         self._names_ids = names_token_ids or model.text is None
 
     def token(self, token: int) -> str:
@@ -42,13 +48,13 @@ class Detokenizer:
         """The text that tokens make; `start` and `final` as in `Tokenizer.decode`."""
         if self._text is None:
             return " ".join(self.pieces(ids))
-        return self._text.decode(ids, self._skip_special, start=start, final=final)
+        return self._text.decode(ids, self._skip_special, start, final, self._shown)
 
     def pieces(self, ids: Sequence[int], start: bool = True) -> Iterator[str]:
         """What each token adds to the text: nothing while a character is not complete."""
         if self._text is None:
             return map(self.token, ids)
-        decoder = IncrementalDecoder(self._text, self._skip_special, start=start)
+        decoder = IncrementalDecoder(self._text, self._skip_special, start, self._shown)
         return map(decoder.push, ids)
 
     def echoed_pieces(self, ids: Sequence[int], given: str | None) -> Iterator[str]:
@@ -63,11 +69,6 @@ class Detokenizer:
                 piece = ""  # put there by the tokenizer
             at += len(piece)
             yield piece
-
-    @property
-    def harmony(self) -> Harmony | None:
-        """The format of answers in channels, if the model has it and its marks are not shown."""
-        return self._text.harmony if self._text is not None and self._skip_special else None
 
     @property
     def gap(self) -> str:

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpillm.batch.endpoints.generate import CREATED
-from mpillm.batch.endpoints.prompts import check_answer, check_length, prompt_name, read_prompts
+from mpillm.batch.endpoints.prompts import (
+    Truncated,
+    check_answer,
+    check_length,
+    cut_of,
+    prompt_name,
+    read_prompts,
+)
 from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
 from mpillm.engine.pooled import through
 from mpillm.engine.sequence import Completion, Request
@@ -39,6 +46,7 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
     dimensions: Dimensions | None = None
     prompt_name: str | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Truncated | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         settings, dimensions = model.embedding, self.dimensions
@@ -53,7 +61,9 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
         width = settings.width or model.hidden
         if dimensions is not None and width and dimensions > width:
             raise RequestError(f"dimensions {dimensions} is more than the model's {width}")
-        prompts = read_prompts("input", self._texts(spec, settings), self.add_special_tokens, 1, spec, model)
+        cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
+        texts = self._texts(spec, settings)
+        prompts = read_prompts("input", texts, self.add_special_tokens, 1, spec, model, cut)
         each = width * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
         check_answer(len(prompts) * each)
         for index, ids in enumerate(prompts):

@@ -10,13 +10,15 @@ import msgspec
 from msgspec import Meta
 from numpy.typing import ArrayLike
 
-from mpillm.batch.endpoints.constraints import grammar_of
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.prompts import (
+    Cut,
     TokenIds,
+    Truncated,
     check_answer,
     check_kv,
     check_length,
+    cut_of,
     max_tokens,
     prompt_name,
 )
@@ -71,6 +73,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
     guided_choice: Annotated[list[Word], Meta(min_length=1)] | None = None
     guided_grammar: str | None = None
     prompt_logprobs: Logprobs | None = None
+    truncate_prompt_tokens: Truncated | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -85,12 +88,17 @@ class Generate(Sampled, frozen=True, kw_only=True):
         """Whether control tokens are left out of the text."""
         return self.skip_special_tokens is not False
 
+    def shown(self, spec: Spec, model: Model) -> frozenset[int]:
+        """The control tokens that are not left out of the text: what becomes of it needs them."""
+        return frozenset()
+
     @property
     def choices_per_prompt(self) -> int:
         return self.n or 1
 
     def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
-        detokenizer = Detokenizer(model, bool(self.return_tokens_as_token_ids), self.skips_special)
+        shown = self.shown(work.spec, model)
+        detokenizer = Detokenizer(model, bool(self.return_tokens_as_token_ids), self.skips_special, shown)
         generated = sum(len(completion.tokens) for completion in completions)
         return {
             "id": f"{self.id_prefix}-{hashed_id(work.custom_id)}",
@@ -135,14 +143,15 @@ class Generate(Sampled, frozen=True, kw_only=True):
         spec: Spec,
         model: Model,
         logprobs: int | None,
-        prompt_logprobs: int | None = None,
+        prompt_logprobs: int | None,
+        grammar: str | None,
     ) -> tuple[Request, ...]:
         """`n` requests for each prompt; `asked` is the body's own maximum of tokens, None if it has none."""
         stops = self.stops(spec)
         if stops and model.text is None:
             raise RequestError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
         settings = self.settings(spec, model)
-        settings["constraint"] = self._constraint(spec, model)
+        settings["constraint"] = self._constraint(grammar, model)
         requests: list[Request] = []
         for index, ids in enumerate(prompts):
             which = prompt_name(prompts, index)
@@ -161,7 +170,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
                     max_tokens=count,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
-                    watch=self._watch(stops, model) if stops else None,
+                    watch=self._watch(stops, spec, model) if stops else None,
                     **settings,
                 )
                 for choice in range(self.choices_per_prompt)
@@ -169,8 +178,12 @@ class Generate(Sampled, frozen=True, kw_only=True):
         check_answer(sum(map(_answer_bytes, requests)))
         return tuple(requests)
 
-    def _constraint(self, spec: Spec, model: Model) -> Callable[[], Constraint] | None:
-        grammar = grammar_of(self, spec)
+    def cut(self, asked: int | None, spec: Spec, model: Model) -> Cut | None:
+        """To how many tokens a prompt is cut, which keeps its end; `asked` is the body's own maximum of tokens."""
+        generated = spec.sampling.max_tokens if asked is None else asked
+        return cut_of(self.truncate_prompt_tokens, generated, True, spec, model)
+
+    def _constraint(self, grammar: str | None, model: Model) -> Callable[[], Constraint] | None:
         if grammar is None:
             return None
         if model.text is None:
@@ -189,9 +202,10 @@ class Generate(Sampled, frozen=True, kw_only=True):
         stop = spec.sampling.stop if self.stop is None else self.stop
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
-    def _watch(self, stops: Sequence[str], model: Model) -> StopWatch:
+    def _watch(self, stops: Sequence[str], spec: Spec, model: Model) -> StopWatch:
         assert model.text is not None
-        return StopWatch(model.text, stops, self.starts_text, self.skips_special, self.min_tokens or 0)
+        start, after, shown = self.starts_text, self.min_tokens or 0, self.shown(spec, model)
+        return StopWatch(model.text, stops, start, self.skips_special, after, shown)
 
     def generated(
         self, work: Work, completion: Completion, detokenizer: Detokenizer

@@ -133,7 +133,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
             raise RequestError("the model has no place for an instruction beside a query and a document")
         seconds: list[int | None] = []
 
-        def pair(most: int) -> list[int]:
+        def pair(most: int | None) -> list[int]:
             assert model.text is not None
             ids, second = model.text.encode_pair(query, document, most)
             seconds.append(second)

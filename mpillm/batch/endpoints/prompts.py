@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from mpillm.batch.work import Model
 from mpillm.errors import RequestError
@@ -12,6 +15,7 @@ from mpillm.spec import Spec
 from mpillm.text import TooLongError
 
 TokenIds = tuple[int, ...]
+Truncated = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 
 # What one line may ask for: rank 0 holds all of it at once.
 MAX_SEQUENCES = 4096  # prompts x n
@@ -19,8 +23,43 @@ MAX_PROMPT_TOKENS = 2**20  # of several prompts together; a single one is bounde
 MAX_ANSWER = 64 * 2**20  # bytes, as estimated from what can be generated
 
 
+@dataclass(frozen=True)
+class Cut:
+    """At most `count` tokens of a prompt: the last ones, or the first."""
+
+    count: int
+    last: bool
+
+    def __call__(self, ids: Sequence[int], head: Sequence[int] = (), tail: Sequence[int] = ()) -> TokenIds:
+        """The ids cut to the count, where `head` and `tail`, with which they begin and end, stay."""
+        if len(ids) <= self.count:
+            return tuple(ids)
+        room = self.count - len(head) - len(tail)
+        if room < 1:
+            raise RequestError(
+                f"truncate_prompt_tokens {self.count} leaves nothing beside the tokenizer's own tokens"
+            )
+        inner = ids[len(head) : len(ids) - len(tail)]
+        return (*head, *(inner[-room:] if self.last else inner[:room]), *tail)
+
+
+def cut_of(asked: int | None, generated: int, last: bool, spec: Spec, model: Model) -> Cut | None:
+    """What `truncate_prompt_tokens` asks for; -1 is what the context holds beside `generated` tokens."""
+    if asked == 0:
+        raise RequestError("truncate_prompt_tokens must be -1, or 1 or more")
+    if asked == -1:
+        asked = max(_context(spec, model) - generated, 1)
+    return None if asked is None else Cut(asked, last)
+
+
 def read_prompts(
-    key: str, given: str | list[Any], add_special: bool | None, n: int, spec: Spec, model: Model
+    key: str,
+    given: str | list[Any],
+    add_special: bool | None,
+    n: int,
+    spec: Spec,
+    model: Model,
+    cut: Cut | None = None,
 ) -> list[TokenIds]:
     """The prompts of a body's `key` as token ids; RequestError if `n` choices of each are too much for one line.
 
@@ -42,14 +81,15 @@ def read_prompts(
             if model.text is None:
                 raise RequestError(f"{which} is a string and the model has no tokenizer; give token ids")
             encode = partial(model.text.encode, item, special, True)
-            ids.append(encoded(encode, prompt_name(given, index), spec, model))
+            around = model.text.around if special else ([], [])
+            ids.append(encoded(encode, prompt_name(given, index), spec, model, cut, around))
         elif isinstance(item, list) and all(type(token) is int for token in item):
             if item and not 0 <= min(item) <= max(item) < model.vocab:
                 at = next(at for at, token in enumerate(item) if not 0 <= token < model.vocab)
                 raise RequestError(
                     f"the token id at {which}[{at}], {item[at]}, is not in the vocabulary (0 to {model.vocab - 1})"
                 )
-            ids.append(tuple(item))
+            ids.append(tuple(item) if cut is None else cut(item))
         else:
             raise RequestError(
                 f"{key} must be a string, a list of strings, a list of token ids, or a list of such lists"
@@ -80,13 +120,20 @@ def check_answer(nbytes: int) -> None:
         )
 
 
-def encoded(encode: Callable[[int], list[int]], which: str, spec: Spec, model: Model) -> TokenIds:
-    """The token ids that `encode` returns, which is told how many there may be.
+def encoded(
+    encode: Callable[[int | None], list[int]],
+    which: str,
+    spec: Spec,
+    model: Model,
+    cut: Cut | None = None,
+    around: tuple[list[int], list[int]] = ([], []),
+) -> TokenIds:
+    """The token ids that `encode` returns, which is told how many there may be; cut between those that stand `around`.
 
     A tokenizer may have tokens for which the model has no embedding: they were added to one and not to the other.
     """
     try:
-        ids = tuple(encode(_context(spec, model)))
+        ids = tuple(encode(_context(spec, model))) if cut is None else cut(encode(None), *around)
     except TooLongError as error:
         raise _too_long(which, str(error), spec, model) from None
     largest = max(ids, default=0)

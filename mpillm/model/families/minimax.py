@@ -24,7 +24,7 @@ from mpillm.weights.names import Names
 
 
 class MiniMax(Family):
-    """The router is a sigmoid with a correction. The norm of a whole row of q needs all heads: no shards."""
+    """The router is a sigmoid with a correction."""
 
     architectures = {"MiniMaxM2ForCausalLM": "minimax_m2"}
     names = Names(

@@ -45,7 +45,7 @@ _USUAL = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id":
 
 
 class Olmo(Family):
-    """Layers with norms after attention and MLP. The norm of a whole row of q needs all heads: no shards."""
+    """Layers with norms after attention and MLP."""
 
     architectures = {_OLMO2: "olmo2", _OLMO3: "olmo3"}
     gguf = ("olmo2",)
@@ -90,7 +90,7 @@ class Olmo(Family):
 
 
 class Olmoe(Family):
-    """Pre-norm layers with experts; no shards, as above."""
+    """Layers with norms before attention and experts."""
 
     architectures = {_MIXTURE: "olmoe"}
     gguf = ("olmoe",)

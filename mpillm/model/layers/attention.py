@@ -14,8 +14,9 @@ from mpillm.model.cache_spec import LayerCache, TokenCache
 from mpillm.model.kv import LayerCacheView
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.row_norms import HeadRows, normalise_rows
 from mpillm.model.rope import RopeConfig
-from mpillm.partition.grid import Axis, Place, axis, undivided
+from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.names import Key
 from mpillm.weights.page import Page
@@ -65,9 +66,7 @@ class AttentionSpec:
         return not self.o_bias
 
     def heads(self, block: int) -> Axis:
-        """The axis of query heads. A norm over a whole row needs all heads on one shard."""
-        if self.qk_norm_whole:
-            return undivided(self.n_heads, self.head_dim)
+        """The axis of query heads."""
         return axis(self.n_heads, self.head_dim, block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
@@ -100,14 +99,14 @@ class AttentionSpec:
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`."""
-        return (TokenCache(len(self._kv_heads(place, block)), self.head_dim, self.head_dim, self.window),)
+        return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, self.window),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: queries, keys, values, gates, attention's output, angles, what is multiplied.
 
         `copied` is the bytes of a value in the forms in which matrices take their input.
         """
-        heads, kv_heads = len(self.heads(block).units(place)), len(self._kv_heads(place, block))
+        heads, kv_heads = len(self.heads(block).units(place)), len(self.kv_heads(place, block))
         widest = 4 * ((2 + self.gate) * heads + 2 * kv_heads + 1) * self.head_dim
         return widest + int(copied * (hidden + heads * self.head_dim))
 
@@ -122,22 +121,58 @@ class AttentionSpec:
         cache: LayerCacheView,
     ) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
+        if self.qk_norm_whole and rank.place.shards > 1:
+            return self._with_row_norms(rank, layer, page, norm, x, step, cache)
         return attend(self, rank, layer, page, norm, x, step, cache)
+
+    def _with_row_norms(
+        self,
+        rank: Rank,
+        layer: int,
+        page: Page,
+        norm: NormSpec | None,
+        x: Floats,
+        step: Step,
+        cache: LayerCacheView,
+    ) -> tuple[Floats, Floats | None]:
+        """The same where q and k are normalised over the heads of all shards, which have to be asked for."""
+        matrices = tuple(page.matrix(role) for role in "qkv")
+        rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
+        q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
+        products = rank.kept(lambda: kernels.Products(*matrices), "q, k and v", layer)
+        rank.compute(products, rows, outs)
+        if self.qkv_bias:
+            for values, role in zip(outs, "qkv", strict=True):
+                values += page.vector(f"{role}_bias")
+        assert self.qk_norm is not None
+        shards = [Place(shard, 1, rank.place.shards) for shard in range(rank.place.shards)]
+        heads = [self.heads(rank.block).units(shard) for shard in shards]
+        kv_heads = [self.kv_heads(shard, rank.block) for shard in shards]
+        norms = self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm")
+        normalise_rows(
+            rank,
+            [HeadRows(q, norms[0], self.head_dim, heads), HeadRows(k, norms[1], self.head_dim, kv_heads)],
+        )
+        part = np.empty_like(x)
+        cos, sin, *where = step.rows(self.turn, cache.group)
+        work = rank.kept(lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
+        with cache.pools() as pools:
+            rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
+        rank.group.all_reduce(part)
+        return part, page.vector("o_bias") if self.o_bias else None
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         vector = page.vector
         heads, kv_heads, share = (
             self.heads(block),
-            self._kv_heads(place, block),
+            self.kv_heads(place, block),
             self.n_heads // self.n_kv_heads,
         )
         of_head = [head // share - kv_heads.start for head in heads.units(place)]
-        norms = (
-            (self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm"))
-            if self.qk_norm
-            else None
-        )
+        norms = None
+        if self.qk_norm and not (self.qk_norm_whole and place.shards > 1):
+            norms = self.qk_norm.kernel(page, "q_norm"), self.qk_norm.kernel(page, "k_norm")
         return kernels.Attention(
             page.matrix("q"),
             page.matrix("k"),
@@ -158,7 +193,8 @@ class AttentionSpec:
             gate=page.matrix("q_gate") if self.gate else None,
         )
 
-    def _kv_heads(self, place: Place, block: int) -> range:
+    def kv_heads(self, place: Place, block: int) -> range:
+        """The KV heads of the rank at `place`."""
         return self.heads(block).shared(self.n_heads // self.n_kv_heads).units(place)
 
 

@@ -112,7 +112,6 @@ class GatedDeltaSpec:
             return self.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
 
         states, part = cache.states, np.empty_like(x)
-        states[step.begun] = 0
         work = rank.kept(make, "gated delta", layer)
         rank.compute(work, x, states, step.batch.first_rows, step.batch.slots, part)
         rank.group.all_reduce(part)

@@ -237,10 +237,9 @@ def place(
     ndim = role.ndim + parsed.stacked
     if role.flat:
         shape = (*shape[:1], math.prod(shape[1:]))
-    if parsed.roles == ("router_correction",) and len(shape) == 2 and shape[0] == 1:
-        shape = shape[1:]  # ERNIE 4.5 has it as a row
-    if parsed.roles == ("shared_router",) and len(shape) == 1:
-        shape = (1, *shape)  # as GGUF files have it
+    if role.one_row:
+        row = shape[1:] if len(shape) == 2 and shape[0] == 1 else shape
+        shape = row if ndim == 1 else (1, *row)
     if len(shape) != ndim + role.flat:
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."

@@ -1,0 +1,98 @@
+"""Models of Hugging Face repositories, which the huggingface_hub library fetches and keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mpillm.errors import JobError, MpillmError
+from mpillm.model.families import gguf_family
+from mpillm.model.opening import judge
+from mpillm.weights.formats.gguf_file import gguf_parts
+from mpillm.weights.formats.gguf_header import architecture_in
+from mpillm.weights.formats.hf import read_json
+
+log = logging.getLogger(__name__)
+
+HEAD = 1 << 16  # bytes of a GGUF file in which its architecture stands
+# hf:owner/name, hf:owner/name@revision, hf:owner/name/FILE.gguf
+HF_NAME = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?"
+)
+HF_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model"]
+HF_NOT = ["*/*", "consolidated*"]  # other formats of the same weights live in folders and under this name
+
+
+def pull_hf(name: str, notes: Path) -> Path:
+    """Let huggingface_hub keep the repository in its own cache; a note in the directory `notes` finds it again offline.
+
+    What cannot be run is refused before more than a configuration or the beginning of a file is fetched. The library
+    shows its progress, and goes on where an earlier download was interrupted.
+    """
+    match = HF_NAME.fullmatch(name)
+    if match is None:
+        raise JobError(f"{name!r} is not hf:owner/name, hf:owner/name@revision or hf:owner/name/FILE.gguf.")
+    note = notes / (re.sub(r"[^\w.-]", "--", name) + ".path")
+    with contextlib.suppress(OSError):
+        path = Path(note.read_text(encoding="utf-8"))
+        if path.exists():
+            return path
+    try:
+        hub: Any = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise JobError(f"{name} needs the package huggingface_hub: pip install 'mpillm[hub]'.") from error
+    repo, file, revision = match["repo"], match["file"], match["revision"]
+    try:
+        if file:
+            _judge_gguf(hub, name, repo, file, revision)
+            paths = [hub.hf_hub_download(repo, part, revision=revision) for part in gguf_parts(file)]
+            path = Path(paths[0])
+        else:
+            _judge_repository(hub, name, repo, revision)
+            path = Path(
+                hub.snapshot_download(
+                    repo, revision=revision, allow_patterns=HF_FILES, ignore_patterns=HF_NOT
+                )
+            )
+    except MpillmError:
+        raise
+    except Exception as error:  # its own errors, its HTTP library's, and the disk's: all end in one sentence
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise JobError(f"{name} could not be pulled ({type(error).__name__}: {first}).") from error
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise JobError(
+            f"{name} has no safetensors files; for one of its GGUF files write hf:{repo}/FILE.gguf."
+        )
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False, encoding="utf-8") as out:
+            out.write(str(path))
+        os.replace(out.name, note)
+    except OSError as error:  # the model is there all the same
+        log.warning("no note of %s in %s: %s", name, note.parent, error)
+    return path
+
+
+def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> None:
+    """ModelError if the repository's config.json is that of a model which cannot be run."""
+    try:
+        path = hub.hf_hub_download(repo, "config.json", revision=revision)
+    except Exception as error:
+        if type(error).__name__ != "EntryNotFoundError":
+            raise
+        return  # it has none, as repositories of GGUF files: what is there is seen later
+    judge(read_json(Path(path)), name)
+
+
+def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:
+    """ModelError if the file's architecture is none that can be run."""
+    path = f"{repo}@{revision}/{file}" if revision else f"{repo}/{file}"
+    with hub.HfFileSystem().open(path, "rb", block_size=HEAD) as remote:
+        if architecture := architecture_in(remote.read(HEAD)):
+            gguf_family(architecture, name)

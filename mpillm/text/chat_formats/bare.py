@@ -1,0 +1,151 @@
+"""Tool calls that are the whole answer, without a mark that would tell them from text."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpillm.text.chat_formats.base import Call, CallFormat, Tool, call_of, decode_json, without_open_end
+from mpillm.text.chat_formats.in_json import call_of_object, written_object
+from mpillm.text.chat_formats.lark import Lark
+
+LITERALS = {"true": True, "false": False, "null": None}  # of JSON
+
+
+@dataclass(frozen=True)
+class Bare(CallFormat):
+    """An answer that begins with `first` is calls if all of it is and they are of known tools.
+
+    Calls may stand between the marks, and then behind a text.
+    """
+
+    first: str
+    marks: tuple[str, ...]
+
+    def read(self, text: str) -> list[Call] | None:
+        """The calls that a text consists of; None if it is not just calls."""
+        raise NotImplementedError
+
+    def split(self, text: str, tools: Sequence[Tool], final: bool) -> tuple[str, list[Call]]:
+        at = text.find(self.marks[0])
+        if at < 0 and text.strip().startswith(self.first):
+            at = 0
+        if not final:
+            shown = text[:at] if at >= 0 else without_open_end(text, self.marks)
+            return ("" if not shown.strip() else shown), []
+        if at < 0:
+            return text, []
+        body, _, rest = text[at:].removeprefix(self.marks[0]).partition(self.marks[-1])
+        calls = self.read(body.strip())
+        if not calls or not {call.name for call in calls} <= {tool.name for tool in tools}:
+            return text, []
+        return text[:at] + rest, calls
+
+    def optional(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
+        other = lark.rule(f'/[^{json.dumps(self.first)[1:-1]}\\s](?s:.*)/ | ""'.replace("[^[", "[^\\["))
+        return f"({self.required(lark, tools, many)} | {other})"
+
+
+@dataclass(frozen=True)
+class BareObjects(Bare):
+    """Objects {"name": ..., "parameters": ...} with semicolons between them, as Llama 3 writes them."""
+
+    first: str = "{"
+    marks: tuple[str, ...] = ("<|python_tag|>",)
+
+    def read(self, text: str) -> list[Call] | None:
+        calls, at = [], 0
+        while at < len(text):
+            found = decode_json(text, at)
+            call = None if found is None else call_of_object(found[0])
+            if found is None or call is None:
+                return None
+            calls.append(call)
+            at = len(text) - len(text[found[1] :].lstrip(" \n;"))
+        return calls
+
+    def required(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
+        one = lark.rule(" | ".join(written_object(tool, lark, "parameters") for tool in tools))
+        return f'{one} ("; " {one})*' if many else one
+
+
+@dataclass(frozen=True)
+class Pythonic(Bare):
+    """A list of calls as Python writes them: [weather(city="Rome", days=3)]."""
+
+    first: str = "["
+    marks: tuple[str, ...] = ("<|python_start|>", "<|python_end|>")
+    marked: bool = False  # the model writes the marks
+
+    def read(self, text: str) -> list[Call] | None:
+        try:
+            tree = ast.parse(text, mode="eval").body
+            if not isinstance(tree, ast.List):
+                return None
+            calls = [_python_call(one) for one in tree.elts]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+        return None if None in calls else [call for call in calls if call is not None]
+
+    def required(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
+        before = lark.literal(self.marks[0]) if self.marked else ""
+        return f"{before} {self._calls(lark, tools, many)}"
+
+    def optional(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
+        if not self.marked:
+            return super().optional(lark, tools, many)
+        return f"({lark.until(self.marks[0])} {self._calls(lark, tools, many)} ANY | ANY)"
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
+        one = lark.rule(" | ".join(_written(tool, lark) for tool in tools))
+        more = f'(", " {one})*' if many else ""
+        return f'"[" {one} {more} "]" {lark.literal(self.marks[1]) if self.marked else ""}'
+
+
+def _python_call(node: ast.expr) -> Call | None:
+    if not isinstance(node, ast.Call) or node.args or any(word.arg is None for word in node.keywords):
+        return None
+    return call_of(ast.unparse(node.func), {str(word.arg): _literal(word.value) for word in node.keywords})
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal, in which JSON's words for constants count, too; ValueError if it is none."""
+    if isinstance(node, ast.Name) and node.id in LITERALS:
+        return LITERALS[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [_literal(key) for key in node.keys if key is not None]
+        return dict(zip(map(str, keys), map(_literal, node.values), strict=True))
+    return ast.literal_eval(node)
+
+
+def _written(tool: Tool, lark: Lark) -> str:
+    """The expression of a call: its arguments in the schema's order, but a required one first, if there is one."""
+    properties = tool.parameters.get("properties") or {}
+    required = [key for key in properties if key in tool.parameters.get("required", ())]
+    keys = [*required[:1], *(key for key in properties if key not in required[:1])]
+    shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+
+    def argument(key: str) -> str:
+        schema = properties[key]
+        schema = {**shared, **schema} if isinstance(schema, dict) else schema
+        return f"{json.dumps(f'{key}=')} {lark.schema(schema, tool.strict)}"
+
+    if required:
+        rest = (f'(", " {argument(key)}){"" if key in required else "?"}' for key in keys[1:])
+        parts = " ".join([argument(keys[0]), *rest])
+    else:
+        parts = _any_of([lark.rule(argument(key)) for key in keys], lark.rule)
+    return f'{json.dumps(f"{tool.name}(")} {parts} ")"'
+
+
+def _any_of(parts: Sequence[str], rule: Callable[[str], str]) -> str:
+    """The expression of some of the parts, or of none, in their order."""
+    rest = ""
+    for part in reversed(parts):
+        rest = rule(f'{part} (", " {rest})? | {rest}') if rest else part
+    return f"({rest})?" if rest else ""

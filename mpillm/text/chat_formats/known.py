@@ -1,0 +1,117 @@
+"""The chat formats by their names, and which one a model has, by its chat template and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mpillm.errors import RequestError
+from mpillm.text.chat_formats.bare import BareObjects, Pythonic
+from mpillm.text.chat_formats.base import CallFormat
+from mpillm.text.chat_formats.in_json import Named, Objects
+from mpillm.text.chat_formats.in_tags import Tags
+from mpillm.text.chat_formats.tagged import ChatFormat, Tagged
+from mpillm.text.harmony import MARKS, Harmony
+
+# Around reasoning. A model has those whose second one its template knows.
+TAGS = (
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<think>", "</think>"),
+)
+
+_SECTION = ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>")
+_CALL = ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>")
+_SEP = "<\uff5ctool\u2581sep\uff5c>"
+_KIMI = "<|tool_call_begin|>", "<|tool_call_end|>"
+_KIMI_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+
+CALLS: dict[str, CallFormat] = {
+    "hermes": Objects("<tool_call>", "</tool_call>", between="\n"),
+    "qwen3_coder": Tags(
+        "<function=", "</function>", ("<tool_call>\n", "\n</tool_call>"), each=True, between="\n", lines=True
+    ),
+    "seed_oss": Tags(
+        "<function=", "</function>", ("<seed:tool_call>\n", "\n</seed:tool_call>"), each=True, between="\n"
+    ),
+    "glm": Tags(
+        "<tool_call>",
+        "</tool_call>",
+        between="\n",
+        named="",
+        key="<arg_key>",
+        value="</arg_key>\n<arg_value>",
+        stop="</arg_value>",
+    ),
+    "minimax": Tags(
+        '<invoke name="',
+        "</invoke>",
+        ("<minimax:tool_call>\n", "\n</minimax:tool_call>"),
+        between="\n",
+        named='">',
+        key='<parameter name="',
+        value='">',
+    ),
+    "deepseek_v3": Named(
+        *_CALL, _SECTION, between="\n", head=f"function{_SEP}{{name}}\n```json\n", tail="\n```"
+    ),
+    "deepseek_v31": Named(*_CALL, _SECTION, head=f"{{name}}{_SEP}"),
+    "kimi": Named(*_KIMI, _KIMI_SECTION, head="functions.{name}:{n}<|tool_call_argument_begin|>", ids=True),
+    "mistral": Objects("[TOOL_CALLS]", "", id_length=9, listed=True, space=""),
+    "mistral_args": Named("[TOOL_CALLS]", "", id_length=9, head="{name}[ARGS]"),
+    "granite": Objects("<|tool_call|>", "", listed=True, space=""),
+    "phi4_mini": Objects("<|tool_call|>", "<|/tool_call|>", listed=True, space=""),
+    "llama3_json": BareObjects(),
+    "pythonic": Pythonic(),
+    "lfm2": Pythonic(marks=("<|tool_call_start|>", "<|tool_call_end|>"), marked=True),
+}
+
+# What a template (or the vocabulary) must have, by format; the first one that fits is the model's.
+_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("seed_oss", ("<seed:tool_call>",)),
+    ("minimax", ("<minimax:tool_call>",)),
+    ("glm", ("<arg_key>",)),
+    ("kimi", (_KIMI[0],)),
+    ("deepseek_v3", (_CALL[0], "```json")),
+    ("deepseek_v31", (_CALL[0],)),
+    ("mistral_args", ("[TOOL_CALLS]", "[ARGS]")),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("phi4_mini", ("<|/tool_call|>",)),
+    ("granite", ("<|tool_call|>",)),
+    ("qwen3_coder", ("<tool_call>", "<function=")),
+    ("hermes", ("<tool_call>",)),
+    ("lfm2", ("<|tool_call_start|>",)),
+    ("pythonic", ("<|python_start|>",)),
+    ("llama3_json", ("<|start_header_id|>ipython",)),
+    ("llama3_json", ("<|python_tag|>", '"parameters": ')),
+)
+
+
+def format_of(
+    templates: Collection[str], tokens: Collection[str], reasoning: Sequence[str] | str, tool_calls: str
+) -> ChatFormat:
+    """The format of a model with these chat templates and added tokens.
+
+    `reasoning` is "auto", "none", or the two tags around it, and `tool_calls` "auto", "none", or a name of `CALLS`.
+    """
+    if set(MARKS) <= set(tokens) and "none" not in (reasoning, tool_calls):
+        return Harmony()
+    text = "\n".join(templates)
+    tags: tuple[str, str] | None = None
+    if reasoning == "auto":
+        tags = next((pair for pair in TAGS if pair[1] in text), None)
+    elif not isinstance(reasoning, str):
+        tags = (reasoning[0], reasoning[1])
+    name = tool_calls
+    if name == "auto":
+        name = next(
+            (
+                name
+                for name, signs in _SIGNS
+                if all(sign in text or sign in tokens for sign in signs) and "tools" in text
+            ),
+            "none",
+        )
+    if name != "none" and name not in CALLS:
+        raise RequestError(f"there is no format of tool calls {name!r}; there are {', '.join(CALLS)}")
+    return Tagged(tags, CALLS.get(name))

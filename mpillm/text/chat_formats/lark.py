@@ -1,0 +1,68 @@
+"""Grammars of llguidance that are put together from literals, JSON schemas and other grammars."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mpillm.text.constrain import json_grammar
+
+
+class Lark:
+    """A grammar in the making; what its methods return are expressions.
+
+    `control` are the control tokens with their ids: in a grammar they are not characters.
+    """
+
+    def __init__(self, control: Mapping[str, int]) -> None:
+        self._control = control
+        names = sorted(filter(None, control), key=len, reverse=True)
+        self._tokens = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self._rules: list[str] = ["ANY: /(?s:.*)/"]
+        self._grammars: list[dict[str, Any]] = []
+
+    def literal(self, text: str) -> str:
+        """Just this text, in which control tokens are tokens."""
+        pieces = self._pieces(text)
+        if not pieces:
+            return '""'
+        return " ".join(f"<[{self._control[piece]}]>" if own else json.dumps(piece) for piece, own in pieces)
+
+    def until(self, end: str) -> str:
+        """Any text up to `end`, and that."""
+        pieces = self._pieces(end)
+        at = next((at for at, (_, own) in enumerate(pieces) if own), None)
+        if at is not None:  # characters before it are part of any text
+            return "ANY " + self.literal("".join(piece for piece, _ in pieces[at:]))
+        name = f"until_{len(self._rules)}"
+        self._rules.append(f"{name}[lazy]: ANY {json.dumps(end)}")
+        return name
+
+    def schema(self, schema: Any, strict: bool) -> str:
+        """JSON that a schema accepts; RequestError if it is malformed."""
+        return self.embedded(json_grammar(schema, lenient=not strict))
+
+    def embedded(self, grammar: str) -> str:
+        """What another grammar accepts."""
+        name = f"part_{len(self._grammars)}"
+        inner = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
+        self._grammars.append({**inner, "name": name})
+        return f"@{name}"
+
+    def rule(self, expression: str) -> str:
+        """An expression by a name."""
+        name = f"rule_{len(self._rules)}"
+        self._rules.append(f"{name}: {expression}")
+        return name
+
+    def whole(self, start: str) -> str:
+        """The grammar of an expression."""
+        lark = "\n".join([f"start: {start}", *self._rules])
+        return json.dumps({"grammars": [{"lark_grammar": lark}, *self._grammars]})
+
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        """A text at its control tokens, and whether each piece is one."""
+        split = self._tokens.split(text) if self._tokens else [text]
+        return [(piece, index % 2 == 1) for index, piece in enumerate(split) if piece]

@@ -1,0 +1,130 @@
+"""A chat format: how what a model thinks, what it says and what it calls lie in one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mpillm.text.chat_formats.base import Answer, CallFormat, Tool, without_open_end
+from mpillm.text.chat_formats.lark import Lark
+
+#: of the answer's beginning: the prompt has opened the reasoning, has closed it, or has done neither
+State = Literal["open", "closed", "free"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an answer is held to: an expression for its content, if any, and the calls of tools that it may have."""
+
+    answer: str | None
+    tools: Sequence[Tool]
+    choice: Literal["none", "auto", "required"]
+    many: bool = True  # calls
+
+
+class ChatFormat:
+    """The format of a model's answers."""
+
+    #: strings that a text must show to be split, also where they are control tokens
+    marks: tuple[str, ...]
+    id_length: int
+
+    has_reasoning: bool  # whether reasoning can be told from content
+    has_calls: bool  # whether the format of tool calls is known
+
+    def state(self, prompt: str) -> State:
+        """How an answer begins, by the end of its prompt."""
+        raise NotImplementedError
+
+    def continued(self, content: str) -> State:
+        """How an answer begins that continues a message with this content."""
+        raise NotImplementedError
+
+    def thinks(self, state: State) -> bool:
+        """Whether there may be reasoning before the content."""
+        raise NotImplementedError
+
+    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> Answer:
+        """The parts of an answer, in which calls are looked for if there are `tools`.
+
+        Unless `final`, more of it will come, and what cannot be told yet is in no part.
+        """
+        raise NotImplementedError
+
+    def expression(self, lark: Lark, state: State, asked: Asked) -> str:
+        """The grammar of an answer whose content or calls are held to something."""
+        raise NotImplementedError
+
+
+class Tagged(ChatFormat):
+    """Reasoning between two tags at the answer's beginning, and calls as `calls` writes them; either may be None."""
+
+    def __init__(self, tags: tuple[str, str] | None, calls: CallFormat | None) -> None:
+        self.tags, self.calls = tags, calls
+        self.marks = (*(tags or ()), *(calls.marks if calls else ()))
+        self.has_reasoning = tags is not None
+        self.has_calls = calls is not None
+        self.id_length = calls.id_length if calls else 24
+
+    def state(self, prompt: str) -> State:
+        if self.tags is None:
+            return "closed"
+        opening, closing = self.tags
+        end = prompt.rstrip()
+        return "open" if end.endswith(opening) else "closed" if end.endswith(closing) else "free"
+
+    def continued(self, content: str) -> State:
+        if self.tags is None:
+            return "closed"
+        _, opened, behind = content.rpartition(self.tags[0])
+        return "open" if opened and self.tags[1] not in behind else "closed"
+
+    def thinks(self, state: State) -> bool:
+        return self.tags is not None and state != "closed"
+
+    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> Answer:
+        reasoning, rest = self._thought(text, state, final)
+        if rest is None:
+            return Answer(reasoning, "")
+        if not tools or self.calls is None:
+            return Answer(reasoning, rest)
+        content, calls = self.calls.split(rest, tools, final)
+        if calls or not final:
+            content = content.rstrip()
+        return Answer(reasoning, content, tuple(calls))
+
+    def _thought(self, text: str, state: State, final: bool) -> tuple[str | None, str | None]:
+        """What was thought, and what follows; None where nothing follows yet."""
+        if self.tags is None or state == "closed":
+            return None, text
+        opening, closing = self.tags
+        begun = text.lstrip()
+        if begun.startswith(opening):
+            begun = begun[len(opening) :]
+        elif state == "free":
+            open_yet = not final and opening.startswith(begun)
+            return None, None if open_yet else text
+        elif not final and opening.startswith(begun.rstrip()):
+            return None, None
+        thought, closed, rest = begun.partition(closing)
+        if closed:
+            return thought.strip(), rest.lstrip("\n")
+        if not final:
+            thought = without_open_end(thought, (closing,)).rstrip()
+        return thought.strip(), None
+
+    def expression(self, lark: Lark, state: State, asked: Asked) -> str:
+        ways = [asked.answer] if asked.answer else []
+        if asked.tools:
+            assert self.calls is not None
+            if asked.choice == "required" or asked.answer:
+                ways.append(self.calls.required(lark, asked.tools, asked.many))
+            else:
+                ways.append(self.calls.optional(lark, asked.tools, asked.many))
+        answer = lark.rule(" | ".join(ways))
+        if self.tags is None or state == "closed":
+            return answer
+        opening, closing = self.tags
+        thought = f"{lark.until(closing)} /\\n{{0,2}}/"
+        return f"{thought} {answer}" if state == "open" else f"({lark.literal(opening)} {thought})? {answer}"

@@ -1,0 +1,36 @@
+"""The files of a model's directory, beside its weights, that decide its answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
+# How text becomes tokens, how chats become text, when an answer ends, and how embeddings are made.
+NAMES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "tekken.json", "tiktoken.model", "*.tiktoken", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", MODULES, PROMPTS,
+)  # fmt: skip
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Those that there are, with the configurations and the weights of the modules that modules.json names."""
+    found = [path for name in NAMES for path in sorted(folder.glob(name))]
+    modules = (
+        folder / name / file for name in _modules(folder) for file in ("config.json", "model.safetensors")
+    )
+    return found + [path for path in modules if path.is_file()]
+
+
+def _modules(folder: Path) -> list[str]:
+    """The directories of modules, below `folder`.
+
+    None where modules.json cannot be read, which `embedding_settings` reports.
+    """
+    try:
+        modules = json.loads((folder / MODULES).read_text())
+        paths = [PurePosixPath(module["path"]) for module in modules if module.get("path")]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+    return [str(path) for path in paths if not path.is_absolute() and ".." not in path.parts]

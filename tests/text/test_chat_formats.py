@@ -1,0 +1,319 @@
+"""Answers of chat models: reasoning, content and tool calls apart, whole and as they grow, and held to grammars."""
+
+# ruff: noqa: E501 - answers as models write them
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm.text import Tokenizer, hf
+from mpillm.text.chat_formats.base import Answer, Tool
+from mpillm.text.chat_formats.known import CALLS, TAGS, format_of
+from mpillm.text.chat_formats.lark import Lark
+from mpillm.text.chat_formats.tagged import Asked, ChatFormat, State, Tagged
+from mpillm.text.constrain import Grammars, choice_grammar
+from mpillm.text.harmony import CALL, CONSTRAIN, MARKS, Harmony
+from tests.job_helpers import CHAT
+
+HARMONY = (*MARKS, CONSTRAIN, CALL)
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer", "minimum": 0, "maximum": 99},
+        "unit": {"enum": ["C", "F"]},
+        "where": {
+            "type": "object",
+            "properties": {"x": {"type": "boolean"}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["city", "where"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    Tool("weather", SCHEMA, True),
+    Tool("now", {"type": "object", "properties": {}, "additionalProperties": False}, True),
+]
+ONE = {"city": 'New <b>York</b>\nat "night"', "days": 3, "where": {"x": True}}
+CALLED = [("weather", ONE), ("now", {})]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def ds(text: str) -> str:
+    """A text with DeepSeek's marks, which are written [[call_begin]] here."""
+    return re.sub(
+        r"\[\[(.*?)\]\]",
+        lambda found: "<\uff5ctool\u2581" + found[1].replace("_", "\u2581") + "\uff5c>",
+        text,
+    )
+
+
+def _tags(key: str, value: str, stop: str, pad: str = "") -> str:
+    texts = [(name, item if isinstance(item, str) else _json(item)) for name, item in ONE.items()]
+    return "".join(f"{key}{name}{value}{pad}{text}{pad}{stop}\n" for name, text in texts)
+
+
+# Both calls as each model writes them.
+WRITTEN = {
+    "hermes": f'<tool_call>\n{{"name": "weather", "arguments": {_json(ONE)}}}\n</tool_call>\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>',
+    "qwen3_coder": "<tool_call>\n<function=weather>\n" + _tags("<parameter=", ">", "</parameter>", "\n") + "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    "seed_oss": "<seed:tool_call>\n<function=weather>\n" + _tags("<parameter=", ">", "</parameter>") + "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+    "glm": "<tool_call>weather\n" + _tags("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>") + "</tool_call>\n<tool_call>now\n</tool_call>",
+    "minimax": '<minimax:tool_call>\n<invoke name="weather">\n' + _tags('<parameter name="', '">', "</parameter>") + '</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+    "deepseek_v3": ds(f"[[calls_begin]][[call_begin]]function[[sep]]weather\n```json\n{_json(ONE)}\n```[[call_end]]\n[[call_begin]]function[[sep]]now\n```json\n{{}}\n```[[call_end]][[calls_end]]"),
+    "deepseek_v31": ds(f"[[calls_begin]][[call_begin]]weather[[sep]]{_json(ONE)}[[call_end]][[call_begin]]now[[sep]]{{}}[[call_end]][[calls_end]]"),
+    "kimi": f"<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{_json(ONE)}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|><|tool_calls_section_end|>",
+    "mistral": f'[TOOL_CALLS][{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]',
+    "mistral_args": f"[TOOL_CALLS]weather[ARGS]{_json(ONE)}[TOOL_CALLS]now[ARGS]{{}}",
+    "granite": f'<|tool_call|>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]',
+    "phi4_mini": f'<|tool_call|>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]<|/tool_call|>',
+    "llama3_json": f'{{"name": "weather", "parameters": {_json(ONE)}}}; {{"name": "now", "parameters": {{}}}}',
+    "pythonic": f'[weather(city={_json(ONE["city"])}, days=3, where={{"x": True}}), now()]',
+    "lfm2": f'<|tool_call_start|>[weather(city={_json(ONE["city"])}, days=3, where={{"x": True}}), now()]<|tool_call_end|>',
+}  # fmt: skip
+NOW = {
+    **{
+        name: text.partition("</tool_call>\n")[2]
+        for name, text in WRITTEN.items()
+        if "</tool_call>\n" in text
+    },
+    "seed_oss": WRITTEN["seed_oss"].partition("</seed:tool_call>\n")[2],
+    "minimax": '<minimax:tool_call>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+    "deepseek_v3": ds(
+        "[[calls_begin]][[call_begin]]function[[sep]]now\n```json\n{}\n```[[call_end]][[calls_end]]"
+    ),
+    "deepseek_v31": ds("[[calls_begin]][[call_begin]]now[[sep]]{}[[call_end]][[calls_end]]"),
+    "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:12<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+    "mistral": '[TOOL_CALLS][{"name": "now", "arguments": {}}]',
+    "mistral_args": "[TOOL_CALLS]now[ARGS]{}",
+    "granite": '<|tool_call|>[{"name": "now", "arguments": {}}]',
+    "phi4_mini": '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>',
+    "llama3_json": '{"name": "now", "parameters": {}}',
+    "pythonic": "[now()]",
+    "lfm2": "<|tool_call_start|>[now()]<|tool_call_end|>",
+}
+BARE = {"llama3_json", "pythonic"}
+
+
+def found(answer: Answer) -> list[tuple[str, Any]]:
+    return [(call.name, json.loads(call.arguments)) for call in answer.calls]
+
+
+def grown(format: ChatFormat, text: str, state: State) -> Answer:
+    """The parts of an answer, of which each beginning was looked at, too: none took back what another had given."""
+    last = Answer(None, "")
+    for length in range(len(text) + 1):
+        answer = format.split(text[:length], state, TOOLS, final=False)
+        assert (answer.reasoning or "").startswith(last.reasoning or "")
+        assert answer.content.startswith(last.content)
+        assert answer.calls[: len(last.calls)] == last.calls
+        last = answer
+    whole = format.split(text, state, TOOLS, final=True)
+    assert (whole.reasoning or "").startswith(last.reasoning or "")
+    assert whole.content.startswith(last.content)
+    assert whole.calls[: len(last.calls)] == last.calls
+    return whole
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("thought", [None, "\nis it <b>cold</b>?\n"])
+def test_calls_of_each_format(name: str, thought: str | None) -> None:
+    format = Tagged(("<think>", "</think>"), CALLS[name])
+    before = "" if thought is None else f"<think>{thought}</think>\n\n"
+    for said in ("",) if name in BARE else ("", "Let me see."):
+        whole = grown(format, f"{before}{said}{WRITTEN[name]}", "free")
+        assert (found(whole), whole.content) == (CALLED, said)
+        assert whole.reasoning == (thought and thought.strip())
+    assert set(WRITTEN) == set(CALLS)
+    ids = [call.id for call in whole.calls]
+    assert ids == (["functions.weather:0", "functions.now:1"] if name == "kimi" else [None, None])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_call_is_content(name: str) -> None:
+    format = Tagged(None, CALLS[name])
+    written = WRITTEN[name]
+    for text in (
+        "No, 3 < 4.",
+        "{not JSON}",
+        "[1, 2]",
+        "",
+        '{"name": "Ann", "parameters": 3}',
+        "[weather",
+        "a [b] <c>",
+    ):
+        assert grown(format, text, "free") == Answer(None, text)
+    broken = grown(format, written[: len(written) // 3], "free")  # as max_tokens cuts it
+    assert not broken.calls
+    assert "wea" in broken.content
+    assert format.split(written, "free", None, True) == Answer(None, written)
+
+
+def test_reasoning() -> None:
+    for opening, closing in TAGS:
+        format = Tagged((opening, closing), None)
+        assert format.state(f"...assistant\n{opening}\n") == "open"
+        assert format.state(f"...assistant\n{opening}\n\n{closing}\n\n") == "closed"
+        assert format.state("...assistant\n") == "free"
+        for state, text, thought, said in (
+            ("open", f"\nso\n{closing}\n\n it is", "so", " it is"),
+            ("open", f"{opening}\nso\n{closing}yes", "so", "yes"),
+            ("open", "never en", "never en", ""),
+            ("free", f"{opening}so{closing}yes", "so", "yes"),
+            ("free", f"{opening}so", "so", ""),
+            ("free", f"no {opening}so{closing}", None, f"no {opening}so{closing}"),
+            ("closed", f"{opening}", None, opening),
+            ("closed", "yes\n", None, "yes\n"),
+            ("free", "\n", None, "\n"),
+        ):
+            assert grown(format, text, state) == Answer(thought, said), (state, text)  # type: ignore[arg-type]
+        assert format.continued(f"{opening} so") == "open"
+        assert format.continued(f"{opening} so {closing} b") == "closed"
+        assert format.continued("b") == "closed"
+
+
+def test_harmony() -> None:
+    thought = "<|channel|>analysis<|message|>so<|end|><|start|>assistant"
+    for head in (
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>",
+        " to=functions.weather<|channel|>commentary json<|message|>",
+    ):
+        whole = grown(Harmony(), thought + head + _json(ONE) + "<|call|>", "open")
+        assert (found(whole), whole.content, whole.reasoning) == ([("weather", ONE)], "", "so")
+    preamble = "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant"
+    whole = grown(Harmony(), preamble + head.lstrip().join(["", _json(ONE)]), "open")
+    assert whole.content.startswith("Let me see.")
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "tags", "name"),
+    [
+        (
+            "{{ tools }}<tool_call> {\"name\": </tool_call> '</think>' in content",
+            [],
+            ("<think>", "</think>"),
+            "hermes",
+        ),
+        ("{{ tools }}<tool_call>\n<function=x>\n<parameter=y>", [], None, "qwen3_coder"),
+        ("{{ tools }}<tool_call>{n}<arg_key>{k}</arg_key> </think>", [], ("<think>", "</think>"), "glm"),
+        ("{{ tools }}{{ message.content }}", ["<|tool_call_begin|>"], None, "kimi"),
+        (ds("{{ tools }}[[call_begin]]") + "function```json", [], None, "deepseek_v3"),
+        (ds("{{ tools }}[[call_begin]]</think>"), [], ("<think>", "</think>"), "deepseek_v31"),
+        ("{{ tools }}[TOOL_CALLS]", [], None, "mistral"),
+        ("{{ tools }}[TOOL_CALLS]", ["[ARGS]", "[TOOL_CALLS]"], None, "mistral_args"),
+        ("{{ tools }}<|start_header_id|>ipython", [], None, "llama3_json"),
+        ("<tool_call> without a variable", [], None, None),
+        ("<|im_start|>", ["<think>"], None, None),
+        ("{{ tools }}<seed:tool_call></seed:think>", [], TAGS[0], "seed_oss"),
+    ],
+)
+def test_formats_are_known_by_template_and_tokens(
+    template: str, tokens: list[str], tags: Any, name: str | None
+) -> None:
+    format = format_of([template], tokens, "auto", "auto")
+    assert isinstance(format, Tagged)
+    assert (format.tags, format.calls) == (tags, CALLS.get(name or ""))
+    own = format_of([template], tokens, ("<a>", "</a>"), "pythonic")
+    assert isinstance(own, Tagged)
+    assert (own.tags, own.calls) == (("<a>", "</a>"), CALLS["pythonic"])
+
+
+@pytest.fixture(scope="module")
+def grammars() -> tuple[Any, Grammars]:
+    """A tokenizer with the marks of all formats as control tokens but those that are plain text in real models."""
+    parts = hf.read(CHAT)
+    assert parts is not None
+    marks = {
+        mark
+        for name, calls in CALLS.items()
+        for mark in calls.marks
+        if mark[:2] in ("<|", "<\uff5c") or mark[0] == "["
+    }
+    parts.control |= {*marks - {"[", "]"}, *TAGS[1], *HARMONY}
+    tokenizer = Tokenizer(parts)
+    return tokenizer, tokenizer.grammars(tokenizer.vocab_size, tokenizer.end_ids)
+
+
+def obeys(grammars: tuple[Any, Grammars], grammar: str, text: str) -> bool:
+    """Whether a text, as the tokenizer cuts it, may be an answer."""
+    tokenizer, made = grammars
+    matcher = made.matcher(grammar)
+    for token in tokenizer.encode(text, False, parse_special=True):
+        if matcher.ended or not matcher.allowed().view(np.uint32)[token // 32] >> (token % 32) & 1:
+            return False
+        matcher.push(token)
+    (end,) = tokenizer.end_ids
+    return matcher.ended or bool(matcher.allowed().view(np.uint32)[end // 32] >> (end % 32) & 1)
+
+
+@pytest.mark.parametrize("name", [*CALLS, "harmony"])
+def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
+    format = (
+        Harmony() if name == "harmony" else Tagged(TAGS[1] if "mistral" in name else TAGS[3], CALLS[name])
+    )
+    head = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>".format
+    call = head("weather") + _json(ONE) if name == "harmony" else WRITTEN[name]
+    call = call.replace("True", "true")  # a schema's JSON
+    single = head("now") + "{}" if name == "harmony" else NOW[name]
+    thought = "<|channel|>analysis<|message|>so [a<|end|><|start|>assistant"
+    opening = ""
+    if isinstance(format, Tagged):
+        assert format.tags is not None
+        opening, thought = format.tags[0], f"so <tool_call> [a{format.tags[1]}\n\n"
+    content = choice_grammar(["red", "blue"])
+
+    def grammar(
+        choice: Any, tools: list[Tool], answer: bool = False, many: bool = True, state: State = "closed"
+    ) -> str:
+        lark = Lark(grammars[0].control)
+        return lark.whole(
+            format.expression(
+                lark, state, Asked(lark.embedded(content) if answer else None, tools, choice, many)
+            )
+        )
+
+    required = grammar("required", TOOLS)
+    assert obeys(grammars, required, call)
+    assert obeys(grammars, required, single)
+    assert not obeys(grammars, required, "No.")
+    assert not obeys(grammars, grammar("required", TOOLS[:1]), single)
+    assert obeys(grammars, grammar("required", TOOLS, many=False), single)
+    if name != "harmony":
+        assert not obeys(grammars, grammar("required", TOOLS, many=False), call)
+    wrong = call.replace("3", '"x"')
+    assert wrong != call
+    assert not obeys(grammars, required, wrong)
+    auto = grammar("auto", TOOLS)
+    final = "<|channel|>final<|message|>" if name == "harmony" else ""
+    for text, right in ((call, True), (wrong, False), (single, True), (f"{final}No, [it] <is>.", True)):
+        assert obeys(grammars, auto, text) is right, text
+    both = grammar("auto", TOOLS, answer=True)
+    for text, right in (
+        (call, True),
+        (f"{final}red", True),
+        (f"{final}reddish", False),
+        (f"{final}No.", False),
+    ):
+        assert obeys(grammars, both, text) is right, text
+    if name != "harmony":
+        assert obeys(grammars, grammar("required", TOOLS, state="open"), thought + call)
+        assert not obeys(grammars, grammar("required", TOOLS, state="open"), call)
+    free = grammar("none", [], answer=True, state="free")
+    for text, right in (
+        (f"{opening}{thought}{final}blue", True),
+        (f"{final}blue", True),
+        (f"{opening}{thought}{final}green", False),
+        (f"{opening}{thought}", False),
+    ):
+        assert obeys(grammars, free, text) is right, text
