@@ -21,7 +21,7 @@ MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
 # fmt: off
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "priority", "request_id", "cache_salt", "stream_options",
+    "prompt_cache_retention", "priority", "request_id", "cache_salt", "stream_options", "guided_decoding_backend",
     "parallel_tool_calls"
 })
 # fmt: on

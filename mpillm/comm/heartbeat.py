@@ -69,7 +69,7 @@ def own_addresses() -> tuple[str, ...]:
 
 
 class _Peer:
-    """A rank at the other end of a connection; `remaining` is how many seconds it may still be silent."""
+    """A rank at the other end of a connection, which is lost after `remaining` more seconds of silence."""
 
     def __init__(self, rank: int, connection: socket.socket, remaining: float) -> None:
         self.rank, self.connection, self.remaining = rank, connection, remaining
@@ -82,7 +82,7 @@ class _Peer:
 
 
 class _Unidentified:
-    """A new connection that has not sent the token yet."""
+    """A new connection that has not yet sent its token."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)

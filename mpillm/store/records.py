@@ -75,8 +75,8 @@ class PartialResult(msgspec.Struct, tag="part", frozen=True):
     completion: PartialCompletion = msgspec.field(name="begun")
 
 
-class Layout(msgspec.Struct, tag="layout", frozen=True):
-    """The results after this record were computed by so many stages of so many shards."""
+class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
+    """How many stages of how many shards computed the results that follow this record."""
 
     stages: int
     shards: int
@@ -115,7 +115,7 @@ class _Named(msgspec.Struct, frozen=True):
     custom_id: str
 
 
-Record = Header | Lines | Result | PartialResult | Layout | Verified | Finished
+Record = Header | Lines | Result | PartialResult | UsedLayout | Verified | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -144,8 +144,8 @@ class Scan:
     partial: dict[str, list[int]] = field(default_factory=dict)  # offsets of partial results, by custom_id
     finished: Finished | None = None  # unless something came after it
     verified: Verified | None = None  # the last one
-    layout: Layout | None = None  # of the last results
-    answered: Counter[Layout] = field(default_factory=Counter)  # requests, by layout where it is known
+    layout: UsedLayout | None = None  # of the last results
+    answered: Counter[UsedLayout] = field(default_factory=Counter)  # requests, by layout where it is known
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
     end: int = 0  # of the last good record
 
@@ -209,7 +209,7 @@ def scan(file: int, found: Scan | None = None) -> Scan:
             if of.custom_id not in found.done:
                 found.partial.setdefault(of.custom_id, []).append(offset)
         elif tag == "layout":
-            found.layout = msgspec.msgpack.decode(payload, type=Layout)
+            found.layout = msgspec.msgpack.decode(payload, type=UsedLayout)
         elif tag == "lines":
             found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
         elif tag == "sound":

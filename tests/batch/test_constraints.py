@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,26 @@ def test_what_no_answer_can_obey_is_an_error_of_its_line(tmp_path: Path) -> None
 def test_a_schema_that_the_library_does_not_take() -> None:
     with pytest.raises(RequestError, match="the schema cannot be read: Value is not JSON serializable: 1000"):
         json_grammar({"minimum": 10**30})
+
+
+def test_labels_cost_no_more_than_scoring(tmp_path: Path) -> None:
+    """Each record gets one of three labels; its text is computed once, and the labels add the steps of one of them."""
+    draw, labels = random.Random(3), ["positive", "negative", "neutral"]
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    prompts = ["Label: " + " ".join(draw.choices(words, k=draw.randint(8, 30))) for _ in range(60)]
+    cost = {}
+    for name, more in (
+        ("labels", {"guided_choice": labels}),
+        ("scores", {"max_tokens": 0, "echo": True, "logprobs": 0}),
+    ):
+        made = works(tmp_path, *({"prompt": prompt, **more} for prompt in prompts))
+        asked = [request for work in made for request in work.requests]
+        found = harness.run(world(), CHAT, asked)
+        cost[name] = found.totals
+        if name == "labels":
+            texts = [TEXT.decode(found.values[one.id, one.choice][0], start=False) for one in asked]
+            assert set(texts) == set(labels)
+            assert len(texts) == len(prompts)
+    assert cost["labels"].prompt_tokens == cost["scores"].prompt_tokens
+    assert cost["labels"].recomputed_tokens == 0
+    assert cost["labels"].steps <= 1.1 * cost["scores"].steps + max(map(len, labels))

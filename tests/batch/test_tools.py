@@ -112,6 +112,10 @@ def test_calls_of_an_answer(model: Any, tmp_path: Path) -> None:
     ]
     assert len(set(ids)) == 4
     assert said(first, text, model) == choice
+    (hidden,) = works(tmp_path, {**bodies[0], "include_reasoning": False}, model=model)
+    assert said(hidden, text, model)["message"] == {
+        k: v for k, v in message.items() if k != "reasoning_content"
+    }
     assert said(first, CALL, model)["message"] == {"role": "assistant", "reasoning_content": None, "content": None,
                                                    "tool_calls": [{**message["tool_calls"][0]}]}  # fmt: skip
     cut = said(first, CALL[:40], model, finish_reason="length", stop_id=None)

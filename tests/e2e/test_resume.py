@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import Mpi, get_mpi
-from tests.e2e.jobs import command, mixed_lines, run, write_lines
+from tests.conftest import Mpi, clean_environment, get_mpi, run_bounded
+from tests.e2e.jobs import command, mixed_lines, results, run, write_lines
 
 pytestmark = pytest.mark.mpiexec
 
@@ -27,6 +28,14 @@ def start(mpi: Mpi, ranks: int, arguments: list[str]) -> subprocess.Popen[bytes]
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+
+# What some answers are held to, by the keys of their bodies.
+HELD: dict[str, Any] = {
+    "guided_choice": ["positive", "negative", "neutral"],
+    "guided_regex": "[a-f]{4}( fox| dog){6,9}",
+    "guided_json": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+}
 
 
 def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -196,3 +205,27 @@ def test_answers_outlive_fewer_ranks_and_bad_lines(openmpi: Mpi, tmp_path: Path)
     assert statuses == [400, 200, 400, 200, 400, 200, 400, 400]
     assert [after[1], after[3]] == before
     assert b"raise memory.kv" in after[2]
+
+
+def test_answers_that_obey_a_grammar_go_on(tmp_path: Path) -> None:
+    """On one rank, killed while grammars are in the middle of answers."""
+    body = {"prompt": "the fox", "max_tokens": 40, "temperature": 1.0}
+    keys = list(HELD)
+    lines = [{**body, "seed": n, keys[n % 3]: HELD[keys[n % 3]]} for n in range(24)]
+    source, output = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"
+    words = [sys.executable, *command(source, output, "batch.max_num_seqs=2", "job.checkpoint_tokens=4")]
+    with subprocess.Popen(words, env=clean_environment(), stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for_results(output / "journal", process, 1000)
+        finally:
+            process.kill()
+    assert not (output / "results.jsonl").exists()
+    again = run_bounded(words, env=clean_environment())
+    assert again.returncode == 0, again.stderr
+    assert "by earlier runs" in again.stderr
+    whole = [sys.executable, *command(source, tmp_path / "whole")]
+    assert run_bounded(whole, env=clean_environment()).returncode == 0
+    assert (output / "results.jsonl").read_bytes() == (tmp_path / "whole/results.jsonl").read_bytes()
+    texts = [one["response"]["body"]["choices"][0]["text"] for one in results(output)]
+    assert set(texts[::3]) <= {*HELD["guided_choice"]}
+    assert len(set(texts)) > 10

@@ -19,7 +19,8 @@ from mpillm.model import spill
 from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of
 from mpillm.model.cache_spec import TokenCache
 from mpillm.model.kv import GroupTables, KVCache, StateMoves
-from mpillm.model.spill import SpillFile, maximum_blocks, nbytes_in_file, pools_in_file, runs
+from mpillm.model.spill import maximum_blocks, nbytes_in_file, pools_in_file, runs
+from mpillm.model.spill_file import SpillFile
 
 
 def layout(caches: list[TokenCache]) -> CacheLayout:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.weights.formats.quantised import METHODS
 from mpillm.weights.names import ROLES, Key, hf_name
 from tests.weights import quantised
-from tests.weights.build import Tiny, write_hf
+from tests.weights.build import DTYPES, Tiny, write_hf
 
 EXACT, HALF, INTEGER = 0.0, 2.0**-11, 2.0**-11  # how far a value may be off, by the largest of its row
 CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -66,22 +65,21 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
 }  # fmt: skip
 
 
-def checkpoint(path: Path, case: str, model: Tiny) -> dict[Key, np.ndarray]:
-    """Write a model with quantised matrices of layers; returns their values. The head stays as it is."""
+def checkpoint(path: Path, case: str, model: Tiny, others: str = "BF16") -> dict[str, np.ndarray]:
+    """Write a model with quantised matrices of layers, whose values are returned, and all else as `others`."""
     config, write, _, _ = CASES[case]
     random = np.random.default_rng(len(case))
     tensors, values = {}, {}
     for name, value in model.weights().items():
         if value.ndim < 2 or "layers" not in name:
-            tensors[name] = value.astype(ml_dtypes.bfloat16)
+            tensors[name] = value.astype(DTYPES[others])
             continue
         made, w = write(random, *value.shape)
         base = name.removesuffix("weight")
         tensors |= {base + end: tensor for end, tensor in made.items()}
         values[name] = w
     write_hf(path, tensors, model.config() | {"quantization_config": config})
-    roles = {hf_name(key): key for key in keys(model)}
-    return {roles[name]: w for name, w in values.items()}
+    return values
 
 
 def keys(model: Tiny) -> list[Key]:
@@ -94,7 +92,8 @@ def test_values(tmp_path: Path, case: str) -> None:
     """As they are delivered, whole and piece by piece; 192 and 320 columns leave ragged blocks of 128."""
     model = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=1)
     _, _, type, bound = CASES[case]
-    values = checkpoint(tmp_path / "m", case, model)
+    made, roles = checkpoint(tmp_path / "m", case, model), {hf_name(key): key for key in keys(model)}
+    values = {roles[name]: w for name, w in made.items()}
     with closing(open_source(tmp_path / "m")) as source:
         config_of(source)  # is complete
         assert len(values) == 7

@@ -45,6 +45,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     echo: bool | None = None
     documents: list[dict[str, Any]] | None = None
+    include_reasoning: bool | None = None
     tools: list[Any] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -159,7 +160,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
         """What the message of a request's answer has besides its role."""
         found = self._format(spec, model)
         shown: dict[str, Any] = {}
-        if found.has_reasoning:
+        if found.has_reasoning and self.include_reasoning is not False:
             shown["reasoning_content"] = answer.reasoning
         shown["content"] = answer.content if answer.content.strip() or not answer.calls else None
         if answer.calls:

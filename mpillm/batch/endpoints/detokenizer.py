@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from mpillm.batch.work import Model
 from mpillm.engine.sequence import TopLogprobs
-from mpillm.text import IncrementalDecoder
+from mpillm.text import IncrementalDecoder, token_id_text
 
 LOWEST = -9999.0  # JSON has no infinity: vLLM's lower bound for log-probabilities
 
@@ -33,7 +33,7 @@ class Detokenizer:
     def token(self, token: int) -> str:
         """One token."""
         if self._names_ids:
-            return f"token_id:{token}"
+            return token_id_text(token)
         raw = self.raw(token)
         try:
             return raw.decode()
@@ -42,7 +42,7 @@ class Detokenizer:
 
     def raw(self, token: int) -> bytes:
         """The bytes a token stands for."""
-        return f"token_id:{token}".encode() if self._text is None else self._text.token_bytes(token)
+        return token_id_text(token).encode() if self._text is None else self._text.token_bytes(token)
 
     def text(self, ids: Sequence[int], start: bool = True, final: bool = True) -> str:
         """The text that tokens make; `start` and `final` as in `Tokenizer.decode`."""

@@ -1,7 +1,7 @@
-"""What happens when a page of a mapped file cannot be had: SIGBUS, which must end in a sentence and not in a crash.
+"""Report SIGBUS, which the system sends when it cannot read a page of a mapped file, in one sentence.
 
-Loaders look for trouble before they hand pages out. This is for what comes in between: the file is shortened, or its
-disk fails, while a kernel looks at pages that the system had to take away and wants to read again.
+Loaders check files before they hand pages out. Afterwards the system may drop pages and read them again, and that
+fails if the file has been shortened or its disk has failed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from mpillm.errors import ModelError
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_installed: list[object] = []  # handlers that C knows must not be collected
+_installed: list[object] = []  # C code refers to these handlers, so they must not be collected
 
 
 def say_when_lost(sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""NUMA nodes: weights that stay lie spread over the nodes whose cores multiply with them."""
+"""Spread resident weights over the NUMA nodes whose cores use them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def count_nodes(cpus: Iterable[int], root: Path = Path("/")) -> int:
 
 
 def _numbers(cpulist: Path) -> set[int]:
-    """The CPUs of a list such as 0-3,8-11; none where it cannot be read."""
+    """Return the CPUs of a list such as 0-3,8-11; an empty set if the file cannot be read."""
     try:
         ranges = re.findall(r"(\d+)(?:-(\d+))?", cpulist.read_text())
     except OSError:

@@ -1,4 +1,4 @@
-"""Bytes of a file without mapping it: past the page cache where the file system allows that, else the ordinary way."""
+"""Read files without mapping them: past the page cache where the file system supports that, else through it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mpillm.weights.io.filesystem import madvise
 
 Bytes = NDArray[np.uint8]
 
-SECTOR = 4096  # what reading past the page cache is aligned to, in the file and in memory
-REQUESTS = 4  # under way at a time: a disk is busy only while it has more than one to choose from
+SECTOR = 4096  # bytes; alignment of direct I/O, in the file and in memory
+REQUESTS = 4  # in flight: a disk is busy only while it can choose among several
 REQUEST_BYTES = 4 * 2**20
 PORTION = (
     REQUEST_BYTES - 2 * SECTOR
@@ -28,7 +28,7 @@ _threads = threading.local()
 
 
 class DirectFile:
-    """A file that is read past the page cache; it must stay as long as it was when it was opened."""
+    """A file that is read past the page cache; its size must not change while it is open."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -37,7 +37,10 @@ class DirectFile:
         self._direct = open_direct(path)
 
     def read(self, offset: int, nbytes: int) -> Bytes:
-        """Bytes that are this thread's until it reads again. ModelError if they cannot be read, or are no more."""
+        """Return uint8 [nbytes] from `offset` on, valid until this thread reads again.
+
+        ModelError if they cannot be read or the file has become shorter.
+        """
         begin = offset // SECTOR * SECTOR
         end = -(-(offset + nbytes) // SECTOR) * SECTOR
         raw = own_buffer(end - begin)
@@ -53,7 +56,10 @@ class DirectFile:
 
 
 def own_buffer(nbytes: int) -> Bytes:
-    """Bytes that are this thread's until it asks again: new memory costs nearly as much as reading."""
+    """Return this thread's buffer, uint8 [nbytes], valid until the next call.
+
+    It is reused, because new memory costs nearly as much as reading.
+    """
     if nbytes > REQUEST_BYTES:
         return new_buffer(nbytes, SECTOR)
     if not hasattr(_threads, "own"):
@@ -63,10 +69,10 @@ def own_buffer(nbytes: int) -> Bytes:
 
 
 def new_buffer(nbytes: int, alignment: int) -> Bytes:
-    """Bytes of any values that begin at a multiple of `alignment`, at most a page.
+    """Return uninitialised memory, uint8 [nbytes], aligned to `alignment` bytes (at most a page).
 
-    Large ones come from the system and go back to it with the last view of them: `malloc` may keep what it is given
-    back, and a process would hold more than its budgets.
+    Large buffers are mapped, and unmapped with their last view: `malloc` may keep freed memory, and the process would
+    exceed its budgets.
     """
     assert mmap.PAGESIZE % alignment == 0, alignment
     if nbytes >= HUGE:
@@ -82,10 +88,10 @@ def new_buffer(nbytes: int, alignment: int) -> Bytes:
 
 
 def used_again(dropped: list[Bytes], nbytes: int, alignment: int) -> Bytes:
-    """Bytes as of `new_buffer`, out of buffers that nobody looks at any more; `dropped` is empty afterwards.
+    """Return a buffer as `new_buffer` does, reusing one of the unused buffers `dropped`; empties that list.
 
-    The system fills new memory with zeros, which takes a third of the time that a fast disk takes to fill it. So a
-    large buffer may become shorter, and again as long as it was: only what it lacks is new then.
+    The system fills new memory with zeros, which takes a third of the time that a fast disk takes to fill it. A large
+    buffer can be cut and later be extended to its old size; only the extension is new memory.
     """
     dropped.sort(key=len)
     found = next((old for old in dropped if old.nbytes == nbytes), None)
@@ -96,7 +102,7 @@ def used_again(dropped: list[Bytes], nbytes: int, alignment: int) -> Bytes:
 
 
 def _cut(old: Bytes, nbytes: int) -> Bytes | None:
-    """A large buffer's memory, as so many bytes; None if it has not enough."""
+    """Return a large buffer's memory as a buffer of `nbytes`; None if it is too small."""
     everything = old.base
     if not isinstance(everything, np.ndarray) or everything.flags.owndata:
         return None
@@ -111,7 +117,7 @@ def _cut(old: Bytes, nbytes: int) -> Bytes | None:
 
 
 def _only_whole(everything: Bytes, begin: int, nbytes: int) -> None:
-    """Have whole huge pages in a buffer, but none at its end: what is touched of one takes all of it."""
+    """Use huge pages for a buffer except at its end, where one touched byte would occupy a whole huge page."""
     address, whole = everything.ctypes.data + begin, nbytes // HUGE * HUGE
     with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
         madvise(address, whole, mmap.MADV_HUGEPAGE)
@@ -119,7 +125,7 @@ def _only_whole(everything: Bytes, begin: int, nbytes: int) -> None:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor; ModelError if there is none to be had."""
+    """Open a file and return its descriptor; ModelError if that fails."""
     try:
         return os.open(path, flags | os.O_CLOEXEC)
     except OSError as error:
@@ -127,7 +133,7 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def open_direct(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor that goes past the page cache; -1 where the file system has none (tmpfs)."""
+    """Open a file for direct I/O and return its descriptor; -1 if the file system does not support that (tmpfs)."""
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
@@ -135,7 +141,7 @@ def open_direct(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
-    """Fill `out`; False if that did not work as a whole: the ordinary way then finds out why, or works."""
+    """Fill `out` from `offset` on; False if not all of it was read, and the caller reads through the page cache."""
     try:
         return os.preadv(descriptor, [out.data], offset) == out.nbytes
     except OSError:
@@ -143,7 +149,7 @@ def read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
 
 
 def read_at(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
-    """Fill `out` from a file; ModelError if it cannot be read or has become too short."""
+    """Fill `out` from `offset` on; ModelError if the file cannot be read or has become too short."""
     view = out.data
     done = 0
     while done < len(view):
@@ -157,7 +163,7 @@ def read_at(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
 
 
 def changed(path: Path) -> ModelError:
-    """The sentence for a file that is not what it was when it was opened."""
+    """Return the error for a file that has changed since it was opened."""
     return ModelError(
         f"{path} was shortened or changed while it was in use; put the model's file back and run the same command "
         "again."
