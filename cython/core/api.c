@@ -198,8 +198,10 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
         .out = out);
 }
 
-void mk_decays(mk_work *work, const float *x, const float *rates, const float *bias, long m, long d, float *out) {
-    ADD(decays, m, small, .a = x, .a_stride = d, .b = rates, .c = bias, .d = d, .out = out, .out_stride = d);
+void mk_decays(mk_work *work, const float *x, float scale, const float *rates, const float *bias, float low, float high,
+               long m, long d, float *steps, float *out) {
+    ADD(decays, m, small, .a = x, .a_stride = d, .b = rates, .c = bias, .alpha = scale, .eps = low, .limit = high,
+        .d = d, .steps = steps, .out = out, .out_stride = d);
 }
 
 void mk_short_conv(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float *tails,
@@ -213,9 +215,18 @@ void mk_short_conv(mk_work *work, const float *x, long x_stride, const float *w,
 void mk_delta_rule(mk_work *work, const float *q, const float *k, const float *v, const float *decay, const float *beta,
                    float *states, long state_stride, const int32_t *first_rows, const int32_t *slots, long sequences,
                    const int32_t *key_of_head, long m, int keys, int heads, int dk, int dv, float *out) {
-    ADD(delta_rule, heads * mk_blocks(dv, MK_TILE) * sequences, delta, .of = {first_rows, slots, sequences, m}, .q = q,
+    ADD(delta_rule, heads * mk_blocks(dv, MK_TILE) * sequences, state, .of = {first_rows, slots, sequences, m}, .q = q,
         .k = k, .v = v, .decay = decay, .beta = beta, .out = out, .states = states, .key_of_head = key_of_head,
         .state_stride = state_stride, .keys = keys, .heads = heads, .dk = dk, .dv = dv);
+}
+
+void mk_selective_scan(mk_work *work, const float *c, const float *b, const float *x, const float *decay,
+                       const float *step, const float *skip, float *states, long state_stride,
+                       const int32_t *first_rows, const int32_t *slots, long sequences, const int32_t *group_of_head,
+                       long m, int groups, int heads, int dk, int dv, float *out) {
+    ADD(selective_scan, heads * mk_blocks(dv, MK_TILE) * sequences, state, .of = {first_rows, slots, sequences, m},
+        .q = c, .k = b, .v = x, .decay = decay, .beta = step, .skip = skip, .out = out, .states = states,
+        .key_of_head = group_of_head, .state_stride = state_stride, .keys = groups, .heads = heads, .dk = dk, .dv = dv);
 }
 
 static void add_rows(const void *argument, long begin, long end) { /* roundings one by one: one form serves all paths */

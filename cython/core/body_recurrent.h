@@ -20,10 +20,12 @@ MK_INLINE vf vf_softplus(vf x) {
 
 static void decays(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
+    const vf scale = vf_set1(job->alpha), low = vf_set1(job->eps), high = vf_set1(job->limit);
     for (long row = begin; row < end; row++) EACH(i, job->d) {
-        vf v = vf_add(vf_row(job->a + row * job->a_stride, i, job->d, 0.0f), vf_row(job->c, i, job->d, 0.0f));
-        v = vf_exp(vf_mul(vf_row(job->b, i, job->d, 0.0f), vf_softplus(v)));
-        vf_row_store(job->out + row * job->out_stride, i, job->d, v);
+        const vf x = vf_mul(scale, vf_row(job->a + row * job->a_stride, i, job->d, 0.0f));
+        const vf step = vf_min(high, vf_max(low, vf_softplus(vf_add(x, vf_row(job->c, i, job->d, 0.0f)))));
+        if (job->steps) vf_row_store(job->steps + row * job->out_stride, i, job->d, step);
+        vf_row_store(job->out + row * job->out_stride, i, job->d, vf_exp(vf_mul(vf_row(job->b, i, job->d, 0.0f), step)));
     }
 }
 
@@ -91,22 +93,61 @@ MK_INLINE vf learn(float *state, long dk, vf delta, const float *k, const float 
     return of_chains(sums);
 }
 
-/* Each head's state [dk, dv] lies in pieces of 16 columns: [piece][dk][16]. */
+/* S = decay S + k delta; returns q S. */
+MK_INLINE vf decay_and_learn(float *state, long dk, vf decay, vf delta, const float *k, const float *q) {
+    vf sums[DELTA_CHAINS];
+    for (int c = 0; c < DELTA_CHAINS; c++) sums[c] = vf_set1(0.0f);
+#define SCAN(j, c) {                                                                         \
+        vf s = vf_fma(vf_set1(k[j]), delta, vf_mul(vf_load(state + MK_TILE * (j)), decay));  \
+        vf_store(state + MK_TILE * (j), s);                                                  \
+        sums[c] = vf_fma(s, vf_set1(q[j]), sums[c]);                                         \
+    }
+    EACH_KEY(dk, SCAN)
+    return of_chains(sums);
+}
+
+/* What an item goes through: rows first .. last - 1, with 16 columns of a head's state from column i on.  Each head's
+ * state [dk, dv] lies in pieces of 16 columns: [piece][dk][16]. */
+typedef struct {
+    long first, last, head, key, i; /* key: where the head's key begins in a row */
+    float *state;
+} mk_piece;
+
+MK_INLINE mk_piece piece_of(const mk_state_job *job, long item) {
+    const long pieces = mk_blocks(job->dv, MK_TILE), sequence = item % job->of.count, place = item / job->of.count;
+    return (mk_piece){
+        .first = job->of.first_rows[sequence], .last = end_of(&job->of, sequence), .head = place / pieces,
+        .key = job->key_of_head[place / pieces] * (long)job->dk, .i = place % pieces * MK_TILE,
+        .state = job->states + job->of.slots[sequence] * job->state_stride + place * job->dk * MK_TILE};
+}
+
 static void delta_rule(const void *argument, long begin, long end) {
-    const mk_delta_job *job = argument;
-    const long dk = job->dk, dv = job->dv, pieces = mk_blocks(dv, MK_TILE), heads = job->heads;
-    const long wide = job->keys * dk, values = heads * dv;
+    const mk_state_job *job = argument;
+    const long dk = job->dk, dv = job->dv, heads = job->heads, wide = job->keys * dk, values = heads * dv;
     for (long item = begin; item < end; item++) {
-        const long sequence = item % job->of.count, place = item / job->of.count;
-        const long head = place / pieces, i = place % pieces * MK_TILE;
-        const long key = job->key_of_head[head] * dk, last = end_of(&job->of, sequence);
-        float *state = job->states + job->of.slots[sequence] * job->state_stride + place * dk * MK_TILE;
-        for (long row = job->of.first_rows[sequence]; row < last; row++) {
-            const float *k = job->k + row * wide + key, *q = job->q + row * wide + key;
-            const vf seen = forget(state, dk, vf_set1(job->decay[row * heads + head]), k);
-            const vf v = vf_row(job->v + row * values + head * dv, i, dv, 0.0f);
-            const vf delta = vf_mul(vf_sub(v, seen), vf_set1(job->beta[row * heads + head]));
-            vf_row_store(job->out + row * values + head * dv, i, dv, learn(state, dk, delta, k, q));
+        const mk_piece at = piece_of(job, item);
+        for (long row = at.first; row < at.last; row++) {
+            const float *k = job->k + row * wide + at.key, *q = job->q + row * wide + at.key;
+            const long value = row * values + at.head * dv, head = row * heads + at.head;
+            const vf seen = forget(at.state, dk, vf_set1(job->decay[head]), k);
+            const vf delta = vf_mul(vf_sub(vf_row(job->v + value, at.i, dv, 0.0f), seen), vf_set1(job->beta[head]));
+            vf_row_store(job->out + value, at.i, dv, learn(at.state, dk, delta, k, q));
+        }
+    }
+}
+
+static void selective_scan(const void *argument, long begin, long end) {
+    const mk_state_job *job = argument;
+    const long dk = job->dk, dv = job->dv, heads = job->heads, wide = job->keys * dk, values = heads * dv;
+    for (long item = begin; item < end; item++) {
+        const mk_piece at = piece_of(job, item);
+        const vf skip = vf_set1(job->skip[at.head]);
+        for (long row = at.first; row < at.last; row++) {
+            const float *b = job->k + row * wide + at.key, *c = job->q + row * wide + at.key;
+            const long value = row * values + at.head * dv, head = row * heads + at.head;
+            const vf x = vf_row(job->v + value, at.i, dv, 0.0f), delta = vf_mul(x, vf_set1(job->beta[head]));
+            const vf read = decay_and_learn(at.state, dk, vf_set1(job->decay[head]), delta, b, c);
+            vf_row_store(job->out + value, at.i, dv, vf_fma(skip, x, read));
         }
     }
 }

@@ -124,6 +124,10 @@ MK_INLINE vf activated(const int kind, vf g, vf limit, vf alpha) {
         g = vf_max(vf_set1(0.0f), g);
         return vf_mul(g, g);
     case MK_SIGMOID: return sigmoid_times(g, vf_set1(1.0f));
+    case MK_IDENTITY: return g;
+    case MK_SILU_SCALED:
+        g = vf_mul(alpha, g);
+        return sigmoid_times(g, g);
     default: /* MK_SWIGLU_CLAMPED */
         g = vf_min(limit, g);
         return sigmoid_times(vf_mul(alpha, g), g);

@@ -52,7 +52,7 @@ enum {
 
 /* Activations of an MLP (mpillm.kernels.types.Activation): X(name), in the order of their numbers. */
 #define MK_ACTIVATIONS(X) \
-    X(MK_SILU) X(MK_GELU) X(MK_GELU_TANH) X(MK_RELU2) X(MK_SIGMOID) X(MK_SWIGLU_CLAMPED)
+    X(MK_SILU) X(MK_GELU) X(MK_GELU_TANH) X(MK_RELU2) X(MK_SIGMOID) X(MK_SWIGLU_CLAMPED) X(MK_IDENTITY) X(MK_SILU_SCALED)
 #define MK_NUMBER(name) name,
 enum { MK_ACTIVATIONS(MK_NUMBER) MK_ACTIVATION_COUNT };
 
@@ -167,7 +167,7 @@ void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w,
  * (i, i + rotary / 2), or (2i, 2i + 1) if they are interleaved. */
 void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
              int rotary, int interleaved);
-/* out = f(gate) * up, or f(gate) if up is NULL; limit and alpha are MK_SWIGLU_CLAMPED's. */
+/* out = f(gate) * up, or f(gate) if up is NULL; limit is MK_SWIGLU_CLAMPED's, alpha also MK_SILU_SCALED's. */
 void mk_activate(mk_work *work, int kind, const float *gate, long gate_stride, const float *up, long up_stride,
                  float limit, float alpha, long m, long d, float *out, long out_stride);
 void mk_softcap(mk_work *work, float *x, long stride, float cap, long m, long d); /* x = cap * tanh(x / cap) */
@@ -186,8 +186,9 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
                  const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd, float scale, int window,
                  const float *sinks, float softcap);
-/* out = e^(rates * softplus(x + bias)); rates, bias [d] */
-void mk_decays(mk_work *work, const float *x, const float *rates, const float *bias, long m, long d, float *out);
+/* steps = softplus(scale * x + bias) within low .. high, out = e^(rates * steps); rates, bias [d]; steps may be NULL. */
+void mk_decays(mk_work *work, const float *x, float scale, const float *rates, const float *bias, float low, float high,
+               long m, long d, float *steps, float *out);
 /* Rows first_rows[s] .. first_rows[s + 1] - 1 (the last one's: m - 1) are those of sequence s, whose state is in slot
  * slots[s].  A causal convolution of each channel, then SiLU if `silu`: w [taps, channels], the last tap is the row's
  * own; bias: NULL is all zeros; tails [slot], tail_stride apart: the taps - 1 rows before, [taps - 1, channels]. */
@@ -200,5 +201,12 @@ void mk_short_conv(mk_work *work, const float *x, long x_stride, const float *w,
 void mk_delta_rule(mk_work *work, const float *q, const float *k, const float *v, const float *decay, const float *beta,
                    float *states, long state_stride, const int32_t *first_rows, const int32_t *slots, long sequences,
                    const int32_t *key_of_head, long m, int keys, int heads, int dk, int dv, float *out);
+/* For each row and head: S = decay S + b (step * x); out [m, heads * dv] = c S + skip * x.  b, c [m, groups * dk], of
+ * which a head has number group_of_head[head]; x [m, heads * dv]; step, decay [m, heads]; skip [heads]; states as in
+ * mk_delta_rule. */
+void mk_selective_scan(mk_work *work, const float *c, const float *b, const float *x, const float *decay,
+                       const float *step, const float *skip, float *states, long state_stride,
+                       const int32_t *first_rows, const int32_t *slots, long sequences, const int32_t *group_of_head,
+                       long m, int groups, int heads, int dk, int dv, float *out);
 
 #endif

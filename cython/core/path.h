@@ -52,7 +52,7 @@ typedef struct {
 
 typedef struct {
     const float *a, *b, *c;
-    float *out;
+    float *out, *steps;
     const int32_t *bounds;
     int32_t *ids;
     long a_stride, b_stride, out_stride, m, d, k;
@@ -100,12 +100,12 @@ typedef struct {
 
 typedef struct {
     mk_sequences of;
-    const float *q, *k, *v, *decay, *beta;
+    const float *q, *k, *v, *decay, *beta, *skip;
     float *out, *states;
     const int32_t *key_of_head;
     long state_stride;
     int keys, heads, dk, dv;
-} mk_delta_job; /* items are (head, 16 value dimensions, sequence) */
+} mk_state_job; /* items are (head, 16 value dimensions, sequence) */
 
 typedef union {
     mk_pack_job pack;
@@ -116,7 +116,7 @@ typedef union {
     mk_attention_job attention;
     mk_store_job store;
     mk_conv_job conv;
-    mk_delta_job delta;
+    mk_state_job state;
 } mk_job;
 
 struct mk_step {
@@ -148,7 +148,7 @@ struct mk_work {
 #define MK_OPERATIONS(X)                                                                                         \
     X(quantize) X(dequantize) X(quantize_rows) X(fold) X(square_sums) X(rms_norm) X(layer_norm) X(rope)          \
     X(rope_interleaved) X(activate) X(softcap) X(softmax) X(top_k) X(lse_parts) X(attention) X(decays)           \
-    X(short_conv) X(delta_rule)
+    X(short_conv) X(delta_rule) X(selective_scan)
 
 typedef struct {
     const char *name;

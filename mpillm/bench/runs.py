@@ -146,7 +146,7 @@ def run_steps(
     if session.world.rank:
         follow(session.worker, session.channel)
         return []
-    engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+    engine = session.engine()
     requests = (Request(str(i), tuple(prompt), max_tokens=tokens) for i, prompt in enumerate(prompts))
     steps = []
     for step in _steps(engine, engine.run(requests), profile):

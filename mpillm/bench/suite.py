@@ -125,10 +125,10 @@ def _config(path: Path, options: Options) -> ModelConfig:
 
 def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
     attention = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionSpec))
-    dense = [layer.mlp for layer in config.layers if not layer.mlp.count]
+    mlps = [layer.mlp for layer in config.layers if layer.mlp]
     return kernels.Sizes(
         hidden=config.hidden,
-        ffn=(dense or [config.layers[0].mlp])[0].width,
+        ffn=next((mlp for mlp in mlps if not mlp.count), mlps[0]).width,
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
         head_dim=attention.head_dim,

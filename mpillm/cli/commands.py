@@ -119,10 +119,11 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mpillm.run import plan
+    from mpillm.run import hosts, plan
 
     spec = _load(options)
-    made = plan.make(spec, options.ranks)
+    machines = hosts.read(options.hosts, options.ranks) if options.hosts is not None else None
+    made = plan.make(spec, machines.ranks if machines else options.ranks or 1, machines)
     print(plan.as_json(made) if options.json else plan.as_text(made))
     return JobError.exit_code if made.problems else 0
 
@@ -286,7 +287,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
     _job_arguments(plan)
     plan.add_argument(
-        "--ranks", type=_positive, default=1, metavar="N", help="how many ranks it will run on (1)"
+        "--ranks", type=_positive, metavar="N", help="how many ranks it will run on (1, or all of --hosts)"
+    )
+    plan.add_argument(
+        "--hosts", type=Path, metavar="FILE", help="hosts.toml: on which hosts, and what memory they have"
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pack = commands.add_parser(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import pathlib
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpillm.comm.cores import Cores, binding, node_cores
 from mpillm.comm.faults import Process
+from mpillm.comm.free_memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,11 @@ class RankInfo:
     boot: str  # tells machines of one name apart (all of a box of Raspberry Pis may be called the same)
     cores: Cores
     process: Process
+    free: int  # bytes of memory that its machine, or its control group, has left
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
-        return cls(socket.gethostname(), _boot_id(), Cores.of_this_process(), Process.own())
+        return cls(socket.gethostname(), _boot_id(), Cores.of_this_process(), Process.own(), free_memory())
 
     @property
     def node(self) -> tuple[str, str]:
@@ -49,6 +52,12 @@ class Nodes:
         #: the other ranks of this machine, starting with the next one
         self.neighbours = [ranks[number].process for number in (*here[at + 1 :], *here[:at])]
         self._ranks = ranks
+
+    @property
+    def free(self) -> list[int]:
+        """Bytes of memory that are free for each rank: those of a machine share what it has."""
+        count = Counter(rank.node for rank in self._ranks)
+        return [rank.free // count[rank.node] for rank in self._ranks]
 
     @property
     def bindings(self) -> list[str]:

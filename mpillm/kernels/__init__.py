@@ -19,9 +19,11 @@ from mpillm.kernels.fused import (
     Attention,
     Expert,
     Experts,
+    GatedConvolution,
     GatedDeltaNet,
     LatentAttention,
     LayerStack,
+    Mamba2,
     Mlp,
     Products,
     Residual,
@@ -45,6 +47,7 @@ from mpillm.kernels.reference import (
     quantize_rows,
     rms_norm,
     rope,
+    selective_scan,
     short_conv,
     softcap,
     softmax,
@@ -65,11 +68,12 @@ from mpillm.kernels.types import (
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType",
-    "Expert", "Experts", "GatedDeltaNet", "LatentAttention", "LayerStack", "Mlp", "Norm", "Products", "Residual",
+    "Expert", "Experts", "GatedConvolution", "GatedDeltaNet", "LatentAttention", "LayerStack", "Mamba2", "Mlp", "Norm",
+    "Products", "Residual",
     "activate", "activation_nbytes", "attention", "available", "compute", "decays", "delta_floats", "delta_rule",
     "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack",
-    "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "set_path", "short_conv", "softcap",
-    "softmax", "square_sums", "top_k",
+    "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "selective_scan", "set_path",
+    "short_conv", "softcap", "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
@@ -77,9 +81,11 @@ FUSED = (
     "Attention",
     "Expert",
     "Experts",
+    "GatedConvolution",
     "GatedDeltaNet",
     "LatentAttention",
     "LayerStack",
+    "Mamba2",
     "Mlp",
     "Products",
     "Residual",

@@ -120,6 +120,8 @@ class Activation(IntEnum):
     SWIGLU_CLAMPED = (
         5  # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1
     )
+    IDENTITY = 6  # x
+    SILU_SCALED = 7  # SILU of alpha x
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
 
 
 def delta_floats(heads: int, dk: int, dv: int) -> int:
-    """Floats of the states of so many heads of the delta rule: [dk, dv] each, in pieces of 16 columns."""
+    """Floats of the states of so many heads: [dk, dv] each, in pieces of 16 columns."""
     return heads * -(-dv // TILE_ROWS) * TILE_ROWS * dk
 
 

@@ -31,7 +31,7 @@ class Activations:
         widest = max(
             part.row_nbytes(place, config.block, d, self.copied)
             for layer in set(config.layers)
-            for part in (layer.mixer, layer.mlp)
+            for part in layer.parts
         )
         summed = 2 * shards * d if shards > 1 else 0
         return 4 * (4 * d + summed) + widest
@@ -40,9 +40,13 @@ class Activations:
         """Bytes for a step of so many rows, at most; a mixture's rows are many, for each goes to several experts."""
         config = self.config
         mixed = max(
-            layer.mlp.mixed_row_nbytes(place, config.block, config.hidden, self.copied)
-            * min(MIXED_ROWS, rows * layer.mlp.count)
-            for layer in set(config.layers)
+            (
+                layer.mlp.mixed_row_nbytes(place, config.block, config.hidden, self.copied)
+                * min(MIXED_ROWS, rows * layer.mlp.count)
+                for layer in set(config.layers)
+                if layer.mlp
+            ),
+            default=0,
         )
         return rows * self.row_nbytes(place) + mixed
 

@@ -60,7 +60,7 @@ class ModelConfig:
     @property
     def expert_share(self) -> float:
         """The part of a layer's experts that a token goes to, at most; 1 without experts."""
-        return min(layer.mlp.share for layer in set(self.layers))
+        return min((layer.mlp.share for layer in set(self.layers) if layer.mlp), default=1.0)
 
     def pages(self, layer: int) -> Sequence[PageSpec]:
         """A layer's pages that every step uses, in the order of use."""

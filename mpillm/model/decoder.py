@@ -128,7 +128,7 @@ class Decoder:
 
 
 class _RankLayer:
-    """A layer on its rank: x += mixer(x), x += mlp(x), with the norms and the scale that its spec has."""
+    """A layer on its rank: x += mixer(x), x += mlp(x), with the norms and the scales that its spec has."""
 
     def __init__(self, spec: LayerSpec, number: int, i: int, rank: Rank, kv: KVCache) -> None:
         """`i` is its number among the rank's layers."""
@@ -139,12 +139,16 @@ class _RankLayer:
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
-            part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
-            self._residual("mixer", bias, self._after(page, norms.after, "attn_post_norm"), x, part)
+            if spec.mixer:
+                part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
+                after = self._after(page, norms.after, "attn_post_norm")
+                self._residual("mixer", bias, after, spec.residual_scale, x, part)
+            if not spec.mlp:
+                return
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
         part, bias = spec.mlp.compute(rank, number, prepared, own)
-        self._residual("mlp", bias, after, x, part)
+        self._residual("mlp", bias, after, spec.residual_scale * spec.mlp_scale, x, part)
 
     @property
     def operations(self) -> tuple[kernels.Attention, kernels.Residual, kernels.Mlp, kernels.Residual]:
@@ -167,10 +171,15 @@ class _RankLayer:
         )
 
     def _residual(
-        self, name: str, bias: Floats | None, after: kernels.Norm | None, x: Floats, part: Floats
+        self,
+        name: str,
+        bias: Floats | None,
+        after: kernels.Norm | None,
+        scale: float,
+        x: Floats,
+        part: Floats,
     ) -> None:
         """x += scale * norm(part + bias); x += part + bias is (x + part) + bias."""
-        scale = self.spec.residual_scale
         last = bias if after is None and scale == 1.0 else None
         first = bias if last is None else None
         work = self._rank.kept(

@@ -16,7 +16,7 @@ from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
 from mpillm.weights.formats.gguf_file import gguf_parts
 from mpillm.weights.formats.gguf_header import architecture_in
-from mpillm.weights.formats.hf import read_json
+from mpillm.weights.formats.hf import of_text, read_json
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> N
         if type(error).__name__ != "EntryNotFoundError":
             raise
         return  # it has none, as repositories of GGUF files: what is there is seen later
-    judge(read_json(Path(path)), name)
+    judge(of_text(read_json(Path(path))), name)
 
 
 def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:

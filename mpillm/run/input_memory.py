@@ -99,6 +99,15 @@ def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
     return LINE * lines + names + written + max(checking, answers) + chat
 
 
+def lines_in(path: Path) -> int | None:
+    """The number of lines of an input, blank ones included; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in iter(lambda: file.readline(MAX_LINE), b""))
+    except OSError:
+        return None
+
+
 def _checking(raw: bytes, context: int) -> int:
     """Bytes that a line takes at most while it is checked."""
     length = len(raw)

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from mpillm.batch.pending import Pending
 from mpillm.batch.work import Model, Work
-from mpillm.engine.engine import Engine
 from mpillm.engine.scheduler import Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request
 from mpillm.errors import Interrupted
@@ -35,7 +34,7 @@ class Leader:
         totals: Totals | None = None,
     ) -> None:
         """`totals` are those of the engine that this one's replaces, if any."""
-        self.engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab, totals)
+        self.engine = session.engine(totals)
         self._max_length, self._model, self._keep = session.limits.max_length, model, keep
         self._every = spec.job.checkpoint_tokens
         self._pending: dict[str, Pending] = {}

@@ -2,63 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 
 import msgspec
 
 from mpillm.kernels import BlockType
-from mpillm.model.activations import activations_of
-from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
-from mpillm.partition import grid, replicas
-from mpillm.partition.grid import Place
-from mpillm.partition.replicas import Replica
-from mpillm.run import catalogue, memory
-from mpillm.run.input_memory import input_bytes
-from mpillm.run.limits import (
-    CacheCapacity,
-    StepSize,
-    cache_capacity,
-    cache_in_file,
-    cache_in_memory,
-    cached_tokens,
-    step_description,
-    step_size,
-)
+from mpillm.partition import grid
+from mpillm.run import catalogue, layout
+from mpillm.run.layout import Machines
+from mpillm.run.limits import cached_tokens, step_description
+from mpillm.run.rank_plan import RankPlan, problems, replica_plan
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
-from mpillm.weights.paging.weights import minimum_budget, streamed
-from mpillm.weights.plan import PagePlan
-from mpillm.weights.source import Source, rank_plans, weight_types
-
-
-class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank will hold. Bytes."""
-
-    rank: int
-    replica: int
-    stage: int
-    shard: int
-    layers: tuple[int, int]  # first, and the one behind the last
-    weights_share: int  # all that it is responsible for
-    weights_held: int  # at most
-    weights_minimum: int  # the smallest memory.weights that works here
-    weights_streamed: int  # read anew for every step
-    kv_token: int  # for each token in the cache
-    kv_state: int  # for each sequence, however long
-    kv_held: int  # at most
-    kv_in_file: int  # on disk, at most
-    activations: int  # of a step's rows, at most
-    process: int  # Python, MPI, libraries, tokenizer, at most
-
-    @property
-    def held(self) -> int:
-        """All of it together."""
-        return self.weights_held + self.kv_held + self.activations + self.process
+from mpillm.weights.source import Source, weight_types
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +29,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     weights: list[str]  # how matrices are stored, and what they become
     replicas: int
+    reason: str  # for as many replicas
     stages: int  # of the first replica, as what follows where replicas differ
     shards: int
     layouts: list[tuple[int, int]]  # all that work for a replica of so many ranks, (stages, shards)
@@ -84,25 +46,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]
 
 
-def make(spec: Spec, ranks: int) -> Plan:
-    """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them."""
+def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
+    """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them.
+
+    `machines` says where the ranks are; without it they are on one host.
+    """
     path = catalogue.resolve(spec.model)
+    machines = machines or Machines([ranks], [sys.maxsize] * ranks)
     with closing(open_source(path, spec.quantize)) as source:
-        return make_plan(spec, source, config_of(source), ranks)
+        return make_plan(spec, source, config_of(source), machines)
 
 
-def make_plan(
-    spec: Spec,
-    source: Source,
-    config: ModelConfig,
-    ranks: int,
-    ranks_per_host: Sequence[int] | None = None,
-) -> Plan:
-    """Return what `spec` comes to on so many ranks; LayoutError if the model cannot be laid out on them."""
-    found = replicas.choose(
-        config, ranks, spec.layout.replicas, spec.layout.stages, spec.layout.shards, ranks_per_host
-    )
-    laid_out = [_replica(spec, source, config, number, replica) for number, replica in enumerate(found)]
+def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machines) -> Plan:
+    """Return what `spec` comes to on these ranks; LayoutError if the model cannot be laid out on them."""
+    chosen = layout.choose(spec, source, config, machines, spec.layout.replicas)
+    found = chosen.replicas
+    laid_out = [replica_plan(spec, source, config, number, replica) for number, replica in enumerate(found)]
     first, plans = laid_out[0], [rank for replica in laid_out for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
     capacity, windows = first.capacity, first.caches[0].windows
@@ -111,11 +70,12 @@ def make_plan(
         architecture=config.architecture,
         weights=weight_types(source),
         replicas=len(found),
+        reason=chosen.reason,
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, len(found[0].ranks)),
         kv_type=first.caches[0].kv_type.name.lower(),
-        kv_tokens=cached_tokens(capacity.blocks, windows, max_context),
+        kv_tokens=first.cached_tokens,
         kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
         kv_slots=capacity.slots,
         step_sequences=capacity.sequences(first.step.sequences, windows),
@@ -130,52 +90,8 @@ def make_plan(
         ),
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
-        problems=list(
-            dict.fromkeys(
-                problem
-                for replica in laid_out
-                for problem in _problems(spec, replica.ranks, replica.capacity, replica.caches)
-            )
-        ),
+        problems=list(dict.fromkeys(problem for replica in laid_out for problem in problems(spec, replica))),
     )
-
-
-@dataclass(frozen=True)
-class _ReplicaPlan:
-    """What the ranks of a replica will hold."""
-
-    caches: list[CacheLayout]
-    step: StepSize
-    capacity: CacheCapacity
-    max_context: int
-    ranks: list[RankPlan]
-
-
-def _replica(spec: Spec, source: Source, config: ModelConfig, number: int, replica: Replica) -> _ReplicaPlan:
-    places = replica.places
-    caches = rank_layouts(config, places, spec.memory.kv_type)
-    pages = [rank_plans(config, place, source) for place in places]
-    shares = [_weights(spec, own) for own in pages]
-    read = [share["streamed"] for share in shares]
-    rows = activations_of(source, config)
-    step = step_size(spec, rows, places, any(read))
-    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages)
-    kept = 0 if number else input_bytes(spec, config.hidden, step.sequences * replica.stages)
-    plans = [
-        _rank(
-            spec,
-            config,
-            number,
-            place,
-            cache,
-            capacity,
-            share,
-            memory.activations(rows, place, step.tokens),
-            memory.process(source, config, place, len(own), kept),
-        )
-        for place, own, cache, share in zip(places, pages, caches, shares, strict=True)
-    ]
-    return _ReplicaPlan(caches, step, capacity, min(spec.memory.max_context, config.max_position), plans)
 
 
 def wire_bytes(
@@ -194,63 +110,6 @@ def wire_bytes(
     }
 
 
-def _weights(spec: Spec, pages: Sequence[PagePlan]) -> dict[str, int]:
-    share = sum(page.nbytes for page in pages)
-    minimum = minimum_budget(pages)
-    budget = spec.memory.weights_bytes
-    return {
-        "share": share,
-        "held": share if budget is None else min(budget, share),
-        "minimum": minimum,
-        "streamed": streamed(pages, budget, spec.memory.policy),
-    }
-
-
-def _rank(
-    spec: Spec,
-    config: ModelConfig,
-    replica: int,
-    place: Place,
-    cache: CacheLayout,
-    capacity: CacheCapacity,
-    weights: dict[str, int],
-    activations: int,
-    process: int,
-) -> RankPlan:
-    layers = grid.stage_layers(config.n_layers, place)
-    return RankPlan(
-        rank=place.first + place.rank,
-        replica=replica,
-        stage=place.stage,
-        shard=place.shard,
-        layers=(layers.start, layers.stop),
-        weights_share=weights["share"],
-        weights_held=weights["held"],
-        weights_minimum=weights["minimum"],
-        weights_streamed=weights["streamed"],
-        kv_token=cache.token_nbytes,
-        kv_state=cache.state_nbytes,
-        kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.states),
-        kv_in_file=cache_in_file(spec, cache, capacity.blocks, capacity.states),
-        activations=activations,
-        process=process,
-    )
-
-
-def _problems(
-    spec: Spec, ranks: Sequence[RankPlan], capacity: CacheCapacity, caches: Sequence[CacheLayout]
-) -> Iterator[str]:
-    budget = spec.memory.weights_bytes
-    minimum = max(rank.weights_minimum for rank in ranks)
-    if budget is not None and budget < minimum:
-        yield (
-            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {minimum} bytes "
-            f"({shown_bytes(minimum)}) for two neighbouring pages; raise it or use more shards."
-        )
-    if problem := capacity.problem(spec, caches):
-        yield problem
-
-
 def as_json(plan: Plan) -> str:
     """The plan for programs."""
     return readable.as_json(plan).decode()
@@ -267,6 +126,8 @@ def _table(plan: Plan) -> Iterator[str]:
     yield f"model     {plan.model} ({plan.architecture})"
     yield f"weights   {', '.join(plan.weights)}"
     yield f"layout    {_layouts(plan)} on {_count(ranks, 'rank')}"
+    if plan.replicas > 1:
+        yield f"          {plan.reason}"
     if others:
         yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"
     contexts = plan.kv_tokens / plan.max_context

@@ -18,7 +18,7 @@ from mpillm.batch.pending import Pending
 from mpillm.batch.requests import MAX_LINE, make_work
 from mpillm.batch.work import Line, Work
 from mpillm.comm.world import World
-from mpillm.engine.engine import Engine, follow
+from mpillm.engine.engine import follow
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import ModelError, RequestError
 from mpillm.run.opened import model_of, model_path
@@ -56,7 +56,7 @@ class Service:
                 since = datetime.now().astimezone()
                 self.model = model_of(session, path, lambda: since)
                 self.name = self.model.name
-                self._engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+                self._engine = session.engine()
 
     @property
     def layout(self) -> UsedLayout:

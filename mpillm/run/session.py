@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from mpillm import kernels
 from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
-from mpillm.engine.engine import Worker
-from mpillm.engine.scheduler import Limits
-from mpillm.errors import JobError, LayoutError, ModelError
+from mpillm.engine.engine import Engine, Worker
+from mpillm.engine.scheduler import Limits, Totals
+from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
@@ -24,8 +24,9 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import memory
-from mpillm.run.input_memory import input_bytes
+from mpillm.run import layout, memory
+from mpillm.run.input_memory import input_bytes, lines_in
+from mpillm.run.layout import Chosen, Machines
 from mpillm.run.limits import cache_in_memory, limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import UsedLayout
@@ -111,7 +112,8 @@ class Session:
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
-        self.replicas = self._laid_out or self._choose_layout()
+        chosen = Chosen(self._laid_out, "ranks were lost") if self._laid_out else self._choose_layout()
+        self.replicas, self.reason = chosen.replicas, chosen.reason
         number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self.replica, self._places = number, self.replicas[number].places
         ranks = self.replicas[number].ranks
@@ -145,24 +147,24 @@ class Session:
             self.place.shards, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
 
-    def _choose_layout(self) -> Replicas:
-        world, asked, hosts = self.world, self.spec.layout, self.world.nodes.ranks_per_host
-        if asked.replicas > 1 and not self._replicated:
+    def _choose_layout(self) -> Chosen:
+        """The layout of a run that begins (collective)."""
+        world, spec = self.world, self.spec
+        count, requests = spec.layout.replicas, None
+        if self._replicated:
+            requests = world.on_rank_0(lambda: lines_in(spec.input_path))
+        elif count not in ("auto", 1):
             raise JobError(
-                f"layout.replicas = {asked.replicas} is for `mpillm run` alone; start one server for each replica."
+                f"layout.replicas = {count} is for `mpillm run` alone; start one server for each replica."
             )
-        if asked.shards == "auto" and self._shards_before is not None:
-            with suppress(LayoutError):  # then with others
-                return replicas.choose(
-                    self.config, world.size, asked.replicas, asked.stages, self._shards_before
-                )
-        found = replicas.choose(self.config, world.size, asked.replicas, asked.stages, asked.shards, hosts)
-        if self.spec.wire.between_stages != "f32" and len({replica.stages for replica in found}) > 1:
-            raise LayoutError(
-                f"{world.size} ranks as {asked.replicas} replicas have different numbers of stages, on which answers "
-                'depend with wire.between_stages = "q8_0"; set it to "f32", or change layout.replicas.'
+        else:
+            count = 1
+        machines = Machines(world.nodes.ranks_per_host, world.nodes.free)
+        return world.on_rank_0(
+            lambda: layout.choose(
+                spec, self.source, self.config, machines, count, requests, self._shards_before
             )
-        return found
+        )
 
     @property
     def layout(self) -> UsedLayout:
@@ -175,6 +177,10 @@ class Session:
         return self._origin or Origin(
             self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state
         )
+
+    def engine(self, totals: Totals | None = None) -> Engine:
+        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any."""
+        return Engine(self.worker, self.channel, self.limits, self.shard_vocab, totals)
 
     @property
     def shard_vocab(self) -> list[int]:

@@ -21,7 +21,7 @@ from mpillm.batch.endpoints.chat import ChatCompletions
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
-from mpillm.engine.engine import Engine, follow
+from mpillm.engine.engine import follow
 from mpillm.engine.sequence import Completion
 from mpillm.errors import JobError, RequestError
 from mpillm.run.opened import model_of, model_path
@@ -48,7 +48,7 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
                 return follow(session.worker, session.channel, session.watch.check)
         model = model_of(session, path)
-        engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+        engine = session.engine()
         arrivals = Arrivals(capacity=1, background=0)
         typed = _Typed()
         chat = Chat(spec, model, arrivals, typed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from mpillm.comm.world import World
-from mpillm.engine.engine import Engine, follow
+from mpillm.engine.engine import follow
 from mpillm.errors import JobError
 from mpillm.run.job import open_journal
 from mpillm.run.opened import model_of, model_path
@@ -64,7 +64,7 @@ def _lead(
     progress: Progress,
 ) -> int:
     model = model_of(session, path)
-    engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+    engine = session.engine()
     arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
     names = frozenset({model.name, spec.model, str(path)})
     service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)

@@ -67,7 +67,7 @@ def checked(values: dict[str, Any], where: str) -> Spec:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return _toml(path.read_bytes().decode("utf-8-sig"))
+        return toml(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"There is no job file {path}.") from None
     except OSError as error:
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise JobError(f"The job file {path} is not TOML: {error}.") from None
 
 
-def _toml(text: str) -> dict[str, Any]:
+def toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text; ValueError says what is wrong with it."""
     try:
         values: dict[str, Any] = tomllib.loads(text)
@@ -120,7 +120,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     """A TOML value, or the text itself."""
     try:
-        parsed = _toml(f"value = {text}")
+        parsed = toml(f"value = {text}")
     except ValueError:
         return text
     return parsed["value"] if set(parsed) == {"value"} else text

@@ -103,7 +103,7 @@ class Chat(Section, frozen=True):
 class Layout(Section, frozen=True):
     """Ranks = replicas x stages x shards, and the threads of each; stages and shards are those of a replica."""
 
-    replicas: Positive = 1
+    replicas: Auto | Positive = "auto"
     stages: Auto | Positive = "auto"
     shards: Auto | Positive = "auto"
     threads: Auto | Positive = "auto"

@@ -135,6 +135,18 @@ ROLES: dict[str, Role] = {
         _vector("delta_dt_bias", "linear_attn.dt_bias", "ssm_dt.bias"),
         _vector("delta_norm", "linear_attn.norm.weight", "ssm_norm.weight"),
         _matrix("delta_out", "linear_attn.out_proj.weight", "ssm_out.weight", by_columns=True),
+        *(_matrix(f"mamba_{x}", f"mamba.{x}_proj.weight", f"ssm_{x}_proj.weight") for x in ("gate", "x", "b", "c")),
+        _exact("mamba_dt", "mamba.dt_proj.weight", "ssm_dt.weight"),
+        *(_flat(f"mamba_{x}_conv", f"mamba.{x}_conv1d.weight", f"ssm_{x}_conv.weight") for x in "xbc"),
+        *(_vector(f"mamba_{x}_conv_bias", f"mamba.{x}_conv1d.bias", f"ssm_{x}_conv.bias") for x in "xbc"),
+        _flat("mamba_rates", "mamba.A_log", "ssm_a_rates"),
+        _vector("mamba_dt_bias", "mamba.dt_bias", "ssm_dt_bias"),
+        _flat("mamba_skip", "mamba.D", "ssm_d"),
+        _flat("mamba_norm", "mamba.norm.weight", "ssm_group_norm.weight"),
+        _matrix("mamba_out", "mamba.out_proj.weight", "ssm_mamba_out.weight", by_columns=True),
+        *(_matrix(f"conv_{x}", f"conv.{x}_proj.weight", f"shortconv.{x}.weight") for x in "bcv"),
+        _flat("conv_taps", "conv.conv.weight", "shortconv.conv.weight"),
+        _matrix("conv_out", "conv.out_proj.weight", "shortconv.out_proj.weight", by_columns=True),
         _vector("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         _vector("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias"),
         _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
@@ -185,9 +197,11 @@ _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up
 TASK_ROLES = frozenset({"head", "classifier", "classifier_bias"})
 
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
-# and what sees images.
+# and what sees images or hears sounds.
 _HF_IGNORED = re.compile(
-    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|(model\.)?visual\..+"
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|"
+    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..+|"
+    r"(model\.)?image_newline"
 )
 _GGUF_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
@@ -197,7 +211,7 @@ class Parsed(NamedTuple):
     """What a name in a file stands for.
 
     `roles` has two names where two matrices lie in one, row upon row, or `in_turn` one row of each; `stacked` tensors
-    hold all experts, outermost.
+    hold all experts, outermost. Matrices of floats in `transposed` tensors are [columns, rows].
     """
 
     roles: Roles
@@ -205,6 +219,7 @@ class Parsed(NamedTuple):
     expert: int
     stacked: bool
     in_turn: bool = False
+    transposed: bool = False
 
 
 class _Pattern(NamedTuple):
@@ -212,14 +227,17 @@ class _Pattern(NamedTuple):
     roles: Roles
     stacked: bool
     in_turn: bool
+    transposed: bool
 
 
-def _pattern(name: str, roles: Roles, stacked: bool = False, in_turn: bool = False) -> _Pattern:
+def _pattern(
+    name: str, roles: Roles, stacked: bool = False, in_turn: bool = False, transposed: bool = False
+) -> _Pattern:
     number = "(?:0|[1-9][0-9]{0,5})"
     regex = (
         re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
     )
-    return _Pattern(re.compile(regex), roles, stacked, in_turn)
+    return _Pattern(re.compile(regex), roles, stacked, in_turn, transposed)
 
 
 _HF = (
@@ -240,10 +258,10 @@ class Names:
     """The names of a family's tensors where they differ from the usual ones: roles by pattern.
 
     Hugging Face names are without "model."; those in `hf_stacked` hold all experts of a layer. So do those in
-    `hf_in_turn`, where rows of several roles alternate, and matrices of floats lie transposed, and GGUF names in
-    `gguf_stacked`. A name with no roles is that of a tensor which is not read. `hf_prefixes` are what stands before the
-    names of layers; the first one that fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the
-    halves of each head are interleaved
+    `hf_in_turn`, where rows of several roles alternate, and GGUF names in `gguf_stacked`. Matrices of floats in
+    `hf_in_turn`, and in those of `hf` and `hf_stacked` that `hf_transposed` names, lie transposed. A name with no roles
+    is that of a tensor which is not read. `hf_prefixes` are what stands before the names of layers; the first one that
+    fits is removed. `rope_pairs`: in GGUF files the rows of q and k lie so that the halves of each head are interleaved
     (llama.cpp's `permute`).
     """
 
@@ -251,8 +269,14 @@ class Names:
     hf_stacked: Mapping[str, Roles] = field(default_factory=dict)
     gguf: Mapping[str, Roles] = field(default_factory=dict)
     hf_in_turn: Mapping[str, Roles] = field(default_factory=dict)
+    hf_transposed: frozenset[str] = frozenset()
     gguf_stacked: Mapping[str, Roles] = field(default_factory=dict)
-    hf_prefixes: tuple[str, ...] = ("model.",)
+    hf_prefixes: tuple[str, ...] = (
+        "model.language_model.",
+        "language_model.model.",
+        "language_model.",
+        "model.",
+    )
     rope_pairs: bool = False
 
     def parse_hf(self, name: str) -> Parsed | None:
@@ -267,10 +291,15 @@ class Names:
     @functools.cached_property
     def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:
         hf, stacked, gguf = (
-            tuple(_pattern(name, roles, names is self.hf_stacked) for name, roles in names.items())
+            tuple(
+                _pattern(name, roles, names is self.hf_stacked, transposed=name in self.hf_transposed)
+                for name, roles in names.items()
+            )
             for names in (self.hf, self.hf_stacked, self.gguf)
         )
-        in_turn = tuple(_pattern(name, roles, True, True) for name, roles in self.hf_in_turn.items())
+        in_turn = tuple(
+            _pattern(name, roles, True, True, transposed=True) for name, roles in self.hf_in_turn.items()
+        )
         all_experts = tuple(_pattern(name, roles, True) for name, roles in self.gguf_stacked.items())
         return in_turn + hf + stacked, all_experts + gguf
 
@@ -294,7 +323,7 @@ def _parse(name: str, patterns: Iterable[_Pattern]) -> Parsed | None:
         if match:
             numbers = match.groupdict()
             layer, expert = int(numbers.get("layer", -1)), int(numbers.get("expert", -1))
-            return Parsed(pattern.roles, layer, expert, pattern.stacked, pattern.in_turn)
+            return Parsed(pattern.roles, layer, expert, pattern.stacked, pattern.in_turn, pattern.transposed)
     return None
 
 

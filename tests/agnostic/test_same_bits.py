@@ -74,21 +74,31 @@ def test_batches_and_chunks(model: str, sequences: int, tokens: int, prefix_shar
     assert outcome.totals.fetched_rows > 0 or harness.vocab_of(model) <= 128
 
 
-@pytest.mark.parametrize("model", [*MODELS, "qwen3_next"])
+@pytest.mark.parametrize("model", [*MODELS, "qwen3_next", "nemotron_h"])
 def test_one_token_at_a_time(model: str) -> None:
     some = requests(model)[::4]
     assert_same(model, run(model, some, max_num_seqs=1, max_num_batched_tokens=1), some)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("model", [*MODELS, "qwen3_next"])
+@pytest.mark.parametrize("model", [*MODELS, "qwen3_next", "nemotron_h"])
 def test_threads(model: str, threads: int) -> None:
     assert_same(model, run(model, threads=threads))
 
 
 @pytest.mark.parametrize("path", COMPILED)
 @pytest.mark.parametrize(
-    "model", ["llama3", "qwen3_moe", "deepseek_v3", "llama_mixed.gguf", "qwen3_next", "qwen35_f16.gguf"]
+    "model",
+    [
+        "llama3",
+        "qwen3_moe",
+        "deepseek_v3",
+        "llama_mixed.gguf",
+        "qwen3_next",
+        "qwen35_f16.gguf",
+        "lfm2",
+        "nemotron_h",
+    ],
 )
 def test_instruction_sets(model: str, path: str) -> None:
     kernels.set_path(path)
@@ -117,7 +127,7 @@ def test_a_tight_kv_cache(model: str, prefix_sharing: bool) -> None:
     assert_same(model, outcome)
 
 
-@pytest.mark.parametrize("model", [*MODELS, "qwen3_next"])
+@pytest.mark.parametrize("model", [*MODELS, "qwen3_next", "nemotron_h"])
 def test_streamed_weights(model: str) -> None:
     outcome = run(model, streams=True)
     assert outcome.session.weights.streamed > 0

@@ -142,7 +142,8 @@ class Hosts:
             "prte_if_include",
             lan,
         ]
-        return [mpi.mpiexec, *words, "--mca", "btl_tcp_if_include", lan]
+        # Ranks on all hosts run the sources that the first one does.
+        return [mpi.mpiexec, *words, "--mca", "btl_tcp_if_include", lan, "-x", "PYTHONPATH"]
 
 
 def _ip(*words: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -75,9 +76,11 @@ def test_ranks_land_as_listed_and_talk_over_the_network(
     assert max(sent[ranks:], default=0) < 100_000, sent
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, "shards=2"), (3, "stages=3")])
+@pytest.mark.parametrize(
+    ("ranks", "layout", "replicas"), [(2, "shards=2", 1), (3, "stages=3", 1), (3, "threads=1", 3)]
+)
 def test_the_real_job_gives_the_same_bytes(
-    hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path, ranks: int, layout: str
+    hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path, ranks: int, layout: str, replicas: int
 ) -> None:
     job = write_job(tmp_path)
     before = hosts.sent()
@@ -97,8 +100,9 @@ def test_the_real_job_gives_the_same_bytes(
     sent = [now - then for now, then in zip(hosts.sent(), before, strict=True)]
     assert done.returncode == 0, done.stderr
     assert results(tmp_path) == reference(tmp_path, mpi, job)
-    # Activations of every token leave each host that has a rank: hidden size 40, 4 bytes each.
-    assert min(sent[:ranks]) > 12 * 16 * 40 * 4, sent
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["replicas"] == replicas
+    # Activations of every token leave each host that has a rank: hidden size 40, 4 bytes each. Replicas send none.
+    assert replicas > 1 or min(sent[:ranks]) > 12 * 16 * 40 * 4, sent
 
 
 @pytest.mark.parametrize("victim", ["0", "1"])

@@ -15,7 +15,8 @@ from mpillm.kernels import Activation, BlockType
 Array = np.ndarray[Any, Any]
 KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0)
 OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "activate", "softmax", "top_k", "lse_parts",
-       "attention", "fold", "layer_norm", "square_sums", "softcap", "decays", "short_conv", "delta_rule")  # fmt: skip
+       "attention", "fold", "layer_norm", "square_sums", "softcap", "decays", "short_conv", "delta_rule",
+       "selective_scan")  # fmt: skip
 
 
 @dataclass
@@ -168,9 +169,12 @@ def _fold(threads: int, panels: int, m: int, d: int, parts: Array) -> list[Array
     return [out]
 
 
-def _decays(threads: int, m: int, d: int, x: Array, rates: Array, bias: Array) -> list[Array]:
-    kernels.decays(x, rates, bias, threads)
-    return [x]
+def _decays(
+    threads: int, m: int, d: int, x: Array, rates: Array, bias: Array, of_steps: Array
+) -> list[Array]:
+    steps = np.empty_like(x)
+    kernels.decays(x, rates, bias, threads, steps, *map(float, of_steps))
+    return [steps, x]
 
 
 def _short_conv(threads: int, m: int, channels: int, taps: int, silu: int, slots: int, x: Array, w: Array, bias: Array,
@@ -185,6 +189,16 @@ def _delta_rule(threads: int, m: int, keys: int, heads: int, dk: int, dv: int, s
                 key_of_head: Array) -> list[Array]:  # fmt: skip
     out = np.empty_like(v)
     kernels.delta_rule(q, k, v, decay, beta, states, first_rows, slot, key_of_head, dk, dv, out, threads)
+    return [out, states]
+
+
+def _selective_scan(threads: int, m: int, groups: int, heads: int, dk: int, dv: int, slots: int, c: Array, b: Array,
+                    x: Array, decay: Array, step: Array, skip: Array, states: Array, first_rows: Array, slot: Array,
+                    group_of_head: Array) -> list[Array]:  # fmt: skip
+    out = np.empty_like(x)
+    kernels.selective_scan(
+        c, b, x, decay, step, skip, states, first_rows, slot, group_of_head, dk, dv, out, threads
+    )
     return [out, states]
 
 
@@ -364,6 +378,26 @@ def short_conv(
     return Case("short_conv", ints, [x, w, bias, tails, first, slot], threads)
 
 
+def head_states(rng: np.random.Generator, slots: int, heads: int, dk: int, dv: int) -> Array:
+    """States of heads; what lies beyond the last column is zero."""
+    states = rng.standard_normal((slots, kernels.delta_floats(heads, dk, dv))).astype(np.float32)
+    states.reshape(slots, heads, -(-dv // 16), dk, 16)[:, :, -1, :, (dv - 1) % 16 + 1 :] = 0
+    return states
+
+
+def selective_scan(rng: np.random.Generator, m: int, groups: int, heads: int, dk: int, dv: int, threads: int = 1,
+                   slots: int = 4) -> Case:  # fmt: skip
+    """Several sequences, each with a state from before."""
+    first, slot = sequences(rng, m, slots)
+    c, b = rng.standard_normal((2, m, groups * dk)).astype(np.float32) / np.float32(dk**0.5)
+    x = rng.standard_normal((m, heads * dv)).astype(np.float32)
+    decay, step = rng.random((2, m, heads)).astype(np.float32)
+    skip, group_of_head = rng.standard_normal(heads).astype(np.float32), rng.integers(0, groups, heads)
+    states = head_states(rng, slots, heads, dk, dv)
+    arrays = [c, b, x, decay, step, skip, states, first, slot, group_of_head.astype(np.int32)]
+    return Case("selective_scan", [m, groups, heads, dk, dv, slots], arrays, threads)
+
+
 def delta_rule(rng: np.random.Generator, m: int, keys: int, heads: int, dk: int, dv: int, threads: int = 1,
                slots: int = 4) -> Case:  # fmt: skip
     """Several sequences, each with a state from before; keys of about unit length."""
@@ -371,9 +405,7 @@ def delta_rule(rng: np.random.Generator, m: int, keys: int, heads: int, dk: int,
     q, k = rng.standard_normal((2, m, keys * dk)).astype(np.float32) / np.float32(dk**0.5)
     v = rng.standard_normal((m, heads * dv)).astype(np.float32)
     decay, beta = rng.random((2, m, heads)).astype(np.float32)
-    states = rng.standard_normal((slots, kernels.delta_floats(heads, dk, dv))).astype(np.float32)
-    pieces = states.reshape(slots, heads, -(-dv // 16), dk, 16)
-    pieces[:, :, -1, :, (dv - 1) % 16 + 1 :] = 0
+    states = head_states(rng, slots, heads, dk, dv)
     key_of_head = rng.integers(0, keys, heads).astype(np.int32)
     arrays = [q, k, v, decay, beta, states, first, slot, key_of_head]
     return Case("delta_rule", [m, keys, heads, dk, dv, slots], arrays, threads)
@@ -389,11 +421,14 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         yield from small(rng, m, d, threads)
     for m, d in ((1, 1), (4, 30), (9, 64)):
         x, rates, bias = values(rng, m, d) * 9, -np.exp(rng.standard_normal(d)), rng.standard_normal(d)
-        yield Case("decays", [m, d], [x, rates.astype(np.float32), bias.astype(np.float32)], threads)
+        for of_steps in ((1.0, 0.0, np.inf), (0.7, 0.02, 4.0)):
+            vectors = [np.array(values, np.float32) for values in (rates, bias, of_steps)]
+            yield Case("decays", [m, d], [x, *vectors], threads)
     for m, channels, taps in ((1, 1, 4), (2, 40, 4), (9, 67, 3), (30, 128, 5), (3, 16, 1)):
         yield short_conv(rng, m, channels, taps, threads)
     for m, keys, heads, dk, dv in ((1, 1, 1, 1, 1), (2, 2, 4, 6, 10), (7, 3, 6, 9, 18), (40, 2, 4, 64, 64)):
         yield delta_rule(rng, m, keys, heads, dk, dv, threads)
+        yield selective_scan(rng, m, keys, heads, dk, dv, threads)
     for hd in (8, 16, 24, 64, 80, 96, 128):
         kv_type = KV_TYPES[int(rng.integers(2 if hd % 32 else 3))]
         yield attention(

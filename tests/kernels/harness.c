@@ -122,6 +122,26 @@ static void delta_rule(void) {
     give(states, (size_t)sizes[5]);
 }
 
+static void selective_scan(void) {
+    const int m = ints[0], groups = ints[1], heads = ints[2], dk = ints[3], dv = ints[4];
+    float *out = make((size_t)sizes[2], 0), *states = make((size_t)sizes[6], 0);
+    memcpy(states, arrays[6], (size_t)sizes[6]);
+    mk_selective_scan(&work, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5], states,
+                      sizes[6] / 4 / ints[5], ids_of(7), ids_of(8), sizes[7] / 4, ids_of(9), m, groups, heads, dk, dv,
+                      out);
+    give(out, (size_t)sizes[2]);
+    give(states, (size_t)sizes[6]);
+}
+
+static void decays(void) {
+    const size_t bytes = (size_t)(ints[0] * ints[1]) * 4;
+    float *steps = make(bytes, 0), *out = make(bytes, 0), of_steps[3];
+    memcpy(of_steps, arrays[3], sizeof of_steps);
+    mk_decays(&work, arrays[0], of_steps[0], arrays[1], arrays[2], of_steps[1], of_steps[2], ints[0], ints[1], steps, out);
+    give(steps, bytes);
+    give(out, bytes);
+}
+
 /* The others: one or two outputs of the shape of the first array or stated by the numbers. */
 static void run(int op) {
     long a = ints[0], b = ints[1], c = ints[2], blocks = mk_blocks(c, mk_block((int)a));
@@ -186,9 +206,10 @@ static void run(int op) {
         memcpy(out = make(cells, 0), arrays[0], cells);
         mk_softcap(&work, out, b, eps, a, b);
         break;
-    case 14: mk_decays(&work, arrays[0], arrays[1], arrays[2], a, b, out = make(cells, 0)); break;
+    case 14: decays(); return;
     case 15: short_conv(); return;
     case 16: delta_rule(); return;
+    case 17: selective_scan(); return;
     default: stop("unknown operation");
     }
     give(out, cells);

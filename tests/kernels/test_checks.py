@@ -66,6 +66,17 @@ def recur(states: Any, key_of_head: Any = None) -> None:
     kernels.delta_rule(*qkv, f4(1, 1), f4(1, 1), states, i4(0), i4(0), key_of_head, 4, 3, f4(1, 3))
 
 
+def scan(states: Any, group_of_head: Any = None, skip: Any = None) -> None:
+    group_of_head, skip = (
+        (i4(0) if group_of_head is None else group_of_head),
+        (f4(1) if skip is None else skip),
+    )
+    cbx = f4(1, 4), f4(1, 4), f4(1, 3)
+    kernels.selective_scan(
+        *cbx, f4(1, 1), f4(1, 1), skip, states, i4(0), i4(0), group_of_head, 4, 3, f4(1, 3)
+    )
+
+
 @pytest.fixture(autouse=True, params=["numpy", kernels.available()[-1]])
 def _path(request: pytest.FixtureRequest) -> Iterator[None]:
     before = kernels.path()
@@ -132,7 +143,7 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
      lambda: kernels.rope(f4(1, 16), f4(1, 1), f4(1, 1), 2, 8, rotary=3)),
     (r"cos must have shape \[1, 2\], not \[1, 4\]",
      lambda: kernels.rope(f4(1, 16), f4(1, 4), f4(1, 4), 2, 8, rotary=4)),
-    (r"there is no activation 6", lambda: kernels.activate(6, f4(1, 8), None, f4(1, 8))),
+    (r"there is no activation 8", lambda: kernels.activate(8, f4(1, 8), None, f4(1, 8))),
     (r"the clamped SwiGLU needs up and a limit above 0",
      lambda: kernels.activate(Activation.SWIGLU_CLAMPED, f4(1, 8), None, f4(1, 8), limit=7.0)),
     (r"the clamped SwiGLU needs up and a limit above 0",
@@ -173,6 +184,11 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
     (r"tails must be at least 24 wide, not 23", lambda: convolve(i4(0), i4(0), f4(2, 23))),
     (r"states must be at least 64 wide, not 63", lambda: recur(f4(2, 63))),
     (r"key_of_head must be within 0..0", lambda: recur(f4(2, 64), i4(1))),
+    (r"states must be at least 64 wide, not 63", lambda: scan(f4(2, 63))),
+    (r"group_of_head must be within 0..0", lambda: scan(f4(2, 64), i4(1))),
+    (r"skip must have shape \[1\], not \[2\]", lambda: scan(f4(2, 64), skip=f4(2))),
+    (r"steps must have shape \[1, 3\], not \[1, 2\]",
+     lambda: kernels.decays(f4(1, 3), f4(3), f4(3), steps=f4(1, 2))),
 ]  # fmt: skip
 
 

@@ -172,6 +172,48 @@ def delta_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list
     return [out, states]
 
 
+def mamba_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    """What Mamba-2 gives, and the states after it, of several sequences that have states before."""
+    rng = np.random.default_rng(seed)
+    d, groups, dk = HIDDEN[seed % 2], (1, 2)[seed % 3 > 0], (9, 16)[seed % 3 % 2]
+    heads, dv = (4, 6)[seed % 2], (16, 24, 7)[seed % 3]
+    widths = heads * dv, heads * dv, groups * dk, groups * dk, heads
+    inputs = [
+        matrix(rng, fitting(d, 2 * seed + i), n, d, cut="rows" if cut and n > 1 else "")
+        for i, n in enumerate(widths)
+    ]
+    o = matrix(rng, fitting(heads * dv, seed), d, heads * dv, 2, cut="columns" if cut else "")
+    taps = 2 + seed % 3
+    convs = tuple(vector(rng, taps * n).reshape(taps, n) for n in widths[1:4])
+    parts = heads * dv // groups
+    work = make(
+        *inputs, o, convs, -np.exp(vector(rng, heads)), vector(rng, heads), vector(rng, heads),
+        np.arange(heads, dtype=np.int32) // (heads // groups), dk, dv,
+        biases=tuple(vector(rng, n) for n in widths[1:4]) if seed % 2 else (None,) * 3,
+        out_norms=[Norm(parts, 1e-6, vector(rng, parts)) for _ in range(groups)] if seed % 4 else (),
+        gate_first=seed % 4 < 2, gate_scale=0.8, dt_scale=1.1, low=0.1 * (seed % 3), high=3.0,
+        norm=norm_of(rng, d, seed),
+    )  # fmt: skip
+    first, slots = cases.sequences(rng, m, 6)
+    floats = (taps - 1) * sum(widths[1:4]) + kernels.delta_floats(heads, dk, dv)
+    states, out = vector(rng, 6 * floats).reshape(6, floats), np.empty((m, d), np.float32)
+    work(rng.standard_normal((m, d)).astype(np.float32), states, first, slots, out, threads)
+    return [out, states]
+
+
+def convolution_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
+    """What a gated convolution gives, and the rows that it keeps of several sequences."""
+    rng = np.random.default_rng(seed)
+    d, width, taps = HIDDEN[seed % 2], (64, 90)[seed % 3 > 0], 2 + seed % 3
+    b, c, v = (matrix(rng, fitting(d, 2 * seed + i), width, d, cut="rows" if cut else "") for i in range(3))
+    o = matrix(rng, fitting(width, seed), d, width, 2, cut="columns" if cut else "")
+    work = make(b, c, v, o, vector(rng, taps * width).reshape(taps, width), norm=norm_of(rng, d, seed))
+    first, slots = cases.sequences(rng, m, 6)
+    states, out = vector(rng, 6 * taps * width).reshape(6, -1), np.empty((m, d), np.float32)
+    work(rng.standard_normal((m, d)).astype(np.float32), states, first, slots, out, threads)
+    return [out, states]
+
+
 def latent_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list[Any]:
     """What latent attention gives of rows of two sequences, and the keys after it."""
     rng = np.random.default_rng(seed)
@@ -256,8 +298,10 @@ def residual_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> l
 
 RESULTS = {
     "Attention": attention_results,
+    "GatedConvolution": convolution_results,
     "GatedDeltaNet": delta_results,
     "LatentAttention": latent_results,
+    "Mamba2": mamba_results,
     "Mlp": mlp_results,
     "Residual": residual_results,
 }

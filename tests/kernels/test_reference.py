@@ -251,6 +251,10 @@ def activated(kind: Activation, x: cases.Array) -> cases.Array:
         case Activation.SWIGLU_CLAMPED:
             gate = np.minimum(x, 2)
             return gate / (1 + np.exp(-1.702 * gate))
+        case Activation.IDENTITY:
+            return x
+        case Activation.SILU_SCALED:
+            return 1.702 * x / (1 + np.exp(-1.702 * x))
 
 
 @pytest.mark.parametrize("kind", list(Activation))

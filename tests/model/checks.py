@@ -26,6 +26,10 @@ class Bounds:
 EXACT = Bounds(most=2e-4, mean=2e-5, embedding=1e-4, margin=0.0)
 # Models with a state: over 500 tokens float32 leaves transformers as far from float64 as it leaves this decoder.
 RECURRENT = Bounds(most=1e-3, mean=2e-5, embedding=1e-4, margin=0.0)
+RECURRENT_MODELS = (
+    "qwen3_next", "qwen3next", "qwen35", "lfm2", "granite_hybrid", "granitehybrid", "bamba", "falcon_h1", "nemotron_h",
+    "mamba2",
+)  # fmt: skip
 # The tiny ones with experts are chaotic: with Q8_0 between shards log-probabilities are off by 0.29 on average, by 8 at
 # most, though every layout is exact with float32. What holds those answers are their digests.
 ROUGH = Bounds(most=12.0, mean=0.4, embedding=5.0, margin=12.0)
@@ -38,7 +42,7 @@ ROUNDED = Bounds(most=0.2, mean=0.03, embedding=0.1, margin=0.2)
 def bounds_of(name: str, quantized: bool) -> Bounds:
     """What a model's values are held to: `quantized` are its weights, or what travels between ranks."""
     quantized = quantized or name.endswith("mxfp4")
-    if name.startswith(("qwen3_next", "qwen3next", "qwen35")):
+    if name.startswith(RECURRENT_MODELS):
         return ROUGH if quantized else RECURRENT
     if quantized:
         return QUANTIZED

@@ -79,10 +79,11 @@ def test_what_transformers_writes_is_read(name: str) -> None:
     raw, _ = hf.read_config(MODELS / name)  # of the text alone, where images are another part
     raw.pop("quantization_config", None)  # is for those who read the files
     config = read_config(raw)
+    n_layers = raw["num_hidden_layers"] if "num_hidden_layers" in raw else len(raw["layers_block_type"])
     assert config.architecture == raw["architectures"][0]
     assert (config.hidden, config.n_layers, config.vocab) == (
         raw["hidden_size"],
-        raw["num_hidden_layers"],
+        n_layers,
         raw["vocab_size"],
     )
     assert hash(config) == hash(read_config(raw))

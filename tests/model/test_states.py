@@ -26,6 +26,9 @@ MODELS = [
     ("qwen3", frozenset({0, 1})),
     ("qwen3_next", frozenset[int]()),
     ("qwen35", frozenset[int]()),
+    ("lfm2_moe", frozenset[int]()),
+    ("falcon_h1", frozenset[int]()),
+    ("nemotron_h", frozenset[int]()),
 ]
 BOTH = frozenset({0})  # keeps its attention unless it is recurrent
 
@@ -78,7 +81,7 @@ def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -
     outcome = run(model, recurrent, kv=budget, max_num_batched_tokens=100)
     limits = outcome.session.limits
     assert outcome.values == expected(model, recurrent)
-    assert limits.n_blocks * layout.block_nbytes + limits.n_slots * layout.state_nbytes <= budget
+    assert limits.n_blocks * layout.block_nbytes + limits.n_states * layout.state_nbytes <= budget
     assert outcome.session.kv.peak <= budget
     assert limits.n_slots > 0
     if groups and recurrent:  # the states of real models take so much that few sequences are admitted at all

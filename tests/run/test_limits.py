@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from mpillm.kernels import KV_BLOCK
+from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.activations import Activations
-from mpillm.model.cache_layout import CacheLayout, rank_layouts
+from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of, rank_layouts
+from mpillm.model.cache_spec import SequenceState, TokenCache
 from mpillm.partition.grid import Place
-from mpillm.run.limits import MAX_TOKENS, limits, step_description, step_size
+from mpillm.run.limits import MAX_TOKENS, cache_capacity, cache_in_memory, limits, step_description, step_size
 from mpillm.spec import BatchLimits, Memory, Spec
 from tests.shapes import shape
 
@@ -73,3 +74,22 @@ def test_it_is_said() -> None:
     assert step_description(9, 70, 3 * 2**20) == (
         "3.0 MiB of weights are read for each step; a step takes up to 9 sequences and 70 tokens"
     )
+
+
+@pytest.mark.parametrize(
+    ("states", "sequences", "slots", "saved"),
+    [(7, 100, 7, 0), (8, 100, 7, 1), (40, 100, 35, 5), (40, 10, 10, 5), (4000, 9, 9, 64)],
+)
+@pytest.mark.parametrize("tokens", [True, False])
+def test_one_in_eight_states_is_for_those_that_are_saved(
+    states: int, sequences: int, slots: int, saved: int, tokens: bool
+) -> None:
+    """Beside attention states have half of the memory; all of them are within the budget."""
+    caches = [(SequenceState(10_000),), *([(TokenCache(2, 64, 64),)] if tokens else [])]
+    layout = cache_layout(caches, groups_of(caches), range(len(caches)), BlockType.F16)
+    budget = 10_000 * states * (2 if tokens else 1)
+    found = cache_capacity(spec(kv=budget), [layout], [0], sequences)
+    assert (found.slots, found.saved) == (slots, saved)
+    assert found.states * 10_000 + found.blocks * layout.block_nbytes <= budget
+    assert cache_in_memory(spec(kv=budget), layout, found.blocks, found.states) <= budget
+    assert cache_capacity(spec(kv=budget, prefix_sharing=False), [layout], [0], sequences).saved == 0

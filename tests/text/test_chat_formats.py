@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpillm.errors import RequestError
 from mpillm.text import Tokenizer, hf
 from mpillm.text.chat_formats.base import Answer, Tool
 from mpillm.text.chat_formats.known import CALLS, TAGS, format_of
@@ -317,3 +319,20 @@ def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
         (f"{opening}{thought}", False),
     ):
         assert obeys(grammars, free, text) is right, text
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "schema",
+    [{}, {"properties": 3}, {"properties": {"city": 3, "days": {"type": 3}, "unit": {"anyOf": 4}, "where": {"enum": 5}}},
+     {"properties": {"city": {"type": [["a"], "string"]}}, "required": 3}],
+)  # fmt: skip
+def test_schemas_of_any_form(name: str, schema: dict[str, Any], grammars: tuple[Any, Grammars]) -> None:
+    """A schema that is none does not keep calls from being read, and is an error where calls are held to it."""
+    tools = [Tool("weather", schema), Tool("now", {})]
+    calls = Tagged(None, CALLS[name]).split(WRITTEN[name], "free", tools, final=True).calls
+    assert [call.name for call in calls] == ["weather", "now"]
+    lark = Lark(grammars[0].control)
+    with contextlib.suppress(RequestError):
+        asked = Asked(None, tools, "required")
+        grammars[1].check(lark.whole(Tagged(None, CALLS[name]).expression(lark, "closed", asked)))

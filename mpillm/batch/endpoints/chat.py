@@ -194,7 +194,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
                 "job's chat.tool_calls"
             )
         state = self._state(found, prompt, model.text)
-        if not self.skips_special or (not tools and not found.thinks(state)):
+        if not tools and not found.thinks(state):
             return content
         one = self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice)
         lark = Lark(model.text.control)

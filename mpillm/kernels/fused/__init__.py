@@ -10,9 +10,10 @@ from __future__ import annotations
 from mpillm.kernels.fused.attention import Attention, LatentAttention
 from mpillm.kernels.fused.mlp import Expert, Experts, Mlp
 from mpillm.kernels.fused.products import Products
-from mpillm.kernels.fused.recurrent import GatedDeltaNet
+from mpillm.kernels.fused.recurrent import GatedConvolution, GatedDeltaNet, Mamba2
 from mpillm.kernels.fused.stack import LayerStack, Residual
 
 __all__ = [
-    "Attention", "Expert", "Experts", "GatedDeltaNet", "LatentAttention", "LayerStack", "Mlp", "Products", "Residual",
+    "Attention", "Expert", "Experts", "GatedConvolution", "GatedDeltaNet", "LatentAttention", "LayerStack", "Mamba2",
+    "Mlp", "Products", "Residual",
 ]  # fmt: skip

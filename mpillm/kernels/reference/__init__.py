@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from mpillm.kernels.reference.cached import attention, kv_store
 from mpillm.kernels.reference.products import dequantize, matmul, pack, quantize, quantize_rows
-from mpillm.kernels.reference.recurrent import decays, delta_rule, short_conv
+from mpillm.kernels.reference.recurrent import decays, delta_rule, selective_scan, short_conv
 from mpillm.kernels.reference.rows import (
     activate,
     fold,
@@ -28,7 +28,7 @@ from mpillm.kernels.types import U8, activation_nbytes, packed_nbytes
 __all__ = [
     "activate", "activation_nbytes", "attention", "decays", "delta_rule", "dequantize", "first_touch", "fold",
     "kv_store", "layer_norm", "lse_parts", "matmul", "pack", "packed_nbytes", "quantize", "quantize_rows", "rms_norm",
-    "rope", "short_conv", "softcap", "softmax", "square_sums", "top_k",
+    "rope", "selective_scan", "short_conv", "softcap", "softmax", "square_sums", "top_k",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Rows first_rows[s] : first_rows[s + 1] of a step are those of sequence s, whose 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +33,19 @@ def softplus(x: F32) -> F32:
     return result
 
 
-def decays(x: F32, rates: F32, bias: F32, threads: int = 1) -> None:
-    """x [m, d] = e^(rates * softplus(x + bias)), in place."""
+def decays(x: F32, rates: F32, bias: F32, threads: int = 1, steps: F32 | None = None, scale: float = 1.0,
+           low: float = 0.0, high: float = np.inf) -> None:  # fmt: skip
+    """steps [m, d] = softplus(scale * x + bias) within low .. high, and x = e^(rates * steps) in place."""
     require("x", x, x.shape, np.float32)
     require_vector("rates", rates, x.shape[1])
     require_vector("bias", bias, x.shape[1])
+    if steps is not None:
+        require("steps", steps, x.shape, np.float32)
     with np.errstate(all="ignore"):
-        x[:] = lanes.exp(rates * softplus(x + bias))
+        made = np.clip(softplus(np.float32(scale) * x + bias), np.float32(low), np.float32(high))
+        if steps is not None:
+            steps[:] = made
+        x[:] = lanes.exp(rates * made)
 
 
 def short_conv(x: F32, w: F32, bias: F32 | None, tails: F32, first_rows: I32, slots: I32, out: F32, silu: bool,
@@ -88,22 +95,61 @@ def delta_rule(q: F32, k: F32, v: F32, decay: F32, beta: F32, states: F32, first
     require("out", out, (m, heads * dv), np.float32)
     _require_states("states", states, delta_floats(heads, dk, dv))
     require_sequences(first_rows, slots, m, len(states))
-    pieces = -(-dv // TILE_ROWS)
     queries, keys_of = (x.reshape(m, keys, dk)[:, key_of_head] for x in (q, k))
     values = v.reshape(m, heads, dv)
     with np.errstate(all="ignore"):
         for rows, slot in _sequences(first_rows, slots, m):
-            lying = states[slot, : delta_floats(heads, dk, dv)].reshape(heads, pieces, dk, TILE_ROWS)
-            state = lying.transpose(0, 2, 1, 3).reshape(heads, dk, pieces * TILE_ROWS)[..., :dv].copy()
-            for row in range(rows.start, rows.stop):
-                state *= decay[row, :, None, None]
-                seen = _product(keys_of[row], state)
-                delta = (values[row] - seen) * beta[row, :, None]
-                state += keys_of[row, :, :, None] * delta[:, None, :]
-                out[row] = _product(queries[row], state).ravel()
-            padded = np.zeros((heads, dk, pieces * TILE_ROWS), np.float32)
-            padded[..., :dv] = state
-            lying[:] = padded.reshape(heads, dk, pieces, TILE_ROWS).transpose(0, 2, 1, 3)
+            with _state(states[slot], heads, dk, dv) as state:
+                for row in range(rows.start, rows.stop):
+                    state *= decay[row, :, None, None]
+                    seen = _product(keys_of[row], state)
+                    delta = (values[row] - seen) * beta[row, :, None]
+                    state += keys_of[row, :, :, None] * delta[:, None, :]
+                    out[row] = _product(queries[row], state).ravel()
+
+
+def selective_scan(c: F32, b: F32, x: F32, decay: F32, step: F32, skip: F32, states: F32, first_rows: I32, slots: I32,
+                   group_of_head: I32, dk: int, dv: int, out: F32, threads: int = 1) -> None:  # fmt: skip
+    """For each row and head: S = decay S + b (step * x); out [m, heads * dv] = c S + skip * x.
+
+    c, b [m, groups * dk], of which a head has number group_of_head[head]; x [m, heads * dv]; decay, step [m, heads];
+    skip [heads]; `states` as in `delta_rule`. (Dao and Gu, Transformers are SSMs, 2024, section 2 and appendix B.)
+    """
+    m, groups, heads = len(c), c.shape[1] // dk, len(group_of_head)
+    require("c", c, (m, groups * dk), np.float32)
+    require("b", b, (m, groups * dk), np.float32)
+    require("x", x, (m, heads * dv), np.float32)
+    if heads and not 0 <= group_of_head.min() <= group_of_head.max() < groups:
+        raise ValueError(f"group_of_head must be within 0..{groups - 1}")
+    require("decay", decay, (m, heads), np.float32)
+    require("step", step, (m, heads), np.float32)
+    require_vector("skip", skip, heads)
+    require("out", out, (m, heads * dv), np.float32)
+    _require_states("states", states, delta_floats(heads, dk, dv))
+    require_sequences(first_rows, slots, m, len(states))
+    reading, writing = (part.reshape(m, groups, dk)[:, group_of_head] for part in (c, b))
+    values = x.reshape(m, heads, dv)
+    with np.errstate(all="ignore"):
+        for rows, slot in _sequences(first_rows, slots, m):
+            with _state(states[slot], heads, dk, dv) as state:
+                for row in range(rows.start, rows.stop):
+                    delta = values[row] * step[row, :, None]
+                    state *= decay[row, :, None, None]
+                    state += writing[row, :, :, None] * delta[:, None, :]
+                    read = _product(reading[row], state)
+                    out[row] = (read + skip[:, None] * values[row]).ravel()
+
+
+@contextmanager
+def _state(stored: F32, heads: int, dk: int, dv: int) -> Iterator[F32]:
+    """A slot's heads' states as [heads, dk, dv], which are stored at the end."""
+    pieces = -(-dv // TILE_ROWS)
+    lying = stored[: delta_floats(heads, dk, dv)].reshape(heads, pieces, dk, TILE_ROWS)
+    state = lying.transpose(0, 2, 1, 3).reshape(heads, dk, pieces * TILE_ROWS)[..., :dv].copy()
+    yield state
+    padded = np.zeros((heads, dk, pieces * TILE_ROWS), np.float32)
+    padded[..., :dv] = state
+    lying[:] = padded.reshape(heads, dk, pieces, TILE_ROWS).transpose(0, 2, 1, 3)
 
 
 def _product(x: F32, state: F32) -> F32:

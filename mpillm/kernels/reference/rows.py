@@ -98,7 +98,7 @@ def rope(x: F32, cos: F32, sin: F32, heads: int, hd: int, threads: int = 1, rota
 
 def activate(kind: Activation, gate: F32, up: F32 | None, out: F32, threads: int = 1, limit: float = 0.0,
              alpha: float = 1.702) -> None:  # fmt: skip
-    """out = f(gate) * up, or f(gate); `limit` and `alpha` belong to SWIGLU_CLAMPED (see `Activation`)."""
+    """out = f(gate) * up, or f(gate); `limit` and `alpha` are as in `Activation`."""
     kind = require_activation(kind, up is not None, limit)
     require_rows("gate", gate, dtype=np.float32)
     if up is not None:
@@ -131,6 +131,10 @@ def _activated(kind: Activation, x: F32, limit: np.float32, alpha: np.float32) -
         case Activation.SWIGLU_CLAMPED:
             x = np.minimum(x, limit)
             result = _sigmoid_times(alpha * x, x)
+        case Activation.IDENTITY:
+            result = x
+        case Activation.SILU_SCALED:
+            result = _sigmoid_times(alpha * x, alpha * x)
     return result
 
 

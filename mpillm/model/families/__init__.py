@@ -14,16 +14,22 @@ from mpillm.model.families.deepseek import DeepSeek
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
+from mpillm.model.families.falcon_h1 import FalconH1
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.glm import Glm
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
+from mpillm.model.families.granite_hybrid import GraniteHybrid
+from mpillm.model.families.images import TEXT_SIZES, WITH_IMAGES
+from mpillm.model.families.lfm2 import Lfm2
 from mpillm.model.families.llama import Llama
+from mpillm.model.families.mamba2 import Mamba2
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
+from mpillm.model.families.nemotron_h import NemotronH
 from mpillm.model.families.olmo import Olmo, Olmoe
 from mpillm.model.families.phi import Phi
-from mpillm.model.families.qwen import Qwen
+from mpillm.model.families.qwen import Qwen, QwenVlMixture
 from mpillm.model.families.qwen_next import QwenNext
 from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
@@ -35,12 +41,14 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
     Qwen(),
+    QwenVlMixture(),
     DeepSeek(),
     QwenNext(),
     Gemma(),
     Glm(),
     GptOss(),
     Granite(),
+    GraniteHybrid(),
     Olmo(),
     Olmoe(),
     StarCoder(),
@@ -52,6 +60,10 @@ FAMILIES: tuple[Family, ...] = (
     Dots(),
     Cohere(),
     Phi(),
+    Lfm2(),
+    FalconH1(),
+    NemotronH(),
+    Mamba2(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
@@ -66,8 +78,7 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
 
     ModelError if there is none.
     """
-    short = ", ".join(architecture.removesuffix("ForCausalLM") for architecture in _BY_ARCHITECTURE)
-    supported = f"supported are {short} (each with ForCausalLM, ForSequenceClassification or Model)"
+    supported = f"supported are {_supported()}"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")
@@ -77,6 +88,14 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
         named = [MODEL_TYPES[model_type]]
     elif not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ModelError(f"{name}: architectures must be a list of one name; {supported}.")
+    if named[0] in WITH_IMAGES:
+        text = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+        if text is None:
+            raise ModelError(
+                f"{name}: the text part of {named[0]} has model_type {str(model_type)[:60]!r}, which is not "
+                f"supported; {supported}."
+            )
+        return _BY_ARCHITECTURE[text], text, "generate"
     found = split_task(named[0], _BY_ARCHITECTURE)
     if found is None:
         raise ModelError(f"{name}: architecture {named[0][:60]!r} is not supported; {supported}.")
@@ -86,6 +105,18 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
     ):
         raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {named[0]}.")
     return _BY_ARCHITECTURE[architecture], architecture, task
+
+
+def _supported() -> str:
+    """The classes that can be run, in the words of messages."""
+    causal, images = "ForCausalLM", "ForConditionalGeneration"
+    names = [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
+    short, as_text = (
+        ", ".join(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+        for suffix in (causal, images)
+    )
+    tasks = f"{causal}, ForSequenceClassification or Model"
+    return f"{short} (each with {tasks}), and as text {as_text} (each with {images})"
 
 
 def gguf_family(kind: Any, name: str) -> Family:
@@ -103,8 +134,12 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelCo
     neither read nor known to be harmless might change the result.
     """
     family, architecture, task = family_of(config, name)
-    fields = Fields(config, name, family.defaults[architecture])
+    defaults, named = family.defaults[architecture], config.get("architectures")
+    if named and named[0] in WITH_IMAGES:
+        defaults = {**TEXT_SIZES.get(architecture, {}), **defaults}
+    fields = Fields(config, name, defaults)
     fields.read |= {"architectures", "model_type"}
     classifier = family.classifier(fields) if task == "classify" else None
-    model = family.config(fields, architecture)
-    return replace(model, generates=task == "generate", classifier=classifier)
+    found = family.config(fields, architecture)
+    shown = named[0] if named else found.architecture
+    return replace(found, architecture=shown, generates=task == "generate", classifier=classifier)

@@ -86,9 +86,10 @@ class Sizes:
     vocab: int
 
 
-def read_sizes(fields: Fields) -> Sizes:
-    """The sizes of a configuration."""
-    n_layers = fields.integer("num_hidden_layers", 1, 4096)
+def read_sizes(fields: Fields, n_layers: int | None = None) -> Sizes:
+    """The sizes of a configuration; `n_layers` is given where num_hidden_layers does not count."""
+    if n_layers is None:
+        n_layers = fields.integer("num_hidden_layers", 1, 4096)
     hidden = fields.integer("hidden_size", 1, 2**20)
     n_heads = fields.integer("num_attention_heads", 1, 2**16)
     n_kv_heads = fields.integer("num_key_value_heads", 1, 2**16, default=n_heads)
@@ -155,18 +156,18 @@ def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleave
     return read_rotary(fields, sizes, dim, interleaved)
 
 
-def read_layer_types(fields: Fields, n_layers: int, *supported: str) -> Sequence[str] | None:
+def read_layer_types(
+    fields: Fields, n_layers: int, *supported: str, key: str = "layer_types"
+) -> Sequence[str] | None:
     """The names in layer_types, one for each layer; None if the key is absent."""
-    types = fields.raw("layer_types")
+    types = fields.raw(key)
     if types is None:
         return None
     if not isinstance(types, list) or len(types) != n_layers:
-        raise fields.fail("layer_types", f"but must be a list of {n_layers} names, one per layer")
+        raise fields.fail(key, f"but must be a list of {n_layers} names, one per layer")
     unknown = [kind for kind in types if kind not in supported]
     if unknown:
-        raise ModelError(
-            f"{fields.name}: layer type {str(unknown[0])[:60]!r} in layer_types is not supported."
-        )
+        raise ModelError(f"{fields.name}: layer type {str(unknown[0])[:60]!r} in {key} is not supported.")
     return types
 
 

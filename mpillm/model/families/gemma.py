@@ -55,7 +55,12 @@ class Gemma(Family):
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
-        _GEMMA3: {**_USUAL, "max_position_embeddings": 131072, "rope_theta": 1e6},
+        _GEMMA3: {
+            **_USUAL,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:

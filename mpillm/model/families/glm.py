@@ -28,6 +28,7 @@ class Glm(Family):
     """Dense layers have norms before and after; a mixture's router is a sigmoid with a correction, and has groups."""
 
     architectures = {_DENSE: "glm4", _MIXTURE: "glm4_moe"}
+    model_types = {"glm4v_text": _DENSE, "glm4v_moe_text": _MIXTURE}
     names = Names(hf={"layers.{l}.mlp.gate_up_proj.weight": ("gate", "up")})
     defaults = {
         _DENSE: {

@@ -35,7 +35,7 @@ from mpillm.weights.names import Names
 _DENSE, _MIXTURE, _SHARED = "GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"
 _USUAL = {"max_position_embeddings": 2048, **SMALL_BOS}
 _EXPERTS = {**_USUAL, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0}
-_MULTIPLIERS = "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"
+MULTIPLIERS = "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"
 _SCALES = "attention.scale", "residual_scale", "embedding_scale", "logit_scale"  # the same in GGUF files
 
 
@@ -63,7 +63,7 @@ class Granite(Family):
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias = fields.flag("attention_bias")
         scale, residual, embedding, logits = (
-            fields.number(key, 1e-9, 1e9, default=1.0) for key in _MULTIPLIERS
+            fields.number(key, 1e-9, 1e9, default=1.0) for key in MULTIPLIERS
         )
         mlp: MlpSpec | ExpertsSpec
         if architecture == _DENSE:
@@ -97,5 +97,5 @@ class Granite(Family):
         scales = (fields.number(name, 0.0) for name in _SCALES)
         return usual_config(fields, shape_of) | {
             "architectures": [_DENSE],
-            **{key: scale for key, scale in zip(_MULTIPLIERS, scales, strict=True) if scale},
+            **{key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale},
         }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
@@ -38,14 +38,22 @@ from mpillm.weights.names import Key, Names
 
 _USUAL = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 _QWEN2, _QWEN3, _MIXTURE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
-_QWEN2_MIXTURE = "Qwen2MoeForCausalLM"
+_QWEN2_MIXTURE, _VL_MIXTURE = "Qwen2MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"
+_EXPERTS = "layers.{{l}}.mlp.experts.{}_proj"
 
 
 class Qwen(Family):
     """Llama with biases on q, k and v (Qwen 2), or with norms of each head's q and k (Qwen 3)."""
 
     architectures = {_QWEN2: "qwen2", _QWEN3: "qwen3", _MIXTURE: "qwen3_moe", _QWEN2_MIXTURE: "qwen2_moe"}
-    gguf = ("qwen2", "qwen3", "qwen3moe", "qwen2moe")
+    model_types: ClassVar[Mapping[str, str]] = {
+        "qwen2_vl": _QWEN2,
+        "qwen2_vl_text": _QWEN2,
+        "qwen2_5_vl": _QWEN2,
+        "qwen2_5_vl_text": _QWEN2,
+        "qwen3_vl_text": _QWEN3,
+    }
+    gguf: ClassVar[tuple[str, ...]] = ("qwen2", "qwen3", "qwen3moe", "qwen2moe")
     names = Names(
         hf={
             "layers.{l}.mlp.shared_expert.gate_proj.weight": ("shared_gate",),
@@ -132,6 +140,22 @@ class Qwen(Family):
             "mlp_only_layers": [layer for layer in layers if shape_of(Key("router", layer)) is None],
             "decoder_sparse_step": 1,
         }
+
+
+class QwenVlMixture(Qwen):
+    """The text part of Qwen3-VL with experts, whose matrices lie transposed."""
+
+    architectures = {_VL_MIXTURE: "qwen3_vl_moe_text"}
+    model_types = {}
+    gguf = ()
+    names = Names(
+        hf_stacked={_EXPERTS.format("gate_up"): ("gate", "up"), _EXPERTS.format("down"): ("down",)},
+        hf_transposed=frozenset(_EXPERTS.format(name) for name in ("gate_up", "down")),
+    )
+    defaults = {_VL_MIXTURE: Qwen.defaults[_MIXTURE]}
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        return super().config(fields, _MIXTURE)
 
 
 def _windows(fields: Fields, architecture: str, n_layers: int) -> tuple[int, ...]:

@@ -30,8 +30,7 @@ from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_exper
 from mpillm.weights.names import Key, Names, RowGroups
 
 _NEXT = "Qwen3NextForCausalLM"
-_DENSE, _DENSE_VISION = "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"
-_MIXTURE, _MIXTURE_VISION = "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"
+_DENSE, _MIXTURE = "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
 _Q = ("q", "q_gate")
@@ -72,10 +71,9 @@ class QwenNext(Family):
     architectures = {
         _NEXT: "qwen3_next",
         _DENSE: "qwen3_5_text",
-        _DENSE_VISION: "qwen3_5",
         _MIXTURE: "qwen3_5_moe_text",
-        _MIXTURE_VISION: "qwen3_5_moe",
     }
+    model_types = {"qwen3_5": _DENSE, "qwen3_5_moe": _MIXTURE}
     gguf = ("qwen3next", "qwen35", "qwen35moe")
     names = Names(
         hf={
@@ -96,14 +94,11 @@ class QwenNext(Family):
             "blk.{l}.ssm_conv1d.weight": _CONVS,
             "blk.{l}.post_attention_norm.weight": ("ffn_norm",),
         },
-        hf_prefixes=("model.language_model.", "model."),
     )
     defaults = {
         _NEXT: {**_MIXTURE_USUAL, "num_local_experts": 512, "num_experts_per_tok": 10},
         _DENSE: _DENSE_USUAL,
-        _DENSE_VISION: _DENSE_USUAL,
         _MIXTURE: _MIXTURE_USUAL,
-        _MIXTURE_VISION: _MIXTURE_USUAL,
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
@@ -228,7 +223,7 @@ def _layer_types(fields: Fields, n_layers: int) -> Sequence[str]:
 
 def _mlps(fields: Fields, architecture: str, n_layers: int) -> Callable[[int], MlpSpec | ExpertsSpec]:
     """The feed-forward part of each layer."""
-    if architecture in (_DENSE, _DENSE_VISION):
+    if architecture == _DENSE:
         dense = MlpSpec(read_width(fields))
         return lambda layer: dense
     count = read_expert_count(fields)

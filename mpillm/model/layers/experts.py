@@ -36,7 +36,7 @@ class ExpertsSpec:
     """`count` experts of `width` inner columns each, and perhaps a `shared` MLP that every token goes through.
 
     With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product. `bias`: all three
-    matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's.
+    matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's. `gated` is as in `MlpSpec`.
     """
 
     count: int
@@ -48,6 +48,7 @@ class ExpertsSpec:
     bias: bool = False
     limit: float = 0.0
     alpha: float = 1.702
+    gated: bool = True
 
     @property
     def share(self) -> float:
@@ -92,7 +93,7 @@ class ExpertsSpec:
         """A page for each expert."""
         columns = self.columns(block)
         tensors = [
-            TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns),
+            *([TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns)] if self.gated else []),
             TensorSpec(Key("up", layer, 0), (self.width, hidden), columns),
             TensorSpec(Key("down", layer, 0), (hidden, self.width), cols=columns),
         ]
@@ -177,7 +178,8 @@ class ExpertsSpec:
         """What makes the kernels' expert of a page; the bias of its output is added by the first shard."""
 
         def make(page: Page) -> kernels.Expert:
-            matrices = (page.matrix(role) for role in ("gate", "up", "down"))
+            gate = page.matrix("gate") if self.gated else None
+            matrices = gate, page.matrix("up"), page.matrix("down")
             if not self.bias:
                 return kernels.Expert(*matrices)
             return kernels.Expert(

@@ -18,6 +18,7 @@ from mpillm.model.cache_spec import LayerCache, SequenceState
 from mpillm.model.kv import LayerCacheView
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.recurrent import convolutions, recur, taps_first
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.names import Key
@@ -72,13 +73,8 @@ class GatedDeltaSpec:
             ("delta_alpha", self.n_heads, each),
         ):
             yield TensorSpec(Key(role, layer), (width, hidden), rows)
-        for role, width, rows in (
-            ("delta_q_conv", wide, keys),
-            ("delta_k_conv", wide, keys),
-            ("delta_v_conv", narrow, values),
-        ):
-            entries = rows and Axis(rows.bounds, rows.width * self.taps)
-            yield TensorSpec(Key(role, layer), (width * self.taps,), entries)
+        convs = [("delta_q_conv", wide, keys), ("delta_k_conv", wide, keys), ("delta_v_conv", narrow, values)]
+        yield from convolutions(layer, self.taps, convs)
         yield TensorSpec(Key("delta_rates", layer), (self.n_heads,), each)
         yield TensorSpec(Key("delta_dt_bias", layer), (self.n_heads,), each)
         yield from self.out_norm.tensors("delta_norm", layer, self.dv)
@@ -107,15 +103,7 @@ class GatedDeltaSpec:
         cache: LayerCacheView,
     ) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
-
-        def make() -> kernels.GatedDeltaNet:
-            return self.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
-
-        states, part = cache.states, np.empty_like(x)
-        work = rank.kept(make, "gated delta", layer)
-        rank.compute(work, x, states, step.batch.first_rows, step.batch.slots, part)
-        rank.group.all_reduce(part)
-        return part, None
+        return recur(self, rank, layer, page, norm, x, step, cache)
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int
@@ -129,9 +117,6 @@ class GatedDeltaSpec:
         q, k, v, gate, beta, alpha, out = (
             page.matrix(f"delta_{name}") for name in ("q", "k", "v", "gate", "beta", "alpha", "out")
         )
-        convs = [
-            np.ascontiguousarray(page.vector(f"delta_{name}_conv").reshape(-1, self.taps).T) for name in "qkv"
-        ]
         return kernels.GatedDeltaNet(
             q,
             k,
@@ -140,7 +125,7 @@ class GatedDeltaSpec:
             beta,
             alpha,
             out,
-            (convs[0], convs[1], convs[2]),
+            tuple(taps_first(page, f"delta_{name}_conv", self.taps) for name in "qkv"),
             -lanes.exp(stored) if self.log_rates else stored,
             page.vector("delta_dt_bias"),
             key_of_head,

@@ -23,7 +23,7 @@ from mpillm.weights.page import Page
 class MlpSpec:
     """down(f(gate(x)) * up(x)), or without a gate down(f(up(x))), of `width` inner columns; f is the `activation`.
 
-    `prefix` stands before the names of its roles.
+    `prefix` stands before the names of its roles. `alpha` is SILU_SCALED's.
     """
 
     width: int
@@ -31,6 +31,7 @@ class MlpSpec:
     gated: bool = True
     bias: bool = False
     prefix: str = ""
+    alpha: float = 1.702
 
     @property
     def pages(self) -> tuple[str, ...]:
@@ -129,6 +130,7 @@ class MlpSpec:
             pages[UP].matrix(up),
             pages[DOWN].matrix(self.prefix + DOWN),
             activation=self.activation,
+            alpha=self.alpha,
             norm=norm,
             biases=biases,
         )
@@ -151,5 +153,5 @@ class MlpSpec:
                     inputs[-1] += page.vector(f"{self.prefix}{name}_bias")
         with rank.page(layer, DOWN) as page:
             first, factor = (inputs[0], inputs[1]) if self.gated else (inputs[0], None)
-            kernels.activate(self.activation, first, factor, first, rank.threads)
+            kernels.activate(self.activation, first, factor, first, rank.threads, alpha=self.alpha)
             return rank.times(first, page, self.prefix + DOWN)

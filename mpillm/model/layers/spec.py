@@ -16,50 +16,63 @@ from mpillm.weights.inventory import ATTENTION, PageSpec, TensorSpec
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """x += residual_scale * mixer(x), then x += residual_scale * mlp(x), each with the norms around it.
+    """x += residual_scale * mixer(x), then x += residual_scale * mlp_scale * mlp(x), each with the norms around it.
 
     `parallel`: both are of what the mixer's norm makes of x before either is added, and the MLP has no norm before it.
+    A layer may have only one of the two; without a mixer it is `parallel`.
     """
 
-    mixer: Mixer
-    mlp: MlpSpec | ExpertsSpec
+    mixer: Mixer | None
+    mlp: MlpSpec | ExpertsSpec | None
     mixer_norms: Norms
     mlp_norms: Norms
     residual_scale: float = 1.0
     parallel: bool = False
+    mlp_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.mixer or (self.mlp and self.parallel), self
+
+    @property
+    def parts(self) -> tuple[Mixer | MlpSpec | ExpertsSpec, ...]:
+        """Its mixer and its MLP, or the one that it has."""
+        return tuple(part for part in (self.mixer, self.mlp) if part)
 
     @property
     def fused(self) -> bool:
         """Whether it may be part of a `kernels.LayerStack`."""
-        return self.mixer.fused and self.mlp.fused and not self.parallel
+        return len(self.parts) == 2 and all(part.fused for part in self.parts) and not self.parallel
 
     def axes(self, block: int) -> Iterator[Axis]:
         """The axes that limit the number of shards."""
-        yield from self.mixer.axes(block)
-        yield from self.mlp.axes(block)
+        for part in self.parts:
+            yield from part.axes(block)
 
     def pages(self, layer: int, hidden: int, block: int) -> Iterator[PageSpec]:
         """The pages that every step uses. The first one has the mixer, all norms, and what chooses experts."""
         yield PageSpec(ATTENTION, tuple(self._first_page(layer, hidden, block)), layer)
-        for name in self.mlp.pages:
-            yield PageSpec(name, tuple(self.mlp.tensors(name, layer, hidden, block)), layer)
+        if self.mlp:
+            for name in self.mlp.pages:
+                yield PageSpec(name, tuple(self.mlp.tensors(name, layer, hidden, block)), layer)
 
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
         """The pages of experts."""
-        return self.mlp.experts(layer, hidden, block)
+        return self.mlp.experts(layer, hidden, block) if self.mlp else ()
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What the layer keeps of a sequence on the rank at `place`."""
-        return self.mixer.cache(place, block)
+        return self.mixer.cache(place, block) if self.mixer else ()
 
     def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
         if self.mixer_norms.before:
             yield from self.mixer_norms.before.tensors("attn_norm", layer, hidden)
-        yield from self.mixer.tensors(layer, hidden, block)
+        if self.mixer:
+            yield from self.mixer.tensors(layer, hidden, block)
         if self.mixer_norms.after:
             yield from self.mixer_norms.after.tensors("attn_post_norm", layer, hidden)
         if self.mlp_norms.before:
             yield from self.mlp_norms.before.tensors("ffn_norm", layer, hidden)
-        yield from self.mlp.first_page(layer, hidden)
+        if self.mlp:
+            yield from self.mlp.first_page(layer, hidden)
         if self.mlp_norms.after:
             yield from self.mlp_norms.after.tensors("ffn_post_norm", layer, hidden)

@@ -125,8 +125,8 @@ def _literal(node: ast.expr) -> Any:
 
 def _written(tool: Tool, lark: Lark) -> str:
     """The expression of a call: its arguments in the schema's order, but a required one first, if there is one."""
-    properties = tool.parameters.get("properties") or {}
-    required = [key for key in properties if key in tool.parameters.get("required", ())]
+    properties = tool.properties
+    required = [key for key in properties if key in tool.required]
     keys = [*required[:1], *(key for key in properties if key not in required[:1])]
     shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
 

@@ -18,6 +18,18 @@ class Tool:
     parameters: Mapping[str, Any]
     strict: bool = False
 
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """The schemas of its arguments by name, as far as `parameters` has them in this form."""
+        found = self.parameters.get("properties")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def required(self) -> list[Any]:
+        """The arguments that a call must have."""
+        found = self.parameters.get("required")
+        return found if isinstance(found, list) else []
+
 
 @dataclass(frozen=True)
 class Call:

@@ -41,8 +41,9 @@ class Tags(Framed):
         rest = body[head.end() :].strip()
         if stop < 0 and not (final and rest.endswith(self.stop)):
             return None
-        schema = next((tool.parameters for tool in tools if tool.name == head[1]), {})
-        call = call_of(head[1], {key: read_value(key, value, schema) for key, value in self._arguments(rest)})
+        schemas = next((tool.properties for tool in tools if tool.name == head[1]), {})
+        arguments = {key: read_value(value, schemas.get(key)) for key, value in self._arguments(rest)}
+        call = call_of(head[1], arguments)
         return None if call is None else ([call], len(text) if stop < 0 else stop + len(self.end))
 
     def _arguments(self, text: str) -> Iterator[tuple[str, str]]:
@@ -54,9 +55,9 @@ class Tags(Framed):
     def write(self, tool: Tool, lark: Lark) -> str:
         schema, parts = tool.parameters, [lark.literal(f"{tool.name}{self.named}\n")]
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        for key, wanted in (schema.get("properties") or {}).items():
+        for key, wanted in tool.properties.items():
             part = self._argument(key, wanted, shared, tool.strict, lark)
-            parts.append(part if key in schema.get("required", ()) else f"({part})?")
+            parts.append(part if key in tool.required else f"({part})?")
         return " ".join(parts)
 
     def _argument(self, key: str, schema: Any, shared: Mapping[str, Any], strict: bool, lark: Lark) -> str:
@@ -64,7 +65,7 @@ class Tags(Framed):
         head = lark.literal(f"{self.key}{key}{self.value}{line}")
         if types_of(schema) != {"string"}:
             value = lark.schema({**shared, **schema} if isinstance(schema, dict) else schema, strict)
-        elif "enum" in schema:
+        elif isinstance(schema.get("enum"), list):
             value = lark.rule(" | ".join(map(json.dumps, schema["enum"])))
         else:
             return f"{head} {lark.until(line + self.stop)} {lark.literal(chr(10))}"
@@ -75,18 +76,20 @@ def types_of(schema: Any) -> set[str]:
     """The types that a schema names; empty if it names none."""
     if not isinstance(schema, dict):
         return set()
-    named = schema.get("type", ())
-    found = {named} if isinstance(named, str) else set(named)
+    named = schema.get("type")
+    found = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
     for key in ("anyOf", "oneOf"):
-        found = found.union(*map(types_of, schema.get(key) or ()))
-    if not found and "enum" in schema and all(isinstance(value, str) for value in schema["enum"]):
+        if isinstance(others := schema.get(key), list):
+            found = found.union(*map(types_of, others))
+    values = schema.get("enum")
+    if not found and isinstance(values, list) and all(isinstance(value, str) for value in values):
         return {"string"}
     return found
 
 
-def read_value(key: str, text: str, schema: Mapping[str, Any]) -> Any:
+def read_value(text: str, schema: Any) -> Any:
     """An argument's value: a string where its schema has only strings, else what it is in JSON, or the string."""
-    types = types_of((schema.get("properties") or {}).get(key))
+    types = types_of(schema)
     if types == {"string"}:
         return text
     found = decode_json(text, 0)

@@ -121,13 +121,13 @@ def usual_config(
         "hidden_size": hidden,
         "num_hidden_layers": fields.integer("block_count") - fields.integer("nextn_predict_layers", 0),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.of_some_layers("attention.head_count_kv", heads),
         "vocab_size": embed[0],
         "max_position_embeddings": fields.integer("context_length"),
         eps[1]: fields.number(f"attention.{eps[0]}"),
         "hidden_act": "silu",
         "tie_word_embeddings": shape_of(Key("head")) is None,
-        "intermediate_size": fields.integer("feed_forward_length", 0 if partial else None),
+        "intermediate_size": fields.of_some_layers("feed_forward_length", 0 if partial else None),
         **(_head_dim(fields, hidden // heads, partial) if head_dim is None else {"head_dim": head_dim}),
         **_tokens(fields.metadata),
     }
@@ -197,6 +197,16 @@ class GgufFields:
         if type(value) is not int:
             raise self._wrong(name, value, "one whole number")
         return value
+
+    def of_some_layers(self, name: str, default: int | None = None) -> int:
+        """One whole number, or a list with it for each layer, and 0 for those layers that have no such thing."""
+        value = self.raw(name)
+        if not isinstance(value, list):
+            return self.integer(name, default)
+        found = {item for item in value if item != 0}
+        if len(found) != 1 or type(next(iter(found))) is not int:
+            raise self._wrong(name, value, "one whole number, or that and zeros")
+        return int(found.pop())
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._given(name, default)

@@ -25,7 +25,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 64 * 2**20
 # What the outer configuration of a model with several parts says of all of them.
-OF_ALL = ("architectures", "model_type", "tie_word_embeddings", "quantization_config")
+OF_ALL = ("architectures", "tie_word_embeddings", "quantization_config")
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
 
@@ -59,7 +59,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """What config.json and generation_config.json say, and which of them there are."""
-    config = _of_text(read_json(path / "config.json"))
+    config = of_text(read_json(path / "config.json"))
     generation = path / "generation_config.json"
     if not os.path.exists(generation):
         return config, (path / "config.json",)
@@ -70,13 +70,16 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     return config, (path / "config.json", generation)
 
 
-def _of_text(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the text model in one that has others beside it, for images or sounds."""
+def of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the text model in one that has others beside it, for images or sounds.
+
+    Its architecture is the outer one, its model_type that of the text model.
+    """
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if key in OF_ALL and value is not None}
-    return {**text, **outer}
+    return {"model_type": config.get("model_type"), **text, **outer}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, groups: names.R
         raise ModelError(
             f"{raw.file.path}: tensor {raw.name} has dtype {raw.dtype}; F32, F16 and BF16 are supported."
         )
-    if parsed.in_turn and len(raw.shape) > 1:
+    if parsed.transposed and len(raw.shape) > 1:
         recipe = Plain(raw) if names.ROLES[parsed.roles[0]].ndim == 1 else Transposed(raw)
         _add_made(extents, raw.name, recipe, own, groups)
         return

@@ -1,0 +1,65 @@
+"""Token mixers beside each other: what they make of the same rows is added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillm.model.batch import Step
+from mpillm.model.cache_spec import LayerCache
+from mpillm.model.kv import LayerCacheView
+from mpillm.model.layers.mixer import Mixer
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.partition.grid import Axis, Place
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.page import Page
+
+
+@dataclass(frozen=True)
+class BesideSpec:
+    """The sum of what `mixers` make, each times its scale; at most one keeps tokens, and one a state (Falcon-H1)."""
+
+    mixers: tuple[tuple[Mixer, float], ...]
+
+    fused = False
+
+    def axes(self, block: int) -> tuple[Axis, ...]:
+        """The axes that limit the number of shards; `block` as in `grid.axis`."""
+        return tuple(axis for mixer, _ in self.mixers for axis in mixer.axes(block))
+
+    def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
+        """The tensors of all in a layer, in the order in which they lie in a page."""
+        for mixer, _ in self.mixers:
+            yield from mixer.tensors(layer, hidden, block)
+
+    def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
+        """What a layer keeps of a sequence on the rank at `place`."""
+        return tuple(kept for mixer, _ in self.mixers for kept in mixer.cache(place, block))
+
+    def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
+        """Bytes that a row takes at most: the widest mixer's, and the sum."""
+        return 4 * hidden + max(mixer.row_nbytes(place, block, hidden, copied) for mixer, _ in self.mixers)
+
+    def compute(
+        self,
+        rank: Rank,
+        layer: int,
+        page: Page,
+        norm: NormSpec | None,
+        x: Floats,
+        step: Step,
+        cache: LayerCacheView,
+    ) -> tuple[Floats, None]:
+        """What all shards make of x [m, hidden]; there is no bias still to be added."""
+        total = np.zeros_like(x)
+        for mixer, scale in self.mixers:
+            part, bias = mixer.compute(rank, layer, page, norm, x, step, cache)
+            if bias is not None:
+                part += bias
+            if scale != 1.0:
+                part *= np.float32(scale)
+            total += part
+        return total, None

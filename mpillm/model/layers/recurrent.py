@@ -1,0 +1,62 @@
+"""What token mixers with a state for each sequence have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.model.batch import Step
+from mpillm.model.kv import LayerCacheView
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.partition.grid import Axis, Place
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.names import Key
+from mpillm.weights.page import Page
+
+
+class _Recurrent(Protocol):
+    """A mixer whose kernel takes each sequence's rows through its state in their order."""
+
+    def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> Any:
+        """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
+
+
+def recur(
+    spec: _Recurrent,
+    rank: Rank,
+    layer: int,
+    page: Page,
+    norm: NormSpec | None,
+    x: Floats,
+    step: Step,
+    cache: LayerCacheView,
+    shared: bool = True,
+) -> tuple[Floats, None]:
+    """`Mixer.compute` of a mixer with states; without `shared` each shard makes the whole result."""
+
+    def make() -> Any:
+        return spec.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
+
+    part, work = np.empty_like(x), rank.kept(make, "recurrent", layer)
+    rank.compute(work, x, cache.states, step.batch.first_rows, step.batch.slots, part)
+    if shared:
+        rank.group.all_reduce(part)
+    return part, None
+
+
+def convolutions(
+    layer: int, taps: int, parts: Sequence[tuple[str, int, Axis | None]]
+) -> Iterator[TensorSpec]:
+    """The tensors of short convolutions: a role, the channels, and the axis that shards share, of each."""
+    for role, channels, rows in parts:
+        entries = rows and Axis(rows.bounds, rows.width * taps, rows.share)
+        yield TensorSpec(Key(role, layer), (channels * taps,), entries)
+
+
+def taps_first(page: Page, role: str, taps: int) -> Floats:
+    """A convolution [taps, channels] of a loaded page."""
+    return np.ascontiguousarray(page.vector(role).reshape(-1, taps).T)

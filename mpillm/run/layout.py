@@ -1,0 +1,145 @@
+"""Which replicas, stages and shards a job gets where it leaves that open: as many replicas as its hosts can hold.
+
+Replicas work on different requests and hardly talk, so they are faster than the same hosts as one pipeline: each of N
+stages waits for N - 1 messages a token, and computes with only a share of the sequences at a time. Within a host a
+second replica gains nothing, because its weights are read from the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from mpillm.errors import LayoutError
+from mpillm.model.config import ModelConfig
+from mpillm.partition import replicas
+from mpillm.partition.grid import Auto
+from mpillm.partition.replicas import Replicas
+from mpillm.run.rank_plan import RankPlan, replica_plan
+from mpillm.spec import Spec, shown_bytes
+from mpillm.weights.source import Source
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank."""
+
+    ranks_per_host: Sequence[int]
+    free: Sequence[int]
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self.free)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A layout, and in a sentence why there are as many replicas."""
+
+    replicas: Replicas
+    reason: str
+
+
+def choose(
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    machines: Machines,
+    count: int | Auto,
+    requests: int | None = None,
+    shards: int | None = None,
+) -> Chosen:
+    """Lay `count` replicas out on all ranks; LayoutError if that is impossible.
+
+    `requests` is their number, None if it is not known. So many shards as `shards` are taken where the job leaves it
+    open and they work.
+    """
+    if shards is not None and spec.layout.shards == "auto":
+        with suppress(LayoutError):
+            return _choose(spec, source, config, machines, count, requests, shards)
+    return _choose(spec, source, config, machines, count, requests, spec.layout.shards)
+
+
+def _choose(
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    machines: Machines,
+    count: int | Auto,
+    requests: int | None,
+    shards: int | Auto,
+) -> Chosen:
+    stages, hosts = spec.layout.stages, machines.ranks_per_host
+    if count != "auto":
+        found = replicas.choose(config, machines.ranks, count, stages, shards, hosts)
+        _refuse_unlike(spec, found)
+        return Chosen(found, "layout.replicas says so")
+    try:
+        one = replicas.choose(config, machines.ranks, 1, stages, shards, hosts)
+    except LayoutError as error:  # there may be more ranks than one copy of the model can be cut into
+        several, reason = _most(spec, source, config, machines, requests, shards)
+        if several is None:
+            raise error
+        return Chosen(several, reason)
+    if len(hosts) == 1:
+        return Chosen(one, "all ranks are on one host, whose memory one copy of the model uses best")
+    if spec.wire.between_stages != "f32":
+        return Chosen(one, "answers depend on the number of stages (wire.between_stages)")
+    several, reason = _most(spec, source, config, machines, requests, one[0].shards)
+    return Chosen(several or one, reason)
+
+
+def _most(
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    machines: Machines,
+    requests: int | None,
+    shards: int | Auto,
+) -> tuple[Replicas | None, str]:
+    """As many replicas of at least a host each as there are requests for and memory suffices for, and why."""
+    hosts = len(machines.ranks_per_host)
+    most = hosts if requests is None else min(hosts, requests)
+    refusal = "there are no more requests" if most < hosts else ""
+    for number in range(most, 1, -1):
+        with suppress(LayoutError):
+            found = replicas.choose(
+                config, machines.ranks, number, spec.layout.stages, shards, machines.ranks_per_host
+            )
+            too_much = _too_much(spec, source, config, machines, found)
+            if too_much is None:
+                return found, f"each holds the whole model in memory{refusal and f'; {refusal}'}"
+            refusal = f"with {number} {too_much}"
+    return None, refusal or "layout.stages and layout.shards leave no other choice"
+
+
+def _refuse_unlike(spec: Spec, found: Replicas) -> None:
+    """LayoutError if answers would depend on which replica gives them."""
+    if spec.wire.between_stages != "f32" and len({replica.stages for replica in found}) > 1:
+        raise LayoutError(
+            f"{found[-1].ranks.stop} ranks as {len(found)} replicas have different numbers of stages, on which answers "
+            'depend with wire.between_stages = "q8_0"; set it to "f32", or change layout.replicas.'
+        )
+
+
+def _too_much(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas
+) -> str | None:
+    """Why these replicas do not hold the whole model in memory; None if they do."""
+    plans: dict[tuple[bool, int, int], Sequence[RankPlan]] = {}
+    for number, replica in enumerate(found):
+        key = (number == 0, replica.stages, replica.shards)  # the first one has the input as well
+        if key not in plans:
+            plan = replica_plan(spec, source, config, number, replica)
+            if 0 < plan.cached_tokens < plan.max_context:
+                return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
+            plans[key] = plan.ranks
+        for rank, planned in zip(replica.ranks, plans[key], strict=True):
+            if planned.weights_streamed:
+                return "some rank would read weights from disk in each step (memory.weights)"
+            if planned.held > machines.free[rank]:
+                free = shown_bytes(machines.free[rank])
+                return f"rank {rank} would hold {shown_bytes(planned.held)}, and {free} are free"
+    return None

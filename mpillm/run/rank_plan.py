@@ -1,0 +1,156 @@
+"""What each rank of a replica will hold, by the model's headers: known before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from mpillm.model.activations import activations_of
+from mpillm.model.cache_layout import CacheLayout, rank_layouts
+from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
+from mpillm.partition.grid import Place
+from mpillm.partition.replicas import Replica
+from mpillm.run import memory
+from mpillm.run.input_memory import input_bytes
+from mpillm.run.limits import (
+    CacheCapacity,
+    StepSize,
+    cache_capacity,
+    cache_in_file,
+    cache_in_memory,
+    cached_tokens,
+    step_size,
+)
+from mpillm.spec import Spec, shown_bytes
+from mpillm.weights.paging.weights import minimum_budget, streamed
+from mpillm.weights.plan import PagePlan
+from mpillm.weights.source import Source, rank_plans
+
+
+class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank will hold. Bytes."""
+
+    rank: int
+    replica: int
+    stage: int
+    shard: int
+    layers: tuple[int, int]  # first, and the one behind the last
+    weights_share: int  # all that it is responsible for
+    weights_held: int  # at most
+    weights_minimum: int  # the smallest memory.weights that works here
+    weights_streamed: int  # read anew for every step
+    kv_token: int  # for each token in the cache
+    kv_state: int  # for each sequence, however long
+    kv_held: int  # at most
+    kv_in_file: int  # on disk, at most
+    activations: int  # of a step's rows, at most
+    process: int  # Python, MPI, libraries, tokenizer, at most
+
+    @property
+    def held(self) -> int:
+        """All of it together."""
+        return self.weights_held + self.kv_held + self.activations + self.process
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """What the ranks of a replica will hold."""
+
+    caches: list[CacheLayout]
+    step: StepSize
+    capacity: CacheCapacity
+    max_context: int
+    ranks: list[RankPlan]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the KV cache holds in sequences of `max_context` tokens; 0 if the model keeps none."""
+        return cached_tokens(self.capacity.blocks, self.caches[0].windows, self.max_context)
+
+
+def replica_plan(
+    spec: Spec, source: Source, config: ModelConfig, number: int, replica: Replica
+) -> ReplicaPlan:
+    places = replica.places
+    caches = rank_layouts(config, places, spec.memory.kv_type)
+    pages = [rank_plans(config, place, source) for place in places]
+    shares = [_weights(spec, own) for own in pages]
+    read = [share["streamed"] for share in shares]
+    rows = activations_of(source, config)
+    step = step_size(spec, rows, places, any(read))
+    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages)
+    kept = 0 if number else input_bytes(spec, config.hidden, step.sequences * replica.stages)
+    plans = [
+        _rank(
+            spec,
+            config,
+            number,
+            place,
+            cache,
+            capacity,
+            share,
+            memory.activations(rows, place, step.tokens),
+            memory.process(source, config, place, len(own), kept),
+        )
+        for place, own, cache, share in zip(places, pages, caches, shares, strict=True)
+    ]
+    return ReplicaPlan(caches, step, capacity, min(spec.memory.max_context, config.max_position), plans)
+
+
+def problems(spec: Spec, replica: ReplicaPlan) -> Iterator[str]:
+    """A sentence for each thing that keeps a replica from running."""
+    budget = spec.memory.weights_bytes
+    minimum = max(rank.weights_minimum for rank in replica.ranks)
+    if budget is not None and budget < minimum:
+        yield (
+            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {minimum} bytes "
+            f"({shown_bytes(minimum)}) for two neighbouring pages; raise it or use more shards."
+        )
+    if problem := replica.capacity.problem(spec, replica.caches):
+        yield problem
+
+
+def _weights(spec: Spec, pages: Sequence[PagePlan]) -> dict[str, int]:
+    share = sum(page.nbytes for page in pages)
+    minimum = minimum_budget(pages)
+    budget = spec.memory.weights_bytes
+    return {
+        "share": share,
+        "held": share if budget is None else min(budget, share),
+        "minimum": minimum,
+        "streamed": streamed(pages, budget, spec.memory.policy),
+    }
+
+
+def _rank(
+    spec: Spec,
+    config: ModelConfig,
+    replica: int,
+    place: Place,
+    cache: CacheLayout,
+    capacity: CacheCapacity,
+    weights: dict[str, int],
+    activations: int,
+    process: int,
+) -> RankPlan:
+    layers = grid.stage_layers(config.n_layers, place)
+    return RankPlan(
+        rank=place.first + place.rank,
+        replica=replica,
+        stage=place.stage,
+        shard=place.shard,
+        layers=(layers.start, layers.stop),
+        weights_share=weights["share"],
+        weights_held=weights["held"],
+        weights_minimum=weights["minimum"],
+        weights_streamed=weights["streamed"],
+        kv_token=cache.token_nbytes,
+        kv_state=cache.state_nbytes,
+        kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.states),
+        kv_in_file=cache_in_file(spec, cache, capacity.blocks, capacity.states),
+        activations=activations,
+        process=process,
+    )
