@@ -16,12 +16,13 @@ from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
 from mpillm.batch.order import Order
+from mpillm.batch.rows import MAX_LINE, ROW_ERROR
+from mpillm.batch.template import Template
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
-MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
 MAX_ERROR = 400  # characters of what is wrong with a line: all of them stay in memory
 MAX_MODELS = 16  # names of models that are told apart
 PROGRESS_LINES = 256
@@ -38,6 +39,7 @@ class CheckedInput:
     lines: list[Line] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
     order: Order = field(default_factory=Order)  # in which to compute the lines
+    unit: str = "Line"  # what messages call a line
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -89,7 +91,7 @@ class CheckedInput:
             return self._content(file, line)
 
     def _work(self, file: BinaryIO, line: Line) -> Work:
-        return make_work(line, bodies.decode_line(self._content(file, line)), self.spec, self.model)
+        return make_work(line, read_line(self._content(file, line), self.spec), self.spec, self.model)
 
     def _content(self, file: BinaryIO, line: Line) -> bytes:
         file.seek(line.offset)
@@ -100,13 +102,17 @@ class CheckedInput:
 
 
 def check(
-    path: Path, spec: Spec, model: Model, progress: Callable[[int], None] | None = None
+    path: Path,
+    spec: Spec,
+    model: Model,
+    progress: Callable[[int], None] | None = None,
+    unit: str = "Line",
 ) -> CheckedInput:
     """Read and check every line; JobError if the input as a whole cannot be used.
 
-    `progress` is told the bytes read so far, now and then.
+    `progress` is told the bytes read so far, now and then. `unit` is what messages call a line.
     """
-    batch = CheckedInput(path, spec, model)
+    batch = CheckedInput(path, spec, model, unit=unit)
     named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
     with _opened(path) as file:
         for number, offset, raw in _raw_lines(file):
@@ -123,6 +129,14 @@ def check(
     return batch
 
 
+def read_line(raw: bytes, spec: Spec) -> dict[str, Any]:
+    """The request of a line, or what the job asks of the row that it holds; RequestError if there is none."""
+    row = bodies.decode_line(raw)
+    if ROW_ERROR in row:
+        raise RequestError(str(row[ROW_ERROR]))
+    return row if spec.request is None else Template(spec.request).line(row)
+
+
 def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
     """The work of a line that holds the object `content`; RequestError if it asks for nothing that can be done."""
     return work_of(line, bodies.read_body(content), spec, model)
@@ -134,7 +148,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
         bodies.refuse_repeated_keys(raw)
-        content = bodies.decode_line(raw)
+        content = read_line(raw, batch.spec)
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.setdefault(name, line.number)) != line.number:
@@ -145,7 +159,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
         said = str(problem).rstrip(".")
         said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
         batch.order.add(None)
-        return replace(line, error=f"Line {line.number}: {said}.")
+        return replace(line, error=f"{batch.unit} {line.number}: {said}.")
     batch.order.add(work)
     if (model := work.endpoint.model) is not None:
         name = model[:100]

@@ -358,7 +358,10 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the job"
     )
     parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
-    parser.add_argument("--input", help="requests, one JSON object a line")
+    parser.add_argument(
+        "--input",
+        help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
+    )
     parser.add_argument("--output", help="directory for the results")
 
 

@@ -16,8 +16,7 @@ from dataclasses import fields
 
 import msgspec
 
-from mpillm.batch import bodies
-from mpillm.batch.requests import make_work
+from mpillm.batch.requests import make_work, read_line
 from mpillm.batch.work import Line, Model
 from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.scheduler import Totals
@@ -224,7 +223,7 @@ class Assistant:
         if not self._lines:
             return None
         given = self._lines.popleft()
-        content = bodies.decode_line(given.content)
+        content = read_line(given.content, self._spec)
         return make_work(given.line, content, self._spec, self._model), given.partial
 
     def _more(self) -> bool:

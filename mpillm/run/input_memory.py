@@ -17,7 +17,10 @@ from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
-from mpillm.batch.requests import MAX_LINE
+from mpillm.batch.rows import MAX_LINE, needs_arrow
+from mpillm.batch.template import Template
+from mpillm.errors import RequestError
+from mpillm.run import inputs
 from mpillm.spec import Spec
 
 LINE = 700  # bytes of what is kept of a line and of where its answer is, besides its name (560 measured)
@@ -25,6 +28,7 @@ NAMES = 2  # copies of a line's name
 WRITTEN = 4096  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
 PROMPT, TOKEN, LOGPROB = 56, 72, 120  # of a token, and of an alternative to it, until the answer is written
+ARROW = 128 * 2**20  # of the library that reads Parquet, and of what it reads at once (98 MiB measured)
 COPIES = 4  # of an answer on its way to the journal
 
 # While a line is checked. What the values of a line take is bounded by the characters that JSON has between them.
@@ -73,15 +77,21 @@ def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
     lines = names = checking = chat = answer = choice = largest = total = 0
     context = spec.memory.max_context
     decoder = msgspec.json.Decoder(_Line)
+    template = None if spec.request is None else Template(spec.request)
     try:
-        with Path(spec.input_path).open("rb") as file:
+        with inputs.opened(spec) as file:
             while raw := file.readline(MAX_LINE):
                 whole = raw.endswith(b"\n") or len(raw) < MAX_LINE
                 lines += whole
                 checking = max(checking, _checking(raw, context) if whole else 2 * MAX_LINE)
                 try:
+                    if template is not None:
+                        raw = msgspec.json.encode(
+                            template.line(msgspec.json.decode(raw, type=dict[str, Any]))
+                        )
+                        checking = max(checking, _checking(raw, context))
                     line = decoder.decode(raw)
-                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                except (RequestError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                     continue  # an error of that line
                 body = line.body or line
                 if body.messages:
@@ -96,7 +106,8 @@ def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
     at_once = min(total, sequences + largest)  # those that run, and those whose line is not finished
     written = min(WRITTEN * lines, WRITING)
     answers = COPIES * min(answer, MAX_ANSWER) + at_once * choice
-    return LINE * lines + names + written + max(checking, answers) + chat
+    reading = ARROW if needs_arrow(spec.input_path) else 0
+    return LINE * lines + names + written + max(checking, answers) + chat + reading
 
 
 def lines_in(path: Path) -> int | None:

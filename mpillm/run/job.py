@@ -12,6 +12,7 @@ from typing import Any
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Model
+from mpillm.run import inputs
 from mpillm.run.opened import model_of
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
@@ -93,7 +94,8 @@ def open_job(
     """Check the input and open the journal; MpillmError if either cannot be used."""
     phases, since = Phases(), began(claim)
     model = model_of(session, path, lambda: since)
-    checked = requests.check(spec.input_path, spec, model)
+    lines = inputs.lines_path(spec)
+    checked = requests.check(lines, spec, model, unit="Line" if lines == spec.input_path else "Row")
     journal = open_journal(session, spec, checked, claim)
     checked.keep_answered(journal.done)
     job = Job(spec, path, model, checked, claim, progress, journal.resumed, phases)

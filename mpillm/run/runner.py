@@ -24,7 +24,7 @@ from mpillm.engine.engine import follow
 from mpillm.engine.scheduler import Totals
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.partition.replicas import Replicas
-from mpillm.run import outcome
+from mpillm.run import inputs, outcome
 from mpillm.run.computation import Computation
 from mpillm.run.dispatch import Assistant
 from mpillm.run.job import open_job, results_differ
@@ -108,7 +108,7 @@ class _Rank:
         with ExitStack() as unless_begun, _explaining(losses):
             with world.together():
                 if world.rank == 0:
-                    _ = self.claim
+                    inputs.prepare(self.spec, self.claim)
             path = model_path(world, self.spec, self.progress)
             session = Session(
                 world, self.spec, path, origin, laid_out, self._shards_before(), replicated=True

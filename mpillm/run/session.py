@@ -24,7 +24,7 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import layout, memory
+from mpillm.run import inputs, layout, memory
 from mpillm.run.input_memory import input_bytes, lines_in
 from mpillm.run.layout import Chosen, Machines
 from mpillm.run.limits import cache_in_memory, limits
@@ -152,7 +152,7 @@ class Session:
         world, spec = self.world, self.spec
         count, requests = spec.layout.replicas, None
         if self._replicated:
-            requests = world.on_rank_0(lambda: lines_in(spec.input_path))
+            requests = world.on_rank_0(lambda: lines_in(inputs.lines_path(spec)))
         elif count not in ("auto", 1):
             raise JobError(
                 f"layout.replicas = {count} is for `mpillm run` alone; start one server for each replica."

@@ -36,6 +36,7 @@ def load(
     """
     values = _read(Path(path)) if path is not None else {}
     where = "The command line" if path is None else f"The job file {path}"
+    _take_shorthands(values, where)
     _refuse_unknown(values, where)
     if path is not None:
         _find_beside(values, Path(path).parent)
@@ -44,6 +45,7 @@ def load(
     values.update(
         {k: v for k, v in (("model", model), ("input", input), ("output", output)) if v is not None}
     )
+    _take_shorthands(values, where)
     _refuse_unknown(values, "The command line")
     for key in ("input", "output"):
         if key not in values:
@@ -53,6 +55,7 @@ def load(
 
 def checked(values: dict[str, Any], where: str) -> Spec:
     """Return the job of these tables; JobError says what is wrong, of `where`."""
+    _take_shorthands(values, where)
     _refuse_unknown(values, where)
     try:
         spec = msgspec.convert(values, Spec)
@@ -91,10 +94,20 @@ def toml(text: str) -> dict[str, Any]:
     return values
 
 
+def _take_shorthands(values: dict[str, Any], where: str) -> None:
+    """`prompt` and `messages` at the top of a job are those of `request`."""
+    for key in ("prompt", "messages"):
+        if key in values:
+            request = values.setdefault("request", {})
+            if not isinstance(request, dict) or key in request:
+                raise JobError(f"{where} has both {key} and request, which must then be a table without it.")
+            request[key] = values.pop(key)
+
+
 def _find_beside(values: dict[str, Any], folder: Path) -> None:
     """Make a job file's `input`, and a `model` that is a path, start from the job file's directory."""
     source = values.get("input")
-    if isinstance(source, str) and source:
+    if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
     model = values.get("model")
     if isinstance(model, str) and model and not model.startswith("hf:"):

@@ -205,6 +205,7 @@ class Spec(Section, frozen=True, kw_only=True):
     input: Annotated[str, Meta(min_length=1)]
     output: Annotated[str, Meta(min_length=1)]
     quantize: Quantize = "none"
+    request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
     sampling: Sampling = Sampling()
     chat: Chat = Chat()
     layout: Layout = Layout()
@@ -238,6 +239,8 @@ class Spec(Section, frozen=True, kw_only=True):
         for key in _ADDED:
             if values[key] in (None, 0.0, "auto"):
                 del values[key]
+        if self.request is not None:
+            values["request"] = self.request
         values["memory.max_context"] = self.memory.max_context
         values["memory.kv_type"] = self.memory.kv_type
         return values

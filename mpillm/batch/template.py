@@ -1,0 +1,96 @@
+"""The template of a job: what is asked of a row, with the row's columns in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from mpillm.errors import JobError, RequestError
+
+_PLACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+# Keys whose values are texts: a number that comes from a column is written out there.
+_TEXTS = frozenset({"custom_id", "prompt", "input", "content", "text", "choices"})
+
+
+class Template:
+    """The keys of a body (and `custom_id`, `url`), whose strings name columns: `"Label this: {text}"`.
+
+    Braces that name no column are doubled. A string that is nothing but a column is the column's value as it is, such
+    as a list of messages or a number.
+    """
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        """JobError if a string is no template."""
+        self._request = request
+        self.columns = frozenset(_columns(request, "request"))
+
+    def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The line of the input that a row stands for; RequestError if it lacks a column.
+
+        A row's own `custom_id` is that of its request, unless the template has another one.
+        """
+        body = {key: _filled(value, row, key) for key, value in self._request.items()}
+        name, url = body.pop("custom_id", row.get("custom_id")), body.pop("url", None)
+        if isinstance(name, int | float):
+            name = _text(name)
+        named = {} if name is None else {"custom_id": name}
+        if url is None:
+            return named | body
+        return named | {"method": "POST", "url": url, "body": body}
+
+
+def _columns(value: Any, path: str) -> Iterator[str]:
+    """The columns that strings in `value` name; `path` is what the job calls it."""
+    if isinstance(value, str):
+        for found in _PLACES.finditer(value):
+            if found[1] is not None:
+                yield found[1]
+            elif len(found[0]) == 1:
+                raise JobError(
+                    f"{path} has a {found[0]!r} that belongs to no column name; write {found[0] * 2!r} for a brace."
+                )
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _columns(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _columns(inner, f"{path}[{index}]")
+
+
+def _filled(value: Any, row: Mapping[str, Any], key: str) -> Any:
+    if isinstance(value, str):
+        whole = _PLACES.fullmatch(value)
+        if whole is not None and whole[1] is not None:
+            found = _value(row, whole[1])
+            if key not in _TEXTS or isinstance(found, list | dict):
+                return found
+        return _PLACES.sub(lambda place: _part(row, place), value)
+    if isinstance(value, Mapping):
+        return {name: _filled(inner, row, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, row, key) for inner in value]
+    return value
+
+
+def _part(row: Mapping[str, Any], place: re.Match[str]) -> str:
+    """What stands for a place in a text."""
+    if place[1] is None:
+        return place[0][0]
+    found = _value(row, place[1])
+    if found is None:
+        raise RequestError(f"the column {place[1]!r} is null")
+    return _text(found)
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        has = ", ".join(map(repr, row))[:200] or "none"
+        raise RequestError(f"the row has no column {column!r}; it has {has}")
+    return row[column]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -1,0 +1,249 @@
+"""Inputs of all forms become the same lines; what is wrong with a row is an error of that row."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import io
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from mpillm import spec
+from mpillm.batch import requests, rows
+from mpillm.batch.template import Template
+from mpillm.errors import JobError, RequestError
+from mpillm.run import inputs
+from mpillm.store.output import INPUT, Claim
+from tests.job_helpers import WITH_TEXT
+
+TEXTS = ["plain", 'with "quotes", commas', "two\nlines", "\ttab", "élan 🦜", "{braces}", "", " spaces "]
+ROWS = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS * 3)]
+
+
+def as_csv(data: list[dict[str, Any]], delimiter: str = ",") -> bytes:
+    quoted = [["id", "text"], *([row["id"], row["text"]] for row in data)]
+    lines = (delimiter.join('"' + field.replace('"', '""') + '"' for field in row) for row in quoted)
+    return "\r\n".join(lines).encode() + b"\r\n"
+
+
+def as_lines(data: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in data)
+
+
+def as_parquet(data: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(data), file, row_group_size=5)
+    return file.getvalue()
+
+
+def frames(data: bytes) -> bytes:
+    """zstd in two frames, as `cat a.zst b.zst` makes them."""
+    half = len(data) // 2
+    return b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
+
+
+FORMS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    "in.jsonl": as_lines,
+    "in.csv": as_csv,
+    "bom.CSV": lambda data: b"\xef\xbb\xbf" + as_csv(data),
+    "in.tsv": lambda data: as_csv(data, "\t"),
+    "in.parquet": as_parquet,
+    "compact.json": lambda data: json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode(),
+    "indented.json": lambda data: json.dumps(data, indent=2).encode() + b"\n",
+    "in.jsonl.gz": lambda data: gzip.compress(as_lines(data)),
+    "unnamed": lambda data: gzip.compress(as_lines(data)),
+    "in.jsonl.zst": lambda data: frames(as_lines(data)),
+    "in.csv.gz": lambda data: gzip.compress(as_csv(data)),
+    "in.json.zst": lambda data: frames(json.dumps(data).encode()),
+}
+
+
+def job(path: Path, *settings: str) -> spec.Spec:
+    return spec.load(None, settings, input=str(path), output=str(path.parent / "out"))
+
+
+def prepared(made: spec.Spec) -> list[bytes]:
+    """The lines that a run of the job reads."""
+    with Claim(made.output_path) as claim:
+        inputs.prepare(made, claim)
+    return inputs.lines_path(made).read_bytes().splitlines()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FORMS[name](ROWS))
+    made = job(path, 'request.prompt="{id}: {text}"', "request.custom_id=row {id}")
+    lines = prepared(made)
+    assert [json.loads(line) for line in lines] == ROWS
+    assert (inputs.lines_path(made) == path) is (name == "in.jsonl")
+    batch = requests.check(inputs.lines_path(made), made, WITH_TEXT)
+    assert [line.error for line in batch.lines] == [None] * len(ROWS)
+    assert [line.custom_id for line in batch.lines] == [f"row {row['id']}" for row in ROWS]
+    found = [work.endpoint.prompt for work in batch.works()]  # type: ignore[attr-defined]
+    assert found == [f"{row['id']}: {row['text']}" for row in ROWS]
+    assert prepared(made) == lines  # a run that goes on sees the same
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 16])
+def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    draw = random.Random(chunk)
+    data: list[Any] = [
+        {"n": draw.randrange(10**6), "deep": [[{}, [], "]},{"] * draw.randrange(4)], "text": "\\\"" * draw.randrange(9)}
+        for _ in range(40)
+    ] + [12345678, -1.5e-7, "a, b]", None, True, [1, [2]], {"é": "🦜"}]  # fmt: skip
+    for text in (
+        json.dumps(data),
+        json.dumps(data, indent=3, ensure_ascii=False),
+        f" [{chunk}\n] ",
+        "[]",
+        "[ ]",
+    ):
+        (tmp_path / "in.json").write_text(text)
+        file = io.BytesIO()
+        rows.write_lines(tmp_path / "in.json", file, print)
+        assert [json.loads(line) for line in file.getvalue().splitlines()] == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("in.json", b'[{"a": 1} {"a": 2}]', "a comma or the end is missing at character 11"),
+        ("in.json", b'[{"a": 1},\n{"a": ]', "an element is malformed at character 12"),
+        ("in.json", b'[{"a": 1},]', "an element is malformed at character 11"),
+        ("in.json", b'[{"a": 1}', "a comma or the end is missing at character 10"),
+        ("in.json", b'[{"a": 1}] {}', "something follows its end at character 12"),
+        ("in.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "is damaged, or not whole (gzip: "),
+        ("in.jsonl.gz", b"\x1f\x8b" + b"x" * 99, "is damaged, or not whole (gzip: "),
+        ("in.jsonl.zst", zstandard.compress(random.Random(1).randbytes(999))[:-9], "it is not whole (zstd)"),
+        ("in.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"x" * 99, "it is damaged (zstd"),
+        ("in.parquet", b"PAR1 and nothing else", "is no Parquet file, or damaged: "),
+        ("in.csv", b"", "needs a first line that names its columns, each differently"),
+        ("in.csv", b"a,a\n1,2\n", "needs a first line that names its columns, each differently"),
+        ("in.csv", b"a,,b\n1,2,3\n", "needs a first line that names its columns, each differently"),
+        ("in.csv", b"text,label\n1,2\n", "has the columns 'text', 'label', none of which is a request; say in the job"),
+        ("in.dat", b"PAR1...", "is Parquet; give it as a file whose name ends in .parquet"),
+    ],
+)  # fmt: skip
+def test_inputs_that_cannot_be_used(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(JobError) as caught:
+        prepared(job(tmp_path / name))
+    assert said in str(caught.value)
+    assert not (tmp_path / "out" / INPUT).exists()
+
+
+def test_bad_rows_cost_no_other(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes(
+        b'prompt,note\na,1\nb\nc,2,3\n\n\xff\xfe,5\n"' + b"x" * rows.MAX_LINE + b'",6\n"d",4\n'
+    )
+    made = job(tmp_path / "in.csv", 'request.prompt="{prompt}"')
+    prepared(made)
+    batch = requests.check(inputs.lines_path(made), made, WITH_TEXT, unit="Row")
+    told = [line.error for line in batch.lines]
+    assert told[:4] == [
+        None,
+        "Row 2: the row has 1 field(s), and the header has 2.",
+        "Row 3: the row has 3 field(s), and the header has 2.",
+        "Row 4: the row is not UTF-8 text.",
+    ]
+    assert told[4] is not None
+    assert told[-1] is None
+    assert [work.endpoint.prompt for work in batch.works()] == ["a", "d"]  # type: ignore[attr-defined]
+
+
+def test_values_of_parquet_as_json(tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "hi"}], "n": 3, "x": 0.5, "no": None,
+        "day": datetime.date(2024, 2, 29), "nan": float("nan"), "raw": b"ab",
+    }  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in.parquet")
+    (line,) = prepared(job(tmp_path / "in.parquet"))
+    assert json.loads(line) == {**row, "day": "2024-02-29", "nan": None, "raw": "YWI="}
+
+
+def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(content: bytes) -> list[bytes]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))  # type: ignore[arg-type]
+        made = spec.load(None, input="-", output=str(tmp_path / "out"))
+        return prepared(made)
+
+    assert given(b'{"prompt": "a"}\n{"prompt": "b"}\n') == [b'{"prompt": "a"}', b'{"prompt": "b"}']
+    assert given(gzip.compress(b'[{"prompt": "c"}]')) == [b'{"prompt": "c"}']
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(JobError, match="Standard input is read by a run without mpiexec"):
+        given(b"")
+
+
+def test_templates() -> None:
+    made = Template(
+        {
+            "url": "/v1/chat/completions",
+            "messages": [
+                {"role": "user", "content": 'Is {a} {{"x": {b}}}?'},
+                {"role": "user", "content": "{b}"},
+            ],
+            "max_tokens": "{b}",
+            "stop": "{list}",
+            "temperature": 0,
+        }
+    )
+    assert made.columns == {"a", "b", "list"}
+    row = {"a": 'a "word"', "b": 7, "list": ["x"], "custom_id": "me", "more": 1}
+    assert made.line(row) == {
+        "custom_id": "me",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "messages": [
+                {"role": "user", "content": 'Is a "word" {"x": 7}?'},
+                {"role": "user", "content": "7"},
+            ],
+            "max_tokens": 7,
+            "stop": ["x"],
+            "temperature": 0,
+        },
+    }
+    assert Template({"messages": "{chat}"}).line({"chat": [{"role": "user"}]}) == {
+        "messages": [{"role": "user"}]
+    }
+    assert Template({"prompt": "{a}", "custom_id": "{n}"}).line({"a": "x", "n": 5})["custom_id"] == "5"
+    for lacking, said in (
+        ({"b": 1}, "the row has no column 'a'; it has 'b'"),
+        ({"a": None}, "the column 'a' is null"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            Template({"prompt": "{a}"}).line(lacking)
+    with pytest.raises(
+        JobError, match=r"request.prompt has a '{' that belongs to no column name; write '{{'"
+    ):
+        Template({"prompt": 'Answer {"a": 1'})
+
+
+def test_the_job_may_say_it_at_its_top(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(
+        'input = "in.csv"\noutput = "out"\nprompt = "Label: {text}"\n[request]\nmax_tokens = 2\n'
+    )
+    made = spec.load(tmp_path / "job.toml")
+    assert made.request == {"prompt": "Label: {text}", "max_tokens": 2}
+    assert spec.load(tmp_path / "job.toml", ["prompt=other {text}", "request={max_tokens=3}"]).request == {
+        "prompt": "other {text}",
+        "max_tokens": 3,
+    }
+    assert made.identity()["request"] == made.request
+    (tmp_path / "in.csv").write_text("title\na\n")
+    with pytest.raises(JobError, match="has no column 'text', which the job's request names; it has 'title'"):
+        prepared(spec.load(tmp_path / "job.toml", output=str(tmp_path / "out")))
+    with pytest.raises(JobError, match="both prompt and request"):
+        spec.load(tmp_path / "job.toml", ['request={prompt="a"}', "prompt=b"])
