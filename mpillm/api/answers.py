@@ -90,12 +90,58 @@ class Embedding(Answer):
         return first
 
 
+@dataclass(frozen=True, kw_only=True)
+class Relevance(Answer):
+    """How relevant a request's documents are to its query, or each to its own."""
+
+    scores: NDArray[np.float64] = field(
+        default_factory=lambda: np.empty(0)
+    )  #: [documents], in the request's order; those that `top_n` left out are NaN
+
+    @property
+    def ranking(self) -> list[int]:
+        """The documents' indices, the most relevant first; RequestError if the request ended in an error."""
+        self.check()
+        order = np.argsort(-self.scores, kind="stable")
+        return [int(index) for index in order if not np.isnan(self.scores[index])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Answer):
+    """The labels of a request's texts."""
+
+    labels: tuple[str, ...] = ()  #: the likeliest label of each text
+    probabilities: NDArray[np.float64] = field(
+        repr=False, default_factory=lambda: np.empty((0, 0))
+    )  #: [texts, labels of the model]
+
+    @property
+    def label(self) -> str:
+        """The first text's; RequestError if the request ended in an error."""
+        self.check()
+        return self.labels[0]
+
+
 def answer_of(index: int, result: Result) -> Answer:
     """The typed answer of a record; what it is follows from what it holds."""
     body = msgspec.json.decode(result.line)["response"]["body"]
     common: dict[str, Any] = {"index": index, "custom_id": result.custom_id, "body": body}
     if result.status != 200:
         return Generation(**common, error=body["error"]["message"])
+    if "results" in body:
+        documents = sum("relevance" in choice.values for choice in result.choices) or len(result.prompts) - 1
+        scores = np.full(documents, np.nan)
+        for item in body["results"]:
+            scores[item["index"]] = item["relevance_score"]
+        return Relevance(**common, scores=scores)
+    if "data" in body and "score" in body["data"][0]:
+        return Relevance(**common, scores=np.array([item["score"] for item in body["data"]]))
+    if "data" in body and "label" in body["data"][0]:
+        return Classification(
+            **common,
+            labels=tuple(item["label"] for item in body["data"]),
+            probabilities=np.array([item["probs"] for item in body["data"]]),
+        )
     if "data" in body:
         return Embedding(**common, vectors=_vectors(body))
     prompts = tuple(np.frombuffer(prompt, "<i4") for prompt in result.prompts)

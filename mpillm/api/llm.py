@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from mpillm.api.answers import Answer, Embedding, Generation, Score, answer_of
+from mpillm.api.answers import (
+    Answer,
+    Classification,
+    Embedding,
+    Generation,
+    Relevance,
+    Score,
+    answer_of,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -100,8 +108,28 @@ class LLM:
         lines = [_line({"messages": chat, **body}) for chat in cast("Sequence[Messages]", chats)]
         return _kind(Generation, self._answers(lines))
 
-    def score(self, prompts: Prompt | Sequence[Prompt], **body: Any) -> list[Score]:
-        """Log-probabilities of each prompt's own tokens, from the second one on."""
+    @overload
+    def score(self, prompts: Prompt | Sequence[Prompt], **body: Any) -> list[Score]: ...
+
+    @overload
+    def score(
+        self, prompts: str | Sequence[str], documents: str | Sequence[str], **body: Any
+    ) -> Relevance: ...
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        documents: str | Sequence[str] | None = None,
+        **body: Any,
+    ) -> list[Score] | Relevance:
+        """Log-probabilities of each prompt's own tokens, from the second one on.
+
+        With `documents`, prompts are queries, one for all documents or one for each, and the answer is how relevant
+        the documents are; `body` then has keys of /v1/score.
+        """
+        if documents is not None:
+            asked = {"text_1": prompts, "text_2": documents, **body}
+            return self._one(Relevance, "/v1/score", asked)
         asked = {"echo": True, "max_tokens": 0, "logprobs": 0, **body}
         return _kind(Score, self._answers(self._prompts(prompts, asked)))
 
@@ -109,6 +137,20 @@ class LLM:
         """A vector of each text; `body` has keys of /v1/embeddings (`pooling`, `normalize`, ...)."""
         asked = {"encoding_format": "base64", **body}
         return _kind(Embedding, self._answers(self._prompts(texts, asked, key="input")))
+
+    def rerank(self, query: str, documents: Sequence[str], **body: Any) -> Relevance:
+        """How relevant each document is to a query; `body` has keys of /v1/rerank (`top_n`, ...)."""
+        return self._one(Relevance, "/v1/rerank", {"query": query, "documents": documents, **body})
+
+    def classify(self, texts: Prompt | Sequence[Prompt], **body: Any) -> list[Classification]:
+        """The label of each text by a model that has a classifier; `body` has keys of /v1/classify."""
+        lines = self._prompts(texts, body, key="input")
+        asked = [_line({"url": "/v1/classify", "body": json.loads(line)}) for line in lines]
+        return _kind(Classification, self._answers(asked))
+
+    def _one(self, kind: type[A], url: str, body: Mapping[str, Any]) -> A:
+        """The answer of one request."""
+        return _kind(kind, self._answers([_line({"url": url, "body": body})]))[0]
 
     def stream(
         self, requests: Iterable[Prompt | Messages | Mapping[str, Any]], **body: Any

@@ -163,6 +163,7 @@ def row_of(line: dict[str, Any]) -> dict[str, Any]:
     logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
     if logprobs is not None and body["usage"].get("completion_tokens"):
         logprobs = None
+    first: dict[str, Any] = next(iter(body.get("data") or ()), {})
     text = choice.get("text", (choice.get("message") or {}).get("content"))
     return {
         "custom_id": line["custom_id"],
@@ -171,7 +172,7 @@ def row_of(line: dict[str, Any]) -> dict[str, Any]:
         "text": text,
         "finish_reason": choice.get("finish_reason"),
         "logprob": None if logprobs is None else sum(value for value in logprobs if value is not None),
-        "embedding": body["data"][0]["embedding"] if "data" in body else None,
+        "embedding": first.get("embedding"),
     }
 
 

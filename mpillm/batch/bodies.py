@@ -130,7 +130,7 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
         keys = {endpoint.key for endpoint in ENDPOINTS} & body.keys()
         found = [one for one in ENDPOINTS if one.key in keys and keys <= set(one.__struct_fields__)]
         if len(found) != 1:
-            *names, last = (endpoint.key for endpoint in ENDPOINTS)
+            *names, last = (endpoint.key for endpoint in ENDPOINTS if endpoint.key)
             raise RequestError(f"the line needs one of {', '.join(names)} or {last}, or a url and a body")
         return found[0], body
     for key in line:

@@ -18,7 +18,7 @@ from mpillm.batch import bodies
 from mpillm.batch.order import Order
 from mpillm.batch.rows import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
-from mpillm.batch.work import Line, Model, Work
+from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
@@ -139,8 +139,7 @@ def read_line(raw: bytes, spec: Spec) -> dict[str, Any]:
 
 def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
     """The work of a line that holds the object `content`; RequestError if it asks for nothing that can be done."""
-    endpoint = bodies.read_body(content)
-    return Work(line, endpoint, endpoint.requests(line.custom_id, spec, model), spec)
+    return work_of(line, bodies.read_body(content), spec, model)
 
 
 def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: CheckedInput) -> Line:

@@ -11,7 +11,9 @@ import msgspec
 from numpy.typing import ArrayLike
 
 from mpillm.engine.sequence import Completion, Request
+from mpillm.errors import RequestError
 from mpillm.model.embedding import EmbeddingSettings
+from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
 
@@ -28,6 +30,9 @@ class Model:
     kv_token_bytes: int = 0  # of one token on one rank
     text: Tokenizer | None = None
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)  # as its files say
+    generates: bool = True  # whether it has an LM head
+    classifier: Classifier | None = None
+    pair_template: str | None = None  # what its files make of a query and a document
     name: str = ""  # as answers give it
 
 
@@ -59,7 +64,9 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     url: ClassVar[str]
-    key: ClassVar[str]  # the key of a body that makes a line without a URL one of this endpoint
+    key: ClassVar[
+        str
+    ]  # of a body, by which a line without a URL is of this endpoint; "": such a line never is
     columns: ClassVar[tuple[Column, ...]]  # what its choices leave in results.h5
 
     model: str | None = None
@@ -104,6 +111,15 @@ class Work:
     def prompt_tokens(self) -> int:
         """The tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+
+def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
+    """The work of a body; RequestError if it asks for nothing that the model can do."""
+    requests = endpoint.requests(line.custom_id, spec, model)
+    if not model.generates and any(request.kind == "generate" for request in requests):
+        can = "classifies" if model.classifier is not None else "makes embeddings"
+        raise RequestError(f"the model has no LM head: it {can}, and {endpoint.url} needs one that generates")
+    return Work(line, endpoint, requests, spec)
 
 
 def hashed_id(custom_id: str) -> str:

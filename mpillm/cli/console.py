@@ -111,14 +111,24 @@ def _answer(result: dict[str, Any]) -> str:
     body = result["response"]["body"]
     if "error" in body:
         texts = [f"ERROR: {body['error']['message']}"]
-    elif "data" in body:
-        texts = [_embedding(item["embedding"]) for item in body["data"]]
+    elif "data" in body or "results" in body:
+        texts = [_item(item) for item in body.get("data") or body["results"]]
     elif not body["usage"].get("completion_tokens"):
         texts = [_score(choice) for choice in body["choices"]]
     else:
         texts = [_text(choice) for choice in body["choices"]]
     shown = [_shortened(text) for text in texts]
     return f"{visible(result['custom_id'])}: " + " | ".join(shown)
+
+
+def _item(item: dict[str, Any]) -> str:
+    """A vector, a score, or a label."""
+    if "embedding" in item:
+        return _embedding(item["embedding"])
+    if "label" in item:
+        return f"{item['label']} ({max(item['probs']):.4g})"
+    score = item["score"] if "score" in item else item["relevance_score"]
+    return f"{item['index']}: {score:.4g}"
 
 
 def _text(choice: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ class Engine:
         for index, (chunk, (sequence, count)) in enumerate(zip(step.chunks, chosen, strict=True)):
             sequence.in_flight = False
             self._count(sequence, count)
-            _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.LAST: 1, Hidden.ALL: count}[chunk.hidden]))
+            _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.ALL: count}.get(chunk.hidden, 1)))
             outputs = by_chunk.get(index, [])
             sequence.finite = all(found.finite for _, found in outputs)
             if sequence.finite:
@@ -314,6 +314,8 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     if request.kind == "embed":
         if request.pooling == "mean":
             hidden = Hidden.ALL if fresh else Hidden.NONE
+        elif request.pooling == "cls":
+            hidden = Hidden.FIRST if start == 0 and fresh else Hidden.NONE
         elif at_end:
             hidden = Hidden.LAST
     penalised = samples and request.repetition_penalty != 1.0

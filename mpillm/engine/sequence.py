@@ -111,7 +111,8 @@ class Request:
     logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     score_from: int = 1  # the first token of the prompt whose log-probability is wanted
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last", "cls"] = "mean"
+    second: int | None = None  # where the second segment of a prompt begins, if it has two
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
     constraint: Callable[[], Constraint] | None = None  # makes what the generated tokens must obey
     resumed: PartialCompletion | None = None  # what an earlier run has generated
@@ -132,7 +133,7 @@ class Request:
     def needs_all_rows(self) -> bool:
         """Whether the result depends on the last layer's output for all tokens of the prompt (from `score_from` on)."""
         if self.kind == "embed":
-            return self.pooling == "mean"
+            return self.pooling != "last"
         return self.prompt_logprobs is not None
 
 

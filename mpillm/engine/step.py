@@ -50,6 +50,7 @@ class Hidden(IntEnum):
     NONE = 0
     LAST = 1
     ALL = 2
+    FIRST = 3
 
 
 NO_IDS = np.empty(0, np.int32)
@@ -169,6 +170,8 @@ class Step:
                 rows.extend(range(row, row + count))
             elif chunk.hidden is Hidden.LAST:
                 rows.append(row + count - 1)
+            elif chunk.hidden is Hidden.FIRST:
+                rows.append(row)
             row += count
         return np.array(rows, np.int32)
 

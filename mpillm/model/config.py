@@ -9,6 +9,7 @@ from functools import cached_property
 from mpillm.model.cache_spec import LayerCache
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.pooled import ClassifierSpec
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.weights.inventory import HEAD, PageSpec, TensorSpec
 from mpillm.weights.names import Key
@@ -20,7 +21,8 @@ class ModelConfig:
 
     Embeddings are multiplied by `embedding_scale`, logits by `logit_scale`; `logit_softcap` c > 0 makes a logit x
     c tanh(x / c). `head_bias`: the LM head has a bias. `block` is the block size of weights that are cut by columns
-    (see `grid.axis` and `column_unit`).
+    (see `grid.axis` and `column_unit`). A model that does not generate has no LM head, and may have a `classifier` of
+    pooled hidden states.
     """
 
     architecture: str
@@ -36,6 +38,8 @@ class ModelConfig:
     logit_softcap: float = 0.0
     head_bias: bool = False
     block: int = 1
+    generates: bool = True
+    classifier: ClassifierSpec | None = None
     ignored_keys: tuple[str, ...] = field(
         default=(), compare=False
     )  # of the configuration, which nobody knows
@@ -75,11 +79,18 @@ class ModelConfig:
 
     @property
     def head(self) -> PageSpec:
-        """The final norm and the LM head."""
-        norm = self.final_norm.tensors("final_norm", -1, self.hidden)
+        """The final norm, and the LM head if the model generates."""
+        norm = tuple(self.final_norm.tensors("final_norm", -1, self.hidden))
+        if not self.generates:
+            return PageSpec(HEAD, norm)
         rows = vocab_axis(self.vocab)
         bias = [TensorSpec(Key("head_bias"), (self.vocab,), rows)] if self.head_bias else []
         return PageSpec(HEAD, (*norm, *bias, TensorSpec(Key("head"), (self.vocab, self.hidden), rows)))
+
+    @property
+    def pooled(self) -> Sequence[TensorSpec]:
+        """What follows pooling."""
+        return () if self.classifier is None else tuple(self.classifier.tensors(self.hidden))
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
         """What each of the model's layers keeps of a sequence on the rank at `place`."""

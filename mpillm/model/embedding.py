@@ -1,7 +1,8 @@
 """How a model's files say that texts become vectors: pooling, normalisation, prompts.
 
-A directory says it as Sentence Transformers does: `modules.json` lists the modules, the pooling module's directory
-has a `config.json`, and `config_sentence_transformers.json` has the prompts. A GGUF file says it by `pooling_type`.
+A directory says it as Sentence Transformers does: `modules.json` lists the modules, the directories of the pooling
+module and of dense layers have a `config.json`, and `config_sentence_transformers.json` has the prompts. A GGUF file
+says it by `pooling_type`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from mpillm.errors import ModelError
+from mpillm.model.pooled import Dense, Function, Pooling
+from mpillm.weights.formats.safetensors import read_header
+from mpillm.weights.formats.stored import OWN, Floats
+from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import MODULES, PROMPTS
 
@@ -25,17 +30,34 @@ _FLAGS = {
     "pooling_mode_cls_token": "cls",
 }
 _NAMES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
+_POOLINGS = ("mean", "last", "cls")
+_FUNCTIONS: Mapping[str, Function] = {
+    "Identity": "identity",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "SiLU": "silu",
+}
 
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
     """What a model's files say; without any, the mean of the hidden states at length 1."""
 
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Pooling = "mean"
     normalize: bool = True
+    layers: tuple[Dense, ...] = ()  # what the pooled vector goes through
     prompts: Mapping[str, str] = field(default_factory=dict)  # what stands before a text, by name
     default_prompt: str | None = None  # a name
     unsupported: str = ""  # what the model wants and does not get, if anything
+    answers: tuple[int | None, int] | None = (
+        None  # token ids: that a document is not relevant (if any), and that it is
+    )
+
+    @property
+    def width(self) -> int | None:
+        """Values of a vector; None: as many as a hidden state has."""
+        return len(self.layers[-1].weight) if self.layers else None
 
 
 def embedding_settings(source: Source) -> EmbeddingSettings:
@@ -43,9 +65,9 @@ def embedding_settings(source: Source) -> EmbeddingSettings:
     if isinstance(source.tokenizer, Path) and (source.tokenizer / MODULES).exists():
         return _from_directory(source.tokenizer)
     pooling = _GGUF.get(source.config.get(GGUF_KEY, 0), "unknown")
-    if pooling not in ("mean", "last"):
+    if pooling not in _POOLINGS:
         return EmbeddingSettings(unsupported=f"pooling {pooling!r}")
-    return EmbeddingSettings(cast(Literal["mean", "last"], pooling))
+    return EmbeddingSettings(cast(Pooling, pooling))
 
 
 def _from_directory(folder: Path) -> EmbeddingSettings:
@@ -54,25 +76,73 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
         raise ModelError(f"{folder / MODULES} is no list of modules.")
     prompts = _read(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
     pooling, normalize, unsupported = "mean", False, ""
+    layers: list[Dense] = []
+    answers = None
     for module in modules:
-        kind = str(module.get("type", "")).rpartition(".")[2]
+        kind, path = str(module.get("type", "")).rpartition(".")[2], folder / str(module.get("path", ""))
         if kind == "Pooling":
-            pooling = _pooling(_read(folder / str(module.get("path", "")) / "config.json"))
+            pooling = _pooling(_read(path / "config.json"))
         elif kind == "Normalize":
             normalize = True
+        elif kind == "Dense" and not normalize:
+            layers.append(_dense(path))
+        elif kind == "LogitScore":
+            answers = _answers(_read(path / "config.json"), path)
         elif kind != "Transformer":
             unsupported = f"the module {kind or module}"
-    if pooling not in ("mean", "last"):
+    if pooling not in _POOLINGS:
         pooling, unsupported = "mean", f"pooling {pooling!r}"
     named = {str(name): str(text) for name, text in (prompts.get("prompts") or {}).items()}
     default = prompts.get("default_prompt_name")
     return EmbeddingSettings(
-        cast(Literal["mean", "last"], pooling),
+        cast(Pooling, pooling),
         normalize,
+        tuple(layers),
         named,
         default if default in named else None,
         unsupported,
+        answers,
     )
+
+
+def _answers(config: Mapping[str, Any], path: Path) -> tuple[int | None, int]:
+    """The tokens by which a model answers whether a document is relevant."""
+    no, yes = config.get("false_token_id"), config.get("true_token_id")
+    if type(yes) is not int or not (no is None or type(no) is int):
+        raise ModelError(
+            f"{path / 'config.json'} names no tokens that answer (true_token_id, false_token_id)."
+        )
+    return no, yes
+
+
+def _dense(path: Path) -> Dense:
+    """A dense layer of Sentence Transformers."""
+    config = _read(path / "config.json")
+    named = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+    if named not in _FUNCTIONS:
+        raise ModelError(
+            f"{path / 'config.json'}: activation_function {named!r} is not supported, but {', '.join(_FUNCTIONS)}."
+        )
+    file = MappedFile(path / "model.safetensors")
+    try:
+        tensors = read_header(file)
+        found: dict[str, Floats] = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in OWN:
+                raise ModelError(
+                    f"{file.path}: tensor {name} has dtype {tensor.dtype}, which is not supported."
+                )
+            raw = file.view(tensor.offset, tensor.nbytes).reshape(
+                -1, tensor.nbytes // (tensor.shape or (1,))[0]
+            )
+            values = OWN[tensor.dtype].decode(raw, (*tensor.shape, 1)[1], threads=1)
+            found[name.removeprefix("linear.")] = values.reshape(tensor.shape).copy()
+    finally:
+        file.close()
+    weight, bias = found.get("weight"), found.get("bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ModelError(f"{file.path} has no matrix of a dense layer (linear.weight).")
+    return Dense(weight, bias, _FUNCTIONS[named])
 
 
 def _pooling(config: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ _BOOKKEEPING = """
     attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout hidden_dropout_prob
     neftune_noise_alpha residual_dropout resid_pdrop output_router_logits router_aux_loss_coef router_jitter_noise
     router_z_loss_coef padding_idx pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
-    decoder_start_token_id pooling_type
+    decoder_start_token_id pooling_type classifier_from_token is_original_qwen3_reranker
 """.split()  # noqa: SIM905 (a list of strings would fill three screens)
 
 # Defaults of text generation, which old configurations carry; what a request asks for is in the job.

@@ -6,15 +6,20 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from mpillm.batch.endpoints.pairs import QWEN3_RERANKER
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
-from mpillm.model.embedding import embedding_settings
+from mpillm.errors import ModelError
+from mpillm.model.config import ModelConfig
+from mpillm.model.embedding import EmbeddingSettings, embedding_settings
+from mpillm.model.pooled import Classifier, answers_classifier, read_classifier
 from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.store.readable import printable
-from mpillm.text import load_tokenizer
+from mpillm.text import Tokenizer, load_tokenizer
+from mpillm.weights.source import Source
 
 
 def model_path(world: World, spec: Spec, progress: Progress) -> Path:
@@ -33,8 +38,14 @@ def model_name(path: Path) -> str:
 
 def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = None) -> Model:
     """The model with its tokenizer; `now` is the time that chat templates are given."""
-    config = session.config
-    tokenizer = load_tokenizer(session.source.tokenizer, config.vocab, now or datetime.now)
+    config, source, scoring = session.config, session.source, session.spec.scoring
+    tokenizer = load_tokenizer(source.tokenizer, config.vocab, now or datetime.now)
+    embedding = embedding_settings(source)
+    classifier = _classifier(source, config, tokenizer, scoring.tokens, embedding)
+    template = tokenizer.template("rerank") if tokenizer else None
+    answers = config.classifier is None and classifier is not None
+    if template is None and answers and config.architecture == "Qwen3ForCausalLM":
+        template = None if tokenizer and tokenizer.chat_reads("'document'") else QWEN3_RERANKER
     return Model(
         vocab=config.vocab,
         max_position=config.max_position,
@@ -43,6 +54,46 @@ def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = 
         kv_tokens=session.origin.kv_tokens,
         kv_token_bytes=session.kv_token_nbytes,
         text=tokenizer,
-        embedding=embedding_settings(session.source),
+        embedding=embedding,
+        generates=config.generates,
+        classifier=classifier,
+        pair_template=template,
         name=model_name(path),
     )
+
+
+def _classifier(
+    source: Source,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    words: list[str],
+    said: EmbeddingSettings,
+) -> Classifier | None:
+    """The model's own classifier, or one of rows of its LM head: for the job's words, or those of its files."""
+    if config.classifier is not None:
+        return read_classifier(source, config.classifier)
+    words = words or source.config.get("classifier_from_token") or []
+    if not config.generates or not (words or said.answers):
+        return None
+    if said.answers and not words:
+        no, yes = said.answers
+    else:
+        if len(words) != 2:
+            raise ModelError(f"scoring.tokens are {words}, but must be two: not relevant, and relevant.")
+        no, yes = (_token(word, tokenizer) for word in words)
+    if max(yes, no or 0) >= config.vocab or min(yes, no or 0) < 0:
+        raise ModelError(
+            f"{source.path} names the tokens {no} and {yes} as answers; its vocabulary has {config.vocab}."
+        )
+    return answers_classifier(source, no, yes)
+
+
+def _token(word: str, tokenizer: Tokenizer | None) -> int:
+    if tokenizer is None:
+        raise ModelError(f"scoring.tokens has {word!r}, and the model has no tokenizer.")
+    ids = tokenizer.encode(word, add_special=False, parse_special=True)
+    if len(ids) != 1:
+        raise ModelError(
+            f"scoring.tokens has {word[:60]!r}, which is {len(ids)} tokens of the model and must be one."
+        )
+    return ids[0]

@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 from mpillm.batch import bodies
-from mpillm.batch.work import Line, Model, Work
+from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.spec import Spec
 
 
@@ -16,4 +16,4 @@ def prepare(url: str, content: dict[str, Any], spec: Spec, model: Model) -> Work
     # Draws are keyed by the name: a seed in the body names it, so that the same body gives the same answer.
     seed = getattr(endpoint, "seed", None)
     name = uuid.uuid4().hex if seed is None else f"seed {seed}"
-    return Work(Line(1, 0, 0, name, b""), endpoint, endpoint.requests(name, spec, model), spec)
+    return work_of(Line(1, 0, 0, name, b""), endpoint, spec, model)

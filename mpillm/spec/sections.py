@@ -33,7 +33,7 @@ ToolCalls = Literal[
     "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",
     "mistral", "mistral_args", "granite", "phi4_mini", "llama3_json", "pythonic", "lfm2",
 ]  # fmt: skip
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "cls"]
 KVType = Literal["f32", "f16", "q8_0"]
 
 # Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
@@ -41,6 +41,7 @@ _ADDED = (
     *("sampling.presence_penalty", "sampling.frequency_penalty"),
     *("sampling.response_format", "sampling.structured_outputs"),
     *("chat.reasoning", "chat.tool_calls"),
+    *("scoring.template", "scoring.instruction", "scoring.tokens"),
 )
 
 
@@ -170,6 +171,17 @@ class Embeddings(Section, frozen=True):
     prompt_name: str | None = None  # of the model's prompts, what stands before each text
 
 
+class Scoring(Section, frozen=True):
+    """How /v1/score and /v1/rerank make one text of a query and a document, and which words answer it.
+
+    `tokens` are of a model that answers in words: that a document is not relevant, and that it is.
+    """
+
+    template: str | None = None  # with {query} and {document}, and {instruction}
+    instruction: str | None = None
+    tokens: Annotated[list[Word], Meta(max_length=2)] = []
+
+
 class BatchLimits(Section, frozen=True):
     """How much one step takes on; more is faster and changes no result."""
 
@@ -200,6 +212,7 @@ class Spec(Section, frozen=True, kw_only=True):
     memory: Memory = Memory()
     wire: Wire = Wire()
     embeddings: Embeddings = Embeddings()
+    scoring: Scoring = Scoring()
     batch: BatchLimits = BatchLimits()
     job: Job = Job()
 
@@ -220,7 +233,7 @@ class Spec(Section, frozen=True, kw_only=True):
         content, which the journal knows by their own fingerprints.
         """
         values: dict[str, Any] = {"quantize": self.quantize}
-        for name in ("sampling", "chat", "wire", "embeddings"):
+        for name in ("sampling", "chat", "wire", "embeddings", "scoring"):
             section = getattr(self, name)
             values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
         for key in _ADDED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -243,6 +244,39 @@ class Tokenizer:
         head, tail = self.around if add_special else ([], [])
         return [*head, *self._mixed(pieces), *tail]
 
+    def encode_pair(
+        self, text: str, other: str, max_tokens: int | None = None
+    ) -> tuple[list[int], int | None]:
+        """Two texts as the tokenizer puts them together, and where its second segment begins, if it tells them apart.
+
+        Control tokens in them are ordinary text.
+        """
+        if max_tokens is not None:
+            for one in (text, other):
+                self._check_length(one, max_tokens, self._plain)
+        pair = _encoding(self._core, (text, other), own=True, plain=True)
+        return list(pair.ids), pair.type_ids.index(1) if 1 in pair.type_ids else None
+
+    def encode_template(
+        self, template: str, values: Mapping[str, str], max_tokens: int | None = None
+    ) -> list[int]:
+        """A template in which {name} stands for a value; control tokens come from the template alone."""
+        if max_tokens is not None:
+            for value in values.values():
+                self._check_length(value, max_tokens, self._plain)
+        marks = sorted((self._added[id] for id in self.control_ids), key=len, reverse=True)
+        places = "|".join(map(re.escape, (*marks, *(f"{{{name}}}" for name in values))))
+        pieces = [
+            (values[part[1:-1]], False) if part[1:-1] in values and part[:1] == "{" else (part, part in marks)
+            for part in re.split(f"({places})", template)
+            if part
+        ]
+        return self._mixed(pieces)
+
+    def template(self, name: str) -> str | None:
+        """One of the model's chat templates by its name."""
+        return self._parts.templates.get(name)
+
     def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
         templates = self._parts.templates
         name = "tool_use" if options and options.get("tools") and "tool_use" in templates else "default"
@@ -367,18 +401,28 @@ def _ends(bare: list[int], full: list[int]) -> tuple[list[int], list[int]]:
 
 def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:
     """Ids of a text; `plain` makes text of control tokens in it, `own` adds those of the post-processor."""
-    if not text.isascii():
+    return list(_encoding(core, text, own, plain).ids)
+
+
+def _encoding(
+    core: tokenizers.Tokenizer, text: str | tuple[str, str], own: bool, plain: bool
+) -> tokenizers.Encoding:
+    """The same of a text or of a pair of them, with what else the library says of it."""
+    texts = [text] if isinstance(text, str) else list(text)
+    for one in texts:
+        if one.isascii():
+            continue
         try:
-            text.encode("utf-8")
+            one.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"The text is not Unicode: it has a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}."
+                f"The text is not Unicode: it has a lone surrogate, U+{ord(one[error.start]):04X}, at {error.start}."
             ) from error
     core.encode_special_tokens = plain
-    if len(text) <= CHUNK:
-        return list(core.encode(text, add_special_tokens=own).ids)
+    if sum(map(len, texts)) <= CHUNK:
+        return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
     encode = partial(
         core.encode_batch_fast, [text], add_special_tokens=own
     )  # unlike `encode`, lets the interpreter go
-    return list(interruptible(encode)[0].ids)
+    return interruptible(encode)[0]

@@ -60,6 +60,8 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
         with world.together():
             opened = stack.enter_context(closing(_open(path, weights)))
             config = config_of(opened)
+            if config.pooled:
+                raise JobError(f"{path} has a classifier, which packed models cannot have; run it as it is.")
             size, digest = fingerprint(opened)
             about = {
                 "source": path.name,

@@ -75,13 +75,18 @@ class Inventory(Divisible, Protocol):
 
     @property
     def head(self) -> PageSpec:
-        """The final norm and the LM head."""
+        """The final norm, and the LM head if there is one."""
+
+    @property
+    def pooled(self) -> Sequence[TensorSpec]:
+        """What follows pooling: rank 0 reads it whole, and no page has it."""
 
 
 def all_tensors(model: Inventory) -> Iterator[TensorSpec]:
     """Every tensor of a model."""
     yield model.embed
     yield from model.head.tensors
+    yield from model.pooled
     for layer in range(model.n_layers):
         for page in (*model.pages(layer), *model.experts(layer)):
             yield from page.tensors

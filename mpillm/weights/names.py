@@ -181,6 +181,8 @@ ROLES: dict[str, Role] = {
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),
         Role("head_bias", 1, "lm_head.bias", "output.bias"),
+        Role("classifier", 2, "score.weight", "cls.output.weight"),
+        Role("classifier_bias", 1, "score.bias", "cls.output.bias"),
     )
 }  # fmt: skip
 
@@ -199,10 +201,13 @@ _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("route
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
+# What a model's last hidden states are given to: each is read by the models that have that task alone.
+TASK_ROLES = frozenset({"head", "head_bias", "classifier", "classifier_bias"})
+
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
-# a classifier's head, and what sees images or hears sounds.
+# and what sees images or hears sounds.
 _HF_IGNORED = re.compile(
-    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|score\.weight|"
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|"
     r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..+|"
     r"(model\.)?image_newline"
 )
@@ -334,7 +339,7 @@ def hf_name(key: Key) -> str:
     """The usual name of a tensor in a Hugging Face checkpoint."""
     role = ROLES[key.role]
     name = role.hf if key.expert < 0 else role.hf_expert[0]
-    return ("" if key.role in ("head", "head_bias") else "model.") + name.format(l=key.layer, e=key.expert)
+    return ("" if key.role in TASK_ROLES else "model.") + name.format(l=key.layer, e=key.expert)
 
 
 def hf_name_of_experts(key: Key) -> str:

@@ -15,7 +15,7 @@ from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, tensor_name
-from mpillm.weights.names import ROLES, Key
+from mpillm.weights.names import ROLES, TASK_ROLES, Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
@@ -97,7 +97,7 @@ def check_tensors(source: Source, model: Inventory) -> None:
             )
         known.add(tensor.key)
     for key in source.tensors:
-        if key not in known and not _is_zero_bias(source, key):
+        if key not in known and key.role not in TASK_ROLES and not _is_zero_bias(source, key):
             raise ModelError(f"{source.path} has {tensor_name(key)}, which its configuration does not have.")
 
 

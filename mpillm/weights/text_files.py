@@ -15,9 +15,12 @@ NAMES = (
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Those that there are, with the configurations of the modules that modules.json names."""
+    """Those that there are, with the configurations and the weights of the modules that modules.json names."""
     found = [path for name in NAMES for path in sorted(folder.glob(name))]
-    return found + [path for name in _modules(folder) if (path := folder / name / "config.json").is_file()]
+    modules = (
+        folder / name / file for name in _modules(folder) for file in ("config.json", "model.safetensors")
+    )
+    return found + [path for path in modules if path.is_file()]
 
 
 def _modules(folder: Path) -> list[str]:

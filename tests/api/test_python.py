@@ -80,6 +80,14 @@ def test_each_kind_of_call(llm: LLM) -> None:
     assert score.total == pytest.approx(float(score.logprobs.sum()))
     vector = llm.embed("the quick")[0].vector
     assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
+    relevance = llm.score("the quick", ["the quick", "a ship"])
+    assert relevance.scores[0] == pytest.approx(1.0) > relevance.scores[1]
+    assert relevance.ranking == [0, 1]
+    ranked = llm.rerank("the quick", ["a ship", "the quick"], top_n=1)
+    assert ranked.ranking == [1]
+    assert np.isnan(ranked.scores[0])
+    with pytest.raises(RequestError, match="the model has no classifier"):
+        llm.classify("the quick")[0].label  # noqa: B018
 
 
 def test_a_wrong_request_costs_no_other(llm: LLM) -> None:

@@ -102,11 +102,11 @@ def test_a_directory_says_how(tmp_path: Path) -> None:
         ({"pooling_mode": "lasttoken"}, ["Normalize"], ("last", True, "")),
         ({"pooling_mode": "mean"}, [], ("mean", False, "")),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, ["Normalize"], ("mean", True, "")),
-        ({"pooling_mode_cls_token": True}, [], ("mean", False, "pooling 'cls'")),
+        ({"pooling_mode_cls_token": True}, [], ("cls", False, "")),
         ({"pooling_mode_max_tokens": True}, [], ("mean", False, "pooling 'max_tokens'")),
         ({"pooling_mode_max_tokens": 1, "pooling_mode_lasttoken": 1}, [],
          ("mean", False, "pooling 'max_tokens and lasttoken'")),
-        ({"pooling_mode_lasttoken": True}, ["Dense", "Normalize"], ("last", True, "the module Dense")),
+        ({"pooling_mode_lasttoken": True}, ["Bow", "Normalize"], ("last", True, "the module Bow")),
     ],
 )  # fmt: skip
 def test_what_pooling_says(pooling: Any, more: list[str], expected: Any, tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_what_pooling_says(pooling: Any, more: list[str], expected: Any, tmp_pat
 
 
 def test_what_is_not_supported_is_an_error_of_the_line(tmp_path: Path) -> None:
-    model = modules(tmp_path / "model", {"pooling_mode_cls_token": True})
+    model = modules(tmp_path / "model", {"pooling_mode_max_tokens": True})
     refused, answered = embed(model, tmp_path / "run", {"input": IDS}, {"input": IDS, "pooling": "last"})
-    assert "the model's embeddings need pooling 'cls', which is not supported" in refused
+    assert "the model's embeddings need pooling 'max_tokens', which is not supported" in refused
     assert len(answered) > 1
     (tmp_path / "model/modules.json").write_text("{")
     source = open_source(tmp_path / "model")
@@ -144,11 +144,11 @@ def test_a_gguf_file_says_how(kind: int, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    bodies = [{"input": IDS}, *({"input": IDS, "pooling": pooling} for pooling in ("mean", "last"))]
-    found, mean, last = embed(tmp_path / "m.gguf", tmp_path / "run", *bodies)
-    wanted = {0: mean, 1: mean, 3: last}
+    bodies = [{"input": IDS}, *({"input": IDS, "pooling": pooling} for pooling in ("mean", "cls", "last"))]
+    found, mean, first, last = embed(tmp_path / "m.gguf", tmp_path / "run", *bodies)
+    wanted = {0: mean, 1: mean, 2: first, 3: last}
     if kind in wanted:
         assert found == wanted[kind]
-        assert mean != last
+        assert mean != last != first
     else:
-        assert f"need pooling {'cls' if kind == 2 else 'rank'!r}" in found
+        assert "need pooling 'rank'" in found

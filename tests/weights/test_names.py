@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from mpillm.weights import names
-from mpillm.weights.names import ROLES, USUAL, Key, Parsed
+from mpillm.weights.names import ROLES, TASK_ROLES, USUAL, Key, Parsed
 
-GLOBAL = ("embed", "positions", "final_norm", "final_norm_bias", "head", "head_bias")
+GLOBAL = ("embed", "positions", "final_norm", "final_norm_bias", *TASK_ROLES)
 
 
 @pytest.mark.parametrize("role", ROLES)

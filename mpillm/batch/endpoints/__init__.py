@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from mpillm.batch.endpoints.chat import ChatCompletions
 from mpillm.batch.endpoints.choices import MultipleChoice
+from mpillm.batch.endpoints.classify import Classify
 from mpillm.batch.endpoints.completions import Completions
 from mpillm.batch.endpoints.embeddings import Embeddings
+from mpillm.batch.endpoints.rerank import Rerank
+from mpillm.batch.endpoints.score import Score
 from mpillm.batch.work import Column, Endpoint
 
 ENDPOINTS: tuple[type[Endpoint], ...] = (
@@ -13,6 +16,9 @@ ENDPOINTS: tuple[type[Endpoint], ...] = (
     Completions,
     Embeddings,
     MultipleChoice,
+    Score,
+    Rerank,
+    Classify,
 )
 
 # What choices leave in results.h5, in the order of its groups.

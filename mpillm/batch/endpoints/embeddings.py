@@ -21,6 +21,7 @@ from mpillm.batch.endpoints.prompts import (
     read_prompts,
 )
 from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
+from mpillm.engine.pooled import through
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
 from mpillm.model.embedding import EmbeddingSettings
@@ -57,12 +58,13 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
                     "pooling 'mean' or 'last' gives others"
                 )
             pooling = settings.pooling
-        if dimensions is not None and model.hidden and dimensions > model.hidden:
-            raise RequestError(f"dimensions {dimensions} is more than the model's {model.hidden}")
+        width = settings.width or model.hidden
+        if dimensions is not None and width and dimensions > width:
+            raise RequestError(f"dimensions {dimensions} is more than the model's {width}")
         cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
         texts = self._texts(spec, settings)
         prompts = read_prompts("input", texts, self.add_special_tokens, 1, spec, model, cut)
-        each = model.hidden * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
+        each = width * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
         check_answer(len(prompts) * each)
         for index, ids in enumerate(prompts):
             check_length(ids, prompt_name(prompts, index), spec, model)
@@ -104,7 +106,7 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
     def _vector(self, work: Work, completion: Completion, model: Model) -> NDArray[np.float32]:
         """The vector as it is answered: of so many dimensions, at length 1 if that is asked for."""
         assert completion.embedding is not None
-        vector = completion.embedding[: self.dimensions]
+        vector = through(model.embedding.layers, completion.embedding)[: self.dimensions]
         wanted = work.spec.embeddings.normalize if self.normalize is None else self.normalize
         return normalized(vector) if (model.embedding.normalize if wanted == "auto" else wanted) else vector
 

@@ -38,6 +38,7 @@ from mpillm.model.families.qwen_next import QwenNext
 from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
 from mpillm.model.families.starcoder import StarCoder
+from mpillm.model.families.tasks import Task, split_task
 from mpillm.model.fields import Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -80,8 +81,11 @@ MODEL_TYPES: dict[str, str] = {
 } | {model_type: name for family in FAMILIES for model_type, name in family.model_types.items()}
 
 
-def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
-    """The family of a configuration with Hugging Face's keys, and its architecture; ModelError if there is none."""
+def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
+    """The family of a configuration with Hugging Face's keys, the class of its layers and its task.
+
+    ModelError if there is none.
+    """
     supported = f"supported are {_supported()}"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
@@ -89,26 +93,26 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str]:
     if named is None:
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ModelError(f"{name}: architectures is missing; {supported}.")
-        architecture = MODEL_TYPES[model_type]
-        return _BY_ARCHITECTURE[architecture], architecture
-    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        named = [MODEL_TYPES[model_type]]
+    elif not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ModelError(f"{name}: architectures must be a list of one name; {supported}.")
-    architecture = named[0]
-    if architecture in WITH_IMAGES:
-        found = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
-        if found is None:
+    if named[0] in WITH_IMAGES:
+        text = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+        if text is None:
             raise ModelError(
-                f"{name}: the text part of {architecture} has model_type {str(model_type)[:60]!r}, which is not "
+                f"{name}: the text part of {named[0]} has model_type {str(model_type)[:60]!r}, which is not "
                 f"supported; {supported}."
             )
-        return _BY_ARCHITECTURE[found], found
-    if architecture not in _BY_ARCHITECTURE:
-        raise ModelError(f"{name}: architecture {architecture[:60]!r} is not supported; {supported}.")
+        return _BY_ARCHITECTURE[text], text, "generate"
+    found = split_task(named[0], _BY_ARCHITECTURE)
+    if found is None:
+        raise ModelError(f"{name}: architecture {named[0][:60]!r} is not supported; {supported}.")
+    architecture, task = found
     if model_type is not None and (
         not isinstance(model_type, str) or MODEL_TYPES.get(model_type) != architecture
     ):
-        raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {architecture}.")
-    return _BY_ARCHITECTURE[architecture], architecture
+        raise ModelError(f"{name}: model_type {str(model_type)[:60]!r} does not belong to {named[0]}.")
+    return _BY_ARCHITECTURE[architecture], architecture, task
 
 
 def _supported() -> str:
@@ -120,7 +124,8 @@ def _supported() -> str:
         for suffix in (causal, images)
     )
     others = ", ".join(name for name in names if not name.endswith((causal, images)))
-    return f"{short} (each with {causal}), {others}, and as text {as_text} (each with {images})"
+    tasks = f"{causal}, ForSequenceClassification or Model"
+    return f"{short} (each with {tasks}), {others}, and as text {as_text} (each with {images})"
 
 
 def gguf_family(kind: Any, name: str) -> Family:
@@ -137,11 +142,13 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelCo
     Absent keys mean what transformers' configuration classes say. What is not known is refused by name: a key that is
     neither read nor known to be harmless might change the result.
     """
-    family, architecture = family_of(config, name)
-    defaults = family.defaults[architecture]
-    if config.get("architectures") != [architecture]:  # the text part of a model with others
+    family, architecture, task = family_of(config, name)
+    defaults, named = family.defaults[architecture], config.get("architectures")
+    if named and named[0] in WITH_IMAGES:
         defaults = {**TEXT_SIZES.get(architecture, {}), **defaults}
     fields = Fields(config, name, defaults)
     fields.read |= {"architectures", "model_type"}
-    found, named = family.config(fields, architecture), config.get("architectures")
-    return replace(found, architecture=named[0]) if named else found
+    classifier = family.classifier(fields) if task == "classify" else None
+    found = family.config(fields, architecture)
+    shown = named[0] if named else found.architecture
+    return replace(found, architecture=shown, generates=task == "generate", classifier=classifier)

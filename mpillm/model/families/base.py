@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 from mpillm.errors import ModelError
 from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
+from mpillm.model.families.tasks import last_token_classifier
 from mpillm.model.fields import Fields
 from mpillm.model.known_keys import is_harmless, is_switch
 from mpillm.model.layers.attention import AttentionSpec, Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.pooled import ClassifierSpec
 from mpillm.model.rope_fields import LONGEST, read_rope
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf
 from mpillm.weights.names import Names, RowGroups
@@ -51,6 +53,10 @@ class Family:
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         """The model of a configuration with Hugging Face's keys; ModelError says what is wrong with it."""
         raise NotImplementedError
+
+    def classifier(self, fields: Fields) -> ClassifierSpec:
+        """The classifier of its classes ...ForSequenceClassification."""
+        return last_token_classifier(fields)
 
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
         """How tensors that hold several matrices are taken apart; all that it has not are of equal parts.

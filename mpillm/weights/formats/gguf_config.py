@@ -79,10 +79,22 @@ def config_of(
     config = family.gguf_config(fields, shape_of)
     if pooling := fields.integer("pooling_type", 0):
         config["pooling_type"] = pooling
+    if (classifier := shape_of(Key("classifier"))) is not None:
+        config |= _classifier(fields, config, classifier[0])
     rope = _rope(fields, config, rope_factors, family.yarn_multiplies_scores)
     config["rope_parameters"] = config.get("rope_parameters", {}) | rope
     fields.refuse_unknown()
     return config
+
+
+def _classifier(fields: GgufFields, config: dict[str, Any], count: int) -> dict[str, Any]:
+    """The keys of a model with a classifier instead of an LM head, as transformers names its class."""
+    named = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    labels = fields.raw("classifier.output_labels") or [f"LABEL_{index}" for index in range(count)]
+    return {
+        "architectures": [named],
+        "id2label": {str(index): str(label) for index, label in enumerate(labels)},
+    }
 
 
 def usual_config(

@@ -23,7 +23,7 @@ from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
 from mpillm.weights.formats.safetensors import Tensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
-from mpillm.weights.inventory import EXPERT, Inventory, PageSpec
+from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
 from mpillm.weights.names import USUAL, Key
@@ -155,7 +155,10 @@ class PackedSource:
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
         """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""
-        assert key == Key(EMBED), key
+        if key != Key(EMBED):
+            raise ModelError(
+                f"{self.path} is packed, and {tensor_name(key)} cannot be read alone; run the model that was packed."
+            )
         n, k = self.tensors[key].shape
         stored, file = self._embed_stored, self._embed_file
         numbers = np.arange(n) if rows is None else np.asarray(rows)

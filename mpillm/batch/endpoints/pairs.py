@@ -1,0 +1,158 @@
+"""How relevant documents are to queries: what /v1/score and /v1/rerank share.
+
+A model with a classifier reads a query and a document together. Of one that makes embeddings the score is the cosine of
+the two vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta
+from numpy.typing import ArrayLike, NDArray
+
+from mpillm.batch.endpoints.embeddings import Embeddings
+from mpillm.batch.endpoints.prompts import (
+    MAX_PROMPT_TOKENS,
+    TokenIds,
+    check_length,
+    check_sequences,
+    encoded,
+)
+from mpillm.batch.work import Column, Endpoint, Model, Work
+from mpillm.engine.pooled import logits_of, relevance, through
+from mpillm.engine.sequence import Completion, Request
+from mpillm.errors import RequestError
+from mpillm.model.pooled import Classifier
+from mpillm.spec import Spec
+
+Texts = Annotated[list[str], Meta(min_length=1)]
+RELEVANCE = Column("relevance", "values", "<f8")
+
+
+class Pairs(Endpoint, frozen=True, kw_only=True):
+    """A body that has pairs of a query and a document scored."""
+
+    columns = (RELEVANCE, *Embeddings.columns)
+
+    instruction: str | None = None
+    use_activation: bool | None = None
+    activation: bool | None = None
+
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """The queries and the documents, as many as each other or one query; RequestError if they are neither."""
+        raise NotImplementedError
+
+    def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
+        queries, documents = self.pairs()
+        check_sequences("the line", max(len(queries), len(documents)), 1)
+        classifier = model.classifier
+        if classifier is None:
+            if self.instruction is not None or self.use_activation is not None or self.activation is not None:
+                raise RequestError(
+                    "instruction and use_activation are for models that read both texts together"
+                )
+            return Embeddings(input=[*queries, *documents]).requests(custom_id, spec, model)
+        if classifier.relevant is None:
+            shown = ", ".join(classifier.labels[:4])
+            raise RequestError(
+                f"the model has {len(classifier.labels)} labels ({shown}), and none of them says how relevant a "
+                "document is; /v1/classify gives all of them"
+            )
+        made, total = [], 0
+        for index, document in enumerate(documents):
+            which = f"pair {index + 1} of {len(documents)}" if len(documents) > 1 else "the pair"
+            ids, second = self._tokens(queries[index % len(queries)], document, which, spec, model)
+            check_length(ids, which, spec, model)
+            total += len(ids)
+            if index and total > MAX_PROMPT_TOKENS:
+                raise RequestError(
+                    f"its pairs have more than {MAX_PROMPT_TOKENS} tokens; make several lines of it"
+                )
+            made.append(
+                Request(
+                    id=custom_id,
+                    prompt=ids,
+                    choice=index,
+                    kind="embed",
+                    max_tokens=0,
+                    pooling=classifier.pooling,
+                    second=second,
+                )
+            )
+        return tuple(made)
+
+    def scores(self, completions: Sequence[Completion], model: Model) -> list[float]:
+        """The score of each pair."""
+        if model.classifier is not None:
+            return [self._score(completion, model.classifier) for completion in completions]
+        queries, _ = self.pairs()
+        vectors = [self._embedding(completion, model) for completion in completions]
+        return [
+            cosine(vectors[index % len(queries)], vector)
+            for index, vector in enumerate(vectors[len(queries) :])
+        ]
+
+    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+        if model.classifier is not None:
+            return {"relevance": [self._score(completion, model.classifier)]}
+        return {"embeddings": self._embedding(completion, model)}
+
+    def _score(self, completion: Completion, classifier: Classifier) -> float:
+        assert completion.embedding is not None
+        wanted = self.activation if self.use_activation is None else self.use_activation
+        return relevance(classifier, logits_of(classifier, completion.embedding), wanted is not False)
+
+    def _embedding(self, completion: Completion, model: Model) -> NDArray[np.float32]:
+        assert completion.embedding is not None
+        return through(model.embedding.layers, completion.embedding)
+
+    def _tokens(
+        self, query: str, document: str, which: str, spec: Spec, model: Model
+    ) -> tuple[TokenIds, int | None]:
+        """A pair's tokens, and where the second segment begins."""
+        if model.text is None:
+            raise RequestError("the model has no tokenizer, and pairs are texts")
+        template = spec.scoring.template or model.pair_template
+        instruction = self.instruction or spec.scoring.instruction
+        if template is not None:
+            if instruction is None:
+                instruction = INSTRUCTION
+            values = {"instruction": instruction, "query": query, "document": document}
+            return encoded(partial(model.text.encode_template, template, values), which, spec, model), None
+        roles = {"system": instruction, "query": query, "document": document}
+        if model.text.chat_reads("query") and model.text.chat_reads("document"):
+            messages = [{"role": role, "content": text} for role, text in roles.items() if text is not None]
+            encode = partial(model.text.encode_chat, messages, {"add_generation_prompt": True})
+            return encoded(encode, which, spec, model), None
+        if instruction is not None:
+            raise RequestError("the model has no place for an instruction beside a query and a document")
+        seconds: list[int | None] = []
+
+        def pair(most: int | None) -> list[int]:
+            assert model.text is not None
+            ids, second = model.text.encode_pair(query, document, most)
+            seconds.append(second)
+            return ids
+
+        return encoded(pair, which, spec, model), seconds[0]
+
+
+# What Qwen3-Reranker's authors publish, and what its pairs are if no instruction is given.
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+QWEN3_RERANKER = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n'
+    "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+
+
+def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The cosine of two vectors, 0 if one is zero; sums are exactly rounded, so it is the same everywhere."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = math.sqrt(math.fsum(x * x)) * math.sqrt(math.fsum(y * y))
+    return math.fsum(x * y) / lengths if lengths else 0.0

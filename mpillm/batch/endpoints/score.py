@@ -1,0 +1,50 @@
+"""/v1/score: how relevant texts are to one another, pair by pair, as vLLM has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from mpillm.batch.endpoints.generate import CREATED
+from mpillm.batch.endpoints.pairs import Pairs, Texts
+from mpillm.batch.work import Model, Work, hashed_id
+from mpillm.engine.sequence import Completion
+from mpillm.errors import RequestError
+
+
+class Score(Pairs, frozen=True, kw_only=True):
+    """/v1/score"""
+
+    url: ClassVar[str] = "/v1/score"
+    key: ClassVar[str] = "text_1"
+
+    text_1: str | Texts | None = None
+    text_2: str | Texts | None = None
+    queries: str | Texts | None = None
+    documents: str | Texts | None = None
+
+    def pairs(self) -> tuple[list[str], list[str]]:
+        named = self.text_1 is None and self.text_2 is None
+        first, second = (self.queries, self.documents) if named else (self.text_1, self.text_2)
+        if first is None or second is None or (not named and (self.queries or self.documents)):
+            raise RequestError("the line needs text_1 and text_2, or queries and documents")
+        queries, documents = ([one] if isinstance(one, str) else one for one in (first, second))
+        if len(queries) not in (1, len(documents)):
+            raise RequestError(
+                f"{'queries' if named else 'text_1'} has {len(queries)} texts and "
+                f"{'documents' if named else 'text_2'} {len(documents)}; give as many of both, or one of the first"
+            )
+        return queries, documents
+
+    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+        return {
+            "id": f"score-{hashed_id(work.custom_id)}",
+            "object": "list",
+            "created": CREATED,
+            "model": model.name,
+            "data": [
+                {"index": index, "object": "score", "score": score}
+                for index, score in enumerate(self.scores(completions, model))
+            ],
+            "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
+        }

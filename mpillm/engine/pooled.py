@@ -1,0 +1,86 @@
+"""Scores, or another vector, of a pooled hidden state: what rank 0 computes with the matrices that follow pooling.
+
+In float32, with bits that do not depend on the batch or the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm import kernels
+from mpillm.engine import exact
+from mpillm.kernels.types import Activation, BlockType
+from mpillm.model.pooled import Classifier, Dense, Function
+from mpillm.weights.page import Matrix
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+_KERNELS = {"gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH, "silu": Activation.SILU}
+
+
+def through(layers: Sequence[Dense], x: Floats) -> Floats:
+    """What the layers, one after the other, make of x [k]."""
+    for layer in layers:
+        x = _dense(layer, x)
+    return x
+
+
+def logits_of(classifier: Classifier, pooled: Floats) -> Floats:
+    """f32 [labels] of a pooled hidden state [hidden]."""
+    return through(classifier.layers, pooled)
+
+
+def decide(classifier: Classifier, logits: Floats, activated: bool = True) -> Doubles:
+    """f64 [labels]: what the model's configuration makes of logits [labels], or these as they are."""
+    x = logits.astype(np.float64)
+    if not activated or classifier.decision == "identity":
+        return x
+    if classifier.decision == "sigmoid":
+        small = exact.exp(-np.abs(x))
+        return np.asarray(np.where(x < 0, small, 1.0) / (1.0 + small))
+    weights = exact.exp(x - x.max())
+    return np.asarray(weights / np.cumsum(weights)[-1])
+
+
+def relevance(classifier: Classifier, logits: Floats, activated: bool = True) -> float:
+    """How relevant a document is to a query; of two labels without an activation, the difference of their logits."""
+    at = classifier.relevant
+    assert at is not None
+    if len(classifier.labels) == 2 and not (activated and classifier.decision != "identity"):
+        return float(logits[at]) - float(logits[1 - at])
+    return float(decide(classifier, logits, activated)[at])
+
+
+def _dense(layer: Dense, x: Floats) -> Floats:
+    n, k = layer.weight.shape
+    weight = layer.weight.reshape(-1).view(np.uint8)
+    matrix = Matrix(BlockType.F32, n, k, np.array([0, k], np.int32), weight, row_bytes=4 * k)
+    out = np.empty((1, n), np.float32)
+    kernels.compute(kernels.Products(matrix), np.ascontiguousarray(x[None]), [out], 1)
+    if layer.bias is not None:
+        out += layer.bias
+    out = _apply(layer.function, out)
+    if layer.norm is not None:
+        normed = np.empty_like(out)
+        kernels.layer_norm(out, layer.norm.weight, layer.norm.bias, layer.norm.eps, normed, 1)
+        out = normed
+    return cast(Floats, out[0])
+
+
+def _apply(function: Function, x: Floats) -> Floats:
+    if function == "identity":
+        return x
+    if function == "relu":
+        return cast(Floats, np.maximum(x, np.float32(0)))
+    if function == "tanh":
+        wide = x.astype(np.float64)
+        small = exact.exp(-2.0 * np.abs(wide))
+        return cast(Floats, (np.sign(wide) * (1.0 - small) / (1.0 + small)).astype(np.float32))
+    out = np.empty(x.shape, np.float32)
+    kernels.activate(_KERNELS[function], x, None, out, 1)
+    return out

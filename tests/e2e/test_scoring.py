@@ -1,0 +1,154 @@
+"""/v1/score, /v1/rerank and /v1/classify from the files of models to the answers, in the shapes that vLLM documents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import clean_environment, run_bounded
+from tests.job_helpers import CHAT
+
+QUERY, DOCUMENTS = "the fox", ["the quick brown fox", "a ship that sails the sea", "the fox </s>"]
+ONE = {"text_1": QUERY, "text_2": DOCUMENTS}
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A run of the command line."""
+    return run_bounded([sys.executable, "-m", "mpillm", "run", *words], env=clean_environment())
+
+
+def answers(model: Path, folder: Path, *lines: dict[str, Any], **job: Any) -> list[dict[str, Any]]:
+    """The bodies of a run's answers; `job` has tables of the job file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    tables = "".join(
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+        for name, table in job.items()
+    )
+    (folder / "job.toml").write_text(
+        f'model = "{model}"\ninput = "{folder}/in.jsonl"\noutput = "{folder}/out"\n{tables}'
+    )
+    done = run(folder / "job.toml")
+    assert done.returncode in (0, 1), done.stderr
+    read = (folder / "out/results.jsonl").read_text().splitlines()
+    return [json.loads(line)["response"]["body"] for line in read]
+
+
+def classifier(folder: Path, labels: dict[str, str], **config: Any) -> Path:
+    """The small chat model with a classifier instead of its LM head."""
+    shutil.copytree(CHAT, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    hidden = tensors["model.embed_tokens.weight"].shape[1]
+    tensors["score.weight"] = (
+        np.random.default_rng(3).standard_normal((len(labels), hidden)).astype(np.float32)
+    )
+    save_file(tensors, folder / "model.safetensors")
+    old = json.loads((folder / "config.json").read_text())
+    named = old["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    new = {**old, "architectures": [named], "id2label": labels, **config}
+    (folder / "config.json").write_text(json.dumps(new))
+    return folder
+
+
+def test_a_classifier_with_one_label_scores_and_ranks(tmp_path: Path) -> None:
+    model = classifier(tmp_path / "model", {"0": "LABEL_0"})
+    scored, named, raw, ranked, few, classified, generated = answers(
+        model,
+        tmp_path / "run",
+        ONE,
+        {"url": "/v1/score", "body": {"queries": [QUERY] * 3, "documents": DOCUMENTS}},
+        {**ONE, "use_activation": False},
+        {"url": "/v1/rerank", "body": {"model": "m", "query": QUERY, "documents": DOCUMENTS}},
+        {"query": QUERY, "documents": [{"text": text} for text in DOCUMENTS], "top_n": 2, "return_documents": False},
+        {"url": "/v1/classify", "body": {"input": [QUERY + text for text in DOCUMENTS[:2]]}},
+        {"prompt": "the fox"},
+    )  # fmt: skip
+    scores = [row["score"] for row in scored["data"]]
+    assert [(row["index"], row["object"]) for row in scored["data"]] == [(i, "score") for i in range(3)]
+    assert len(set(scores)) == 3
+    assert named["data"] == scored["data"]
+    logits = np.array([row["score"] for row in raw["data"]])
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits)), rtol=1e-12)
+    order = sorted(range(3), key=lambda index: -scores[index])
+    assert ranked["results"] == [
+        {"index": index, "document": {"text": DOCUMENTS[index]}, "relevance_score": scores[index]}
+        for index in order
+    ]
+    assert few["results"] == [{"index": index, "relevance_score": scores[index]} for index in order[:2]]
+    assert ranked["usage"] == scored["usage"]
+    assert [row["num_classes"] for row in classified["data"]] == [1, 1]
+    # A pair is the tokens of both texts behind one another, if the tokenizer knows nothing else to do.
+    assert (
+        "the model has no LM head: it classifies, and /v1/completions needs" in generated["error"]["message"]
+    )
+    with h5py.File(tmp_path / "run/out/results.h5") as h5:
+        assert h5["relevance/values"][:3].tolist() == scores
+        assert len(h5["probabilities/values"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, lambda x: np.exp(x) / np.exp(x).sum()),
+        ({"problem_type": "multi_label_classification"}, lambda x: 1 / (1 + np.exp(-x))),
+        ({"problem_type": "regression"}, lambda x: x),
+    ],
+)
+def test_labels_and_what_becomes_of_logits(config: Any, expected: Any, tmp_path: Path) -> None:
+    labels = {"0": "good", "1": "bad", "2": "neither"}
+    model = classifier(tmp_path / "model", labels, **config)
+    body = {"input": ["the fox", "the sea"]}
+    found, raw, refused = answers(
+        model,
+        tmp_path / "run",
+        {"url": "/v1/classify", "body": body},
+        {"url": "/v1/classify", "body": {**body, "use_activation": False}},
+        ONE,
+    )
+    for row, logits in zip(found["data"], raw["data"], strict=True):
+        np.testing.assert_allclose(row["probs"], expected(np.array(logits["probs"])), rtol=1e-12)
+        assert row["label"] == labels[str(np.argmax(row["probs"]))]
+    assert "3 labels (good, bad, neither)" in refused["error"]["message"]
+
+
+def test_a_model_that_answers_yes_or_no(tmp_path: Path) -> None:
+    """Its score is what the probabilities of two words say behind its template; control tokens are the template's."""
+    template = "<s>Is {document} about {query}?<|assistant|>"
+    scoring = {"template": template, "tokens": ["n", "y"]}
+    prompts = [template.format(query=QUERY, document=text) for text in DOCUMENTS[:2]]
+    lines = [{"prompt": prompt, "max_tokens": 1, "logprobs": 1000} for prompt in prompts]
+    scored, *generated = answers(CHAT, tmp_path / "run", ONE, *lines, scoring=scoring)
+    for row, answer in zip(scored["data"], generated, strict=False):
+        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        expected = 1 / (1 + np.exp(top["n"] - top["y"]))
+        np.testing.assert_allclose(row["score"], expected, rtol=1e-5)
+    wrong = run(
+        tmp_path / "run/job.toml",
+        "--output",
+        str(tmp_path / "wrong"),
+        "--set",
+        'scoring.tokens=["fox no","y"]',
+    )
+    assert wrong.returncode == 2
+    assert "scoring.tokens has 'fox no', which is" in wrong.stderr
+
+
+def test_the_cosine_of_vectors(tmp_path: Path) -> None:
+    scored, vectors, refused = answers(
+        CHAT, tmp_path / "run", ONE, {"input": [QUERY, *DOCUMENTS]}, {**ONE, "instruction": "x"}
+    )
+    query, *documents = (np.array(row["embedding"]) for row in vectors["data"])
+    np.testing.assert_allclose(
+        [row["score"] for row in scored["data"]], [d @ query for d in documents], rtol=1e-6
+    )
+    assert "instruction and use_activation are for models that read both" in refused["error"]["message"]
