@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
+from collections.abc import Iterator
 from importlib import metadata
 
 import msgspec
 
 from mpillm import __version__
 from mpillm.engine.scheduler import Totals
+from mpillm.errors import OutputError
 from mpillm.run import memory
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
@@ -26,9 +29,9 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
     """
     job, session, journal = computation.job, computation.session, computation.journal
     lines, directory = job.input.lines, job.claim.directory
-    computation.check_output()
-    errors = results.write_jsonl(directory, lines, journal)
-    results.write_hdf5(directory, lines, journal, job.metadata(session))
+    with _in_place(computation):
+        errors = results.write_jsonl(directory, lines, journal)
+        results.write_hdf5(directory, lines, journal, job.metadata(session))
     job.phases.end("write")
     ranks[0].memory_peak = memory.peak()  # the other ranks measured theirs when computing ended
     made = report.Report(
@@ -63,10 +66,22 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
         errors=job.first_errors(),
         warnings=job.warnings,
     )
-    report.write(directory, made)
-    computation.check_output()
+    with _in_place(computation):
+        report.write(directory, made)
     journal.finish(errors)
     return made
+
+
+@contextlib.contextmanager
+def _in_place(computation: Computation) -> Iterator[None]:
+    """Files are written: Interrupted if the output directory is gone before, meanwhile or afterwards."""
+    computation.check_output()
+    try:
+        yield
+    except OutputError:
+        computation.check_output()  # says why
+        raise
+    computation.check_output()
 
 
 def _tokens(totals: Totals) -> report.Tokens:
