@@ -22,17 +22,18 @@ class Computing:
 def test_a_directory_that_goes_while_results_are_written(how: str, tmp_path: Path) -> None:
     """It is said as such, with the code of an interrupted run, whatever error the file system gives."""
     output = tmp_path / "out"
-    with (
-        Claim(output) as claim,
-        pytest.raises(Interrupted, match=f"was {how} during the run"),
-        outcome._in_place(cast("Any", Computing(claim))),
-    ):
-        if how == "moved":
-            output.rename(tmp_path / "away")
-        else:
-            shutil.rmtree(output)
-        with claim.directory.replacing("results.jsonl") as file:
-            file.write(b"{}\n")
+
+    def write(claim: Claim) -> None:
+        with outcome._in_place(cast("Any", Computing(claim))):
+            if how == "moved":
+                output.rename(tmp_path / "away")
+            else:
+                shutil.rmtree(output)
+            with claim.directory.replacing("results.jsonl") as file:
+                file.write(b"{}\n")
+
+    with Claim(output) as claim, pytest.raises(Interrupted, match=f"was {how} during the run"):
+        write(claim)
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
