@@ -12,6 +12,7 @@ Task = Literal["generate", "embed", "classify"]
 
 SUFFIXES: Mapping[str, Task] = {
     "ForCausalLM": "generate",
+    "LMHeadModel": "generate",
     "ForSequenceClassification": "classify",
     "Model": "embed",
 }
