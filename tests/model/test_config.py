@@ -79,13 +79,12 @@ def test_what_transformers_writes_is_read(name: str) -> None:
     raw, _ = hf.read_config(MODELS / name)  # of the text alone, where images are another part
     raw.pop("quantization_config", None)  # is for those who read the files
     config = read_config(raw)
-    n_layers = raw["num_hidden_layers"] if "num_hidden_layers" in raw else len(raw["layers_block_type"])
+    hidden = raw["n_embd"] if "n_embd" in raw else raw["hidden_size"]
+    n_layers = raw["n_layer"] if "n_layer" in raw else raw.get("num_hidden_layers")
+    if n_layers is None:
+        n_layers = len(raw["layers_block_type"])
     assert config.architecture == raw["architectures"][0]
-    assert (config.hidden, config.n_layers, config.vocab) == (
-        raw["hidden_size"],
-        n_layers,
-        raw["vocab_size"],
-    )
+    assert (config.hidden, config.n_layers, config.vocab) == (hidden, n_layers, raw["vocab_size"])
     assert hash(config) == hash(read_config(raw))
 
 
