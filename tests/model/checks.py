@@ -34,7 +34,8 @@ RECURRENT_MODELS = (
 # most, though every layout is exact with float32. What holds those answers are their digests.
 ROUGH = Bounds(most=12.0, mean=0.4, embedding=5.0, margin=12.0)
 QUANTIZED = Bounds(most=1.5, mean=0.1, embedding=0.6, margin=1.0)
-# PhiMoE's router leaves out all experts but the best ones: where two are nearly equal, quantised activations choose another.
+# PhiMoE's router leaves out all experts but the best ones; of two that are nearly equal, quantised activations choose
+# the other.
 SPARSE = Bounds(most=1.5, mean=0.2, embedding=0.6, margin=1.0)
 # With BF16 weights activations are rounded to BF16, each by at most 2**-9 of itself. The NumPy decoder that rounds
 # alike differs from transformers in float32 by 0.016 on average, and by 0.07 at most.
