@@ -30,6 +30,11 @@ FLAGS = [
     "-pthread",
 ]
 
+SLOW = (
+    600  # seconds: a path with all block types takes a compiler a minute, on machines that are shared several
+)
+pytestmark = pytest.mark.timeout(3 * SLOW)
+
 X86 = platform.machine() == "x86_64"
 MACHINES = {  # compiler, emulator with its processor, paths that processor has
     "arm with dotprod": ("aarch64-linux-gnu-gcc", "qemu-aarch64-static -cpu max", "scalar neon neondot"),
@@ -47,7 +52,7 @@ class Machine:
 
     def run(self, argument: str, stdin: bytes = b"") -> bytes:
         done = subprocess.run(
-            [*self.command, argument], input=stdin, capture_output=True, timeout=100, check=False
+            [*self.command, argument], input=stdin, capture_output=True, timeout=SLOW, check=False
         )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
@@ -66,7 +71,7 @@ def build(compiler: str, to: Path) -> Path:
     def compile(source: Path) -> str:
         target = str(to / f"{source.stem}.o")
         subprocess.run(
-            [compiler, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True, timeout=100
+            [compiler, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True, timeout=SLOW
         )
         return target
 
@@ -74,7 +79,7 @@ def build(compiler: str, to: Path) -> Path:
         objects = list(pool.map(compile, sources))
     program = to / "harness"
     subprocess.run(
-        [compiler, "-static", "-pthread", *objects, "-o", str(program), "-lm"], check=True, timeout=100
+        [compiler, "-static", "-pthread", *objects, "-o", str(program), "-lm"], check=True, timeout=SLOW
     )
     return program
 
