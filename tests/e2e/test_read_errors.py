@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_read_any_more(
     model: str, loader: str, ranks: str, number: int, source: Path, packed: Path, undisturbed: Path, openmpi: Mpi,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    loads = str(random.randint(60, 120))
+    loads = str(random.randint(160, 220))  # long answers come first
     settings = ["batch.max_num_seqs=4", "memory.weights=32KiB", f"memory.loader={loader}"]
     asked = command(source, tmp_path / "out", *settings, model=packed if model == "packed" else CHAT)
     done = openmpi.run(2, PROGRAM, ranks, str(number), loads, *asked[2:])
