@@ -24,10 +24,11 @@ Row = tuple[Any, ...]
 SECONDS = {
     "compute": "computing", "weights": "waiting for weights", "kv": "waiting for the KV cache on disk",
     "all_reduce": "waiting for other shards", "pipe": "waiting for other stages", "step": "waiting for a step",
-    "reply": "waiting for replies",
+    "reply": "waiting for replies", "requests": "waiting for other replicas",
 }  # fmt: skip
 MESSAGES = {
     "all_reduce": "sums over shards", "pipe": "activations to the next stage", "step": "steps", "reply": "replies",
+    "requests": "requests and answers of replicas",
 }  # fmt: skip
 USES = {"hits": "found in memory", "misses": "loaded"}
 BINS = 30  # of a histogram
