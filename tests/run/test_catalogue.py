@@ -284,7 +284,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files.clear()
     calls = hub.calls
     with pytest.raises(
-        ModelError, match="'NoSuchForCausalLM' is not supported; supported are Llama, Mistral"
+        ModelError, match="'NoSuchForCausalLM' is not supported; supported are Llama, Llama4, Mistral"
     ):
         pull("hf:owner/strange")
     assert (hub.files, hub.calls) == (["owner/strange/config.json"], calls), "nothing else was fetched"
