@@ -137,7 +137,8 @@ cdef class Mamba2:
         self.skip = Vector("skip", skip, heads)
         self.out_norms = [norm_of("out_norm", one, (values // len(out_norms),)) for one in out_norms]
         self.norm = norm_of("norm", norm, (gate.k,))
-        self.gate_first, self.gate_scale, self.dt_scale, self.low, self.high = gate_first, gate_scale, dt_scale, low, high
+        self.gate_first, self.gate_scale = gate_first, gate_scale
+        self.dt_scale, self.low, self.high = dt_scale, low, high
         self.steps = self.inputs.steps + self.o.steps + len(self.out_norms) + 8
 
     def __call__(self, const float[:, :] x, float[:, :] states, const int32_t[::1] first_rows,
