@@ -24,7 +24,7 @@ INPUT = "journal.input"  # the lines that were made of an input of another form
 PATIENCE = 0.5  # seconds: `mpillm status` holds the lock for an instant
 LOOK = 0.05  # seconds between two looks at a lock
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have none
 
 
 class Claim:
@@ -74,7 +74,7 @@ class Claim:
         until = time.monotonic() + patience
         while not self._try_lock():
             if time.monotonic() >= until:
-                owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "unknown"
+                owner = owner_of(self._lock) or "unknown"
                 raise OutputError(
                     f"Another run ({owner}) is writing to {self.path}; wait for its end or give another output."
                 )
@@ -93,7 +93,7 @@ class Claim:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             log.warning("%s has no file locks: a second run on it would not be noticed.", self.path)
         return True
@@ -109,6 +109,11 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def owner_of(lock: int) -> str:
+    """Who has written its name into the open lock file: the last process that claimed the directory."""
+    return os.pread(lock, 200, 0).decode(errors="replace").strip()
 
 
 def _open_directory(path: Path) -> Directory:

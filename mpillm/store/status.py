@@ -14,10 +14,10 @@ from typing import Literal
 
 import msgspec
 
-from mpillm.errors import JobError
+from mpillm.errors import Interrupted, JobError
 from mpillm.store.directory import Directory, explained
 from mpillm.store.journal import MODEL_FILE
-from mpillm.store.output import JOURNAL, LOCK
+from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, Header, Scan, scan
 
 
@@ -41,7 +41,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
     def exit_code(self) -> int:
         """0 if the run is complete, 1 if it is and some requests ended in an error, 75 if it is not complete."""
         if self.state != "complete":
-            return 75
+            return Interrupted.exit_code
         return 1 if self.errors else 0
 
     def lines(self) -> Iterator[str]:
@@ -137,9 +137,9 @@ class Reader:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return os.pread(file, 200, 0).decode(errors="replace").strip() or "a process"
+                return owner_of(file) or "a process"
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
+                if error.errno not in {*NO_LOCKS, errno.EBADF}:
                     raise
             finally:
                 os.close(file)
