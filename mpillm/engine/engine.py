@@ -332,6 +332,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         slot=sequence.slot,
         loads=sequence.loads,
         saves=sequence.saves,
+        second=messages.NO_SECOND if request.second is None else request.second,
         score_k=request.prompt_logprobs or 0 if scores else -1,
         successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,

@@ -31,8 +31,9 @@ Floats = NDArray[np.float32]
 
 HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 15  # of a chunk, and two more for each group
+FIELDS = 16  # of a chunk, and two more for each group
 NO_TARGET = -1
+NO_SECOND = 2**31 - 1
 NO_MASK = -1
 
 
@@ -95,6 +96,7 @@ class Chunk:
     slot: int = NO_SLOT  # of the sequence's states
     loads: int = NO_SLOT  # the slot of saved states with which the sequence goes on
     saves: int = NO_SLOT  # the slot in which its states after the chunk are saved
+    second: int = NO_SECOND  # the position at which the sequence's second segment begins
     score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
     successor: int = NO_TARGET  # the token after the last one, if known
     sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
@@ -191,6 +193,8 @@ class Step:
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
             states=self._state_moves(),
+            second=np.repeat(np.array([chunk.second for chunk in self.chunks], np.int32), counts)
+            <= positions,
         )
 
     def _state_moves(self) -> StateMoves:
@@ -249,7 +253,7 @@ class Step:
         for row in fields:
             (
                 start, n_tokens, slot, score_k, successor, sample_k, logprobs, n_seen, hidden, n_shifts, mask,
-                loads, saves,
+                loads, saves, second,
             ) = row[: FIELDS - 2].tolist()  # fmt: skip
             temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
             tables = row[FIELDS:].reshape(groups, 2).tolist()
@@ -261,6 +265,7 @@ class Step:
                     slot=slot,
                     loads=loads,
                     saves=saves,
+                    second=second,
                     score_k=score_k,
                     successor=successor,
                     sample_k=sample_k,
@@ -322,7 +327,8 @@ def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
     tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
         chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
-        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, 0, 0, *tables,
+        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, chunk.second,
+        0, 0, *tables,
     )  # fmt: skip
 
 
