@@ -228,11 +228,17 @@ def _ranks(world: World, options: argparse.Namespace) -> int:
 
 
 def _doctor(world: World, options: argparse.Namespace) -> int:
+    world.limit_threads(world.threads())  # before the kernels are loaded
+    from mpillm.run import hosts
     from mpillm.tools import doctor
 
-    for line in doctor.examine(world, options.model):
-        print(line, flush=True)
-    return 0
+    found = doctor.examine(world, options.model)
+    if world.rank == 0:
+        print("\n".join(found.lines()), flush=True)
+        if options.output is not None:
+            hosts.write(options.output, found.hosts)
+            print(f"{options.output} is written; mpillm plan --hosts {options.output} reads it.", flush=True)
+    return world.bcast(found.exit_code)
 
 
 def _spec(world: World, options: argparse.Namespace) -> Spec:
@@ -352,6 +358,9 @@ def command_parser() -> argparse.ArgumentParser:
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
+    doctor.add_argument(
+        "--output", type=Path, metavar="FILE", help="write what was measured there, for plan --hosts"
+    )
     supervise.add(
         commands.add_parser(
             "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
