@@ -54,13 +54,11 @@ class Decoder:
         self._layers = [
             _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
         ]
-        # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
+        # Where nothing but a sum comes between the parts of layers, all are one call once their operations are made.
         self._stackable = (
-            self._rank.all_resident
-            and kv.spill is None
-            and place.shards == 1
-            and all(layer.spec.fused for layer in self._layers)
+            self._rank.all_resident and kv.spill is None and all(layer.stackable for layer in self._layers)
         )
+        self._reduce = group.all_reduce if place.shards > 1 else None
         self._stack: _Stack | None = None
         vocab = grid.vocab_axis(config.vocab)
         self.vocab = vocab.entries(place)
@@ -102,7 +100,8 @@ class Decoder:
             if self._stackable:
                 self._stack = _Stack(self._layers, self._kv)
         else:
-            self._rank.compute(self._stack.work, x, self._stack.rows(step), self._pipe.progress)
+            rows = self._stack.rows(step)
+            self._rank.compute(self._stack.work, x, rows, self._pipe.progress, self._reduce)
             self._rank.weights.cycle.count_hits(len(self._layers))
         self._kv.end(batch.states)
         if self.is_last:
@@ -166,6 +165,12 @@ class _RankLayer:
         self._normalise_sum(of_sum, x)
         if scale is not None:
             x *= scale
+
+    @property
+    def stackable(self) -> bool:
+        """Whether `kernels.LayerStack` takes it: shards exchange nothing inside its parts."""
+        whole = self._rank.place.shards > 1 and self.spec.fused and _attention(self).qk_norm_whole
+        return self.spec.fused and not whole
 
     @property
     def operations(self) -> tuple[Any, ...]:
