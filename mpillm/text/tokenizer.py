@@ -261,6 +261,11 @@ class Tokenizer:
         pair = _encoding(self._core, (text, other), own=True, plain=True)
         return list(pair.ids), pair.type_ids.index(1) if 1 in pair.type_ids else None
 
+    def beginning(self, text: str, tokens: int) -> str:
+        """What of a text, without control tokens, its first `tokens` tokens stand for."""
+        found = _encoding(self._core, text, own=False, plain=True).offsets[:tokens]
+        return text[: max((end for _, end in found), default=0)]
+
     def encode_template(
         self, template: str, values: Mapping[str, str], max_tokens: int | None = None
     ) -> list[int]:
