@@ -56,6 +56,8 @@ def _table(plan: Plan) -> Iterator[str]:
         yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
     yield from _time(plan)
     yield f"memory    of each rank, at most, in MiB; memory.weights must be {_mib(minimum)} at least"
+    if streamed:
+        yield "          read: of weights, from disk, for each step"
     yield ""
     columns = {
         "rank": [str(rank.rank) for rank in plan.ranks],
@@ -64,8 +66,8 @@ def _table(plan: Plan) -> Iterator[str]:
         "shard": [str(rank.shard) for rank in plan.ranks],
         "layers": [f"{rank.layers[0]}-{rank.layers[1] - 1}" for rank in plan.ranks],
         "weights": [_mib(rank.weights_held) for rank in plan.ranks],
-        **({"read a step": [_mib(rank.weights_streamed) for rank in plan.ranks]} if streamed else {}),
-        "KV cache": [_mib(rank.kv_held) for rank in plan.ranks],
+        **({"read": [_mib(rank.weights_streamed) for rank in plan.ranks]} if streamed else {}),
+        "KV": [_mib(rank.kv_held) for rank in plan.ranks],
         "rows": [_mib(rank.activations) for rank in plan.ranks],
         "process": [_mib(rank.process) for rank in plan.ranks],
         "in all": [_mib(rank.held) for rank in plan.ranks],
