@@ -27,9 +27,10 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:
-    from mpillm.spec import Spec
+    from mpillm.spec import Spec, TableFormat
 
 NO_JOBS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # what an input may be called
+FORMATS: tuple[TableFormat, ...] = ("csv", "parquet", "jsonl")
 QUICKSTART = "quickstart.toml"
 NEXT_STEPS = """\
 next steps:
@@ -57,9 +58,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
+    if options.command == "lm-eval":
+        return run_alone(lambda: _lm_eval(options))
     alone = {
         "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
-        "status": _status, "watch": _watch, "compare": _compare,
+        "export": _export, "status": _status, "watch": _watch, "compare": _compare,
     }  # fmt: skip
     if options.command in alone:
         started = launch.launched_by(os.environ)
@@ -187,6 +190,16 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from mpillm.store import table
+
+    suffix = options.output.suffix.removeprefix(".") if options.output else ""
+    wanted = options.format or suffix
+    format = next((format for format in FORMATS if format == wanted), FORMATS[0])
+    print(table.export(options.directory, format, options.output, options.input))
+    return 0
+
+
 def _status(options: argparse.Namespace) -> int:
     from mpillm.store.readable import as_json
     from mpillm.store.status import Reader
@@ -213,6 +226,16 @@ def _compare(options: argparse.Namespace) -> int:
     made = compare(read_results(options.first), read_results(options.second))
     print("\n".join(made.lines()))
     return 0 if made.same else 1
+
+
+def _lm_eval(options: argparse.Namespace) -> int:
+    if launch.launched_by(os.environ) is not None:
+        raise JobError("lm-eval starts its ranks by itself, without mpiexec: --model_args model=...,ranks=4.")
+    try:
+        from mpillm.api import lm_eval
+    except ImportError as error:
+        raise JobError(f"lm-eval needs a library: pip install 'mpillm[lm-eval]' ({error}).") from None
+    return lm_eval.run(options.words)
 
 
 def _ranks(world: World, options: argparse.Namespace) -> int:
@@ -344,6 +367,15 @@ def command_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--figures", type=Path, metavar="DIR", help="write each plot there as well, as SVG, PDF and CSV"
     )
+    export = commands.add_parser(
+        "export", help="a finished run as a table: the input's rows, each with its answer"
+    )
+    export.add_argument("directory", type=Path, help="the run's output directory")
+    export.add_argument("--format", choices=FORMATS, help="as the name of FILE ends, or csv")
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="instead of table.FORMAT in the directory"
+    )
+    export.add_argument("--input", type=Path, metavar="FILE", help="where the input is now, if it was moved")
     status = commands.add_parser("status", help="how far a run is, while it runs and after")
     status.add_argument("directory", type=Path, help="the run's output directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -376,6 +408,11 @@ def command_parser() -> argparse.ArgumentParser:
             "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
         )
     )
+    # What follows is the harness's, whose options are no options here.
+    lm_eval = commands.add_parser(
+        "lm-eval", help="lm-evaluation-harness on a model", prefix_chars="\0", add_help=False
+    )
+    lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
     bench.add(
         commands.add_parser(
             "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"

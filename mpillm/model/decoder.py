@@ -17,6 +17,7 @@ from mpillm.model.batch import Batch, Rows, Step
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.layers.spec import LayerSpec
@@ -53,13 +54,11 @@ class Decoder:
         self._layers = [
             _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
         ]
-        # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
+        # Where nothing but a sum comes between the parts of layers, all are one call once their operations are made.
         self._stackable = (
-            self._rank.all_resident
-            and kv.spill is None
-            and place.shards == 1
-            and all(layer.spec.fused for layer in self._layers)
+            self._rank.all_resident and kv.spill is None and all(layer.stackable for layer in self._layers)
         )
+        self._reduce = group.all_reduce if place.shards > 1 else None
         self._stack: _Stack | None = None
         vocab = grid.vocab_axis(config.vocab)
         self.vocab = vocab.entries(place)
@@ -101,7 +100,8 @@ class Decoder:
             if self._stackable:
                 self._stack = _Stack(self._layers, self._kv)
         else:
-            self._rank.compute(self._stack.work, x, self._stack.rows(step), self._pipe.progress)
+            rows = self._stack.rows(step)
+            self._rank.compute(self._stack.work, x, rows, self._pipe.progress, self._reduce)
             self._rank.weights.cycle.count_hits(len(self._layers))
         self._kv.end(batch.states)
         if self.is_last:
@@ -145,7 +145,9 @@ class _RankLayer:
                 x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             if spec.mixer:
-                part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
+                part, bias = spec.mixer.compute(
+                    MixerInput(rank, number, page, norms.before, x, step, self.cache)
+                )
                 after = self._after(page, norms.after, "attn_post_norm")
                 self._residual("mixer residual", bias, after, spec.residual_scale, x, part)
             if not spec.mlp:
@@ -157,6 +159,12 @@ class _RankLayer:
         self._residual("mlp residual", bias, after, spec.residual_scale * spec.mlp_scale, x, part)
         if scale is not None:
             x *= scale
+
+    @property
+    def stackable(self) -> bool:
+        """Whether `kernels.LayerStack` takes it: shards exchange nothing inside its parts."""
+        whole = self._rank.place.shards > 1 and self.spec.fused and _attention(self).qk_norm_whole
+        return self.spec.fused and not whole
 
     @property
     def operations(self) -> tuple[Any, ...]:
