@@ -39,7 +39,10 @@ class StepSize:
 
 
 def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
-    """A step's size on ranks at `places`; `streams`: some of them stream weights."""
+    """A step's size on ranks at `places`; `streams`: some of them stream weights.
+
+    Where tokens attend to later ones, a step takes the longest prompt there may be.
+    """
     row = max(rows.row_nbytes(place) for place in places)
     allowed = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
     tokens = min(max(allowed // row, TOKENS), MAX_TOKENS) if streams else TOKENS
@@ -48,6 +51,8 @@ def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: b
     sequences = tokens if streams else SEQUENCES
     if spec.batch.max_num_seqs != "auto":
         sequences = spec.batch.max_num_seqs
+    if rows.config.whole_prompts:
+        tokens = max(tokens, min(spec.memory.max_context, rows.config.max_position))
     return StepSize(sequences, max(tokens, sequences))
 
 
@@ -68,8 +73,10 @@ def limits(
     capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
-    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences * stages
-    n_blocks = min(capacity.blocks, useful)
+    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences
+    if rows.config.whole_prompts:  # what is in steps under way, with one block each that is not full
+        useful = blocks_for(step.tokens) + step.sequences
+    n_blocks = min(capacity.blocks, useful * stages)
     return Limits(
         n_blocks=n_blocks,
         blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
@@ -81,6 +88,7 @@ def limits(
         windows=windows,
         n_slots=capacity.slots,
         n_saved=capacity.saved,
+        whole_prompts=rows.config.whole_prompts,
     )
 
 
