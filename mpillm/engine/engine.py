@@ -343,6 +343,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         shifts=shifts(sequence) if samples else messages.NO_SHIFTS,
         allowed=allowed if samples and allowed is not None else messages.NO_IDS,
         hidden=hidden,
+        adapter=request.adapter,
     )
 
 

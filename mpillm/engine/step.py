@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.sampler import inverse_temperature
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.batch import Batch
+from mpillm.model.batch import NO_ADAPTER, Batch
 from mpillm.model.kv import GroupTables, StateMoves
 
 Ints = NDArray[np.int32]
@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 
 HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 15  # of a chunk, and two more for each group
+FIELDS = 16  # of a chunk, and two more for each group
 NO_TARGET = -1
 NO_MASK = -1
 
@@ -107,6 +107,7 @@ class Chunk:
         default_factory=lambda: NO_IDS
     )  # a bit for each id that may be drawn; empty: all may
     hidden: Hidden = Hidden.NONE
+    adapter: int = NO_ADAPTER  # the number of the adapter that the sequence has
 
     @property
     def adjusted(self) -> bool:
@@ -182,6 +183,7 @@ class Step:
         starts = np.array([chunk.start for chunk in self.chunks], np.int32)
         rows = np.cumsum(counts, dtype=np.int32) - counts
         positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
+        adapters = np.array([chunk.adapter for chunk in self.chunks], np.int32)
         tables = zip(*(chunk.tables for chunk in self.chunks), strict=True)
         return Batch(
             tokens=tokens,
@@ -191,6 +193,7 @@ class Step:
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
             states=self._state_moves(),
+            adapters=np.repeat(adapters, counts) if adapters.any() else None,
         )
 
     def _state_moves(self) -> StateMoves:
@@ -249,7 +252,7 @@ class Step:
         for row in fields:
             (
                 start, n_tokens, slot, score_k, successor, sample_k, logprobs, n_seen, hidden, n_shifts, mask,
-                loads, saves,
+                loads, saves, adapter,
             ) = row[: FIELDS - 2].tolist()  # fmt: skip
             temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
             tables = row[FIELDS:].reshape(groups, 2).tolist()
@@ -271,6 +274,7 @@ class Step:
                     shifts=Shifts.of(all_shifts(3 * n_shifts)) if n_shifts else NO_SHIFTS,
                     allowed=NO_IDS if mask == NO_MASK else masks[mask],
                     hidden=Hidden(hidden),
+                    adapter=adapter,
                 )
             )
         return Step(number, tuple(decoded))
@@ -322,7 +326,8 @@ def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
     tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
         chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
-        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, 0, 0, *tables,
+        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, chunk.adapter, 0, 0,
+        *tables,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
+from mpillm.model.adapters import RankAdapters
 from mpillm.model.batch import Batch, Rows, Step
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
@@ -41,6 +42,7 @@ class Decoder:
         group: Group,
         pipe: Pipe,
         threads: int,
+        adapters: RankAdapters | None = None,
     ) -> None:
         self.config = config
         self.place = place
@@ -48,6 +50,7 @@ class Decoder:
         self._kv = kv
         self._pipe = pipe
         self._threads = threads
+        self._adapters = adapters or RankAdapters([])
         self._rank = Rank(place, config.block, weights, group, threads)
         layers = grid.stage_layers(config.n_layers, place)
         self._layers = [
@@ -93,12 +96,13 @@ class Decoder:
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         step = Step(batch)
+        self._rank.low_ranks = self._adapters.of_step(batch.adapters)
         self._kv.begin(batch.groups, batch.offset, batch.states)
-        if self._stack is None:
+        if self._stack is None or self._rank.low_ranks:
             for layer in self._layers:
                 self._pipe.progress()  # what the previous step sent on leaves while this one computes
                 layer(x, step)
-            if self._stackable:
+            if self._stackable and not self._rank.low_ranks:
                 self._stack = _Stack(self._layers, self._kv)
         else:
             self._rank.compute(self._stack.work, x, self._stack.rows(step), self._pipe.progress)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mpillm.errors import LayoutError
+from mpillm.model.adapters import Adapters
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
@@ -46,6 +47,7 @@ def choose(
     spec: Spec,
     source: Source,
     config: ModelConfig,
+    adapters: Adapters,
     machines: Machines,
     count: int | Auto,
     requests: int | None = None,
@@ -58,14 +60,15 @@ def choose(
     """
     if shards is not None and spec.layout.shards == "auto":
         with suppress(LayoutError):
-            return _choose(spec, source, config, machines, count, requests, shards)
-    return _choose(spec, source, config, machines, count, requests, spec.layout.shards)
+            return _choose(spec, source, config, adapters, machines, count, requests, shards)
+    return _choose(spec, source, config, adapters, machines, count, requests, spec.layout.shards)
 
 
 def _choose(
     spec: Spec,
     source: Source,
     config: ModelConfig,
+    adapters: Adapters,
     machines: Machines,
     count: int | Auto,
     requests: int | None,
@@ -79,7 +82,7 @@ def _choose(
     try:
         one = replicas.choose(config, machines.ranks, 1, stages, shards, hosts)
     except LayoutError as error:  # there may be more ranks than one copy of the model can be cut into
-        several, reason = _most(spec, source, config, machines, requests, shards)
+        several, reason = _most(spec, source, config, adapters, machines, requests, shards)
         if several is None:
             raise error
         return Chosen(several, reason)
@@ -87,7 +90,7 @@ def _choose(
         return Chosen(one, "all ranks are on one host, whose memory one copy of the model uses best")
     if spec.wire.between_stages != "f32":
         return Chosen(one, "answers depend on the number of stages (wire.between_stages)")
-    several, reason = _most(spec, source, config, machines, requests, one[0].shards)
+    several, reason = _most(spec, source, config, adapters, machines, requests, one[0].shards)
     return Chosen(several or one, reason)
 
 
@@ -95,6 +98,7 @@ def _most(
     spec: Spec,
     source: Source,
     config: ModelConfig,
+    adapters: Adapters,
     machines: Machines,
     requests: int | None,
     shards: int | Auto,
@@ -108,7 +112,7 @@ def _most(
             found = replicas.choose(
                 config, machines.ranks, number, spec.layout.stages, shards, machines.ranks_per_host
             )
-            too_much = _too_much(spec, source, config, machines, found)
+            too_much = _too_much(spec, source, config, adapters, machines, found)
             if too_much is None:
                 return found, f"each holds the whole model in memory{refusal and f'; {refusal}'}"
             refusal = f"with {number} {too_much}"
@@ -125,14 +129,19 @@ def _refuse_unlike(spec: Spec, found: Replicas) -> None:
 
 
 def _too_much(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    adapters: Adapters,
+    machines: Machines,
+    found: Replicas,
 ) -> str | None:
     """Why these replicas do not hold the whole model in memory; None if they do."""
     plans: dict[tuple[bool, int, int], Sequence[RankPlan]] = {}
     for number, replica in enumerate(found):
         key = (number == 0, replica.stages, replica.shards)  # the first one has the input as well
         if key not in plans:
-            plan = replica_plan(spec, source, config, number, replica)
+            plan = replica_plan(spec, source, config, adapters, number, replica)
             if 0 < plan.cached_tokens < plan.max_context:
                 return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
             plans[key] = plan.ranks

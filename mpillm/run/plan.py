@@ -10,6 +10,7 @@ from contextlib import closing
 import msgspec
 
 from mpillm.kernels import BlockType
+from mpillm.model.adapters import Adapters
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
@@ -54,14 +55,20 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
     path = catalogue.resolve(spec.model)
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
     with closing(open_source(path, spec.quantize)) as source:
-        return make_plan(spec, source, config_of(source), machines)
+        config = config_of(source)
+        with closing(Adapters(spec.adapters, source, config)) as adapters:
+            return make_plan(spec, source, config, adapters, machines)
 
 
-def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machines) -> Plan:
+def make_plan(
+    spec: Spec, source: Source, config: ModelConfig, adapters: Adapters, machines: Machines
+) -> Plan:
     """Return what `spec` comes to on these ranks; LayoutError if the model cannot be laid out on them."""
-    chosen = layout.choose(spec, source, config, machines, spec.layout.replicas)
+    chosen = layout.choose(spec, source, config, adapters, machines, spec.layout.replicas)
     found = chosen.replicas
-    laid_out = [replica_plan(spec, source, config, number, replica) for number, replica in enumerate(found)]
+    laid_out = [
+        replica_plan(spec, source, config, adapters, number, replica) for number, replica in enumerate(found)
+    ]
     first, plans = laid_out[0], [rank for replica in laid_out for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
     capacity, windows = first.capacity, first.caches[0].windows
@@ -160,9 +167,12 @@ def _table(plan: Plan) -> Iterator[str]:
         "at least",
         "read per step",
     ]
-    rows = [[*head, "KV per token", "KV held", "a step's rows", "process", "in all"]]
+    adapted = any(rank.adapters for rank in plan.ranks)
+    rest = ["KV per token", "KV held", "a step's rows", "process", "in all"]
+    rows = [[*head, *(["adapters"] if adapted else []), *rest]]
     for rank in plan.ranks:
         weights = [rank.weights_share, rank.weights_held, rank.weights_minimum, rank.weights_streamed]
+        weights += [rank.adapters] if adapted else []
         sizes = [*weights, rank.kv_token, rank.kv_held, rank.activations, rank.process, rank.held]
         layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
         rows.append(

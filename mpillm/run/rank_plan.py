@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mpillm.model.activations import activations_of
+from mpillm.model.adapters import Adapters
 from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
@@ -42,6 +43,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_held: int  # at most
     weights_minimum: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
+    adapters: int  # all of them
     kv_token: int  # for each token in the cache
     kv_state: int  # for each sequence, however long
     kv_held: int  # at most
@@ -52,7 +54,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """All of it together."""
-        return self.weights_held + self.kv_held + self.activations + self.process
+        return self.weights_held + self.adapters + self.kv_held + self.activations + self.process
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ class ReplicaPlan:
 
 
 def replica_plan(
-    spec: Spec, source: Source, config: ModelConfig, number: int, replica: Replica
+    spec: Spec, source: Source, config: ModelConfig, adapters: Adapters, number: int, replica: Replica
 ) -> ReplicaPlan:
     places = replica.places
     caches = rank_layouts(config, places, spec.memory.kv_type)
     pages = [rank_plans(config, place, source) for place in places]
     shares = [_weights(spec, own) for own in pages]
     read = [share["streamed"] for share in shares]
-    rows = activations_of(source, config)
+    rows = activations_of(source, config, adapters)
     step = step_size(spec, rows, places, any(read))
     capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages)
     kept = 0 if number else input_bytes(spec, config.hidden, step.sequences * replica.stages)
@@ -92,6 +94,7 @@ def replica_plan(
             cache,
             capacity,
             share,
+            adapters.nbytes(place),
             memory.activations(rows, place, step.tokens),
             memory.process(source, config, place, len(own), kept),
         )
@@ -133,6 +136,7 @@ def _rank(
     cache: CacheLayout,
     capacity: CacheCapacity,
     weights: dict[str, int],
+    adapters: int,
     activations: int,
     process: int,
 ) -> RankPlan:
@@ -147,6 +151,7 @@ def _rank(
         weights_held=weights["held"],
         weights_minimum=weights["minimum"],
         weights_streamed=weights["streamed"],
+        adapters=adapters,
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
         kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.states),

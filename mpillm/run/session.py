@@ -17,6 +17,7 @@ from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.scheduler import Limits, Totals
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
+from mpillm.model.adapters import Adapters
 from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
@@ -104,8 +105,10 @@ class Session:
             self.config = config_of(self.source)
             if world.rank == 0:
                 check_vectors(self.source)
-            self._activations = activations_of(self.source, self.config)
-            self.watch = origin.watch if origin is not None else Watch(self.source)
+            self.adapters = Adapters(spec.adapters, self.source, self.config)
+            self._open_files.callback(self.adapters.close)
+            self._activations = activations_of(self.source, self.config, self.adapters)
+            self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
         self._same_model()
@@ -134,6 +137,7 @@ class Session:
                 self.config.expert_share,
             )
             self._open_files.callback(self.weights.close)
+            self._factors = self.adapters.load(self.place)
             self.caches = rank_layouts(self.config, self._places, spec.memory.kv_type)
         self.streamed = world.gather(self.weights.streamed)[ranks.start : ranks.stop]
         with world.together():
@@ -162,7 +166,7 @@ class Session:
         machines = Machines(world.nodes.ranks_per_host, world.nodes.free)
         return world.on_rank_0(
             lambda: layout.choose(
-                spec, self.source, self.config, machines, count, requests, self._shards_before
+                spec, self.source, self.config, self.adapters, machines, count, requests, self._shards_before
             )
         )
 
@@ -261,6 +265,7 @@ class Session:
             kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
+            adapters=self.adapters.nbytes(place),
             kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_states),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, config, place, len(weights.pages), kept),
@@ -275,7 +280,9 @@ class Session:
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
-        return Decoder(config, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+        return Decoder(
+            config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors
+        )
 
 
 def _described(cache: WeightCache[Page] | ExpertCache[Page]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from mpillm import kernels
+from mpillm.kernels import adapted
 from mpillm.model.batch import Step, Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
 from mpillm.model.kv import LayerCacheView
@@ -72,6 +73,8 @@ class AttentionSpec:
     v_norm: NormSpec | None = None
     normed_after_rope: bool = False
     v_is_k: bool = False
+
+    adaptable = ("q", "q_gate", "k", "v", "o")
 
     @property
     def turn(self) -> Turn | None:
@@ -156,11 +159,12 @@ class AttentionSpec:
         cache: LayerCacheView,
     ) -> tuple[Floats, Floats | None]:
         """The same where q and k are normalised over the heads of all shards, which have to be asked for."""
+        page = rank.adapted(page)
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
         q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
-        products = rank.kept(lambda: kernels.Products(*matrices), "q, k and v", layer)
-        rank.compute(products, rows, outs)
+        products = adapted.Products if page.adapted else kernels.Products
+        rank.compute(rank.kept_of(page, lambda: products(*matrices), "q, k and v", layer), rows, outs)
         if self.qkv_bias:
             for values, role in zip(outs, "qkv", strict=True):
                 values += page.vector(f"{role}_bias")
@@ -175,7 +179,7 @@ class AttentionSpec:
         )
         part = np.empty_like(x)
         cos, sin, *where = step.rows(self.turn, cache.group)
-        work = rank.kept(lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
+        work = rank.kept_of(page, lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
         pools = cache.acquire()
         rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
         cache.release()
@@ -197,7 +201,8 @@ class AttentionSpec:
                 self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
                 self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
             )
-        return kernels.Attention(
+        attention = adapted.Attention if page.adapted else kernels.Attention
+        return attention(
             page.matrix("q"),
             page.matrix("k"),
             page.matrix(v),
@@ -256,13 +261,14 @@ def attend(
     cache: LayerCacheView,
 ) -> tuple[Floats, Floats | None]:
     """`Mixer.compute` of any kind of attention."""
+    page = rank.adapted(page)
 
     def make() -> kernels.Attention | kernels.LatentAttention:
         return spec.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)
 
     part = np.empty_like(x)
     cos, sin, *where = step.rows(spec.turn, cache.group)
-    work, pools = rank.kept(make, "attention", layer), cache.acquire()
+    work, pools = rank.kept_of(page, make, "attention", layer), cache.acquire()
     rank.compute(work, x, cos, sin, cache.kv_type, *pools, *where, part)
     cache.release()
     rank.group.all_reduce(part)

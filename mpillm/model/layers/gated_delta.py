@@ -44,6 +44,7 @@ class GatedDeltaSpec:
     log_rates: bool = True
 
     fused = False
+    adaptable = ()
 
     @property
     def share(self) -> int:
