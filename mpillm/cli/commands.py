@@ -57,6 +57,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return supervise.run(options, _job_of)
+    if options.command == "lm-eval":
+        return run_alone(lambda: _lm_eval(options))
     alone = {
         "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
         "status": _status, "watch": _watch, "compare": _compare,
@@ -209,6 +211,16 @@ def _compare(options: argparse.Namespace) -> int:
     return 0 if made.same else 1
 
 
+def _lm_eval(options: argparse.Namespace) -> int:
+    if launch.launched_by(os.environ) is not None:
+        raise JobError("lm-eval starts its ranks by itself, without mpiexec: --model_args model=...,ranks=4.")
+    try:
+        from mpillm.api import lm_eval
+    except ImportError as error:
+        raise JobError(f"lm-eval needs a library: pip install 'mpillm[lm-eval]' ({error}).") from None
+    return lm_eval.run(options.words)
+
+
 def _ranks(world: World, options: argparse.Namespace) -> int:
     from mpillm.api import ranks
 
@@ -216,11 +228,17 @@ def _ranks(world: World, options: argparse.Namespace) -> int:
 
 
 def _doctor(world: World, options: argparse.Namespace) -> int:
+    world.limit_threads(world.threads())  # before the kernels are loaded
+    from mpillm.run import hosts
     from mpillm.tools import doctor
 
-    for line in doctor.examine(world, options.model):
-        print(line, flush=True)
-    return 0
+    found = doctor.examine(world, options.model)
+    if world.rank == 0:
+        print("\n".join(found.lines()), flush=True)
+        if options.output is not None:
+            hosts.write(options.output, found.hosts)
+            print(f"{options.output} is written; mpillm plan --hosts {options.output} reads it.", flush=True)
+    return world.bcast(found.exit_code)
 
 
 def _spec(world: World, options: argparse.Namespace) -> Spec:
@@ -340,11 +358,19 @@ def command_parser() -> argparse.ArgumentParser:
         "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
     )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
+    doctor.add_argument(
+        "--output", type=Path, metavar="FILE", help="write what was measured there, for plan --hosts"
+    )
     supervise.add(
         commands.add_parser(
             "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
         )
     )
+    # What follows is the harness's, whose options are no options here.
+    lm_eval = commands.add_parser(
+        "lm-eval", help="lm-evaluation-harness on a model", prefix_chars="\0", add_help=False
+    )
+    lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
     bench.add(
         commands.add_parser(
             "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"

@@ -60,6 +60,12 @@ class Nodes:
         return [rank.free // count[rank.node] for rank in self._ranks]
 
     @property
+    def numbers(self) -> list[int]:
+        """The number of each rank's machine, in the order of their first ranks."""
+        order = list(dict.fromkeys(rank.node for rank in self._ranks))
+        return [order.index(rank.node) for rank in self._ranks]
+
+    @property
     def bindings(self) -> list[str]:
         """What to tell the user about hosts where mpiexec left cores without a rank."""
         hosts: dict[str, list[Cores]] = {}

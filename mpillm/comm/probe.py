@@ -12,16 +12,17 @@ from mpi4py import MPI
 from mpillm.comm.launch import Library, loaded_library_path
 from mpillm.comm.world import World
 
-SMALL, LARGE = 4, 4 * 2**20  # bytes of a message that shows latency, and of one that shows bandwidth
-SMALL_ROUNDS, LARGE_ROUNDS = 200, 5
+SMALL, LARGE = 4, 2**20  # bytes of a message that shows latency, and of one that shows bandwidth
+SMALL_ROUNDS, LARGE_ROUNDS = 100, 5
+PARTNERS = 8  # with which each host is measured, at most
 _TAG = 99
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between rank 0 and another rank; medians of round trips."""
+    """Between two ranks; medians of round trips."""
 
-    rank: int
+    ranks: tuple[int, int]
     latency: float  # seconds one way
     bandwidth: float  # bytes per second
 
@@ -32,26 +33,42 @@ def mpi_library() -> Library:
 
 
 def links(world: World) -> list[Link]:
-    """Collective: what rank 0 measured with each other rank in turn; empty on the others."""
+    """Collective: what the first ranks of hosts measured with each other; on one host the first two ranks."""
+    numbers = world.nodes.numbers
+    firsts = [numbers.index(number) for number in range(max(numbers) + 1)]
+    if len(firsts) == 1:
+        firsts = list(range(min(world.size, 2)))
     found = []
-    for rank in range(1, world.size):
+    for pairs in tournament(len(firsts))[:PARTNERS]:
         world.barrier()
-        if world.rank in (0, rank):
-            other = rank if world.rank == 0 else 0
-            small = _round_trip(world, other, SMALL, SMALL_ROUNDS)
-            large = _round_trip(world, other, LARGE, LARGE_ROUNDS)
-            if world.rank == 0:
-                found.append(Link(rank, small / 2, 2 * LARGE / large))
-    world.barrier()
-    return found
+        for first, second in pairs:
+            ranks = firsts[first], firsts[second]
+            if world.rank in ranks:
+                small = _round_trip(world, ranks, SMALL, SMALL_ROUNDS)
+                large = _round_trip(world, ranks, LARGE, LARGE_ROUNDS)
+                if world.rank == ranks[0]:
+                    found.append(Link(ranks, small / 2, 2 * LARGE / large))
+    return [link for own in world.gather(found) for link in own]
 
 
-def _round_trip(world: World, other: int, nbytes: int, rounds: int) -> float:
+def tournament(players: int) -> list[list[tuple[int, int]]]:
+    """Rounds of pairs in which everyone meets everyone else once, and nobody twice in a round (the circle method)."""
+    circle = [*range(players), *([-1] if players % 2 else [])]  # -1: who is paired with it has a break
+    rounds = []
+    for _ in range(len(circle) - 1):
+        pairs = [(circle[at], circle[-1 - at]) for at in range(len(circle) // 2)]
+        rounds.append([(min(pair), max(pair)) for pair in pairs if min(pair) >= 0])
+        circle[1:] = [circle[-1], *circle[1:-1]]
+    return rounds
+
+
+def _round_trip(world: World, ranks: tuple[int, int], nbytes: int, rounds: int) -> float:
     """Median seconds of a message there and back; both ranks call it."""
     data, back, times = np.zeros(nbytes, np.uint8), np.empty(nbytes, np.uint8), []
+    other = ranks[1] if world.rank == ranks[0] else ranks[0]
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        if world.rank < other:
+        if world.rank == ranks[0]:
             _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
             _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))
         else:

@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 
 
 def first_key(adapter: int) -> bytes:
-    """What stands for the key of the block before the first one: the number of the sequence's adapter, if it has one."""
+    """What stands before the first block: the number of the sequence's adapter, if it has one."""
     return array("i", [adapter]).tobytes() if adapter else b""
 
 

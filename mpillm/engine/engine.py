@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm.collectives import Channel
-from mpillm.engine import step as messages
+from mpillm.engine import messages
 from mpillm.engine.adjust import shifts
 from mpillm.engine.blocks import NO_SLOT
+from mpillm.engine.messages import Fetch, Stop
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
 from mpillm.engine.scheduler import Limits, Scheduler, Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
-from mpillm.engine.step import Chunk, Fetch, Hidden, Kind, Output, Step, Table
+from mpillm.engine.step import NO_IDS, NO_SHIFTS, NO_TARGET, Chunk, Hidden, Output, Step, Table
 from mpillm.model.cache_layout import blocks_for
 from mpillm.model.decoder import Decoder
 from mpillm.partition.grid import Place
@@ -35,6 +36,12 @@ class Worker:
         self.seconds = 0.0  # in steps, including waits
         self.longest = 0.0  # seconds of the longest step
         self._replies = ReplyBuilder(decoder, keep_steps=micro_batches, threads=threads)
+
+    def compute(self, message: Step | Fetch) -> Reply | None:
+        """Do this rank's share of what a message asks for; return the reply, on a last-stage rank."""
+        if isinstance(message, Step):
+            return self.step(message)
+        return self._replies.fetch(message) if self.decoder.is_last else None
 
     def step(self, step: Step) -> Reply | None:
         """Compute this rank's share of a step; return the reply, on a last-stage rank."""
@@ -52,22 +59,15 @@ class Worker:
         """Seconds so far of waiting for weights and of loading them."""
         return self.decoder.paging
 
-    def fetch(self, fetch: Fetch) -> Reply | None:
-        """Answer a request for candidates, on a last-stage rank."""
-        return self._replies.fetch(fetch) if self.decoder.is_last else None
-
 
 def follow(worker: Worker, channel: Channel, check: Callable[[], object] = lambda: None) -> int:
     """Follow the leader's messages until it sends stop; return its exit code. `check` is called before each message."""
     while True:
         check()
-        message = channel.take()
-        kind = messages.kind_of(message)
-        if kind is Kind.STOP:
-            return messages.exit_code_of(message)
-        reply = (
-            worker.step(Step.decode(message)) if kind is Kind.STEP else worker.fetch(Fetch.decode(message))
-        )
+        message = messages.decode(channel.take())
+        if isinstance(message, Stop):
+            return message.exit_code
+        reply = worker.compute(message)
         if reply is not None:
             channel.reply(reply.encode())
 
@@ -143,7 +143,7 @@ class Engine:
 
     def stop(self, exit_code: int) -> None:
         """Tell all followers to stop."""
-        self._channel.post(messages.stop_message(exit_code))
+        self._channel.post(messages.encode(Stop(exit_code)))
 
     def _start(self, chosen: list[tuple[Sequence, int]]) -> Step:
         step = Step(self.totals.steps, tuple(_chunk(sequence, count) for sequence, count in chosen))
@@ -155,8 +155,8 @@ class Engine:
     def _post(self, message: Step | Fetch) -> None:
         """Send a message to all ranks, compute this rank's share, and keep its reply if it has one."""
         if self._worker.decoder.place.size > 1:
-            self._channel.post(message.encode())
-        own = self._worker.step(message) if isinstance(message, Step) else self._worker.fetch(message)
+            self._channel.post(messages.encode(message))
+        own = self._worker.compute(message)
         if own is not None:
             self._replies[0, own.step] = own
 
@@ -286,7 +286,7 @@ def _take(
     request = sequence.request
     unpenalised: Candidates | None = None
     for output, found in outputs:
-        if output.target != messages.NO_TARGET:
+        if output.target != NO_TARGET:
             sequence.prompt_logprobs.append(found.target_logit - found.log_z)
             sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
         elif not output.sampled:
@@ -333,15 +333,15 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         loads=sequence.loads,
         saves=sequence.saves,
         score_k=request.prompt_logprobs or 0 if scores else -1,
-        successor=prompt[end] if scores and end < len(prompt) else messages.NO_TARGET,
+        successor=prompt[end] if scores and end < len(prompt) else NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,
         logprobs=-1 if request.logprobs is None else request.logprobs,
         # Rounded to float32, as the followers read them.
         temperature=float(np.float32(request.temperature)),
         penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
-        seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else messages.NO_IDS,
-        shifts=shifts(sequence) if samples else messages.NO_SHIFTS,
-        allowed=allowed if samples and allowed is not None else messages.NO_IDS,
+        seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else NO_IDS,
+        shifts=shifts(sequence) if samples else NO_SHIFTS,
+        allowed=allowed if samples and allowed is not None else NO_IDS,
         hidden=hidden,
         adapter=request.adapter,
     )

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.engine import exact
+from mpillm.engine.messages import Fetch
 from mpillm.engine.sampler import FORBIDDEN, Candidates, weights_of
-from mpillm.engine.step import Chunk, Fetch, Output, Step
+from mpillm.engine.step import Chunk, Output, Step
 from mpillm.model.decoder import Decoder
 
 Floats = NDArray[np.float32]

@@ -73,7 +73,7 @@ __all__ = [
     "activate", "activation_nbytes", "attention", "available", "compute", "decays", "delta_floats", "delta_rule",
     "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack",
     "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "selective_scan", "set_path",
-    "short_conv", "softcap", "softmax", "square_sums", "top_k",
+    "short_conv", "softcap", "softmax", "square_sums", "top_k", "why_missing",
 ]  # fmt: skip
 
 SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
@@ -92,6 +92,7 @@ FUSED = (
 )
 
 _compiled: Any = None
+_why = ""
 try:
     _compiled = importlib.import_module("mpillm.kernels._compiled")
 except ImportError as error:
@@ -111,6 +112,11 @@ def path() -> str:
 def available() -> tuple[str, ...]:
     """The paths this machine can run, slowest first; the last compiled one is the default."""
     return ("numpy", *(_compiled.available() if _compiled else ()))
+
+
+def why_missing() -> str:
+    """Why the compiled kernels cannot be used; "" if they can."""
+    return _why
 
 
 def set_path(name: str) -> None:

@@ -16,7 +16,6 @@ from mpillm.kernels import fused
 from mpillm.kernels.fused.products import Fused, Packed
 from mpillm.kernels.types import F32, I32
 
-
 WORTH_THREADS = 2**20  # multiplications: threads take longer to begin than fewer of them
 
 

@@ -18,6 +18,7 @@ from mpillm.model.batch import Batch, Rows, Step
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.layers.spec import LayerSpec
@@ -149,7 +150,10 @@ class _RankLayer:
                 x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             if spec.mixer:
-                part, bias = spec.mixer.compute(rank, number, page, norms.before, x, step, self.cache)
+                adapted = rank.adapted(page)
+                part, bias = spec.mixer.compute(
+                    MixerInput(rank, number, adapted, norms.before, x, step, self.cache)
+                )
                 after = self._after(page, norms.after, "attn_post_norm")
                 self._residual("mixer residual", bias, after, spec.residual_scale, x, part)
             if not spec.mlp:

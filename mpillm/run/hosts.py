@@ -1,38 +1,85 @@
-"""hosts.toml: machines on paper, for `mpillm plan --hosts`.
+"""A file of hosts: what `mpillm doctor --output` measures and `mpillm plan --hosts` reads, or machines on paper.
 
 [[hosts]]
 name = "pi"          # for people
 count = 4            # so many that are alike
 ranks = 1            # on each
 memory = "7GiB"      # that is free on each
+# How fast each is, all of its ranks together. What is not said is assumed.
+products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4 and 16 rows of activations
+memory_gbs = 8.0     # 10^9 bytes/s that are read from memory
+disk_gbs = 0.4       # and from the model's file
+latency_us = 120.0   # microseconds of a message to another host, one way
+mbit = 940.0         # 10^6 bits/s to and from other hosts
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from mpillm.errors import JobError
+from mpillm.errors import JobError, OutputError
 from mpillm.run.layout import Machines
+from mpillm.run.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
 
 Positive = Annotated[int, Meta(ge=1, le=2**20)]
+Rate = Annotated[float, Meta(gt=0)]
+HEAD = "# Written by `mpillm doctor`, for `mpillm plan --hosts`."
 
 
-class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A table of the file."""
 
     memory: str | int
     name: str = ""
     count: Positive = 1
     ranks: Positive = 1
+    products: (
+        Annotated[
+            dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS), max_length=len(ROWS))]],
+            Meta(min_length=1),
+        ]
+        | None
+    ) = None
+    memory_gbs: Rate | None = None
+    disk_gbs: Rate | None = None
+    latency_us: Rate | None = None
+    mbit: Rate | None = None
 
     def __post_init__(self) -> None:
         byte_size(self.memory)  # ValueError says what is wrong with it
+        for kind in self.products or {}:
+            if kind not in KINDS:
+                raise ValueError(f"products of {kind!r} are unknown; they are of {', '.join(KINDS)}")
+
+    @property
+    def speed(self) -> Speed:
+        """That of one of its ranks."""
+
+        def each(rate: float | None, unit: float, assumed: float) -> float:
+            return assumed / self.ranks if rate is None else rate * unit / self.ranks
+
+        given = self.products
+        return Speed(
+            products={
+                kind: tuple(
+                    each(given[kind][at] if given else None, 1e9, rates[at]) for at in range(len(ROWS))
+                )
+                for kind, rates in ASSUMED.products.items()
+                if given is None or kind in given
+            },
+            memory=each(self.memory_gbs, 1e9, ASSUMED.memory),
+            disk=each(self.disk_gbs, 1e9, ASSUMED.disk),
+            latency=ASSUMED.latency if self.latency_us is None else self.latency_us * 1e-6,
+            wire=ASSUMED.wire if self.mbit is None else self.mbit * 1e6 / 8,
+        )
 
 
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,15 +96,43 @@ def read(path: Path, ranks: int | None = None) -> Machines:
         raise JobError(f"The file of hosts {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # msgspec's and TOML's are such
         raise JobError(f"The file of hosts {path} is wrong: {error}.") from None
+    machines = machines_of(found.hosts, ranks)
+    if ranks is not None and machines.ranks < ranks:
+        raise JobError(
+            f"The hosts of {path} have {machines.ranks} ranks, not {ranks}; add hosts, or ask for fewer."
+        )
+    return machines
+
+
+def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
+    """The machines of the first `ranks` ranks of these hosts, or of all."""
     per_host, free = list[int](), list[int]()
-    for host in found.hosts:
-        for _ in range(host.count):
+    names, speeds = list[str](), list[Speed]()
+    for number, host in enumerate(hosts):
+        for copy in range(host.count):
             used = host.ranks if ranks is None else min(host.ranks, ranks - len(free))
-            if used:
+            if used > 0:
                 per_host.append(used)
                 free += [byte_size(host.memory) // used] * used
-    if ranks is not None and len(free) < ranks:
-        raise JobError(
-            f"The hosts of {path} have {len(free)} ranks, not {ranks}; add hosts, or ask for fewer."
-        )
-    return Machines(per_host, free)
+                name = host.name or f"host {number + 1}"
+                names += [f"{name} ({copy + 1})" if host.count > 1 else name] * used
+                speeds += [host.speed] * used
+    return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
+
+
+def write(path: Path, hosts: Sequence[Host]) -> None:
+    """Write the file; OutputError if that is impossible."""
+    try:
+        path.write_text("\n".join([HEAD, *(line for host in hosts for line in _table(host))]) + "\n", "utf-8")
+    except OSError as error:
+        raise OutputError(f"The file of hosts {path} cannot be written: {error.strerror}.") from error
+
+
+def _table(host: Host) -> Iterator[str]:
+    yield "\n[[hosts]]"
+    for key, value in msgspec.to_builtins(host).items():
+        if isinstance(value, dict):
+            inner = ", ".join(f"{name} = {json.dumps(rates)}" for name, rates in value.items())
+            yield f"{key} = {{{inner}}}"
+        else:
+            yield f"{key} = {json.dumps(value)}"

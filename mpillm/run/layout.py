@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mpillm.errors import LayoutError
 from mpillm.model.adapters import Adapters
@@ -18,16 +18,23 @@ from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replicas
 from mpillm.run.rank_plan import RankPlan, replica_plan
+from mpillm.run.speed import Speed
 from mpillm.spec import Spec, shown_bytes
 from mpillm.weights.source import Source
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank."""
+    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank.
+
+    For each rank there are besides the name of its host and how fast it is, if that is known.
+    """
 
     ranks_per_host: Sequence[int]
     free: Sequence[int]
+    names: Sequence[str] = field(default=(), compare=False)
+    speeds: Sequence[Speed] = field(default=(), compare=False)
+    measured: bool = field(default=False, compare=False)  # else speeds are at least partly assumed
 
     @property
     def ranks(self) -> int:

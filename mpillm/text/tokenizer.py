@@ -244,6 +244,10 @@ class Tokenizer:
         head, tail = self.around if add_special else ([], [])
         return [*head, *self._mixed(pieces), *tail]
 
+    def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
+        """A chat as one text, in which users' control tokens cannot be told from the template's."""
+        return self._chat(options).render(messages, options)
+
     def encode_pair(
         self, text: str, other: str, max_tokens: int | None = None
     ) -> tuple[list[int], int | None]:

@@ -1,61 +1,97 @@
-"""Is this machine, or this cluster, fit for a run? MPI, threads, kernels, the model, the network and the disk."""
+"""Is this machine, or this cluster, fit for a run? MPI, threads, kernels, memory, the model, the network, the disk."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-
-import psutil
 
 from mpillm import kernels
 from mpillm.comm import probe
+from mpillm.comm.probe import Link
 from mpillm.comm.world import World
-from mpillm.errors import MpillmError
+from mpillm.errors import JobError, MpillmError
 from mpillm.model.opening import open_source
-from mpillm.run import catalogue
+from mpillm.run import catalogue, measure
+from mpillm.run.hosts import Host
+from mpillm.run.measure import Measured
+from mpillm.run.speed import KINDS, ROWS
 from mpillm.weights.identity import fingerprint
 
-READ = 256 * 2**20  # bytes of the model that are read to see how fast the disk is
-CHUNK = 8 * 2**20
 SLOW_LINK = 20e6  # bytes per second: less than a fifth of gigabit Ethernet
+UNEQUAL = 0.7  # of the fastest host's speed: below, it is worth a word
+BUSY = 0.5  # cores that other processes use on average
+
+HEAD = ("rank", "host", "cores", "threads", "kernels", "free", "products", "memory", "disk")
+LEGEND = (
+    "cores: that the ranks of the host may use, and that it has; free: GiB that",
+    "the rank can still get, as its control group allows; products: 10^9",
+    f"operations/s of Q4_0 with {ROWS[-1]} rows; memory, disk: 10^9 bytes/s read. All",
+    "ranks are measured at the same time.",
+)
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """What one rank finds out about its own node."""
+    """What one rank finds out about its own process and node."""
 
     cores: int
+    cores_of_machine: int
     ranks: int
     threads: int
     oversubscribed: bool
+    load: float  # processes that ran in the last minute, on average
     kernels: str
-    memory: int  # bytes that are free
+    why_no_kernels: str
     mpi: str
     model: tuple[int, str] | None
     trouble: str  # with the model, a sentence; "" if none
-    disk: float  # bytes per second, 0 if not measured
 
 
-def examine(world: World, model: str | None) -> Iterator[str]:
-    """Collective: the findings line by line on rank 0, nothing on the others; "!" begins what should be seen to."""
-    path, trouble = None, ""
-    if world.rank == 0:
-        try:
-            path, trouble = _model(model)
-        except MpillmError as error:
-            trouble = str(error)
-    path, trouble = world.bcast((path, trouble))
-    mine = _look(world, path, trouble)
+@dataclass(frozen=True)
+class Diagnosis:
+    """What rank 0 tells: findings, what should be seen to, what keeps a run from working, and the hosts' file."""
+
+    findings: list[str]
+    advice: list[str]
+    faults: list[str]
+    hosts: list[Host]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if a run would work; advice changes nothing about that."""
+        return JobError.exit_code if self.faults else 0
+
+    def lines(self) -> Iterator[str]:
+        """All for people; "!" begins what should be seen to."""
+        yield from self.findings
+        yield from (f"! {line}" for line in (*self.faults, *self.advice))
+        if not self.faults:
+            yield "A run would work here."
+
+
+def examine(world: World, model: str | None) -> Diagnosis:
+    """Collective: the diagnosis, which takes about two seconds; only rank 0's is complete."""
+    path, none_named = world.on_rank_0(lambda: _model(model))
+    threads = world.threads()
+    world.limit_threads(threads)
+    mine, file = _look(world, path, threads)
     everyone = world.gather(mine)
-    measured = probe.links(world)
-    if world.rank == 0:
-        yield from _mpi(world, everyone)
-        yield from _nodes(world, everyone)
-        yield from _same_model(world, everyone, path)
-        yield from _network(world, measured)
+    measured = measure.everyone(world, KINDS, threads, file)
+    links = probe.links(world)
+    hosts = measure.hosts(world, measured, links)
+    findings = [
+        f"MPI      {everyone[0].mpi}, {world.size} rank(s) on {len(hosts)} host(s)",
+        *_model_found(everyone, path, measured, none_named),
+        "",
+        *_table(world, everyone, measured),
+        "",
+        *(_link(world, link) for link in links),
+    ]
+    advice = [*_about_nodes(world, everyone), *_about_links(world, links), *_about_hosts(hosts)]
+    return Diagnosis(findings, advice, list(_faults(world, everyone, path)), hosts)
 
 
 def _model(name: str | None) -> tuple[Path | None, str]:
@@ -68,89 +104,121 @@ def _model(name: str | None) -> tuple[Path | None, str]:
     return None, "none named, and the default one is not here yet (mpillm pull smollm2-135m)"
 
 
-def _look(world: World, path: Path | None, trouble: str) -> _Rank:
-    model, disk = None, 0.0
+def _look(world: World, path: Path | None, threads: int) -> tuple[_Rank, Path | None]:
+    """What this rank finds, and the largest of the model's files."""
+    model, file, trouble = None, None, ""
     if path is not None:
         try:
             source = open_source(path)
             model = fingerprint(source)
+            file = max(source.files, key=lambda file: file.stat().st_size)
             source.close()
-            disk = _read_rate(max(source.files, key=lambda file: file.stat().st_size))
         except (MpillmError, OSError) as error:
             trouble = str(error)
-    return _Rank(
+    found = _Rank(
         cores=world.nodes.cores_here,
+        cores_of_machine=os.cpu_count() or 1,
         ranks=world.nodes.ranks_here,
-        threads=world.threads(),
+        threads=threads,
         oversubscribed=world.oversubscribed,
+        load=os.getloadavg()[0],
         kernels=kernels.path(),
-        memory=psutil.virtual_memory().available,
+        why_no_kernels=kernels.why_missing(),
         mpi=str(probe.mpi_library()),
         model=model,
         trouble=trouble,
-        disk=disk,
     )
+    return found, file
 
 
-def _read_rate(path: Path) -> float:
-    """Bytes per second of a sequential read that the page cache does not serve (as far as the system lets go of it)."""
-    with path.open("rb", buffering=0) as file:
-        length = min(READ, os.fstat(file.fileno()).st_size)
-        os.posix_fadvise(file.fileno(), 0, length, os.POSIX_FADV_DONTNEED)
-        start = time.perf_counter()
-        done = 0
-        while done < length and (data := file.read(min(CHUNK, length - done))):
-            done += len(data)
-    return done / max(time.perf_counter() - start, 1e-9)
-
-
-def _mpi(world: World, everyone: list[_Rank]) -> Iterator[str]:
-    yield f"  MPI      {everyone[0].mpi}, {world.size} rank(s) on {len(set(world.hosts))} host(s)"
-    for rank, other in enumerate(everyone):
-        if other.mpi.split(" (")[0] != everyone[0].mpi.split(" (")[0]:
-            yield f"! MPI      rank {rank} on {world.hosts[rank]} has {other.mpi}: install the same one everywhere"
-
-
-def _nodes(world: World, everyone: list[_Rank]) -> Iterator[str]:
-    seen: set[str] = set()
-    for rank, one in enumerate(everyone):
-        host = world.hosts[rank]
-        if host in seen:
-            continue
-        seen.add(host)
-        yield (
-            f"  node     {host}: {one.cores} cores, {one.ranks} rank(s) x {one.threads} thread(s), "
-            f"kernels {one.kernels}, {one.memory / 2**30:.1f} GiB free"
-        )
-        if one.oversubscribed:
-            yield f"! node     {host}: more threads than cores; ranks that wait sleep, but start fewer ranks if you can"
-        if one.kernels == "numpy":
-            yield f"! node     {host}: the compiled kernels are missing; install gcc and python3-dev, then mpillm again"
-    yield from (f"! node     {line}" for line in world.nodes.bindings)
-
-
-def _same_model(world: World, everyone: list[_Rank], path: Path | None) -> Iterator[str]:
-    first = everyone[0]
-    if path is None or first.model is None:
-        yield f"! model    {first.trouble}"
+def _model_found(
+    everyone: Sequence[_Rank], path: Path | None, measured: Sequence[Measured], none_named: str
+) -> Iterator[str]:
+    first = everyone[0].model
+    if path is None or first is None:
+        yield f"model    {none_named or everyone[0].trouble}"
         return
-    yield f"  model    {path}: {first.model[0]} bytes, sampled hash {first.model[1][:12]}"
+    yield f"model    {path}: {first[0]} bytes, sampled hash {first[1][:12]}"
+    if how := measured[0].disk.how:
+        yield f"disk     how it was read: {how}"
+
+
+def _faults(world: World, everyone: Sequence[_Rank], path: Path | None) -> Iterator[str]:
+    """What would end a run at its start."""
+    first = everyone[0]
     for rank, one in enumerate(everyone):
-        host = world.hosts[rank]
-        if one.model is None:
-            yield f"! model    rank {rank} on {host}: {one.trouble}"
-        elif one.model != first.model:
-            yield f"! model    rank {rank} on {host} sees another one ({one.model[0]} bytes, hash {one.model[1][:12]})"
-    hosts = {host: one.disk for host, one in zip(world.hosts, everyone, strict=True) if one.disk}
-    for host, rate in hosts.items():
-        yield f"  disk     {host}: the model is read at {rate / 1e6:.0f} MB/s"
+        where = f"rank {rank} on {world.hosts[rank]}"
+        if _version(one) != _version(first):
+            yield f"MPI: {where} has {one.mpi}; install the same one everywhere."
+        if path is not None and one.model is None:
+            yield f"model: {where}: {one.trouble}"
+        elif first.model is not None and one.model is not None and one.model != first.model:
+            yield f"model: {where} sees another one ({one.model[0]} bytes, hash {one.model[1][:12]})."
 
 
-def _network(world: World, measured: list[probe.Link]) -> Iterator[str]:
-    for link in measured:
-        mark = "!" if link.bandwidth < SLOW_LINK else " "
-        where = "the same host" if world.hosts[link.rank] == world.hosts[0] else world.hosts[link.rank]
-        yield (
-            f"{mark} network  rank 0 to rank {link.rank} ({where}): {link.latency * 1e6:.0f} us, "
-            f"{link.bandwidth / 1e6:.0f} MB/s"
-        )
+def _version(rank: _Rank) -> str:
+    return rank.mpi.split(" (")[0]
+
+
+def _about_nodes(world: World, everyone: Sequence[_Rank]) -> Iterator[str]:
+    numbers = world.nodes.numbers
+    for _, ranks in groupby(sorted(range(world.size), key=numbers.__getitem__), key=numbers.__getitem__):
+        rank = next(ranks)
+        one, host = everyone[rank], world.hosts[rank]
+        if one.oversubscribed:
+            yield f"{host}: more threads than cores; ranks that wait sleep, but start fewer ranks if you can."
+        if one.kernels == "numpy":
+            why = (
+                f"are missing ({one.why_no_kernels})"
+                if one.why_no_kernels
+                else "are not used (MPILLM_KERNELS)"
+            )
+            remedy = "; install gcc and python3-dev, then mpillm again" if one.why_no_kernels else ""
+            yield f"{host}: the compiled kernels {why}{remedy}."
+        if one.load > one.ranks + BUSY:
+            yield f"{host}: other processes ran meanwhile (load {one.load:.1f}); measure again when it is idle."
+    yield from world.nodes.bindings
+
+
+def _about_links(world: World, links: Sequence[Link]) -> Iterator[str]:
+    for link in links:
+        if link.bandwidth < SLOW_LINK:
+            yield (
+                f"{_ends(world, link)}: a slow network; stages send least, and wire.between_stages = "
+                '"q8_0" a quarter of that.'
+            )
+
+
+def _about_hosts(hosts: Sequence[Host]) -> Iterator[str]:
+    """Hosts that are slower than the fastest one."""
+    speeds = [(host.products or {}).get("q4_0", [0.0])[-1] for host in hosts]
+    for host, speed in zip(hosts, speeds, strict=True):
+        if speed < UNEQUAL * max(speeds):
+            yield f"{host.name} computes at {100 * speed / max(speeds):.0f} % of the fastest host's speed."
+
+
+def _link(world: World, link: Link) -> str:
+    return f"network  {_ends(world, link)}: {link.latency * 1e6:.0f} us one way, {link.bandwidth * 8e-6:.0f} Mbit/s"
+
+
+def _ends(world: World, link: Link) -> str:
+    first, second = (world.hosts[rank] for rank in link.ranks)
+    if world.nodes.numbers[link.ranks[0]] == world.nodes.numbers[link.ranks[1]]:
+        return f"rank {link.ranks[0]} - rank {link.ranks[1]} on {first}"
+    return f"{first} - {second}"
+
+
+def _table(world: World, everyone: Sequence[_Rank], measured: Sequence[Measured]) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [HEAD]
+    for rank, (one, made) in enumerate(zip(everyone, measured, strict=True)):
+        cells = [str(rank), world.hosts[rank], f"{one.cores} of {one.cores_of_machine}", str(one.threads)]
+        cells += [one.kernels, f"{world.nodes.free[rank] / 2**30:.1f}", _shown(made.products["q4_0"][-1])]
+        rows.append((*cells, _shown(made.memory), _shown(made.disk.rate)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    yield from LEGEND
+
+
+def _shown(rate: float) -> str:
+    return f"{rate / 1e9:.3g}" if rate else "-"

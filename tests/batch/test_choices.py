@@ -88,3 +88,19 @@ def test_the_prompt_is_computed_once_and_the_batch_changes_nothing(tmp_path: Pat
     rest = sum(len(request.prompt) - request.score_from for request in asked)
     assert together.totals.prompt_tokens < whole + rest + 2 * 32 * len(asked)
     assert together.totals.prompt_tokens < 0.6 * prompts
+
+
+def test_a_choice_says_whether_its_tokens_are_the_likeliest(tmp_path: Path) -> None:
+    prompt = [5, 6, 7, 8]
+    (generated,) = run_engine(CHAT, [Request("greedy", tuple(prompt), max_tokens=3)])
+    first, second, third = generated.tokens
+    choices = [[first], [first, second, third], [first, second, third + 1], [first + 1, second]]
+    plain, asked = works(
+        tmp_path, *({"prompt": prompt, "choices": choices, "is_greedy": one} for one in (False, True))
+    )
+    said = answer(asked)["choices"]
+    assert [one["is_greedy"] for one in said] == [True, True, False, False]
+    assert [{**one, "is_greedy": None} for one in said] == [
+        {**one, "is_greedy": None} for one in answer(plain)["choices"]
+    ]
+    assert "is_greedy" not in answer(plain)["choices"][0]

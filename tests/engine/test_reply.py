@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mpillm.engine.adjust import bits
+from mpillm.engine.messages import Fetch
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import FORBIDDEN, Candidates, inverse_temperature
-from mpillm.engine.step import NO_IDS, Chunk, Fetch, Shifts, Step
+from mpillm.engine.step import NO_IDS, Chunk, Shifts, Step
 
 VOCAB, PANELS, WIDTH = 160, 8, 3
 

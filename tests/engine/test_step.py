@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.engine import step as messages
-from mpillm.engine.step import HEADER, Chunk, Fetch, Hidden, Kind, Shifts, Step, Table
+from mpillm.engine.messages import HEADER, Fetch, Stop, decode, encode
+from mpillm.engine.step import NO_IDS, Chunk, Hidden, Shifts, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import first_kept
 
@@ -45,8 +45,9 @@ def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
         penalty=draw(st.sampled_from([1.0, 1.25])),
         seen=ids(draw(st.integers(0, 9))),
         shifts=_shifts(rng, draw(st.integers(0, 5))),
-        allowed=draw(st.sampled_from([messages.NO_IDS, *MASKS])),
+        allowed=draw(st.sampled_from([NO_IDS, *MASKS])),
         hidden=draw(st.sampled_from(Hidden)),
+        adapter=draw(st.integers(0, 3)),
     )
 
 
@@ -57,18 +58,19 @@ def _shifts(rng: np.random.Generator, count: int) -> Shifts:
 
 @given(steps())
 def test_round_trip(step: Step) -> None:
-    message = step.encode()
+    message = encode(step)
     integers = 0
     for chunk in step.chunks:
-        integers += 15 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
+        integers += 16 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
         integers += sum(2 + len(table.blocks) for table in chunk.tables)
     masks = {chunk.allowed.tobytes() for chunk in step.chunks} - {b""}
     assert HEADER.size == 40
     assert len(message) == 40 + 4 * integers + sum(map(len, masks))
-    assert messages.kind_of(message) is Kind.STEP
-    back = Step.decode(message)
-    assert back.encode() == message
+    back = decode(message)
+    assert isinstance(back, Step)
+    assert encode(back) == message
     assert back.outputs == step.outputs
+    assert [chunk.adapter for chunk in back.chunks] == [chunk.adapter for chunk in step.chunks]
     for chunk, other in zip(step.chunks, back.chunks, strict=True):
         assert np.array_equal(chunk.allowed, other.allowed)
         assert all(map(np.array_equal, chunk.shifts, other.shifts))
@@ -114,33 +116,30 @@ def test_outputs_are_scored_rows_then_the_sampled_row() -> None:
 
 def test_fetch_and_stop() -> None:
     fetch = Fetch(9, (3, 5), 1000)
-    assert messages.kind_of(fetch.encode()) is Kind.FETCH
-    assert Fetch.decode(fetch.encode()) == fetch
-    stop = messages.stop_message(75)
-    assert messages.kind_of(stop) is Kind.STOP
-    assert messages.exit_code_of(stop) == 75
+    assert decode(encode(fetch)) == fetch
+    assert decode(encode(Stop(75))) == Stop(75)
 
 
 def test_what_is_no_message_is_refused() -> None:
-    step = Step(0, (Chunk(0, np.zeros(3, np.int32), ONE_BLOCK),)).encode()
+    step = encode(Step(0, (Chunk(0, np.zeros(3, np.int32), ONE_BLOCK),)))
     with pytest.raises(ValueError, match="shorter than its header"):
-        messages.kind_of(step[:20])
+        decode(step[:20])
     with pytest.raises(ValueError, match="starts with 0x00000000"):
-        messages.kind_of(bytes(40))
+        decode(bytes(40))
     with pytest.raises(ValueError, match="does not match its header"):
-        Step.decode(step[:-4])
+        decode(step[:-4])
     with pytest.raises(ValueError, match="does not match its header"):
-        Fetch.decode(Fetch(1, (1, 2), 3).encode()[:-4])
+        decode(encode(Fetch(1, (1, 2), 3))[:-4])
     # Tokens, blocks, start, first block, shifts and mask of the only chunk.
     wrongs = (
         (1, 4),
         (1, -3),
-        (16, 2),
-        (16, -1),
+        (17, 2),
+        (17, -1),
         (0, -1),
         (0, 30),
-        (15, 1),
-        (15, -1),
+        (16, 1),
+        (16, -1),
         (9, 1),
         (10, 0),
         (10, -2),
@@ -149,4 +148,4 @@ def test_what_is_no_message_is_refused() -> None:
         words = np.frombuffer(step, "<i4").copy()
         words[HEADER.size // 4 + at] = wrong
         with pytest.raises(ValueError, match=r"do not match its header|lie outside its blocks"):
-            Step.decode(words.tobytes())
+            decode(words.tobytes())

@@ -24,9 +24,9 @@ from mpillm import spec
 from mpillm.batch import requests
 from mpillm.batch.endpoints.prompts import MAX_SEQUENCES
 from mpillm.batch.work import Line, Model
-from mpillm.engine import step as messages
+from mpillm.engine import messages
 from mpillm.engine.reply import Reply, merge
-from mpillm.engine.step import Chunk, Fetch, Kind, Shifts, Step, Table
+from mpillm.engine.step import Chunk, Shifts, Step, Table
 from mpillm.errors import JobError, LayoutError, ModelError, OutputError, RequestError
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
@@ -303,14 +303,11 @@ def _step(folder: Path) -> Target:
 
     def run(data: bytes) -> None:
         with contextlib.suppress(ValueError):
-            kind = messages.kind_of(data)
-            if kind is Kind.FETCH:
-                Fetch.decode(data)
-            elif kind is Kind.STEP:
-                step = Step.decode(data)
+            step = messages.decode(data)
+            if isinstance(step, Step):
                 assert len(step.batch().tokens) == sum(len(part.tokens) for part in step.chunks)
                 assert len(step.hidden_rows()) <= len(step.batch().tokens)
-                assert step.encode()[20:] == data[20:]
+                assert messages.encode(step)[20:] == data[20:]
 
     ids = np.arange(40, dtype=np.int32)
     shifts = Shifts(ids[:2], ids[2:4].astype(np.float32), ids[4:6].astype(np.float32))
@@ -319,7 +316,8 @@ def _step(folder: Path) -> Target:
         Chunk(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), 6, sample_k=5, seen=ids, penalty=1.5),
         Chunk(64, ids[:1], (Table(0, ids[:3]), Table(1, ids[:2])), shifts=shifts, allowed=ids[:2]),
     )
-    return Target(run, [Step(3, parts).encode(), Fetch(1, (4, 2), 99).encode(), messages.stop_message(75)])
+    sent = (Step(3, parts), messages.Fetch(1, (4, 2), 99), messages.Stop(75))
+    return Target(run, [messages.encode(message) for message in sent])
 
 
 def _reply(folder: Path) -> Target:

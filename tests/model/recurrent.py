@@ -17,13 +17,10 @@ from mpillm.model import opening
 from mpillm.model.batch import Step
 from mpillm.model.cache_spec import LayerCache, SequenceState
 from mpillm.model.config import ModelConfig
-from mpillm.model.kv import LayerCacheView
-from mpillm.model.layers.mixer import Mixer
-from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.mixer import Mixer, MixerInput
+from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.page import Page
 
 DECAY, GAIN = np.float32(0.8), np.float32(0.25)
 
@@ -51,13 +48,11 @@ class Recurrent:
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         return self.attention.row_nbytes(place, block, hidden, copied)
 
-    def compute(
-        self, rank: Rank, layer: int, page: Page, norm: NormSpec | None, x: Floats, step: Step, cache: LayerCacheView
-    ) -> tuple[Floats, Floats | None]:  # fmt: skip
-        part, bias = np.zeros_like(x), None
-        self._advance(cache.states, x, part, step)
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
+        part, bias = np.zeros_like(given.x), None
+        self._advance(given.cache.states, given.x, part, given.step)
         if self.both:
-            mixed, bias = self.attention.compute(rank, layer, page, norm, x, step, cache)
+            mixed, bias = self.attention.compute(given)
             part += mixed
         return part, bias
 

@@ -47,6 +47,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
     choices: Annotated[list[Choice], Meta(min_length=1)]
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    is_greedy: bool | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         check_sequences("choices", len(self.choices), 1)
@@ -66,7 +67,12 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
                 raise RequestError(f"choices[{index}] adds no token to the prompt")
             made.append(
                 Request(
-                    id=custom_id, prompt=ids, choice=index, max_tokens=0, prompt_logprobs=0, score_from=common
+                    id=custom_id,
+                    prompt=ids,
+                    choice=index,
+                    max_tokens=0,
+                    prompt_logprobs=int(bool(self.is_greedy)),
+                    score_from=common,
                 )
             )
         return tuple(made)
@@ -88,6 +94,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
                     "logprob_per_token": total / tokens,
                     "logprob_per_byte": total / nbytes if nbytes else None,
                     "probability": float(weights[index] / math.fsum(weights)),
+                    **({"is_greedy": _is_greedy(completion)} if self.is_greedy else {}),
                 }
             )
         best = {
@@ -139,6 +146,12 @@ def _common(one: TokenIds, other: TokenIds) -> int:
     return next(
         (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
+
+
+def _is_greedy(completion: Completion) -> bool:
+    """Whether each token of a choice is the likeliest one where it stands."""
+    tokens = completion.request.prompt[completion.request.score_from :]
+    return all(token == top[0][0] for token, top in zip(tokens, completion.prompt_top, strict=True))
 
 
 def _bytes(ids: list[int], model: Model) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.kernels import adapted
-from mpillm.model.batch import Step, Turn
+from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
-from mpillm.model.kv import LayerCacheView
+from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.rank import Floats
 from mpillm.model.layers.row_norms import HeadRows, normalise_rows
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis
@@ -133,33 +133,15 @@ class AttentionSpec:
         widest = 4 * ((2 + self.gate) * heads + 2 * kv_heads + 1) * self.head_dim
         return widest + int(copied * (hidden + heads * self.head_dim))
 
-    def compute(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, Floats | None]:
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
-        if self.qk_norm_whole and rank.place.shards > 1:
-            return self._with_row_norms(rank, layer, page, norm, x, step, cache)
-        return attend(self, rank, layer, page, norm, x, step, cache)
+        if self.qk_norm_whole and given.rank.place.shards > 1:
+            return self._with_row_norms(given)
+        return attend(self, given)
 
-    def _with_row_norms(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, Floats | None]:
+    def _with_row_norms(self, given: MixerInput) -> tuple[Floats, Floats | None]:
         """The same where q and k are normalised over the heads of all shards, which have to be asked for."""
-        page = rank.adapted(page)
+        rank, layer, page, norm, x, step, cache = given
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
         q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
@@ -250,18 +232,9 @@ class _Attention(Protocol):
         """The kernels' attention of a loaded page; `norm` is that of its input."""
 
 
-def attend(
-    spec: _Attention,
-    rank: Rank,
-    layer: int,
-    page: Page,
-    norm: NormSpec | None,
-    x: Floats,
-    step: Step,
-    cache: LayerCacheView,
-) -> tuple[Floats, Floats | None]:
+def attend(spec: _Attention, given: MixerInput) -> tuple[Floats, Floats | None]:
     """`Mixer.compute` of any kind of attention."""
-    page = rank.adapted(page)
+    rank, layer, page, norm, x, step, cache = given
 
     def make() -> kernels.Attention | kernels.LatentAttention:
         return spec.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)

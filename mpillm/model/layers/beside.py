@@ -7,15 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpillm.model.batch import Step
 from mpillm.model.cache_spec import LayerCache
-from mpillm.model.kv import LayerCacheView
-from mpillm.model.layers.mixer import Mixer
-from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.mixer import Mixer, MixerInput
+from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.page import Page
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,11 @@ class BesideSpec:
         """Bytes that a row takes at most: the widest mixer's, and the sum."""
         return 4 * hidden + max(mixer.row_nbytes(place, block, hidden, copied) for mixer, _ in self.mixers)
 
-    def compute(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, None]:
+    def compute(self, given: MixerInput) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
-        total = np.zeros_like(x)
+        total = np.zeros_like(given.x)
         for mixer, scale in self.mixers:
-            part, bias = mixer.compute(rank, layer, page, norm, x, step, cache)
+            part, bias = mixer.compute(given)
             if bias is not None:
                 part += bias
             if scale != 1.0:

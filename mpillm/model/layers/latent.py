@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 
 from mpillm import kernels
 from mpillm.kernels import adapted
-from mpillm.model.batch import Step, Turn
+from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
-from mpillm.model.kv import LayerCacheView
 from mpillm.model.layers.attention import Rotary, attend
+from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.names import Key
@@ -127,18 +127,9 @@ class LatentAttentionSpec:
         multiplied = hidden + self.q_rank + heads * (self.key_dim + self.kv_rank + self.value_dim)
         return widest + int(copied * multiplied)
 
-    def compute(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, Floats | None]:
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
-        return attend(self, rank, layer, page, norm, x, step, cache)
+        return attend(self, given)
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int

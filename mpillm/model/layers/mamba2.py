@@ -13,11 +13,10 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.kernels import lanes
-from mpillm.model.batch import Step
 from mpillm.model.cache_spec import LayerCache, SequenceState
-from mpillm.model.kv import LayerCacheView
+from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.rank import Floats
 from mpillm.model.layers.recurrent import convolutions, recur, taps_first
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
@@ -114,18 +113,9 @@ class Mamba2Spec:
         widest = 4 * (4 * groups * self.dk + 4 * heads * self.dv + 2 * heads)
         return widest + int(copied * (hidden + heads * self.dv))
 
-    def compute(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, None]:
+    def compute(self, given: MixerInput) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
-        return recur(self, rank, layer, page, norm, x, step, cache, shared=not self.whole)
+        return recur(self, given, shared=not self.whole)
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Mamba2:
         """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""

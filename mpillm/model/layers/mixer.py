@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mpillm.model.batch import Step
 from mpillm.model.cache_spec import LayerCache
@@ -13,6 +13,18 @@ from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.page import Page
+
+
+class MixerInput(NamedTuple):
+    """What a mixer computes with."""
+
+    rank: Rank
+    layer: int  # its number in the model
+    page: Page  # its tensors
+    norm: NormSpec | None  # of `x`
+    x: Floats  # [m, hidden]
+    step: Step
+    cache: LayerCacheView  # what the layer keeps of the step's sequences
 
 
 class Mixer(Protocol):
@@ -38,17 +50,8 @@ class Mixer(Protocol):
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take it."""
 
-    def compute(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden], and the bias that is still to be added; `norm` is that of x.
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
+        """The sum of what all shards make of x [m, hidden], and the bias that is still to be added.
 
         The results of a sequence's rows do not depend on how they are cut into steps, nor on other sequences.
         """

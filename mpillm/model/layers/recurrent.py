@@ -8,10 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpillm import kernels
-from mpillm.model.batch import Step
-from mpillm.model.kv import LayerCacheView
-from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.mixer import MixerInput
+from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.names import Key
@@ -25,18 +23,9 @@ class _Recurrent(Protocol):
         """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
 
 
-def recur(
-    spec: _Recurrent,
-    rank: Rank,
-    layer: int,
-    page: Page,
-    norm: NormSpec | None,
-    x: Floats,
-    step: Step,
-    cache: LayerCacheView,
-    shared: bool = True,
-) -> tuple[Floats, None]:
+def recur(spec: _Recurrent, given: MixerInput, shared: bool = True) -> tuple[Floats, None]:
     """`Mixer.compute` of a mixer with states; without `shared` each shard makes the whole result."""
+    rank, layer, page, norm, x, step, cache = given
 
     def make() -> Any:
         return spec.kernel(page, norm.kernel(page, "attn_norm") if norm else None, rank.place, rank.block)

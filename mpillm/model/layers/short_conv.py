@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpillm import kernels
-from mpillm.model.batch import Step
 from mpillm.model.cache_spec import LayerCache, SequenceState
-from mpillm.model.kv import LayerCacheView
-from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats, Rank
+from mpillm.model.layers.mixer import MixerInput
+from mpillm.model.layers.rank import Floats
 from mpillm.model.layers.recurrent import convolutions, recur, taps_first
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
@@ -53,18 +51,9 @@ class ShortConvSpec:
         width = len(self.channels(block).entries(place))
         return 4 * 4 * width + int(copied * (hidden + width))
 
-    def compute(
-        self,
-        rank: Rank,
-        layer: int,
-        page: Page,
-        norm: NormSpec | None,
-        x: Floats,
-        step: Step,
-        cache: LayerCacheView,
-    ) -> tuple[Floats, None]:
+    def compute(self, given: MixerInput) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
-        return recur(self, rank, layer, page, norm, x, step, cache)
+        return recur(self, given)
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int

@@ -1,0 +1,230 @@
+"""A model of lm-evaluation-harness: `mpillm lm-eval` registers it, and hands its words over to the harness."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from mpillm.api.answers import Answer, Generation
+from mpillm.api.llm import LLM
+from mpillm.errors import JobError, RequestError
+from mpillm.model.opening import config_of, open_source
+from mpillm.run import catalogue
+from mpillm.spec import Memory
+from mpillm.text import Tokenizer, load_tokenizer
+
+MODEL = "mpillm"  # how --model names it
+LINE_TOKENS = 1 << 16  # of one line's continuations, each with its context
+
+Scored = tuple[
+    tuple[str, str] | None, list[int], list[int]
+]  # cache key, ids of the context and what follows it
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the harness with the words of its command line; `--model mpillm` need not be said."""
+    named = any(word in ("--model", "-M") or word.startswith("--model=") for word in words)
+    sys.argv = [
+        "lm-eval",
+        *words,
+        *([] if named or words[:1] in ([], ["ls"], ["validate"]) else ["--model", MODEL]),
+    ]
+    cli_evaluate()
+    return 0
+
+
+@register_model(MODEL)
+class HarnessLM(TemplateLM):  # type: ignore[misc]
+    """A model whose log-probabilities and texts `LLM` computes, all requests of a kind as one batch.
+
+    Texts become tokens, and answers numbers, as in the harness's `hf`. An answer is cached (`--use_cache`) when it is
+    finished, so that a run that was stopped goes on from there.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        ranks: int = 1,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        think_end_token: str | None = None,
+        batch_size: object = None,
+        max_batch_size: object = None,
+        device: object = None,
+        **settings: Any,
+    ) -> None:
+        """`settings` are those of a job, dotted: `memory.kv=4GiB`, `wire.activations=f32`, `quantize=q8_0`.
+
+        `max_length` is how many tokens a window has: at most one fewer than the context, for the token behind it. Batch
+        sizes and devices are taken for the harness's sake: steps are filled, whatever they say.
+        """
+        super().__init__()
+        source = open_source(catalogue.resolve(model))
+        config = config_of(source)
+        tokenizer = load_tokenizer(source.tokenizer, config.vocab)
+        if tokenizer is None:
+            raise JobError(f"The model {model} has no tokenizer, and the tasks are texts.")
+        self._tokenizer: Tokenizer = tokenizer
+        nested = _nested(settings)
+        context = min(config.max_position, nested.get("memory", {}).get("max_context", Memory().max_context))
+        self.max_length = min(max_length or context, context - 1)
+        self.max_gen_toks = max_gen_toks
+        self._add_bos, self._prefix, self._think_end = add_bos_token, prefix_token_id, think_end_token
+        self._name = model
+        self._llm = LLM(model, ranks, **nested)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        tokenizer = self._tokenizer
+        for id in (self._prefix, tokenizer.bos_id, tokenizer.eos_id):
+            if id is not None:
+                return id
+        raise JobError(
+            "The model has no token that begins a text; give one as prefix_token_id in --model_args."
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        name = chat_template if isinstance(chat_template, str) else "default"
+        return self._tokenizer.template(name) if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        return self._tokenizer.render_chat(chat_history, options)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        special = self._add_bos if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and string.startswith(self._tokenizer.token_text(self.prefix_token_id)):
+            special = False  # of a chat template, which has begun the text
+        return self._tokenizer.encode(string, special is not False, parse_special=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows: list[Scored] = []
+        texts: list[int] = []  # whose text a window is of
+        for index, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            for context, continuation in map(make_disjoint_window, rolling):
+                windows.append((None, context, continuation))
+                texts.append(index)
+        totals, left = [0.0] * len(requests), Counter(texts)
+        for at, (logprob, _) in self._scored(windows, disable_tqdm):
+            index = texts[at]
+            totals[index] += logprob
+            left[index] -= 1
+            if not left[index]:
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, totals[index])
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        lines, stops = [], []
+        for request in requests:
+            context, asked = request.args
+            body = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+            until = [stop for stop in body.pop("until") if stop]
+            most = body.pop("max_gen_toks")
+            if not 0 < most < self.max_length:
+                raise JobError(
+                    f"max_gen_toks is {most}, and the model takes {self.max_length} tokens in all."
+                )
+            if not body.pop("do_sample"):
+                body["temperature"] = 0.0
+            ids = self.tok_encode(context)[-(self.max_length - most) :]
+            # Behind a model's thoughts, a text that ends the answer may stand in them.
+            lines.append(
+                {"prompt": ids, "max_tokens": most, "stop": [] if self._think_end else until, **body}
+            )
+            stops.append(until)
+        texts = [""] * len(requests)
+        for answer in self._answers(lines, "texts", disable_tqdm):
+            assert isinstance(answer, Generation)
+            text = self._tokenizer.decode(answer.completions[0].tokens.tolist())
+            text = postprocess_generated_text(text, stops[answer.index], self._think_end)
+            texts[answer.index] = text
+            self.cache_hook.add_partial("generate_until", requests[answer.index].args, text)
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: list[Scored], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        found = [(0.0, False)] * len(requests)
+        for index, scored in self._scored(requests, disable_tqdm):
+            found[index] = scored
+            if (key := requests[index][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", key, scored)
+        return found
+
+    def _scored(self, requests: list[Scored], quiet: bool) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Each request's index, log-likelihood, and whether its tokens are the likeliest, when it is finished."""
+        groups = list(self._grouped(requests))
+        lines = [
+            {"prompt": context, "choices": continuations, "is_greedy": True}
+            for _, context, continuations in groups
+        ]
+        for answer in self._answers(lines, "continuations", quiet):
+            first = groups[answer.index][0]
+            for choice in answer.body["choices"]:
+                yield first + choice["index"], (choice["logprob"], choice["is_greedy"])
+
+    def _grouped(self, requests: list[Scored]) -> Iterator[tuple[int, list[int], list[list[int]]]]:
+        """Neighbours with the same context, which is computed once: the index of the first, and their tokens."""
+        for context, group in groupby(enumerate(requests), lambda item: self._context(item[1])):
+            first, tokens = -1, 0
+            held: list[list[int]] = []
+            for index, (_, _, continuation) in group:
+                more = len(context) + len(continuation)
+                if held and tokens + more > LINE_TOKENS:
+                    yield first, context, held
+                    held, tokens = [], 0
+                first = first if held else index
+                held.append(continuation)
+                tokens += more
+            yield first, context, held
+
+    def _context(self, request: Scored) -> list[int]:
+        """The last tokens of a request's context, as many as a window has room for."""
+        _, context, continuation = request
+        return context[-max(self.max_length + 1 - len(continuation), 1) :]
+
+    def _answers(self, lines: Sequence[dict[str, Any]], what: str, quiet: bool) -> Iterator[Answer]:
+        """The answers as they are finished; RequestError for the first that there is none of."""
+        shown = tqdm(self._llm.stream(lines), f"mpillm: {what}", len(lines), disable=quiet)
+        for answer in shown:
+            if answer.error is not None:
+                raise RequestError(answer.error)
+            yield answer
+
+
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as tables: `memory.kv` as `{"memory": {"kv": ...}}`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        table, _, name = key.rpartition(".")
+        (found.setdefault(table, {}) if table else found)[name] = value
+    return found

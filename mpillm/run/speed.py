@@ -1,0 +1,65 @@
+"""How fast ranks are, as measured (`measure`), as a file of hosts says (`hosts`), or as assumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mpillm.kernels import BlockType
+
+ROWS = (1, 4, 16)  # of activations, with which products are measured
+KINDS = ("q4_0", "q4_k", "q8_0", "bf16", "f32")  # that stand for all block types
+
+Products = Mapping[str, Sequence[float]]  # by kind: operations/s with each of ROWS
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a rank does in a second, and its host's link to other hosts; `wire` is 0 if that is not known."""
+
+    products: Products
+    memory: float  # bytes/s that it reads
+    disk: float  # bytes/s of the model's files
+    latency: float = 0.0  # seconds of a message one way
+    wire: float = 0.0  # bytes/s
+
+    def operations(self, kind: BlockType, rows: float) -> float:
+        """Operations/s of products of a matrix of this type with so many rows, between those measured."""
+        rates = self.products[stand_in(kind, tuple(self.products))]
+        rows = min(max(rows, ROWS[0]), ROWS[-1])
+        at = next(index for index in range(1, len(ROWS)) if rows <= ROWS[index])
+        part = math.log(rows / ROWS[at - 1]) / math.log(ROWS[at] / ROWS[at - 1])
+        return float(rates[at - 1] ** (1 - part) * rates[at] ** part)
+
+
+def stand_in(kind: BlockType, known: Sequence[str]) -> str:
+    """The known kind whose products cost about as much: quantised too or not, of about as many bytes."""
+    name = kind.name.lower()
+    if name in known:
+        return name
+    kinds = {other: BlockType[other.upper()] for other in known}
+    return min(
+        known,
+        key=lambda other: (kinds[other].quantised != kind.quantised, abs(_bits(kinds[other]) - _bits(kind))),
+    )
+
+
+def _bits(kind: BlockType) -> float:
+    return 8 * kind.block_bytes / kind.block
+
+
+# A desktop of four cores with AVX2, a SATA disk and gigabit Ethernet.
+ASSUMED = Speed(
+    products={
+        "q4_0": (70e9, 150e9, 200e9),
+        "q4_k": (60e9, 130e9, 170e9),
+        "q8_0": (36e9, 100e9, 150e9),
+        "bf16": (20e9, 45e9, 60e9),
+        "f32": (10e9, 30e9, 45e9),
+    },
+    memory=20e9,
+    disk=0.5e9,
+    latency=60e-6,
+    wire=1e9 / 8,
+)

@@ -1,0 +1,73 @@
+"""lm-evaluation-harness on a tiny model gives what its `hf` gives on the same float32 model (see make_expected)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, clean_environment, run_bounded
+from tests.lm_eval.make_expected import HERE, MODEL, RUNS, TASKS, read
+
+ARGS = f"--model_args model={MODEL},wire.activations=f32,memory.kv=64MiB"
+EXPECTED: dict[str, Any] = json.loads((HERE / "expected.json").read_text())
+
+
+def evaluate(folder: Path, ranks: int, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`mpillm lm-eval` on the tiny tasks, with samples in `folder`."""
+    handed = [*f"{ARGS},ranks={ranks}".split(), *TASKS, *words, "--output_path", str(folder), "--log_samples"]
+    home = clean_environment(HF_HOME=str(folder / "hf"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", **env)
+    return run_bounded([sys.executable, "-m", "tests.lm_eval.program", "lm-eval", *handed], 200, home, ROOT)
+
+
+def assert_expected(folder: Path, run: str) -> None:
+    found = read(folder)
+    assert set(found) == set(EXPECTED[run])
+    for task, expected in EXPECTED[run].items():
+        got = found[task]
+        assert got["metrics"].keys() == expected["metrics"].keys()
+        for metric, value in expected["metrics"].items():
+            assert got["metrics"][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+        for document, (ours, theirs) in enumerate(zip(got["answers"], expected["answers"], strict=True)):
+            if task == "tiny_generation":
+                assert ours == theirs, document
+            elif task == "tiny_rolling":
+                np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=1e-5)
+            else:
+                assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+                logprobs = ([np.float64(logprob) for logprob, _ in answers] for answers in (ours, theirs))
+                np.testing.assert_allclose(*logprobs, atol=2e-4)
+
+
+@pytest.mark.mpiexec
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_a_killed_evaluation_goes_on_from_its_cache_and_gives_the_numbers_of_hf(tmp_path: Path) -> None:
+    cached = ["--use_cache", str(tmp_path / "cache")]
+    killed = evaluate(tmp_path, 1, *cached, KILLED_AFTER="11")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = evaluate(tmp_path, 2, *cached)
+    assert done.returncode == 0, done.stderr
+    assert "Cached requests: 11, Requests remaining: 14" in done.stderr
+    assert_expected(tmp_path, "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(220)
+def test_chat_templates_and_examples_give_the_numbers_of_hf(tmp_path: Path) -> None:
+    done = evaluate(tmp_path, 1, *RUNS["chat"])
+    assert done.returncode == 0, done.stderr
+    assert_expected(tmp_path, "chat")
+
+
+def test_lm_eval_is_not_started_by_mpiexec() -> None:
+    words = [sys.executable, "-m", "mpillm", "lm-eval", "--tasks", "any"]
+    done = run_bounded(words, env=clean_environment(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"))
+    assert done.returncode == 2
+    assert "lm-eval starts its ranks by itself" in done.stderr

@@ -1,0 +1,104 @@
+"""The doctor: what it finds on two ranks, its exit code, and the file of hosts that it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from mpillm.comm.probe import tournament
+from mpillm.kernels import BlockType
+from mpillm.run import hosts, measure
+from mpillm.run.hosts import Host
+from mpillm.run.speed import ASSUMED, KINDS, ROWS, Speed, stand_in
+from tests.conftest import Mpi, run_bounded
+from tests.model.golden import gguf_path
+
+MODEL = gguf_path("llama_mixed")
+
+
+@pytest.mark.mpiexec
+def test_two_ranks_measure_and_the_file_is_read_again(openmpi: Mpi, tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    done = run_bounded(
+        openmpi.command(2, "-m", "mpillm", "doctor", f"--model={MODEL}", f"--output={file}"),
+        env=openmpi.environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    head, first, second = (
+        line.split() for line in done.stdout.splitlines() if line.split()[:1] in (["rank"], ["0"], ["1"])
+    )
+    assert head == ["rank", "host", "cores", "threads", "kernels", "free", "products", "memory", "disk"]
+    assert first[0] == "0"
+    assert second[1] == first[1]
+    assert f"model    {MODEL}: {MODEL.stat().st_size} bytes" in done.stdout
+    assert f"network  rank 0 - rank 1 on {first[1]}: " in done.stdout
+    assert "A run would work here." in done.stdout
+    machines = hosts.read(file)
+    assert machines.measured
+    assert (list(machines.ranks_per_host), list(machines.names)) == ([2], [first[1]] * 2)
+    for speed in machines.speeds:
+        assert set(speed.products) == set(KINDS)
+        assert speed.products["q4_0"][-1] == pytest.approx(
+            (float(first[-3]) + float(second[-3])) / 2 * 1e9, rel=0.01
+        )
+        assert speed.latency > 0
+
+
+def test_what_would_fail_has_an_exit_code(tmp_path: Path) -> None:
+    wrong = tmp_path / "config.json"
+    wrong.write_text(json.dumps({"architectures": ["NoSuchModel"]}))
+    done = run_bounded([sys.executable, "-m", "mpillm", "doctor", f"--model={tmp_path}"])
+    assert done.returncode == 2
+    assert "! model: rank 0 on " in done.stdout
+    assert "NoSuchModel" in done.stdout
+    assert "A run would work here." not in done.stdout
+
+
+@pytest.mark.parametrize("players", range(1, 10))
+def test_everyone_meets_everyone_else_once(players: int) -> None:
+    rounds = tournament(players)
+    assert sorted(pair for pairs in rounds for pair in pairs) == list(combinations(range(players), 2))
+    for pairs in rounds:
+        playing = [player for pair in pairs for player in pair]
+        assert len(playing) == len(set(playing)) >= players - 1
+
+
+def test_speeds_between_the_measured_rows_and_of_other_types() -> None:
+    speed = Speed({"q4_0": (10.0, 40.0, 40.0), "bf16": (4.0, 8.0, 16.0)}, memory=1.0, disk=1.0)
+    assert [speed.operations(BlockType.Q4_0, rows) for rows in (0.5, 1, 2, 4, 9, 500)] == pytest.approx(
+        [10, 10, 20, 40, 40, 40]
+    )
+    assert speed.operations(BlockType.Q6_K, 1) == 10
+    assert speed.operations(BlockType.F32, ROWS[-1]) == 16
+    assert [stand_in(kind, KINDS) for kind in (BlockType.F16, BlockType.Q2_K, BlockType.Q8_0)] == [
+        "bf16", "q4_0", "q8_0",
+    ]  # fmt: skip
+
+
+def test_a_file_of_hosts_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    pi = Host(memory="7GiB", name='p"i', count=2, ranks=2, products={"q8_0": [2.0, 4.0, 6.0]}, mbit=100.0)
+    file = tmp_path / "hosts.toml"
+    hosts.write(file, [pi, Host(memory=2**30)])
+    machines = hosts.read(file, 5)
+    assert list(machines.names) == ['p"i (1)', 'p"i (1)', 'p"i (2)', 'p"i (2)', "host 2"]
+    assert machines.speeds[0] == Speed(
+        {"q8_0": (1e9, 2e9, 3e9)}, ASSUMED.memory / 2, ASSUMED.disk / 2, ASSUMED.latency, 12.5e6
+    )
+    assert machines.speeds[4] == ASSUMED
+    assert not machines.measured
+
+
+def test_a_disk_is_read_past_the_page_cache_or_its_pages_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model"
+    file.write_bytes(bytes(3 * measure.REQUEST))
+    assert measure._disk_rate(file).rate > 0
+    monkeypatch.setattr(measure, "open_direct", lambda path: -1)
+    found = measure._disk_rate(file, 1, 2)
+    assert (found.rate > 0, found.how) == (True, "pages dropped first")
+    assert measure._disk_rate(file, 1, 4).how == "the file is too small"
