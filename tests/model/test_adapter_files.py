@@ -96,9 +96,15 @@ def test_an_adapter_is_not_called_as_the_model_is() -> None:
     refused("An adapter is called 'chat', as the model is", FIXTURES / "adapters/chat_all", name="chat")
 
 
+def load(folder: Path, model: str, name: str) -> None:
+    """Load an adapter as a job does."""
+    with (
+        closing(open_source(model_path(model))) as source,
+        closing(Adapters({name: str(folder)}, source, config_of(source))) as adapters,
+    ):
+        adapters.load(Place(0, 1, 1))
+
+
 def refused(words: str, folder: Path, model: str = "chat", name: str = "one") -> None:
-    with closing(open_source(model_path(model))) as source:
-        config = config_of(source)
-        with pytest.raises(MpillmError, match=words):  # noqa: PT012 (values are read when they are loaded)
-            with closing(Adapters({name: str(folder)}, source, config)) as adapters:
-                adapters.load(Place(0, 1, 1))
+    with pytest.raises(MpillmError, match=words):
+        load(folder, model, name)

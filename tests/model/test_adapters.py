@@ -8,31 +8,20 @@ from typing import Any
 import pytest
 
 from mpillm.engine.sequence import Completion, Request
-from tests.model.checks import EXACT, RECURRENT, RECURRENT_MODELS, check, digest, requests_of
+from tests.model.adapted import both, check_both, folder, numbered
+from tests.model.checks import digest, requests_of
 from tests.model.engine_harness import run_engine
-from tests.model.golden import ADAPTERS, FIXTURES, adapted_model, golden, model_path
-
-
-def folder(name: str) -> str:
-    """A tiny adapter's directory."""
-    return str(FIXTURES / "adapters" / name)
-
-
-def numbered(requests: list[Request], number: int, prefix: str = "") -> list[Request]:
-    """The same with an adapter of this number."""
-    return [replace(one, adapter=number, id=prefix + one.id) for one in requests]
+from tests.model.golden import ADAPTERS, adapted_model, golden, model_path
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_values_are_those_of_peft(name: str) -> None:
-    model, reference = adapted_model(name), golden(f"{name}.adapter")
-    requests = numbered(requests_of(reference), 1)
-    bounds = RECURRENT if model.startswith(RECURRENT_MODELS) else EXACT
-    for more in ({}, {"max_num_batched_tokens": 24}):
-        completions = run_engine(
-            model_path(model), requests, activations="f32", threads=1, adapters={"one": folder(name)}, **more
-        )
-        check(reference, completions, bounds)
+    requests, job = both(name)
+    model = model_path(adapted_model(name))
+    completions = run_engine(model, requests, **job)
+    check_both(name, completions)
+    del job["adapters"]
+    assert digest(run_engine(model, requests[1::2], **job)) == digest(completions[1::2])
 
 
 def mixed() -> list[Request]:
