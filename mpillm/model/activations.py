@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
-from mpillm.model.adapters import Adapters
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
 from mpillm.weights.names import ROLES
@@ -21,7 +20,6 @@ class Activations:
 
     config: ModelConfig
     copied: float = QUANTISED
-    adapters: Adapters | None = None
 
     def row_nbytes(self, place: Place) -> int:
         """Bytes for each row of a step, at most.
@@ -36,8 +34,8 @@ class Activations:
             for part in layer.parts
         )
         summed = 2 * shards * d if shards > 1 else 0
-        if self.adapters is not None:
-            widest += self.adapters.row_nbytes(place)
+        if config.adapters is not None:
+            widest += config.adapters.row_nbytes(place)
         return 4 * (4 * d + summed) + widest
 
     def nbytes(self, place: Place, rows: int) -> int:
@@ -55,10 +53,9 @@ class Activations:
         return rows * self.row_nbytes(place) + mixed
 
 
-def activations_of(source: Source, config: ModelConfig, adapters: Adapters | None = None) -> Activations:
-    """The rows of a source's model, with its adapters if there are any."""
+def activations_of(source: Source, config: ModelConfig) -> Activations:
+    """The rows of a source's model."""
     types = {info.type for key, info in source.tensors.items() if ROLES[key.role].quantisable}
     forms = {BlockType.Q8_0 if type.quantised else BlockType.BF16 if type is BlockType.BF16 else BlockType.F32
              for type in types}  # fmt: skip
-    copied = sum(QUANTISED if form.quantised else 4 for form in forms)
-    return Activations(config, copied, adapters)
+    return Activations(config, sum(QUANTISED if form.quantised else 4 for form in forms))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from mpillm.model.batch import NO_ADAPTER, Ints
 from mpillm.model.config import ModelConfig
 from mpillm.model.families import family_of
 from mpillm.model.layers.rank import Floats, LowRanks
+from mpillm.model.opening import config_of
 from mpillm.partition.grid import Place, stage_layers
 from mpillm.weights.formats.adapter import AdapterFiles, Factors
 from mpillm.weights.formats.extent import Extent, place
@@ -53,9 +56,6 @@ class Adapters:
             self.close()
             raise
         self._specs = {key: specs[key] for additions in self._additions for key in additions}
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,6 +107,14 @@ class Adapters:
             a.release()
             b.release()
         return found
+
+
+@contextmanager
+def with_adapters(folders: Mapping[str, str], source: Source) -> Iterator[ModelConfig]:
+    """The configuration of a source's model that counts these adapters, which are open in the `with` block."""
+    config = config_of(source)
+    with closing(Adapters(folders, source, config)) as adapters:
+        yield replace(config, adapters=adapters)
 
 
 class RankAdapters:

@@ -10,7 +10,6 @@ import pytest
 from mpillm import spec
 from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, LayoutError
-from mpillm.model.adapters import Adapters
 from mpillm.model.opening import config_of, open_source
 from mpillm.run import hosts, layout, plan
 from mpillm.run.layout import Chosen, Machines
@@ -31,8 +30,7 @@ def chosen(
     machines = Machines(per_host, free or [PLENTY] * sum(per_host))
     with closing(open_source(MODEL, job.quantize)) as source:
         config = config_of(source)
-        adapters = Adapters({}, source, config)
-        return layout.choose(job, source, config, adapters, machines, job.layout.replicas, requests, shards)
+        return layout.choose(job, source, config, machines, job.layout.replicas, requests, shards)
 
 
 def shapes(found: Chosen) -> list[tuple[int, int]]:
