@@ -68,6 +68,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         str
     ]  # of a body, by which a line without a URL is of this endpoint; "": such a line never is
     columns: ClassVar[tuple[Column, ...]]  # what its choices leave in results.h5
+    needs_head: ClassVar[bool] = False  # whether it is for models that generate
 
     model: str | None = None
 
@@ -115,11 +116,10 @@ class Work:
 
 def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
     """The work of a body; RequestError if it asks for nothing that the model can do."""
-    requests = endpoint.requests(line.custom_id, spec, model)
-    if not model.generates and any(request.kind == "generate" for request in requests):
+    if endpoint.needs_head and not model.generates:
         can = "classifies" if model.classifier is not None else "makes embeddings"
         raise RequestError(f"the model has no LM head: it {can}, and {endpoint.url} needs one that generates")
-    return Work(line, endpoint, requests, spec)
+    return Work(line, endpoint, endpoint.requests(line.custom_id, spec, model), spec)
 
 
 def hashed_id(custom_id: str) -> str:

@@ -21,6 +21,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 NO_TARGET = -1
+NO_SECOND = 2**31 - 1
 
 
 class Hidden(IntEnum):
@@ -63,6 +64,7 @@ class Chunk:
     slot: int = NO_SLOT  # of the sequence's states
     loads: int = NO_SLOT  # the slot of saved states with which the sequence goes on
     saves: int = NO_SLOT  # the slot in which its states after the chunk are saved
+    second: int = NO_SECOND  # the position at which the sequence's second segment begins
     score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
     successor: int = NO_TARGET  # the token after the last one, if known
     sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
@@ -159,6 +161,8 @@ class Step:
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
             states=self._state_moves(),
+            second=np.repeat(np.array([chunk.second for chunk in self.chunks], np.int32), counts)
+            <= positions,
         )
 
     def _state_moves(self) -> StateMoves:

@@ -29,6 +29,7 @@ class Batch:
     groups: tuple[GroupTables, ...]  # of each group of layers
     first_rows: Ints  # of each sequence
     slots: Ints  # of each sequence's states, -1 where it has none
+    second: NDArray[np.bool_]  # whether the row is of its sequence's second segment
     states: StateMoves = NO_MOVES
 
 

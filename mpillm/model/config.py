@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mpillm.model.cache_spec import LayerCache
+from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.pooled import ClassifierSpec
@@ -29,7 +30,7 @@ class ModelConfig:
     hidden: int
     vocab: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     max_position: int
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -60,6 +61,12 @@ class ModelConfig:
         return min(axis.panels for axis in (vocab_axis(self.vocab), *axes))
 
     @property
+    def whole_prompts(self) -> bool:
+        """Whether tokens attend to later ones, so that a step needs all of a prompt."""
+        mixers = {layer.mixer for layer in self.layers}
+        return any(isinstance(mixer, AttentionSpec) and mixer.bidirectional for mixer in mixers)
+
+    @property
     def expert_share(self) -> float:
         """The part of a layer's experts that a token goes to, at most; 1 without experts."""
         return min((layer.mlp.share for layer in set(self.layers) if layer.mlp), default=1.0)
@@ -79,8 +86,8 @@ class ModelConfig:
 
     @property
     def head(self) -> PageSpec:
-        """The final norm, and the LM head if the model generates."""
-        norm = tuple(self.final_norm.tensors("final_norm", -1, self.hidden))
+        """The final norm, if there is one, and the LM head if the model generates."""
+        norm = tuple(self.final_norm.tensors("final_norm", -1, self.hidden)) if self.final_norm else ()
         if not self.generates:
             return PageSpec(HEAD, norm)
         rows = vocab_axis(self.vocab)

@@ -111,8 +111,11 @@ class Decoder:
 
     def final_norm(self, x: Floats) -> Floats:
         """The rows [m, d] as they enter the LM head; what embeddings are pooled from."""
+        final = self.config.final_norm
+        if final is None:
+            return x
         with self._rank.page(-1, HEAD) as head:
-            norm = self._rank.kept(lambda: self.config.final_norm.kernel(head, "final_norm"), "final_norm")
+            norm = self._rank.kept(lambda: final.kernel(head, "final_norm"), "final_norm")
             return self._rank.normalise(x, norm)
 
     def logits(self, hidden: Floats) -> Floats:
@@ -141,8 +144,8 @@ class _RankLayer:
         rank, spec, number = self._rank, self.spec, self._number
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
-            if spec.positions:
-                x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
+            if spec.entry:
+                spec.entry.apply(rank, page, x, step.batch)
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             if spec.mixer:
                 part, bias = spec.mixer.compute(
@@ -150,13 +153,16 @@ class _RankLayer:
                 )
                 after = self._after(page, norms.after, "attn_post_norm")
                 self._residual("mixer residual", bias, after, spec.residual_scale, x, part)
+                self._normalise_sum(self._after(page, norms.of_sum, "attn_sum_norm"), x)
             if not spec.mlp:
                 return
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
+            of_sum = self._after(page, spec.mlp_norms.of_sum, "ffn_sum_norm")
             scale = page.vector("layer_scale")[0] if spec.scaled else None
         part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp residual", bias, after, spec.residual_scale * spec.mlp_scale, x, part)
+        self._normalise_sum(of_sum, x)
         if scale is not None:
             x *= scale
 
@@ -183,12 +189,17 @@ class _RankLayer:
         return self._rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
 
     def _after(self, page: Page, norm: NormSpec | None, role: str) -> kernels.Norm | None:
-        """The norm of a part's output, which outlives the page."""
+        """The norm of a part's output, or of what that is added to; it outlives the page."""
         if norm is None:
             return None
         return self._rank.kept(
             lambda: norm.kernel(page, role, copy=not self._rank.all_resident), role, self._number
         )
+
+    def _normalise_sum(self, norm: kernels.Norm | None, x: Floats) -> None:
+        """x = norm(x), if there is one."""
+        if norm is not None:
+            x[:] = self._rank.normalise(x, norm)
 
     def _residual(
         self,

@@ -7,15 +7,18 @@ second replica gains nothing, because its weights are read from the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpillm.errors import LayoutError
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replicas
+from mpillm.run.input_memory import Asked
 from mpillm.run.rank_plan import RankPlan, replica_plan
 from mpillm.run.speed import Speed
 from mpillm.spec import Spec, shown_bytes
@@ -40,6 +43,49 @@ class Machines:
         """How many there are."""
         return len(self.free)
 
+    def host_names(self) -> list[str]:
+        """The name of each host."""
+        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
+        return [
+            self.names[first] if self.names else f"host {number + 1}" for number, first in enumerate(firsts)
+        ]
+
+    def slowest_first(self) -> list[int]:
+        """The hosts by their speed, of those that are as fast the last one first."""
+        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
+        rates = [
+            max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
+            for first, count in zip(firsts, self.ranks_per_host, strict=True)
+        ]
+        return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
+
+    def without(self, hosts: Collection[int]) -> Machines:
+        """The same without some hosts."""
+        of_rank = [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
+        kept = [rank for rank, host in enumerate(of_rank) if host not in hosts]
+        return replace(
+            self,
+            ranks_per_host=[count for host, count in enumerate(self.ranks_per_host) if host not in hosts],
+            free=[self.free[rank] for rank in kept],
+            names=[self.names[rank] for rank in kept] if self.names else (),
+            speeds=[self.speeds[rank] for rank in kept] if self.speeds else (),
+        )
+
+    def with_another(self) -> Machines:
+        """The same and one more host of one rank, like the last one."""
+        ranks = self.ranks_per_host[-1]
+        return replace(
+            self,
+            ranks_per_host=[*self.ranks_per_host, 1],
+            free=[*self.free, min(self.free[-1] * ranks, sys.maxsize)],
+            names=[*self.names, *self.names[-1:]],
+            speeds=[*self.speeds, *(speed.shared_by(1 / ranks) for speed in self.speeds[-1:])],
+        )
+
+    def with_faster_network(self, times: float) -> Machines:
+        """The same with links of so many times the rate."""
+        return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -57,16 +103,17 @@ def choose(
     count: int | Auto,
     requests: int | None = None,
     shards: int | None = None,
+    asked: Asked = Asked(),  # noqa: B008
 ) -> Chosen:
     """Lay `count` replicas out on all ranks; LayoutError if that is impossible.
 
-    `requests` is their number, None if it is not known. So many shards as `shards` are taken where the job leaves it
-    open and they work.
+    `requests` is their number, None if it is not known, and `asked` what they ask for. So many shards as `shards` are
+    taken where the job leaves it open and they work.
     """
     if shards is not None and spec.layout.shards == "auto":
         with suppress(LayoutError):
-            return _choose(spec, source, config, machines, count, requests, shards)
-    return _choose(spec, source, config, machines, count, requests, spec.layout.shards)
+            return _choose(spec, source, config, machines, count, requests, shards, asked)
+    return _choose(spec, source, config, machines, count, requests, spec.layout.shards, asked)
 
 
 def _choose(
@@ -77,6 +124,7 @@ def _choose(
     count: int | Auto,
     requests: int | None,
     shards: int | Auto,
+    asked: Asked,
 ) -> Chosen:
     stages, hosts = spec.layout.stages, machines.ranks_per_host
     if count != "auto":
@@ -86,7 +134,7 @@ def _choose(
     try:
         one = replicas.choose(config, machines.ranks, 1, stages, shards, hosts)
     except LayoutError as error:  # there may be more ranks than one copy of the model can be cut into
-        several, reason = _most(spec, source, config, machines, requests, shards)
+        several, reason = _most(spec, source, config, machines, requests, shards, asked)
         if several is None:
             raise error
         return Chosen(several, reason)
@@ -94,7 +142,7 @@ def _choose(
         return Chosen(one, "all ranks are on one host, whose memory one copy of the model uses best")
     if spec.wire.between_stages != "f32":
         return Chosen(one, "answers depend on the number of stages (wire.between_stages)")
-    several, reason = _most(spec, source, config, machines, requests, one[0].shards)
+    several, reason = _most(spec, source, config, machines, requests, one[0].shards, asked)
     return Chosen(several or one, reason)
 
 
@@ -105,6 +153,7 @@ def _most(
     machines: Machines,
     requests: int | None,
     shards: int | Auto,
+    asked: Asked,
 ) -> tuple[Replicas | None, str]:
     """As many replicas of at least a host each as there are requests for and memory suffices for, and why."""
     hosts = len(machines.ranks_per_host)
@@ -115,7 +164,7 @@ def _most(
             found = replicas.choose(
                 config, machines.ranks, number, spec.layout.stages, shards, machines.ranks_per_host
             )
-            too_much = _too_much(spec, source, config, machines, found)
+            too_much = _too_much(spec, source, config, machines, found, asked)
             if too_much is None:
                 return found, f"each holds the whole model in memory{refusal and f'; {refusal}'}"
             refusal = f"with {number} {too_much}"
@@ -132,14 +181,14 @@ def _refuse_unlike(spec: Spec, found: Replicas) -> None:
 
 
 def _too_much(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas, asked: Asked
 ) -> str | None:
     """Why these replicas do not hold the whole model in memory; None if they do."""
     plans: dict[tuple[bool, int, int], Sequence[RankPlan]] = {}
     for number, replica in enumerate(found):
         key = (number == 0, replica.stages, replica.shards)  # the first one has the input as well
         if key not in plans:
-            plan = replica_plan(spec, source, config, number, replica)
+            plan = replica_plan(spec, source, config, number, replica, asked)
             if 0 < plan.cached_tokens < plan.max_context:
                 return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
             plans[key] = plan.ranks

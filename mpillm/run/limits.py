@@ -21,6 +21,7 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
 from mpillm.model.spill import maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
+from mpillm.run.input_memory import Asked
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
@@ -38,7 +39,10 @@ class StepSize:
 
 
 def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
-    """A step's size on ranks at `places`; `streams`: some of them stream weights."""
+    """A step's size on ranks at `places`; `streams`: some of them stream weights.
+
+    Where tokens attend to later ones, a step takes the longest prompt there may be.
+    """
     row = max(rows.row_nbytes(place) for place in places)
     allowed = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
     tokens = min(max(allowed // row, TOKENS), MAX_TOKENS) if streams else TOKENS
@@ -47,6 +51,8 @@ def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: b
     sequences = tokens if streams else SEQUENCES
     if spec.batch.max_num_seqs != "auto":
         sequences = spec.batch.max_num_seqs
+    if rows.config.whole_prompts:
+        tokens = max(tokens, min(spec.memory.max_context, rows.config.max_position))
     return StepSize(sequences, max(tokens, sequences))
 
 
@@ -67,8 +73,10 @@ def limits(
     capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
-    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences * stages
-    n_blocks = min(capacity.blocks, useful)
+    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences
+    if rows.config.whole_prompts:  # what is in steps under way, with one block each that is not full
+        useful = blocks_for(step.tokens) + step.sequences
+    n_blocks = min(capacity.blocks, useful * stages)
     return Limits(
         n_blocks=n_blocks,
         blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
@@ -80,6 +88,7 @@ def limits(
         windows=windows,
         n_slots=capacity.slots,
         n_saved=capacity.saved,
+        whole_prompts=rows.config.whole_prompts,
     )
 
 
@@ -102,6 +111,12 @@ class CacheCapacity:
         if windows:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
+
+    def needed(self, groups: int, asked: Asked) -> tuple[int, int]:
+        """Blocks and states that an input can come to use, or all if there is none, or it is not known."""
+        if not asked.lines or asked.blocks is None:
+            return self.blocks, self.states
+        return min(self.blocks, groups * asked.blocks), min(self.slots, asked.sequences) + self.saved
 
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run, if so."""

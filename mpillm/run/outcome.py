@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from mpillm.errors import OutputError
 from mpillm.run import memory
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
-from mpillm.store import report, results
+from mpillm.store import report, results, table
 from mpillm.store.journal import began
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
@@ -32,11 +33,14 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
     with _in_place(computation):
         errors = results.write_jsonl(directory, lines, journal)
         results.write_hdf5(directory, lines, journal, job.metadata(session))
+        if job.spec.output.format != "none":
+            table.write(directory, job.input.path, job.input.digest, job.spec.output.format)
     job.phases.end("write")
     ranks[0].memory_peak = memory.peak()  # the other ranks measured theirs when computing ended
     made = report.Report(
         model=job.model_facts(session),
         job=msgspec.to_builtins(job.spec),
+        input=report.Input(path=os.path.abspath(job.spec.input), digest=job.input.digest),
         began=began(job.claim).isoformat(),
         seconds=time.monotonic() - start,
         phases=job.phases.seconds,

@@ -24,10 +24,10 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import inputs, layout, memory
-from mpillm.run.input_memory import input_bytes, lines_in
+from mpillm.run import layout, memory
+from mpillm.run.input_memory import Asked, asked_of, template_length
 from mpillm.run.layout import Chosen, Machines
-from mpillm.run.limits import cache_in_memory, limits
+from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
@@ -112,6 +112,7 @@ class Session:
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
+        self._asked = world.on_rank_0(self._ask) if self._replicated else Asked()
         chosen = Chosen(self._laid_out, "ranks were lost") if self._laid_out else self._choose_layout()
         self.replicas, self.reason = chosen.replicas, chosen.reason
         number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
@@ -149,20 +150,25 @@ class Session:
 
     def _choose_layout(self) -> Chosen:
         """The layout of a run that begins (collective)."""
-        world, spec = self.world, self.spec
-        count, requests = spec.layout.replicas, None
-        if self._replicated:
-            requests = world.on_rank_0(lambda: lines_in(inputs.lines_path(spec)))
-        elif count not in ("auto", 1):
+        world, spec, asked = self.world, self.spec, self._asked
+        count = spec.layout.replicas
+        if not self._replicated and count not in ("auto", 1):
             raise JobError(
                 f"layout.replicas = {count} is for `mpillm run` alone; start one server for each replica."
             )
-        else:
+        if not self._replicated:
             count = 1
         machines = Machines(world.nodes.ranks_per_host, world.nodes.free)
         return world.on_rank_0(
             lambda: layout.choose(
-                spec, self.source, self.config, machines, count, requests, self._shards_before
+                spec,
+                self.source,
+                self.config,
+                machines,
+                count,
+                asked.lines or None,
+                self._shards_before,
+                asked,
             )
         )
 
@@ -248,6 +254,10 @@ class Session:
                     f"{first_hash[:12]}); put the same files on every node."
                 )
 
+    def _ask(self) -> Asked:
+        """What the input asks for, which only rank 0 can read."""
+        return asked_of(self.spec, self.config.hidden, template_length(self.source))
+
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
         max_context = min(self.spec.memory.max_context, self.config.max_position)
@@ -256,12 +266,12 @@ class Session:
     def _memory(self) -> memory.RankMemory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
-        kept = 0
-        if self.world.rank == 0:
-            kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
+        kept = self._asked.kept(limits.max_sequences * limits.micro_batches) if self.world.rank == 0 else 0
+        capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
+        needed = capacity.needed(len(limits.windows), self._asked)
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
-            kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_states),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, config, place, len(weights.pages), kept),
         )

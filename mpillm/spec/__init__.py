@@ -18,6 +18,7 @@ from mpillm.spec.sections import (
     JsonSchema,
     Layout,
     Memory,
+    Output,
     Penalty,
     Pooling,
     ResponseFormat,
@@ -28,6 +29,7 @@ from mpillm.spec.sections import (
     Stop,
     StructuredOutputs,
     Subtracted,
+    TableFormat,
     Temperature,
     TopK,
     TopP,
@@ -39,8 +41,8 @@ from mpillm.spec.sections import (
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
-    "BatchLimits", "Chat", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Penalty", "Pooling",
-    "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
-    "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
-    "plain_words", "shown_bytes",
+    "BatchLimits", "Chat", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Output", "Penalty",
+    "Pooling", "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
+    "TableFormat", "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys",
+    "load", "plain_words", "shown_bytes",
 ]  # fmt: skip

@@ -42,13 +42,13 @@ def load(
         _find_beside(values, Path(path).parent)
     for override in overrides:
         _override(values, override)
-    values.update(
-        {k: v for k, v in (("model", model), ("input", input), ("output", output)) if v is not None}
-    )
+    values.update({k: v for k, v in (("model", model), ("input", input)) if v is not None})
+    if output is not None:
+        values.setdefault("output", {})["path"] = output
     _take_shorthands(values, where)
     _refuse_unknown(values, "The command line")
-    for key in ("input", "output"):
-        if key not in values:
+    for key, given in (("input", "input" in values), ("output", "path" in values.get("output", {}))):
+        if not given:
             raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
     return checked(values, where)
 
@@ -61,8 +61,8 @@ def checked(values: dict[str, Any], where: str) -> Spec:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
-    for key in ("model", "input", "output"):
-        if "\0" in getattr(spec, key):
+    for key, path in (("model", spec.model), ("input", spec.input), ("output", spec.output.path)):
+        if "\0" in path:
             raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
     _refuse_overwriting(spec)
     return spec
@@ -95,7 +95,9 @@ def toml(text: str) -> dict[str, Any]:
 
 
 def _take_shorthands(values: dict[str, Any], where: str) -> None:
-    """`prompt` and `messages` at the top of a job are those of `request`."""
+    """`prompt` and `messages` at the top of a job are those of `request`, and a string `output` is its `path`."""
+    if isinstance(values.get("output"), str):
+        values["output"] = {"path": values["output"]}
     for key in ("prompt", "messages"):
         if key in values:
             request = values.setdefault("request", {})
@@ -122,6 +124,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     keys = [key.strip() for key in name.split(".")]
     if not equals or not all(keys):
         raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
+    if keys == ["output"]:
+        keys = ["output", "path"]
     table = values
     for depth, key in enumerate(keys[:-1], 1):
         table = table.setdefault(key, {})
@@ -159,6 +163,6 @@ def _refuse_overwriting(spec: Spec) -> None:
     if source == target or target in source.parents:
         how = "are the same" if source == target else "overlap: the input lies inside"
         raise JobError(
-            f"The input {spec.input} and the output {spec.output} {how}; "
+            f"The input {spec.input} and the output {spec.output.path} {how}; "
             "give the results a directory of their own."
         )

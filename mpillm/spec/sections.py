@@ -28,6 +28,7 @@ Word = Annotated[str, Meta(min_length=1)]
 Tags = tuple[Word, Word]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
+TableFormat = Literal["csv", "parquet", "jsonl"]
 Quantize = Literal["none", "q8_0", "q4_0"]
 ToolCalls = Literal[
     "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",
@@ -98,6 +99,13 @@ class Chat(Section, frozen=True):
 
     reasoning: Auto | Literal["none"] | Tags = "auto"  # or the tags around it
     tool_calls: ToolCalls = "auto"
+
+
+class Output(Section, frozen=True):
+    """Where results go, and as what kind of table beside results.jsonl."""
+
+    path: Word  # of the directory
+    format: Literal["none"] | TableFormat = "none"
 
 
 class Layout(Section, frozen=True):
@@ -203,7 +211,7 @@ class Spec(Section, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
     input: Annotated[str, Meta(min_length=1)]
-    output: Annotated[str, Meta(min_length=1)]
+    output: Output
     quantize: Quantize = "none"
     request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
     sampling: Sampling = Sampling()
@@ -224,7 +232,7 @@ class Spec(Section, frozen=True, kw_only=True):
     @property
     def output_path(self) -> Path:
         """The output directory."""
-        return Path(self.output)
+        return Path(self.output.path)
 
     def identity(self) -> dict[str, Any]:
         """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.

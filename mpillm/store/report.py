@@ -24,6 +24,13 @@ class Requests(msgspec.Struct, kw_only=True):
     resumed: int = 0
 
 
+class Input(msgspec.Struct, kw_only=True):
+    """The input, by which its rows are found again."""
+
+    path: str
+    digest: str  # of its lines
+
+
 class Tokens(msgspec.Struct, kw_only=True):
     """What this start has computed, without what earlier starts of the same command had."""
 
@@ -85,6 +92,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     model: dict[str, Any]  # name, path, fingerprint, ...
     job: dict[str, Any]  # the whole spec
+    input: Input | None = None  # None of several inputs
     began: str  # ISO 8601
     seconds: float  # of this run, from start to end
     phases: dict[str, float]  # seconds of checking the input, loading, computing, writing

@@ -13,9 +13,14 @@ import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from mpillm.engine.pooled import logits_of
+from mpillm.engine.sequence import Request
 from tests.conftest import clean_environment, run_bounded
 from tests.job_helpers import CHAT
+from tests.model.engine_harness import run_engine
+from tests.model.pooled import FOLDER, classifier_of
 
 QUERY, DOCUMENTS = "the fox", ["the quick brown fox", "a ship that sails the sea", "the fox </s>"]
 ONE = {"text_1": QUERY, "text_2": DOCUMENTS}
@@ -94,6 +99,72 @@ def test_a_classifier_with_one_label_scores_and_ranks(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "run/out/results.h5") as h5:
         assert h5["relevance/values"][:3].tolist() == scores
         assert len(h5["probabilities/values"]) == 2
+
+
+def cross_encoder(folder: Path) -> Path:
+    """The small BERT with one label, and a tokenizer that puts pairs together as BERT's do."""
+    shutil.copytree(FOLDER / "bert_labels", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        tensors[name] = tensors[name][:1].copy()
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    new = {
+        **config,
+        "id2label": {"0": "LABEL_0"},
+        "sbert_ce_default_activation_function": "torch.nn.Identity",
+    }
+    (folder / "config.json").write_text(json.dumps(new))
+    plain = ["the", "fox", "quick", "brown", "a", "ship", "that", "sails", "sea", "##s"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *plain]
+    core = Tokenizer(models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]"))
+    core.add_special_tokens(words[:4])
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    core.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_cross_encoder_reads_pairs(tmp_path: Path) -> None:
+    """The second text is of the second segment; what cannot be done is an error of its line."""
+    model = cross_encoder(tmp_path / "model")
+    scored, ranked, vectors, generated, chat, long = answers(
+        model,
+        tmp_path / "run",
+        ONE,
+        {"query": QUERY, "documents": DOCUMENTS[::-1]},
+        {"input": [QUERY, "ships"]},
+        {"prompt": "the fox"},
+        {"messages": [{"role": "user", "content": "the fox"}]},
+        {"text_1": QUERY, "text_2": "the " * 80},
+        memory={"kv_type": "f32"},
+        wire={"activations": "f32"},
+    )
+    ids = [
+        [2, 4, 5, 3, *document, 3] for document in ([4, 6, 7, 5], [8, 9, 10, 11, 4, 12], [4, 5, 1, 1, 1, 1])
+    ]
+    pairs = [
+        Request(str(i), tuple(pair), kind="embed", pooling="cls", second=4) for i, pair in enumerate(ids)
+    ]
+    found = classifier_of(model)
+    assert found is not None
+    states = [
+        completion.embedding for completion in run_engine(model, pairs, kv_type="f32", activations="f32")
+    ]
+    expected = [float(logits_of(found, state)[0]) for state in states if state is not None]
+    assert [row["score"] for row in scored["data"][:2]] == expected[:2]
+    assert len(set(expected)) == 3
+    assert sorted(row["relevance_score"] for row in ranked["results"]) == sorted(
+        row["score"] for row in scored["data"]
+    )
+    assert [len(row["embedding"]) for row in vectors["data"]] == [32, 32]
+    for refused, url in ((generated, "/v1/completions"), (chat, "/v1/chat/completions")):
+        assert f"the model has no LM head: it classifies, and {url} needs" in refused["error"]["message"]
+    assert "and the model takes 75; shorten it" in long["error"]["message"]
 
 
 @pytest.mark.parametrize(

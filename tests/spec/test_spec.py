@@ -60,7 +60,7 @@ def test_what_is_read_lies_beside_the_job_file_and_what_is_written_here(tmp_path
     assert load(tmp_path, LEAST + 'model = "/a/b"\n').model == "/a/b"
     assert load(tmp_path, LEAST + 'model = "hf:a/b"\n').model == "hf:a/b"
     typed = load(tmp_path, LEAST, "model=models/small", input="typed.jsonl", output="o")
-    assert (typed.model, typed.input, typed.output) == ("models/small", "typed.jsonl", "o")
+    assert (typed.model, typed.input, typed.output.path) == ("models/small", "typed.jsonl", "o")
 
 
 def test_a_job_without_a_file() -> None:
@@ -240,3 +240,20 @@ def test_sizes_are_read_back() -> None:
         "3.0 GiB",
         "5120.0 TiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ('output = "o"\n', ["output.format=csv"]),
+        ('[output]\npath = "o"\nformat = "csv"\n', []),
+        ('output.format = "csv"\n', ["output=o", "output.format=csv"]),
+    ],
+)
+def test_an_output_may_be_a_path_or_a_table(text: str, overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(f'input = "in.jsonl"\n{text}')
+    said = spec.load(tmp_path / "job.toml", overrides)
+    assert said.output == spec.Output(path="o", format="csv")
+    assert spec.load(tmp_path / "job.toml", overrides, output="p").output.path == "p"
+    with pytest.raises(JobError, match=r"output.format: expected one of 'none', .*'parquet', .*not 'xls'"):
+        spec.load(tmp_path / "job.toml", ["output.path=o", "output.format=xls"])

@@ -40,6 +40,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
 
     url: ClassVar[str] = "/v1/multiple_choice"
     key: ClassVar[str] = "choices"
+    needs_head: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (Column("loglikelihoods", "values", "<f8"),)
 
     prompt: str | list[int] | None = None

@@ -58,6 +58,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         Column("logprobs", "values", "<f4"),
         Column("prompt_logprobs", "values", "<f4"),
     )
+    needs_head: ClassVar[bool] = True
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # what the answer calls itself
 

@@ -73,8 +73,9 @@ class Gemma(Family):
         softcap = fields.optional_number("attn_logit_softcapping", 0, 1e9) or 0.0
         # GGUF files have the weights of norms as they are.
         norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
-        if fields.flag("use_bidirectional_attention"):
-            raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
+        bidirectional = fields.flag("use_bidirectional_attention")
+        if bidirectional and window:  # which is then of both sides together (EmbeddingGemma)
+            window = window // 2 + 1
         newer = architecture == _GEMMA3
         fields.raw("cache_implementation")
         types = read_window_types(fields, sizes.n_layers, every=6 if newer else 2)
@@ -90,6 +91,7 @@ class Gemma(Family):
                 qk_norm=norm if newer else None,
                 softcap=softcap,
                 scale=scale,
+                bidirectional=bidirectional,
             )
             return LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
 

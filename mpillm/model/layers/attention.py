@@ -52,6 +52,7 @@ class AttentionSpec:
     made of. `sinks` are learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score
     s c tanh(s / c).
     With a `gate` what each head makes is multiplied by the sigmoid of a product of its own, before the output's.
+    `bidirectional`: a token sees as many tokens after it as before it, so a prompt is computed in one step.
     """
 
     n_heads: int
@@ -72,6 +73,7 @@ class AttentionSpec:
     v_norm: NormSpec | None = None
     normed_after_rope: bool = False
     v_is_k: bool = False
+    bidirectional: bool = False
 
     @property
     def turn(self) -> Turn | None:
@@ -119,7 +121,9 @@ class AttentionSpec:
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`."""
-        return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, self.window),)
+        kept = not self.bidirectional  # what later tokens do not change, they need
+        window = self.window if kept else 0
+        return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, window, kept),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: queries, keys, values, gates, attention's output, angles, what is multiplied.
@@ -204,6 +208,7 @@ class AttentionSpec:
             tuning=astuple(self.tuning) if self.tuning else None,
             v_norm=self.v_norm.kernel(page, "", width=self.head_dim) if self.v_norm else None,
             normed_after_rope=self.normed_after_rope,
+            bidirectional=self.bidirectional,
         )
 
     def kv_heads(self, place: Place, block: int) -> range:

@@ -174,6 +174,8 @@ def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, groups: names.R
     if names.ignored_hf(raw.name):
         return
     parsed = _parsed(raw.name, raw.file, own)
+    if not parsed.roles:  # nobody reads it
+        return
     if raw.dtype not in {"F32", "F16", "BF16"}:
         raise ModelError(
             f"{raw.file.path}: tensor {raw.name} has dtype {raw.dtype}; F32, F16 and BF16 are supported."
