@@ -32,7 +32,7 @@ test: $(VENV)/installed-test $(MPICH)/installed
 ifdef PYTEST_ARGS
 	@. $(BIN)/activate && $(PYTEST) $(PYTEST_ARGS)
 else
-	@. $(BIN)/activate && $(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not ($(STARTS))"
+	@. $(BIN)/activate && OMP_WAIT_POLICY=passive $(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not ($(STARTS))"
 	@. $(BIN)/activate && $(PYTEST) -m "$(STARTS)"
 	@$(MAKE) --no-print-directory test-mpi
 endif
