@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
 from mpillm.kernels import BlockType
 from mpillm.model.cache_layout import blocks_needed
 from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
 from mpillm.run.input_memory import Asked
-from mpillm.run.layout import Machines
+from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import ReplicaPlan
 from mpillm.run.speed import ASSUMED, Speed
-from mpillm.run.step_time import INSIDE, Batch, Demand, JobTime, Link, Stage, between, job_time, round_of
+from mpillm.run.step_time import (
+    INSIDE,
+    Batch,
+    Demand,
+    JobTime,
+    Link,
+    Stage,
+    between,
+    job_time,
+    round_of,
+    stage_time,
+)
 from mpillm.spec import Spec
 
+UNEVEN = 1.1  # how many times as fast an uneven division of layers must be
 TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
 
 
@@ -54,10 +68,9 @@ def estimate(
     machines: Machines,
     replicas: Sequence[Replica],
     plans: Sequence[ReplicaPlan],
-    asked: Asked,
+    given: Demand | None,
 ) -> Estimate:
-    """What the job takes on these replicas, which share its requests by their speeds."""
-    given = demand_of(asked)
+    """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
     demand = given or TYPICAL
     part = Demand(
         -(-demand.requests // len(replicas)), demand.prompt / len(replicas), demand.generated / len(replicas)
@@ -123,6 +136,36 @@ def stages_of(
         )
         for number, group in enumerate(groups)
     ]
+
+
+def stage_layers_by_speed(
+    spec: Spec, config: ModelConfig, machines: Machines, replica: Replica, plan: ReplicaPlan, asked: Asked
+) -> tuple[int, ...] | None:
+    """How many layers each of a replica's stages should have; None if an even division is about as fast.
+
+    `plan` is that of an even division.
+    """
+    stages = stages_of(spec, config, machines, replica, plan)
+    demand = demand_of(asked) or TYPICAL
+    count = max(min(_at_once(plan, replica, demand), demand.requests) / len(stages), 1.0)
+    batch = Batch(count, count, demand.context)
+    layers = [stage.works[0].layers for stage in stages]
+    bare = [replace(stage, works=[work.without_layers() for work in stage.works]) for stage in stages]
+    whole, extra = ([stage_time(stage, batch).total for stage in of] for of in (stages, bare))
+    seconds = [(all_of - own) / number for all_of, own, number in zip(whole, extra, layers, strict=True)]
+    most = []
+    for number, own in enumerate(layers):
+        ranks = plan.ranks[number * replica.shards : (number + 1) * replica.shards]
+        free = min(
+            (machines.free[rank.rank] - (rank.held - rank.weights_held - rank.kv_held))
+            / max((rank.weights_share + rank.kv_held) / own, 1)
+            for rank in ranks
+        )
+        most.append(max(int(free + 1e-9), 1) if spec.memory.weights_bytes is None else config.n_layers)
+    found = grid.layers_by_speed(config.n_layers, seconds, extra, most)
+    slowest = max(count * each + own for count, each, own in zip(found, seconds, extra, strict=True))
+    too_many = any(own > room for own, room in zip(layers, most, strict=True))
+    return found if too_many or slowest * UNEVEN < max(whole) else None
 
 
 def speed_of(machines: Machines, rank: int) -> Speed:

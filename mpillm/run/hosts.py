@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, OutputError
-from mpillm.run.layout import Machines
+from mpillm.run.machines import Machines
 from mpillm.run.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml

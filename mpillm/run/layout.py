@@ -7,84 +7,21 @@ second replica gains nothing, because its weights are read from the same memory.
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from mpillm.errors import LayoutError
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replicas
+from mpillm.run.estimate import stage_layers_by_speed
 from mpillm.run.input_memory import Asked
+from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import RankPlan, replica_plan
-from mpillm.run.speed import Speed
 from mpillm.spec import Spec, shown_bytes
 from mpillm.weights.source import Source
-
-
-@dataclass(frozen=True)
-class Machines:
-    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank.
-
-    For each rank there are besides the name of its host and how fast it is, if that is known.
-    """
-
-    ranks_per_host: Sequence[int]
-    free: Sequence[int]
-    names: Sequence[str] = field(default=(), compare=False)
-    speeds: Sequence[Speed] = field(default=(), compare=False)
-    measured: bool = field(default=False, compare=False)  # else speeds are at least partly assumed
-
-    @property
-    def ranks(self) -> int:
-        """How many there are."""
-        return len(self.free)
-
-    def host_names(self) -> list[str]:
-        """The name of each host."""
-        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
-        return [
-            self.names[first] if self.names else f"host {number + 1}" for number, first in enumerate(firsts)
-        ]
-
-    def slowest_first(self) -> list[int]:
-        """The hosts by their speed, of those that are as fast the last one first."""
-        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
-        rates = [
-            max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
-            for first, count in zip(firsts, self.ranks_per_host, strict=True)
-        ]
-        return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
-
-    def without(self, hosts: Collection[int]) -> Machines:
-        """The same without some hosts."""
-        of_rank = [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
-        kept = [rank for rank, host in enumerate(of_rank) if host not in hosts]
-        return replace(
-            self,
-            ranks_per_host=[count for host, count in enumerate(self.ranks_per_host) if host not in hosts],
-            free=[self.free[rank] for rank in kept],
-            names=[self.names[rank] for rank in kept] if self.names else (),
-            speeds=[self.speeds[rank] for rank in kept] if self.speeds else (),
-        )
-
-    def with_another(self) -> Machines:
-        """The same and one more host of one rank, like the last one."""
-        ranks = self.ranks_per_host[-1]
-        return replace(
-            self,
-            ranks_per_host=[*self.ranks_per_host, 1],
-            free=[*self.free, min(self.free[-1] * ranks, sys.maxsize)],
-            names=[*self.names, *self.names[-1:]],
-            speeds=[*self.speeds, *(speed.shared_by(1 / ranks) for speed in self.speeds[-1:])],
-        )
-
-    def with_faster_network(self, times: float) -> Machines:
-        """The same with links of so many times the rate."""
-        return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])
 
 
 @dataclass(frozen=True)
@@ -110,10 +47,13 @@ def choose(
     `requests` is their number, None if it is not known, and `asked` what they ask for. So many shards as `shards` are
     taken where the job leaves it open and they work.
     """
+    chosen = None
     if shards is not None and spec.layout.shards == "auto":
         with suppress(LayoutError):
-            return _choose(spec, source, config, machines, count, requests, shards, asked)
-    return _choose(spec, source, config, machines, count, requests, spec.layout.shards, asked)
+            chosen = _choose(spec, source, config, machines, count, requests, shards, asked)
+    if chosen is None:
+        chosen = _choose(spec, source, config, machines, count, requests, spec.layout.shards, asked)
+    return _with_layers_by_speed(spec, source, config, machines, chosen, asked)
 
 
 def _choose(
@@ -144,6 +84,26 @@ def _choose(
         return Chosen(one, "answers depend on the number of stages (wire.between_stages)")
     several, reason = _most(spec, source, config, machines, requests, one[0].shards, asked)
     return Chosen(several or one, reason)
+
+
+def _with_layers_by_speed(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, chosen: Chosen, asked: Asked
+) -> Chosen:
+    """The same with more layers on faster stages, as their memory allows, where the speeds of ranks are known."""
+    if not machines.speeds:
+        return chosen
+    found, uneven = list(chosen.replicas), list[str]()
+    for number, replica in enumerate(found):
+        if replica.stages == 1:
+            continue
+        plan = replica_plan(spec, source, config, number, replica, asked)
+        layers = stage_layers_by_speed(spec, config, machines, replica, plan, asked)
+        if layers is not None:
+            found[number] = replace(replica, layers=layers)
+            uneven.append("-".join(map(str, layers)))
+    if not uneven:
+        return chosen
+    return Chosen(tuple(found), f"{chosen.reason}; layers by speed and memory: {', '.join(uneven)}")
 
 
 def _most(

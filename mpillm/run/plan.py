@@ -15,10 +15,11 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
-from mpillm.run.estimate import Estimate, estimate
+from mpillm.run.estimate import Estimate, demand_of, estimate
 from mpillm.run.input_memory import Asked, asked_of, template_length
-from mpillm.run.layout import Chosen, Machines
+from mpillm.run.layout import Chosen
 from mpillm.run.limits import cached_tokens
+from mpillm.run.machines import Machines
 from mpillm.run.plan_text import as_text, count_of
 from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plan
 from mpillm.spec import Spec, shown_bytes
@@ -97,7 +98,7 @@ def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
             low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
         found, ranks = made(high * MIB)
     held = shown_bytes(max(rank.held for rank in ranks))
-    keys = {"model": spec.model, "input": spec.input, "output": spec.output}
+    keys = {"model": spec.model, "input": spec.input, "output": spec.output.path}
     return "\n".join(
         [
             f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",
@@ -167,7 +168,7 @@ def _laid_out(
         replica_plan(spec, source, config, number, replica, asked)
         for number, replica in enumerate(chosen.replicas)
     ]
-    return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, asked)
+    return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
 
 
 def _useful(

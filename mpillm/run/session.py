@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -24,10 +24,14 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import layout, memory
+from mpillm.run import hosts, layout, measure, memory
+from mpillm.run.estimate import Estimate, demand_of, estimate
 from mpillm.run.input_memory import Asked, asked_of, template_length
-from mpillm.run.layout import Chosen, Machines
+from mpillm.run.layout import Chosen
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
+from mpillm.run.machines import Machines
+from mpillm.run.rank_plan import replica_plan
+from mpillm.run.step_time import Demand
 from mpillm.spec import Spec, Wire
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
@@ -112,6 +116,9 @@ class Session:
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
+        self.threads = world.threads(spec.layout.threads)
+        world.limit_threads(self.threads)
+        self.machines = world.on_rank_0(self._known_machines)
         self._asked = world.on_rank_0(self._ask) if self._replicated else Asked()
         chosen = Chosen(self._laid_out, "ranks were lost") if self._laid_out else self._choose_layout()
         self.replicas, self.reason = chosen.replicas, chosen.reason
@@ -119,8 +126,6 @@ class Session:
         self.replica, self._places = number, self.replicas[number].places
         ranks = self.replicas[number].ranks
         self.place = self._places[world.rank - ranks.start]
-        self.threads = world.threads(spec.layout.threads)
-        world.limit_threads(self.threads)
         self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
         self.counters = MessageCounters()
         with world.together():
@@ -158,19 +163,34 @@ class Session:
             )
         if not self._replicated:
             count = 1
-        machines = Machines(world.nodes.ranks_per_host, world.nodes.free)
-        return world.on_rank_0(
-            lambda: layout.choose(
+
+        def choose() -> Chosen:
+            return layout.choose(
                 spec,
                 self.source,
                 self.config,
-                machines,
+                self.machines,
                 count,
                 asked.lines or None,
                 self._shards_before,
                 asked,
             )
-        )
+
+        chosen = world.on_rank_0(choose)
+        pipeline = any(replica.stages > 1 for replica in chosen.replicas)
+        if spec.layout.hosts == "auto" and pipeline and self._replicated and _leaves_open(spec, world):
+            self.machines = measure.machines(world, self.source, self.threads)
+            chosen = world.on_rank_0(choose)
+        return chosen
+
+    def estimate(self, demand: Demand | None) -> Estimate:
+        """What a demand takes by the machines' speeds; None: that of the input."""
+        plans = [
+            replica_plan(self.spec, self.source, self.config, number, replica, self._asked)
+            for number, replica in enumerate(self.replicas)
+        ]
+        demand = demand or demand_of(self._asked)
+        return estimate(self.spec, self.config, self.machines, self.replicas, plans, demand)
 
     @property
     def layout(self) -> UsedLayout:
@@ -254,6 +274,15 @@ class Session:
                     f"{first_hash[:12]}); put the same files on every node."
                 )
 
+    def _known_machines(self) -> Machines:
+        """The machines, with speeds if the job names a file of them."""
+        nodes, file = self.world.nodes, self.spec.layout.hosts
+        machines = Machines(nodes.ranks_per_host, nodes.free, self.world.hosts)
+        if file == "auto":
+            return machines
+        known = hosts.read(Path(file), self.world.size)
+        return replace(machines, speeds=known.speeds, measured=known.measured)
+
     def _ask(self) -> Asked:
         """What the input asks for, which only rank 0 can read."""
         return asked_of(self.spec, self.config.hidden, template_length(self.source))
@@ -286,6 +315,12 @@ class Session:
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
         return Decoder(config, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+
+
+def _leaves_open(spec: Spec, world: World) -> bool:
+    """Whether speeds can change the layout: there are several hosts, and the job does not say all."""
+    given = spec.layout
+    return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)
 
 
 def _described(cache: WeightCache[Page] | ExpertCache[Page]) -> dict[str, float]:

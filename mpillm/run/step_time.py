@@ -44,6 +44,10 @@ class Work:
     streamed_experts: int  # of them: those of experts
     attention: Sequence[Attention]
 
+    def without_layers(self) -> Work:
+        """The head alone."""
+        return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0)
+
 
 @dataclass(frozen=True)
 class Link:

@@ -115,6 +115,9 @@ class Layout(Section, frozen=True):
     stages: Auto | Positive = "auto"
     shards: Auto | Positive = "auto"
     threads: Auto | Positive = "auto"
+    hosts: Word = (
+        "auto"  # how fast they are: a file that doctor wrote; auto: measured at the start if it decides
+    )
 
 
 class Memory(Section, frozen=True):

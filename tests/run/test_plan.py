@@ -178,6 +178,19 @@ def test_hosts_that_slow_a_run_down_are_left_out() -> None:
     assert on([slow, fast, fast], "layout.stages=3").left_out == []
 
 
+def test_faster_hosts_get_more_layers_as_their_memory_allows() -> None:
+    fast = Host(memory="8GiB", name="fast", products={"f32": [0.04, 0.04, 0.04]})
+    slow = Host(memory="8GiB", name="slow", products={"f32": [0.01, 0.01, 0.01]})
+    asked = ["layout.replicas=1", "layout.stages=2"]
+    made = on([slow, fast], *asked)
+    assert [len(range(*rank.layers)) for rank in made.ranks] == [1, 3]
+    assert made.reason.endswith("; layers by speed and memory: 1-3")
+    assert [len(range(*rank.layers)) for rank in on([fast, fast], *asked).ranks] == [2, 2]
+    need = on([fast, fast], *asked, "memory.kv=2GiB").ranks[1].held  # for two of four layers
+    tight = msgspec.structs.replace(fast, memory=need)
+    assert [len(range(*rank.layers)) for rank in on([slow, tight], *asked, "memory.kv=2GiB").ranks] == [2, 2]
+
+
 def test_what_hosts_do_not_have_is_a_problem() -> None:
     made = on([Host(memory="1MiB", name="tiny")])
     (problem,) = made.problems
