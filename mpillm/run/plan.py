@@ -11,8 +11,9 @@ import msgspec
 
 from mpillm.errors import JobError, MpillmError
 from mpillm.kernels import BlockType
+from mpillm.model.adapters import with_adapters
 from mpillm.model.config import ModelConfig
-from mpillm.model.opening import config_of, open_source
+from mpillm.model.opening import open_source
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
 from mpillm.run.estimate import Estimate, demand_of, estimate
@@ -68,14 +69,19 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
     """
     path = catalogue.resolve(spec.model)
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
-    with closing(open_source(path, spec.quantize)) as source:
-        return make_plan(spec, source, config_of(source), machines)
+    with (
+        closing(open_source(path, spec.quantize)) as source,
+        with_adapters(spec.adapters, source) as config,
+    ):
+        return make_plan(spec, source, config, machines)
 
 
 def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
     """A job file with the least memory.weights for so many tokens/s; JobError if no memory is enough."""
-    with closing(open_source(catalogue.resolve(spec.model), spec.quantize)) as source:
-        config = config_of(source)
+    with (
+        closing(open_source(catalogue.resolve(spec.model), spec.quantize)) as source,
+        with_adapters(spec.adapters, source) as config,
+    ):
         asked = asked_of(spec, config.hidden, template_length(source))
 
         def made(weights: int | str) -> tuple[float, list[RankPlan]]:

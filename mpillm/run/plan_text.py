@@ -67,6 +67,11 @@ def _table(plan: Plan) -> Iterator[str]:
         "layers": [f"{rank.layers[0]}-{rank.layers[1] - 1}" for rank in plan.ranks],
         "weights": [_mib(rank.weights_held) for rank in plan.ranks],
         **({"read": [_mib(rank.weights_streamed) for rank in plan.ranks]} if streamed else {}),
+        **(
+            {"adapters": [_mib(rank.adapters) for rank in plan.ranks]}
+            if any(rank.adapters for rank in plan.ranks)
+            else {}
+        ),
         "KV": [_mib(rank.kv_held) for rank in plan.ranks],
         "rows": [_mib(rank.activations) for rank in plan.ranks],
         "process": [_mib(rank.process) for rank in plan.ranks],

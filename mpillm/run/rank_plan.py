@@ -46,6 +46,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_held: int  # at most
     weights_minimum: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
+    adapters: int  # all of them
     kv_token: int  # for each token in the cache
     kv_state: int  # for each sequence, however long
     kv_held: int  # at most
@@ -56,7 +57,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """All of it together."""
-        return self.weights_held + self.kv_held + self.activations + self.process
+        return self.weights_held + self.adapters + self.kv_held + self.activations + self.process
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ def _rank(
         weights_held=weights["held"],
         weights_minimum=weights["minimum"],
         weights_streamed=weights["streamed"],
+        adapters=config.adapters_nbytes(place),
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
         kv_held=cache_in_memory(spec, cache, *needed),

@@ -17,6 +17,7 @@ from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.scheduler import Limits, Totals
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
+from mpillm.model.adapters import Adapters
 from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
@@ -107,11 +108,14 @@ class Session:
             self.spec = spec = self.job.on_rank(world.rank, world.host)
             self.source = open_source(model, spec.quantize)
             self._open_files.callback(self.source.close)
-            self.config = config_of(self.source)
+            config = config_of(self.source)
+            self.adapters = Adapters(spec.adapters, self.source, config)
+            self._open_files.callback(self.adapters.close)
+            self.config = replace(config, adapters=self.adapters)
             if world.rank == 0:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
-            self.watch = origin.watch if origin is not None else Watch(self.source)
+            self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
         self._same_model()
@@ -143,6 +147,7 @@ class Session:
                 self.config.expert_share,
             )
             self._open_files.callback(self.weights.close)
+            self._factors = self.adapters.load(self.place)
             self.caches = rank_layouts(self.config, self._places, spec.memory.kv_type)
         self.streamed = world.gather(self.weights.streamed)[ranks.start : ranks.stop]
         with world.together():
@@ -309,6 +314,7 @@ class Session:
         needed = capacity.needed(len(limits.windows), self._asked)
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
+            adapters=self.adapters.nbytes(place),
             kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, config, place, len(weights.pages), kept),
@@ -323,7 +329,9 @@ class Session:
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
-        return Decoder(config, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+        return Decoder(
+            config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors
+        )
 
 
 def _leaves_open(spec: Spec, world: World) -> bool:
