@@ -143,7 +143,5 @@ def test_word_pieces(lowercase: bool) -> None:
 def test_unigrams() -> None:
     core = unigrams()
     check(core, fields_of_unigrams(core))
-    with pytest.raises(ModelError, match=r"is of the type 'rwkv'; gpt2, llama, bert and t5 are known"):
-        load_tokenizer({**fields_of_unigrams(core), "tokenizer.ggml.model": "rwkv"})
     with pytest.raises(ModelError, match="cannot be used"):
         load_tokenizer({**fields_of_unigrams(core), "tokenizer.ggml.precompiled_charsmap": [1, 2, 3]})
