@@ -1,6 +1,6 @@
 """The job file: TOML to frozen structs, with every unknown key, wrong type and wrong value named by its path.
 
-Paths: what a job file reads (`input`, and `model` where it is a path) is found from the job file's own
+Paths: what a job file reads (`input`, `adapters`, and `model` where it is a path) is found from the job file's own
 directory; what it writes (`output`) goes under the directory the command was started in. A path typed on the
 command line always starts from there.
 """
