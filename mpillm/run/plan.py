@@ -171,7 +171,7 @@ def _laid_out(
         spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
     )
     plans = [
-        replica_plan(spec, source, config, number, replica, asked)
+        replica_plan(spec, source, config, number, replica, asked, machines.names)
         for number, replica in enumerate(chosen.replicas)
     ]
     return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
@@ -216,7 +216,10 @@ def _gains(
     spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked, now: Estimate
 ) -> Iterator[tuple[str, float]]:
     """What one more of each thing brings: how many times as fast the job is with it."""
-    memory, budget = spec.memory, spec.memory.weights_bytes
+    memory = spec.memory
+    if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
+        return  # more for whom?
+    budget = memory.weights_bytes
     more = {
         "1 GiB more of memory.kv on each rank": (
             msgspec.structs.replace(memory, kv=memory.kv_bytes + GIB),

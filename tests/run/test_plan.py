@@ -191,6 +191,19 @@ def test_faster_hosts_get_more_layers_as_their_memory_allows() -> None:
     assert [len(range(*rank.layers)) for rank in on([slow, tight], *asked, "memory.kv=2GiB").ranks] == [2, 2]
 
 
+def test_hosts_have_budgets_of_their_own() -> None:
+    pi, nuc = Host(memory="8GiB", name="pi"), Host(memory="8GiB", name="nuc")
+    budgets = "memory.kv={pi='1MiB', nuc='3MiB'}"
+    made = on([pi, nuc], "layout.replicas=1", "layout.stages=2", budgets)
+    assert [rank.kv_held for rank in made.ranks] == [
+        2**20,
+        2**20,
+    ]  # as many blocks on both, for as many layers
+    weights = f"memory.weights=['all', {made.ranks[1].weights_share - 1}]"
+    paged = on([pi, nuc], "layout.replicas=1", "layout.stages=2", weights)
+    assert [rank.weights_streamed > 0 for rank in paged.ranks] == [False, True]
+
+
 def test_what_hosts_do_not_have_is_a_problem() -> None:
     made = on([Host(memory="1MiB", name="tiny")])
     (problem,) = made.problems
