@@ -125,8 +125,14 @@ def _plan(options: argparse.Namespace) -> int:
     from mpillm.run import hosts, plan
 
     spec = _load(options)
-    machines = hosts.read(options.hosts, options.ranks) if options.hosts is not None else None
-    made = plan.make(spec, machines.ranks if machines else options.ranks or 1, machines)
+    if options.hosts is not None:
+        machines = hosts.read(options.hosts, options.ranks)
+    else:
+        machines = hosts.alike(options.ranks or 1, options.ranks_per_host, options.memory)
+    if options.suggest is not None:
+        print(plan.suggestion(spec, machines, options.suggest))
+        return 0
+    made = plan.make(spec, machines.ranks, machines)
     print(plan.as_json(made) if options.json else plan.as_text(made))
     return JobError.exit_code if made.problems else 0
 
@@ -322,6 +328,22 @@ def command_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--hosts", type=Path, metavar="FILE", help="hosts.toml: on which hosts, and what memory they have"
     )
+    plan.add_argument(
+        "--ranks-per-host",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="without --hosts: ranks on each host (1)",
+    )
+    plan.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="without --hosts: free on each, such as 8GiB (as much as here)",
+    )
+    plan.add_argument(
+        "--suggest", type=float, metavar="RATE", help="print a job with the least memory for so many tokens/s"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pack = commands.add_parser(
         "pack", help="store a model kernel-ready, for machines that it does not fit into"
@@ -413,6 +435,15 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
     )
     parser.add_argument("--output", help="directory for the results")
+
+
+def _size(text: str) -> int:
+    from mpillm.spec import byte_size
+
+    try:
+        return byte_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

@@ -344,6 +344,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         shifts=shifts(sequence) if samples else NO_SHIFTS,
         allowed=allowed if samples and allowed is not None else NO_IDS,
         hidden=hidden,
+        adapter=request.adapter,
     )
 
 

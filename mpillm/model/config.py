@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 from mpillm.model.cache_spec import LayerCache
 from mpillm.model.layers.attention import AttentionSpec
@@ -14,6 +15,16 @@ from mpillm.model.pooled import ClassifierSpec
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.weights.inventory import HEAD, PageSpec, TensorSpec
 from mpillm.weights.names import Key
+
+
+class Beside(Protocol):
+    """What ranks hold beside the model's own weights: adapters."""
+
+    def nbytes(self, place: Place) -> int:
+        """Bytes of it on the rank at `place`."""
+
+    def row_nbytes(self, place: Place) -> int:
+        """Bytes that a row of a step takes for it there, at most."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,14 @@ class ModelConfig:
     block: int = 1
     generates: bool = True
     classifier: ClassifierSpec | None = None
+    adapters: Beside | None = field(default=None, compare=False)
     ignored_keys: tuple[str, ...] = field(
         default=(), compare=False
     )  # of the configuration, which nobody knows
+
+    def adapters_nbytes(self, place: Place) -> int:
+        """Bytes of its adapters on the rank at `place`."""
+        return self.adapters.nbytes(place) if self.adapters else 0
 
     def with_block(self, block: int) -> ModelConfig:
         """The same for weights of this block size."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
+from mpillm.model.adapters import RankAdapters
 from mpillm.model.batch import Batch, Rows, Step
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
@@ -42,6 +43,7 @@ class Decoder:
         group: Group,
         pipe: Pipe,
         threads: int,
+        adapters: RankAdapters | None = None,
     ) -> None:
         self.config = config
         self.place = place
@@ -49,6 +51,7 @@ class Decoder:
         self._kv = kv
         self._pipe = pipe
         self._threads = threads
+        self._adapters = adapters or RankAdapters([])
         self._rank = Rank(place, config.block, weights, group, threads)
         layers = grid.stage_layers(config.n_layers, place)
         self._layers = [
@@ -92,12 +95,13 @@ class Decoder:
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         step = Step(batch)
+        self._rank.low_ranks = self._adapters.of_step(batch.adapters)
         self._kv.begin(batch.groups, batch.offset, batch.states)
-        if self._stack is None:
+        if self._stack is None or self._rank.low_ranks:
             for layer in self._layers:
                 self._pipe.progress()  # what the previous step sent on leaves while this one computes
                 layer(x, step)
-            if self._stackable:
+            if self._stackable and not self._rank.low_ranks:
                 self._stack = _Stack(self._layers, self._kv)
         else:
             rows = self._stack.rows(step)
@@ -148,8 +152,9 @@ class _RankLayer:
                 spec.entry.apply(rank, page, x, step.batch)
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             if spec.mixer:
+                adapted = rank.adapted(page)
                 part, bias = spec.mixer.compute(
-                    MixerInput(rank, number, page, norms.before, x, step, self.cache)
+                    MixerInput(rank, number, adapted, norms.before, x, step, self.cache)
                 )
                 after = self._after(page, norms.after, "attn_post_norm")
                 self._residual("mixer residual", bias, after, spec.residual_scale, x, part)

@@ -59,6 +59,7 @@ def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = 
         classifier=classifier,
         pair_template=template,
         name=model_name(path),
+        adapters=session.adapters.names,
     )
 
 

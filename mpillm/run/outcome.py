@@ -17,6 +17,7 @@ from mpillm.errors import OutputError
 from mpillm.run import memory
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
+from mpillm.run.step_time import Demand
 from mpillm.store import report, results, table
 from mpillm.store.journal import began
 
@@ -61,6 +62,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
             for counts in job.earlier
         ],
         batch=_steps(computation.totals, session),
+        planned=_planned(computation),
         stages=session.place.stages,
         shards=session.place.shards,
         replicas=len(session.replicas),
@@ -106,6 +108,24 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
         steps=totals.steps,
         most_sequences=totals.most_sequences,
         streamed=sum(session.streamed),
+    )
+
+
+def _planned(computation: Computation) -> report.Planned | None:
+    """What the speeds of the hosts made of the job; None if they are not known."""
+    session, totals, lines = computation.session, computation.totals, computation.job.input
+    if not session.machines.speeds or not totals.steps:
+        return None
+    made = session.estimate(None)
+    computed = session.estimate(
+        Demand(
+            requests=max(len(lines.lines) - len(lines.errors) - computation.job.resumed, 1),
+            prompt=float(totals.prompt_tokens + totals.recomputed_tokens),
+            generated=float(totals.generated_tokens),
+        )
+    )
+    return report.Planned(
+        seconds=made.seconds, of_computed=computed.seconds, limit=made.limit, bubble=made.bubble
     )
 
 

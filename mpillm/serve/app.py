@@ -55,7 +55,8 @@ class Service:
 
     def no_model(self, name: str) -> str:
         """The sentence for a model that is not this one."""
-        return f"There is no model {name[:100]!r}; this server has {self.model.name!r}."
+        has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
+        return f"There is no model {name[:100]!r}; this server has {has}."
 
     def prepare(self, url: str, content: dict[str, Any]) -> Work:
         """The work of a body; RequestError or HTTPException says what is wrong with it."""
@@ -233,21 +234,28 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _models(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def models(request: Request) -> Response:
-        found = {
-            "id": service.model.name,
-            "object": "model",
-            "created": int(service.started),
-            "owned_by": "mpillm",
-            "max_model_len": service.model.max_position,
-        }
-        name = request.path_params.get("name")
+        model, name = service.model, request.path_params.get("name")
         if name is None:
-            return JSONResponse({"object": "list", "data": [found]})
+            data = [_described(service, each) for each in (model.name, *model.adapters)]
+            return JSONResponse({"object": "list", "data": data})
         if name not in service.names:
             raise HTTPException(404, service.no_model(name))
-        return JSONResponse(found)
+        return JSONResponse(_described(service, model.answering(name)))
 
     return models
+
+
+def _described(service: Service, name: str) -> dict[str, Any]:
+    """The model or one of its adapters, as OpenAI's clients and vLLM's have it."""
+    model = service.model
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "mpillm",
+        "max_model_len": model.max_position,
+        **({"parent": model.name} if name != model.name else {}),
+    }
 
 
 def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:

@@ -61,9 +61,14 @@ def checked(values: dict[str, Any], where: str) -> Spec:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
-    for key, path in (("model", spec.model), ("input", spec.input), ("output", spec.output.path)):
+    paths = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    for key, path in (paths | {f"adapters.{name}": path for name, path in spec.adapters.items()}).items():
         if "\0" in path:
             raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
+    if spec.model in spec.adapters:
+        raise JobError(
+            f"{where}: an adapter is called {spec.model!r}, as the model is; give it another name."
+        )
     _refuse_overwriting(spec)
     return spec
 
@@ -107,7 +112,7 @@ def _take_shorthands(values: dict[str, Any], where: str) -> None:
 
 
 def _find_beside(values: dict[str, Any], folder: Path) -> None:
-    """Make a job file's `input`, and a `model` that is a path, start from the job file's directory."""
+    """Make a job file's `input`, its `adapters`, and a `model` that is a path, start from the job file's directory."""
     source = values.get("input")
     if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
@@ -116,6 +121,11 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
         path = folder / os.path.expanduser(model)
         if "/" in model or model.endswith(".gguf"):
             values["model"] = str(path)
+    adapters = values.get("adapters")
+    if isinstance(adapters, dict):
+        for name, folder_of in adapters.items():
+            if isinstance(folder_of, str) and folder_of:
+                adapters[name] = str(folder / os.path.expanduser(folder_of))
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -48,6 +48,7 @@ def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
         shifts=_shifts(rng, draw(st.integers(0, 5))),
         allowed=draw(st.sampled_from([NO_IDS, *MASKS])),
         hidden=draw(st.sampled_from(Hidden)),
+        adapter=draw(st.integers(0, 3)),
     )
 
 
@@ -61,7 +62,7 @@ def test_round_trip(step: Step) -> None:
     message = encode(step)
     integers = 0
     for chunk in step.chunks:
-        integers += 16 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
+        integers += 17 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
         integers += sum(2 + len(table.blocks) for table in chunk.tables)
     masks = {chunk.allowed.tobytes() for chunk in step.chunks} - {b""}
     assert HEADER.size == 40
@@ -70,6 +71,7 @@ def test_round_trip(step: Step) -> None:
     assert isinstance(back, Step)
     assert encode(back) == message
     assert back.outputs == step.outputs
+    assert [chunk.adapter for chunk in back.chunks] == [chunk.adapter for chunk in step.chunks]
     for chunk, other in zip(step.chunks, back.chunks, strict=True):
         assert np.array_equal(chunk.allowed, other.allowed)
         assert all(map(np.array_equal, chunk.shifts, other.shifts))
@@ -134,12 +136,12 @@ def test_what_is_no_message_is_refused() -> None:
     wrongs = (
         (1, 4),
         (1, -3),
-        (17, 2),
-        (17, -1),
+        (18, 2),
+        (18, -1),
         (0, -1),
         (0, 30),
-        (16, 1),
-        (16, -1),
+        (17, 1),
+        (17, -1),
         (9, 1),
         (10, 0),
         (10, -2),

@@ -105,7 +105,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
             "id": f"choice-{hashed_id(work.custom_id)}",
             "object": "multiple_choice",
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             "choices": shown,
             "best": best,
             "answer": self.choices[best["logprob"]],

@@ -42,7 +42,7 @@ class Rerank(Pairs, frozen=True, kw_only=True):
         shown = self.return_documents is not False
         return {
             "id": f"rerank-{hashed_id(work.custom_id)}",
-            "model": model.name,
+            "model": model.answering(self.model),
             "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
             "results": [
                 {

@@ -42,7 +42,7 @@ class Score(Pairs, frozen=True, kw_only=True):
             "id": f"score-{hashed_id(work.custom_id)}",
             "object": "list",
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             "data": [
                 {"index": index, "object": "score", "score": score}
                 for index, score in enumerate(self.scores(completions, model))

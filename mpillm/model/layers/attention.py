@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from mpillm import kernels
+from mpillm.kernels import adapted
 from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
 from mpillm.model.layers.mixer import MixerInput
@@ -74,6 +75,8 @@ class AttentionSpec:
     normed_after_rope: bool = False
     v_is_k: bool = False
     bidirectional: bool = False
+
+    adaptable = ("q", "q_gate", "k", "v", "o")
 
     @property
     def turn(self) -> Turn | None:
@@ -146,8 +149,8 @@ class AttentionSpec:
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
         q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
-        products = rank.kept(lambda: kernels.Products(*matrices), "q, k and v", layer)
-        rank.compute(products, rows, outs)
+        products = adapted.Products if page.adapted else kernels.Products
+        rank.compute(rank.kept_of(page, lambda: products(*matrices), "q, k and v", layer), rows, outs)
         if self.qkv_bias:
             for values, role in zip(outs, "qkv", strict=True):
                 values += page.vector(f"{role}_bias")
@@ -162,7 +165,7 @@ class AttentionSpec:
         )
         part = np.empty_like(x)
         cos, sin, *where = step.rows(self.turn, cache.group)
-        work = rank.kept(lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
+        work = rank.kept_of(page, lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
         pools = cache.acquire()
         rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
         cache.release()
@@ -184,7 +187,8 @@ class AttentionSpec:
                 self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
                 self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
             )
-        return kernels.Attention(
+        attention = adapted.Attention if page.adapted else kernels.Attention
+        return attention(
             page.matrix("q"),
             page.matrix("k"),
             page.matrix(v),
@@ -242,7 +246,7 @@ def attend(spec: _Attention, given: MixerInput) -> tuple[Floats, Floats | None]:
 
     part = np.empty_like(x)
     cos, sin, *where = step.rows(spec.turn, cache.group)
-    work, pools = rank.kept(make, "attention", layer), cache.acquire()
+    work, pools = rank.kept_of(page, make, "attention", layer), cache.acquire()
     rank.compute(work, x, cos, sin, cache.kv_type, *pools, *where, part)
     cache.release()
     rank.group.all_reduce(part)

@@ -12,6 +12,7 @@ from mpillm.errors import ModelError
 from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, Made, Recipe, add
 from mpillm.weights.formats.families import Families
+from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.heads import split_kv_b
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
@@ -36,7 +37,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     method = method_of(config.pop(QUANTIZATION, None), path)
     files = _files(path)
     extents: dict[Key, Extent] = {}
-    groups = {**_attention_rows(config), **family.row_groups(config)}
+    groups = row_groups(config, family)
     try:
         tensors = {
             name: Raw(file, name, *tensor)
@@ -158,6 +159,11 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     if found is None or type(own) is not int or type(further) is not int:
         return False
     return own <= int(found["layer"]) < own + further
+
+
+def row_groups(config: dict[str, Any], family: GgufFamily) -> names.RowGroups:
+    """How tensors of a directory that hold several matrices are taken apart."""
+    return {**_attention_rows(config), **family.row_groups(config)}
 
 
 def _attention_rows(config: dict[str, Any]) -> names.RowGroups:
