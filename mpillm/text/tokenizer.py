@@ -267,6 +267,11 @@ class Tokenizer:
             ids += [id] if own else self._spelled(id)
         return ids, second
 
+    def beginning(self, text: str, tokens: int) -> str:
+        """What of a text, without control tokens, its first `tokens` tokens stand for."""
+        found = _encoding(self._core, text, own=False, plain=True).offsets[:tokens]
+        return text[: max((end for _, end in found), default=0)]
+
     def encode_template(
         self, template: str, values: Mapping[str, str], max_tokens: int | None = None
     ) -> list[int]:
