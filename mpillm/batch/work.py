@@ -74,6 +74,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     url: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()  # what vLLM also calls the URL
     key: ClassVar[
         str
     ]  # of a body, by which a line without a URL is of this endpoint; "": such a line never is

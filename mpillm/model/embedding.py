@@ -18,6 +18,7 @@ from mpillm.model.pooled import Dense, Function, Pooling
 from mpillm.weights.formats.safetensors import read_header
 from mpillm.weights.formats.stored import OWN, Floats
 from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.names import Key
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import MODULES, PROMPTS
 
@@ -67,7 +68,10 @@ def embedding_settings(source: Source) -> EmbeddingSettings:
     pooling = _GGUF.get(source.config.get(GGUF_KEY, 0), "unknown")
     if pooling not in _POOLINGS:
         return EmbeddingSettings(unsupported=f"pooling {pooling!r}")
-    return EmbeddingSettings(cast(Pooling, pooling))
+    layers = [
+        Dense(source.read_f32(key)) for key in (Key("dense_2"), Key("dense_3")) if key in source.tensors
+    ]
+    return EmbeddingSettings(cast(Pooling, pooling), layers=tuple(layers))
 
 
 def _from_directory(folder: Path) -> EmbeddingSettings:

@@ -161,7 +161,7 @@ def stage_layers_by_speed(
             / max((rank.weights_share + rank.kv_held) / own, 1)
             for rank in ranks
         )
-        most.append(max(int(free + 1e-9), 1) if spec.memory.weights_bytes is None else config.n_layers)
+        most.append(max(int(free + 1e-9), 1) if spec.memory.weights == "all" else config.n_layers)
     found = grid.layers_by_speed(config.n_layers, seconds, extra, most)
     slowest = max(count * each + own for count, each, own in zip(found, seconds, extra, strict=True))
     too_many = any(own > room for own, room in zip(layers, most, strict=True))

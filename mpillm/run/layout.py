@@ -96,7 +96,7 @@ def _with_layers_by_speed(
     for number, replica in enumerate(found):
         if replica.stages == 1:
             continue
-        plan = replica_plan(spec, source, config, number, replica, asked)
+        plan = replica_plan(spec, source, config, number, replica, asked, machines.names)
         layers = stage_layers_by_speed(spec, config, machines, replica, plan, asked)
         if layers is not None:
             found[number] = replace(replica, layers=layers)
@@ -148,7 +148,7 @@ def _too_much(
     for number, replica in enumerate(found):
         key = (number == 0, replica.stages, replica.shards)  # the first one has the input as well
         if key not in plans:
-            plan = replica_plan(spec, source, config, number, replica, asked)
+            plan = replica_plan(spec, source, config, number, replica, asked, machines.names)
             if 0 < plan.cached_tokens < plan.max_context:
                 return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
             plans[key] = plan.ranks

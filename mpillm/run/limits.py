@@ -63,14 +63,16 @@ def limits(
     layouts: Sequence[CacheLayout],
     max_context: int,
     streamed: Sequence[int],
+    kv: Sequence[int] | None = None,
 ) -> Limits:
     """What steps and the cache of ranks at `places` take, whose caches have `layouts`; JobError if that is nothing.
 
-    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens.
+    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens, and `kv`
+    has the budget of each rank's cache, where they are not all that of `spec`.
     """
     streams = any(streamed)
     step, stages, windows = step_size(spec, rows, places, streams), places[0].stages, layouts[0].windows
-    capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages)
+    capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages, kv)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
     useful = useful_blocks(max_context, windows, step.tokens) * step.sequences
@@ -131,22 +133,29 @@ class CacheCapacity:
 
 
 def cache_capacity(
-    spec: Spec, layouts: Sequence[CacheLayout], streamed: Sequence[int], sequences: int
+    spec: Spec,
+    layouts: Sequence[CacheLayout],
+    streamed: Sequence[int],
+    sequences: int,
+    kv: Sequence[int] | None = None,
 ) -> CacheCapacity:
     """What memory.kv and memory.kv_spill hold on all ranks, where up to `sequences` sequences run at once.
+
+    `kv` has the budget of each rank, where they are not all that of `spec`.
 
     States get up to half of memory.kv, and all of it where layers keep nothing else; an eighth of their slots is for
     those that are saved.
     """
-    budget, slots, saved = spec.memory.kv_bytes, 0, 0
+    budgets = kv or [spec.memory.kv_bytes] * len(layouts)
+    slots = saved = 0
     states = max(layout.state_nbytes for layout in layouts)
     if states:
         share = 2 if layouts[0].windows else 1
-        slots = budget // share // states
+        slots = min(budgets) // share // states
         saved = min(slots // SAVED, MAX_SAVED) if spec.batch.prefix_sharing else 0
         slots = min(slots - saved, sequences)
     blocks, in_memory = [], []
-    for layout, weights in zip(layouts, streamed, strict=True):
+    for layout, weights, budget in zip(layouts, streamed, budgets, strict=True):
         left = budget - (slots + saved) * layout.state_nbytes
         if layout.pools:
             sizes = [sum(nbytes) for nbytes in layout.pools]

@@ -27,7 +27,7 @@ from mpillm.run.limits import (
     step_size,
 )
 from mpillm.run.step_time import Attention, Work
-from mpillm.spec import Spec, shown_bytes
+from mpillm.spec import Spec, shown_bytes, tightest
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts
 from mpillm.weights.plan import PagePlan
@@ -78,22 +78,31 @@ class ReplicaPlan:
 
 
 def replica_plan(
-    spec: Spec, source: Source, config: ModelConfig, number: int, replica: Replica, asked: Asked
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    number: int,
+    replica: Replica,
+    asked: Asked,
+    hosts: Sequence[str] = (),
 ) -> ReplicaPlan:
-    """What the ranks of replica `number` will hold; `asked` is what the input asks for."""
+    """What the ranks of replica `number` will hold; `asked` is what the input asks for, `hosts` each rank's host."""
     places = replica.places
+    specs = [spec.on_rank(rank, hosts[rank] if hosts else "") for rank in replica.ranks]
+    spec = tightest(specs)
     caches = rank_layouts(config, places, spec.memory.kv_type)
     pages = [rank_plans(config, place, source) for place in places]
-    shares = [_weights(spec, own) for own in pages]
+    shares = [_weights(one, own) for one, own in zip(specs, pages, strict=True)]
     read = [share["streamed"] for share in shares]
     rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
-    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages)
+    budgets = [one.memory.kv_bytes for one in specs]
+    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
     needed = capacity.needed(len(caches[0].windows), asked)
     kept = 0 if number else asked.kept(step.sequences * replica.stages)
     plans = [
         _rank(
-            spec,
+            one,
             config,
             number,
             place,
@@ -103,7 +112,7 @@ def replica_plan(
             memory.activations(rows, place, step.tokens),
             memory.process(source, config, place, len(own), kept),
         )
-        for place, own, cache, share in zip(places, pages, caches, shares, strict=True)
+        for one, place, own, cache, share in zip(specs, places, pages, caches, shares, strict=True)
     ]
     works = [
         work_of(config, place, own, cache, share["streamed"], share["streamed_experts"])
@@ -150,9 +159,8 @@ def work_of(
 
 def problems(spec: Spec, replica: ReplicaPlan) -> Iterator[str]:
     """A sentence for each thing that keeps a replica from running."""
-    budget = spec.memory.weights_bytes
     minimum = max(rank.weights_minimum for rank in replica.ranks)
-    if budget is not None and budget < minimum:
+    if any(rank.weights_held < rank.weights_minimum for rank in replica.ranks):
         yield (
             f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {minimum} bytes "
             f"({shown_bytes(minimum)}) for two neighbouring pages; raise it or use more shards."

@@ -33,7 +33,7 @@ from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import replica_plan
 from mpillm.run.step_time import Demand
-from mpillm.spec import Spec, Wire
+from mpillm.spec import Spec, Wire, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
@@ -91,7 +91,8 @@ class Session:
         unless `replicated`.
         """
         self._laid_out, self._replicated = laid_out, replicated
-        self.world, self.spec, self._origin, self._shards_before = world, spec, origin, shards_before
+        self.world, self._origin, self._shards_before = world, origin, shards_before
+        self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
             self._open_files = unless_made
             self._make(model)
@@ -104,6 +105,7 @@ class Session:
             "put it back and run the same command again."
         )
         with world.together():
+            self.spec = spec = self.job.on_rank(world.rank, world.host)
             self.source = open_source(model, spec.quantize)
             self._open_files.callback(self.source.close)
             config = config_of(self.source)
@@ -120,6 +122,7 @@ class Session:
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
+        assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
         self.machines = world.on_rank_0(self._known_machines)
@@ -160,7 +163,7 @@ class Session:
 
     def _choose_layout(self) -> Chosen:
         """The layout of a run that begins (collective)."""
-        world, spec, asked = self.world, self.spec, self._asked
+        world, spec, asked = self.world, self.job, self._asked
         count = spec.layout.replicas
         if not self._replicated and count not in ("auto", 1):
             raise JobError(
@@ -191,11 +194,13 @@ class Session:
     def estimate(self, demand: Demand | None) -> Estimate:
         """What a demand takes by the machines' speeds; None: that of the input."""
         plans = [
-            replica_plan(self.spec, self.source, self.config, number, replica, self._asked)
+            replica_plan(
+                self.job, self.source, self.config, number, replica, self._asked, self.machines.names
+            )
             for number, replica in enumerate(self.replicas)
         ]
         demand = demand or demand_of(self._asked)
-        return estimate(self.spec, self.config, self.machines, self.replicas, plans, demand)
+        return estimate(self.job, self.config, self.machines, self.replicas, plans, demand)
 
     @property
     def layout(self) -> UsedLayout:
@@ -295,7 +300,11 @@ class Session:
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self._activations, self._places, self.caches, max_context, self.streamed)
+        specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self.replicas[self.replica].ranks]
+        kv = [spec.memory.kv_bytes for spec in specs]
+        return limits(
+            tightest(specs), self._activations, self._places, self.caches, max_context, self.streamed, kv
+        )
 
     def _memory(self) -> memory.RankMemory:
         """What this rank was to hold at most."""

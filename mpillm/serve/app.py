@@ -69,7 +69,11 @@ class Service:
 def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
     """The ASGI application; `more_routes` are those of files and batches."""
     routes = [
-        *(Route(endpoint.url, _Ask(service, endpoint.url), methods=["POST"]) for endpoint in ENDPOINTS),
+        *(
+            Route(url, _Ask(service, endpoint.url), methods=["POST"])
+            for endpoint in ENDPOINTS
+            for url in (endpoint.url, *endpoint.aliases)
+        ),
         Route("/v1/models", _models(service), methods=["GET"]),
         Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
         *more_routes,
@@ -86,13 +90,14 @@ def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
 
 
 class _Guarded:
-    """Asks for the API key on every URL below /v1, if there is one."""
+    """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app, self._key = app, api_key
+        self._guarded = ("/v1", *(url for endpoint in ENDPOINTS for url in endpoint.aliases))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._key and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and self._key and scope["path"].startswith(self._guarded):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
                 wrong = answers.error("The API key is missing or wrong.", 401, "authentication_error")

@@ -37,6 +37,7 @@ from mpillm.spec.sections import (
     Word,
     key_called,
     known_keys,
+    tightest,
 )
 from mpillm.spec.sizes import byte_size, shown_bytes
 
@@ -44,5 +45,5 @@ __all__ = [
     "BatchLimits", "Chat", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Output", "Penalty",
     "Pooling", "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
     "TableFormat", "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys",
-    "load", "plain_words", "shown_bytes",
+    "load", "plain_words", "shown_bytes", "tightest",
 ]  # fmt: skip

@@ -155,14 +155,14 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
 
 def _put_around(core: Tokenizer, kind: str, named: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
     """The tokens around texts and pairs of them, of a model that reads pairs."""
-    first, last = (
-        named.get(name) if adds else None for name, adds in (("bos_token", add_bos), ("eos_token", add_eos))
-    )
-    if kind == "t5":
-        put_around(core, first, last, " ".join([last] * (2 if first else 1)) if last else "", False)
-        return
-    between = named.get("sep_token") or last or ""
-    put_around(core, first, between if kind == "bert" else last, between, kind == "bert")
+    first, last = [named["bos_token"]] if add_bos else [], [named["eos_token"]] if add_eos else []
+    between = [named["sep_token"]] if "sep_token" in named else last
+    if kind == "bert":
+        put_around(core, first, between, between, True)
+    elif kind == "t5":  # as XLM-RoBERTa's
+        put_around(core, first, last, last * 2 if first else last, False)
+    else:
+        put_around(core, first, last, between, False)
 
 
 def _templates(fields: Mapping[str, Any]) -> dict[str, str]:

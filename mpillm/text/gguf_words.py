@@ -55,14 +55,15 @@ def unigrams(ggml: TokenizerFields, tokens: list[str]) -> Tokenizer:
     return core
 
 
-def put_around(core: Tokenizer, first: str | None, last: str | None, between: str, segments: bool) -> None:
+def put_around(
+    core: Tokenizer, first: list[str], last: list[str], between: list[str], segments: bool
+) -> None:
     """Tokens stand around texts and `between` two of them; the second may be a segment of its own."""
     second = ":1" if segments else ""
-    begin, end = f"{first} " if first else "", f" {last}" if last else ""
-    used = [token for token in dict.fromkeys((first, *between.split(), last)) if token]
+    used = dict.fromkeys((*first, *between, *last))
     core.post_processor = processors.TemplateProcessing(
-        single=f"{begin}$A{end}",
-        pair=f"{begin}$A {between} $B{second}{end}{second if end else ''}",
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *between, f"$B{second}", *(token + second for token in last)],
         special_tokens=[(token, core.token_to_id(token)) for token in used],
     )
 

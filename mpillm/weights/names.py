@@ -194,6 +194,7 @@ ROLES: dict[str, Role] = {
         Role("pooler_bias", 1, "pooler.dense.bias", "cls.bias"),
         Role("pooler_norm", 1, "pooler.norm.weight", "cls.norm.weight"),
         Role("pooler_norm_bias", 1, "pooler.norm.bias", "cls.norm.bias"),
+        *(Role(f"dense_{number}", 2, f"dense_{number}.weight", f"dense_{number}.weight") for number in (2, 3)),
     )
 }  # fmt: skip
 
@@ -213,17 +214,9 @@ _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
 # What a model's last hidden states are given to: each is read by the models that have that task alone.
+_POOLED = ("classifier", "pooler", "pooler_norm")
 TASK_ROLES = frozenset(
-    {
-        "head",
-        "head_bias",
-        "classifier",
-        "classifier_bias",
-        "pooler",
-        "pooler_bias",
-        "pooler_norm",
-        "pooler_norm_bias",
-    }
+    {"head", "head_bias", "dense_2", "dense_3", *_POOLED, *(f"{role}_bias" for role in _POOLED)}
 )
 
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,

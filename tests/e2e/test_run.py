@@ -205,13 +205,15 @@ def test_same_bytes_with_more_layers_on_a_faster_host(openmpi: Mpi, tmp_path: Pa
     )
     hosts.write(tmp_path / "hosts.toml", [slow, fast])
     layout = ["layout.stages=2", f"layout.hosts={tmp_path / 'hosts.toml'}"]
-    uneven = run(openmpi, 2, source, tmp_path / "uneven", *layout, model=model)
+    own = ["layout.threads=[1, 2]", 'memory.weights={default="all"}', 'memory.kv=["8MiB", "16MiB"]']
+    uneven = run(openmpi, 2, source, tmp_path / "uneven", *layout, *own, model=model)
     assert uneven.returncode == 0, uneven.stderr
     alone = run_bounded([os.sys.executable, *command(source, tmp_path / "alone", model=model)])
     assert alone.returncode == 0, alone.stderr
     assert_same_results(tmp_path / "alone", tmp_path / "uneven")
     made = read(tmp_path / "uneven")
     assert [rank.layers for rank in made.ranks] == [1, 3]
+    assert [(rank.threads, rank.kv["budget"]) for rank in made.ranks] == [(1, 8 * 2**20), (2, 16 * 2**20)]
     assert made.planned is not None
     assert 0 < made.planned.of_computed <= made.planned.seconds
     assert "of computing for these tokens, by the speeds of the hosts; it took" in uneven.stderr

@@ -198,7 +198,20 @@ def test_a_model_that_answers_yes_or_no(tmp_path: Path) -> None:
     scoring = {"template": template, "tokens": ["n", "y"]}
     prompts = [template.format(query=QUERY, document=text) for text in DOCUMENTS[:2]]
     lines = [{"prompt": prompt, "max_tokens": 1, "logprobs": 1000} for prompt in prompts]
-    scored, *generated = answers(CHAT, tmp_path / "run", ONE, *lines, scoring=scoring)
+    # A document is cut where a pair has too many tokens; what stands around it stays.
+    cuts = [{"text_1": QUERY, "text_2": text} for text in ("a lazy dog " * 900, "a lazy dog " * 2)]
+    asked = [{**cut, "truncate_prompt_tokens": count} for cut in cuts for count in (60, -1, 3)]
+    scored, *others = answers(CHAT, tmp_path / "run", ONE, *lines, *asked, cuts[0], cuts[1], scoring=scoring)
+    generated, cut = others[:2], others[2:]
+    used = [body["usage"]["prompt_tokens"] if "usage" in body else None for body in cut]
+    whole = used[7]
+    assert used[2:] == [None, whole, whole, None, None, whole]
+    assert 57 <= used[0] <= 60  # a cut word may be fewer tokens
+    assert 509 <= used[1] <= 512
+    assert whole < 60
+    assert [cut[index]["data"] for index in (3, 4)] == [cut[7]["data"]] * 2
+    assert "truncate_prompt_tokens 3 leaves nothing of the document in the pair" in cut[2]["error"]["message"]
+    assert "more than 512 tokens" in cut[6]["error"]["message"]
     for row, answer in zip(scored["data"], generated, strict=False):
         top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         expected = 1 / (1 + np.exp(top["n"] - top["y"]))
@@ -215,11 +228,78 @@ def test_a_model_that_answers_yes_or_no(tmp_path: Path) -> None:
 
 
 def test_the_cosine_of_vectors(tmp_path: Path) -> None:
-    scored, vectors, refused = answers(
-        CHAT, tmp_path / "run", ONE, {"input": [QUERY, *DOCUMENTS]}, {**ONE, "instruction": "x"}
+    texts, few = {"input": [QUERY, *DOCUMENTS]}, {"truncate_prompt_tokens": 4}
+    scored, vectors, refused, cut, cut_vectors = answers(
+        CHAT, tmp_path / "run", ONE, texts, {**ONE, "instruction": "x"}, {**ONE, **few}, {**texts, **few}
     )
+    first, *rest = (np.array(row["embedding"]) for row in cut_vectors["data"])
+    np.testing.assert_allclose([row["score"] for row in cut["data"]], [d @ first for d in rest], rtol=1e-6)
+    assert cut["usage"] == cut_vectors["usage"] != vectors["usage"]
     query, *documents = (np.array(row["embedding"]) for row in vectors["data"])
     np.testing.assert_allclose(
         [row["score"] for row in scored["data"]], [d @ query for d in documents], rtol=1e-6
     )
     assert "instruction and use_activation are for models that read both" in refused["error"]["message"]
+
+
+# Bodies as vLLM's pages on run-batch, scores and ranks show them, with names of models that are not ours.
+OF_VLLM: list[tuple[str, dict[str, Any], set[str]]] = [
+    (
+        "/v1/chat/completions",
+        {
+            "model": "meta-llama/Meta-Llama-3-8B-Instruct",
+            "messages": [
+                {"role": "system", "content": "You are kind."},
+                {"role": "user", "content": "Hello!"},
+            ],
+            "max_completion_tokens": 20,
+        },
+        {"id", "object", "created", "model", "choices", "usage"},
+    ),
+    (
+        "/v1/embeddings",
+        {"model": "intfloat/e5-mistral-7b-instruct", "input": "You are kind."},
+        {"id", "object", "created", "model", "data", "usage"},
+    ),
+    (
+        "/v1/score",
+        {"model": "BAAI/bge-reranker-v2-m3", "queries": QUERY, "documents": DOCUMENTS[:2]},
+        {"id", "object", "created", "model", "data", "usage"},
+    ),
+    (
+        "/score",
+        {
+            "model": "BAAI/bge-reranker-v2-m3",
+            "text_1": QUERY,
+            "text_2": DOCUMENTS[:2],
+            "encoding_format": "float",
+        },
+        {"id", "object", "created", "model", "data", "usage"},
+    ),
+    *(
+        (
+            url,
+            {"model": "BAAI/bge-reranker-base", "query": QUERY, "documents": DOCUMENTS, "top_n": 2},
+            {"id", "model", "usage", "results"},
+        )
+        for url in ("/v1/rerank", "/rerank", "/v2/rerank")
+    ),
+]
+
+
+def test_documented_batches_of_vllm_run_as_they_are(tmp_path: Path) -> None:
+    lines = [
+        {"custom_id": f"request-{number}", "method": "POST", "url": url, "body": body}
+        for number, (url, body, _) in enumerate(OF_VLLM, 1)
+    ]
+    chat, vector, scored, again, *ranked = found = answers(CHAT, tmp_path / "run", *lines)
+    for body, (_, _, keys) in zip(found, OF_VLLM, strict=True):
+        assert keys <= body.keys()
+        assert {"prompt_tokens", "total_tokens"} <= body["usage"].keys()
+    assert {"index", "message", "logprobs", "finish_reason", "stop_reason"} <= chat["choices"][0].keys()
+    assert vector["data"][0].keys() == {"object", "index", "embedding"}
+    assert [(row["index"], row["object"]) for row in scored["data"]] == [(0, "score"), (1, "score")]
+    assert [row["score"] for row in again["data"]] == [row["score"] for row in scored["data"]]
+    for body in ranked:
+        assert [row.keys() for row in body["results"]] == [{"index", "document", "relevance_score"}] * 2
+        assert body["results"] == ranked[0]["results"]

@@ -29,6 +29,7 @@ class Classify(Endpoint, frozen=True, kw_only=True):
     """/v1/classify"""
 
     url: ClassVar[str] = "/v1/classify"
+    aliases: ClassVar[tuple[str, ...]] = ("/classify",)
     key: ClassVar[str] = ""
     columns: ClassVar[tuple[Column, ...]] = (Column("probabilities", "values", "<f8"),)
 

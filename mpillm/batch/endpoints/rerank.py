@@ -19,6 +19,7 @@ class Rerank(Pairs, frozen=True, kw_only=True):
     """/v1/rerank"""
 
     url: ClassVar[str] = "/v1/rerank"
+    aliases: ClassVar[tuple[str, ...]] = ("/rerank", "/v2/rerank")
     key: ClassVar[str] = "query"
 
     query: str

@@ -16,6 +16,7 @@ class Score(Pairs, frozen=True, kw_only=True):
     """/v1/score"""
 
     url: ClassVar[str] = "/v1/score"
+    aliases: ClassVar[tuple[str, ...]] = ("/score",)
     key: ClassVar[str] = "text_1"
 
     text_1: str | Texts | None = None

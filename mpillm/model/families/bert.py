@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -20,11 +21,14 @@ from mpillm.model.layers.entry import EntrySpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.model.pooled import ClassifierSpec, DenseSpec
+from mpillm.model.pooled import ClassifierSpec, DenseSpec, Function
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, encoder_config
 from mpillm.weights.names import Names, Roles
 
 _BERT, _ROBERTA, _XLM, _CAMEMBERT = "BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"
+_TANH: Function = "tanh"
+_NONE: Function = "identity"
 _SIZES = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
 _LAYER = {
     "attention.self.query": "q",
@@ -68,6 +72,9 @@ class Bert(Family):
     """A classifier is of the first token's state, after a dense layer with tanh (the pooler)."""
 
     architectures = {_BERT: "bert"}
+    gguf: ClassVar[tuple[str, ...]] = (
+        "bert",
+    )  # of RoBERTa too: converters cut the positions off that it leaves out
     names = Names(
         hf={
             **_NAMES,
@@ -85,8 +92,12 @@ class Bert(Family):
     def classifier(self, fields: Fields) -> ClassifierSpec:
         return first_token_classifier(fields)
 
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        return encoder_config(fields, shape_of, _BERT) | {"hidden_act": "gelu"}
+
     def _config(self, fields: Fields, architecture: str, padding: int | None) -> ModelConfig:
         """`padding`: as in `EntrySpec`."""
+        fields.read |= {"gguf_pooled", "rope_parameters"}  # GGUF files have those that mean nothing here
         for key in ("is_decoder", "add_cross_attention"):
             if fields.flag(key):
                 raise fields.fail(key, f"but only encoders are supported as {architecture}")
@@ -112,6 +123,7 @@ class Roberta(Bert):
     """Positions are counted from behind the padding token's; the classifier's dense layer is a part of it."""
 
     architectures = {_ROBERTA: "roberta", _XLM: "xlm-roberta", _CAMEMBERT: "camembert"}
+    gguf = ()
     names = Names(
         hf={
             **_NAMES,
@@ -148,10 +160,15 @@ def encoder_sizes(fields: Fields, max_position: int) -> Sizes:
 
 
 def first_token_classifier(fields: Fields) -> ClassifierSpec:
-    """The classifier of encoders: a dense layer with tanh, and a matrix, of the first token's state."""
+    """The classifier of encoders: a dense layer with tanh, and a matrix, of the first token's state.
+
+    Some GGUF files have been made without the former.
+    """
     labels, hidden = read_labels(fields), fields.integer("hidden_size", 1, 2**20)
-    layers = (
-        DenseSpec("pooler", hidden, bias=True, function="tanh"),
-        DenseSpec("classifier", len(labels), bias=True),
+    there = fields.raw("gguf_pooled")
+    layers = tuple(
+        DenseSpec(role, width, bias=there is None or f"{role}_bias" in there, function=function)
+        for role, width, function in (("pooler", hidden, _TANH), ("classifier", len(labels), _NONE))
+        if there is None or role in there
     )
     return ClassifierSpec("cls", layers, labels, read_decision(fields, len(labels)))

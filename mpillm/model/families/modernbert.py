@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -29,7 +30,8 @@ from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.pooled import ClassifierSpec, DenseSpec, Function, Pooling
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.names import Names
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, encoder_config, window_types
+from mpillm.weights.names import Key, Names
 
 _MODERN = "ModernBertModel"
 _FUNCTIONS: Mapping[str, Function] = {
@@ -45,6 +47,7 @@ class ModernBert(Family):
     """The first layer's attention has no norm before it, for embeddings have one."""
 
     architectures = {_MODERN: "modernbert"}
+    gguf = ("modern-bert",)
     names = Names(
         hf={
             "embeddings.tok_embeddings.weight": ("embed",),
@@ -67,6 +70,12 @@ class ModernBert(Family):
             "layers.{l}.mlp.Wi.bias": ("gate_bias", "up_bias"),
             **unread("decoder"),
         },
+        gguf={
+            "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
+            "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
+            "blk.{l}.ffn_up.weight": ("gate", "up"),
+            "blk.{l}.ffn_up.bias": ("gate_bias", "up_bias"),
+        },
     )
     defaults = {
         _MODERN: {
@@ -83,6 +92,10 @@ class ModernBert(Family):
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         fields.read |= {
+            "gguf_pooled",
+            "classifier_activation",
+            "classifier_bias",
+            "classifier_pooling",
             "position_embedding_type",
             "layer_norm_eps",
             "reference_compile",
@@ -116,6 +129,28 @@ class ModernBert(Family):
             return LayerSpec(attention, mlp, Norms(norm if number else None), Norms(norm), entry=entry)
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        config = encoder_config(fields, shape_of, _MODERN)
+        del config["type_vocab_size"], config["hidden_act"]
+        said = fields.raw("attention.sliding_window_pattern")
+        if isinstance(said, list):
+            config["layer_types"] = window_types(fields, config["num_hidden_layers"], 1)
+        return config | {
+            "norm_eps": config.pop("layer_norm_eps"),
+            "norm_bias": shape_of(Key("final_norm_bias")) is not None,
+            "attention_bias": shape_of(Key("o_bias", 0)) is not None,
+            "mlp_bias": shape_of(Key("down_bias", 0)) is not None,
+            "classifier_pooling": "mean",  # as llama.cpp does, whatever the model was trained with
+            "classifier_bias": "pooler_bias" in config["gguf_pooled"],
+            "hidden_activation": fields.raw("hidden_act") or fields.raw("hidden_activation") or "gelu",
+            "local_attention": fields.integer("attention.sliding_window", 128),
+            "global_attn_every_n_layers": said if type(said) is int else 3,
+            "rope_parameters": {
+                FULL: {"rope_theta": fields.number("rope.freq_base", 160000.0), "rope_type": "default"},
+                SLIDING: {"rope_theta": fields.number("rope.freq_base_swa", 10000.0), "rope_type": "default"},
+            },
+        }
 
     def classifier(self, fields: Fields) -> ClassifierSpec:
         labels, hidden = read_labels(fields), fields.integer("hidden_size", 1, 2**20)

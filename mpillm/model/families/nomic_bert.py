@@ -22,6 +22,7 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.pooled import ClassifierSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, encoder_config
 from mpillm.weights.names import Names, Roles
 
 _NOMIC = "NomicBertModel"
@@ -73,6 +74,7 @@ class NomicBert(Family):
     """Tokens of longer prompts than it was trained with are refused."""
 
     architectures = {_NOMIC: "nomic_bert"}
+    gguf = ("nomic-bert",)
     names = Names(
         hf={
             "embeddings.word_embeddings.weight": ("embed",),
@@ -85,6 +87,7 @@ class NomicBert(Family):
             **unread("cls.predictions.transform.layer_norm"),
         },
         hf_prefixes=("nomic_bert.", "bert.", "model."),
+        gguf={"blk.{l}.attn_qkv.weight": ("q", "k", "v")},
     )
     defaults = {
         _NOMIC: {
@@ -97,6 +100,7 @@ class NomicBert(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        fields.read |= {"gguf_pooled"}
         for key, allowed in _FIXED.items():
             if fields.raw(key) is not None and fields.raw(key) not in allowed:
                 raise fields.fail(key, f"but {architecture} is built with {allowed[0]!r}")
@@ -118,6 +122,9 @@ class NomicBert(Family):
             return LayerSpec(attention, mlp, sums, sums, entry=None if number else entry)
 
         return model(fields, architecture, sizes, layer, None)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        return encoder_config(fields, shape_of, _NOMIC)
 
     def classifier(self, fields: Fields) -> ClassifierSpec:
         return first_token_classifier(_renamed(fields) if "n_embd" in fields.values else fields)
