@@ -13,7 +13,7 @@ from mpillm.errors import JobError, MpillmError
 from mpillm.kernels import BlockType
 from mpillm.model.adapters import with_adapters
 from mpillm.model.config import ModelConfig
-from mpillm.model.opening import open_source
+from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
 from mpillm.run.estimate import Estimate, demand_of, estimate
@@ -67,10 +67,10 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 
     `machines` says where the ranks are; without it they are on one host.
     """
-    path = catalogue.resolve(spec.model)
+    path = catalogue.described(spec.model)
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
     with (
-        closing(open_source(path, spec.quantize)) as source,
+        closing(open_described(path, spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         return make_plan(spec, source, config, machines)
@@ -79,7 +79,7 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
     """A job file with the least memory.weights for so many tokens/s; JobError if no memory is enough."""
     with (
-        closing(open_source(catalogue.resolve(spec.model), spec.quantize)) as source,
+        closing(open_described(catalogue.described(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         asked = asked_of(spec, config.hidden, template_length(source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 
 from mpillm import spec
-from mpillm.errors import JobError, LayoutError
+from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
@@ -202,6 +203,29 @@ def test_hosts_have_budgets_of_their_own() -> None:
     weights = f"memory.weights=['all', {made.ranks[1].weights_share - 1}]"
     paged = on([pi, nuc], "layout.replicas=1", "layout.stages=2", weights)
     assert [rank.weights_streamed > 0 for rank in paged.ranks] == [False, True]
+
+
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe_step", "smol_bf16"])
+@pytest.mark.parametrize("quantize", ["none", "q4_0"])
+def test_a_configuration_alone_is_planned_as_the_model(model: str, quantize: str, tmp_path: Path) -> None:
+    config = json.loads((MODELS / model / "config.json").read_text())
+    config["dtype"] = "bfloat16" if model == "smol_bf16" else "float32"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = planned(model, 2, f"quantize={quantize}")
+    for path in (tmp_path, tmp_path / "config.json"):
+        paper = planned(str(path), 2, f"quantize={quantize}")
+        assert [rank.weights_share for rank in paper.ranks] == [rank.weights_share for rank in whole.ranks]
+        assert (paper.layouts, paper.kv_tokens, paper.weights) == (
+            whole.layouts,
+            whole.kv_tokens,
+            whole.weights,
+        )
+        assert paper.time.seconds == whole.time.seconds
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(ModelError, match="has quantised weights, whose types only the files say"):
+        planned(str(tmp_path), 2)
 
 
 def test_what_hosts_do_not_have_is_a_problem() -> None:
