@@ -22,9 +22,10 @@ from mpillm.model.opening import config_of
 from mpillm.partition.grid import Place, stage_layers
 from mpillm.weights.formats.adapter import AdapterFiles, Factors
 from mpillm.weights.formats.extent import Extent, place
+from mpillm.weights.formats.gguf_adapter import open_gguf_adapter
 from mpillm.weights.formats.peft import open_peft
 from mpillm.weights.inventory import TensorSpec, tensor_name
-from mpillm.weights.names import Key
+from mpillm.weights.names import ROLES, Key
 from mpillm.weights.page import Matrix
 from mpillm.weights.source import Source
 
@@ -136,10 +137,10 @@ class RankAdapters:
 
 def _open(name: str, folder: str, source: Source) -> AdapterFiles:
     path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise JobError(f"The adapter {name!r} is {folder}, which is no directory with an adapter of PEFT.")
+    if not path.exists():
+        raise JobError(f"The adapter {name!r} is {folder}, which does not exist.")
     family = family_of(source.config, str(source.path))[0]
-    return open_peft(path, family, source.config)
+    return (open_peft if path.is_dir() else open_gguf_adapter)(path, family, source.config)
 
 
 def _adaptable(config: ModelConfig) -> dict[Key, TensorSpec]:
@@ -157,6 +158,8 @@ def _additions(files: AdapterFiles, specs: Mapping[Key, TensorSpec]) -> dict[Key
     """What an adapter adds to each matrix; ModelError if that is no matrix of the model, or cannot be adapted."""
     found: dict[Key, _Addition] = {}
     for factors in files.factors:
+        if ROLES[factors.parsed.roles[0]].ndim != 2:
+            raise ModelError(f"{files.path} adapts {factors.name[:80]!r}, which is no matrix.")
         for key, b in _parts(factors):
             spec = specs.get(key)
             if spec is None:

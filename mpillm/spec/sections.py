@@ -226,7 +226,7 @@ class Spec(Section, frozen=True, kw_only=True):
     model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
     input: Annotated[str, Meta(min_length=1)]
     output: Output
-    adapters: dict[Word, Word] = {}  # directories by the names that requests call as `model`
+    adapters: dict[Word, Word] = {}  # directories or files by the names that requests call as `model`
     quantize: Quantize = "none"
     request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
     sampling: Sampling = Sampling()

@@ -117,7 +117,10 @@ def long_lines() -> list[dict[str, Any]]:
     return [{"custom_id": str(number), **body} for number, body in enumerate(bodies)]
 
 
-ADAPTERS = [f"adapters.{name}={FIXTURES / 'adapters' / f'chat_{name}'}" for name in ("all", "some")]
+ADAPTERS = [
+    "layout.threads=1",
+    *(f"adapters.{name}={FIXTURES / 'adapters' / f'chat_{name}'}" for name in ("all", "some")),
+]
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,9 @@ def cross_encoder(folder: Path) -> Path:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     core.save(str(folder / "tokenizer.json"))
+    module = {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}
+    (folder / "modules.json").write_text(json.dumps([module]))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 70, "do_lower_case": false}')
     return folder
 
 
@@ -140,7 +143,7 @@ def test_a_cross_encoder_reads_pairs(tmp_path: Path) -> None:
         {"input": [QUERY, "ships"]},
         {"prompt": "the fox"},
         {"messages": [{"role": "user", "content": "the fox"}]},
-        {"text_1": QUERY, "text_2": "the " * 80},
+        {"text_1": QUERY, "text_2": "the " * 68},
         memory={"kv_type": "f32"},
         wire={"activations": "f32"},
     )
@@ -164,7 +167,7 @@ def test_a_cross_encoder_reads_pairs(tmp_path: Path) -> None:
     assert [len(row["embedding"]) for row in vectors["data"]] == [32, 32]
     for refused, url in ((generated, "/v1/completions"), (chat, "/v1/chat/completions")):
         assert f"the model has no LM head: it classifies, and {url} needs" in refused["error"]["message"]
-    assert "and the model takes 75; shorten it" in long["error"]["message"]
+    assert "and the model takes 70; shorten it" in long["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,7 +20,10 @@ from mpillm.errors import MpillmError
 from mpillm.model.adapters import Adapters
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from tests.model.golden import FIXTURES, model_path
+from tests.model.adapted import folder, numbered
+from tests.model.checks import digest, requests_of
+from tests.model.engine_harness import run_engine
+from tests.model.golden import FIXTURES, golden, model_path
 
 Tensors = dict[str, Any]
 LAYER = "base_model.model.model.layers.0."
@@ -66,45 +72,93 @@ def put(name: str, value: Any) -> Callable[[Tensors], None]:
     ],
 )  # fmt: skip
 def test_refused(tmp_path: Path, words: str, config: dict[str, Any], edit: Any) -> None:
-    folder = shutil.copytree(FIXTURES / "adapters/chat_all", tmp_path / "adapter")
-    said = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**said, **config}))
+    own = shutil.copytree(FIXTURES / "adapters/chat_all", tmp_path / "adapter")
+    said = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps({**said, **config}))
     if edit:
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(own / "adapter_model.safetensors")
         edit(tensors)
-        save_file(tensors, folder / "adapter_model.safetensors")
-    refused(words, folder)
+        save_file(tensors, own / "adapter_model.safetensors")
+    refused(words, own)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_is_missing(tmp_path: Path, name: str) -> None:
-    folder = shutil.copytree(FIXTURES / "adapters/chat_all", tmp_path / "adapter")
-    (folder / name).unlink()
-    refused(f"has no {name}", folder)
-    refused("no directory with an adapter", tmp_path / "nowhere")
+    own = shutil.copytree(FIXTURES / "adapters/chat_all", tmp_path / "adapter")
+    (own / name).unlink()
+    refused(f"has no {name}", own)
+    refused("which does not exist", tmp_path / "nowhere")
 
 
 def test_recurrent_layers_are_not_adapted(tmp_path: Path) -> None:
-    folder = shutil.copytree(FIXTURES / "adapters/qwen3_next_attention", tmp_path / "adapter")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    own = shutil.copytree(FIXTURES / "adapters/qwen3_next_attention", tmp_path / "adapter")
+    tensors = load_file(own / "adapter_model.safetensors")
     rename("self_attn.o_proj", "linear_attn.out_proj")(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    refused("not supported in this model", folder, "qwen3_next")
+    save_file(tensors, own / "adapter_model.safetensors")
+    refused("not supported in this model", own, "qwen3_next")
 
 
 def test_an_adapter_is_not_called_as_the_model_is() -> None:
     refused("An adapter is called 'chat', as the model is", FIXTURES / "adapters/chat_all", name="chat")
 
 
-def load(folder: Path, model: str, name: str) -> None:
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_gguf(
+    path: Path, kind: str = "adapter", architecture: str = "llama", suffix: str = ".weight"
+) -> Path:
+    """The adapter chat_all as llama.cpp's converter writes it: rows of q and k have the halves of heads interleaved."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(kind)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name, value in load_file(FIXTURES / "adapters/chat_all/adapter_model.safetensors").items():
+        layer, module, factor = re.fullmatch(r".*layers\.(\d)\.(.*)\.lora_(.)\.weight", name).groups()  # type: ignore[union-attr]
+        if factor == "B" and module.endswith(("q_proj", "k_proj")):
+            value = value.reshape(-1, 2, 4, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(f"blk.{layer}.{GGUF_NAMES[module]}{suffix}.lora_{factor.lower()}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_adapter_adds_what_the_same_one_of_peft_does(tmp_path: Path) -> None:
+    requests = requests_of(golden("chat_all.adapter"))
+    adapters = {"a": folder("chat_all"), "b": str(write_gguf(tmp_path / "adapter.gguf"))}
+    twice = [*numbered(requests, 1), *numbered(requests, 2, "gguf-")]
+    found = run_engine(model_path("chat"), twice, threads=1, adapters=adapters)
+    one, other = found[: len(requests)], found[len(requests) :]
+    assert digest(one) == digest([replace(b, request=a.request) for a, b in zip(one, other, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("is no LoRA adapter", {"kind": "model"}),
+        ("for a model of architecture 'gemma3', which this one is not", {"architecture": "gemma3"}),
+        ("which the model does not have", {"suffix": ".wait"}),
+    ],
+)
+def test_gguf_files_that_are_refused(tmp_path: Path, words: str, options: dict[str, str]) -> None:
+    refused(words, write_gguf(tmp_path / "adapter.gguf", **options))
+
+
+def load(adapter: Path, model: str, name: str) -> None:
     """Load an adapter as a job does."""
     with (
         closing(open_source(model_path(model))) as source,
-        closing(Adapters({name: str(folder)}, source, config_of(source))) as adapters,
+        closing(Adapters({name: str(adapter)}, source, config_of(source))) as adapters,
     ):
         adapters.load(Place(0, 1, 1))
 
 
-def refused(words: str, folder: Path, model: str = "chat", name: str = "one") -> None:
+def refused(words: str, adapter: Path, model: str = "chat", name: str = "one") -> None:
     with pytest.raises(MpillmError, match=words):
-        load(folder, model, name)
+        load(adapter, model, name)

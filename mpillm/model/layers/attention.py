@@ -150,7 +150,8 @@ class AttentionSpec:
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
         q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
         products = adapted.Products if page.adapted else kernels.Products
-        rank.compute(rank.kept_of(page, lambda: products(*matrices), "q, k and v", layer), rows, outs)
+        made = rank.kept_of(page, lambda: products(*matrices), "q, k and v", layer)
+        rank.compute_of(page, len(x), made, rows, outs)
         if self.qkv_bias:
             for values, role in zip(outs, "qkv", strict=True):
                 values += page.vector(f"{role}_bias")
@@ -167,7 +168,7 @@ class AttentionSpec:
         cos, sin, *where = step.rows(self.turn, cache.group)
         work = rank.kept_of(page, lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
         pools = cache.acquire()
-        rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
+        rank.compute_of(page, len(x), work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
         cache.release()
         rank.group.all_reduce(part)
         return part, page.vector("o_bias") if self.o_bias else None
@@ -247,7 +248,7 @@ def attend(spec: _Attention, given: MixerInput) -> tuple[Floats, Floats | None]:
     part = np.empty_like(x)
     cos, sin, *where = step.rows(spec.turn, cache.group)
     work, pools = rank.kept_of(page, make, "attention", layer), cache.acquire()
-    rank.compute(work, x, cos, sin, cache.kv_type, *pools, *where, part)
+    rank.compute_of(page, len(x), work, x, cos, sin, cache.kv_type, *pools, *where, part)
     cache.release()
     rank.group.all_reduce(part)
     return part, page.vector("o_bias") if spec.o_bias else None

@@ -21,6 +21,8 @@ Floats = NDArray[np.float32]
 T = TypeVar("T")
 LowRanks = Mapping[Key, Sequence[adapted.LowRank]]  # what adapters add to products with matrices
 
+WORTH_THREADS = 2**22  # rows times bytes of weights
+
 
 class Rank:
     """A rank's place, its pages, the shards that it sums with, and its threads. `block`: see `grid.axis`."""
@@ -74,6 +76,14 @@ class Rank:
         """Run an operation of the kernels with this rank's threads."""
         kernels.compute(work, *args, self.threads)
 
+    def compute_of(self, page: Page, rows: int, work: Any, *args: Any) -> None:
+        """The same for an operation on a page.
+
+        On an adapted one it is many small ones in turn, for which threads do not pay where there is little to do.
+        """
+        small = page.adapted and rows * page.plan.nbytes < WORTH_THREADS
+        kernels.compute(work, *args, 1 if small else self.threads)
+
     def normalise(self, x: Floats, norm: kernels.Norm | None) -> Floats:
         """The norm of rows, as a new array; without one the rows themselves."""
         if norm is None:
@@ -90,5 +100,5 @@ class Rank:
         matrix = page.matrix(role)
         out = np.empty((len(x), matrix.n), np.float32)
         products = adapted.Products if page.adapted else kernels.Products
-        self.compute(products(matrix), x, [out])
+        self.compute_of(page, len(x), products(matrix), x, [out])
         return out

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Extent
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Parsed, RowGroups
@@ -46,3 +47,26 @@ class AdapterFiles:
     def close(self) -> None:
         """Unmap the file."""
         self._mapped.close()
+
+
+def pairs_of(file: MappedFile, found: Mapping[str, Mapping[str, Extent]]) -> dict[str, tuple[Extent, Extent]]:
+    """Both factors, "A" and "B", of each module; ModelError if one is missing, or they cannot be multiplied."""
+    if not found:
+        raise ModelError(f"{file.path} holds no tensors.")
+    pairs = {}
+    for module, factors in found.items():
+        if len(factors) < 2:
+            raise ModelError(f"{file.path} has only one of the two factors of {module[:80]!r}.")
+        a, b = factors["A"], factors["B"]
+        for factor in (a, b):
+            if len(factor.shape) != 2 or 0 in factor.shape:
+                raise ModelError(
+                    f"{file.path}: tensor {factor.name} has shape {list(factor.shape)}, but must be a matrix."
+                )
+        if a.shape[0] != b.shape[1]:
+            raise ModelError(
+                f"{file.path}: the factors of {module[:80]!r} have shapes {list(a.shape)} and {list(b.shape)}, which "
+                "cannot be multiplied."
+            )
+        pairs[module] = a, b
+    return pairs

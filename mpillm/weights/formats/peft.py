@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import ModelError
-from mpillm.weights.formats.adapter import AdapterFiles, Factors
+from mpillm.weights.formats.adapter import AdapterFiles, Factors, pairs_of
 from mpillm.weights.formats.extent import Extent
 from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.hf import read_json, row_groups
 from mpillm.weights.formats.safetensors import Tensor, read_header
 from mpillm.weights.formats.stored import OWN
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import ROLES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -61,8 +60,6 @@ def open_peft(path: Path, family: GgufFamily, config: dict[str, Any]) -> Adapter
                     f"{file.path} adapts {module[:80]!r}, which the model does not have; the adapter was made for "
                     "another one."
                 )
-            if ROLES[parsed.roles[0]].ndim != 2:
-                raise ModelError(f"{file.path} adapts {module[:80]!r}, which is no matrix.")
             scale = _scale(said, module, a.shape[0], file)
             factors.append(Factors(module, parsed, a, b, scale, groups))
         return AdapterFiles(path, (path / CONFIG, path / WEIGHTS), file, factors)
@@ -100,20 +97,7 @@ def _pairs(file: MappedFile) -> dict[str, tuple[Extent, Extent]]:
             raise ModelError(f"{file.path}: tensor {name[:80]!r} {_what_else(name)}.")
         module = match["module"].removeprefix(_PREFIX)
         found.setdefault(module, {})[match["factor"]] = _extent(file, name, tensor)
-    if not found:
-        raise ModelError(f"{file.path} holds no tensors.")
-    pairs = {}
-    for module, factors in found.items():
-        if len(factors) < 2:
-            raise ModelError(f"{file.path} has only one of the two factors of {module[:80]!r}.")
-        a, b = factors["A"], factors["B"]
-        if a.shape[0] != b.shape[1]:
-            raise ModelError(
-                f"{file.path}: the factors of {module[:80]!r} have shapes {list(a.shape)} and {list(b.shape)}, which "
-                "cannot be multiplied."
-            )
-        pairs[module] = a, b
-    return pairs
+    return pairs_of(file, found)
 
 
 def _what_else(name: str) -> str:
@@ -130,8 +114,6 @@ def _extent(file: MappedFile, name: str, tensor: Tensor) -> Extent:
         raise ModelError(
             f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."
         )
-    if len(tensor.shape) != 2 or 0 in tensor.shape:
-        raise ModelError(f"{file.path}: tensor {name} has shape {list(tensor.shape)}, but must be a matrix.")
     return Extent(file, name, tensor.offset, tensor.shape, OWN[tensor.dtype])
 
 
