@@ -14,11 +14,11 @@ from mpillm.weights.packed.layout import PAGE
 READERS = (
     1,
     4,
-)  # the faster one counts: some disks are fastest with several requests at a time, others with one
+)  # the faster one counts: some disks need several requests at a time, others are slower with them
 REQUEST_BYTES = 16 * 2**20
 MAX_BYTES = 2**30  # read with each number of readers
-# Requests go to different memory, as those for weights do. A virtual machine's disk, whose data a processor copies, may
-# be half as fast again if it writes to memory that is in a cache.
+# Requests use different buffers, as those for weights do. On a virtual machine a processor copies the data, and copying
+# to memory that is in its cache may seem 1.5 times as fast.
 MEMORY_BYTES = 8 * REQUEST_BYTES
 
 

@@ -18,7 +18,7 @@ from mpillm.kernels import KV_BLOCK, BlockType
 ROWS = (1, 32, 512)
 ENOUGH = 0.002  # seconds that a timing is to last, unless one call takes longer
 TIMINGS = 5  # for each repeat
-MATRIX_BYTES = 2**30  # all copies of W together: products of one row read memory, as in a model, not a cache
+MATRIX_BYTES = 2**30  # all copies of W together: more than a cache holds, so products read W from memory
 MOST_COPIES = 128
 TOP = 40  # candidates of a draw with top_k
 
@@ -101,7 +101,7 @@ def cases(sizes: Sizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iter
 
 
 def _time(case: Case, threads: int, repeats: int) -> float:
-    """Seconds of one call: the fastest timing, which was disturbed the least."""
+    """Seconds of one call: the minimum of the timings, which other programs disturbed least."""
     case.call(threads)
     calls = max(1, min(10_000, int(ENOUGH / max(seconds(case.call, threads), 1e-7))))
 
@@ -166,7 +166,7 @@ def _small(random: np.random.Generator, sizes: Sizes, m: int) -> Iterator[Case]:
     scores = _floats(random, m, 128)
     yield Case("softmax", "128", m, 8 * m * 128, 0, lambda t: kernels.softmax(scores, t))
     if m > 64:
-        return  # nobody has logits of more rows at once
+        return  # the engine computes logits of at most 64 rows at a time
     logits, values, ids = (
         _floats(random, m, vocab),
         np.empty((m, TOP), np.float32),

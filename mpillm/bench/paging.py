@@ -1,6 +1,6 @@
-"""Runs whose weights do not fit: what they read for a token of each sequence, and how near that is to the disk's rate.
+"""Times runs whose weights do not fit in memory: the bytes that they read per token, as a share of the disk's rate.
 
-Every function is collective, and returns on rank 0 what it measured, on the others nothing of use.
+Every function is collective. Only rank 0 gets the measurements.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from mpillm.run.session import Session
 from mpillm.spec import BatchLimits, Memory, Spec, byte_size
 from mpillm.weights.paging.weights import PATIENCE
 
-WARM = PATIENCE + 1  # tokens of each sequence before those that count: how far to read ahead has settled then
-# Disks change their pace from one second to the next. So the disk is measured between tokens too: before each turn of
-# so many, of which the first does not count, for some of its weights were read ahead meanwhile.
+WARM = (
+    PATIENCE + 1
+)  # tokens of each sequence that do not count: until then the cache adjusts how far it reads ahead
+# The rate of a disk changes from one second to the next, so the disk is measured again before each TURN tokens. The
+# first token of a turn does not count, because some of its weights were read during that measurement.
 TURN = 3
 
 
@@ -42,8 +44,8 @@ def _measure(
     world: World, spec: Spec, model: Path, budget: str, sequences: int, options: Options
 ) -> tuple[Run, tuple[int, int]]:
     context = options.contexts[0]
-    # Prompts may take several steps, beside the tokens of those whose prompt was in the first: who began then must not
-    # end before all that counts is done.
+    # Prompts may take several steps, in which the first sequences already decode. These need enough tokens to run until
+    # all that counts has been measured.
     tokens = (
         WARM + options.repeats + -(-options.repeats // (TURN - 1)) + 2 * -(-sequences * context // TOKENS)
     )
@@ -88,7 +90,7 @@ def _measure(
     made.waited = max(waited) / sum(step.seconds for step in steps)
     made.ready, made.first_step, made.memory = ready, first, max(peaks)
     made.disk = rate
-    if made.disk is not None and not mixture:  # which experts tokens will choose, nobody knows
+    if made.disk is not None and not mixture:  # a mixture's reads depend on the chosen experts
         must = sum(max(total - budget, 0) for total, budget in weights)
         made.disk_share = must / made.disk / made.seconds
     return made, layout
@@ -135,7 +137,7 @@ def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list
 def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
     """The job with a budget for weights, and a KV cache that holds its sequences."""
     planned = plan.make(spec, world.size)
-    longest += KV_BLOCK  # all are admitted at once only if each finds a block to grow into
+    longest += KV_BLOCK  # the scheduler admits a sequence if there is a block for it to grow into
     blocks = blocks_for(longest) * sequences
     kv = blocks * KV_BLOCK * max(rank.kv_token for rank in planned.ranks)
     if budget.endswith("%"):
@@ -149,7 +151,9 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
             f"--budget {budget} is {weights} bytes for each rank, but the minimum is {minimum} bytes."
         )
     memory = Memory(weights=weights, kv=kv, max_context=longest)
-    return msgspec.structs.replace(spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences))
+    return msgspec.structs.replace(
+        spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences, speculation="off")
+    )
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:

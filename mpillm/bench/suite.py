@@ -54,7 +54,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     options = replace(asked.options, threads=counts)
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
     if world.rank == 0:
-        # What is only paged is not limited by memory, and shows what a run itself takes of it.
+        # Paging is limited by the disk, and the limits of memory would add to the memory that is measured.
         measured_with = counts if options.what - {"paging"} else ()
         limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.nodes.ranks_here})
         if "kernels" in options.what:
@@ -178,7 +178,7 @@ def _cores(world: World) -> list[int]:
 
 
 def _compare(run: Run, limits: Machine, ranks: int, stages: int) -> None:
-    """How near a run is to the memory's limit; with stages, whose steps overlap, nobody can say."""
+    """The share of the memory's limit that a run reaches; None with stages, whose steps overlap."""
     read = limits.read.get(run.threads * ranks)
     if read and run.weight_bytes and run.seconds and stages == 1:
         run.read_share = (run.weight_bytes + run.kv_bytes) * ranks / run.seconds / read

@@ -263,8 +263,8 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
         values = (random.standard_normal(POOL_BLOCKS) / k**0.5).astype(np.float32)
         return gguf.quants.quantize(values, kind).view(np.uint8).reshape(POOL_BLOCKS, block_bytes)
     blocks = random.integers(0, 256, (POOL_BLOCKS, block_bytes), np.uint8)
-    # Of both signs: integers are not centred, and with a mean of their own all rows of activations would soon be alike,
-    # and a mixture's tokens all choose the same experts.
+    # Scales have both signs, because the integers are not centred. With a mean other than zero all rows of activations
+    # would become alike, and all tokens of a mixture would choose the same experts.
     scale = random.choice((-1, 1), POOL_BLOCKS) * random.uniform(0.7, 1.3, POOL_BLOCKS) / k**0.5
     if kind is Type.MXFP4:  # doubled numbers deviate by 5.8, and the exponent counts from 128
         blocks[:, 0] = np.rint(128 + np.log2(np.abs(scale) / 5.8))
@@ -273,9 +273,9 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
     return blocks
 
 
-# Where ggml's structs (ggml-common.h) keep their float16 scales, and the size that makes random integers' standard
-# deviation about one: nibbles of 0..15 have 4.6 and the mean 7.5, bytes 74, IQ4's numbers 67; K-quants have random
-# scales as well.
+# The offsets of float16 scales in ggml's structs (ggml-common.h), and the factor that makes the standard deviation of
+# random integers about one: nibbles (0..15) deviate by 4.6 from their mean 7.5, bytes by 74, IQ4's numbers by 67.
+# K-quants have random scales as well.
 _SCALES: dict[Type, dict[int, float]] = {
     Type.Q4_0: {0: 1 / 4.6},
     Type.Q4_1: {0: 1 / 4.6, 2: -7.5 / 4.6},

@@ -82,7 +82,7 @@ def world_of(comm: MPI.Intracomm | None) -> World:
     if comm is not None:
         return World(comm.Dup())
     world = start()
-    world.begun()
+    world.all_arrived()
     return world
 
 

@@ -209,9 +209,9 @@ class World:
         try:
             self._heartbeat = self._new_heartbeat()
         finally:
-            self.begun()
+            self.all_arrived()
 
-    def begun(self) -> None:
+    def all_arrived(self) -> None:
         """The start is over: all ranks are here."""
         if self._meeting is not None:
             self._meeting.over()

@@ -71,11 +71,11 @@ PACKED = {type: _packed(type) for type in CANONICAL}
 
 
 class Parts(NamedTuple):
-    """Parts of rows: their values are d * scale * q - m * least, with scales and minima for one or both halves."""
+    """Parts of rows: their values are d * scale * q - m * minimum, with scales and minima for one or both halves."""
 
     q: npt.NDArray[np.int8]  # [..., 32]
     scale: npt.NDArray[np.int16]  # [..., 1 or 2]
-    least: U8 | None  # [..., 1 or 2]
+    minimum: U8 | None  # [..., 1 or 2]
 
 
 def meaning(type: BlockType, words: U8, small: U8) -> Parts:
@@ -186,12 +186,12 @@ def block_scale(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
 
 def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
     """Values f32 [..., 256] of canonical blocks: the products are exact, so that a value is rounded once."""
-    q, scale, least = meaning(type, words_of(type, blocks), small_scales(type, blocks))
+    q, scale, minimum = meaning(type, words_of(type, blocks), small_scales(type, blocks))
     halves = q.reshape(*q.shape[:-1], 2, 16)
     with np.errstate(all="ignore"):
         values = block_scale(type, blocks)[..., None, None, None] * scale[..., None] * halves
-        if least is not None:
-            values = values - blocks["m"].astype(np.float32)[..., None, None, None] * least[..., None]
+        if minimum is not None:
+            values = values - blocks["m"].astype(np.float32)[..., None, None, None] * minimum[..., None]
     return values.reshape(*blocks.shape, SUPER_BLOCK)
 
 

@@ -237,9 +237,9 @@ def crosses_hosts(shards: int, ranks_per_host: Sequence[int] | None) -> bool:
 
 
 def _ranks_that_work(model: Divisible, ranks: int) -> str:
-    most = model.n_layers * model.max_shards
-    fewer = next((n for n in range(min(ranks - 1, most), 0, -1) if layouts(model, n)), None)
-    more = next((n for n in range(ranks + 1, most + 1) if layouts(model, n)), None)
+    maximum = model.n_layers * model.max_shards
+    fewer = next((n for n in range(min(ranks - 1, maximum), 0, -1) if layouts(model, n)), None)
+    more = next((n for n in range(ranks + 1, maximum + 1) if layouts(model, n)), None)
     near = [f"{n} as {_listed(layouts(model, n))}" for n in (fewer, more) if n is not None]
     return f"the nearest that work: {'; '.join(near)}"
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 
+import msgspec
+
 from mpillm.batch.answers import NOT_FINITE
 from mpillm.batch.work import Line
 from mpillm.engine.scheduler import Totals
@@ -19,6 +21,7 @@ from mpillm.run.progress import Bar, State
 from mpillm.run.session import Session
 from mpillm.store.journal import Journal
 from mpillm.store.records import Counts, Result
+from mpillm.store.report import Tokens
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
@@ -54,6 +57,17 @@ class Computation:
     def totals(self) -> Totals:
         """What all replicas have done so far."""
         return added([self._leader.engine.totals, *self._dispatcher.totals])
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of this start so far, as journal and report have them."""
+        totals = self.totals
+        return Tokens(
+            prompt=totals.prompt_tokens + totals.shared_tokens,
+            generated=totals.generated_tokens,
+            shared=totals.shared_tokens,
+            recomputed=totals.recomputed_tokens,
+        )
 
     def run(self) -> None:
         """Compute all requests, and have every rank check that the model's files have not changed.
@@ -148,14 +162,10 @@ class Computation:
 
     def _counted(self) -> Counts:
         """What this start has computed so far."""
-        totals, earlier = self.totals, self.job.earlier
         return Counts(
-            start=1 + max((counts.start for counts in earlier), default=0),
+            start=1 + max((counts.start for counts in self.job.earlier), default=0),
             seconds=time.monotonic() - self.job.phases.since,
-            prompt=totals.prompt_tokens + totals.shared_tokens,
-            generated=totals.generated_tokens,
-            shared=totals.shared_tokens,
-            recomputed=totals.recomputed_tokens,
+            **msgspec.structs.asdict(self.tokens),
         )
 
     def _state(self) -> State:
@@ -171,6 +181,7 @@ class Computation:
             hits=hits / uses if uses and (max(session.streamed) or weights.experts) else None,
             stalled=weights.stall_seconds / elapsed,
             waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
+            per_pass=totals.generated_tokens / totals.turns if totals.accepted_tokens else None,
         )
 
     def _capacity(self) -> Iterator[str]:

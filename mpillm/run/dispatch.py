@@ -257,10 +257,10 @@ class Assistant:
 
 def added(totals: Sequence[Totals]) -> Totals:
     """The totals of several replicas together."""
-    most = ("most_sequences", "most_blocks")
+    maxima = ("most_sequences", "most_blocks")
     return Totals(
         **{
-            field.name: (max if field.name in most else sum)(getattr(one, field.name) for one in totals)
+            field.name: (max if field.name in maxima else sum)(getattr(one, field.name) for one in totals)
             for field in fields(Totals)
         }
     )

@@ -48,16 +48,11 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
         requests=report.Requests(
             total=len(lines), ok=len(lines) - errors, errors=errors, resumed=job.resumed
         ),
-        tokens=_tokens(computation.totals),
+        tokens=computation.tokens,
         earlier=[
             report.Start(
                 seconds=counts.seconds,
-                tokens=report.Tokens(
-                    prompt=counts.prompt,
-                    generated=counts.generated,
-                    shared=counts.shared,
-                    recomputed=counts.recomputed,
-                ),
+                tokens=msgspec.convert(counts, report.Tokens, from_attributes=True),
             )
             for counts in job.earlier
         ],
@@ -90,15 +85,6 @@ def _in_place(computation: Computation) -> Iterator[None]:
     computation.check_output()
 
 
-def _tokens(totals: Totals) -> report.Tokens:
-    return report.Tokens(
-        prompt=totals.prompt_tokens + totals.shared_tokens,
-        generated=totals.generated_tokens,
-        shared=totals.shared_tokens,
-        recomputed=totals.recomputed_tokens,
-    )
-
-
 def _steps(totals: Totals, session: Session) -> report.Steps:
     limits = session.limits
     return report.Steps(
@@ -108,6 +94,9 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
         steps=totals.steps,
         most_sequences=totals.most_sequences,
         streamed=sum(session.streamed),
+        turns=totals.turns,
+        drafted=totals.drafted_tokens,
+        accepted=totals.accepted_tokens,
     )
 
 

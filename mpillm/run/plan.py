@@ -114,6 +114,8 @@ def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
             "[memory]",
             f'weights = "{high}MiB"',
             f"kv = {json.dumps(spec.memory.kv)}",
+            *(["", "[adapters]"] if spec.adapters else []),
+            *(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in spec.adapters.items()),
         ]
     )
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 from mpillm.errors import Interrupted, MpillmError, OutputError
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
-SYNC_BYTES = 1 << 24  # that are brought to disk at once: the kernel handles no signal meanwhile
+SYNC_BYTES = 1 << 24  # bytes of one fsync, during which the process handles no signal
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 D = TypeVar("D", bound="Descriptor")

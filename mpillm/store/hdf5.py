@@ -13,10 +13,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpillm.store.directory import SYNC_BYTES, Directory
 
-HELD = 1 << 13  # values of a column that are held before they are written,
-HELD_CHARS = 1 << 18  # and characters of strings
-CHUNKS = 1 << 16  # bytes of a dataset's chunks that the library keeps: columns only grow, so the last ones do
-METADATA = 1 << 20  # bytes of its metadata that the library keeps; left to itself, it keeps more and more
+HELD = 1 << 13  # maximum number of values that a column buffers
+HELD_CHARS = 1 << 18  # maximum number of characters that a text column buffers
+CHUNKS = 1 << 16  # bytes of the library's cache of chunks; columns only grow, so the last chunks suffice
+METADATA = 1 << 20  # bytes of the library's cache of metadata, which would otherwise grow without bound
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def _bound_metadata(h5: h5py.File) -> None:
     config = h5.id.get_mdc_config()
     config.set_initial_size, config.initial_size = True, METADATA
     config.max_size, config.min_size = METADATA, METADATA // 2
-    config.flash_incr_mode = 0  # it does not grow for a large entry, either
+    config.flash_incr_mode = 0  # the cache does not grow for a large entry either
     h5.id.set_mdc_config(config)
 
 

@@ -26,7 +26,7 @@ from mpillm.store.readable import printable
 from mpillm.store.results import HDF5, JSONL, TIMINGS, hdf5_text
 
 FILES = (JSONL, HDF5, TIMINGS, report.JSON)
-CHUNK = 1 << 16  # values that are copied at a time
+CHUNK = 1 << 16  # values that are copied at once
 
 # Datasets that hold an index into another dataset, and which; the index moves by what the parts before have there.
 _INDEX = {"requests/choices": "choices/prompt", "choices/prompt": "prompts/offsets"}

@@ -131,10 +131,10 @@ def write_figures(drawn: Sequence[Plot], folder: Path) -> list[Path]:
 
 def _rates(timeline: Sequence[tuple[float, int, int]]) -> Iterator[Row]:
     """The middle of each stretch of time, and tokens per second in it; short stretches are taken together."""
-    least = (timeline[-1][0] - timeline[0][0]) / 100
+    shortest = (timeline[-1][0] - timeline[0][0]) / 100
     since, had = timeline[0][:2]
     for now, tokens, _ in timeline[1:]:
-        if now > since + least or (now == timeline[-1][0] and now > since):
+        if now > since + shortest or (now == timeline[-1][0] and now > since):
             yield round((since + now) / 2, 3), round((tokens - had) / (now - since), 3)
             since, had = now, tokens
 

@@ -148,14 +148,14 @@ def _check_size(chat: Any, max_chars: int) -> None:
 
     A template may leave out some of the words, so they may be a few times as many as those of the rendered chat.
     """
-    most, level, values, chars = max(4 * max_chars, FEW_CHARS), [chat], 0, 0
+    maximum, level, values, chars = max(4 * max_chars, FEW_CHARS), [chat], 0, 0
     for _ in range(MAX_DEPTH + 1):
         values += len(level)
         chars += sum(len(value) for value in level if isinstance(value, str))
         if values > MAX_VALUES:
             raise RequestError(f"The messages hold more than {MAX_VALUES} values.")
-        if chars > most:
-            raise TooLongError(f"more than {most} characters in its messages")
+        if chars > maximum:
+            raise TooLongError(f"more than {maximum} characters in its messages")
         below = [value for value in level if isinstance(value, (dict, list, tuple))]
         level = [item for value in below for item in value]
         level += [item for value in below if isinstance(value, dict) for item in value.values()]

@@ -43,8 +43,8 @@ def confine() -> None:
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        most = resource.getrlimit(limit)[1]
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        maximum = resource.getrlimit(limit)[1]
+        value = value if maximum == resource.RLIM_INFINITY else min(value, maximum)
         resource.setrlimit(limit, (value, value))
 
 

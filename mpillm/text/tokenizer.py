@@ -154,11 +154,11 @@ class Tokenizer:
             raise too_long
         if len(text) <= CHUNK:
             return
-        count, most = 0, max_tokens + max_tokens // 8
+        count, maximum = 0, max_tokens + max_tokens // 8
         for start in range(0, len(text), CHUNK):
             count += len(encode(text[start : start + CHUNK], False))
-            most += 64
-            if count > most:
+            maximum += 64
+            if count > maximum:
                 raise too_long
 
     def decode(

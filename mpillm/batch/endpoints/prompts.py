@@ -34,13 +34,13 @@ class Cut:
         """The ids cut to the count, where `head` and `tail`, with which they begin and end, stay."""
         if len(ids) <= self.count:
             return tuple(ids)
-        room = self.count - len(head) - len(tail)
-        if room < 1:
+        left = self.count - len(head) - len(tail)
+        if left < 1:
             raise RequestError(
                 f"truncate_prompt_tokens {self.count} leaves nothing beside the tokenizer's own tokens"
             )
         inner = ids[len(head) : len(ids) - len(tail)]
-        return (*head, *(inner[-room:] if self.last else inner[:room]), *tail)
+        return (*head, *(inner[-left:] if self.last else inner[:left]), *tail)
 
 
 def cut_of(asked: int | None, generated: int, last: bool, spec: Spec, model: Model) -> Cut | None:

@@ -212,19 +212,19 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
             words = words.reshape(tiles * TILE_ROWS, *words.shape[2:])
             small = np.ascontiguousarray(w["scales"][:, b, s].swapaxes(1, 2))
             small = small.reshape(tiles * TILE_ROWS, small.shape[2])
-            q, small_scale, least = super_blocks.meaning(type, words, small)
+            q, small_scale, minimum = super_blocks.meaning(type, words, small)
             d, scale = super_blocks.block_scale(type, w[:, b]).reshape(-1), part["scale"][:, None]
-            m = w["m"][:, b].reshape(-1).astype(np.float32) if least is not None else d
+            m = w["m"][:, b].reshape(-1).astype(np.float32) if minimum is not None else d
             values, wanted = q.astype(np.float32), part["q"].astype(np.float32)
             if type not in super_blocks.HALVED:
                 acc = lanes.fma(wanted @ values.T, d * small_scale[:, 0] * scale, acc)
-                if least is not None:
-                    acc = lanes.fma(-(m * least[:, 0]), part["total"][:, None], acc)
+                if minimum is not None:
+                    acc = lanes.fma(-(m * minimum[:, 0]), part["total"][:, None], acc)
                 continue
             first, second = (wanted[:, h] @ values[:, h].T for h in (slice(16), slice(16, None)))
             acc = lanes.fma(first * small_scale[:, 0] + second * small_scale[:, 1], d * scale, acc)
-            if least is not None:
-                sums = part["less32"].astype(np.float32) @ least.T.astype(np.float32)
+            if minimum is not None:
+                sums = part["less32"].astype(np.float32) @ minimum.T.astype(np.float32)
                 acc = lanes.fma(sums, m / np.float32(32) * scale, acc)
     return acc
 

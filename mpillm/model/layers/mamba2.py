@@ -13,11 +13,11 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.kernels import lanes
-from mpillm.model.cache_spec import LayerCache, SequenceState
+from mpillm.model.cache_spec import LayerCache
 from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats
-from mpillm.model.layers.recurrent import convolutions, recur, taps_first
+from mpillm.model.layers.recurrent import convolutions, kept_state, recur, taps_first
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.names import Key
@@ -104,8 +104,8 @@ class Mamba2Spec:
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`: the convolutions' last rows, and heads' states."""
         heads, groups = (len(own) for own in self._own(place, block))
-        tail = (self.taps - 1) * (heads * self.dv + 2 * groups * self.dk)
-        return (SequenceState(4 * (tail + kernels.delta_floats(heads, self.dk, self.dv))),)
+        channels = heads * self.dv + 2 * groups * self.dk
+        return (kept_state(self.taps, channels, heads, self.dk, self.dv),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: before and after the convolutions, gates, output, and what is multiplied."""

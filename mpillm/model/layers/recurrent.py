@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpillm import kernels
+from mpillm.model.cache_spec import SequenceState
 from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place
@@ -35,6 +36,12 @@ def recur(spec: _Recurrent, given: MixerInput, shared: bool = True) -> tuple[Flo
     if shared:
         rank.group.all_reduce(part)
     return part, None
+
+
+def kept_state(taps: int, channels: int, heads: int = 0, dk: int = 0, dv: int = 0) -> SequenceState:
+    """What is kept of a sequence, in float32: the last rows of convolutions over `channels`, and `heads` states
+    [dk, dv]."""
+    return SequenceState(4 * ((taps - 1) * channels + kernels.delta_floats(heads, dk, dv)))
 
 
 def convolutions(

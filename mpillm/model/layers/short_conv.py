@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpillm import kernels
-from mpillm.model.cache_spec import LayerCache, SequenceState
+from mpillm.model.cache_spec import LayerCache
 from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.rank import Floats
-from mpillm.model.layers.recurrent import convolutions, recur, taps_first
+from mpillm.model.layers.recurrent import convolutions, kept_state, recur, taps_first
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.names import Key
@@ -44,7 +44,7 @@ class ShortConvSpec:
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`: the convolution's last inputs."""
-        return (SequenceState(4 * (self.taps - 1) * len(self.channels(block).entries(place))),)
+        return (kept_state(self.taps, len(self.channels(block).entries(place))),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: three products, what the convolution makes, and what is multiplied."""

@@ -99,15 +99,15 @@ class Tagged(ChatFormat):
         if self.tags is None or state == "closed":
             return None, text
         opening, closing = self.tags
-        begun = text.lstrip()
-        if begun.startswith(opening):
-            begun = begun[len(opening) :]
+        stripped = text.lstrip()
+        if stripped.startswith(opening):
+            stripped = stripped[len(opening) :]
         elif state == "free":
-            open_yet = not final and opening.startswith(begun)
+            open_yet = not final and opening.startswith(stripped)
             return None, None if open_yet else text
-        elif not final and opening.startswith(begun.rstrip()):
+        elif not final and opening.startswith(stripped.rstrip()):
             return None, None
-        thought, closed, rest = begun.partition(closing)
+        thought, closed, rest = stripped.partition(closing)
         if closed:
             return thought.strip(), rest.lstrip("\n")
         if not final:

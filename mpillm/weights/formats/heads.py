@@ -1,8 +1,8 @@
-"""Matrices that lie in their file within another one: each head's rows beside those of another matrix.
+"""Matrices that a file stores head by head within another matrix.
 
-DeepSeek's `kv_b_proj` [heads * (part + value), latent] expands a latent to each head's keys and values. What is
-computed with (`kernels.LatentAttention`) are k_b [heads * latent, part], which has the first rows of each head turned,
-a column for each, and v_b [heads * value, latent], which has the others. llama.cpp's newer files hold them so.
+DeepSeek's `kv_b_proj` [heads * (part + value), latent] expands a latent to each head's keys and values.
+`kernels.LatentAttention` takes it as two matrices, as newer files of llama.cpp store them: k_b [heads * latent, part],
+which is the transpose of the first `part` rows of each head, and v_b [heads * value, latent], which has the other rows.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mpillm.weights.names import Key
 class HeadPart(Extent):
     """Of each head's `each` rows of a `whole` matrix, the `count` rows from `first` on.
 
-    `turned`: each head's matrix is transposed. Blocks cannot be turned, but the numbers that they stand for can.
+    `transposed`: each head's matrix is transposed, which needs its values, for blocks lie along rows.
     """
 
     whole: Extent = field(kw_only=True)
     each: int = field(kw_only=True)
     first: int = field(kw_only=True)
     count: int = field(kw_only=True)
-    turned: bool = field(kw_only=True)
+    transposed: bool = field(kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -47,13 +47,13 @@ class HeadPart(Extent):
         raw = whole.rows(self._of_whole(heads)).reshape(len(heads), self.each, -1)
         own = np.ascontiguousarray(raw[:, self.first : self.first + self.count]).reshape(-1, raw.shape[2])
         begin = heads.start * self._height
-        if not self.turned:
+        if not self.transposed:
             return own[rows.start - begin : rows.stop - begin]
         if whole.stored.block > 1:
             own = whole.stored.decode(own, whole.k, threads=1).view(np.uint8)
         values = own.view(f"u{self.stored.block_bytes}").reshape(len(heads), self.count, whole.k)
-        turned = values.swapaxes(1, 2).reshape(-1, self.count)[rows.start - begin : rows.stop - begin]
-        return np.ascontiguousarray(turned).view(np.uint8)
+        transposed = values.swapaxes(1, 2).reshape(-1, self.count)[rows.start - begin : rows.stop - begin]
+        return np.ascontiguousarray(transposed).view(np.uint8)
 
     def rows_together(self, rows: range) -> Bytes:
         return self.rows(rows)
@@ -67,7 +67,7 @@ class HeadPart(Extent):
     @property
     def _height(self) -> int:
         """Rows of a head's matrix."""
-        return self.whole.k if self.turned else self.count
+        return self.whole.k if self.transposed else self.count
 
     def _heads(self, rows: range) -> range:
         """The heads that have some of these rows."""
@@ -91,10 +91,10 @@ def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path
                 f"{path}: tensor {whole.name} has {whole.shape[0]} rows, but {heads} heads of {part} + {value} have "
                 f"{heads * each}."
             )
-        for role, first, count, turned in (("k_b", 0, part, True), ("v_b", part, value, False)):
-            shape = (heads * whole.k, part) if turned else (heads * value, whole.k)
-            stored = OWN["F32"] if turned and whole.stored.block > 1 else whole.stored
+        for role, first, count, transposed in (("k_b", 0, part, True), ("v_b", part, value, False)):
+            shape = (heads * whole.k, part) if transposed else (heads * value, whole.k)
+            stored = OWN["F32"] if transposed and whole.stored.block > 1 else whole.stored
             extents[Key(role, key.layer)] = HeadPart(
                 whole.file, whole.name, whole.offset, shape, stored,
-                whole=whole, each=each, first=first, count=count, turned=turned,
+                whole=whole, each=each, first=first, count=count, transposed=transposed,
             )  # fmt: skip

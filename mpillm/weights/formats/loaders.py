@@ -1,4 +1,4 @@
-"""Where pages of an unpacked model come from: made kernel-ready, or used where they lie in the files."""
+"""Loaders of an unpacked model's pages: they pack matrices for the kernels, or use them in place in mapped files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices that do not lie in their files as they are multiplied: transposed, a row of each in turn, or in parts."""
+"""Matrices that files store in another form than products take: transposed, interleaved row by row, or in parts."""
 
 from __future__ import annotations
 
