@@ -24,17 +24,25 @@ run: $(VENV)/installed
 	  && mpiexec -n $(RANKS) python -m mpillm run jobs/quickstart.toml
 
 # The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
-# Most start mpiexec themselves where they need ranks; those below tests/mpi run inside the ranks.
+# Those that start no ranks run side by side, on each core one; after them those that start mpiexec, Slurm or hosts,
+# one by one; at last those below tests/mpi inside the ranks.
+STARTS := mpiexec or slurm or hosts
+PYTEST := MPILLM_TEST_MPICH="$(CURDIR)/$(MPICH)" python -m pytest
 test: $(VENV)/installed-test $(MPICH)/installed
-	@. $(BIN)/activate && MPILLM_TEST_MPICH="$(CURDIR)/$(MPICH)" python -m pytest $(PYTEST_ARGS)
-	@$(if $(PYTEST_ARGS),,$(MAKE) --no-print-directory test-mpi)
+ifdef PYTEST_ARGS
+	@. $(BIN)/activate && $(PYTEST) $(PYTEST_ARGS)
+else
+	@. $(BIN)/activate && OMP_WAIT_POLICY=passive $(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not ($(STARTS))"
+	@. $(BIN)/activate && $(PYTEST) -m "$(STARTS)"
+	@$(MAKE) --no-print-directory test-mpi
+endif
 
 INSIDE := python -m pytest --with-mpi tests/mpi -q -r f
 test-mpi: $(VENV)/installed-test $(MPICH)/installed
 	@. $(BIN)/activate && mpiexec -n 2 $(INSIDE)
-	@. $(BIN)/activate && for ranks in 1 3 4 8; do mpiexec -n $$ranks $(INSIDE) -m "not slow" || exit; done
+	@. $(BIN)/activate && for ranks in 3 4 8; do mpiexec -n $$ranks $(INSIDE) -m "not slow" || exit; done
 	@. $(BIN)/activate && export MPI4PY_LIBMPI="$(CURDIR)/$(MPICH)/lib/libmpi.so.12" \
-	  && for ranks in 2 4; do $(MPICH)/bin/mpiexec -n $$ranks $(INSIDE) -m "not slow" || exit; done
+	  && $(MPICH)/bin/mpiexec -n 4 $(INSIDE) -m "not slow"
 
 # Every model in every layout of four ranks.
 test-mpi-4: $(VENV)/installed-test

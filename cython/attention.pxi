@@ -37,7 +37,7 @@ cdef class Attention:
     cdef Vector q_bias, k_bias, v_bias, sinks
     cdef const int32_t[::1] kv_of_head
     cdef int heads, kvh, hd, vd, window, rotary
-    cdef bint interleaved, gated, chunked, normed_after_rope
+    cdef bint interleaved, gated, chunked, normed_after_rope, bidirectional
     cdef mk_tuning tuning
     cdef float scale, softcap
     cdef long steps  # at most
@@ -45,7 +45,7 @@ cdef class Attention:
     def __init__(self, q, k, v, o, const int32_t[::1] kv_of_head, int kvh, int hd, float scale, *, int window=0,
                  int value_dim=0, norm=None, biases=None, qk_norms=None, rotary=None, bint interleaved=False,
                  sinks=None, float softcap=0.0, gate=None, bint chunked=False, tuning=None, v_norm=None,
-                 bint normed_after_rope=False):
+                 bint normed_after_rope=False, bint bidirectional=False):
         cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
         self.gated = gate is not None
         self.qkv, self.o = Products(q, k, v, gate) if self.gated else Products(q, k, v), Products(o)
@@ -70,7 +70,7 @@ cdef class Attention:
         self.q_norm = norm_of("q's norm", q_norm, (hd, q.n))
         self.k_norm = norm_of("k's norm", k_norm, (hd, k.n))
         self.v_norm = norm_of("v's norm", v_norm, (vd, v.n))
-        self.normed_after_rope = normed_after_rope
+        self.normed_after_rope, self.bidirectional = normed_after_rope, bidirectional
         self.sinks = Vector("sinks", sinks, heads)
         self.steps = self.qkv.steps + self.o.steps + 12
 
@@ -175,7 +175,8 @@ cdef class Attention:
                     pools.values, self.kvh, self.hd, self.vd)
         mk_attention(work, kv_type, q, wide, mixed, mixed_wide, pools.keys, pools.values, rows.pos, rows.table,
                      rows.table_start, &self.kv_of_head[0], m, self.heads, self.kvh, self.hd, self.vd, self.scale,
-                     self.window, self.sinks.at, self.softcap, self.chunked, &self.tuning)
+                     self.window, self.sinks.at, self.softcap, self.chunked, self.bidirectional,
+                     &self.tuning)
         if gate:
             mk_activate(work, MK_SIGMOID, gate, mixed_wide, mixed, mixed_wide, 0, 0, m, mixed_wide, mixed, mixed_wide)
         return self.o.add(work, space, mixed, mixed_wide, m, out)

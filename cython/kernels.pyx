@@ -571,7 +571,7 @@ def kv_store(int kv_type, const float[:, :] k, v, const int32_t[::1] block,
 def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, const int32_t[::1] pos,
               const int32_t[::1] table, const int32_t[::1] table_start, const int32_t[::1] kv_of_head, int kvh, int hd,
               float scale, int window, int threads=1, int value_dim=0, sinks=None, float softcap=0.0,
-              bint chunked=False, tuning=None):
+              bint chunked=False, tuning=None, bint bidirectional=False):
     cdef Pools pools
     cdef mk_tuning of_position = tuning_of(tuning)
     cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
@@ -590,7 +590,7 @@ def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, c
     mk_begin(&work)
     mk_attention(&work, kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, pools.keys,
                  pools.values, &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, vd,
-                 scale, window, sink.at, softcap, chunked, &of_position)
+                 scale, window, sink.at, softcap, chunked, bidirectional, &of_position)
     finish(&work, threads)
 
 

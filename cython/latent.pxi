@@ -135,7 +135,7 @@ cdef class LatentAttention:
         mk_join(&work, 0)
         mk_attention(&work, kv_type, queries, wide, mixed, latents, pools.keys, NULL, rows.pos, rows.table,
                      rows.table_start, &self.kv_of_head[0], m, self.heads, 1, self.key, self.latent, self.scale, 0,
-                     NULL, 0.0, 0, NULL)
+                     NULL, 0.0, 0, 0, NULL)
         self.v_b.add(&work, space, mixed, latents, self.latent, m, made, values, self.vd)
         self.o.add(&work, space, made, values, m, &sums)
         finish(&work, threads)

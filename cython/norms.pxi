@@ -62,13 +62,17 @@ cdef class Residual:
         self.bias = Vector("bias", bias, self.width)
 
     def __call__(self, float[:, :] x, float[:, :] part, int threads=1):
-        cdef Space space = Space(step_bytes(RESIDUAL_STEPS))
-        cdef mk_work work
         require_rows("x", x, -1, self.width or -1)
         require_rows("part", part, x.shape[0], x.shape[1])
+        self.compute(&x[0, 0], x.strides[0] // 4, &part[0, 0], part.strides[0] // 4, x.shape[0], x.shape[1], threads)
+
+    cdef int compute(self, float *x, long stride, float *part, long part_stride, long m, long d,
+                     int threads) except -1:
+        cdef Space space = Space(step_bytes(RESIDUAL_STEPS))
+        cdef mk_work work
         begin(&work, space, RESIDUAL_STEPS)
-        self.add(&work, &x[0, 0], x.strides[0] // 4, &part[0, 0], part.strides[0] // 4, x.shape[0], x.shape[1])
-        finish(&work, threads)
+        self.add(&work, x, stride, part, part_stride, m, d)
+        return finish(&work, threads)
 
     cdef void add(self, mk_work *work, float *x, long stride, float *part, long part_stride, long m, long d) noexcept:
         add_bias(work, part, part_stride, self.bias, m)

@@ -23,14 +23,16 @@ cdef class LayerStack:
             if widths != {self.width}:
                 raise ValueError(f"layers must be {self.width} wide throughout, not {sorted(widths)}")
 
-    def __call__(self, float[:, ::1] x, rows, between, int threads=1):
+    def __call__(self, float[:, ::1] x, rows, between, reduce, int threads=1):
         cdef Attention attention
         cdef Residual after_attention, after_mlp
         cdef Mlp mlp
         cdef long m = x.shape[0], d = self.width
         cdef Pools pools
-        cdef Space space = Space(4 * m * d + len(rows) * sizeof(Rows) + LINE)
-        cdef Sums sums = Sums(<float *>space.take(4 * m * d), d, 0)
+        cdef Space space = Space(len(rows) * sizeof(Rows) + LINE)
+        part = np.empty((m, d), np.float32)
+        cdef float[:, ::1] parts = part
+        cdef Sums sums = Sums(&parts[0, 0], d, 0)
         cdef Rows *places = <Rows *>space.take(len(rows) * sizeof(Rows))
         require_rows("x", x, -1, d)
         if not 0 <= min(self.places) <= max(self.places) < len(rows):
@@ -41,9 +43,17 @@ cdef class LayerStack:
                                                                                        self.pools):
             between()
             pools = attention.pools(self.kv_type, keys, values)
-            attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, after_attention,
-                              &x[0, 0], threads)
-            mlp.compute(&x[0, 0], d, m, &sums, after_mlp, &x[0, 0], threads)
+            if reduce is None:
+                attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, after_attention,
+                                  &x[0, 0], threads)
+                mlp.compute(&x[0, 0], d, m, &sums, after_mlp, &x[0, 0], threads)
+                continue
+            attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, None, NULL, threads)
+            reduce(part)
+            after_attention.compute(&x[0, 0], d, sums.to, d, m, d, threads)
+            mlp.compute(&x[0, 0], d, m, &sums, None, NULL, threads)
+            reduce(part)
+            after_mlp.compute(&x[0, 0], d, sums.to, d, m, d, threads)
 
     cdef Rows rows_at(self, int place, where, long m) except *:
         """The rows of one place, checked for all of its layers."""

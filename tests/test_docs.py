@@ -6,6 +6,7 @@ Commands that need a cluster run in tests/cluster; the two at the top of the REA
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shlex
@@ -199,7 +200,7 @@ def test_the_keys_of_a_job_are_described() -> None:
 
 
 def test_the_defaults_are_the_real_ones() -> None:
-    defaults = spec.Spec(input="a", output="b")
+    defaults = spec.Spec(input="a", output=spec.Output(path="b"))
     for key, shown in re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", job_table(), flags=re.M):
         value: object = defaults
         for name in key.split("."):
@@ -265,6 +266,29 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
         name = "" if page.stem == "index" else page.stem
         assert (tmp_path / "site" / name / "index.html").is_file(), page
+
+
+def test_the_page_on_results_runs(tmp_path: Path) -> None:
+    """The commands and the Python code of docs/results.md, on a run with drawn tokens, scores and an error."""
+    lines = [
+        *({"prompt": f"the fox {number}", "max_tokens": 3, "logprobs": number % 2} for number in range(3)),
+        {"prompt": 5},
+        {"prompt": "a dog", "max_tokens": 4},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    env, page = clean_environment(), ROOT / "docs/results.md"
+    mine = ["run", "--model", str(CHAT), "--input", "in.jsonl", "--output", "out/mine"]
+    typed = [line.split()[1:] for line in fenced(page)]
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    told = (
+        "print(len(answers), list(failed.custom_id), tokens.tolist() == list(results.tokens[0]), len(means))"
+    )
+    words = [["-m", "mpillm", *words] for words in (mine, *typed)] + [["-c", "\n".join([*code, told])]]
+    for one in words:
+        done = run_bounded([sys.executable, *one], env=env, cwd=tmp_path)
+        assert done.returncode == (one is words[0]), done.stderr
+    assert done.stdout.splitlines()[-1] == "5 ['request-4'] True 3"
+    assert (tmp_path / "answers.csv").read_text().count("request-") >= 5
 
 
 def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:

@@ -276,11 +276,15 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
     *low = INT32_MAX, *high = 0;
     for (int r = 0; r < item->rows; r++)
         for (int h = 0; h < item->heads; h++, count++) {
-            long row = item->row + r, head = item->head + h, last = job->pos[row];
-            long first = job->window && last >= job->window ? last - job->window + 1 : 0;
-            if (job->chunked) first = last - last % job->window;
+            long row = item->row + r, head = item->head + h, at = job->pos[row], last = at;
+            long first = job->window && at >= job->window ? at - job->window + 1 : 0;
+            if (job->chunked) first = at - at % job->window;
+            if (job->bidirectional) {
+                last = job->pos[item->end - 1];
+                if (job->window && last - at >= job->window) last = at + job->window - 1;
+            }
             float scale = job->scale;
-            if (job->tuning.length) scale *= tuned(&job->tuning, last);
+            if (job->tuning.length) scale *= tuned(&job->tuning, at);
             const float *from = job->q + row * job->q_stride + head * hd;
             float *to = group->q + (long)(count / Q) * Q * hd + count % Q;
             for (int i = 0; i < hd; i++) to[(long)i * Q] = from[i] * scale;

@@ -62,10 +62,11 @@ static long group_queries(mk_query_group *groups, const int32_t *table_start, co
     for (int head = 0; head < heads;) {
         int width = 1;
         while (width < maximum && head + width < heads && kv_of_head[head + width] == kv_of_head[head]) width++;
-        for (long row = 0; row < m;) {
+        for (long row = 0, end = 0; row < m;) {
             int rows = 1;
-            while ((rows + 1) * width <= maximum && row + rows < m && table_start[row + rows] == table_start[row]) rows++;
-            groups[count++] = (mk_query_group){rows, width, row, head, kv_of_head[head]};
+            while (end < m && (end <= row || table_start[end] == table_start[row])) end++;
+            while ((rows + 1) * width <= maximum && row + rows < end) rows++;
+            groups[count++] = (mk_query_group){rows, width, row, end, head, kv_of_head[head]};
             row += rows;
         }
         head += width;
@@ -76,7 +77,8 @@ static long group_queries(mk_query_group *groups, const int32_t *table_start, co
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride,
                   const void *kpool, const void *vpool, const int32_t *pos, const int32_t *table,
                   const int32_t *table_start, const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd,
-                  float scale, int window, const float *sinks, float softcap, int chunked, const mk_tuning *tuning) {
+                  float scale, int window, const float *sinks, float softcap, int chunked, int bidirectional,
+                  const mk_tuning *tuning) {
     if (m < 1 || heads < 1) return;
     work->groups = malloc((size_t)m * (size_t)heads * sizeof *work->groups);
     if (!work->groups) work->failed = MK_NO_MEMORY;
@@ -84,7 +86,7 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
     long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
     mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){
         .type = kv_type, .kvh = kvh, .hd = hd, .vd = vd, .window = window, .scale = scale, .sinks = sinks,
-        .softcap = softcap, .chunked = chunked, .tuning = tuning ? *tuning : (mk_tuning){0}, .q = q, .out = out,
-        .q_stride = q_stride, .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
+        .softcap = softcap, .chunked = chunked, .bidirectional = bidirectional,
+        .tuning = tuning ? *tuning : (mk_tuning){0}, .q = q, .out = out, .q_stride = q_stride, .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
         .table_start = table_start, .groups = work->groups};
 }

@@ -192,12 +192,13 @@ void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, cons
                  int32_t *block,
                  const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd, int vd);
 /* vpool: NULL where a head's values are the first vd dimensions of its keys.  chunked: a row attends to the positions of
- * its own chunk of `window` ones.  tuning: NULL, or what multiplies scores besides `scale`. */
+ * its own chunk of `window` ones.  bidirectional: a row attends to as many positions after it as before it, up to the last
+ * row of its sequence.  tuning: NULL, or what multiplies scores besides `scale`. */
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride, const void
                   *kpool,
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
                  const int32_t *kv_of_head, long m, int heads, int kvh, int hd, int vd, float scale, int window,
-                 const float *sinks, float softcap, int chunked, const mk_tuning *tuning);
+                 const float *sinks, float softcap, int chunked, int bidirectional, const mk_tuning *tuning);
 /* steps = softplus(scale * x + bias) within low .. high, out = e^(rates * steps); rates, bias [d]; steps may be NULL. */
 void mk_decays(mk_work *work, const float *x, float scale, const float *rates, const float *bias, float low, float high,
                long m, long d, float *steps, float *out);

@@ -62,12 +62,12 @@ typedef struct {
 
 typedef struct {
     int rows, heads;     /* queries of this item: rows x heads */
-    long row;
+    long row, end;       /* end: behind the last row of the sequence */
     int head, kv_head;
 } mk_query_group;
 
 typedef struct {
-    int type, kvh, hd, vd, window, chunked; /* hd, vd: dimensions of a head's keys and of its values */
+    int type, kvh, hd, vd, window, chunked, bidirectional; /* hd, vd: dimensions of a head's keys and of its values */
     float scale, softcap;
     mk_tuning tuning; /* length 0: none */
     const float *q, *sinks; /* sinks [heads], or NULL */

@@ -69,7 +69,7 @@ class Job:
         raise kinds.get(process.returncode, MpillmError)(reason)
 
     def __repr__(self) -> str:
-        return f"<Job {self.spec.model}: {self.spec.input} to {self.spec.output}>"
+        return f"<Job {self.spec.model}: {self.spec.input} to {self.spec.output.path}>"
 
 
 def _settings(keys: Mapping[str, Any], before: str = "") -> list[str]:

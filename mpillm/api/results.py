@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mpillm.errors import JobError
 from mpillm.store.results import HDF5, JSONL
+from mpillm.store.table import row_of
 
 
 class Ragged:
@@ -118,10 +119,8 @@ class Results:
         return self._ragged("embeddings", "values")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each request, one by one: custom_id, status, error, text, finish_reason, logprob, embedding.
-
-        `text` and `finish_reason` are of the first choice; `logprob` is the sum over the prompt of a request that was
-        scored; `embedding` is the first vector, as results.jsonl has it.
+        """A row for each request, one by one, with the columns of `mpillm.store.table.row_of`: custom_id, status,
+        error, text, and so on; None is what an answer has not.
         """
         for line in self:
             yield row_of(line)
@@ -153,27 +152,6 @@ class Results:
 def read_results(directory: str | os.PathLike[str]) -> Results:
     """The results of a finished run; JobError if there are none in `directory`."""
     return Results(directory)
-
-
-def row_of(line: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table for a line of results.jsonl (see `Results.rows`)."""
-    response = line["response"]
-    body, error = response["body"], line["error"]
-    choice: dict[str, Any] = next(iter(body.get("choices") or ()), {})
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-    if logprobs is not None and body["usage"].get("completion_tokens"):
-        logprobs = None
-    first: dict[str, Any] = next(iter(body.get("data") or ()), {})
-    text = choice.get("text", (choice.get("message") or {}).get("content"))
-    return {
-        "custom_id": line["custom_id"],
-        "status": response["status_code"],
-        "error": error["message"] if error else None,
-        "text": text,
-        "finish_reason": choice.get("finish_reason"),
-        "logprob": None if logprobs is None else sum(value for value in logprobs if value is not None),
-        "embedding": first.get("embedding"),
-    }
 
 
 def _text(stored: bytes) -> str:

@@ -37,6 +37,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "suffix": ("",),
     "length_penalty": (1,),
+    "encoding_format": ("float",),
     "spaces_between_special_tokens": (True,),
     "modalities": (["text"],),
 }
@@ -139,10 +140,10 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     if line.get("method", "POST") != "POST":
         raise RequestError(f"the method must be 'POST', not {_short(line['method'])}")
     url = line.get("url")
-    urls = {endpoint.url: endpoint for endpoint in ENDPOINTS}
+    urls = {one: endpoint for endpoint in ENDPOINTS for one in (endpoint.url, *endpoint.aliases)}
     if not isinstance(url, str) or url not in urls:
         given = "there is no url" if url is None else f"the url {_short(url)} is unknown"
-        raise RequestError(f"{given}; there are {', '.join(urls)}")
+        raise RequestError(f"{given}; there are {', '.join(endpoint.url for endpoint in ENDPOINTS)}")
     if not isinstance(line.get("body"), dict):
         raise RequestError("the body must be a JSON object")
     return urls[url], line["body"]

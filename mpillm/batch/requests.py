@@ -45,6 +45,11 @@ class CheckedInput:
         return len(self.lines)
 
     @property
+    def digest(self) -> str:
+        """A hash of all lines."""
+        return hashlib.blake2b(b"".join(line.digest for line in self.lines), digest_size=16).hexdigest()
+
+    @property
     def errors(self) -> list[Line]:
         """The bad lines."""
         return [line for line in self.lines if line.error is not None]
@@ -72,7 +77,7 @@ class CheckedInput:
         return self._works(self.unanswered(done))
 
     def _works(self, lines: Iterable[Line]) -> Iterator[Work]:
-        with _opened(self.path) as file:
+        with opened(self.path) as file:
             for line in lines:
                 yield self._work(file, line)
 
@@ -82,12 +87,12 @@ class CheckedInput:
 
     def work(self, line: Line) -> Work:
         """One good line's work."""
-        with _opened(self.path) as file:
+        with opened(self.path) as file:
             return self._work(file, line)
 
     def content(self, line: Line) -> bytes:
         """The bytes of a line."""
-        with _opened(self.path) as file:
+        with opened(self.path) as file:
             return self._content(file, line)
 
     def _work(self, file: BinaryIO, line: Line) -> Work:
@@ -96,7 +101,7 @@ class CheckedInput:
     def _content(self, file: BinaryIO, line: Line) -> bytes:
         file.seek(line.offset)
         raw = file.read(line.length)
-        if _digest(raw) != line.digest:
+        if line_digest(raw) != line.digest:
             raise JobError(f"The input {self.path} changed while it was in use (line {line.number}).")
         return raw
 
@@ -114,10 +119,10 @@ def check(
     """
     batch = CheckedInput(path, spec, model, unit=unit)
     named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
-    with _opened(path) as file:
-        for number, offset, raw in _raw_lines(file):
+    with opened(path) as file:
+        for number, offset, raw in raw_lines(file):
             content = raw or b""
-            line = Line(number, offset, len(content), f"request-{number}", _digest(content))
+            line = Line(number, offset, len(content), f"request-{number}", line_digest(content))
             batch.lines.append(_check_line(line, raw, named, batch))
             if progress is not None and len(batch) % PROGRESS_LINES == 0:
                 progress(offset + len(content))
@@ -174,11 +179,13 @@ def _free_name(name: str, taken: Mapping[str, int]) -> str:
     return next(free for k in itertools.count(2) if (free := f"{name}-{k}") not in taken)
 
 
-def _digest(raw: bytes) -> bytes:
+def line_digest(raw: bytes) -> bytes:
+    """A hash of a line's content, 16 bytes."""
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """An input to read; JobError if it cannot be."""
     try:
         if not path.exists():
             raise JobError(f"There is no input {path}.")
@@ -189,7 +196,7 @@ def _opened(path: Path) -> BinaryIO:
         raise JobError(f"The input {path} cannot be read: {error.strerror}.") from None
 
 
-def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
+def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
     """Number, offset and content of each line that is not blank; None for one that is too long to be held."""
     head = file.read(LOOK)
     if (what := what_it_is(head) or _not_lines(head)) is not None:

@@ -60,7 +60,7 @@ class ChatStream:
         self._endpoint, self._request, self._spec, self._model = endpoint, request, spec, model
         self._stream = TextStream(endpoint, spec, model)
         self._text = ""
-        self._given: dict[str, str] = {"reasoning_content": "", "content": ""}
+        self._given: dict[str, str] = dict.fromkeys(("reasoning_content", "reasoning", "content"), "")
         self._calls = 0  # that were given
 
     def push(self, token: int) -> dict[str, Any]:

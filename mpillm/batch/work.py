@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from mpillm.engine.sequence import Completion, Request
 from mpillm.errors import RequestError
+from mpillm.model.batch import NO_ADAPTER
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
@@ -34,6 +35,15 @@ class Model:
     classifier: Classifier | None = None
     pair_template: str | None = None  # what its files make of a query and a document
     name: str = ""  # as answers give it
+    adapters: tuple[str, ...] = ()  # what requests call those beside it, in the order of their numbers
+
+    def number_of(self, name: str | None) -> int:
+        """The number of the adapter that a request's `model` names; any other name is the model's own."""
+        return 1 + self.adapters.index(name) if name in self.adapters else NO_ADAPTER
+
+    def answering(self, name: str | None) -> str:
+        """What answers a request with this `model`: the adapter, or the model without one."""
+        return name if name is not None and name in self.adapters else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +74,12 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     url: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()  # what vLLM also calls the URL
     key: ClassVar[
         str
     ]  # of a body, by which a line without a URL is of this endpoint; "": such a line never is
     columns: ClassVar[tuple[Column, ...]]  # what its choices leave in results.h5
+    needs_head: ClassVar[bool] = False  # whether it is for models that generate
 
     model: str | None = None
 
@@ -115,10 +127,12 @@ class Work:
 
 def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
     """The work of a body; RequestError if it asks for nothing that the model can do."""
-    requests = endpoint.requests(line.custom_id, spec, model)
-    if not model.generates and any(request.kind == "generate" for request in requests):
+    if endpoint.needs_head and not model.generates:
         can = "classifies" if model.classifier is not None else "makes embeddings"
         raise RequestError(f"the model has no LM head: it {can}, and {endpoint.url} needs one that generates")
+    requests = endpoint.requests(line.custom_id, spec, model)
+    if number := model.number_of(endpoint.model):
+        requests = tuple(replace(request, adapter=number) for request in requests)
     return Work(line, endpoint, requests, spec)
 
 

@@ -22,7 +22,7 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Request
 from mpillm.run.session import Session
-from mpillm.spec import BatchLimits, Layout, Memory, Spec
+from mpillm.spec import BatchLimits, Layout, Memory, Output, Spec
 
 KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
 START = 16  # tokens of the prompt that a start-up is timed with
@@ -61,7 +61,7 @@ def spec_for(model: str, threads: int, options: Options) -> Spec:
     return Spec(
         model=model,
         input="-",
-        output="-",
+        output=Output(path="-"),
         layout=Layout(threads=threads),
         memory=Memory(kv=KV, max_context=options.longest),
         batch=BatchLimits(max_num_seqs=max(1, *options.sequences)),

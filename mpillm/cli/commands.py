@@ -27,9 +27,10 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:
-    from mpillm.spec import Spec
+    from mpillm.spec import Spec, TableFormat
 
 NO_JOBS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # what an input may be called
+FORMATS: tuple[TableFormat, ...] = ("csv", "parquet", "jsonl")
 QUICKSTART = "quickstart.toml"
 NEXT_STEPS = """\
 next steps:
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return run_alone(lambda: _lm_eval(options))
     alone = {
         "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
-        "status": _status, "watch": _watch, "compare": _compare,
+        "export": _export, "status": _status, "watch": _watch, "compare": _compare,
     }  # fmt: skip
     if options.command in alone:
         started = launch.launched_by(os.environ)
@@ -124,8 +125,14 @@ def _plan(options: argparse.Namespace) -> int:
     from mpillm.run import hosts, plan
 
     spec = _load(options)
-    machines = hosts.read(options.hosts, options.ranks) if options.hosts is not None else None
-    made = plan.make(spec, machines.ranks if machines else options.ranks or 1, machines)
+    if options.hosts is not None:
+        machines = hosts.read(options.hosts, options.ranks)
+    else:
+        machines = hosts.alike(options.ranks or 1, options.ranks_per_host, options.memory)
+    if options.suggest is not None:
+        print(plan.suggestion(spec, machines, options.suggest))
+        return 0
+    made = plan.make(spec, machines.ranks, machines)
     print(plan.as_json(made) if options.json else plan.as_text(made))
     return JobError.exit_code if made.problems else 0
 
@@ -180,6 +187,16 @@ def _merge(options: argparse.Namespace) -> int:
     if made.renamed:
         print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
     print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mpillm.store import table
+
+    suffix = options.output.suffix.removeprefix(".") if options.output else ""
+    wanted = options.format or suffix
+    format = next((format for format in FORMATS if format == wanted), FORMATS[0])
+    print(table.export(options.directory, format, options.output, options.input))
     return 0
 
 
@@ -311,6 +328,22 @@ def command_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--hosts", type=Path, metavar="FILE", help="hosts.toml: on which hosts, and what memory they have"
     )
+    plan.add_argument(
+        "--ranks-per-host",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="without --hosts: ranks on each host (1)",
+    )
+    plan.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="without --hosts: free on each, such as 8GiB (as much as here)",
+    )
+    plan.add_argument(
+        "--suggest", type=float, metavar="RATE", help="print a job with the least memory for so many tokens/s"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pack = commands.add_parser(
         "pack", help="store a model kernel-ready, for machines that it does not fit into"
@@ -334,6 +367,15 @@ def command_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--figures", type=Path, metavar="DIR", help="write each plot there as well, as SVG, PDF and CSV"
     )
+    export = commands.add_parser(
+        "export", help="a finished run as a table: the input's rows, each with its answer"
+    )
+    export.add_argument("directory", type=Path, help="the run's output directory")
+    export.add_argument("--format", choices=FORMATS, help="as the name of FILE ends, or csv")
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="instead of table.FORMAT in the directory"
+    )
+    export.add_argument("--input", type=Path, metavar="FILE", help="where the input is now, if it was moved")
     status = commands.add_parser("status", help="how far a run is, while it runs and after")
     status.add_argument("directory", type=Path, help="the run's output directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -393,6 +435,15 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
     )
     parser.add_argument("--output", help="directory for the results")
+
+
+def _size(text: str) -> int:
+    from mpillm.spec import byte_size
+
+    try:
+        return byte_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

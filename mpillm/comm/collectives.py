@@ -7,8 +7,8 @@ ranks keep their order, so a rank may be several steps ahead of another.
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
@@ -65,19 +65,6 @@ class _Codec:
         return x
 
 
-class _Space:
-    """A buffer that grows to the largest message so far and is used again for each."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def take(self, *shape: int) -> U8:
-        nbytes = math.prod(shape)
-        if len(self._bytes) < nbytes:
-            self._bytes = np.empty(nbytes, np.uint8)
-        return self._bytes[:nbytes].reshape(shape)
-
-
 class Outbox:
     """Messages under way. Each keeps its buffer until MPI has no more use for it."""
 
@@ -87,7 +74,7 @@ class Outbox:
         world.keep_alive(self._under_way)
 
     def send(self, data: U8 | bytes, ranks: list[int], tag: Tag) -> None:
-        from mpi4py import MPI  # here and below: planning a run loads this module, and needs no MPI
+        from mpi4py import MPI
 
         self.progress()
         requests: list[MPI.Request] = []
@@ -104,26 +91,70 @@ class Outbox:
         return not self._under_way
 
 
-def _finish(world: World, requests: list[MPI.Request], expected: list[int], count: Count) -> None:
-    """Wait for receives (they come first in `requests`) and sends; check the receives' sizes in bytes."""
-    from mpi4py import MPI
+class _Messages:
+    """Receives of `expected` bytes each, and sends, that are under way together."""
 
-    statuses = [MPI.Status() for _ in requests]
-    try:
-        count.seconds += world.wait(lambda: MPI.Request.Testall(requests, statuses))
-    except (MPI.Exception, RankLost) as error:
-        world.keep_alive(requests)
-        if world.is_loss(error):
-            raise
-        raise WireError(
-            f"a message could not be received, {expected} bytes were expected: {error}"
-        ) from error
-    for nbytes, status in zip(expected, statuses, strict=False):
-        received = status.Get_count(MPI.BYTE)
-        if received != nbytes:
-            source = status.Get_source()
-            raise WireError(f"rank {source} sent {received} bytes where {nbytes} were expected")
-        count.bytes_received += received
+    def __init__(
+        self, world: World, receives: Sequence[MPI.Request], sends: Sequence[MPI.Request], expected: int
+    ) -> None:
+        from mpi4py import MPI  # here and below: planning a run loads this module, and needs no MPI
+
+        self._world, self._requests, self._expected = world, [*receives, *sends], expected
+        self._statuses = [MPI.Status() for _ in self._requests]
+        self._receives = self._statuses[: len(receives)]
+        # Names of MPI are looked up once: where caches are cold, an import costs as much as a call.
+        self._test, self._byte = MPI.Request.Testall, MPI.BYTE
+
+    def finish(self, count: Count) -> None:
+        """Wait for all of them, and check the receives' sizes."""
+        try:
+            count.seconds += self._world.wait(lambda: self._test(self._requests, self._statuses))
+        except Exception as error:
+            from mpi4py import MPI
+
+            self._world.keep_alive(self._requests)
+            if self._world.is_loss(error) or not isinstance(error, (MPI.Exception, RankLost)):
+                raise
+            raise WireError(
+                f"a message could not be received, {self._expected} bytes were expected: {error}"
+            ) from error
+        for status in self._receives:
+            received = status.Get_count(self._byte)
+            if received != self._expected:
+                source = status.Get_source()
+                raise WireError(f"rank {source} sent {received} bytes where {self._expected} were expected")
+            count.bytes_received += received
+
+
+class _Parts:
+    """A part of each shard of a stage, uint8 [shards, m, nbytes], and the messages that bring the others' here.
+
+    The messages are persistent: a step has two exchanges for each layer, nearly always of one size.
+    """
+
+    def __init__(self, world: World, first: int, place: Place, m: int, nbytes: int) -> None:
+        """`first` is the rank of the stage's first shard."""
+        from mpi4py import MPI
+
+        self.data = np.empty((place.shards, m, nbytes), np.uint8)
+        self.own = self.data[place.shard]
+        self._others = [shard for shard in range(place.shards) if shard != place.shard]
+        comm, tag = world.comm, Tag.ALL_REDUCE
+        receives = [comm.Recv_init(self.data[shard], first + shard, tag) for shard in self._others]
+        sends = [comm.Send_init(self.own, first + shard, tag) for shard in self._others]
+        self._requests, self._start = [*receives, *sends], MPI.Prequest.Startall
+        self._messages = _Messages(world, receives, sends, self.own.nbytes)
+
+    def exchange(self, count: Count) -> None:
+        """Send `own` to all other shards, and receive theirs."""
+        self._start(self._requests)
+        count.sent(len(self._others), self.own.nbytes)
+        self._messages.finish(count)
+
+    def free(self) -> None:
+        """Give the messages back to MPI; the last exchange has ended."""
+        for request in self._requests:
+            request.Free()
 
 
 class Group:
@@ -132,10 +163,10 @@ class Group:
     def __init__(
         self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
     ) -> None:
-        self._world, self._shards, self._shard = world, place.shards, place.shard
+        self._world, self._place = world, place
         self._first = place.first + place.stage * place.shards
         self._codec, self._count = _Codec(wire, threads), counters.all_reduce
-        self._parts = _Space()
+        self._parts: dict[str, _Parts] = {}  # of the last call of each method
 
     def all_reduce(self, x: F32) -> None:
         """Replace each shard's part x, f32 [m, d], by the sum of all shards' parts; a no-op for one shard.
@@ -143,32 +174,33 @@ class Group:
         Every shard gets every part as it went over the wire, its own too, and folds them in one fixed binary
         tree, ((p0 + p1) + (p2 + p3)) + ...: all end with the same bytes.
         """
-        if self._shards == 1:
+        shards = self._place.shards
+        if shards == 1:
             return
         m, d = x.shape
-        parts = self._parts.take(self._shards, m, self._codec.type.row_bytes(d))
-        self._codec.encode(x, parts[self._shard])
-        self._exchange(parts)
-        values = self._codec.decode(parts.reshape(self._shards * m, -1), d)
-        kernels.fold(values.reshape(self._shards, m, d), x, self._codec.threads)
+        parts = self._parts_of("all_reduce", m, self._codec.type.row_bytes(d))
+        self._codec.encode(x, parts.own)
+        parts.exchange(self._count)
+        values = self._codec.decode(parts.data.reshape(shards * m, -1), d)
+        kernels.fold(values.reshape(shards, m, d), x, self._codec.threads)
 
     def all_gather(self, x: F32) -> F32:
         """Every shard's x, f32 [m, d], exactly as it is: f32 [shards, m, d]. It is valid until the next call."""
-        parts = self._parts.take(self._shards, len(x), x.shape[1] * x.itemsize)
-        values: F32 = parts.view(np.float32)
-        values[self._shard] = x
-        self._exchange(parts)
+        parts = self._parts_of("all_gather", len(x), x.shape[1] * x.itemsize)
+        values: F32 = parts.data.view(np.float32)
+        values[self._place.shard] = x
+        parts.exchange(self._count)
         return values
 
-    def _exchange(self, parts: U8) -> None:
-        """Send this shard's part to all others, and receive theirs, which are as large."""
-        mine = parts[self._shard]
-        others = [shard for shard in range(self._shards) if shard != self._shard]
-        comm = self._world.comm
-        requests = [comm.Irecv(parts[shard], self._first + shard, Tag.ALL_REDUCE) for shard in others]
-        requests += [comm.Isend(mine, self._first + shard, Tag.ALL_REDUCE) for shard in others]
-        self._count.sent(len(others), mine.nbytes)
-        _finish(self._world, requests, [mine.nbytes] * len(others), self._count)
+    def _parts_of(self, method: str, m: int, nbytes: int) -> _Parts:
+        """Room for parts of m rows, and their messages: those of the method's last call if they are as large."""
+        parts = self._parts.get(method)
+        if parts is None or parts.own.shape != (m, nbytes):
+            if parts is not None:
+                parts.free()
+                del self._parts[method], parts
+            parts = self._parts[method] = _Parts(self._world, self._first, self._place, m, nbytes)
+        return parts
 
 
 class Pipe:
@@ -194,7 +226,7 @@ class Pipe:
         assert not self._place.is_first_stage
         data = np.empty((m, self._codec.type.row_bytes(d)), np.uint8)
         request = self._world.comm.Irecv(data, self._rank - self._place.shards, Tag.PIPE)
-        _finish(self._world, [request], [data.nbytes], self._count)
+        _Messages(self._world, [request], [], data.nbytes).finish(self._count)
         return self._codec.decode(data, d)
 
     def progress(self) -> None:
@@ -243,5 +275,5 @@ class Channel:
 
         count.seconds += self._world.wait(arrived)
         data = bytearray(status.Get_count(MPI.BYTE))
-        _finish(self._world, [found[0].Irecv([data, MPI.BYTE])], [len(data)], count)
+        _Messages(self._world, [found[0].Irecv([data, MPI.BYTE])], [], len(data)).finish(count)
         return bytes(data)

@@ -1,9 +1,9 @@
 """Which KV block is whose and what it holds; full blocks are found again by their content.
 
 A full block's key is a hash chain: of its own tokens and of the key of the block before it, so it stands for all
-tokens up to the block's end, and what positions those are. Keys and values of a token depend on nothing else but on the
-group of layers that they belong to. Only full blocks are ever shared, and nobody writes into a full block, so none
-needs to be copied.
+tokens up to the block's end, what positions those are, and the sequence's adapter. Keys and values of a token depend on
+nothing else but on the group of layers that they belong to. Only full blocks are ever shared, and nobody writes into a
+full block, so none needs to be copied.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 
+def first_key(adapter: int) -> bytes:
+    """What stands before the first block: the number of the sequence's adapter, if it has one."""
+    return array("i", [adapter]).tobytes() if adapter else b""
+
+
 def content_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key, 16 bytes, of a full block with `tokens`; `before` is the key of the block before it, b"" if none is."""
+    """The key, 16 bytes, of a full block with `tokens`; `before` is the key of the block before it, or `first_key`."""
     return hashlib.blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
 
 

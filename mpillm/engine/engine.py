@@ -20,7 +20,7 @@ from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates, candidates_wanted, draw
 from mpillm.engine.scheduler import Limits, Scheduler, Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
-from mpillm.engine.step import NO_IDS, NO_SHIFTS, NO_TARGET, Chunk, Hidden, Output, Step, Table
+from mpillm.engine.step import NO_IDS, NO_SECOND, NO_SHIFTS, NO_TARGET, Chunk, Hidden, Output, Step, Table
 from mpillm.model.cache_layout import blocks_for
 from mpillm.model.decoder import Decoder
 from mpillm.partition.grid import Place
@@ -332,6 +332,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         slot=sequence.slot,
         loads=sequence.loads,
         saves=sequence.saves,
+        second=NO_SECOND if request.second is None else request.second,
         score_k=request.prompt_logprobs or 0 if scores else -1,
         successor=prompt[end] if scores and end < len(prompt) else NO_TARGET,
         sample_k=candidates_wanted(request) if samples else 0,
@@ -343,6 +344,7 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
         shifts=shifts(sequence) if samples else NO_SHIFTS,
         allowed=allowed if samples and allowed is not None else NO_IDS,
         hidden=hidden,
+        adapter=request.adapter,
     )
 
 

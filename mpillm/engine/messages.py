@@ -24,7 +24,7 @@ from mpillm.kernels import KV_BLOCK
 
 HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 15  # of a chunk, and two more for each group
+FIELDS = 17  # of a chunk, and two more for each group
 NO_MASK = -1
 
 
@@ -113,7 +113,8 @@ def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
     tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
         chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
-        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, 0, 0, *tables,
+        len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, chunk.second,
+        chunk.adapter, 0, 0, *tables,
     )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
     for row in fields:
         (
             start, n_tokens, slot, score_k, successor, sample_k, logprobs, n_seen, hidden, n_shifts, mask,
-            loads, saves,
+            loads, saves, second, adapter,
         ) = row[: FIELDS - 2].tolist()  # fmt: skip
         temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
         tables = row[FIELDS:].reshape(groups, 2).tolist()
@@ -147,6 +148,7 @@ def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
                 slot=slot,
                 loads=loads,
                 saves=saves,
+                second=second,
                 score_k=score_k,
                 successor=successor,
                 sample_k=sample_k,
@@ -157,6 +159,7 @@ def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
                 shifts=_shifts(all_shifts(3 * n_shifts)) if n_shifts else NO_SHIFTS,
                 allowed=NO_IDS if mask == NO_MASK else masks[mask],
                 hidden=Hidden(hidden),
+                adapter=adapter,
             )
         )
     return Step(number, tuple(decoded))

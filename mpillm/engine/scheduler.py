@@ -32,6 +32,7 @@ class Limits:
     )  # of each group of layers with a block table of its own; 0: all tokens are kept
     n_slots: int = 0  # for sequences' states, if the model has any
     n_saved: int = 0  # slots for states after prefixes; they are numbered behind the others
+    whole_prompts: bool = False  # a step has all of a prompt or nothing; none is longer than `max_tokens`
 
     @property
     def n_states(self) -> int:
@@ -81,6 +82,8 @@ class Scheduler:
 
     If the model has states, an admitted sequence has a slot for its own, from its first token until it finishes or is
     preempted. A prefix is then shared where states were saved too (`SavedStates`): a chunk ends where they are to be.
+
+    With `whole_prompts` no sequence grows, and one that is admitted has blocks for all of it: none is preempted.
     """
 
     def __init__(self, limits: Limits, waiting: Iterator[Sequence], totals: Totals | None = None) -> None:
@@ -91,7 +94,8 @@ class Scheduler:
         self._max_running = limits.max_running
         self._free_slots = list(range(limits.n_slots))  # a heap
         self._saved = SavedStates(limits.n_slots, limits.n_saved)
-        self._shares = limits.prefix_sharing and bool(limits.n_saved if limits.n_slots else limits.windows)
+        sharable = limits.n_saved if limits.n_slots else limits.windows
+        self._shares = limits.prefix_sharing and bool(sharable) and not limits.whole_prompts
         self._full = [group for group, window in enumerate(limits.windows) if not window]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
@@ -137,12 +141,14 @@ class Scheduler:
             at += 1
             if sequence.in_flight:
                 continue
+            if limits.whole_prompts and sequence.left > budget:
+                continue
             decodes = sequence.left == 1
             decoding -= decodes
             if not decodes and self._share(sequence, coming):
                 continue
             # Decoding goes first, but for the oldest: it always goes on.
-            kept = 0 if decodes else min(decoding, maximum - len(chosen) - 1)
+            kept = 0 if decodes or limits.whole_prompts else min(decoding, maximum - len(chosen) - 1)
             allowed = max(budget - kept, int(not chosen))
             saves = not decodes and self._saved.can_save(sequence)
             wanted = sequence.save_at - sequence.computed if saves else sequence.left

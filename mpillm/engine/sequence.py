@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.engine import philox
-from mpillm.engine.blocks import NO_SLOT, BlockTable, content_key
+from mpillm.engine.blocks import NO_SLOT, BlockTable, content_key, first_key
 from mpillm.kernels import KV_BLOCK
+from mpillm.model.batch import NO_ADAPTER
 
 TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likely first
 
@@ -113,6 +114,7 @@ class Request:
     score_from: int = 1  # the first token of the prompt whose log-probability is wanted
     pooling: Literal["mean", "last", "cls"] = "mean"
     second: int | None = None  # where the second segment of a prompt begins, if it has two
+    adapter: int = NO_ADAPTER  # the number of its adapter
     watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
     constraint: Callable[[], Constraint] | None = None  # makes what the generated tokens must obey
     resumed: PartialCompletion | None = None  # what an earlier run has generated
@@ -218,9 +220,8 @@ class Sequence:
         """The content key of its block number `index`, all of whose tokens are known."""
         keys = self._block_keys
         for i in range(len(keys), index + 1):
-            keys.append(
-                content_key(keys[-1] if keys else b"", self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK])
-            )
+            before = keys[-1] if keys else first_key(self.request.adapter)
+            keys.append(content_key(before, self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK]))
         return keys[index]
 
     def uniform(self) -> float:

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.sampler import inverse_temperature
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.batch import Batch
+from mpillm.model.batch import NO_ADAPTER, Batch
 from mpillm.model.kv import GroupTables, StateMoves
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 NO_TARGET = -1
+NO_SECOND = 2**31 - 1
 
 
 class Hidden(IntEnum):
@@ -63,6 +64,7 @@ class Chunk:
     slot: int = NO_SLOT  # of the sequence's states
     loads: int = NO_SLOT  # the slot of saved states with which the sequence goes on
     saves: int = NO_SLOT  # the slot in which its states after the chunk are saved
+    second: int = NO_SECOND  # the position at which the sequence's second segment begins
     score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
     successor: int = NO_TARGET  # the token after the last one, if known
     sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
@@ -75,6 +77,7 @@ class Chunk:
         default_factory=lambda: NO_IDS
     )  # a bit for each id that may be drawn; empty: all may
     hidden: Hidden = Hidden.NONE
+    adapter: int = NO_ADAPTER  # the number of the adapter that the sequence has
 
     @property
     def adjusted(self) -> bool:
@@ -150,6 +153,7 @@ class Step:
         starts = np.array([chunk.start for chunk in self.chunks], np.int32)
         rows = np.cumsum(counts, dtype=np.int32) - counts
         positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
+        adapters = np.array([chunk.adapter for chunk in self.chunks], np.int32)
         tables = zip(*(chunk.tables for chunk in self.chunks), strict=True)
         return Batch(
             tokens=tokens,
@@ -159,6 +163,9 @@ class Step:
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
             states=self._state_moves(),
+            adapters=np.repeat(adapters, counts) if adapters.any() else None,
+            second=np.repeat(np.array([chunk.second for chunk in self.chunks], np.int32), counts)
+            <= positions,
         )
 
     def _state_moves(self) -> StateMoves:

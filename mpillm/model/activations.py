@@ -34,6 +34,8 @@ class Activations:
             for part in layer.parts
         )
         summed = 2 * shards * d if shards > 1 else 0
+        if config.adapters is not None:
+            widest += config.adapters.row_nbytes(place)
         return 4 * (4 * d + summed) + widest
 
     def nbytes(self, place: Place, rows: int) -> int:

@@ -16,6 +16,7 @@ Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
 Turn = tuple[RopeConfig, int]  # RoPE of so many dimensions of each head
 NO_IDS = np.empty(0, np.int32)
 NO_MOVES = StateMoves()
+NO_ADAPTER = 0  # the number of the model without an adapter; adapters are numbered from 1 on
 NO_TABLES = GroupTables(NO_IDS, NO_IDS, NO_IDS)
 
 
@@ -29,7 +30,9 @@ class Batch:
     groups: tuple[GroupTables, ...]  # of each group of layers
     first_rows: Ints  # of each sequence
     slots: Ints  # of each sequence's states, -1 where it has none
+    second: NDArray[np.bool_]  # whether the row is of its sequence's second segment
     states: StateMoves = NO_MOVES
+    adapters: Ints | None = None  # the number of each row's; None if no row has one
 
 
 class Step:

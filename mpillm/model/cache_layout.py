@@ -135,7 +135,8 @@ class CacheLayout:
     @property
     def token_nbytes(self) -> int:
         """Bytes that all layers keep of one token."""
-        return sum(sum(layer.nbytes) for layer in self.tokens if layer) // KV_BLOCK
+        places = {(layer.group, layer.pool): sum(layer.nbytes) for layer in self.tokens if layer}
+        return sum(places.values()) // KV_BLOCK
 
     @property
     def state_nbytes(self) -> int:
@@ -161,7 +162,7 @@ def cache_layout(
         values = _of_block(kv_pools(kv_type, 1, spec.kv_heads, spec.v_dim)[1])
         nbytes = _nbytes(keys), _nbytes(values)
         pool = pools.setdefault((nbytes, used[group, nbytes]), len(pools))
-        used[group, nbytes] += 1
+        used[group, nbytes] += spec.kept
         tokens.append(TokenLayer(group, pool, keys, values))
     states = tuple(
         sum(spec.nbytes for spec in caches[number] if isinstance(spec, SequenceState)) for number in layers

@@ -12,12 +12,14 @@ class TokenCache:
     `v_dim` is 0 where values are a part of the keys.
 
     With a `window` above 0 a token attends to itself and to the `window - 1` tokens before it, so only those are kept.
+    What is not `kept` after a step has memory in common with other layers, which overwrite it.
     """
 
     kv_heads: int
     k_dim: int
     v_dim: int
     window: int = 0
+    kept: bool = True
 
 
 @dataclass(frozen=True, slots=True)

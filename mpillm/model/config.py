@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 from mpillm.model.cache_spec import LayerCache
+from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.pooled import ClassifierSpec
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.weights.inventory import HEAD, PageSpec, TensorSpec
 from mpillm.weights.names import Key
+
+
+class Beside(Protocol):
+    """What ranks hold beside the model's own weights: adapters."""
+
+    def nbytes(self, place: Place) -> int:
+        """Bytes of it on the rank at `place`."""
+
+    def row_nbytes(self, place: Place) -> int:
+        """Bytes that a row of a step takes for it there, at most."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class ModelConfig:
     hidden: int
     vocab: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     max_position: int
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -40,9 +52,14 @@ class ModelConfig:
     block: int = 1
     generates: bool = True
     classifier: ClassifierSpec | None = None
+    adapters: Beside | None = field(default=None, compare=False)
     ignored_keys: tuple[str, ...] = field(
         default=(), compare=False
     )  # of the configuration, which nobody knows
+
+    def adapters_nbytes(self, place: Place) -> int:
+        """Bytes of its adapters on the rank at `place`."""
+        return self.adapters.nbytes(place) if self.adapters else 0
 
     def with_block(self, block: int) -> ModelConfig:
         """The same for weights of this block size."""
@@ -58,6 +75,12 @@ class ModelConfig:
         """The most shards that leave none without a panel of something: a power of two."""
         axes = {axis for layer in set(self.layers) for axis in layer.axes(self.block)}
         return min(axis.panels for axis in (vocab_axis(self.vocab), *axes))
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether tokens attend to later ones, so that a step needs all of a prompt."""
+        mixers = {layer.mixer for layer in self.layers}
+        return any(isinstance(mixer, AttentionSpec) and mixer.bidirectional for mixer in mixers)
 
     @property
     def expert_share(self) -> float:
@@ -79,8 +102,8 @@ class ModelConfig:
 
     @property
     def head(self) -> PageSpec:
-        """The final norm, and the LM head if the model generates."""
-        norm = tuple(self.final_norm.tensors("final_norm", -1, self.hidden))
+        """The final norm, if there is one, and the LM head if the model generates."""
+        norm = tuple(self.final_norm.tensors("final_norm", -1, self.hidden)) if self.final_norm else ()
         if not self.generates:
             return PageSpec(HEAD, norm)
         rows = vocab_axis(self.vocab)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
+from mpillm.model.adapters import RankAdapters
 from mpillm.model.batch import Batch, Rows, Step
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
@@ -42,6 +43,7 @@ class Decoder:
         group: Group,
         pipe: Pipe,
         threads: int,
+        adapters: RankAdapters | None = None,
     ) -> None:
         self.config = config
         self.place = place
@@ -49,18 +51,17 @@ class Decoder:
         self._kv = kv
         self._pipe = pipe
         self._threads = threads
+        self._adapters = adapters or RankAdapters([])
         self._rank = Rank(place, config.block, weights, group, threads)
         layers = grid.stage_layers(config.n_layers, place)
         self._layers = [
             _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
         ]
-        # Where nothing comes between the parts of layers, all layers are one call once their operations have been made.
+        # Where nothing but a sum comes between the parts of layers, all are one call once their operations are made.
         self._stackable = (
-            self._rank.all_resident
-            and kv.spill is None
-            and place.shards == 1
-            and all(layer.spec.fused for layer in self._layers)
+            self._rank.all_resident and kv.spill is None and all(layer.stackable for layer in self._layers)
         )
+        self._reduce = group.all_reduce if place.shards > 1 else None
         self._stack: _Stack | None = None
         vocab = grid.vocab_axis(config.vocab)
         self.vocab = vocab.entries(place)
@@ -94,15 +95,17 @@ class Decoder:
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
         step = Step(batch)
+        self._rank.low_ranks = self._adapters.of_step(batch.adapters)
         self._kv.begin(batch.groups, batch.offset, batch.states)
-        if self._stack is None:
+        if self._stack is None or self._rank.low_ranks:
             for layer in self._layers:
                 self._pipe.progress()  # what the previous step sent on leaves while this one computes
                 layer(x, step)
-            if self._stackable:
+            if self._stackable and not self._rank.low_ranks:
                 self._stack = _Stack(self._layers, self._kv)
         else:
-            self._rank.compute(self._stack.work, x, self._stack.rows(step), self._pipe.progress)
+            rows = self._stack.rows(step)
+            self._rank.compute(self._stack.work, x, rows, self._pipe.progress, self._reduce)
             self._rank.weights.cycle.count_hits(len(self._layers))
         self._kv.end(batch.states)
         if self.is_last:
@@ -112,8 +115,11 @@ class Decoder:
 
     def final_norm(self, x: Floats) -> Floats:
         """The rows [m, d] as they enter the LM head; what embeddings are pooled from."""
+        final = self.config.final_norm
+        if final is None:
+            return x
         with self._rank.page(-1, HEAD) as head:
-            norm = self._rank.kept(lambda: self.config.final_norm.kernel(head, "final_norm"), "final_norm")
+            norm = self._rank.kept(lambda: final.kernel(head, "final_norm"), "final_norm")
             return self._rank.normalise(x, norm)
 
     def logits(self, hidden: Floats) -> Floats:
@@ -142,24 +148,34 @@ class _RankLayer:
         rank, spec, number = self._rank, self.spec, self._number
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
-            if spec.positions:
-                x += page.vector("positions").reshape(spec.positions, -1)[step.batch.positions]
+            if spec.entry:
+                spec.entry.apply(rank, page, x, step.batch)
             own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
             if spec.mixer:
+                adapted = rank.adapted(page)
                 part, bias = spec.mixer.compute(
-                    MixerInput(rank, number, page, norms.before, x, step, self.cache)
+                    MixerInput(rank, number, adapted, norms.before, x, step, self.cache)
                 )
                 after = self._after(page, norms.after, "attn_post_norm")
                 self._residual("mixer residual", bias, after, spec.residual_scale, x, part)
+                self._normalise_sum(self._after(page, norms.of_sum, "attn_sum_norm"), x)
             if not spec.mlp:
                 return
             prepared = spec.mlp.prepare(rank, number, page, spec.mlp_norms.before, own)
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
+            of_sum = self._after(page, spec.mlp_norms.of_sum, "ffn_sum_norm")
             scale = page.vector("layer_scale")[0] if spec.scaled else None
         part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp residual", bias, after, spec.residual_scale * spec.mlp_scale, x, part)
+        self._normalise_sum(of_sum, x)
         if scale is not None:
             x *= scale
+
+    @property
+    def stackable(self) -> bool:
+        """Whether `kernels.LayerStack` takes it: shards exchange nothing inside its parts."""
+        whole = self._rank.place.shards > 1 and self.spec.fused and _attention(self).qk_norm_whole
+        return self.spec.fused and not whole
 
     @property
     def operations(self) -> tuple[Any, ...]:
@@ -178,12 +194,17 @@ class _RankLayer:
         return self._rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
 
     def _after(self, page: Page, norm: NormSpec | None, role: str) -> kernels.Norm | None:
-        """The norm of a part's output, which outlives the page."""
+        """The norm of a part's output, or of what that is added to; it outlives the page."""
         if norm is None:
             return None
         return self._rank.kept(
             lambda: norm.kernel(page, role, copy=not self._rank.all_resident), role, self._number
         )
+
+    def _normalise_sum(self, norm: kernels.Norm | None, x: Floats) -> None:
+        """x = norm(x), if there is one."""
+        if norm is not None:
+            x[:] = self._rank.normalise(x, norm)
 
     def _residual(
         self,

@@ -1,8 +1,8 @@
 """How a model's files say that texts become vectors: pooling, normalisation, prompts.
 
 A directory says it as Sentence Transformers does: `modules.json` lists the modules, the directories of the pooling
-module and of dense layers have a `config.json`, and `config_sentence_transformers.json` has the prompts. A GGUF file
-says it by `pooling_type`.
+module and of dense layers have a `config.json`, `config_sentence_transformers.json` has the prompts, and
+`sentence_bert_config.json` the most tokens. A GGUF file says it by `pooling_type`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from mpillm.model.pooled import Dense, Function, Pooling
 from mpillm.weights.formats.safetensors import read_header
 from mpillm.weights.formats.stored import OWN, Floats
 from mpillm.weights.io.mapped import MappedFile
+from mpillm.weights.names import Key
 from mpillm.weights.source import Source
-from mpillm.weights.text_files import MODULES, PROMPTS
+from mpillm.weights.text_files import LENGTHS, MODULES, PROMPTS
 
 GGUF_KEY = "pooling_type"  # of the configuration that is made of a GGUF file
 
@@ -49,6 +50,7 @@ class EmbeddingSettings:
     layers: tuple[Dense, ...] = ()  # what the pooled vector goes through
     prompts: Mapping[str, str] = field(default_factory=dict)  # what stands before a text, by name
     default_prompt: str | None = None  # a name
+    max_tokens: int | None = None  # of a text; None: as many as the model takes
     unsupported: str = ""  # what the model wants and does not get, if anything
     answers: tuple[int | None, int] | None = (
         None  # token ids: that a document is not relevant (if any), and that it is
@@ -67,14 +69,19 @@ def embedding_settings(source: Source) -> EmbeddingSettings:
     pooling = _GGUF.get(source.config.get(GGUF_KEY, 0), "unknown")
     if pooling not in _POOLINGS:
         return EmbeddingSettings(unsupported=f"pooling {pooling!r}")
-    return EmbeddingSettings(cast(Pooling, pooling))
+    layers = [
+        Dense(source.read_f32(key)) for key in (Key("dense_2"), Key("dense_3")) if key in source.tensors
+    ]
+    return EmbeddingSettings(cast(Pooling, pooling), layers=tuple(layers))
 
 
 def _from_directory(folder: Path) -> EmbeddingSettings:
     modules = _read(folder / MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ModelError(f"{folder / MODULES} is no list of modules.")
-    prompts = _read(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
+    prompts, lengths = (
+        _read(folder / name) if (folder / name).exists() else {} for name in (PROMPTS, LENGTHS)
+    )
     pooling, normalize, unsupported = "mean", False, ""
     layers: list[Dense] = []
     answers = None
@@ -100,9 +107,18 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
         tuple(layers),
         named,
         default if default in named else None,
+        _max_tokens(lengths, folder),
         unsupported,
         answers,
     )
+
+
+def _max_tokens(lengths: Any, folder: Path) -> int | None:
+    """The most tokens of a text, if a file says it."""
+    most = lengths.get("max_seq_length") if isinstance(lengths, dict) else lengths
+    if most is not None and (type(most) is not int or most < 1):
+        raise ModelError(f"{folder / LENGTHS}: max_seq_length is {str(most)[:40]}, but must be at least 1.")
+    return most
 
 
 def _answers(config: Mapping[str, Any], path: Path) -> tuple[int | None, int]:

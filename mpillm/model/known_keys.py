@@ -19,9 +19,11 @@ _BOOKKEEPING = """
     seq_length task_specific_params tie_last_hidden_states tokenizer_class tokenizer_model_max_length torch_dtype
     torchscript trainable transformers.js_config transformers_version transformers_weights use_bfloat16 use_cache
     use_flash_attention use_flash_attn use_return_dict vocab_padded vocab_type
-    attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout hidden_dropout_prob
-    neftune_noise_alpha residual_dropout resid_pdrop output_router_logits router_aux_loss_coef router_jitter_noise
+    attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout
+    hidden_dropout_prob neftune_noise_alpha residual_dropout resid_pdrop output_router_logits router_aux_loss_coef
+    router_jitter_noise
     router_z_loss_coef padding_idx pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
     decoder_start_token_id pooling_type classifier_from_token is_original_qwen3_reranker
 """.split()  # noqa: SIM905 (a list of strings would fill three screens)
 

@@ -10,6 +10,8 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families import family_of, gguf_family, read_config
 from mpillm.model.families.base import Family
 from mpillm.weights import opening
+from mpillm.weights.formats.hf import read_config as read_files
+from mpillm.weights.formats.paper import PaperSource
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.source import Source, check_tensors, column_unit
@@ -26,7 +28,7 @@ class _Families:
 
 def judge(config: Mapping[str, Any], name: str) -> None:
     """ModelError unless a model with this config.json can be run, as far as that says; tensors are not looked at."""
-    read_config({key: value for key, value in config.items() if key != QUANTIZATION}, name)
+    read_config(_without_method(config), name)
     method_of(config.get(QUANTIZATION), name)
 
 
@@ -38,6 +40,24 @@ def open_source(path: str | Path, quantize: str = "none") -> Source:
 def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
     """The same for a model that is not packed (see `weights.opening.open_unpacked`)."""
     return opening.open_unpacked(path, _Families(), quantize)
+
+
+def open_described(path: Path, quantize: str = "none") -> Source:
+    """Open a model for a plan: a directory with nothing but a config.json will do."""
+    if not path.is_dir() or _has_weights(path):
+        return open_source(path, quantize)
+    config, _ = read_files(path)
+    return PaperSource(path, config, read_config(_without_method(config), str(path)), quantize)
+
+
+def _has_weights(path: Path) -> bool:
+    return any(
+        next(path.glob(pattern), None) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+    )
+
+
+def _without_method(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != QUANTIZATION}
 
 
 def config_of(source: Source) -> ModelConfig:

@@ -107,6 +107,7 @@ class Place:
     stages: int
     shards: int
     first: int = 0  # the world's rank of the replica's rank 0 (see `replicas`)
+    layers: tuple[int, ...] = ()  # of each stage; none: as evenly as possible
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.stages * self.shards, self
@@ -141,11 +142,32 @@ def panel_bounds(total: int, unit: int, count: int) -> tuple[int, ...]:
 def stage_layers(n_layers: int, place: Place) -> range:
     """The layers of this rank's stage.
 
-    Left-over layers go to the first stages, for the last one has the LM head to compute.
+    Where the place does not say how many each stage has, they are divided evenly, and left-over layers go to the first
+    stages, for the last one has the LM head to compute.
     """
+    if place.layers:
+        assert sum(place.layers) == n_layers, place
+        first = sum(place.layers[: place.stage])
+        return range(first, first + place.layers[place.stage])
     each, extra = divmod(n_layers, place.stages)
     first = place.stage * each + min(place.stage, extra)
     return range(first, first + each + (place.stage < extra))
+
+
+def layers_by_speed(
+    n_layers: int, seconds: Sequence[float], extra: Sequence[float], most: Sequence[int]
+) -> tuple[int, ...]:
+    """How many layers each stage gets, at least one, so that the slowest stage is as fast as possible.
+
+    A layer takes `seconds` of a stage, which has `extra` seconds to do besides, and memory for `most` layers; where
+    that is too little for all layers, the rest is divided as if there were enough.
+    """
+    counts = [1] * len(seconds)
+    for _ in range(n_layers - len(counts)):
+        room = [stage for stage in range(len(counts)) if counts[stage] < most[stage]] or range(len(counts))
+        stage = min(room, key=lambda stage: (counts[stage] + 1) * seconds[stage] + extra[stage])
+        counts[stage] += 1
+    return tuple(counts)
 
 
 def layouts(model: Divisible, ranks: int) -> list[tuple[int, int]]:

@@ -18,11 +18,12 @@ from mpillm.partition.grid import Auto, Divisible, Place
 
 @dataclass(frozen=True)
 class Replica:
-    """A replica whose leader is the world's rank `first`."""
+    """A replica whose leader is the world's rank `first`; `layers` is that of `Place`."""
 
     first: int
     stages: int
     shards: int
+    layers: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> range:
@@ -32,7 +33,10 @@ class Replica:
     @property
     def places(self) -> list[Place]:
         """The places of its ranks, in rank order."""
-        return [Place(number, self.stages, self.shards, self.first) for number in range(len(self.ranks))]
+        return [
+            Place(number, self.stages, self.shards, self.first, self.layers)
+            for number in range(len(self.ranks))
+        ]
 
 
 Replicas = tuple[Replica, ...]

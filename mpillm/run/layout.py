@@ -9,36 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from mpillm.errors import LayoutError
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replicas
+from mpillm.run.estimate import stage_layers_by_speed
+from mpillm.run.input_memory import Asked
+from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import RankPlan, replica_plan
-from mpillm.run.speed import Speed
 from mpillm.spec import Spec, shown_bytes
 from mpillm.weights.source import Source
-
-
-@dataclass(frozen=True)
-class Machines:
-    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank.
-
-    For each rank there are besides the name of its host and how fast it is, if that is known.
-    """
-
-    ranks_per_host: Sequence[int]
-    free: Sequence[int]
-    names: Sequence[str] = field(default=(), compare=False)
-    speeds: Sequence[Speed] = field(default=(), compare=False)
-    measured: bool = field(default=False, compare=False)  # else speeds are at least partly assumed
-
-    @property
-    def ranks(self) -> int:
-        """How many there are."""
-        return len(self.free)
 
 
 @dataclass(frozen=True)
@@ -57,16 +40,20 @@ def choose(
     count: int | Auto,
     requests: int | None = None,
     shards: int | None = None,
+    asked: Asked = Asked(),  # noqa: B008
 ) -> Chosen:
     """Lay `count` replicas out on all ranks; LayoutError if that is impossible.
 
-    `requests` is their number, None if it is not known. So many shards as `shards` are taken where the job leaves it
-    open and they work.
+    `requests` is their number, None if it is not known, and `asked` what they ask for. So many shards as `shards` are
+    taken where the job leaves it open and they work.
     """
+    chosen = None
     if shards is not None and spec.layout.shards == "auto":
         with suppress(LayoutError):
-            return _choose(spec, source, config, machines, count, requests, shards)
-    return _choose(spec, source, config, machines, count, requests, spec.layout.shards)
+            chosen = _choose(spec, source, config, machines, count, requests, shards, asked)
+    if chosen is None:
+        chosen = _choose(spec, source, config, machines, count, requests, spec.layout.shards, asked)
+    return _with_layers_by_speed(spec, source, config, machines, chosen, asked)
 
 
 def _choose(
@@ -77,6 +64,7 @@ def _choose(
     count: int | Auto,
     requests: int | None,
     shards: int | Auto,
+    asked: Asked,
 ) -> Chosen:
     stages, hosts = spec.layout.stages, machines.ranks_per_host
     if count != "auto":
@@ -86,7 +74,7 @@ def _choose(
     try:
         one = replicas.choose(config, machines.ranks, 1, stages, shards, hosts)
     except LayoutError as error:  # there may be more ranks than one copy of the model can be cut into
-        several, reason = _most(spec, source, config, machines, requests, shards)
+        several, reason = _most(spec, source, config, machines, requests, shards, asked)
         if several is None:
             raise error
         return Chosen(several, reason)
@@ -94,8 +82,28 @@ def _choose(
         return Chosen(one, "all ranks are on one host, whose memory one copy of the model uses best")
     if spec.wire.between_stages != "f32":
         return Chosen(one, "answers depend on the number of stages (wire.between_stages)")
-    several, reason = _most(spec, source, config, machines, requests, one[0].shards)
+    several, reason = _most(spec, source, config, machines, requests, one[0].shards, asked)
     return Chosen(several or one, reason)
+
+
+def _with_layers_by_speed(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, chosen: Chosen, asked: Asked
+) -> Chosen:
+    """The same with more layers on faster stages, as their memory allows, where the speeds of ranks are known."""
+    if not machines.speeds:
+        return chosen
+    found, uneven = list(chosen.replicas), list[str]()
+    for number, replica in enumerate(found):
+        if replica.stages == 1:
+            continue
+        plan = replica_plan(spec, source, config, number, replica, asked, machines.names)
+        layers = stage_layers_by_speed(spec, config, machines, replica, plan, asked)
+        if layers is not None:
+            found[number] = replace(replica, layers=layers)
+            uneven.append("-".join(map(str, layers)))
+    if not uneven:
+        return chosen
+    return Chosen(tuple(found), f"{chosen.reason}; layers by speed and memory: {', '.join(uneven)}")
 
 
 def _most(
@@ -105,6 +113,7 @@ def _most(
     machines: Machines,
     requests: int | None,
     shards: int | Auto,
+    asked: Asked,
 ) -> tuple[Replicas | None, str]:
     """As many replicas of at least a host each as there are requests for and memory suffices for, and why."""
     hosts = len(machines.ranks_per_host)
@@ -115,7 +124,7 @@ def _most(
             found = replicas.choose(
                 config, machines.ranks, number, spec.layout.stages, shards, machines.ranks_per_host
             )
-            too_much = _too_much(spec, source, config, machines, found)
+            too_much = _too_much(spec, source, config, machines, found, asked)
             if too_much is None:
                 return found, f"each holds the whole model in memory{refusal and f'; {refusal}'}"
             refusal = f"with {number} {too_much}"
@@ -132,14 +141,14 @@ def _refuse_unlike(spec: Spec, found: Replicas) -> None:
 
 
 def _too_much(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas, asked: Asked
 ) -> str | None:
     """Why these replicas do not hold the whole model in memory; None if they do."""
     plans: dict[tuple[bool, int, int], Sequence[RankPlan]] = {}
     for number, replica in enumerate(found):
         key = (number == 0, replica.stages, replica.shards)  # the first one has the input as well
         if key not in plans:
-            plan = replica_plan(spec, source, config, number, replica)
+            plan = replica_plan(spec, source, config, number, replica, asked, machines.names)
             if 0 < plan.cached_tokens < plan.max_context:
                 return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
             plans[key] = plan.ranks

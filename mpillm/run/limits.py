@@ -21,6 +21,7 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
 from mpillm.model.spill import maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
+from mpillm.run.input_memory import Asked
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
@@ -38,7 +39,10 @@ class StepSize:
 
 
 def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
-    """A step's size on ranks at `places`; `streams`: some of them stream weights."""
+    """A step's size on ranks at `places`; `streams`: some of them stream weights.
+
+    Where tokens attend to later ones, a step takes the longest prompt there may be.
+    """
     row = max(rows.row_nbytes(place) for place in places)
     allowed = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
     tokens = min(max(allowed // row, TOKENS), MAX_TOKENS) if streams else TOKENS
@@ -47,6 +51,8 @@ def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: b
     sequences = tokens if streams else SEQUENCES
     if spec.batch.max_num_seqs != "auto":
         sequences = spec.batch.max_num_seqs
+    if rows.config.whole_prompts:
+        tokens = max(tokens, min(spec.memory.max_context, rows.config.max_position))
     return StepSize(sequences, max(tokens, sequences))
 
 
@@ -57,18 +63,22 @@ def limits(
     layouts: Sequence[CacheLayout],
     max_context: int,
     streamed: Sequence[int],
+    kv: Sequence[int] | None = None,
 ) -> Limits:
     """What steps and the cache of ranks at `places` take, whose caches have `layouts`; JobError if that is nothing.
 
-    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens.
+    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens, and `kv`
+    has the budget of each rank's cache, where they are not all that of `spec`.
     """
     streams = any(streamed)
     step, stages, windows = step_size(spec, rows, places, streams), places[0].stages, layouts[0].windows
-    capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages)
+    capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages, kv)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
-    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences * stages
-    n_blocks = min(capacity.blocks, useful)
+    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences
+    if rows.config.whole_prompts:  # what is in steps under way, with one block each that is not full
+        useful = blocks_for(step.tokens) + step.sequences
+    n_blocks = min(capacity.blocks, useful * stages)
     return Limits(
         n_blocks=n_blocks,
         blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
@@ -80,6 +90,7 @@ def limits(
         windows=windows,
         n_slots=capacity.slots,
         n_saved=capacity.saved,
+        whole_prompts=rows.config.whole_prompts,
     )
 
 
@@ -103,6 +114,12 @@ class CacheCapacity:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
 
+    def needed(self, groups: int, asked: Asked) -> tuple[int, int]:
+        """Blocks and states that an input can come to use, or all if there is none, or it is not known."""
+        if not asked.lines or asked.blocks is None:
+            return self.blocks, self.states
+        return min(self.blocks, groups * asked.blocks), min(self.slots, asked.sequences) + self.saved
+
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run, if so."""
         windows = layouts[0].windows
@@ -116,22 +133,29 @@ class CacheCapacity:
 
 
 def cache_capacity(
-    spec: Spec, layouts: Sequence[CacheLayout], streamed: Sequence[int], sequences: int
+    spec: Spec,
+    layouts: Sequence[CacheLayout],
+    streamed: Sequence[int],
+    sequences: int,
+    kv: Sequence[int] | None = None,
 ) -> CacheCapacity:
     """What memory.kv and memory.kv_spill hold on all ranks, where up to `sequences` sequences run at once.
+
+    `kv` has the budget of each rank, where they are not all that of `spec`.
 
     States get up to half of memory.kv, and all of it where layers keep nothing else; an eighth of their slots is for
     those that are saved.
     """
-    budget, slots, saved = spec.memory.kv_bytes, 0, 0
+    budgets = kv or [spec.memory.kv_bytes] * len(layouts)
+    slots = saved = 0
     states = max(layout.state_nbytes for layout in layouts)
     if states:
         share = 2 if layouts[0].windows else 1
-        slots = budget // share // states
+        slots = min(budgets) // share // states
         saved = min(slots // SAVED, MAX_SAVED) if spec.batch.prefix_sharing else 0
         slots = min(slots - saved, sequences)
     blocks, in_memory = [], []
-    for layout, weights in zip(layouts, streamed, strict=True):
+    for layout, weights, budget in zip(layouts, streamed, budgets, strict=True):
         left = budget - (slots + saved) * layout.state_nbytes
         if layout.pools:
             sizes = [sum(nbytes) for nbytes in layout.pools]

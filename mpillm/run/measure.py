@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
+from mpillm.comm import probe
 from mpillm.comm.probe import Link
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
 from mpillm.run.hosts import Host
-from mpillm.run.speed import ROWS, Products
+from mpillm.run.machines import Machines
+from mpillm.run.speed import ASSUMED, KINDS, ROWS, Products, stand_in
 from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_direct
+from mpillm.weights.source import Source
 
 WIDTH, NUMPY_WIDTH = 2048, 256  # of the matrix that is multiplied: a layer's of a model of about 10^9 weights
-MATRIX_BYTES = 64 * 2**20  # of its copies, which no cache holds: a product of one row reads memory
+MATRIX_BYTES = 48 * 2**20  # of its copies, which no cache holds: a product of one row reads memory
 SECONDS, CALLS, PATIENCE = (
     0.04,
     8,
     0.25,
 )  # of each timing: so long, and so many calls unless it takes too long
-MEMORY_BYTES, MEMORY_PIECE = 128 * 2**20, 4 * 2**20  # that are read
+MEMORY_BYTES, MEMORY_PIECE = 48 * 2**20, 4 * 2**20  # that are read
 DISK_SECONDS = 0.4
 REQUEST, READERS = 4 * 2**20, 4  # bytes of a request to the disk, and how many are under way
 
@@ -61,6 +64,24 @@ def everyone(world: World, kinds: Sequence[str], threads: int, file: Path | None
     world.barrier()
     disk = Disk() if file is None else _disk_rate(file, here.index(world.rank), len(here))
     return world.gather(Measured(products, memory, disk))
+
+
+def machines(world: World, source: Source, threads: int) -> Machines:
+    """Collective: the ranks' machines with what is measured there for this model, in a second or two."""
+    kinds = {stand_in(info.type, KINDS) for info in source.tensors.values() if len(info.shape) == 2}
+    file = max(source.files, key=lambda file: file.stat().st_size)
+    ranks = everyone(world, sorted(kinds), threads, file)
+    numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
+    speeds = [
+        replace(
+            found[number].speed,
+            products=rank.products,
+            memory=rank.memory or ASSUMED.memory,
+            disk=rank.disk.rate or ASSUMED.disk,
+        )
+        for number, rank in zip(numbers, ranks, strict=True)
+    ]
+    return Machines(world.nodes.ranks_per_host, world.nodes.free, world.hosts, speeds, measured=True)
 
 
 def hosts(world: World, ranks: Sequence[Measured], links: Sequence[Link]) -> list[Host]:

@@ -29,6 +29,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of one rank, at most."""
 
     weights: int
+    adapters: int = 0
     kv: int
     activations: int
     process: int
@@ -36,7 +37,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv + self.activations + self.process
+        return self.weights + self.adapters + self.kv + self.activations + self.process
 
 
 def activations(kind: Activations, place: Place, rows: int) -> int:

@@ -46,9 +46,12 @@ def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = 
     answers = config.classifier is None and classifier is not None
     if template is None and answers and config.architecture == "Qwen3ForCausalLM":
         template = None if tokenizer and tokenizer.chat_reads("'document'") else QWEN3_RERANKER
+    longest = config.max_position
+    if not config.generates and embedding.max_tokens is not None:
+        longest = min(longest, embedding.max_tokens)
     return Model(
         vocab=config.vocab,
-        max_position=config.max_position,
+        max_position=longest,
         hidden=config.hidden,
         end_ids=frozenset(config.eos_ids) | (tokenizer.end_ids if tokenizer else frozenset()),
         kv_tokens=session.origin.kv_tokens,
@@ -59,6 +62,7 @@ def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = 
         classifier=classifier,
         pair_template=template,
         name=model_name(path),
+        adapters=session.adapters.names,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from mpillm.errors import OutputError
 from mpillm.run import memory
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
-from mpillm.store import report, results
+from mpillm.run.step_time import Demand
+from mpillm.store import report, results, table
 from mpillm.store.journal import began
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
@@ -32,11 +34,14 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
     with _in_place(computation):
         errors = results.write_jsonl(directory, lines, journal)
         results.write_hdf5(directory, lines, journal, job.metadata(session))
+        if job.spec.output.format != "none":
+            table.write(directory, job.input.path, job.input.digest, job.spec.output.format)
     job.phases.end("write")
     ranks[0].memory_peak = memory.peak()  # the other ranks measured theirs when computing ended
     made = report.Report(
         model=job.model_facts(session),
         job=msgspec.to_builtins(job.spec),
+        input=report.Input(path=os.path.abspath(job.spec.input), digest=job.input.digest),
         began=began(job.claim).isoformat(),
         seconds=time.monotonic() - start,
         phases=job.phases.seconds,
@@ -52,6 +57,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
             for counts in job.earlier
         ],
         batch=_steps(computation.totals, session),
+        planned=_planned(computation),
         stages=session.place.stages,
         shards=session.place.shards,
         replicas=len(session.replicas),
@@ -88,6 +94,24 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
         steps=totals.steps,
         most_sequences=totals.most_sequences,
         streamed=sum(session.streamed),
+    )
+
+
+def _planned(computation: Computation) -> report.Planned | None:
+    """What the speeds of the hosts made of the job; None if they are not known."""
+    session, totals, lines = computation.session, computation.totals, computation.job.input
+    if not session.machines.speeds or not totals.steps:
+        return None
+    made = session.estimate(None)
+    computed = session.estimate(
+        Demand(
+            requests=max(len(lines.lines) - len(lines.errors) - computation.job.resumed, 1),
+            prompt=float(totals.prompt_tokens + totals.recomputed_tokens),
+            generated=float(totals.generated_tokens),
+        )
+    )
+    return report.Planned(
+        seconds=made.seconds, of_computed=computed.seconds, limit=made.limit, bubble=made.bubble
     )
 
 

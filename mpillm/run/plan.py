@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import msgspec
 
+from mpillm.errors import JobError, MpillmError
 from mpillm.kernels import BlockType
+from mpillm.model.adapters import with_adapters
 from mpillm.model.config import ModelConfig
-from mpillm.model.opening import config_of, open_source
+from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
-from mpillm.run.layout import Machines
-from mpillm.run.limits import cached_tokens, step_description
-from mpillm.run.rank_plan import RankPlan, problems, replica_plan
+from mpillm.run.estimate import Estimate, demand_of, estimate
+from mpillm.run.input_memory import Asked, asked_of, template_length
+from mpillm.run.layout import Chosen
+from mpillm.run.limits import cached_tokens
+from mpillm.run.machines import Machines
+from mpillm.run.plan_text import as_text, count_of
+from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plan
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
+
+GIB, MIB = 2**30, 2**20
+LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
+
+
+__all__ = ["Plan", "as_json", "as_text", "make", "make_plan", "suggestion", "wire_bytes"]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,9 +42,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     weights: list[str]  # how matrices are stored, and what they become
     replicas: int
     reason: str  # for as many replicas
+    left_out: list[str]  # hosts that would slow the run down
     stages: int  # of the first replica, as what follows where replicas differ
     shards: int
     layouts: list[tuple[int, int]]  # all that work for a replica of so many ranks, (stages, shards)
+    layouts_of_all: list[tuple[int, int]]  # the same for one replica of all ranks
     kv_type: str
     kv_tokens: int  # that the KV cache holds, in sequences of max_context tokens
     kv_tokens_in_memory: int  # of those; the others lie on disk
@@ -43,6 +57,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
     wire_f32: float  # what all of it would be as float32
     ranks: list[RankPlan]
+    time: Estimate
+    gains: dict[str, float]  # how many times as fast it is with more of something
     problems: list[str]
 
 
@@ -51,29 +67,81 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 
     `machines` says where the ranks are; without it they are on one host.
     """
-    path = catalogue.resolve(spec.model)
+    path = catalogue.described(spec.model)
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
-    with closing(open_source(path, spec.quantize)) as source:
-        return make_plan(spec, source, config_of(source), machines)
+    with (
+        closing(open_described(path, spec.quantize)) as source,
+        with_adapters(spec.adapters, source) as config,
+    ):
+        return make_plan(spec, source, config, machines)
+
+
+def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
+    """A job file with the least memory.weights for so many tokens/s; JobError if no memory is enough."""
+    with (
+        closing(open_described(catalogue.described(spec.model), spec.quantize)) as source,
+        with_adapters(spec.adapters, source) as config,
+    ):
+        asked = asked_of(spec, config.hidden, template_length(source))
+
+        def made(weights: int | str) -> tuple[float, list[RankPlan]]:
+            job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
+            _, plans, time = _laid_out(job, source, config, machines, asked)
+            return time.rate, [rank for plan in plans for rank in plan.ranks]
+
+        best, ranks = made("all")
+        low, high = (
+            max(getattr(rank, key) for rank in ranks) for key in ("weights_minimum", "weights_share")
+        )
+        if best < rate:
+            raise JobError(
+                f"No memory makes it {rate:g} tokens/s on {count_of(machines.ranks, 'rank')}: with all weights in "
+                f"memory it is {best:.1f}; use more or faster hosts."
+            )
+        low, high = -(-low // MIB), -(-high // MIB)
+        while low < high:  # the least number of MiB that is fast enough
+            middle = (low + high) // 2
+            low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
+        found, ranks = made(high * MIB)
+    held = shown_bytes(max(rank.held for rank in ranks))
+    keys = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    return "\n".join(
+        [
+            f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",
+            *(f"{key} = {json.dumps(value)}" for key, value in keys.items()),
+            *([f"quantize = {json.dumps(spec.quantize)}"] if spec.quantize != "none" else []),
+            "",
+            "[memory]",
+            f'weights = "{high}MiB"',
+            f"kv = {json.dumps(spec.memory.kv)}",
+        ]
+    )
 
 
 def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machines) -> Plan:
-    """Return what `spec` comes to on these ranks; LayoutError if the model cannot be laid out on them."""
-    chosen = layout.choose(spec, source, config, machines, spec.layout.replicas)
+    """Return what `spec` comes to on these ranks; LayoutError if the model cannot be laid out on them.
+
+    Hosts without which the run would be faster are left out.
+    """
+    asked = asked_of(spec, config.hidden, template_length(source))
+    machines, left_out = _useful(spec, source, config, machines, asked)
+    chosen, laid_out, time = _laid_out(spec, source, config, machines, asked)
     found = chosen.replicas
-    laid_out = [replica_plan(spec, source, config, number, replica) for number, replica in enumerate(found)]
     first, plans = laid_out[0], [rank for replica in laid_out for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
     capacity, windows = first.capacity, first.caches[0].windows
+    wrong = [problem for replica in laid_out for problem in problems(spec, replica)]
     return Plan(
         model=spec.model,
         architecture=config.architecture,
         weights=weight_types(source),
         replicas=len(found),
         reason=chosen.reason,
+        left_out=left_out,
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, len(found[0].ranks)),
+        layouts_of_all=grid.layouts(config, len(plans)),
         kv_type=first.caches[0].kv_type.name.lower(),
         kv_tokens=first.cached_tokens,
         kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
@@ -90,8 +158,86 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         ),
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
         ranks=plans,
-        problems=list(dict.fromkeys(problem for replica in laid_out for problem in problems(spec, replica))),
+        time=time,
+        gains={} if wrong else dict(_gains(spec, source, config, machines, asked, time)),
+        problems=list(dict.fromkeys([*wrong, *_too_large(machines, plans)])),
     )
+
+
+def _laid_out(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked
+) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
+    chosen = layout.choose(
+        spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
+    )
+    plans = [
+        replica_plan(spec, source, config, number, replica, asked, machines.names)
+        for number, replica in enumerate(chosen.replicas)
+    ]
+    return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
+
+
+def _useful(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked
+) -> tuple[Machines, list[str]]:
+    """The machines without those that would slow the run down, and these by name.
+
+    Of the slowest hosts 1, 2, 4, 8, ... are tried.
+    """
+    hosts = len(machines.ranks_per_host)
+    if hosts == 1:
+        return machines, []
+    best, least, without = machines, _laid_out(spec, source, config, machines, asked)[2].seconds, list[int]()
+    slowest = machines.slowest_first()
+    for count in (1 << power for power in range(hosts.bit_length())):
+        if count < hosts:
+            fewer = machines.without(slowest[:count])
+            with suppress(MpillmError):
+                seconds = _laid_out(spec, source, config, fewer, asked)[2].seconds
+                if seconds * LEAVE_OUT < least:
+                    best, least, without = fewer, seconds, slowest[:count]
+    names = machines.host_names()
+    return best, [names[host] for host in sorted(without)]
+
+
+def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
+    """What does not fit into the memory that is free."""
+    for rank in plans:
+        if rank.held > machines.free[rank.rank]:
+            where = f" on {machines.names[rank.rank]}" if machines.names else ""
+            free = shown_bytes(machines.free[rank.rank])
+            yield (
+                f"Rank {rank.rank}{where} would hold {shown_bytes(rank.held)}, and {free} are free; "
+                "lower memory.weights or memory.kv, or use more ranks."
+            )
+
+
+def _gains(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked, now: Estimate
+) -> Iterator[tuple[str, float]]:
+    """What one more of each thing brings: how many times as fast the job is with it."""
+    memory = spec.memory
+    if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
+        return  # more for whom?
+    budget = memory.weights_bytes
+    more = {
+        "1 GiB more of memory.kv on each rank": (
+            msgspec.structs.replace(memory, kv=memory.kv_bytes + GIB),
+            machines,
+        )
+    }
+    if budget is not None:
+        more["1 GiB more of memory.weights on each rank"] = (
+            msgspec.structs.replace(memory, weights=budget + GIB), machines
+        )  # fmt: skip
+    more["one more host, like the last one"] = memory, machines.with_another()
+    if len(machines.ranks_per_host) > 1:
+        more["twice the network's rate"] = memory, machines.with_faster_network(2)
+    for name, (changed, on) in more.items():
+        with suppress(MpillmError):
+            job = msgspec.structs.replace(spec, memory=changed)
+            _, _, time = _laid_out(job, source, config, on, asked)
+            yield name, now.seconds / time.seconds
 
 
 def wire_bytes(
@@ -113,91 +259,3 @@ def wire_bytes(
 def as_json(plan: Plan) -> str:
     """The plan for programs."""
     return readable.as_json(plan).decode()
-
-
-def as_text(plan: Plan) -> str:
-    """The plan as a table for people."""
-    return "\n".join(_table(plan))
-
-
-def _table(plan: Plan) -> Iterator[str]:
-    ranks = len(plan.ranks)
-    others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
-    yield f"model     {plan.model} ({plan.architecture})"
-    yield f"weights   {', '.join(plan.weights)}"
-    yield f"layout    {_layouts(plan)} on {_count(ranks, 'rank')}"
-    if plan.replicas > 1:
-        yield f"          {plan.reason}"
-    if others:
-        yield f"          also possible: {'; '.join(_layout(*pair) for pair in others)}"
-    contexts = plan.kv_tokens / plan.max_context
-    yield (
-        f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
-        f"{plan.max_context} tokens at once"
-    )
-    if in_file := max(rank.kv_in_file for rank in plan.ranks):
-        yield (
-            f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank lie on disk"
-        )
-    yield "batch     " + step_description(
-        plan.step_sequences, plan.step_tokens, max(rank.weights_streamed for rank in plan.ranks)
-    )
-    total = sum(plan.wire.values())
-    if total:
-        parts = ", ".join(f"{kind} {count:.0f}" for kind, count in plan.wire.items() if count)
-        saved = 100 * (1 - total / plan.wire_f32)
-        less = f"; {saved:.1f} % less than float32" if saved else ""
-        yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
-    yield ""
-    head = [
-        "rank",
-        "replica",
-        "stage",
-        "shard",
-        "layers",
-        "weights: share",
-        "held",
-        "at least",
-        "read per step",
-    ]
-    rows = [[*head, "KV per token", "KV held", "a step's rows", "process", "in all"]]
-    for rank in plan.ranks:
-        weights = [rank.weights_share, rank.weights_held, rank.weights_minimum, rank.weights_streamed]
-        sizes = [*weights, rank.kv_token, rank.kv_held, rank.activations, rank.process, rank.held]
-        layers = f"{rank.layers[0]}-{rank.layers[1] - 1}"
-        rows.append(
-            [
-                str(rank.rank),
-                str(rank.replica),
-                str(rank.stage),
-                str(rank.shard),
-                layers,
-                *map(shown_bytes, sizes),
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    yield ""
-    together = shown_bytes(sum(rank.held for rank in plan.ranks))
-    on_one = f": on one machine {together} for all of them" if ranks > 1 else ""
-    yield from plan.problems or [f"It fits, where every rank finds the memory of its last column{on_one}."]
-
-
-def _layouts(plan: Plan) -> str:
-    """The replicas, with their number of ranks where they have not all the same."""
-    own = _layout(plan.stages, plan.shards)
-    if plan.replicas == 1:
-        return own
-    sizes = Counter(rank.replica for rank in plan.ranks)
-    if len(set(sizes.values())) == 1:
-        return f"{plan.replicas} replicas of {own}"
-    return f"{plan.replicas} replicas of {', '.join(map(str, sizes.values()))} ranks, the first of {own}"
-
-
-def _layout(stages: int, shards: int) -> str:
-    return f"{_count(stages, 'stage')} x {_count(shards, 'shard')}"
-
-
-def _count(number: int, kind: str) -> str:
-    return f"{number} {kind}{'' if number == 1 else 's'}"

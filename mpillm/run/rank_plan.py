@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from mpillm.kernels import BlockType
 from mpillm.model.activations import activations_of
 from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.config import ModelConfig
@@ -14,7 +16,7 @@ from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.partition.replicas import Replica
 from mpillm.run import memory
-from mpillm.run.input_memory import input_bytes
+from mpillm.run.input_memory import Asked
 from mpillm.run.limits import (
     CacheCapacity,
     StepSize,
@@ -24,8 +26,10 @@ from mpillm.run.limits import (
     cached_tokens,
     step_size,
 )
-from mpillm.spec import Spec, shown_bytes
-from mpillm.weights.paging.weights import minimum_budget, streamed
+from mpillm.run.step_time import Attention, Work
+from mpillm.spec import Spec, shown_bytes, tightest
+from mpillm.weights.inventory import HEAD
+from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts
 from mpillm.weights.plan import PagePlan
 from mpillm.weights.source import Source, rank_plans
 
@@ -42,6 +46,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_held: int  # at most
     weights_minimum: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
+    adapters: int  # all of them
     kv_token: int  # for each token in the cache
     kv_state: int  # for each sequence, however long
     kv_held: int  # at most
@@ -52,7 +57,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """All of it together."""
-        return self.weights_held + self.kv_held + self.activations + self.process
+        return self.weights_held + self.adapters + self.kv_held + self.activations + self.process
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class ReplicaPlan:
     capacity: CacheCapacity
     max_context: int
     ranks: list[RankPlan]
+    works: list[Work]  # of each rank
 
     @property
     def cached_tokens(self) -> int:
@@ -72,39 +78,89 @@ class ReplicaPlan:
 
 
 def replica_plan(
-    spec: Spec, source: Source, config: ModelConfig, number: int, replica: Replica
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    number: int,
+    replica: Replica,
+    asked: Asked,
+    hosts: Sequence[str] = (),
 ) -> ReplicaPlan:
+    """What the ranks of replica `number` will hold; `asked` is what the input asks for, `hosts` each rank's host."""
     places = replica.places
+    specs = [spec.on_rank(rank, hosts[rank] if hosts else "") for rank in replica.ranks]
+    spec = tightest(specs)
     caches = rank_layouts(config, places, spec.memory.kv_type)
     pages = [rank_plans(config, place, source) for place in places]
-    shares = [_weights(spec, own) for own in pages]
+    shares = [_weights(one, own) for one, own in zip(specs, pages, strict=True)]
     read = [share["streamed"] for share in shares]
     rows = activations_of(source, config)
     step = step_size(spec, rows, places, any(read))
-    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages)
-    kept = 0 if number else input_bytes(spec, config.hidden, step.sequences * replica.stages)
+    budgets = [one.memory.kv_bytes for one in specs]
+    capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
+    needed = capacity.needed(len(caches[0].windows), asked)
+    kept = 0 if number else asked.kept(step.sequences * replica.stages)
     plans = [
         _rank(
-            spec,
+            one,
             config,
             number,
             place,
             cache,
-            capacity,
+            needed,
             share,
             memory.activations(rows, place, step.tokens),
             memory.process(source, config, place, len(own), kept),
         )
+        for one, place, own, cache, share in zip(specs, places, pages, caches, shares, strict=True)
+    ]
+    works = [
+        work_of(config, place, own, cache, share["streamed"], share["streamed_experts"])
         for place, own, cache, share in zip(places, pages, caches, shares, strict=True)
     ]
-    return ReplicaPlan(caches, step, capacity, min(spec.memory.max_context, config.max_position), plans)
+    return ReplicaPlan(
+        caches, step, capacity, min(spec.memory.max_context, config.max_position), plans, works
+    )
+
+
+def work_of(
+    config: ModelConfig,
+    place: Place,
+    pages: Sequence[PagePlan],
+    cache: CacheLayout,
+    streamed: int,
+    streamed_experts: int,
+) -> Work:
+    """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights."""
+    counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
+    for page in pages:
+        kind = "head" if page.kind == HEAD else "expert" if page.expert >= 0 else "layer"
+        for entry in page.entries:
+            if entry.bounds:
+                counts[kind][entry.type] += entry.n * entry.k
+    operations = (
+        4 * config.hidden // place.shards
+    )  # of a row and a token before it: about the width of all heads
+    attention = Counter[int]()
+    for layer in filter(None, cache.tokens):
+        attention[cache.windows[layer.group]] += 1
+    nbytes = cache.token_nbytes // max(sum(attention.values()), 1)
+    return Work(
+        layers=len(grid.stage_layers(config.n_layers, place)),
+        products=counts["layer"],
+        experts=counts["expert"],
+        head=counts["head"],
+        expert_share=config.expert_share,
+        streamed=streamed,
+        streamed_experts=streamed_experts,
+        attention=[Attention(window, n * nbytes, n * operations) for window, n in attention.items()],
+    )
 
 
 def problems(spec: Spec, replica: ReplicaPlan) -> Iterator[str]:
     """A sentence for each thing that keeps a replica from running."""
-    budget = spec.memory.weights_bytes
     minimum = max(rank.weights_minimum for rank in replica.ranks)
-    if budget is not None and budget < minimum:
+    if any(rank.weights_held < rank.weights_minimum for rank in replica.ranks):
         yield (
             f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {minimum} bytes "
             f"({shown_bytes(minimum)}) for two neighbouring pages; raise it or use more shards."
@@ -122,6 +178,7 @@ def _weights(spec: Spec, pages: Sequence[PagePlan]) -> dict[str, int]:
         "held": share if budget is None else min(budget, share),
         "minimum": minimum,
         "streamed": streamed(pages, budget, spec.memory.policy),
+        "streamed_experts": streamed_experts(pages, budget),
     }
 
 
@@ -131,7 +188,7 @@ def _rank(
     replica: int,
     place: Place,
     cache: CacheLayout,
-    capacity: CacheCapacity,
+    needed: tuple[int, int],
     weights: dict[str, int],
     activations: int,
     process: int,
@@ -147,10 +204,11 @@ def _rank(
         weights_held=weights["held"],
         weights_minimum=weights["minimum"],
         weights_streamed=weights["streamed"],
+        adapters=config.adapters_nbytes(place),
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
-        kv_held=cache_in_memory(spec, cache, capacity.blocks, capacity.states),
-        kv_in_file=cache_in_file(spec, cache, capacity.blocks, capacity.states),
+        kv_held=cache_in_memory(spec, cache, *needed),
+        kv_in_file=cache_in_file(spec, cache, *needed),
         activations=activations,
         process=process,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,7 @@ from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.scheduler import Limits, Totals
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
+from mpillm.model.adapters import Adapters
 from mpillm.model.cache_layout import rank_layouts
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
@@ -24,11 +25,15 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import inputs, layout, memory
-from mpillm.run.input_memory import input_bytes, lines_in
-from mpillm.run.layout import Chosen, Machines
-from mpillm.run.limits import cache_in_memory, limits
-from mpillm.spec import Spec, Wire
+from mpillm.run import hosts, layout, measure, memory
+from mpillm.run.estimate import Estimate, demand_of, estimate
+from mpillm.run.input_memory import Asked, asked_of, template_length
+from mpillm.run.layout import Chosen
+from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
+from mpillm.run.machines import Machines
+from mpillm.run.rank_plan import replica_plan
+from mpillm.run.step_time import Demand
+from mpillm.spec import Spec, Wire, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
@@ -86,7 +91,8 @@ class Session:
         unless `replicated`.
         """
         self._laid_out, self._replicated = laid_out, replicated
-        self.world, self.spec, self._origin, self._shards_before = world, spec, origin, shards_before
+        self.world, self._origin, self._shards_before = world, origin, shards_before
+        self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
             self._open_files = unless_made
             self._make(model)
@@ -99,27 +105,34 @@ class Session:
             "put it back and run the same command again."
         )
         with world.together():
+            self.spec = spec = self.job.on_rank(world.rank, world.host)
             self.source = open_source(model, spec.quantize)
             self._open_files.callback(self.source.close)
-            self.config = config_of(self.source)
+            config = config_of(self.source)
+            self.adapters = Adapters(spec.adapters, self.source, config)
+            self._open_files.callback(self.adapters.close)
+            self.config = replace(config, adapters=self.adapters)
             if world.rank == 0:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
-            self.watch = origin.watch if origin is not None else Watch(self.source)
+            self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
         self._same_model()
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
+        assert isinstance(spec.layout.threads, (str, int))
+        self.threads = world.threads(spec.layout.threads)
+        world.limit_threads(self.threads)
+        self.machines = world.on_rank_0(self._known_machines)
+        self._asked = world.on_rank_0(self._ask) if self._replicated else Asked()
         chosen = Chosen(self._laid_out, "ranks were lost") if self._laid_out else self._choose_layout()
         self.replicas, self.reason = chosen.replicas, chosen.reason
         number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self.replica, self._places = number, self.replicas[number].places
         ranks = self.replicas[number].ranks
         self.place = self._places[world.rank - ranks.start]
-        self.threads = world.threads(spec.layout.threads)
-        world.limit_threads(self.threads)
         self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
         self.counters = MessageCounters()
         with world.together():
@@ -134,6 +147,7 @@ class Session:
                 self.config.expert_share,
             )
             self._open_files.callback(self.weights.close)
+            self._factors = self.adapters.load(self.place)
             self.caches = rank_layouts(self.config, self._places, spec.memory.kv_type)
         self.streamed = world.gather(self.weights.streamed)[ranks.start : ranks.stop]
         with world.together():
@@ -149,22 +163,44 @@ class Session:
 
     def _choose_layout(self) -> Chosen:
         """The layout of a run that begins (collective)."""
-        world, spec = self.world, self.spec
-        count, requests = spec.layout.replicas, None
-        if self._replicated:
-            requests = world.on_rank_0(lambda: lines_in(inputs.lines_path(spec)))
-        elif count not in ("auto", 1):
+        world, spec, asked = self.world, self.job, self._asked
+        count = spec.layout.replicas
+        if not self._replicated and count not in ("auto", 1):
             raise JobError(
                 f"layout.replicas = {count} is for `mpillm run` alone; start one server for each replica."
             )
-        else:
+        if not self._replicated:
             count = 1
-        machines = Machines(world.nodes.ranks_per_host, world.nodes.free)
-        return world.on_rank_0(
-            lambda: layout.choose(
-                spec, self.source, self.config, machines, count, requests, self._shards_before
+
+        def choose() -> Chosen:
+            return layout.choose(
+                spec,
+                self.source,
+                self.config,
+                self.machines,
+                count,
+                asked.lines or None,
+                self._shards_before,
+                asked,
             )
-        )
+
+        chosen = world.on_rank_0(choose)
+        pipeline = any(replica.stages > 1 for replica in chosen.replicas)
+        if spec.layout.hosts == "auto" and pipeline and self._replicated and _leaves_open(spec, world):
+            self.machines = measure.machines(world, self.source, self.threads)
+            chosen = world.on_rank_0(choose)
+        return chosen
+
+    def estimate(self, demand: Demand | None) -> Estimate:
+        """What a demand takes by the machines' speeds; None: that of the input."""
+        plans = [
+            replica_plan(
+                self.job, self.source, self.config, number, replica, self._asked, self.machines.names
+            )
+            for number, replica in enumerate(self.replicas)
+        ]
+        demand = demand or demand_of(self._asked)
+        return estimate(self.job, self.config, self.machines, self.replicas, plans, demand)
 
     @property
     def layout(self) -> UsedLayout:
@@ -248,20 +284,38 @@ class Session:
                     f"{first_hash[:12]}); put the same files on every node."
                 )
 
+    def _known_machines(self) -> Machines:
+        """The machines, with speeds if the job names a file of them."""
+        nodes, file = self.world.nodes, self.spec.layout.hosts
+        machines = Machines(nodes.ranks_per_host, nodes.free, self.world.hosts)
+        if file == "auto":
+            return machines
+        known = hosts.read(Path(file), self.world.size)
+        return replace(machines, speeds=known.speeds, measured=known.measured)
+
+    def _ask(self) -> Asked:
+        """What the input asks for, which only rank 0 can read."""
+        return asked_of(self.spec, self.config.hidden, template_length(self.source))
+
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        return limits(self.spec, self._activations, self._places, self.caches, max_context, self.streamed)
+        specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self.replicas[self.replica].ranks]
+        kv = [spec.memory.kv_bytes for spec in specs]
+        return limits(
+            tightest(specs), self._activations, self._places, self.caches, max_context, self.streamed, kv
+        )
 
     def _memory(self) -> memory.RankMemory:
         """What this rank was to hold at most."""
         weights, config, place, limits = self.weights, self.config, self.place, self.limits
-        kept = 0
-        if self.world.rank == 0:
-            kept = input_bytes(self.spec, config.hidden, limits.max_sequences * limits.micro_batches)
+        kept = self._asked.kept(limits.max_sequences * limits.micro_batches) if self.world.rank == 0 else 0
+        capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
+        needed = capacity.needed(len(limits.windows), self._asked)
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
-            kv=cache_in_memory(self.spec, self.caches[place.rank], limits.n_blocks, limits.n_states),
+            adapters=self.adapters.nbytes(place),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
             activations=memory.activations(self._activations, place, limits.max_tokens),
             process=memory.process(self.source, config, place, len(weights.pages), kept),
         )
@@ -275,7 +329,15 @@ class Session:
             self._open_files.callback(self.kv.close)
         group = Group(self.world, place, wire.activations, self.counters, self.threads)
         pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
-        return Decoder(config, place, self.source, self.weights, self.kv, group, pipe, self.threads)
+        return Decoder(
+            config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors
+        )
+
+
+def _leaves_open(spec: Spec, world: World) -> bool:
+    """Whether speeds can change the layout: there are several hosts, and the job does not say all."""
+    given = spec.layout
+    return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)
 
 
 def _described(cache: WeightCache[Page] | ExpertCache[Page]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpillm.kernels import BlockType
 
@@ -23,6 +23,11 @@ class Speed:
     disk: float  # bytes/s of the model's files
     latency: float = 0.0  # seconds of a message one way
     wire: float = 0.0  # bytes/s
+
+    def shared_by(self, ranks: float) -> Speed:
+        """That of each of so many ranks that share it; each has the whole link to other hosts."""
+        products = {kind: tuple(rate / ranks for rate in rates) for kind, rates in self.products.items()}
+        return replace(self, products=products, memory=self.memory / ranks, disk=self.disk / ranks)
 
     def operations(self, kind: BlockType, rows: float) -> float:
         """Operations/s of products of a matrix of this type with so many rows, between those measured."""

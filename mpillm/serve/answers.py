@@ -50,7 +50,7 @@ class Stream:
             "id": f"{endpoint.id_prefix}-{uuid.uuid4().hex[:24]}",
             "object": "chat.completion.chunk" if self._chats else endpoint.kind,
             "created": int(time.time()),
-            "model": model.name,
+            "model": model.answering(endpoint.model),
         }
 
     def begin(self) -> Iterator[bytes]:

@@ -55,7 +55,8 @@ class Service:
 
     def no_model(self, name: str) -> str:
         """The sentence for a model that is not this one."""
-        return f"There is no model {name[:100]!r}; this server has {self.model.name!r}."
+        has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
+        return f"There is no model {name[:100]!r}; this server has {has}."
 
     def prepare(self, url: str, content: dict[str, Any]) -> Work:
         """The work of a body; RequestError or HTTPException says what is wrong with it."""
@@ -68,7 +69,11 @@ class Service:
 def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
     """The ASGI application; `more_routes` are those of files and batches."""
     routes = [
-        *(Route(endpoint.url, _Ask(service, endpoint.url), methods=["POST"]) for endpoint in ENDPOINTS),
+        *(
+            Route(url, _Ask(service, endpoint.url), methods=["POST"])
+            for endpoint in ENDPOINTS
+            for url in (endpoint.url, *endpoint.aliases)
+        ),
         Route("/v1/models", _models(service), methods=["GET"]),
         Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
         *more_routes,
@@ -85,13 +90,14 @@ def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
 
 
 class _Guarded:
-    """Asks for the API key on every URL below /v1, if there is one."""
+    """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app, self._key = app, api_key
+        self._guarded = ("/v1", *(url for endpoint in ENDPOINTS for url in endpoint.aliases))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._key and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and self._key and scope["path"].startswith(self._guarded):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
                 wrong = answers.error("The API key is missing or wrong.", 401, "authentication_error")
@@ -228,21 +234,28 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _models(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def models(request: Request) -> Response:
-        found = {
-            "id": service.model.name,
-            "object": "model",
-            "created": int(service.started),
-            "owned_by": "mpillm",
-            "max_model_len": service.model.max_position,
-        }
-        name = request.path_params.get("name")
+        model, name = service.model, request.path_params.get("name")
         if name is None:
-            return JSONResponse({"object": "list", "data": [found]})
+            data = [_described(service, each) for each in (model.name, *model.adapters)]
+            return JSONResponse({"object": "list", "data": data})
         if name not in service.names:
             raise HTTPException(404, service.no_model(name))
-        return JSONResponse(found)
+        return JSONResponse(_described(service, model.answering(name)))
 
     return models
+
+
+def _described(service: Service, name: str) -> dict[str, Any]:
+    """The model or one of its adapters, as OpenAI's clients and vLLM's have it."""
+    model = service.model
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "mpillm",
+        "max_model_len": model.max_position,
+        **({"parent": model.name} if name != model.name else {}),
+    }
 
 
 def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:

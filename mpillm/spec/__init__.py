@@ -1,6 +1,6 @@
 """The job file: TOML to frozen structs, with every unknown key, wrong type and wrong value named by its path.
 
-Paths: what a job file reads (`input`, and `model` where it is a path) is found from the job file's own
+Paths: what a job file reads (`input`, `adapters`, and `model` where it is a path) is found from the job file's own
 directory; what it writes (`output`) goes under the directory the command was started in. A path typed on the
 command line always starts from there.
 """
@@ -18,6 +18,7 @@ from mpillm.spec.sections import (
     JsonSchema,
     Layout,
     Memory,
+    Output,
     Penalty,
     Pooling,
     ResponseFormat,
@@ -28,6 +29,7 @@ from mpillm.spec.sections import (
     Stop,
     StructuredOutputs,
     Subtracted,
+    TableFormat,
     Temperature,
     TopK,
     TopP,
@@ -35,12 +37,13 @@ from mpillm.spec.sections import (
     Word,
     key_called,
     known_keys,
+    tightest,
 )
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
-    "BatchLimits", "Chat", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Penalty", "Pooling",
-    "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
-    "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
-    "plain_words", "shown_bytes",
+    "BatchLimits", "Chat", "Embeddings", "Fraction", "Job", "JsonSchema", "Layout", "Memory", "Output", "Penalty",
+    "Pooling", "ResponseFormat", "Sampling", "Section", "Seed", "Spec", "Stop", "StructuredOutputs", "Subtracted",
+    "TableFormat", "Temperature", "TopK", "TopP", "Wire", "Word", "byte_size", "checked", "key_called", "known_keys",
+    "load", "plain_words", "shown_bytes", "tightest",
 ]  # fmt: skip

@@ -42,13 +42,13 @@ def load(
         _find_beside(values, Path(path).parent)
     for override in overrides:
         _override(values, override)
-    values.update(
-        {k: v for k, v in (("model", model), ("input", input), ("output", output)) if v is not None}
-    )
+    values.update({k: v for k, v in (("model", model), ("input", input)) if v is not None})
+    if output is not None:
+        values.setdefault("output", {})["path"] = output
     _take_shorthands(values, where)
     _refuse_unknown(values, "The command line")
-    for key in ("input", "output"):
-        if key not in values:
+    for key, given in (("input", "input" in values), ("output", "path" in values.get("output", {}))):
+        if not given:
             raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
     return checked(values, where)
 
@@ -61,9 +61,14 @@ def checked(values: dict[str, Any], where: str) -> Spec:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
-    for key in ("model", "input", "output"):
-        if "\0" in getattr(spec, key):
+    paths = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    for key, path in (paths | {f"adapters.{name}": path for name, path in spec.adapters.items()}).items():
+        if "\0" in path:
             raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
+    if spec.model in spec.adapters:
+        raise JobError(
+            f"{where}: an adapter is called {spec.model!r}, as the model is; give it another name."
+        )
     _refuse_overwriting(spec)
     return spec
 
@@ -95,7 +100,9 @@ def toml(text: str) -> dict[str, Any]:
 
 
 def _take_shorthands(values: dict[str, Any], where: str) -> None:
-    """`prompt` and `messages` at the top of a job are those of `request`."""
+    """`prompt` and `messages` at the top of a job are those of `request`, and a string `output` is its `path`."""
+    if isinstance(values.get("output"), str):
+        values["output"] = {"path": values["output"]}
     for key in ("prompt", "messages"):
         if key in values:
             request = values.setdefault("request", {})
@@ -105,7 +112,7 @@ def _take_shorthands(values: dict[str, Any], where: str) -> None:
 
 
 def _find_beside(values: dict[str, Any], folder: Path) -> None:
-    """Make a job file's `input`, and a `model` that is a path, start from the job file's directory."""
+    """Make a job file's `input`, its `adapters`, and a `model` that is a path, start from the job file's directory."""
     source = values.get("input")
     if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
@@ -114,6 +121,11 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
         path = folder / os.path.expanduser(model)
         if "/" in model or model.endswith(".gguf"):
             values["model"] = str(path)
+    adapters = values.get("adapters")
+    if isinstance(adapters, dict):
+        for name, folder_of in adapters.items():
+            if isinstance(folder_of, str) and folder_of:
+                adapters[name] = str(folder / os.path.expanduser(folder_of))
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -122,6 +134,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     keys = [key.strip() for key in name.split(".")]
     if not equals or not all(keys):
         raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
+    if keys == ["output"]:
+        keys = ["output", "path"]
     table = values
     for depth, key in enumerate(keys[:-1], 1):
         table = table.setdefault(key, {})
@@ -159,6 +173,6 @@ def _refuse_overwriting(spec: Spec) -> None:
     if source == target or target in source.parents:
         how = "are the same" if source == target else "overlap: the input lies inside"
         raise JobError(
-            f"The input {spec.input} and the output {spec.output} {how}; "
+            f"The input {spec.input} and the output {spec.output.path} {how}; "
             "give the results a directory of their own."
         )

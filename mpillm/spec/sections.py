@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from mpillm.errors import JobError
 from mpillm.spec.sizes import byte_size
 
 Auto = Literal["auto"]
@@ -28,7 +29,12 @@ Word = Annotated[str, Meta(min_length=1)]
 Tags = tuple[Word, Word]
 Stop = Word | Annotated[list[Word], Meta(max_length=64)]
 
+TableFormat = Literal["csv", "parquet", "jsonl"]
 Quantize = Literal["none", "q8_0", "q4_0"]
+# One value for all ranks, one for each of them, or one for each host ("default": for those that are not named).
+Size = str | Positive
+Threads = Auto | Positive
+
 ToolCalls = Literal[
     "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",
     "mistral", "mistral_args", "granite", "phi4_mini", "llama3_json", "pythonic", "lfm2",
@@ -100,20 +106,30 @@ class Chat(Section, frozen=True):
     tool_calls: ToolCalls = "auto"
 
 
+class Output(Section, frozen=True):
+    """Where results go, and as what kind of table beside results.jsonl."""
+
+    path: Word  # of the directory
+    format: Literal["none"] | TableFormat = "none"
+
+
 class Layout(Section, frozen=True):
     """Ranks = replicas x stages x shards, and the threads of each; stages and shards are those of a replica."""
 
     replicas: Auto | Positive = "auto"
     stages: Auto | Positive = "auto"
     shards: Auto | Positive = "auto"
-    threads: Auto | Positive = "auto"
+    threads: Threads | list[Threads] | dict[str, Threads] = "auto"
+    hosts: Word = (
+        "auto"  # how fast they are: a file that doctor wrote; auto: measured at the start if it decides
+    )
 
 
 class Memory(Section, frozen=True):
     """What a rank may hold: weights in kernel-ready form, and the KV cache."""
 
-    weights: str | Positive = "all"
-    kv: str | Positive = "1GiB"
+    weights: Size | list[Size] | dict[str, Size] = "all"
+    kv: Size | list[Size] | dict[str, Size] = "1GiB"
     kv_spill: str | Positive = "none"
     spill_dir: Word = "auto"
     max_context: Positive = 4096
@@ -124,11 +140,13 @@ class Memory(Section, frozen=True):
     @property
     def weights_bytes(self) -> int | None:
         """The weight cache's budget per rank; None for "all"."""
+        assert isinstance(self.weights, (str, int)), "on_rank says which one"
         return None if self.weights == "all" else byte_size(self.weights)
 
     @property
     def kv_bytes(self) -> int:
         """The KV cache's budget per rank."""
+        assert isinstance(self.kv, (str, int)), "on_rank says which one"
         return byte_size(self.kv)
 
     @property
@@ -143,13 +161,17 @@ class Memory(Section, frozen=True):
 
     def __post_init__(self) -> None:
         words = {"weights": "all", "kv_spill": "none"}  # that stand for a size
-        for key, value in (("weights", self.weights), ("kv", self.kv), ("kv_spill", self.kv_spill)):
-            if value == words.get(key):
-                continue
-            try:
-                byte_size(value)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
+        for key, given in (("weights", self.weights), ("kv", self.kv), ("kv_spill", self.kv_spill)):
+            values = (
+                given if isinstance(given, list) else given.values() if isinstance(given, dict) else [given]
+            )
+            for value in values:
+                if value == words.get(key):
+                    continue
+                try:
+                    byte_size(value)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from None
 
 
 class Wire(Section, frozen=True):
@@ -203,7 +225,8 @@ class Spec(Section, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
     input: Annotated[str, Meta(min_length=1)]
-    output: Annotated[str, Meta(min_length=1)]
+    output: Output
+    adapters: dict[Word, Word] = {}  # directories or files by the names that requests call as `model`
     quantize: Quantize = "none"
     request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
     sampling: Sampling = Sampling()
@@ -224,7 +247,23 @@ class Spec(Section, frozen=True, kw_only=True):
     @property
     def output_path(self) -> Path:
         """The output directory."""
-        return Path(self.output)
+        return Path(self.output.path)
+
+    def on_rank(self, rank: int, host: str) -> Spec:
+        """The job as a rank on a host goes about it: with one value of each key that can have several.
+
+        JobError if there is none for it.
+        """
+        memory, layout = self.memory, self.layout
+        if all(isinstance(value, (str, int)) for value in (memory.weights, memory.kv, layout.threads)):
+            return self
+        weights, kv = (_own(f"memory.{key}", getattr(memory, key), rank, host) for key in ("weights", "kv"))
+        threads = _own("layout.threads", layout.threads, rank, host)
+        return msgspec.structs.replace(
+            self,
+            memory=msgspec.structs.replace(memory, weights=weights, kv=kv),
+            layout=msgspec.structs.replace(layout, threads=threads),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.
@@ -250,6 +289,35 @@ class Spec(Section, frozen=True, kw_only=True):
         return hashlib.blake2b(
             msgspec.json.encode(self.identity(), order="sorted"), digest_size=16
         ).hexdigest()
+
+
+def tightest(specs: Sequence[Spec]) -> Spec:
+    """A job of one rank each with the smallest budgets of all of them."""
+    weights = min((spec.memory.weights for spec in specs), key=_budget)
+    kv = min((spec.memory.kv for spec in specs), key=_budget)
+    return msgspec.structs.replace(
+        specs[0], memory=msgspec.structs.replace(specs[0].memory, weights=weights, kv=kv)
+    )
+
+
+def _budget(value: Any) -> float:
+    return float("inf") if value == "all" else byte_size(value)
+
+
+def _own(key: str, value: Any, rank: int, host: str) -> Any:
+    """A rank's own value of a key; hosts on paper that are alike have a number behind their name."""
+    if isinstance(value, list):
+        if rank >= len(value):
+            raise JobError(
+                f"{key} is a list of {len(value)} values, and there is none for rank {rank}; add one for each."
+            )
+        return value[rank]
+    if isinstance(value, dict):
+        for name in (host, host.partition(" (")[0], "default"):
+            if name in value:
+                return value[name]
+        raise JobError(f'{key} has no value for the host {host!r}; add one, or one for "default".')
+    return value
 
 
 def known_keys() -> Iterator[str]:

@@ -283,6 +283,7 @@ def _merge_reports(parts: Sequence[Path], ids: Sequence[str]) -> report.Report:
     )
     return msgspec.structs.replace(
         made[0],
+        input=None,
         began=first.isoformat(),
         seconds=max(ends),
         phases={key: sum(each.phases.get(key, 0.0) for each in made) for key in made[0].phases},

@@ -24,6 +24,13 @@ class Requests(msgspec.Struct, kw_only=True):
     resumed: int = 0
 
 
+class Input(msgspec.Struct, kw_only=True):
+    """The input, by which its rows are found again."""
+
+    path: str
+    digest: str  # of its lines
+
+
 class Tokens(msgspec.Struct, kw_only=True):
     """What this start has computed, without what earlier starts of the same command had."""
 
@@ -43,6 +50,11 @@ class Start(msgspec.Struct, kw_only=True):
 
     seconds: float  # of computing
     tokens: Tokens
+
+
+# What a rank does while others may wait for it.
+BUSY = {"compute": "computing", "weights": "waiting for weights", "kv": "waiting for the KV cache on disk"}
+STANDS_OUT = 1.15  # how many times as busy as the rank in the middle
 
 
 class Steps(msgspec.Struct, kw_only=True):
@@ -80,11 +92,21 @@ class RankStatistics(msgspec.Struct, kw_only=True):
     seconds: dict[str, float] = {}  # compute, wire, weights, idle, ...
 
 
+class Planned(msgspec.Struct, kw_only=True):
+    """Seconds of computing by the speeds of the hosts."""
+
+    seconds: float  # for what the input asks for
+    of_computed: float  # for the tokens that were computed by this start
+    limit: str  # what was to take most of a step
+    bubble: float  # the part of a step in which stages were to wait for each other
+
+
 class Report(msgspec.Struct, kw_only=True):
     """A run that came to its end."""
 
     model: dict[str, Any]  # name, path, fingerprint, ...
     job: dict[str, Any]  # the whole spec
+    input: Input | None = None  # None of several inputs
     began: str  # ISO 8601
     seconds: float  # of this run, from start to end
     phases: dict[str, float]  # seconds of checking the input, loading, computing, writing
@@ -92,6 +114,7 @@ class Report(msgspec.Struct, kw_only=True):
     tokens: Tokens
     earlier: list[Start] = []  # starts of the same command
     batch: Steps
+    planned: Planned | None = None  # where the speeds of hosts are known
     stages: int  # of rank 0's replica
     shards: int
     replicas: int = 1
@@ -133,6 +156,16 @@ class Report(msgspec.Struct, kw_only=True):
         """The part of the computing time in which the rank that waited most waited for weights."""
         waited = max((rank.seconds.get("weights", 0.0) for rank in self.ranks), default=0.0)
         return waited / self.computing if self.computing else 0.0
+
+    def slowest(self) -> tuple[RankStatistics, str] | None:
+        """The rank for which the others wait, and what it does most of the time; None if no rank stands out."""
+        busy = [sum(rank.seconds.get(key, 0.0) for key in BUSY) for rank in self.ranks]
+        at = max(range(len(busy)), key=busy.__getitem__, default=0)
+        others = sorted(busy[:at] + busy[at + 1 :])
+        if not others or busy[at] < STANDS_OUT * others[len(others) // 2]:
+            return None
+        rank = self.ranks[at]
+        return rank, BUSY[max(BUSY, key=lambda key: rank.seconds.get(key, 0.0))]
 
     def expert_hits(self) -> tuple[int, int]:
         """How often an expert was still in memory when it was used, and all its uses, on all ranks."""

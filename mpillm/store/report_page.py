@@ -41,6 +41,16 @@ def summary(report: Report) -> Iterator[str]:
             f"weights read per token: {shown_bytes(report.weights_per_token())}; "
             f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
         )
+    if planned := report.planned:
+        yield (
+            f"Planned: {planned.of_computed:.1f} s of computing for these tokens, by the speeds of the hosts; it took "
+            f"{report.computing:.1f} s. Most of a step was to be {planned.limit}."
+        )
+        if report.stages > 1:
+            yield f"Stages were to wait {100 * planned.bubble:.0f} % of a step for each other."
+    if found := report.slowest():
+        rank, why = found
+        yield f"The slowest rank was {rank.rank} on {rank.host}, which was {why} while others waited for it."
     if measured := [rank for rank in report.ranks if rank.memory]:
         yield _memory_used(measured)
     hits, uses = report.expert_hits()

@@ -1,26 +1,24 @@
 """A tokenizer built from the tokenizer.ggml fields of a GGUF file, with the same ids as in llama.cpp.
 
 `gpt2` is byte-level BPE with merges; the regular expressions that tokenizer.ggml.pre names split a text into words.
-`llama` is SentencePiece's BPE, which merges the pair whose piece has the highest score.
+`llama` is SentencePiece's BPE, which merges the pair whose piece has the highest score. Those of encoders are in
+`gguf_words`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mpillm.errors import ModelError
+from mpillm.text.gguf_fields import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, TokenizerFields, plain
+from mpillm.text.gguf_words import put_around, unigrams, word_pieces
 from mpillm.text.parts import END_NAMES, Parts, checked
 
 log = logging.getLogger(__name__)
-
-N = TypeVar("N", int, float)
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
 # Word splits, applied one after the other, from llama.cpp's src/llama-vocab.cpp (MIT).
 _CASE = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -70,7 +68,7 @@ _SAME = {
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral dbrx smaug-bpe glm4 chatglm-bpe",
     "qwen2": "stablelm2 deepseek-r1-qwen kormo f2llmv2 megrez hunyuan solar-open grok-2",
     "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
-    "gpt-2": "phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
+    "gpt-2": "modern-bert roberta-bpe phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
     "deepseek-v3": "hunyuan-dense joyai-llm",
     "gpt-4o": "llama4 minimax-m2",
 }
@@ -87,16 +85,12 @@ _IDS = {
     "pad_token": "padding_token_id",
     "sep_token": "seperator_token_id",
 }
-_UNSET = (-1, 2**32 - 1)  # LLAMA_TOKEN_NULL, signed and unsigned: there is no such token
-_UNUSED = frozenset(
-    {"padding_token_id", "seperator_token_id"}
-)  # by us; some converters name tokens that are not there
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | None:
     """The tokenizer that GGUF metadata (plain values, or the gguf library's fields) describe; None if there is none."""
-    ggml = _Fields(fields, where)
+    ggml = TokenizerFields(fields, where)
     kind = ggml.get("model")
     if kind is None or kind in {"none", "no_vocab"}:
         return None
@@ -116,8 +110,14 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
         core, begins = _byte_level(ggml, vocab)
     elif kind == "llama":
         core, begins = _sentencepiece(ggml, tokens, vocab, types), True
+    elif kind == "bert":
+        core, begins = word_pieces(ggml, tokens, types), True
+    elif kind == "t5":
+        core, begins = unigrams(ggml, tokens), False
     else:
-        raise ModelError(f"The tokenizer in {where} is of the type {kind!r}; gpt2 and llama are known.")
+        raise ModelError(
+            f"The tokenizer in {where} is of the type {kind!r}; gpt2, llama, bert and t5 are known."
+        )
 
     special = [token for token, type in zip(tokens, types, strict=True) if type in {CONTROL, UNKNOWN}]
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -128,81 +128,41 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
     named = {name: tokens[id] for name, id in given.items() if id is not None}
     if kind == "llama":  # llama.cpp's defaults
         named = {"bos_token": tokens[1], "eos_token": tokens[2]} | named if len(tokens) > 2 else named
+    if kind == "bert":
+        usual = {"bos_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+        named = {name: token for name, token in usual.items() if token in vocab} | named
     ends = {id for id in (ggml.id(key, len(tokens)) for key in _END_IDS) if id is not None}
     ends |= {vocab[token] for token in END_NAMES & set(special)}
     if "eos_token" in named:
         ends.add(vocab[named["eos_token"]])
     control = set(special) | {named[name] for name in ("bos_token", "eos_token") if name in named}
+    add_bos = ggml.flag("add_bos_token", begins) and "bos_token" in named
+    add_eos = ggml.flag("add_eos_token", kind == "t5") and "eos_token" in named
+    reads_pairs = kind in ("bert", "t5") or ggml.flag("add_sep_token", False)
+    if reads_pairs:
+        _put_around(core, kind, named, add_bos, add_eos)
     return Parts(
         core=core,
         where=where,
         named=named,
         control=control,
         end_ids=frozenset(ends),
-        add_bos=ggml.flag("add_bos_token", begins) and "bos_token" in named,
-        add_eos=ggml.flag("add_eos_token", False) and "eos_token" in named,
+        add_bos=None if reads_pairs else add_bos,
+        add_eos=None if reads_pairs else add_eos,
         templates=_templates(fields),
     )
 
 
-class _Fields:
-    """Values of tokenizer.ggml.* by their short names; a ModelError says that one is not of the kind asked for."""
-
-    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
-        self.fields, self.where = fields, where
-
-    def get(self, key: str) -> Any:
-        return plain(self.fields.get(f"tokenizer.ggml.{key}"))
-
-    def wrong(self, key: str, why: str) -> ModelError:
-        return ModelError(f"tokenizer.ggml.{key} in {self.where} {why}.")
-
-    def values(self, key: str) -> list[Any] | None:
-        value = self.get(key)
-        if value is None:
-            return None
-        if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-            raise self.wrong(key, "is no list")
-        return list(value)
-
-    def strings(self, key: str) -> list[str]:
-        value = self.values(key)
-        if value is None:
-            raise self.wrong(key, "is missing")
-        if not all(isinstance(item, str) for item in value):
-            raise self.wrong(key, "is no list of strings")
-        return value
-
-    def numbers(self, key: str, number: Callable[[Any], N], count: int, default: N) -> list[N]:
-        """A number for each of the `count` tokens."""
-        value = self.values(key)
-        if value is None:
-            return [default] * count
-        if len(value) != count:
-            raise self.wrong(key, f"does not have one value for each of the {count} tokens")
-        try:
-            return [number(item) for item in value]
-        except (TypeError, ValueError) as error:
-            raise self.wrong(key, "holds something that is no number") from error
-
-    def id(self, key: str, count: int) -> int | None:
-        value = self.get(key)
-        if value is None or value in _UNSET:
-            return None
-        if key in _UNUSED and isinstance(value, int | np.integer) and not 0 <= value < count:
-            return None
-        if not isinstance(value, int | np.integer) or not 0 <= value < count:
-            raise self.wrong(key, f"is {value}, but there are {count} tokens")
-        return int(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key)
-        return default if value is None else bool(value)
-
-
-def plain(value: Any) -> Any:
-    """A value: itself, or the contents of a ReaderField of the gguf library."""
-    return value.contents() if hasattr(value, "contents") else value
+def _put_around(core: Tokenizer, kind: str, named: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
+    """The tokens around texts and pairs of them, of a model that reads pairs."""
+    first, last = [named["bos_token"]] if add_bos else [], [named["eos_token"]] if add_eos else []
+    between = [named["sep_token"]] if "sep_token" in named else last
+    if kind == "bert":
+        put_around(core, first, between, between, True)
+    elif kind == "t5":  # as XLM-RoBERTa's
+        put_around(core, first, last, last * 2 if first else last, False)
+    else:
+        put_around(core, first, last, between, False)
 
 
 def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -214,7 +174,7 @@ def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
     return {name: template for name, template in found.items() if isinstance(template, str)}
 
 
-def _byte_level(ggml: _Fields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
+def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
     """The tokenizer, and whether texts begin with BOS if the file does not say."""
     pre = ggml.get("pre")
     if pre is None:
@@ -242,7 +202,9 @@ def _byte_level(ggml: _Fields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
     return core, whole_words
 
 
-def _sentencepiece(ggml: _Fields, tokens: list[str], vocab: dict[str, int], types: list[int]) -> Tokenizer:
+def _sentencepiece(
+    ggml: TokenizerFields, tokens: list[str], vocab: dict[str, int], types: list[int]
+) -> Tokenizer:
     scores = ggml.numbers("scores", float, len(tokens), 0.0)
     unknown = ggml.id("unknown_token_id", len(tokens)) or 0
     bytes_known = all(f"<0x{byte:02X}>" in vocab for byte in range(256))

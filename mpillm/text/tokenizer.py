@@ -259,7 +259,18 @@ class Tokenizer:
             for one in (text, other):
                 self._check_length(one, max_tokens, self._plain)
         pair = _encoding(self._core, (text, other), own=True, plain=True)
-        return list(pair.ids), pair.type_ids.index(1) if 1 in pair.type_ids else None
+        ids: list[int] = []
+        second = None
+        for id, segment, own in zip(pair.ids, pair.type_ids, pair.special_tokens_mask, strict=True):
+            if segment == 1 and second is None:
+                second = len(ids)
+            ids += [id] if own else self._spelled(id)
+        return ids, second
+
+    def beginning(self, text: str, tokens: int) -> str:
+        """What of a text, without control tokens, its first `tokens` tokens stand for."""
+        found = _encoding(self._core, text, own=False, plain=True).offsets[:tokens]
+        return text[: max((end for _, end in found), default=0)]
 
     def encode_template(
         self, template: str, values: Mapping[str, str], max_tokens: int | None = None

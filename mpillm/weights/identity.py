@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 
 from mpillm.errors import ModelError
-from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_files
 
 SAMPLES = 64  # of a file, evenly spread
@@ -23,6 +23,10 @@ SAMPLE_BYTES = 4096
 ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
 SMALL = 256 * 1024  # bytes of a tensor that is hashed whole
 CHECK_EVERY = 2.0  # seconds between two looks at the files
+
+
+_Stretches = list[tuple[int, int]] | None
+_Named = dict[str, tuple[Path, _Stretches]]
 
 
 class ModelChangedError(ModelError):
@@ -37,12 +41,23 @@ class FileIdentity(msgspec.Struct, frozen=True):
     modified: int | None = None
 
 
-def identity(source: Source) -> dict[str, FileIdentity]:
+class Files(Protocol):
+    """What decides answers, in files: a model or an adapter; see `Source`."""
+
+    path: Path
+    files: tuple[Path, ...]
+    tokenizer: Path | dict[str, Any]
+
+    def extents(self) -> Iterator[tuple[Path, int, int]]:
+        """Where all tensors lie in the files."""
+
+
+def identity(source: Files) -> dict[str, FileIdentity]:
     """All files that decide the answers, by name; ModelError if one cannot be read."""
-    return {_name(source, path): _identify(path, stretches) for path, stretches in _files(source).items()}
+    return {name: _identify(*file) for name, file in _named(source).items()}
 
 
-def fingerprint(source: Source) -> tuple[int, str]:
+def fingerprint(source: Files) -> tuple[int, str]:
     """The size of a model's files in bytes and one hash for all of them: equal on all ranks that see one model."""
     return summed(identity(source))
 
@@ -58,14 +73,15 @@ def summed(files: dict[str, FileIdentity]) -> tuple[int, str]:
 class Watch:
     """Checks now and then whether the files of a model have changed since they were opened."""
 
-    def __init__(self, source: Source) -> None:
-        """Note what the files are now; ModelError if one cannot be read."""
-        self._source, self._paths = source, _files(source)
+    def __init__(self, source: Files, adapters: Mapping[str, Files] | None = None) -> None:
+        """Note what the files are now, and those of the model's adapters; ModelError if one cannot be read."""
+        self._parts = {"": source} | {f"adapters/{name}/": files for name, files in (adapters or {}).items()}
+        self._named = self._all_named()
         try:
-            self._states = {path: _state(path) for path in self._paths}
+            self._states = {name: _state(path) for name, (path, _) in self._named.items()}
         except OSError as error:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}.") from None
-        self.files = identity(source)
+        self.files = {name: _identify(*file) for name, file in self._named.items()}
         self._checked = time.monotonic()
 
     @property
@@ -80,26 +96,34 @@ class Watch:
         """
         if time.monotonic() < self._checked + CHECK_EVERY:
             return False
-        for path, stretches in self._paths.items():
+        for name, (path, stretches) in self._named.items():
             try:
                 state = _state(path)
             except FileNotFoundError:
                 raise _changed(path) from None
             except OSError:  # a file server that does not answer; the next check, or a read, will tell
                 continue
-            if state != self._states.get(path):
-                if _identify(path, stretches) != self.files.get(_name(self._source, path)):
+            if state != self._states.get(name):
+                if _identify(path, stretches) != self.files.get(name):
                     raise _changed(path)
-                self._states[path] = state
+                self._states[name] = state
         self._checked = time.monotonic()
         return True
 
     def check_all(self) -> None:
         """Compute the identity of all files again; ModelChangedError names a file that has changed."""
-        found = identity(self._source)
-        for name in {**self.files, **found}:
+        named = self._all_named()
+        found = {name: _identify(*file) for name, file in named.items()}
+        for name, (path, _) in {**self._named, **named}.items():
             if found.get(name) != self.files.get(name):
-                raise _changed(_folder(self._source) / name)
+                raise _changed(path)
+
+    def _all_named(self) -> _Named:
+        return {
+            prefix + name: file
+            for prefix, files in self._parts.items()
+            for name, file in _named(files).items()
+        }
 
 
 def _changed(path: Path) -> ModelChangedError:
@@ -109,18 +133,18 @@ def _changed(path: Path) -> ModelChangedError:
     )
 
 
-def _folder(source: Source) -> Path:
-    return source.path if source.path.is_dir() else source.path.parent
+def _named(source: Files) -> _Named:
+    """The files with what is hashed of them, by their names in the directory of the model or adapter."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    return {
+        str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name: (path, stretches)
+        for path, stretches in _files(source).items()
+    }
 
 
-def _name(source: Source, path: Path) -> str:
-    folder = _folder(source)
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
-
-
-def _files(source: Source) -> dict[Path, list[tuple[int, int]] | None]:
+def _files(source: Files) -> dict[Path, _Stretches]:
     """The files, each with offset and length of what is hashed besides samples; None: all of it."""
-    found: dict[Path, list[tuple[int, int]] | None] = {}
+    found: dict[Path, _Stretches] = {}
     if isinstance(source.tokenizer, Path):
         found.update(dict.fromkeys(text_files(source.tokenizer)))
     found.update(dict.fromkeys(path for path in source.files if path not in found))
@@ -142,7 +166,7 @@ def _state(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _identify(path: Path, stretches: list[tuple[int, int]] | None) -> FileIdentity:
+def _identify(path: Path, stretches: _Stretches) -> FileIdentity:
     digest = hashlib.blake2b(digest_size=16)
     try:
         with path.open("rb", buffering=0) as file:

@@ -75,7 +75,7 @@ class Inventory(Divisible, Protocol):
 
     @property
     def head(self) -> PageSpec:
-        """The final norm, and the LM head if there is one."""
+        """The final norm and the LM head, as far as there are such; a page without tensors is not loaded."""
 
     @property
     def pooled(self) -> Sequence[TensorSpec]:

@@ -102,6 +102,9 @@ ROLES: dict[str, Role] = {
     for role in (
         Role("embed", 2, "embed_tokens.weight", "token_embd.weight"),
         Role("positions", 1, "wpe.weight", "position_embd.weight", flat=True),
+        Role("segments", 1, "embeddings.token_type_embeddings.weight", "token_types.weight", flat=True),
+        Role("embed_norm", 1, "embeddings.LayerNorm.weight", "token_embd_norm.weight"),
+        Role("embed_norm_bias", 1, "embeddings.LayerNorm.bias", "token_embd_norm.bias"),
         _vector("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
         _vector("attn_norm_bias", "input_layernorm.bias", "attn_norm.bias"),
         _matrix("q", "self_attn.q_proj.weight", "attn_q.weight"),
@@ -127,6 +130,8 @@ ROLES: dict[str, Role] = {
         _matrix("o", "self_attn.o_proj.weight", "attn_output.weight", by_columns=True),
         _vector("o_bias", "self_attn.o_proj.bias", "attn_output.bias"),
         _vector("attn_post_norm", "post_self_attn_layernorm.weight", "post_attention_norm.weight"),
+        _vector("attn_sum_norm", "attn_output_norm.weight", "attn_output_norm.weight"),
+        _vector("attn_sum_norm_bias", "attn_output_norm.bias", "attn_output_norm.bias"),
         *(_matrix(f"delta_{x}", f"linear_attn.{x}_proj.weight", f"ssm_{x}.weight") for x in "qkv"),
         _matrix("delta_gate", "linear_attn.in_proj_z.weight", "attn_gate.weight"),
         _exact("delta_beta", "linear_attn.in_proj_b.weight", "ssm_beta.weight"),
@@ -151,6 +156,8 @@ ROLES: dict[str, Role] = {
         _vector("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         _vector("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias"),
         _vector("ffn_post_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight"),
+        _vector("ffn_sum_norm", "layer_output_norm.weight", "layer_output_norm.weight"),
+        _vector("ffn_sum_norm_bias", "layer_output_norm.bias", "layer_output_norm.bias"),
         _vector("layer_scale", "layer_scalar", "layer_output_scale.weight"),
         _exact("router", "mlp.gate.weight", "ffn_gate_inp.weight"),
         _vector("router_bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
@@ -183,6 +190,11 @@ ROLES: dict[str, Role] = {
         Role("head_bias", 1, "lm_head.bias", "output.bias"),
         Role("classifier", 2, "score.weight", "cls.output.weight"),
         Role("classifier_bias", 1, "score.bias", "cls.output.bias"),
+        Role("pooler", 2, "pooler.dense.weight", "cls.weight"),
+        Role("pooler_bias", 1, "pooler.dense.bias", "cls.bias"),
+        Role("pooler_norm", 1, "pooler.norm.weight", "cls.norm.weight"),
+        Role("pooler_norm_bias", 1, "pooler.norm.bias", "cls.norm.bias"),
+        *(Role(f"dense_{number}", 2, f"dense_{number}.weight", f"dense_{number}.weight") for number in (2, 3)),
     )
 }  # fmt: skip
 
@@ -202,7 +214,10 @@ _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
 
 # What a model's last hidden states are given to: each is read by the models that have that task alone.
-TASK_ROLES = frozenset({"head", "head_bias", "classifier", "classifier_bias"})
+_POOLED = ("classifier", "pooler", "pooler_norm")
+TASK_ROLES = frozenset(
+    {"head", "head_bias", "dense_2", "dense_3", *_POOLED, *(f"{role}_bias" for role in _POOLED)}
+)
 
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
 # and what sees images or hears sounds.

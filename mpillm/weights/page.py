@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.kernels.adapted import LowRank
 from mpillm.kernels.types import BlockType
 from mpillm.weights.io.reading import Bytes
 from mpillm.weights.plan import Entry, PagePlan
@@ -38,6 +39,19 @@ class Matrix:
     row_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class AdaptedMatrix(Matrix):
+    """A matrix to whose products adapters add, as `kernels.adapted` takes it."""
+
+    low: tuple[LowRank, ...] = ()
+
+    @staticmethod
+    def of(matrix: Matrix, low: Sequence[LowRank]) -> AdaptedMatrix:
+        """A matrix with what is added."""
+        own = {field.name: getattr(matrix, field.name) for field in fields(matrix)}
+        return AdaptedMatrix(**own, low=tuple(low))
+
+
 class Placed(NamedTuple):
     """The memory of an entry; if `row_bytes` > 0, it has rows of floats, `row_bytes` apart, as in their file."""
 
@@ -47,6 +61,8 @@ class Placed(NamedTuple):
 
 class Page:
     """The matrices and vectors of a page, as views of its buffer, until it is dropped."""
+
+    adapted = False  # whether adapters add to some of its matrices
 
     def __init__(self, plan: PagePlan, buffer: Bytes, places: Mapping[int, Placed] | None = None) -> None:
         """`places`: the entries by their planned offsets, if they are not at these offsets in the buffer."""
@@ -110,3 +126,17 @@ class Page:
             return self._places[entry.offset]
         assert self.buffer.nbytes == self.plan.nbytes, f"{self.plan.name} is used after it was dropped"
         return Placed(self.buffer[entry.offset : entry.offset + entry.nbytes], 0)
+
+
+class AdaptedPage(Page):
+    """A page as a step sees it in which adapters add to some matrices: `low` has what they add, by role."""
+
+    adapted = True
+
+    def __init__(self, page: Page, low: Mapping[str, Sequence[LowRank]]) -> None:
+        super().__init__(page.plan, page.buffer, page._places)
+        self._low = low
+
+    def matrix(self, role: str) -> Matrix:
+        found = super().matrix(role)
+        return AdaptedMatrix.of(found, self._low[role]) if role in self._low else found

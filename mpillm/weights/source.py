@@ -126,7 +126,7 @@ def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]
         plans += [source.plan(page, model, place) for page in model.pages(layer)]
         if experts := model.experts(layer):
             plans += source.plan_experts(experts, model, place)
-    if place.stage == place.stages - 1:
+    if place.stage == place.stages - 1 and model.head.tensors:
         plans.append(source.plan(model.head, model, place))
     return plans
 

@@ -6,11 +6,13 @@ import json
 from pathlib import Path, PurePosixPath
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
+LENGTHS = "sentence_bert_config.json"  # the most tokens of a text
 # How text becomes tokens, how chats become text, when an answer ends, and how embeddings are made.
 NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "tekken.json", "tiktoken.model", "*.tiktoken", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", MODULES, PROMPTS,
+    LENGTHS,
 )  # fmt: skip
 
 

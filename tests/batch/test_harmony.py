@@ -64,7 +64,8 @@ def test_channels(model: Any, tmp_path: Path, text: str, thought: str | None, sa
     (work,) = works(tmp_path, line, model=model)
     tokens = [*ids_of(model, text), END]
     (choice,) = answer(work, [tokens], model, finish_reason="stop", stop_id=END)["choices"]
-    assert choice["message"] == {"role": "assistant", "reasoning_content": thought, "content": said}
+    both = {"reasoning_content": thought, "reasoning": thought}
+    assert choice["message"] == {"role": "assistant", **both, "content": said}
 
 
 def test_a_stop_string_ends_the_content(model: Any, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
         ("in.json", b'[{"a": 1},]', "an element is malformed at character 11"),
         ("in.json", b'[{"a": 1}', "a comma or the end is missing at character 10"),
         ("in.json", b'[{"a": 1}] {}', "something follows its end at character 12"),
-        ("in.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "is damaged, or not whole (gzip: "),
+        ("in.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "is damaged, or not whole (gzip: "),
         ("in.jsonl.gz", b"\x1f\x8b" + b"x" * 99, "is damaged, or not whole (gzip: "),
         ("in.jsonl.zst", zstandard.compress(random.Random(1).randbytes(999))[:-9], "it is not whole (zstd)"),
         ("in.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"x" * 99, "it is damaged (zstd"),

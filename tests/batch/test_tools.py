@@ -84,7 +84,7 @@ def said(work: Work, text: str, model: Any, **more: Any) -> dict[str, Any]:
     deltas = [*(stream.push(token) for token in ids), stream.rest(choice["message"])]
     for delta in deltas:
         ChoiceDelta.model_validate(delta)
-    for key in ("content", "reasoning_content"):
+    for key in ("content", "reasoning_content", "reasoning"):
         assert "".join(delta.get(key, "") for delta in deltas) == (choice["message"].get(key) or "")
     calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
     assert [call.pop("index") for call in calls] == list(range(len(calls)))
@@ -114,10 +114,10 @@ def test_calls_of_an_answer(model: Any, tmp_path: Path) -> None:
     assert said(first, text, model) == choice
     (hidden,) = works(tmp_path, {**bodies[0], "include_reasoning": False}, model=model)
     assert said(hidden, text, model)["message"] == {
-        k: v for k, v in message.items() if k != "reasoning_content"
+        k: v for k, v in message.items() if k not in ("reasoning_content", "reasoning")
     }
-    assert said(first, CALL, model)["message"] == {"role": "assistant", "reasoning_content": None, "content": None,
-                                                   "tool_calls": [{**message["tool_calls"][0]}]}  # fmt: skip
+    assert said(first, CALL, model)["message"] == {"role": "assistant", "reasoning_content": None, "reasoning": None,
+                                                   "content": None, "tool_calls": [{**message["tool_calls"][0]}]}  # fmt: skip
     cut = said(first, CALL[:40], model, finish_reason="length", stop_id=None)
     assert (cut["finish_reason"], "tool_calls" in cut["message"]) == ("length", False)
 
@@ -137,6 +137,7 @@ def test_when_calls_are_no_calls(model: Any, tmp_path: Path) -> None:
     assert said(plain, CALL, model)["message"] == {
         "role": "assistant",
         "reasoning_content": None,
+        "reasoning": None,
         "content": CALL,
     }
     assert len(said(one, CALL + CALL, model)["message"]["tool_calls"]) == 1
@@ -147,6 +148,7 @@ def test_when_calls_are_no_calls(model: Any, tmp_path: Path) -> None:
     assert said(off, "so</think>yes it is", model)["message"] == {
         "role": "assistant",
         "reasoning_content": "so",
+        "reasoning": "so",
         "content": "yes it is",
     }
 

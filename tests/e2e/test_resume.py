@@ -18,6 +18,7 @@ import pytest
 from mpillm.store import report
 from tests.conftest import Mpi, clean_environment, get_mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, results, run, write_lines
+from tests.model.golden import FIXTURES
 
 pytestmark = pytest.mark.mpiexec
 
@@ -99,7 +100,7 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
 
 
 def long_lines() -> list[dict[str, Any]]:
-    """A short answer, and long ones of every kind: stop strings, an echo, choices, penalties, log-probabilities."""
+    """A short answer, and long ones of every kind: stop strings, echoes, choices, penalties, adapters."""
     prompt, warm = {"prompt": "the quick brown fox", "ignore_eos": True}, {"temperature": 1.2, "logprobs": 2}
     chat = {
         "messages": [{"role": "user", "content": "a lazy dog"}],
@@ -108,12 +109,18 @@ def long_lines() -> list[dict[str, Any]]:
     }
     bodies: list[dict[str, Any]] = [
         {**prompt, "max_tokens": 40},
-        {**chat, "max_tokens": 200, "ignore_eos": True, "top_logprobs": 3},
+        {**chat, "model": "some", "max_tokens": 200, "ignore_eos": True, "top_logprobs": 3},
         {**prompt, **warm, "max_tokens": 220, "echo": True, "n": 2},
         {**prompt, **warm, "max_tokens": 240, "n": 3, "stop_token_ids": list(range(7, 300, 90))},
-        {**prompt, "max_tokens": 250, "repetition_penalty": 1.2},
+        {**prompt, "model": "all", "max_tokens": 250, "repetition_penalty": 1.2},
     ]
     return [{"custom_id": str(number), **body} for number, body in enumerate(bodies)]
+
+
+ADAPTERS = [
+    "layout.threads=1",
+    *(f"adapters.{name}={FIXTURES / 'adapters' / f'chat_{name}'}" for name in ("all", "some")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the long lines give at a stretch."""
     folder = tmp_path_factory.mktemp("undisturbed")
     source = write_lines(folder / "in.jsonl", long_lines())
-    done = run(get_mpi("openmpi"), 1, source, folder / "out", "job.checkpoint_tokens=0")
+    done = run(get_mpi("openmpi"), 1, source, folder / "out", "job.checkpoint_tokens=0", *ADAPTERS)
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
@@ -132,8 +139,8 @@ def test_long_answers_go_on_from_their_middle(
 ) -> None:
     """Killed, they lose what came after the last checkpoint; who is warned ahead saves everything."""
     source, output = write_lines(tmp_path / "in.jsonl", long_lines()), tmp_path / "out"
-    setting = f"job.checkpoint_tokens={every}"
-    launcher = start(openmpi, 2, command(source, output, setting))
+    settings = [f"job.checkpoint_tokens={every}", *ADAPTERS]
+    launcher = start(openmpi, 2, command(source, output, *settings))
     try:
         wait_for_results(output / "journal", launcher, 8000 if number == signal.SIGKILL else 10)
         launcher.send_signal(number)
@@ -142,9 +149,10 @@ def test_long_answers_go_on_from_their_middle(
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     assert not (output / "results.jsonl").exists()
-    again = run(openmpi, 2, source, output, setting)
+    again = run(openmpi, 2, source, output, *settings)
     assert again.returncode == 0, again.stderr
-    assert run(openmpi, 1, source, tmp_path / "undisturbed", "job.checkpoint_tokens=0").returncode == 0
+    at_a_stretch = ["job.checkpoint_tokens=0", *ADAPTERS]
+    assert run(openmpi, 1, source, tmp_path / "undisturbed", *at_a_stretch).returncode == 0
     for name in ("results.jsonl", "results.h5"):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     reports = [

@@ -9,6 +9,9 @@ from pathlib import Path
 import h5py
 import pytest
 
+from mpillm.run import hosts
+from mpillm.run.hosts import Host
+from mpillm.store.report import read
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
 from tests.model.golden import model_path
@@ -190,3 +193,28 @@ def test_no_argument_is_the_quickstart(openmpi: Mpi, tmp_path: Path) -> None:
     assert "capital: " in done.stdout
     assert "Paris" in done.stdout or "France" in done.stdout
     assert (tmp_path / "out/quickstart/results.jsonl").exists()
+
+
+def test_same_bytes_with_more_layers_on_a_faster_host(openmpi: Mpi, tmp_path: Path) -> None:
+    """The file of hosts says that the second rank is four times as fast; the report has the time that was planned."""
+    lines = [{"prompt": list(range(5, 5 + 3 * n)), "max_tokens": 5, "logprobs": 2} for n in range(1, 9)]
+    source, model = write_lines(tmp_path / "requests.jsonl", lines), model_path("llama3")
+    slow, fast = (
+        Host(memory="8GiB", name=name, products={"f32": [rate, rate, rate]})
+        for name, rate in (("slow", 0.01), ("fast", 0.04))
+    )
+    hosts.write(tmp_path / "hosts.toml", [slow, fast])
+    layout = ["layout.stages=2", f"layout.hosts={tmp_path / 'hosts.toml'}"]
+    own = ["layout.threads=[1, 2]", 'memory.weights={default="all"}', 'memory.kv=["8MiB", "16MiB"]']
+    uneven = run(openmpi, 2, source, tmp_path / "uneven", *layout, *own, model=model)
+    assert uneven.returncode == 0, uneven.stderr
+    alone = run_bounded([os.sys.executable, *command(source, tmp_path / "alone", model=model)])
+    assert alone.returncode == 0, alone.stderr
+    assert_same_results(tmp_path / "alone", tmp_path / "uneven")
+    made = read(tmp_path / "uneven")
+    assert [rank.layers for rank in made.ranks] == [1, 3]
+    assert [(rank.threads, rank.kv["budget"]) for rank in made.ranks] == [(1, 8 * 2**20), (2, 16 * 2**20)]
+    assert made.planned is not None
+    assert 0 < made.planned.of_computed <= made.planned.seconds
+    assert "of computing for these tokens, by the speeds of the hosts; it took" in uneven.stderr
+    assert read(tmp_path / "alone").planned is None

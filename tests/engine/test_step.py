@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.engine.messages import HEADER, Fetch, Stop, decode, encode
-from mpillm.engine.step import NO_IDS, Chunk, Hidden, Shifts, Step, Table
+from mpillm.engine.step import NO_IDS, NO_SECOND, Chunk, Hidden, Shifts, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import first_kept
 
@@ -37,6 +37,7 @@ def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
         slot=draw(st.integers(-1, 5)),
         loads=draw(st.integers(-1, 2)),
         saves=draw(st.integers(-1, 2)),
+        second=draw(st.sampled_from([NO_SECOND, 0, 30])),
         score_k=draw(st.integers(-1, 20)),
         successor=draw(st.sampled_from([-1, 17])),
         sample_k=draw(st.sampled_from([0, 1, 128, 200_000])),
@@ -47,6 +48,7 @@ def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
         shifts=_shifts(rng, draw(st.integers(0, 5))),
         allowed=draw(st.sampled_from([NO_IDS, *MASKS])),
         hidden=draw(st.sampled_from(Hidden)),
+        adapter=draw(st.integers(0, 3)),
     )
 
 
@@ -60,7 +62,7 @@ def test_round_trip(step: Step) -> None:
     message = encode(step)
     integers = 0
     for chunk in step.chunks:
-        integers += 15 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
+        integers += 17 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
         integers += sum(2 + len(table.blocks) for table in chunk.tables)
     masks = {chunk.allowed.tobytes() for chunk in step.chunks} - {b""}
     assert HEADER.size == 40
@@ -69,6 +71,7 @@ def test_round_trip(step: Step) -> None:
     assert isinstance(back, Step)
     assert encode(back) == message
     assert back.outputs == step.outputs
+    assert [chunk.adapter for chunk in back.chunks] == [chunk.adapter for chunk in step.chunks]
     for chunk, other in zip(step.chunks, back.chunks, strict=True):
         assert np.array_equal(chunk.allowed, other.allowed)
         assert all(map(np.array_equal, chunk.shifts, other.shifts))
@@ -79,6 +82,7 @@ def test_round_trip(step: Step) -> None:
     assert batch.states == other.states
     assert batch.slots.tolist() == [chunk.slot for chunk in step.chunks]
     rows = [(chunk, chunk.start + i) for chunk in step.chunks for i in range(len(chunk.tokens))]
+    assert batch.second.tolist() == [position >= chunk.second for chunk, position in rows]
     assert batch.positions.tolist() == [position for _, position in rows]
     assert [rows[row] for row in batch.first_rows] == [(chunk, chunk.start) for chunk in step.chunks]
     assert np.array_equal(batch.offset, batch.positions % KV_BLOCK)
@@ -132,12 +136,12 @@ def test_what_is_no_message_is_refused() -> None:
     wrongs = (
         (1, 4),
         (1, -3),
-        (16, 2),
-        (16, -1),
+        (18, 2),
+        (18, -1),
         (0, -1),
         (0, 30),
-        (15, 1),
-        (15, -1),
+        (17, 1),
+        (17, -1),
         (9, 1),
         (10, 0),
         (10, -2),

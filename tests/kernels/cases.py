@@ -160,7 +160,7 @@ def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, k
     out = np.empty((rows, heads * vd), np.float32)
     kernels.attention(kind, q, out, kpool, None if shared else vpool, pos, table, table_start, kv_of_head, kvh, hd,
                       float(scale[0]), abs(window), threads, vd, sinks if len(sinks) else None, float(scale[1]),
-                      window < 0, (float(scale[2]), 7, 1) if scale[2] else None)  # fmt: skip
+                      window < 0, (float(scale[2]), 7, 1) if scale[2] else None, bool(scale[3]))  # fmt: skip
     return [kpool, vpool, out]
 
 
@@ -292,7 +292,7 @@ def product(
 
 def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
               threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0,
-              shared: bool = False, tuning: float = 0.0) -> Case:  # fmt: skip
+              shared: bool = False, tuning: float = 0.0, bidirectional: bool = False) -> Case:  # fmt: skip
     """Several sequences with scattered blocks; a few rows of each at random positions.
 
     `shared`: values are the first vd dimensions of keys. A window below 0 stands for chunks of so many positions.
@@ -305,6 +305,8 @@ def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int,
     block, offset = (np.array(column, np.int32) for column in zip(*where, strict=True))
     owner = np.sort(rng.integers(0, 3, rows))
     pos = np.array([rng.integers(lengths[s]) for s in owner], np.int32)
+    if bidirectional:  # rows attend up to the last one of their sequence
+        pos = pos[np.lexsort((pos, owner))]
     kv_of_head = np.sort(rng.integers(0, kvh, heads)).astype(np.int32)
     stored = len(where)
     k, v = (rng.standard_normal((stored, kvh * dim)).astype(np.float32) for dim in (hd, vd))
@@ -314,7 +316,7 @@ def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int,
     ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40, vd]
     sink = 3 * rng.standard_normal(heads if sinks else 0).astype(np.float32)
     arrays = [k, v, block, offset, q, pos, blocks, start[owner].astype(np.int32), kv_of_head,
-              np.array([hd**-0.5, softcap, tuning], np.float32), sink]  # fmt: skip
+              np.array([hd**-0.5, softcap, tuning, bidirectional], np.float32), sink]  # fmt: skip
     return Case("attention", ints, arrays, threads, f"lengths {lengths.tolist()}")
 
 
@@ -452,3 +454,15 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=20, rows=9, threads=threads, sinks=True)
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=-27, rows=20, threads=threads, tuning=0.3)
         yield attention(rng, kv_type, 32, heads=4, kvh=2, window=0, rows=9, threads=threads, softcap=2.5)
+        for window, rows in ((0, 40), (20, 9), (50, 31)):
+            yield attention(
+                rng,
+                kv_type,
+                32,
+                heads=4,
+                kvh=4,
+                window=window,
+                rows=rows,
+                threads=threads,
+                bidirectional=True,
+            )

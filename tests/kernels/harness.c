@@ -87,7 +87,7 @@ static void attention(void) {
         for (size_t i = 0; i < bytes[p]; i += 4) memcpy(pools[p] + i, &nan, bytes[p] - i < 4 ? bytes[p] - i : 4);
     }
     const size_t out_bytes = (size_t)(rows * heads * vd) * 4;
-    float *out = make(out_bytes, 0), scale[3]; /* of scores, their soft cap, and beta of their tuning */
+    float *out = make(out_bytes, 0), scale[4]; /* of scores, their soft cap, beta of their tuning, bidirectional */
     memcpy(scale, arrays[9], sizeof scale);
     const mk_tuning tuning = {.beta = scale[2], .length = 7, .offset = 1};
     mk_kv_store(&work, type, arrays[0], kvh * hd, values, kvh * vd, arrays[2], arrays[3], stored, pools[0], pools[1],
@@ -95,7 +95,7 @@ static void attention(void) {
     mk_attention(&work, type, arrays[4], heads * hd, out, heads * vd, pools[0], values ? pools[1] : NULL, arrays[5],
                  arrays[6],
                  arrays[7], arrays[8], rows, heads, kvh, hd, vd, scale[0], abs(ints[6]),
-                 optional(10), scale[1], ints[6] < 0, tuning.beta != 0.0f ? &tuning : NULL);
+                 optional(10), scale[1], ints[6] < 0, scale[3] != 0.0f, tuning.beta != 0.0f ? &tuning : NULL);
     give(pools[0], bytes[0]);
     give(pools[1], bytes[1]);
     give(out, out_bytes);

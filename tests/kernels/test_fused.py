@@ -417,20 +417,33 @@ def test_what_is_no_mixture_is_refused() -> None:
         mixture(h, at, np.array([0, 1, 3], np.int32), weights, panels[:, :2])
 
 
+def small_matrix(rng: np.random.Generator, type: BlockType, n: int, k: int, panels: int = 1) -> Matrix:
+    """Weights so small that several layers in turn stay finite."""
+    values = (rng.standard_normal((n, k)) / 10).astype(np.float32)
+    if type == BlockType.F16:
+        raw = values.astype(np.float16).view(np.uint8)
+    else:
+        raw = np.empty((n, type.row_bytes(k)), np.uint8)
+        kernels.quantize(type, values, raw)
+    return packed(type, raw, k, [k // 32 * p // panels * 32 for p in range(panels)] + [k])
+
+
 def test_a_stack_is_its_layers_in_turn() -> None:
     """The same bits as part by part, in two pieces of work a layer, with time for others before each."""
     rng, m, count, d = np.random.default_rng(8), 5, 4, HIDDEN[0]
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
     made, dims = [], [HD, HD, 32, 32]
     for layer, hd in enumerate(dims):
-        q, k, v = (matrix(rng, BlockType.Q4_0, n * hd, d) for n in (HEADS, KVH, KVH))
-        o = matrix(rng, BlockType.Q8_0, d, HEADS * hd, 2)
+        q, k, v = (small_matrix(rng, BlockType.Q4_0, n * hd, d) for n in (HEADS, KVH, KVH))
+        o = small_matrix(rng, BlockType.Q8_0, d, HEADS * hd, 2)
         attention = kernels.Attention(
             q, k, v, o, kv_of_head, KVH, hd, 0.25, window=3 * (layer % 2), norm=norm_of(rng, d, layer),
             rotary=0 if layer == 3 else None,
         )  # fmt: skip
-        gate, up = (matrix(rng, BlockType.F16, FFN, d) for _ in range(2))
-        mlp = kernels.Mlp(gate, up, matrix(rng, BlockType.Q8_0, d, FFN, 4), norm=norm_of(rng, d, layer + 1))
+        gate, up = (small_matrix(rng, BlockType.F16, FFN, d) for _ in range(2))
+        mlp = kernels.Mlp(
+            gate, up, small_matrix(rng, BlockType.Q8_0, d, FFN, 4), norm=norm_of(rng, d, layer + 1)
+        )
         after = [
             kernels.Residual(
                 vector(rng, d) if layer % 2 else None, norm_of(rng, d, layer + i), (1.0, 0.5)[layer // 2]
@@ -448,14 +461,26 @@ def test_a_stack_is_its_layers_in_turn() -> None:
     for module in (kernels, fused):
         pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
         mine, before = x.copy(), kernels._compiled.regions()
-        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(mine, rows, lambda: calls.append(1), 2)
+        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(
+            mine, rows, lambda: calls.append(1), None, 2
+        )
         if module is kernels:
             assert kernels._compiled.regions() - before == 2 * count
         results.append([mine, *(pool for pair in pools for pool in pair)])
     for got, want in zip(*results, strict=True):
         assert cases.same(got, want)
     assert len(calls) == 2 * count
+    assert np.isfinite(results[0][0]).all()
     assert not cases.same(results[0][0], x)
+    # With two shards that make the same, the sum comes between the parts and what is done with them.
+    sums = []
+    for module in (kernels, fused):
+        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+        mine = x.copy()
+        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(mine, rows, lambda: None, _double, 2)
+        sums.append(mine)
+    assert cases.same(*sums)
+    assert not cases.same(sums[0], results[0][0])
     pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
     for places, words in (
         ([0, 1, 1, 1], "layers of one place rotate 16 and 32"),
@@ -463,7 +488,11 @@ def test_a_stack_is_its_layers_in_turn() -> None:
         ([0, 0, 0], "4 layers have as many pools and places, not 4 and 3"),
     ):
         with pytest.raises(ValueError, match=words):
-            kernels.LayerStack(made, BlockType.F16, pools, places)(x, rows, lambda: None)
+            kernels.LayerStack(made, BlockType.F16, pools, places)(x, rows, lambda: None, None)
+
+
+def _double(part: Any) -> None:
+    part += part
 
 
 @pytest.mark.parametrize(

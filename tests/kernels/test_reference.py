@@ -144,11 +144,17 @@ def test_exp_of_the_twin_within_2_ulp() -> None:
     np.testing.assert_array_equal(edges, np.array([np.nan, np.inf, 0, np.inf, 0, 1], np.float32))
 
 
-SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7), (64, 4, 2, -20)]
+SHAPES = [
+    *(
+        (*shape, False)
+        for shape in ((8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7), (64, 4, 2, -20))
+    ),
+    *((*shape, True) for shape in ((8, 4, 4, 0), (64, 3, 3, 0), (64, 6, 2, 40))),
+]
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "hd", "heads", "kvh", "window"),
+    ("kv_type", "hd", "heads", "kvh", "window", "bidirectional"),
     [
         (kind, *shape)
         for kind in cases.KV_TYPES
@@ -157,7 +163,9 @@ SHAPES = [(8, 4, 1, 0), (24, 3, 3, 33), (64, 9, 3, 0), (128, 8, 2, 7), (64, 4, 2
     ],
 )
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, softcap: float) -> None:
+def test_attention(
+    kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, bidirectional: bool, softcap: float
+) -> None:
     """Softmax attention in float64 over the rows that were stored: half of them with sinks and narrower values."""
     tuning = 0.4 if window < 0 else 0.0
     vd, sinks = (hd, False) if softcap else (max(hd // 2, 8 if hd < 64 else 32), True)
@@ -172,6 +180,7 @@ def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: in
         sinks=sinks,
         softcap=softcap,
         tuning=tuning,
+        bidirectional=bidirectional,
     )
     _, _, got = case.run()
     k, v, block, offset, q, pos, table, table_start, kv_of_head, scale, sink = case.arrays
@@ -180,14 +189,19 @@ def test_attention(kv_type: BlockType, hd: int, heads: int, kvh: int, window: in
         k, v = k.astype(np.float16), v.astype(np.float16)
     elif kv_type == BlockType.Q8_0:
         k, v = (rounded(x) for x in (k, v))
-    for row, last in enumerate(pos.tolist()):
-        first = max(0, last - window + 1) if window > 0 else 0
+    for row, at in enumerate(pos.tolist()):
+        first, last = (max(0, at - window + 1) if window > 0 else 0), at
         if window < 0:
-            first = last // -window * -window
+            first = at // -window * -window
+        if bidirectional:
+            last = max(
+                p for p, start in zip(pos.tolist(), table_start, strict=True) if start == table_start[row]
+            )
+            last = min(last, at + window - 1) if window else last
         rows = [place[int(table[table_start[row] + t // 32]), t % 32] for t in range(first, last + 1)]
         for head, g in enumerate(kv_of_head.tolist()):
             s = k[rows, g * hd : (g + 1) * hd].astype(np.float64) @ q[row, head * hd : (head + 1) * hd]
-            s *= float(scale[0]) * (1 + tuning * np.log1p((last + 1) // 7))
+            s *= float(scale[0]) * (1 + tuning * np.log1p((at + 1) // 7))
             if softcap:
                 s = softcap * np.tanh(s / softcap)
             p, total = np.exp(s), np.exp(s).sum() + (np.exp(float(sink[head])) if sinks else 0)

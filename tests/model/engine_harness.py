@@ -14,7 +14,7 @@ from mpillm.engine.sequence import Completion, Request
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run.session import Session
-from mpillm.spec import BatchLimits, Layout, Memory, Spec, Wire
+from mpillm.spec import BatchLimits, Layout, Memory, Output, Spec, Wire
 
 SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": BatchLimits}
 
@@ -25,7 +25,7 @@ def spec_of(model: Path, **job: Any) -> Spec:
         name: kind(**{key: job.pop(key) for key in kind.__struct_fields__ if key in job})
         for name, kind in SECTIONS.items()
     }
-    return Spec(model=str(model), input="-", output="-", **tables, **job)
+    return Spec(model=str(model), input="-", output=Output(path="-"), **tables, **job)
 
 
 def run_laid_out(

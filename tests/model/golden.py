@@ -11,6 +11,7 @@ MODELS = sorted(path.parent.name for path in (FIXTURES / "models").glob("*/confi
 GGUFS = sorted(path.stem for path in (FIXTURES / "gguf").glob("*.gguf"))
 # Files without quantised blocks: their products take float32 activations, so they meet the tight bound.
 PLAIN_GGUFS = [name for name in GGUFS if name.rsplit("_", 1)[1] in {"f32", "f16", "bf16", "factors"}]
+ADAPTERS = sorted(path.parent.name for path in (FIXTURES / "adapters").glob("*/adapter_config.json"))
 QUANTIZED = sorted(
     tuple(path.stem.rsplit(".", 1)) for path in (FIXTURES / "golden").glob("*.q?_0.json")
 )  # (model, block type) of models that are quantised while they are paged in
@@ -20,6 +21,12 @@ def golden(name: str) -> dict[str, Any]:
     """The reference values of `MODEL`, `MODEL.q8_0` or `FILE.gguf`."""
     values: dict[str, Any] = json.loads((FIXTURES / "golden" / f"{name}.json").read_text())
     return values
+
+
+def adapted_model(name: str) -> str:
+    """The tiny model that an adapter is for."""
+    config = json.loads((FIXTURES / "adapters" / name / "adapter_config.json").read_text())
+    return Path(config["base_model_name_or_path"]).name
 
 
 def model_path(name: str) -> Path:

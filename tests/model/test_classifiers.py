@@ -71,6 +71,12 @@ def test_tokens_that_answer(tmp_path: Path) -> None:
     assert said.answers == (7, 9)
     with pytest.raises(ModelError, match="names no tokens that answer"):
         settings_of(tmp_path / "2", ("LogitScore", {"true_token_id": None}, {}))
+    (tmp_path / "1/sentence_bert_config.json").write_text('{"max_seq_length": "long"}')
+    with (
+        closing(open_source(tmp_path / "1")) as source,
+        pytest.raises(ModelError, match="max_seq_length is long, but must be at least 1"),
+    ):
+        embedding_settings(source)
     with pytest.raises(ModelError, match="'Softmax' is not supported, but"):
         settings_of(tmp_path / "3", ("Dense", {"activation_function": "torch.nn.Softmax"}, {}))
 

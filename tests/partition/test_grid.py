@@ -237,3 +237,23 @@ def test_the_layout_after_a_loss(
     model: ModelConfig, ranks: int, shards: int, same_shards: bool, expected: tuple[int, int]
 ) -> None:
     assert grid.choose_fewer(model, ranks, shards, same_shards) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "extra", "most", "counts"),
+    [
+        ([1.0, 1.0], [0.0, 0.0], [9, 9], (5, 5)),
+        ([1.0, 4.0], [0.0, 0.0], [9, 9], (8, 2)),
+        ([1.0, 1.0], [0.0, 4.0], [9, 9], (7, 3)),  # the last one has the LM head to compute
+        ([1.0, 4.0], [0.0, 0.0], [6, 9], (6, 4)),
+        ([1.0, 100.0], [0.0, 0.0], [10, 10], (9, 1)),  # none goes without
+        ([1.0, 1.0], [0.0, 0.0], [2, 2], (5, 5)),  # there is too little memory whatever is done
+    ],
+)
+def test_layers_by_speed(
+    seconds: list[float], extra: list[float], most: list[int], counts: tuple[int, ...]
+) -> None:
+    assert grid.layers_by_speed(10, seconds, extra, most) == counts
+    parts = [grid.stage_layers(10, Place(stage, 2, 1, layers=counts)) for stage in range(2)]
+    assert [len(part) for part in parts] == list(counts)
+    assert [layer for part in parts for layer in part] == list(range(10))

@@ -21,7 +21,19 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
 from mpillm.run import plan
-from mpillm.run.input_memory import CHAT, COPIES, LINE, NAMES, PROMPT, TEMPLATE, WRITTEN, input_bytes
+from mpillm.run.input_memory import (
+    CHAT,
+    COPIES,
+    LINE,
+    NAMES,
+    PROMPT,
+    TEMPLATE,
+    WRITTEN,
+    Asked,
+    asked_of,
+    input_bytes,
+)
+from mpillm.run.limits import CacheCapacity
 from mpillm.store import report, report_page
 from tests.conftest import Mpi, run_bounded
 from tests.run.cgroups import CGROUPS, SPARE, Cgroup
@@ -242,3 +254,37 @@ def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> Non
     assert input_bytes(job, 64, 4) == 0
     (tmp_path / "in.jsonl").write_text(text)
     assert input_bytes(job, 64, 4) == nbytes
+
+
+SCORED = '{"query": "a", "documents": ["b"]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "sequences", "prompt", "generated", "blocks"),
+    [
+        ('{"prompt": [5, 6, 7], "max_tokens": 61}', 1, 3, 61, 3),
+        ('{"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 0}', 4, 3, 0, 4),
+        ('{"prompt": "abcdef", "max_tokens": 10}', 1, 6, 10, 1),
+        ('{"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}', 1, 11, 0, 2),
+        ('{"input": ["a", "b"]}', 2, 10, 0, 2),
+        ('{"prompt": "a", "max_tokens": 9000}\n' * 2, 2, 8, 2 * 4096, 2 * 128),
+        (f'{{"prompt": "a", "max_tokens": 1}}\n{SCORED}', 2, 4, 1 + 128, None),
+    ],
+)
+def test_what_an_input_asks_for(
+    text: str, sequences: int, prompt: int, generated: int, blocks: int | None, tmp_path: Path
+) -> None:
+    """Tokens of lists are counted, those of texts are at most their bytes; what is not known bounds nothing."""
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    (tmp_path / "in.jsonl").write_text(text)
+    asked = asked_of(job, 64, template_bytes=40)
+    assert (asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.blocks) == (
+        sequences, prompt, generated, blocks,
+    )  # fmt: skip
+
+
+def test_the_cache_is_planned_for_what_the_input_can_need() -> None:
+    capacity = CacheCapacity(blocks=100, blocks_in_memory=100, slots=10, saved=2)
+    assert capacity.needed(2, Asked(lines=1, sequences=3, blocks=20)) == (40, 5)
+    assert capacity.needed(2, Asked(lines=1, sequences=30, blocks=90)) == (100, 12)
+    assert capacity.needed(2, Asked()) == capacity.needed(2, Asked(lines=1, blocks=None)) == (100, 12)

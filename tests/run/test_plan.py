@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import msgspec
 import pytest
 
 from mpillm import spec
-from mpillm.errors import JobError, LayoutError
+from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.run import input_memory, plan
+from mpillm.run import hosts, input_memory, plan
+from mpillm.run.hosts import Host
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
+from mpillm.spec.reading import toml
 from mpillm.weights.names import Key
 from mpillm.weights.source import rank_plans
 from tests.model.golden import gguf_path
@@ -141,3 +144,115 @@ def test_replicas_hold_the_whole_model_each() -> None:
     assert "2 replicas of 1 stage x 2 shards on 4 ranks" in even
     with pytest.raises(LayoutError, match=r"layout\.replicas = 3 needs at least 3 ranks"):
         planned("llama3", 2, "layout.replicas=3")
+
+
+def on(hosts_: list[Host], *overrides: str, ranks: int | None = None) -> Plan:
+    machines = hosts.machines_of(hosts_, ranks)
+    job = spec.load(None, overrides, model=str(MODELS / "llama3"), input="in", output="out")
+    return plan.make(job, machines.ranks, machines)
+
+
+def test_time_follows_the_speeds_of_hosts() -> None:
+    products = {"f32": [1.0, 2.0, 4.0]}
+    slow = Host(
+        memory="8GiB", name="slow", products=products, memory_gbs=1, disk_gbs=0.1, latency_us=50, mbit=100
+    )
+    fast = msgspec.structs.replace(slow, name="fast", products={"f32": [100.0, 200.0, 400.0]}, memory_gbs=100)
+    assert on([fast]).time.seconds < on([slow]).time.seconds
+    pipeline = on([fast, slow, fast], "layout.replicas=1", "layout.stages=3")
+    assert pipeline.time.slowest == "rank 1 on slow"
+    assert "slowest: rank 1 on slow; stages wait" in plan.as_text(pipeline)
+    assert (on([fast]).time.measured, on([Host(memory="1GiB")]).time.measured) == (True, False)
+    assert "(assumed speeds: mpillm doctor --output measures them)" in plan.as_text(on([Host(memory="1GiB")]))
+    assert pipeline.gains["twice the network's rate"] >= 1
+    assert on([slow]).gains["one more host, like the last one"] > 1.5
+
+
+def test_hosts_that_slow_a_run_down_are_left_out() -> None:
+    """A pipeline over a slow host, or over a slow network, is slower than a part of the hosts."""
+    fast = Host(memory="1GiB", name="fast", products={"f32": [10.0, 20.0, 40.0]}, mbit=0.1, latency_us=5e4)
+    slow = msgspec.structs.replace(fast, name="slow", products={"f32": [0.01, 0.02, 0.04]})
+    made = on([slow, fast, fast], "layout.replicas=1")
+    assert (made.left_out, len(made.ranks)) == (["slow", "fast"], 1)
+    assert "left out, because they would slow the run down: slow, fast\n" in plan.as_text(made)
+    assert on([fast], "layout.replicas=1").time.seconds == made.time.seconds
+    assert on([slow, fast, fast], "layout.stages=3").left_out == []
+
+
+def test_faster_hosts_get_more_layers_as_their_memory_allows() -> None:
+    fast = Host(memory="8GiB", name="fast", products={"f32": [0.04, 0.04, 0.04]})
+    slow = Host(memory="8GiB", name="slow", products={"f32": [0.01, 0.01, 0.01]})
+    asked = ["layout.replicas=1", "layout.stages=2"]
+    made = on([slow, fast], *asked)
+    assert [len(range(*rank.layers)) for rank in made.ranks] == [1, 3]
+    assert made.reason.endswith("; layers by speed and memory: 1-3")
+    assert [len(range(*rank.layers)) for rank in on([fast, fast], *asked).ranks] == [2, 2]
+    need = on([fast, fast], *asked, "memory.kv=2GiB").ranks[1].held  # for two of four layers
+    tight = msgspec.structs.replace(fast, memory=need)
+    assert [len(range(*rank.layers)) for rank in on([slow, tight], *asked, "memory.kv=2GiB").ranks] == [2, 2]
+
+
+def test_hosts_have_budgets_of_their_own() -> None:
+    pi, nuc = Host(memory="8GiB", name="pi"), Host(memory="8GiB", name="nuc")
+    budgets = "memory.kv={pi='1MiB', nuc='3MiB'}"
+    made = on([pi, nuc], "layout.replicas=1", "layout.stages=2", budgets)
+    assert [rank.kv_held for rank in made.ranks] == [
+        2**20,
+        2**20,
+    ]  # as many blocks on both, for as many layers
+    weights = f"memory.weights=['all', {made.ranks[1].weights_share - 1}]"
+    paged = on([pi, nuc], "layout.replicas=1", "layout.stages=2", weights)
+    assert [rank.weights_streamed > 0 for rank in paged.ranks] == [False, True]
+
+
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe_step", "smol_bf16"])
+@pytest.mark.parametrize("quantize", ["none", "q4_0"])
+def test_a_configuration_alone_is_planned_as_the_model(model: str, quantize: str, tmp_path: Path) -> None:
+    config = json.loads((MODELS / model / "config.json").read_text())
+    config["dtype"] = "bfloat16" if model == "smol_bf16" else "float32"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = planned(model, 2, f"quantize={quantize}")
+    for path in (tmp_path, tmp_path / "config.json"):
+        paper = planned(str(path), 2, f"quantize={quantize}")
+        assert [rank.weights_share for rank in paper.ranks] == [rank.weights_share for rank in whole.ranks]
+        assert (paper.layouts, paper.kv_tokens, paper.weights) == (
+            whole.layouts,
+            whole.kv_tokens,
+            whole.weights,
+        )
+        assert paper.time.seconds == whole.time.seconds
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(ModelError, match="has quantised weights, whose types only the files say"):
+        planned(str(tmp_path), 2)
+
+
+def test_what_hosts_do_not_have_is_a_problem() -> None:
+    made = on([Host(memory="1MiB", name="tiny")])
+    (problem,) = made.problems
+    assert problem.startswith("Rank 0 on tiny would hold ")
+    assert "and 1.0 MiB are free; lower memory.weights or memory.kv, or use more ranks." in problem
+
+
+def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text('{"prompt": [5, 6], "max_tokens": 3}\n' * 40)
+    job = spec.load(
+        None, ["memory.weights=90KiB", "layout.replicas=2"], model=str(MODELS / "llama3"), input=str(tmp_path / "in"),
+        output="out",
+    )  # fmt: skip
+    made = plan.make(job, 4, hosts.alike(4, 4, None))
+    assert (made.time.requests, made.time.prompt_tokens, made.time.generated_tokens) == (40, 80, 120)
+    table = [line for line in plan.as_text(made).splitlines() if re.match(r" *(rank|\d+)  ", line)]
+    assert len(table) == 5
+    assert max(map(len, table)) <= 80
+
+
+def test_the_least_memory_for_a_rate_is_a_job() -> None:
+    job = spec.load(None, [], model=str(MODELS / "llama3"), input="in", output="out")
+    machines = hosts.machines_of([Host(memory="1GiB", disk_gbs=0.001)])
+    slow, fast = (plan.suggestion(job, machines, rate) for rate in (1, 1000))
+    sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
+    assert sizes == sorted(sizes)
+    with pytest.raises(JobError, match="No memory makes it 1e\\+15 tokens/s on 1 rank"):
+        plan.suggestion(job, machines, 1e15)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -80,13 +81,15 @@ def batch(folder: Path, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(line)["response"]["body"] for line in lines]
 
 
-def test_answers_are_those_of_a_batch(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_answers_are_those_of_a_batch(server: str, client: openai.OpenAI, tmp_path: Path) -> None:
     draw = random.Random(7)
     chats = [{"messages": [{"role": "user", "content": prompt(draw)}], "max_tokens": 9} for _ in range(3)]
     stop = {"prompt": prompt(draw), "max_tokens": 24, "logprobs": 2}
     scored = {"prompt": [prompt(draw), [7, 8, 9]], "max_tokens": 0, "echo": True, "logprobs": 1}
     vectors = {"input": [prompt(draw), prompt(draw)]}
-    found = batch(tmp_path, [*chats, stop, scored, vectors])
+    pairs = {"text_1": prompt(draw), "text_2": [prompt(draw), prompt(draw)]}
+    ranks = {"query": prompt(draw), "documents": [prompt(draw) for _ in range(3)], "top_n": 2}
+    found = batch(tmp_path, [*chats, stop, scored, vectors, pairs, ranks])
     for body, expected in zip(chats, found, strict=False):
         made = client.chat.completions.create(model="chat", **body)  # type: ignore[call-overload]
         assert made.choices[0].message.content == expected["choices"][0]["message"]["content"]
@@ -108,6 +111,18 @@ def test_answers_are_those_of_a_batch(client: openai.OpenAI, tmp_path: Path) -> 
             assert choice.logprobs.token_logprobs == other["logprobs"]["token_logprobs"]
     made = client.embeddings.create(model="chat", encoding_format="float", **vectors)  # type: ignore[arg-type]
     assert [row.embedding for row in made.data] == [row["embedding"] for row in found[5]["data"]]
+    for urls, body, expected in (
+        (("/v1/score", "/score"), pairs, found[6]["data"]),
+        (("/v1/rerank", "/rerank", "/v2/rerank"), ranks, found[7]["results"]),
+    ):
+        for url in urls:
+            answer = httpx.post(
+                f"{server}{url}", json=body, headers={"Authorization": f"Bearer {KEY}"}
+            ).json()
+            assert answer.get("data", answer.get("results")) == expected
+        assert httpx.post(f"{server}{urls[-1]}", json=body).status_code == 401
+    with pytest.raises(openai.BadRequestError, match="the model has no classifier"):
+        client.post("/classify", cast_to=object, body={"input": "a fox"})
 
 
 def test_a_stream_never_shows_what_a_stop_string_takes_back(client: openai.OpenAI) -> None:

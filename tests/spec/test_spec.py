@@ -60,7 +60,7 @@ def test_what_is_read_lies_beside_the_job_file_and_what_is_written_here(tmp_path
     assert load(tmp_path, LEAST + 'model = "/a/b"\n').model == "/a/b"
     assert load(tmp_path, LEAST + 'model = "hf:a/b"\n').model == "hf:a/b"
     typed = load(tmp_path, LEAST, "model=models/small", input="typed.jsonl", output="o")
-    assert (typed.model, typed.input, typed.output) == ("models/small", "typed.jsonl", "o")
+    assert (typed.model, typed.input, typed.output.path) == ("models/small", "typed.jsonl", "o")
 
 
 def test_a_job_without_a_file() -> None:
@@ -240,3 +240,49 @@ def test_sizes_are_read_back() -> None:
         "3.0 GiB",
         "5120.0 TiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ('output = "o"\n', ["output.format=csv"]),
+        ('[output]\npath = "o"\nformat = "csv"\n', []),
+        ('output.format = "csv"\n', ["output=o", "output.format=csv"]),
+    ],
+)
+def test_an_output_may_be_a_path_or_a_table(text: str, overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(f'input = "in.jsonl"\n{text}')
+    said = spec.load(tmp_path / "job.toml", overrides)
+    assert said.output == spec.Output(path="o", format="csv")
+    assert spec.load(tmp_path / "job.toml", overrides, output="p").output.path == "p"
+    with pytest.raises(JobError, match=r"output.format: expected one of 'none', .*'parquet', .*not 'xls'"):
+        spec.load(tmp_path / "job.toml", ["output.path=o", "output.format=xls"])
+
+
+def test_values_of_ranks_and_hosts() -> None:
+    """A list has one for each rank, a table one for each host; hosts on paper have a number behind their name."""
+    job = spec.load(
+        None,
+        [
+            "memory.weights=['1GiB', 'all']",
+            "memory.kv={pi='2GiB', default='3GiB'}",
+            "layout.threads={pi=4, nuc=2}",
+        ],
+        input="in",
+        output="out",
+    )
+    first, second = job.on_rank(0, "pi (3)"), job.on_rank(1, "nuc")
+    assert [(one.memory.weights_bytes, one.memory.kv_bytes, one.layout.threads) for one in (first, second)] == [
+        (2**30, 2 * 2**30, 4), (None, 3 * 2**30, 2),
+    ]  # fmt: skip
+    narrow = spec.tightest([first, second])
+    assert (narrow.memory.weights_bytes, narrow.memory.kv_bytes) == (2**30, 2 * 2**30)
+    assert job.fingerprint() == spec.load(None, [], input="in", output="out").fingerprint()
+    for rank, host, words in [
+        (2, "pi", "memory.weights is a list of 2 values, and there is none for rank 2"),
+        (0, "mac", "layout.threads has no value for the host 'mac'"),
+    ]:
+        with pytest.raises(JobError, match=words):
+            job.on_rank(rank, host)
+    with pytest.raises(JobError, match=r"weights: 'much' is no size"):
+        spec.load(None, ["memory.weights=['1GiB', 'much']"], input="in", output="out")

@@ -45,6 +45,20 @@ def test_the_last_lines_of_a_run() -> None:
     ]
 
 
+def test_planned_beside_measured_and_the_slowest_rank() -> None:
+    planned = report.Planned(seconds=9.0, of_computed=1.5, limit="computing", bubble=0.25)
+    run = made(planned=planned)
+    assert list(report_page.summary(run))[2] == (
+        "Planned: 1.5 s of computing for these tokens, by the speeds of the hosts; it took 2.0 s. Most of a step was "
+        "to be computing."
+    )
+    run.stages, run.ranks[1].seconds["weights"] = 2, 3.0
+    assert list(report_page.summary(run))[3:5] == [
+        "Stages were to wait 25 % of a step for each other.",
+        "The slowest rank was 1 on node<1>, which was waiting for weights while others waited for it.",
+    ]
+
+
 def test_shared_tokens_are_said_and_are_no_work() -> None:
     shared = made()
     shared.tokens = report.Tokens(prompt=100, generated=50, shared=90)

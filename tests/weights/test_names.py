@@ -5,7 +5,8 @@ import pytest
 from mpillm.weights import names
 from mpillm.weights.names import ROLES, TASK_ROLES, USUAL, Key, Parsed
 
-GLOBAL = ("embed", "positions", "final_norm", "final_norm_bias", *TASK_ROLES)
+ENTRY = ("embed", "positions", "segments", "embed_norm", "embed_norm_bias")
+GLOBAL = (*ENTRY, "final_norm", "final_norm_bias", *TASK_ROLES)
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -161,7 +161,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
         found = self._format(spec, model)
         shown: dict[str, Any] = {}
         if found.has_reasoning and self.include_reasoning is not False:
-            shown["reasoning_content"] = answer.reasoning
+            shown["reasoning_content"] = shown["reasoning"] = answer.reasoning  # vLLM's name now, and before
         shown["content"] = answer.content if answer.content.strip() or not answer.calls else None
         if answer.calls:
             shown["tool_calls"] = calls_shown(answer.calls, request, found.id_length)

@@ -40,6 +40,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
 
     url: ClassVar[str] = "/v1/multiple_choice"
     key: ClassVar[str] = "choices"
+    needs_head: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (Column("loglikelihoods", "values", "<f8"),)
 
     prompt: str | list[int] | None = None
@@ -104,7 +105,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
             "id": f"choice-{hashed_id(work.custom_id)}",
             "object": "multiple_choice",
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             "choices": shown,
             "best": best,
             "answer": self.choices[best["logprob"]],

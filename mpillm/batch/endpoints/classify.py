@@ -29,6 +29,7 @@ class Classify(Endpoint, frozen=True, kw_only=True):
     """/v1/classify"""
 
     url: ClassVar[str] = "/v1/classify"
+    aliases: ClassVar[tuple[str, ...]] = ("/classify",)
     key: ClassVar[str] = ""
     columns: ClassVar[tuple[Column, ...]] = (Column("probabilities", "values", "<f8"),)
 
@@ -74,7 +75,7 @@ class Classify(Endpoint, frozen=True, kw_only=True):
             "id": f"classify-{hashed_id(work.custom_id)}",
             "object": "list",
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             "data": shown,
             "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
         }

@@ -79,7 +79,7 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
             "id": f"embd-{hashed_id(work.custom_id)}",
             "object": "list",
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             "data": [
                 msgspec.Raw(msgspec.json.encode(self._embedding(work, completion, model)))
                 for completion in completions

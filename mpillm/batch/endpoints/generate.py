@@ -58,6 +58,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         Column("logprobs", "values", "<f4"),
         Column("prompt_logprobs", "values", "<f4"),
     )
+    needs_head: ClassVar[bool] = True
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # what the answer calls itself
 
@@ -104,7 +105,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
             "id": f"{self.id_prefix}-{hashed_id(work.custom_id)}",
             "object": self.kind,
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             # Encoded one by one: the objects of a log-probability take many times its bytes.
             "choices": [
                 msgspec.Raw(msgspec.json.encode(self.choice(work, index, completion, detokenizer)))

@@ -18,9 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from mpillm.batch.endpoints.embeddings import Embeddings
 from mpillm.batch.endpoints.prompts import (
     MAX_PROMPT_TOKENS,
+    Cut,
     TokenIds,
+    Truncated,
     check_length,
     check_sequences,
+    cut_of,
     encoded,
 )
 from mpillm.batch.work import Column, Endpoint, Model, Work
@@ -42,6 +45,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     instruction: str | None = None
     use_activation: bool | None = None
     activation: bool | None = None
+    truncate_prompt_tokens: Truncated | None = None
 
     def pairs(self) -> tuple[list[str], list[str]]:
         """The queries and the documents, as many as each other or one query; RequestError if they are neither."""
@@ -56,17 +60,21 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
                 raise RequestError(
                     "instruction and use_activation are for models that read both texts together"
                 )
-            return Embeddings(input=[*queries, *documents]).requests(custom_id, spec, model)
+            texts = Embeddings(
+                input=[*queries, *documents], truncate_prompt_tokens=self.truncate_prompt_tokens
+            )
+            return texts.requests(custom_id, spec, model)
         if classifier.relevant is None:
             shown = ", ".join(classifier.labels[:4])
             raise RequestError(
                 f"the model has {len(classifier.labels)} labels ({shown}), and none of them says how relevant a "
                 "document is; /v1/classify gives all of them"
             )
+        cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
         made, total = [], 0
         for index, document in enumerate(documents):
             which = f"pair {index + 1} of {len(documents)}" if len(documents) > 1 else "the pair"
-            ids, second = self._tokens(queries[index % len(queries)], document, which, spec, model)
+            ids, second = self._cut(cut, queries[index % len(queries)], document, which, spec, model)
             check_length(ids, which, spec, model)
             total += len(ids)
             if index and total > MAX_PROMPT_TOKENS:
@@ -110,6 +118,22 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     def _embedding(self, completion: Completion, model: Model) -> NDArray[np.float32]:
         assert completion.embedding is not None
         return through(model.embedding.layers, completion.embedding)
+
+    def _cut(
+        self, cut: Cut | None, query: str, document: str, which: str, spec: Spec, model: Model
+    ) -> tuple[TokenIds, int | None]:
+        """A pair's tokens, of which there are no more than `cut` says: the document is cut for that."""
+        if cut is None or model.text is None:
+            return self._tokens(query, document, which, spec, model)
+        around, _ = self._tokens(query, "", which, spec, model)
+        room = cut.count - len(around)
+        while room > 0:
+            beginning = model.text.beginning(document, room)
+            ids, second = self._tokens(query, beginning, which, spec, model)
+            if len(ids) <= cut.count:
+                return ids, second
+            room -= len(ids) - cut.count  # tokens are other ones beside other text
+        raise RequestError(f"truncate_prompt_tokens {cut.count} leaves nothing of the document in {which}")
 
     def _tokens(
         self, query: str, document: str, which: str, spec: Spec, model: Model

@@ -19,6 +19,7 @@ class Rerank(Pairs, frozen=True, kw_only=True):
     """/v1/rerank"""
 
     url: ClassVar[str] = "/v1/rerank"
+    aliases: ClassVar[tuple[str, ...]] = ("/rerank", "/v2/rerank")
     key: ClassVar[str] = "query"
 
     query: str
@@ -41,7 +42,7 @@ class Rerank(Pairs, frozen=True, kw_only=True):
         shown = self.return_documents is not False
         return {
             "id": f"rerank-{hashed_id(work.custom_id)}",
-            "model": model.name,
+            "model": model.answering(self.model),
             "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
             "results": [
                 {

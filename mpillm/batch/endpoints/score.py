@@ -16,6 +16,7 @@ class Score(Pairs, frozen=True, kw_only=True):
     """/v1/score"""
 
     url: ClassVar[str] = "/v1/score"
+    aliases: ClassVar[tuple[str, ...]] = ("/score",)
     key: ClassVar[str] = "text_1"
 
     text_1: str | Texts | None = None
@@ -41,7 +42,7 @@ class Score(Pairs, frozen=True, kw_only=True):
             "id": f"score-{hashed_id(work.custom_id)}",
             "object": "list",
             "created": CREATED,
-            "model": model.name,
+            "model": model.answering(self.model),
             "data": [
                 {"index": index, "object": "score", "score": score}
                 for index, score in enumerate(self.scores(completions, model))

@@ -21,9 +21,9 @@ class Attention(Fused):
     with `normed_after_rope`, and `v_norm` v: every head by itself if the norm is as wide as a head, else whole rows.
     rope rotates `rotary` dimensions of each head: all with None, none with 0, where cos and sin are ignored. A head has
     hd dimensions of q and k, and `value_dim` (0: hd) of v.
-    `sinks`, `softcap`, `chunked` and `tuning` are described at `reference.attention`. What the heads make is multiplied
-    by the sigmoid of gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias nor x added
-    (`Residual`).
+    `sinks`, `softcap`, `chunked`, `tuning` and `bidirectional` are described at `reference.attention`. What the heads
+    make is multiplied by the sigmoid of gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias
+    nor x added (`Residual`).
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
@@ -33,12 +33,12 @@ class Attention(Fused):
                  interleaved: bool = False, sinks: F32 | None = None, softcap: float = 0.0,
                  gate: Packed | None = None, chunked: bool = False,
                  tuning: tuple[float, int, int] | None = None, v_norm: Norm | None = None,
-                 normed_after_rope: bool = False) -> None:  # fmt: skip
+                 normed_after_rope: bool = False, bidirectional: bool = False) -> None:  # fmt: skip
         self._qkv, self._o, self._norm_before, self._gate = (q, k, v), o, norm, gate
         self._kv_of_head, self._kvh, self._hd, self._value_dim = kv_of_head, kvh, hd, value_dim or hd
         self._scale, self._window, self._sinks, self._softcap = scale, window, sinks, softcap
         self._chunked, self._tuning, self._v_norm = chunked, tuning, v_norm
-        self._normed_after_rope = normed_after_rope
+        self._normed_after_rope, self._bidirectional = normed_after_rope, bidirectional
         self._biases, self._qk_norms = biases or (None, None, None), qk_norms or (None, None)
         self._rotary, self._interleaved = hd if rotary is None else rotary, interleaved
 
@@ -88,7 +88,7 @@ class Attention(Fused):
         mixed = np.empty((len(q), len(self._kv_of_head) * self._value_dim), np.float32)
         ops.attention(kv_type, q, mixed, kpool, vpool, pos, table, table_start, self._kv_of_head, self._kvh, self._hd,
                       self._scale, self._window, threads, self._value_dim, self._sinks, self._softcap,
-                      self._chunked, self._tuning)  # fmt: skip
+                      self._chunked, self._tuning, self._bidirectional)  # fmt: skip
         if gate is not None:
             ops.activate(Activation.SIGMOID, gate, mixed, mixed, threads)
         self._multiply(mixed, self._o, out, threads)

@@ -32,7 +32,8 @@ class LayerStack:
     """Whole layers, whose keys and values lie in these pools: x [m, d] goes through attention and MLP of each.
 
     Layers may differ in their rope or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
-    `places` is None. `between` is called before each layer, for work that must go on meanwhile.
+    `places` is None. `between` is called before each layer, for work that must go on meanwhile. `reduce`, if there is
+    one, replaces this shard's part [m, d] of what attention or the MLP makes by the sum over all shards.
     """
 
     def __init__(self, layers: Sequence[tuple[Attention, Residual, Mlp, Residual]], kv_type: BlockType,
@@ -41,12 +42,21 @@ class LayerStack:
         self._kv_type = kv_type
 
     def __call__(
-        self, x: F32, rows: Sequence[Where], between: Callable[[], object], threads: int = 1
+        self,
+        x: F32,
+        rows: Sequence[Where],
+        between: Callable[[], object],
+        reduce: Callable[[F32], object] | None,
+        threads: int = 1,
     ) -> None:
         part = np.empty_like(x)
         for (attention, after_attention, mlp, after_mlp), (kpool, vpool), place in self._layers:
             between()
             attention(x, *rows[place][:2], self._kv_type, kpool, vpool, *rows[place][2:], part, threads)
+            if reduce is not None:
+                reduce(part)
             after_attention(x, part, threads)
             mlp(x, part, threads)
+            if reduce is not None:
+                reduce(part)
             after_mlp(x, part, threads)

@@ -95,13 +95,16 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
               table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
               threads: int = 1, value_dim: int = 0, sinks: F32 | None = None,
               softcap: float = 0.0, chunked: bool = False,
-              tuning: tuple[float, int, int] | None = None) -> None:  # fmt: skip
+              tuning: tuple[float, int, int] | None = None,
+              bidirectional: bool = False) -> None:  # fmt: skip
     """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]].
 
     q [m, heads * hd], out [m, heads * value_dim] (0: hd). `sinks` [heads]: a logit that takes part in the softmax's
     denominator, and has no value (gpt-oss). `softcap` > 0: scores s become softcap * tanh(s / softcap) (Gemma 2).
     `chunked`: a row attends to the positions of its own chunk of `window` ones (Llama 4). `tuning` (beta, length,
     offset): scores at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / length)) (Llama 4).
+    `bidirectional`: a row attends to as many positions after its own as before it, up to the last row of its sequence,
+    whose rows are neighbours.
     Without vpool a head's values are the first value_dim dimensions of its keys (the latents of DeepSeek V2).
     """
     heads, value_dim = len(kv_of_head), value_dim or hd
@@ -119,14 +122,18 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
     require("kv_of_head", kv_of_head, (heads,), np.int32)
     if heads and not 0 <= kv_of_head.min() <= kv_of_head.max() < kvh:
         raise ValueError(f"kv_of_head must be within 0..{kvh - 1}")
-    for i, (last, first) in enumerate(zip(pos.tolist(), table_start.tolist(), strict=True)):
-        if last < 0 or first < 0 or first + last // KV_BLOCK >= len(table):
+    ends = np.flatnonzero(np.diff(table_start, append=np.int32(-1)))  # the last row of each sequence
+    for i, (at, first) in enumerate(zip(pos.tolist(), table_start.tolist(), strict=True)):
+        if at < 0 or first < 0 or first + at // KV_BLOCK >= len(table):
             raise ValueError(
-                f"row {i}: position {last} lies outside its block table of {len(table) - first} blocks"
+                f"row {i}: position {at} lies outside its block table of {len(table) - first} blocks"
             )
-        begin = max(0, last - window + 1) if window else 0
+        begin, last = max(0, at - window + 1) if window else 0, at
         if chunked:
-            begin = last - last % window
+            begin = at - at % window
+        if bidirectional:
+            last = int(pos[ends[np.searchsorted(ends, i)]])
+            last = min(last, at + window - 1) if window else last
         used = table[first + begin // KV_BLOCK : first + last // KV_BLOCK + 1]
         if not 0 <= used.min() <= used.max() < len(kpool):
             raise ValueError(f"row {i}: the block table names a block outside the pool of {len(kpool)}")
@@ -139,7 +146,7 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
         skip = begin % KV_BLOCK
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):
-            mine = q[i, head * hd : (head + 1) * hd] * (np.float32(scale) * np.float32(_tuned(tuning, last)))
+            mine = q[i, head * hd : (head + 1) * hd] * (np.float32(scale) * np.float32(_tuned(tuning, at)))
             sink = np.float32(-np.inf) if sinks is None else sinks[head]
             out[i, head * value_dim : (head + 1) * value_dim] = _attend(
                 mine, keys[g][:, span], values[g][span], sink, np.float32(softcap)

@@ -9,6 +9,7 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family
+from mpillm.model.families.bert import Bert, Roberta
 from mpillm.model.families.cohere import Cohere
 from mpillm.model.families.deepseek import DeepSeek
 from mpillm.model.families.dots import Dots
@@ -30,7 +31,9 @@ from mpillm.model.families.llama4 import Llama4
 from mpillm.model.families.mamba2 import Mamba2
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
+from mpillm.model.families.modernbert import ModernBert
 from mpillm.model.families.nemotron_h import NemotronH
+from mpillm.model.families.nomic_bert import NomicBert
 from mpillm.model.families.olmo import Olmo, Olmoe
 from mpillm.model.families.phi import Phi
 from mpillm.model.families.qwen import Qwen, QwenVlMixture
@@ -72,6 +75,10 @@ FAMILIES: tuple[Family, ...] = (
     FalconH1(),
     NemotronH(),
     Mamba2(),
+    Bert(),
+    Roberta(),
+    ModernBert(),
+    NomicBert(),
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
@@ -123,9 +130,16 @@ def _supported() -> str:
         ", ".join(name.removesuffix(suffix) for name in names if name.endswith(suffix))
         for suffix in (causal, images)
     )
-    others = ", ".join(name for name in names if not name.endswith((causal, images)))
-    tasks = f"{causal}, ForSequenceClassification or Model"
-    return f"{short} (each with {tasks}), {others}, and as text {as_text} (each with {images})"
+    encoders = [name for name in names if name.endswith("Model") and not name.endswith("LMHeadModel")]
+    others = ", ".join(name for name in names if not name.endswith((causal, images)) and name not in encoders)
+    tasks, stems = (
+        "ForSequenceClassification or Model",
+        ", ".join(name.removesuffix("Model") for name in encoders),
+    )
+    return (
+        f"{short} (each with {causal}, {tasks}), {others}, {stems} (each with ForMaskedLM, {tasks}), and as text "
+        f"{as_text} (each with {images})"
+    )
 
 
 def gguf_family(kind: Any, name: str) -> Family:
@@ -151,4 +165,8 @@ def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelCo
     classifier = family.classifier(fields) if task == "classify" else None
     found = family.config(fields, architecture)
     shown = named[0] if named else found.architecture
+    if task == "generate" and found.whole_prompts:
+        raise ModelError(
+            f"{name}: {shown} is an encoder, which generates no text; it runs as a {found.architecture}."
+        )
     return replace(found, architecture=shown, generates=task == "generate", classifier=classifier)

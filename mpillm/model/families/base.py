@@ -38,8 +38,8 @@ class Family:
     `architectures` are transformers' classes with their model_type, `model_types` other values of model_type with
     the class that they stand for, `gguf` the values of general.architecture that it reads, `names` what its tensors
     are called, and `tied` what an absent tie_word_embeddings means. With `yarn_multiplies_scores` a GGUF file's
-    yarn multiplies attention's scores, as its log multiplier says. `defaults` has what other absent keys mean, by
-    class: the defaults of transformers' configuration classes. Sizes have none.
+    yarn multiplies attention's scores, as its log multiplier says. `defaults`
+    has what other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
     """
 
     architectures: ClassVar[Mapping[str, str]]
@@ -226,7 +226,7 @@ def model(
     architecture: str,
     sizes: Sizes,
     layer: Callable[[int], LayerSpec],
-    final_norm: NormSpec,
+    final_norm: NormSpec | None,
     **more: Any,
 ) -> ModelConfig:
     """The model of these layers; `more` is what else the family says. Reads what is left: special tokens, and tying."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     FULL,
@@ -29,7 +30,7 @@ from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config, window_types
 from mpillm.weights.names import AFTER_NORMS, Names
 
-_GEMMA2, _GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+_GEMMA2, _GEMMA3, _EMBEDDING = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3TextModel"
 _USUAL = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -45,7 +46,7 @@ class Gemma(Family):
     """Weights of norms are stored minus one; embeddings are multiplied by the square root of their width."""
 
     architectures = {_GEMMA2: "gemma2", _GEMMA3: "gemma3_text"}
-    gguf = ("gemma2", "gemma3")
+    gguf = ("gemma2", "gemma3", "gemma-embedding")
     tied = True
     names = Names(hf={**AFTER_NORMS, "layers.{l}.pre_feedforward_layernorm.weight": ("ffn_norm",)})
     defaults = {
@@ -73,8 +74,9 @@ class Gemma(Family):
         softcap = fields.optional_number("attn_logit_softcapping", 0, 1e9) or 0.0
         # GGUF files have the weights of norms as they are.
         norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
-        if fields.flag("use_bidirectional_attention"):
-            raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
+        bidirectional = fields.flag("use_bidirectional_attention")
+        if bidirectional and window:  # which is then of both sides together (EmbeddingGemma)
+            window = window // 2 + 1
         newer = architecture == _GEMMA3
         fields.raw("cache_implementation")
         types = read_window_types(fields, sizes.n_layers, every=6 if newer else 2)
@@ -90,6 +92,7 @@ class Gemma(Family):
                 qk_norm=norm if newer else None,
                 softcap=softcap,
                 scale=scale,
+                bidirectional=bidirectional,
             )
             return LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
 
@@ -105,7 +108,13 @@ class Gemma(Family):
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         config = usual_config(fields, shape_of)
-        newer = fields.kind == "gemma3"
+        encodes = fields.kind == "gemma-embedding"
+        if encodes and fields.raw("attention.causal") is not False:
+            raise ModelError(f"{fields.path}: gemma-embedding files are of encoders (attention.causal).")
+        for role in ("dense_2", "dense_3"):  # the tensors say so
+            for end in ("in", "out"):
+                fields.raw(f"{role}_feat_{end}")
+        newer = encodes or fields.kind == "gemma3"
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
         # What llama.cpp takes for the largest of both: no field says it.
         largest = layers == (62 if newer else 46)
@@ -114,7 +123,8 @@ class Gemma(Family):
             "final_logit_softcapping": fields.number("final_logit_softcapping", 0.0 if newer else 30.0),
         }
         return config | {
-            "architectures": [_GEMMA3 if newer else _GEMMA2],
+            "architectures": [_EMBEDDING if encodes else _GEMMA3 if newer else _GEMMA2],
+            "use_bidirectional_attention": encodes,
             "gguf_norms": True,
             "query_pre_attn_scalar": config["hidden_size"] // heads if largest else config["head_dim"],
             "sliding_window": fields.integer("attention.sliding_window", 4096),

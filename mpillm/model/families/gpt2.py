@@ -7,6 +7,7 @@ from dataclasses import replace
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family, Sizes, attention_of, model, read_activation, read_norm
 from mpillm.model.fields import Fields
+from mpillm.model.layers.entry import EntrySpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
@@ -79,7 +80,9 @@ class Gpt2(Family):
 
         def layer(number: int) -> LayerSpec:
             own = replace(attention, scale=attention.scale / (number + 1)) if by_layer else attention
-            return LayerSpec(own, mlp, Norms(norm), Norms(norm), positions=positions if number == 0 else 0)
+            return LayerSpec(
+                own, mlp, Norms(norm), Norms(norm), entry=EntrySpec(positions) if number == 0 else None
+            )
 
         for key in ("n_ctx", "reorder_and_upcast_attn"):  # the same numbers in another order
             fields.raw(key)

@@ -14,6 +14,7 @@ SUFFIXES: Mapping[str, Task] = {
     "ForCausalLM": "generate",
     "LMHeadModel": "generate",
     "ForSequenceClassification": "classify",
+    "ForMaskedLM": "embed",  # of encoders
     "Model": "embed",
 }
 _DECISIONS: Mapping[str, Decision] = {

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from mpillm import kernels
+from mpillm.kernels import adapted
 from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
 from mpillm.model.layers.mixer import MixerInput
@@ -52,6 +53,7 @@ class AttentionSpec:
     made of. `sinks` are learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score
     s c tanh(s / c).
     With a `gate` what each head makes is multiplied by the sigmoid of a product of its own, before the output's.
+    `bidirectional`: a token sees as many tokens after it as before it, so a prompt is computed in one step.
     """
 
     n_heads: int
@@ -72,6 +74,9 @@ class AttentionSpec:
     v_norm: NormSpec | None = None
     normed_after_rope: bool = False
     v_is_k: bool = False
+    bidirectional: bool = False
+
+    adaptable = ("q", "q_gate", "k", "v", "o")
 
     @property
     def turn(self) -> Turn | None:
@@ -119,7 +124,9 @@ class AttentionSpec:
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`."""
-        return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, self.window),)
+        kept = not self.bidirectional  # what later tokens do not change, they need
+        window = self.window if kept else 0
+        return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, window, kept),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: queries, keys, values, gates, attention's output, angles, what is multiplied.
@@ -142,8 +149,9 @@ class AttentionSpec:
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
         q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
-        products = rank.kept(lambda: kernels.Products(*matrices), "q, k and v", layer)
-        rank.compute(products, rows, outs)
+        products = adapted.Products if page.adapted else kernels.Products
+        made = rank.kept_of(page, lambda: products(*matrices), "q, k and v", layer)
+        rank.compute_of(page, len(x), made, rows, outs)
         if self.qkv_bias:
             for values, role in zip(outs, "qkv", strict=True):
                 values += page.vector(f"{role}_bias")
@@ -158,9 +166,9 @@ class AttentionSpec:
         )
         part = np.empty_like(x)
         cos, sin, *where = step.rows(self.turn, cache.group)
-        work = rank.kept(lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
+        work = rank.kept_of(page, lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
         pools = cache.acquire()
-        rank.compute(work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
+        rank.compute_of(page, len(x), work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
         cache.release()
         rank.group.all_reduce(part)
         return part, page.vector("o_bias") if self.o_bias else None
@@ -180,7 +188,8 @@ class AttentionSpec:
                 self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
                 self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
             )
-        return kernels.Attention(
+        attention = adapted.Attention if page.adapted else kernels.Attention
+        return attention(
             page.matrix("q"),
             page.matrix("k"),
             page.matrix(v),
@@ -204,6 +213,7 @@ class AttentionSpec:
             tuning=astuple(self.tuning) if self.tuning else None,
             v_norm=self.v_norm.kernel(page, "", width=self.head_dim) if self.v_norm else None,
             normed_after_rope=self.normed_after_rope,
+            bidirectional=self.bidirectional,
         )
 
     def kv_heads(self, place: Place, block: int) -> range:
@@ -237,8 +247,8 @@ def attend(spec: _Attention, given: MixerInput) -> tuple[Floats, Floats | None]:
 
     part = np.empty_like(x)
     cos, sin, *where = step.rows(spec.turn, cache.group)
-    work, pools = rank.kept(make, "attention", layer), cache.acquire()
-    rank.compute(work, x, cos, sin, cache.kv_type, *pools, *where, part)
+    work, pools = rank.kept_of(page, make, "attention", layer), cache.acquire()
+    rank.compute_of(page, len(x), work, x, cos, sin, cache.kv_type, *pools, *where, part)
     cache.release()
     rank.group.all_reduce(part)
     return part, page.vector("o_bias") if spec.o_bias else None

@@ -22,6 +22,11 @@ class BesideSpec:
 
     fused = False
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The roles of all its mixers to which adapters may add."""
+        return tuple(role for mixer, _ in self.mixers for role in mixer.adaptable)
+
     def axes(self, block: int) -> tuple[Axis, ...]:
         """The axes that limit the number of shards; `block` as in `grid.axis`."""
         return tuple(axis for mixer, _ in self.mixers for axis in mixer.axes(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,11 @@ class ExpertsSpec:
     def pages(self) -> tuple[str, ...]:
         """The names of its pages that every step uses."""
         return (SHARED,) if self.shared else ()
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The roles of the shared MLP's matrices."""
+        return self.shared.adaptable if self.shared else ()
 
     @property
     def fused(self) -> bool:
@@ -169,9 +175,12 @@ class ExpertsSpec:
         shared = None
         if self.shared:
             with rank.page(layer, SHARED) as page:
-                work = rank.kept(lambda: self._shared_kernel(page), "shared", layer)
-                shared = np.empty_like(x)
-                rank.compute(work, prepared.h, shared)
+                if rank.adapts(layer, self.adaptable):
+                    shared = self.shared.in_steps(rank, lambda _: nullcontext(page), prepared.h)
+                else:
+                    work = rank.kept(lambda: self._shared_kernel(page), "shared", layer)
+                    shared = np.empty_like(x)
+                    rank.compute(work, prepared.h, shared)
             rank.group.all_reduce(shared)
             if prepared.gate is not None:
                 shared *= prepared.gate

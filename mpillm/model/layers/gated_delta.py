@@ -43,6 +43,7 @@ class GatedDeltaSpec:
     log_rates: bool = True
 
     fused = False
+    adaptable = ()
 
     @property
     def share(self) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpillm import kernels
+from mpillm.kernels import adapted
 from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
 from mpillm.model.layers.attention import Rotary, attend
@@ -51,6 +52,8 @@ class LatentAttentionSpec:
     q_rank: int = 0
     q_norm: NormSpec | None = None
     bias: bool = False
+
+    adaptable = ("q", "q_a", "q_b", "kv_a", "o")
 
     @property
     def fused(self) -> bool:
@@ -133,7 +136,8 @@ class LatentAttentionSpec:
     ) -> kernels.LatentAttention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         low = self.q_norm is not None
-        return kernels.LatentAttention(
+        attention = adapted.LatentAttention if page.adapted else kernels.LatentAttention
+        return attention(
             page.matrix("q_b" if low else "q"),
             page.matrix("kv_a"),
             page.matrices("k_b"),

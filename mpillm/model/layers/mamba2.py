@@ -58,6 +58,7 @@ class Mamba2Spec:
     log_rates: bool = True
 
     fused = False
+    adaptable = ()
 
     @property
     def whole(self) -> bool:

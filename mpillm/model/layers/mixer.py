@@ -34,6 +34,10 @@ class Mixer(Protocol):
     def fused(self) -> bool:
         """Whether it is an attention whose kernel may be part of a `kernels.LayerStack`."""
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The roles of its matrices to which adapters may add."""
+
     def axes(self, block: int) -> tuple[Axis, ...]:
         """The axes that limit the number of shards."""
 

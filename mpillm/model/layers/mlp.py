@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ class MlpSpec:
     def pages(self) -> tuple[str, ...]:
         """The names of its pages, in the order of use: one for each matrix."""
         return (GATE, UP, DOWN) if self.gated else (UP, DOWN)
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The roles of its matrices."""
+        return tuple(self.prefix + page for page in self.pages)
 
     @property
     def count(self) -> int:
@@ -91,20 +96,25 @@ class MlpSpec:
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Any:
         """What `compute` needs of the page before its own ones; `norm` is that of its input x [m, hidden]."""
-        if rank.all_resident:
+        if self._whole(rank, layer):
             return self.kernel(rank, layer, first, norm)
         return rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
 
     def compute(self, rank: Rank, layer: int, prepared: Any, x: Floats) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the bias that is still to be added to it."""
-        if rank.all_resident:
+        if self._whole(rank, layer):
             part = np.empty_like(x)
             rank.compute(prepared, x, part)
             bias = rank.kept(lambda: self.output_bias(rank, layer), "down_bias", layer) if self.bias else None
         else:
-            part, bias = self._page_by_page(rank, layer, prepared), self.output_bias(rank, layer)
+            part = self.in_steps(rank, lambda name: rank.page(layer, name), prepared)
+            bias = self.output_bias(rank, layer)
         rank.group.all_reduce(part)
         return part, bias
+
+    def _whole(self, rank: Rank, layer: int) -> bool:
+        """Whether it is computed as one operation, not page by page."""
+        return rank.all_resident and not rank.adapts(layer, self.adaptable)
 
     def kernel(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None) -> kernels.Mlp:
         """All of it as one operation of the kernels, which refers to the memory of its pages."""
@@ -143,15 +153,17 @@ class MlpSpec:
             bias: Floats = page.vector(f"{self.prefix}down_bias").copy()
             return bias
 
-    def _page_by_page(self, rank: Rank, layer: int, h: Floats) -> Floats:
-        """The same of normed rows h, with one matrix in memory at a time."""
+    def in_steps(
+        self, rank: Rank, page_of: Callable[[str], AbstractContextManager[Page]], h: Floats
+    ) -> Floats:
+        """What this shard makes of normed rows h, one matrix after the other, each in use while it is multiplied."""
         inputs = []
         for name in self.pages[:-1]:
-            with rank.page(layer, name) as page:
-                inputs.append(rank.times(h, page, self.prefix + name))
+            with page_of(name) as page:
+                inputs.append(rank.times(h, rank.adapted(page), self.prefix + name))
                 if self.bias:
                     inputs[-1] += page.vector(f"{self.prefix}{name}_bias")
-        with rank.page(layer, DOWN) as page:
+        with page_of(DOWN) as page:
             first, factor = (inputs[0], inputs[1]) if self.gated else (inputs[0], None)
             kernels.activate(self.activation, first, factor, first, rank.threads, alpha=self.alpha)
-            return rank.times(first, page, self.prefix + DOWN)
+            return rank.times(first, rank.adapted(page), self.prefix + DOWN)

@@ -51,7 +51,8 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class Norms:
-    """The norms around a part of a layer: of its input, and of its output before that is added."""
+    """The norms around a part of a layer: of its input, of its output before that is added, and of the sum."""
 
     before: NormSpec | None = None
     after: NormSpec | None = None
+    of_sum: NormSpec | None = None

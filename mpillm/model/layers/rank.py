@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,13 +10,18 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.comm.collectives import Group
+from mpillm.kernels import adapted
 from mpillm.partition.grid import Place
-from mpillm.weights.page import Page
+from mpillm.weights.names import Key
+from mpillm.weights.page import AdaptedPage, Page
 from mpillm.weights.paging.cache import Use
 from mpillm.weights.paging.weights import Weights
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
+LowRanks = Mapping[Key, Sequence[adapted.LowRank]]  # what adapters add to products with matrices
+
+WORTH_THREADS = 2**22  # rows times bytes of weights
 
 
 class Rank:
@@ -25,6 +30,7 @@ class Rank:
     def __init__(self, place: Place, block: int, weights: Weights, group: Group, threads: int) -> None:
         self.place, self.block, self.group, self.threads = place, block, group, threads
         self.weights = weights
+        self.low_ranks: LowRanks = {}  # of the step that is being computed
         #: Whether pages that were loaded stay where they are, so that objects may refer to their memory.
         self.all_resident = weights.cycle.budget >= weights.cycle.total
         self._pages = {(page.layer, page.kind): number for number, page in enumerate(weights.cycle.pages)}
@@ -35,6 +41,18 @@ class Rank:
     def page(self, layer: int, name: str) -> Use[Page]:
         """A page, loaded and kept in memory while in the `with` block."""
         return self.weights.cycle.use(self._pages[layer, name])
+
+    def adapted(self, page: Page) -> Page:
+        """The page with what adapters add in this step; the page itself if they add nothing."""
+        if not self.low_ranks:
+            return page
+        keys = ((role, Key(role, page.plan.layer)) for role in page.plan.index)
+        low = {role: self.low_ranks[key] for role, key in keys if key in self.low_ranks}
+        return AdaptedPage(page, low) if low else page
+
+    def adapts(self, layer: int, roles: Sequence[str]) -> bool:
+        """Whether adapters add to one of a layer's matrices in this step."""
+        return bool(self.low_ranks) and any(Key(role, layer) in self.low_ranks for role in roles)
 
     def experts(self, layer: int, experts: NDArray[np.integer[Any]]) -> Any:
         """The loaded pages of some experts of a layer, in ascending order, as many at a time as there are."""
@@ -50,9 +68,21 @@ class Rank:
             found = self._kept[key] = make()
         return found
 
+    def kept_of(self, page: Page, make: Callable[[], T], *key: object) -> T:
+        """The same where `page` is what it is made of: made anew for a page that is adapted."""
+        return make() if page.adapted else self.kept(make, *key)
+
     def compute(self, work: Any, *args: Any) -> None:
         """Run an operation of the kernels with this rank's threads."""
         kernels.compute(work, *args, self.threads)
+
+    def compute_of(self, page: Page, rows: int, work: Any, *args: Any) -> None:
+        """The same for an operation on a page.
+
+        On an adapted one it is many small ones in turn, for which threads do not pay where there is little to do.
+        """
+        small = page.adapted and rows * page.plan.nbytes < WORTH_THREADS
+        kernels.compute(work, *args, 1 if small else self.threads)
 
     def normalise(self, x: Floats, norm: kernels.Norm | None) -> Floats:
         """The norm of rows, as a new array; without one the rows themselves."""
@@ -69,5 +99,6 @@ class Rank:
         """x @ matrix.T: f32 [m, n]."""
         matrix = page.matrix(role)
         out = np.empty((len(x), matrix.n), np.float32)
-        self.compute(kernels.Products(matrix), x, [out])
+        products = adapted.Products if page.adapted else kernels.Products
+        self.compute_of(page, len(x), products(matrix), x, [out])
         return out

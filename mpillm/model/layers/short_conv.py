@@ -24,6 +24,7 @@ class ShortConvSpec:
     taps: int
 
     fused = False
+    adaptable = ()
 
     def channels(self, block: int) -> Axis:
         """The axis of channels; `block` as in `grid.axis`."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mpillm.model.cache_spec import LayerCache
+from mpillm.model.layers.entry import EntrySpec
 from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.mixer import Mixer
 from mpillm.model.layers.mlp import MlpSpec
@@ -21,7 +22,7 @@ class LayerSpec:
 
     `parallel`: both are of what the mixer's norm makes of x before either is added, and the MLP has no norm before it.
     `scaled`: what leaves the layer is multiplied by a learned number.
-    `positions`: a learned vector for each of so many positions is added to what enters it.
+    `entry`: what is done to embeddings before they enter it.
     A layer may have a mixer or an MLP alone; without a mixer it is `parallel`.
     """
 
@@ -32,7 +33,7 @@ class LayerSpec:
     residual_scale: float = 1.0
     parallel: bool = False
     scaled: bool = False
-    positions: int = 0
+    entry: EntrySpec | None = None
     mlp_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -47,7 +48,8 @@ class LayerSpec:
     def fused(self) -> bool:
         """Whether it may be part of a `kernels.LayerStack`."""
         whole = len(self.parts) == 2 and all(part.fused for part in self.parts)
-        return whole and not (self.parallel or self.scaled or self.positions)
+        sums = self.mixer_norms.of_sum or self.mlp_norms.of_sum
+        return whole and not (self.parallel or self.scaled or self.entry or sums)
 
     def axes(self, block: int) -> Iterator[Axis]:
         """The axes that limit the number of shards."""
@@ -70,19 +72,23 @@ class LayerSpec:
         return self.mixer.cache(place, block) if self.mixer else ()
 
     def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        if self.positions:
-            yield TensorSpec(Key("positions"), (self.positions * hidden,))
+        if self.entry:
+            yield from self.entry.tensors(hidden)
         if self.mixer_norms.before:
             yield from self.mixer_norms.before.tensors("attn_norm", layer, hidden)
         if self.mixer:
             yield from self.mixer.tensors(layer, hidden, block)
         if self.mixer_norms.after:
             yield from self.mixer_norms.after.tensors("attn_post_norm", layer, hidden)
+        if self.mixer_norms.of_sum:
+            yield from self.mixer_norms.of_sum.tensors("attn_sum_norm", layer, hidden)
         if self.mlp_norms.before:
             yield from self.mlp_norms.before.tensors("ffn_norm", layer, hidden)
         if self.mlp:
             yield from self.mlp.first_page(layer, hidden)
         if self.mlp_norms.after:
             yield from self.mlp_norms.after.tensors("ffn_post_norm", layer, hidden)
+        if self.mlp_norms.of_sum:
+            yield from self.mlp_norms.of_sum.tensors("ffn_sum_norm", layer, hidden)
         if self.scaled:
             yield TensorSpec(Key("layer_scale", layer), (1,))

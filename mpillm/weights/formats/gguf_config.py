@@ -23,6 +23,8 @@ class GgufFamily(Protocol):
     @property
     def names(self) -> Names: ...
     @property
+    def gguf(self) -> tuple[str, ...]: ...
+    @property
     def tied(self) -> bool: ...
     @property
     def yarn_multiplies_scores(self) -> bool: ...
@@ -33,6 +35,7 @@ class GgufFamily(Protocol):
         """How tensors that hold several matrices are taken apart."""
 
 
+POOLED = ("pooler", "pooler_bias", "pooler_norm", "pooler_norm_bias", "classifier", "classifier_bias")
 # Fields without effect here: sizes are read off the tensors, the rest describes how the file was made.
 _IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 _UNSET = (-1, 2**32 - 1)  # ids that stand for "no such token", signed and unsigned
@@ -89,8 +92,10 @@ def config_of(
 
 def _classifier(fields: GgufFields, config: dict[str, Any], count: int) -> dict[str, Any]:
     """The keys of a model with a classifier instead of an LM head, as transformers names its class."""
-    named = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
-    labels = fields.raw("classifier.output_labels") or [f"LABEL_{index}" for index in range(count)]
+    stem = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("Model")
+    named = f"{stem}ForSequenceClassification"
+    fields.read.add("classifier.output_labels")
+    labels = fields.values.get("classifier.output_labels") or [f"LABEL_{index}" for index in range(count)]
     return {
         "architectures": [named],
         "id2label": {str(index): str(label) for index, label in enumerate(labels)},
@@ -130,6 +135,23 @@ def usual_config(
         "intermediate_size": fields.of_some_layers("feed_forward_length", 0 if partial else None),
         **(_head_dim(fields, hidden // heads, partial) if head_dim is None else {"head_dim": head_dim}),
         **_tokens(fields.metadata),
+    }
+
+
+def encoder_config(fields: GgufFields, shape_of: ShapeOf, architecture: str) -> dict[str, Any]:
+    """The keys of encoders, from their usual fields; a classifier's layers are those that the file has."""
+    if fields.raw("attention.causal") is not False:
+        raise ModelError(
+            f"{fields.path}: only encoders are supported in {fields.kind} files (attention.causal)."
+        )
+    config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_eps"))
+    for key in ("head_dim", "num_key_value_heads"):  # which follow from the others
+        del config[key]
+    segments = shape_of(Key("segments"))
+    return config | {
+        "architectures": [architecture],
+        "type_vocab_size": segments[0] // config["hidden_size"] if segments else 0,
+        "gguf_pooled": [role for role in POOLED if shape_of(Key(role)) is not None],
     }
 
 

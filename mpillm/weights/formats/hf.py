@@ -12,6 +12,7 @@ from mpillm.errors import ModelError
 from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, Made, Recipe, add
 from mpillm.weights.formats.families import Families
+from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.heads import split_kv_b
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
@@ -36,7 +37,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     method = method_of(config.pop(QUANTIZATION, None), path)
     files = _files(path)
     extents: dict[Key, Extent] = {}
-    groups = {**_attention_rows(config), **family.row_groups(config)}
+    groups = row_groups(config, family)
     try:
         tensors = {
             name: Raw(file, name, *tensor)
@@ -160,6 +161,11 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     return own <= int(found["layer"]) < own + further
 
 
+def row_groups(config: dict[str, Any], family: GgufFamily) -> names.RowGroups:
+    """How tensors of a directory that hold several matrices are taken apart."""
+    return {**_attention_rows(config), **family.row_groups(config)}
+
+
 def _attention_rows(config: dict[str, Any]) -> names.RowGroups:
     """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -174,6 +180,8 @@ def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, groups: names.R
     if names.ignored_hf(raw.name):
         return
     parsed = _parsed(raw.name, raw.file, own)
+    if not parsed.roles:  # nobody reads it
+        return
     if raw.dtype not in {"F32", "F16", "BF16"}:
         raise ModelError(
             f"{raw.file.path}: tensor {raw.name} has dtype {raw.dtype}; F32, F16 and BF16 are supported."

@@ -131,5 +131,13 @@ def streamed(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> i
     return total - sum(common[index].nbytes for index in fixed) - min(for_experts, _nbytes(mixture))
 
 
+def streamed_experts(plans: Sequence[PagePlan], budget: int | None) -> int:
+    """The experts' part of `streamed`."""
+    if budget is None or budget < minimum_budget(plans):
+        return 0
+    _, mixture = split(plans)
+    return max(_nbytes(mixture) - budgets(plans, budget)[1], 0)
+
+
 def _nbytes(plans: Sequence[PagePlan]) -> int:
     return sum(page.nbytes for page in plans)

@@ -1,0 +1,67 @@
+"""Parts of layers with adapted matrices: the twins in Python, over the single kernels of the path in use.
+
+An adapted matrix has `low`: for some of the rows that it is multiplied with, b(a(row)) is added to its product (LoRA,
+arXiv 2106.09685). All other rows get the bits that they get without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mpillm import kernels
+from mpillm.kernels import fused
+from mpillm.kernels.fused.products import Fused, Packed
+from mpillm.kernels.types import F32, I32
+
+WORTH_THREADS = 2**20  # multiplications: threads take longer to begin than fewer of them
+
+
+class LowRank(NamedTuple):
+    """What is added for `rows`: a [r, k] has the column panels of the matrix, b [n, r] its rows."""
+
+    rows: I32
+    a: Packed
+    b: Packed
+
+
+class _Adapted(Fused):
+    ops = kernels
+
+    def _multiply(self, x: F32, matrix: Packed, out: F32, threads: int, fold: bool = True) -> None:
+        low: Sequence[LowRank] = getattr(matrix, "low", ())
+        panels = len(matrix.bounds) - 1
+        if not low:
+            super()._multiply(x, matrix, out, threads, fold)
+        elif panels == 1:
+            super()._multiply(x, matrix, out, threads, fold)
+            self._add(x, low, out if out.ndim == 3 else out[None], threads)
+        else:
+            # Added before panels are folded: the sums are the same however many shards the panels are spread over.
+            sums = np.empty((panels, len(x), matrix.n), np.float32) if fold else out
+            super()._multiply(x, matrix, sums, threads, fold=False)
+            self._add(x, low, sums, threads)
+            if fold:
+                self.ops.fold(sums, out, threads)
+
+    def _add(self, x: F32, low: Sequence[LowRank], sums: F32, threads: int) -> None:
+        """Add to the panels' sums [P, m, n]."""
+        for rows, a, b in low:
+            inner = np.empty((len(sums), len(rows), a.n), np.float32)
+            used = threads if len(rows) * a.n * (a.k + len(sums) * b.n) >= WORTH_THREADS else 1
+            self._product(x[rows], a, inner, used, fold=False)
+            sums[:, rows] += self._times(inner.reshape(-1, a.n), b, used).reshape(len(sums), len(rows), b.n)
+
+
+class Attention(_Adapted, fused.Attention):
+    """`kernels.Attention` of matrices some of which are adapted."""
+
+
+class LatentAttention(_Adapted, fused.LatentAttention):
+    """`kernels.LatentAttention` of matrices some of which are adapted; those of single heads are not."""
+
+
+class Products(_Adapted, fused.Products):
+    """`kernels.Products` of matrices some of which are adapted."""

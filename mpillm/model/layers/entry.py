@@ -1,0 +1,57 @@
+"""What is done to the embeddings of tokens before the first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillm.model.batch import Batch, Ints
+from mpillm.model.layers.norm import NormSpec
+from mpillm.model.layers.rank import Floats, Rank
+from mpillm.weights.inventory import TensorSpec
+from mpillm.weights.names import Key
+from mpillm.weights.page import Page
+
+
+@dataclass(frozen=True)
+class EntrySpec:
+    """Learned vectors are added, of `positions` positions and of `segments` segments; the `norm` is of the sum.
+
+    With a `padding` token, as RoBERTa has it, that token has position `padding`, and the others are counted from there.
+    """
+
+    positions: int = 0
+    segments: int = 0
+    norm: NormSpec | None = None
+    padding: int | None = None
+
+    def tensors(self, hidden: int) -> Iterator[TensorSpec]:
+        """Its tensors."""
+        for role, count in (("positions", self.positions), ("segments", self.segments)):
+            if count:
+                yield TensorSpec(Key(role), (count * hidden,))
+        if self.norm:
+            yield from self.norm.tensors("embed_norm", -1, hidden)
+
+    def apply(self, rank: Rank, page: Page, x: Floats, batch: Batch) -> None:
+        """Do it to the rows x [m, hidden] of a batch; the page has its tensors."""
+        if self.segments:
+            segments = page.vector("segments").reshape(self.segments, -1)
+            x += segments[batch.second.astype(np.int32)] if self.segments > 1 else segments[0]
+        if self.positions:
+            x += page.vector("positions").reshape(self.positions, -1)[self._places(batch)]
+        if self.norm:
+            x[:] = rank.normalise(x, self.norm.kernel(page, "embed_norm"))
+
+    def _places(self, batch: Batch) -> Ints:
+        """The numbers of the rows' positions."""
+        if self.padding is None:
+            return batch.positions
+        counted = batch.tokens != self.padding
+        total = np.cumsum(counted, dtype=np.int32)
+        before = (total - counted)[batch.first_rows]  # in sequences before
+        of_row = np.repeat(before, np.diff(batch.first_rows, append=np.int32(len(total))))
+        places: Ints = np.where(counted, total - of_row, np.int32(0)) + np.int32(self.padding)
+        return places
