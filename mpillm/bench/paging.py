@@ -151,7 +151,9 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
             f"--budget {budget} is {weights} bytes for each rank, but the minimum is {minimum} bytes."
         )
     memory = Memory(weights=weights, kv=kv, max_context=longest)
-    return msgspec.structs.replace(spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences))
+    return msgspec.structs.replace(
+        spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences, speculation="off")
+    )
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:

@@ -64,7 +64,7 @@ def spec_for(model: str, threads: int, options: Options) -> Spec:
         output=Output(path="-"),
         layout=Layout(threads=threads),
         memory=Memory(kv=KV, max_context=options.longest),
-        batch=BatchLimits(max_num_seqs=max(1, *options.sequences)),
+        batch=BatchLimits(max_num_seqs=max(1, *options.sequences), speculation="off"),
     )
 
 

@@ -41,8 +41,10 @@ class Rates:
 
 
 def described(state: State) -> str:
-    """What the run has waited for; empty if it was next to nothing."""
+    """What the run has waited for, and what drafts gave; empty if it was next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
+    if state.per_pass is not None:
+        parts.append(f"{state.per_pass:.1f} tokens/pass")
     for what, part in (("stalls", state.stalled), ("other ranks", state.waited)):
         if part >= 0.005:
             parts.append(f"{what} {100 * part:.0f} %")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.engine.sampler import FORBIDDEN
-from mpillm.engine.sequence import Sequence
+from mpillm.engine.sequence import Request
 from mpillm.engine.step import NO_SHIFTS, Shifts
 
 
-def shifts(sequence: Sequence) -> Shifts:
-    """The ids whose logits are shifted for the sequence's next token, ascending, and by how much.
+def shifts(request: Request, tokens: Sequence[int]) -> Shifts:
+    """The ids whose logits are shifted for the token behind `tokens`, prompt and answer, ascending, and by how much.
 
     Before the repetition penalty: `logit_bias`, and FORBIDDEN for what `min_tokens` and `bad_words` exclude. After it:
     the presence and frequency penalties of OpenAI, which count generated tokens alone.
     """
-    request = sequence.request
-    generated = sequence.tokens[len(request.prompt) :]
+    generated = list(tokens[len(request.prompt) :])
     before = dict(request.logit_bias)
     if len(generated) < request.min_tokens:
         before.update(dict.fromkeys(request.stop_ids, float(FORBIDDEN)))

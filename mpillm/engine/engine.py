@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 
 from mpillm.comm.collectives import Channel
 from mpillm.engine import messages
-from mpillm.engine.adjust import shifts
 from mpillm.engine.blocks import NO_SLOT
+from mpillm.engine.chunks import chunks_of
 from mpillm.engine.messages import Fetch, Stop
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
-from mpillm.engine.sampler import Candidates, candidates_wanted, draw
+from mpillm.engine.sampler import Candidates
 from mpillm.engine.scheduler import Limits, Scheduler, Totals
 from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
-from mpillm.engine.step import NO_IDS, NO_SECOND, NO_SHIFTS, NO_TARGET, Chunk, Hidden, Output, Step, Table
-from mpillm.model.cache_layout import blocks_for
+from mpillm.engine.speculation import Speculation
+from mpillm.engine.step import Hidden, Step
+from mpillm.engine.turn import Turn
 from mpillm.model.decoder import Decoder
 from mpillm.partition.grid import Place
 
@@ -90,6 +91,10 @@ class Engine:
         self._limits = limits
         self._shard_vocab = shard_vocab  # rows of the vocabulary on each shard of the last stage
         self._last_stage = _last_stage_ranks(worker.decoder.place)
+        self._speculation: Speculation | None = None
+        if limits.speculation != "off" and limits.windows and not limits.n_slots:
+            share = worker.decoder.config.expert_share
+            self._speculation = Speculation(limits.speculation, limits.streams, share)
         self._scheduler: Scheduler | None = None  # of the current run, or of the last one
         self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: received, not used yet
 
@@ -104,7 +109,7 @@ class Engine:
         do, waits for the next request, and returns False when there will be none.
         """
         sequences = _Sequences(requests, self.totals)
-        scheduler = Scheduler(self._limits, sequences, self.totals)
+        scheduler = Scheduler(self._limits, sequences, self.totals, self._speculation)
         self._scheduler = scheduler
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
@@ -146,10 +151,14 @@ class Engine:
         self._channel.post(messages.encode(Stop(exit_code)))
 
     def _start(self, chosen: list[tuple[Sequence, int]]) -> Step:
-        step = Step(self.totals.steps, tuple(_chunk(sequence, count) for sequence, count in chosen))
+        chunks = tuple(chunk for sequence, count in chosen for chunk in chunks_of(sequence, count))
+        step = Step(self.totals.steps, chunks)
         self.totals.steps += 1
         self.totals.most_sequences = max(self.totals.most_sequences, len(chosen))
+        seconds = self._worker.seconds
         self._post(step)
+        if self._speculation is not None and all(count == 1 for _, count in chosen):
+            self._speculation.note_step(len(chunks), self._worker.seconds - seconds)
         return step
 
     def _post(self, message: Step | Fetch) -> None:
@@ -172,60 +181,58 @@ class Engine:
         """Take the results of a step; return the sequences that it finished."""
         replies = self._collect(step.number)
         candidates = merge(replies, step.outputs, self._shard_vocab)
-        drawn = self._draw(step, chosen, candidates)
-        pairs = zip(step.outputs, candidates, strict=True)
-        by_chunk = {chunk: list(group) for chunk, group in groupby(pairs, lambda pair: pair[0].chunk)}
         hidden = iter(replies[0].hidden)
+        turns = list(_turns(step, chosen))
+        for turn in turns:
+            kind = turn.chunk.hidden
+            _pool(turn.sequence, islice(hidden, {Hidden.NONE: 0, Hidden.ALL: turn.count}.get(kind, 1)))
+            turn.take_scores(candidates)
+        self._draw(step, turns, dict(enumerate(candidates)))
         finished = []
-        for index, (chunk, (sequence, count)) in enumerate(zip(step.chunks, chosen, strict=True)):
+        for turn in turns:
+            sequence = turn.sequence
             sequence.in_flight = False
-            self._count(sequence, count)
-            _pool(sequence, islice(hidden, {Hidden.NONE: 0, Hidden.ALL: count}.get(chunk.hidden, 1)))
-            outputs = by_chunk.get(index, [])
-            sequence.finite = all(found.finite for _, found in outputs)
-            if sequence.finite:
-                generated = sequence.generated
-                _take(sequence, outputs, drawn.get(index))
-                self.totals.generated_tokens += sequence.generated - generated
+            self._count(turn)
             if _is_done(sequence):
-                if chunk.hidden is Hidden.ALL and sequence.pooled is not None:
+                if turn.chunk.hidden is Hidden.ALL and sequence.pooled is not None:
                     sequence.pooled /= len(sequence.tokens)
                 finished.append(sequence)
         return finished
 
-    def _count(self, sequence: Sequence, count: int) -> None:
-        """Note that `count` more tokens of a sequence are in the KV cache."""
+    def _count(self, turn: Turn) -> None:
+        """Note which tokens of a sequence are in the KV cache: those that were known, and drafts that were right."""
+        sequence, totals = turn.sequence, self.totals
+        count = turn.count + turn.accepted
         begin, end = max(sequence.computed, sequence.reached), sequence.computed + count
-        self.totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
-        self.totals.recomputed_tokens += min(count, begin - sequence.computed)
+        totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
+        totals.recomputed_tokens += min(count, begin - sequence.computed)
+        totals.generated_tokens += len(sequence.tokens) - turn.known
+        totals.turns += bool(turn.rows[0])
+        totals.drafted_tokens += len(sequence.drafts)
+        totals.accepted_tokens += turn.accepted
         sequence.computed = end
         sequence.loads = sequence.saves = NO_SLOT
         sequence.reached = max(sequence.reached, end)
+        if self._speculation is not None:
+            assert self._scheduler is not None
+            self._scheduler.give_back(sequence)
+            self._speculation.judge(sequence)
+            sequence.drafts = []
 
-    def _draw(
-        self, step: Step, chosen: list[tuple[Sequence, int]], candidates: list[Candidates]
-    ) -> dict[int, tuple[Candidates, int]]:
-        """By chunk: the next token, as an index into the candidates it was drawn from.
+    def _draw(self, step: Step, turns: list[Turn], candidates: dict[int, Candidates]) -> None:
+        """Draw tokens from each sequence's rows, one after the other; `candidates` are those of each output.
 
         Where a draw needs more candidates than there are, one message fetches more for all such outputs.
         """
-        drawn: dict[int, tuple[Candidates, int]] = {}
-        known = {i: found for i, found in enumerate(candidates) if step.outputs[i].sampled and found.finite}
-        numbers: dict[int, float] = {}
-        while known:
-            undecided = []
-            for i, found in known.items():
-                chunk = step.outputs[i].chunk
-                sequence, _ = chosen[chunk]
-                if i not in numbers:
-                    numbers[i] = sequence.uniform() if sequence.request.temperature > 0 else 0.0
-                index = draw(found, sequence.request, numbers[i])
-                if index is None:
-                    undecided.append(i)
-                else:
-                    drawn[chunk] = found, index
-            known = self._fetch(step, {i: known[i] for i in undecided})
-        return drawn
+        while turns:
+            undecided = {}
+            for turn in turns:
+                while row := turn.row:
+                    if not turn.draw(row, candidates):
+                        undecided[row[-1]] = turn
+                        break
+            candidates |= self._fetch(step, {i: candidates[i] for i in undecided})
+            turns = list(undecided.values())
 
     def _fetch(self, step: Step, known: dict[int, Candidates]) -> dict[int, Candidates]:
         """Fetch more candidates of some outputs of a step: of those that have the fewest.
@@ -272,80 +279,24 @@ class _Sequences:
         return ended
 
 
+def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:
+    by_chunk = {
+        chunk: list(group)
+        for chunk, group in groupby(range(len(step.outputs)), lambda i: step.outputs[i].chunk)
+    }
+    first = 0
+    for sequence, count in chosen:
+        chunks = range(first, first + 1 + len(sequence.drafts))
+        outputs = [by_chunk.get(chunk, []) for chunk in chunks]
+        yield Turn(sequence, count, step.chunks[first], outputs, step)
+        first = chunks.stop
+
+
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:
     """Add final hidden states to the sum over the tokens before."""
     for state in states:
         exact = state.astype(np.float64)
         sequence.pooled = exact if sequence.pooled is None else sequence.pooled + exact
-
-
-def _take(
-    sequence: Sequence, outputs: Iterable[tuple[Output, Candidates]], drawn: tuple[Candidates, int] | None
-) -> None:
-    """Store the log-probabilities that the request wants, and the token that was drawn."""
-    request = sequence.request
-    unpenalised: Candidates | None = None
-    for output, found in outputs:
-        if output.target != NO_TARGET:
-            sequence.prompt_logprobs.append(found.target_logit - found.log_z)
-            sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
-        elif not output.sampled:
-            unpenalised = found
-        else:
-            assert drawn is not None
-            candidates, index = drawn
-            sequence.append(int(candidates.ids[index]))
-            sequence.append_forced()
-            if request.logprobs is not None:
-                sequence.logprobs.append(candidates.logprob(index))
-                sequence.top.append((unpenalised or found).top(request.logprobs))
-
-
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    """The chunk of the next `count` tokens of a sequence."""
-    request = sequence.request
-    start, end = sequence.computed, sequence.computed + count
-    prompt = request.prompt
-    at_end = end == len(sequence.tokens)
-    samples = request.kind == "generate" and request.max_tokens > 0 and at_end
-    fresh = start >= sequence.passed_over  # tokens that are computed again were scored or pooled before
-    scores = request.prompt_logprobs is not None and fresh and start < len(prompt) - 1
-    hidden = Hidden.NONE
-    if request.kind == "embed":
-        if request.pooling == "mean":
-            hidden = Hidden.ALL if fresh else Hidden.NONE
-        elif request.pooling == "cls":
-            hidden = Hidden.FIRST if start == 0 and fresh else Hidden.NONE
-        elif at_end:
-            hidden = Hidden.LAST
-    penalised = samples and request.repetition_penalty != 1.0
-    allowed = request.allowed
-    if samples and sequence.constraint is not None:
-        allowed = sequence.constraint.allowed()
-    return Chunk(
-        start=start,
-        tokens=np.array(sequence.tokens[start:end], np.int32),
-        tables=tuple(
-            Table(table.first, np.array(table.blocks[: blocks_for(end) - table.first], np.int32))
-            for table in sequence.tables
-        ),
-        slot=sequence.slot,
-        loads=sequence.loads,
-        saves=sequence.saves,
-        second=NO_SECOND if request.second is None else request.second,
-        score_k=request.prompt_logprobs or 0 if scores else -1,
-        successor=prompt[end] if scores and end < len(prompt) else NO_TARGET,
-        sample_k=candidates_wanted(request) if samples else 0,
-        logprobs=-1 if request.logprobs is None else request.logprobs,
-        # Rounded to float32, as the followers read them.
-        temperature=float(np.float32(request.temperature)),
-        penalty=float(np.float32(request.repetition_penalty)) if samples else 1.0,
-        seen=np.unique(np.array(sequence.tokens, np.int32)) if penalised else NO_IDS,
-        shifts=shifts(sequence) if samples else NO_SHIFTS,
-        allowed=allowed if samples and allowed is not None else NO_IDS,
-        hidden=hidden,
-        adapter=request.adapter,
-    )
 
 
 def _is_done(sequence: Sequence) -> bool:

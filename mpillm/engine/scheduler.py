@@ -12,6 +12,7 @@ from itertools import count
 from mpillm.engine.blocks import NO_SLOT, BlockPool, BlockTable
 from mpillm.engine.saved_states import SavedStates
 from mpillm.engine.sequence import Sequence
+from mpillm.engine.speculation import DRAWN_ROWS, Mode, Speculation
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for, first_kept, longest_sequence, window_blocks
 
@@ -30,6 +31,7 @@ class Limits:
     windows: tuple[int, ...] = (
         0,
     )  # of each group of layers with a block table of its own; 0: all tokens are kept
+    speculation: Mode = "off"
     n_slots: int = 0  # for sequences' states, if the model has any
     n_saved: int = 0  # slots for states after prefixes; they are numbered behind the others
     whole_prompts: bool = False  # a step has all of a prompt or nothing; none is longer than `max_tokens`
@@ -61,6 +63,9 @@ class Totals:
     recomputed_tokens: int = 0  # computed before, and again because their blocks had been given away
     generated_tokens: int = 0
     preemptions: int = 0
+    turns: int = 0  # of sequences in steps that drew tokens for them, one or several each
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those, what would have been drawn
     fetched_rows: int = 0  # draws that the candidates at hand could not decide, so more had to be asked for
     most_sequences: int = 0
     most_blocks: int = 0
@@ -83,12 +88,22 @@ class Scheduler:
     If the model has states, an admitted sequence has a slot for its own, from its first token until it finishes or is
     preempted. A prefix is then shared where states were saved too (`SavedStates`): a chunk ends where they are to be.
 
+    When a step's chunks are chosen, sequences that draw a token in it may get drafts as well, where rows and blocks are
+    left that nobody needs.
+
     With `whole_prompts` no sequence grows, and one that is admitted has blocks for all of it: none is preempted.
     """
 
-    def __init__(self, limits: Limits, waiting: Iterator[Sequence], totals: Totals | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        waiting: Iterator[Sequence],
+        totals: Totals | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
         self.limits = limits
         self.totals = totals or Totals()
+        self._speculation = speculation
         self.running: list[Sequence] = []  # the oldest first
         self._preempted: list[Sequence] = []  # the oldest first
         self._max_running = limits.max_running
@@ -164,7 +179,17 @@ class Scheduler:
                 chosen.append((sequence, count))
         for sequence, _ in chosen:
             sequence.in_flight = True
+        if self._speculation is not None:
+            self._draft(self._speculation, chosen, budget)
         return chosen
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Release the blocks of drafts that were not accepted."""
+        end = blocks_for(sequence.computed)
+        for table in sequence.tables:
+            kept = max(end - table.first, 0)
+            self._pool.release(table.blocks[kept:])
+            del table.blocks[kept:]
 
     def release(self, sequence: Sequence) -> None:
         """Take a finished sequence out, with its blocks and its slot."""
@@ -233,7 +258,7 @@ class Scheduler:
                     block = pool.share((group, sequence.block_key(index)))
                     assert block is not None
                     table.blocks.append(block)
-            sequence.computed = shared * KV_BLOCK
+            sequence.computed, sequence.named = shared * KV_BLOCK, shared
             if self.limits.n_slots:
                 self._saved.let_go(sequence.loads)
                 sequence.loads = self._saved.take(sequence.block_key(shared - 1))
@@ -276,6 +301,29 @@ class Scheduler:
             table.blocks.extend(pool.acquire() for _ in range(end - table.end))
         return min(count, end * KV_BLOCK - sequence.computed)
 
+    def _draft(self, speculation: Speculation, chosen: list[tuple[Sequence, int]], rows: int) -> None:
+        """Give the chosen sequences drafts of up to `rows` tokens together.
+
+        They take no block that a sequence may need for its next token, and none that would send layers to disk.
+        """
+        rows = min(rows, DRAWN_ROWS - len(chosen))
+        if rows <= 0 or not speculation.begin_step(len(chosen)):
+            return
+        groups, pool = len(self.limits.windows), self._pool
+        spare = min(pool.free, self.limits.blocks_in_memory - pool.used) // groups - len(self.running)
+        for sequence, computes in chosen:
+            end, tables = sequence.computed + computes, sequence.tables
+            room = tables[0].end * KV_BLOCK - end + KV_BLOCK * max(spare, 0)
+            most = min(rows, room, sequence.room(computes))
+            if most <= 0:
+                continue
+            sequence.drafts = speculation.draft(sequence, most)
+            rows -= len(sequence.drafts)
+            more = blocks_for(end + len(sequence.drafts)) - tables[0].end
+            for table in tables:
+                table.blocks.extend(pool.acquire() for _ in range(more))
+            spare -= max(more, 0)
+
     def _preempt_after(self, sequence: Sequence) -> bool:
         """Preempt the youngest sequence behind `sequence` that has blocks; False if there is none."""
         for victim in reversed(self.running):
@@ -290,11 +338,16 @@ class Scheduler:
         return False
 
     def _name_blocks(self, sequence: Sequence, count: int) -> Iterator[bytes]:
-        """The keys of the blocks that the next `count` tokens fill, which can be found by them from now on."""
-        for index in range(sequence.computed // KV_BLOCK, (sequence.computed + count) // KV_BLOCK):
+        """The keys of the blocks that the next `count` tokens fill, which can be found by them from now on.
+
+        Those that drafts have filled since the last call are among them.
+        """
+        for index in range(sequence.named, (sequence.computed + count) // KV_BLOCK):
             key = sequence.block_key(index)
             for group, table in enumerate(sequence.tables):
-                self._pool.name(table.blocks[index - table.first], (group, key))
+                if index >= table.first:
+                    self._pool.name(table.blocks[index - table.first], (group, key))
+            sequence.named = index + 1
             yield key
 
     def _count_shared(self, sequence: Sequence) -> None:
@@ -307,7 +360,8 @@ class Scheduler:
         """Release all that a sequence has in the cache."""
         for table in sequence.tables:
             self._pool.release(table.blocks)
-        sequence.tables, sequence.computed = [BlockTable() for _ in self.limits.windows], 0
+        sequence.tables = [BlockTable() for _ in self.limits.windows]
+        sequence.computed = sequence.named = 0
         self._saved.let_go(sequence.loads)
         sequence.loads = NO_SLOT
         if sequence.slot != NO_SLOT:

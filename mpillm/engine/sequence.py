@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mpillm.engine import philox
 from mpillm.engine.blocks import NO_SLOT, BlockTable, content_key, first_key
+from mpillm.engine.drafter import Drafted, Drafter
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.batch import NO_ADAPTER
 
@@ -37,6 +38,12 @@ class Constraint(Protocol):
 
     def push(self, token: int) -> None:
         """Take note of a generated token, which was allowed."""
+
+    def copy(self) -> Constraint:
+        """Another one that has come as far."""
+
+    def accepts(self, token: int) -> bool:
+        """Whether it may follow."""
 
     def allowed(self) -> NDArray[np.int32]:
         """A bit for each token of the vocabulary that may follow, in words of 32."""
@@ -172,6 +179,11 @@ class Sequence:
         self.saves = NO_SLOT  # the slot in which its states after its next chunk are saved
         self.save_at = 0  # the number of its first tokens after which saved states would be of use to others
         self._block_keys: list[bytes] = []
+        self.named = 0  # its first blocks that can be found by their content, or could be
+        self.drafts: list[
+            Drafted
+        ] = []  # computed behind its tokens by the next step, or by the one in flight
+        self.drafter: Drafter | None = None  # made when it is first of use
         self.in_flight = False  # part of a step whose reply is outstanding
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
@@ -210,6 +222,13 @@ class Sequence:
             # Rows from there on are scored or pooled, rows before are not: one step never has both.
             return self.passed_over - self.computed
         return len(self.tokens) - self.computed
+
+    def room(self, count: int) -> int:
+        """How many drafts may follow if the next step computes `count` tokens: 0 unless a token is drawn then."""
+        request = self.request
+        if request.only_reads or self.computed + count < len(self.tokens):
+            return 0
+        return request.max_tokens - self.generated - 1  # what is drawn behind the last one ends the text
 
     @property
     def passed_over(self) -> int:

@@ -56,7 +56,10 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What a step computes of one sequence: its tokens from `start` to `start + len(tokens)`."""
+    """What a step computes of one sequence: its tokens from `start` to `start + len(tokens)`.
+
+    A draft of its next token is a chunk of its own behind it, for what may be drawn depends on all tokens before.
+    """
 
     start: int
     tokens: Ints
@@ -179,10 +182,20 @@ class Step:
 
 def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> GroupTables:
     """The tables of one group, one after the other, behind padding: kernels count a sequence's blocks from its first
-    one, also from where that is no longer kept."""
-    sizes = np.array([len(table.blocks) for table in tables], np.int32)
-    begins = np.cumsum(sizes, dtype=np.int32) - sizes - np.array([table.first for table in tables], np.int32)
+    one, also from where that is no longer kept. Neighbouring chunks of one sequence share theirs, and so the kernels
+    look at its keys and values once."""
+    new = [not _same(table, before) for table, before in zip(tables, [None, *tables[:-1]], strict=True)]
+    which = np.cumsum(new) - 1
+    own = [table for table, is_new in zip(tables, new, strict=True) if is_new]
+    sizes = np.array([len(table.blocks) for table in own], np.int32)
+    begins = np.cumsum(sizes, dtype=np.int32) - sizes - np.array([table.first for table in own], np.int32)
     padding = max(-int(begins.min()), 0)
-    table = np.concatenate([np.zeros(padding, np.int32), *(table.blocks for table in tables)])
-    table_start = np.repeat(begins + np.int32(padding), counts)
+    table = np.concatenate([np.zeros(padding, np.int32), *(table.blocks for table in own)])
+    table_start = np.repeat(begins[which] + np.int32(padding), counts)
     return GroupTables(table, table_start, table[table_start + positions // KV_BLOCK], padding)
+
+
+def _same(one: Table, other: Table | None) -> bool:
+    if other is None or len(one.blocks) != len(other.blocks) or one.first != other.first:
+        return False
+    return bool(one.blocks[-1] == other.blocks[-1]) and np.array_equal(one.blocks, other.blocks)

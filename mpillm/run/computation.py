@@ -181,6 +181,7 @@ class Computation:
             hits=hits / uses if uses and (max(session.streamed) or weights.experts) else None,
             stalled=weights.stall_seconds / elapsed,
             waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
+            per_pass=totals.generated_tokens / totals.turns if totals.accepted_tokens else None,
         )
 
     def _capacity(self) -> Iterator[str]:

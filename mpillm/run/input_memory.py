@@ -32,7 +32,7 @@ NAMES = 2  # copies of a line's name
 WRITTEN = 4096  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
 PROMPT, TOKEN, LOGPROB = 56, 72, 120  # of a token, and of an alternative to it, until the answer is written
-ARROW = 128 * 2**20  # of the library that reads Parquet, and of what it reads at once (98 MiB measured)
+ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
 COPIES = 4  # of an answer on its way to the journal
 
 # While a line is checked. What the values of a line take is bounded by the characters that JSON has between them.
@@ -156,7 +156,7 @@ def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> Asked:
         return Asked()
     return Asked(
         lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
-        ARROW if needs_arrow(spec.input_path) else 0,
+        ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
     )  # fmt: skip
 
 

@@ -7,9 +7,9 @@ second replica gains nothing, because its weights are read from the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mpillm.errors import LayoutError
 from mpillm.model.config import ModelConfig
@@ -19,7 +19,7 @@ from mpillm.partition.replicas import Replicas
 from mpillm.run.estimate import stage_layers_by_speed
 from mpillm.run.input_memory import Asked
 from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import RankPlan, replica_plan
+from mpillm.run.rank_plan import ReplicaPlan, replica_plans
 from mpillm.spec import Spec, shown_bytes
 from mpillm.weights.source import Source
 
@@ -93,17 +93,19 @@ def _with_layers_by_speed(
     if not machines.speeds:
         return chosen
     found, uneven = list(chosen.replicas), list[str]()
-    for number, replica in enumerate(found):
-        if replica.stages == 1:
-            continue
-        plan = replica_plan(spec, source, config, number, replica, asked, machines.names)
-        layers = stage_layers_by_speed(spec, config, machines, replica, plan, asked)
-        if layers is not None:
-            found[number] = replace(replica, layers=layers)
-            uneven.append("-".join(map(str, layers)))
+    plans = replica_plans(spec, source, config, found, asked, machines.names)
+    for number, plan in enumerate(list(plans)):
+        replica = found[number]
+        if replica.stages > 1:
+            layers = stage_layers_by_speed(spec, config, machines, replica, plan, asked)
+            if layers is not None:
+                found[number] = replace(replica, layers=layers)
+                uneven.append("-".join(map(str, layers)))
     if not uneven:
         return chosen
-    return Chosen(tuple(found), f"{chosen.reason}; layers by speed and memory: {', '.join(uneven)}")
+    return Chosen(
+        tuple(found), f"{chosen.reason}; layers by speed and memory: {', '.join(dict.fromkeys(uneven))}"
+    )
 
 
 def _most(
@@ -119,12 +121,13 @@ def _most(
     hosts = len(machines.ranks_per_host)
     most = hosts if requests is None else min(hosts, requests)
     refusal = "there are no more requests" if most < hosts else ""
+    known: dict[tuple[Any, ...], ReplicaPlan] = {}
     for number in range(most, 1, -1):
         with suppress(LayoutError):
             found = replicas.choose(
                 config, machines.ranks, number, spec.layout.stages, shards, machines.ranks_per_host
             )
-            too_much = _too_much(spec, source, config, machines, found, asked)
+            too_much = _too_much(spec, source, config, machines, found, asked, known)
             if too_much is None:
                 return found, f"each holds the whole model in memory{refusal and f'; {refusal}'}"
             refusal = f"with {number} {too_much}"
@@ -141,21 +144,24 @@ def _refuse_unlike(spec: Spec, found: Replicas) -> None:
 
 
 def _too_much(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, found: Replicas, asked: Asked
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    machines: Machines,
+    found: Replicas,
+    asked: Asked,
+    known: dict[tuple[Any, ...], ReplicaPlan],
 ) -> str | None:
     """Why these replicas do not hold the whole model in memory; None if they do."""
-    plans: dict[tuple[bool, int, int], Sequence[RankPlan]] = {}
-    for number, replica in enumerate(found):
-        key = (number == 0, replica.stages, replica.shards)  # the first one has the input as well
-        if key not in plans:
-            plan = replica_plan(spec, source, config, number, replica, asked, machines.names)
-            if 0 < plan.cached_tokens < plan.max_context:
-                return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
-            plans[key] = plan.ranks
-        for rank, planned in zip(replica.ranks, plans[key], strict=True):
-            if planned.weights_streamed:
+    for plan in replica_plans(spec, source, config, found, asked, machines.names, known):
+        if 0 < plan.cached_tokens < plan.max_context:
+            return (
+                f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
+            )
+        for rank in plan.ranks:
+            if rank.weights_streamed:
                 return "some rank would read weights from disk in each step (memory.weights)"
-            if planned.held > machines.free[rank]:
-                free = shown_bytes(machines.free[rank])
-                return f"rank {rank} would hold {shown_bytes(planned.held)}, and {free} are free"
+            if rank.held > machines.free[rank.rank]:
+                free = shown_bytes(machines.free[rank.rank])
+                return f"rank {rank.rank} would hold {shown_bytes(rank.held)}, and {free} are free"
     return None

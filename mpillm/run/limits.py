@@ -86,6 +86,7 @@ def limits(
         max_tokens=step.tokens,
         micro_batches=stages,
         prefix_sharing=spec.batch.prefix_sharing,
+        speculation=spec.batch.speculation,
         streams=streams,
         windows=windows,
         n_slots=capacity.slots,

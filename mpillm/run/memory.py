@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from mpillm.engine.reply import TILE
+from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
@@ -45,6 +46,7 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
     config, found = kind.config, kind.nbytes(place, rows)
     if place.stage == place.stages - 1:
         found += LOGITS * 4 * TILE * len(vocab_axis(config.vocab).entries(place))
+        found += DRAWN_ROWS * 4 * config.hidden * place.stages  # kept until all tokens of a step are drawn
     if place.stages > 1:
         found += 2 * rows * 4 * config.hidden  # one message leaves, or comes, while the next is made
     return found

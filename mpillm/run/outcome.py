@@ -94,6 +94,9 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
         steps=totals.steps,
         most_sequences=totals.most_sequences,
         streamed=sum(session.streamed),
+        turns=totals.turns,
+        drafted=totals.drafted_tokens,
+        accepted=totals.accepted_tokens,
     )
 
 

@@ -22,7 +22,7 @@ from mpillm.run.layout import Chosen
 from mpillm.run.limits import cached_tokens
 from mpillm.run.machines import Machines
 from mpillm.run.plan_text import as_text, count_of
-from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plan
+from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
@@ -114,6 +114,8 @@ def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
             "[memory]",
             f'weights = "{high}MiB"',
             f"kv = {json.dumps(spec.memory.kv)}",
+            *(["", "[adapters]"] if spec.adapters else []),
+            *(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in spec.adapters.items()),
         ]
     )
 
@@ -170,10 +172,7 @@ def _laid_out(
     chosen = layout.choose(
         spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
     )
-    plans = [
-        replica_plan(spec, source, config, number, replica, asked, machines.names)
-        for number, replica in enumerate(chosen.replicas)
-    ]
+    plans = list(replica_plans(spec, source, config, chosen.replicas, asked, machines.names))
     return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
 
 

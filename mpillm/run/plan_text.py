@@ -129,7 +129,10 @@ def _layouts(plan: Plan) -> str:
     sizes = Counter(rank.replica for rank in plan.ranks)
     if len(set(sizes.values())) == 1:
         return f"{plan.replicas} replicas of {own}"
-    return f"{plan.replicas} replicas of {', '.join(map(str, sizes.values()))} ranks, the first of {own}"
+    several = ", ".join(map(str, sizes.values()))
+    if len(sizes) > 8:
+        several = f"{min(sizes.values())} to {max(sizes.values())}"
+    return f"{plan.replicas} replicas of {several} ranks, the first of {own}"
 
 
 def _layout(stages: int, shards: int) -> str:

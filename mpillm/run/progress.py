@@ -18,6 +18,9 @@ class State:
     )  # part of the uses of paged weights that found them in memory; None if nothing is paged
     stalled: float  # part of the time in which this rank waited for weights
     waited: float  # part of the time in which it waited for other ranks
+    per_pass: float | None = (
+        None  # tokens of a sequence for each pass that drew any; None if no drafts helped
+    )
 
 
 class Bar(Protocol):

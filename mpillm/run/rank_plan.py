@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
@@ -121,6 +122,31 @@ def replica_plan(
     return ReplicaPlan(
         caches, step, capacity, min(spec.memory.max_context, config.max_position), plans, works
     )
+
+
+def replica_plans(
+    spec: Spec,
+    source: Source,
+    config: ModelConfig,
+    replicas: Sequence[Replica],
+    asked: Asked,
+    hosts: Sequence[str] = (),
+    known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
+) -> Iterator[ReplicaPlan]:
+    """The plans of all replicas; those that are alike are worked out once, and kept in `known`."""
+    known = {} if known is None else known
+    alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # one value of each budget for all ranks
+    for number, replica in enumerate(replicas):
+        # The first one has the input as well.
+        key = (number == 0, replica.stages, replica.shards, replica.layers, 0 if alike else replica.first)
+        if key not in known:
+            known[key] = replica_plan(spec, source, config, number, replica, asked, hosts)
+        found = known[key]
+        ranks = [
+            msgspec.structs.replace(plan, rank=rank, replica=number)
+            for plan, rank in zip(found.ranks, replica.ranks, strict=True)
+        ]
+        yield replace(found, ranks=ranks)
 
 
 def work_of(

@@ -31,7 +31,7 @@ from mpillm.run.input_memory import Asked, asked_of, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import replica_plan
+from mpillm.run.rank_plan import replica_plans
 from mpillm.run.step_time import Demand
 from mpillm.spec import Spec, Wire, tightest
 from mpillm.store.records import UsedLayout
@@ -193,12 +193,8 @@ class Session:
 
     def estimate(self, demand: Demand | None) -> Estimate:
         """What a demand takes by the machines' speeds; None: that of the input."""
-        plans = [
-            replica_plan(
-                self.job, self.source, self.config, number, replica, self._asked, self.machines.names
-            )
-            for number, replica in enumerate(self.replicas)
-        ]
+        names = self.machines.names
+        plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self._asked, names))
         demand = demand or demand_of(self._asked)
         return estimate(self.job, self.config, self.machines, self.replicas, plans, demand)
 

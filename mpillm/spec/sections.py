@@ -210,6 +210,7 @@ class BatchLimits(Section, frozen=True):
     max_num_seqs: Auto | Positive = "auto"
     max_num_batched_tokens: Auto | Positive = "auto"
     prefix_sharing: bool = True  # prompts that begin alike are computed once up to where they differ
+    speculation: Literal["auto", "off", "prompt-lookup"] = "auto"  # compute guesses at the next tokens along
 
 
 class Job(Section, frozen=True):

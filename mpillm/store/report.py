@@ -66,6 +66,9 @@ class Steps(msgspec.Struct, kw_only=True):
     steps: int
     most_sequences: int  # in one step
     streamed: int  # bytes of weights that all ranks together load for each step
+    turns: int = 0  # of sequences in steps that drew tokens for them
+    drafted: int = 0  # tokens that were computed along as guesses at the next ones
+    accepted: int = 0  # of them, those that were drawn
 
 
 class RankStatistics(msgspec.Struct, kw_only=True):
@@ -151,6 +154,10 @@ class Report(msgspec.Struct, kw_only=True):
         tokens = self.tokens.computed
         loaded = sum(of.get("loaded", 0) for rank in self.ranks for of in (rank.weights, rank.experts))
         return loaded / tokens if tokens else 0.0
+
+    def tokens_per_turn(self) -> float:
+        """Generated tokens of a sequence for each pass through the model that drew any."""
+        return self.tokens.generated / self.batch.turns if self.batch.turns else 0.0
 
     def waited_for_weights(self) -> float:
         """The part of the computing time in which the rank that waited most waited for weights."""

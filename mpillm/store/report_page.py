@@ -41,6 +41,12 @@ def summary(report: Report) -> Iterator[str]:
             f"weights read per token: {shown_bytes(report.weights_per_token())}; "
             f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
         )
+    if drafted := report.batch.drafted:
+        yield (
+            f"{drafted} tokens were drafted, and {report.batch.accepted} of them "
+            f"({100 * report.batch.accepted / drafted:.0f} %) were right: {report.tokens_per_turn():.2f} tokens of a "
+            "sequence for each pass."
+        )
     if planned := report.planned:
         yield (
             f"Planned: {planned.of_computed:.1f} s of computing for these tokens, by the speeds of the hosts; it took "

@@ -99,6 +99,10 @@ class Matcher:
         self._matcher, self._words = matcher, words
         self._forced: list[int] = matcher.compute_ff_tokens()
 
+    def copy(self) -> Matcher:
+        """Another one that has come as far."""
+        return Matcher(self._matcher.deep_copy(), self._words)
+
     @property
     def forced(self) -> list[int]:
         """The tokens that must follow: those that the tokenizer makes of the text that must."""
@@ -120,6 +124,10 @@ class Matcher:
         self._forced = self._forced[1:]
         if not self._forced and not self.ended:
             self._forced = self._matcher.compute_ff_tokens()
+
+    def accepts(self, token: int) -> bool:
+        """Whether it may follow."""
+        return token == self._forced[0] if self._forced else self._matcher.validate_tokens([token]) == 1
 
     def allowed(self) -> NDArray[np.int32]:
         """A bit for each token that may follow, in words of 32."""

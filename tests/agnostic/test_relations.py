@@ -10,9 +10,11 @@ import pytest
 from mpillm import kernels
 from mpillm.engine.sequence import Request
 from mpillm.kernels import reference
-from tests.agnostic.test_same_bits import TIGHT, requests, run
+from tests.agnostic import test_same_bits
+from tests.agnostic.test_same_bits import TIGHT, requests
 
 MODEL = "llama3"
+run = functools.partial(test_same_bits.run, speculation="off")
 
 
 @pytest.mark.parametrize("kv_blocks", [0, TIGHT])

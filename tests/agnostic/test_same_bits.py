@@ -152,6 +152,37 @@ def test_a_kv_cache_on_disk(model: str, kv_type: str, tmp_path: Path) -> None:
         assert_same(model, outcome)
 
 
+@pytest.mark.parametrize(
+    "job",
+    [{}, {"max_num_seqs": 1}, {"kv_blocks": TIGHT}, {"streams": True, "max_num_batched_tokens": 50}],
+    ids=str,
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_drafts(model: str, job: dict[str, Any]) -> None:
+    totals = run(model, **job, speculation="off").totals
+    assert totals.drafted_tokens == 0
+    assert totals.turns <= totals.generated_tokens
+    outcome = run(model, **job, speculation="prompt-lookup")
+    assert_same(model, outcome)
+    drafted = outcome.totals
+    assert drafted.drafted_tokens > drafted.accepted_tokens > 0
+    assert drafted.generated_tokens == totals.generated_tokens
+    assert drafted.turns == totals.turns - drafted.accepted_tokens
+    assert drafted.steps <= totals.steps or "kv_blocks" in job
+    # Each row is one of the prompts', one of an answer's, computed again, or of a rejected draft.
+    if not job:
+        rejected = drafted.drafted_tokens - drafted.accepted_tokens
+        answers = sum(max(len(tokens) - 1, 0) for tokens, *_ in outcome.values.values())
+        assert 0 <= drafted.prompt_tokens + answers + rejected - outcome.rows <= len(requests(model))
+
+
+@pytest.mark.parametrize("model", ["qwen3_next", "nemotron_h"])
+def test_models_with_states_draft_nothing(model: str) -> None:
+    outcome = run(model, speculation="prompt-lookup")
+    assert outcome.totals.drafted_tokens == 0
+    assert_same(model, outcome)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_another_order_and_everything_else_too(model: str, seed: int) -> None:
@@ -163,6 +194,7 @@ def test_another_order_and_everything_else_too(model: str, seed: int) -> None:
         "threads": int(rng.integers(1, 4)),
         "kv_blocks": int(rng.integers(TIGHT, 12)),
         "prefix_sharing": bool(rng.integers(2)),
+        "speculation": ("auto", "off", "prompt-lookup")[seed % 3],
     }
     assert_same(model, run(model, shuffled, **job))
 
@@ -170,7 +202,8 @@ def test_another_order_and_everything_else_too(model: str, seed: int) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_broken_off_and_gone_on_from_what_was_saved(model: str) -> None:
     """Log-probabilities, echoes, penalties and draws of a saved part are those of a run that was never broken off."""
-    outcome = harness.run_in_pieces(world(), harness.path_of(model), requests(model), seed=1, max_num_seqs=9)
+    job = {"max_num_seqs": 9, "speculation": "prompt-lookup"}
+    outcome = harness.run_in_pieces(world(), harness.path_of(model), requests(model), seed=1, **job)
     assert_same(model, outcome)
     whole = sum(len(value[0]) for value in expected(model).values())
     assert whole <= outcome.totals.generated_tokens < 1.4 * whole

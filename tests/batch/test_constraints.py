@@ -115,10 +115,13 @@ def test_forced_tokens_take_no_steps_and_change_nothing(tmp_path: Path) -> None:
     free, shown = works(tmp_path, {**body, "custom_id": "a"}, {**body, "logprobs": 0, "custom_id": "b"})
     (one,) = free.requests
     other = Request(**{**{key: getattr(shown.requests[0], key) for key in Request.__slots__}, "id": "a"})
-    fast, slow = (harness.run(world(), CHAT, [request]) for request in (one, other))
+    fast, slow = (harness.run(world(), CHAT, [request], speculation="off") for request in (one, other))
     assert fast.values["a", 0][0] == slow.values["a", 0][0]
     assert fast.totals.generated_tokens == slow.totals.generated_tokens == len(fast.values["a", 0][0])
     assert fast.totals.steps < slow.totals.steps * 0.7
+    drafted = harness.run(world(), CHAT, [other], speculation="prompt-lookup")
+    assert drafted.values == slow.values
+    assert drafted.totals.steps <= fast.totals.steps
 
 
 def test_a_run_that_is_broken_off_and_resumed(tmp_path: Path) -> None:
@@ -126,6 +129,9 @@ def test_a_run_that_is_broken_off_and_resumed(tmp_path: Path) -> None:
     whole = harness.run(world(), CHAT, asked)
     assert harness.run_in_pieces(world(), CHAT, asked, seed=4).values == whole.values
     assert harness.run(world(), CHAT, asked, kv_blocks=14).values == whole.values
+    drafted = harness.run(world(), CHAT, asked, speculation="prompt-lookup")
+    assert drafted.values == whole.values
+    assert drafted.totals.accepted_tokens > 0
 
 
 @pytest.mark.mpiexec

@@ -69,7 +69,8 @@ def test_each_model(name: str) -> None:
     model = path_of(name)
     found = answers(model)
     check({name: found})
-    assert answers(model, **budgets(model), max_num_batched_tokens=40, threads=1) == found
+    tight = {**budgets(model), "max_num_batched_tokens": 40, "speculation": "prompt-lookup"}
+    assert answers(model, **tight, threads=1) == found
     other = "f32" if may_be_quantised(name) else "f16"
     check({f"{name} kv={other}": answers(model, kv_type=other, threads=2, max_num_seqs=3)})
 

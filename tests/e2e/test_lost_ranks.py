@@ -28,7 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(source: Path) -> Path:
     output = source.with_name("undisturbed")
-    done = get_mpi("openmpi").run(1, *command(source, output, *SETTINGS))
+    done = get_mpi("openmpi").run(1, *command(source, output, *SETTINGS, "batch.speculation=off"))
     assert done.returncode == 0, done.stderr
     return output
 
@@ -37,7 +37,7 @@ def dying(
     mpi: Mpi, ranks: int, plan: str, source: Path, output: Path, *settings: str, model: Path = CHAT
 ) -> str:
     """Run with ranks that die as planned; what was said. The run must end well, and leave nobody behind."""
-    words = command(source, output, *SETTINGS, *settings, model=model)[2:]
+    words = command(source, output, *SETTINGS, "batch.speculation=prompt-lookup", *settings, model=model)[2:]
     mpiexec, *words = mpi.command(ranks, PROGRAM, plan, *words)
     env = mpi.environment(MPILLM_DEADLINE="2" if "HANG" in plan else "8")
     done = run_bounded([mpiexec, "--with-ft", "ulfm", *words], timeout=60, env=env)

@@ -65,7 +65,7 @@ def wait_for_results(journal: Path, launcher: subprocess.Popen[Any], nbytes: int
 )
 def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
-    output, settings = tmp_path / "out", ["batch.max_num_seqs=4"]
+    output, settings = tmp_path / "out", ["batch.max_num_seqs=4", "batch.speculation=prompt-lookup"]
     launcher = start(mpi, 2, command(source, output, *settings))
     try:
         wait_for_results(output / "journal", launcher, 4000)
@@ -94,7 +94,8 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
     assert everything.prompt > made.tokens.prompt
     said = f"All 2 starts of this command together: {everything.prompt} prompt and {everything.generated} generated"
     assert said in again.stderr
-    assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
+    assert made.batch.accepted > 0
+    assert run(mpi, 1, source, tmp_path / "undisturbed", "batch.speculation=off").returncode == 0
     for name in ("results.jsonl", "results.h5"):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
@@ -232,7 +233,8 @@ def test_answers_that_obey_a_grammar_go_on(tmp_path: Path) -> None:
     keys = list(HELD)
     lines = [{**body, "seed": n, keys[n % 3]: HELD[keys[n % 3]]} for n in range(24)]
     source, output = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"
-    words = [sys.executable, *command(source, output, "batch.max_num_seqs=2", "job.checkpoint_tokens=4")]
+    settings = ["batch.max_num_seqs=2", "job.checkpoint_tokens=4", "batch.speculation=prompt-lookup"]
+    words = [sys.executable, *command(source, output, *settings)]
     with subprocess.Popen(words, env=clean_environment(), stderr=subprocess.DEVNULL) as process:
         try:
             wait_for_results(output / "journal", process, 1000)
@@ -242,7 +244,7 @@ def test_answers_that_obey_a_grammar_go_on(tmp_path: Path) -> None:
     again = run_bounded(words, env=clean_environment())
     assert again.returncode == 0, again.stderr
     assert "by earlier runs" in again.stderr
-    whole = [sys.executable, *command(source, tmp_path / "whole")]
+    whole = [sys.executable, *command(source, tmp_path / "whole", "batch.speculation=off")]
     assert run_bounded(whole, env=clean_environment()).returncode == 0
     assert (output / "results.jsonl").read_bytes() == (tmp_path / "whole/results.jsonl").read_bytes()
     texts = [one["response"]["body"]["choices"][0]["text"] for one in results(output)]

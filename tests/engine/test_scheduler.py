@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from mpillm.engine.blocks import NO_SLOT
+from mpillm.engine.drafter import Drafted
 from mpillm.engine.scheduler import Limits, Scheduler
 from mpillm.engine.sequence import Request, Sequence
+from mpillm.engine.speculation import Speculation
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for, blocks_needed, first_kept, window_blocks
 
@@ -41,9 +44,10 @@ def sequence(name: str, prompt: int, max_tokens: int, shared: int = 0, **more: A
 class Ranks:
     """Pretends to compute steps: every block must hold what the sequence believes it does."""
 
-    def __init__(self, made: Iterable[Sequence], **changes: Any) -> None:
+    def __init__(self, made: Iterable[Sequence], drafts: Drafts | None = None, **changes: Any) -> None:
         self.limits = limits(**changes)
-        self.scheduler = Scheduler(self.limits, iter(made))
+        self.drafts = drafts
+        self.scheduler = Scheduler(self.limits, iter(made), speculation=drafts)
         self.finished: list[str] = []
         self.computed: dict[str, list[int]] = {}  # positions, in order
         self.fresh = 0  # rows that were computed for the first time, and not shared before
@@ -69,7 +73,7 @@ class Ranks:
         assert scheduler.blocks_in_use == 0
 
     def _compute(self, chosen: Chosen) -> None:
-        assert sum(count for _, count in chosen) <= self.limits.max_tokens
+        assert sum(count + len(one.drafts) for one, count in chosen) <= self.limits.max_tokens
         assert len(chosen) <= self.limits.max_sequences
         assert len({one.request.id for one, _ in chosen}) == len(chosen)
         before = dict(self._held)
@@ -80,7 +84,7 @@ class Ranks:
             for group, window in enumerate(self.limits.windows):
                 table = one.tables[group]
                 assert table.first <= first_kept(one.computed, window)
-                assert table.end == blocks_for(end)
+                assert table.end == blocks_for(end + len(one.drafts))
                 assert len(table.blocks) == len(set(table.blocks))
                 assert set(table.blocks) <= set(range(self.limits.n_blocks))
                 for position in range(max(one.computed - window + 1, 0) if window else 0, one.computed):
@@ -91,6 +95,15 @@ class Ranks:
                     assert place not in written  # by another sequence, or in another group
                     written.add(place)
                     self._held[place] = group, self._content(one, position)
+                for position, draft in enumerate(one.drafts, end):
+                    place = _place(one, group, position)
+                    assert place not in written
+                    written.add(place)
+                    known = [
+                        self._content(one, end - 1),
+                        *(token for token, _ in one.drafts[: position - end]),
+                    ]
+                    self._held[place] = group, functools.reduce(_follow, [*known, draft.token])
             if self.limits.n_slots:
                 assert self.slots.setdefault(one.slot, one) is one
                 assert one.slot in range(self.limits.n_slots)
@@ -117,13 +130,14 @@ class Ranks:
         """A hash of a sequence's tokens up to `position`."""
         known = self._contents.setdefault(one.request.id, [])
         for token in one.tokens[len(known) : position + 1]:
-            known.append(hash((known[-1] if known else 0, token)))
+            known.append(_follow(known[-1] if known else 0, token))
         return known[position]
 
     def _finish(self, chosen: Chosen) -> None:
         for one, count in chosen:
             one.in_flight = False
             one.computed += count
+            drafts, one.drafts = one.drafts, []
             one.loads = one.saves = NO_SLOT
             one.reached = max(one.reached, one.computed)
             if one.computed == len(one.tokens):
@@ -131,9 +145,35 @@ class Ranks:
                     one.finish_reason = "length"
                 else:
                     one.append(one.generated)
+                    for token, _ in drafts:
+                        if token != one.tokens[-1] or one.finish_reason:
+                            break
+                        one.computed += 1
+                        one.append(one.generated)
+                    one.reached = max(one.reached, one.computed)
+            self.scheduler.give_back(one)
             if one.finish_reason:
                 self.scheduler.release(one)
                 self.finished.append(one.request.id)
+
+
+class Drafts(Speculation):
+    """Drafts as many tokens as there is room for, the first few of which will be drawn."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__("prompt-lookup", streams=False, expert_share=1.0)
+        self._rng = np.random.default_rng(seed)
+        self.drafted = 0
+
+    def draft(self, sequence: Sequence, most: int) -> list[Drafted]:
+        right = int(self._rng.integers(8))
+        tokens = [sequence.generated + i if i < right else -1 for i in range(min(most, 15))]
+        self.drafted += len(tokens)
+        return [Drafted(token) for token in tokens]
+
+
+def _follow(before: int, token: int) -> int:
+    return hash((before, token))
 
 
 def _place(one: Sequence, group: int, position: int) -> tuple[int, int]:
@@ -282,6 +322,29 @@ def test_the_third_that_begins_alike_goes_on_from_a_saved_state() -> None:
     made = [sequence(name, 100, 1) for name in "ab"]
     ranks = Ranks(made, windows=(0,), n_slots=5, n_saved=1, max_tokens=500)
     assert steps_of(ranks) == [[("a", 100), ("b", 100)]]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("windows", "n_blocks"), [((0,), 8), ((0,), 200), ((0, 33), 11), ((0, 33), 200), ((40,), 12)]
+)
+def test_drafts_take_only_what_is_left(windows: tuple[int, ...], n_blocks: int, micro_batches: int) -> None:
+    """`Ranks` checks that nobody reads what a rejected draft has left in a block."""
+    plain = Ranks(various(32, n_blocks), windows=windows, n_blocks=n_blocks, micro_batches=micro_batches)
+    without = len(steps_of(plain))
+    made, drafts = various(32, n_blocks), Drafts(n_blocks)
+    ranks = Ranks(made, drafts, windows=windows, n_blocks=n_blocks, micro_batches=micro_batches)
+    steps = 0
+    for _ in ranks.run():
+        steps += 1
+        assert ranks.scheduler.blocks_in_use <= n_blocks
+    assert sorted(ranks.finished) == sorted(one.request.id for one in made)
+    assert drafts.drafted > 100
+    assert steps < without
+    totals = ranks.scheduler.totals
+    assert totals.preemptions <= 1.5 * plain.scheduler.totals.preemptions
+    if n_blocks == 200:
+        assert totals.shared_tokens == plain.scheduler.totals.shared_tokens
 
 
 def test_blocks_behind_a_window_serve_others() -> None:

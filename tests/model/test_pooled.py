@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from mpillm.errors import ModelError
 from mpillm.model.embedding import embedding_settings
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
@@ -65,3 +68,47 @@ def test_gguf_twins(name: str, pooling: gguf.PoolingType, tmp_path: Path) -> Non
     assert len(settings.layers) == len(more)
     if classifier is None:
         assert settings.pooling == {1: "mean", 2: "cls"}[pooling]
+
+
+PUBLISHED = {  # keys that configurations of the authors have instead of those of transformers 5, which are left out
+    "nomic_bert": (
+        {
+            "n_embd": 36, "n_head": 3, "n_inner": 44, "n_layer": 2, "n_positions": 8192, "vocab_size": 101,
+            "activation_function": "swiglu", "layer_norm_epsilon": 1e-12, "rotary_emb_base": 1000, "causal": False,
+            "rotary_emb_fraction": 1.0, "prenorm": False, "qkv_proj_bias": False, "max_trained_positions": 2048,
+        },
+        ("architectures", "model_type"),
+    ),
+    "modernbert_labels": (
+        {
+            "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0,
+            "position_embedding_type": "absolute", "layer_norm_eps": 1e-5,
+        },
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_as_their_authors_publish_them(name: str, tmp_path: Path) -> None:
+    model = shutil.copytree(pooled.FOLDER / name, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    published, kept = PUBLISHED[name]
+    old = {key: config[key] for key in kept or config if key not in ("layer_types", "rope_parameters")}
+    (model / "config.json").write_text(json.dumps({**old, **published}))
+    prompts = pooled.golden(name)
+    completions = run_engine(model, pooled.requests_of(prompts), activations="f32", kv_type="f32")
+    pooled.check(prompts, completions, pooled.classifier_of(model))
+
+
+def test_an_encoder_generates_no_text(tmp_path: Path) -> None:
+    model = shutil.copytree(pooled.FOLDER / "bert_model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for change, words in (
+        ({"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel is an encoder, which generates no text"),
+        ({"is_decoder": True}, "is_decoder is True, but only encoders are supported as BertModel"),
+        ({"position_embedding_type": "relative_key"}, "but only 'absolute' is supported"),
+    ):
+        (model / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=words):
+            open_source(model)

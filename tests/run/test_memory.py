@@ -22,6 +22,7 @@ from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
 from mpillm.run import plan
 from mpillm.run.input_memory import (
+    ARROW,
     CHAT,
     COPIES,
     LINE,
@@ -254,6 +255,8 @@ def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> Non
     assert input_bytes(job, 64, 4) == 0
     (tmp_path / "in.jsonl").write_text(text)
     assert input_bytes(job, 64, 4) == nbytes
+    table = spec.load(None, ["output.format=parquet"], input=job.input, output=job.output.path)
+    assert input_bytes(table, 64, 4) == nbytes + ARROW
 
 
 SCORED = '{"query": "a", "documents": ["b"]}'

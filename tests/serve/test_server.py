@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.job_helpers import CHAT
+from tests.model.golden import FIXTURES
 
 KEY = "secret key"
 WORDS = ["the", "fox", "end", "a", "b", "over", "dog", "quick"]
@@ -30,6 +31,7 @@ WORDS = ["the", "fox", "end", "a", "b", "over", "dog", "quick"]
 def serving(folder: Path, command: list[str | Path], env: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """A server that has begun to listen: its URL and its process."""
     words = [*command, "-m", "mpillm", "serve", "--model", CHAT, "--port", "0", "--data", folder / "data"]
+    words += ["--set", f"adapters.adapted={FIXTURES / 'adapters/chat_all'}"]
     log = folder / "log"
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -185,8 +187,8 @@ def test_what_is_wrong_is_said(client: openai.OpenAI, body: bytes, status: int, 
 
 
 def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -> None:
-    assert [model.id for model in client.models.list()] == ["chat"]
-    assert client.models.retrieve("chat").id == "chat"
+    assert [model.id for model in client.models.list()] == ["chat", "adapted"]
+    assert [client.models.retrieve(name).id for name in ("chat", "adapted")] == ["chat", "adapted"]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     for key in ("wrong", "", "secret"):
@@ -202,6 +204,16 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
     text = http.get(f"{server}/metrics").text
     assert 'mpillm_requests_total{endpoint="/v1/chat/completions",status="400"}' in text
     assert http.get(server).headers["content-type"].startswith("text/html")
+
+
+def test_an_adapter_is_asked_by_its_name(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"prompt": "the quick brown fox", "max_tokens": 9}
+    base, adapted = (client.completions.create(model=name, **body) for name in ("chat", "adapted"))
+    assert (base.model, adapted.model) == ("chat", "adapted")
+    assert base.choices[0].text != adapted.choices[0].text
+    chunks = list(client.completions.create(model="adapted", stream=True, **body))
+    assert {chunk.model for chunk in chunks} == {"adapted"}
+    assert "".join(chunk.choices[0].text for chunk in chunks) == adapted.choices[0].text
 
 
 def test_clients_that_vanish_cost_the_others_nothing(client: openai.OpenAI, server: str) -> None:

@@ -1,0 +1,67 @@
+"""A sequence's turn in a step: which outputs are its own, and which tokens are drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+from mpillm.engine.drafter import common
+from mpillm.engine.sampler import Candidates, draw
+from mpillm.engine.sequence import Sequence
+from mpillm.engine.step import NO_TARGET, Chunk, Step
+
+
+class Turn:
+    """`count` tokens of a sequence, and the drafts that follow them.
+
+    `rows` has the outputs from which a token may be drawn: of the last of the tokens, and of each draft. A row's last
+    output is sampled; if there are two, the first one is what the model said, for log-probabilities.
+    """
+
+    def __init__(
+        self, sequence: Sequence, count: int, chunk: Chunk, outputs: Seq[Seq[int]], step: Step
+    ) -> None:
+        """`outputs` are those of each of its chunks, as indices into the step's; the first one is `chunk`."""
+        self.sequence, self.count, self.chunk = sequence, count, chunk
+        self.known = len(sequence.tokens)  # before
+        self._scored = [i for i in outputs[0] if step.outputs[i].target != NO_TARGET]
+        self.rows = [outputs[0][len(self._scored) :], *outputs[1:]]
+
+    @property
+    def accepted(self) -> int:
+        """How many drafts are what was drawn, or forced."""
+        return common(self.sequence.tokens[self.known :], [draft.token for draft in self.sequence.drafts])
+
+    @property
+    def row(self) -> Seq[int]:
+        """The row that the next token is drawn from; empty if there is none: all before it are what was drawn."""
+        sequence = self.sequence
+        at = len(sequence.tokens) - self.known
+        if sequence.finish_reason is not None or not sequence.finite or at >= len(self.rows):
+            return ()
+        return self.rows[at] if self.accepted == at else ()
+
+    def take_scores(self, candidates: Seq[Candidates]) -> None:
+        """Store the log-probabilities of the prompt's tokens, unless the model's output is not finite."""
+        sequence, request = self.sequence, self.sequence.request
+        sequence.finite = all(candidates[i].finite for i in (*self._scored, *self.rows[0]))
+        for found in (candidates[i] for i in self._scored if sequence.finite):
+            sequence.prompt_logprobs.append(found.target_logit - found.log_z)
+            sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
+
+    def draw(self, row: Seq[int], candidates: Mapping[int, Candidates]) -> bool:
+        """Draw the next token from a row, unless that is not finite; False if it needs more candidates."""
+        sequence, request = self.sequence, self.sequence.request
+        sequence.finite = all(candidates[i].finite for i in row)
+        if not sequence.finite:
+            return True
+        found = candidates[row[-1]]
+        index = draw(found, request, sequence.uniform() if request.temperature > 0 else 0.0)
+        if index is None:
+            return False
+        sequence.append(int(found.ids[index]))
+        sequence.append_forced()
+        if request.logprobs is not None:
+            sequence.logprobs.append(found.logprob(index))
+            sequence.top.append(candidates[row[0]].top(request.logprobs))
+        return True
