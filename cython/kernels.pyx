@@ -1,9 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, embedsignature=True
 """The compiled kernels: each function checks its arguments, lets the GIL go and calls core/kernels.h.
 
-Shapes, layouts and words of errors are those of the NumPy twin, mpillm/kernels/reference.py.
+Shapes, layouts and words of errors are those of the NumPy twin, mpillm/kernels/reference.
 """
 
+from libc.errno cimport EAGAIN
 from libc.stdint cimport int32_t, uint8_t, uint16_t
 
 import numpy as np
@@ -211,6 +212,8 @@ cdef int finish(mk_work *work, int threads) except -1:
         failed = mk_run(work, threads)
     if failed == MK_TOO_MANY_STEPS:
         raise RuntimeError(f"the call needs more than the {capacity} steps of its list; nothing was computed")
+    if failed == MK_NO_THREADS:
+        raise OSError(EAGAIN, f"the kernels' {threads} threads do not start")
     if failed:
         raise MemoryError("attention")
     return 0

@@ -48,7 +48,8 @@ _RAN_OUT = {
     errno.ENOMEM: f"There is not enough memory ({{}}); {_MEMORY}.",
     errno.EMFILE: f"Too many files are open ({{}}); raise the limit (ulimit -n), {_AGAIN}.",
     errno.ENFILE: f"Too many files are open on this machine ({{}}); close some, {_AGAIN}.",
-    errno.EAGAIN: f"No more processes or threads can be started ({{}}); raise the limit (ulimit -u), {_AGAIN}.",
+    errno.EAGAIN: f"No more processes or threads can be started ({{}}); raise the limits (ulimit -u and -v, a "
+    f"cgroup's), {_AGAIN}.",
 }
 _WORDS = {  # of errors that carry no number: threads that do not start, libraries that are not mapped
     "can't start new thread": errno.EAGAIN,

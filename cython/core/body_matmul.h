@@ -126,13 +126,13 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
 
 /* Scales of 16 rows' parts as products want them, and minima, of a part with one of each or with one for each half. */
 typedef struct {
-    vf scale[2], least[2];
+    vf scale[2], minimum[2];
 } part_scales;
 
 MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const uint8_t *part, vf d, vf m) {
     part_scales of;
     UNROLL
-    for (int h = 0; h < 2; h++) of.scale[h] = of.least[h] = vf_set1(0.0f);
+    for (int h = 0; h < 2; h++) of.scale[h] = of.minimum[h] = vf_set1(0.0f);
     if (mk_is_grid(type)) {
         uint8_t odd[2][MK_TILE];
         for (int h = 0; h < 1 + mk_halved(type); h++) {
@@ -146,14 +146,14 @@ MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const ui
         of.scale[0] = vf_mul(d, vf_load_i8(small));
     } else if (!mk_halved(type)) {
         of.scale[0] = vf_mul(d, vf_load_u8(small));
-        of.least[0] = vf_mul(m, vf_load_u8(small + 16));
+        of.minimum[0] = vf_mul(m, vf_load_u8(small + 16));
     } else {
         UNROLL
         for (int h = 0; h < 2; h++)
             if (type == MK_Q2_K) { /* a byte has both */
                 vf both = vf_load_u8(small + 16 * h);
-                of.least[h] = vf_from(vi_trunc(vf_mul(both, vf_set1(0.0625f))));
-                of.scale[h] = vf_fma(of.least[h], vf_set1(-16.0f), both);
+                of.minimum[h] = vf_from(vi_trunc(vf_mul(both, vf_set1(0.0625f))));
+                of.scale[h] = vf_fma(of.minimum[h], vf_set1(-16.0f), both);
             } else {
                 of.scale[h] = vf_load_i8(small + 16 * h);
             }
@@ -211,13 +211,13 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                         vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
                         *to = vf_fma(dot, vf_mul(d[r], scale), *to);
                         if (type != MK_Q2_K) continue;
-                        vf least = vf_mul(of.least[0], vf_set1((float)act->less32[0]));
-                        least = vf_fma(of.least[1], vf_set1((float)act->less32[1]), least);
-                        *to = vf_fma(least, vf_mul(m[r], scale), *to);
+                        vf minimum = vf_mul(of.minimum[0], vf_set1((float)act->less32[0]));
+                        minimum = vf_fma(of.minimum[1], vf_set1((float)act->less32[1]), minimum);
+                        *to = vf_fma(minimum, vf_mul(m[r], scale), *to);
                     } else {
                         vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);
                         *to = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), *to);
-                        if (mk_f16s(type) == 2) *to = vf_fma(of.least[0], vf_set1(act->total), *to);
+                        if (mk_f16s(type) == 2) *to = vf_fma(of.minimum[0], vf_set1(act->total), *to);
                     }
                 }
             }

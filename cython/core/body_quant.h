@@ -142,7 +142,7 @@ static void dequantise_super(int type, const uint8_t *in, float *values) {
         mk_split(type, in, s, &part);
         for (int j = 0; j < MK_BLOCK; j++) {
             values[j] = d * (float)part.scale[j / 16] * (float)part.q[j];
-            if (mk_f16s(type) == 2) values[j] -= dmin * (float)part.least[j / 16];
+            if (mk_f16s(type) == 2) values[j] -= dmin * (float)part.minimum[j / 16];
         }
     }
 }

@@ -126,7 +126,7 @@ typedef struct mk_product mk_product;
 void mk_begin(mk_work *work);
 void mk_begin_in(mk_work *work, mk_step *steps, long capacity); /* the list is the caller's, until the run */
 void mk_join(mk_work *work, int on); /* whether a step may run beside the one before it */
-enum { MK_NO_MEMORY = 1, MK_TOO_MANY_STEPS };
+enum { MK_NO_MEMORY = 1, MK_TOO_MANY_STEPS, MK_NO_THREADS };
 int mk_run(mk_work *work, int threads); /* 0, or one of these, and nothing was done */
 long mk_capacity(const mk_work *work); /* steps that its list holds */
 /* Write to each page of new memory, in turn by each thread: on a machine with several NUMA nodes every matrix then lies

@@ -67,6 +67,7 @@ static struct {
     atomic_int busy; /* a region is open */
     int alone;       /* no more regions in this process: it is the child of one that had some */
     int prepared, spins;
+    int threads; /* so many have been started before, so they can be */
     int in_vain, calls_alone;
     atomic_int helped; /* somebody took a part besides the caller */
     pthread_mutex_t asleep;
@@ -99,6 +100,28 @@ static int claim_team(void) {
 }
 
 static void close_region(void) { atomic_store(&team.busy, 0); }
+
+static void *wait_for(void *mutex) {
+    pthread_mutex_lock(mutex);
+    pthread_mutex_unlock(mutex);
+    return NULL;
+}
+
+/* Whether so many threads can run at a time.  libgomp ends the process where one does not start (ulimit -u and -v, or a
+ * cgroup's limit), so they are started once before it starts its own.  The team is the caller's. */
+static int threads_start(int threads) {
+    if (threads <= team.threads) return 1;
+    pthread_mutex_t ends = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t *started = malloc((size_t)threads * sizeof *started);
+    int count = 1; /* the caller */
+    pthread_mutex_lock(&ends);
+    while (started && count < threads && !pthread_create(&started[count], NULL, wait_for, &ends)) count++;
+    pthread_mutex_unlock(&ends);
+    for (int i = 1; i < count; i++) pthread_join(started[i], NULL);
+    free(started);
+    if (count == threads) team.threads = threads;
+    return count == threads;
+}
 
 /* Whether this call may open a region: not while calls are done alone. */
 static int open_region(void) {
@@ -195,7 +218,8 @@ static long lead(mk_work *work) {
     return clock_now() - began;
 }
 
-static void run_together(mk_work *work, int threads) {
+static int run_together(mk_work *work, int threads) {
+    if (!threads_start(threads)) return MK_NO_THREADS;
     long nanoseconds = 0;
     atomic_store(&team.helped, 0);
 #pragma omp parallel num_threads(threads)
@@ -205,11 +229,13 @@ static void run_together(mk_work *work, int threads) {
     }
     if (atomic_load(&team.helped)) team.in_vain = 0;
     else if (nanoseconds >= SHORT && ++team.in_vain == IN_VAIN) team.in_vain = 0, team.calls_alone = ALONE;
+    return 0;
 }
 
 void mk_first_touch(uint8_t *memory, long bytes, int threads) {
     enum { CHUNK = 1 << 21 /* a huge page */, PAGE = 4096 };
     if (!claim_team()) return;
+    if (!threads_start(threads)) threads = 1; /* the next mk_run says so */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long begin = 0; begin < bytes; begin += CHUNK)
         for (long at = begin; at < begin + CHUNK && at < bytes; at += PAGE) memory[at] = 0;
@@ -218,7 +244,7 @@ void mk_first_touch(uint8_t *memory, long bytes, int threads) {
 #else
 static int open_region(void) { return 0; }
 static void close_region(void) {}
-static void run_together(mk_work *work, int threads) { (void)work; (void)threads; }
+static int run_together(mk_work *work, int threads) { return (void)work, (void)threads, 0; }
 void mk_first_touch(uint8_t *memory, long bytes, int threads) { (void)memory; (void)bytes; (void)threads; }
 #endif
 
@@ -255,7 +281,7 @@ int mk_run(mk_work *work, int threads) {
     atomic_fetch_add(&weights_read, work->weights);
     if (!failed) {
         if (prepare(work, threads) > 1 && threads > 1 && open_region()) {
-            run_together(work, threads);
+            failed = run_together(work, threads);
             close_region();
         } else {
             run_alone(work);

@@ -8,11 +8,11 @@
 
 #include "grids.h"
 
-/* A row's part: its values are d * scale[h] * q - dmin * least[h], where h is the half that a column is in. */
+/* A row's part: its values are d * scale[h] * q - dmin * minimum[h], where h is the half that a column is in. */
 typedef struct {
     int8_t q[MK_BLOCK];
     int16_t scale[2];
-    uint8_t least[2];
+    uint8_t minimum[2];
 } mk_part;
 
 enum { MK_PARTS = MK_SUPER / MK_BLOCK };
@@ -31,7 +31,7 @@ static inline uint32_t mk_word(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4);
 static inline void mk_split_q45(int type, const uint8_t *in, int s, mk_part *part) {
     const uint8_t *nibbles = in + (type == MK_Q4_K ? 16 : 48) + 32 * (s / 2), *first = in + 4 + s % 4, *last = first + 8;
     part->scale[0] = part->scale[1] = (int16_t)(s < 4 ? first[0] & 63 : (last[0] & 15) | first[0] >> 6 << 4);
-    part->least[0] = part->least[1] = (uint8_t)(s < 4 ? first[4] & 63 : last[0] >> 4 | first[4] >> 6 << 4);
+    part->minimum[0] = part->minimum[1] = (uint8_t)(s < 4 ? first[4] & 63 : last[0] >> 4 | first[4] >> 6 << 4);
     for (int j = 0; j < MK_BLOCK; j++) {
         const int fifth = type == MK_Q5_K ? in[16 + j] >> s & 1 : 0;
         part->q[j] = (int8_t)((nibbles[j] >> 4 * (s % 2) & 15) | fifth << 4);
@@ -50,7 +50,7 @@ static inline void mk_split_q6(const uint8_t *in, int s, mk_part *part) {
 
 /* Q2_K: scales and minima of 4 bits, two bits of each value, d and dmin. */
 static inline void mk_split_q2(const uint8_t *in, int s, mk_part *part) {
-    for (int h = 0; h < 2; h++) part->scale[h] = in[2 * s + h] & 15, part->least[h] = in[2 * s + h] >> 4;
+    for (int h = 0; h < 2; h++) part->scale[h] = in[2 * s + h] & 15, part->minimum[h] = in[2 * s + h] >> 4;
     for (int j = 0; j < MK_BLOCK; j++) part->q[j] = (int8_t)(in[16 + s / 4 * 32 + j] >> 2 * (s % 4) & 3);
 }
 
@@ -84,7 +84,7 @@ static inline void mk_split_grid(int type, const uint8_t *in, int s, mk_part *pa
 
 /* Part s of a row's block. */
 static inline void mk_split(int type, const uint8_t *in, int s, mk_part *part) {
-    part->least[0] = part->least[1] = 0;
+    part->minimum[0] = part->minimum[1] = 0;
     if (mk_is_grid(type)) {
         mk_split_grid(type, in, s, part);
         return;

@@ -14,6 +14,7 @@ import pytest
 
 from mpillm.batch import answers
 from mpillm.batch.endpoints.embeddings import normalized
+from mpillm.batch.streaming import TextStream
 from mpillm.batch.work import Model, Work
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, completion, works
 
@@ -110,6 +111,9 @@ def test_an_answer_that_is_cut_inside_a_character(body: dict[str, Any], tmp_path
         text = choice["message"]["content"] if "messages" in body else choice["text"]
         assert text == "ok\N{SNOWMAN}"
         assert choice["token_ids"] == ids[:-cut]
+        stream = TextStream(work.endpoint, work.spec, WITH_TEXT)  # type: ignore[arg-type]
+        streamed = "".join(map(stream.push, ids[:-cut]))
+        assert streamed + stream.rest(text) == text
 
 
 def test_scoring(tmp_path: Path) -> None:

@@ -72,3 +72,20 @@ assert results(3) == alone
 
 def test_small_stacks() -> None:
     run("assert results(4) == alone", OMP_STACKSIZE="128k")
+
+
+def test_threads_that_do_not_start_are_an_error() -> None:
+    """libgomp would end the process; with the memory for their stacks the same call computes."""
+    run("""
+import errno, resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 10), -1))
+try:
+    results(64)
+except OSError as error:
+    assert error.errno == errno.EAGAIN and "64 threads do not start" in str(error), error
+else:
+    raise AssertionError("64 stacks without memory")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert results(64) == alone
+""")
