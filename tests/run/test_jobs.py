@@ -19,7 +19,7 @@ JOBS = Path(__file__).parent.parent.parent / "jobs"
 def test_a_job_and_its_input(path: Path) -> None:
     said = spec.load(path)
     assert said.input_path.parent == JOBS
-    assert said.output == f"out/{path.stem}"
+    assert said.output.path == f"out/{path.stem}"
     large = replace(WITH_TEXT, vocab=49152, max_position=8192)
     batch = requests.check(said.input_path, said, large)
     assert batch.errors == []
