@@ -18,8 +18,8 @@ class Rates:
     """Tokens per second: over all of the run, and over its last seconds."""
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
-        self._seen = deque([(self._begun, 0)])
+        self._started = time.monotonic()
+        self._seen = deque([(self._started, 0)])
 
     def add(self, tokens: int) -> None:
         """So many tokens have been computed in all."""
@@ -31,7 +31,7 @@ class Rates:
     @property
     def elapsed(self) -> float:
         """Seconds from the beginning to the last `add`."""
-        return self._seen[-1][0] - self._begun
+        return self._seen[-1][0] - self._started
 
     def __str__(self) -> str:
         (before, had), (now, has) = self._seen[0], self._seen[-1]

@@ -91,14 +91,14 @@ class Speculation:
         experts = 1.0 - (1.0 - self._expert_share) ** rows
         return self._threshold <= DEAR and experts >= NEARLY_ALL
 
-    def draft(self, sequence: Sequence, most: int) -> list[Drafted]:
-        """Up to `most` tokens that may follow the sequence's."""
+    def draft(self, sequence: Sequence, limit: int) -> list[Drafted]:
+        """Up to `limit` tokens that may follow the sequence's."""
         if sequence.drafter is None:
             sequence.drafter = Drafter(self._acceptance)
         guess, probable = sequence.drafter.guess(sequence.tokens)
         if self._mode == "auto":
             guess = guess[: int(math.log(self._threshold) / math.log(probable))]
-        return list(_drafts(sequence, guess, most))
+        return list(_drafts(sequence, guess, limit))
 
     def judge(self, sequence: Sequence) -> None:
         """Learn from what was drawn in a step, whether what had been guessed was computed or not."""
@@ -106,12 +106,12 @@ class Speculation:
             sequence.drafter.judge(sequence.tokens, self._acceptance)
 
 
-def _drafts(sequence: Sequence, guess: list[int], most: int) -> Iterator[Drafted]:
+def _drafts(sequence: Sequence, guess: list[int], limit: int) -> Iterator[Drafted]:
     """The tokens of a guess up to one that may not follow; those that a constraint forces take their place."""
     constraint = None
     if sequence.constraint is not None and (guess or sequence.constraint.forced):
         constraint = sequence.constraint.copy()
-    for at in range(most):
+    for at in range(limit):
         if constraint is not None and constraint.forced:
             token = constraint.forced[0]
             guess = guess if guess[at : at + 1] == [token] else []

@@ -114,11 +114,13 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
 
 
 def _max_tokens(lengths: Any, folder: Path) -> int | None:
-    """The most tokens of a text, if a file says it."""
-    most = lengths.get("max_seq_length") if isinstance(lengths, dict) else lengths
-    if most is not None and (type(most) is not int or most < 1):
-        raise ModelError(f"{folder / LENGTHS}: max_seq_length is {str(most)[:40]}, but must be at least 1.")
-    return most
+    """The maximum of tokens of a text, if a file says it."""
+    maximum = lengths.get("max_seq_length") if isinstance(lengths, dict) else lengths
+    if maximum is not None and (type(maximum) is not int or maximum < 1):
+        raise ModelError(
+            f"{folder / LENGTHS}: max_seq_length is {str(maximum)[:40]}, but must be at least 1."
+        )
+    return maximum
 
 
 def _answers(config: Mapping[str, Any], path: Path) -> tuple[int | None, int]:

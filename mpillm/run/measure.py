@@ -202,9 +202,9 @@ def _products(kind: BlockType, threads: int) -> list[float]:
 def _fastest(call: Callable[[NDArray[np.uint8]], object], data: Sequence[NDArray[np.uint8]]) -> float:
     """Seconds of the call that was disturbed the least; they are made with each of `data` in turn."""
     call(data[0])
-    best, turn, begun = float("inf"), 0, time.perf_counter()
+    best, turn, start = float("inf"), 0, time.perf_counter()
     while (
-        turn == 0 or (passed := time.perf_counter() - begun) < SECONDS or (turn < CALLS and passed < PATIENCE)
+        turn == 0 or (passed := time.perf_counter() - start) < SECONDS or (turn < CALLS and passed < PATIENCE)
     ):
         start = time.perf_counter()
         call(data[turn % len(data)])

@@ -56,7 +56,7 @@ class Counts(msgspec.Struct, kw_only=True):
     failed: int = 0
 
 
-class Batch(msgspec.Struct, kw_only=True):
+class BatchObject(msgspec.Struct, kw_only=True):
     """A batch as OpenAI describes it; times are seconds since 1970."""
 
     id: str
@@ -84,7 +84,7 @@ class Batch(msgspec.Struct, kw_only=True):
 class _Described:
     """Descriptions in a directory, one JSON file each."""
 
-    def __init__(self, folder: Path, kind: type[File] | type[Batch]) -> None:
+    def __init__(self, folder: Path, kind: type[File] | type[BatchObject]) -> None:
         self.folder, self._kind = folder, kind
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -101,7 +101,7 @@ class _Described:
         except FileNotFoundError:
             raise KeyError(name) from None
 
-    def write(self, described: File | Batch) -> None:
+    def write(self, described: File | BatchObject) -> None:
         """Keep a description, in place of an earlier one."""
         with replacing(self.path(described.id).with_suffix(".json")) as file:
             file.write(msgspec.json.encode(described))
@@ -159,7 +159,7 @@ class Batches:
         open_journal: Callable[[requests.CheckedInput, Claim], Journal],
     ) -> None:
         """`open_journal` opens the journal of a batch in its claimed directory."""
-        self._described = _Described(folder, Batch)
+        self._described = _Described(folder, BatchObject)
         self.read, self.all = self._described.read, self._described.all
         self._files, self._arrivals, self._spec, self._model = files, arrivals, spec, model
         self._open_journal = open_journal
@@ -171,10 +171,10 @@ class Batches:
             if batch.status not in ENDED:
                 self._pool.submit(self._begin, batch)
 
-    def add(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> Batch:
+    def add(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> BatchObject:
         """Begin a batch; KeyError if there is no such file."""
         self._files.content(input_file_id)
-        made = Batch(
+        made = BatchObject(
             id=f"batch-{uuid.uuid4().hex[:24]}",
             endpoint=endpoint,
             input_file_id=input_file_id,
@@ -185,15 +185,15 @@ class Batches:
         self._pool.submit(self._begin, made)
         return made
 
-    def now(self, batch: Batch) -> Batch:
+    def now(self, batch: BatchObject) -> BatchObject:
         """The batch with what is finished of it by now."""
         run = self._running.get(batch.id)
         return batch if run is None else msgspec.structs.replace(batch, request_counts=run.counts())
 
-    def cancel(self, name: str) -> Batch:
+    def cancel(self, name: str) -> BatchObject:
         """End a batch before its time; KeyError if there is none."""
         with self._changed:
-            batch: Batch = self.read(name)
+            batch: BatchObject = self.read(name)
             if batch.status in ENDED:
                 return batch
             self._set(batch, "cancelling")
@@ -214,14 +214,14 @@ class Batches:
         for run in list(self._running.values()):
             run.close()
 
-    def _set(self, batch: Batch, status: str, **changes: Any) -> None:
+    def _set(self, batch: BatchObject, status: str, **changes: Any) -> None:
         batch.status = status
         setattr(batch, f"{status}_at", int(time.time()))
         for key, value in changes.items():
             setattr(batch, key, value)
         self._described.write(batch)
 
-    def _begin(self, batch: Batch) -> None:
+    def _begin(self, batch: BatchObject) -> None:
         try:
             path = self._files.content(batch.input_file_id)
             checked = requests.check(path, self._spec, self._model)

@@ -49,7 +49,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         running = f" by {self.owner}" if self.owner else ""
         yield f"{self.directory}: {self.state}{running}"
         yield f"  model     {self.model}"
-        yield f"  begun     {self.began[:19].replace('T', ' ')}, by mpillm {self.written_by}"
+        yield f"  started   {self.began[:19].replace('T', ' ')}, by mpillm {self.written_by}"
         part = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
         errors = f", {self.errors} of them ended in an error" if self.errors else ""
         yield f"  requests  {self.answered} of {self.total}{part}{errors}"
@@ -152,10 +152,10 @@ class Reader:
 
 def watch(reader: Reader, every: float, say: Callable[[str], None]) -> Status:
     """Say how far a run is, every so many seconds, until it runs no longer; the last status."""
-    begun = time.monotonic()
+    start = time.monotonic()
     first = now = reader.look()
     while now.state == "running":
-        spent = time.monotonic() - begun
+        spent = time.monotonic() - start
         part = 100 * now.answered / now.total if now.total else 100
         pace = ""
         if now.answered > first.answered:
