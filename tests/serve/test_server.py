@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -118,11 +117,10 @@ def test_answers_are_those_of_a_batch(server: str, client: openai.OpenAI, tmp_pa
         (("/v1/rerank", "/rerank", "/v2/rerank"), ranks, found[7]["results"]),
     ):
         for url in urls:
-            answer = httpx.post(
-                f"{server}{url}", json=body, headers={"Authorization": f"Bearer {KEY}"}
-            ).json()
+            answer: Any = client.post(f"{server}{url}", cast_to=object, body=body)
             assert answer.get("data", answer.get("results")) == expected
-        assert httpx.post(f"{server}{urls[-1]}", json=body).status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").post(f"{server}{urls[-1]}", cast_to=object, body=body)
     with pytest.raises(openai.BadRequestError, match="the model has no classifier"):
         client.post("/classify", cast_to=object, body={"input": "a fox"})
 
