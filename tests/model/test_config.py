@@ -21,6 +21,7 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.latent import LatentAttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
+from mpillm.model.opening import config_of, open_source
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Place
 from mpillm.weights.formats import hf
@@ -560,3 +561,19 @@ def test_no_value_ends_in_a_traceback(name: str, data: st.DataObject) -> None:
             config[key] = data.draw(VALUES)
     with contextlib.suppress(ModelError):
         read_config(config)
+
+
+def test_a_granite_file_without_a_scale_of_attention(tmp_path: Path) -> None:
+    """Then scores are multiplied by 1 / sqrt(head_dim), as llama.cpp does; transformers' default is 1."""
+    file = Path(__file__).parents[1] / "fixtures" / "gguf" / "granite_f16.gguf"
+    data = file.read_bytes()
+    assert data.count(b"granite.attention.scale") == 1
+    path = tmp_path / "granite.gguf"
+    path.write_bytes(data.replace(b"granite.attention.scale", b"general.notes_on_scales"))
+    scales = []
+    for each in (file, path):
+        with contextlib.closing(open_source(each)) as source:
+            mixer = config_of(source).layers[0].mixer
+        assert isinstance(mixer, AttentionSpec)
+        scales.append(mixer.scale)
+    assert scales == [pytest.approx(0.2), mixer.head_dim**-0.5]

@@ -94,8 +94,10 @@ class Granite(Family):
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         refuse_experts(fields)
         refuse_window(fields)
-        scales = (fields.number(name, 0.0) for name in _SCALES)
-        return usual_config(fields, shape_of) | {
+        config = usual_config(fields, shape_of)
+        scales = [fields.number(name, 0.0) for name in _SCALES]
+        scales[0] = scales[0] or config["head_dim"] ** -0.5  # as llama.cpp, not as transformers
+        return config | {
             "architectures": [_DENSE],
             **{key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale},
         }
