@@ -4,6 +4,7 @@ Needs cross-compilers and qemu-user (Debian: gcc-aarch64-linux-gnu libc6-dev-arm
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -58,13 +59,18 @@ class Machine:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
-def programs() -> dict[str, Path]:
-    return {}
+def program_of(compiler: str, factory: pytest.TempPathFactory) -> Path:
+    """The harness and the kernels as one static program, which the first of the workers that asks for it builds."""
+    base = factory.getbasetemp()
+    to = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"harness-{compiler}"
+    to.mkdir(exist_ok=True)
+    with (to / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        program = to / "harness"
+        return program if program.exists() else build(compiler, to)
 
 
 def build(compiler: str, to: Path) -> Path:
-    """The harness and the kernels as one static program."""
     core = ROOT / "cython" / "core"
     sources = [*sorted(core.glob("*.c")), Path(__file__).with_name("harness.c")]
 
@@ -85,18 +91,14 @@ def build(compiler: str, to: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=list(MACHINES))
-def machine(
-    request: pytest.FixtureRequest, programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Machine:
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
     compiler, emulator, paths = MACHINES[request.param]
     if compiler == "gcc" and not X86:
         pytest.skip("this machine's gcc does not compile for x86-64")
     for tool in (compiler, emulator.split()[0]):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed")
-    if compiler not in programs:
-        programs[compiler] = build(compiler, tmp_path_factory.mktemp("harness"))
-    return Machine([*emulator.split(), str(programs[compiler])], paths.split())
+    return Machine([*emulator.split(), str(program_of(compiler, tmp_path_factory))], paths.split())
 
 
 @pytest.fixture(autouse=True)
