@@ -22,7 +22,7 @@ from mpillm.run.step_time import (
     JobTime,
     Link,
     Stage,
-    StepSize,
+    StepRows,
     between,
     job_time,
     round_of,
@@ -96,7 +96,7 @@ def estimate(
         rate=(demand.prompt + demand.generated) / seconds,
         prefill=sum(_prefill_rate(time, part) for time in times),
         decode=sum(time.sequences / time.decode_round.seconds for time in times),
-        decode_one=1 / round_of(stages, StepSize(1, 1, demand.context)).seconds,
+        decode_one=1 / round_of(stages, StepRows(1, 1, demand.context)).seconds,
         sequences=int(sum(time.sequences for time in times)),
         step=first.decode_round.seconds,
         limit=first.decode_round.stage.limit,
@@ -148,7 +148,7 @@ def stage_layers_by_speed(
     stages = stages_of(spec, config, machines, replica, plan)
     demand = demand_of(asked) or TYPICAL
     count = max(min(_at_once(plan, replica, demand), demand.requests) / len(stages), 1.0)
-    batch = StepSize(count, count, demand.context)
+    batch = StepRows(count, count, demand.context)
     layers = [stage.works[0].layers for stage in stages]
     bare = [replace(stage, works=[work.without_layers() for work in stage.works]) for stage in stages]
     whole, extra = ([stage_time(stage, batch).total for stage in of] for of in (stages, bare))

@@ -73,7 +73,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class StepSize:
+class StepRows:
     """The rows of a step: `sequences` of them draw a token; each attends to `context` tokens on average."""
 
     rows: float
@@ -114,7 +114,7 @@ class StepTime:
         return "reading weights from memory" if self.reading > 0.8 * self.products else "computing"
 
 
-def rank_time(work: Work, speed: Speed, batch: StepSize) -> StepTime:
+def rank_time(work: Work, speed: Speed, batch: StepRows) -> StepTime:
     """Seconds of a rank's part of a step, without messages."""
     share = work.expert_share
     used = 1 - (1 - share) ** batch.rows if share < 1 else 1.0  # of the experts, if choices are independent
@@ -152,7 +152,7 @@ def rank_time(work: Work, speed: Speed, batch: StepSize) -> StepTime:
     )
 
 
-def stage_time(stage: Stage, batch: StepSize) -> StepTime:
+def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     """Seconds of a stage: of its slowest shard, with what its shards send."""
     times = [rank_time(work, speed, batch) for work, speed in zip(stage.works, stage.speeds, strict=True)]
     slowest = max(times, key=lambda time: time.total)
@@ -184,14 +184,14 @@ class Round:
     bubble: float  # the part of the time in which a stage waits for others, on average over the stages
 
 
-def round_of(stages: Sequence[Stage], batch: StepSize) -> Round:
+def round_of(stages: Sequence[Stage], batch: StepRows) -> Round:
     """The fastest way of a batch through the stages: as one micro-batch, or as up to as many as there are stages."""
     most = max(min(len(stages), int(batch.sequences or batch.rows)), 1)
     return min((_round(stages, batch, count) for count in {1, most}), key=lambda made: made.seconds)
 
 
-def _round(stages: Sequence[Stage], batch: StepSize, count: int) -> Round:
-    part = StepSize(batch.rows / count, batch.sequences / count, batch.context)
+def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
+    part = StepRows(batch.rows / count, batch.sequences / count, batch.context)
     times = [stage_time(stage, part) for stage in stages]
     slowest = max(range(len(times)), key=lambda number: times[number].total)
     once = sum(time.total for time in times)
@@ -234,8 +234,8 @@ def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequence
     count = max(min(sequences, demand.requests), 1.0)
     rows = max(min(step_tokens, demand.prompt), 1.0)
     length = demand.prompt / max(demand.requests, 1)
-    prompt_round = round_of(stages, StepSize(rows, rows / max(length, 1.0), length / 2))
-    decode_round = round_of(stages, StepSize(count, count, demand.context))
+    prompt_round = round_of(stages, StepRows(rows, rows / max(length, 1.0), length / 2))
+    decode_round = round_of(stages, StepRows(count, count, demand.context))
     rounds = math.ceil(demand.requests / count) * demand.generated / max(demand.requests, 1)
     return JobTime(
         prefill=demand.prompt / rows * prompt_round.seconds,
