@@ -76,11 +76,10 @@ def test_a_rank_that_is_lost_before_the_ranks_meet(openmpi: Mpi, how: str, when:
 
 def test_ranks_that_do_not_meet_end(mpi: Mpi) -> None:
     """One that sleeps looks like any that starts slowly: only time tells."""
-    done = mpi.run(2, PROGRAM, "asleep_while_starting", env={"MPILLM_DEADLINE": "0.2"}, timeout=30)
+    # Not shorter: MPICH's mpiexec ends the others only after a rank that has spoken to it.
+    done = mpi.run(2, PROGRAM, "asleep_while_starting", env={"MPILLM_DEADLINE": "0.5"}, timeout=30)
     assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
-    assert (
-        "mpillm: The ranks have not met within 1.2 s: one does not start, its machine is gone" in done.stderr
-    )
+    assert "mpillm: The ranks have not met within 3 s: one does not start, its machine is gone" in done.stderr
 
 
 def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:
