@@ -68,7 +68,10 @@ def test_answers_are_those_of_the_dequantised_model(case: str, folder: Path, wor
     world.barrier()
     requests = recorded.requests(model.vocab)[:5]
     digests = set()
-    for stages, shards in layouts(quantised, world.size):
+    ways = layouts(quantised, world.size)
+    if not ways:
+        pytest.skip(f"{world.size} ranks cannot share two layers")
+    for stages, shards in ways:
         for weights in ("all", "200KiB" if type.quantised else "400KiB")[: 2 if world.size == 1 else 1]:
             job = {"stages": stages, "shards": shards, "weights": weights, "kv_type": "f32"}
             completions, session = run_laid_out(world, quantised, requests, activations="f32", **job)
