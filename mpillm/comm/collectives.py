@@ -84,10 +84,11 @@ class Outbox:
 
     def progress(self) -> bool:
         """Move messages on and forget those that are gone; return whether all are."""
-        from mpi4py import MPI
+        if self._under_way:  # nearly never, and an import costs more than this
+            from mpi4py import MPI
 
-        while self._under_way and MPI.Request.Testall(self._under_way[0][0]):
-            self._under_way.popleft()
+            while self._under_way and MPI.Request.Testall(self._under_way[0][0]):
+                self._under_way.popleft()
         return not self._under_way
 
 
