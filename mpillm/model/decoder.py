@@ -174,8 +174,7 @@ class _RankLayer:
     @property
     def stackable(self) -> bool:
         """Whether `kernels.LayerStack` takes it: shards exchange nothing inside its parts."""
-        whole = self._rank.place.shards > 1 and self.spec.fused and _attention(self).qk_norm_whole
-        return self.spec.fused and not whole
+        return self.spec.fused and not _attention(self).norms_shards(self._rank.place)
 
     @property
     def operations(self) -> tuple[Any, ...]:

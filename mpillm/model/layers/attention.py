@@ -88,6 +88,10 @@ class AttentionSpec:
         """Whether its kernel may be part of a `kernels.LayerStack`: an output's bias is added after it."""
         return not self.o_bias
 
+    def norms_shards(self, place: Place) -> bool:
+        """Whether q and k are normalised over the heads of several shards, which then exchange sums inside it."""
+        return self.qk_norm_whole and place.shards > 1
+
     def heads(self, block: int) -> Axis:
         """The axis of query heads."""
         return axis(self.n_heads, self.head_dim, block)
@@ -139,7 +143,7 @@ class AttentionSpec:
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
-        if self.qk_norm_whole and given.rank.place.shards > 1:
+        if self.norms_shards(given.rank.place):
             return self._with_row_norms(given)
         return attend(self, given)
 
@@ -183,7 +187,7 @@ class AttentionSpec:
         )
         of_head = [head // share - kv_heads.start for head in heads.units(place)]
         norms = None
-        if self.qk_norm and not (self.qk_norm_whole and place.shards > 1):
+        if self.qk_norm and not self.norms_shards(place):
             norms = (
                 self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
                 self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
