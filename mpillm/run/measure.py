@@ -28,11 +28,8 @@ from mpillm.weights.source import Source
 
 WIDTH, NUMPY_WIDTH = 2048, 256  # of the matrix that is multiplied: a layer's of a model of about 10^9 weights
 MATRIX_BYTES = 48 * 2**20  # of its copies, which no cache holds: a product of one row reads memory
-SECONDS, CALLS, PATIENCE = (
-    0.04,
-    8,
-    0.25,
-)  # of each timing: so long, and so many calls unless it takes too long
+# Of each timing: so many seconds, and so many calls unless they take longer than PATIENCE.
+SECONDS, CALLS, PATIENCE = 0.04, 8, 0.25
 MEMORY_BYTES, MEMORY_PIECE = 48 * 2**20, 4 * 2**20  # that are read
 DISK_SECONDS = 0.4
 REQUEST, READERS = 4 * 2**20, 4  # bytes of a request to the disk, and how many are under way
@@ -202,10 +199,8 @@ def _products(kind: BlockType, threads: int) -> list[float]:
 def _fastest(call: Callable[[NDArray[np.uint8]], object], data: Sequence[NDArray[np.uint8]]) -> float:
     """Seconds of the call that was disturbed the least; they are made with each of `data` in turn."""
     call(data[0])
-    best, turn, start = float("inf"), 0, time.perf_counter()
-    while (
-        turn == 0 or (passed := time.perf_counter() - start) < SECONDS or (turn < CALLS and passed < PATIENCE)
-    ):
+    best, turn, first = float("inf"), 0, time.perf_counter()
+    while (passed := time.perf_counter() - first) < SECONDS or (turn < CALLS and passed < PATIENCE):
         start = time.perf_counter()
         call(data[turn % len(data)])
         best, turn = min(best, time.perf_counter() - start), turn + 1
