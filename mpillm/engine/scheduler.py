@@ -91,6 +91,9 @@ class Scheduler:
     When a step's chunks are chosen, sequences that draw a token in it may get drafts as well, where rows and blocks are
     left that nobody needs.
 
+    Sequences that differ only in what is scored behind a common prompt (`Request.followed`) are computed one after the
+    other in the same blocks, so each of them adds only its own tokens, also where the prompt ends inside a block.
+
     With `whole_prompts` no sequence grows, and one that is admitted has blocks for all of it: none is preempted.
     """
 
@@ -111,6 +114,7 @@ class Scheduler:
         self._saved = SavedStates(limits.n_slots, limits.n_saved)
         sharable = limits.n_saved if limits.n_slots else limits.windows
         self._shares = limits.prefix_sharing and bool(sharable) and not limits.whole_prompts
+        self._inherits = self._shares and not limits.n_slots
         self._full = [group for group, window in enumerate(limits.windows) if not window]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
@@ -184,7 +188,7 @@ class Scheduler:
         return chosen
 
     def give_back(self, sequence: Sequence) -> None:
-        """Release the blocks of drafts that were not accepted."""
+        """Release the blocks behind what is computed: of drafts that were not accepted, or of another sequence."""
         end = blocks_for(sequence.computed)
         for table in sequence.tables:
             kept = max(end - table.first, 0)
@@ -192,8 +196,21 @@ class Scheduler:
             del table.blocks[kept:]
 
     def release(self, sequence: Sequence) -> None:
-        """Take a finished sequence out, with its blocks and its slot."""
+        """Take a finished sequence out, with its blocks and its slot, unless another one goes on in its place."""
         self.running.remove(sequence)
+        heir = sequence.heir
+        if heir is not None:
+            heir.started = time.monotonic()
+            position = heir.passed_over
+            if all(
+                sequence.tables[group].first <= first_kept(position, window)
+                for group, window in self._windowed
+            ):
+                heir.inherit(sequence)
+                self.give_back(heir)
+                insort(self.running, heir, key=_number)
+            else:  # what it attends to is gone: it begins anew
+                insort(self._preempted, heir, key=_number)
         self._clear(sequence)
 
     def _take_next(self) -> Sequence | None:
@@ -201,12 +218,17 @@ class Scheduler:
 
         An iterator that has ended is asked again: a server's next request may have come.
         """
-        sequence = next(self._waiting, None)
-        if sequence is None:
-            return None
-        assert sequence.request.max_length <= self.limits.max_length, "a job refuses what could never run"
-        sequence.number = next(self._numbers)
-        sequence.tables = [BlockTable() for _ in self.limits.windows]
+        sequence = following = next(self._waiting, None)
+        number = next(self._numbers)
+        while following is not None:
+            assert following.request.max_length <= self.limits.max_length, (
+                "a job refuses what could never run"
+            )
+            following.number = number
+            following.tables = [BlockTable() for _ in self.limits.windows]
+            if self._inherits and following.request.followed:
+                following.heir = next(self._waiting, None)
+            following = following.heir
         return sequence
 
     def _admit(self) -> None:
@@ -342,7 +364,10 @@ class Scheduler:
 
         Those that drafts have filled since the last call are among them.
         """
-        for index in range(sequence.named, (sequence.computed + count) // KV_BLOCK):
+        end = sequence.computed + count
+        if sequence.heir is not None:  # which writes into the blocks behind
+            end = min(end, sequence.passed_over)
+        for index in range(sequence.named, end // KV_BLOCK):
             key = sequence.block_key(index)
             for group, table in enumerate(sequence.tables):
                 if index >= table.first:
