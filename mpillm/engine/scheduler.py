@@ -119,6 +119,7 @@ class Scheduler:
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
         self._waiting, self._numbers = waiting, count()
+        self._ahead: Sequence | None = None  # taken from the queue after `_next`
         self._next = self._take_next()
 
     def has_work(self) -> bool:
@@ -218,17 +219,25 @@ class Scheduler:
 
         An iterator that has ended is asked again: a server's next request may have come.
         """
-        sequence = following = next(self._waiting, None)
-        number = next(self._numbers)
-        while following is not None:
-            assert following.request.max_length <= self.limits.max_length, (
-                "a job refuses what could never run"
-            )
-            following.number = number
-            following.tables = [BlockTable() for _ in self.limits.windows]
-            if self._inherits and following.request.followed:
-                following.heir = next(self._waiting, None)
-            following = following.heir
+        sequence, self._ahead = self._ahead or self._take_one(), None
+        last = sequence
+        while last is not None and self._inherits and last.request.followed:
+            following = self._take_one()
+            if following is None or not following.goes_on_from(last):
+                self._ahead = following
+                break
+            following.number = last.number
+            last.heir = following
+            last = following
+        return sequence
+
+    def _take_one(self) -> Sequence | None:
+        sequence = next(self._waiting, None)
+        if sequence is None:
+            return None
+        assert sequence.request.max_length <= self.limits.max_length, "a job refuses what could never run"
+        sequence.number = next(self._numbers)
+        sequence.tables = [BlockTable() for _ in self.limits.windows]
         return sequence
 
     def _admit(self) -> None:

@@ -245,6 +245,14 @@ class Sequence:
             keys.append(content_key(before, self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK]))
         return keys[index]
 
+    def goes_on_from(self, before: Sequence) -> bool:
+        """Whether it has the tokens up to `score_from` in common with a sequence of the same line."""
+        one, other = self.request, before.request
+        end = one.score_from
+        return (one.id, end, one.adapter) == (other.id, other.score_from, other.adapter) and (
+            one.prompt[:end] == other.prompt[:end]
+        )
+
     def inherit(self, before: Sequence) -> None:
         """Go on from the tokens in common with a finished sequence, in its blocks."""
         self.tables, before.tables = before.tables, self.tables

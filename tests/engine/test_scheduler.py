@@ -112,7 +112,7 @@ class Ranks:
                     self.states[one.slot] = self.states[one.loads]
                 if one.computed:
                     assert self.states[one.slot] == (one.computed, self._content(one, one.computed - 1))
-            self.computed.setdefault(one.request.id, []).extend(range(one.computed, end))
+            self.computed.setdefault(name_of(one), []).extend(range(one.computed, end))
             self.fresh += max(0, end - max(one.computed, one.reached))
         for one, count in chosen if self.limits.n_slots else ():
             self.states[one.slot] = one.computed + count, self._content(one, one.computed + count - 1)
@@ -128,7 +128,7 @@ class Ranks:
 
     def _content(self, one: Sequence, position: int) -> int:
         """A hash of a sequence's tokens up to `position`."""
-        known = self._contents.setdefault(one.request.id, [])
+        known = self._contents.setdefault(name_of(one), [])
         for token in one.tokens[len(known) : position + 1]:
             known.append(_follow(known[-1] if known else 0, token))
         return known[position]
@@ -154,7 +154,7 @@ class Ranks:
             self.scheduler.give_back(one)
             if one.finish_reason:
                 self.scheduler.release(one)
-                self.finished.append(one.request.id)
+                self.finished.append(name_of(one))
 
 
 class Drafts(Speculation):
@@ -170,6 +170,10 @@ class Drafts(Speculation):
         tokens = [sequence.generated + i if i < right else -1 for i in range(min(most, 15))]
         self.drafted += len(tokens)
         return [Drafted(token) for token in tokens]
+
+
+def name_of(one: Sequence) -> str:
+    return f"{one.request.id}-{one.request.choice}" if one.request.choice else one.request.id
 
 
 def _follow(before: int, token: int) -> int:
@@ -356,7 +360,8 @@ def questions(count: int, seed: int, longest: int) -> list[Sequence]:
         for choice in range(choices):
             own = [1000 + choice, *range(int(rng.integers(longest)))]
             scored = {"prompt_logprobs": 0, "score_from": len(prompt), "followed": choice + 1 < choices}
-            made.append(Sequence(Request(f"{number}-{choice}", (*prompt, *own), max_tokens=0, **scored)))
+            request = Request(str(number), (*prompt, *own), choice=choice, max_tokens=0, **scored)
+            made.append(Sequence(request))
     return made
 
 
@@ -374,13 +379,13 @@ def test_choices_go_on_in_the_blocks_of_their_prompt(
     ranks = Ranks(made, windows=windows, **job)
     for _ in ranks.run():
         pass
-    assert sorted(ranks.finished) == sorted(one.request.id for one in made)
+    assert sorted(ranks.finished) == sorted(map(name_of, made))
     for one in made:  # every row that is scored is there
         scored = range(one.request.score_from - 1, len(one.request.prompt))
-        assert set(scored) <= set(ranks.computed[one.request.id])
+        assert set(scored) <= set(ranks.computed[name_of(one)])
     totals = ranks.scheduler.totals
     assert ranks.fresh + totals.shared_tokens == sum(one.request.max_length for one in made)
-    prompts = {one.request.id.partition("-")[0]: one.request.score_from for one in made}
+    prompts = {one.request.id: one.request.score_from for one in made}
     assert n_blocks < 20 or not totals.preemptions
     if n_blocks >= 100 and (longest == 1 or windows == (0,)):
         # Each prompt once, and of each choice its own tokens and the one before them.
