@@ -200,7 +200,7 @@ def test_the_keys_of_a_job_are_described() -> None:
 
 
 def test_the_defaults_are_the_real_ones() -> None:
-    defaults = spec.Spec(input="a", output=spec.Output(path="b"))
+    defaults = spec.Spec(input="a", output=spec.OutputSection(path="b"))
     for key, shown in re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", job_table(), flags=re.M):
         value: object = defaults
         for name in key.split("."):

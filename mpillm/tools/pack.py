@@ -32,7 +32,7 @@ Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
-class Progress(Protocol):
+class PackProgress(Protocol):
     """How packing speaks."""
 
     def packing(self, done: int, total: int) -> None:
@@ -42,7 +42,7 @@ class Progress(Protocol):
         """The model is being fetched."""
 
 
-class Packed(msgspec.Struct, frozen=True, kw_only=True):
+class PackResult(msgspec.Struct, frozen=True, kw_only=True):
     """What packing came to."""
 
     directory: Path
@@ -52,7 +52,7 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
+def pack(world: World, source: str, target: Path, weights: Weights, progress: PackProgress) -> PackResult:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
     start = time.monotonic()
     path = world.on_rank_0(lambda: catalogue.resolve(source, progress.downloading))
@@ -88,7 +88,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
                 finish(
                     opened, target, plans, {k: v for found, _ in everywhere for k, v in found.items()}, about
                 )
-    return Packed(
+    return PackResult(
         directory=target,
         files=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
@@ -165,7 +165,7 @@ def _about(path: Path) -> dict[str, str] | None:
 class _Count:
     """Bytes that are safe, told to `progress` as they grow."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: PackProgress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self, count: int) -> None:

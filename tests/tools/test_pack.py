@@ -25,7 +25,7 @@ from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
-from mpillm.tools.pack import Packed, Weights, pack
+from mpillm.tools.pack import PackResult, Weights, pack
 from mpillm.weights.formats.loaders import InPlaceLoader
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
@@ -76,7 +76,7 @@ class Quiet:
         pass
 
 
-def packed(name: str | Path, target: Path, weights: Weights = "source") -> Packed:
+def packed(name: str | Path, target: Path, weights: Weights = "source") -> PackResult:
     return pack(_alone(), str(model_path(name) if isinstance(name, str) else name), target, weights, Quiet())
 
 

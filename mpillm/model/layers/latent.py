@@ -136,7 +136,7 @@ class LatentAttentionSpec:
     ) -> kernels.LatentAttention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         low = self.q_norm is not None
-        attention = adapted.LatentAttention if page.adapted else kernels.LatentAttention
+        attention = adapted.AdaptedLatentAttention if page.adapted else kernels.LatentAttention
         return attention(
             page.matrix("q_b" if low else "q"),
             page.matrix("kv_a"),

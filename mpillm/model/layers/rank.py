@@ -99,6 +99,6 @@ class Rank:
         """x @ matrix.T: f32 [m, n]."""
         matrix = page.matrix(role)
         out = np.empty((len(x), matrix.n), np.float32)
-        products = adapted.Products if page.adapted else kernels.Products
+        products = adapted.AdaptedProducts if page.adapted else kernels.Products
         self.compute_of(page, len(x), products(matrix), x, [out])
         return out

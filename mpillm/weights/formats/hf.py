@@ -16,7 +16,7 @@ from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.heads import split_kv_b
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
-from mpillm.weights.formats.safetensors import Tensor, read_header
+from mpillm.weights.formats.safetensors import SafetensorsTensor, read_header
 from mpillm.weights.formats.stored import OWN
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
@@ -137,7 +137,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return entries
 
 
-def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[MappedFile, Tensor]]:
+def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[MappedFile, SafetensorsTensor]]:
     """All tensors with their files; with an index, those that it names, where it says they are."""
     headers = {name: read_header(file) for name, file in files.items()}
     if SINGLE in files:

@@ -44,7 +44,7 @@ from mpillm.weights.packed.layout import (
     panels_of,
     piece_records,
 )
-from mpillm.weights.plan import Entry, aligned
+from mpillm.weights.plan import PageTensor, aligned
 
 TEMPORARY = ".tmp"
 MAKERS = 2  # pages that are packed at a time: the next one begins while the last rows of one are packed
@@ -345,9 +345,9 @@ class _GrowingFile:
         self._file.close()
 
 
-def _grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[Entry, Bytes]]]:
+def _grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[PageTensor, Bytes]]]:
     """The pieces of a page and their destinations in `data`, tensor by tensor, grouped by their rows."""
-    groups: dict[Key, dict[range, list[tuple[Entry, Bytes]]]] = {}
+    groups: dict[Key, dict[range, list[tuple[PageTensor, Bytes]]]] = {}
     begin = 0
     for panel in page.panels:
         for piece in panel.pieces:

@@ -21,7 +21,7 @@ from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
-from mpillm.weights.formats.safetensors import Tensor, read_metadata
+from mpillm.weights.formats.safetensors import SafetensorsTensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
 from mpillm.weights.io.mapped import MappedFile
@@ -63,7 +63,7 @@ class PackedFile:
 
     path: Path
     size: int
-    panels: dict[str, Tensor]
+    panels: dict[str, SafetensorsTensor]
     metadata: dict[str, str]
     table: list[dict[str, Any]] = field(default_factory=list)
 
@@ -310,7 +310,7 @@ def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     )
 
 
-def _experts_in(tensor: Tensor) -> int:
+def _experts_in(tensor: SafetensorsTensor) -> int:
     count = tensor.shape[0]
     if count > MOST_EXPERTS:
         raise ValueError(count)
