@@ -35,7 +35,8 @@ from mpillm.weights.io.verified import VerifiedFile
 from mpillm.weights.names import USUAL, Key
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed import loaders
-from mpillm.weights.packed.files import PackedPage, PackedPiece, Writer
+from mpillm.weights.packed.file_plan import PackedPage
+from mpillm.weights.packed.files import PackedPiece, Writer
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
 from mpillm.weights.packed.loaders import MappedLoader, ReadLoader
 from mpillm.weights.paging.cache import WeightCache
