@@ -24,9 +24,9 @@ from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.partition import grid
 from mpillm.weights.inventory import ATTENTION, HEAD
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.weights import Weights
+from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
 
 

@@ -23,10 +23,10 @@ from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
-from mpillm.weights.names import ROLES
 from mpillm.weights.packed.file_plan import FilePlan, plan_files
 from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
+from mpillm.weights.roles import ROLES
 from mpillm.weights.text_files import text_files
 
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.kernels.types import TILE_ROWS, BlockType
 from mpillm.weights.io.reading import Bytes
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
 from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor
+from mpillm.weights.roles import Key
 
 CHUNK = 2**20  # bytes that a thread packs at a time
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from mpillm.kernels.types import BlockType, packed_nbytes
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import HEAD, TensorSpec
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
 

@@ -32,7 +32,7 @@ from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.io.reading import DirectFile, read_at
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.names import USUAL, Key
+from mpillm.weights.names import USUAL
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed import loaders
 from mpillm.weights.packed.file_plan import PackedPage
@@ -42,6 +42,7 @@ from mpillm.weights.packed.loaders import MappedLoader, ReadLoader
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.weights import minimum_budget
+from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
 from tests.model.checks import EXACT, check, digest, requests_of, sampled

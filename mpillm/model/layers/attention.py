@@ -19,8 +19,8 @@ from mpillm.model.layers.row_norms import HeadRows, normalise_rows
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)

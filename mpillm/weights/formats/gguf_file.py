@@ -19,7 +19,8 @@ from mpillm.weights.formats.gguf_header import GgufHeader, GgufTensor, read_head
 from mpillm.weights.formats.heads import split_kv_b
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key, Parsed
+from mpillm.weights.names import Parsed
+from mpillm.weights.roles import Key
 
 SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")

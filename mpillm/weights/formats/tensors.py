@@ -20,11 +20,11 @@ from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpa
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import ROLES, Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, PageTensor, page_name, plan_entries
+from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}

@@ -12,7 +12,6 @@ from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.inventory import Inventory, PageSpec
-from mpillm.weights.names import Key
 from mpillm.weights.packed.layout import (
     EMBED,
     FORMAT,
@@ -25,6 +24,7 @@ from mpillm.weights.packed.layout import (
     piece_records,
 )
 from mpillm.weights.plan import aligned
+from mpillm.weights.roles import Key
 
 _DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
 

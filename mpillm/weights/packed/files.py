@@ -28,10 +28,10 @@ from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.names import Key
 from mpillm.weights.packed.file_plan import FilePlan, PackedPage
 from mpillm.weights.packed.layout import EMBED, PAGE
 from mpillm.weights.plan import PageTensor
+from mpillm.weights.roles import Key
 
 TEMPORARY = ".tmp"
 MAKERS = 2  # pages that are packed at a time: the next one begins while the last rows of one are packed

@@ -15,8 +15,8 @@ from typing import Any
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import EXPERT, HEAD, TensorSpec
-from mpillm.weights.names import Key, hf_name, hf_name_of_experts
 from mpillm.weights.plan import PageTensor, aligned, plan_entry
+from mpillm.weights.roles import Key, hf_name, hf_name_of_experts
 
 FORMAT, VERSION = "mpillm-packed", 3
 INDEX = "packed.json"

@@ -26,7 +26,7 @@ from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
-from mpillm.weights.names import USUAL, Key
+from mpillm.weights.names import USUAL
 from mpillm.weights.packed.layout import (
     EMBED,
     FORMAT,
@@ -44,6 +44,7 @@ from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, page_name
+from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
 
 ROWS = 256  # of the embedding table that are looked at together
