@@ -114,7 +114,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
     progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
-    report = runner.run(world, spec, progress)
+    report = runner.run(world, spec, progress, getattr(options, "trace", None))
     if report is None:
         return 0
     progress.finish(report, spec.output_path)
@@ -320,6 +320,12 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
     _job_arguments(run)
+    run.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write what each rank did when, as JSON that ui.perfetto.dev opens",
+    )
     plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
     _job_arguments(plan)
     plan.add_argument(
