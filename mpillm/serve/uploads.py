@@ -23,7 +23,7 @@ MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class _Wanted(msgspec.Struct):
+class Wanted(msgspec.Struct):
     """The body that begins a batch."""
 
     input_file_id: str
@@ -68,7 +68,7 @@ def routes(files: Files, batches: Batches) -> list[Route]:
     async def begin(request: Request) -> Response:
         raw = await read_body(request, MAX_REQUEST)
         try:
-            wanted = msgspec.json.decode(raw, type=_Wanted)
+            wanted = msgspec.json.decode(raw, type=Wanted)
         except msgspec.MsgspecError as error:
             raise HTTPException(400, f"The body is wrong: {error}.") from None
         urls = [endpoint.url for endpoint in ENDPOINTS]
