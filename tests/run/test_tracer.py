@@ -54,7 +54,11 @@ def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
     assert sum(span["name"] in steps for span in spans if span["pid"] == 0) == report["batch"]["steps"]
     for rank, trace_of in zip(report["ranks"], said["ranks"], strict=True):
         number = rank["rank"]
-        assert (trace_of["rank"], trace_of["host"], trace_of["kept"]) == (number, rank["host"], trace_of["spans"])
+        assert (trace_of["rank"], trace_of["host"], trace_of["kept"]) == (
+            number,
+            rank["host"],
+            trace_of["spans"],
+        )
         for kind, count in rank["messages"].items():
             assert seconds(spans, number, f"wait for {kind}") == pytest.approx(count["seconds"], abs=1e-4)
         weights = rank["weights"]
