@@ -30,8 +30,10 @@ class Batch:
     groups: tuple[GroupTables, ...]  # of each group of layers
     first_rows: Ints  # of each sequence
     slots: Ints  # of each sequence's states, -1 where it has none
-    second: NDArray[np.bool_]  # whether the row is of its sequence's second segment
     states: StateMoves = NO_MOVES
+    second: NDArray[np.bool_] | None = (
+        None  # whether the row is of its sequence's second segment; None: no row is
+    )
     adapters: Ints | None = None  # the number of each row's; None if no row has one
 
 

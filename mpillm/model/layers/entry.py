@@ -39,7 +39,8 @@ class EntrySpec:
         """Do it to the rows x [m, hidden] of a batch; the page has its tensors."""
         if self.segments:
             segments = page.vector("segments").reshape(self.segments, -1)
-            x += segments[batch.second.astype(np.int32)] if self.segments > 1 else segments[0]
+            second = batch.second if self.segments > 1 else None
+            x += segments[0] if second is None else segments[second.astype(np.int32)]
         if self.positions:
             x += page.vector("positions").reshape(self.positions, -1)[self._places(batch)]
         if self.norm:
