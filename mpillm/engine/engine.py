@@ -20,7 +20,7 @@ from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates
 from mpillm.engine.scheduler import Limits, Scheduler, Totals
-from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
+from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request, Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.engine.step import Hidden, Step
 from mpillm.engine.turn import Turn
@@ -104,7 +104,7 @@ class Engine:
 
     def run(
         self, requests: Iterable[Request], more: Callable[[], bool] | None = None
-    ) -> Generator[list[Completion], None, None]:
+    ) -> Generator[list[FinishedCompletion], None, None]:
         """Compute requests that `Limits` admits; yield after each step what it finished (mostly nothing).
 
         The generator may be closed before its end.

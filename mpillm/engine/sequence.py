@@ -158,7 +158,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion(PartialCompletion):
+class FinishedCompletion(PartialCompletion):
     """The result of a request.
 
     `tokens` includes the end token, if one ended the text (it is `stop_id` too). Log-probabilities are of the
@@ -299,14 +299,14 @@ class Sequence:
             **self._seconds(),
         )
 
-    def completion(self) -> Completion:
+    def completion(self) -> FinishedCompletion:
         """The finished request's result."""
         embedding = None
         if self.request.kind == "embed":
             assert self.pooled is not None
             embedding = self.pooled.astype(np.float32)
             self.finite = bool(np.isfinite(self.pooled).all())
-        return Completion(
+        return FinishedCompletion(
             request=self.request,
             tokens=self.tokens[len(self.request.prompt) :],
             finish_reason=self.finish_reason or "length",

@@ -37,7 +37,7 @@ class Batch:
     adapters: Ints | None = None  # the number of each row's; None if no row has one
 
 
-class Step:
+class ForwardPass:
     """A batch while it passes through the layers; what several layers need of it is made once."""
 
     def __init__(self, batch: Batch) -> None:

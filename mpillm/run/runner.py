@@ -61,7 +61,7 @@ def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None)
     """
     with ExitStack() as stack:
         tracer = stack.enter_context(Tracer.started(world, trace)) if trace else None
-        rank = _Rank(world, spec, progress, stack, tracer)
+        rank = _RankContext(world, spec, progress, stack, tracer)
         state: State | Regrouping | Ended = Starting(())
         while True:
             try:
@@ -82,7 +82,7 @@ def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None)
                 state = Regrouping(state, (loss,))
 
 
-class _Rank:
+class _RankContext:
     """What a rank has in every state."""
 
     def __init__(
@@ -179,7 +179,7 @@ class Starting:
 
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         return rank.begin(self.losses)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -195,7 +195,7 @@ class Restarting:
     before: Computation | None  # None on a rank that has not led
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         laid_out = self.origin.laid_out(rank.world, rank.spec.wire)
         if not rank.world.keep_first(laid_out[-1].ranks.stop):
             rank.world.exit(0)
@@ -212,7 +212,7 @@ class Leading:
 
     computation: Computation
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         session = self.computation.session
         with rank.computing(session):
             self.computation.run()
@@ -229,7 +229,7 @@ class Gathering:
     computation: Computation
     own: report.RankStatistics
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         with rank.world.computing():
             ranks = rank.world.gather(self.own)
             if rank.tracer:
@@ -251,7 +251,7 @@ class Writing:
     computation: Computation
     ranks: list[report.RankStatistics]
 
-    def advance(self, rank: _Rank) -> Ended:
+    def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():  # no rank leaves before everything is written
             made = outcome.write(self.computation, self.ranks, rank.start)
             if rank.tracer:
@@ -270,7 +270,7 @@ class Following:
     assistant: Assistant | None  # of a leader
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State | Ended:
+    def advance(self, rank: _RankContext) -> State | Ended:
         session = self.session
         with rank.computing(session):
             if (self.assistant.run() if self.assistant else self._follow()) != 0:
@@ -296,7 +296,7 @@ class Waiting:
     origin: Origin
     losses: Losses
 
-    def advance(self, rank: _Rank) -> Ended:
+    def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():
             pass
         return Ended(None)
@@ -313,7 +313,7 @@ class Regrouping:
     before: State
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         computed = rank.world.bcast(isinstance(self.before, (Gathering, Writing)))
         return self.before.regrouped(computed, self.losses)
 
