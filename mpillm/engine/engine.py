@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm import tracing
 from mpillm.comm.collectives import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
@@ -52,6 +53,9 @@ class Worker:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
+        if tracing.active():
+            rows = [len(chunk.tokens) for chunk in step.chunks]
+            tracing.add(_phase(rows), start, seconds, step=step.number, sequences=len(rows), tokens=sum(rows))
         self.decoder.note_step(seconds)
         return reply
 
@@ -280,6 +284,12 @@ class _Sequences:
         """Completed sequences since the last call."""
         ended, self._ended = self._ended, []
         return ended
+
+
+def _phase(rows: list[int]) -> str:
+    """What a step is called in a trace; `rows` are the tokens of each chunk."""
+    prompts = sum(count > 1 for count in rows)
+    return "decode" if not prompts else "prefill" if prompts == len(rows) else "prefill and decode"
 
 
 def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:
