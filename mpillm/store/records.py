@@ -34,7 +34,7 @@ _PLACE = struct.Struct("<QI")  # where the head is, length of the payload
 _CHUNK = 1 << 20
 
 
-class Header(msgspec.Struct, tag="header", frozen=True):
+class JournalHeader(msgspec.Struct, tag="header", frozen=True):
     """The job that the output belongs to: what changes a result, by dotted key (`Spec.identity` and the model)."""
 
     version: int
@@ -43,7 +43,7 @@ class Header(msgspec.Struct, tag="header", frozen=True):
     written_by: str = ""
 
 
-class Lines(msgspec.Struct, tag="lines", frozen=True):
+class InputKeys(msgspec.Struct, tag="lines", frozen=True):
     """The lines of the input when the run was started: a key of 8 bytes for each."""
 
     keys: bytes
@@ -130,7 +130,7 @@ class _Named(msgspec.Struct, frozen=True):
     custom_id: str
 
 
-Record = Header | Lines | Result | PartialResult | UsedLayout | Counts | Verified | Finished
+Record = JournalHeader | InputKeys | Result | PartialResult | UsedLayout | Counts | Verified | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -177,7 +177,7 @@ class Done:
 class Scan:
     """The content of a journal."""
 
-    header: Header | None = None
+    header: JournalHeader | None = None
     headers: int = 0  # undamaged copies of it
     keys: bytes | None = None
     done: Done = field(default_factory=Done)
@@ -254,13 +254,13 @@ def scan(file: int, found: Scan | None = None) -> Scan:
             counts = msgspec.msgpack.decode(payload, type=Counts)
             found.counts[counts.start] = counts
         elif tag == "lines":
-            found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
+            found.keys = msgspec.msgpack.decode(payload, type=InputKeys).keys
         elif tag == "sound":
             found.verified = msgspec.msgpack.decode(payload, type=Verified)
         elif tag == "finished":
             found.finished = msgspec.msgpack.decode(payload, type=Finished)
         elif tag == "header":
-            found.header = found.header or msgspec.msgpack.decode(payload, type=Header)
+            found.header = found.header or msgspec.msgpack.decode(payload, type=JournalHeader)
             found.headers += 1
     return found
 
