@@ -61,6 +61,12 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
     _job_arguments(run)
+    run.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write what each rank did when, as JSON that ui.perfetto.dev opens",
+    )
     plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
     _job_arguments(plan)
     plan.add_argument(

@@ -106,7 +106,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
     progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
-    report = runner.run(world, spec, progress)
+    report = runner.run(world, spec, progress, getattr(options, "trace", None))
     if report is None:
         return 0
     progress.finish(report, spec.output_path)

@@ -70,6 +70,12 @@ class Totals:
     most_sequences: int = 0
     most_blocks: int = 0
 
+    def count_generated(self, sequence: Sequence) -> None:
+        """Count what a sequence has generated since the last call: never less, wherever a signal interrupts it."""
+        generated = sequence.generated
+        self.generated_tokens += generated - sequence.counted
+        sequence.counted = generated
+
 
 class Scheduler:
     """Fills each step: a token of every sequence that decodes, and prompts in chunks; the oldest first.

@@ -206,6 +206,7 @@ class Sequence:
         self.finite = True  # the model's outputs so far
         self.stop_id: int | None = None
         self.saved = 0  # generated tokens that the journal has
+        self.counted = 0  # generated tokens that the engine's totals have, or those of an earlier run
         self.submitted = submitted  # as time.monotonic() says
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
@@ -217,7 +218,7 @@ class Sequence:
         """Continue what an earlier run has generated, as after a preemption: all but the last token were computed."""
         for token in before.tokens:
             self.append(token)  # so that `watch` sees it again
-        self.saved = self.generated
+        self.saved = self.counted = self.generated
         self.reached = len(self.tokens) - 1
         self.logprobs, self.top = list(before.logprobs), list(before.top)
         self.prompt_logprobs, self.prompt_top = list(before.prompt_logprobs), list(before.prompt_top)

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mpillm import tracing
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Model
@@ -35,6 +36,7 @@ class Phases:
         """The current phase, called `name`, has ended."""
         now = time.monotonic()
         self.seconds[name] = now - self.since
+        tracing.add(name, self.since, self.seconds[name])
         self.since = now
 
 

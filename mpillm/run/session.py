@@ -229,6 +229,7 @@ class Session:
         """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
+        inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
         return RankStatistics(
             rank=self.world.rank,
@@ -246,7 +247,7 @@ class Session:
             memory=msgspec.to_builtins(self._memory()),
             memory_peak=memory.peak(),
             seconds={
-                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
+                "compute": self.worker.seconds - inside - weights.stall_seconds - spilled,
                 "weights": weights.stall_seconds,
                 "kv": spilled,
                 **waited,

@@ -18,6 +18,7 @@ from typing import Any
 
 import tokenizers
 
+from mpillm import tracing
 from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
@@ -435,9 +436,11 @@ def _encoding(
             ) from error
     core.encode_special_tokens = plain
     if sum(map(len, texts)) <= CHUNK:
-        return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
+        with tracing.span("tokenize", characters=sum(map(len, texts))):
+            return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
     encode = partial(
         core.encode_batch_fast, [text], add_special_tokens=own
     )  # unlike `encode`, lets the interpreter go
-    return interruptible(encode)[0]
+    with tracing.span("tokenize", characters=len(texts[0])):
+        return interruptible(encode)[0]
