@@ -434,7 +434,7 @@ def test_what_transformers_ignores_in_rope() -> None:
     ("change", "words"),
     [
         ({"architectures": ["OPTForCausalLM"]}, "architecture 'OPTForCausalLM' is not supported; mpillm models lists"),
-        ({"architectures": ["Qwen5ForCausalLM"]}, "is not supported; similar ones that are: Qwen3_5ForCausalLM, Qwen3ForCausalLM, Qwen2"),
+        ({"architectures": ["Qwen5ForCausalLM"]}, "not supported; similar ones that are: Qwen3_5ForCausalLM, Qwen3For"),
         ({"architectures": None, "model_type": "mamba"}, "architectures is missing"),
         ({"architectures": []}, "architectures must be a list of one name"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of one name"),
