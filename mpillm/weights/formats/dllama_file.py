@@ -18,7 +18,7 @@ from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.stored import OWN, Stored
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key, hf_name
+from mpillm.weights.roles import Key, hf_name
 
 MAGIC = 0xA00ABCD
 OLD_MAGICS = (0xABCD00, 0xABCD01)  # of the first versions, whose headers have no keys
