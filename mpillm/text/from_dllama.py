@@ -20,7 +20,7 @@ from mpillm.text import from_gguf
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN
 from mpillm.text.from_gguf import merges_of_scores
 from mpillm.text.gguf_fields import BYTE, CONTROL, NORMAL, UNKNOWN
-from mpillm.text.parts import END_NAMES, Parts, checked, looks_special
+from mpillm.text.parts import END_NAMES, TokenizerParts, checked, looks_special
 
 MAGIC, OLD_MAGIC = 0x567124, 0x567123  # the old one is followed by five numbers instead of keys
 KEYS = (
@@ -43,7 +43,7 @@ class File(NamedTuple):
     template: str
 
 
-def read(path: Path) -> Parts:
+def read(path: Path) -> TokenizerParts:
     """The tokenizer of a file; ModelError if it is not complete or not sound."""
     file = read_file(path)
     parts = _sentencepiece(file, path) if _has_byte_pieces(file.tokens) else _byte_level(file, path)
@@ -102,7 +102,7 @@ def _header(cursor: _Cursor) -> tuple[dict[str, int], list[int]]:
     return dict(pairs), ends
 
 
-def _byte_level(file: File, path: Path) -> Parts:
+def _byte_level(file: File, path: Path) -> TokenizerParts:
     """Special tokens are those from BOS on; if not all bytes lie before it, those that look so."""
     bytes_first = {bytes([byte]) for byte in range(256)} <= set(file.tokens[: file.bos])
     ends = {file.bos, *file.ends}
@@ -137,7 +137,7 @@ def _byte_level(file: File, path: Path) -> Parts:
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     core.add_tokens([AddedToken(token, normalized=False) for token in own])
     named = {"bos_token": words[file.bos]} | ({"eos_token": words[file.ends[0]]} if file.ends else {})
-    return Parts(
+    return TokenizerParts(
         core=core,
         where=str(path),
         named=named,
@@ -157,7 +157,7 @@ def _has_byte_pieces(tokens: list[bytes]) -> bool:
     )
 
 
-def _sentencepiece(file: File, path: Path) -> Parts:
+def _sentencepiece(file: File, path: Path) -> TokenizerParts:
     words = [token.decode("utf-8", "replace").replace(" ", "\u2581") for token in file.tokens]
     words[FIRST_BYTE : FIRST_BYTE + 256] = [f"<0x{byte:02X}>" for byte in range(256)]
     types = [NORMAL] * len(words)
