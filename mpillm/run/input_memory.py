@@ -113,12 +113,7 @@ class InputNeeds:
         )
 
 
-def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
-    """Bytes that rank 0 keeps of the input, if so many sequences run at once; 0 if there is none that can be read."""
-    return asked_of(spec, hidden).kept(sequences)
-
-
-def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
+def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
     blocks: int | None = 0
