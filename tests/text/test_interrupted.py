@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import pytest
 
 from mpillm.text import confined, load_tokenizer
+from mpillm.text.encode import CHUNK
 from mpillm.text.interruptible import interruptible
-from mpillm.text.tokenizer import CHUNK, Tokenizer
+from mpillm.text.tokenizer import Tokenizer
 from tests.e2e.jobs import CHAT, WORDS
 from tests.text.vocabularies import STYLES, write_directory
 
@@ -103,7 +104,7 @@ def test_long_texts_have_the_same_tokens(style: str, tmp_path: Path) -> None:
     )
     assert len(text) > CHUNK
     tokenizer._core.encode_special_tokens = False
-    assert tokenizer._whole(text, True) == tokenizer._core.encode(text, add_special_tokens=True).ids
+    assert tokenizer._encoder.whole(text, True) == tokenizer._core.encode(text, add_special_tokens=True).ids
 
 
 def test_what_the_work_raises_is_raised() -> None:
