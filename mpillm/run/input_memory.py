@@ -25,6 +25,7 @@ from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
 from mpillm.run import inputs
 from mpillm.spec import Spec
+from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 
 LINE = 700  # bytes of what is kept of a line and of where its answer is, besides its name (560 measured)
@@ -159,6 +160,8 @@ def template_length(source: Source) -> int:
     """Bytes of a model's chat template; 0 if it has none, or several."""
     if isinstance(source.tokenizer, dict):
         template = source.tokenizer.get("tokenizer.chat_template")
+    elif source.tokenizer.is_file():
+        template = read_file(source.tokenizer).template
     else:
         with suppress(OSError):
             return (source.tokenizer / "chat_template.jinja").stat().st_size
