@@ -66,7 +66,7 @@ class Endless:
 def test_a_text_that_is_encoded_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, endless = load_tokenizer(CHAT), Endless()
     assert tokenizer is not None
-    monkeypatch.setattr(tokenizer, "_core", endless)
+    monkeypatch.setattr(tokenizer._encoder, "_core", endless)
     with signalled(endless.begun.wait), pytest.raises(Told):
         tokenizer.encode("a" * (CHUNK + 1))
     assert not endless.never.is_set()
