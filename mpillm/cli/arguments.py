@@ -114,7 +114,9 @@ def command_parser() -> argparse.ArgumentParser:
         default="source",
         help="what matrices are stored as (as they are)",
     )
-    commands.add_parser("models", help="list the models of the catalogue, with what they take")
+    commands.add_parser(
+        "models", help="list the catalogue with what its models take, and all architectures that run"
+    )
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")

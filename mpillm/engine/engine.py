@@ -145,6 +145,7 @@ class Engine:
         Yields the request, the number of tokens that were yielded before, and what follows them.
         """
         for sequence in self._scheduler.unfinished if self._scheduler else ():
+            self.totals.count_generated(sequence)  # a signal may have come between a draw and its count
             if sequence.generated - sequence.saved >= at_least:
                 partial, start = sequence.partial(), sequence.saved
                 sequence.saved = len(partial.tokens)
@@ -211,7 +212,7 @@ class Engine:
         begin, end = max(sequence.computed, sequence.reached), sequence.computed + count
         totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
         totals.recomputed_tokens += min(count, begin - sequence.computed)
-        totals.generated_tokens += len(sequence.tokens) - turn.known
+        totals.count_generated(sequence)
         totals.turns += bool(turn.rows[0])
         sequence.computed = end
         sequence.loads = sequence.saves = NO_SLOT
@@ -272,9 +273,8 @@ class _Sequences:
     def __next__(self) -> Sequence:
         while True:
             sequence = Sequence(next(self._requests), self._submitted)
-            generated = sequence.generated
             sequence.append_forced()
-            self._totals.generated_tokens += sequence.generated - generated
+            self._totals.count_generated(sequence)
             if sequence.finish_reason is None:
                 return sequence
             sequence.started = time.monotonic()

@@ -25,6 +25,7 @@ from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
 from mpillm.run import inputs
 from mpillm.spec import Spec
+from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 
 LINE = 700  # bytes of what is kept of a line and of where its answer is, besides its name (560 measured)
@@ -117,12 +118,7 @@ class InputNeeds:
         )
 
 
-def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
-    """Bytes that rank 0 keeps of the input, if so many sequences run at once; 0 if there is none that can be read."""
-    return asked_of(spec, hidden).kept(sequences)
-
-
-def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
+def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
     blocks: int | None = 0
@@ -169,6 +165,8 @@ def template_length(source: Source) -> int:
     """Bytes of a model's chat template; 0 if it has none, or several."""
     if isinstance(source.tokenizer, dict):
         template = source.tokenizer.get("tokenizer.chat_template")
+    elif source.tokenizer.is_file():
+        template = read_file(source.tokenizer).template
     else:
         with suppress(OSError):
             return (source.tokenizer / "chat_template.jinja").stat().st_size

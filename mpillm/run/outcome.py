@@ -108,7 +108,7 @@ def _planned(computation: Computation) -> report.Planned | None:
     made = session.estimate(None)
     computed = session.estimate(
         Demand(
-            requests=max(len(lines.lines) - len(lines.errors) - computation.job.resumed, 1),
+            requests=max(len(lines) - lines.bad - computation.job.resumed, 1),
             prompt=float(totals.prompt_tokens + totals.recomputed_tokens),
             generated=float(totals.generated_tokens),
         )

@@ -27,7 +27,7 @@ from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
 from mpillm.run import hosts, layout, measure, memory
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import InputNeeds, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, input_needs, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
@@ -292,7 +292,7 @@ class Session:
 
     def _ask(self) -> InputNeeds:
         """What the input asks for, which only rank 0 can read."""
-        return asked_of(self.spec, self.config.hidden, template_length(self.source))
+        return input_needs(self.spec, self.config.hidden, template_length(self.source))
 
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""

@@ -20,7 +20,7 @@ import tokenizers
 
 from mpillm import tracing
 from mpillm.errors import ModelError, RequestError
-from mpillm.text import from_gguf, hf
+from mpillm.text import from_dllama, from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.chat_formats.known import format_of
 from mpillm.text.chat_formats.tagged import ChatFormat
@@ -41,7 +41,7 @@ def load_tokenizer(
     vocab: int | None = None,
     now: Callable[[], datetime] = datetime.now,
 ) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory (or its tokenizer.json), or of a GGUF file's metadata.
+    """The tokenizer of a Hugging Face directory (or its tokenizer.json), a GGUF file's metadata, or a `.t` file.
 
     Return None if there is none; prompts must then be token ids. `vocab` is the number of rows of the model's
     embedding, and a ModelError says that a token of the vocabulary lies beyond it. `now` gives the date to chat
@@ -49,7 +49,11 @@ def load_tokenizer(
     """
     if source is None:
         return None
-    parts = from_gguf.read(source) if isinstance(source, Mapping) else hf.read(Path(source))
+    if isinstance(source, Mapping):
+        parts = from_gguf.read(source)
+    else:
+        path = Path(source)
+        parts = from_dllama.read(path) if path.suffix == ".t" else hf.read(path)
     if parts is None:
         return None
     largest = max(parts.core.get_vocab(with_added_tokens=False).values(), default=-1)
