@@ -110,8 +110,8 @@ def replica_plan(
             cache,
             needed,
             share,
-            memory.activations(rows, place, step.tokens),
-            memory.process(source, config, place, len(own), kept),
+            memory.activations(rows, place, min(step.tokens, asked.rows)),
+            memory.process(source, config, place, [page.nbytes for page in own], kept),
         )
         for one, place, own, cache, share in zip(specs, places, pages, caches, shares, strict=True)
     ]

@@ -313,8 +313,10 @@ class Session:
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
             kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
-            activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.pages), kept),
+            activations=memory.activations(
+                self._activations, place, min(limits.max_tokens, self._asked.rows)
+            ),
+            process=memory.process(self.source, config, place, [page.nbytes for page in weights.pages], kept),
         )
 
     def _decoder(self) -> Decoder:
