@@ -127,7 +127,7 @@ def check(
             if progress is not None and len(batch) % PROGRESS_LINES == 0:
                 progress(offset + len(content))
     if not batch.lines:
-        raise JobError(f"The input {path} holds no request.")
+        raise JobError(f"The input {spec.input} holds no request.")
     for index, line in enumerate(batch.lines):
         if named.get(line.custom_id, line.number) != line.number:  # our name for it is another line's own
             batch.lines[index] = replace(line, custom_id=_free_name(line.custom_id, named))
