@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm import tracing
 from mpillm.comm.collectives import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
@@ -19,7 +20,7 @@ from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates
 from mpillm.engine.scheduler import Limits, Scheduler, Totals
-from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
+from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request, Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.engine.step import Hidden, Step
 from mpillm.engine.turn import Turn
@@ -52,6 +53,9 @@ class Worker:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
+        if tracing.active():
+            rows = [len(chunk.tokens) for chunk in step.chunks]
+            tracing.add(_phase(rows), start, seconds, step=step.number, sequences=len(rows), tokens=sum(rows))
         self.decoder.note_step(seconds)
         return reply
 
@@ -100,7 +104,7 @@ class Engine:
 
     def run(
         self, requests: Iterable[Request], more: Callable[[], bool] | None = None
-    ) -> Generator[list[Completion], None, None]:
+    ) -> Generator[list[FinishedCompletion], None, None]:
         """Compute requests that `Limits` admits; yield after each step what it finished (mostly nothing).
 
         The generator may be closed before its end.
@@ -141,6 +145,7 @@ class Engine:
         Yields the request, the number of tokens that were yielded before, and what follows them.
         """
         for sequence in self._scheduler.unfinished if self._scheduler else ():
+            self.totals.count_generated(sequence)  # a signal may have come between a draw and its count
             if sequence.generated - sequence.saved >= at_least:
                 partial, start = sequence.partial(), sequence.saved
                 sequence.saved = len(partial.tokens)
@@ -184,10 +189,10 @@ class Engine:
         hidden = iter(replies[0].hidden)
         turns = list(_turns(step, chosen))
         for turn in turns:
-            kind = turn.chunk.hidden
-            _pool(turn.sequence, islice(hidden, {Hidden.NONE: 0, Hidden.ALL: turn.count}.get(kind, 1)))
+            if (kind := turn.chunk.hidden) is not Hidden.NONE:
+                _pool(turn.sequence, islice(hidden, turn.count if kind is Hidden.ALL else 1))
             turn.take_scores(candidates)
-        self._draw(step, turns, dict(enumerate(candidates)))
+        self._draw(step, turns, candidates)
         finished = []
         for turn in turns:
             sequence = turn.sequence
@@ -202,24 +207,26 @@ class Engine:
     def _count(self, turn: Turn) -> None:
         """Note which tokens of a sequence are in the KV cache: those that were known, and drafts that were right."""
         sequence, totals = turn.sequence, self.totals
-        count = turn.count + turn.accepted
+        accepted = turn.accepted
+        count = turn.count + accepted
         begin, end = max(sequence.computed, sequence.reached), sequence.computed + count
         totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
         totals.recomputed_tokens += min(count, begin - sequence.computed)
-        totals.generated_tokens += len(sequence.tokens) - turn.known
+        totals.count_generated(sequence)
         totals.turns += bool(turn.rows[0])
-        totals.drafted_tokens += len(sequence.drafts)
-        totals.accepted_tokens += turn.accepted
         sequence.computed = end
         sequence.loads = sequence.saves = NO_SLOT
         sequence.reached = max(sequence.reached, end)
-        if self._speculation is not None:
+        if sequence.drafts:
             assert self._scheduler is not None
+            totals.drafted_tokens += len(sequence.drafts)
+            totals.accepted_tokens += accepted
             self._scheduler.give_back(sequence)
-            self._speculation.judge(sequence)
             sequence.drafts = []
+        if self._speculation is not None:
+            self._speculation.judge(sequence)
 
-    def _draw(self, step: Step, turns: list[Turn], candidates: dict[int, Candidates]) -> None:
+    def _draw(self, step: Step, turns: list[Turn], candidates: list[Candidates]) -> None:
         """Draw tokens from each sequence's rows, one after the other; `candidates` are those of each output.
 
         Where a draw needs more candidates than there are, one message fetches more for all such outputs.
@@ -231,7 +238,8 @@ class Engine:
                     if not turn.draw(row, candidates):
                         undecided[row[-1]] = turn
                         break
-            candidates |= self._fetch(step, {i: candidates[i] for i in undecided})
+            for i, found in self._fetch(step, {i: candidates[i] for i in undecided}).items():
+                candidates[i] = found
             turns = list(undecided.values())
 
     def _fetch(self, step: Step, known: dict[int, Candidates]) -> dict[int, Candidates]:
@@ -265,9 +273,8 @@ class _Sequences:
     def __next__(self) -> Sequence:
         while True:
             sequence = Sequence(next(self._requests), self._submitted)
-            generated = sequence.generated
             sequence.append_forced()
-            self._totals.generated_tokens += sequence.generated - generated
+            self._totals.count_generated(sequence)
             if sequence.finish_reason is None:
                 return sequence
             sequence.started = time.monotonic()
@@ -279,17 +286,21 @@ class _Sequences:
         return ended
 
 
+def _phase(rows: list[int]) -> str:
+    """What a step is called in a trace; `rows` are the tokens of each chunk."""
+    prompts = sum(count > 1 for count in rows)
+    return "decode" if not prompts else "prefill" if prompts == len(rows) else "prefill and decode"
+
+
 def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:
-    by_chunk = {
-        chunk: list(group)
-        for chunk, group in groupby(range(len(step.outputs)), lambda i: step.outputs[i].chunk)
-    }
+    by_chunk: list[list[int]] = [[] for _ in step.chunks]
+    for i, output in enumerate(step.outputs):
+        by_chunk[output.chunk].append(i)
     first = 0
     for sequence, count in chosen:
-        chunks = range(first, first + 1 + len(sequence.drafts))
-        outputs = [by_chunk.get(chunk, []) for chunk in chunks]
-        yield Turn(sequence, count, step.chunks[first], outputs, step)
-        first = chunks.stop
+        behind = first + 1 + len(sequence.drafts)
+        yield Turn(sequence, count, step.chunks[first], by_chunk[first:behind], step)
+        first = behind
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:

@@ -17,7 +17,7 @@ from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import Asked, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, input_needs, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import cached_tokens
 from mpillm.run.machines import Machines
@@ -84,7 +84,7 @@ def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
         closing(open_described(catalogue.described(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
-        asked = asked_of(spec, config.hidden, template_length(source))
+        asked = input_needs(spec, config.hidden, template_length(source))
 
         def made(weights: int | str) -> tuple[float, list[RankPlan]]:
             job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
@@ -127,7 +127,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
     Hosts without which the run would be faster are left out.
     """
-    asked = asked_of(spec, config.hidden, template_length(source))
+    asked = input_needs(spec, config.hidden, template_length(source))
     machines, left_out = _useful(spec, source, config, machines, asked)
     chosen, laid_out, time = _laid_out(spec, source, config, machines, asked)
     found = chosen.replicas
@@ -170,7 +170,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
 
 def _laid_out(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
 ) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
     chosen = layout.choose(
         spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
@@ -181,7 +181,7 @@ def _laid_out(
 
 
 def _useful(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
 ) -> tuple[Machines, list[str]]:
     """The machines without those that would slow the run down, and these by name.
 
@@ -216,7 +216,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 
 
 def _gains(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked, now: Estimate
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
     """What one more of each thing brings: how many times as fast the job is with it."""
     memory = spec.memory

@@ -31,6 +31,7 @@ from mpillm.run.job import open_job, results_differ
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Origin, Session
+from mpillm.run.tracer import Tracer
 from mpillm.run.wire import with_wire
 from mpillm.spec import Spec
 from mpillm.store import report
@@ -53,10 +54,14 @@ class Loss:
 Losses = tuple[Loss, ...]  # since the run began; on rank 0 those that it has not told of yet
 
 
-def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
-    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong."""
+def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None) -> report.Report | None:
+    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong.
+
+    A run that comes to its end leaves a trace in the file `trace`.
+    """
     with ExitStack() as stack:
-        rank = _Rank(world, spec, progress, stack)
+        tracer = stack.enter_context(Tracer.started(world, trace)) if trace else None
+        rank = _RankContext(world, spec, progress, stack, tracer)
         state: State | Regrouping | Ended = Starting(())
         while True:
             try:
@@ -77,12 +82,15 @@ def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
                 state = Regrouping(state, (loss,))
 
 
-class _Rank:
+class _RankContext:
     """What a rank has in every state."""
 
-    def __init__(self, world: World, spec: Spec, progress: Progress, stack: ExitStack) -> None:
+    def __init__(
+        self, world: World, spec: Spec, progress: Progress, stack: ExitStack, tracer: Tracer | None
+    ) -> None:
         """What must be closed at the end goes to `stack`."""
         self.world, self.spec, self.progress, self.stack = world, spec, progress, stack
+        self.tracer = tracer
         self.start = time.monotonic()
         self.longest_step = 0.0  # seconds
 
@@ -178,7 +186,7 @@ class Starting:
 
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         return rank.begin(self.losses)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -194,7 +202,7 @@ class Restarting:
     before: Computation | None  # None on a rank that has not led
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         laid_out = self.origin.laid_out(rank.world, rank.spec.wire)
         if not rank.world.keep_first(laid_out[-1].ranks.stop):
             rank.world.exit(0)
@@ -211,7 +219,7 @@ class Leading:
 
     computation: Computation
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         session = self.computation.session
         with rank.computing(session):
             self.computation.run()
@@ -228,9 +236,12 @@ class Gathering:
     computation: Computation
     own: report.RankStatistics
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         with rank.world.computing():
-            return self._writing(rank.world.gather(self.own))
+            ranks = rank.world.gather(self.own)
+            if rank.tracer:
+                rank.tracer.gather()
+            return self._writing(ranks)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         return self._writing([self.own])
@@ -247,9 +258,11 @@ class Writing:
     computation: Computation
     ranks: list[report.RankStatistics]
 
-    def advance(self, rank: _Rank) -> Ended:
+    def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():  # no rank leaves before everything is written
             made = outcome.write(self.computation, self.ranks, rank.start)
+            if rank.tracer:
+                rank.tracer.write()
         return Ended(made)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -264,7 +277,7 @@ class Following:
     assistant: Assistant | None  # of a leader
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State | Ended:
+    def advance(self, rank: _RankContext) -> State | Ended:
         session = self.session
         with rank.computing(session):
             if (self.assistant.run() if self.assistant else self._follow()) != 0:
@@ -272,6 +285,8 @@ class Following:
             with rank.world.together():
                 session.watch.check_all()
             rank.world.gather(session.statistics())
+            if rank.tracer:
+                rank.tracer.gather()
             return Waiting(session.origin, self.losses)
 
     def _follow(self) -> int:
@@ -288,7 +303,7 @@ class Waiting:
     origin: Origin
     losses: Losses
 
-    def advance(self, rank: _Rank) -> Ended:
+    def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():
             pass
         return Ended(None)
@@ -305,7 +320,7 @@ class Regrouping:
     before: State
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         computed = rank.world.bcast(isinstance(self.before, (Gathering, Writing)))
         return self.before.regrouped(computed, self.losses)
 

@@ -29,14 +29,14 @@ from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
 from mpillm.run import hosts, layout, measure, memory
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import Asked, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, input_needs, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import replica_plans
 from mpillm.run.step_time import Demand
 from mpillm.run.wire import described, shards_cross_hosts, with_wire
-from mpillm.spec import Spec, Wire, tightest
+from mpillm.spec import Spec, WireSection, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
@@ -68,7 +68,7 @@ class Origin:
         """As the journal notes it."""
         return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
 
-    def laid_out(self, world: World, wire: Wire) -> Replicas:
+    def laid_out(self, world: World, wire: WireSection) -> Replicas:
         """The replicas for the ranks that are left, or for some of them."""
         return replicas.choose_fewer(
             self.config,
@@ -135,7 +135,7 @@ class Session:
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
         self.machines = world.on_rank_0(self._known_machines)
-        self._asked = world.on_rank_0(self._ask) if self._replicated else Asked()
+        self._asked = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
         if origin is not None and self._laid_out:
             chosen = Chosen(self._laid_out, "ranks were lost", origin.wire, "as the run began")
         else:
@@ -248,6 +248,7 @@ class Session:
         """What this rank held, moved and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
+        inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
         return RankStatistics(
             rank=self.world.rank,
@@ -265,7 +266,7 @@ class Session:
             memory=msgspec.to_builtins(self._memory()),
             memory_peak=memory.peak(),
             seconds={
-                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
+                "compute": self.worker.seconds - inside - weights.stall_seconds - spilled,
                 "weights": weights.stall_seconds,
                 "kv": spilled,
                 **waited,
@@ -308,9 +309,9 @@ class Session:
         known = hosts.read(Path(file), self.world.size)
         return replace(machines, speeds=known.speeds, measured=known.measured)
 
-    def _ask(self) -> Asked:
+    def _ask(self) -> InputNeeds:
         """What the input asks for, which only rank 0 can read."""
-        return asked_of(self.spec, self.config.hidden, template_length(self.source))
+        return input_needs(self.spec, self.config.hidden, template_length(self.source))
 
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""

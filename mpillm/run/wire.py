@@ -14,7 +14,7 @@ from mpillm.comm.collectives import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
 from mpillm.run.estimate import demand_of, estimate
-from mpillm.run.input_memory import Asked
+from mpillm.run.input_memory import InputNeeds
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import ReplicaPlan
 from mpillm.spec import Spec
@@ -41,7 +41,7 @@ def decided(
     machines: Machines,
     replicas: Replicas,
     plans: Sequence[ReplicaPlan],
-    asked: Asked,
+    asked: InputNeeds,
 ) -> tuple[Wire, str]:
     """The wire of replicas whose shards cross hosts, and why; it is the faster one by DEAR, or f32."""
 

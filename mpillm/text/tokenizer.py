@@ -18,6 +18,7 @@ from typing import Any
 
 import tokenizers
 
+from mpillm import tracing
 from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
@@ -30,7 +31,7 @@ from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
 from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
-from mpillm.text.parts import Parts
+from mpillm.text.parts import TokenizerParts
 
 CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
@@ -70,7 +71,7 @@ def token_id_text(id: int) -> str:
 class Tokenizer:
     """Text to token ids and back."""
 
-    def __init__(self, parts: Parts, now: Callable[[], datetime] = datetime.now) -> None:
+    def __init__(self, parts: TokenizerParts, now: Callable[[], datetime] = datetime.now) -> None:
         core = self._core = parts.core
         self._parts, self._now = parts, now
         self.bos_id = self._id_of("bos_token")
@@ -435,9 +436,11 @@ def _encoding(
             ) from error
     core.encode_special_tokens = plain
     if sum(map(len, texts)) <= CHUNK:
-        return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
+        with tracing.span("tokenize", characters=sum(map(len, texts))):
+            return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
     encode = partial(
         core.encode_batch_fast, [text], add_special_tokens=own
     )  # unlike `encode`, lets the interpreter go
-    return interruptible(encode)[0]
+    with tracing.span("tokenize", characters=len(texts[0])):
+        return interruptible(encode)[0]

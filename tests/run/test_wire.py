@@ -14,7 +14,7 @@ from mpillm.run import layout, runner
 from mpillm.run.hosts import Host, machines_of
 from mpillm.run.job import results_differ
 from mpillm.run.layout import Chosen
-from mpillm.spec import Spec, Wire
+from mpillm.spec import Spec, WireSection
 from mpillm.store.records import UsedLayout
 from tests.model.golden import model_path
 
@@ -77,11 +77,13 @@ def test_a_run_goes_on_with_the_wire_that_it_began_with(wire: Any, monkeypatch: 
 
 
 def test_layouts_that_give_other_answers() -> None:
-    auto, exact = Wire(), Wire(activations="f32")
+    auto, exact = WireSection(), WireSection(activations="f32")
     one, two, four = (UsedLayout(1, shards, "q8_0") for shards in (1, 2, 4))
     assert results_differ(two, four, auto)
     assert results_differ(one, two, auto)
     assert not results_differ(two, four, exact)  # a journal of a version that did not note the wire
     assert not results_differ(one, UsedLayout(2, 4, "f32"), auto)
     assert results_differ(two, UsedLayout(1, 2, "f32"), auto)
-    assert results_differ(UsedLayout(1, 1, "f32"), UsedLayout(2, 1, "f32"), Wire(between_stages="q8_0"))
+    assert results_differ(
+        UsedLayout(1, 1, "f32"), UsedLayout(2, 1, "f32"), WireSection(between_stages="q8_0")
+    )

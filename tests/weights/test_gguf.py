@@ -19,8 +19,8 @@ from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key, hf_name
 from mpillm.weights.opening import gguf_in
+from mpillm.weights.roles import Key, hf_name
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
 
@@ -344,7 +344,7 @@ def test_rope_factors(tmp_path):
             "llama.rope.freq_base is nan, but must be one finite number",
         ),
         ({"extra": {"rope.scaling.attn_factor": 2.0}}, "attn_factor without yarn is not supported"),
-        ({"arch": "gptneox"}, "has architecture 'gptneox'; supported in GGUF files are llama, qwen2"),
+        ({"arch": "gptneox"}, "has architecture 'gptneox', which is not supported; mpillm models lists"),
         (
             {"arch": "qwen2", "extra": {"attention.sliding_window": 8}},
             "sliding_window is not supported in qwen2",
@@ -526,7 +526,7 @@ def test_refuses_hostile_headers(tmp_path, case):
 def test_no_architecture(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes())
-    with pytest.raises(ModelError, match="has no architecture; supported in GGUF files are"):
+    with pytest.raises(ModelError, match="has no architecture; mpillm models lists those that are supported"):
         open_source(path)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpillm.errors import ModelError
-from mpillm.weights.names import Key, Names, RowGroups
+from mpillm.weights.names import Names, RowGroups
+from mpillm.weights.roles import Key
 
 ShapeOf = Callable[[Key], Sequence[int] | None]
 

@@ -17,7 +17,7 @@ import numpy as np
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Extent, Lies, Rows
 from mpillm.weights.formats.stored import OWN, Bytes
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)
