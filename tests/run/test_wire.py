@@ -64,10 +64,12 @@ def replaced(host: Host, **values: Any) -> Host:
 def test_a_run_goes_on_with_the_wire_that_it_began_with(wire: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(*settings: str) -> tuple[str, int | None]:
         with ExitStack() as stack:
-            found, shards = runner._Rank(start(), job(*settings), cast("Any", None), stack)._kept(None)
+            found, shards = runner._RankContext(
+                start(), job(*settings), cast("Any", None), stack, cast("Any", None)
+            )._kept(None)
         return found.wire.activations, shards
 
-    monkeypatch.setattr(runner._Rank, "claim", None)
+    monkeypatch.setattr(runner._RankContext, "claim", None)
     monkeypatch.setattr(runner, "first_layout", lambda claim: None)
     assert kept() == ("auto", None)
     monkeypatch.setattr(runner, "first_layout", lambda claim: UsedLayout(3, 2, wire))
