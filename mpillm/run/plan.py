@@ -1,4 +1,4 @@
-"""Before a run: which layout, what each rank will hold, what will travel. Reads the model's headers, and no weights."""
+"""The plan of a run: its layout, what each rank holds, and what is sent. Reads the model's headers, not its weights."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _useful(
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
-    """What does not fit into the memory that is free."""
+    """A sentence for each rank that would hold more than is free."""
     for rank in plans:
         if rank.held > machines.free[rank.rank]:
             where = f" on {machines.names[rank.rank]}" if machines.names else ""
@@ -218,7 +218,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 def _gains(
     spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
-    """What one more of each thing brings: how many times as fast the job is with it."""
+    """How many times as fast the job is with one more host, with more memory, and so on."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
         return  # more for whom?

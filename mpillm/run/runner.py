@@ -168,7 +168,7 @@ class _RankContext:
 
     @contextmanager
     def computing(self, session: Session) -> Iterator[None]:
-        """In the block the session computes; it is closed at the end."""
+        """Let the session compute in the block, and close it at the end."""
         with closing(session), self.world.computing():
             try:
                 yield

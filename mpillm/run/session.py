@@ -1,4 +1,4 @@
-"""A model laid out over all ranks and ready for steps: what every rank does alike before the first one."""
+"""A model that is laid out over all ranks and ready for steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
+    """The properties of a run on which its results depend; they are kept when ranks are lost."""
 
     config: ModelConfig
     replicas: Replicas
@@ -211,7 +211,7 @@ class Session:
         return chosen
 
     def estimate(self, demand: Demand | None) -> Estimate:
-        """What a demand takes by the machines' speeds; None: that of the input."""
+        """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
         plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self._asked, names))
         demand, spec = demand or demand_of(self._asked), with_wire(self.job, self.wire)
@@ -219,7 +219,7 @@ class Session:
 
     @property
     def layout(self) -> UsedLayout:
-        """As the journal notes it: answers do not depend on the number of replicas."""
+        """The layout for the journal, without the number of replicas: answers do not depend on it."""
         return UsedLayout(self.place.stages, self.place.shards, self.wire)
 
     @property
@@ -245,7 +245,7 @@ class Session:
         return max(layout.token_nbytes for layout in self.caches)
 
     def statistics(self) -> RankStatistics:
-        """What this rank held, moved and waited for."""
+        """What this rank has held in memory, sent, and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
@@ -332,8 +332,10 @@ class Session:
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
             kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
-            activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.pages), kept),
+            activations=memory.activations(
+                self._activations, place, min(limits.max_tokens, self._asked.rows)
+            ),
+            process=memory.process(self.source, config, place, [page.nbytes for page in weights.pages], kept),
         )
 
     def _decoder(self) -> Decoder:
@@ -353,7 +355,7 @@ class Session:
 
 
 def _leaves_open(spec: Spec, world: World) -> bool:
-    """Whether speeds can change the layout: there are several hosts, and the job does not say all."""
+    """Whether speeds can change the layout: there are several hosts, and the job leaves something open."""
     given = spec.layout
     return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)
 

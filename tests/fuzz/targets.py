@@ -353,7 +353,7 @@ def _journal(folder: Path) -> Target:
             with Journal(claim, {"a": 1}, lines) as journal:
                 for line in lines:
                     journal.partial(line)
-                for name in journal.done:
+                for name in journal.finished():
                     journal.read(name)
 
     return Target(run, [seed, seed[:-3]], (b"mpiJ",))

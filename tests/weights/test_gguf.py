@@ -19,7 +19,7 @@ from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.opening import gguf_in
+from mpillm.weights.opening import file_in
 from mpillm.weights.roles import Key, hf_name
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
@@ -187,10 +187,10 @@ def test_a_gguf_file_beside_other_files(tmp_path):
 def test_a_split_file_in_a_directory(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"a-0000{number}-of-00003.gguf").touch()
-    assert gguf_in(tmp_path) == tmp_path / "a-00001-of-00003.gguf"
+    assert file_in(tmp_path) == tmp_path / "a-00001-of-00003.gguf"
     (tmp_path / "a-00001-of-00003.gguf").unlink()
     with pytest.raises(ModelError, match=r"has a-00002-of-00003\.gguf, but not the first part"):
-        gguf_in(tmp_path)
+        file_in(tmp_path)
 
 
 def test_quantize_is_for_unquantised_files(tmp_path):
