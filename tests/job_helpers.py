@@ -12,7 +12,7 @@ from mpillm import spec
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Line, Model, Work
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.spec import Spec
 from mpillm.store.records import Result, line_key
 from mpillm.text import load_tokenizer
@@ -52,7 +52,7 @@ def errors(
     return [line.error for line in checked(folder, list(lines), *overrides, model=model).lines]
 
 
-def completion(request: Request, tokens: list[int], seed: int = 0, **more: Any) -> Completion:
+def completion(request: Request, tokens: list[int], seed: int = 0, **more: Any) -> FinishedCompletion:
     """A completion with made-up log-probabilities, as many as were asked for."""
     draw = np.random.default_rng(seed)
 
@@ -74,7 +74,7 @@ def completion(request: Request, tokens: list[int], seed: int = 0, **more: Any) 
         }
     if request.kind == "embed":
         more = {"embedding": draw.standard_normal(8).astype(np.float32), **more}
-    return Completion(
+    return FinishedCompletion(
         request=request, tokens=tokens, finish_reason=more.pop("finish_reason", "length"), **more
     )
 

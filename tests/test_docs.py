@@ -18,7 +18,7 @@ import pytest
 
 from mpillm import spec
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.cli import commands
+from mpillm.cli import arguments
 from tests.conftest import ROOT, clean_environment, run_bounded
 from tests.job_helpers import CHAT
 
@@ -121,7 +121,7 @@ def check_python(words: list[str]) -> None:
 
 def check_mpillm(words: list[str]) -> None:
     """The command line parses, and the job it names is a good one."""
-    options = commands.command_parser().parse_args(words)
+    options = arguments.command_parser().parse_args(words)
     if options.command == "launch":
         assert options.hostfile is None or (ROOT / options.hostfile).is_file(), options.hostfile
         return check_mpillm(options.words)
@@ -200,7 +200,7 @@ def test_the_keys_of_a_job_are_described() -> None:
 
 
 def test_the_defaults_are_the_real_ones() -> None:
-    defaults = spec.Spec(input="a", output=spec.Output(path="b"))
+    defaults = spec.Spec(input="a", output=spec.OutputSection(path="b"))
     for key, shown in re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", job_table(), flags=re.M):
         value: object = defaults
         for name in key.split("."):
@@ -254,7 +254,7 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     done = run_bounded(words, env=clean_environment(NO_MKDOCS_2_WARNING="1"), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reference = html.unescape((tmp_path / "site/reference/index.html").read_text())
-    subparsers = commands.command_parser()._subparsers
+    subparsers = arguments.command_parser()._subparsers
     assert subparsers is not None
     choices = next(action.choices for action in subparsers._group_actions)
     assert choices is not None

@@ -21,7 +21,7 @@ from mpillm.api.llm import LLM
 from mpillm.errors import JobError, RequestError
 from mpillm.model.opening import config_of, open_source
 from mpillm.run import catalogue
-from mpillm.spec import Memory
+from mpillm.spec import MemorySection
 from mpillm.text import Tokenizer, load_tokenizer
 
 MODEL = "mpillm"  # how --model names it
@@ -79,7 +79,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             raise JobError(f"The model {model} has no tokenizer, and the tasks are texts.")
         self._tokenizer: Tokenizer = tokenizer
         nested = _nested(settings)
-        context = min(config.max_position, nested.get("memory", {}).get("max_context", Memory().max_context))
+        context = min(
+            config.max_position, nested.get("memory", {}).get("max_context", MemorySection().max_context)
+        )
         self.max_length = min(max_length or context, context - 1)
         self.max_gen_toks = max_gen_toks
         self._add_bos, self._prefix, self._think_end = add_bos_token, prefix_token_id, think_end_token

@@ -10,19 +10,19 @@ import msgspec
 from mpillm.store.records import Result
 
 
-class Start(msgspec.Struct, tag=True):
+class OpenJob(msgspec.Struct, tag=True):
     """To rank 0, first: the job (see `mpillm.spec.Spec`), of which input and output are not used."""
 
     spec: dict[str, Any]
 
 
-class Ask(msgspec.Struct, tag=True):
+class AddLines(msgspec.Struct, tag=True):
     """To rank 0: lines of the batch format."""
 
     lines: list[bytes]
 
 
-class Stop(msgspec.Struct, tag=True):
+class CancelLines(msgspec.Struct, tag=True):
     """To rank 0: the rest of what was asked for is not wanted."""
 
 
@@ -33,13 +33,13 @@ class Ready(msgspec.Struct, tag=True):
     layout: str
 
 
-class Finished(msgspec.Struct, tag=True):
+class NewResults(msgspec.Struct, tag=True):
     """From rank 0: results, each with its index."""
 
     results: list[tuple[int, Result]]
 
 
-class Over(msgspec.Struct, tag=True):
+class NoMoreResults(msgspec.Struct, tag=True):
     """From rank 0: these were all results."""
 
 
@@ -50,7 +50,7 @@ class Refused(msgspec.Struct, tag=True):
     message: str
 
 
-Message = Start | Ask | Stop | Ready | Finished | Over | Refused
+Message = OpenJob | AddLines | CancelLines | Ready | NewResults | NoMoreResults | Refused
 
 
 def send(connection: Connection, message: Message) -> None:

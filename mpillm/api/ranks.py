@@ -10,7 +10,17 @@ from typing import NoReturn
 
 import msgspec
 
-from mpillm.api.messages import Ask, Finished, Over, Ready, Refused, Start, Stop, receive, send
+from mpillm.api.messages import (
+    AddLines,
+    CancelLines,
+    NewResults,
+    NoMoreResults,
+    OpenJob,
+    Ready,
+    Refused,
+    receive,
+    send,
+)
 from mpillm.comm.program import library
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
@@ -33,7 +43,7 @@ def serve(world: World, address: str) -> int:
         spec = None
         if connection is not None:
             first = receive(connection)
-            assert isinstance(first, Start)
+            assert isinstance(first, OpenJob)
             spec = msgspec.convert(first.spec, Spec)
         shared = world.bcast(spec)
         assert shared is not None
@@ -63,9 +73,9 @@ def _next(connection: Connection | None) -> list[bytes] | None:
             message = receive(connection)
         except (EOFError, OSError):
             break
-        if isinstance(message, Ask):
+        if isinstance(message, AddLines):
             return message.lines
-        assert isinstance(message, Stop)  # came when all was over
+        assert isinstance(message, CancelLines)  # came when all was over
     return None
 
 
@@ -73,19 +83,19 @@ def _answer(service: Service, lines: list[bytes], connection: Connection) -> Non
     """Send results until all are sent or no more are wanted."""
     with closing(service.answers(lines)) as steps:
         for results in steps:
-            if results and not _tell(connection, Finished(results)):
+            if results and not _tell(connection, NewResults(results)):
                 return
             if connection.poll():
                 try:
                     message = receive(connection)
                 except (EOFError, OSError):
                     return
-                assert isinstance(message, Stop)
+                assert isinstance(message, CancelLines)
                 break
-    _tell(connection, Over())
+    _tell(connection, NoMoreResults())
 
 
-def _tell(connection: Connection, message: Finished | Over | Refused) -> bool:
+def _tell(connection: Connection, message: NewResults | NoMoreResults | Refused) -> bool:
     """Send a message; whether the caller is still there."""
     try:
         send(connection, message)

@@ -20,7 +20,17 @@ from typing import IO
 import msgspec
 
 from mpillm import errors
-from mpillm.api.messages import Ask, Finished, Over, Ready, Refused, Start, Stop, receive, send
+from mpillm.api.messages import (
+    AddLines,
+    CancelLines,
+    NewResults,
+    NoMoreResults,
+    OpenJob,
+    Ready,
+    Refused,
+    receive,
+    send,
+)
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.run.launch import AS_ROOT, end_session
 from mpillm.spec import Spec
@@ -56,7 +66,7 @@ class Remote:
             )
             self._connection = held.connection = self._accept(listener)
         try:
-            send(self._connection, Start(msgspec.to_builtins(spec)))
+            send(self._connection, OpenJob(msgspec.to_builtins(spec)))
             ready = self._receive()
         except BaseException:
             self.close()
@@ -76,8 +86,8 @@ class Remote:
         """
         over = False
         try:
-            self._send(Ask(list(lines)))
-            while isinstance(message := self._receive(), Finished):
+            self._send(AddLines(list(lines)))
+            while isinstance(message := self._receive(), NewResults):
                 yield from message.results
             over = True
         except MpillmError:
@@ -90,8 +100,8 @@ class Remote:
 
     def _drain(self) -> None:
         try:
-            self._send(Stop())
-            while not isinstance(self._receive(), Over):
+            self._send(CancelLines())
+            while not isinstance(self._receive(), NoMoreResults):
                 pass
         except BaseException:
             self.close()
@@ -115,20 +125,20 @@ class Remote:
             raise
         raise self._ended()
 
-    def _send(self, message: Ask | Stop) -> None:
+    def _send(self, message: AddLines | CancelLines) -> None:
         try:
             send(self._connection, message)
         except OSError:
             raise self._ended() from None
 
-    def _receive(self) -> Ready | Finished | Over:
+    def _receive(self) -> Ready | NewResults | NoMoreResults:
         try:
             message = receive(self._connection)
         except (EOFError, OSError):
             raise self._ended() from None
         if isinstance(message, Refused):
             raise getattr(errors, message.kind, MpillmError)(message.message)
-        assert isinstance(message, Ready | Finished | Over)
+        assert isinstance(message, Ready | NewResults | NoMoreResults)
         return message
 
     def _ended(self) -> MpillmError:

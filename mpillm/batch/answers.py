@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 
 from mpillm.batch.work import Line, Model, Work, hashed_id
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 
 NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
 
-def result_line(work: Work, completions: Sequence[Completion], model: Model) -> bytes:
+def result_line(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> bytes:
     """The line of results.jsonl (without its newline) for a request that went well.
 
     `completions` are those of `work.requests`, in that order.

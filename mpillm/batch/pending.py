@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpillm.batch.work import Work
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 
 
 class Pending:
@@ -11,14 +11,14 @@ class Pending:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self._completions: dict[int, Completion] = {}
+        self._completions: dict[int, FinishedCompletion] = {}
 
     @property
-    def completions(self) -> list[Completion]:
+    def completions(self) -> list[FinishedCompletion]:
         """What is finished, in the order of `work.requests`."""
         return [self._completions[choice] for choice in sorted(self._completions)]
 
-    def take(self, completion: Completion) -> list[Completion] | None:
+    def take(self, completion: FinishedCompletion) -> list[FinishedCompletion] | None:
         """Keep a finished choice; return all of them, in the order of `work.requests`, if it was the last one."""
         self._completions[completion.request.choice] = completion
         return self.completions if len(self._completions) == len(self.work.requests) else None

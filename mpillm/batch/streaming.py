@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mpillm.batch.endpoints.chat import ChatCompletions
+from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.endpoints.detokenizer import Detokenizer
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model
@@ -56,7 +56,7 @@ class TextStream:
 class ChatStream:
     """The parts of one answer to a chat, as OpenAI's deltas: what `push` and `rest` return makes its message."""
 
-    def __init__(self, endpoint: ChatCompletions, request: Request, spec: Spec, model: Model) -> None:
+    def __init__(self, endpoint: ChatCompletionsEndpoint, request: Request, spec: Spec, model: Model) -> None:
         self._endpoint, self._request, self._spec, self._model = endpoint, request, spec, model
         self._stream = TextStream(endpoint, spec, model)
         self._text = ""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 from numpy.typing import ArrayLike
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.batch import NO_ADAPTER
 from mpillm.model.embedding import EmbeddingSettings
@@ -58,7 +58,7 @@ class Line:
     error: str | None = None
 
 
-class Column(NamedTuple):
+class ResultColumn(NamedTuple):
     """A group of results.h5 with a row of values for each choice: all rows in one dataset, and `offsets` beside it."""
 
     group: str
@@ -78,7 +78,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     key: ClassVar[
         str
     ]  # of a body, by which a line without a URL is of this endpoint; "": such a line never is
-    columns: ClassVar[tuple[Column, ...]]  # what its choices leave in results.h5
+    columns: ClassVar[tuple[ResultColumn, ...]]  # what its choices leave in results.h5
     needs_head: ClassVar[bool] = False  # whether it is for models that generate
 
     model: str | None = None
@@ -92,11 +92,11 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The engine's requests, prompt by prompt; RequestError if the model cannot do them."""
         raise NotImplementedError
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         """The body of the answer, as JSON has it; `completions` are those of `work.requests`, in that order."""
         raise NotImplementedError
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         """What a choice leaves in results.h5: a row of values for some of `columns`, by their group."""
         raise NotImplementedError
 

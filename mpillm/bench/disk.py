@@ -22,7 +22,7 @@ MAX_BYTES = 2**30  # read with each number of readers
 MEMORY_BYTES = 8 * REQUEST_BYTES
 
 
-class Disk:
+class DiskReader:
     """Reads a model's files over and over; `rates` has the result of each measurement, in bytes per second."""
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class KernelSizes:
     """What of a model decides how much work its kernels have; `context` tokens lie in the KV cache."""
 
     hidden: int = 2048
@@ -52,7 +52,7 @@ class Case:
 
 
 def measure(
-    sizes: Sizes,
+    sizes: KernelSizes,
     types: Sequence[BlockType],
     threads: Sequence[int],
     machine: Machine,
@@ -87,7 +87,7 @@ def measure(
             yield made
 
 
-def cases(sizes: Sizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iterator[Case]:
+def cases(sizes: KernelSizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iterator[Case]:
     """All that is measured. The matrix is a feed-forward's: the widest, and most of a model's weights."""
     random = np.random.default_rng(1)
     for kind in types:
@@ -138,7 +138,7 @@ def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: in
     return Case("matmul", f"{kind.name} {n} x {k}", m, nbytes, 2 * n * k * m, call, product=True)
 
 
-def _small(random: np.random.Generator, sizes: Sizes, m: int) -> Iterator[Case]:
+def _small(random: np.random.Generator, sizes: KernelSizes, m: int) -> Iterator[Case]:
     """The operations on rows; operations are counted where there is a usual way to."""
     d, ffn, hd, vocab = sizes.hidden, sizes.ffn, sizes.head_dim, sizes.vocab
     x, weight, out = _floats(random, m, d), _floats(random, d), np.empty((m, d), np.float32)
@@ -186,7 +186,7 @@ def _small(random: np.random.Generator, sizes: Sizes, m: int) -> Iterator[Case]:
     )
 
 
-def _attention(random: np.random.Generator, sizes: Sizes, m: int) -> Case:
+def _attention(random: np.random.Generator, sizes: KernelSizes, m: int) -> Case:
     """`m` sequences' next tokens after `context` tokens; from 512 rows on, one sequence's prompt up to there."""
     heads, kv_heads, hd, context = sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.context
     prompt = m >= 512

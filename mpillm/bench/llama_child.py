@@ -20,7 +20,7 @@ import numpy as np
 UBATCH = 512  # llama.cpp's default: rows computed at once
 
 
-class Llama:
+class LoadedModel:
     """A loaded model; a context is made for each command."""
 
     def __init__(self, path: str, threads: int) -> None:
@@ -102,14 +102,14 @@ def main() -> None:
     """Obey commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that no library writes between the answers
-    llama: Llama | None = None
+    llama: LoadedModel | None = None
     for line in sys.stdin:
         command = json.loads(line)
         try:
             if "path" in command:
                 with contextlib.suppress(OSError):  # mpiexec may have bound the parent to one core
                     os.sched_setaffinity(0, command["cores"])
-                llama = Llama(command["path"], command["threads"])
+                llama = LoadedModel(command["path"], command["threads"])
                 answer: Any = []
             elif "start" in command:
                 assert llama is not None

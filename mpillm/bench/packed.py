@@ -17,7 +17,8 @@ from mpillm.bench import synthetic
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.tools import pack
 from mpillm.weights.identity import fingerprint
-from mpillm.weights.packed.files import FilePlan, Writer, plan_files
+from mpillm.weights.packed.file_plan import FilePlan, plan_files
+from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import layer_file
 
 CHUNK = 16 * 2**20

@@ -14,7 +14,7 @@ import msgspec
 
 from mpillm.bench import disk
 from mpillm.bench.result import Run
-from mpillm.bench.runs import Options, TimedStep, prompts_of, run_steps
+from mpillm.bench.runs import BenchOptions, TimedStep, prompts_of, run_steps
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
@@ -22,7 +22,7 @@ from mpillm.model.cache_layout import blocks_for
 from mpillm.run import memory, plan
 from mpillm.run.limits import TOKENS
 from mpillm.run.session import Session
-from mpillm.spec import BatchLimits, Memory, Spec, byte_size
+from mpillm.spec import BatchSection, MemorySection, Spec, byte_size
 from mpillm.weights.paging.weights import PATIENCE
 
 WARM = (
@@ -33,7 +33,9 @@ WARM = (
 TURN = 3
 
 
-def measure(world: World, spec: Spec, model: Path, options: Options) -> Iterator[tuple[Run, tuple[int, int]]]:
+def measure(
+    world: World, spec: Spec, model: Path, options: BenchOptions
+) -> Iterator[tuple[Run, tuple[int, int]]]:
     """A run for each budget and number of sequences, and its layout (stages, shards)."""
     for budget in options.budgets:
         for sequences in sorted(set(options.sequences)):
@@ -41,7 +43,7 @@ def measure(world: World, spec: Spec, model: Path, options: Options) -> Iterator
 
 
 def _measure(
-    world: World, spec: Spec, model: Path, budget: str, sequences: int, options: Options
+    world: World, spec: Spec, model: Path, budget: str, sequences: int, options: BenchOptions
 ) -> tuple[Run, tuple[int, int]]:
     context = options.contexts[0]
     # Prompts may take several steps, in which the first sequences already decode. These need enough tokens to run until
@@ -150,9 +152,9 @@ def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int
         raise JobError(
             f"--budget {budget} is {weights} bytes for each rank, but the minimum is {minimum} bytes."
         )
-    memory = Memory(weights=weights, kv=kv, max_context=longest)
+    memory = MemorySection(weights=weights, kv=kv, max_context=longest)
     return msgspec.structs.replace(
-        spec, memory=memory, batch=BatchLimits(max_num_seqs=sequences, speculation="off")
+        spec, memory=memory, batch=BatchSection(max_num_seqs=sequences, speculation="off")
     )
 
 
@@ -166,9 +168,9 @@ class _Disks:
 
     def __init__(self, session: Session) -> None:
         self._world, source = session.world, session.source
-        self._own: disk.Disk | None = None
+        self._own: disk.DiskReader | None = None
         if source.files_read_as_stored and self._first(self._world.rank):
-            self._own = disk.Disk(list(source.files_read_as_stored))
+            self._own = disk.DiskReader(list(source.files_read_as_stored))
 
     def measure(self) -> None:
         """Note what this rank's disk gives now."""

@@ -12,7 +12,8 @@ from typing import Any
 from mpillm.model.config import ModelConfig
 from mpillm.model.families import gguf_family, read_config
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import ROLES, Roles
+from mpillm.weights.names import Roles
+from mpillm.weights.roles import ROLES
 
 
 @dataclass(frozen=True)

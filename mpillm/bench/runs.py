@@ -22,7 +22,7 @@ from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.sequence import Request
 from mpillm.run.session import Session
-from mpillm.spec import BatchLimits, Layout, Memory, Output, Spec
+from mpillm.spec import BatchSection, LayoutSection, MemorySection, OutputSection, Spec
 
 KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
 START = 16  # tokens of the prompt that a start-up is timed with
@@ -30,7 +30,7 @@ TOKENS = 16  # that are decoded in one go
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What is to be measured; each list is walked through."""
 
     what: frozenset[str]
@@ -56,19 +56,19 @@ class TimedStep:
     seconds: float
 
 
-def spec_for(model: str, threads: int, options: Options) -> Spec:
+def spec_for(model: str, threads: int, options: BenchOptions) -> Spec:
     """The job of a bench's session: the defaults, with memory for the largest run."""
     return Spec(
         model=model,
         input="-",
-        output=Output(path="-"),
-        layout=Layout(threads=threads),
-        memory=Memory(kv=KV, max_context=options.longest),
-        batch=BatchLimits(max_num_seqs=max(1, *options.sequences), speculation="off"),
+        output=OutputSection(path="-"),
+        layout=LayoutSection(threads=threads),
+        memory=MemorySection(kv=KV, max_context=options.longest),
+        batch=BatchSection(max_num_seqs=max(1, *options.sequences), speculation="off"),
     )
 
 
-def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer | None) -> Run:
+def start_up(world: World, spec: Spec, model: Path, options: BenchOptions, peer: Peer | None) -> Run:
     """From opening the model to the first token, with whatever the page cache holds after a first start."""
     ours, theirs = [], []
     prompt = prompts_of(1, START, 256)
@@ -90,13 +90,13 @@ def start_up(world: World, spec: Spec, model: Path, options: Options, peer: Peer
     return made
 
 
-def prefill(session: Session, length: int, options: Options, peer: Peer | None) -> Run:
+def prefill(session: Session, length: int, options: BenchOptions, peer: Peer | None) -> Run:
     """One prompt, to its first token; rate in prompt tokens."""
     made = Run(what="prefill", threads=session.threads, sequences=1, tokens=length)
     return _measure(session, made, prompts_of(1, length, session.config.vocab), 1, options, peer)
 
 
-def decode(session: Session, sequences: int, context: int, options: Options, peer: Peer | None) -> Run:
+def decode(session: Session, sequences: int, context: int, options: BenchOptions, peer: Peer | None) -> Run:
     """Steps of so many sequences that hold `context` tokens at first; rate in tokens of all together."""
     what = "decode" if sequences == 1 else "batch"
     made = Run(what=what, threads=session.threads, sequences=sequences, tokens=context)
@@ -107,7 +107,7 @@ def decode(session: Session, sequences: int, context: int, options: Options, pee
 
 
 def _measure(
-    session: Session, made: Run, prompts: Prompts, tokens: int, options: Options, peer: Peer | None
+    session: Session, made: Run, prompts: Prompts, tokens: int, options: BenchOptions, peer: Peer | None
 ) -> Run:
     """Fill in the median rates of runs that alternate with the peer's, and where a step's time goes."""
     ours, theirs, seconds = [], [], []

@@ -16,7 +16,7 @@ from mpillm import __version__
 from mpillm.bench import kernels, machine, packed, paging, runs, synthetic, tables
 from mpillm.bench.against import LlamaCpp, Peer
 from mpillm.bench.result import Bench, Kernel, Machine, Run
-from mpillm.bench.runs import Options
+from mpillm.bench.runs import BenchOptions
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
@@ -32,17 +32,17 @@ PEERS = ("llama.cpp",)
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchCommand:
     """The command line: a model by name or path, or else a synthetic one's shape and weights; what to do with it."""
 
     model: str
     synthetic: str | None
     weights: str
     against: str | None
-    options: Options
+    options: BenchOptions
 
 
-def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
+def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None:
     """Measure (collective); rank 0 gets the result. MpillmError says what is wrong."""
     if asked.against not in (None, *PEERS):
         raise JobError(f"mpillm bench cannot run against {asked.against}; it knows {', '.join(PEERS)}.")
@@ -91,7 +91,7 @@ def bench(world: World, asked: Asked, progress: Progress) -> Bench | None:
     )
 
 
-def _model(world: World, asked: Asked, progress: Progress) -> Path:
+def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
     """The model's path: rank 0 makes or fetches it first, then the first rank of each other host that lacks it."""
     first = {world.hosts.index(host) for host in set(world.hosts)}
     for ranks in ({0}, first - {0}, set(range(world.size)) - first):
@@ -104,14 +104,14 @@ def _model(world: World, asked: Asked, progress: Progress) -> Path:
     return path
 
 
-def _synthetic(shape: str, asked: Asked) -> Path:
+def _synthetic(shape: str, asked: BenchCommand) -> Path:
     """A model in packed form where it is to be paged, for that is what pages best."""
     if "paging" in asked.options.what:
         return packed.create(shape, asked.weights, os.cpu_count() or 1)
     return synthetic.create(shape, asked.weights)
 
 
-def _config(path: Path, options: Options) -> ModelConfig:
+def _config(path: Path, options: BenchOptions) -> ModelConfig:
     """The model's configuration; JobError if it does not take sequences as long as are asked for."""
     with closing(open_source(path)) as source:
         config = config_of(source)
@@ -123,22 +123,22 @@ def _config(path: Path, options: Options) -> ModelConfig:
     return config
 
 
-def _sizes(config: ModelConfig, options: Options) -> kernels.Sizes:
+def _sizes(config: ModelConfig, options: BenchOptions) -> kernels.KernelSizes:
     attention = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionSpec))
     mlps = [layer.mlp for layer in config.layers if layer.mlp]
-    return kernels.Sizes(
+    return kernels.KernelSizes(
         hidden=config.hidden,
         ffn=next((mlp for mlp in mlps if not mlp.count), mlps[0]).width,
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
         head_dim=attention.head_dim,
         vocab=config.vocab,
-        context=max(kernels.Sizes.context, *options.contexts),
+        context=max(kernels.KernelSizes.context, *options.contexts),
     )
 
 
 def _engine(
-    world: World, path: Path, threads: int, asked: Asked, options: Options
+    world: World, path: Path, threads: int, asked: BenchCommand, options: BenchOptions
 ) -> Iterator[tuple[Run, tuple[int, int]]]:
     """Every run with so many threads, and the layout (stages, shards); the peer has as many as all ranks here."""
     what = options.what

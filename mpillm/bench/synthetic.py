@@ -231,7 +231,7 @@ def write(path: Path, name: str, shape: Shape | Published, weights: str) -> None
 
 
 def _spread(tensor: str, sizes: tuple[int, ...]) -> int:
-    """The `k` of `random_blocks` for a tensor: its columns, 0 of a norm, and for other vectors what makes them small."""
+    """The `k` of `random_blocks` for a tensor: its columns, 0 of a norm, and of other vectors what makes them small."""
     if tensor.endswith("ssm_a"):
         return DECAYS
     if len(sizes) == 1 or tensor.endswith(".bias"):

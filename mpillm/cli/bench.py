@@ -55,12 +55,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(world: World, options: argparse.Namespace) -> int:
     """Measure and print."""
     from mpillm.bench import suite, tables  # what computes is loaded when the threads are known
-    from mpillm.bench.runs import Options
+    from mpillm.bench.runs import BenchOptions
 
     with world.together():
         if world.rank == 0 and options.json is not None:
             _write(options.json, "")  # find out before the bench whether it can be written
-    measured = Options(
+    measured = BenchOptions(
         what=frozenset(options.what),
         threads=options.threads,
         sequences=options.sequences,
@@ -69,7 +69,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         budgets=options.budget,
         repeats=options.repeats,
     )
-    asked = suite.Asked(options.model, options.synthetic, options.weights, options.against, measured)
+    asked = suite.BenchCommand(options.model, options.synthetic, options.weights, options.against, measured)
     made = suite.bench(world, asked, Console(lambda: world.rank == 0))
     if made is None:
         return 0

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mpillm.cli import terminal
-from mpillm.cli.progress import LINES, LIVE, Lines, Live
+from mpillm.cli.progress import LINES, LIVE, Live, ProgressLines
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report, report_page
@@ -77,7 +77,7 @@ class Console:
     def requests(self, total: int) -> Iterator[Bar]:
         """A line of requests, with rates and the time left."""
         if not self._live or not self._speaks():
-            yield Lines(total, self.say)
+            yield ProgressLines(total, self.say)
             return
         form = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<{remaining}{postfix}] {bar}"
         with tqdm(

@@ -69,7 +69,7 @@ class Live:
         self._shown = time.monotonic()
 
 
-class Lines:
+class ProgressLines:
     """A sentence every few seconds, for logs and pipes."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:

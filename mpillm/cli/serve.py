@@ -61,7 +61,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             f"mpillm serve needs more packages ({error.name}): pip install 'mpillm[serve]'."
         ) from None
     shared = _spec(world, options, str(options.data))
-    settings = server.Options(
+    settings = server.ServeOptions(
         options.host,
         options.port,
         options.api_key or os.environ.get(KEY) or None,

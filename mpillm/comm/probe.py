@@ -19,7 +19,7 @@ _TAG = 99
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkTiming:
     """Between two ranks; medians of round trips."""
 
     ranks: tuple[int, int]
@@ -32,7 +32,7 @@ def mpi_library() -> Library:
     return Library(*MPI.get_vendor(), MPI.Get_library_version(), loaded_library_path())
 
 
-def links(world: World) -> list[Link]:
+def links(world: World) -> list[LinkTiming]:
     """Collective: what the first ranks of hosts measured with each other; on one host the first two ranks."""
     numbers = world.nodes.numbers
     firsts = [numbers.index(number) for number in range(max(numbers) + 1)]
@@ -47,7 +47,7 @@ def links(world: World) -> list[Link]:
                 small = _round_trip(world, ranks, SMALL, SMALL_ROUNDS)
                 large = _round_trip(world, ranks, LARGE, LARGE_ROUNDS)
                 if world.rank == ranks[0]:
-                    found.append(Link(ranks, small / 2, 2 * LARGE / large))
+                    found.append(LinkTiming(ranks, small / 2, 2 * LARGE / large))
     return [link for own in world.gather(found) for link in own]
 
 

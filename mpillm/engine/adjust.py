@@ -19,6 +19,8 @@ def shifts(request: Request, tokens: Sequence[int]) -> Shifts:
     Before the repetition penalty: `logit_bias`, and FORBIDDEN for what `min_tokens` and `bad_words` exclude. After it:
     the presence and frequency penalties of OpenAI, which count generated tokens alone.
     """
+    if not request.shifts_logits:
+        return NO_SHIFTS
     generated = list(tokens[len(request.prompt) :])
     before = dict(request.logit_bias)
     if len(generated) < request.min_tokens:
@@ -43,7 +45,7 @@ def _values(table: dict[int, float], ids: list[int]) -> NDArray[np.float32]:
 
 
 def bits(ids: frozenset[int], vocab: int) -> NDArray[np.int32]:
-    """A mask of a vocabulary, as `Part.allowed` has it, in which just these ids are allowed."""
+    """A mask of a vocabulary, as `Chunk.allowed` has it, in which just these ids are allowed."""
     allowed = np.zeros(-(-vocab // 32) * 32, np.uint8)
     allowed[list(ids)] = 1
     return np.packbits(allowed, bitorder="little").view(np.int32)

@@ -20,10 +20,16 @@ def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
     start, end = sequence.computed, sequence.computed + count
     last = blocks_for(end + len(sequence.drafts))
     tables = tuple(
-        Table(table.first, np.array(table.blocks[: last - table.first], np.int32))
-        for table in sequence.tables
+        [
+            Table(table.first, np.array(table.blocks[: last - table.first], np.int32))
+            for table in sequence.tables
+        ]
     )
-    wanted = _scored(sequence, end) | {"hidden": _hidden(sequence, end)}
+    wanted: dict[str, Any] = {}
+    if request.prompt_logprobs is not None:
+        wanted |= _scored(sequence, end)
+    if request.kind == "embed":
+        wanted["hidden"] = _hidden(sequence, end)
     if not request.only_reads and end == len(tokens):
         constraint = sequence.constraint
         wanted |= _drawn(request, tokens, request.allowed if constraint is None else constraint.allowed())
@@ -64,7 +70,7 @@ def _drawn(request: Request, tokens: list[int], allowed: Ints | None) -> dict[st
 def _scored(sequence: Sequence, end: int) -> dict[str, Any]:
     """What a chunk up to `end` has where the prompt is scored; tokens that are computed again were scored before."""
     wanted, prompt = sequence.request.prompt_logprobs, sequence.request.prompt
-    if wanted is None or not sequence.passed_over <= sequence.computed < len(prompt) - 1:
+    if not sequence.passed_over <= sequence.computed < len(prompt) - 1:
         return {}
     return {"score_k": wanted, "successor": prompt[end] if end < len(prompt) else NO_TARGET}
 
@@ -72,8 +78,6 @@ def _scored(sequence: Sequence, end: int) -> dict[str, Any]:
 def _hidden(sequence: Sequence, end: int) -> Hidden:
     """Which hidden states are wanted of the tokens up to `end`; those that are computed again were pooled before."""
     request, start = sequence.request, sequence.computed
-    if request.kind != "embed":
-        return Hidden.NONE
     fresh = start >= sequence.passed_over
     if request.pooling == "mean":
         return Hidden.ALL if fresh else Hidden.NONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates
 from mpillm.engine.scheduler import Limits, Scheduler, Totals
-from mpillm.engine.sequence import Completion, PartialCompletion, Request, Sequence
+from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request, Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.engine.step import Hidden, Step
 from mpillm.engine.turn import Turn
@@ -100,7 +100,7 @@ class Engine:
 
     def run(
         self, requests: Iterable[Request], more: Callable[[], bool] | None = None
-    ) -> Generator[list[Completion], None, None]:
+    ) -> Generator[list[FinishedCompletion], None, None]:
         """Compute requests that `Limits` admits; yield after each step what it finished (mostly nothing).
 
         The generator may be closed before its end.
@@ -184,10 +184,10 @@ class Engine:
         hidden = iter(replies[0].hidden)
         turns = list(_turns(step, chosen))
         for turn in turns:
-            kind = turn.chunk.hidden
-            _pool(turn.sequence, islice(hidden, {Hidden.NONE: 0, Hidden.ALL: turn.count}.get(kind, 1)))
+            if (kind := turn.chunk.hidden) is not Hidden.NONE:
+                _pool(turn.sequence, islice(hidden, turn.count if kind is Hidden.ALL else 1))
             turn.take_scores(candidates)
-        self._draw(step, turns, dict(enumerate(candidates)))
+        self._draw(step, turns, candidates)
         finished = []
         for turn in turns:
             sequence = turn.sequence
@@ -202,24 +202,26 @@ class Engine:
     def _count(self, turn: Turn) -> None:
         """Note which tokens of a sequence are in the KV cache: those that were known, and drafts that were right."""
         sequence, totals = turn.sequence, self.totals
-        count = turn.count + turn.accepted
+        accepted = turn.accepted
+        count = turn.count + accepted
         begin, end = max(sequence.computed, sequence.reached), sequence.computed + count
         totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
         totals.recomputed_tokens += min(count, begin - sequence.computed)
         totals.generated_tokens += len(sequence.tokens) - turn.known
         totals.turns += bool(turn.rows[0])
-        totals.drafted_tokens += len(sequence.drafts)
-        totals.accepted_tokens += turn.accepted
         sequence.computed = end
         sequence.loads = sequence.saves = NO_SLOT
         sequence.reached = max(sequence.reached, end)
-        if self._speculation is not None:
+        if sequence.drafts:
             assert self._scheduler is not None
+            totals.drafted_tokens += len(sequence.drafts)
+            totals.accepted_tokens += accepted
             self._scheduler.give_back(sequence)
-            self._speculation.judge(sequence)
             sequence.drafts = []
+        if self._speculation is not None:
+            self._speculation.judge(sequence)
 
-    def _draw(self, step: Step, turns: list[Turn], candidates: dict[int, Candidates]) -> None:
+    def _draw(self, step: Step, turns: list[Turn], candidates: list[Candidates]) -> None:
         """Draw tokens from each sequence's rows, one after the other; `candidates` are those of each output.
 
         Where a draw needs more candidates than there are, one message fetches more for all such outputs.
@@ -231,7 +233,8 @@ class Engine:
                     if not turn.draw(row, candidates):
                         undecided[row[-1]] = turn
                         break
-            candidates |= self._fetch(step, {i: candidates[i] for i in undecided})
+            for i, found in self._fetch(step, {i: candidates[i] for i in undecided}).items():
+                candidates[i] = found
             turns = list(undecided.values())
 
     def _fetch(self, step: Step, known: dict[int, Candidates]) -> dict[int, Candidates]:
@@ -280,16 +283,14 @@ class _Sequences:
 
 
 def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:
-    by_chunk = {
-        chunk: list(group)
-        for chunk, group in groupby(range(len(step.outputs)), lambda i: step.outputs[i].chunk)
-    }
+    by_chunk: list[list[int]] = [[] for _ in step.chunks]
+    for i, output in enumerate(step.outputs):
+        by_chunk[output.chunk].append(i)
     first = 0
     for sequence, count in chosen:
-        chunks = range(first, first + 1 + len(sequence.drafts))
-        outputs = [by_chunk.get(chunk, []) for chunk in chunks]
-        yield Turn(sequence, count, step.chunks[first], outputs, step)
-        first = chunks.stop
+        behind = first + 1 + len(sequence.drafts)
+        yield Turn(sequence, count, step.chunks[first], by_chunk[first:behind], step)
+        first = behind
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:

@@ -121,7 +121,7 @@ class ReplyBuilder:
         self, step: Step, outputs: Seq[Output], logits: Floats
     ) -> tuple[NDArray[np.generic], ...]:
         vocab, threads = self._decoder.vocab, self._threads
-        finite = finite_rows(logits)
+        finite = finite_rows(logits, threads)
         if not finite.all():
             logits[~finite] = 0.0  # to keep the arithmetic below defined; no token is drawn from these rows
         values = logits
@@ -167,13 +167,15 @@ class ReplyBuilder:
         return Reply(number, ids, values, raw, panel_sums, targets, hidden)
 
 
-def finite_rows(rows: Floats) -> NDArray[np.bool_]:
+def finite_rows(rows: Floats, threads: int) -> NDArray[np.bool_]:
     """Whether all numbers of each row [m, n] are finite: [m].
 
-    A sum tells in one pass without a copy. Only rows with a sum that is not finite are checked value by value.
+    A sum of squares tells in one pass without a copy. Only rows whose sum is not finite are checked value by value.
     """
+    sums = np.empty(len(rows), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        finite: NDArray[np.bool_] = np.isfinite(np.add.reduce(rows, axis=1))
+        kernels.square_sums(rows, sums, threads)
+    finite: NDArray[np.bool_] = np.isfinite(sums)
     for row in np.flatnonzero(~finite):
         finite[row] = np.isfinite(rows[row]).all()
     return finite
@@ -212,7 +214,7 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
                 f"shard {shard} replied {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
                 f"{count.sum()} of {len(outputs)} were asked for"
             )
-    broken = np.any([np.isnan(reply.panel_sums[:, 0, 0]) for reply in replies], axis=0)
+    broken = np.any(np.isnan([reply.panel_sums[:, 0, 0] for reply in replies]), axis=0)
     if broken.any():
         replies = [replace(reply, panel_sums=np.nan_to_num(reply.panel_sums, nan=1.0)) for reply in replies]
     ids, values, raw = (

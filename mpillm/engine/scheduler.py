@@ -173,7 +173,7 @@ class Scheduler:
                 if saves and count == wanted:
                     sequence.saves = self._saved.save(sequence.block_key(sequence.save_at // KV_BLOCK - 1))
                 self._count_shared(sequence)
-                if self._shares:
+                if self._shares and (sequence.computed + count) // KV_BLOCK > sequence.named:
                     coming.update(self._name_blocks(sequence, count))
                 budget -= count
                 chosen.append((sequence, count))
@@ -211,13 +211,15 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Admit preempted sequences, then waiting ones, while blocks suffice for their tokens and all others' next."""
-        owed = sum(self._missing(sequence) for sequence in self.running)
-        growing = sum(self._growing(sequence) for sequence in self.running)
+        owed = growing = -1  # of the running ones; not known before one may join them
         while len(self.running) < self._max_running:
             self._next = self._next or self._take_next()
             sequence = self._preempted[0] if self._preempted else self._next
             if sequence is None:
                 return
+            if owed < 0:
+                owed = sum(map(self._missing, self.running))
+                growing = sum(map(self._growing, self.running))
             self._share(sequence)
             owed += self._missing(sequence)
             if self.running and owed + growing > self._pool.free:
@@ -292,6 +294,8 @@ class Scheduler:
         if not tables:
             return count
         end = tables[0].end
+        if sequence.computed + count <= end * KV_BLOCK:
+            return count
         if end * KV_BLOCK == sequence.computed:
             while pool.free < len(tables):
                 if not self._preempt_after(sequence):

@@ -132,6 +132,17 @@ class Request:
         return self.kind == "embed" or self.max_tokens == 0
 
     @property
+    def shifts_logits(self) -> bool:
+        """Whether anything may be added to the logits of some ids."""
+        return bool(
+            self.logit_bias
+            or self.bad_words
+            or self.min_tokens
+            or self.presence_penalty
+            or self.frequency_penalty
+        )
+
+    @property
     def max_length(self) -> int:
         """The maximum number of tokens whose keys and values it will need."""
         if self.kind == "embed":
@@ -147,7 +158,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion(PartialCompletion):
+class FinishedCompletion(PartialCompletion):
     """The result of a request.
 
     `tokens` includes the end token, if one ended the text (it is `stop_id` too). Log-probabilities are of the
@@ -166,6 +177,7 @@ class Sequence:
 
     def __init__(self, request: Request, submitted: float = 0.0) -> None:
         self.request = request
+        self._needs_all_rows = request.needs_all_rows
         self.tokens = list(request.prompt)
         self.constraint = None if request.constraint is None else request.constraint()
         self.number = 0  # in the order of admission: the lower, the older
@@ -218,7 +230,7 @@ class Sequence:
     @property
     def left(self) -> int:
         """The number of tokens that the next step can compute."""
-        if self.computed < self.passed_over and self.request.needs_all_rows:
+        if self._needs_all_rows and self.computed < self.passed_over:
             # Rows from there on are scored or pooled, rows before are not: one step never has both.
             return self.passed_over - self.computed
         return len(self.tokens) - self.computed
@@ -287,14 +299,14 @@ class Sequence:
             **self._seconds(),
         )
 
-    def completion(self) -> Completion:
+    def completion(self) -> FinishedCompletion:
         """The finished request's result."""
         embedding = None
         if self.request.kind == "embed":
             assert self.pooled is not None
             embedding = self.pooled.astype(np.float32)
             self.finite = bool(np.isfinite(self.pooled).all())
-        return Completion(
+        return FinishedCompletion(
             request=self.request,
             tokens=self.tokens[len(self.request.prompt) :],
             finish_reason=self.finish_reason or "length",

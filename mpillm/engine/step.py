@@ -156,7 +156,8 @@ class Step:
         starts = np.array([chunk.start for chunk in self.chunks], np.int32)
         rows = np.cumsum(counts, dtype=np.int32) - counts
         positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
-        adapters = np.array([chunk.adapter for chunk in self.chunks], np.int32)
+        adapters = [chunk.adapter for chunk in self.chunks]
+        seconds = [chunk.second for chunk in self.chunks]
         tables = zip(*(chunk.tables for chunk in self.chunks), strict=True)
         return Batch(
             tokens=tokens,
@@ -166,9 +167,10 @@ class Step:
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
             states=self._state_moves(),
-            adapters=np.repeat(adapters, counts) if adapters.any() else None,
-            second=np.repeat(np.array([chunk.second for chunk in self.chunks], np.int32), counts)
-            <= positions,
+            adapters=np.repeat(np.array(adapters, np.int32), counts) if any(adapters) else None,
+            second=positions >= np.repeat(np.array(seconds, np.int32), counts)
+            if min(seconds) < NO_SECOND
+            else None,
         )
 
     def _state_moves(self) -> StateMoves:
@@ -184,15 +186,23 @@ def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> Gro
     """The tables of one group, one after the other, behind padding: kernels count a sequence's blocks from its first
     one, also from where that is no longer kept. Neighbouring chunks of one sequence share theirs, and so the kernels
     look at its keys and values once."""
-    new = [not _same(table, before) for table, before in zip(tables, [None, *tables[:-1]], strict=True)]
-    which = np.cumsum(new) - 1
-    own = [table for table, is_new in zip(tables, new, strict=True) if is_new]
-    sizes = np.array([len(table.blocks) for table in own], np.int32)
-    begins = np.cumsum(sizes, dtype=np.int32) - sizes - np.array([table.first for table in own], np.int32)
-    padding = max(-int(begins.min()), 0)
-    table = np.concatenate([np.zeros(padding, np.int32), *(table.blocks for table in own)])
-    table_start = np.repeat(begins[which] + np.int32(padding), counts)
-    return GroupTables(table, table_start, table[table_start + positions // KV_BLOCK], padding)
+    own: list[Ints] = []
+    starts: list[int] = []  # of each chunk: where the table would have the sequence's first block
+    start = end = 0
+    before: Table | None = None
+    for table in tables:
+        if not _same(table, before):
+            start = end - table.first
+            end += len(table.blocks)
+            own.append(table.blocks)
+        starts.append(start)
+        before = table
+    padding = max(-min(starts), 0)
+    if padding:
+        own.insert(0, np.zeros(padding, np.int32))
+    blocks = np.concatenate(own)
+    table_start = np.repeat(np.array(starts, np.int32) + np.int32(padding), counts)
+    return GroupTables(blocks, table_start, blocks[table_start + positions // KV_BLOCK], padding)
 
 
 def _same(one: Table, other: Table | None) -> bool:

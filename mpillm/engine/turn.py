@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from mpillm.engine.drafter import common
@@ -30,7 +29,8 @@ class Turn:
     @property
     def accepted(self) -> int:
         """How many drafts are what was drawn, or forced."""
-        return common(self.sequence.tokens[self.known :], [draft.token for draft in self.sequence.drafts])
+        drafts = self.sequence.drafts
+        return common(self.sequence.tokens[self.known :], [draft.token for draft in drafts]) if drafts else 0
 
     @property
     def row(self) -> Seq[int]:
@@ -49,7 +49,7 @@ class Turn:
             sequence.prompt_logprobs.append(found.target_logit - found.log_z)
             sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
 
-    def draw(self, row: Seq[int], candidates: Mapping[int, Candidates]) -> bool:
+    def draw(self, row: Seq[int], candidates: Seq[Candidates]) -> bool:
         """Draw the next token from a row, unless that is not finite; False if it needs more candidates."""
         sequence, request = self.sequence, self.sequence.request
         sequence.finite = all(candidates[i].finite for i in row)

@@ -55,13 +55,13 @@ class _Adapted(Fused):
             sums[:, rows] += self._times(inner.reshape(-1, a.n), b, used).reshape(len(sums), len(rows), b.n)
 
 
-class Attention(_Adapted, fused.Attention):
+class AdaptedAttention(_Adapted, fused.Attention):
     """`kernels.Attention` of matrices some of which are adapted."""
 
 
-class LatentAttention(_Adapted, fused.LatentAttention):
+class AdaptedLatentAttention(_Adapted, fused.LatentAttention):
     """`kernels.LatentAttention` of matrices some of which are adapted; those of single heads are not."""
 
 
-class Products(_Adapted, fused.Products):
+class AdaptedProducts(_Adapted, fused.Products):
     """`kernels.Products` of matrices some of which are adapted."""

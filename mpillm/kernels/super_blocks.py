@@ -26,7 +26,7 @@ CANONICAL = {
 }
 
 
-class Fields(NamedTuple):
+class BitFields(NamedTuple):
     """The bits of a value, lowest first, in the fields that lie apart, and the bytes of small scales of a part."""
 
     bits: tuple[int, ...]
@@ -34,12 +34,12 @@ class Fields(NamedTuple):
 
 
 FIELDS = {
-    BlockType.Q4_K: Fields((4,), 2),
-    BlockType.Q5_K: Fields((4, 1), 2),
-    BlockType.Q6_K: Fields((4, 2), 2),
-    BlockType.IQ4_XS: Fields((4,), 1),
-    BlockType.Q3_K: Fields((2, 1), 2),
-    BlockType.Q2_K: Fields((2,), 2),
+    BlockType.Q4_K: BitFields((4,), 2),
+    BlockType.Q5_K: BitFields((4, 1), 2),
+    BlockType.Q6_K: BitFields((4, 2), 2),
+    BlockType.IQ4_XS: BitFields((4,), 1),
+    BlockType.Q3_K: BitFields((2, 1), 2),
+    BlockType.Q2_K: BitFields((2,), 2),
 }
 # The halves of a part have scales of their own.
 HALVED = {BlockType.Q6_K, BlockType.Q3_K, BlockType.Q2_K, BlockType.IQ2_XS, BlockType.IQ2_S}

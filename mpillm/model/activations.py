@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place
-from mpillm.weights.names import ROLES
+from mpillm.weights.roles import ROLES
 from mpillm.weights.source import Source
 
 # Bytes of a value as products with quantised weights take it.

@@ -25,8 +25,8 @@ from mpillm.weights.formats.extent import Extent, place
 from mpillm.weights.formats.gguf_adapter import open_gguf_adapter
 from mpillm.weights.formats.peft import open_peft
 from mpillm.weights.inventory import TensorSpec, tensor_name
-from mpillm.weights.names import ROLES, Key
 from mpillm.weights.page import Matrix
+from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import Source
 
 

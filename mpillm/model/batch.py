@@ -30,12 +30,14 @@ class Batch:
     groups: tuple[GroupTables, ...]  # of each group of layers
     first_rows: Ints  # of each sequence
     slots: Ints  # of each sequence's states, -1 where it has none
-    second: NDArray[np.bool_]  # whether the row is of its sequence's second segment
     states: StateMoves = NO_MOVES
+    second: NDArray[np.bool_] | None = (
+        None  # whether the row is of its sequence's second segment; None: no row is
+    )
     adapters: Ints | None = None  # the number of each row's; None if no row has one
 
 
-class Step:
+class ForwardPass:
     """A batch while it passes through the layers; what several layers need of it is made once."""
 
     def __init__(self, batch: Batch) -> None:

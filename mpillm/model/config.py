@@ -14,7 +14,7 @@ from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.pooled import ClassifierSpec
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.weights.inventory import HEAD, PageSpec, TensorSpec
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 
 class Beside(Protocol):

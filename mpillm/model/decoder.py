@@ -14,7 +14,7 @@ import numpy as np
 from mpillm import kernels
 from mpillm.comm.collectives import Group, Pipe
 from mpillm.model.adapters import RankAdapters
-from mpillm.model.batch import Batch, Rows, Step
+from mpillm.model.batch import Batch, ForwardPass, Rows
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.layers.attention import AttentionSpec
@@ -24,9 +24,9 @@ from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.partition import grid
 from mpillm.weights.inventory import ATTENTION, HEAD
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.weights import Weights
+from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
 
 
@@ -94,7 +94,7 @@ class Decoder:
                 x *= np.float32(self.config.embedding_scale)
         else:
             x = self._pipe.recv(len(batch.tokens), self.config.hidden)
-        step = Step(batch)
+        step = ForwardPass(batch)
         self._rank.low_ranks = self._adapters.of_step(batch.adapters)
         self._kv.begin(batch.groups, batch.offset, batch.states)
         if self._stack is None or self._rank.low_ranks:
@@ -144,7 +144,7 @@ class _RankLayer:
         """`i` is its number among the rank's layers."""
         self.spec, self._number, self._rank, self.cache = spec, number, rank, kv.of_layer(i)
 
-    def __call__(self, x: Floats, step: Step) -> None:
+    def __call__(self, x: Floats, step: ForwardPass) -> None:
         rank, spec, number = self._rank, self.spec, self._number
         norms = spec.mixer_norms
         with rank.page(number, ATTENTION) as page:
@@ -237,7 +237,7 @@ class _Stack:
             [self._views.index(view) for view in views],
         )
 
-    def rows(self, step: Step) -> list[Rows]:
+    def rows(self, step: ForwardPass) -> list[Rows]:
         """A step's rows as the layers see them."""
         return [step.rows(*view) for view in self._views]
 

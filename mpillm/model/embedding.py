@@ -18,7 +18,7 @@ from mpillm.model.pooled import Dense, Function, Pooling
 from mpillm.weights.formats.safetensors import read_header
 from mpillm.weights.formats.stored import OWN, Floats
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import LENGTHS, MODULES, PROMPTS
 

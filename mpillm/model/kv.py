@@ -68,7 +68,7 @@ class KVCache:
     def begin(self, groups: Sequence[GroupTables], offset: Ints, moves: StateMoves) -> None:
         """A step begins that reads all blocks of these tables, and writes each row at its block and `offset`."""
         self._move(moves.loaded)
-        for states in self._states:
+        for states in self._states if moves.fresh else ():
             states[list(moves.fresh)] = 0
         if not groups:
             return

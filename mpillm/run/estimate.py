@@ -12,7 +12,7 @@ from mpillm.model.cache_layout import blocks_needed
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
-from mpillm.run.input_memory import Asked
+from mpillm.run.input_memory import InputNeeds
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import ReplicaPlan
 from mpillm.run.speed import ASSUMED, Speed
@@ -20,7 +20,7 @@ from mpillm.run.step_time import (
     INSIDE,
     Demand,
     JobTime,
-    Link,
+    LinkRate,
     Stage,
     StepRows,
     between,
@@ -55,7 +55,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     bubble: float  # the part of a step in which stages wait for each other
 
 
-def demand_of(asked: Asked) -> Demand | None:
+def demand_of(asked: InputNeeds) -> Demand | None:
     """The demand of an input; None if there is none."""
     if not asked.sequences or not asked.prompt_tokens + asked.generated_tokens:
         return None
@@ -117,7 +117,7 @@ def stages_of(
     )
     groups = [replica.ranks[at : at + replica.shards] for at in range(0, len(replica.ranks), replica.shards)]
 
-    def link(*ranks: range) -> Link:
+    def link(*ranks: range) -> LinkRate:
         of = [rank for some in ranks for rank in some]
         return (
             INSIDE
@@ -139,7 +139,12 @@ def stages_of(
 
 
 def stage_layers_by_speed(
-    spec: Spec, config: ModelConfig, machines: Machines, replica: Replica, plan: ReplicaPlan, asked: Asked
+    spec: Spec,
+    config: ModelConfig,
+    machines: Machines,
+    replica: Replica,
+    plan: ReplicaPlan,
+    asked: InputNeeds,
 ) -> tuple[int, ...] | None:
     """How many layers each of a replica's stages should have; None if an even division is about as fast.
 

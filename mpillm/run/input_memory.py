@@ -76,13 +76,13 @@ class _Body(msgspec.Struct):
     best_of: int | None = None
 
 
-class _Line(_Body):
+class _LineSize(_Body):
     body: _Body | None = None
     custom_id: Any = None
 
 
 @dataclass(frozen=True)
-class Asked:
+class InputNeeds:
     """What an input asks for; nothing if there is none that can be read."""
 
     lines: int = 0
@@ -117,12 +117,12 @@ def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
     return asked_of(spec, hidden).kept(sequences)
 
 
-def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> Asked:
+def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
     blocks: int | None = 0
     context = spec.memory.max_context
-    decoder = msgspec.json.Decoder(_Line)
+    decoder = msgspec.json.Decoder(_LineSize)
     template = None if spec.request is None else Template(spec.request)
     try:
         with inputs.opened(spec) as file:
@@ -153,8 +153,8 @@ def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> Asked:
                     None if blocks is None or most is None else blocks + _blocks(most + new, count, context)
                 )
     except OSError:
-        return Asked()
-    return Asked(
+        return InputNeeds()
+    return InputNeeds(
         lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from mpillm.run import inputs
 from mpillm.run.opened import model_of
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
-from mpillm.spec import Spec, Wire
+from mpillm.spec import Spec, WireSection
 from mpillm.store.journal import MODEL_FILE, Journal, began
 from mpillm.store.output import Claim
 from mpillm.store.records import Counts, UsedLayout
@@ -39,7 +39,7 @@ class Phases:
 
 
 @dataclass(frozen=True)
-class Job:
+class OpenedJob:
     """A job whose input was checked. Its lists and dicts grow while it runs."""
 
     spec: Spec
@@ -91,7 +91,7 @@ class Job:
 
 def open_job(
     session: Session, spec: Spec, path: Path, claim: Claim, progress: Progress
-) -> tuple[Job, Journal]:
+) -> tuple[OpenedJob, Journal]:
     """Check the input and open the journal; MpillmError if either cannot be used."""
     phases, since = Phases(), began(claim)
     model = model_of(session, path, lambda: since)
@@ -99,7 +99,7 @@ def open_job(
     checked = requests.check(lines, spec, model, unit="Line" if lines == spec.input_path else "Row")
     journal = open_journal(session, spec, checked, claim)
     checked.keep_answered(journal.done)
-    job = Job(spec, path, model, checked, claim, progress, journal.resumed, journal.counts, phases)
+    job = OpenedJob(spec, path, model, checked, claim, progress, journal.resumed, journal.counts, phases)
     for warning in (
         *journal.damage,
         *_layouts_that_differ(job, journal, session.layout),
@@ -121,14 +121,14 @@ def unanswered(checked: CheckedInput, journal: Journal) -> int:
     return len(checked) - len(checked.errors) - len(journal.done)
 
 
-def results_differ(one: UsedLayout, other: UsedLayout, wire: Wire) -> bool:
+def results_differ(one: UsedLayout, other: UsedLayout, wire: WireSection) -> bool:
     """Whether the last digits of results may differ between two layouts."""
     return (one.shards != other.shards and wire.activations != "f32") or (
         one.stages != other.stages and wire.between_stages != "f32"
     )
 
 
-def _layouts_that_differ(job: Job, journal: Journal, now: UsedLayout) -> Iterator[str]:
+def _layouts_that_differ(job: OpenedJob, journal: Journal, now: UsedLayout) -> Iterator[str]:
     """A warning if earlier runs had other layouts, and that can be seen in the results."""
     answered, left, wire = journal.answered, unanswered(job.input, journal), job.spec.wire
     rest = [now] if left else []
@@ -141,7 +141,7 @@ def _layouts_that_differ(job: Job, journal: Journal, now: UsedLayout) -> Iterato
         )
 
 
-def _other_models(job: Job) -> Iterator[str]:
+def _other_models(job: OpenedJob) -> Iterator[str]:
     """Warnings for lines that name another model than the job's; OpenAI's lines name one."""
     for name, count in job.input.models.items():
         if name not in (job.spec.model, job.path.name, job.model.name, *job.model.adapters):

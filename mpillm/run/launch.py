@@ -46,7 +46,7 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 @dataclass(frozen=True)
-class Host:
+class HostSlots:
     """A line of a hostfile: a name or an address, and how many ranks it takes."""
 
     name: str
@@ -63,7 +63,7 @@ class Settings:
     mpi_options: tuple[str, ...] = ()  # for mpiexec
 
 
-def read_hosts(path: Path) -> list[Host]:
+def read_hosts(path: Path) -> list[HostSlots]:
     """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
     try:
         lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
@@ -74,13 +74,13 @@ def read_hosts(path: Path) -> list[Host]:
         found = re.fullmatch(r"([^\s:]+)(?::(\d+)|\s+slots\s*=\s*(\d+))?", line)
         if not found:
             raise JobError(f"The hostfile {path} has the line {line!r}; write 'node1 slots=2' or 'node1:2'.")
-        hosts.append(Host(found[1], int(found[2] or found[3] or 1)))
+        hosts.append(HostSlots(found[1], int(found[2] or found[3] or 1)))
     if not hosts:
         raise JobError(f"The hostfile {path} names no host.")
     return hosts
 
 
-def write_hosts(path: Path, hosts: Sequence[Host], library: Library) -> None:
+def write_hosts(path: Path, hosts: Sequence[HostSlots], library: Library) -> None:
     """Write a hostfile in the words of the MPI at hand."""
     form = "{}:{}" if library.name == "MPICH" else "{} slots={}"
     path.write_text("".join(form.format(host.name, host.slots) + "\n" for host in hosts))
@@ -212,7 +212,7 @@ class Supervisor:
             return (self._spec.output_path / JOURNAL).stat().st_size
         return 0
 
-    def _hosts(self) -> list[Host]:
+    def _hosts(self) -> list[HostSlots]:
         """The hosts of the hostfile that answer; all of them if none does, for then mpiexec shall say why."""
         if self._settings.hostfile is None:
             return []
@@ -224,7 +224,7 @@ class Supervisor:
                 self._say(f"The host {host.name} does not answer; going on without it.")
         return [host for host, answer in zip(hosts, answers, strict=True) if answer] or hosts
 
-    def _answers(self, host: Host) -> bool:
+    def _answers(self, host: HostSlots) -> bool:
         if host.name in ("localhost", "127.0.0.1", socket.gethostname(), *own_addresses()):
             return True
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER / 2:.0f}"]

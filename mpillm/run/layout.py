@@ -17,7 +17,7 @@ from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replicas
 from mpillm.run.estimate import stage_layers_by_speed
-from mpillm.run.input_memory import Asked
+from mpillm.run.input_memory import InputNeeds
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import ReplicaPlan, replica_plans
 from mpillm.spec import Spec, shown_bytes
@@ -40,7 +40,7 @@ def choose(
     count: int | Auto,
     requests: int | None = None,
     shards: int | None = None,
-    asked: Asked = Asked(),  # noqa: B008
+    asked: InputNeeds = InputNeeds(),  # noqa: B008
 ) -> Chosen:
     """Lay `count` replicas out on all ranks; LayoutError if that is impossible.
 
@@ -64,7 +64,7 @@ def _choose(
     count: int | Auto,
     requests: int | None,
     shards: int | Auto,
-    asked: Asked,
+    asked: InputNeeds,
 ) -> Chosen:
     stages, hosts = spec.layout.stages, machines.ranks_per_host
     if count != "auto":
@@ -87,7 +87,7 @@ def _choose(
 
 
 def _with_layers_by_speed(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, chosen: Chosen, asked: Asked
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, chosen: Chosen, asked: InputNeeds
 ) -> Chosen:
     """The same with more layers on faster stages, as their memory allows, where the speeds of ranks are known."""
     if not machines.speeds:
@@ -115,7 +115,7 @@ def _most(
     machines: Machines,
     requests: int | None,
     shards: int | Auto,
-    asked: Asked,
+    asked: InputNeeds,
 ) -> tuple[Replicas | None, str]:
     """As many replicas of at least a host each as there are requests for and memory suffices for, and why."""
     hosts = len(machines.ranks_per_host)
@@ -149,7 +149,7 @@ def _too_much(
     config: ModelConfig,
     machines: Machines,
     found: Replicas,
-    asked: Asked,
+    asked: InputNeeds,
     known: dict[tuple[Any, ...], ReplicaPlan],
 ) -> str | None:
     """Why these replicas do not hold the whole model in memory; None if they do."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from mpillm.batch.pending import Pending
 from mpillm.batch.work import Model, Work
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Completion, PartialCompletion, Request
+from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
 from mpillm.errors import Interrupted
 from mpillm.run.session import Session
 from mpillm.spec import Spec
@@ -53,7 +53,7 @@ class Leader:
                 )
             yield replace(request, resumed=partial.get(request.choice))
 
-    def take(self, completion: Completion) -> bool:
+    def take(self, completion: FinishedCompletion) -> bool:
         """Keep a completion; return whether it was the last one of its line, and so made the line's answer."""
         pending = self._pending[completion.request.id]
         completions = pending.take(completion)

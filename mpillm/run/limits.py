@@ -21,7 +21,7 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
 from mpillm.model.spill import maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
-from mpillm.run.input_memory import Asked
+from mpillm.run.input_memory import InputNeeds
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
@@ -115,7 +115,7 @@ class CacheCapacity:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
 
-    def needed(self, groups: int, asked: Asked) -> tuple[int, int]:
+    def needed(self, groups: int, asked: InputNeeds) -> tuple[int, int]:
         """Blocks and states that an input can come to use, or all if there is none, or it is not known."""
         if not asked.lines or asked.blocks is None:
             return self.blocks, self.states

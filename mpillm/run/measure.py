@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.comm import probe
-from mpillm.comm.probe import Link
+from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
 from mpillm.run.hosts import Host
@@ -36,7 +36,7 @@ REQUEST, READERS = 4 * 2**20, 4  # bytes of a request to the disk, and how many 
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskRate:
     """Bytes/s of a file, 0 if it was not read, and how that was found out."""
 
     rate: float = 0.0
@@ -49,7 +49,7 @@ class Measured:
 
     products: Products
     memory: float  # bytes/s
-    disk: Disk
+    disk: DiskRate
 
 
 def everyone(world: World, kinds: Sequence[str], threads: int, file: Path | None) -> list[Measured]:
@@ -59,7 +59,7 @@ def everyone(world: World, kinds: Sequence[str], threads: int, file: Path | None
     world.barrier()
     products, memory = _product_rates(kinds, threads), _memory_rate(threads)
     world.barrier()
-    disk = Disk() if file is None else _disk_rate(file, here.index(world.rank), len(here))
+    disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here))
     return world.gather(Measured(products, memory, disk))
 
 
@@ -81,7 +81,7 @@ def machines(world: World, source: Source, threads: int) -> Machines:
     return Machines(world.nodes.ranks_per_host, world.nodes.free, world.hosts, speeds, measured=True)
 
 
-def hosts(world: World, ranks: Sequence[Measured], links: Sequence[Link]) -> list[Host]:
+def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) -> list[Host]:
     """The measurements as a file of hosts has them: of all ranks of a host together, with its best link."""
     numbers, free, found = world.nodes.numbers, world.nodes.free, []
     for number in range(max(numbers) + 1):
@@ -129,7 +129,7 @@ def _memory_rate(threads: int) -> float:
     return 0.0
 
 
-def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> Disk:
+def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> DiskRate:
     """How fast a file is read in order: past the page cache, or after its pages are dropped from it.
 
     Ranks of one host read parts of their own: `part` of `parts`.
@@ -138,17 +138,17 @@ def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> Disk:
     begin, end = (at * size // parts // SECTOR * SECTOR for at in (part, part + 1))
     places = range(begin, end - REQUEST + 1, REQUEST)
     if not places:
-        return Disk(0.0, "the file is too small")
+        return DiskRate(0.0, "the file is too small")
     direct = open_direct(path)
     try:
         if direct >= 0 and read_direct(direct, begin, new_buffer(SECTOR, SECTOR)):
-            return Disk(_rate(places, lambda at, out: read_direct(direct, at, out)), "O_DIRECT")
+            return DiskRate(_rate(places, lambda at, out: read_direct(direct, at, out)), "O_DIRECT")
     finally:
         if direct >= 0:
             os.close(direct)
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
-        return Disk(
+        return DiskRate(
             _rate(places, lambda at, out: os.preadv(file.fileno(), [out.data], at) == len(out)),
             "pages dropped first",
         )

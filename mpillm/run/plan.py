@@ -17,7 +17,7 @@ from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import Asked, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, asked_of, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import cached_tokens
 from mpillm.run.machines import Machines
@@ -167,7 +167,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
 
 def _laid_out(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
 ) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
     chosen = layout.choose(
         spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
@@ -177,7 +177,7 @@ def _laid_out(
 
 
 def _useful(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
 ) -> tuple[Machines, list[str]]:
     """The machines without those that would slow the run down, and these by name.
 
@@ -212,7 +212,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 
 
 def _gains(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: Asked, now: Estimate
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
     """What one more of each thing brings: how many times as fast the job is with it."""
     memory = spec.memory

@@ -17,7 +17,7 @@ from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.partition.replicas import Replica
 from mpillm.run import memory
-from mpillm.run.input_memory import Asked
+from mpillm.run.input_memory import InputNeeds
 from mpillm.run.limits import (
     CacheCapacity,
     StepSize,
@@ -27,7 +27,7 @@ from mpillm.run.limits import (
     cached_tokens,
     step_size,
 )
-from mpillm.run.step_time import Attention, Work
+from mpillm.run.step_time import AttentionWork, RankWork
 from mpillm.spec import Spec, shown_bytes, tightest
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts
@@ -70,7 +70,7 @@ class ReplicaPlan:
     capacity: CacheCapacity
     max_context: int
     ranks: list[RankPlan]
-    works: list[Work]  # of each rank
+    works: list[RankWork]  # of each rank
 
     @property
     def cached_tokens(self) -> int:
@@ -84,7 +84,7 @@ def replica_plan(
     config: ModelConfig,
     number: int,
     replica: Replica,
-    asked: Asked,
+    asked: InputNeeds,
     hosts: Sequence[str] = (),
 ) -> ReplicaPlan:
     """What the ranks of replica `number` will hold; `asked` is what the input asks for, `hosts` each rank's host."""
@@ -129,7 +129,7 @@ def replica_plans(
     source: Source,
     config: ModelConfig,
     replicas: Sequence[Replica],
-    asked: Asked,
+    asked: InputNeeds,
     hosts: Sequence[str] = (),
     known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
 ) -> Iterator[ReplicaPlan]:
@@ -156,7 +156,7 @@ def work_of(
     cache: CacheLayout,
     streamed: int,
     streamed_experts: int,
-) -> Work:
+) -> RankWork:
     """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights."""
     counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
     for page in pages:
@@ -171,7 +171,7 @@ def work_of(
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1
     nbytes = cache.token_nbytes // max(sum(attention.values()), 1)
-    return Work(
+    return RankWork(
         layers=len(grid.stage_layers(config.n_layers, place)),
         products=counts["layer"],
         experts=counts["expert"],
@@ -179,7 +179,7 @@ def work_of(
         expert_share=config.expert_share,
         streamed=streamed,
         streamed_experts=streamed_experts,
-        attention=[Attention(window, n * nbytes, n * operations) for window, n in attention.items()],
+        attention=[AttentionWork(window, n * nbytes, n * operations) for window, n in attention.items()],
     )
 
 

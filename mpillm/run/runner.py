@@ -56,7 +56,7 @@ Losses = tuple[Loss, ...]  # since the run began; on rank 0 those that it has no
 def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
     """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong."""
     with ExitStack() as stack:
-        rank = _Rank(world, spec, progress, stack)
+        rank = _RankContext(world, spec, progress, stack)
         state: State | Regrouping | Ended = Starting(())
         while True:
             try:
@@ -77,7 +77,7 @@ def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
                 state = Regrouping(state, (loss,))
 
 
-class _Rank:
+class _RankContext:
     """What a rank has in every state."""
 
     def __init__(self, world: World, spec: Spec, progress: Progress, stack: ExitStack) -> None:
@@ -171,7 +171,7 @@ class Starting:
 
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         return rank.begin(self.losses)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -187,7 +187,7 @@ class Restarting:
     before: Computation | None  # None on a rank that has not led
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         laid_out = self.origin.laid_out(rank.world, rank.spec.wire)
         if not rank.world.keep_first(laid_out[-1].ranks.stop):
             rank.world.exit(0)
@@ -204,7 +204,7 @@ class Leading:
 
     computation: Computation
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         session = self.computation.session
         with rank.computing(session):
             self.computation.run()
@@ -221,7 +221,7 @@ class Gathering:
     computation: Computation
     own: report.RankStatistics
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         with rank.world.computing():
             return self._writing(rank.world.gather(self.own))
 
@@ -240,7 +240,7 @@ class Writing:
     computation: Computation
     ranks: list[report.RankStatistics]
 
-    def advance(self, rank: _Rank) -> Ended:
+    def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():  # no rank leaves before everything is written
             made = outcome.write(self.computation, self.ranks, rank.start)
         return Ended(made)
@@ -257,7 +257,7 @@ class Following:
     assistant: Assistant | None  # of a leader
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State | Ended:
+    def advance(self, rank: _RankContext) -> State | Ended:
         session = self.session
         with rank.computing(session):
             if (self.assistant.run() if self.assistant else self._follow()) != 0:
@@ -281,7 +281,7 @@ class Waiting:
     origin: Origin
     losses: Losses
 
-    def advance(self, rank: _Rank) -> Ended:
+    def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():
             pass
         return Ended(None)
@@ -298,7 +298,7 @@ class Regrouping:
     before: State
     losses: Losses
 
-    def advance(self, rank: _Rank) -> State:
+    def advance(self, rank: _RankContext) -> State:
         computed = rank.world.bcast(isinstance(self.before, (Gathering, Writing)))
         return self.before.regrouped(computed, self.losses)
 

@@ -20,7 +20,7 @@ from mpillm.batch.rows import MAX_LINE
 from mpillm.batch.work import Line, Work
 from mpillm.comm.world import World
 from mpillm.engine.engine import follow
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import ModelError, RequestError
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Bar
@@ -128,7 +128,7 @@ class Service:
             yield work
 
     def _take(
-        self, completion: Completion, pending: dict[str, tuple[int, Pending]]
+        self, completion: FinishedCompletion, pending: dict[str, tuple[int, Pending]]
     ) -> tuple[int, Result] | None:
         """Keep a completion; return its line's result if it was the last one."""
         index, found = pending[completion.request.id]

@@ -27,13 +27,13 @@ from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
 from mpillm.run import hosts, layout, measure, memory
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import Asked, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, asked_of, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import replica_plans
 from mpillm.run.step_time import Demand
-from mpillm.spec import Spec, Wire, tightest
+from mpillm.spec import Spec, WireSection, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
@@ -59,7 +59,7 @@ class Origin:
     model: dict[str, FileIdentity]  # the files as rank 0 had them
     model_state: str  # of all ranks' files
 
-    def laid_out(self, world: World, wire: Wire) -> Replicas:
+    def laid_out(self, world: World, wire: WireSection) -> Replicas:
         """The replicas for the ranks that are left, or for some of them."""
         return replicas.choose_fewer(
             self.config,
@@ -126,7 +126,7 @@ class Session:
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
         self.machines = world.on_rank_0(self._known_machines)
-        self._asked = world.on_rank_0(self._ask) if self._replicated else Asked()
+        self._asked = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
         chosen = Chosen(self._laid_out, "ranks were lost") if self._laid_out else self._choose_layout()
         self.replicas, self.reason = chosen.replicas, chosen.reason
         number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
@@ -289,7 +289,7 @@ class Session:
         known = hosts.read(Path(file), self.world.size)
         return replace(machines, speeds=known.speeds, measured=known.measured)
 
-    def _ask(self) -> Asked:
+    def _ask(self) -> InputNeeds:
         """What the input asks for, which only rank 0 can read."""
         return asked_of(self.spec, self.config.hidden, template_length(self.source))
 

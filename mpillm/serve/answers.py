@@ -9,16 +9,16 @@ from typing import Any
 
 import msgspec
 
-from mpillm.batch.endpoints.chat import ChatCompletions
+from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.streaming import ChatStream, TextStream
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 
 DONE = b"data: [DONE]\n\n"
 
 
-def body(work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+def body(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
     """The answer as JSON has it, with an id and a time of its own (a batch's answers have neither)."""
     made = work.endpoint.response(work, completions, model)
     if isinstance(made.get("id"), str):
@@ -42,7 +42,7 @@ class Stream:
         self._work, self._model, self._usage = work, model, include_usage
         self._chats: list[ChatStream] = []
         self._texts: list[TextStream] = []
-        if isinstance(endpoint, ChatCompletions):
+        if isinstance(endpoint, ChatCompletionsEndpoint):
             self._chats = [ChatStream(endpoint, request, work.spec, model) for request in work.requests]
         else:
             self._texts = [TextStream(endpoint, work.spec, model) for _ in work.requests]
@@ -64,7 +64,7 @@ class Stream:
         if more := stream.push(token):
             yield self._event(self._choice(choice, more))
 
-    def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
+    def end(self, completions: Sequence[FinishedCompletion]) -> Iterator[bytes]:
         """What comes when all choices are complete: the rest of each text, log-probabilities, why it ended, usage."""
         made = msgspec.json.decode(msgspec.json.encode(body(self._work, completions, self._model)))
         for choice in made["choices"]:

@@ -26,7 +26,7 @@ from mpillm.batch.answers import NOT_FINITE
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.errors import RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
@@ -40,7 +40,7 @@ ENDED = "The server ends before the answer is complete."
 
 
 @dataclass
-class Service:
+class ServerState:
     """What the URLs need of the server."""
 
     spec: Spec
@@ -66,7 +66,7 @@ class Service:
         return prepare(url, content, self.spec, self.model)
 
 
-def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
+def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
     """The ASGI application; `more_routes` are those of files and batches."""
     routes = [
         *(
@@ -86,10 +86,10 @@ def make_app(service: Service, more_routes: list[Route]) -> ASGIApp:
         routes=routes,
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
     )
-    return _Guarded(app, service.api_key)
+    return _KeyGuard(app, service.api_key)
 
 
-class _Guarded:
+class _KeyGuard:
     """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -109,7 +109,7 @@ class _Guarded:
 class _Ask:
     """A POST to one of the endpoints that a batch has too."""
 
-    def __init__(self, service: Service, url: str) -> None:
+    def __init__(self, service: ServerState, url: str) -> None:
         self._service, self._url = service, url
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,9 +136,9 @@ class _Ask:
             raise RequestError("stream must be true or false")
         options = content.get("stream_options") or {}
         work = await loop.run_in_executor(service.preparing, service.prepare, self._url, content)
-        events: asyncio.Queue[tuple[int, int] | list[Completion] | None] = asyncio.Queue()
+        events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None] = asyncio.Queue()
 
-        def put(event: tuple[int, int] | list[Completion] | None) -> None:
+        def put(event: tuple[int, int] | list[FinishedCompletion] | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         if streams and not isinstance(work.endpoint, Generate):
@@ -164,7 +164,7 @@ class _Ask:
         self,
         stream: answers.Stream,
         ticket: Ticket,
-        events: asyncio.Queue[tuple[int, int] | list[Completion] | None],
+        events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None],
     ) -> AsyncIterator[bytes]:
         try:
             for chunk in stream.begin():
@@ -186,8 +186,8 @@ class _Ask:
         self,
         request: Request,
         ticket: Ticket,
-        events: asyncio.Queue[tuple[int, int] | list[Completion] | None],
-    ) -> list[Completion] | None:
+        events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None],
+    ) -> list[FinishedCompletion] | None:
         """The completions, None if there will be none; withdraws the request when the client goes away."""
         answer = asyncio.ensure_future(events.get())
         gone = asyncio.ensure_future(_disconnected(request))
@@ -204,7 +204,7 @@ class _Ask:
             gone.cancel()
 
 
-def _check_finite(completions: list[Completion]) -> None:
+def _check_finite(completions: list[FinishedCompletion]) -> None:
     if not all(completion.finite for completion in completions):
         raise HTTPException(500, NOT_FINITE)
 
@@ -232,7 +232,7 @@ def _object(raw: bytes) -> dict[str, Any]:
         raise RequestError(str(error).replace("the line", "the body", 1)) from None
 
 
-def _models(service: Service) -> Callable[[Request], Awaitable[Response]]:
+def _models(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
     async def models(request: Request) -> Response:
         model, name = service.model, request.path_params.get("name")
         if name is None:
@@ -245,7 +245,7 @@ def _models(service: Service) -> Callable[[Request], Awaitable[Response]]:
     return models
 
 
-def _described(service: Service, name: str) -> dict[str, Any]:
+def _described(service: ServerState, name: str) -> dict[str, Any]:
     """The model or one of its adapters, as OpenAI's clients and vLLM's have it."""
     model = service.model
     return {
@@ -258,7 +258,7 @@ def _described(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
+def _health(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
         arrivals = service.arrivals
         return JSONResponse(
@@ -274,7 +274,7 @@ def _health(service: Service) -> Callable[[Request], Awaitable[Response]]:
     return health
 
 
-def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
+def _metrics(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
     async def metrics(_: Request) -> Response:
         text, kind = service.metrics.exposition(service.arrivals)
         return Response(text, media_type=kind)

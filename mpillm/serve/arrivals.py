@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from mpillm.batch.pending import Pending
 from mpillm.batch.work import Work
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import MpillmError
 
 LOOK = 0.2  # seconds between two looks at whether a signal has come
@@ -34,7 +34,7 @@ class Ticket:
     def __init__(
         self,
         work: Work,
-        done: Callable[[list[Completion] | None], object],
+        done: Callable[[list[FinishedCompletion] | None], object],
         token: Callable[[int, int], object] | None = None,
     ) -> None:
         """`done` gets the completions of `work.requests`, or None if there will be none; `token` each choice and id."""
@@ -60,7 +60,7 @@ class Ticket:
 
         return watch
 
-    def take(self, completion: Completion) -> None:
+    def take(self, completion: FinishedCompletion) -> None:
         """Keep a choice; the last one completes the answer."""
         if self._pending is not None and (completions := self._pending.take(completion)) is not None:
             self._pending = None
@@ -168,7 +168,7 @@ class Arrivals:
                 self._changed.wait(LOOK)
             return not self._closed
 
-    def take(self, completion: Completion) -> None:
+    def take(self, completion: FinishedCompletion) -> None:
         """Hand a finished choice to the request that it belongs to."""
         ticket, _ = self._running.pop(id(completion.request))
         ticket.take(completion)

@@ -22,7 +22,7 @@ import msgspec
 from mpillm.batch import requests
 from mpillm.batch.answers import bad_line
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.errors import MpillmError
 from mpillm.serve.arrivals import Arrivals, Ticket
 from mpillm.spec import Spec
@@ -48,7 +48,7 @@ class File(msgspec.Struct, kw_only=True):
     status: str = "processed"
 
 
-class Counts(msgspec.Struct, kw_only=True):
+class RequestCounts(msgspec.Struct, kw_only=True):
     """Lines of a batch."""
 
     total: int = 0
@@ -77,7 +77,7 @@ class BatchObject(msgspec.Struct, kw_only=True):
     cancelled_at: int | None = None
     expires_at: int | None = None
     expired_at: int | None = None
-    request_counts: Counts = msgspec.field(default_factory=Counts)
+    request_counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
     metadata: dict[str, str] | None = None
 
 
@@ -112,7 +112,7 @@ class _Described:
         return sorted(found, key=lambda each: (-each.created_at, each.id))
 
 
-class Files:
+class FileStore:
     """The uploaded files, and the results of batches."""
 
     def __init__(self, folder: Path) -> None:
@@ -152,7 +152,7 @@ class Batches:
     def __init__(
         self,
         folder: Path,
-        files: Files,
+        files: FileStore,
         arrivals: Arrivals,
         spec: Spec,
         model: Model,
@@ -278,11 +278,11 @@ class _Run:
             unless_made.pop_all()
         batch.keep_answered(self._journal.done)
 
-    def counts(self) -> Counts:
+    def counts(self) -> RequestCounts:
         """How far it is."""
         bad, done = len(self._batch.errors), len(self._journal.done)
         failed = bad + sum(place.status != 200 for place in list(self._journal.done.values()))
-        return Counts(total=len(self._batch), completed=bad + done - failed, failed=failed)
+        return RequestCounts(total=len(self._batch), completed=bad + done - failed, failed=failed)
 
     def tickets(self, ended: Callable[[], object]) -> Iterator[Ticket]:
         """A ticket for each line that is not answered; `ended` is called once all are."""
@@ -296,7 +296,7 @@ class _Run:
         self._all_taken = True
         self._look_for_end()
 
-    def _take(self, work: Work, completions: list[Completion] | None) -> None:
+    def _take(self, work: Work, completions: list[FinishedCompletion] | None) -> None:
         self._under_way.remove(work.custom_id)
         if completions is None:  # the server ends
             return

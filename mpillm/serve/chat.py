@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 
-from mpillm.batch.endpoints.chat import ChatCompletions
+from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
 from mpillm.engine.engine import follow
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.errors import JobError, RequestError
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
@@ -51,7 +51,7 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
         engine = session.engine()
         arrivals = Arrivals(capacity=1, background=0)
         typed = _Typed()
-        chat = Chat(spec, model, arrivals, typed)
+        chat = Conversation(spec, model, arrivals, typed)
         reader = threading.Thread(target=chat.talk, name="chat")
         with first_signal_calls(chat.interrupt, again=True):
             try:
@@ -100,7 +100,7 @@ class _Typed:
         return line.decode(errors="replace")
 
 
-class Chat:
+class Conversation:
     """A conversation."""
 
     def __init__(
@@ -167,9 +167,9 @@ class Chat:
 
     def _answer(self) -> str:
         """The answer to the messages so far, written as it comes."""
-        work = prepare(ChatCompletions.url, {"messages": self._messages}, self._spec, self._model)
-        assert isinstance(work.endpoint, ChatCompletions)
-        events: queue.SimpleQueue[int | list[Completion] | None] = queue.SimpleQueue()
+        work = prepare(ChatCompletionsEndpoint.url, {"messages": self._messages}, self._spec, self._model)
+        assert isinstance(work.endpoint, ChatCompletionsEndpoint)
+        events: queue.SimpleQueue[int | list[FinishedCompletion] | None] = queue.SimpleQueue()
         stream = ChatStream(work.endpoint, work.requests[0], self._spec, self._model)
         ticket = Ticket(work, events.put, lambda _, token: events.put(token))
         self._ticket = ticket

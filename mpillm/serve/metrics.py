@@ -16,7 +16,7 @@ from prometheus_client import (
 
 from mpillm.batch.work import Work
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.serve.arrivals import Arrivals
 
 
@@ -54,7 +54,7 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def count(self, work: Work, completions: Sequence[Completion]) -> None:
+    def count(self, work: Work, completions: Sequence[FinishedCompletion]) -> None:
         """Count the tokens of an answer."""
         self._prompt.inc(work.prompt_tokens)
         self._generated.inc(sum(len(completion.tokens) for completion in completions))

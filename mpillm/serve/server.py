@@ -18,9 +18,9 @@ from mpillm.run.job import open_journal
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
-from mpillm.serve.app import Service, make_app
+from mpillm.serve.app import ServerState, make_app
 from mpillm.serve.arrivals import Arrivals
-from mpillm.serve.batches import Batches, Files
+from mpillm.serve.batches import Batches, FileStore
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.signals import first_signal_calls
 from mpillm.serve.uploads import routes
@@ -31,7 +31,7 @@ GRACE = 5  # seconds in which open connections may end
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeOptions:
     """Where the server listens, and whom it answers."""
 
     host: str = "127.0.0.1"
@@ -40,7 +40,7 @@ class Options:
     max_waiting: int = 1024  # requests
 
 
-def run(world: World, spec: Spec, options: Options, progress: Progress) -> int:
+def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> int:
     """Serve until a signal comes (collective); the exit code."""
     with contextlib.ExitStack() as stack:
         listener = None
@@ -59,7 +59,7 @@ def _lead(
     session: Session,
     spec: Spec,
     path: Path,
-    options: Options,
+    options: ServeOptions,
     listener: socket.socket,
     progress: Progress,
 ) -> int:
@@ -67,10 +67,10 @@ def _lead(
     engine = session.engine()
     arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
     names = frozenset({model.name, spec.model, str(path), *model.adapters})
-    service = Service(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
+    service = ServerState(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
     data = spec.output_path
     with explained(data):
-        files = Files(data / "files")
+        files = FileStore(data / "files")
         batches = Batches(
             data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
         )
@@ -104,7 +104,7 @@ def _lead(
     return 0
 
 
-def _listen(options: Options) -> socket.socket:
+def _listen(options: ServeOptions) -> socket.socket:
     """A socket that listens where the options say; JobError if there is something else."""
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]

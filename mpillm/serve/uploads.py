@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.serve.app import read_body
-from mpillm.serve.batches import Batches, Files
+from mpillm.serve.batches import Batches, FileStore
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
 
@@ -32,7 +32,7 @@ class _Wanted(msgspec.Struct):
     metadata: dict[str, str] | None = None
 
 
-def routes(files: Files, batches: Batches) -> list[Route]:
+def routes(files: FileStore, batches: Batches) -> list[Route]:
     """The routes below /v1/files and /v1/batches."""
 
     async def upload(request: Request) -> Response:

@@ -27,7 +27,7 @@ Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
 Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
 Word = Annotated[str, Meta(min_length=1)]
 Tags = tuple[Word, Word]
-Stop = Word | Annotated[list[Word], Meta(max_length=64)]
+StopStrings = Word | Annotated[list[Word], Meta(max_length=64)]
 
 TableFormat = Literal["csv", "parquet", "jsonl"]
 Quantize = Literal["none", "q8_0", "q4_0"]
@@ -82,7 +82,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     disable_any_whitespace: bool = False
 
 
-class Sampling(Section, frozen=True):
+class SamplingSection(Section, frozen=True):
     """What a request that does not say otherwise is sampled with; temperature 0 is greedy."""
 
     max_tokens: Count = 128
@@ -94,26 +94,26 @@ class Sampling(Section, frozen=True):
     presence_penalty: Subtracted = 0.0
     frequency_penalty: Subtracted = 0.0
     seed: Seed = 0
-    stop: Stop = []
+    stop: StopStrings = []
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
 
-class Chat(Section, frozen=True):
+class ChatSection(Section, frozen=True):
     """How answers to chats are divided; auto: by the model's chat template and its tokens."""
 
     reasoning: Auto | Literal["none"] | Tags = "auto"  # or the tags around it
     tool_calls: ToolCalls = "auto"
 
 
-class Output(Section, frozen=True):
+class OutputSection(Section, frozen=True):
     """Where results go, and as what kind of table beside results.jsonl."""
 
     path: Word  # of the directory
     format: Literal["none"] | TableFormat = "none"
 
 
-class Layout(Section, frozen=True):
+class LayoutSection(Section, frozen=True):
     """Ranks = replicas x stages x shards, and the threads of each; stages and shards are those of a replica."""
 
     replicas: Auto | Positive = "auto"
@@ -125,7 +125,7 @@ class Layout(Section, frozen=True):
     )
 
 
-class Memory(Section, frozen=True):
+class MemorySection(Section, frozen=True):
     """What a rank may hold: weights in kernel-ready form, and the KV cache."""
 
     weights: Size | list[Size] | dict[str, Size] = "all"
@@ -174,7 +174,7 @@ class Memory(Section, frozen=True):
                     raise ValueError(f"{key}: {error}") from None
 
 
-class Wire(Section, frozen=True):
+class WireSection(Section, frozen=True):
     """How activations travel: Q8_0 blocks (34 bytes for 32 values), or exactly.
 
     What shards sum travels twice a layer; what goes from stage to stage travels once a step. The latter is exact by
@@ -185,7 +185,7 @@ class Wire(Section, frozen=True):
     between_stages: Literal["q8_0", "f32"] = "f32"
 
 
-class Embeddings(Section, frozen=True):
+class EmbeddingsSection(Section, frozen=True):
     """What becomes of a text's hidden states where /v1/embeddings is asked."""
 
     pooling: Pooling | Auto = "auto"  # auto: as the model's files say
@@ -193,7 +193,7 @@ class Embeddings(Section, frozen=True):
     prompt_name: str | None = None  # of the model's prompts, what stands before each text
 
 
-class Scoring(Section, frozen=True):
+class ScoringSection(Section, frozen=True):
     """How /v1/score and /v1/rerank make one text of a query and a document, and which words answer it.
 
     `tokens` are of a model that answers in words: that a document is not relevant, and that it is.
@@ -204,7 +204,7 @@ class Scoring(Section, frozen=True):
     tokens: Annotated[list[Word], Meta(max_length=2)] = []
 
 
-class BatchLimits(Section, frozen=True):
+class BatchSection(Section, frozen=True):
     """How much one step takes on; more is faster and changes no result."""
 
     max_num_seqs: Auto | Positive = "auto"
@@ -213,7 +213,7 @@ class BatchLimits(Section, frozen=True):
     speculation: Literal["auto", "off", "prompt-lookup"] = "auto"  # compute guesses at the next tokens along
 
 
-class Job(Section, frozen=True):
+class JobSection(Section, frozen=True):
     """How the run goes about it; changes no result."""
 
     checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
@@ -226,19 +226,19 @@ class Spec(Section, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
     input: Annotated[str, Meta(min_length=1)]
-    output: Output
+    output: OutputSection
     adapters: dict[Word, Word] = {}  # directories or files by the names that requests call as `model`
     quantize: Quantize = "none"
     request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
-    sampling: Sampling = Sampling()
-    chat: Chat = Chat()
-    layout: Layout = Layout()
-    memory: Memory = Memory()
-    wire: Wire = Wire()
-    embeddings: Embeddings = Embeddings()
-    scoring: Scoring = Scoring()
-    batch: BatchLimits = BatchLimits()
-    job: Job = Job()
+    sampling: SamplingSection = SamplingSection()
+    chat: ChatSection = ChatSection()
+    layout: LayoutSection = LayoutSection()
+    memory: MemorySection = MemorySection()
+    wire: WireSection = WireSection()
+    embeddings: EmbeddingsSection = EmbeddingsSection()
+    scoring: ScoringSection = ScoringSection()
+    batch: BatchSection = BatchSection()
+    job: JobSection = JobSection()
 
     @property
     def input_path(self) -> Path:

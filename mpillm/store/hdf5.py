@@ -26,7 +26,7 @@ def new_file(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Calla
     The file format does not depend on the version of the library.
     """
     with directory.replacing(name) as file:
-        guarded = _Guarded(file.fileno())
+        guarded = _GuardedFile(file.fileno())
         with h5py.File(guarded, "w", libver=("earliest", "v110"), rdcc_nbytes=CHUNKS) as h5:
             _bound_metadata(h5)
             yield h5, guarded.check
@@ -41,7 +41,7 @@ def _bound_metadata(h5: h5py.File) -> None:
     h5.id.set_mdc_config(config)
 
 
-class Column:
+class GrowingDataset:
     """A growing one-dimensional dataset of numbers; up to 64 KiB are buffered before they are written."""
 
     def __init__(self, group: h5py.Group, name: str, dtype: DTypeLike, chunk: int = 1024) -> None:
@@ -97,8 +97,8 @@ class RaggedColumn:
     """Rows of different lengths: all values one behind the other, and where each row begins and the last one ends."""
 
     def __init__(self, group: h5py.Group, values: str, dtype: DTypeLike) -> None:
-        self._values = Column(group, values, dtype, chunk=8192)
-        self._offsets = Column(group, "offsets", np.int64)
+        self._values = GrowingDataset(group, values, dtype, chunk=8192)
+        self._offsets = GrowingDataset(group, "offsets", np.int64)
         self._offsets.add(0)
 
     def add(self, row: bytes) -> None:
@@ -124,7 +124,7 @@ def _append(dataset: h5py.Dataset, values: NDArray[Any]) -> None:
     dataset[length:] = values
 
 
-class _Guarded:
+class _GuardedFile:
     """A file for the HDF5 library, which crashes if one that it has open cannot be written.
 
     So none of this raises: a failed write's error is kept and nothing more is written, until someone calls `check`.

@@ -35,10 +35,10 @@ from mpillm.store.records import (
     VERSION,
     Counts,
     Finished,
-    Header,
-    Lines,
+    InputKeys,
+    JournalHeader,
     PartialResult,
-    Place,
+    RecordPlace,
     Result,
     Scan,
     UsedLayout,
@@ -96,11 +96,13 @@ class Journal(Descriptor):
         self._layout, self._state = layout, model_state
         self._partial: dict[str, list[int]] = {}
         keys = b"".join(map(line_key, lines))
-        header = Header(VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__)
+        header = JournalHeader(
+            VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__
+        )
         if JOURNAL not in self._directory.names():
             with self._directory.replacing(JOURNAL) as file:
                 start = framed(header, 0)
-                start += framed(Lines(keys), len(start))
+                start += framed(InputKeys(keys), len(start))
                 start += framed(Verified(len(start), model_state), len(start))
                 file.write(start + framed(header, len(start)))
         with explained(self.path):
@@ -112,7 +114,7 @@ class Journal(Descriptor):
             raise
         self.resumed = len(self.done)
 
-    def _resume(self, header: Header, keys: bytes, lines: Sequence[Line]) -> None:
+    def _resume(self, header: JournalHeader, keys: bytes, lines: Sequence[Line]) -> None:
         with explained(self.path):
             found = self._scan_verified()
             size = os.fstat(self._file).st_size
@@ -140,7 +142,7 @@ class Journal(Descriptor):
         if found.headers < 2:  # one of the two was damaged
             self._write(framed(found.header, self._end))
         if found.keys != keys:
-            self._write(framed(Lines(keys), self._end))
+            self._write(framed(InputKeys(keys), self._end))
         self._unmarked = 0  # successful checks until everything that was appended is verified
         self._checked = self._end  # where the journal ended at the last successful check of the model
         self._verified = self._end  # everything before this offset is verified
@@ -182,7 +184,7 @@ class Journal(Descriptor):
         self._write(framed(Verified(self._end, self._state), self._end))
         self.done = {name: place for name, place in self.done.items() if place.offset < self._verified}
 
-    def _refuse_other_job(self, was: Header, now: Header) -> None:
+    def _refuse_other_job(self, was: JournalHeader, now: JournalHeader) -> None:
         if was.version != VERSION:
             raise OutputError(
                 f"The journal {self.path} is of format {was.version} (mpillm {was.written_by}) and this mpillm knows "
@@ -257,7 +259,7 @@ class Journal(Descriptor):
         for record in self._waiting:
             data.append(framed(record, at))
             if isinstance(record, Result):
-                places.append((record.custom_id, Place(at, len(data[-1]) - HEAD.size, record.status)))
+                places.append((record.custom_id, RecordPlace(at, len(data[-1]) - HEAD.size, record.status)))
             at += len(data[-1])
         start = time.monotonic()
         self._write(b"".join(data))
@@ -348,7 +350,7 @@ def began(claim: Claim) -> datetime:
     with _opened(claim.directory) as file:
         for _, payload in good_records(file) if file is not None else ():
             if tag_of(payload) == "header":
-                return datetime.fromisoformat(msgspec.msgpack.decode(payload, type=Header).began)
+                return datetime.fromisoformat(msgspec.msgpack.decode(payload, type=JournalHeader).began)
     return claim.since
 
 

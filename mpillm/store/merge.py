@@ -20,7 +20,7 @@ from mpillm.batch.work import hashed_id
 from mpillm.errors import JobError
 from mpillm.store import report
 from mpillm.store.directory import Directory
-from mpillm.store.hdf5 import Column, TextColumn, new_file
+from mpillm.store.hdf5 import GrowingDataset, TextColumn, new_file
 from mpillm.store.output import JOURNAL
 from mpillm.store.readable import printable
 from mpillm.store.results import HDF5, JSONL, TIMINGS, hdf5_text
@@ -51,7 +51,7 @@ class _Response(msgspec.Struct):
     body: dict[str, msgspec.Raw]
 
 
-class _Line(msgspec.Struct):
+class _PartLine(msgspec.Struct):
     id: str
     custom_id: str
     response: _Response
@@ -165,7 +165,7 @@ def _all_different(parts: Sequence[Path]) -> bool:
 
 def _renamed(line: bytes, part: str) -> bytes:
     """A line of results.jsonl whose custom_id, and the ids made from it, have the part's name in front."""
-    parsed = msgspec.json.decode(line, type=_Line)
+    parsed = msgspec.json.decode(line, type=_PartLine)
     before, parsed.custom_id = parsed.custom_id, f"{part}/{parsed.custom_id}"
     old, new = hashed_id(before), hashed_id(parsed.custom_id)
     parsed.id = parsed.id.replace(old, new)
@@ -198,7 +198,7 @@ def _merge_results(
         for group in (name for name in opened[0] if name != "timings"):
             for name in opened[0][group]:
                 _merge_dataset(h5.require_group(group), f"{group}/{name}", opened, ids, check)
-        of_part = Column(h5["requests"], "part", np.int32)
+        of_part = GrowingDataset(h5["requests"], "part", np.int32)
         for index, count in enumerate(counts):
             for start in range(0, count, CHUNK):
                 of_part.add_bytes(np.full(min(CHUNK, count - start), index, np.int32).tobytes())
@@ -223,7 +223,7 @@ def _merge_dataset(
         return
     # An offsets dataset has an entry more than there are rows: the first one is kept of the first part alone.
     offsets = name == "offsets" or path == "requests/choices"
-    numbers = Column(group, name, dataset.dtype)
+    numbers = GrowingDataset(group, name, dataset.dtype)
     base = 0
     for index, source in enumerate(sources):
         for number, chunk in enumerate(_chunks(source[path])):
@@ -252,7 +252,7 @@ def _merge_timings(directory: Directory, parts: Sequence[Path]) -> None:
     with new_file(directory, TIMINGS) as (h5, check), ExitStack() as stack:
         opened = [stack.enter_context(h5py.File(part / TIMINGS)) for part in parts]
         for name in opened[0]:
-            column = Column(h5, name, opened[0][name].dtype)
+            column = GrowingDataset(h5, name, opened[0][name].dtype)
             for chunk in itertools.chain.from_iterable(_chunks(source[name]) for source in opened):
                 column.add_bytes(chunk.tobytes())
                 check()

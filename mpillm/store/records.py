@@ -30,7 +30,7 @@ _PLACE = struct.Struct("<QI")  # where the head is, length of the payload
 _CHUNK = 1 << 20
 
 
-class Header(msgspec.Struct, tag="header", frozen=True):
+class JournalHeader(msgspec.Struct, tag="header", frozen=True):
     """The job that the output belongs to: what changes a result, by dotted key (`Spec.identity` and the model)."""
 
     version: int
@@ -39,7 +39,7 @@ class Header(msgspec.Struct, tag="header", frozen=True):
     written_by: str = ""
 
 
-class Lines(msgspec.Struct, tag="lines", frozen=True):
+class InputKeys(msgspec.Struct, tag="lines", frozen=True):
     """The lines of the input when the run was started: a key of 8 bytes for each."""
 
     keys: bytes
@@ -126,7 +126,7 @@ class _Named(msgspec.Struct, frozen=True):
     custom_id: str
 
 
-Record = Header | Lines | Result | PartialResult | UsedLayout | Counts | Verified | Finished
+Record = JournalHeader | InputKeys | Result | PartialResult | UsedLayout | Counts | Verified | Finished
 
 
 def line_key(line: Line) -> bytes:
@@ -135,7 +135,7 @@ def line_key(line: Line) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RecordPlace:
     """The record of a finished request in the file, and how the request ended."""
 
     offset: int
@@ -147,10 +147,10 @@ class Place:
 class Scan:
     """The content of a journal."""
 
-    header: Header | None = None
+    header: JournalHeader | None = None
     headers: int = 0  # undamaged copies of it
     keys: bytes | None = None
-    done: dict[str, Place] = field(default_factory=dict)
+    done: dict[str, RecordPlace] = field(default_factory=dict)
     done_keys: dict[str, bytes] = field(default_factory=dict)
     partial: dict[str, list[int]] = field(default_factory=dict)  # offsets of partial results, by custom_id
     finished: Finished | None = None  # unless something came after it
@@ -213,7 +213,7 @@ def scan(file: int, found: Scan | None = None) -> Scan:
             if name.custom_id not in found.done:
                 if found.layout is not None:
                     found.answered[found.layout] += 1
-                found.done[name.custom_id] = Place(offset, len(payload), name.status)
+                found.done[name.custom_id] = RecordPlace(offset, len(payload), name.status)
                 found.done_keys[name.custom_id] = name.key
                 found.partial.pop(name.custom_id, None)
         elif tag == "part":
@@ -226,13 +226,13 @@ def scan(file: int, found: Scan | None = None) -> Scan:
             counts = msgspec.msgpack.decode(payload, type=Counts)
             found.counts[counts.start] = counts
         elif tag == "lines":
-            found.keys = msgspec.msgpack.decode(payload, type=Lines).keys
+            found.keys = msgspec.msgpack.decode(payload, type=InputKeys).keys
         elif tag == "sound":
             found.verified = msgspec.msgpack.decode(payload, type=Verified)
         elif tag == "finished":
             found.finished = msgspec.msgpack.decode(payload, type=Finished)
         elif tag == "header":
-            found.header = found.header or msgspec.msgpack.decode(payload, type=Header)
+            found.header = found.header or msgspec.msgpack.decode(payload, type=JournalHeader)
             found.headers += 1
     return found
 

@@ -21,9 +21,9 @@ from mpillm import __version__
 from mpillm.batch.answers import NOT_FINITE, bad_line, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.store.directory import SYNC_BYTES, Directory
-from mpillm.store.hdf5 import Column, RaggedColumn, TextColumn, new_file
+from mpillm.store.hdf5 import GrowingDataset, RaggedColumn, TextColumn, new_file
 from mpillm.store.journal import Journal
 from mpillm.store.records import Choice, Result, line_key
 
@@ -32,7 +32,7 @@ JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 _IDS = np.dtype("<i4")
 
 
-def finished(work: Work, completions: Sequence[Completion], model: Model) -> Result:
+def finished(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
     """The journal's record of a request that went well; `completions` in the order of `work.requests`."""
     line = result_line(work, completions, model)
     prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
@@ -40,7 +40,7 @@ def finished(work: Work, completions: Sequence[Completion], model: Model) -> Res
     return Result(work.custom_id, line_key(work.line), 200, line, prompts, choices)
 
 
-def ended(work: Work, completions: Sequence[Completion], model: Model) -> Result:
+def ended(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
     """The journal's record of a request whose choices are all computed: an error if any of them is not finite."""
     if all(completion.finite for completion in completions):
         return finished(work, completions, model)
@@ -52,7 +52,7 @@ def failed(work: Work, message: str, status: int = 400) -> Result:
     return Result(work.custom_id, line_key(work.line), status, error_line(work.custom_id, message, status))
 
 
-def _choice(work: Work, completion: Completion, model: Model) -> Choice:
+def _choice(work: Work, completion: FinishedCompletion, model: Model) -> Choice:
     values = work.endpoint.values(work, completion, model)
     return Choice(
         finish_reason=completion.finish_reason,
@@ -111,9 +111,9 @@ def write_hdf5(
     ):
         _describe(h5, metadata)
         h5["timings"] = h5py.ExternalLink(TIMINGS, "/")
-        columns = _Columns(h5)
-        waiting = Column(timings_h5, "seconds_waiting", np.float64)
-        running = Column(timings_h5, "seconds_running", np.float64)
+        columns = _ResultColumns(h5)
+        waiting = GrowingDataset(timings_h5, "seconds_waiting", np.float64)
+        running = GrowingDataset(timings_h5, "seconds_running", np.float64)
         for line in lines:
             result = None if line.error is not None else journal.read(line.custom_id)
             columns.add(line, result)
@@ -143,17 +143,17 @@ def _describe(h5: h5py.File, metadata: Mapping[str, Any]) -> None:
         h5.attrs[key] = value if simple else msgspec.json.encode(value).decode()
 
 
-class _Columns:
+class _ResultColumns:
     """The tables of results.h5."""
 
     def __init__(self, h5: h5py.File) -> None:
         requests, choices = h5.create_group("requests"), h5.create_group("choices")
         self._custom_id = TextColumn(requests, "custom_id")
-        self._line = Column(requests, "line", np.int64)
-        self._status = Column(requests, "status", np.int32)
-        self._choices = Column(requests, "choices", np.int64)
+        self._line = GrowingDataset(requests, "line", np.int64)
+        self._status = GrowingDataset(requests, "status", np.int32)
+        self._choices = GrowingDataset(requests, "choices", np.int64)
         self._choices.add(0)
-        self._prompt = Column(choices, "prompt", np.int64)
+        self._prompt = GrowingDataset(choices, "prompt", np.int64)
         self._finish_reason = TextColumn(choices, "finish_reason")
         self._prompts = RaggedColumn(h5.create_group("prompts"), "ids", _IDS)
         self._rows = {
@@ -185,7 +185,7 @@ class _Columns:
     def flush(self) -> None:
         """Write what is held."""
         for column in vars(self).values():
-            if isinstance(column, Column | TextColumn | RaggedColumn):
+            if isinstance(column, GrowingDataset | TextColumn | RaggedColumn):
                 column.flush()
         for rows in self._rows.values():
             rows.flush()

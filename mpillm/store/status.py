@@ -18,7 +18,7 @@ from mpillm.errors import Interrupted, JobError
 from mpillm.store.directory import Directory, explained
 from mpillm.store.journal import MODEL_FILE
 from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
-from mpillm.store.records import KEY_BYTES, Header, Scan, scan
+from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):
@@ -67,7 +67,7 @@ def _ago(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _largest_file(header: Header) -> str:
+def _largest_file(header: JournalHeader) -> str:
     """The name of the model's largest file."""
     files = {
         name.removeprefix(MODEL_FILE): facts["bytes"]

@@ -168,7 +168,7 @@ def _columns(raw: bytes) -> Row:
 
 
 @dataclass
-class _Columns:
+class _TableColumns:
     """The columns of a table, and of which kinds their values are, which are not null."""
 
     rows: dict[str, set[str]] = field(default_factory=dict)
@@ -209,7 +209,7 @@ def _kind(value: Any) -> str:
 
 
 def _write(file: BinaryIO, format: TableFormat, joined: Callable[[], Iterator[tuple[Row, Row, int]]]) -> None:
-    columns = _Columns()
+    columns = _TableColumns()
     for row, answer, _ in joined():
         columns.add(row, answer)
     shown = columns.shown()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """The part of a tokenizer that decoding needs."""
 
     @property
@@ -41,7 +41,7 @@ class IncrementalDecoder:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: TokenDecoder,
         skip_special: bool = True,
         start: bool = True,
         shown: frozenset[int] = frozenset(),
@@ -138,7 +138,7 @@ class StopWatch:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: TokenDecoder,
         stops: Sequence[str],
         start: bool = True,
         skip_special: bool = True,

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from mpillm.errors import ModelError
 from mpillm.text.gguf_fields import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, TokenizerFields, plain
 from mpillm.text.gguf_words import put_around, unigrams, word_pieces
-from mpillm.text.parts import END_NAMES, Parts, checked
+from mpillm.text.parts import END_NAMES, TokenizerParts, checked
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ _IDS = {
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | None:
+def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerParts | None:
     """The tokenizer that GGUF metadata (plain values, or the gguf library's fields) describe; None if there is none."""
     ggml = TokenizerFields(fields, where)
     kind = ggml.get("model")
@@ -141,7 +141,7 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> Parts | Non
     reads_pairs = kind in ("bert", "t5") or ggml.flag("add_sep_token", False)
     if reads_pairs:
         _put_around(core, kind, named, add_bos, add_eos)
-    return Parts(
+    return TokenizerParts(
         core=core,
         where=where,
         named=named,

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from mpillm.errors import ModelError
 from mpillm.text.described import BYTE_OF
-from mpillm.text.parts import Parts, checked
+from mpillm.text.parts import TokenizerParts, checked
 
 TEKKEN = "tekken.json"
 CHARACTER_OF = {byte: char for char, byte in BYTE_OF.items()}
@@ -62,7 +62,7 @@ def file_in(folder: Path) -> Path | None:
     return found
 
 
-def read(file: Path, config: dict[str, Any]) -> Parts:
+def read(file: Path, config: dict[str, Any]) -> TokenizerParts:
     """The tokenizer of a file with ranks; `config` (tokenizer_config.json) has the special ones of tiktoken files."""
     try:
         return _tekken(file) if file.name == TEKKEN else _tiktoken(file, config)
@@ -70,7 +70,7 @@ def read(file: Path, config: dict[str, Any]) -> Parts:
         raise ModelError(f"The tokenizer in {file} cannot be used: {error!r:.200}.") from error
 
 
-def _tekken(file: Path) -> Parts:
+def _tekken(file: Path) -> TokenizerParts:
     """Special tokens come first in the vocabulary, then as many of the listed ones as the file says to use."""
     value = json.loads(file.read_bytes())
     config: dict[str, Any] = value["config"]
@@ -83,7 +83,9 @@ def _tekken(file: Path) -> Parts:
     ranks = {base64.b64decode(token["token_bytes"]): int(token["rank"]) for token in value["vocab"]}
     ranks = {token: rank for token, rank in ranks.items() if rank < total - count}
     core = _bpe(ranks, config["pattern"], first=count, special=dict(enumerate(names)), file=file)
-    parts = Parts(core, str(file), named={"bos_token": "<s>", "eos_token": "</s>"}, control=set(names))
+    parts = TokenizerParts(
+        core, str(file), named={"bos_token": "<s>", "eos_token": "</s>"}, control=set(names)
+    )
     bos = core.token_to_id("<s>")
     if bos is not None:
         core.post_processor = processors.TemplateProcessing(
@@ -92,7 +94,7 @@ def _tekken(file: Path) -> Parts:
     return parts
 
 
-def _tiktoken(file: Path, config: dict[str, Any]) -> Parts:
+def _tiktoken(file: Path, config: dict[str, Any]) -> TokenizerParts:
     """A line has a token in base64 and its rank, which is its id; special tokens follow."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -110,7 +112,7 @@ def _tiktoken(file: Path, config: dict[str, Any]) -> Parts:
         special.setdefault(id, listed.get(id, f"<|reserved_token_{id}|>"))
     core = _bpe(ranks, TIKTOKEN[file.name], first=0, special=special, file=file)
     named = {"eos_token": special[first]} if file.name == "qwen.tiktoken" else {}
-    return Parts(core, str(file), named=named, control=set(special.values()))
+    return TokenizerParts(core, str(file), named=named, control=set(special.values()))
 
 
 def _bpe(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from mpillm.text.chat_formats.base import Answer, Call, Tool, call_of, decode_json, without_open_end
+from mpillm.text.chat_formats.base import Call, ParsedAnswer, Tool, call_of, decode_json, without_open_end
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import Asked, ChatFormat, State
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State
 
 START, CHANNEL, MESSAGE, END = MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 CONSTRAIN, CALL = "<|constrain|>", "<|call|>"
@@ -37,7 +37,7 @@ class Harmony(ChatFormat):
     def thinks(self, state: State) -> bool:
         return state == "open"
 
-    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> Answer:
+    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> ParsedAnswer:
         """Text without marks is what was said."""
         thought: list[str] = []
         said: list[str] = []
@@ -53,9 +53,9 @@ class Harmony(ChatFormat):
                 thought.append(part)
             elif not (function and tools) or final:
                 said.append(part)
-        return Answer("\n".join(thought) if thought else None, "\n".join(said), tuple(calls))
+        return ParsedAnswer("\n".join(thought) if thought else None, "\n".join(said), tuple(calls))
 
-    def expression(self, lark: Lark, state: State, asked: Asked) -> str:
+    def expression(self, lark: Lark, state: State, asked: AnswerRule) -> str:
         """Any number of thoughts, and then the answer in the last channel, or a call."""
         channel, end = lark.literal(CHANNEL), lark.literal(f"{END}{START}assistant")
         thoughts = f'({channel} ("{ANALYSIS}" | "commentary") {lark.literal(MESSAGE)} ANY {end})*'

@@ -12,7 +12,7 @@ import tokenizers
 from mpillm.errors import ModelError
 from mpillm.foreign import HEAD, what_it_is
 from mpillm.text import from_ranks
-from mpillm.text.parts import END_NAMES, Parts, checked, looks_special
+from mpillm.text.parts import END_NAMES, TokenizerParts, checked, looks_special
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ OBEYED_KEYS = {
 OLD_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def read(path: Path) -> Parts | None:
+def read(path: Path) -> TokenizerParts | None:
     """The tokenizer of a directory, or of a tokenizer.json and the files beside it; None if there is none."""
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json"
@@ -50,11 +50,11 @@ def read(path: Path) -> Parts | None:
     return parts
 
 
-def _of_json(file: Path) -> Parts:
+def _of_json(file: Path) -> TokenizerParts:
     core = checked(lambda: tokenizers.Tokenizer.from_str(_text(file)), str(file))
     core.no_truncation()
     core.no_padding()
-    return Parts(core, str(file))
+    return TokenizerParts(core, str(file))
 
 
 def _text(file: Path) -> str:
@@ -87,7 +87,7 @@ def _content(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _added_tokens(parts: Parts, config: dict[str, Any], old: dict[str, Any]) -> None:
+def _added_tokens(parts: TokenizerParts, config: dict[str, Any], old: dict[str, Any]) -> None:
     """Add the tokens that only tokenizer_config.json lists, in the order of their ids, as transformers does.
 
     Without such a list those of `old`, which has the ids by tokens (added_tokens.json), are added.
@@ -120,7 +120,7 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
     return {name: content for name, content in found.items() if content is not None}
 
 
-def _control(parts: Parts, config: dict[str, Any]) -> None:
+def _control(parts: TokenizerParts, config: dict[str, Any]) -> None:
     """Add the tokens that either file marks as special, and those whose name or text says so."""
     added = {token.content: token.special for token in parts.core.get_added_tokens_decoder().values()}
     parts.control |= {content for content, special in added.items() if special or looks_special(content)}
@@ -136,7 +136,7 @@ def _control(parts: Parts, config: dict[str, Any]) -> None:
             parts.control.add(content)
 
 
-def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
+def _end_ids(parts: TokenizerParts, folder: Path) -> frozenset[int]:
     """The ends that generation_config.json or, without it, config.json and known names give; and the eos_token."""
     ids: set[int] = set()
     generation = _object(folder / "generation_config.json")
@@ -158,7 +158,7 @@ def _end_ids(parts: Parts, folder: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _warn_of_old_saves(parts: Parts, config: dict[str, Any]) -> None:
+def _warn_of_old_saves(parts: TokenizerParts, config: dict[str, Any]) -> None:
     """Say where add_bos_token or add_eos_token means something else than what tokenizer.json does.
 
     The post-processor in tokenizer.json decides, as in transformers 5, which drops both keys when it loads or saves a

@@ -22,7 +22,7 @@ END_NAMES = frozenset(_ENDS.split())
 
 
 @dataclass
-class Parts:
+class TokenizerParts:
     """A tokenizer of the `tokenizers` library, and what the files say about it besides."""
 
     core: tokenizers.Tokenizer

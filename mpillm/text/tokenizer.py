@@ -30,7 +30,7 @@ from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
 from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
-from mpillm.text.parts import Parts
+from mpillm.text.parts import TokenizerParts
 
 CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
@@ -70,7 +70,7 @@ def token_id_text(id: int) -> str:
 class Tokenizer:
     """Text to token ids and back."""
 
-    def __init__(self, parts: Parts, now: Callable[[], datetime] = datetime.now) -> None:
+    def __init__(self, parts: TokenizerParts, now: Callable[[], datetime] = datetime.now) -> None:
         core = self._core = parts.core
         self._parts, self._now = parts, now
         self.bos_id = self._id_of("bos_token")

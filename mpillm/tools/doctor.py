@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpillm import kernels
 from mpillm.comm import probe
-from mpillm.comm.probe import Link
+from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.errors import JobError, MpillmError
 from mpillm.model.opening import open_source
@@ -34,7 +34,7 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class _Rank:
+class _RankFindings:
     """What one rank finds out about its own process and node."""
 
     cores: int
@@ -104,7 +104,7 @@ def _model(name: str | None) -> tuple[Path | None, str]:
     return None, "none named, and the default one is not here yet (mpillm pull smollm2-135m)"
 
 
-def _look(world: World, path: Path | None, threads: int) -> tuple[_Rank, Path | None]:
+def _look(world: World, path: Path | None, threads: int) -> tuple[_RankFindings, Path | None]:
     """What this rank finds, and the largest of the model's files."""
     model, file, trouble = None, None, ""
     if path is not None:
@@ -115,7 +115,7 @@ def _look(world: World, path: Path | None, threads: int) -> tuple[_Rank, Path | 
             source.close()
         except (MpillmError, OSError) as error:
             trouble = str(error)
-    found = _Rank(
+    found = _RankFindings(
         cores=world.nodes.cores_here,
         cores_of_machine=os.cpu_count() or 1,
         ranks=world.nodes.ranks_here,
@@ -132,7 +132,7 @@ def _look(world: World, path: Path | None, threads: int) -> tuple[_Rank, Path | 
 
 
 def _model_found(
-    everyone: Sequence[_Rank], path: Path | None, measured: Sequence[Measured], none_named: str
+    everyone: Sequence[_RankFindings], path: Path | None, measured: Sequence[Measured], none_named: str
 ) -> Iterator[str]:
     first = everyone[0].model
     if path is None or first is None:
@@ -143,7 +143,7 @@ def _model_found(
         yield f"disk     how it was read: {how}"
 
 
-def _faults(world: World, everyone: Sequence[_Rank], path: Path | None) -> Iterator[str]:
+def _faults(world: World, everyone: Sequence[_RankFindings], path: Path | None) -> Iterator[str]:
     """What would end a run at its start."""
     first = everyone[0]
     for rank, one in enumerate(everyone):
@@ -156,11 +156,11 @@ def _faults(world: World, everyone: Sequence[_Rank], path: Path | None) -> Itera
             yield f"model: {where} sees another one ({one.model[0]} bytes, hash {one.model[1][:12]})."
 
 
-def _version(rank: _Rank) -> str:
+def _version(rank: _RankFindings) -> str:
     return rank.mpi.split(" (")[0]
 
 
-def _about_nodes(world: World, everyone: Sequence[_Rank]) -> Iterator[str]:
+def _about_nodes(world: World, everyone: Sequence[_RankFindings]) -> Iterator[str]:
     numbers = world.nodes.numbers
     for _, ranks in groupby(sorted(range(world.size), key=numbers.__getitem__), key=numbers.__getitem__):
         rank = next(ranks)
@@ -180,7 +180,7 @@ def _about_nodes(world: World, everyone: Sequence[_Rank]) -> Iterator[str]:
     yield from world.nodes.bindings
 
 
-def _about_links(world: World, links: Sequence[Link]) -> Iterator[str]:
+def _about_links(world: World, links: Sequence[LinkTiming]) -> Iterator[str]:
     for link in links:
         if link.bandwidth < SLOW_LINK:
             yield (
@@ -197,18 +197,18 @@ def _about_hosts(hosts: Sequence[Host]) -> Iterator[str]:
             yield f"{host.name} computes at {100 * speed / max(speeds):.0f} % of the fastest host's speed."
 
 
-def _link(world: World, link: Link) -> str:
+def _link(world: World, link: LinkTiming) -> str:
     return f"network  {_ends(world, link)}: {link.latency * 1e6:.0f} us one way, {link.bandwidth * 8e-6:.0f} Mbit/s"
 
 
-def _ends(world: World, link: Link) -> str:
+def _ends(world: World, link: LinkTiming) -> str:
     first, second = (world.hosts[rank] for rank in link.ranks)
     if world.nodes.numbers[link.ranks[0]] == world.nodes.numbers[link.ranks[1]]:
         return f"rank {link.ranks[0]} - rank {link.ranks[1]} on {first}"
     return f"{first} - {second}"
 
 
-def _table(world: World, everyone: Sequence[_Rank], measured: Sequence[Measured]) -> Iterator[str]:
+def _table(world: World, everyone: Sequence[_RankFindings], measured: Sequence[Measured]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [HEAD]
     for rank, (one, made) in enumerate(zip(everyone, measured, strict=True)):
         cells = [str(rank), world.hosts[rank], f"{one.cores} of {one.cores_of_machine}", str(one.threads)]

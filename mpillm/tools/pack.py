@@ -23,16 +23,17 @@ from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, replacing
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
-from mpillm.weights.names import ROLES
-from mpillm.weights.packed.files import FilePlan, Writer, plan_files
+from mpillm.weights.packed.file_plan import FilePlan, plan_files
+from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
+from mpillm.weights.roles import ROLES
 from mpillm.weights.text_files import text_files
 
 Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
-class Progress(Protocol):
+class PackProgress(Protocol):
     """How packing speaks."""
 
     def packing(self, done: int, total: int) -> None:
@@ -42,7 +43,7 @@ class Progress(Protocol):
         """The model is being fetched."""
 
 
-class Packed(msgspec.Struct, frozen=True, kw_only=True):
+class PackResult(msgspec.Struct, frozen=True, kw_only=True):
     """What packing came to."""
 
     directory: Path
@@ -52,7 +53,7 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def pack(world: World, source: str, target: Path, weights: Weights, progress: Progress) -> Packed:
+def pack(world: World, source: str, target: Path, weights: Weights, progress: PackProgress) -> PackResult:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
     start = time.monotonic()
     path = world.on_rank_0(lambda: catalogue.resolve(source, progress.downloading))
@@ -88,7 +89,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pr
                 finish(
                     opened, target, plans, {k: v for found, _ in everywhere for k, v in found.items()}, about
                 )
-    return Packed(
+    return PackResult(
         directory=target,
         files=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
@@ -165,7 +166,7 @@ def _about(path: Path) -> dict[str, str] | None:
 class _Count:
     """Bytes that are safe, told to `progress` as they grow."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: PackProgress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self, count: int) -> None:

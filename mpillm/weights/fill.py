@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.kernels.types import TILE_ROWS, BlockType
 from mpillm.weights.io.reading import Bytes
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
-from mpillm.weights.plan import ALIGNMENT, Entry, PagePlan
+from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor
+from mpillm.weights.roles import Key
 
 CHUNK = 2**20  # bytes that a thread packs at a time
 
@@ -68,7 +68,7 @@ def load(
 
 
 def fill(
-    groups: Iterable[Sequence[tuple[Entry, Bytes]]],
+    groups: Iterable[Sequence[tuple[PageTensor, Bytes]]],
     source: TensorReader,
     pool: Executor | None = None,
     chunk: int = CHUNK,
@@ -93,7 +93,7 @@ def fill(
 class _Portion(NamedTuple):
     """Rows and columns of a matrix; its first row is row number `first` of the entries."""
 
-    entries: Sequence[tuple[Entry, Bytes]]
+    entries: Sequence[tuple[PageTensor, Bytes]]
     first: int
     rows: range
     cols: range
@@ -104,7 +104,7 @@ class _Portion(NamedTuple):
 
 
 def _tasks(
-    groups: Iterable[Sequence[tuple[Entry, Bytes]]], source: TensorReader, chunk: int
+    groups: Iterable[Sequence[tuple[PageTensor, Bytes]]], source: TensorReader, chunk: int
 ) -> Iterator[Callable[[], None]]:
     """The reads of the file, in order, as functions."""
     together: list[_Portion] = []
@@ -134,7 +134,7 @@ def _tasks(
         yield partial(_fill_rows, together, source)
 
 
-def _fill_vector(entries: Sequence[tuple[Entry, Bytes]], source: TensorReader) -> None:
+def _fill_vector(entries: Sequence[tuple[PageTensor, Bytes]], source: TensorReader) -> None:
     values = source.read_f32(entries[0][0].key, entries[0][0].rows)
     for _, out in entries:
         out.view(np.float32)[:] = values

@@ -6,7 +6,7 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.weights.inventory import tensor_name
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mpillm.partition.grid import Axis, Divisible, Place
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 # Kinds of pages, in the order in which a step uses them. They are small, because the page in use and the one that is
 # being loaded take memory in which others could stay.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpillm.kernels.adapted import LowRank
 from mpillm.kernels.types import BlockType
 from mpillm.weights.io.reading import Bytes
-from mpillm.weights.plan import Entry, PagePlan
+from mpillm.weights.plan import PagePlan, PageTensor
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -115,13 +115,13 @@ class Page:
         self._places = None
         self._kept = None
 
-    def _matrix(self, entry: Entry) -> Matrix:
+    def _matrix(self, entry: PageTensor) -> Matrix:
         assert entry.bounds, entry.key
         data, row_bytes = self._place(entry)
         bounds = np.array(entry.bounds, np.int32)
         return Matrix(entry.type, entry.n, entry.k, bounds, data, row_bytes=row_bytes)
 
-    def _place(self, entry: Entry) -> Placed:
+    def _place(self, entry: PageTensor) -> Placed:
         if self._places is not None:
             return self._places[entry.offset]
         assert self.buffer.nbytes == self.plan.nbytes, f"{self.plan.name} is used after it was dropped"

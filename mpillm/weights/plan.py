@@ -9,13 +9,13 @@ from functools import cached_property
 from mpillm.kernels.types import BlockType, packed_nbytes
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import HEAD, TensorSpec
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
 
 
 @dataclass(frozen=True)
-class Entry:
+class PageTensor:
     """The rows and columns of a tensor that a rank holds, as `nbytes` bytes at `offset` in the buffer of a page.
 
     `bounds` are the column panels, relative to the first column; a vector (`type` F32, no `bounds`) has one column.
@@ -48,7 +48,7 @@ class PagePlan:
     """
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[PageTensor, ...]
     nbytes: int
     layer: int = -1
     kind: str = HEAD
@@ -57,9 +57,9 @@ class PagePlan:
     expert: int = -1
 
     @cached_property
-    def index(self) -> dict[str, tuple[Entry, ...]]:
+    def index(self) -> dict[str, tuple[PageTensor, ...]]:
         """Entries by role."""
-        found: dict[str, tuple[Entry, ...]] = {}
+        found: dict[str, tuple[PageTensor, ...]] = {}
         for entry in self.entries:
             found[entry.key.role] = (*found.get(entry.key.role, ()), entry)
         return found
@@ -67,7 +67,7 @@ class PagePlan:
 
 def plan_entries(
     tensors: Sequence[TensorSpec], place: Place, type_of: Callable[[Key], BlockType]
-) -> tuple[tuple[Entry, ...], int]:
+) -> tuple[tuple[PageTensor, ...], int]:
     """What a rank holds of these tensors, each at a multiple of ALIGNMENT, and the bytes of all."""
     entries, offset = [], 0
     for tensor in tensors:
@@ -80,12 +80,12 @@ def plan_entries(
 
 def plan_entry(
     key: Key, rows: range, cols: range, bounds: tuple[int, ...], type: BlockType, offset: int
-) -> Entry:
+) -> PageTensor:
     """An entry of some rows and columns; vectors are float32 whatever they are stored as."""
     if not bounds:
-        return Entry(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
+        return PageTensor(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
     nbytes = packed_nbytes(type, len(rows), len(cols), bounds)
-    return Entry(key, rows, cols, type, bounds, offset, nbytes)
+    return PageTensor(key, rows, cols, type, bounds, offset, nbytes)
 
 
 def page_name(kind: str, layer: int, expert: int = -1) -> str:

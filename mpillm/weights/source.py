@@ -15,11 +15,11 @@ from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, tensor_name
-from mpillm.weights.names import ROLES, TASK_ROLES, Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan
+from mpillm.weights.roles import ROLES, TASK_ROLES, Key
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 from mpillm import errors
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.cli.commands import command_parser
+from mpillm.cli.arguments import command_parser
 
 PAGE = "reference.md"
 CODES = {

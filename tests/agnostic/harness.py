@@ -14,7 +14,7 @@ from mpillm.comm.world import World
 from mpillm.engine.adjust import bits
 from mpillm.engine.engine import Engine, follow
 from mpillm.engine.scheduler import Totals
-from mpillm.engine.sequence import Completion, PartialCompletion, Request
+from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session
@@ -113,7 +113,7 @@ def batch(vocab: int) -> list[Request]:
     return [*(made[i] for i in order), *adjusted]
 
 
-def values(completion: Completion) -> Values:
+def values(completion: FinishedCompletion) -> Values:
     """All that came out, every bit of it."""
     embedding = None if completion.embedding is None else completion.embedding.tobytes()
     return (

@@ -12,7 +12,7 @@ import pytest
 from mpillm.bench import synthetic
 from mpillm.kernels import BlockType
 from mpillm.model.opening import open_source
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 from tests.agnostic.harness import write_mixed_windows
 from tests.agnostic.program import digest
 from tests.agnostic.test_same_bits import COMPILED, TIGHT, expected

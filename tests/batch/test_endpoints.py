@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 
 from mpillm.batch.endpoints import COLUMNS, ENDPOINTS
 from mpillm.batch.endpoints.prompts import read_prompts
-from mpillm.batch.work import Column, Endpoint, Model, Work
-from mpillm.engine.sequence import Completion, Request
+from mpillm.batch.work import Endpoint, Model, ResultColumn, Work
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.spec import Spec
 from mpillm.store import results
 from mpillm.store.journal import Journal
@@ -28,7 +28,7 @@ class Choose(Endpoint, frozen=True, kw_only=True):
 
     url: ClassVar[str] = "/v1/choose"
     key: ClassVar[str] = "question"
-    columns: ClassVar[tuple[Column, ...]] = (Column("scores", "values", "<f8"),)
+    columns: ClassVar[tuple[ResultColumn, ...]] = (ResultColumn("scores", "values", "<f8"),)
 
     question: str
     choices: list[str]
@@ -43,11 +43,11 @@ class Choose(Endpoint, frozen=True, kw_only=True):
             for choice, ids in enumerate(prompts)
         )
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         scores = [sum(completion.prompt_logprobs) for completion in completions]
         return {"model": model.name, "best": self.choices[int(np.argmax(scores))]}
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         return {"scores": [sum(completion.prompt_logprobs)]}
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mpillm.batch import requests
 from mpillm.batch.bodies import decode_line
-from mpillm.batch.endpoints import ChatCompletions, Completions, Embeddings
+from mpillm.batch.endpoints import ChatCompletionsEndpoint, CompletionsEndpoint, EmbeddingsEndpoint
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
 from tests.text.asked import render_chat
@@ -43,7 +43,14 @@ def test_batch_lines_and_bare_lines(tmp_path: Path) -> None:
         {"input": ["the", "fox"]},
     )
     assert [work.custom_id for work in made] == ["chat", "text", "vector", "request-4", "mine", "request-6"]
-    kinds = [ChatCompletions, Completions, Embeddings, Completions, ChatCompletions, Embeddings]
+    kinds = [
+        ChatCompletionsEndpoint,
+        CompletionsEndpoint,
+        EmbeddingsEndpoint,
+        CompletionsEndpoint,
+        ChatCompletionsEndpoint,
+        EmbeddingsEndpoint,
+    ]
     assert [type(work.endpoint) for work in made] == kinds
     assert made[0].requests[0].prompt == tuple(TEXT.encode_chat(CHAT))
     assert made[1].requests[0].prompt == tuple(TEXT.encode("the fox", True))

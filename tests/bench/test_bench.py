@@ -23,7 +23,7 @@ from mpillm.bench import kernels as kernel_bench
 from mpillm.bench.paging import TURN, WARM, all_decode
 from mpillm.bench.profile import Profile
 from mpillm.bench.result import Bench, Machine, Run
-from mpillm.bench.runs import Options, TimedStep, _typical
+from mpillm.bench.runs import BenchOptions, TimedStep, _typical
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
 from mpillm.errors import JobError
@@ -167,7 +167,7 @@ def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:
         requests.append((descriptor, offset))
         return read_direct(descriptor, offset, out)
 
-    with pytest.MonkeyPatch.context() as patch, closing(disk.Disk(paths)) as measured:
+    with pytest.MonkeyPatch.context() as patch, closing(disk.DiskReader(paths)) as measured:
         patch.setattr(disk, "read_direct", read)
         patch.setattr(disk, "READERS", (1,))
         patch.setattr(disk, "MAX_BYTES", 3 * disk.REQUEST_BYTES)
@@ -355,7 +355,9 @@ def test_a_profile_times_the_kernels_and_leaves_them_as_they_were() -> None:
 def test_the_scalar_path_is_left_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_bench, "ENOUGH", 0.0)
     path = kernels.path()
-    sizes = kernel_bench.Sizes(hidden=64, ffn=64, heads=2, kv_heads=1, head_dim=32, vocab=64, context=32)
+    sizes = kernel_bench.KernelSizes(
+        hidden=64, ffn=64, heads=2, kv_heads=1, head_dim=32, vocab=64, context=32
+    )
     nothing = Machine(cpu="", cores=1, kernels=path, read={}, int8={})
     found = list(kernel_bench.measure(sizes, [BlockType.Q4_0], [1], nothing, repeats=1, rows=(1,)))
     assert kernels.path() == path
@@ -401,7 +403,7 @@ def run_against_stand_in(world: World) -> int:
     """Print what three kinds of runs came to, and what the stand-in was asked."""
     peer = StandIn()
     path = synthetic.create("tiny-llama", "q4_0")
-    options = Options(frozenset(), sequences=(2,), prompts=(40,), contexts=(7,), repeats=1)
+    options = BenchOptions(frozenset(), sequences=(2,), prompts=(40,), contexts=(7,), repeats=1)
     job = runs.spec_for(str(path), 1, options)
     start = runs.start_up(world, job, path, options, peer)
     with closing(Session(world, job, path)) as session:

@@ -29,7 +29,7 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     said: list[str] = []
-    lines = progress.Lines(40, said.append)
+    lines = progress.ProgressLines(40, said.append)
     for step in range(1, 13):
         now[0] += 1.0
         lines.update(1, lambda step=step: state(100 * step))  # type: ignore[misc]

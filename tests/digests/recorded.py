@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 
 FILE = Path(__file__).with_name("recorded.json")
 
@@ -37,7 +37,7 @@ def check(found: dict[str, str]) -> None:
     assert not changed, f"other answers than before: {changed}"
 
 
-def digest_of(completions: list[Completion]) -> str:
+def digest_of(completions: list[FinishedCompletion]) -> str:
     """A hash of all that was answered, every bit of it."""
     state = hashlib.blake2b(digest_size=12)
     for one in completions:

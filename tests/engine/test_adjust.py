@@ -10,7 +10,7 @@ import pytest
 
 from mpillm.engine.adjust import bits
 from mpillm.engine.sampler import FORBIDDEN
-from mpillm.engine.sequence import Completion, Request, Sequence
+from mpillm.engine.sequence import FinishedCompletion, Request, Sequence
 from tests.model.engine_harness import run_engine, vocab_of
 from tests.model.golden import model_path
 
@@ -65,7 +65,7 @@ def drawn(row: np.ndarray, request: Request, u: float) -> int:
     return int(order[np.searchsorted(np.cumsum(p), u * p.sum(), side="right")])
 
 
-def rows(completion: Completion) -> np.ndarray:
+def rows(completion: FinishedCompletion) -> np.ndarray:
     """The model's log-probabilities of all tokens at each generated one."""
     found = np.full((len(completion.tokens), VOCAB), np.nan)
     for row, top in zip(found, completion.top, strict=True):

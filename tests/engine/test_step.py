@@ -84,7 +84,8 @@ def test_round_trip(step: Step) -> None:
     assert batch.states == other.states
     assert batch.slots.tolist() == [chunk.slot for chunk in step.chunks]
     rows = [(chunk, chunk.start + i) for chunk in step.chunks for i in range(len(chunk.tokens))]
-    assert batch.second.tolist() == [position >= chunk.second for chunk, position in rows]
+    second = [False] * len(rows) if batch.second is None else batch.second.tolist()
+    assert second == [position >= chunk.second for chunk, position in rows]
     assert batch.positions.tolist() == [position for _, position in rows]
     assert [rows[row] for row in batch.first_rows] == [(chunk, chunk.start) for chunk in step.chunks]
     assert np.array_equal(batch.offset, batch.positions % KV_BLOCK)

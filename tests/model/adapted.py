@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from tests.digests import recorded
 from tests.model.checks import EXACT, RECURRENT, RECURRENT_MODELS, check, digest, requests_of
 from tests.model.golden import FIXTURES, adapted_model, golden
@@ -29,7 +29,7 @@ def both(name: str) -> tuple[list[Request], dict[str, Any]]:
     return [one for pair in pairs for one in pair], job
 
 
-def check_both(name: str, completions: list[Completion]) -> None:
+def check_both(name: str, completions: list[FinishedCompletion]) -> None:
     """Assert that those of `both` are PEFT's, with the bits that they had when they were recorded."""
     bounds = RECURRENT if adapted_model(name).startswith(RECURRENT_MODELS) else EXACT
     check(golden(f"{name}.adapter"), completions[::2], bounds)

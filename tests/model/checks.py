@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def requests_of(reference: dict[str, Any], top: int = 5) -> list[Request]:
     return requests
 
 
-def check(reference: dict[str, Any], completions: list[Completion], bounds: Bounds) -> None:
+def check(reference: dict[str, Any], completions: list[FinishedCompletion], bounds: Bounds) -> None:
     """Assert that completions of `requests_of(reference)` are what the reference says."""
     by_id = {completion.request.id: completion for completion in completions}
     assert len(by_id) == len(completions)
@@ -90,7 +90,7 @@ def check(reference: dict[str, Any], completions: list[Completion], bounds: Boun
         np.testing.assert_allclose(ours, reference["embedding"][pooling], atol=bounds.embedding, rtol=0)
 
 
-def check_greedy(greedy: dict[str, Any], completion: Completion, bounds: Bounds) -> None:
+def check_greedy(greedy: dict[str, Any], completion: FinishedCompletion, bounds: Bounds) -> None:
     """Equal tokens, as far as the reference's own lead is no matter of rounding, with near log-probabilities."""
     sure = next(
         (i for i, margin in enumerate(greedy["margins"]) if margin < bounds.margin), len(greedy["ids"])
@@ -103,7 +103,7 @@ def check_greedy(greedy: dict[str, Any], completion: Completion, bounds: Bounds)
     )
 
 
-def check_top(prompt: dict[str, Any], completion: Completion) -> None:
+def check_top(prompt: dict[str, Any], completion: FinishedCompletion) -> None:
     """The likeliest tokens at some positions; neighbours closer than the bound may have changed places."""
     for position, expected in prompt["top"].items():
         ours = completion.prompt_top[int(position) - 1]
@@ -131,7 +131,7 @@ def sampled(reference: dict[str, Any]) -> list[Request]:
     ]
 
 
-def digest(completions: list[Completion]) -> str:
+def digest(completions: list[FinishedCompletion]) -> str:
     """A hash of every token and every bit of every number."""
     state = hashlib.blake2b(digest_size=16)
     for one in completions:

@@ -10,13 +10,13 @@ from typing import Any
 from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, follow
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run.session import Session
-from mpillm.spec import BatchLimits, Layout, Memory, Output, Spec, Wire
+from mpillm.spec import BatchSection, LayoutSection, MemorySection, OutputSection, Spec, WireSection
 
-SECTIONS = {"layout": Layout, "memory": Memory, "wire": Wire, "batch": BatchLimits}
+SECTIONS = {"layout": LayoutSection, "memory": MemorySection, "wire": WireSection, "batch": BatchSection}
 
 
 def spec_of(model: Path, **job: Any) -> Spec:
@@ -25,15 +25,15 @@ def spec_of(model: Path, **job: Any) -> Spec:
         name: kind(**{key: job.pop(key) for key in kind.__struct_fields__ if key in job})
         for name, kind in SECTIONS.items()
     }
-    return Spec(model=str(model), input="-", output=Output(path="-"), **tables, **job)
+    return Spec(model=str(model), input="-", output=OutputSection(path="-"), **tables, **job)
 
 
 def run_laid_out(
     world: World, model: Path, requests: list[Request], **job: Any
-) -> tuple[list[Completion], Session]:
+) -> tuple[list[FinishedCompletion], Session]:
     """Collective: what all ranks make of `requests` (in their order, on rank 0), and the closed session."""
     with closing(Session(world, spec_of(model, **job), model)) as session:
-        completions: dict[tuple[str, int], Completion] = {}
+        completions: dict[tuple[str, int], FinishedCompletion] = {}
         if world.rank > 0:
             follow(session.worker, session.channel)
         else:
@@ -50,7 +50,7 @@ def _alone() -> World:
     return start()
 
 
-def run_engine(model: Path, requests: list[Request], **job: Any) -> list[Completion]:
+def run_engine(model: Path, requests: list[Request], **job: Any) -> list[FinishedCompletion]:
     """What the engine makes of `requests`, in their order, on one rank.
 
     `model` is a Hugging Face directory or a GGUF file. `job` holds what a job file would say, by the last part of its

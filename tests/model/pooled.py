@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.engine.pooled import logits_of
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.model.opening import config_of, open_source
 from mpillm.model.pooled import Classifier, read_classifier
 
@@ -51,7 +51,7 @@ def requests_of(prompts: list[dict[str, Any]]) -> list[Request]:
 
 
 def check(
-    prompts: list[dict[str, Any]], completions: list[Completion], classifier: Classifier | None
+    prompts: list[dict[str, Any]], completions: list[FinishedCompletion], classifier: Classifier | None
 ) -> None:
     """Assert that completions of `requests_of(prompts)` are what the reference says."""
     found = {completion.request.id: completion.embedding for completion in completions}
@@ -68,7 +68,7 @@ def check(
             )
 
 
-def bits(completion: Completion) -> bytes:
+def bits(completion: FinishedCompletion) -> bytes:
     """Every bit of a pooled state."""
     assert completion.embedding is not None
     return completion.embedding.tobytes()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mpillm.model import opening
-from mpillm.model.batch import Step
+from mpillm.model.batch import ForwardPass
 from mpillm.model.cache_spec import LayerCache, SequenceState
 from mpillm.model.config import ModelConfig
 from mpillm.model.layers.mixer import Mixer, MixerInput
@@ -56,7 +56,7 @@ class Recurrent:
             part += mixed
         return part, bias
 
-    def _advance(self, states: Floats, x: Floats, out: Floats, step: Step) -> None:
+    def _advance(self, states: Floats, x: Floats, out: Floats, step: ForwardPass) -> None:
         batch = step.batch
         ends = [*batch.first_rows[1:], len(x)]
         for first, end, slot in zip(batch.first_rows, ends, batch.slots, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from tests.model.adapted import both, check_both, folder, numbered
 from tests.model.checks import digest, requests_of
 from tests.model.engine_harness import run_engine
@@ -36,12 +36,12 @@ def mixed() -> list[Request]:
 MIXED = {"1": folder("chat_all"), "2": folder("chat_some"), "3": folder("chat_all")}
 
 
-def run_mixed(requests: list[Request], **job: Any) -> list[Completion]:
+def run_mixed(requests: list[Request], **job: Any) -> list[FinishedCompletion]:
     """What one rank makes of them."""
     return run_engine(model_path("chat"), requests, threads=1, adapters=MIXED, **job)
 
 
-def parts(completions: list[Completion]) -> list[str]:
+def parts(completions: list[FinishedCompletion]) -> list[str]:
     """A digest for each adapter; that of the same adapter under two numbers is of the same answers."""
     each = len(completions) // 4
     return [

@@ -15,7 +15,7 @@ from mpillm.errors import ModelError
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.weights.formats.hf import of_text
-from mpillm.weights.names import hf_name
+from mpillm.weights.roles import hf_name
 from tests.model.golden import model_path
 
 BEFORE, BESIDE = ("language_model.model.", "language_model."), ("model.language_model.", "")

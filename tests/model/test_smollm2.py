@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import MpillmError
 from mpillm.run.catalogue import resolve
 from tests.model.engine_harness import run_engine
@@ -47,7 +47,7 @@ def requests() -> list[Request]:
     return scored + continued
 
 
-def check_smollm2(completions: list[Completion]) -> dict[str, float]:
+def check_smollm2(completions: list[FinishedCompletion]) -> dict[str, float]:
     """Assert what the reference promises, for any layout and wire; returns how far off the run was."""
     by_id = {completion.request.id: completion for completion in completions}
     theirs = np.concatenate([chunk["logprob"][1:] for chunk in GOLDEN["chunks"]])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_needed
 from tests.model.engine_harness import _alone, run_laid_out
@@ -42,7 +42,7 @@ def run(model: str, **job: Any) -> tuple[list[tuple[Any, ...]], Any]:
     return list(map(_values, completions)), session
 
 
-def _values(one: Completion) -> tuple[Any, ...]:
+def _values(one: FinishedCompletion) -> tuple[Any, ...]:
     embedding = None if one.embedding is None else one.embedding.tobytes()
     return one.tokens, one.logprobs, one.top, one.prompt_logprobs, embedding
 

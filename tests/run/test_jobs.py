@@ -9,7 +9,7 @@ import pytest
 
 from mpillm import spec
 from mpillm.batch import requests
-from mpillm.batch.endpoints import ChatCompletions
+from mpillm.batch.endpoints import ChatCompletionsEndpoint
 from tests.job_helpers import WITH_TEXT
 
 JOBS = Path(__file__).parent.parent.parent / "jobs"
@@ -31,7 +31,7 @@ def test_the_quickstart_is_short_and_greedy_by_default() -> None:
     assert said.model == "smollm2-135m"
     batch = requests.check(said.input_path, said, WITH_TEXT)
     for work in batch.works():
-        assert isinstance(work.endpoint, ChatCompletions)
+        assert isinstance(work.endpoint, ChatCompletionsEndpoint)
         assert work.requests[0].max_tokens <= 64
     assert 6 <= len(batch) <= 8
 

@@ -9,7 +9,7 @@ import pytest
 from mpillm.comm.launch import Library
 from mpillm.errors import JobError, LayoutError
 from mpillm.run import launch
-from mpillm.run.launch import Host, Settings
+from mpillm.run.launch import HostSlots, Settings
 from tests.conftest import ROOT
 from tests.job_helpers import job
 from tests.model.golden import model_path
@@ -21,12 +21,12 @@ MPICH = Library("MPICH", (4, 3, 0), "MPICH Version: 4.3.0")
 @pytest.mark.parametrize("name", ["openmpi", "mpich"])
 def test_the_example_hostfiles_are_read(name: str) -> None:
     hosts = launch.read_hosts(ROOT / "slurm" / "hosts" / f"{name}.hosts")
-    assert hosts == [Host("node1", 1), Host("node2", 1), Host("node3", 1)]
+    assert hosts == [HostSlots("node1", 1), HostSlots("node2", 1), HostSlots("node3", 1)]
 
 
 @pytest.mark.parametrize("library", [OPENMPI, MPICH])
 def test_what_is_written_is_read(library: Library, tmp_path: Path) -> None:
-    hosts = [Host("node1", 2), Host("10.0.0.7", 1)]
+    hosts = [HostSlots("node1", 2), HostSlots("10.0.0.7", 1)]
     launch.write_hosts(tmp_path / "hosts", hosts, library)
     assert launch.read_hosts(tmp_path / "hosts") == hosts
 

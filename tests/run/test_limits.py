@@ -12,7 +12,7 @@ from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of, rank
 from mpillm.model.cache_spec import SequenceState, TokenCache
 from mpillm.partition.grid import Place
 from mpillm.run.limits import MAX_TOKENS, cache_capacity, cache_in_memory, limits, step_description, step_size
-from mpillm.spec import BatchLimits, Memory, Output, Spec
+from mpillm.spec import BatchSection, MemorySection, OutputSection, Spec
 from tests.shapes import shape
 
 LLAMA_8B = shape(32, 4096, 32, 8, 128, 14_336, 128_256)
@@ -23,7 +23,10 @@ GIB = 2**30
 
 def spec(weights: int | str = "all", kv: int = GIB, **batch: Any) -> Spec:
     return Spec(
-        input="-", output=Output(path="-"), memory=Memory(weights=weights, kv=kv), batch=BatchLimits(**batch)
+        input="-",
+        output=OutputSection(path="-"),
+        memory=MemorySection(weights=weights, kv=kv),
+        batch=BatchSection(**batch),
     )
 
 

@@ -30,7 +30,7 @@ from mpillm.run.input_memory import (
     PROMPT,
     TEMPLATE,
     WRITTEN,
-    Asked,
+    InputNeeds,
     asked_of,
     input_bytes,
 )
@@ -288,6 +288,8 @@ def test_what_an_input_asks_for(
 
 def test_the_cache_is_planned_for_what_the_input_can_need() -> None:
     capacity = CacheCapacity(blocks=100, blocks_in_memory=100, slots=10, saved=2)
-    assert capacity.needed(2, Asked(lines=1, sequences=3, blocks=20)) == (40, 5)
-    assert capacity.needed(2, Asked(lines=1, sequences=30, blocks=90)) == (100, 12)
-    assert capacity.needed(2, Asked()) == capacity.needed(2, Asked(lines=1, blocks=None)) == (100, 12)
+    assert capacity.needed(2, InputNeeds(lines=1, sequences=3, blocks=20)) == (40, 5)
+    assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=90)) == (100, 12)
+    assert (
+        capacity.needed(2, InputNeeds()) == capacity.needed(2, InputNeeds(lines=1, blocks=None)) == (100, 12)
+    )

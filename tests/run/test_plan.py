@@ -19,7 +19,7 @@ from mpillm.run.hosts import Host
 from mpillm.run.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.spec.reading import toml
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.model.golden import gguf_path
 

@@ -12,12 +12,12 @@ from mpillm.run.step_time import (
     INSIDE,
     LAYER,
     STEP,
-    Attention,
+    AttentionWork,
     Demand,
-    Link,
+    LinkRate,
+    RankWork,
     Stage,
     StepRows,
-    Work,
     between,
     job_time,
     rank_time,
@@ -29,15 +29,17 @@ SPEED = Speed({"q4_0": (1e9, 4e9, 8e9), "f32": (1e9, 1e9, 1e9)}, memory=1e9, dis
 ONE = StepRows(rows=1, sequences=1, context=0)
 
 
-def work(layers: int = 2, weights: float = 1e9, **more: object) -> Work:
+def work(layers: int = 2, weights: float = 1e9, **more: object) -> RankWork:
     values = {
         "layers": layers, "products": {BlockType.Q4_0: weights}, "experts": {}, "head": {}, "expert_share": 1.0,
         "streamed": 0, "streamed_experts": 0, "attention": (),
     }  # fmt: skip
-    return Work(**{**values, **more})  # type: ignore[arg-type]
+    return RankWork(**{**values, **more})  # type: ignore[arg-type]
 
 
-def stage(*works: Work, link: Link = INSIDE, pipe: Link | None = None, speed: Speed = SPEED) -> Stage:
+def stage(
+    *works: RankWork, link: LinkRate = INSIDE, pipe: LinkRate | None = None, speed: Speed = SPEED
+) -> Stage:
     return Stage(works, [speed] * len(works), row_bytes=1000, link=link, pipe_bytes=500, pipe=pipe)
 
 
@@ -75,15 +77,15 @@ def test_a_disk_counts_where_it_is_slower_than_all_that_goes_on_meanwhile() -> N
 
 
 def test_keys_and_values_are_read_by_each_sequence_up_to_the_window() -> None:
-    attending = work(attention=[Attention(0, 1000, 0), Attention(64, 1000, 0)])
+    attending = work(attention=[AttentionWork(0, 1000, 0), AttentionWork(64, 1000, 0)])
     assert rank_time(attending, SPEED, StepRows(4, 4, 1000)).kv == pytest.approx(4 * (1000 + 64) * 1000 / 1e9)
-    prompt = work(attention=[Attention(0, 1, 1000)])
+    prompt = work(attention=[AttentionWork(0, 1, 1000)])
     assert rank_time(prompt, SPEED, StepRows(500, 1, 250)).kv == pytest.approx(500 * 250 * 1000 / 1e9)
 
 
 def test_messages_of_shards_and_stages() -> None:
     net = between([SPEED, Speed({}, 1, 1, latency=2e-3, wire=5e6)])
-    assert net == Link(2e-3, 1e6)
+    assert net == LinkRate(2e-3, 1e6)
     two = stage_time(stage(work(), work(), link=net, pipe=net), StepRows(3, 3, 0))
     assert two.messages == pytest.approx(2 * 2 * (2e-3 + 3000 / 1e6) + 2e-3 + 2 * 3 * 500 / 1e6)
     assert stage_time(stage(work()), ONE).messages == 0

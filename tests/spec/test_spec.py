@@ -253,7 +253,7 @@ def test_sizes_are_read_back() -> None:
 def test_an_output_may_be_a_path_or_a_table(text: str, overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(f'input = "in.jsonl"\n{text}')
     said = spec.load(tmp_path / "job.toml", overrides)
-    assert said.output == spec.Output(path="o", format="csv")
+    assert said.output == spec.OutputSection(path="o", format="csv")
     assert spec.load(tmp_path / "job.toml", overrides, output="p").output.path == "p"
     with pytest.raises(JobError, match=r"output.format: expected one of 'none', .*'parquet', .*not 'xls'"):
         spec.load(tmp_path / "job.toml", ["output.path=o", "output.format=xls"])

@@ -266,7 +266,7 @@ def test_results_go_to_disk_in_small_parts(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "fdatasync", synced)
     monkeypatch.setattr(hdf5, "SYNC_BYTES", 1 << 20)
     with Directory(tmp_path) as directory, hdf5.new_file(directory, "a.h5") as (h5, check):
-        names, values = hdf5.TextColumn(h5, "names"), hdf5.Column(h5, "values", np.float64)
+        names, values = hdf5.TextColumn(h5, "names"), hdf5.GrowingDataset(h5, "values", np.float64)
         for number in range(20_000):
             names.add(f"{number}".ljust(random.choice((5, 500)), "x"))
             values.add(*([0.5] * random.randrange(20)))

@@ -14,10 +14,10 @@ import pytest
 
 from mpillm.errors import RequestError
 from mpillm.text import Tokenizer, hf
-from mpillm.text.chat_formats.base import Answer, Tool
+from mpillm.text.chat_formats.base import ParsedAnswer, Tool
 from mpillm.text.chat_formats.known import CALLS, TAGS, format_of
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import Asked, ChatFormat, State, Tagged
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State, Tagged
 from mpillm.text.constrain import Grammars, choice_grammar
 from mpillm.text.harmony import CALL, CONSTRAIN, MARKS, Harmony
 from tests.job_helpers import CHAT
@@ -108,13 +108,13 @@ NOW = {
 BARE = {"llama3_json", "pythonic"}
 
 
-def found(answer: Answer) -> list[tuple[str, Any]]:
+def found(answer: ParsedAnswer) -> list[tuple[str, Any]]:
     return [(call.name, json.loads(call.arguments)) for call in answer.calls]
 
 
-def grown(format: ChatFormat, text: str, state: State) -> Answer:
+def grown(format: ChatFormat, text: str, state: State) -> ParsedAnswer:
     """The parts of an answer, of which each beginning was looked at, too: none took back what another had given."""
-    last = Answer(None, "")
+    last = ParsedAnswer(None, "")
     for length in range(len(text) + 1):
         answer = format.split(text[:length], state, TOOLS, final=False)
         assert (answer.reasoning or "").startswith(last.reasoning or "")
@@ -155,11 +155,11 @@ def test_what_is_no_call_is_content(name: str) -> None:
         "[weather",
         "a [b] <c>",
     ):
-        assert grown(format, text, "free") == Answer(None, text)
+        assert grown(format, text, "free") == ParsedAnswer(None, text)
     broken = grown(format, written[: len(written) // 3], "free")  # as max_tokens cuts it
     assert not broken.calls
     assert "wea" in broken.content
-    assert format.split(written, "free", None, True) == Answer(None, written)
+    assert format.split(written, "free", None, True) == ParsedAnswer(None, written)
 
 
 def test_reasoning() -> None:
@@ -179,7 +179,7 @@ def test_reasoning() -> None:
             ("closed", "yes\n", None, "yes\n"),
             ("free", "\n", None, "\n"),
         ):
-            assert grown(format, text, state) == Answer(thought, said), (state, text)  # type: ignore[arg-type]
+            assert grown(format, text, state) == ParsedAnswer(thought, said), (state, text)  # type: ignore[arg-type]
         assert format.continued(f"{opening} so") == "open"
         assert format.continued(f"{opening} so {closing} b") == "closed"
         assert format.continued("b") == "closed"
@@ -281,7 +281,7 @@ def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
         lark = Lark(grammars[0].control)
         return lark.whole(
             format.expression(
-                lark, state, Asked(lark.embedded(content) if answer else None, tools, choice, many)
+                lark, state, AnswerRule(lark.embedded(content) if answer else None, tools, choice, many)
             )
         )
 
@@ -334,5 +334,5 @@ def test_schemas_of_any_form(name: str, schema: dict[str, Any], grammars: tuple[
     assert [call.name for call in calls] == ["weather", "now"]
     lark = Lark(grammars[0].control)
     with contextlib.suppress(RequestError):
-        asked = Asked(None, tools, "required")
+        asked = AnswerRule(None, tools, "required")
         grammars[1].check(lark.whole(Tagged(None, CALLS[name]).expression(lark, "closed", asked)))

@@ -25,22 +25,24 @@ from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
-from mpillm.tools.pack import Packed, Weights, pack
+from mpillm.tools.pack import PackResult, Weights, pack
 from mpillm.weights.formats.loaders import InPlaceLoader
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.io.reading import DirectFile, read_at
 from mpillm.weights.io.verified import VerifiedFile
-from mpillm.weights.names import USUAL, Key
+from mpillm.weights.names import USUAL
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed import loaders
-from mpillm.weights.packed.files import PackedPage, PackedPiece, Writer
+from mpillm.weights.packed.file_plan import PackedPage
+from mpillm.weights.packed.files import PackedPiece, Writer
 from mpillm.weights.packed.layout import INDEX, UNFINISHED
 from mpillm.weights.packed.loaders import MappedLoader, ReadLoader
 from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.weights import minimum_budget
+from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.conftest import Mount, Mpi, run_bounded
 from tests.model.checks import EXACT, check, digest, requests_of, sampled
@@ -76,7 +78,7 @@ class Quiet:
         pass
 
 
-def packed(name: str | Path, target: Path, weights: Weights = "source") -> Packed:
+def packed(name: str | Path, target: Path, weights: Weights = "source") -> PackResult:
     return pack(_alone(), str(model_path(name) if isinstance(name, str) else name), target, weights, Quiet())
 
 

@@ -15,7 +15,8 @@ from mpillm.errors import ModelError
 from mpillm.model.opening import open_source
 from mpillm.tools.pack import Weights, pack
 from mpillm.weights.finite import check_vectors, first_not_finite
-from mpillm.weights.names import USUAL, Key
+from mpillm.weights.names import USUAL
+from mpillm.weights.roles import Key
 from tests.model.engine_harness import _alone
 from tests.model.golden import FIXTURES
 from tests.tools.test_pack import Quiet, model_path

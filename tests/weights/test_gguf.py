@@ -19,8 +19,8 @@ from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key, hf_name
 from mpillm.weights.opening import gguf_in
+from mpillm.weights.roles import Key, hf_name
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
 

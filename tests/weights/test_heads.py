@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mpillm.errors import ModelError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 HEADS, LATENT, PART, VALUE = 4, 24, 14, 11  # of deepseek_v3

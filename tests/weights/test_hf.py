@@ -11,7 +11,7 @@ from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.model.opening import open_source
 from mpillm.weights.identity import fingerprint
-from mpillm.weights.names import Key, hf_name
+from mpillm.weights.roles import Key, hf_name
 from mpillm.weights.source import column_unit
 from tests.weights.build import DTYPES, Tiny, through, write_hf
 

@@ -16,8 +16,8 @@ from mpillm.weights.fill import CHUNK, load
 from mpillm.weights.formats.tensors import GATHERED
 from mpillm.weights.inventory import all_tensors
 from mpillm.weights.io.reading import new_buffer
-from mpillm.weights.names import Key
 from mpillm.weights.plan import ALIGNMENT
+from mpillm.weights.roles import Key
 from mpillm.weights.source import check_tensors, column_unit, rank_plans
 from tests.weights.build import Tiny, through, write_gguf, write_hf
 

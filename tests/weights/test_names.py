@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from mpillm.weights import names
-from mpillm.weights.names import ROLES, TASK_ROLES, USUAL, Key, Parsed
+from mpillm.weights.names import USUAL, Parsed
+from mpillm.weights.roles import ROLES, TASK_ROLES, Key, hf_name
 
 ENTRY = ("embed", "positions", "segments", "embed_norm", "embed_norm_bias")
 GLOBAL = (*ENTRY, "final_norm", "final_norm_bias", *TASK_ROLES)
@@ -14,14 +15,14 @@ GLOBAL = (*ENTRY, "final_norm", "final_norm_bias", *TASK_ROLES)
 def test_usual_names_are_parsed_back(role, layer):
     key = Key(role, -1 if role in GLOBAL else layer)
     parsed = Parsed((role,), key.layer, -1, False)
-    assert USUAL.parse_hf(names.hf_name(key)) == parsed
+    assert USUAL.parse_hf(hf_name(key)) == parsed
     assert USUAL.parse_gguf(ROLES[role].gguf.format(l=key.layer)) == parsed
 
 
 @pytest.mark.parametrize("role", ["gate", "up", "down"])
 def test_experts(role):
     key = Key(role, 3, 11)
-    assert USUAL.parse_hf(names.hf_name(key)) == Parsed((role,), 3, 11, False)
+    assert USUAL.parse_hf(hf_name(key)) == Parsed((role,), 3, 11, False)
     assert USUAL.parse_gguf(f"blk.3.ffn_{role}_exps.weight") == Parsed((role,), 3, -1, True)
     assert USUAL.parse_gguf(f"blk.3.ffn_{role}.11.weight") == Parsed((role,), 3, 11, False)
 

@@ -16,7 +16,7 @@ from mpillm.errors import ModelError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.weights.formats.quantised import METHODS
-from mpillm.weights.names import ROLES, Key, hf_name
+from mpillm.weights.roles import ROLES, Key, hf_name
 from tests.weights import quantised
 from tests.weights.build import DTYPES, Tiny, write_hf
 

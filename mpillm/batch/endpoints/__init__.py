@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from mpillm.batch.endpoints.chat import ChatCompletions
-from mpillm.batch.endpoints.choices import MultipleChoice
-from mpillm.batch.endpoints.classify import Classify
-from mpillm.batch.endpoints.completions import Completions
-from mpillm.batch.endpoints.embeddings import Embeddings
-from mpillm.batch.endpoints.rerank import Rerank
-from mpillm.batch.endpoints.score import Score
-from mpillm.batch.work import Column, Endpoint
+from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
+from mpillm.batch.endpoints.choices import ChoicesEndpoint
+from mpillm.batch.endpoints.classify import ClassifyEndpoint
+from mpillm.batch.endpoints.completions import CompletionsEndpoint
+from mpillm.batch.endpoints.embeddings import EmbeddingsEndpoint
+from mpillm.batch.endpoints.rerank import RerankEndpoint
+from mpillm.batch.endpoints.score import ScoreEndpoint
+from mpillm.batch.work import Endpoint, ResultColumn
 
 ENDPOINTS: tuple[type[Endpoint], ...] = (
-    ChatCompletions,
-    Completions,
-    Embeddings,
-    MultipleChoice,
-    Score,
-    Rerank,
-    Classify,
+    ChatCompletionsEndpoint,
+    CompletionsEndpoint,
+    EmbeddingsEndpoint,
+    ChoicesEndpoint,
+    ScoreEndpoint,
+    RerankEndpoint,
+    ClassifyEndpoint,
 )
 
 # What choices leave in results.h5, in the order of its groups.
-COLUMNS: tuple[Column, ...] = tuple(
+COLUMNS: tuple[ResultColumn, ...] = tuple(
     dict.fromkeys(column for endpoint in ENDPOINTS for column in endpoint.columns)
 )

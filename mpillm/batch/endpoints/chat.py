@@ -16,18 +16,18 @@ from mpillm.batch.endpoints.prompts import encoded
 from mpillm.batch.endpoints.sampling import Tokens
 from mpillm.batch.endpoints.tools import NamedChoice, ToolChoice, calls_shown, choose, read_calls, read_tools
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
-from mpillm.text.chat_formats.base import Answer
+from mpillm.text.chat_formats.base import ParsedAnswer
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import Asked, ChatFormat, State
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State
 
 PROMPT_END = 16  # tokens of a prompt that tell how the answer begins
 
 
-class ChatCompletions(Generate, frozen=True, kw_only=True):
+class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
     """/v1/chat/completions"""
 
     url: ClassVar[str] = "/v1/chat/completions"
@@ -108,14 +108,14 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             self.chat_template_kwargs or {}
         )
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         body = super().response(work, completions, model)
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = self.prompt_top(completions[0], Detokenizer(model))
         return body
 
     def choice(
-        self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
+        self, work: Work, index: int, completion: FinishedCompletion, detokenizer: Detokenizer
     ) -> dict[str, Any]:
         text, stop_reason = self.generated(work, completion, detokenizer)
         answer = self.divide(text, completion.request.prompt, work.spec, detokenizer.model)
@@ -144,7 +144,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
 
     def divide(
         self, text: str, prompt: Sequence[int], spec: Spec, model: Model, final: bool = True
-    ) -> Answer | None:
+    ) -> ParsedAnswer | None:
         """The parts of a text that follows a prompt; None if it is to be shown as it is. `final` as in `ChatFormat`."""
         if model.text is None or not self.skips_special:
             return None
@@ -156,7 +156,7 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
             answer = replace(answer, calls=answer.calls[:1])
         return answer
 
-    def message(self, answer: Answer, request: Request, spec: Spec, model: Model) -> dict[str, Any]:
+    def message(self, answer: ParsedAnswer, request: Request, spec: Spec, model: Model) -> dict[str, Any]:
         """What the message of a request's answer has besides its role."""
         found = self._format(spec, model)
         shown: dict[str, Any] = {}
@@ -199,10 +199,10 @@ class ChatCompletions(Generate, frozen=True, kw_only=True):
         one = self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice)
         lark = Lark(model.text.control)
         held = None if content is None or choice == "required" else lark.embedded(content)
-        return lark.whole(found.expression(lark, state, Asked(held, tools, choice, not one)))
+        return lark.whole(found.expression(lark, state, AnswerRule(held, tools, choice, not one)))
 
 
-def _logprobs(completion: Completion, detokenizer: Detokenizer) -> list[dict[str, Any]]:
+def _logprobs(completion: FinishedCompletion, detokenizer: Detokenizer) -> list[dict[str, Any]]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {
             "token": detokenizer.token(token),

@@ -21,9 +21,9 @@ from mpillm.batch.endpoints.prompts import (
     encoded,
     read_prompts,
 )
-from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
+from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine import exact
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 
@@ -31,7 +31,7 @@ Choice = Annotated[str, Meta(min_length=1)] | Annotated[list[int], Meta(min_leng
 MEASURES = ("logprob", "logprob_per_token", "logprob_per_byte")
 
 
-class MultipleChoice(Endpoint, frozen=True, kw_only=True):
+class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
     """/v1/multiple_choice
 
     All choices are scored behind the tokens that the prompt alone and the prompt with each of the choices have in
@@ -41,7 +41,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
     url: ClassVar[str] = "/v1/multiple_choice"
     key: ClassVar[str] = "choices"
     needs_head: ClassVar[bool] = True
-    columns: ClassVar[tuple[Column, ...]] = (Column("loglikelihoods", "values", "<f8"),)
+    columns: ClassVar[tuple[ResultColumn, ...]] = (ResultColumn("loglikelihoods", "values", "<f8"),)
 
     prompt: str | list[int] | None = None
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
@@ -78,7 +78,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
             )
         return tuple(made)
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         totals = np.array([math.fsum(completion.prompt_logprobs) for completion in completions])
         weights = exact.exp(totals - totals.max())
         shown: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ class MultipleChoice(Endpoint, frozen=True, kw_only=True):
             "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
         }
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         return {"loglikelihoods": [math.fsum(completion.prompt_logprobs)]}
 
     def _tokens(self, spec: Spec, model: Model) -> tuple[TokenIds, list[TokenIds]]:
@@ -149,7 +149,7 @@ def _common(one: TokenIds, other: TokenIds) -> int:
     )
 
 
-def _is_greedy(completion: Completion) -> bool:
+def _is_greedy(completion: FinishedCompletion) -> bool:
     """Whether each token of a choice is the likeliest one where it stands."""
     tokens = completion.request.prompt[completion.request.score_from :]
     return all(token == top[0][0] for token, top in zip(tokens, completion.prompt_top, strict=True))

@@ -18,20 +18,20 @@ from mpillm.batch.endpoints.prompts import (
     prompt_name,
     read_prompts,
 )
-from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
+from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine.pooled import decide, logits_of
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 
 
-class Classify(Endpoint, frozen=True, kw_only=True):
+class ClassifyEndpoint(Endpoint, frozen=True, kw_only=True):
     """/v1/classify"""
 
     url: ClassVar[str] = "/v1/classify"
     aliases: ClassVar[tuple[str, ...]] = ("/classify",)
     key: ClassVar[str] = ""
-    columns: ClassVar[tuple[Column, ...]] = (Column("probabilities", "values", "<f8"),)
+    columns: ClassVar[tuple[ResultColumn, ...]] = (ResultColumn("probabilities", "values", "<f8"),)
 
     input: str | list[Any]
     add_special_tokens: bool | None = None
@@ -62,7 +62,7 @@ class Classify(Endpoint, frozen=True, kw_only=True):
             for choice, ids in enumerate(prompts)
         )
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         assert model.classifier is not None
         labels, shown = model.classifier.labels, []
         for index, completion in enumerate(completions):
@@ -80,10 +80,10 @@ class Classify(Endpoint, frozen=True, kw_only=True):
             "usage": {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens},
         }
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         return {"probabilities": self._probabilities(completion, model)}
 
-    def _probabilities(self, completion: Completion, model: Model) -> NDArray[np.float64]:
+    def _probabilities(self, completion: FinishedCompletion, model: Model) -> NDArray[np.float64]:
         assert model.classifier is not None
         assert completion.embedding is not None
         wanted = self.activation if self.use_activation is None else self.use_activation

@@ -11,12 +11,12 @@ from mpillm.batch.endpoints.detokenizer import Detokenizer, finite, offsets, wit
 from mpillm.batch.endpoints.generate import Choices, Generate, Logprobs
 from mpillm.batch.endpoints.prompts import read_prompts
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 
 
-class Completions(Generate, frozen=True, kw_only=True):
+class CompletionsEndpoint(Generate, frozen=True, kw_only=True):
     """/v1/completions"""
 
     url: ClassVar[str] = "/v1/completions"
@@ -76,18 +76,18 @@ class Completions(Generate, frozen=True, kw_only=True):
         wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
         return max((count for count in wanted if count is not None), default=None)
 
-    def kept(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+    def kept(self, completions: Sequence[FinishedCompletion]) -> Sequence[FinishedCompletion]:
         """Of each prompt's `best_of` choices the `n` that have the highest log-probability per token, best first."""
         if not self._chooses:
             return completions
-        found: list[Completion] = []
+        found: list[FinishedCompletion] = []
         for at in range(0, len(completions), self.choices_per_prompt):
             choices = completions[at : at + self.choices_per_prompt]
             found += sorted(choices, key=_mean_logprob, reverse=True)[: self.n or 1]
         return found
 
     def choice(
-        self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
+        self, work: Work, index: int, completion: FinishedCompletion, detokenizer: Detokenizer
     ) -> dict[str, Any]:
         text, stop_reason = self.generated(work, completion, detokenizer)
         prompt = ""
@@ -111,7 +111,7 @@ class Completions(Generate, frozen=True, kw_only=True):
             **self.token_ids(completion),
         }
 
-    def _given(self, completion: Completion) -> str | None:
+    def _given(self, completion: FinishedCompletion) -> str | None:
         """The prompt as the string that it came as; None if as token ids, or if it may be cut."""
         given = None if self.truncate_prompt_tokens is not None else self.prompt
         if isinstance(given, list):
@@ -119,7 +119,7 @@ class Completions(Generate, frozen=True, kw_only=True):
         return given if isinstance(given, str) else None
 
     def _logprobs(
-        self, completion: Completion, detokenizer: Detokenizer, before: str, text: str
+        self, completion: FinishedCompletion, detokenizer: Detokenizer, before: str, text: str
     ) -> dict[str, list[Any]]:
         """Parallel lists, a token each: the prompt's first where it is echoed (its first token has no logprob)."""
         ids = list(completion.tokens)
@@ -147,5 +147,5 @@ class Completions(Generate, frozen=True, kw_only=True):
         }
 
 
-def _mean_logprob(completion: Completion) -> float:
+def _mean_logprob(completion: FinishedCompletion) -> float:
     return math.fsum(completion.logprobs) / max(len(completion.logprobs), 1)

@@ -20,9 +20,9 @@ from mpillm.batch.endpoints.prompts import (
     prompt_name,
     read_prompts,
 )
-from mpillm.batch.work import Column, Endpoint, Model, Work, hashed_id
+from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine.pooled import through
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.spec import Pooling, Spec
@@ -32,12 +32,12 @@ Dimensions = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 JSON_BYTES, BASE64_BYTES = 22, 6  # of a value in an answer, at most
 
 
-class Embeddings(Endpoint, frozen=True, kw_only=True):
+class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
     """/v1/embeddings"""
 
     url: ClassVar[str] = "/v1/embeddings"
     key: ClassVar[str] = "input"
-    columns: ClassVar[tuple[Column, ...]] = (Column("embeddings", "values", "<f4"),)
+    columns: ClassVar[tuple[ResultColumn, ...]] = (ResultColumn("embeddings", "values", "<f4"),)
 
     input: str | list[Any]
     encoding_format: Literal["float", "base64"] | None = None
@@ -73,7 +73,7 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
             for choice, ids in enumerate(prompts)
         )
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         usage = {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens}
         return {
             "id": f"embd-{hashed_id(work.custom_id)}",
@@ -87,7 +87,7 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
             "usage": usage,
         }
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         return {"embeddings": self._vector(work, completion, model)}
 
     def _texts(self, spec: Spec, settings: EmbeddingSettings) -> str | list[Any]:
@@ -103,14 +103,14 @@ class Embeddings(Endpoint, frozen=True, kw_only=True):
             return prompt + self.input
         return [prompt + text if isinstance(text, str) else text for text in self.input]
 
-    def _vector(self, work: Work, completion: Completion, model: Model) -> NDArray[np.float32]:
+    def _vector(self, work: Work, completion: FinishedCompletion, model: Model) -> NDArray[np.float32]:
         """The vector as it is answered: of so many dimensions, at length 1 if that is asked for."""
         assert completion.embedding is not None
         vector = through(model.embedding.layers, completion.embedding)[: self.dimensions]
         wanted = work.spec.embeddings.normalize if self.normalize is None else self.normalize
         return normalized(vector) if (model.embedding.normalize if wanted == "auto" else wanted) else vector
 
-    def _embedding(self, work: Work, completion: Completion, model: Model) -> dict[str, Any]:
+    def _embedding(self, work: Work, completion: FinishedCompletion, model: Model) -> dict[str, Any]:
         little_endian = np.ascontiguousarray(self._vector(work, completion, model), "<f4")
         shown = (
             base64.b64encode(little_endian.tobytes()).decode()

@@ -23,10 +23,10 @@ from mpillm.batch.endpoints.prompts import (
     prompt_name,
 )
 from mpillm.batch.endpoints.sampling import Sampled, Tokens
-from mpillm.batch.work import Column, Model, Work, hashed_id
-from mpillm.engine.sequence import Completion, Constraint, Request, TopLogprobs
+from mpillm.batch.work import Model, ResultColumn, Work, hashed_id
+from mpillm.engine.sequence import Constraint, FinishedCompletion, Request, TopLogprobs
 from mpillm.errors import RequestError
-from mpillm.spec import ResponseFormat, Spec, Stop, StructuredOutputs, Word
+from mpillm.spec import ResponseFormat, Spec, StopStrings, StructuredOutputs, Word
 from mpillm.text import StopWatch, cut_at_stop
 
 MAX_LOGPROBS = 1000
@@ -53,10 +53,10 @@ def _answer_bytes(request: Request) -> int:
 class Generate(Sampled, frozen=True, kw_only=True):
     """A body that asks for text; where a key is absent, the job's [sampling] holds."""
 
-    columns: ClassVar[tuple[Column, ...]] = (
-        Column("tokens", "ids", "<i4"),
-        Column("logprobs", "values", "<f4"),
-        Column("prompt_logprobs", "values", "<f4"),
+    columns: ClassVar[tuple[ResultColumn, ...]] = (
+        ResultColumn("tokens", "ids", "<i4"),
+        ResultColumn("logprobs", "values", "<f4"),
+        ResultColumn("prompt_logprobs", "values", "<f4"),
     )
     needs_head: ClassVar[bool] = True
     id_prefix: ClassVar[str]
@@ -64,7 +64,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
 
     max_tokens: Tokens | None = None
     n: Choices | None = None
-    stop: Stop | None = None
+    stop: StopStrings | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
@@ -97,7 +97,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
     def choices_per_prompt(self) -> int:
         return self.n or 1
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         shown = self.shown(work.spec, model)
         detokenizer = Detokenizer(model, bool(self.return_tokens_as_token_ids), self.skips_special, shown)
         generated = sum(len(completion.tokens) for completion in completions)
@@ -118,17 +118,17 @@ class Generate(Sampled, frozen=True, kw_only=True):
             },
         }
 
-    def kept(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+    def kept(self, completions: Sequence[FinishedCompletion]) -> Sequence[FinishedCompletion]:
         """The completions that the answer shows."""
         return completions
 
     def choice(
-        self, work: Work, index: int, completion: Completion, detokenizer: Detokenizer
+        self, work: Work, index: int, completion: FinishedCompletion, detokenizer: Detokenizer
     ) -> dict[str, Any]:
         """One of the answer's choices."""
         raise NotImplementedError
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         found: dict[str, ArrayLike] = {"tokens": completion.tokens}
         if completion.request.logprobs is not None:
             found["logprobs"] = completion.logprobs
@@ -209,7 +209,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         return StopWatch(model.text, stops, start, self.skips_special, after, shown)
 
     def generated(
-        self, work: Work, completion: Completion, detokenizer: Detokenizer
+        self, work: Work, completion: FinishedCompletion, detokenizer: Detokenizer
     ) -> tuple[str, str | int | None]:
         """The generated text up to its stop, and what stopped it: a stop string, the body's stop id, or neither."""
         tokens, start, included = completion.tokens, self.starts_text, self.include_stop_str_in_output
@@ -227,7 +227,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         stop = min((stop for stop in stops if rest.startswith(stop)), key=len, default=None)
         return kept + stop if stop and included else kept, stop
 
-    def prompt_top(self, completion: Completion, detokenizer: Detokenizer) -> list[Any]:
+    def prompt_top(self, completion: FinishedCompletion, detokenizer: Detokenizer) -> list[Any]:
         """vLLM's `prompt_logprobs`: for each token of the prompt but the first its alternatives, and itself, by their
         ids. The rank of a token that is none of them is not known."""
         scored = zip(
@@ -249,7 +249,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
             for token, value in dict([(id, logprob), *top]).items()
         }
 
-    def token_ids(self, completion: Completion) -> dict[str, Any]:
+    def token_ids(self, completion: FinishedCompletion) -> dict[str, Any]:
         """The ids of the answer and of its prompt, where they are asked for."""
         if not self.return_token_ids:
             return {}

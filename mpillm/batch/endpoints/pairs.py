@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import ArrayLike, NDArray
 
-from mpillm.batch.endpoints.embeddings import Embeddings
+from mpillm.batch.endpoints.embeddings import EmbeddingsEndpoint
 from mpillm.batch.endpoints.prompts import (
     MAX_PROMPT_TOKENS,
     Cut,
@@ -26,21 +26,21 @@ from mpillm.batch.endpoints.prompts import (
     cut_of,
     encoded,
 )
-from mpillm.batch.work import Column, Endpoint, Model, Work
+from mpillm.batch.work import Endpoint, Model, ResultColumn, Work
 from mpillm.engine.pooled import logits_of, relevance, through
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
 
 Texts = Annotated[list[str], Meta(min_length=1)]
-RELEVANCE = Column("relevance", "values", "<f8")
+RELEVANCE = ResultColumn("relevance", "values", "<f8")
 
 
 class Pairs(Endpoint, frozen=True, kw_only=True):
     """A body that has pairs of a query and a document scored."""
 
-    columns = (RELEVANCE, *Embeddings.columns)
+    columns = (RELEVANCE, *EmbeddingsEndpoint.columns)
 
     instruction: str | None = None
     use_activation: bool | None = None
@@ -60,7 +60,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
                 raise RequestError(
                     "instruction and use_activation are for models that read both texts together"
                 )
-            texts = Embeddings(
+            texts = EmbeddingsEndpoint(
                 input=[*queries, *documents], truncate_prompt_tokens=self.truncate_prompt_tokens
             )
             return texts.requests(custom_id, spec, model)
@@ -94,7 +94,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
             )
         return tuple(made)
 
-    def scores(self, completions: Sequence[Completion], model: Model) -> list[float]:
+    def scores(self, completions: Sequence[FinishedCompletion], model: Model) -> list[float]:
         """The score of each pair."""
         if model.classifier is not None:
             return [self._score(completion, model.classifier) for completion in completions]
@@ -105,17 +105,17 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
             for index, vector in enumerate(vectors[len(queries) :])
         ]
 
-    def values(self, work: Work, completion: Completion, model: Model) -> Mapping[str, ArrayLike]:
+    def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
         if model.classifier is not None:
             return {"relevance": [self._score(completion, model.classifier)]}
         return {"embeddings": self._embedding(completion, model)}
 
-    def _score(self, completion: Completion, classifier: Classifier) -> float:
+    def _score(self, completion: FinishedCompletion, classifier: Classifier) -> float:
         assert completion.embedding is not None
         wanted = self.activation if self.use_activation is None else self.use_activation
         return relevance(classifier, logits_of(classifier, completion.embedding), wanted is not False)
 
-    def _embedding(self, completion: Completion, model: Model) -> NDArray[np.float32]:
+    def _embedding(self, completion: FinishedCompletion, model: Model) -> NDArray[np.float32]:
         assert completion.embedding is not None
         return through(model.embedding.layers, completion.embedding)
 

@@ -9,13 +9,13 @@ from msgspec import Meta
 
 from mpillm.batch.endpoints.pairs import Pairs
 from mpillm.batch.work import Model, Work, hashed_id
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.errors import RequestError
 
 Document = str | dict[str, Any]
 
 
-class Rerank(Pairs, frozen=True, kw_only=True):
+class RerankEndpoint(Pairs, frozen=True, kw_only=True):
     """/v1/rerank"""
 
     url: ClassVar[str] = "/v1/rerank"
@@ -36,7 +36,7 @@ class Rerank(Pairs, frozen=True, kw_only=True):
             texts.append(text)
         return [self.query], texts
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         scores, (_, texts) = self.scores(completions, model), self.pairs()
         ranked = sorted(range(len(scores)), key=lambda index: -scores[index])[: self.top_n or None]
         shown = self.return_documents is not False

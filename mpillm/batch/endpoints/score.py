@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from mpillm.batch.endpoints.generate import CREATED
 from mpillm.batch.endpoints.pairs import Pairs, Texts
 from mpillm.batch.work import Model, Work, hashed_id
-from mpillm.engine.sequence import Completion
+from mpillm.engine.sequence import FinishedCompletion
 from mpillm.errors import RequestError
 
 
-class Score(Pairs, frozen=True, kw_only=True):
+class ScoreEndpoint(Pairs, frozen=True, kw_only=True):
     """/v1/score"""
 
     url: ClassVar[str] = "/v1/score"
@@ -37,7 +37,7 @@ class Score(Pairs, frozen=True, kw_only=True):
             )
         return queries, documents
 
-    def response(self, work: Work, completions: Sequence[Completion], model: Model) -> dict[str, Any]:
+    def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
         return {
             "id": f"score-{hashed_id(work.custom_id)}",
             "object": "list",

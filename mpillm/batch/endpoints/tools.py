@@ -31,7 +31,7 @@ class FunctionTool(msgspec.Struct, frozen=True):
     type: Literal["function"] = "function"
 
 
-class Named(msgspec.Struct, frozen=True):
+class NamedFunction(msgspec.Struct, frozen=True):
     """The function that `tool_choice` names."""
 
     name: Word
@@ -40,7 +40,7 @@ class Named(msgspec.Struct, frozen=True):
 class NamedChoice(msgspec.Struct, frozen=True):
     """OpenAI's `tool_choice` of one function."""
 
-    function: Named
+    function: NamedFunction
     type: Literal["function"] = "function"
 
 

@@ -28,7 +28,7 @@ from mpillm.model.families.images import TEXT_SIZES, WITH_IMAGES
 from mpillm.model.families.lfm2 import Lfm2
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.llama4 import Llama4
-from mpillm.model.families.mamba2 import Mamba2
+from mpillm.model.families.mamba2 import Mamba2Family
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.modernbert import ModernBert
@@ -75,7 +75,7 @@ FAMILIES: tuple[Family, ...] = (
     Lfm2(),
     FalconH1(),
     NemotronH(),
-    Mamba2(),
+    Mamba2Family(),
     Bert(),
     Roberta(),
     ModernBert(),

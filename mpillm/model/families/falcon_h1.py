@@ -34,7 +34,8 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import Key, Names, RowGroups
+from mpillm.weights.names import Names, RowGroups
+from mpillm.weights.roles import Key
 
 _FALCON = "FalconH1ForCausalLM"
 

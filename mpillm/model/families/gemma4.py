@@ -31,7 +31,8 @@ from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config, window_types
-from mpillm.weights.names import AFTER_NORMS, Key, Names
+from mpillm.weights.names import AFTER_NORMS, Names
+from mpillm.weights.roles import Key
 
 _TEXT = "Gemma4ForCausalLM"
 _NORM = "layers.{{l}}.{}_feedforward_layernorm{}.weight"

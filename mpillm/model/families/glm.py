@@ -30,7 +30,8 @@ from mpillm.weights.formats.gguf_config import (
     routed_config,
     usual_config,
 )
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _DENSE, _MIXTURE = "Glm4ForCausalLM", "Glm4MoeForCausalLM"
 

@@ -40,7 +40,8 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config
-from mpillm.weights.names import Key, Names, RowGroups
+from mpillm.weights.names import Names, RowGroups
+from mpillm.weights.roles import Key
 
 _GRANITE, _BAMBA = "GraniteMoeHybridForCausalLM", "BambaForCausalLM"
 _MAMBA = ("mamba", "linear_attention")  # old and new names of one kind of layer

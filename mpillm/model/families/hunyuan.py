@@ -32,7 +32,8 @@ from mpillm.weights.formats.gguf_config import (
     routed_config,
     usual_config,
 )
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _DENSE, _MIXTURE = "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM"
 # What published files say of how the model is built, with the values that mean what is computed here.

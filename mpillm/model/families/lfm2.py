@@ -28,7 +28,8 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.short_conv import ShortConvSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _DENSE, _MIXTURE = "Lfm2ForCausalLM", "Lfm2MoeForCausalLM"
 _CONV = "conv"

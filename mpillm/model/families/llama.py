@@ -30,7 +30,8 @@ from mpillm.weights.formats.gguf_config import (
     refuse_window,
     usual_config,
 )
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 
 class Llama(Family):

@@ -34,7 +34,7 @@ _USUAL = {
 _LONGEST = 2**20  # there are no positions; what llama.cpp's converter writes
 
 
-class Mamba2(Family):
+class Mamba2Family(Family):
     """Mamba-2 as state-spaces and Codestral Mamba have it."""
 
     architectures = {_MAMBA: "mamba2"}

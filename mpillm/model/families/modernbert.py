@@ -31,7 +31,8 @@ from mpillm.model.pooled import ClassifierSpec, DenseSpec, Function, Pooling
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, encoder_config, window_types
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _MODERN = "ModernBertModel"
 _FUNCTIONS: Mapping[str, Function] = {

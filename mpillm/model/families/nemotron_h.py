@@ -30,7 +30,8 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, routed_config, usual_config
-from mpillm.weights.names import Key, Names, RowGroups
+from mpillm.weights.names import Names, RowGroups
+from mpillm.weights.roles import Key
 
 _NEMOTRON = "NemotronHForCausalLM"
 _MAMBA, _MLP, _EXPERTS = "linear_attention", "mlp", "moe"

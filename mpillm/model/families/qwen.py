@@ -34,7 +34,8 @@ from mpillm.weights.formats.gguf_config import (
     refuse_window,
     usual_config,
 )
-from mpillm.weights.names import Key, Names
+from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _USUAL = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 _QWEN2, _QWEN3, _MIXTURE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"

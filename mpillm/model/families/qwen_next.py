@@ -27,7 +27,8 @@ from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import Key, Names, RowGroups
+from mpillm.weights.names import Names, RowGroups
+from mpillm.weights.roles import Key
 
 _NEXT = "Qwen3NextForCausalLM"
 _DENSE, _MIXTURE = "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"

@@ -19,8 +19,8 @@ from mpillm.model.layers.row_norms import HeadRows, normalise_rows
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class AttentionSpec:
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
         q, k, v = outs = [np.empty((len(x), matrix.n), np.float32) for matrix in matrices]
-        products = adapted.Products if page.adapted else kernels.Products
+        products = adapted.AdaptedProducts if page.adapted else kernels.Products
         made = rank.kept_of(page, lambda: products(*matrices), "q, k and v", layer)
         rank.compute_of(page, len(x), made, rows, outs)
         if self.qkv_bias:
@@ -192,7 +192,7 @@ class AttentionSpec:
                 self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
                 self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
             )
-        attention = adapted.Attention if page.adapted else kernels.Attention
+        attention = adapted.AdaptedAttention if page.adapted else kernels.Attention
         return attention(
             page.matrix("q"),
             page.matrix("k"),

@@ -11,8 +11,8 @@ from mpillm.model.batch import Batch, Ints
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class EntrySpec:
         """Do it to the rows x [m, hidden] of a batch; the page has its tensors."""
         if self.segments:
             segments = page.vector("segments").reshape(self.segments, -1)
-            x += segments[batch.second.astype(np.int32)] if self.segments > 1 else segments[0]
+            second = batch.second if self.segments > 1 else None
+            x += segments[0] if second is None else segments[second.astype(np.int32)]
         if self.positions:
             x += page.vector("positions").reshape(self.positions, -1)[self._places(batch)]
         if self.norm:

@@ -18,8 +18,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import EXPERT, SHARED, PageSpec, TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 Ints = NDArray[np.int32]
 APART = "router_norm", "experts_norm", "shared_post_norm", "experts_post_norm"

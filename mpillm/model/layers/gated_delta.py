@@ -20,8 +20,8 @@ from mpillm.model.layers.rank import Floats
 from mpillm.model.layers.recurrent import convolutions, kept_state, recur, taps_first
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class LatentAttentionSpec:
     ) -> kernels.LatentAttention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         low = self.q_norm is not None
-        attention = adapted.LatentAttention if page.adapted else kernels.LatentAttention
+        attention = adapted.AdaptedLatentAttention if page.adapted else kernels.LatentAttention
         return attention(
             page.matrix("q_b" if low else "q"),
             page.matrix("kv_a"),

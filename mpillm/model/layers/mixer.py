@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from mpillm.model.batch import Step
+from mpillm.model.batch import ForwardPass
 from mpillm.model.cache_spec import LayerCache
 from mpillm.model.kv import LayerCacheView
 from mpillm.model.layers.norm import NormSpec
@@ -23,7 +23,7 @@ class MixerInput(NamedTuple):
     page: Page  # its tensors
     norm: NormSpec | None  # of `x`
     x: Floats  # [m, hidden]
-    step: Step
+    step: ForwardPass
     cache: LayerCacheView  # what the layer keeps of the step's sequences
 
 

@@ -15,8 +15,8 @@ from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import DOWN, GATE, UP, PageSpec, TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)

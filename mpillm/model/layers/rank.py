@@ -12,10 +12,10 @@ from mpillm import kernels
 from mpillm.comm.collectives import Group
 from mpillm.kernels import adapted
 from mpillm.partition.grid import Place
-from mpillm.weights.names import Key
 from mpillm.weights.page import AdaptedPage, Page
 from mpillm.weights.paging.cache import Use
 from mpillm.weights.paging.weights import Weights
+from mpillm.weights.roles import Key
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
@@ -99,6 +99,6 @@ class Rank:
         """x @ matrix.T: f32 [m, n]."""
         matrix = page.matrix(role)
         out = np.empty((len(x), matrix.n), np.float32)
-        products = adapted.Products if page.adapted else kernels.Products
+        products = adapted.AdaptedProducts if page.adapted else kernels.Products
         self.compute_of(page, len(x), products(matrix), x, [out])
         return out

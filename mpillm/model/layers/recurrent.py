@@ -13,8 +13,8 @@ from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.rank import Floats
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import TensorSpec
-from mpillm.weights.names import Key
 from mpillm.weights.page import Page
+from mpillm.weights.roles import Key
 
 
 class _Recurrent(Protocol):

@@ -13,7 +13,7 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.partition.grid import Axis, Place
 from mpillm.weights.inventory import ATTENTION, PageSpec, TensorSpec
-from mpillm.weights.names import Key
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)

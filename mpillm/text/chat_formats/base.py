@@ -41,7 +41,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ParsedAnswer:
     """An answer in its parts; `reasoning` is None if there is none.
 
     As an answer grows, its reasoning and its content only become longer, and calls are only added.

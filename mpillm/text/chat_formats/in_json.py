@@ -55,7 +55,7 @@ class Objects(Framed):
 
 
 @dataclass(frozen=True)
-class Named(Framed):
+class NamedCalls(Framed):
     """Calls as a name and JSON: `head` is what stands before the JSON, in which {name} is the name, {n} a number.
 
     Where `ids`, the head without the marks is the call's id.

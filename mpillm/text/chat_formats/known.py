@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from mpillm.errors import RequestError
 from mpillm.text.chat_formats.bare import BareObjects, Pythonic
 from mpillm.text.chat_formats.base import CallFormat
-from mpillm.text.chat_formats.in_json import Named, Objects
+from mpillm.text.chat_formats.in_json import NamedCalls, Objects
 from mpillm.text.chat_formats.in_tags import Tags
 from mpillm.text.chat_formats.tagged import ChatFormat, Tagged
 from mpillm.text.harmony import MARKS, Harmony
@@ -52,13 +52,15 @@ CALLS: dict[str, CallFormat] = {
         key='<parameter name="',
         value='">',
     ),
-    "deepseek_v3": Named(
+    "deepseek_v3": NamedCalls(
         *_CALL, _SECTION, between="\n", head=f"function{_SEP}{{name}}\n```json\n", tail="\n```"
     ),
-    "deepseek_v31": Named(*_CALL, _SECTION, head=f"{{name}}{_SEP}"),
-    "kimi": Named(*_KIMI, _KIMI_SECTION, head="functions.{name}:{n}<|tool_call_argument_begin|>", ids=True),
+    "deepseek_v31": NamedCalls(*_CALL, _SECTION, head=f"{{name}}{_SEP}"),
+    "kimi": NamedCalls(
+        *_KIMI, _KIMI_SECTION, head="functions.{name}:{n}<|tool_call_argument_begin|>", ids=True
+    ),
     "mistral": Objects("[TOOL_CALLS]", "", id_length=9, listed=True, space=""),
-    "mistral_args": Named("[TOOL_CALLS]", "", id_length=9, head="{name}[ARGS]"),
+    "mistral_args": NamedCalls("[TOOL_CALLS]", "", id_length=9, head="{name}[ARGS]"),
     "granite": Objects("<|tool_call|>", "", listed=True, space=""),
     "phi4_mini": Objects("<|tool_call|>", "<|/tool_call|>", listed=True, space=""),
     "llama3_json": BareObjects(),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mpillm.text.chat_formats.base import Answer, CallFormat, Tool, without_open_end
+from mpillm.text.chat_formats.base import CallFormat, ParsedAnswer, Tool, without_open_end
 from mpillm.text.chat_formats.lark import Lark
 
 #: of the answer's beginning: the prompt has opened the reasoning, has closed it, or has done neither
@@ -14,7 +14,7 @@ State = Literal["open", "closed", "free"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnswerRule:
     """What an answer is held to: an expression for its content, if any, and the calls of tools that it may have."""
 
     answer: str | None
@@ -45,14 +45,14 @@ class ChatFormat:
         """Whether there may be reasoning before the content."""
         raise NotImplementedError
 
-    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> Answer:
+    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> ParsedAnswer:
         """The parts of an answer, in which calls are looked for if there are `tools`.
 
         Unless `final`, more of it will come, and what cannot be told yet is in no part.
         """
         raise NotImplementedError
 
-    def expression(self, lark: Lark, state: State, asked: Asked) -> str:
+    def expression(self, lark: Lark, state: State, asked: AnswerRule) -> str:
         """The grammar of an answer whose content or calls are held to something."""
         raise NotImplementedError
 
@@ -83,16 +83,16 @@ class Tagged(ChatFormat):
     def thinks(self, state: State) -> bool:
         return self.tags is not None and state != "closed"
 
-    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> Answer:
+    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> ParsedAnswer:
         reasoning, rest = self._thought(text, state, final)
         if rest is None:
-            return Answer(reasoning, "")
+            return ParsedAnswer(reasoning, "")
         if not tools or self.calls is None:
-            return Answer(reasoning, rest)
+            return ParsedAnswer(reasoning, rest)
         content, calls = self.calls.split(rest, tools, final)
         if calls or not final:
             content = content.rstrip()
-        return Answer(reasoning, content, tuple(calls))
+        return ParsedAnswer(reasoning, content, tuple(calls))
 
     def _thought(self, text: str, state: State, final: bool) -> tuple[str | None, str | None]:
         """What was thought, and what follows; None where nothing follows yet."""
@@ -114,7 +114,7 @@ class Tagged(ChatFormat):
             thought = without_open_end(thought, (closing,)).rstrip()
         return thought.strip(), None
 
-    def expression(self, lark: Lark, state: State, asked: Asked) -> str:
+    def expression(self, lark: Lark, state: State, asked: AnswerRule) -> str:
         ways = [asked.answer] if asked.answer else []
         if asked.tools:
             assert self.calls is not None

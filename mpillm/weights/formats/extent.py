@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from mpillm.errors import ModelError
 from mpillm.weights.formats.stored import Bytes, Stored
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import ROLES, Key, Parsed, RowGroups
+from mpillm.weights.names import Parsed, RowGroups
+from mpillm.weights.roles import ROLES, Key
 
 Lies = tuple[MappedFile, int, int]  # file, offset and bytes
 Rows = range | NDArray[np.integer[Any]]

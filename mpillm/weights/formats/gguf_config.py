@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpillm.errors import ModelError
-from mpillm.weights.names import GGUF_LONGROPE_FACTORS, GGUF_ROPE_FACTORS, Key, Names, RowGroups
+from mpillm.weights.names import GGUF_LONGROPE_FACTORS, GGUF_ROPE_FACTORS, Names, RowGroups
+from mpillm.weights.roles import Key
 
 ShapeOf = Callable[[Key], Sequence[int] | None]
 

@@ -15,11 +15,12 @@ from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, add
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_config import config_of
-from mpillm.weights.formats.gguf_header import Header, Tensor, read_header
+from mpillm.weights.formats.gguf_header import GgufHeader, GgufTensor, read_header
 from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key, Parsed
+from mpillm.weights.names import Parsed
+from mpillm.weights.roles import Key
 
 SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
@@ -74,7 +75,7 @@ def gguf_parts(name: str) -> list[str]:
     return [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, count + 1)]
 
 
-def _read_parts(path: Path, files: list[MappedFile]) -> list[Header]:
+def _read_parts(path: Path, files: list[MappedFile]) -> list[GgufHeader]:
     """The headers of all parts, the one with the metadata first; `files` takes the mapped files."""
     match = SPLIT.fullmatch(path.name)
     first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
@@ -112,7 +113,7 @@ def _predicts_further(name: str, metadata: dict[str, Any]) -> bool:
     return count - further <= int(found["layer"]) < count
 
 
-def _parse(file: MappedFile, name: str, tensor: Tensor, own: names.Names) -> tuple[Parsed, Extent]:
+def _parse(file: MappedFile, name: str, tensor: GgufTensor, own: names.Names) -> tuple[Parsed, Extent]:
     parsed = own.parse_gguf(name)
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
@@ -123,7 +124,7 @@ def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:
     return extents[key].shape if key in extents else None
 
 
-def _factors(file: MappedFile, name: str, tensor: Tensor) -> list[float]:
+def _factors(file: MappedFile, name: str, tensor: GgufTensor) -> list[float]:
     """Divisors of rotary frequencies: what Llama 3's scaling comes to, or LongRoPE's."""
     if tensor.stored.name != "F32" or math.prod(tensor.shape) != tensor.shape[-1]:
         raise ModelError(f"{file.path}: {name} must be a vector of F32.")

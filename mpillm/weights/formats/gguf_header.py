@@ -41,7 +41,7 @@ _SCALARS = {
 }
 
 
-class Tensor(NamedTuple):
+class GgufTensor(NamedTuple):
     """A tensor of the file: shape with the outermost dimension first, offset from the beginning of the file."""
 
     shape: tuple[int, ...]
@@ -50,14 +50,14 @@ class Tensor(NamedTuple):
     nbytes: int
 
 
-class Header(NamedTuple):
+class GgufHeader(NamedTuple):
     """What a file says of itself: metadata as Python values (arrays are lists), tensors by name."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, GgufTensor]
 
 
-def read_header(file: MappedFile) -> Header:
+def read_header(file: MappedFile) -> GgufHeader:
     """Metadata and tensors of a GGUF file (version 2 or 3, little endian); ModelError if anything is amiss."""
     cursor = _Cursor(file)
     if file.size < 24 or file.view(0, 4).tobytes() != b"GGUF":
@@ -79,7 +79,7 @@ def read_header(file: MappedFile) -> Header:
         metadata[name] = cursor.value(cursor.integer("<I"), name)
     described = [cursor.tensor() for _ in range(n_tensors)]
     begin = -(-cursor.at // _alignment(file, metadata)) * _alignment(file, metadata)
-    return Header(metadata, _placed(file, described, begin, _alignment(file, metadata)))
+    return GgufHeader(metadata, _placed(file, described, begin, _alignment(file, metadata)))
 
 
 def architecture_in(begin: bytes) -> str | None:
@@ -192,9 +192,9 @@ def _alignment(file: MappedFile, metadata: dict[str, Any]) -> int:
 
 def _placed(
     file: MappedFile, described: list[tuple[str, tuple[int, ...], int, int]], begin: int, alignment: int
-) -> dict[str, Tensor]:
+) -> dict[str, GgufTensor]:
     """The tensors by name, all within the file, none over another."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, GgufTensor] = {}
     for name, shape, code, offset in described:
         shown = f"tensor {name[:80]!r}"
         if name in tensors:
@@ -211,7 +211,7 @@ def _placed(
             raise broken(file, f"the offset of {shown} is not a multiple of {alignment}")
         if begin + offset + nbytes > file.size:
             raise broken(file, f"{shown} reaches beyond its end ({file.size} bytes)")
-        tensors[name] = Tensor(shape, stored, begin + offset, nbytes)
+        tensors[name] = GgufTensor(shape, stored, begin + offset, nbytes)
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset < end:

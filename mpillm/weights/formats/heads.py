@@ -18,7 +18,8 @@ from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Extent, Lies, Rows
 from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.stored import OWN, Bytes
-from mpillm.weights.names import Key, RowGroups
+from mpillm.weights.names import RowGroups
+from mpillm.weights.roles import Key
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
-from mpillm.weights.formats.safetensors import Tensor, read_header
+from mpillm.weights.formats.safetensors import SafetensorsTensor, read_header
 from mpillm.weights.formats.stored import OWN
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Key
+from mpillm.weights.roles import ROLES, Key
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -136,7 +136,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return entries
 
 
-def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[MappedFile, Tensor]]:
+def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[MappedFile, SafetensorsTensor]]:
     """All tensors with their files; with an index, those that it names, where it says they are."""
     headers = {name: read_header(file) for name, file in files.items()}
     if SINGLE in files:
@@ -172,7 +172,7 @@ def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, groups: names.R
             f"{raw.file.path}: tensor {raw.name} has dtype {raw.dtype}; F32, F16 and BF16 are supported."
         )
     if parsed.transposed and len(raw.shape) > 1:
-        recipe = Plain(raw) if names.ROLES[parsed.roles[0]].ndim == 1 else Transposed(raw)
+        recipe = Plain(raw) if ROLES[parsed.roles[0]].ndim == 1 else Transposed(raw)
         _add_made(extents, raw.name, recipe, own, groups)
         return
     add(extents, parsed, Extent(raw.file, raw.name, raw.offset, raw.shape, OWN[raw.dtype]), groups)

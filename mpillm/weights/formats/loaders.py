@@ -16,7 +16,7 @@ from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
 from mpillm.weights.page import Page, Placed
 from mpillm.weights.paging.loaders import Kind, MappingLoader
 from mpillm.weights.paging.pager import BufferLoader, Loader
-from mpillm.weights.plan import ALIGNMENT, Entry, PagePlan, aligned
+from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor, aligned
 
 UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
 LOADING_NBYTES = 48 * 2**20  # of rows on their way into kernel-ready form, with what decoding them takes
@@ -37,7 +37,7 @@ class TensorFiles(TensorReader, Protocol):
     path: Path
     mapped: tuple[MappedFile, ...]
 
-    def in_place(self, entry: Entry) -> StoredRows | None:
+    def in_place(self, entry: PageTensor) -> StoredRows | None:
         """Where what is planned lies just as products can take it."""
 
     def read_past_cache(self) -> None:
@@ -141,5 +141,5 @@ class InPlaceLoader(MappingLoader):
     def release(self, plan: PagePlan) -> None:
         """The maps go when the files are closed: the next run finds the pages where they are."""
 
-    def _beside(self, plan: PagePlan) -> list[Entry]:
+    def _beside(self, plan: PagePlan) -> list[PageTensor]:
         return [entry for entry in plan.entries if self._source.in_place(entry) is None]

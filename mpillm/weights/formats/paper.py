@@ -13,8 +13,8 @@ from mpillm.weights.formats.loaders import LOADING_NBYTES
 from mpillm.weights.formats.quantised import QUANTIZATION
 from mpillm.weights.formats.tensors import QUANTIZE
 from mpillm.weights.inventory import Inventory, PageSpec, all_tensors
-from mpillm.weights.names import ROLES, Key
 from mpillm.weights.plan import PagePlan, page_name, plan_entries
+from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
 
 DTYPES = {"bfloat16": BlockType.BF16, "float16": BlockType.F16, "float32": BlockType.F32}

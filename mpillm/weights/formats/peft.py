@@ -15,7 +15,7 @@ from mpillm.weights.formats.extent import Extent
 from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.heads import row_groups
 from mpillm.weights.formats.hf import read_json
-from mpillm.weights.formats.safetensors import Tensor, read_header
+from mpillm.weights.formats.safetensors import SafetensorsTensor, read_header
 from mpillm.weights.formats.stored import OWN
 from mpillm.weights.io.mapped import MappedFile
 
@@ -110,7 +110,7 @@ def _what_else(name: str) -> str:
     return "is no factor of a linear layer (lora_A, lora_B), which alone are supported"
 
 
-def _extent(file: MappedFile, name: str, tensor: Tensor) -> Extent:
+def _extent(file: MappedFile, name: str, tensor: SafetensorsTensor) -> Extent:
     if tensor.dtype not in {"F32", "F16", "BF16"}:
         raise ModelError(
             f"{file.path}: tensor {name} has dtype {tensor.dtype}; F32, F16 and BF16 are supported."

@@ -23,7 +23,7 @@ class _Entry(msgspec.Struct):
 _ENTRY = msgspec.json.Decoder(_Entry)
 
 
-class Tensor(NamedTuple):
+class SafetensorsTensor(NamedTuple):
     """A tensor as the header describes it; `offset` counts from the beginning of the file."""
 
     dtype: str
@@ -32,12 +32,12 @@ class Tensor(NamedTuple):
     nbytes: int
 
 
-def read_header(file: MappedFile) -> dict[str, Tensor]:
+def read_header(file: MappedFile) -> dict[str, SafetensorsTensor]:
     """The tensors of a file by name; ModelError if the library refuses the file."""
     return read_metadata(file)[0]
 
 
-def read_metadata(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_metadata(file: MappedFile) -> tuple[dict[str, SafetensorsTensor], dict[str, str]]:
     """The tensors of a file by name, and what its writer says of them in `__metadata__`.
 
     The library checks that tensors lie one behind the other, without gaps, from the header to the end of the file, each
@@ -58,7 +58,7 @@ def read_metadata(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     except msgspec.DecodeError as error:  # the library takes tuples for objects
         raise _unsound(file, str(error)) from None
     tensors = {
-        name: Tensor(entry.dtype, entry.shape, begin + start, stop - start)
+        name: SafetensorsTensor(entry.dtype, entry.shape, begin + start, stop - start)
         for name, entry in entries.items()
         for start, stop in [entry.data_offsets]
     }

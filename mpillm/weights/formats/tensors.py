@@ -20,11 +20,11 @@ from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpa
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import ROLES, Key
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
-from mpillm.weights.plan import Entry, PagePlan, page_name, plan_entries
+from mpillm.weights.plan import PagePlan, PageTensor, page_name, plan_entries
+from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
@@ -118,7 +118,7 @@ class TensorSource:
             raw = extent.rows_together(rows)
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
-    def in_place(self, entry: Entry) -> StoredRows | None:
+    def in_place(self, entry: PageTensor) -> StoredRows | None:
         """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
         extent = self._extents[entry.key]
         there = extent.at(entry.rows.start)

@@ -15,8 +15,8 @@ from typing import Any
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.inventory import EXPERT, HEAD, TensorSpec
-from mpillm.weights.names import Key, hf_name, hf_name_of_experts
-from mpillm.weights.plan import Entry, aligned, plan_entry
+from mpillm.weights.plan import PageTensor, aligned, plan_entry
+from mpillm.weights.roles import Key, hf_name, hf_name_of_experts
 
 FORMAT, VERSION = "mpillm-packed", 3
 INDEX = "packed.json"
@@ -30,7 +30,7 @@ EMBED = "embed"
 class Piece:
     """A part of a tensor in a panel. `repeated`: the panel before has it too, so who holds both needs it once."""
 
-    entry: Entry
+    entry: PageTensor
     repeated: bool
 
 
@@ -66,7 +66,7 @@ def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key]
     return panels
 
 
-def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[Entry, ...], int, int]:
+def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[PageTensor, ...], int, int]:
     """What a rank takes of these panels: its entries, and offset and size of the bytes in which they lie."""
     each = len(panels) // place.shards
     first = place.shard * each

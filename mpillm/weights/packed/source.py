@@ -21,12 +21,12 @@ from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
-from mpillm.weights.formats.safetensors import Tensor, read_metadata
+from mpillm.weights.formats.safetensors import SafetensorsTensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
-from mpillm.weights.names import USUAL, Key
+from mpillm.weights.names import USUAL
 from mpillm.weights.packed.layout import (
     EMBED,
     FORMAT,
@@ -44,6 +44,7 @@ from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, page_name
+from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
 
 ROWS = 256  # of the embedding table that are looked at together
@@ -63,7 +64,7 @@ class PackedFile:
 
     path: Path
     size: int
-    panels: dict[str, Tensor]
+    panels: dict[str, SafetensorsTensor]
     metadata: dict[str, str]
     table: list[dict[str, Any]] = field(default_factory=list)
 
@@ -310,7 +311,7 @@ def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     )
 
 
-def _experts_in(tensor: Tensor) -> int:
+def _experts_in(tensor: SafetensorsTensor) -> int:
     count = tensor.shape[0]
     if count > MOST_EXPERTS:
         raise ValueError(count)

@@ -1,0 +1,194 @@
+"""The words that each command takes, as argparse has them; what the commands do is in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mpillm
+from mpillm.cli import bench, serve, supervise
+
+if TYPE_CHECKING:
+    from mpillm.spec import TableFormat
+
+FORMATS: tuple[TableFormat, ...] = ("csv", "parquet", "jsonl")
+EXAMPLES = """\
+examples:
+  mpillm launch -n 2 run                                           the quickstart job on the default small model
+  mpiexec -n 4 python -m mpillm run jobs/summaries.toml --set sampling.seed=3
+  mpiexec -n 4 python -m mpillm run --model smollm2-135m --input requests.jsonl --output out/mine
+  python -m mpillm plan jobs/large-model.toml --ranks 4
+exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or the command is wrong,
+75 interrupted (the same command goes on where it stopped)"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Knows that a key of the job may have been meant where an option is unknown."""
+
+    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        options, unknown = self.parse_known_args(words)
+        for word in unknown:
+            name, equals, value = word.removeprefix("--").partition("=")
+            following = words[words.index(word) + 1 :]
+            value = value if equals or not following else following[0]
+            if word.startswith("--") and (key := _key_called(name)):
+                self.error(f"there is no option --{name}; type --set {key}={value or 'VALUE'}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
+
+def _key_called(option: str) -> str | None:
+    from mpillm import spec
+
+    return spec.key_called(option.replace("-", "_"))
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = _Parser(
+        prog="mpillm",
+        description="Batches of LLM requests on CPUs, over MPI.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mpillm {mpillm.__version__}")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
+    _job_arguments(run)
+    plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
+    _job_arguments(plan)
+    plan.add_argument(
+        "--ranks", type=_positive, metavar="N", help="how many ranks it will run on (1, or all of --hosts)"
+    )
+    plan.add_argument(
+        "--hosts", type=Path, metavar="FILE", help="hosts.toml: on which hosts, and what memory they have"
+    )
+    plan.add_argument(
+        "--ranks-per-host",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="without --hosts: ranks on each host (1)",
+    )
+    plan.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="without --hosts: free on each, such as 8GiB (as much as here)",
+    )
+    plan.add_argument(
+        "--suggest", type=float, metavar="RATE", help="print a job with the least memory for so many tokens/s"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    pack = commands.add_parser(
+        "pack", help="store a model kernel-ready, for machines that it does not fit into"
+    )
+    pack.add_argument("source", metavar="SRC", help="catalogue name, Hugging Face directory or GGUF file")
+    pack.add_argument("target", metavar="DST", type=Path, help="a new directory, or one to finish")
+    pack.add_argument(
+        "--weights",
+        choices=("source", "q4_0", "q8_0", "bf16", "f32"),
+        default="source",
+        help="what matrices are stored as (as they are)",
+    )
+    commands.add_parser("models", help="list the models of the catalogue, with what they take")
+    pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
+    pull.add_argument("name", help="such as smollm2-135m")
+    init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")
+    init.add_argument("what", choices=("job", "hostfile", "slurm"))
+    init.add_argument("directory", type=Path)
+    report = commands.add_parser("report", help="a finished run as one HTML page with plots")
+    report.add_argument("directory", type=Path, help="the run's output directory")
+    report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="write each plot there as well, as SVG, PDF and CSV"
+    )
+    export = commands.add_parser(
+        "export", help="a finished run as a table: the input's rows, each with its answer"
+    )
+    export.add_argument("directory", type=Path, help="the run's output directory")
+    export.add_argument("--format", choices=FORMATS, help="as the name of FILE ends, or csv")
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="instead of table.FORMAT in the directory"
+    )
+    export.add_argument("--input", type=Path, metavar="FILE", help="where the input is now, if it was moved")
+    status = commands.add_parser("status", help="how far a run is, while it runs and after")
+    status.add_argument("directory", type=Path, help="the run's output directory")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    watch = commands.add_parser("watch", help="how far a run is, again and again until it ends")
+    watch.add_argument("directory", type=Path, help="the run's output directory")
+    watch.add_argument("--every", type=_positive, default=5, metavar="SECONDS", help="between two lines (5)")
+    compare = commands.add_parser("compare", help="what differs between the results of two runs")
+    compare.add_argument("first", type=Path, help="a finished run's output directory")
+    compare.add_argument("second", type=Path, help="another one's")
+    merge = commands.add_parser("merge", help="the outputs of a job's parts become one")
+    merge.add_argument(
+        "parts",
+        metavar="PART",
+        nargs="+",
+        type=Path,
+        help="output directories of finished runs, or one directory that holds them",
+    )
+    merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
+    serve.add_chat(commands.add_parser("chat", help="talk to a model in the terminal"))
+    serve.add(commands.add_parser("serve", help="OpenAI's HTTP interface and a web page in front of a model"))
+    doctor = commands.add_parser(
+        "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
+    )
+    doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
+    doctor.add_argument(
+        "--output", type=Path, metavar="FILE", help="write what was measured there, for plan --hosts"
+    )
+    supervise.add(
+        commands.add_parser(
+            "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
+        )
+    )
+    # What follows is the harness's, whose options are no options here.
+    lm_eval = commands.add_parser(
+        "lm-eval", help="lm-evaluation-harness on a model", prefix_chars="\0", add_help=False
+    )
+    lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
+    bench.add(
+        commands.add_parser(
+            "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
+        )
+    )
+    ranks = commands.add_parser("ranks")  # of `mpillm.LLM`, which alone uses it: no help
+    ranks.add_argument("address", metavar="SOCKET")
+    ranks.add_argument("-n", type=_positive, default=1)
+    return parser
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", nargs="?", type=Path, help="a job file (TOML)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the job"
+    )
+    parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
+    parser.add_argument(
+        "--input",
+        help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
+    )
+    parser.add_argument("--output", help="directory for the results")
+
+
+def _size(text: str) -> int:
+    from mpillm.spec import byte_size
+
+    try:
+        return byte_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
