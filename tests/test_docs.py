@@ -45,7 +45,7 @@ LAUNCHER_OPTIONS = {
     "-x": 1,
 }
 # Programs that belong to the system; what they do is theirs.
-SYSTEM = {"export", "split", "apt", "pip", "."}
+SYSTEM = {"schemathesis", "export", "split", "apt", "pip", "."}
 MADE_UP = {"JOB.toml", "hosts"}
 
 
@@ -110,7 +110,7 @@ def check_launch(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    if words[:2] == ["python", "-m"] and words[2] in ("tests.chaos", "tests.fuzz"):
+    if words[:2] == ["python", "-m"] and words[2] in ("tests.chaos", "tests.fuzz", "tests.serve.load"):
         return  # their own tests run them
     if words[:4] == ["python", "-m", "pytest", "--with-mpi"]:
         assert (ROOT / words[4]).is_dir(), words  # make test-mpi runs it

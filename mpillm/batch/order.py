@@ -7,6 +7,9 @@ run beside it. Results do not depend on the order.
 
 Of a prompt 2 bytes are kept for every level of the tree. The levels lie at each of the first 8 blocks of the KV cache,
 and each further one an eighth further back, so that a common beginning is known to within an eighth of its length.
+
+Lines are ordered within pieces of the input of `PIECE` lines, each with a tree of its own, so that of an input of any
+length 4 bytes a line are kept, and the rest of one piece alone.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from mpillm.batch.work import Work
 from mpillm.kernels import KV_BLOCK
 
+PIECE = 1 << 18  # lines that are ordered together
 WINDOW = 1024  # works that `ordered` holds
 FINE = 8  # levels that lie a block apart; further back a level lies so many times its distance apart
 
@@ -30,6 +34,11 @@ class Order:
     """Takes the lines of an input in their order (`add`), and says in which one to compute them (`indices`)."""
 
     def __init__(self) -> None:
+        self._indices = array("i")  # of the pieces that are complete, in order
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a piece."""
         self._hashes = array("H")  # of each line's first prompt up to each level
         self._ends = array("q", [0])  # where each line's hashes end
         self._lengths = array("q")  # of each line: tokens to generate << 32 | tokens of the prompt
@@ -43,9 +52,18 @@ class Order:
         else:
             self._lengths.append(0)
         self._ends.append(len(self._hashes))
+        if len(self._lengths) == PIECE:
+            self.indices()
 
     def indices(self) -> NDArray[np.int32]:
-        """The numbers of the lines, from 0, in the order in which to compute them."""
+        """The numbers of the lines so far, from 0, in the order in which to compute them; ends a piece."""
+        if self._lengths:
+            self._indices.frombytes((self._walk() + len(self._indices)).astype(np.int32).tobytes())
+            self._begin()
+        return np.frombuffer(self._indices, np.int32)
+
+    def _walk(self) -> NDArray[np.int32]:
+        """The lines of a piece in the order of its tree."""
         hashes = np.frombuffer(self._hashes, np.uint16)
         ends, lengths = np.frombuffer(self._ends, np.int64), np.frombuffer(self._lengths, np.int64)
         place = np.zeros(len(lengths), np.int32)  # where the lines of each line's node begin

@@ -1,7 +1,7 @@
 """The input: every line is checked before anything loads, then turned into the engine's requests one by one.
 
-A bad line is one error result and costs no other line. Lines stay on disk: what is kept of each is where it
-is, its name and whether it is wrong, so an input of millions of lines costs a few hundred bytes a line.
+A bad line is one error result and costs no other line. Lines stay on disk, and so does what is known of each (where it
+is, its name, what is wrong with it): an input of millions of lines costs a few bytes a line of memory.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
+from mpillm.batch.lines import Lines
+from mpillm.batch.names import Names
 from mpillm.batch.order import Order
 from mpillm.batch.rows import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
@@ -23,7 +25,7 @@ from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
-MAX_ERROR = 400  # characters of what is wrong with a line: all of them stay in memory
+MAX_ERROR = 400  # characters of what is wrong with a line
 MAX_MODELS = 16  # names of models that are told apart
 PROGRESS_LINES = 256
 LOOK = 1 << 16  # bytes at the beginning of an input that tell what it is
@@ -36,7 +38,9 @@ class CheckedInput:
     path: Path
     spec: Spec
     model: Model
-    lines: list[Line] = field(default_factory=list)
+    lines: Lines = field(default_factory=Lines)
+    digest: str = ""  # a hash of all lines
+    bad: int = 0  # lines that are wrong
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
     order: Order = field(default_factory=Order)  # in which to compute the lines
     unit: str = "Line"  # what messages call a line
@@ -45,24 +49,20 @@ class CheckedInput:
         return len(self.lines)
 
     @property
-    def digest(self) -> str:
-        """A hash of all lines."""
-        return hashlib.blake2b(b"".join(line.digest for line in self.lines), digest_size=16).hexdigest()
-
-    @property
-    def errors(self) -> list[Line]:
+    def errors(self) -> Iterator[Line]:
         """The bad lines."""
-        return [line for line in self.lines if line.error is not None]
+        return (line for line in self.lines if line.error is not None) if self.bad else iter(())
 
     def keep_answered(self, done: Container[str]) -> None:
         """Nothing is wrong with a line whose custom_id is in `done`: an earlier run has answered it.
 
         That run may have had more memory, or other lines beside it.
         """
-        self.lines = [
-            replace(line, error=None) if line.error is not None and line.custom_id in done else line
-            for line in self.lines
-        ]
+        for index in range(len(self)) if self.bad else ():
+            line = self.lines[index]
+            if line.error is not None and line.custom_id in done:
+                self.lines.replace(index, replace(line, error=None))
+                self.bad -= 1
 
     def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
         """The good lines without the custom_ids in `done`, in the order in which they are best computed."""
@@ -112,25 +112,35 @@ def check(
     model: Model,
     progress: Callable[[int], None] | None = None,
     unit: str = "Line",
+    open_file: Callable[[], int] | None = None,
 ) -> CheckedInput:
     """Read and check every line; JobError if the input as a whole cannot be used.
 
-    `progress` is told the bytes read so far, now and then. `unit` is what messages call a line.
+    `progress` is told the bytes read so far, now and then. `unit` is what messages call a line. `open_file` makes the
+    file of `Lines`.
     """
-    batch = CheckedInput(path, spec, model, unit=unit)
-    named: dict[str, int] = {}  # the custom_ids that lines give themselves, and where first
+    batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit)
+    named = Names()  # the custom_ids that lines give themselves, and the number of the first one that has it
+    seen = hashlib.blake2b(digest_size=16)
+    unnamed = 0
     with opened(path) as file:
         for number, offset, raw in raw_lines(file):
             content = raw or b""
             line = Line(number, offset, len(content), f"request-{number}", line_digest(content))
-            batch.lines.append(_check_line(line, raw, named, batch))
+            seen.update(line.digest)
+            checked = _check_line(line, raw, named, batch)
+            unnamed += checked.custom_id is line.custom_id
+            batch.lines.append(checked)
+            batch.bad += checked.error is not None
             if progress is not None and len(batch) % PROGRESS_LINES == 0:
                 progress(offset + len(content))
     if not batch.lines:
         raise JobError(f"The input {path} holds no request.")
-    for index, line in enumerate(batch.lines):
-        if named.get(line.custom_id, line.number) != line.number:  # our name for it is another line's own
-            batch.lines[index] = replace(line, custom_id=_free_name(line.custom_id, named))
+    batch.digest = seen.hexdigest()
+    for index, line in enumerate(batch.lines) if unnamed else ():
+        name = f"request-{line.number}"
+        if line.custom_id == name and named.add(name, line.number) != line.number:  # another line's own name
+            batch.lines.replace(index, replace(line, custom_id=_free_name(name, named, line.number)))
     return batch
 
 
@@ -147,7 +157,7 @@ def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> 
     return work_of(line, bodies.read_body(content), spec, model)
 
 
-def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: CheckedInput) -> Line:
+def _check_line(line: Line, raw: bytes | None, named: Names, batch: CheckedInput) -> Line:
     """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
     try:
         if raw is None:
@@ -156,7 +166,7 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
         content = read_line(raw, batch.spec)
         name = bodies.custom_id_of(content)
         if name is not None:
-            if (first := named.setdefault(name, line.number)) != line.number:
+            if (first := named.add(name, line.number)) != line.number:
                 raise RequestError(f"the custom_id {name[:100]!r} is already that of line {first}")
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
@@ -174,9 +184,9 @@ def _check_line(line: Line, raw: bytes | None, named: dict[str, int], batch: Che
     return line
 
 
-def _free_name(name: str, taken: Mapping[str, int]) -> str:
-    """`name` with the first number behind it that no line has taken."""
-    return next(free for k in itertools.count(2) if (free := f"{name}-{k}") not in taken)
+def _free_name(name: str, taken: Names, number: int) -> str:
+    """`name` with the first number behind it that no line has taken; line `number` takes it."""
+    return next(free for k in itertools.count(2) if taken.add(free := f"{name}-{k}", number) == number)
 
 
 def line_digest(raw: bytes) -> bytes:

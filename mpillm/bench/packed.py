@@ -44,7 +44,7 @@ def create(shape: str, weights: str, threads: int) -> Path:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A directory that is gone in the end, unless it was renamed."""
+    """Make a temporary directory, which is removed at the end unless it was renamed."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.mkdir()
     try:
@@ -77,7 +77,7 @@ def _write(part: Path, path: Path, name: str, shape: synthetic.Shape, weights: s
 
 
 def _copy(folder: Path, first: FilePlan, plan: FilePlan, digest: str) -> None:
-    """Write a layer's file with the first one's data. It is on the disk, and nowhere else, when this returns."""
+    """Write a layer's file with the data of the first layer. It is on the disk and not in the page cache afterwards."""
     with (
         (folder / first.name).open("rb", buffering=0) as source,
         (folder / plan.name).open("xb", 0) as target,

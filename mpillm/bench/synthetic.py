@@ -1,4 +1,5 @@
-"""Random-weight models of well-known shapes, as GGUF files: speed depends on the shape alone, so none need be fetched.
+"""Models of well-known shapes with random weights, as GGUF files. Speed depends only on the shape, so no real model
+need be downloaded.
 
 Weights are valid blocks whose scales keep activations finite: uniform integers times scales that make a row's standard
 deviation about 1 / sqrt(k). A few random megabytes per block type are repeated, each tensor beginning elsewhere in
@@ -126,7 +127,7 @@ def check(shape: str, weights: str) -> Shape | Published:
 
 @contextlib.contextmanager
 def said(path: Path) -> Iterator[None]:
-    """A JobError where the system cannot write a model."""
+    """Turn an error of the system while a model is written into a JobError."""
     try:
         yield
     except OSError as error:
@@ -136,7 +137,7 @@ def said(path: Path) -> Iterator[None]:
 
 
 def folder() -> Path:
-    """Where synthetic models are kept; nothing else is, and all of it may be deleted."""
+    """The directory of synthetic models. It has nothing else in it and may be deleted."""
     return models_dir().parent / "synthetic"
 
 
@@ -240,7 +241,7 @@ def _spread(tensor: str, sizes: tuple[int, ...]) -> int:
 
 
 def require_room(path: Path, needed: int) -> None:
-    """JobError if the disk has not so many bytes free."""
+    """JobError if the disk has fewer bytes free."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise JobError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import mpillm
 from mpillm.cli import bench, serve, supervise
@@ -39,6 +41,15 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options
 
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and what to type instead where that can be guessed."""
+        if given := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            commands = re.findall(r"[\w-]+", given[2])
+            close = difflib.get_close_matches(given[1], commands, n=1)
+            instead = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+            message = f"there is no command {given[1]!r}; {instead}"
+        super().error(message)
+
 
 def _key_called(option: str) -> str | None:
     from mpillm import spec
@@ -61,6 +72,12 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
     _job_arguments(run)
+    run.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write what each rank did when, as JSON that ui.perfetto.dev opens",
+    )
     plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
     _job_arguments(plan)
     plan.add_argument(
@@ -97,7 +114,9 @@ def command_parser() -> argparse.ArgumentParser:
         default="source",
         help="what matrices are stored as (as they are)",
     )
-    commands.add_parser("models", help="list the models of the catalogue, with what they take")
+    commands.add_parser(
+        "models", help="list the catalogue with what its models take, and all architectures that run"
+    )
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = commands.add_parser("init", help="write job files, hostfiles or Slurm scripts to start from")

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,7 +106,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
     progress = Console(lambda: world.rank == 0)
     spec = _spec(world, options)
-    report = runner.run(world, spec, progress)
+    report = runner.run(world, spec, progress, getattr(options, "trace", None))
     if report is None:
         return 0
     progress.finish(report, spec.output_path)
@@ -148,9 +149,16 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
+    from mpillm.model.families import architectures, gguf_architectures
     from mpillm.run import catalogue
 
     print("\n".join(catalogue.listed()))
+    for heading, names in (
+        ("Hugging Face directories run whose config.json names one of these architectures:", architectures()),
+        ("GGUF files run with one of these:", gguf_architectures()),
+    ):
+        print(f"\n{heading}")
+        print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
     return 0
 
 

@@ -109,7 +109,7 @@ class _Messages:
     def finish(self, count: Count) -> None:
         """Wait for all of them, and check the receives' sizes."""
         try:
-            count.seconds += self._world.wait(lambda: self._test(self._requests, self._statuses))
+            count.waited(self._world.wait(lambda: self._test(self._requests, self._statuses)))
         except Exception as error:
             from mpi4py import MPI
 
@@ -274,7 +274,7 @@ class Channel:
                 found.append(message)
             return bool(found)
 
-        count.seconds += self._world.wait(arrived)
+        count.waited(self._world.wait(arrived))
         data = bytearray(status.Get_count(MPI.BYTE))
         _Messages(self._world, [found[0].Irecv([data, MPI.BYTE])], [], len(data)).finish(count)
         return bytes(data)

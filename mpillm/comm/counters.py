@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+
+from mpillm import tracing
 
 
 @dataclass
 class Count:
     """One kind of message on one rank."""
 
+    kind: str
     messages: int = 0  # sent: the sum over ranks is what the network has carried
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -18,16 +21,25 @@ class Count:
         self.messages += messages
         self.bytes_sent += messages * nbytes
 
+    def waited(self, seconds: float) -> None:
+        self.seconds += seconds
+        tracing.spent(f"wait for {self.kind}", seconds)
+
 
 @dataclass
 class MessageCounters:
     """All kinds; a rank's report has them as `as_dict()`."""
 
-    all_reduce: Count = field(default_factory=Count)  # between the shards of a stage
-    pipe: Count = field(default_factory=Count)  # activations, from stage to stage
-    step: Count = field(default_factory=Count)  # what to compute, from a replica's leader to its other ranks
-    reply: Count = field(default_factory=Count)  # candidates for the next token, to the leader
-    requests: Count = field(default_factory=Count)  # lines and answers, between rank 0 and the other leaders
+    all_reduce: Count = field(default_factory=lambda: Count("all_reduce"))  # between the shards of a stage
+    pipe: Count = field(default_factory=lambda: Count("pipe"))  # activations, from stage to stage
+    # What to compute, from a replica's leader to its other ranks.
+    step: Count = field(default_factory=lambda: Count("step"))
+    reply: Count = field(
+        default_factory=lambda: Count("reply")
+    )  # candidates for the next token, to the leader
+    # Lines and answers, between rank 0 and the other leaders.
+    requests: Count = field(default_factory=lambda: Count("requests"))
 
     def as_dict(self) -> dict[str, dict[str, int | float]]:
-        return asdict(self)
+        counts = (asdict(getattr(self, each.name)) for each in fields(self))
+        return {count.pop("kind"): count for count in counts}

@@ -57,7 +57,7 @@ class Mailbox:
                 found.append(message)
             return bool(found) or time.monotonic() > until
 
-        self._count.seconds += self._world.wait(arrived)
+        self._count.waited(self._world.wait(arrived))
         return found[0] if found else None
 
     def flush(self, seconds: float) -> None:

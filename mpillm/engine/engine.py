@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm import tracing
 from mpillm.comm.collectives import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
@@ -52,6 +53,9 @@ class Worker:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self.longest = max(self.longest, seconds)
+        if tracing.active():
+            rows = [len(chunk.tokens) for chunk in step.chunks]
+            tracing.add(_phase(rows), start, seconds, step=step.number, sequences=len(rows), tokens=sum(rows))
         self.decoder.note_step(seconds)
         return reply
 
@@ -141,6 +145,7 @@ class Engine:
         Yields the request, the number of tokens that were yielded before, and what follows them.
         """
         for sequence in self._scheduler.unfinished if self._scheduler else ():
+            self.totals.count_generated(sequence)  # a signal may have come between a draw and its count
             if sequence.generated - sequence.saved >= at_least:
                 partial, start = sequence.partial(), sequence.saved
                 sequence.saved = len(partial.tokens)
@@ -207,7 +212,7 @@ class Engine:
         begin, end = max(sequence.computed, sequence.reached), sequence.computed + count
         totals.prompt_tokens += max(0, min(end, len(sequence.request.prompt)) - begin)
         totals.recomputed_tokens += min(count, begin - sequence.computed)
-        totals.generated_tokens += len(sequence.tokens) - turn.known
+        totals.count_generated(sequence)
         totals.turns += bool(turn.rows[0])
         sequence.computed = end
         sequence.loads = sequence.saves = NO_SLOT
@@ -268,9 +273,8 @@ class _Sequences:
     def __next__(self) -> Sequence:
         while True:
             sequence = Sequence(next(self._requests), self._submitted)
-            generated = sequence.generated
             sequence.append_forced()
-            self._totals.generated_tokens += sequence.generated - generated
+            self._totals.count_generated(sequence)
             if sequence.finish_reason is None:
                 return sequence
             sequence.started = time.monotonic()
@@ -280,6 +284,12 @@ class _Sequences:
         """Completed sequences since the last call."""
         ended, self._ended = self._ended, []
         return ended
+
+
+def _phase(rows: list[int]) -> str:
+    """What a step is called in a trace; `rows` are the tokens of each chunk."""
+    prompts = sum(count > 1 for count in rows)
+    return "decode" if not prompts else "prefill" if prompts == len(rows) else "prefill and decode"
 
 
 def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:

@@ -70,6 +70,12 @@ class Totals:
     most_sequences: int = 0
     most_blocks: int = 0
 
+    def count_generated(self, sequence: Sequence) -> None:
+        """Count what a sequence has generated since the last call: never less, wherever a signal interrupts it."""
+        generated = sequence.generated
+        self.generated_tokens += generated - sequence.counted
+        sequence.counted = generated
+
 
 class Scheduler:
     """Fills each step: a token of every sequence that decodes, and prompts in chunks; the oldest first.
@@ -91,6 +97,9 @@ class Scheduler:
     When a step's chunks are chosen, sequences that draw a token in it may get drafts as well, where rows and blocks are
     left that nobody needs.
 
+    Sequences that differ only in what is scored behind a common prompt (`Request.followed`) are computed one after the
+    other in the same blocks, so each of them adds only its own tokens, also where the prompt ends inside a block.
+
     With `whole_prompts` no sequence grows, and one that is admitted has blocks for all of it: none is preempted.
     """
 
@@ -111,10 +120,12 @@ class Scheduler:
         self._saved = SavedStates(limits.n_slots, limits.n_saved)
         sharable = limits.n_saved if limits.n_slots else limits.windows
         self._shares = limits.prefix_sharing and bool(sharable) and not limits.whole_prompts
+        self._inherits = self._shares and not limits.n_slots
         self._full = [group for group, window in enumerate(limits.windows) if not window]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
         self._pool = BlockPool(limits.n_blocks, limits.blocks_in_memory)
         self._waiting, self._numbers = waiting, count()
+        self._ahead: Sequence | None = None  # taken from the queue after `_next`
         self._next = self._take_next()
 
     def has_work(self) -> bool:
@@ -184,7 +195,7 @@ class Scheduler:
         return chosen
 
     def give_back(self, sequence: Sequence) -> None:
-        """Release the blocks of drafts that were not accepted."""
+        """Release the blocks behind what is computed: of drafts that were not accepted, or of another sequence."""
         end = blocks_for(sequence.computed)
         for table in sequence.tables:
             kept = max(end - table.first, 0)
@@ -192,8 +203,21 @@ class Scheduler:
             del table.blocks[kept:]
 
     def release(self, sequence: Sequence) -> None:
-        """Take a finished sequence out, with its blocks and its slot."""
+        """Take a finished sequence out, with its blocks and its slot, unless another one goes on in its place."""
         self.running.remove(sequence)
+        heir = sequence.heir
+        if heir is not None:
+            heir.started = time.monotonic()
+            position = heir.passed_over
+            if all(
+                sequence.tables[group].first <= first_kept(position, window)
+                for group, window in self._windowed
+            ):
+                heir.inherit(sequence)
+                self.give_back(heir)
+                insort(self.running, heir, key=_number)
+            else:  # what it attends to is gone: it begins anew
+                insort(self._preempted, heir, key=_number)
         self._clear(sequence)
 
     def _take_next(self) -> Sequence | None:
@@ -201,6 +225,19 @@ class Scheduler:
 
         An iterator that has ended is asked again: a server's next request may have come.
         """
+        sequence, self._ahead = self._ahead or self._take_one(), None
+        last = sequence
+        while last is not None and self._inherits and last.request.followed:
+            following = self._take_one()
+            if following is None or not following.goes_on_from(last):
+                self._ahead = following
+                break
+            following.number = last.number
+            last.heir = following
+            last = following
+        return sequence
+
+    def _take_one(self) -> Sequence | None:
         sequence = next(self._waiting, None)
         if sequence is None:
             return None
@@ -346,7 +383,10 @@ class Scheduler:
 
         Those that drafts have filled since the last call are among them.
         """
-        for index in range(sequence.named, (sequence.computed + count) // KV_BLOCK):
+        end = sequence.computed + count
+        if sequence.heir is not None:  # which writes into the blocks behind
+            end = min(end, sequence.passed_over)
+        for index in range(sequence.named, end // KV_BLOCK):
             key = sequence.block_key(index)
             for group, table in enumerate(sequence.tables):
                 if index >= table.first:

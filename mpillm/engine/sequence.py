@@ -119,6 +119,7 @@ class Request:
     logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     score_from: int = 1  # the first token of the prompt whose log-probability is wanted
+    followed: bool = False  # the next request of the same line has the same tokens up to `score_from`
     pooling: Literal["mean", "last", "cls"] = "mean"
     second: int | None = None  # where the second segment of a prompt begins, if it has two
     adapter: int = NO_ADAPTER  # the number of its adapter
@@ -206,6 +207,8 @@ class Sequence:
         self.finite = True  # the model's outputs so far
         self.stop_id: int | None = None
         self.saved = 0  # generated tokens that the journal has
+        self.heir: Sequence | None = None  # of the next request, which goes on in the blocks of this one
+        self.counted = 0  # generated tokens that the engine's totals have, or those of an earlier run
         self.submitted = submitted  # as time.monotonic() says
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
@@ -217,7 +220,7 @@ class Sequence:
         """Continue what an earlier run has generated, as after a preemption: all but the last token were computed."""
         for token in before.tokens:
             self.append(token)  # so that `watch` sees it again
-        self.saved = self.generated
+        self.saved = self.counted = self.generated
         self.reached = len(self.tokens) - 1
         self.logprobs, self.top = list(before.logprobs), list(before.top)
         self.prompt_logprobs, self.prompt_top = list(before.prompt_logprobs), list(before.prompt_top)
@@ -254,6 +257,21 @@ class Sequence:
             before = keys[-1] if keys else first_key(self.request.adapter)
             keys.append(content_key(before, self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK]))
         return keys[index]
+
+    def goes_on_from(self, before: Sequence) -> bool:
+        """Whether it has the tokens up to `score_from` in common with a sequence of the same line."""
+        one, other = self.request, before.request
+        end = one.score_from
+        return (one.id, end, one.adapter) == (other.id, other.score_from, other.adapter) and (
+            one.prompt[:end] == other.prompt[:end]
+        )
+
+    def inherit(self, before: Sequence) -> None:
+        """Go on from the tokens in common with a finished sequence, in its blocks."""
+        self.tables, before.tables = before.tables, self.tables
+        self.computed = self.passed_over
+        self.named = self.computed // KV_BLOCK
+        self._block_keys = before._block_keys[: self.named]
 
     def uniform(self) -> float:
         """The random number in [0, 1) that draws the next token: keyed by request, counted by position."""

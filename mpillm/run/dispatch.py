@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
 
@@ -80,13 +80,15 @@ class Dispatcher:
     def __init__(
         self,
         session: Session,
-        lines: Sequence[Line],
+        lines: Iterator[Line],
+        count: int,
         assigned: Callable[[Line], Assigned],
         keep: Callable[[Record], None],
     ) -> None:
-        """`lines` wait to be computed; `keep` takes the records that come from other leaders."""
+        """`count` lines wait to be computed; `keep` takes the records that come from other leaders."""
         self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
-        self._queue, self._assigned, self._keep = deque(lines), assigned, keep
+        self._lines, self._waiting = lines, count
+        self._assigned, self._keep = assigned, keep
         self._leaders = [replica.first for replica in session.replicas]
         self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
         self._wanted = dict.fromkeys(self._leaders[1:], 0)
@@ -103,7 +105,7 @@ class Dispatcher:
         if not self.has_more:
             return None
         self._held[0] += 1
-        return self._queue.popleft()
+        return self._next()
 
     def answered_here(self) -> None:
         """Rank 0's own replica has answered a line."""
@@ -117,7 +119,7 @@ class Dispatcher:
     @property
     def done(self) -> bool:
         """Whether every line is answered."""
-        return not self._queue and not any(self._held.values())
+        return not self._waiting and not any(self._held.values())
 
     def serve(self) -> None:
         """Take what has come from the other leaders, and give them what they have asked for."""
@@ -160,16 +162,20 @@ class Dispatcher:
     def _give(self) -> None:
         for leader, wanted in self._wanted.items():
             if count := min(wanted, self._room(leader)):
-                lines = [self._assigned(self._queue.popleft()) for _ in range(count)]
+                lines = [self._assigned(self._next()) for _ in range(count)]
                 self._mailbox.send(msgspec.msgpack.encode(AssignedLines(lines)), leader)
                 self._held[leader] += count
                 self._wanted[leader] = 0
 
+    def _next(self) -> Line:
+        self._waiting -= 1
+        return next(self._lines)
+
     def _room(self, leader: int) -> int:
         """How many of the waiting lines a replica may take now."""
-        unanswered = len(self._queue) + sum(self._held.values())
+        unanswered = self._waiting + sum(self._held.values())
         share = -(-unanswered // len(self._leaders))
-        return min(max(share - self._held[leader], 0), len(self._queue))
+        return min(max(share - self._held[leader], 0), self._waiting)
 
 
 class Assistant:

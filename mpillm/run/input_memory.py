@@ -25,11 +25,12 @@ from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
 from mpillm.run import inputs
 from mpillm.spec import Spec
+from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 
 LINE = 700  # bytes of what is kept of a line and of where its answer is, besides its name (560 measured)
 NAMES = 2  # copies of a line's name
-WRITTEN = 4096  # of an answer that is written to results.h5,
+WRITTEN = 3072  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
 PROMPT, TOKEN, LOGPROB = 56, 72, 120  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
@@ -100,6 +101,11 @@ class InputNeeds:
     largest: int = 0  # sequences of a line
     reading: int = 0
 
+    @property
+    def rows(self) -> int:
+        """Tokens that a step can have at most, however large it may be."""
+        return KV_BLOCK * self.blocks if self.lines and self.blocks is not None else sys.maxsize
+
     def kept(self, sequences: int) -> int:
         """Bytes that rank 0 keeps, if so many sequences run at once."""
         at_once = min(
@@ -112,12 +118,7 @@ class InputNeeds:
         )
 
 
-def input_bytes(spec: Spec, hidden: int, sequences: int) -> int:
-    """Bytes that rank 0 keeps of the input, if so many sequences run at once; 0 if there is none that can be read."""
-    return asked_of(spec, hidden).kept(sequences)
-
-
-def asked_of(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
+def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
     blocks: int | None = 0
@@ -164,6 +165,8 @@ def template_length(source: Source) -> int:
     """Bytes of a model's chat template; 0 if it has none, or several."""
     if isinstance(source.tokenizer, dict):
         template = source.tokenizer.get("tokenizer.chat_template")
+    elif source.tokenizer.is_file():
+        template = read_file(source.tokenizer).template
     else:
         with suppress(OSError):
             return (source.tokenizer / "chat_template.jinja").stat().st_size

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mpillm import tracing
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Model
@@ -35,6 +36,7 @@ class Phases:
         """The current phase, called `name`, has ended."""
         now = time.monotonic()
         self.seconds[name] = now - self.since
+        tracing.add(name, self.since, self.seconds[name])
         self.since = now
 
 
@@ -52,7 +54,7 @@ class OpenedJob:
     earlier: tuple[Counts, ...]  # what each earlier start has computed
     phases: Phases
     warnings: list[str] = field(default_factory=list)
-    not_finite: dict[str, str] = field(default_factory=dict)  # custom_id: message
+    not_finite: dict[str, str] = field(default_factory=dict)  # custom_id: message, of the first
     timeline: list[tuple[float, int, int]] = field(default_factory=list)  # see `Report.timeline`
 
     def warn(self, warning: str) -> None:
@@ -62,7 +64,7 @@ class OpenedJob:
 
     def first_errors(self) -> dict[str, str]:
         """The first SHOWN_ERRORS requests that ended in an error, and their messages."""
-        errors = {line.custom_id: line.error or "" for line in self.input.errors[:SHOWN_ERRORS]}
+        errors = {line.custom_id: line.error or "" for line in islice(self.input.errors, SHOWN_ERRORS)}
         return dict(islice((errors | self.not_finite).items(), SHOWN_ERRORS))
 
     def model_facts(self, session: Session) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def open_job(
     phases, since = Phases(), began(claim)
     model = model_of(session, path, lambda: since)
     lines = inputs.lines_path(spec)
-    checked = requests.check(lines, spec, model, unit="Line" if lines == spec.input_path else "Row")
+    unit = "Line" if lines == spec.input_path else "Row"
+    checked = requests.check(lines, spec, model, unit=unit, open_file=claim.directory.unnamed)
     journal = open_journal(session, spec, checked, claim)
     checked.keep_answered(journal.done)
     job = OpenedJob(spec, path, model, checked, claim, progress, journal.resumed, journal.counts, phases)
@@ -118,7 +121,7 @@ def open_journal(session: Session, spec: Spec, checked: CheckedInput, claim: Cla
 
 def unanswered(checked: CheckedInput, journal: Journal) -> int:
     """The number of requests that are still to be computed."""
-    return len(checked) - len(checked.errors) - len(journal.done)
+    return len(checked) - checked.bad - len(journal.done)
 
 
 def results_differ(one: UsedLayout, other: UsedLayout, wire: WireSection) -> bool:

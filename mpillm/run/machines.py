@@ -1,4 +1,4 @@
-"""Where ranks are, what memory they have there, and how fast they are."""
+"""The machines of the ranks: their memory and their speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Machines:
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return len(self.free)
 
     def host_names(self) -> list[str]:
@@ -36,7 +36,7 @@ class Machines:
         ]
 
     def slowest_first(self) -> list[int]:
-        """The hosts by their speed, of those that are as fast the last one first."""
+        """The hosts, the slowest first; among equally fast ones the last comes first."""
         firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
         rates = [
             max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
@@ -45,7 +45,7 @@ class Machines:
         return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
 
     def without(self, hosts: Collection[int]) -> Machines:
-        """The same without some hosts."""
+        """These machines without some hosts."""
         of_rank = [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
         kept = [rank for rank, host in enumerate(of_rank) if host not in hosts]
         return replace(
@@ -57,7 +57,7 @@ class Machines:
         )
 
     def with_another(self) -> Machines:
-        """The same and one more host of one rank, like the last one."""
+        """These machines and one more host with one rank, like the last one."""
         ranks = self.ranks_per_host[-1]
         return replace(
             self,
@@ -68,5 +68,5 @@ class Machines:
         )
 
     def with_faster_network(self, times: float) -> Machines:
-        """The same with links of so many times the rate."""
+        """These machines with links that are `times` times as fast."""
         return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])

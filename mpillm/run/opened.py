@@ -33,7 +33,7 @@ def model_path(world: World, spec: Spec, progress: Progress) -> Path:
 
 def model_name(path: Path) -> str:
     """How answers name the model."""
-    return printable(path.stem if path.suffix == ".gguf" else path.resolve().name)
+    return printable(path.stem if path.suffix in (".gguf", ".m") else path.resolve().name)
 
 
 def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = None) -> Model:

@@ -1,4 +1,4 @@
-"""Before a run: which layout, what each rank will hold, what will travel. Reads the model's headers, and no weights."""
+"""The plan of a run: its layout, what each rank holds, and what is sent. Reads the model's headers, not its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.run import catalogue, layout
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import InputNeeds, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, input_needs, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import cached_tokens
 from mpillm.run.machines import Machines
@@ -82,7 +82,7 @@ def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
         closing(open_described(catalogue.described(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
-        asked = asked_of(spec, config.hidden, template_length(source))
+        asked = input_needs(spec, config.hidden, template_length(source))
 
         def made(weights: int | str) -> tuple[float, list[RankPlan]]:
             job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
@@ -125,7 +125,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
     Hosts without which the run would be faster are left out.
     """
-    asked = asked_of(spec, config.hidden, template_length(source))
+    asked = input_needs(spec, config.hidden, template_length(source))
     machines, left_out = _useful(spec, source, config, machines, asked)
     chosen, laid_out, time = _laid_out(spec, source, config, machines, asked)
     found = chosen.replicas
@@ -200,7 +200,7 @@ def _useful(
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
-    """What does not fit into the memory that is free."""
+    """A sentence for each rank that would hold more than is free."""
     for rank in plans:
         if rank.held > machines.free[rank.rank]:
             where = f" on {machines.names[rank.rank]}" if machines.names else ""
@@ -214,7 +214,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 def _gains(
     spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
-    """What one more of each thing brings: how many times as fast the job is with it."""
+    """How many times as fast the job is with one more host, with more memory, and so on."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
         return  # more for whom?

@@ -31,6 +31,7 @@ from mpillm.run.job import open_job, results_differ
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Origin, Session
+from mpillm.run.tracer import Tracer
 from mpillm.spec import Spec
 from mpillm.store import report
 from mpillm.store.journal import began, first_layout
@@ -53,10 +54,14 @@ class Loss:
 Losses = tuple[Loss, ...]  # since the run began; on rank 0 those that it has not told of yet
 
 
-def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
-    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong."""
+def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None) -> report.Report | None:
+    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong.
+
+    A run that comes to its end leaves a trace in the file `trace`.
+    """
     with ExitStack() as stack:
-        rank = _RankContext(world, spec, progress, stack)
+        tracer = stack.enter_context(Tracer.started(world, trace)) if trace else None
+        rank = _RankContext(world, spec, progress, stack, tracer)
         state: State | Regrouping | Ended = Starting(())
         while True:
             try:
@@ -80,9 +85,12 @@ def run(world: World, spec: Spec, progress: Progress) -> report.Report | None:
 class _RankContext:
     """What a rank has in every state."""
 
-    def __init__(self, world: World, spec: Spec, progress: Progress, stack: ExitStack) -> None:
+    def __init__(
+        self, world: World, spec: Spec, progress: Progress, stack: ExitStack, tracer: Tracer | None
+    ) -> None:
         """What must be closed at the end goes to `stack`."""
         self.world, self.spec, self.progress, self.stack = world, spec, progress, stack
+        self.tracer = tracer
         self.start = time.monotonic()
         self.longest_step = 0.0  # seconds
 
@@ -153,7 +161,7 @@ class _RankContext:
 
     @contextmanager
     def computing(self, session: Session) -> Iterator[None]:
-        """In the block the session computes; it is closed at the end."""
+        """Let the session compute in the block, and close it at the end."""
         with closing(session), self.world.computing():
             try:
                 yield
@@ -223,7 +231,10 @@ class Gathering:
 
     def advance(self, rank: _RankContext) -> State:
         with rank.world.computing():
-            return self._writing(rank.world.gather(self.own))
+            ranks = rank.world.gather(self.own)
+            if rank.tracer:
+                rank.tracer.gather()
+            return self._writing(ranks)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         return self._writing([self.own])
@@ -243,6 +254,8 @@ class Writing:
     def advance(self, rank: _RankContext) -> Ended:
         with rank.world.together():  # no rank leaves before everything is written
             made = outcome.write(self.computation, self.ranks, rank.start)
+            if rank.tracer:
+                rank.tracer.write()
         return Ended(made)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -265,6 +278,8 @@ class Following:
             with rank.world.together():
                 session.watch.check_all()
             rank.world.gather(session.statistics())
+            if rank.tracer:
+                rank.tracer.gather()
             return Waiting(session.origin, self.losses)
 
     def _follow(self) -> int:

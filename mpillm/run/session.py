@@ -1,4 +1,4 @@
-"""A model laid out over all ranks and ready for steps: what every rank does alike before the first one."""
+"""A model that is laid out over all ranks and ready for steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
 from mpillm.run import hosts, layout, measure, memory
 from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import InputNeeds, asked_of, template_length
+from mpillm.run.input_memory import InputNeeds, input_needs, template_length
 from mpillm.run.layout import Chosen
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
+    """The properties of a run on which its results depend; they are kept when ranks are lost."""
 
     config: ModelConfig
     replicas: Replicas
@@ -192,7 +192,7 @@ class Session:
         return chosen
 
     def estimate(self, demand: Demand | None) -> Estimate:
-        """What a demand takes by the machines' speeds; None: that of the input."""
+        """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
         plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self._asked, names))
         demand = demand or demand_of(self._asked)
@@ -200,7 +200,7 @@ class Session:
 
     @property
     def layout(self) -> UsedLayout:
-        """As the journal notes it: answers do not depend on the number of replicas."""
+        """The layout for the journal, without the number of replicas: answers do not depend on it."""
         return UsedLayout(self.place.stages, self.place.shards)
 
     @property
@@ -226,9 +226,10 @@ class Session:
         return max(layout.token_nbytes for layout in self.caches)
 
     def statistics(self) -> RankStatistics:
-        """What this rank held, moved and waited for."""
+        """What this rank has held in memory, sent, and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
+        inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
         spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
         return RankStatistics(
             rank=self.world.rank,
@@ -246,7 +247,7 @@ class Session:
             memory=msgspec.to_builtins(self._memory()),
             memory_peak=memory.peak(),
             seconds={
-                "compute": self.worker.seconds - sum(waited.values()) - weights.stall_seconds - spilled,
+                "compute": self.worker.seconds - inside - weights.stall_seconds - spilled,
                 "weights": weights.stall_seconds,
                 "kv": spilled,
                 **waited,
@@ -291,7 +292,7 @@ class Session:
 
     def _ask(self) -> InputNeeds:
         """What the input asks for, which only rank 0 can read."""
-        return asked_of(self.spec, self.config.hidden, template_length(self.source))
+        return input_needs(self.spec, self.config.hidden, template_length(self.source))
 
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
@@ -312,8 +313,10 @@ class Session:
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
             kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
-            activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.pages), kept),
+            activations=memory.activations(
+                self._activations, place, min(limits.max_tokens, self._asked.rows)
+            ),
+            process=memory.process(self.source, config, place, [page.nbytes for page in weights.pages], kept),
         )
 
     def _decoder(self) -> Decoder:
@@ -331,7 +334,7 @@ class Session:
 
 
 def _leaves_open(spec: Spec, world: World) -> bool:
-    """Whether speeds can change the layout: there are several hosts, and the job does not say all."""
+    """Whether speeds can change the layout: there are several hosts, and the job leaves something open."""
     given = spec.layout
     return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)
 

@@ -130,7 +130,7 @@ class _Ask:
 
     async def _answer(self, request: Request) -> Response:
         service, loop = self._service, asyncio.get_running_loop()
-        content = _object(await read_body(request, MAX_BODY))
+        content = bodies.decode_line(await read_body(request, MAX_BODY))
         streams = content.pop("stream", None) or False
         if not isinstance(streams, bool):
             raise RequestError("stream must be true or false")
@@ -225,13 +225,6 @@ async def read_body(request: Request, maximum: int) -> bytes:
     return b"".join(chunks)
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        return bodies.decode_line(raw)
-    except RequestError as error:
-        raise RequestError(str(error).replace("the line", "the body", 1)) from None
-
-
 def _models(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
     async def models(request: Request) -> Response:
         model, name = service.model, request.path_params.get("name")
@@ -282,16 +275,20 @@ def _metrics(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
     return metrics
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    return JSONResponse(
-        answers.error(error.detail, error.status_code, kind), error.status_code, error.headers
-    )
+    message, path = error.detail, request.url.path
+    if error.status_code == 405:
+        message = f"{path[:100]} takes {(error.headers or {})['Allow']}, and not {request.method}."
+    elif message == "Not Found":
+        message = f"There is no {path[:100]}; /openapi.json has all URLs."
+    return JSONResponse(answers.error(message, error.status_code, kind), error.status_code, error.headers)
 
 
 async def _request_error(_: Request, error: Exception) -> Response:
-    return JSONResponse(answers.error(f"{error}.", 400), 400)
+    said = str(error).replace("the line", "the body", 1)  # which is what a client's line is
+    return JSONResponse(answers.error(f"{said}.", 400), 400)
 
 
 async def _bug(_: Request, error: Exception) -> Response:

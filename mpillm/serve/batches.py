@@ -280,14 +280,14 @@ class _Run:
 
     def counts(self) -> RequestCounts:
         """How far it is."""
-        bad, done = len(self._batch.errors), len(self._journal.done)
-        failed = bad + sum(place.status != 200 for place in list(self._journal.done.values()))
+        bad, done = self._batch.bad, len(self._journal.done)
+        failed = bad + self._journal.done.failed
         return RequestCounts(total=len(self._batch), completed=bad + done - failed, failed=failed)
 
     def tickets(self, ended: Callable[[], object]) -> Iterator[Ticket]:
         """A ticket for each line that is not answered; `ended` is called once all are."""
         self._ended = ended
-        for work in self._batch.ordered_works(done=set(self._journal.done)):
+        for work in self._batch.ordered_works(done=self._journal.done):
             if self.cancelled:
                 break
             ticket = Ticket(work, partial(self._take, work))

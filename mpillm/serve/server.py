@@ -18,6 +18,7 @@ from mpillm.run.job import open_journal
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
+from mpillm.serve import openapi
 from mpillm.serve.app import ServerState, make_app
 from mpillm.serve.arrivals import Arrivals
 from mpillm.serve.batches import Batches, FileStore
@@ -75,7 +76,7 @@ def _lead(
             data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
         )
     config = uvicorn.Config(
-        make_app(service, routes(files, batches)),
+        make_app(service, [*routes(files, batches), openapi.route()]),
         log_level="warning",
         timeout_graceful_shutdown=GRACE,
         lifespan="off",

@@ -23,7 +23,7 @@ MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class _Wanted(msgspec.Struct):
+class Wanted(msgspec.Struct):
     """The body that begins a batch."""
 
     input_file_id: str
@@ -68,7 +68,7 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
     async def begin(request: Request) -> Response:
         raw = await read_body(request, MAX_REQUEST)
         try:
-            wanted = msgspec.json.decode(raw, type=_Wanted)
+            wanted = msgspec.json.decode(raw, type=Wanted)
         except msgspec.MsgspecError as error:
             raise HTTPException(400, f"The body is wrong: {error}.") from None
         urls = [endpoint.url for endpoint in ENDPOINTS]
@@ -90,28 +90,25 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         return _json(await run_in_threadpool(batches.cancel, request.path_params["id"]))
 
     return [
-        Route("/v1/files", _found(upload), methods=["POST"]),
-        Route("/v1/files", _found(list_files), methods=["GET"]),
-        Route("/v1/files/{id}", _found(read_file), methods=["GET"]),
-        Route("/v1/files/{id}", _found(delete), methods=["DELETE"]),
-        Route("/v1/files/{id}/content", _found(content), methods=["GET"]),
-        Route("/v1/batches", _found(begin), methods=["POST"]),
-        Route("/v1/batches", _found(list_batches), methods=["GET"]),
-        Route("/v1/batches/{id}", _found(read_batch), methods=["GET"]),
-        Route("/v1/batches/{id}/cancel", _found(cancel), methods=["POST"]),
+        _route("/v1/files", GET=list_files, POST=upload),
+        _route("/v1/files/{id}", GET=read_file, DELETE=delete),
+        _route("/v1/files/{id}/content", GET=content),
+        _route("/v1/batches", GET=list_batches, POST=begin),
+        _route("/v1/batches/{id}", GET=read_batch),
+        _route("/v1/batches/{id}/cancel", POST=cancel),
     ]
 
 
-def _found(handler: Handler) -> Handler:
-    """`handler`, with 404 for what it does not find."""
+def _route(path: str, **handlers: Handler) -> Route:
+    """A URL with a handler for each method; 404 for what they do not find."""
 
-    async def found(request: Request) -> Response:
+    async def handle(request: Request) -> Response:
         try:
-            return await handler(request)
+            return await handlers["GET" if request.method == "HEAD" else request.method](request)
         except KeyError as error:
             raise HTTPException(404, f"There is no {error.args[0]!r}.") from None
 
-    return found
+    return Route(path, handle, methods=list(handlers))
 
 
 def _json(value: Any) -> Response:

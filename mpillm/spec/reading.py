@@ -119,7 +119,7 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
     model = values.get("model")
     if isinstance(model, str) and model and not model.startswith("hf:"):
         path = folder / os.path.expanduser(model)
-        if "/" in model or model.endswith(".gguf"):
+        if "/" in model or model.endswith((".gguf", ".m")):
             values["model"] = str(path)
     adapters = values.get("adapters")
     if isinstance(adapters, dict):

@@ -72,6 +72,13 @@ class Directory(Descriptor):
             raise OutputError(f"{self.path / name} is not a regular file; remove it, or give another output.")
         return file
 
+    def unnamed(self) -> int:
+        """The descriptor of a new file that has no name any more, so that nothing is left of it when it is closed."""
+        name = f"unnamed.{secrets.token_hex(8)}.tmp"
+        file = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.unlink(name, dir_fd=self._file)
+        return file
+
     def names(self) -> set[str]:
         """What is in the directory, without temporary files."""
         return {name for name in os.listdir(self._file) if not _TEMPORARY.fullmatch(name)}

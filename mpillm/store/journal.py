@@ -16,12 +16,15 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from mpillm import __version__
 from mpillm.batch.work import Line
@@ -30,15 +33,15 @@ from mpillm.errors import Interrupted, OutputError
 from mpillm.store.directory import Descriptor, Directory, explained, explanation
 from mpillm.store.output import JOURNAL, Claim
 from mpillm.store.records import (
-    HEAD,
     KEY_BYTES,
     VERSION,
     Counts,
+    Done,
     Finished,
     InputKeys,
     JournalHeader,
+    Name,
     PartialResult,
-    RecordPlace,
     Result,
     Scan,
     UsedLayout,
@@ -64,7 +67,7 @@ class Journal(Descriptor):
 
     When the journal is closed, what was not flushed is lost.
 
-    `done` has what was finished, by custom_id (also in runs before this one); `damage` has a sentence for each
+    `done` knows what was finished, by custom_id (also in runs before this one); `damage` has a sentence for each
     stretch of the file that a disk or a person has changed: the requests in it are simply run again. `answered` says
     on which layouts earlier runs have answered how many requests, and `counts` what each start has computed.
 
@@ -75,7 +78,7 @@ class Journal(Descriptor):
         self,
         claim: Claim,
         identity: Mapping[str, Any],
-        lines: Sequence[Line],
+        lines: Iterable[Line],
         layout: UsedLayout | None = None,
         model_state: str = "",
     ) -> None:
@@ -114,7 +117,7 @@ class Journal(Descriptor):
             raise
         self.resumed = len(self.done)
 
-    def _resume(self, header: JournalHeader, keys: bytes, lines: Sequence[Line]) -> None:
+    def _resume(self, header: JournalHeader, keys: bytes, lines: Iterable[Line]) -> None:
         with explained(self.path):
             found = self._scan_verified()
             size = os.fstat(self._file).st_size
@@ -182,7 +185,7 @@ class Journal(Descriptor):
             os.ftruncate(self._file, self._verified)
         self._end = self._verified
         self._write(framed(Verified(self._end, self._state), self._end))
-        self.done = {name: place for name, place in self.done.items() if place.offset < self._verified}
+        self.done.drop_from(self._verified)
 
     def _refuse_other_job(self, was: JournalHeader, now: JournalHeader) -> None:
         if was.version != VERSION:
@@ -213,22 +216,23 @@ class Journal(Descriptor):
             f"with touch -d @{before['modified']} {name}; else give another output."
         )
 
-    def _refuse_changed_lines(self, found: Scan, keys: bytes, lines: Sequence[Line]) -> None:
+    def _refuse_changed_lines(self, found: Scan, keys: bytes, lines: Iterable[Line]) -> None:
         """OutputError if a line has changed or is missing; lines may be added anywhere."""
         old = found.keys or b""
         if keys.startswith(old) and not found.damage:
             return
-        now = {keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)}
-        what = "the input has changed since the run began"
-        for name, key in found.done_keys.items():
-            if key not in now:
+        now, what = np.sort(_as_numbers(keys)), "the input has changed since the run began"
+        for name in self._names(found.done):
+            if len(name.key) != KEY_BYTES or not _are_in(now, _as_numbers(name.key)).all():
                 raise OutputError(
-                    self._changed(f"{what}: the line of {name!r}, which is done, is changed or gone")
+                    self._changed(
+                        f"{what}: the line of {name.custom_id!r}, which is done, is changed or gone"
+                    )
                 )
-        for index in range(len(old) // KEY_BYTES):
-            if old[index * KEY_BYTES : (index + 1) * KEY_BYTES] not in now:
-                name = f" (now {lines[index].custom_id!r})" if index < len(lines) else ""
-                raise OutputError(self._changed(f"{what}: its request {index + 1}{name} is changed or gone"))
+        for index in np.flatnonzero(~_are_in(now, _as_numbers(old))).tolist():
+            line = next(islice(lines, index, None), None)
+            called = "" if line is None else f" (now {line.custom_id!r})"
+            raise OutputError(self._changed(f"{what}: its request {index + 1}{called} is changed or gone"))
 
     def _changed(self, what: str) -> str:
         begin = f"The output directory {self.path.parent} belongs to another job"
@@ -259,14 +263,15 @@ class Journal(Descriptor):
         for record in self._waiting:
             data.append(framed(record, at))
             if isinstance(record, Result):
-                places.append((record.custom_id, RecordPlace(at, len(data[-1]) - HEAD.size, record.status)))
+                places.append((record.custom_id, at, record.status))
             at += len(data[-1])
         start = time.monotonic()
         self._write(b"".join(data))
         now = time.monotonic()
         self.seconds += now - start
         self._due = now + max(SYNC_EVERY, (now - start) * (1 / SYNC_SHARE - 1))
-        self.done.update(places)
+        for place in places:
+            self.done.add(*place)
         self._waiting.clear()
         return len(places)
 
@@ -303,15 +308,26 @@ class Journal(Descriptor):
 
     def read(self, custom_id: str) -> Result:
         """The record of a finished request; Interrupted if it is damaged: the next run answers it again."""
-        place = self.done[custom_id]
+        offset = self.done.offset(custom_id)
         with explained(self.path):
-            payload = payload_at(self._file, place.offset, os.fstat(self._file).st_size)
+            payload = payload_at(self._file, offset, os.fstat(self._file).st_size)
         if payload is None:
             raise Interrupted(
-                f"The journal {self.path} is damaged at byte {place.offset} (custom_id {custom_id!r}); "
+                f"The journal {self.path} is damaged at byte {offset} (custom_id {custom_id!r}); "
                 "run the same command again."
             )
         return msgspec.msgpack.decode(payload, type=Result)
+
+    def finished(self) -> Iterator[str]:
+        """The custom_ids of the finished requests, in the order in which they were finished."""
+        return (name.custom_id for name in self._names(self.done))
+
+    def _names(self, done: Done) -> Iterator[Name]:
+        with explained(self.path):
+            size = os.fstat(self._file).st_size
+            for offset in done.offsets():
+                if (payload := payload_at(self._file, offset, size)) is not None:
+                    yield msgspec.msgpack.decode(payload, type=Name)
 
     def partial(self, line: Line) -> dict[int, PartialCompletion]:
         """What earlier runs have generated of an unfinished line, by choice; each line can be asked for once."""
@@ -325,6 +341,17 @@ class Journal(Descriptor):
                     before = found.get(part.choice, PartialCompletion(tokens=[]))
                     found[part.choice] = before.continued(part.start, part.completion)
         return {choice: partial for choice, partial in found.items() if partial.tokens}
+
+
+def _as_numbers(keys: bytes) -> NDArray[np.uint64]:
+    """Keys of lines, as numbers."""
+    return np.frombuffer(keys, "<u8", len(keys) // KEY_BYTES)
+
+
+def _are_in(numbers: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of the wanted ones are among sorted numbers, of which there is at least one."""
+    found: NDArray[np.bool_] = numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
+    return found
 
 
 @contextlib.contextmanager

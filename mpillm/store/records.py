@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from mpillm.batch.names import Names
 from mpillm.batch.work import Line
 from mpillm.engine.sequence import PartialCompletion
 
 VERSION = 2
 KEY_BYTES = 8
+STATUS_BITS = 16  # of the number in which an offset and a status are kept
+STATUS = (1 << STATUS_BITS) - 1
 
 _MAGIC = b"mpiJ"
 HEAD = struct.Struct("<4sIIQ")
@@ -112,7 +116,7 @@ class Finished(msgspec.Struct, tag="finished", frozen=True):
     errors: int  # requests that ended in an error
 
 
-class _Name(msgspec.Struct, frozen=True):
+class Name(msgspec.Struct, frozen=True):
     """The fields of a result that are needed to know that it is there."""
 
     custom_id: str
@@ -134,13 +138,39 @@ def line_key(line: Line) -> bytes:
     return hashlib.blake2b(line.digest + line.custom_id.encode(), digest_size=KEY_BYTES).digest()
 
 
-@dataclass(frozen=True, slots=True)
-class RecordPlace:
-    """The record of a finished request in the file, and how the request ended."""
+class Done:
+    """Where the records of finished requests begin, by custom_id, and how the requests ended; 16 bytes each."""
 
-    offset: int
-    length: int  # of the payload
-    status: int
+    def __init__(self) -> None:
+        self._places = Names()  # offset << STATUS_BITS | status
+        self.failed = 0  # of all, those whose status is not 200
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, custom_id: object) -> bool:
+        return custom_id in self._places
+
+    def add(self, custom_id: str, offset: int, status: int) -> None:
+        """Note where the record of a request is that has none yet."""
+        self._places.add(custom_id, offset << STATUS_BITS | status & STATUS)
+        self.failed += status != 200
+
+    def offset(self, custom_id: str) -> int:
+        """Where the record of a request is; KeyError if there is none."""
+        place = self._places.get(custom_id)
+        if place is None:
+            raise KeyError(custom_id)
+        return place >> STATUS_BITS
+
+    def offsets(self) -> Iterator[int]:
+        """Where the records are, in the order of the file."""
+        return (int(place) >> STATUS_BITS for place in self._places.numbers())
+
+    def drop_from(self, offset: int) -> None:
+        """Forget the records from an offset on."""
+        self._places.drop_from(offset << STATUS_BITS)
+        self.failed = int(np.count_nonzero((self._places.numbers() & STATUS) != 200))
 
 
 @dataclass
@@ -150,8 +180,7 @@ class Scan:
     header: JournalHeader | None = None
     headers: int = 0  # undamaged copies of it
     keys: bytes | None = None
-    done: dict[str, RecordPlace] = field(default_factory=dict)
-    done_keys: dict[str, bytes] = field(default_factory=dict)
+    done: Done = field(default_factory=Done)
     partial: dict[str, list[int]] = field(default_factory=dict)  # offsets of partial results, by custom_id
     finished: Finished | None = None  # unless something came after it
     verified: Verified | None = None  # the last one
@@ -209,12 +238,11 @@ def scan(file: int, found: Scan | None = None) -> Scan:
         if tag not in ("header", "sound"):
             found.finished = None
         if tag == "result":
-            name = msgspec.msgpack.decode(payload, type=_Name)
+            name = msgspec.msgpack.decode(payload, type=Name)
             if name.custom_id not in found.done:
                 if found.layout is not None:
                     found.answered[found.layout] += 1
-                found.done[name.custom_id] = RecordPlace(offset, len(payload), name.status)
-                found.done_keys[name.custom_id] = name.key
+                found.done.add(name.custom_id, offset, name.status)
                 found.partial.pop(name.custom_id, None)
         elif tag == "part":
             of = msgspec.msgpack.decode(payload, type=_Named)

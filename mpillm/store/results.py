@@ -92,7 +92,7 @@ def write_jsonl(directory: Directory, lines: Iterable[Line], journal: Journal) -
 
 
 def write_hdf5(
-    directory: Directory, lines: Sequence[Line], journal: Journal, metadata: Mapping[str, Any]
+    directory: Directory, lines: Iterable[Line], journal: Journal, metadata: Mapping[str, Any]
 ) -> None:
     """Write results.h5 and timings.h5.
 

@@ -121,9 +121,7 @@ class Reader:
             answered=total
             if found.finished
             else len(found.done),  # lines that are no requests are errors, too
-            errors=found.finished.errors
-            if found.finished
-            else sum(place.status != 200 for place in found.done.values()),
+            errors=found.finished.errors if found.finished else found.done.failed,
             partial=len(found.partial),
             damaged=sum(end - start for start, end in found.damage),
             idle=max(0.0, time.time() - facts.st_mtime),

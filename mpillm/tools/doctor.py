@@ -91,7 +91,7 @@ def examine(world: World, model: str | None) -> Diagnosis:
         *(_link(world, link) for link in links),
     ]
     advice = [*_about_nodes(world, everyone), *_about_links(world, links), *_about_hosts(hosts)]
-    return Diagnosis(findings, advice, list(_faults(world, everyone, path)), hosts)
+    return Diagnosis(findings, advice, list(_faults(world, everyone)), hosts)
 
 
 def _model(name: str | None) -> tuple[Path | None, str]:
@@ -136,23 +136,26 @@ def _model_found(
 ) -> Iterator[str]:
     first = everyone[0].model
     if path is None or first is None:
-        yield f"model    {none_named or everyone[0].trouble}"
+        yield f"model    {none_named or f'{path}: rank 0 cannot open it (see below)'}"
         return
     yield f"model    {path}: {first[0]} bytes, sampled hash {first[1][:12]}"
     if how := measured[0].disk.how:
         yield f"disk     how it was read: {how}"
 
 
-def _faults(world: World, everyone: Sequence[_RankFindings], path: Path | None) -> Iterator[str]:
+def _faults(world: World, everyone: Sequence[_RankFindings]) -> Iterator[str]:
     """What would end a run at its start."""
     first = everyone[0]
+    troubles = [one.trouble for one in everyone]
+    for trouble in filter(None, dict.fromkeys(troubles)):
+        rank, others = troubles.index(trouble), troubles.count(trouble) - 1
+        also = f" and {others} other(s)" if others else ""
+        yield f"model: rank {rank} on {world.hosts[rank]}{also}: {trouble}"
     for rank, one in enumerate(everyone):
         where = f"rank {rank} on {world.hosts[rank]}"
         if _version(one) != _version(first):
             yield f"MPI: {where} has {one.mpi}; install the same one everywhere."
-        if path is not None and one.model is None:
-            yield f"model: {where}: {one.trouble}"
-        elif first.model is not None and one.model is not None and one.model != first.model:
+        if first.model is not None and one.model is not None and one.model != first.model:
             yield f"model: {where} sees another one ({one.model[0]} bytes, hash {one.model[1][:12]})."
 
 

@@ -25,7 +25,7 @@ from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.packed.file_plan import FilePlan, plan_files
 from mpillm.weights.packed.files import Writer
-from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, UNFINISHED, VERSION
+from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, TOKENIZER_FILE, UNFINISHED, VERSION
 from mpillm.weights.roles import ROLES
 from mpillm.weights.text_files import text_files
 
@@ -191,14 +191,17 @@ def finish(
     source: TensorSource, target: Path, plans: list[FilePlan], digests: dict[str, str], about: dict[str, str]
 ) -> None:
     """Carry configuration and tokenizer along; the index comes last, and says that all is there."""
-    if isinstance(source.tokenizer, Path):
+    if isinstance(source.tokenizer, Path) and source.tokenizer.is_dir():
         for path in text_files(source.tokenizer):
             copy = target / path.relative_to(source.tokenizer)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
     else:
         _write_json(target / "config.json", source.config)
-        _write_json(target / TOKENIZER, source.tokenizer)
+        if isinstance(source.tokenizer, Path):
+            shutil.copyfile(source.tokenizer, target / TOKENIZER_FILE)
+        else:
+            _write_json(target / TOKENIZER, source.tokenizer)
     files = [{"name": plan.name, "bytes": plan.nbytes, "sha256": digests[plan.name]} for plan in plans]
     _write_json(target / INDEX, {"format": FORMAT, "version": VERSION, **about, "files": files})
     with contextlib.suppress(FileNotFoundError):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mpillm.errors import JobError, ModelError
+from mpillm.weights.formats.dllama_file import is_dllama, open_dllama
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_file import SPLIT, open_gguf
 from mpillm.weights.formats.hf import INDEX as SAFETENSORS_INDEX
@@ -17,7 +18,7 @@ from mpillm.weights.source import Source
 
 
 def open_source(path: str | Path, families: Families, quantize: str = "none") -> Source:
-    """Open a Hugging Face directory, a GGUF file, a directory that holds one, or a packed directory.
+    """Open a Hugging Face directory, a GGUF or `.m` file, a directory that holds one, or a packed directory.
 
     `quantize` ("q8_0", "q4_0") quantises the matrices of layers and the output head while they are read: for models
     that are not quantised yet, JobError otherwise. Norms, biases, routers and embedding rows stay as they are.
@@ -40,11 +41,11 @@ def open_unpacked(path: str | Path, families: Families, quantize: str = "none") 
             f"{path} does not exist or is out of reach; give a Hugging Face directory or a GGUF file."
         )
     if not os.path.isdir(path):
-        return open_gguf(path, families, quantize)
+        return _open_file(path, families, quantize)
     if os.path.exists(path / UNFINISHED):
         raise ModelError(f"{path} is not packed completely; run the same pack command again to finish it.")
-    if found := gguf_in(path):
-        return open_gguf(found, families, quantize)
+    if found := file_in(path):
+        return _open_file(found, families, quantize)
     return open_hf(path, families, quantize)
 
 
@@ -52,19 +53,26 @@ def _is_packed(path: Path) -> bool:
     return os.path.isdir(path) and os.path.exists(path / INDEX)
 
 
-def gguf_in(path: Path) -> Path | None:
-    """The GGUF file, or the first part of one, that is the model in a directory; None if it has safetensors files.
+def _open_file(path: Path, families: Families, quantize: str) -> TensorSource:
+    return (open_dllama if is_dllama(path) else open_gguf)(path, families, quantize)
 
-    Files of what turns images into embeddings ("mmproj") lie beside many models and are none. ModelError if there are
-    several models.
+
+def file_in(path: Path) -> Path | None:
+    """The GGUF file, the first part of one, or Distributed-Llama's file (.m) that is the model in a directory.
+
+    None if it has safetensors files, or no such file. Files of what turns images into embeddings ("mmproj") lie beside
+    many models and are none. ModelError if there are several models.
     """
     if any((path / name).exists() for name in (SINGLE, SAFETENSORS_INDEX)):
         return None
     found = sorted(file for file in path.glob("*.gguf") if "mmproj" not in file.name.lower())
     models = [file for file in found if not (part := SPLIT.fullmatch(file.name)) or int(part["number"]) == 1]
+    if not found:
+        models = sorted(path.glob("*.m"))
     if len(models) > 1:
+        kind = "GGUF files" if found else "models (.m)"
         raise ModelError(
-            f"{path} holds {len(models)} GGUF files; give one of them as the model, such as {models[0]}."
+            f"{path} holds {len(models)} {kind}; give one of them as the model, such as {models[0]}."
         )
     if found and not models:
         raise ModelError(f"{path} has {found[0].name}, but not the first part of it; fetch the other parts.")

@@ -43,7 +43,7 @@ class Source(Protocol):
     files: tuple[Path, ...]  # that decide the answers, besides those of the tokenizer's directory
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
-    # The directory with tokenizer.json (if any), or a GGUF file's tokenizer.* fields.
+    # The directory with tokenizer.json (if any), a tokenizer file (.t), or a GGUF file's tokenizer.* fields.
     tokenizer: Path | dict[str, Any]
 
     @property

@@ -17,7 +17,12 @@ NAMES = (
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Those that there are, with the configurations and the weights of the modules that modules.json names."""
+    """Those that there are, with the configurations and the weights of the modules that modules.json names.
+
+    `folder` may also be the only one of them: a tokenizer of Distributed-Llama.
+    """
+    if folder.is_file():
+        return [folder]
     found = [path for name in NAMES for path in sorted(folder.glob(name))]
     modules = (
         folder / name / file for name in _modules(folder) for file in ("config.json", "model.safetensors")

@@ -84,10 +84,13 @@ def test_the_prompt_is_computed_once_and_the_batch_changes_nothing(tmp_path: Pat
     assert alone.values == together.values == tight.values
     prompts = sum(len(request.prompt) for request in asked)
     assert alone.totals.prompt_tokens == prompts
-    whole = 3 * len(TEXT.encode(f"0 {PROMPT}"))
+    whole = sum(request.score_from for request in asked if request.choice == 0)
     rest = sum(len(request.prompt) - request.score_from for request in asked)
-    assert together.totals.prompt_tokens < whole + rest + 2 * 32 * len(asked)
-    assert together.totals.prompt_tokens < 0.6 * prompts
+    more = len(asked) - 3  # of each choice but the first, the token before it
+    assert together.totals.prompt_tokens == tight.totals.prompt_tokens == whole + rest + more
+    # As much as scoring the prompts with an answer each, up to the tokens of the choices.
+    plain = harness.run(world, CHAT, [request for request in asked if request.choice == 0])
+    assert together.totals.prompt_tokens - plain.totals.prompt_tokens < rest + more
 
 
 def test_a_choice_says_whether_its_tokens_are_the_likeliest(tmp_path: Path) -> None:

@@ -190,14 +190,14 @@ def test_each_bad_line_has_its_sentence_and_costs_no_other(tmp_path: Path) -> No
     for content, _ in BAD:
         lines += [content, {"prompt": "the fox"}]
     batch = checked(tmp_path, lines, "memory.max_context=40")
-    assert [found.error for found in batch.lines[1::2]] == [None] * len(BAD)
-    said = [found.error for found in batch.lines[::2]]
+    assert [found.error for found in list(batch.lines)[1::2]] == [None] * len(BAD)
+    said = [found.error for found in list(batch.lines)[::2]]
     last = str(WITH_TEXT.vocab - 1)
     expected = [f"Line {2 * n + 1}: {words.replace('{last}', last)}." for n, (_, words) in enumerate(BAD)]
     for found, wanted in zip(said, expected, strict=True):
         assert found == wanted
     assert len(list(batch.works())) == len(BAD)
-    assert len(batch.errors) == len(BAD)
+    assert len(list(batch.errors)) == batch.bad == len(BAD)
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

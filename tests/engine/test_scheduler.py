@@ -112,7 +112,7 @@ class Ranks:
                     self.states[one.slot] = self.states[one.loads]
                 if one.computed:
                     assert self.states[one.slot] == (one.computed, self._content(one, one.computed - 1))
-            self.computed.setdefault(one.request.id, []).extend(range(one.computed, end))
+            self.computed.setdefault(name_of(one), []).extend(range(one.computed, end))
             self.fresh += max(0, end - max(one.computed, one.reached))
         for one, count in chosen if self.limits.n_slots else ():
             self.states[one.slot] = one.computed + count, self._content(one, one.computed + count - 1)
@@ -128,7 +128,7 @@ class Ranks:
 
     def _content(self, one: Sequence, position: int) -> int:
         """A hash of a sequence's tokens up to `position`."""
-        known = self._contents.setdefault(one.request.id, [])
+        known = self._contents.setdefault(name_of(one), [])
         for token in one.tokens[len(known) : position + 1]:
             known.append(_follow(known[-1] if known else 0, token))
         return known[position]
@@ -154,7 +154,7 @@ class Ranks:
             self.scheduler.give_back(one)
             if one.finish_reason:
                 self.scheduler.release(one)
-                self.finished.append(one.request.id)
+                self.finished.append(name_of(one))
 
 
 class Drafts(Speculation):
@@ -170,6 +170,10 @@ class Drafts(Speculation):
         tokens = [sequence.generated + i if i < right else -1 for i in range(min(most, 15))]
         self.drafted += len(tokens)
         return [Drafted(token) for token in tokens]
+
+
+def name_of(one: Sequence) -> str:
+    return f"{one.request.id}-{one.request.choice}" if one.request.choice else one.request.id
 
 
 def _follow(before: int, token: int) -> int:
@@ -345,6 +349,51 @@ def test_drafts_take_only_what_is_left(windows: tuple[int, ...], n_blocks: int, 
     assert totals.preemptions <= 1.5 * plain.scheduler.totals.preemptions
     if n_blocks == 200:
         assert totals.shared_tokens == plain.scheduler.totals.shared_tokens
+
+
+def questions(count: int, seed: int, longest: int) -> list[Sequence]:
+    """Prompts with one to five choices each, which are scored behind what they have in common."""
+    rng, made = np.random.default_rng(seed), []
+    for number in range(count):
+        prompt = [number, *range(int(rng.integers(1, 150)))]
+        choices = int(rng.integers(1, 6))
+        for choice in range(choices):
+            own = [1000 + choice, *range(int(rng.integers(longest)))]
+            scored = {"prompt_logprobs": 0, "score_from": len(prompt), "followed": choice + 1 < choices}
+            request = Request(str(number), (*prompt, *own), choice=choice, max_tokens=0, **scored)
+            made.append(Sequence(request))
+    return made
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("windows", "n_blocks"), [((0,), 9), ((0,), 200), ((0, 33), 17), ((0, 33), 300), ((40,), 100)]
+)
+@pytest.mark.parametrize("longest", [1, 100])
+def test_choices_go_on_in_the_blocks_of_their_prompt(
+    windows: tuple[int, ...], n_blocks: int, longest: int, micro_batches: int
+) -> None:
+    """`Ranks` checks that each row finds the keys of its own tokens before it."""
+    made = questions(30, n_blocks + longest, longest)
+    job = {"n_blocks": n_blocks, "micro_batches": micro_batches}
+    ranks = Ranks(made, windows=windows, **job)
+    for _ in ranks.run():
+        pass
+    assert sorted(ranks.finished) == sorted(map(name_of, made))
+    for one in made:  # every row that is scored is there
+        scored = range(one.request.score_from - 1, len(one.request.prompt))
+        assert set(scored) <= set(ranks.computed[name_of(one)])
+    totals = ranks.scheduler.totals
+    assert ranks.fresh + totals.shared_tokens == sum(one.request.max_length for one in made)
+    prompts = {one.request.id: one.request.score_from for one in made}
+    assert n_blocks < 20 or not totals.preemptions
+    if n_blocks >= 100 and (longest == 1 or windows == (0,)):
+        # Each prompt once, and of each choice its own tokens and the one before them.
+        own = sum(len(one.request.prompt) - one.request.score_from + 1 for one in made)
+        assert ranks.fresh <= sum(prompts.values()) + own - len(prompts)
+    states = Ranks(questions(10, 1, longest), windows=windows, **job, n_slots=20, n_saved=5)
+    assert sum(len(chosen) for chosen in states.run()) >= 10
+    assert len(states.finished) == len(questions(10, 1, longest))
 
 
 def test_blocks_behind_a_window_serve_others() -> None:

@@ -32,7 +32,7 @@ from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.run import memory
-from mpillm.run.input_memory import input_bytes
+from mpillm.run.input_memory import input_needs
 from mpillm.store.journal import Journal, finished
 from mpillm.store.output import Claim
 from mpillm.text import load_tokenizer
@@ -286,7 +286,7 @@ def _bodies(folder: Path) -> Target:
             assert all(0 < len(one.prompt) + one.max_tokens <= 4096 for one in work.requests)
             assert all(0 <= token < model.vocab for one in work.requests for token in one.prompt)
         taken = memory.peak() - before
-        assert taken <= SPARE + input_bytes(job, model.hidden, 1), f"{taken} bytes"
+        assert taken <= SPARE + input_needs(job, model.hidden).kept(1), f"{taken} bytes"
 
     draw = random.Random(1)
     return Target(run, [draw.randbytes(40) for _ in range(200)])
@@ -353,7 +353,7 @@ def _journal(folder: Path) -> Target:
             with Journal(claim, {"a": 1}, lines) as journal:
                 for line in lines:
                     journal.partial(line)
-                for name in journal.done:
+                for name in journal.finished():
                     journal.read(name)
 
     return Target(run, [seed, seed[:-3]], (b"mpiJ",))

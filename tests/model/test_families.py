@@ -72,7 +72,10 @@ def test_a_configuration_is_judged_before_tensors(tmp_path: Path) -> None:
     save_file({"strange": np.ones(1, np.float32)}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     for change, words in (
-        ({"architectures": ["StrangeForCausalLM"]}, "'StrangeForCausalLM' is not supported; supported are"),
+        (
+            {"architectures": ["StrangeForCausalLM"]},
+            "'StrangeForCausalLM' is not supported; mpillm models lists",
+        ),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0 may change the result"),
         ({}, "tensor 'strange' belongs to no architecture"),
     ):

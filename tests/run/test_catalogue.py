@@ -290,11 +290,13 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files.clear()
     calls = hub.calls
     with pytest.raises(
-        ModelError, match="'NoSuchForCausalLM' is not supported; supported are Llama, Llama4, Mistral"
+        ModelError, match="'NoSuchForCausalLM' is not supported; mpillm models lists those that are"
     ):
         pull("hf:owner/strange")
     assert (hub.files, hub.calls) == (["owner/strange/config.json"], calls), "nothing else was fetched"
-    with pytest.raises(ModelError, match="has architecture 'clip'; supported in GGUF files are llama"):
+    with pytest.raises(
+        ModelError, match="has architecture 'clip', which is not supported; mpillm models lists"
+    ):
         pull("hf:owner/clip/mmproj.gguf")
     assert hub.files == ["owner/strange/config.json"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,10 @@ JOBS = {
 }  # fmt: skip
 
 
+# Jobs that ask for what they use: planned is at most a quarter above measured.
+CLOSE = {"dense", "gguf", "unpacked", "mixture", "window", "many short lines", "embeddings"}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     folder = tmp_path_factory.mktemp("models")
@@ -169,12 +174,12 @@ def fill_journal(job: spec.Spec, count: int) -> None:
     batch = check(job.input_path, job, Model(vocab=320, max_position=512))
     with (job.output_path / "journal").open("r+b") as file:
         found = scan(file.fileno())
-        (place,) = found.done.values()
-        payload = payload_at(file.fileno(), place.offset, found.end)
+        (offset,) = found.done.offsets()
+        payload = payload_at(file.fileno(), offset, found.end)
         assert payload is not None
         answer = msgspec.msgpack.decode(payload, type=Result)
         at = file.seek(0, 2)
-        for line in batch.lines[1:count]:
+        for line in islice(batch.lines, 1, count):
             changed = {"custom_id": line.custom_id, "key": line_key(line)}
             at += file.write(framed(msgspec.structs.replace(answer, **changed), at))
 
@@ -223,4 +228,5 @@ def test_no_job_takes_more_than_its_plan(
     for rank in planned:
         peak = int((tmp_path / f"peak-{rank.rank}").read_text())
         assert peak <= rank.held
+        assert name not in CLOSE or rank.held <= 1.25 * peak, (peak, rank)
         print(f"{name}: rank {rank.rank}: {peak / 2**20:.1f} of {rank.held / 2**20:.1f} MiB")

@@ -31,8 +31,7 @@ from mpillm.run.input_memory import (
     TEMPLATE,
     WRITTEN,
     InputNeeds,
-    asked_of,
-    input_bytes,
+    input_needs,
 )
 from mpillm.run.limits import CacheCapacity
 from mpillm.store import report, report_page
@@ -252,11 +251,11 @@ ASKED = [
 def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> None:
     """Lines, the longest answer, and what the choices of unfinished lines take."""
     job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
-    assert input_bytes(job, 64, 4) == 0
+    assert input_needs(job, 64).kept(4) == 0
     (tmp_path / "in.jsonl").write_text(text)
-    assert input_bytes(job, 64, 4) == nbytes
+    assert input_needs(job, 64).kept(4) == nbytes
     table = spec.load(None, ["output.format=parquet"], input=job.input, output=job.output.path)
-    assert input_bytes(table, 64, 4) == nbytes + ARROW
+    assert input_needs(table, 64).kept(4) == nbytes + ARROW
 
 
 SCORED = '{"query": "a", "documents": ["b"]}'
@@ -280,7 +279,7 @@ def test_what_an_input_asks_for(
     """Tokens of lists are counted, those of texts are at most their bytes; what is not known bounds nothing."""
     job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
     (tmp_path / "in.jsonl").write_text(text)
-    asked = asked_of(job, 64, template_bytes=40)
+    asked = input_needs(job, 64, template_bytes=40)
     assert (asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.blocks) == (
         sequences, prompt, generated, blocks,
     )  # fmt: skip

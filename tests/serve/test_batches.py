@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from tests.conftest import clean_environment
+from tests.serve.serving import serving
 from tests.serve.test_server import batch as answers_of_a_run
-from tests.serve.test_server import serving
 
 BODIES: list[dict[str, Any]] = [
     {"prompt": f"the fox {n}", "max_tokens": 8 + 10 * n, "ignore_eos": True} for n in range(40)

@@ -17,7 +17,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.conftest import clean_environment
-from tests.serve.test_server import serving
+from tests.serve.serving import serving
 
 KEY = "a key"
 DRIVER = shutil.which("chromedriver")

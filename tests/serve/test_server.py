@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +18,20 @@ import pytest
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.job_helpers import CHAT
 from tests.model.golden import FIXTURES
+from tests.serve import load
+from tests.serve.serving import serving
 
 KEY = "secret key"
 WORDS = ["the", "fox", "end", "a", "b", "over", "dog", "quick"]
 
 
-@contextmanager
-def serving(folder: Path, command: list[str | Path], env: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    """A server that has begun to listen: its URL and its process."""
-    words = [*command, "-m", "mpillm", "serve", "--model", CHAT, "--port", "0", "--data", folder / "data"]
-    words += ["--set", f"adapters.adapted={FIXTURES / 'adapters/chat_all'}"]
-    log = folder / "log"
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env
-        )
-    try:
-        until = time.monotonic() + 60
-        while "answers at http://" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.05)
-        yield log.read_text().partition("answers at ")[2].partition(" ")[0], process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+ADAPTED = ("--set", f"adapters.adapted={FIXTURES / 'adapters/chat_all'}")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     env = clean_environment(MPILLM_API_KEY=KEY)
-    with serving(tmp_path_factory.mktemp("serve"), [sys.executable], env) as (url, _):
+    with serving(tmp_path_factory.mktemp("serve"), [sys.executable], env, *ADAPTED) as (url, _):
         yield url
 
 
@@ -214,38 +189,13 @@ def test_an_adapter_is_asked_by_its_name(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == adapted.choices[0].text
 
 
-def test_clients_that_vanish_cost_the_others_nothing(client: openai.OpenAI, server: str) -> None:
-    draw = random.Random(3)
-    prompts = [prompt(draw) for _ in range(24)]
-    body: dict[str, Any] = {"model": "chat", "max_tokens": 16, "extra_body": {"ignore_eos": True}}
-    alone = [client.completions.create(prompt=text, **body).choices[0].text for text in prompts]
-
-    def ask(index: int) -> str | None:
-        text = prompts[index]
-        if index % 4 == 1:  # goes in the middle of a long stream
-            longer = {**body, "max_tokens": 400}
-            with client.completions.create(prompt=text, stream=True, **longer) as stream:
-                next(iter(stream))
-            return None
-        if index % 4 == 3:  # goes while it waits for a whole answer
-            with pytest.raises(openai.APITimeoutError):
-                client.with_options(timeout=0.05).completions.create(
-                    prompt=text, **{**body, "max_tokens": 400}
-                )
-            return None
-        if index % 4 == 2:
-            with client.completions.create(prompt=text, stream=True, **body) as stream:
-                return "".join(chunk.choices[0].text for chunk in stream)
-        return client.completions.create(prompt=text, **body).choices[0].text
-
-    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-        found = list(pool.map(ask, range(len(prompts))))
-    for index, text in enumerate(found):
-        assert text in (None, alone[index])
-    until = time.monotonic() + 60
-    while (state := client._client.get(f"{server}/health").json())["running"]:
-        assert time.monotonic() < until, state
-        time.sleep(0.05)
+def test_64_clients_half_of_which_vanish(client: openai.OpenAI, server: str, tmp_path: Path) -> None:
+    """Nobody hangs, the others get what a batch would give them, and nothing is computed for those that went."""
+    bodies = load.mixed_bodies(64, tokens=24, words=60, seed=3)
+    expected, _ = load.batch(tmp_path, CHAT, bodies)
+    found = load.ask_all(client, bodies, half_vanish=True)
+    assert [text for text in found if text is not None] == expected[::2]
+    load.wait_until_idle(client, server)
 
 
 @pytest.mark.mpiexec

@@ -38,21 +38,21 @@ def finish(folder: Path, *names: str, of: tuple[str, ...] = NAMES) -> None:
 
 def done(folder: Path, of: tuple[str, ...] = NAMES) -> list[str]:
     with Claim(folder) as claim, Journal(claim, IDENTITY, lines(*of)) as journal:
-        for name in journal.done:
+        for name in journal.finished():
             assert journal.read(name) == result(name)
-        return list(journal.done)
+        return list(journal.finished())
 
 
 def test_what_was_flushed_is_there_again_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "made/on/the/way"
     with Claim(out) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
-        assert (list(journal.done), journal.resumed, journal.damage) == ([], 0, [])
+        assert (list(journal.finished()), journal.resumed, journal.damage) == ([], 0, [])
         journal.append(result("b"))
         journal.append(result("a"))
-        assert list(journal.done) == []
+        assert list(journal.finished()) == []
         assert journal.flush() == 2
         assert journal.flush() == 0
-        assert list(journal.done) == ["b", "a"]
+        assert list(journal.finished()) == ["b", "a"]
         journal.append(result("c"))  # never flushed
     assert done(out) == ["b", "a"]
     finish(out, "c")
@@ -142,7 +142,7 @@ def test_flipped_bits_are_named_and_cost_their_own_record(data: st.DataObject) -
         (out / "journal").write_bytes(raw)
         hit = next(index for index, end in enumerate(ends) if byte < end)
         with Claim(out) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
-            assert list(journal.done) == [name for index, name in enumerate(NAMES) if index != hit]
+            assert list(journal.finished()) == [name for index, name in enumerate(NAMES) if index != hit]
             if hit < len(NAMES) - 1:  # the last one cannot be told from a torn one
                 first = ends[hit - 1] if hit else start
                 assert journal.damage == [
@@ -178,7 +178,7 @@ def test_a_record_in_a_wrong_place_is_none(tmp_path: Path) -> None:
         journal.append(result("b", payload=record))  # a record inside a record
         journal.flush()
     with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
-        assert list(journal.done) == ["a", "b"]
+        assert list(journal.finished()) == ["a", "b"]
         assert journal.read("b").line == record
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_header_costs_nothing(tmp_path: Path, seed: int) -> None:
         with Claim(tmp_path) as claim:
             assert began(claim) == since
             with Journal(claim, IDENTITY, lines(*NAMES)) as journal:
-                assert list(journal.done) == ["a", "b"]
+                assert list(journal.finished()) == ["a", "b"]
                 assert journal.damage == [
                     f"The journal {path} is damaged in bytes 0 to {first}; the requests in it run again."
                 ]
@@ -287,7 +287,7 @@ def test_a_full_disk_interrupts_and_the_run_goes_on_when_there_is_space(mounted:
         assert journal.flush() == 1  # what waited has not been lost
         assert len(journal.done) == before + 1
     with Claim(out) as claim, Journal(claim, IDENTITY, lines(*names)) as journal:
-        assert list(journal.done) == list(names[: before + 1])
+        assert list(journal.finished()) == list(names[: before + 1])
         assert journal.damage == []
 
 
@@ -309,7 +309,7 @@ def test_a_write_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.Monkey
             patch.setattr(os, "fdatasync", broken)
             with pytest.raises(OutputError, match="cannot be written: Input/output error"):
                 journal.flush()
-        assert list(journal.done) == []
+        assert list(journal.finished()) == []
     assert done(tmp_path) == []
 
 
@@ -343,7 +343,7 @@ def test_a_killed_run_goes_on_with_all_that_it_told(tmp_path: Path) -> None:
             told += process.stdout.read().split()
     names = tuple(f"r{n}" for n in range(1000))
     with Claim(tmp_path / "out") as claim, Journal(claim, {"model": "abc"}, lines(*names)) as journal:
-        finished = list(journal.done)
+        finished = list(journal.finished())
     assert finished == list(names[: len(finished)])
     assert set(told) <= set(finished)
     assert len(finished) <= len(told) + 2  # at most one for each kill was on disk and not told yet
@@ -369,7 +369,7 @@ def test_a_group_goes_to_disk_when_it_is_time(tmp_path: Path, monkeypatch: pytes
             now[0] += 0.05
         assert 0.015 < journal.seconds / (now[0] - begun) <= 0.025
         journal.flush()
-        assert list(journal.done) == names
+        assert list(journal.finished()) == names
 
 
 def test_a_fast_disk_is_not_asked_more_often_than_makes_sense(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_a_fast_disk_is_not_asked_more_often_than_makes_sense(tmp_path: Path) ->
         assert journal.commit() == 1  # the first one at once
         journal.append(result("b"))
         assert journal.commit() == 0
-        assert list(journal.done) == ["a"]
+        assert list(journal.finished()) == ["a"]
         assert journal.flush() == 1
 
 
@@ -498,9 +498,9 @@ def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
                 journal.mark_verified()
         journal.flush()
     with Claim(tmp_path) as claim, opened(claim, "first") as journal:  # nobody has touched the files
-        assert list(journal.done) == ["a", "b", "c", "d"]
+        assert list(journal.finished()) == ["a", "b", "c", "d"]
     with Claim(tmp_path) as claim, opened(claim, "second") as journal:
-        assert list(journal.done) == ["a", "b"]
+        assert list(journal.finished()) == ["a", "b"]
         assert journal.damage == [
             f"The model's files were touched, or are other copies, since the journal {tmp_path / 'journal'} was "
             "written: the last 2 request(s) run again."
@@ -513,9 +513,9 @@ def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
         journal.append(result("e"))
         journal.drop_unverified()
         assert journal.flush() == 0
-        assert list(journal.done) == ["a", "b", "c"]
+        assert list(journal.finished()) == ["a", "b", "c"]
     with Claim(tmp_path) as claim, opened(claim, "third") as journal:
-        assert list(journal.done) == ["a", "b", "c"]
+        assert list(journal.finished()) == ["a", "b", "c"]
         assert journal.damage == []
 
 

@@ -199,7 +199,7 @@ def test_a_directory_that_is_moved_is_noticed_and_the_one_in_its_place_is_left_a
         assert [path.name for path in old.iterdir()] == ["journal.lock"]
         assert (new / "results.jsonl").read_bytes() == b"the first job's"
     with Claim(new) as claim, Journal(claim, {}, lines("a", "b")) as journal:
-        assert list(journal.done) == ["a"]
+        assert list(journal.finished()) == ["a"]
 
 
 def test_a_directory_that_is_deleted_or_emptied_is_noticed(tmp_path: Path) -> None:

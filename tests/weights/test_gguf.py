@@ -19,7 +19,7 @@ from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.opening import gguf_in
+from mpillm.weights.opening import file_in
 from mpillm.weights.roles import Key, hf_name
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
@@ -187,10 +187,10 @@ def test_a_gguf_file_beside_other_files(tmp_path):
 def test_a_split_file_in_a_directory(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"a-0000{number}-of-00003.gguf").touch()
-    assert gguf_in(tmp_path) == tmp_path / "a-00001-of-00003.gguf"
+    assert file_in(tmp_path) == tmp_path / "a-00001-of-00003.gguf"
     (tmp_path / "a-00001-of-00003.gguf").unlink()
     with pytest.raises(ModelError, match=r"has a-00002-of-00003\.gguf, but not the first part"):
-        gguf_in(tmp_path)
+        file_in(tmp_path)
 
 
 def test_quantize_is_for_unquantised_files(tmp_path):
@@ -344,7 +344,7 @@ def test_rope_factors(tmp_path):
             "llama.rope.freq_base is nan, but must be one finite number",
         ),
         ({"extra": {"rope.scaling.attn_factor": 2.0}}, "attn_factor without yarn is not supported"),
-        ({"arch": "gptneox"}, "has architecture 'gptneox'; supported in GGUF files are llama, qwen2"),
+        ({"arch": "gptneox"}, "has architecture 'gptneox', which is not supported; mpillm models lists"),
         (
             {"arch": "qwen2", "extra": {"attention.sliding_window": 8}},
             "sliding_window is not supported in qwen2",
@@ -526,7 +526,7 @@ def test_refuses_hostile_headers(tmp_path, case):
 def test_no_architecture(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes())
-    with pytest.raises(ModelError, match="has no architecture; supported in GGUF files are"):
+    with pytest.raises(ModelError, match="has no architecture; mpillm models lists those that are supported"):
         open_source(path)
 
 

@@ -35,7 +35,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
     """/v1/multiple_choice
 
     All choices are scored behind the tokens that the prompt alone and the prompt with each of the choices have in
-    common. The prompt is computed once, up to a block of the KV cache.
+    common. The prompt is computed once.
     """
 
     url: ClassVar[str] = "/v1/multiple_choice"
@@ -74,6 +74,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
                     max_tokens=0,
                     prompt_logprobs=int(bool(self.is_greedy)),
                     score_from=common,
+                    followed=index + 1 < len(wholes),
                 )
             )
         return tuple(made)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from mpillm.errors import ModelError
@@ -91,34 +93,35 @@ MODEL_TYPES: dict[str, str] = {
     model_type: name for family in FAMILIES for name, model_type in family.architectures.items()
 } | {model_type: name for family in FAMILIES for model_type, name in family.model_types.items()}
 
+LISTED = "mpillm models lists those that are supported"
+
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
     """The family of a configuration with Hugging Face's keys, the class of its layers and its task.
 
     ModelError if there is none.
     """
-    supported = f"supported are {_supported()}"
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: expected an object with the model's configuration.")
     named, model_type = config.get("architectures"), config.get("model_type")
     if named is None:
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            raise ModelError(f"{name}: architectures is missing; {supported}.")
+            raise ModelError(f"{name}: architectures is missing; {LISTED}.")
         named = [MODEL_TYPES[model_type]]
     elif not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
-        raise ModelError(f"{name}: architectures must be a list of one name; {supported}.")
+        raise ModelError(f"{name}: architectures must be a list of one name; {LISTED}.")
     named = [_PUBLISHED.get(named[0], named[0])]
     if named[0] in WITH_IMAGES:
         text = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
         if text is None:
             raise ModelError(
-                f"{name}: the text part of {named[0]} has model_type {str(model_type)[:60]!r}, which is not "
-                f"supported; {supported}."
+                f"{name}: the text part of {named[0]} has model_type {str(model_type)[:60]!r}, which "
+                f"{_unsupported(str(model_type), MODEL_TYPES)}"
             )
         return _BY_ARCHITECTURE[text], text, "generate"
     found = split_task(named[0], _BY_ARCHITECTURE)
     if found is None:
-        raise ModelError(f"{name}: architecture {named[0][:60]!r} is not supported; {supported}.")
+        raise ModelError(f"{name}: architecture {named[0][:60]!r} {_unsupported(named[0], architectures())}")
     architecture, task = found
     if model_type is not None and (
         not isinstance(model_type, str) or MODEL_TYPES.get(model_type) != architecture
@@ -127,31 +130,37 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
     return _BY_ARCHITECTURE[architecture], architecture, task
 
 
-def _supported() -> str:
-    """The classes that can be run, in the words of messages."""
-    causal, images = "ForCausalLM", "ForConditionalGeneration"
-    names = [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
-    short, as_text = (
-        ", ".join(name.removesuffix(suffix) for name in names if name.endswith(suffix))
-        for suffix in (causal, images)
-    )
-    encoders = [name for name in names if name.endswith("Model") and not name.endswith("LMHeadModel")]
-    others = ", ".join(name for name in names if not name.endswith((causal, images)) and name not in encoders)
-    tasks, stems = (
-        "ForSequenceClassification or Model",
-        ", ".join(name.removesuffix("Model") for name in encoders),
-    )
-    return (
-        f"{short} (each with {causal}, {tasks}), {others}, {stems} (each with ForMaskedLM, {tasks}), and as text "
-        f"{as_text} (each with {images})"
-    )
+def architectures() -> list[str]:
+    """What `architectures` of a config.json may name, except the classes of other tasks with the same layers."""
+    return [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
+
+
+def gguf_architectures() -> list[str]:
+    """What `general.architecture` of a GGUF file may be."""
+    return list(_BY_GGUF)
+
+
+def _unsupported(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about something that is not supported: up to three similar names among the `known` ones."""
+    stems = {_stem(one): one for one in reversed(list(known))}  # the first of several
+    similar = [stems[stem] for stem in get_close_matches(_stem(name), stems, cutoff=0.7)]
+    like = f"similar ones that are: {', '.join(similar)}; " if similar else ""
+    return f"is not supported; {like}{LISTED}."
+
+
+def _stem(name: str) -> str:
+    """A class's name without what nearly all of them end in."""
+    return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model)$", "", name).lower()
 
 
 def gguf_family(kind: Any, name: str) -> Family:
     """The family of a GGUF file by its general.architecture; ModelError if there is none."""
     if not isinstance(kind, str) or kind not in _BY_GGUF:
-        shown = "no architecture" if kind is None else f"architecture {str(kind)[:60]!r}"
-        raise ModelError(f"{name} has {shown}; supported in GGUF files are {', '.join(_BY_GGUF)}.")
+        if kind is None:
+            raise ModelError(f"{name} has no architecture; {LISTED}.")
+        raise ModelError(
+            f"{name} has architecture {str(kind)[:60]!r}, which {_unsupported(str(kind), _BY_GGUF)}"
+        )
     return _BY_GGUF[kind]
 
 

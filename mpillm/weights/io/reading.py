@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm import tracing
 from mpillm.errors import ModelError
 from mpillm.weights.io.filesystem import madvise
 
@@ -143,7 +144,8 @@ def open_direct(path: Path, flags: int = os.O_RDONLY) -> int:
 def read_direct(descriptor: int, offset: int, out: Bytes) -> bool:
     """Fill `out` from `offset` on; False if not all of it was read, and the caller reads through the page cache."""
     try:
-        return os.preadv(descriptor, [out.data], offset) == out.nbytes
+        with tracing.span("disk read", bytes=out.nbytes):
+            return os.preadv(descriptor, [out.data], offset) == out.nbytes
     except OSError:
         return False
 
@@ -154,7 +156,8 @@ def read_at(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(descriptor, [view[done:]], offset + done)
+            with tracing.span("disk read", bytes=len(view) - done):
+                count = os.preadv(descriptor, [view[done:]], offset + done)
         except OSError as error:
             raise ModelError(f"{path} cannot be read any more: {error.strerror}.") from None
         if count == 0:

@@ -22,6 +22,7 @@ FORMAT, VERSION = "mpillm-packed", 3
 INDEX = "packed.json"
 UNFINISHED = "packing.json"  # instead of the index, until all files are there
 TOKENIZER = "tokenizer.gguf.json"  # a GGUF file's tokenizer.* fields
+TOKENIZER_FILE = "tokenizer.t"  # the one of a model of Distributed-Llama
 PAGE = 4096  # panels begin at multiples of it and are filled up to one
 EMBED = "embed"
 

@@ -32,6 +32,7 @@ from mpillm.weights.packed.layout import (
     FORMAT,
     INDEX,
     TOKENIZER,
+    TOKENIZER_FILE,
     VERSION,
     Panel,
     panel_name,
@@ -86,8 +87,10 @@ class PackedSource:
         self.config = config
         # The index has the hashes of all files, so it stands for them where ranks compare what they see.
         self.files = (*files, path / INDEX)
-        fields = path / TOKENIZER
-        self.tokenizer: Path | dict[str, Any] = read_json(fields) if fields.exists() else path
+        fields, own = path / TOKENIZER, path / TOKENIZER_FILE
+        self.tokenizer: Path | dict[str, Any] = own if own.exists() else path
+        if fields.exists():
+            self.tokenizer = read_json(fields)
         self.packed_files = tuple(_open(path, entry) for entry in _listed(index, path))
         self._where = {name: number for number, file in enumerate(self.packed_files) for name in file.panels}
         self.tensors: Mapping[Key, TensorInfo] = self._tensors()

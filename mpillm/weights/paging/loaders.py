@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mpillm import tracing
 from mpillm.errors import ModelError
 from mpillm.weights.io.filesystem import POPULATE_READ, madvise
 from mpillm.weights.io.mapped import MappedFile
@@ -94,8 +95,9 @@ class MappingLoader(ParallelLoader):
 
         def fetch(begin: int, nbytes: int) -> None:
             try:
-                madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
-                madvise(address + begin, nbytes, POPULATE_READ)
+                with tracing.span("disk read", bytes=nbytes):
+                    madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
+                    madvise(address + begin, nbytes, POPULATE_READ)
             except OSError as error:
                 if error.errno in (errno.ENOMEM, errno.EAGAIN):
                     raise ModelError(

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from mpillm import tracing
 from mpillm.weights.io.reading import Bytes, used_again
 from mpillm.weights.plan import ALIGNMENT, PagePlan
 
@@ -160,8 +161,10 @@ class Pager(Generic[T]):
         try:
             self._changed.wait_for(lambda: self._settled(page))
         finally:
+            seconds = time.monotonic() - start
             self.counters.stalls += 1
-            self.counters.stall_seconds += time.monotonic() - start
+            self.counters.stall_seconds += seconds
+            tracing.add("wait for weights", start, seconds, page=self.pages[page].name)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -204,8 +207,10 @@ class Pager(Generic[T]):
             self._on_loaded(page)
             self.counters.loads += 1
             self.counters.loaded += plan.nbytes
-            self.counters.load_seconds += time.monotonic() - start
+            seconds = time.monotonic() - start
+            self.counters.load_seconds += seconds
             self._changed.notify_all()
+        tracing.add("load", start, seconds, page=plan.name, bytes=plan.nbytes)
         return True
 
     def _evict(self, page: int) -> Bytes:

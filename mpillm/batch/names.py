@@ -1,0 +1,76 @@
+"""A table of numbers by name for millions of names, in 16 bytes each."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+RECENT = 1 << 12  # entries that are not sorted yet
+
+
+class Names:
+    """Numbers of 64 bits by name. A name is known by a hash of 8 bytes, so two names may stand for each other.
+
+    Entries are kept in sorted arrays, each at least twice as long as the next one, and in a short dict.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[int, int] = {}
+        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []  # hashes, numbers
+
+    def __len__(self) -> int:
+        return len(self._recent) + sum(len(hashes) for hashes, _ in self._sorted)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.get(name) is not None
+
+    def get(self, name: str) -> int | None:
+        """The number of a name; None if it has none."""
+        wanted = _hash(name)
+        found = self._recent.get(wanted)
+        if found is not None:
+            return found
+        key = np.uint64(wanted)
+        for hashes, numbers in self._sorted:
+            at = int(hashes.searchsorted(key))
+            if at < len(hashes) and hashes[at] == key:
+                return int(numbers[at])
+        return None
+
+    def add(self, name: str, number: int) -> int:
+        """The number of a name, which is `number` if it has none yet."""
+        found = self.get(name)
+        if found is not None:
+            return found
+        self._recent[_hash(name)] = number
+        if len(self._recent) >= RECENT:
+            self._sort()
+        return number
+
+    def numbers(self) -> NDArray[np.int64]:
+        """All numbers, in ascending order."""
+        recent = np.fromiter(self._recent.values(), np.int64, len(self._recent))
+        return np.sort(np.concatenate([recent, *(numbers for _, numbers in self._sorted)]))
+
+    def drop_from(self, number: int) -> None:
+        """Forget the names whose number is `number` or more."""
+        self._recent = {name: kept for name, kept in self._recent.items() if kept < number}
+        self._sorted = [
+            (hashes[numbers < number], numbers[numbers < number]) for hashes, numbers in self._sorted
+        ]
+
+    def _sort(self) -> None:
+        hashes = np.fromiter(self._recent.keys(), np.uint64, len(self._recent))
+        numbers = np.fromiter(self._recent.values(), np.int64, len(self._recent))
+        self._recent = {}
+        while self._sorted and len(self._sorted[-1][0]) < 2 * len(hashes):
+            more = self._sorted.pop()
+            hashes, numbers = np.concatenate([more[0], hashes]), np.concatenate([more[1], numbers])
+        by = np.argsort(hashes)
+        self._sorted.append((hashes[by], numbers[by]))
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,55 @@
+"""The trace of a run: rank 0 gathers the spans of all ranks at the end and writes them to one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpillm import tracing
+from mpillm.comm.world import World
+from mpillm.errors import JobError
+from mpillm.store import trace_file
+from mpillm.store.trace_file import RankTrace
+
+SPANS = 200_000  # that all ranks together keep: about 60 MB on rank 0
+
+
+class Tracer:
+    """Records what this rank does."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self._path, self._world = path, world
+        self._recorder = tracing.start(SPANS // world.size)
+        self._ranks: list[RankTrace] = []
+
+    @classmethod
+    @contextmanager
+    def started(cls, world: World, path: Path) -> Iterator[Tracer]:
+        """Record in the block (collective); JobError if the file could not be written at the end."""
+        with world.together():
+            if world.rank == 0 and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+                raise JobError(f"--trace {path} cannot be written: give a file in a directory that is there.")
+        try:
+            yield cls(path, world)
+        finally:
+            tracing.stop()
+
+    def gather(self) -> None:
+        """Bring all ranks' spans to rank 0, one rank's after the other (collective)."""
+        world, own = self._world, self._own()
+        for rank in range(1, world.size):
+            found = world.gather(own if world.rank == rank else None)[rank]
+            if world.rank == 0 and found is not None:
+                self._ranks.append(found)
+
+    def write(self) -> None:
+        """Write the file on rank 0, with its spans since `gather`."""
+        trace_file.write(self._path, [self._own(), *self._ranks])
+
+    def _own(self) -> RankTrace:
+        recorder = self._recorder
+        return RankTrace(
+            self._world.rank, self._world.host, recorder.ahead, recorder.sums, list(recorder.spans)
+        )

@@ -1,0 +1,158 @@
+"""The server's URLs as an OpenAPI document, made of the classes that check the bodies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.routing import Route
+
+from mpillm import __version__
+from mpillm.batch.bodies import IGNORED
+from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.endpoints.generate import Generate
+from mpillm.batch.work import Endpoint
+from mpillm.serve.batches import BatchObject, File
+from mpillm.serve.uploads import Wanted
+
+Described = dict[str, Any]
+
+URL = "/openapi.json"
+
+_KINDS = (*ENDPOINTS, Wanted, File, BatchObject)
+_ERROR: Described = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "integer"},
+            },
+        }
+    },
+}
+
+
+def route() -> Route:
+    """The route of the document."""
+    made = msgspec.json.encode(document())
+    return Route(URL, lambda _: Response(made, media_type="application/json"), methods=["GET"])
+
+
+def document() -> Described:
+    """The OpenAPI document of all URLs but the page's."""
+    named = "#/components/schemas/{name}"
+    references, schemas = msgspec.json.schema_components(_KINDS, ref_template=named)
+    of = dict(zip(_KINDS, references, strict=True))
+    for endpoint in ENDPOINTS:
+        _add_keys(schemas[endpoint.__name__], _streams(endpoint))
+    schemas["Error"] = _ERROR
+    paths = {
+        url: {
+            "post": _operation(
+                f"As {endpoint.url} in a batch.", body=of[endpoint], streams=_streams(endpoint)
+            )
+        }
+        for endpoint in ENDPOINTS
+        for url in (endpoint.url, *endpoint.aliases)
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "mpillm", "version": __version__},
+        "paths": {**paths, **_others(of)},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _streams(endpoint: type[Endpoint]) -> bool:
+    return issubclass(endpoint, Generate)
+
+
+def _add_keys(schema: Described, streams: bool) -> None:
+    """Keys that bodies may have beside the fields: of a stream, and those that change nothing."""
+    keys = schema["properties"]
+    for name in sorted(IGNORED - keys.keys()):
+        keys[name] = {"description": "taken and not looked at"}
+    keys["stream"] = {"type": ["boolean", "null"]} if streams else {"enum": [False, None]}
+    keys["stream_options"] = {"type": ["object", "null"]}
+
+
+def _others(of: dict[Any, Any]) -> Described:
+    file, batch = of[File], of[BatchObject]
+    form = {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string"}},
+    }
+    id, name = (_parameter(word) for word in ("id", "name"))
+    return {
+        "/v1/models": {"get": _operation("The model and its adapters.", answer=_list({"type": "object"}))},
+        "/v1/models/{name}": {"get": _operation("One of them.", name, answer={"type": "object"})},
+        "/v1/files": {
+            "post": _operation("Keep a file.", answer=file, body=form, kind="multipart/form-data"),
+            "get": _operation("All files, the newest first.", answer=_list(file)),
+        },
+        "/v1/files/{id}": {
+            "get": _operation("What a file is.", id, answer=file),
+            "delete": _operation("Forget a file.", id, answer={"type": "object"}),
+        },
+        "/v1/files/{id}/content": {"get": _operation("A file itself.", id, answers="application/jsonl")},
+        "/v1/batches": {
+            "post": _operation("Begin a batch.", answer=batch, body=of[Wanted]),
+            "get": _operation("All batches, the newest first.", answer=_list(batch)),
+        },
+        "/v1/batches/{id}": {"get": _operation("How far a batch is.", id, answer=batch)},
+        "/v1/batches/{id}/cancel": {"post": _operation("End a batch before its time.", id, answer=batch)},
+        "/health": {"get": _operation("Whether the server answers.", key=False)},
+        "/metrics": {"get": _operation("Counts for Prometheus.", key=False, answers="text/plain")},
+    }
+
+
+def _parameter(name: str) -> Described:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
+
+def _list(of: Described) -> Described:
+    data = {"type": "array", "items": of}
+    return {"type": "object", "required": ["object", "data"], "properties": {"data": data}}
+
+
+def _operation(
+    summary: str,
+    *parameters: Described,
+    answer: Described | None = None,
+    body: Described | None = None,
+    kind: str = "application/json",
+    answers: str = "application/json",
+    key: bool = True,
+    streams: bool = False,
+) -> Described:
+    """What a URL does by one method. `answers` is the media type, `key` whether the API key is asked for."""
+    shown: Described = {"schema": answer or {"type": "object"}} if answers == "application/json" else {}
+    error = {
+        "description": "what is wrong",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    made: Described = {
+        "summary": summary,
+        "parameters": list(parameters),
+        "security": [{"key": []}] if key else [],
+        "responses": {
+            "200": {"description": "the answer", "content": {answers: shown}},
+            "default": error,
+        },
+    }
+    if streams:
+        made["responses"]["200"]["content"]["text/event-stream"] = {}
+    if body is not None:
+        made["requestBody"] = {"required": True, "content": {kind: {"schema": body}}}
+    return made

@@ -1,0 +1,83 @@
+"""The file of a trace: JSON in Chrome's trace format, which Perfetto opens.
+
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU ("Trace Event Format")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mpillm.store.directory import replacing
+from mpillm.tracing import Span, Sum
+
+NOTE = (
+    "A process is a rank. Only the last spans of each rank are here (kept); sums are of all: seconds by name. "
+    "Ranks on several hosts are put together by the hosts' clocks of the day."
+)
+
+
+@dataclass
+class RankTrace:
+    """What a rank recorded."""
+
+    rank: int
+    host: str
+    ahead: float  # seconds that the clock of the day is ahead of the spans' clock
+    sums: dict[str, Sum]
+    spans: list[Span]
+
+
+def write(path: Path, ranks: list[RankTrace]) -> None:
+    """Write a trace of all ranks; OutputError if that fails."""
+    ahead = [rank.ahead - ranks[0].ahead for rank in ranks]
+    first = min(
+        (span.start + more for rank, more in zip(ranks, ahead, strict=True) for span in rank.spans),
+        default=0.0,
+    )
+    with replacing(path) as file:
+        file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
+        for number, event in enumerate(_events(ranks, [more - first for more in ahead])):
+            file.write(b",\n" if number else b"\n")
+            file.write(msgspec.json.encode(event))
+        file.write(b'\n],"otherData":')
+        file.write(msgspec.json.encode({"note": NOTE, "ranks": [_described(rank) for rank in ranks]}))
+        file.write(b"}\n")
+
+
+def _events(ranks: list[RankTrace], later: list[float]) -> Iterator[dict[str, Any]]:
+    for rank, more in zip(ranks, later, strict=True):
+        numbers: dict[tuple[int, str], int] = {}
+        named = f"rank {rank.rank} on {rank.host}"
+        yield {"ph": "M", "name": "process_name", "pid": rank.rank, "args": {"name": named}}
+        for span in rank.spans:
+            thread = numbers.get(span.thread)
+            if thread is None:
+                thread = numbers[span.thread] = len(numbers)
+                names = {"name": span.thread[1]}
+                yield {"ph": "M", "name": "thread_name", "pid": rank.rank, "tid": thread, "args": names}
+            # Both ends are rounded alike, so that what lies in another span still does.
+            begin, end = (round(1e9 * (at + more)) for at in (span.start, span.start + span.seconds))
+            event = {
+                "ph": "X",
+                "name": span.name,
+                "pid": rank.rank,
+                "tid": thread,
+                "ts": begin / 1000,
+                "dur": (end - begin) / 1000,
+            }
+            yield {**event, "args": span.detail} if span.detail else event
+
+
+def _described(rank: RankTrace) -> dict[str, Any]:
+    return {
+        "rank": rank.rank,
+        "host": rank.host,
+        "spans": sum(each.count for each in rank.sums.values()),
+        "kept": len(rank.spans),
+        "sums": rank.sums,
+    }

@@ -1,0 +1,101 @@
+"""`run --trace`: the file is JSON, its spans nest, and they sum to the numbers of the report."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpillm import tracing
+from tests.conftest import Mpi
+from tests.e2e.jobs import assert_one_sentence, command, mixed_lines, write_lines
+
+Event = dict[str, Any]
+
+
+def events(path: Path) -> tuple[list[Event], Event]:
+    """The spans of a trace, and what it says of itself."""
+    read = json.loads(path.read_text())
+    return [event for event in read["traceEvents"] if event["ph"] == "X"], read["otherData"]
+
+
+def assert_nested(spans: list[Event]) -> None:
+    """Spans of one thread lie inside each other or apart."""
+    threads = defaultdict(list)
+    for span in spans:
+        threads[span["pid"], span["tid"]].append((span["ts"], -span["dur"], span["name"]))
+    for thread in threads.values():
+        ends: list[float] = []
+        for begin, negative, name in sorted(thread):
+            while ends and ends[-1] <= begin + 1e-3:
+                ends.pop()
+            end = begin - negative
+            assert not ends or end <= ends[-1] + 1e-3, name
+            ends.append(end)
+
+
+def seconds(spans: list[Event], rank: int, *names: str) -> float:
+    return sum(span["dur"] for span in spans if span["pid"] == rank and span["name"] in names) / 1e6
+
+
+@pytest.mark.mpiexec
+def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
+    source, trace = write_lines(tmp_path / "in.jsonl", mixed_lines(9, 4)), tmp_path / "trace.json"
+    words = command(source, tmp_path / "out", "memory.weights=24KiB")
+    done = openmpi.run(2, *words, "--trace", str(trace))
+    assert done.returncode == 0, done.stderr
+    spans, said = events(trace)
+    assert_nested(spans)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    steps = ("decode", "prefill", "prefill and decode")
+    assert sum(span["name"] in steps for span in spans if span["pid"] == 0) == report["batch"]["steps"]
+    for rank, trace_of in zip(report["ranks"], said["ranks"], strict=True):
+        number = rank["rank"]
+        assert (trace_of["rank"], trace_of["host"], trace_of["kept"]) == (
+            number,
+            rank["host"],
+            trace_of["spans"],
+        )
+        for kind, count in rank["messages"].items():
+            assert seconds(spans, number, f"wait for {kind}") == pytest.approx(count["seconds"], abs=1e-4)
+        weights = rank["weights"]
+        assert seconds(spans, number, "load") == pytest.approx(weights["load_seconds"], abs=1e-4)
+        assert seconds(spans, number, "wait for weights") == pytest.approx(weights["stall_seconds"], abs=1e-4)
+        loads = [span for span in spans if span["pid"] == number and span["name"] == "load"]
+        assert len(loads) == weights["loads"] > 0
+        assert sum(span["args"]["bytes"] for span in loads) == weights["loaded"]
+        waits = ("wait for all_reduce", "wait for pipe", "wait for weights")
+        inside = seconds(spans, number, *steps) - seconds(spans, number, *waits)
+        assert rank["seconds"]["compute"] == pytest.approx(inside, abs=1e-4)
+    for phase, length in report["phases"].items():
+        assert seconds(spans, 0, phase) == pytest.approx(length, abs=1e-4)
+    assert seconds(spans, 0, "tokenize") > 0
+    assert any(span["name"] == "disk read" for span in spans)
+
+
+@pytest.mark.mpiexec
+def test_a_trace_that_could_not_be_written_is_said_before_anything_is_computed(
+    openmpi: Mpi, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(2))
+    done = openmpi.run(1, *command(source, tmp_path / "out"), "--trace", str(tmp_path / "none/trace.json"))
+    assert_one_sentence(done, 2, "--trace", "in a directory that is there")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_last_spans_are_kept_and_all_are_counted() -> None:
+    recorder = tracing.start(3)
+    try:
+        for number in range(5):
+            tracing.add("a step", float(number), 0.5, step=number)
+        with tracing.span("inside"):
+            pass
+    finally:
+        tracing.stop()
+    tracing.add("a step", 9.0, 0.5)
+    assert [span.detail.get("step") for span in recorder.spans] == [3, 4, None]
+    assert (recorder.sums["a step"].count, recorder.sums["a step"].seconds) == (5, 2.5)
+    assert not tracing.active()
