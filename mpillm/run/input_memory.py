@@ -28,7 +28,7 @@ from mpillm.weights.source import Source
 
 LINE = 160  # bytes of a line and of its answer's place at most, while tables of them grow; 28 stay (see `batch.lines`)
 UNSORTED, UNSORTED_LINES = 1 << 15, 4 * 2**20  # of a line, and of all, in what is not written or sorted yet
-WRITTEN = 4096  # of an answer that is written to results.h5,
+WRITTEN = 3072  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
 PROMPT, TOKEN, LOGPROB = 56, 72, 120  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
@@ -96,6 +96,11 @@ class InputNeeds:
     choice: int = 0
     largest: int = 0  # sequences of a line
     reading: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a step can have at most, however large it may be."""
+        return KV_BLOCK * self.blocks if self.lines and self.blocks is not None else sys.maxsize
 
     def kept(self, sequences: int) -> int:
         """Bytes that rank 0 keeps, if so many sequences run at once."""

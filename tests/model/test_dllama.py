@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import Completion, Request
+from mpillm.engine.sequence import FinishedCompletion, Request
 from tests.model.checks import EXACT, check, requests_of
 from tests.model.engine_harness import run_engine
 from tests.model.golden import golden, model_path
@@ -55,5 +55,5 @@ def test_answers_are_those_of_a_gguf_twin(tmp_path: Path, architecture: str, kin
     assert len({token for completion in found for token in completion.tokens}) > 3
 
 
-def _values(completion: Completion) -> list[Any]:
+def _values(completion: FinishedCompletion) -> list[Any]:
     return [completion.tokens, completion.logprobs]
