@@ -7,6 +7,7 @@ The lines are not checked and nothing is tokenized. What is kept is an upper bou
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
