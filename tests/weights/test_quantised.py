@@ -43,7 +43,9 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
         for group in (32, 64, -1)
     },
     "gptq 16": (GPTQ | {"sym": True}, partial(quantised.gptq, group=16), BlockType.F16, HALF),
-    "gptq act-order 64": (GPTQ | {"sym": False}, partial(quantised.gptq, group=64, sym=False, act=True), BlockType.F16, HALF),
+    "gptq act-order 64": (
+        GPTQ | {"sym": False}, partial(quantised.gptq, group=64, sym=False, act=True), BlockType.F16, HALF,
+    ),
     "gptq asymmetric": (GPTQ | {"sym": False}, partial(quantised.gptq, group=32, sym=False), BlockType.Q4_1, INTEGER),
     "gptq act-order": (GPTQ | {"sym": True}, partial(quantised.gptq, group=32, act=True), BlockType.F16, HALF),
     "gptq 8 bits": (
