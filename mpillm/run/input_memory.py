@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
@@ -28,6 +29,10 @@ from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 
 LINE = 160  # bytes of a line and of its answer's place at most, while tables of them grow; 28 stay (see `batch.lines`)
+NAMES, NAMED = (
+    2,
+    24 * 2**20,
+)  # copies of a line's name, and bytes of all: of lines that run and of records that wait
 UNSORTED, UNSORTED_LINES = 1 << 15, 4 * 2**20  # of a line, and of all, in what is not written or sorted yet
 WRITTEN = 3072  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
@@ -78,6 +83,7 @@ class _Body(msgspec.Struct):
 
 class _LineSize(_Body):
     body: _Body | None = None
+    custom_id: Any = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class InputNeeds:
     blocks: int | None = (
         0  # of the KV cache that all sequences together fill at most, in one group; None: not known
     )
+    names: int = 0
     checking: int = 0
     chat: int = 0
     answer: int = 0  # of the largest
@@ -109,13 +116,13 @@ class InputNeeds:
             self.sequences, sequences + self.largest
         )  # those that run, and those whose line is not finished
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
-        kept = line_bytes(self.lines) + min(WRITTEN * self.lines, WRITING)
+        kept = line_bytes(self.lines) + min(self.names, NAMED) + min(WRITTEN * self.lines, WRITING)
         return kept + max(self.checking, answers) + self.chat + self.reading
 
 
 def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
-    lines = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
+    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
     blocks: int | None = 0
     context = spec.memory.max_context
     decoder = msgspec.json.Decoder(_LineSize)
@@ -138,6 +145,8 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
                 body = line.body or line
                 if body.messages:
                     chat = max(chat, TEMPLATE + CHAT * len(raw))
+                if isinstance(line.custom_id, str):
+                    names += NAMES * sys.getsizeof(line.custom_id[:MAX_NAME])
                 count, kept, nbytes = _asked(body, spec, hidden)
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
@@ -149,13 +158,13 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     except OSError:
         return InputNeeds()
     return InputNeeds(
-        lines, total, prompt_tokens, generated, blocks, checking, chat, answer, choice, largest,
+        lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
     )  # fmt: skip
 
 
 def line_bytes(lines: int) -> int:
-    """Bytes that rank 0 keeps of so many lines, however long their names are."""
+    """Bytes that rank 0 keeps of so many lines, besides their names."""
     return LINE * lines + min(UNSORTED * lines, UNSORTED_LINES)
 
 

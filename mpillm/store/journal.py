@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 SYNC_EVERY = 0.1  # seconds
 SYNC_SHARE = 0.02
-WAITING = 1 << 12  # records that wait for it at most
+WAITING = 1 << 10  # records that wait for it at most
 
 MODEL_FILE = "model/"  # begins the keys of an identity that are files of the model
 

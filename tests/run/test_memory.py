@@ -25,6 +25,7 @@ from mpillm.run.input_memory import (
     ARROW,
     CHAT,
     COPIES,
+    NAMES,
     PROMPT,
     TEMPLATE,
     WRITTEN,
@@ -235,7 +236,7 @@ EACH = line_bytes(1) + WRITTEN
 ASKED = [
     ("", 0),
     ("a", EACH),
-    (f'{{"custom_id": "{"n" * 500}", "max_tokens": 0}}', EACH),
+    (f'{{"custom_id": "{"n" * 500}", "max_tokens": 0}}', EACH + NAMES * sys.getsizeof("n" * 500)),
     ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH + 3 * PROMPT),
     ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * (72 * 128 + 3 * PROMPT)),
     ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * (4 * 64 + 5 * PROMPT)),
