@@ -11,7 +11,7 @@ import msgspec
 
 from mpillm.batch.answers import NOT_FINITE
 from mpillm.batch.work import Line
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.errors import MpillmError
 from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
 from mpillm.run.job import OpenedJob, open_journal, unanswered

@@ -12,7 +12,7 @@ from importlib import metadata
 import msgspec
 
 from mpillm import __version__
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.errors import OutputError
 from mpillm.run import memory
 from mpillm.run.computation import Computation

@@ -21,7 +21,7 @@ from pathlib import Path
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import follow
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.partition.replicas import Replicas
 from mpillm.run import inputs, outcome

@@ -14,7 +14,7 @@ from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, Worker
-from mpillm.engine.scheduler import Limits, Totals
+from mpillm.engine.limits import Limits, Totals
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
