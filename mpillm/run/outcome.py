@@ -19,7 +19,7 @@ from mpillm.run.computation import Computation
 from mpillm.run.session import Session
 from mpillm.run.step_time import Demand
 from mpillm.store import report, results, table
-from mpillm.store.journal import began
+from mpillm.store.journal_facts import began
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 

@@ -34,7 +34,7 @@ from mpillm.run.session import Origin, Session
 from mpillm.run.tracer import Tracer
 from mpillm.spec import Spec
 from mpillm.store import report
-from mpillm.store.journal import began, first_layout
+from mpillm.store.journal_facts import began, first_layout
 from mpillm.store.output import PATIENCE, Claim
 from mpillm.store.records import UsedLayout
 
