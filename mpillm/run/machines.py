@@ -28,6 +28,11 @@ class Machines:
         """The number of ranks."""
         return len(self.free)
 
+    @property
+    def host_of_rank(self) -> list[int]:
+        """The number of each rank's host."""
+        return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
+
     def host_names(self) -> list[str]:
         """The name of each host."""
         firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
@@ -46,8 +51,7 @@ class Machines:
 
     def without(self, hosts: Collection[int]) -> Machines:
         """These machines without some hosts."""
-        of_rank = [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
-        kept = [rank for rank, host in enumerate(of_rank) if host not in hosts]
+        kept = [rank for rank, host in enumerate(self.host_of_rank) if host not in hosts]
         return replace(
             self,
             ranks_per_host=[count for host, count in enumerate(self.ranks_per_host) if host not in hosts],

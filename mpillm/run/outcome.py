@@ -61,6 +61,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
         stages=session.place.stages,
         shards=session.place.shards,
         replicas=len(session.replicas),
+        wire={"activations": session.wire, "between_stages": session.spec.wire.between_stages},
         ranks=ranks,
         versions=_versions(),
         timeline=job.timeline,
