@@ -51,10 +51,13 @@ def route(logits: F32, router: Router, correction: F32 | None = None, threads: i
     weights, ids = _top_k(ranks, router.chosen, threads)
     if ranks is not scores:
         weights = np.take_along_axis(scores, ids, axis=1)
-    if router.normalise:
-        weights /= (_sum(weights) + np.float32(1e-20))[:, None]  # the sigmoids of all may be 0
-    if router.scale != 1.0:
-        weights *= np.float32(router.scale)
+    with np.errstate(
+        invalid="ignore", over="ignore"
+    ):  # a row that is not finite stays so, and is found at the end
+        if router.normalise:
+            weights /= (_sum(weights) + np.float32(1e-20))[:, None]  # the sigmoids of all may be 0
+        if router.scale != 1.0:
+            weights *= np.float32(router.scale)
     return weights, ids
 
 
