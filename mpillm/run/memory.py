@@ -1,6 +1,6 @@
-"""All of a rank's memory: its two budgets, what a step's rows take, and what the process itself does.
+"""The memory of a rank: its two budgets, the rows of a step, and the process itself.
 
-It is known before the run (`plan` prints it), and the report says what of it was used.
+It is computed before the run (`plan` prints it), and the report says how much was used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one rank, at most."""
+    """Maximum bytes of one rank."""
 
     weights: int
     adapters: int = 0
@@ -46,7 +46,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def activations(kind: Activations, place: Place, rows: int) -> int:
-    """Bytes that a step of so many rows takes on a rank, the logits and what is under way to others included."""
+    """Bytes of the rows of a step on a rank, including logits and messages under way."""
     config, found = kind.config, kind.nbytes(place, rows)
     if place.stage == place.stages - 1:
         found += LOGITS * 4 * TILE * len(vocab_axis(config.vocab).entries(place))
@@ -71,7 +71,7 @@ def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[i
 
 
 def peak() -> int:
-    """The most bytes that this process has had in memory.
+    """Maximum resident bytes of this process so far.
 
     On Linux a process's own: getrusage's begin with those of the program that started it.
     """
