@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from mpillm.engine.scheduler import Limits
+from mpillm.engine.limits import Limits
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
