@@ -108,7 +108,8 @@ def listen(host: str, port: int) -> socket.socket:
 def meet(server: socket.socket) -> list[Link]:
     """Wait for a root and meet its other workers; the links, the root's first, the others' in the root's order.
 
-    Workers before this one connect to it, it connects to those behind it.
+    Workers before this one connect to it, and it takes them for what their order says. It connects to those behind it,
+    the last one first: a worker goes on when all before it have come, so that nobody overtakes another.
     """
     connection, address = server.accept()
     root = Link(connection, f"The root at {address[0]}")
@@ -123,9 +124,10 @@ def meet(server: socket.socket) -> list[Link]:
         others = [(root.string(), *root.numbers("i")) for _ in range(count - 1)]
         root.acknowledge()
         root.await_acknowledgement()
-        for number, (host, port) in enumerate(others):
-            who = f"The worker at {host}:{port}"
-            links.append(Link(server.accept()[0] if number < own else _connected(host, port, who), who))
+        for host, port in others[:own]:
+            links.append(Link(server.accept()[0], f"The worker at {host}:{port}"))
+        for host, port in reversed(others[own:]):
+            links.insert(own + 1, _connected(host, port))
     except BaseException:
         close(links)
         raise
@@ -138,8 +140,9 @@ def close(links: list[Link]) -> None:
         link.close()
 
 
-def _connected(host: str, port: int, who: str) -> socket.socket:
+def _connected(host: str, port: int) -> Link:
+    who = f"The worker at {host}:{port}"
     try:
-        return socket.create_connection((host, port))
+        return Link(socket.create_connection((host, port)), who)
     except (OSError, OverflowError) as error:
         raise RootLostError(f"{who} cannot be reached: {error}.") from None
