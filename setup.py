@@ -98,7 +98,12 @@ def kernels() -> list[Extension]:
         sources=["cython/limits.pyx"],
         extra_compile_args=FLAGS,
     )
-    built: list[Extension] = cythonize([extension, limits], quiet=True)
+    flags = Extension(
+        "mpillm.kernels._flags",  # how shards of one host wait for each other
+        sources=["cython/flags.pyx"],
+        extra_compile_args=FLAGS,
+    )
+    built: list[Extension] = cythonize([extension, limits, flags], quiet=True)
     for each in built:
         each.optional = True  # cythonize drops it
     return built

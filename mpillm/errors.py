@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 
+NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
+
 
 class MpillmError(Exception):
     """Base of every error that ends in a sentence instead of a traceback."""
@@ -34,6 +36,15 @@ class RequestError(MpillmError):
     """One request is wrong; it ends in an error result and costs no other request."""
 
     exit_code = 1
+
+
+class NotFiniteError(MpillmError):
+    """The model's output for a request is NaN or infinite; the request has no answer."""
+
+    exit_code = 1
+
+    def __init__(self) -> None:
+        super().__init__(NOT_FINITE)
 
 
 class Interrupted(MpillmError):

@@ -66,7 +66,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         device: object = None,
         **settings: Any,
     ) -> None:
-        """`settings` are those of a job, dotted: `memory.kv=4GiB`, `wire.activations=f32`, `quantize=q8_0`.
+        """`settings` are those of a job, dotted: `memory.kv=4GiB`, `memory.kv_type=f32`, `quantize=q8_0`.
 
         `max_length` is how many tokens a window has: at most one fewer than the context, for the token behind it. Batch
         sizes and devices are taken for the harness's sake: steps are filled, whatever they say.

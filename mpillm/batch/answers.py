@@ -13,14 +13,19 @@ import msgspec
 
 from mpillm.batch.work import Line, Model, Work, hashed_id
 from mpillm.engine.sequence import FinishedCompletion
+from mpillm.errors import NotFiniteError
 
-NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
+
+def check_finite(completions: Sequence[FinishedCompletion]) -> None:
+    """NotFiniteError if the model's output for any of a request's choices is not finite."""
+    if not all(completion.finite for completion in completions):
+        raise NotFiniteError
 
 
 def result_line(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> bytes:
     """The line of results.jsonl (without its newline) for a request that went well.
 
-    `completions` are those of `work.requests`, in that order.
+    `completions` are those of `work.requests`, in that order. NotFiniteError if the answer is not finite.
     """
     assert len(completions) == len(work.requests)
     return _line(work.custom_id, 200, work.endpoint.response(work, completions, model), None)

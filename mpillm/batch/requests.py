@@ -135,7 +135,7 @@ def check(
             if progress is not None and len(batch) % PROGRESS_LINES == 0:
                 progress(offset + len(content))
     if not batch.lines:
-        raise JobError(f"The input {path} holds no request.")
+        raise JobError(f"The input {spec.input} holds no request.")
     batch.digest = seen.hexdigest()
     for index, line in enumerate(batch.lines) if unnamed else ():
         name = f"request-{line.number}"

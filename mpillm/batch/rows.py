@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import sys
 import zlib
@@ -25,10 +26,12 @@ from mpillm.errors import JobError
 STDIN = "-"
 ROW_ERROR = "mpillm: row"  # the key of a row that could not be read
 MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
-ROWS = 1024  # of a Parquet file that are read at once
+ROWS, BYTES = 1024, 16 << 20  # of a Parquet file that are read at once, at most
 HEAD = 1 << 12  # bytes that tell what an input is
 CHUNK = 1 << 16  # characters of an array that are read at once
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+
+_MARK, _AFTER = re.compile(r'["\[\]{}]'), re.compile(r"[,\]\s]")  # in a nested value, and behind a number
 
 Check = Callable[[list[str]], None]  # of the columns that a table has
 
@@ -134,7 +137,7 @@ def _table(delimiter: str) -> Callable[[io.BufferedReader, Path, Check], Iterato
     def rows(file: io.BufferedReader, path: Path, check: Check) -> Iterator[bytes]:
         csv.field_size_limit(MAX_LINE)
         with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
-            reader = csv.reader(text, delimiter=delimiter)
+            reader = csv.reader(_ShortLines(text), delimiter=delimiter)
             try:
                 header = next(reader, [])
             except csv.Error as error:
@@ -147,6 +150,26 @@ def _table(delimiter: str) -> Callable[[io.BufferedReader, Path, Check], Iterato
             yield from _records(reader, header)
 
     return rows
+
+
+class _ShortLines:
+    """The lines of a text; csv.Error in place of one that is too long to be held."""
+
+    def __init__(self, text: IO[str]) -> None:
+        self._text = text
+
+    def __iter__(self) -> _ShortLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_LINE + 1)
+        if not line:
+            raise StopIteration
+        if len(line) > MAX_LINE:
+            while line and not line.endswith(("\n", "\r")):
+                line = self._text.readline(CHUNK)
+            raise csv.Error(f"a line of it is longer than {MAX_LINE >> 20} MiB")
+        return line
 
 
 def _records(reader: Iterator[list[str]], header: list[str]) -> Iterator[bytes]:
@@ -173,14 +196,21 @@ def _parquet(file: io.BufferedReader, path: Path, check: Check) -> Iterator[byte
     try:
         table = parquet.ParquetFile(file, pre_buffer=False)
         check(list(table.schema_arrow.names))
-        for batch in table.iter_batches(ROWS, use_threads=False):
-            yield from map(_line, batch.to_pylist())
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            row = group.total_byte_size // max(group.num_rows, 1) + 1  # bytes
+            rows = max(1, min(ROWS, BYTES // row))
+            for batch in table.iter_batches(rows, row_groups=[number], use_threads=False):
+                yield from map(_line, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise JobError(f"The input {path} is no Parquet file, or damaged: {error}.") from None
 
 
 def _array(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
-    """The elements of a JSON array, as they are but for line ends between their tokens."""
+    """The elements of a JSON array, as they are but for line ends between their tokens.
+
+    One that is malformed, nested too deeply or too long costs no other, as long as its end can be found.
+    """
     with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape") as characters:
         text = _Text(characters, path)
         if text.next() != "[":
@@ -189,7 +219,7 @@ def _array(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
         character = text.next()
         while character != "]":
             element = text.element()
-            yield element.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogateescape")
+            yield _TOO_LONG if element is None else element.encode("utf-8", "surrogateescape")
             character = text.next()
             if character == ",":
                 text.at += 1
@@ -208,6 +238,8 @@ class _Text:
         self._file, self._path = file, path
         self._decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # whose values nobody looks at
         self._held, self._before, self._ended = "", 0, False  # characters that are no longer held
+        self._taken: list[str] = []  # pieces of the element that is being taken
+        self._length = 0  # characters of that element so far
         self.at = 0  # in what is held
 
     def next(self) -> str:
@@ -220,21 +252,77 @@ class _Text:
             if not self._more():
                 return ""
 
-    def element(self) -> str:
-        """Take the value that begins here."""
-        while True:
+    def element(self) -> str | None:
+        """Take the value that begins here, well-formed or not, on one line; None if it is too long to be held.
+
+        A line end in a string becomes a zero character, which JSON does not allow there.
+        """
+        if self.next() in ("", ",", "]", "}"):
+            raise self.wrong("an element is missing")
+        if self._held[self.at] in '"[{':
             try:
                 _, end = self._decoder.raw_decode(self._held, self.at)
-                if end < len(self._held) or self._ended:  # else a number might go on
-                    break
-            except (ValueError, RecursionError) as error:
-                if self._ended or isinstance(error, RecursionError):
-                    raise self.wrong("an element is malformed") from None
-            if len(self._held) - self.at > 2 * MAX_LINE:
-                raise self.wrong(f"an element is malformed, or longer than {MAX_LINE >> 20} MiB,")
-            self._more()
-        begin, self.at = self.at, end
-        return self._held[begin:end]
+                self._take(end)
+            except (ValueError, RecursionError):  # it is malformed, or goes on behind what is held
+                self._take_nested()
+        else:
+            self._take_scalar()
+        taken = "".join(self._taken) if self._length <= MAX_LINE else None
+        self._taken, self._length = [], 0
+        return taken
+
+    def _take(self, end: int, line_end: str = " ") -> None:
+        piece, self.at = self._held[self.at : end], end
+        self._length += len(piece)
+        if self._length > MAX_LINE:
+            self._taken.clear()
+        else:
+            self._taken.append(piece.replace("\r", line_end).replace("\n", line_end))
+
+    def _take_nested(self) -> None:
+        """Take a string, an array or an object: up to the bracket that closes the first one, of whatever kind."""
+        depth = 0
+        while True:
+            found = _MARK.search(self._held, self.at)
+            if found is None:
+                self._take(len(self._held))
+                self._need_more()
+                continue
+            self._take(found.end())
+            if found[0] == '"':
+                self._take_string()
+            else:
+                depth += 1 if found[0] in "[{" else -1
+            if depth == 0:
+                return
+
+    def _take_string(self) -> None:
+        """Take the rest of a string, behind its first quote."""
+        escapes = 0  # backslashes at the end of what was taken, modulo 2
+        while True:
+            quote = self._held.find('"', self.at)
+            end = quote if quote >= 0 else len(self._held)
+            text = self._held[self.at : end]
+            run = len(text) - len(text.rstrip("\\"))
+            escapes = (run + (escapes if run == len(text) else 0)) % 2
+            self._take(end + (quote >= 0), line_end="\0")
+            if quote < 0:
+                self._need_more()
+            elif not escapes:
+                return
+            else:
+                escapes = 0
+
+    def _take_scalar(self) -> None:
+        while (found := _AFTER.search(self._held, self.at)) is None:
+            self._take(len(self._held))
+            if not self._more():
+                return
+        self._take(found.start())
+
+    def _need_more(self) -> None:
+        if not self._more():
+            raise self.wrong("the end of an element is missing")
 
     def wrong(self, what: str) -> JobError:
         """The error for what is wrong here."""
@@ -287,3 +375,6 @@ def _line(row: dict[str, Any]) -> bytes:
 
 def _wrong(what: str) -> bytes:
     return msgspec.json.encode({ROW_ERROR: what})
+
+
+_TOO_LONG = _wrong(f"the line is longer than {MAX_LINE >> 20} MiB")

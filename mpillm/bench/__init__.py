@@ -1,1 +1,1 @@
-"""Measuring: what this machine could do, what the kernels and the engine do with it, and what a peer does with it."""
+"""Benchmarks: the limits of this machine, and how close the kernels, the engine and a peer come to them."""

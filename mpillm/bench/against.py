@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: a child process that runs the same file, in turns with this program."""
+"""llama.cpp as a peer: a child process that runs the same file, alternately with this program."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LlamaCpp:
     """A `Peer`: llama.cpp with `threads` threads, on the cores `cores`."""
 
     def __init__(self, model: Path, threads: int, cores: Sequence[int]) -> None:
-        """Load the model; JobError if llama-cpp-python is missing or cannot."""
+        """Load the model; JobError if llama-cpp-python is missing or cannot load it."""
         if not installed():
             raise JobError("--against llama.cpp needs llama-cpp-python: pip install 'mpillm[bench]'.")
         # Settings of our OpenMP must not slow down the other program.

@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """What of a model decides how much work its kernels have; `context` tokens lie in the KV cache."""
+    """The sizes of a model that determine the work of its kernels; `context` tokens are in the KV cache."""
 
     hidden: int = 2048
     ffn: int = 8192
@@ -40,7 +40,7 @@ class KernelSizes:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel and its arguments: `nbytes` it reads and writes, `operations` it does."""
+    """A kernel and its arguments; it reads and writes `nbytes` bytes and does `operations` operations."""
 
     name: str
     detail: str
@@ -88,7 +88,7 @@ def measure(
 
 
 def cases(sizes: KernelSizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iterator[Case]:
-    """All that is measured. The matrix is a feed-forward's: the widest, and most of a model's weights."""
+    """All cases to measure. The matrix is one of an MLP: the widest ones, and most of a model's weights."""
     random = np.random.default_rng(1)
     for kind in types:
         if kind.k_quant and sizes.hidden % kind.block:
@@ -139,7 +139,7 @@ def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: in
 
 
 def _small(random: np.random.Generator, sizes: KernelSizes, m: int) -> Iterator[Case]:
-    """The operations on rows; operations are counted where there is a usual way to."""
+    """The kernels that work on rows; their operations are counted where there is a usual way to count them."""
     d, ffn, hd, vocab = sizes.hidden, sizes.ffn, sizes.head_dim, sizes.vocab
     x, weight, out = _floats(random, m, d), _floats(random, d), np.empty((m, d), np.float32)
     yield Case(

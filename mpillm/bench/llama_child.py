@@ -99,7 +99,7 @@ class LoadedModel:
 
 
 def main() -> None:
-    """Obey commands until stdin ends."""
+    """Execute commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that no library writes between the answers
     llama: LoadedModel | None = None

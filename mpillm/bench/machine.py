@@ -17,7 +17,7 @@ from mpillm import kernels
 from mpillm.bench.result import Machine
 
 READ_BYTES = 2**30  # more than a cache holds
-# Pieces that take a millisecond or two, so that on a shared machine some of them are not disturbed.
+# Pieces take a millisecond or two, so that on a shared machine some of them run undisturbed.
 PIECE_BYTES = 2**25
 ROUNDS = 500_000  # of products
 REPEATS = 50

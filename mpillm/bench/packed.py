@@ -25,21 +25,26 @@ CHUNK = 16 * 2**20
 
 
 def create(shape: str, weights: str, threads: int) -> Path:
-    """Return the packed directory of a shape with weights of a type, writing it first if it is not there yet."""
-    synthetic.check(shape, weights)
+    """Return the packed directory of a shape with weights of a type, writing it first if it is not there yet.
+
+    Of a published model, whose layers differ, it is the GGUF file.
+    """
+    found = synthetic.check(shape, weights)
+    if not isinstance(found, synthetic.Shape):
+        return synthetic.create(shape, weights)  # its layers are not all alike
     path = synthetic.folder() / f"{shape}.{weights}.packed"
     with synthetic.said(path):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with _beside(path) as part:
-                _write(part, path, shape, weights, threads)
+                _write(part, path, shape, found, weights, threads)
                 os.replace(part, path)
     return path
 
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A directory that is gone in the end, unless it was renamed."""
+    """Make a temporary directory, which is removed at the end unless it was renamed."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.mkdir()
     try:
@@ -48,8 +53,7 @@ def _beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(part: Path, path: Path, name: str, weights: str, threads: int) -> None:
-    shape = synthetic.SHAPES[name]
+def _write(part: Path, path: Path, name: str, shape: synthetic.Shape, weights: str, threads: int) -> None:
     one = part / "one.gguf"
     synthetic.write(one, name, replace(shape, layers=1), weights)
     with contextlib.closing(open_unpacked(one)) as source:
@@ -73,7 +77,7 @@ def _write(part: Path, path: Path, name: str, weights: str, threads: int) -> Non
 
 
 def _copy(folder: Path, first: FilePlan, plan: FilePlan, digest: str) -> None:
-    """Write a layer's file with the first one's data. It is on the disk, and nowhere else, when this returns."""
+    """Write a layer's file with the data of the first layer. It is on the disk and not in the page cache afterwards."""
     with (
         (folder / first.name).open("rb", buffering=0) as source,
         (folder / plan.name).open("xb", 0) as target,

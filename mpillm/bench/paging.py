@@ -59,7 +59,7 @@ def _measure(
         ready = time.perf_counter() - start
         prompts = prompts_of(sequences, context, session.config.vocab)
         start = time.perf_counter()
-        run_steps(session, prompts, 1)  # what stays comes into memory
+        run_steps(session, prompts, 1)  # loads the pages that stay in memory
         first = time.perf_counter() - start
         before = _counters(session)
         with closing(_Disks(session)) as disks:
@@ -99,13 +99,13 @@ def _measure(
 
 
 class _Pace:
-    """How many tokens of each sequence have come, since all generate and do nothing else."""
+    """Counts the tokens of each sequence since all sequences generate and none computes its prompt."""
 
     def __init__(self, sequences: int) -> None:
         self._sequences, self._generated = sequences, 0
 
     def add(self, step: TimedStep) -> None:
-        """A step is done; those with prompts, and those before them, do not matter."""
+        """Count a step; a step with prompts resets the count."""
         self._generated = 0 if step.prompt else self._generated + step.generated
 
     @property
@@ -116,15 +116,15 @@ class _Pace:
 
     @property
     def number(self) -> int:
-        """The next token's, among those that count; -1 if it does not."""
+        """The number of the next token among those that count; -1 if it does not count."""
         turn, place = divmod(self._generated // self._sequences - WARM, TURN)
         return turn * (TURN - 1) + place - 1 if turn >= 0 and place else -1
 
 
 def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list[TimedStep]:
-    """Those in which all sequences generate and do nothing else: `repeats` tokens of each.
+    """The steps in which all sequences generate and none computes its prompt: `repeats` tokens of each.
 
-    Neither the warm ones, nor the first of each turn.
+    The steps of the warm-up and the first one of each turn are left out.
     """
     pace, found = _Pace(sequences), list[TimedStep]()
     for step in steps:
@@ -188,6 +188,6 @@ class _Disks:
             self._own.close()
 
     def _first(self, rank: int) -> bool:
-        """Whether it is the first one on its host."""
+        """Whether this rank is the first one on its host."""
         hosts = self._world.hosts
         return hosts.index(hosts[rank]) == rank

@@ -31,7 +31,7 @@ TOKENS = 16  # that are decoded in one go
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is to be measured; each list is walked through."""
+    """What to measure; every value of each list is measured."""
 
     what: frozenset[str]
     threads: tuple[int, ...] = ()  # of each rank; none: what the machine offers
@@ -69,11 +69,11 @@ def spec_for(model: str, threads: int, options: BenchOptions) -> Spec:
 
 
 def start_up(world: World, spec: Spec, model: Path, options: BenchOptions, peer: Peer | None) -> Run:
-    """From opening the model to the first token, with whatever the page cache holds after a first start."""
+    """Measure from opening the model to the first token, with what the page cache holds after a first start."""
     ours, theirs = [], []
     prompt = prompts_of(1, START, 256)
     for turn in range(-1, options.repeats):  # the first one warms up
-        gc.collect()  # a session is part of a cycle: the last one's memory is given back before the next one's is taken
+        gc.collect()  # a session is part of a reference cycle: free its memory before the next one allocates
         world.barrier()
         start = time.perf_counter()
         with closing(Session(world, spec, model)) as session:
@@ -172,7 +172,7 @@ def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -
 
 
 def _typical(steps: list[TimedStep], made: Run) -> TimedStep | None:
-    """All of a prompt as one step; of decoding, the median step of those in which the most sequences take part."""
+    """All of a prompt as one step; for decoding, the median of the steps with the most sequences."""
     if not steps:
         return None
     if made.what == "prefill":
@@ -196,7 +196,7 @@ def _sent(session: Session) -> int:
 
 
 def weight_bytes(session: Session, rows: int) -> int:
-    """Bytes of weights that a step of so many rows reads on this rank: of experts, those that random routing picks."""
+    """Bytes of weights that a step of so many rows reads on this rank, if experts are chosen at random."""
     picked = 1 - (1 - session.config.expert_share) ** rows
     entries = [entry for item in session.weights.pages for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))

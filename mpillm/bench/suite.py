@@ -1,4 +1,4 @@
-"""A whole bench on all ranks: the machine, the kernels, the engine, each as far as it was asked for."""
+"""A whole bench on all ranks: the machine, the kernels and the engine, as far as each was asked for."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
 
 
 def _synthetic(shape: str, asked: BenchCommand) -> Path:
-    """A model in packed form where it is to be paged, for that is what pages best."""
+    """The path of a synthetic model: packed if it is to be paged, because paging is fastest then; else a GGUF file."""
     if "paging" in asked.options.what:
         return packed.create(shape, asked.weights, os.cpu_count() or 1)
     return synthetic.create(shape, asked.weights)
 
 
 def _config(path: Path, options: BenchOptions) -> ModelConfig:
-    """The model's configuration; JobError if it does not take sequences as long as are asked for."""
+    """The model's configuration; JobError if its maximum length is shorter than the sequences to measure."""
     with closing(open_source(path)) as source:
         config = config_of(source)
     if options.longest > config.max_position:

@@ -1,4 +1,5 @@
-"""Random-weight models of well-known shapes, as GGUF files: speed depends on the shape alone, so none need be fetched.
+"""Models of well-known shapes with random weights, as GGUF files. Speed depends only on the shape, so no real model
+need be downloaded.
 
 Weights are valid blocks whose scales keep activations finite: uniform integers times scales that make a row's standard
 deviation about 1 / sqrt(k). A few random megabytes per block type are repeated, each tensor beginning elsewhere in
@@ -12,15 +13,17 @@ import contextlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from mpillm.bench.published import PUBLISHED, Published
 from mpillm.errors import JobError
 from mpillm.run.catalogue import models_dir
 from mpillm.spec import shown_bytes
@@ -28,6 +31,7 @@ from mpillm.spec import shown_bytes
 POOL_BLOCKS = 99_991  # a prime, so that rows never begin where an earlier one did: no two are the same
 ALIGNMENT = 32  # of tensors in a GGUF file
 MAX_POSITION = 32_768
+VECTORS, DECAYS = 100, -1  # see `_spread`
 
 
 @dataclass(frozen=True)
@@ -96,27 +100,34 @@ INSTEAD = {
 
 def create(shape: str, weights: str) -> Path:
     """Return the file of a shape with weights of a type, writing it to `folder()` first if it is not there yet."""
-    check(shape, weights)
+    found = check(shape, weights)
     path = folder() / f"{shape}.{weights}.gguf"
     with said(path):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, shape, SHAPES[shape], weights)
+            write(path, shape, found, weights)
     return path
 
 
-def check(shape: str, weights: str) -> None:
-    """JobError if there is no such model."""
-    if shape not in SHAPES or weights not in WEIGHTS | MIXTURES:
+def check(shape: str, weights: str) -> Shape | Published:
+    """The shape of that name, of which NAME:N has the first N layers alone; JobError if there is no such model."""
+    name, _, first = shape.partition(":")
+    found = SHAPES.get(name) or PUBLISHED.get(name)
+    layers = found.layers if found else 0
+    if found and first:
+        layers = int(first) if first.isdecimal() and 0 < int(first) <= layers else 0
+        found = replace(found, layers=layers) if isinstance(found, Shape) else found.of_layers(layers)
+    if found is None or layers < 1 or weights not in WEIGHTS | MIXTURES:
         raise JobError(
-            f"There is no synthetic model {shape} with {weights} weights; shapes are {', '.join(SHAPES)}, "
-            f"weights {', '.join(WEIGHTS | MIXTURES)}."
+            f"There is no synthetic model {shape} with {weights} weights; shapes are {', '.join(SHAPES | PUBLISHED)} "
+            f"(NAME:N for the first N layers), weights {', '.join(WEIGHTS | MIXTURES)}."
         )
+    return found
 
 
 @contextlib.contextmanager
 def said(path: Path) -> Iterator[None]:
-    """A JobError where the system cannot write a model."""
+    """Turn an error of the system while a model is written into a JobError."""
     try:
         yield
     except OSError as error:
@@ -126,20 +137,38 @@ def said(path: Path) -> Iterator[None]:
 
 
 def folder() -> Path:
-    """Where synthetic models are kept; nothing else is, and all of it may be deleted."""
+    """The directory of synthetic models. It has nothing else in it and may be deleted."""
     return models_dir().parent / "synthetic"
 
 
-def tensors(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
+def tensors(shape: Shape | Published, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
     """Name, shape and type of every tensor, in the order of llama.cpp's files."""
-    for name, sizes, kind in _wanted(shape, recipe):
+    wanted = _published if isinstance(shape, Published) else _wanted
+    for name, sizes, kind in wanted(shape, recipe):  # type: ignore[arg-type]
         yield name, sizes, INSTEAD[kind] if sizes[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _published(shape: Published, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
+    """As `_wanted`; with MXFP4 only experts have it, and other matrices Q8_0."""
+    weights, layers = (WEIGHTS | MIXTURES)[recipe], shape.layers
+    for name, sizes, matrix in shape.tensors():
+        kind = weights if matrix else Type.F32
+        if kind is Type.MXFP4 and "_exps." not in name:
+            kind = Type.Q8_0
+        elif name == "output.weight":
+            kind = _of_head(weights)
+        elif matrix and recipe in MIXTURES and ("attn_v." in name or "ffn_down" in name):
+            kind = Type.Q6_K if _more_bits(int(name.split(".")[1]), layers) else weights
+        yield name, sizes, kind
+
+
+def _of_head(weights: Type) -> Type:
+    return weights if weights in {Type.Q8_0, Type.F16, Type.BF16, Type.F32} else Type.Q6_K
 
 
 def _wanted(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
     d, hd = shape.hidden, shape.head_dim
     weights = (WEIGHTS | MIXTURES)[recipe]
-    head = weights if weights in {Type.Q8_0, Type.F16, Type.BF16, Type.F32} else Type.Q6_K
     yield "token_embd.weight", (shape.vocab, d), weights
     for layer in range(shape.layers):
         block = f"blk.{layer}."
@@ -160,7 +189,7 @@ def _wanted(shape: Shape, recipe: str) -> Iterator[tuple[str, tuple[int, ...], T
         yield f"{block}ffn_up{name}.weight", (*stack, shape.ffn, d), weights
         yield f"{block}ffn_down{name}.weight", (*stack, d, shape.ffn), more
     yield "output_norm.weight", (d,), Type.F32
-    yield "output.weight", (shape.vocab, d), head
+    yield "output.weight", (shape.vocab, d), _of_head(weights)
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -174,7 +203,7 @@ def nbytes(kind: Type, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * block_bytes
 
 
-def write(path: Path, name: str, shape: Shape, weights: str) -> None:
+def write(path: Path, name: str, shape: Shape | Published, weights: str) -> None:
     """Write the GGUF file of a model of that name and shape."""
     listed = list(tensors(shape, weights))
     require_room(path, sum(nbytes(kind, sizes) + ALIGNMENT for _, sizes, kind in listed) + 2**20)
@@ -185,7 +214,7 @@ def write(path: Path, name: str, shape: Shape, weights: str) -> None:
             file.write(bytes(-file.tell() % ALIGNMENT))
             pools: dict[tuple[Type, int], bytes] = {}
             for tensor, sizes, kind in listed:
-                key = (kind, sizes[-1] if len(sizes) > 1 else 0)
+                key = (kind, _spread(tensor, sizes))
                 if key not in pools:
                     pools[key] = random_blocks(*key).tobytes()
                 length = nbytes(kind, sizes)
@@ -202,8 +231,17 @@ def write(path: Path, name: str, shape: Shape, weights: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def _spread(tensor: str, sizes: tuple[int, ...]) -> int:
+    """The `k` of `random_blocks` for a tensor: its columns, 0 of a norm, and of other vectors what makes them small."""
+    if tensor.endswith("ssm_a"):
+        return DECAYS
+    if len(sizes) == 1 or tensor.endswith(".bias"):
+        return 0 if "norm" in tensor else VECTORS
+    return sizes[-1]
+
+
 def require_room(path: Path, needed: int) -> None:
-    """JobError if the disk has not so many bytes free."""
+    """JobError if the disk has fewer bytes free."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise JobError(
@@ -213,11 +251,30 @@ def require_room(path: Path, needed: int) -> None:
 
 
 def _write_header(
-    part: Path, name: str, shape: Shape, listed: list[tuple[str, tuple[int, ...], Type]]
+    part: Path, name: str, shape: Shape | Published, listed: list[tuple[str, tuple[int, ...], Type]]
 ) -> None:
     writer = gguf.GGUFWriter(part, shape.architecture)
     writer.add_name(f"random {name}")
     writer.add_vocab_size(shape.vocab)
+    (_add_published if isinstance(shape, Published) else _add_usual)(writer, shape)  # type: ignore[arg-type]
+    writer.add_tokenizer_model("no_vocab")
+    for tensor, sizes, kind in listed:
+        writer.add_tensor_info(tensor, sizes, np.dtype(np.float32), nbytes(kind, sizes), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _add_published(writer: gguf.GGUFWriter, shape: Published) -> None:
+    add: Mapping[type, Callable[[str, Any], None]] = {
+        str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool,
+    }  # fmt: skip
+    for name, value in shape.metadata():
+        add[type(value)](f"{shape.architecture}.{name}", value)
+
+
+def _add_usual(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_context_length(MAX_POSITION)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
@@ -233,13 +290,6 @@ def _write_header(
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(shape.experts_used)
         writer.add_expert_feed_forward_length(shape.ffn)
-    writer.add_tokenizer_model("no_vocab")
-    for tensor, sizes, kind in listed:
-        writer.add_tensor_info(tensor, sizes, np.dtype(np.float32), nbytes(kind, sizes), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
 
 
 def _repeat(
@@ -253,11 +303,14 @@ def _repeat(
 
 
 def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
-    """Blocks of a matrix with rows of k values, uint8 [POOL_BLOCKS, block bytes]; k = 0 is a norm's weights."""
-    random = np.random.default_rng(int(kind) * 1_000_003 + k)
+    """Blocks of a matrix with rows of k values, uint8 [POOL_BLOCKS, block bytes].
+
+    k = 0 is a norm's weights, DECAYS the rates of recurrent layers, which are negative.
+    """
+    random = np.random.default_rng(int(kind) * 1_000_003 + abs(k))
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    if k == 0:
-        values = random.uniform(0.8, 1.2, POOL_BLOCKS).astype(np.float32)
+    if k in (0, DECAYS):
+        values = (random.uniform(0.8, 1.2, POOL_BLOCKS) * (-1 if k else 1)).astype(np.float32)
         return values.view(np.uint8).reshape(POOL_BLOCKS, block_bytes)
     if block == 1:
         values = (random.standard_normal(POOL_BLOCKS) / k**0.5).astype(np.float32)

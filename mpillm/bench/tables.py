@@ -1,4 +1,4 @@
-"""A bench as people read it, and as programs do."""
+"""The results of a bench as tables for people, and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SHOWN = 4  # kernels of a run that are named
 
 
 def as_json(made: Bench) -> str:
-    """The bench for programs."""
+    """The results as JSON."""
     return readable.as_json(made).decode()
 
 
 def as_text(made: Bench) -> str:
-    """The bench as tables."""
+    """The results as tables."""
     return "\n".join(_lines(made))
 
 
 def run_line(run: Run) -> str:
-    """One run in a line, said as soon as it is known."""
+    """One run as a line, which is printed as soon as the run is over."""
     beside = "" if run.ratio is None else f", {run.ratio:.2f} x the peer"
     if run.what == "paging":
         beside = f" with {shown_bytes(run.budget)} of weights"
@@ -125,7 +125,7 @@ def _paging_row(run: Run) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns set flush, the first two to the left."""
+    """Rows with aligned columns, of which the first two are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import mpillm
 from mpillm.cli import bench, serve, supervise
@@ -38,6 +40,15 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and what to type instead where that can be guessed."""
+        if given := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            commands = re.findall(r"[\w-]+", given[2])
+            close = difflib.get_close_matches(given[1], commands, n=1)
+            instead = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+            message = f"there is no command {given[1]!r}; {instead}"
+        super().error(message)
 
 
 def _key_called(option: str) -> str | None:

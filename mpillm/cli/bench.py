@@ -20,7 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--synthetic",
         metavar="SHAPE",
-        help="a random-weight model instead: llama-1b, llama-8b, llama-70b, qwen3-30b-a3b",
+        help="a random-weight model instead: llama-1b, llama-8b, llama-70b, qwen3-30b-a3b, gpt-oss-20b, "
+        "gpt-oss-120b, deepseek-v3, glm-4.5-air, qwen3.6-35b-a3b, gemma-3-27b; NAME:N has the first N layers alone",
     )
     parser.add_argument(
         "--weights",

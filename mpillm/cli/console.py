@@ -92,18 +92,25 @@ class Console:
     def finish(self, made: report.Report, directory: Path) -> None:
         """Print the answers (the first ones, if there are many), the summary, and where the results are."""
         path = directory / "results.jsonl"
-        with path.open(encoding="utf-8") as lines:
-            shown = FEW if made.requests.total <= FEW else SOME
-            for line in itertools.islice(lines, shown):
-                print(_answer(json.loads(line)))
-        if made.requests.total > shown:
-            print(f"... and {made.requests.total - shown} more in {path}")
+        try:
+            _show_answers(path, made.requests.total)
+        except Exception as error:  # the results are on disk, and no display decides what came of the run
+            print(f"mpillm: The answers in {path} cannot be shown ({error}).", file=sys.stderr)
         # Two streams may arrive in any order, and the summary is the last thing to be read.
         stream = sys.stdout if terminal.both_streams_meet() else sys.stderr
         sys.stdout.flush()
         for line in (*report_page.summary(made), f"The results are in {path}."):
             print(f"mpillm: {line}", file=stream)
         stream.flush()
+
+
+def _show_answers(path: Path, total: int) -> None:
+    shown = FEW if total <= FEW else SOME
+    with path.open(encoding="utf-8") as lines:
+        for line in itertools.islice(lines, shown):
+            print(_answer(json.loads(line)))
+    if total > shown:
+        print(f"... and {total - shown} more in {path}")
 
 
 def _answer(result: dict[str, Any]) -> str:
@@ -113,6 +120,8 @@ def _answer(result: dict[str, Any]) -> str:
         texts = [f"ERROR: {body['error']['message']}"]
     elif "data" in body or "results" in body:
         texts = [_item(item) for item in body.get("data") or body["results"]]
+    elif "best" in body:
+        texts = [f"{choice['probability']:.4g} for {choice['text']}" for choice in body["choices"]]
     elif not body["usage"].get("completion_tokens"):
         texts = [_score(choice) for choice in body["choices"]]
     else:

@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen on (8000)")
     parser.add_argument(
         "--api-key",
         metavar="KEY",
@@ -34,6 +34,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="directory of uploaded files and batches (out/serve)",
     )
     parser.add_argument("--max-waiting", type=int, default=1024, help="requests that may wait (1024)")
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is no port; ports are 0 (any free one) to 65535")
+    return number
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:

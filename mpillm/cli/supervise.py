@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `launch`."""
-    where = parser.add_mutually_exclusive_group(required=True)
+    where = parser.add_mutually_exclusive_group()
     where.add_argument("-n", type=int, metavar="N", dest="ranks", help="so many ranks on this machine")
     where.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="these machines; lines may be added while it runs"
@@ -39,6 +39,10 @@ def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
     try:
         if options.words[:1] != ["run"]:
             raise JobError("launch starts runs: mpillm launch -n 2 run JOB.toml.")
+        if options.ranks is None and options.hostfile is None:
+            raise JobError(
+                "launch needs a number of ranks or machines: mpillm launch -n 2 run, or --hostfile FILE."
+            )
         if options.ranks is not None and options.ranks < 1:
             raise JobError(f"-n {options.ranks} is not a number of ranks.")
         settings = launch.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))

@@ -1,6 +1,7 @@
 """The ranks' messages: sums over the shards of a stage, activations between stages, orders and replies, requests.
 
-Nothing here pickles and nothing blocks: what is sent leaves in the background from a buffer that is kept until it has
+The shards of one host sum in memory that they share (see `shared`), all else travels as messages. Nothing here pickles
+and nothing blocks: what is sent leaves in the background from a buffer that is kept until it has
 gone, and what is waited for is waited for by `World.wait`, which spares the cores. Messages of one kind between two
 ranks keep their order, so a rank may be several steps ahead of another.
 """
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from mpillm import kernels
 from mpillm.comm.counters import Count, MessageCounters
 from mpillm.comm.faults import RankLost
+from mpillm.comm.shared import SharedRows
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
 from mpillm.partition.grid import Place
@@ -162,12 +164,21 @@ class Group:
     """The shards of one stage, which sum what each has computed of it."""
 
     def __init__(
-        self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
+        self,
+        world: World,
+        place: Place,
+        wire: Wire,
+        counters: MessageCounters,
+        threads: int = 1,
+        shared: SharedRows | None = None,
     ) -> None:
+        """`shared`, where the shards have such memory, takes the place of messages if the wire is f32."""
         self._world, self._place = world, place
         self._first = place.first + place.stage * place.shards
         self._codec, self._count = _Codec(wire, threads), counters.all_reduce
+        self._shared = shared if wire == "f32" else None
         self._parts: dict[str, _Parts] = {}  # of the last call of each method
+        self._others = [self._first + shard for shard in range(place.shards) if shard != place.shard]
 
     def all_reduce(self, x: F32) -> None:
         """Replace each shard's part x, f32 [m, d], by the sum of all shards' parts; a no-op for one shard.
@@ -179,11 +190,33 @@ class Group:
         if shards == 1:
             return
         m, d = x.shape
+        if self._shared is not None and d <= self._shared.capacity:
+            self._sum_in_shared_memory(self._shared, x)
+            return
         parts = self._parts_of("all_reduce", m, self._codec.type.row_bytes(d))
         self._codec.encode(x, parts.own)
         parts.exchange(self._count)
         values = self._codec.decode(parts.data.reshape(shards * m, -1), d)
         kernels.fold(values.reshape(shards, m, d), x, self._codec.threads)
+
+    def _sum_in_shared_memory(self, shared: SharedRows, x: F32) -> None:
+        """`all_reduce` by pieces of as many rows as the memory takes."""
+        place, count, d = self._place, self._count, x.shape[1]
+        rows = shared.capacity // d
+        for begin in range(0, len(x), rows):
+            piece = x[begin : begin + rows]
+            parts = shared.slot(len(piece), d)
+            parts[place.shard] = piece
+            shared.publish(piece.nbytes)
+            count.waited(self._world.wait_shared(shared.wait, self._others))
+            if (unlike := shared.unlike()) is not None:
+                shard, received = unlike
+                raise WireError(
+                    f"rank {self._first + shard} sent {received} bytes where {piece.nbytes} were expected"
+                )
+            count.sent(place.shards - 1, piece.nbytes)
+            count.bytes_received += (place.shards - 1) * piece.nbytes
+            kernels.fold(parts, piece, self._codec.threads)
 
     def all_gather(self, x: F32) -> F32:
         """Every shard's x, f32 [m, d], exactly as it is: f32 [shards, m, d]. It is valid until the next call."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 SPIN = 2e-3  # seconds of polling without pauses, where every thread has a core of its own
 SPIN_CROWDED = 100e-6  # the same where it has not: another thread can compute on a yielded core
+POLL = 50e-6  # seconds of polling shared memory before MPI gets a turn
 MIN_PAUSE = 20e-6
 MAX_PAUSE = 2e-3  # a waiting rank then wakes 500 times a second: about 1 % of a core
 PAUSE_RATIO = 1 / 16  # a pause is at most this part of the time waited so far
@@ -32,5 +33,10 @@ def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | N
         if look is not None:
             look()
         waited = time.perf_counter() - start
-        time.sleep(min(max(MIN_PAUSE, waited * PAUSE_RATIO), MAX_PAUSE))
+        time.sleep(pause_after(waited))
     return time.perf_counter() - start
+
+
+def pause_after(waited: float) -> float:
+    """Seconds of the pause after waiting for so long."""
+    return min(max(MIN_PAUSE, waited * PAUSE_RATIO), MAX_PAUSE)

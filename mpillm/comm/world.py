@@ -9,7 +9,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
@@ -19,7 +20,7 @@ from mpillm.comm import cores, deadline, ending, faults, heartbeat
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
-from mpillm.comm.waiting import wait
+from mpillm.comm.waiting import POLL, SPIN, pause_after, wait
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
@@ -75,6 +76,24 @@ class World:
     def wait(self, done: Callable[[], object]) -> float:
         """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
         return wait(done, self.oversubscribed, self._check_losses if self.survives else None)
+
+    def wait_shared(self, arrived: Callable[[float, float], bool], ranks: Sequence[int]) -> float:
+        """Wait for what `ranks` of this machine write to shared memory; return the seconds that took.
+
+        `arrived` polls and then sleeps for so many seconds at most, and returns whether all is there. Between its calls
+        MPI moves on what is under way, and finds out whether one of the ranks is lost.
+        """
+        if arrived(0.0, 0.0):
+            return 0.0
+        start, waited = time.perf_counter(), 0.0
+        spin = 0.0 if self.oversubscribed else SPIN
+        while not arrived(POLL if waited < spin else 0.0, 0.0 if waited < spin else pause_after(waited)):
+            for rank in ranks:
+                self.comm.Iprobe(rank)
+            if self.survives:
+                self._check_losses()
+            waited = time.perf_counter() - start
+        return time.perf_counter() - start
 
     def _check_losses(self) -> None:
         """RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""

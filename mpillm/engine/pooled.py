@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.engine import exact
+from mpillm.errors import NotFiniteError
 from mpillm.kernels.types import Activation, BlockType
 from mpillm.model.pooled import Classifier, Dense, Function
 from mpillm.weights.page import Matrix
@@ -24,14 +25,16 @@ _KERNELS = {"gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH, "silu": 
 
 
 def through(layers: Sequence[Dense], x: Floats) -> Floats:
-    """What the layers, one after the other, make of x [k]."""
+    """What the layers, one after the other, make of x [k]; NotFiniteError if that is NaN or infinite."""
     for layer in layers:
         x = _dense(layer, x)
+        if not np.isfinite(x).all():
+            raise NotFiniteError
     return x
 
 
 def logits_of(classifier: Classifier, pooled: Floats) -> Floats:
-    """f32 [labels] of a pooled hidden state [hidden]."""
+    """f32 [labels] of a pooled hidden state [hidden]; NotFiniteError if one is NaN or infinite."""
     return through(classifier.layers, pooled)
 
 

@@ -100,7 +100,7 @@ except ImportError as error:
 
 
 def compute(work: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    """Call one of the fused objects: like the single kernels it passes through this package, where it can be timed."""
+    """Call a fused object. Like the single kernels, it is called through this package, so that it can be timed."""
     work(*arguments, **options)
 
 
@@ -132,7 +132,7 @@ def set_path(name: str) -> None:
 
 
 def _bind(name: str, module: ModuleType, of_fused: ModuleType) -> None:
-    """Let this package's functions and classes be those of these modules."""
+    """Make the functions and classes of these modules those of this package."""
     wanted = {f: getattr(module, f) for f in reference.__all__ if f not in SHARED}
     globals().update(wanted, **{c: getattr(of_fused, c) for c in FUSED}, _path=name)
 

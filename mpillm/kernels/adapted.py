@@ -1,7 +1,7 @@
-"""Parts of layers with adapted matrices: the twins in Python, over the single kernels of the path in use.
+"""Parts of layers with adapted matrices, in Python over the single kernels of the path in use.
 
-An adapted matrix has `low`: for some of the rows that it is multiplied with, b(a(row)) is added to its product (LoRA,
-arXiv 2106.09685). All other rows get the bits that they get without.
+An adapted matrix has `low`: for some rows, b(a(row)) is added to its product (LoRA, arXiv 2106.09685). All other rows
+get the same bits as without adapters.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mpillm.kernels import fused
 from mpillm.kernels.fused.products import Fused, Packed
 from mpillm.kernels.types import F32, I32
 
-WORTH_THREADS = 2**20  # multiplications: threads take longer to begin than fewer of them
+WORTH_THREADS = 2**20  # multiplications: with fewer, starting threads takes longer than the product
 
 
 class LowRank(NamedTuple):
-    """What is added for `rows`: a [r, k] has the column panels of the matrix, b [n, r] its rows."""
+    """An adapter of a matrix [n, k], for `rows`: a [r, k] has the column panels of the matrix, b [n, r] its rows."""
 
     rows: I32
     a: Packed
@@ -56,12 +56,12 @@ class _Adapted(Fused):
 
 
 class AdaptedAttention(_Adapted, fused.Attention):
-    """`kernels.Attention` of matrices some of which are adapted."""
+    """`kernels.Attention` whose matrices may be adapted."""
 
 
 class AdaptedLatentAttention(_Adapted, fused.LatentAttention):
-    """`kernels.LatentAttention` of matrices some of which are adapted; those of single heads are not."""
+    """`kernels.LatentAttention` whose matrices may be adapted, except those of single heads."""
 
 
 class AdaptedProducts(_Adapted, fused.Products):
-    """`kernels.Products` of matrices some of which are adapted."""
+    """`kernels.Products` whose matrices may be adapted."""

@@ -68,7 +68,7 @@ def round_away(x: F32) -> F32:
 
 
 def _inverse(d: F32) -> F32:
-    """1/d, and 0 where that is no finite number: such a block's integers are 0."""
+    """1/d, or 0 where that is not finite: the integers of such a block are 0."""
     with np.errstate(all="ignore"):
         inverse = np.float32(1) / d
     usable: F32 = np.where(np.isfinite(inverse), inverse, np.float32(0))
@@ -103,7 +103,7 @@ def to_f16(d: F32) -> npt.NDArray[np.float16]:
 
 
 def activations(x: F32, bounds: Bounds) -> U8:
-    """x [m, k] as uint8 [m, activation_nbytes(k, bounds)], its rows in groups (`ungrouped` undoes that)."""
+    """Quantise x [m, k] to uint8 [m, activation_nbytes(k, bounds)], with rows in groups (`ungrouped` undoes that)."""
     edges = check_bounds(bounds, x.shape[1], 1)
     rows = []
     for begin, end in itertools.pairwise(edges):
@@ -131,7 +131,7 @@ def rounded(x: F32) -> F32:
 
 
 def ungrouped(x: npt.NDArray[Any]) -> npt.NDArray[np.void]:
-    """Activations that `activations` made as [m, blocks]: a group holds block after block, and in each its rows."""
+    """The result of `activations` as [m, blocks]: in a group, each block has the values of all its rows."""
     grouped = x.view(ACTIVATION)
     rows = np.empty_like(grouped)
     for row in range(0, len(x), ROW_GROUP):
@@ -146,7 +146,7 @@ def nibbles(q: U8) -> U8:
 
 
 def plain_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """The scale of each block as float32; MXFP4 has that of doubled numbers, 2**(e - 128)."""
+    """The scale of each block as float32. For MXFP4 it is 2**(e - 128), because E2M1 has doubled values."""
     if type == BlockType.MXFP4:
         scales: F32 = np.ldexp(np.float32(1), blocks["e"].astype(np.int32) - 128)
     else:
@@ -155,7 +155,7 @@ def plain_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
 
 
 def plain_integers(type: BlockType, q: U8, high: U8 | None = None) -> npt.NDArray[np.int8]:
-    """What block scales multiply, int8 [..., 32], of the bytes of values and Q5's fifth bits [..., 32]."""
+    """The integers int8 [..., 32] that scales multiply, from the bytes of values and Q5's fifth bits [..., 32]."""
     if type == BlockType.Q8_0:
         return q.view(np.int8)
     values = nibbles(q).view(np.int8)

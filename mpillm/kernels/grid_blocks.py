@@ -1,4 +1,4 @@
-"""IQ2 and IQ3 in NumPy: magnitudes of 8 (4) neighbouring columns are one of a list, and each has a sign (grids.h)."""
+"""IQ2 and IQ3 in NumPy: tables have the magnitudes of 8 (4) neighbouring columns, and each has a sign (grids.h)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CANONICAL = {
 
 
 class Grid(NamedTuple):
-    """The bytes of a part in a tile, whether those of scales lie apart, and what block scales are multiplied by."""
+    """The bytes of a part in a tile, whether scales are stored apart, and the factor of block scales."""
 
     bytes: int
     scales: bool
@@ -90,7 +90,7 @@ def meaning(type: BlockType, parts: U8, small: U8) -> tuple[npt.NDArray[np.int8]
 
 
 def _even(seven: npt.NDArray[Any]) -> U8:
-    """Seven signs, and the eighth, with which their number is even."""
+    """Add an eighth bit to the bits of seven signs, so that the number of negative signs is even."""
     bits = np.unpackbits(seven.astype(np.uint8)[..., None], axis=-1)
     odd = bits.sum(axis=-1, dtype=np.uint8) & 1
     signs: U8 = seven.astype(np.uint8) | odd << np.uint8(7)

@@ -29,7 +29,7 @@ ERFC_POLY = tuple(np.float32(c) for c in (0.17087277, -0.82215223, 1.48851587, -
 
 
 def fma(a: Real, b: Real, c: Real) -> F32:
-    """a * b + c, rounded to float32 through float64 (once, but for ties that only exact arithmetic sees)."""
+    """a * b + c in float64, rounded to float32: rounded once, except for rare ties between the two roundings."""
     with np.errstate(all="ignore"):
         product = np.multiply(a, b, dtype=np.float64)
         product = product + c
@@ -121,7 +121,7 @@ def lane_sum(x: F32, squares: bool = False) -> F32:
 
 
 def lane_max(x: F32) -> F32:
-    """Row maxima of x [m, d]; -inf for d = 0.  A NaN may be lost: what follows it makes the row NaN."""
+    """Row maxima of x [m, d]; -inf for d = 0. A NaN may be lost here; the later steps of a softmax make its row NaN."""
     acc = np.full((len(x), TILE_ROWS), -np.inf, np.float32)
     for part in _blocks(x, -np.inf):
         acc = _larger(acc, part)

@@ -1,4 +1,4 @@
-"""Which experts a row goes to, and with what weights: NumPy over kernels, with the same bits on every path."""
+"""Choose the experts of each row, and their weights. NumPy over kernels gives the same bits on every path."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Router:
 
 
 def route(logits: F32, router: Router, correction: F32 | None = None, threads: int = 1) -> tuple[F32, I32]:
-    """Weights and numbers [m, chosen] of the experts of rows with logits [m, experts], which are overwritten.
+    """Return the weights and numbers [m, chosen] of the experts of rows; their logits [m, experts] are overwritten.
 
-    The best comes first; of equals (experts and groups) the one with the lower number. `correction` [experts] is
-    added to the scores where experts and groups are chosen, and nowhere else.
+    The best expert comes first; among equals (experts or groups) the lower number does. `correction` [experts] is
+    added to the scores only for choosing experts and groups.
     """
     if router.scoring == "sparsemixer":
         return _sparsemixer(logits, router, threads)
@@ -51,10 +51,13 @@ def route(logits: F32, router: Router, correction: F32 | None = None, threads: i
     weights, ids = _top_k(ranks, router.chosen, threads)
     if ranks is not scores:
         weights = np.take_along_axis(scores, ids, axis=1)
-    if router.normalise:
-        weights /= (_sum(weights) + np.float32(1e-20))[:, None]  # the sigmoids of all may be 0
-    if router.scale != 1.0:
-        weights *= np.float32(router.scale)
+    with np.errstate(
+        invalid="ignore", over="ignore"
+    ):  # a row that is not finite stays so, and is found at the end
+        if router.normalise:
+            weights /= (_sum(weights) + np.float32(1e-20))[:, None]  # the sigmoids of all may be 0
+        if router.scale != 1.0:
+            weights *= np.float32(router.scale)
     return weights, ids
 
 

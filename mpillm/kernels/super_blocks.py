@@ -27,7 +27,7 @@ CANONICAL = {
 
 
 class BitFields(NamedTuple):
-    """The bits of a value, lowest first, in the fields that lie apart, and the bytes of small scales of a part."""
+    """The widths of the bit fields of a value, lowest bits first, and the bytes of a part's small scales."""
 
     bits: tuple[int, ...]
     scales: int
@@ -79,7 +79,7 @@ class Parts(NamedTuple):
 
 
 def meaning(type: BlockType, words: U8, small: U8) -> Parts:
-    """What the words of parts (`words_of`) and their small scales (`small_scales`) stand for."""
+    """Decode the words of parts (see `words_of`) and their small scales (see `small_scales`)."""
     if type in grid_blocks.GRIDS:
         return Parts(*grid_blocks.meaning(type, words[..., 0, :], small), None)
     low, *high = FIELDS[type].bits
@@ -179,7 +179,7 @@ def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 
 def block_scale(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """What the scales of parts are multiplied by, of canonical or packed blocks."""
+    """The factor of all small scales of a block, of canonical or packed blocks."""
     d: F32 = blocks["d"].astype(np.float32)
     return d * np.float32(grid_blocks.GRIDS[type].unit) if type in grid_blocks.GRIDS else d
 

@@ -23,7 +23,7 @@ TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 ACTIVATION_BLOCK_BYTES = 56
 PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and then the even one of its pair
 BF16_BLOCK = (
-    256  # columns of a BF16 product whose lanes begin at zero, and are added to those of the blocks before
+    256  # columns of a BF16 product that are summed from zero before they are added to earlier blocks
 )
 ROW_GROUP = 4  # rows of activations that are interleaved
 MIXED_ROWS = 512  # of all experts at once, unless one expert has more: bounds their activations' memory
@@ -175,7 +175,7 @@ def activation_nbytes(k: int, bounds: Bounds) -> int:
     return _activation_nbytes(k, edges.shape, edges.tobytes())
 
 
-@functools.lru_cache(maxsize=256)  # it is asked before every product of a step, for the same few matrices
+@functools.lru_cache(maxsize=256)  # called before every product of a step, for the same few matrices
 def _activation_nbytes(k: int, shape: tuple[int, ...], data: bytes) -> int:
     edges = check_bounds(np.frombuffer(data, np.int64).reshape(shape), k, 1)
     return int((-(-np.diff(edges) // QUANT_BLOCK)).sum()) * ACTIVATION_BLOCK_BYTES

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from mpillm.errors import ModelError
 from mpillm.model.pooled import Dense, Function, Pooling
 from mpillm.weights.formats.safetensors import read_header
@@ -154,6 +156,11 @@ def _dense(path: Path) -> Dense:
                 -1, tensor.nbytes // (tensor.shape or (1,))[0]
             )
             values = OWN[tensor.dtype].decode(raw, (*tensor.shape, 1)[1], threads=1)
+            if not np.isfinite(values).all():
+                raise ModelError(
+                    f"{file.path}: tensor {name} has values that are not finite (NaN or infinity); fetch or convert "
+                    "the model again."
+                )
             found[name.removeprefix("linear.")] = values.reshape(tensor.shape).copy()
     finally:
         file.close()
@@ -175,6 +182,6 @@ def _pooling(config: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from None

@@ -187,7 +187,7 @@ def _divisors(rope: Fields, key: str, dim: int) -> tuple[float, ...]:
     """A divisor for each frequency."""
     factors = rope.raw(key)
     valid = isinstance(factors, list | tuple) and all(
-        type(value) in {int, float} and 1e-6 <= value <= 1e9 for value in factors
+        type(value) in {int, float} and 1e-6 <= value <= 1e38 for value in factors
     )
     if not valid or len(factors) != dim // 2:
         raise ModelError(f"{rope.name}: {key} must be {dim // 2} positive numbers, half the head dimension.")

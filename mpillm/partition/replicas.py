@@ -31,6 +31,11 @@ class Replica:
         return range(self.first, self.first + self.stages * self.shards)
 
     @property
+    def stage_ranks(self) -> list[range]:
+        """The ranks of each stage in the world."""
+        return [self.ranks[at : at + self.shards] for at in range(0, len(self.ranks), self.shards)]
+
+    @property
     def places(self) -> list[Place]:
         """The places of its ranks, in rank order."""
         return [

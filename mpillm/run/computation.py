@@ -9,10 +9,9 @@ from functools import partial
 
 import msgspec
 
-from mpillm.batch.answers import NOT_FINITE
 from mpillm.batch.work import Line
 from mpillm.engine.scheduler import Totals
-from mpillm.errors import MpillmError
+from mpillm.errors import NOT_FINITE, MpillmError
 from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
 from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader

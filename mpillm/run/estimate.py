@@ -109,13 +109,13 @@ def estimate(
 def stages_of(
     spec: Spec, config: ModelConfig, machines: Machines, replica: Replica, plan: ReplicaPlan
 ) -> list[Stage]:
-    """A replica's stages with their links."""
-    hosts = [host for host, count in enumerate(machines.ranks_per_host) for _ in range(count)]
+    """A replica's stages with their links; `wire.activations` is decided in `spec`."""
+    hosts = machines.host_of_rank
     activations, pipe = (
         BlockType[kind.upper()].row_bytes(config.hidden)
         for kind in (spec.wire.activations, spec.wire.between_stages)
     )
-    groups = [replica.ranks[at : at + replica.shards] for at in range(0, len(replica.ranks), replica.shards)]
+    groups = replica.stage_ranks
 
     def link(*ranks: range) -> LinkRate:
         of = [rank for some in ranks for rank in some]

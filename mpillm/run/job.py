@@ -107,7 +107,7 @@ def open_job(
         *journal.damage,
         *_layouts_that_differ(job, journal, session.layout),
         *_other_models(job),
-        *session.bindings,
+        *session.warnings,
     ):
         job.warn(warning)
     return job, journal
@@ -126,9 +126,9 @@ def unanswered(checked: CheckedInput, journal: Journal) -> int:
 
 def results_differ(one: UsedLayout, other: UsedLayout, wire: WireSection) -> bool:
     """Whether the last digits of results may differ between two layouts."""
-    return (one.shards != other.shards and wire.activations != "f32") or (
-        one.stages != other.stages and wire.between_stages != "f32"
-    )
+    # A journal of an earlier version does not have the wire of a layout; if it was f32, the job says so.
+    rounded = [1 if "f32" in (layout.wire, wire.activations) else layout.shards for layout in (one, other)]
+    return rounded[0] != rounded[1] or (one.stages != other.stages and wire.between_stages != "f32")
 
 
 def _layouts_that_differ(job: OpenedJob, journal: Journal, now: UsedLayout) -> Iterator[str]:

@@ -66,24 +66,30 @@ class Settings:
 def read_hosts(path: Path) -> list[HostSlots]:
     """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
     try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+        lines = [line.partition("#")[0].strip() for line in _text(path).splitlines()]
     except OSError as error:
         raise JobError(f"The hostfile {path} cannot be read: {error.strerror}.") from None
     hosts = []
     for line in filter(None, lines):
-        found = re.fullmatch(r"([^\s:]+)(?::(\d+)|\s+slots\s*=\s*(\d+))?", line)
+        found = re.fullmatch(r"([^\s:]+)(?::([0-9]{1,6})|\s+slots\s*=\s*([0-9]{1,6}))?", line)
         if not found:
-            raise JobError(f"The hostfile {path} has the line {line!r}; write 'node1 slots=2' or 'node1:2'.")
+            raise JobError(
+                f"The hostfile {path} has the line {line[:100]!r}; write 'node1 slots=2' or 'node1:2'."
+            )
         hosts.append(HostSlots(found[1], int(found[2] or found[3] or 1)))
     if not hosts:
         raise JobError(f"The hostfile {path} names no host.")
     return hosts
 
 
+def _text(path: Path) -> str:
+    return path.read_text("utf-8", errors="surrogateescape")  # a comment may be in any encoding
+
+
 def write_hosts(path: Path, hosts: Sequence[HostSlots], library: Library) -> None:
     """Write a hostfile in the words of the MPI at hand."""
     form = "{}:{}" if library.name == "MPICH" else "{} slots={}"
-    path.write_text("".join(form.format(host.name, host.slots) + "\n" for host in hosts))
+    path.write_text("".join(form.format(host.name, host.slots) + "\n" for host in hosts), "utf-8")
 
 
 def command(
@@ -280,7 +286,7 @@ class Supervisor:
     def _hostfile_text(self) -> str:
         with contextlib.suppress(OSError):
             if self._settings.hostfile is not None:
-                return self._settings.hostfile.read_text()
+                return _text(self._settings.hostfile)
         return ""
 
     def _sleep(self, seconds: float) -> None:

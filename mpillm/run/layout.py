@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mpillm.comm.collectives import Wire
 from mpillm.errors import LayoutError
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
@@ -20,16 +21,19 @@ from mpillm.run.estimate import stage_layers_by_speed
 from mpillm.run.input_memory import InputNeeds
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import ReplicaPlan, replica_plans
+from mpillm.run.wire import decided, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, shown_bytes
 from mpillm.weights.source import Source
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A layout, and in a sentence why there are as many replicas."""
+    """A layout, and in a few words why there are as many replicas, and why shards send what they sum like this."""
 
     replicas: Replicas
     reason: str
+    wire: Wire = "f32"  # between the shards of a stage
+    wire_reason: str = ""
 
 
 def choose(
@@ -53,7 +57,8 @@ def choose(
             chosen = _choose(spec, source, config, machines, count, requests, shards, asked)
     if chosen is None:
         chosen = _choose(spec, source, config, machines, count, requests, spec.layout.shards, asked)
-    return _with_layers_by_speed(spec, source, config, machines, chosen, asked)
+    chosen = _with_wire(spec, source, config, machines, chosen, asked)
+    return _with_layers_by_speed(with_wire(spec, chosen.wire), source, config, machines, chosen, asked)
 
 
 def _choose(
@@ -86,6 +91,20 @@ def _choose(
     return Chosen(several or one, reason)
 
 
+def _with_wire(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, chosen: Chosen, asked: InputNeeds
+) -> Chosen:
+    """The same with the wire between shards, where the job leaves it open too."""
+    given = spec.wire.activations
+    if given != "auto":
+        return replace(chosen, wire=given, wire_reason="wire.activations says so")
+    if not shards_cross_hosts(machines, chosen.replicas):
+        return replace(chosen, wire="f32", wire_reason="those of a stage share a host")
+    plans = list(replica_plans(spec, source, config, chosen.replicas, asked, machines.names))
+    wire, reason = decided(spec, config, machines, chosen.replicas, plans, asked)
+    return replace(chosen, wire=wire, wire_reason=reason)
+
+
 def _with_layers_by_speed(
     spec: Spec, source: Source, config: ModelConfig, machines: Machines, chosen: Chosen, asked: InputNeeds
 ) -> Chosen:
@@ -103,9 +122,8 @@ def _with_layers_by_speed(
                 uneven.append("-".join(map(str, layers)))
     if not uneven:
         return chosen
-    return Chosen(
-        tuple(found), f"{chosen.reason}; layers by speed and memory: {', '.join(dict.fromkeys(uneven))}"
-    )
+    reason = f"{chosen.reason}; layers by speed and memory: {', '.join(dict.fromkeys(uneven))}"
+    return replace(chosen, replicas=tuple(found), reason=reason)
 
 
 def _most(

@@ -1,4 +1,4 @@
-"""How much a step takes on, and what the cache holds: the same on every rank, and known before the run.
+"""The size of a step and of the KV cache: the same on every rank, and known before the run.
 
 While all weights are in memory a step costs what its rows cost. While weights are streamed it costs a whole pass over
 the disk as well, whatever runs in it, so a step takes all that can run: as many sequences as the KV cache has blocks
@@ -32,7 +32,7 @@ SHARE = 8  # the budgets' part that activations may take then: one in so many
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a step takes on, at most."""
+    """The maximum size of a step."""
 
     sequences: int
     tokens: int
@@ -122,7 +122,7 @@ class CacheCapacity:
         return min(self.blocks, groups * asked.blocks), min(self.slots, asked.sequences) + self.saved
 
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
-        """Why nothing can run, if so."""
+        """Why nothing can run; None if something can."""
         windows = layouts[0].windows
         if self.blocks >= len(windows) and (self.slots or not layouts[0].state_nbytes):
             return None
@@ -194,6 +194,6 @@ def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) 
 
 
 def step_description(sequences: int, tokens: int, streamed: int) -> str:
-    """A step's size for people; `streamed` is what the rank that reads most reads for it."""
+    """A step's size in words; `streamed` is the number of bytes that the rank with the most reads for it."""
     size = f"a step takes up to {sequences} sequences and {tokens} tokens"
     return f"{shown_bytes(streamed)} of weights are read for each step; {size}" if streamed else size

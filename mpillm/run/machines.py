@@ -1,4 +1,4 @@
-"""Where ranks are, what memory they have there, and how fast they are."""
+"""The machines of the ranks: their memory and their speed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ class Machines:
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return len(self.free)
+
+    @property
+    def host_of_rank(self) -> list[int]:
+        """The number of each rank's host."""
+        return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
 
     def host_names(self) -> list[str]:
         """The name of each host."""
@@ -36,7 +41,7 @@ class Machines:
         ]
 
     def slowest_first(self) -> list[int]:
-        """The hosts by their speed, of those that are as fast the last one first."""
+        """The hosts, the slowest first; among equally fast ones the last comes first."""
         firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
         rates = [
             max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
@@ -45,9 +50,8 @@ class Machines:
         return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
 
     def without(self, hosts: Collection[int]) -> Machines:
-        """The same without some hosts."""
-        of_rank = [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
-        kept = [rank for rank, host in enumerate(of_rank) if host not in hosts]
+        """These machines without some hosts."""
+        kept = [rank for rank, host in enumerate(self.host_of_rank) if host not in hosts]
         return replace(
             self,
             ranks_per_host=[count for host, count in enumerate(self.ranks_per_host) if host not in hosts],
@@ -57,7 +61,7 @@ class Machines:
         )
 
     def with_another(self) -> Machines:
-        """The same and one more host of one rank, like the last one."""
+        """These machines and one more host with one rank, like the last one."""
         ranks = self.ranks_per_host[-1]
         return replace(
             self,
@@ -68,5 +72,5 @@ class Machines:
         )
 
     def with_faster_network(self, times: float) -> Machines:
-        """The same with links of so many times the rate."""
+        """These machines with links that are `times` times as fast."""
         return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])

@@ -37,7 +37,7 @@ REQUEST, READERS = 4 * 2**20, 4  # bytes of a request to the disk, and how many 
 
 @dataclass(frozen=True)
 class DiskRate:
-    """Bytes/s of a file, 0 if it was not read, and how that was found out."""
+    """The rate of a file in bytes/s, 0 if it was not read, and how it was measured."""
 
     rate: float = 0.0
     how: str = ""
@@ -53,7 +53,7 @@ class Measured:
 
 
 def everyone(world: World, kinds: Sequence[str], threads: int, file: Path | None) -> list[Measured]:
-    """Collective: what each rank measures at the same time as all others, in rank order; `file` is the model's."""
+    """Measure on all ranks at the same time (collective); return the results in rank order. `file` is the model's."""
     numbers = world.nodes.numbers
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
     world.barrier()
@@ -64,7 +64,7 @@ def everyone(world: World, kinds: Sequence[str], threads: int, file: Path | None
 
 
 def machines(world: World, source: Source, threads: int) -> Machines:
-    """Collective: the ranks' machines with what is measured there for this model, in a second or two."""
+    """Measure the ranks' machines for this model (collective); it takes a second or two."""
     kinds = {stand_in(info.type, KINDS) for info in source.tensors.values() if len(info.shape) == 2}
     file = max(source.files, key=lambda file: file.stat().st_size)
     ranks = everyone(world, sorted(kinds), threads, file)
@@ -82,7 +82,7 @@ def machines(world: World, source: Source, threads: int) -> Machines:
 
 
 def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) -> list[Host]:
-    """The measurements as a file of hosts has them: of all ranks of a host together, with its best link."""
+    """Sum the measurements of the ranks of each host, as a file of hosts has them, with its fastest link."""
     numbers, free, found = world.nodes.numbers, world.nodes.free, []
     for number in range(max(numbers) + 1):
         own = [rank for rank, other in enumerate(numbers) if other == number]
@@ -130,9 +130,9 @@ def _memory_rate(threads: int) -> float:
 
 
 def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> DiskRate:
-    """How fast a file is read in order: past the page cache, or after its pages are dropped from it.
+    """Measure how fast a file is read in order: past the page cache, or after its pages were dropped.
 
-    Ranks of one host read parts of their own: `part` of `parts`.
+    Each rank of a host reads another part of the file: number `part` of `parts`.
     """
     size = path.stat().st_size
     begin, end = (at * size // parts // SECTOR * SECTOR for at in (part, part + 1))
@@ -197,7 +197,7 @@ def _products(kind: BlockType, threads: int) -> list[float]:
 
 
 def _fastest(call: Callable[[NDArray[np.uint8]], object], data: Sequence[NDArray[np.uint8]]) -> float:
-    """Seconds of the call that was disturbed the least; they are made with each of `data` in turn."""
+    """Seconds of the fastest call, with each of `data` in turn: the one that other programs disturbed least."""
     call(data[0])
     best, turn, first = float("inf"), 0, time.perf_counter()
     while (passed := time.perf_counter() - first) < SECONDS or (turn < CALLS and passed < PATIENCE):

@@ -1,12 +1,13 @@
-"""All of a rank's memory: its two budgets, what a step's rows take, and what the process itself does.
+"""The memory of a rank: its two budgets, the rows of a step, and the process itself.
 
-It is known before the run (`plan` prints it), and the report says what of it was used.
+It is computed before the run (`plan` prints it), and the report says how much was used.
 """
 
 from __future__ import annotations
 
 import re
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,16 +19,19 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.weights.source import Source
 
-# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 35 for the libraries, 10 for a heap in use.
-PROCESS = 112 * 2**20
+# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
+PROCESS = 104 * 2**20
 WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
 FIELD = 256  # and among a GGUF file's fields, which all have
+LOADING = (
+    8  # times the bytes of the pages: what loading takes of a small model, whose rows may become float32
+)
 ITEM = 2048  # of what is known of a part that is paged
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one rank, at most."""
+    """Maximum bytes of one rank."""
 
     weights: int
     adapters: int = 0
@@ -42,7 +46,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def activations(kind: Activations, place: Place, rows: int) -> int:
-    """Bytes that a step of so many rows takes on a rank, the logits and what is under way to others included."""
+    """Bytes of the rows of a step on a rank, including logits and messages under way."""
     config, found = kind.config, kind.nbytes(place, rows)
     if place.stage == place.stages - 1:
         found += LOGITS * 4 * TILE * len(vocab_axis(config.vocab).entries(place))
@@ -52,18 +56,22 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
     return found
 
 
-def process(source: Source, config: ModelConfig, place: Place, pages: int, kept: int) -> int:
-    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages`.
+def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:
+    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
 
     Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
     """
-    found = PROCESS + config.vocab * (WORD if place.rank == 0 else FIELD) + ITEM * pages
-    found += kept if place.rank == 0 else 0
-    return found + source.loading_nbytes
+    found = PROCESS + ITEM * len(pages) + min(source.loading_nbytes, LOADING * sum(pages))
+    tokenizer = source.tokenizer
+    fields = isinstance(tokenizer, dict) and "tokenizer.ggml.tokens" in tokenizer
+    if place.rank == 0:
+        words = fields or (isinstance(tokenizer, Path) and (tokenizer / "tokenizer.json").exists())
+        return found + kept + (WORD * config.vocab if words else 0)
+    return found + (FIELD * config.vocab if fields else 0)
 
 
 def peak() -> int:
-    """The most bytes that this process has had in memory.
+    """Maximum resident bytes of this process so far.
 
     On Linux a process's own: getrusage's begin with those of the program that started it.
     """

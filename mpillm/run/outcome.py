@@ -1,4 +1,4 @@
-"""Writing what a computed job leaves behind: the files with the results, and the report."""
+"""Write the files with the results of a computed job, and the report."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
         stages=session.place.stages,
         shards=session.place.shards,
         replicas=len(session.replicas),
+        wire={"activations": session.wire, "between_stages": session.spec.wire.between_stages},
         ranks=ranks,
         versions=_versions(),
         timeline=job.timeline,
@@ -75,7 +76,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
 
 @contextlib.contextmanager
 def _in_place(computation: Computation) -> Iterator[None]:
-    """Files are written: Interrupted if the output directory is gone before, meanwhile or afterwards."""
+    """Write files in the block; Interrupted if the output directory is gone before it, in it or after it."""
     computation.check_output()
     try:
         yield
@@ -101,7 +102,7 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
 
 
 def _planned(computation: Computation) -> report.Planned | None:
-    """What the speeds of the hosts made of the job; None if they are not known."""
+    """The time that was planned from the speeds of the hosts; None if they are not known."""
     session, totals, lines = computation.session, computation.totals, computation.job.input
     if not session.machines.speeds or not totals.steps:
         return None

@@ -1,4 +1,4 @@
-"""Before a run: which layout, what each rank will hold, what will travel. Reads the model's headers, and no weights."""
+"""The plan of a run: its layout, what each rank holds, and what is sent. Reads the model's headers, not its weights."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mpillm.run.limits import cached_tokens
 from mpillm.run.machines import Machines
 from mpillm.run.plan_text import as_text, count_of
 from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
+from mpillm.run.wire import described, with_wire
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
@@ -56,6 +57,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int
     wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
     wire_f32: float  # what all of it would be as float32
+    wire_of_shards: str  # how they send what they sum, and why
     ranks: list[RankPlan]
     time: Estimate
     gains: dict[str, float]  # how many times as fast it is with more of something
@@ -155,10 +157,11 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
             config,
             stages,
             shards,
-            BlockType[spec.wire.activations.upper()],
+            BlockType[chosen.wire.upper()],
             BlockType[spec.wire.between_stages.upper()],
         ),
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
+        wire_of_shards=described(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
         ranks=plans,
         time=time,
         gains={} if wrong else dict(_gains(spec, source, config, machines, asked, time)),
@@ -173,6 +176,7 @@ def _laid_out(
         spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
     )
     plans = list(replica_plans(spec, source, config, chosen.replicas, asked, machines.names))
+    spec = with_wire(spec, chosen.wire)
     return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
 
 
@@ -200,7 +204,7 @@ def _useful(
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
-    """What does not fit into the memory that is free."""
+    """A sentence for each rank that would hold more than is free."""
     for rank in plans:
         if rank.held > machines.free[rank.rank]:
             where = f" on {machines.names[rank.rank]}" if machines.names else ""
@@ -214,7 +218,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 def _gains(
     spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
-    """What one more of each thing brings: how many times as fast the job is with it."""
+    """How many times as fast the job is with one more host, with more memory, and so on."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
         return  # more for whom?

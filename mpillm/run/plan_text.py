@@ -54,6 +54,8 @@ def _table(plan: Plan) -> Iterator[str]:
         saved = 100 * (1 - total / plan.wire_f32)
         less = f"; {saved:.1f} % less than float32" if saved else ""
         yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
+    if plan.wire_of_shards:
+        yield f"          {plan.wire_of_shards}"
     yield from _time(plan)
     yield f"memory    of each rank, at most, in MiB; memory.weights must be {_mib(minimum)} at least"
     if streamed:

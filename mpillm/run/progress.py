@@ -31,7 +31,7 @@ class Bar(Protocol):
 
 
 class Progress(Protocol):
-    """How a run speaks."""
+    """What a run tells its user."""
 
     def say(self, line: str) -> None:
         """Say a sentence now."""

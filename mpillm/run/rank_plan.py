@@ -1,4 +1,4 @@
-"""What each rank of a replica will hold, by the model's headers: known before anything is loaded."""
+"""What each rank of a replica will hold, computed from the model's headers before anything is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mpillm.weights.source import Source, rank_plans
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank will hold. Bytes."""
+    """What one rank will hold, in bytes."""
 
     rank: int
     replica: int
@@ -57,7 +57,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def held(self) -> int:
-        """All of it together."""
+        """The sum of all."""
         return self.weights_held + self.adapters + self.kv_held + self.activations + self.process
 
 
@@ -110,8 +110,8 @@ def replica_plan(
             cache,
             needed,
             share,
-            memory.activations(rows, place, step.tokens),
-            memory.process(source, config, place, len(own), kept),
+            memory.activations(rows, place, min(step.tokens, asked.rows)),
+            memory.process(source, config, place, [page.nbytes for page in own], kept),
         )
         for one, place, own, cache, share in zip(specs, places, pages, caches, shares, strict=True)
     ]

@@ -32,11 +32,11 @@ from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Origin, Session
 from mpillm.run.tracer import Tracer
+from mpillm.run.wire import with_wire
 from mpillm.spec import Spec
 from mpillm.store import report
 from mpillm.store.journal import began, first_layout
 from mpillm.store.output import PATIENCE, Claim
-from mpillm.store.records import UsedLayout
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +118,8 @@ class _RankContext:
                 if world.rank == 0:
                     inputs.prepare(self.spec, self.claim)
             path = model_path(world, self.spec, self.progress)
-            session = Session(
-                world, self.spec, path, origin, laid_out, self._shards_before(), replicated=True
-            )
+            spec, shards = self._kept(origin)
+            session = Session(world, spec, path, origin, laid_out, shards, replicated=True)
             unless_begun.callback(session.close)
             computation = None
             with world.together():
@@ -152,16 +151,24 @@ class _RankContext:
         self.stack.callback(computation.close)
         return computation
 
-    def _shards_before(self) -> int | None:
-        """The number of shards with which the run began, if the results depend on it (collective)."""
-        if self.spec.wire.activations == "f32":
-            return None
-        before = self.world.on_rank_0(lambda: first_layout(self.claim))
-        return before.shards if before is not None else None
+    def _kept(self, origin: Origin | None) -> tuple[Spec, int | None]:
+        """The job with the wire between shards that the run began with, and their number if results depend on it.
+
+        Collective.
+        """
+        spec = self.spec
+        if spec.wire.activations == "f32":
+            return spec, None
+        first = origin.layout if origin else self.world.on_rank_0(lambda: first_layout(self.claim))
+        if first is None:
+            return spec, None
+        if spec.wire.activations == "auto":
+            spec = with_wire(spec, first.wire)
+        return spec, first.shards if spec.wire.activations != "f32" else None
 
     @contextmanager
     def computing(self, session: Session) -> Iterator[None]:
-        """In the block the session computes; it is closed at the end."""
+        """Let the session compute in the block, and close it at the end."""
         with closing(session), self.world.computing():
             try:
                 yield
@@ -345,8 +352,7 @@ def _explaining(losses: Losses) -> Iterator[None]:
 
 
 def _what_was_lost(losses: Losses, session: Session) -> str:
-    now, first = session.layout, session.origin.replicas[0]
-    before = UsedLayout(first.stages, first.shards)
+    now, before = session.layout, session.origin.layout
     seconds = time.monotonic() - losses[-1].noticed
     replicas = f"{len(session.replicas)} replicas of " if len(session.replicas) > 1 else ""
     line = f"Lost {_lost_ranks(losses)}; the others went on after {seconds:.1f} s, as {replicas}{now}."

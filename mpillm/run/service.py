@@ -1,7 +1,6 @@
 """A model that stays laid out between batches of requests, for callers that ask again and again.
 
-Nothing is kept on disk: what a caller has received is done. Requests, their draws and their answers are those of a run
-whose input has the same lines.
+Nothing is kept on disk. The answers are those of a run whose input has the same lines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model laid out over all ranks and ready for steps: what every rank does alike before the first one."""
+"""A model that is laid out over all ranks and ready for steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import msgspec
 
 from mpillm import kernels
+from mpillm.comm import collectives
 from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
+from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.scheduler import Limits, Totals
@@ -33,6 +35,7 @@ from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
 from mpillm.run.rank_plan import replica_plans
 from mpillm.run.step_time import Demand
+from mpillm.run.wire import described, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, WireSection, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics
@@ -50,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run began with, and keeps to after ranks were lost, for its results depend on it."""
+    """The properties of a run on which its results depend; they are kept when ranks are lost."""
 
     config: ModelConfig
     replicas: Replicas
@@ -58,6 +61,12 @@ class Origin:
     watch: Watch  # of this rank's files of the model
     model: dict[str, FileIdentity]  # the files as rank 0 had them
     model_state: str  # of all ranks' files
+    wire: collectives.Wire  # between the shards of a stage
+
+    @property
+    def layout(self) -> UsedLayout:
+        """As the journal notes it."""
+        return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
 
     def laid_out(self, world: World, wire: WireSection) -> Replicas:
         """The replicas for the ranks that are left, or for some of them."""
@@ -65,7 +74,7 @@ class Origin:
             self.config,
             world.size,
             self.replicas,
-            same_shards=wire.activations != "f32",
+            same_shards=self.wire != "f32",
             same_stages=wire.between_stages != "f32",
             ranks_per_host=world.nodes.ranks_per_host,
         )
@@ -127,13 +136,21 @@ class Session:
         world.limit_threads(self.threads)
         self.machines = world.on_rank_0(self._known_machines)
         self._asked = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
-        chosen = Chosen(self._laid_out, "ranks were lost") if self._laid_out else self._choose_layout()
+        if origin is not None and self._laid_out:
+            chosen = Chosen(self._laid_out, "ranks were lost", origin.wire, "as the run began")
+        else:
+            chosen = self._choose_layout()
         self.replicas, self.reason = chosen.replicas, chosen.reason
+        self.wire = chosen.wire
         number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self.replica, self._places = number, self.replicas[number].places
         ranks = self.replicas[number].ranks
         self.place = self._places[world.rank - ranks.start]
-        self.bindings = world.nodes.bindings if spec.layout.threads == "auto" else []
+        #: what to tell the user
+        self.warnings = world.nodes.bindings if spec.layout.threads == "auto" else []
+        if self.wire != "f32" and self.place.shards > 1:
+            words = described(self.wire, self.place.shards, chosen.wire_reason)
+            self.warnings.append(f"{words[0].upper()}{words[1:]}.")
         self.counters = MessageCounters()
         with world.together():
             plans = rank_plans(self.config, self.place, self.source)
@@ -186,28 +203,30 @@ class Session:
 
         chosen = world.on_rank_0(choose)
         pipeline = any(replica.stages > 1 for replica in chosen.replicas)
-        if spec.layout.hosts == "auto" and pipeline and self._replicated and _leaves_open(spec, world):
+        by_speed = pipeline and self._replicated and _leaves_open(spec, world)
+        open_wire = spec.wire.activations == "auto" and shards_cross_hosts(self.machines, chosen.replicas)
+        if spec.layout.hosts == "auto" and (by_speed or open_wire):
             self.machines = measure.machines(world, self.source, self.threads)
             chosen = world.on_rank_0(choose)
         return chosen
 
     def estimate(self, demand: Demand | None) -> Estimate:
-        """What a demand takes by the machines' speeds; None: that of the input."""
+        """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
         plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self._asked, names))
-        demand = demand or demand_of(self._asked)
-        return estimate(self.job, self.config, self.machines, self.replicas, plans, demand)
+        demand, spec = demand or demand_of(self._asked), with_wire(self.job, self.wire)
+        return estimate(spec, self.config, self.machines, self.replicas, plans, demand)
 
     @property
     def layout(self) -> UsedLayout:
-        """As the journal notes it: answers do not depend on the number of replicas."""
-        return UsedLayout(self.place.stages, self.place.shards)
+        """The layout for the journal, without the number of replicas: answers do not depend on it."""
+        return UsedLayout(self.place.stages, self.place.shards, self.wire)
 
     @property
     def origin(self) -> Origin:
         """What this run began with."""
         return self._origin or Origin(
-            self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state
+            self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state, self.wire
         )
 
     def engine(self, totals: Totals | None = None) -> Engine:
@@ -226,7 +245,7 @@ class Session:
         return max(layout.token_nbytes for layout in self.caches)
 
     def statistics(self) -> RankStatistics:
-        """What this rank held, moved and waited for."""
+        """What this rank has held in memory, sent, and waited for."""
         weights, messages = self.weights, self.counters.as_dict()
         waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
         inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
@@ -313,26 +332,30 @@ class Session:
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
             kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
-            activations=memory.activations(self._activations, place, limits.max_tokens),
-            process=memory.process(self.source, config, place, len(weights.pages), kept),
+            activations=memory.activations(
+                self._activations, place, min(limits.max_tokens, self._asked.rows)
+            ),
+            process=memory.process(self.source, config, place, [page.nbytes for page in weights.pages], kept),
         )
 
     def _decoder(self) -> Decoder:
-        config, place, wire = self.config, self.place, self.spec.wire
+        config, place, between_stages = self.config, self.place, self.spec.wire.between_stages
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
             n_blocks, n_states = self.limits.n_blocks, self.limits.n_states
             self.kv = KVCache(self.caches[place.rank], n_blocks, n_states, budget, folder)
             self._open_files.callback(self.kv.close)
-        group = Group(self.world, place, wire.activations, self.counters, self.threads)
-        pipe = Pipe(self.world, place, wire.between_stages, self.counters, self.threads)
+        row = 4 * config.hidden
+        shared = shared_rows(self.world, place, row * self.limits.max_tokens)
+        group = Group(self.world, place, self.wire, self.counters, self.threads, shared)
+        pipe = Pipe(self.world, place, between_stages, self.counters, self.threads)
         return Decoder(
             config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors
         )
 
 
 def _leaves_open(spec: Spec, world: World) -> bool:
-    """Whether speeds can change the layout: there are several hosts, and the job does not say all."""
+    """Whether speeds can change the layout: there are several hosts, and the job leaves something open."""
     given = spec.layout
     return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)
 

@@ -1,4 +1,4 @@
-"""How fast ranks are, as measured (`measure`), as a file of hosts says (`hosts`), or as assumed."""
+"""How fast ranks are: measured (`measure`), from a file of hosts (`hosts`), or assumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Products = Mapping[str, Sequence[float]]  # by kind: operations/s with each of R
 
 @dataclass(frozen=True)
 class Speed:
-    """What a rank does in a second, and its host's link to other hosts; `wire` is 0 if that is not known."""
+    """Rates of a rank, and of its host's link to other hosts; `wire` is 0 if the link is not known."""
 
     products: Products
     memory: float  # bytes/s that it reads
@@ -25,7 +25,7 @@ class Speed:
     wire: float = 0.0  # bytes/s
 
     def shared_by(self, ranks: float) -> Speed:
-        """That of each of so many ranks that share it; each has the whole link to other hosts."""
+        """The speed of each of so many ranks that share this one; each has the whole link to other hosts."""
         products = {kind: tuple(rate / ranks for rate in rates) for kind, rates in self.products.items()}
         return replace(self, products=products, memory=self.memory / ranks, disk=self.disk / ranks)
 
@@ -39,7 +39,7 @@ class Speed:
 
 
 def stand_in(kind: BlockType, known: Sequence[str]) -> str:
-    """The known kind whose products cost about as much: quantised too or not, of about as many bytes."""
+    """The measured kind that stands for a type: quantised or not like it, and with the most similar size."""
     name = kind.name.lower()
     if name in known:
         return name

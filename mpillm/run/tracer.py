@@ -45,7 +45,7 @@ class Tracer:
                 self._ranks.append(found)
 
     def write(self) -> None:
-        """Write the file, on rank 0; what it did since `gather` is in it, too."""
+        """Write the file on rank 0, with its spans since `gather`."""
         trace_file.write(self._path, [self._own(), *self._ranks])
 
     def _own(self) -> RankTrace:

@@ -22,12 +22,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpillm import __version__
 from mpillm.batch import bodies
-from mpillm.batch.answers import NOT_FINITE
+from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model, Work
 from mpillm.engine.sequence import FinishedCompletion
-from mpillm.errors import RequestError
+from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
 from mpillm.serve.metrics import Metrics
@@ -155,9 +155,12 @@ class _Ask:
         completions = await self._wait(request, ticket, events)
         if completions is None:
             raise HTTPException(503, ENDED)
-        _check_finite(completions)
+        try:
+            check_finite(completions)
+            made = await loop.run_in_executor(None, answers.body, work, completions, service.model)
+        except NotFiniteError as error:
+            raise HTTPException(500, str(error)) from None
         service.metrics.count(work, completions)
-        made = await loop.run_in_executor(None, answers.body, work, completions, service.model)
         return Response(msgspec.json.encode(made), media_type="application/json")
 
     async def _chunks(
@@ -202,11 +205,6 @@ class _Ask:
             ticket.cancel()
             answer.cancel()
             gone.cancel()
-
-
-def _check_finite(completions: list[FinishedCompletion]) -> None:
-    if not all(completion.finite for completion in completions):
-        raise HTTPException(500, NOT_FINITE)
 
 
 async def _disconnected(request: Request) -> None:

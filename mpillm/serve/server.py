@@ -84,6 +84,8 @@ def _lead(
     server = uvicorn.Server(config)
     web = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
     host, port = listener.getsockname()[:2]
+    for warning in session.warnings:
+        progress.say(warning)
     with first_signal_calls(arrivals.close):
         web.start()
         try:

@@ -177,11 +177,12 @@ class MemorySection(Section, frozen=True):
 class WireSection(Section, frozen=True):
     """How activations travel: Q8_0 blocks (34 bytes for 32 values), or exactly.
 
-    What shards sum travels twice a layer; what goes from stage to stage travels once a step. The latter is exact by
-    default, so that the number of stages changes no result, at a cost that only slow networks feel.
+    What shards sum travels twice a layer, and what goes from stage to stage once a step. What travels exactly makes
+    no result depend on the number of shards or stages. "auto" is f32, unless shards are on several hosts whose network
+    makes it dear (`run.wire`).
     """
 
-    activations: Literal["q8_0", "f32"] = "q8_0"  # between the shards of a stage
+    activations: Literal["auto", "q8_0", "f32"] = "auto"  # between the shards of a stage
     between_stages: Literal["q8_0", "f32"] = "f32"
 
 

@@ -121,8 +121,8 @@ def _parts(given: Sequence[Path]) -> list[Path]:
 
 def _names(parts: Sequence[Path]) -> list[str]:
     """A name for each part: its directory's, or its path where two directories have the same name."""
-    names = [part.resolve().name for part in parts]
-    return names if len(set(names)) == len(names) else [str(part) for part in parts]
+    names = [printable(part.resolve().name) for part in parts]
+    return names if len(set(names)) == len(names) else [printable(str(part)) for part in parts]
 
 
 def _metadata(parts: Sequence[Path]) -> dict[str, Any]:

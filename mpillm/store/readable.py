@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,6 +13,15 @@ import msgspec
 def printable(text: str) -> str:
     """A path or a name, with escapes such as \\xe9 for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def path_of(text: str) -> Path:
+    """The path that `printable` wrote as `text`: the text itself if there is such a file, else with its bytes."""
+    path = Path(text)
+    if path.exists():
+        return path
+    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), text.encode())
+    return Path(os.fsdecode(raw))
 
 
 def as_json(value: Any) -> bytes:

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -80,10 +80,11 @@ class PartialResult(msgspec.Struct, tag="part", frozen=True):
 
 
 class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
-    """How many stages of how many shards computed the results that follow this record."""
+    """How many stages of how many shards computed the results that follow this record, and how these sent sums."""
 
     stages: int
     shards: int
+    wire: Literal["q8_0", "f32"] = "q8_0"
 
     def __str__(self) -> str:
         return f"{self.stages} stage(s) x {self.shards} shard(s)"

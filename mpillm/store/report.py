@@ -121,6 +121,7 @@ class Report(msgspec.Struct, kw_only=True):
     stages: int  # of rank 0's replica
     shards: int
     replicas: int = 1
+    wire: dict[str, str] = {}  # how activations went, by the key of the job's [wire]
     ranks: list[RankStatistics]
     versions: dict[str, str]
     timeline: list[

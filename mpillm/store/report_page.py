@@ -70,11 +70,14 @@ def summary(report: Report) -> Iterator[str]:
             f"KV cache on disk: {shown_bytes(read)} read, {shown_bytes(written)} written, at most {waited:.1f} s "
             "waited for it."
         )
-    wire = {kind: count for kind, count in report.wire_bytes_per_token().items() if count}
+    formats = {"all_reduce": report.wire.get("activations"), "pipe": report.wire.get("between_stages")}
+    wire = [
+        f"{kind} {count:.0f}{f' ({formats[kind]})' if formats.get(kind) else ''}"
+        for kind, count in report.wire_bytes_per_token().items()
+        if count
+    ]
     if wire:
-        yield (
-            "Wire bytes per token: " + ", ".join(f"{kind} {count:.0f}" for kind, count in wire.items()) + "."
-        )
+        yield f"Wire bytes per token: {', '.join(wire)}."
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:
@@ -115,12 +118,8 @@ def cite(report: Report) -> str:
     if "fingerprint" in model:
         facts[-1] += f" ({model.get('weights', '')}, fingerprint {model['fingerprint']})"
     facts += [f"{report.stages} stage(s) x {report.shards} shard(s)"]
-    for section in ("sampling", "wire"):
-        facts += [
-            f"{section}.{key} {value}"
-            for key, value in job.get(section, {}).items()
-            if value not in (None, [])
-        ]
+    for section, values in (("sampling", job.get("sampling", {})), ("wire", report.wire)):
+        facts += [f"{section}.{key} {value}" for key, value in values.items() if value not in (None, [])]
     return printable("; ".join(facts))
 
 

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mpillm import __version__
-from mpillm.batch.answers import NOT_FINITE, bad_line, error_line, result_line
+from mpillm.batch.answers import bad_line, check_finite, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
 from mpillm.engine.sequence import FinishedCompletion
+from mpillm.errors import NotFiniteError
 from mpillm.store.directory import SYNC_BYTES, Directory
 from mpillm.store.hdf5 import GrowingDataset, RaggedColumn, TextColumn, new_file
 from mpillm.store.journal import Journal
@@ -42,9 +43,11 @@ def finished(work: Work, completions: Sequence[FinishedCompletion], model: Model
 
 def ended(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
     """The journal's record of a request whose choices are all computed: an error if any of them is not finite."""
-    if all(completion.finite for completion in completions):
+    try:
+        check_finite(completions)
         return finished(work, completions, model)
-    return failed(work, NOT_FINITE, status=500)
+    except NotFiniteError as error:  # what an endpoint makes of a pooled vector may overflow, too
+        return failed(work, str(error), status=500)
 
 
 def failed(work: Work, message: str, status: int = 400) -> Result:

@@ -28,6 +28,7 @@ from mpillm.spec import TableFormat
 from mpillm.store import report
 from mpillm.store.directory import Directory, replacing
 from mpillm.store.output import INPUT
+from mpillm.store.readable import path_of
 from mpillm.store.results import JSONL
 
 Row = dict[str, Any]
@@ -66,7 +67,7 @@ def export(run: Path, format: TableFormat, target: Path | None, lines: Path | No
     made = report.read(run)
     check_library(format)
     if lines is None:
-        lines = run / INPUT if (run / INPUT).exists() else Path(made.input.path) if made.input else None
+        lines = run / INPUT if (run / INPUT).exists() else path_of(made.input.path) if made.input else None
     if lines is None or not lines.exists():
         where = "is not known, as after a merge" if lines is None else f"is no longer at {lines}"
         raise JobError(f"The input of {run} {where}; say where it is: --input FILE.")

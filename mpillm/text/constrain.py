@@ -17,10 +17,19 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
 from mpillm.errors import RequestError
+from mpillm.text.interruptible import interruptible
 
 # Between the tokens of JSON: a space, or a line's end with an indentation. Without a bound models run away in it.
 WHITESPACE = r" |\n[ \t]{0,32}"
 MAX_WORDS = 300  # characters of a message of the library
+# The library takes time for the square of alternatives, memory for the square of a regular expression, and stack for
+# each rule or reference that leads to another one (3 and 9 KiB); where that ends, the process does. With these bounds
+# compiling takes at most about a second, 150 MiB and STACK.
+MAX_CHOICES = 20_000  # texts to choose from
+MAX_GRAMMAR = 1 << 16  # characters of a grammar in Lark's notation or GBNF
+MAX_PATTERN = 1 << 14  # characters of a regular expression, or of all in a schema
+MAX_REFERENCES = 8000  # "$ref" in a schema
+STACK = 96 << 20
 
 
 def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True) -> str:
@@ -36,6 +45,7 @@ def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True)
         schema = {}
     if not isinstance(schema, dict):
         raise RequestError("a schema must be an object, true or false")
+    _check_size(schema)
     options: Any = {"lenient": lenient, "whitespace_flexible": whitespace}
     if whitespace:
         options["whitespace_pattern"] = WHITESPACE
@@ -46,23 +56,48 @@ def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True)
 
 
 def regex_grammar(pattern: str) -> str:
-    """What a regular expression of Rust's regex crate matches as a whole."""
+    """What a regular expression of Rust's regex crate matches as a whole; RequestError if it is too long."""
+    _check_most("characters of the regular expression", len(pattern), MAX_PATTERN)
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """One of these texts."""
+    """One of these texts; RequestError if there are more than MAX_CHOICES."""
+    _check_most("texts to choose from", len(choices), MAX_CHOICES)
     return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def text_grammar(text: str) -> str:
-    """A grammar as users write it: Lark's notation, or GBNF (with ::=)."""
+    """A grammar as users write it: Lark's notation, or GBNF (with ::=); RequestError if it is too long."""
+    _check_most("characters of the grammar", len(text), MAX_GRAMMAR)
     if "::=" in text:
         try:
             text = gbnf_to_lark(text)
         except Exception as error:  # the converter raises whatever its parser runs into
             raise RequestError(f"the grammar cannot be read: {_short(str(error))}") from None
     return LLMatcher.grammar_from_lark(text)
+
+
+def _check_size(schema: Any) -> None:
+    """RequestError if a schema has more references, or longer patterns, than the library can take."""
+    references = characters = 0
+    left = [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            references += "$ref" in value
+            patterns = [value.get("pattern"), *(value.get("patternProperties") or ())]
+            characters += sum(len(pattern) for pattern in patterns if isinstance(pattern, str))
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+    _check_most("references ($ref) in the schema", references, MAX_REFERENCES)
+    _check_most("characters of patterns in the schema", characters, MAX_PATTERN)
+
+
+def _check_most(what: str, count: int, most: int) -> None:
+    if count > most:
+        raise RequestError(f"there are {count} {what}, and {most} are the maximum")
 
 
 class Grammars:
@@ -86,7 +121,7 @@ class Grammars:
         self._compiled(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = interruptible(lambda: LLMatcher(self._tokenizer, grammar, log_level=0), STACK)
         if matcher.is_error():
             raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")
         return matcher

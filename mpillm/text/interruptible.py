@@ -9,8 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def interruptible(work: Callable[[], T]) -> T:
+def interruptible(work: Callable[[], T], stack: int = 0) -> T:
     """What `work` returns or raises; the work must let other threads run, as a library's may.
+
+    `stack` is the size of the thread's stack in bytes, where the system's is too small; only what is used takes memory.
 
     Python handles signals between two instructions of the main thread, so it must not be the one that is away. If a
     handler raises an exception, the work is left alone and goes with the process.
@@ -25,7 +27,11 @@ def interruptible(work: Callable[[], T]) -> T:
             failed.append(error)
 
     thread = threading.Thread(target=do, daemon=True)
-    thread.start()
+    before = threading.stack_size(stack)
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(before)
     thread.join()
     if failed:
         raise failed[0]

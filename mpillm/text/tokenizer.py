@@ -8,17 +8,15 @@ writes it. Added tokens that are not control (Qwen3's <think>) are words like ot
 from __future__ import annotations
 
 import codecs
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from mpillm import tracing
 from mpillm.errors import ModelError, RequestError
 from mpillm.text import from_dllama, from_gguf, hf
 from mpillm.text.bounds import MAX_CHARS, TooLongError
@@ -29,11 +27,8 @@ from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
-from mpillm.text.interruptible import interruptible
-from mpillm.text.marks import unused_mark
+from mpillm.text.encode import CHUNK, Encoder, encoding, ends_around
 from mpillm.text.parts import TokenizerParts
-
-CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
 
 def load_tokenizer(
@@ -94,6 +89,7 @@ class Tokenizer:
         self.control_ids = frozenset(id for id, content in self._added.items() if content in parts.control)
         unknown = getattr(core.model, "unk_token", None)
         self._unknown = {self._id_of("unk_token"), core.token_to_id(unknown) if unknown else None}
+        self._encoder = Encoder(core, self._added, self.control_ids, self._unknown)
         self._kind, self.strips_space = decoding(core)
         self._bytes: dict[int, bytes] = {}
 
@@ -122,7 +118,7 @@ class Tokenizer:
         """
         parts = self._parts
         own = add_special and parts.add_bos is None and parts.add_eos is None
-        encode = self._whole if parse_special else self._plain
+        encode = self._encoder.whole if parse_special else self._encoder.plain
         if max_tokens is not None:
             self._check_length(text, max_tokens, encode)
         ids = encode(text, own)
@@ -135,7 +131,7 @@ class Tokenizer:
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
         """The tokens that `encode` puts before and behind a text with `add_special`."""
-        return _ends(*(self.encode("a", own) for own in (False, True)))
+        return ends_around(*(self.encode("a", own) for own in (False, True)))
 
     def max_chars(self, tokens: int) -> int:
         """The maximum number of characters that so many tokens can stand for."""
@@ -247,7 +243,7 @@ class Tokenizer:
         if isinstance(pieces, str):
             return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
         head, tail = self.around if add_special else ([], [])
-        return [*head, *self._mixed(pieces), *tail]
+        return [*head, *self._encoder.mixed(pieces), *tail]
 
     def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
         """A chat as one text, in which users' control tokens cannot be told from the template's."""
@@ -262,19 +258,19 @@ class Tokenizer:
         """
         if max_tokens is not None:
             for one in (text, other):
-                self._check_length(one, max_tokens, self._plain)
-        pair = _encoding(self._core, (text, other), own=True, plain=True)
+                self._check_length(one, max_tokens, self._encoder.plain)
+        pair = encoding(self._core, (text, other), own=True, plain=True)
         ids: list[int] = []
         second = None
         for id, segment, own in zip(pair.ids, pair.type_ids, pair.special_tokens_mask, strict=True):
             if segment == 1 and second is None:
                 second = len(ids)
-            ids += [id] if own else self._spelled(id)
+            ids += [id] if own else self._encoder.spelled(id)
         return ids, second
 
     def beginning(self, text: str, tokens: int) -> str:
         """What of a text, without control tokens, its first `tokens` tokens stand for."""
-        found = _encoding(self._core, text, own=False, plain=True).offsets[:tokens]
+        found = encoding(self._core, text, own=False, plain=True).offsets[:tokens]
         return text[: max((end for _, end in found), default=0)]
 
     def encode_template(
@@ -283,7 +279,7 @@ class Tokenizer:
         """A template in which {name} stands for a value; control tokens come from the template alone."""
         if max_tokens is not None:
             for value in values.values():
-                self._check_length(value, max_tokens, self._plain)
+                self._check_length(value, max_tokens, self._encoder.plain)
         marks = sorted((self._added[id] for id in self.control_ids), key=len, reverse=True)
         places = "|".join(map(re.escape, (*marks, *(f"{{{name}}}" for name in values))))
         pieces = [
@@ -291,7 +287,7 @@ class Tokenizer:
             for part in re.split(f"({places})", template)
             if part
         ]
-        return self._mixed(pieces)
+        return self._encoder.mixed(pieces)
 
     def template(self, name: str) -> str | None:
         """One of the model's chat templates by its name."""
@@ -314,76 +310,6 @@ class Tokenizer:
     def _id_of(self, name: str) -> int | None:
         content = self._parts.named.get(name)
         return None if content is None else self._core.token_to_id(content)
-
-    def _whole(self, text: str, own: bool) -> list[int]:
-        """Ids of a text in which control tokens are tokens."""
-        return _ids(self._core, text, own, plain=False)
-
-    def _plain(self, text: str, own: bool) -> list[int]:
-        """Ids of a text without control tokens; `own` lets the post-processor add its own around them."""
-        ids = _ids(self._core, text, False, plain=True)
-        ids = [part for id in ids for part in self._spelled(id)]
-        if not own:
-            return ids
-        head, tail = self._around
-        return [*head, *ids, *tail]
-
-    @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
-        """The tokens that the post-processor puts before and after a text."""
-        return _ends(*(_ids(self._core, "a", own, plain=True) for own in (False, True)))
-
-    def _spelled(self, id: int) -> list[int]:
-        """The token itself, or, if it is a control token, its characters: merges may reach one, too."""
-        if id not in self.control_ids or id in self._unknown:
-            return [id]
-        spelled = [part.id for char in self._added[id] for part in self._core.model.tokenize(char)]
-        return [part for part in spelled if part not in self.control_ids]
-
-    def _mixed(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        """Ids of pieces of one text: control tokens where a piece says so, ordinary text elsewhere.
-
-        They are encoded at once, so that the tokenizer does what it does at the beginning of a text and beside control
-        tokens: each control token is replaced by an alias that no text contains and that a copy of the tokenizer knows.
-        """
-        mark = unused_mark(text for text, _ in pieces)
-        if mark is None:
-            raise RequestError("The messages use every noncharacter of Unicode; remove one.")
-        core, aliases, originals = self._aliased(mark)
-        text = "".join(aliases[text] if control else text for text, control in pieces)
-        found = []
-        for id in _ids(core, text, False, plain=True):
-            found += [originals[id]] if id in originals else self._spelled(id)
-        return found
-
-    @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
-    def _aliased(self, char: str) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """A copy of the tokenizer with an alias for each control token, the aliases by content, and ids by alias id."""
-        core = tokenizers.Tokenizer.from_str(self._core.to_str())
-        tokens = [
-            token for id, token in self._core.get_added_tokens_decoder().items() if id in self.control_ids
-        ]
-        aliases = {token.content: f"{char}{number}{char}" for number, token in enumerate(tokens)}
-        core.add_tokens(
-            [
-                tokenizers.AddedToken(
-                    aliases[token.content],
-                    single_word=False,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=False,  # so that it is found where special tokens are not
-                )
-                for token in tokens
-            ]
-        )
-        originals = {}
-        for content, alias in aliases.items():
-            id, new = self._core.token_to_id(content), core.token_to_id(alias)
-            assert id is not None
-            assert new is not None
-            originals[new] = id
-        return core, aliases, originals
 
     def _bytes_of(self, id: int) -> bytes:
         if id in self.control_ids:
@@ -411,40 +337,3 @@ def _special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
         normalized=token.normalized,
         special=True,
     )
-
-
-def _ends(bare: list[int], full: list[int]) -> tuple[list[int], list[int]]:
-    """What stands before `bare` in `full`, and what behind it."""
-    at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
-    return full[:at], full[at + len(bare) :]
-
-
-def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:
-    """Ids of a text; `plain` makes text of control tokens in it, `own` adds those of the post-processor."""
-    return list(_encoding(core, text, own, plain).ids)
-
-
-def _encoding(
-    core: tokenizers.Tokenizer, text: str | tuple[str, str], own: bool, plain: bool
-) -> tokenizers.Encoding:
-    """The same of a text or of a pair of them, with what else the library says of it."""
-    texts = [text] if isinstance(text, str) else list(text)
-    for one in texts:
-        if one.isascii():
-            continue
-        try:
-            one.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The text is not Unicode: it has a lone surrogate, U+{ord(one[error.start]):04X}, at {error.start}."
-            ) from error
-    core.encode_special_tokens = plain
-    if sum(map(len, texts)) <= CHUNK:
-        with tracing.span("tokenize", characters=sum(map(len, texts))):
-            return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
-    encode = partial(
-        core.encode_batch_fast, [text], add_special_tokens=own
-    )  # unlike `encode`, lets the interpreter go
-    with tracing.span("tokenize", characters=len(texts[0])):
-        return interruptible(encode)[0]

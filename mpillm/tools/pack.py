@@ -21,6 +21,7 @@ from mpillm.model.opening import config_of, open_unpacked
 from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, replacing
+from mpillm.store.readable import printable
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.packed.file_plan import FilePlan, plan_files
@@ -65,7 +66,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pa
                 raise JobError(f"{path} has a classifier, which packed models cannot have; run it as it is.")
             size, digest = fingerprint(opened)
             about = {
-                "source": path.name,
+                "source": printable(path.name),
                 "source_bytes": str(size),
                 "source_hash": digest,
                 "weights": weights,

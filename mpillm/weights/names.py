@@ -36,8 +36,13 @@ _HF_IGNORED = re.compile(
     r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..+|"
     r"(model\.)?image_newline"
 )
-_GGUF_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
+GGUF_LONGROPE_FACTORS = {
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+}
+_ROPE_FACTORS = GGUF_ROPE_FACTORS, *GGUF_LONGROPE_FACTORS.values()
+_GGUF_IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
 
 class Parsed(NamedTuple):
@@ -147,7 +152,12 @@ def ignored_hf(name: str) -> bool:
 
 def ignored_gguf(name: str) -> bool:
     """Whether a tensor of a GGUF file is not a weight (rope factors are read with the configuration)."""
-    return _GGUF_IGNORED.fullmatch(name) is not None
+    return name in _ROPE_FACTORS or _GGUF_IGNORED.fullmatch(name) is not None
+
+
+def holds_rope_factors(name: str) -> bool:
+    """Whether a tensor of a GGUF file has divisors of rotary frequencies."""
+    return name in _ROPE_FACTORS
 
 
 def _parse(name: str, patterns: Iterable[_Pattern]) -> Parsed | None:

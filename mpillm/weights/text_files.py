@@ -36,7 +36,7 @@ def _modules(folder: Path) -> list[str]:
     None where modules.json cannot be read, which `embedding_settings` reports.
     """
     try:
-        modules = json.loads((folder / MODULES).read_text())
+        modules = json.loads((folder / MODULES).read_text("utf-8"))
         paths = [PurePosixPath(module["path"]) for module in modules if module.get("path")]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

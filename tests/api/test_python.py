@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Mpi, clean_environment
 from tests.e2e.jobs import CHAT, command, mixed_lines, results, write_lines
 
 pytestmark = pytest.mark.mpiexec
-SETTINGS = {"memory": {"kv": "16MiB"}, "wire": {"activations": "f32"}}
+SETTINGS = {"memory": {"kv": "16MiB"}}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ from mpi4py import MPI
 from mpillm import LLM
 
 comm = MPI.COMM_WORLD
-settings = {"memory": {"kv": "8MiB"}, "wire": {"activations": "f32"}}
+settings = {"memory": {"kv": "8MiB"}}
 with LLM(sys.argv[1], **settings) as llm:
     texts = [answer.text for answer in llm.generate(["the quick", "brown fox"], max_tokens=4)]
     streamed = {answer.index: answer.text for answer in llm.stream(["the quick", "brown fox"], max_tokens=4)}

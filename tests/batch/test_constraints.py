@@ -20,7 +20,7 @@ from mpillm.comm.world import World
 from mpillm.engine.sequence import Request
 from mpillm.errors import RequestError
 from mpillm.text import load_tokenizer
-from mpillm.text.constrain import Matcher, choice_grammar, json_grammar, regex_grammar
+from mpillm.text.constrain import Matcher, choice_grammar, json_grammar, regex_grammar, text_grammar
 from tests.agnostic import harness
 from tests.conftest import Mpi
 from tests.e2e.jobs import results, run, write_lines
@@ -218,6 +218,40 @@ def test_what_no_answer_can_obey_is_an_error_of_its_line(tmp_path: Path) -> None
     }
     assert errors(tmp_path, {"prompt": "a", "response_format": lenient}) == [None]
     assert END in TEXT.end_ids
+
+
+def references(count: int) -> dict[str, Any]:
+    """A schema whose definitions lead from one to the next."""
+    links = {f"a{n}": {"type": "array", "items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(count)}
+    return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{count}": {"type": "string"}}}
+
+
+def rules(count: int) -> str:
+    """A grammar whose rules lead from one to the next."""
+    return "\n".join(["start: a0", *(f"a{n}: a{n + 1}" for n in range(count)), f'a{count}: "x"'])
+
+
+TOO_LARGE = [
+    ({"guided_json": references(20_000)}, "20001 references ($ref) in the schema, and 8000 are the maximum"),
+    ({"guided_json": {"pattern": "(a|b)*" * 5000}}, "30000 characters of patterns in the schema, and 16384 are"),
+    ({"guided_json": {"patternProperties": {"(a|b)*" * 5000: {}}}}, "30000 characters of patterns"),
+    ({"guided_regex": "(a|b)*" * 5000}, "30000 characters of the regular expression, and 16384 are the maximum"),
+    ({"guided_choice": [str(n) for n in range(20_001)]}, "20001 texts to choose from, and 20000 are the maximum"),
+    ({"guided_grammar": rules(9000)}, "characters of the grammar, and 65536 are the maximum"),
+]  # fmt: skip
+
+
+def test_large_grammars_cost_their_line_alone(tmp_path: Path) -> None:
+    """The library's recursion ended the process; what is near the bounds is compiled, and runs."""
+    near = [{"guided_json": references(7900)}, {"guided_grammar": rules(4200)}]
+    found = errors(tmp_path, *({"prompt": "a", **body} for body in (*near, *(body for body, _ in TOO_LARGE))))
+    assert found[: len(near)] == [None] * len(near)
+    for error, (_, words) in zip(found[len(near) :], TOO_LARGE, strict=True):
+        assert words in str(error)
+    grammars = TEXT.grammars(TEXT.vocab_size, frozenset({END}))
+    for grammar in (json_grammar(near[0]["guided_json"]), text_grammar(str(near[1]["guided_grammar"]))):
+        matcher = grammars.matcher(grammar).copy()
+        assert matcher.allowed().any()
 
 
 def test_a_schema_that_the_library_does_not_take() -> None:

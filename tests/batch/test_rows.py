@@ -8,6 +8,7 @@ import io
 import json
 import random
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,9 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
     ("name", "content", "said"),
     [
         ("in.json", b'[{"a": 1} {"a": 2}]', "a comma or the end is missing at character 11"),
-        ("in.json", b'[{"a": 1},\n{"a": ]', "an element is malformed at character 12"),
-        ("in.json", b'[{"a": 1},]', "an element is malformed at character 11"),
+        ("in.json", b'[{"a": 1},\n{"a": ]', "a comma or the end is missing at character 19"),
+        ("in.json", b'[{"a": 1},\n{"a": "]', "the end of an element is missing at character 20"),
+        ("in.json", b'[{"a": 1},]', "an element is missing at character 11"),
         ("in.json", b'[{"a": 1}', "a comma or the end is missing at character 10"),
         ("in.json", b'[{"a": 1}] {}', "something follows its end at character 12"),
         ("in.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "is damaged, or not whole (gzip: "),
@@ -141,6 +143,50 @@ def test_inputs_that_cannot_be_used(name: str, content: bytes, said: str, tmp_pa
         prepared(job(tmp_path / name))
     assert said in str(caught.value)
     assert not (tmp_path / "out" / INPUT).exists()
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 16])
+def test_bad_elements_of_an_array_cost_no_other(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE", 20_000)
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    bad = [
+        '{"prompt": "a", "metadata": ' + "[" * 3000 + "]" * 3000 + "}",
+        '{"prompt": 01}',
+        '{"prompt": "two\nlines"}',
+        '{"prompt": "' + r"\"\\[" * 5000 + '"}',
+        "[" * 30_000 + "]" * 30_000,
+        '{"prompt": "a"]',
+        "nonsense",
+    ]
+    path = tmp_path / "in.json"
+    pairs = (f'{{"prompt": "good {number}"}}, {one}' for number, one in enumerate(bad))
+    path.write_text(f"[{', '.join(pairs)}]")
+    made = job(path)
+    prepared(made)
+    batch = requests.check(inputs.lines_path(made), made, WITH_TEXT, unit="Row")
+    assert [line.error is None for line in batch.lines] == [True, False] * len(bad)
+    found = [work.endpoint.prompt for work in batch.works()]  # type: ignore[attr-defined]
+    assert found == [f"good {number}" for number in range(len(bad))]
+
+
+def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a line of a table nor an element of an array, however long, takes more memory than a few lines may."""
+    longest, many = 1 << 18, 2_000_000
+    monkeypatch.setattr(rows, "MAX_LINE", longest)
+    (tmp_path / "in.csv").write_bytes(b"prompt,x\na,1\n" + b"ab," * many + b"\nc,2\n")
+    (tmp_path / "in.json").write_bytes(
+        b'[{"prompt": "a"}, {"prompt": "' + b"ab" * many + b'"}, {"prompt": "c"}]'
+    )
+    for name in ("in.csv", "in.json"):
+        tracemalloc.start()
+        lines = prepared(job(tmp_path / name))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert [json.loads(line).get("prompt") for line in lines] == ["a", None, "c"]
+        assert "longer than" in json.loads(lines[1])[rows.ROW_ERROR]
+        assert most < 8 * longest
 
 
 def test_bad_rows_cost_no_other(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from mpillm.cli import console
+from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing, unfailing, visible
 from tests.conftest import clean_environment
 from tests.e2e.jobs import command, results, write_lines
+from tests.store.test_report import made
 
 LINES = [
     {"custom_id": "snow\u2603man \u4f60\u597d", "prompt": "the quick", "max_tokens": 2},
@@ -98,6 +101,29 @@ def test_visible() -> None:
     assert visible("\udce9") == r"\xe9", "a byte of a path that is not UTF-8"
     for text in json.loads(json.dumps(list(map(chr, range(0x3000))))):
         assert visible(text).isprintable() or text.isspace() or ord(text) > 0x9F
+
+
+def test_what_cannot_be_shown_is_no_error_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a line of the results that is of no form that is known."""
+    source = tmp_path / "results.jsonl"
+    line = {"custom_id": "odd", "response": {"body": {"choices": [{"text": [1]}], "usage": {}}}}
+    source.write_text(json.dumps(line) + "\n")
+    Console().finish(made(), tmp_path)
+    said = capsys.readouterr().err
+    assert f"The answers in {source} cannot be shown" in said
+
+
+def test_choices_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Whether they are texts or tokens."""
+    choices = [{"text": " yes", "probability": 0.75}, {"text": [5, 9], "probability": 0.25}]
+    body = {"choices": choices, "best": {"logprob": 0}, "answer": " yes", "usage": {"prompt_tokens": 3}}
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps({"custom_id": "one", "response": {"body": body}}) + "\n"
+    )
+    console._show_answers(tmp_path / "results.jsonl", 1)
+    assert capsys.readouterr().out == "one: 0.75 for yes | 0.25 for [5, 9]\n"
 
 
 class Broken(io.StringIO):

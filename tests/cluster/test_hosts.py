@@ -105,6 +105,28 @@ def test_the_real_job_gives_the_same_bytes(
     assert replicas > 1 or min(sent[:ranks]) > 12 * 16 * 40 * 4, sent
 
 
+def test_shards_on_two_hosts_measure_the_network_and_say_what_they_choose(
+    hosts: Hosts, openmpi: Mpi, tmp_path: Path
+) -> None:
+    job, hostfile = write_job(tmp_path), tmp_path / "hosts"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses[:2]))
+    settings = ["--set", "layout.shards=2", "--set", "wire.activations=auto", "--output", tmp_path / "out"]
+    program = [sys.executable, "-m", "mpillm", "run", job, *settings]
+    done = run_bounded(
+        hosts.on_first([*hosts.launcher(openmpi, hostfile), "-n", "2", *program], environment(openmpi)),
+        90,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rounded = (
+        "mpillm: Shards send Q8_0, so the last digits of answers depend on their number, 2 (over the network"
+    )
+    wire = json.loads((tmp_path / "out" / "report.json").read_text())["wire"]["activations"]
+    assert wire == ("q8_0" if rounded in done.stderr else "f32")
+    assert re.search(rf"Wire bytes per token: all_reduce \d+ \({wire}\)", done.stderr)
+    assert wire == "q8_0" or results(tmp_path) == reference(tmp_path, openmpi, job)
+
+
 @pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_rank_killed_on_another_host_is_survived(
     hosts: Hosts, openmpi: Mpi, tmp_path: Path, victim: str

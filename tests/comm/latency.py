@@ -13,9 +13,10 @@ from statistics import median
 
 import numpy as np
 
-from mpillm.comm.collectives import Group
+from mpillm.comm.collectives import Group, Wire
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.program import guard
+from mpillm.comm.shared import SharedRows, shared_rows
 from mpillm.comm.world import World
 from mpillm.kernels import path
 from mpillm.partition.grid import Place
@@ -43,9 +44,15 @@ def main(world: World) -> int:
         took = {}
         if not world.oversubscribed:  # MPI's own waiting would take the cores from those it waits for
             took["MPI's own"] = microseconds(partial(world.comm.Allreduce, x, total))
-        for wire in ("f32", "q8_0"):
-            group = Group(world, place, wire, MessageCounters())
-            took[wire] = microseconds(partial(group.all_reduce, np.zeros_like(x)))
+        shared = shared_rows(world, place, x.nbytes)
+        ways: list[tuple[str, Wire, SharedRows | None]] = [
+            ("f32", "f32", None),
+            ("q8_0", "q8_0", None),
+            *([("f32 in shared memory", "f32", shared)] if shared else []),
+        ]
+        for name, wire, memory in ways:
+            group = Group(world, place, wire, MessageCounters(), shared=memory)
+            took[name] = microseconds(partial(group.all_reduce, np.zeros_like(x)))
         if world.rank == 0:
             figures = ", ".join(f"{name} {value:.1f}" for name, value in took.items())
             print(f"{world.size} ranks, {m} x {d}, {path()} kernels, microseconds: {figures}", flush=True)

@@ -59,14 +59,9 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def command(source: Path, output: Path, *settings: str, model: Path = CHAT) -> list[str]:
-    """The arguments of python for a run, with the f32 wire unless `settings` say otherwise."""
+    """The arguments of python for a run."""
     words = ["-m", "mpillm", "run", "--model", model, "--input", source, "--output", output]
-    return [
-        *map(str, words),
-        "--set",
-        "wire.activations=f32",
-        *(w for one in settings for w in ("--set", one)),
-    ]
+    return [*map(str, words), *(w for one in settings for w in ("--set", one))]
 
 
 def run(

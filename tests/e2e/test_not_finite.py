@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import Mpi
 from tests.e2e.jobs import CHAT, assert_one_sentence, results, run, write_lines
+from tests.model.pooled import FOLDER as POOLED
 
 pytestmark = pytest.mark.mpiexec
 
@@ -97,6 +98,30 @@ def test_a_matrix_that_is_not_finite_is_named(tensor: str, called: str, openmpi:
     assert [line["error"]["message"] for line in results(tmp_path / "out")] == [TOLD, TOLD]
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert set(report["errors"].values()) == {TOLD}
+
+
+def test_a_classifier_that_is_not_finite(openmpi: Mpi, tmp_path: Path) -> None:
+    """What follows pooling is looked at, too: a weight that is NaN, and weights whose products overflow."""
+    for value, said in ((np.nan, "classifier is not; fetch"), (3e38, "though its weights are")):
+        model = tmp_path / f"labels-{value}"
+        shutil.copytree(POOLED / "bert_labels", model)
+        weights = load_file(model / "model.safetensors")
+        (name,) = (name for name in weights if name.endswith("classifier.weight"))
+        weights[name][1] = np.float32(value)
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        bodies: list[dict[str, Any]] = [
+            {"input": [[7, 8, 9], [6]]},
+            {"input": [9, 9], "use_activation": False},
+        ]
+        source = write_lines(
+            tmp_path / "in.jsonl",
+            [{"url": "/v1/classify", "custom_id": str(n), "body": body} for n, body in enumerate(bodies)],
+        )
+        done = run(openmpi, 1, source, tmp_path / f"out-{value}", model=model)
+        assert done.returncode == 1, done.stderr
+        assert said in done.stderr
+        assert "Warning" not in done.stderr
+        assert [line["error"]["message"] for line in results(tmp_path / f"out-{value}")] == [TOLD, TOLD]
 
 
 def test_a_norm_that_is_not_finite_is_an_error_of_the_model(openmpi: Mpi, tmp_path: Path) -> None:

@@ -56,7 +56,11 @@ def test_a_compiler_without_openmp_builds_all_the_same(refused: str, tmp_path: P
         LDSHARED=f"{compiler} -shared",
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name.split(".")[0] for path in tmp_path.rglob("*.so")) == ["_compiled", "_limits"]
+    assert sorted(path.name.split(".")[0] for path in tmp_path.rglob("*.so")) == [
+        "_compiled",
+        "_flags",
+        "_limits",
+    ]
     calls = log.read_text().splitlines()
     openmp = [call for call in calls if "-fopenmp" in call]
     sources = [path.name for path in (ROOT / "cython" / "core").glob("*.c")]

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT, clean_environment, run_bounded
 from tests.lm_eval.make_expected import HERE, MODEL, RUNS, TASKS, read
 
-ARGS = f"--model_args model={MODEL},wire.activations=f32,memory.kv=64MiB"
+ARGS = f"--model_args model={MODEL},memory.kv=64MiB"
 EXPECTED: dict[str, Any] = json.loads((HERE / "expected.json").read_text())
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mpillm.comm.collectives import Channel, Group, Pipe, Wire
+from mpillm.comm.collectives import Channel, Group, Pipe, Wire, WireError
 from mpillm.comm.counters import MessageCounters
+from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType, dequantize, fold, quantize
 from mpillm.partition.grid import Axis, Place, panel_bounds
@@ -16,7 +19,7 @@ F32 = npt.NDArray[np.float32]
 PANELS = 8
 pytestmark = pytest.mark.mpi
 
-SHAPES = ((1, 576), (5, 96), (3, 33), (64, 2048))
+SHAPES = ((1, 576), (5, 96), (3, 33), (64, 2000), (2, 20000))
 
 
 @pytest.fixture(params=[1, 2, 4, 8])
@@ -54,9 +57,13 @@ def own_part(panels: F32, place: Place) -> F32:
     return part
 
 
-@WIRES
-def test_sums_are_the_tree(world: World, place: Place, wire: Wire) -> None:
-    group = Group(world, place, wire, MessageCounters())
+@pytest.mark.parametrize("wire", ["f32", "q8_0", "shared"])
+def test_sums_are_the_tree(world: World, place: Place, wire: Literal["f32", "q8_0", "shared"]) -> None:
+    """Also in shared memory, which takes the largest rows in pieces, and none of the widest."""
+    shared = shared_rows(world, place, 4 * 7 * 2000) if wire == "shared" else None
+    assert (shared is None) == (wire != "shared" or place.shards == 1)
+    counters = MessageCounters()
+    group = Group(world, place, "q8_0" if wire == "q8_0" else "f32", counters, shared=shared)
     for seed, (m, d) in enumerate(SHAPES):
         random = np.random.default_rng([seed, place.stage])  # the shards of a stage share the panels
         panels = random.standard_normal((PANELS, m, d), np.float32) * random.choice(
@@ -67,12 +74,16 @@ def test_sums_are_the_tree(world: World, place: Place, wire: Wire) -> None:
                     for s in range(place.shards)]  # fmt: skip
         x = everyone[place.shard].copy()
         group.all_reduce(x)
-        if wire == "f32" or place.shards == 1:
+        if wire != "q8_0" or place.shards == 1:
             assert np.array_equal(x, tree(panels)), f"{place} {wire} {m} x {d}"
         else:
             assert np.array_equal(x, tree(np.stack([through_q8_0(part) for part in everyone])))
         copies = world.gather((place.stage, x.tobytes()))
         assert len(set(copies)) == place.stages, "the shards of a stage have the same bytes"
+    values = sum(m * d for m, d in SHAPES)
+    if wire != "q8_0":
+        sent = counters.all_reduce.bytes_sent, counters.all_reduce.bytes_received
+        assert sent == (4 * values * (place.shards - 1),) * 2
 
 
 @WIRES
@@ -102,11 +113,16 @@ def test_pipes_carry(world: World, place: Place, wire: Wire) -> None:
         )
 
 
-def test_many_steps_in_flight(world: World, place: Place) -> None:
-    """Rank 0 orders all steps before it collects the first reply; orders are empty, small and large."""
+@WIRES
+def test_many_steps_in_flight(world: World, place: Place, wire: Wire) -> None:
+    """Rank 0 orders all steps before it collects the first reply; orders are empty, small and large.
+
+    Where sums go through shared memory, who waits for them moves the orders on.
+    """
     counters = MessageCounters()
     channel = Channel(world, counters)
-    group, pipe = Group(world, place, "q8_0", counters), Pipe(world, place, "q8_0", counters)
+    shared = shared_rows(world, place, 1 << 16) if wire == "f32" else None
+    group, pipe = Group(world, place, wire, counters, shared=shared), Pipe(world, place, wire, counters)
     steps = [(1, b""), (64, b"x" * 200_000), (2, bytes(range(24))), (7, b"y"), (300, b"z" * 70_000)]
     own: list[bytes] = []  # what rank 0 has to say itself
     for number, (m, order) in enumerate(steps):
@@ -134,6 +150,18 @@ def test_many_steps_in_flight(world: World, place: Place) -> None:
         sent = sum(len(order) for _, order in steps)
         assert counters.step.messages == len(steps) * (world.size - 1)
         assert counters.step.bytes_sent == sent * (world.size - 1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_that_are_out_of_step_are_noticed_in_shared_memory(world: World) -> None:
+    place = Place(world.rank, 1, world.size)
+    shared = shared_rows(world, place, 1 << 12)
+    assert shared is not None
+    assert shared.capacity == 1 << 10
+    group = Group(world, place, "f32", MessageCounters(), shared=shared)
+    x = np.ones((2 if world.rank else 1, 96), np.float32)
+    with pytest.raises(WireError, match=r"rank \d sent \d+ bytes where \d+ were expected"):
+        group.all_reduce(x)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -22,7 +22,7 @@ FEW = ["llama3", "qwen3_moe", "smol_bf16", "llama_mixed.gguf"]
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
 def test_every_layout(name: str, world: World) -> None:
-    """The f32 wire changes nothing, the Q8_0 wires only what travels over them."""
+    """By default nothing depends on the layout; the Q8_0 wires change only what travels over them."""
     path, reference = path_of(name), golden(name)
     graded = requests_of(reference)
     compared = [*graded, *sampled(reference)]
@@ -33,11 +33,12 @@ def test_every_layout(name: str, world: World) -> None:
     job: dict[str, Any] = {"kv_type": "f32"}
     for stages, shards in layouts(path, world.size):
         job |= {"stages": stages, "shards": shards}
-        for wire in ("f32", "q8_0"):
-            completions, _ = run_laid_out(world, path, requests, **job, activations=wire)
+        for wire in ("auto", "q8_0"):
+            completions, session = run_laid_out(world, path, requests, **job, activations=wire)
+            assert session.wire == ("q8_0" if wire == "q8_0" else "f32")
             if world.rank > 0:
                 continue
-            check(reference, completions[: len(graded)], bounds_of(name, not exact or wire != "f32"))
+            check(reference, completions[: len(graded)], bounds_of(name, not exact or wire == "q8_0"))
             rounded = f" wire=q8_0 shards={shards}" if wire == "q8_0" and shards > 1 else ""
             found = {f"{known}{rounded}": digest_of(completions[first:])}
             if not rounded:
@@ -45,9 +46,7 @@ def test_every_layout(name: str, world: World) -> None:
             recorded.check(found)
             assert not rounded or found[known + rounded] != recorded.recorded()[known]
         if stages > 1:
-            completions, _ = run_laid_out(
-                world, path, requests[first:], **job, activations="f32", between_stages="q8_0"
-            )
+            completions, _ = run_laid_out(world, path, requests[first:], **job, between_stages="q8_0")
             if world.rank == 0:
                 recorded.check({f"{known} between=q8_0 stages={stages}": digest_of(completions)})
 

@@ -132,6 +132,10 @@ JOBS = {
 }  # fmt: skip
 
 
+# Jobs that ask for what they use: planned is at most a quarter above measured.
+CLOSE = {"dense", "gguf", "unpacked", "mixture", "window", "many short lines", "embeddings"}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     folder = tmp_path_factory.mktemp("models")
@@ -224,4 +228,5 @@ def test_no_job_takes_more_than_its_plan(
     for rank in planned:
         peak = int((tmp_path / f"peak-{rank.rank}").read_text())
         assert peak <= rank.held
+        assert name not in CLOSE or rank.held <= 1.25 * peak, (peak, rank)
         print(f"{name}: rank {rank.rank}: {peak / 2**20:.1f} of {rank.held / 2**20:.1f} MiB")

@@ -58,10 +58,13 @@ def test_wire_bytes() -> None:
     source = open_source(MODELS / "llama3", "none")
     config = config_of(source)
     blocks = -(-config.hidden // 32)
-    all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
+    all_reduce = 2.0 * config.n_layers * 2 * 4 * config.hidden
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
     made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.between_stages=q8_0")
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 34 * blocks}
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.activations=q8_0")
+    all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
     assert plan.wire_bytes(config, 1, 1, BlockType.F32, BlockType.F32) == {
         "all_reduce": 0.0,
         "pipe": 0.0,
@@ -75,7 +78,7 @@ def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> Non
     with_input, without = plan.make(asked, 2), planned("llama3", 2)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
     prompts = (with_input.stages * with_input.step_sequences + 1) * 3 * input_memory.PROMPT
-    assert more == [3000 * (input_memory.LINE + input_memory.WRITTEN) + prompts, 0]
+    assert more == [input_memory.line_bytes(3000) + 3000 * input_memory.WRITTEN + prompts, 0]
 
 
 def test_a_budget_smaller_than_the_share_is_streamed() -> None:
@@ -104,7 +107,14 @@ def test_the_table() -> None:
     assert "layout    1 stage x 4 shards on 4 ranks" in text
     assert "also possible: 2 stages x 2 shards; 4 stages x 1 shard" in text
     assert "KV cache  f32, holds 4096 tokens: 8.0 requests of 512 tokens at once" in text
-    assert "less than float32" in text
+    assert "shards send f32, so answers do not depend on their number (those of a stage share a host)" in text
+    rounded = plan.as_text(planned("llama3", 4, "wire.activations=q8_0"))
+    assert "less than float32" in rounded
+    assert (
+        "shards send Q8_0, so the last digits of answers depend on their number, 4 (wire.activations"
+        in rounded
+    )
+    assert "shards send" not in plan.as_text(planned("llama3", 1))
     assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
     together = shown_bytes(sum(rank.held for rank in made.ranks))
     assert text.endswith(

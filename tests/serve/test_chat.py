@@ -17,7 +17,7 @@ from mpillm.cli.streams import visible
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.job_helpers import CHAT
 
-SETTINGS = ["--set", "sampling.max_tokens=7", "--set", "wire.activations=f32"]
+SETTINGS = ["--set", "sampling.max_tokens=7"]
 
 
 def answers(folder: Path, *conversations: list[str]) -> list[str]:

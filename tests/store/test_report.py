@@ -32,7 +32,7 @@ def made(**more: Any) -> report.Report:
         seconds=4.0, phases={"load": 1.0, "compute": 2.0}, requests=report.Requests(total=9, ok=8, errors=1, resumed=4),
         tokens=report.Tokens(prompt=100, generated=50),
         batch=report.Steps(max_sequences=256, max_tokens=512, kv_blocks=5, steps=70, most_sequences=9, streamed=0),
-        stages=1, shards=2, ranks=ranks, versions={"mpillm": "0"},
+        stages=1, shards=2, wire={"activations": "f32"}, ranks=ranks, versions={"mpillm": "0"},
         timeline=[(0.0, 0, 0), (1.0, 20, 2), (2.0, 50, 5)], errors={"bad": "Line 2: no."}, **more,
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_the_last_lines_of_a_run() -> None:
     assert list(report_page.summary(made())) == [
         "9 requests (4 of them by earlier runs): 8 answered, 1 ended in an error.",
         "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 of them generated.",
-        "Wire bytes per token: all_reduce 6.",
+        "Wire bytes per token: all_reduce 6 (f32).",
     ]
 
 
@@ -65,7 +65,7 @@ def test_shared_tokens_are_said_and_are_no_work() -> None:
     assert list(report_page.summary(shared))[1:] == [
         "100 prompt (90 of them shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
         "25.0 of them generated.",
-        "Wire bytes per token: all_reduce 15.",
+        "Wire bytes per token: all_reduce 15 (f32).",
     ]
 
 
@@ -160,7 +160,8 @@ def test_the_line_to_cite() -> None:
     run = made()
     run.model["fingerprint"], run.model["weights"] = "abc", "Q4_0"
     assert report_page.cite(run) == (
-        "mpillm 0; model small & <b>old</b> (Q4_0, fingerprint abc); 1 stage(s) x 2 shard(s); sampling.seed 3"
+        "mpillm 0; model small & <b>old</b> (Q4_0, fingerprint abc); 1 stage(s) x 2 shard(s); sampling.seed 3; "
+        "wire.activations f32"
     )
 
 

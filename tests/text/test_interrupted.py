@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import pytest
 
 from mpillm.text import confined, load_tokenizer
+from mpillm.text.encode import CHUNK
 from mpillm.text.interruptible import interruptible
-from mpillm.text.tokenizer import CHUNK, Tokenizer
+from mpillm.text.tokenizer import Tokenizer
 from tests.e2e.jobs import CHAT, WORDS
 from tests.text.vocabularies import STYLES, write_directory
 
@@ -65,7 +66,7 @@ class Endless:
 def test_a_text_that_is_encoded_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, endless = load_tokenizer(CHAT), Endless()
     assert tokenizer is not None
-    monkeypatch.setattr(tokenizer, "_core", endless)
+    monkeypatch.setattr(tokenizer._encoder, "_core", endless)
     with signalled(endless.begun.wait), pytest.raises(Told):
         tokenizer.encode("a" * (CHUNK + 1))
     assert not endless.never.is_set()
@@ -103,7 +104,7 @@ def test_long_texts_have_the_same_tokens(style: str, tmp_path: Path) -> None:
     )
     assert len(text) > CHUNK
     tokenizer._core.encode_special_tokens = False
-    assert tokenizer._whole(text, True) == tokenizer._core.encode(text, add_special_tokens=True).ids
+    assert tokenizer._encoder.whole(text, True) == tokenizer._core.encode(text, add_special_tokens=True).ids
 
 
 def test_what_the_work_raises_is_raised() -> None:

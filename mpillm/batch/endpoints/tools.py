@@ -50,18 +50,18 @@ ToolChoice = Choice | NamedChoice
 
 def read_tools(given: Sequence[Any] | None) -> list[Tool]:
     """The tools of a body; RequestError says which is wrong."""
-    tools: list[Tool] = []
+    tools: dict[str, Tool] = {}  # by name
     for index, item in enumerate(given or ()):
         try:
             found = msgspec.convert(item, FunctionTool).function
         except msgspec.ValidationError as error:
             text, _, place = str(error).partition(" - at `$")
             raise RequestError(f"tools[{index}]{place.rstrip('`')}: {plain_words(text)}") from None
-        if any(tool.name == found.name for tool in tools):
+        if found.name in tools:
             raise RequestError(f"tools[{index}]: there is another tool {found.name[:100]!r}")
         schema = {"type": "object", "properties": {}} if found.parameters is None else found.parameters
-        tools.append(Tool(found.name, schema, bool(found.strict)))
-    return tools
+        tools[found.name] = Tool(found.name, schema, bool(found.strict))
+    return list(tools.values())
 
 
 def choose(tools: Sequence[Tool], asked: ToolChoice | None) -> tuple[Sequence[Tool], Choice]:

@@ -1,4 +1,4 @@
-"""Parts of layers in terms of the single kernels; the compiled module has the same classes as one piece of work each.
+"""Parts of layers as sequences of single kernels; in the compiled module each of these classes is one call.
 
 Shapes: x [m, d], contiguous rows; a matrix is anything with `type, data, n, k, bounds` as `matmul` takes them,
 or with `parts` that are such matrices: with all of its columns, one under the other, or with all of its rows and

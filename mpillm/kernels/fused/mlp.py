@@ -66,7 +66,7 @@ class Expert:
 
 
 class Experts(Fused):
-    """Add to column panels [P, m, d] what experts make of rows of h [m, k], C-contiguous, times weights.
+    """Add the outputs of experts for rows of h [m, k], C-contiguous, times weights, to column panels [P, m, d].
 
     Rows `at[starts[i]:starts[i + 1]]`, at least one, go to expert i, and weights likewise. Experts are added in their
     order, the bias of an expert's down before its product. Panels are folded after the last expert, by the caller: so

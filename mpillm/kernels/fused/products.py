@@ -1,4 +1,4 @@
-"""What all parts of layers are made of: products of rows with matrices, and norms."""
+"""The base of all parts of layers: products of rows with matrices, and norms."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Fused:
         return out
 
     def _norm_heads(self, x: F32, norm: Norm | None, heads: int, threads: int) -> F32:
-        """x [m, heads * hd] with each head normalised by itself, or whole rows, as the norm is wide."""
+        """Normalise x [m, heads * hd]: each head by itself if the norm is as wide as a head, else whole rows."""
         if norm is None or norm.width == x.shape[1]:
             return self._norm(x, norm, threads, heads)
         return self._norm(x.reshape(-1, norm.width), norm, threads).reshape(x.shape)

@@ -13,7 +13,7 @@ from mpillm.kernels.types import F32, I32, Activation, Norm
 
 def _convolve(ops: Any, parts: list[F32], convs: Sequence[F32], biases: Sequence[F32 | None], states: F32,
               first_rows: I32, slots: I32, threads: int) -> int:  # fmt: skip
-    """Replace each of the parts by what its convolution with SiLU makes; returns where the states go on."""
+    """Replace each part by its convolution, followed by SiLU; return the offset of what follows in the states."""
     begin = 0
     for i, (w, bias) in enumerate(zip(convs, biases, strict=True)):
         convolved, floats = np.empty_like(parts[i]), (len(w) - 1) * w.shape[1]

@@ -35,5 +35,6 @@ __all__ = [
 def first_touch(memory: U8, threads: int = 1) -> None:
     """Write to each page of new memory, in turn by each thread; its values are then undefined.
 
-    Memory lies on the NUMA node of the thread that touches it first.  NumPy has no threads: whoever fills it does.
+    Memory is allocated on the NUMA node of the thread that touches it first. NumPy has no threads of its own, so here
+    nothing is done.
     """

@@ -154,7 +154,7 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
 
 
 def _tuned(tuning: tuple[float, int, int] | None, position: int) -> float:
-    """What `tuning` multiplies scores by at a position, a value of float32."""
+    """The factor of scores at a position by `tuning`, a float32 value."""
     if tuning is None:
         return 1.0
     beta, length, offset = tuning

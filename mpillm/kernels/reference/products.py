@@ -1,4 +1,4 @@
-"""How weights and activations are stored, and their products; see `reference` for what the twins promise."""
+"""Storing weights and activations, and their products; see `reference` for what the twins promise."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def pack(
     whole: int | None = None,
     head: int = 0,
 ) -> None:
-    """Canonical rows uint8 [n, row bytes] in kernel-ready form: rows `first`... of a matrix of `whole`.
+    """Pack canonical rows uint8 [n, row bytes] for the kernels: rows from `first` on of a matrix of `whole` rows.
 
-    Rows of floats stay as they are, but that a panel's columns lie together; others are interleaved by 16. `stored` is
-    their type if it is another one: floats, which are then quantised. With `head` > 0 they lie as llama.cpp stores q
-    and k: row (head, half, j) of heads of so many rows at (head, j, half).
+    Rows of floats keep their form, and the columns of a panel are put together; rows of other types are interleaved by
+    16. `stored` is the type of the input if it differs: floats, which are quantised. With `head` > 0 the input has the
+    order in which llama.cpp stores q and k: row (head, half, j) of heads of `head` rows is at (head, j, half).
     """
     type, stored = BlockType(type), BlockType(type if stored is None else stored)
     edges = check_bounds(bounds, k, type.block)
@@ -122,7 +122,7 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
            threads: int = 1, fold: bool = True, row_bytes: int = 0) -> None:  # fmt: skip
     """out [m, n] = x [m, k] @ W[n, k].T; with fold=False out [P, m, n] gets the panels' sums.
 
-    `row_bytes`: rows of floats lie so far apart in w, as in a file; 0: w is packed.
+    `row_bytes` is the distance between rows of floats in w, as in a file; 0 means that w is packed.
     """
     type = BlockType(type)
     edges = require_weights(type, w, n, k, bounds, row_bytes)
@@ -202,7 +202,7 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
 
 
 def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
-    """As `_quantised`, part by part of 32 columns, whose halves may have scales of their own."""
+    """Like `_quantised`, in parts of 32 columns, whose halves may have scales of their own."""
     w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
     acc = np.zeros((len(act), tiles * TILE_ROWS), np.float32)
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""Operations on rows: sums, norms, activations, what sampling asks; see `reference` for what the twins promise."""
+"""Operations on rows: sums, norms, activations, and those of sampling; see `reference` for what the twins promise."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.falcon_h1 import FalconH1
 from mpillm.model.families.gemma import Gemma
 from mpillm.model.families.gemma4 import Gemma4
-from mpillm.model.families.glm import Glm
+from mpillm.model.families.glm import Glm, GlmMixture
 from mpillm.model.families.gpt2 import Gpt2
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite
@@ -48,15 +48,16 @@ from mpillm.model.fields import Fields
 
 FAMILIES: tuple[Family, ...] = (
     Llama(),
-    Llama4(),
     Mistral(),
     Qwen(),
     QwenVlMixture(),
     DeepSeek(),
     QwenNext(),
+    Llama4(),
     Gemma(),
     Gemma4(),
     Glm(),
+    GlmMixture(),
     GptOss(),
     Granite(),
     GraniteHybrid(),
@@ -84,6 +85,9 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+_PUBLISHED = {
+    "PhiMoEForCausalLM": "PhimoeForCausalLM"
+}  # what files call a class, where transformers has another name
 _BY_GGUF = {kind: family for family in FAMILIES for kind in family.gguf}
 MODEL_TYPES: dict[str, str] = {
     model_type: name for family in FAMILIES for name, model_type in family.architectures.items()
@@ -106,6 +110,7 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
         named = [MODEL_TYPES[model_type]]
     elif not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ModelError(f"{name}: architectures must be a list of one name; {LISTED}.")
+    named = [_PUBLISHED.get(named[0], named[0])]
     if named[0] in WITH_IMAGES:
         text = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
         if text is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -23,7 +22,14 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_window, routed_config, usual_config
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_gating,
+    refuse_window,
+    routed_config,
+    usual_config,
+)
 
 
 class Dots(Family):
@@ -62,7 +68,6 @@ class Dots(Family):
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         refuse_window(fields)
-        if fields.integer("expert_gating_func", 2) != 2:
-            raise ModelError(f"{fields.path}: {fields.kind}.expert_gating_func must be 2, a sigmoid.")
+        refuse_gating(fields)
         config = usual_config(fields, shape_of) | routed_config(fields)
         return config | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
@@ -22,12 +23,16 @@ from mpillm.model.families.base import (
     read_window_types,
 )
 from mpillm.model.fields import Fields
+from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config, window_types
 from mpillm.weights.names import AFTER_NORMS, Names
+from mpillm.weights.roles import Key
 
 _TEXT = "Gemma4ForCausalLM"
 _NORM = "layers.{{l}}.{}_feedforward_layernorm{}.weight"
@@ -40,6 +45,7 @@ class Gemma4(Family):
     """
 
     architectures = {_TEXT: "gemma4_text"}
+    gguf = ("gemma4",)
     tied = True
     names = Names(
         hf={
@@ -89,7 +95,7 @@ class Gemma4(Family):
         attention = {
             kind: attention_of(
                 heads[kind],
-                read_rotary(fields, heads[kind], layer_type=kind),
+                _rotary(fields, heads[kind], kind),
                 window if kind == SLIDING else 0,
                 scale=1.0,
                 qkv_bias=bias,
@@ -127,6 +133,58 @@ class Gemma4(Family):
             embedding_scale=sizes.hidden**0.5,
             logit_softcap=fields.optional_number("final_logit_softcapping", 0, 1e9) or 0.0,
         )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        layers = fields.integer("block_count")
+        types, kv_heads = window_types(fields, layers, 6), fields.raw("attention.head_count_kv")
+        kv_heads = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
+        first = {kind: types.index(kind) for kind in (FULL, SLIDING) if kind in types}
+        if not len(types) == len(kv_heads) == layers or SLIDING not in first:
+            raise ModelError(
+                f"{fields.path}: the fields {fields.kind}.attention.* do not say what each layer is."
+            )
+        dims = {
+            kind: {
+                fields.integer(f"{name}{suffix}")
+                for name in ("attention.key_length", "attention.value_length")
+            }
+            | {fields.integer(f"rope.dimension_count{suffix}")}
+            for kind, suffix in ((FULL, ""), (SLIDING, "_swa"))
+        }
+        if any(len(found) != 1 for found in dims.values()):
+            raise ModelError(
+                f"{fields.path}: heads of keys and values that differ, or that turn in part, are not supported."
+            )
+        heads = {kind: kv_heads[number] for kind, number in first.items()}
+        config = usual_config(fields, shape_of, head_dim=dims[SLIDING].pop(), kv_heads=heads[SLIDING])
+        full, experts = first.get(FULL, 0), fields.integer("expert_count", 0)
+        return config | {
+            "architectures": [_TEXT],
+            "hidden_activation": "gelu_pytorch_tanh",
+            "global_head_dim": dims[FULL].pop(),
+            "num_global_key_value_heads": heads.get(FULL),
+            "attention_k_eq_v": shape_of(Key("v", full)) is None,
+            "layer_types": types,
+            "sliding_window": fields.integer("attention.sliding_window"),
+            "final_logit_softcapping": fields.number("final_logit_softcapping", 0.0),
+            "hidden_size_per_layer_input": fields.integer("embedding_length_per_layer_input", 0),
+            "num_kv_shared_layers": fields.integer("attention.shared_kv_layers", 0),
+            "rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0),
+            "enable_moe_block": experts > 0,
+            "num_experts": experts,
+            "top_k_experts": fields.integer("expert_used_count", 0),
+            "moe_intermediate_size": fields.integer("expert_feed_forward_length", 0),
+        }
+
+
+def _rotary(fields: Fields, sizes: Sizes, kind: str) -> Rotary:
+    """RoPE of a layer type; GGUF files have that of full layers, and the base of windows apart."""
+    local = fields.optional_number("rope_local_base_freq", 1.0, 1e30)
+    if local is None:
+        return read_rotary(fields, sizes, layer_type=kind)
+    if kind == SLIDING:
+        return Rotary(RopeConfig(local), sizes.head_dim)
+    return read_rotary(fields, sizes)
 
 
 def _full_sizes(fields: Fields, sizes: Sizes, types: list[str], same: bool) -> Sizes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -19,17 +21,31 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_gating,
+    refuse_window,
+    routed_config,
+    usual_config,
+)
 from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _DENSE, _MIXTURE = "Glm4ForCausalLM", "Glm4MoeForCausalLM"
 
 
 class Glm(Family):
-    """Dense layers have norms before and after; a mixture's router is a sigmoid with a correction, and has groups."""
+    """Norms before and after attention and MLP, and RoPE of neighbouring dimensions."""
 
-    architectures = {_DENSE: "glm4", _MIXTURE: "glm4_moe"}
-    model_types = {"glm4v_text": _DENSE, "glm4v_moe_text": _MIXTURE}
-    names = Names(hf={"layers.{l}.mlp.gate_up_proj.weight": ("gate", "up")})
+    architectures = {_DENSE: "glm4"}
+    model_types = {"glm4v_text": _DENSE}
+    gguf = ("glm4",)
+    names = Names(
+        hf={"layers.{l}.mlp.gate_up_proj.weight": ("gate", "up")},
+        gguf={"blk.{l}.ffn_up.weight": ("gate", "up")},
+    )
     defaults = {
         _DENSE: {
             "num_key_value_heads": 2,
@@ -38,7 +54,37 @@ class Glm(Family):
             "rms_norm_eps": 1.5625e-07,
             "attention_bias": True,
             "eos_token_id": [151329, 151336, 151338],
-        },
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "silu", "swish")
+        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        attention = attention_of(
+            sizes,
+            read_partial_rotary(fields, sizes, default=0.5, interleaved=True),
+            qkv_bias=fields.flag("attention_bias"),
+        )
+        layer = LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
+        return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        return usual_config(fields, shape_of, partial=True) | {
+            "architectures": [_DENSE],
+            "attention_bias": shape_of(Key("q_bias", 0)) is not None,
+        }
+
+
+class GlmMixture(Family):
+    """RoPE of halves, and a router that is a sigmoid with a correction and has groups."""
+
+    architectures = {_MIXTURE: "glm4_moe"}
+    model_types = {"glm4v_moe_text": _MIXTURE}
+    gguf = ("glm4moe",)
+    names = Names(gguf={"blk.{l}.post_attention_norm.weight": ("ffn_norm",)})
+    defaults = {
         _MIXTURE: {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -48,24 +94,19 @@ class Glm(Family):
             "n_shared_experts": 1,
             "moe_intermediate_size": 1408,
             "norm_topk_prob": True,
-        },
+        }
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields, "silu", "swish")
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
-        bias, mixture = fields.flag("attention_bias"), architecture == _MIXTURE
         attention = attention_of(
             sizes,
-            read_partial_rotary(fields, sizes, default=0.5, interleaved=not mixture),
-            qkv_bias=bias,
-            qk_norm=norm if mixture and fields.flag("use_qk_norm") else None,
+            read_partial_rotary(fields, sizes, default=0.5),
+            qkv_bias=fields.flag("attention_bias"),
+            qk_norm=norm if fields.flag("use_qk_norm") else None,
         )
-        mlp = MlpSpec(width, activation)
-        if not mixture:
-            dense = LayerSpec(attention, mlp, Norms(norm, norm), Norms(norm, norm))
-            return model(fields, architecture, sizes, lambda number: dense, norm)
-        experts = read_routed_experts(fields)
+        mlp, experts = MlpSpec(width, activation), read_routed_experts(fields)
         first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
         fields.raw("num_nextn_predict_layers")  # layers beyond the model's own, which are not read
 
@@ -73,3 +114,17 @@ class Glm(Family):
             return LayerSpec(attention, experts if number >= first else mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        refuse_gating(fields)
+        fields.raw("rope.dimension_sections")  # of an image's height and width: a text's all turn alike
+        return (
+            usual_config(fields, shape_of, partial=True)
+            | routed_config(fields)
+            | {
+                "architectures": [_MIXTURE],
+                "attention_bias": shape_of(Key("q_bias", 0)) is not None,
+                "use_qk_norm": shape_of(Key("q_norm", 0)) is not None,
+            }
+        )

@@ -43,7 +43,7 @@ class Granite(Family):
     """Granite 3 and later; a mixture's experts are as wide as a dense MLP would be."""
 
     architectures = {_DENSE: "granite", _MIXTURE: "granitemoe", _SHARED: "granitemoeshared"}
-    gguf = ("granite",)
+    gguf = ("granite", "granitemoe")
     names = Names(
         hf={
             "layers.{l}.block_sparse_moe.router.layer.weight": ("router",),
@@ -92,12 +92,18 @@ class Granite(Family):
         )
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-        refuse_experts(fields)
         refuse_window(fields)
         config = usual_config(fields, shape_of)
+        config["architectures"] = [_DENSE]
+        if fields.kind == "granitemoe":
+            config |= {
+                "architectures": [_SHARED],
+                "num_local_experts": fields.integer("expert_count"),
+                "num_experts_per_tok": fields.integer("expert_used_count"),
+                "shared_intermediate_size": fields.integer("expert_shared_feed_forward_length", 0),
+            }
+        else:
+            refuse_experts(fields)
         scales = [fields.number(name, 0.0) for name in _SCALES]
         scales[0] = scales[0] or config["head_dim"] ** -0.5  # as llama.cpp, not as transformers
-        return config | {
-            "architectures": [_DENSE],
-            **{key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale},
-        }
+        return config | {key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale}

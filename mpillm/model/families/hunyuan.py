@@ -24,7 +24,16 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    routed_config,
+    usual_config,
+)
 from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _DENSE, _MIXTURE = "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM"
 # What published files say of how the model is built, with the values that mean what is computed here.
@@ -43,6 +52,7 @@ class Hunyuan(Family):
     """All layers of a mixture have experts, as wide as a dense MLP would be, and one that all tokens share."""
 
     architectures = {_DENSE: "hunyuan_v1_dense", _MIXTURE: "hunyuan_v1_moe"}
+    gguf = ("hunyuan-dense", "hunyuan-moe")
     names = Names(
         hf={
             "layers.{l}.self_attn.query_layernorm.weight": ("q_norm",),
@@ -91,6 +101,23 @@ class Hunyuan(Family):
             return LayerSpec(attention, experts, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, mixture, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        config["attention_bias"] = shape_of(Key("o_bias", 0)) is not None
+        if fields.kind == "hunyuan-dense":
+            refuse_experts(fields)
+            return config | {"architectures": [_DENSE]}
+        routed, width = routed_config(fields), config["intermediate_size"]
+        return config | {
+            "architectures": [_MIXTURE],
+            "intermediate_size": fields.integer("expert_shared_feed_forward_length", width),
+            "num_experts": routed["n_routed_experts"],
+            "moe_topk": routed["num_experts_per_tok"],
+            "moe_intermediate_size": routed["moe_intermediate_size"],
+            "num_shared_expert": routed["n_shared_experts"],
+        }
 
 
 def _rotary(fields: Fields, sizes: Sizes) -> Rotary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -24,16 +25,21 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config
 from mpillm.weights.names import Names
 
 _TEXT = "Llama4ForCausalLM"
 _FULL, _CHUNKED = "full_attention", "chunked_attention"
+_WITHOUT_NORMS = (
+    128  # experts of the model whose q and k are not normed (Maverick), which no field of a GGUF says
+)
 
 
 class Llama4(Family):
     """q and k are normed without weights; an expert's input is multiplied by the sigmoid of its score."""
 
     architectures = {_TEXT: "llama4_text"}
+    gguf = ("llama4",)
     names = Names(
         hf={
             "layers.{l}.feed_forward.router.weight": ("router",),
@@ -119,6 +125,19 @@ class Llama4(Family):
             return LayerSpec(attention, experts if sparse[number] else dense, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        # How long chunks are, which layers have none, and how scores are tuned is in no field.
+        config, count = usual_config(fields, shape_of), fields.integer("expert_count")
+        return config | {
+            "architectures": [_TEXT],
+            "intermediate_size_mlp": config["intermediate_size"],
+            "intermediate_size": fields.integer("expert_feed_forward_length"),
+            "num_local_experts": count,
+            "num_experts_per_tok": fields.integer("expert_used_count"),
+            "interleave_moe_layer_step": fields.integer("interleave_moe_layer_step"),
+            "use_qk_norm": count != _WITHOUT_NORMS,
+        }
 
 
 def _sparse(fields: Fields, n_layers: int) -> list[bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -20,6 +22,7 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_gating, refuse_window, usual_config
 from mpillm.weights.names import Names
 
 
@@ -27,6 +30,7 @@ class MiniMax(Family):
     """The router is a sigmoid with a correction."""
 
     architectures = {"MiniMaxM2ForCausalLM": "minimax_m2"}
+    gguf = ("minimax-m2",)
     names = Names(
         hf={"layers.{l}.block_sparse_moe.e_score_correction_bias": ("router_correction",)},
     )
@@ -56,6 +60,18 @@ class MiniMax(Family):
         router = RouterSpec(read_chosen(fields, count), scoring="sigmoid", correction=True)
         layer = LayerSpec(attention, ExpertsSpec(count, width, router, activation), Norms(norm), Norms(norm))
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_window(fields)
+        refuse_gating(fields)
+        config = usual_config(fields, shape_of, partial=True)
+        return config | {
+            "architectures": ["MiniMaxM2ForCausalLM"],
+            "intermediate_size": fields.integer("expert_feed_forward_length", 0)
+            or config["intermediate_size"],
+            "num_local_experts": fields.integer("expert_count"),
+            "num_experts_per_tok": fields.integer("expert_used_count"),
+        }
 
 
 def _refuse_others(fields: Fields) -> None:

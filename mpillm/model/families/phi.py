@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -26,9 +27,12 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
 from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _PHI3, _MIXTURE = "Phi3ForCausalLM", "PhimoeForCausalLM"
+_QKV = "q", "k", "v"
 
 
 class Phi(Family):
@@ -38,12 +42,14 @@ class Phi(Family):
     """
 
     architectures = {_PHI3: "phi3", _MIXTURE: "phimoe"}
+    gguf = ("phi3", "phimoe")
     names = Names(
         hf={
-            "layers.{l}.self_attn.qkv_proj.weight": ("q", "k", "v"),
+            "layers.{l}.self_attn.qkv_proj.weight": _QKV,
             "layers.{l}.mlp.gate_up_proj.weight": ("gate", "up"),
             "layers.{l}.mlp.router.weight": ("router",),
-        }
+        },
+        gguf={"blk.{l}.attn_qkv.weight": _QKV, "blk.{l}.ffn_up.weight": ("gate", "up")},
     )
     defaults = {
         _PHI3: {
@@ -90,6 +96,23 @@ class Phi(Family):
         return model(
             fields, _MIXTURE, sizes, lambda number: layer, norm, head_bias=fields.flag("lm_head_bias")
         )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        config = usual_config(fields, shape_of, partial=True)
+        config["sliding_window"] = fields.integer("attention.sliding_window", 0) or None
+        if fields.kind == "phi3":
+            refuse_experts(fields)
+            return config | {"architectures": [_PHI3]}
+        # How near two experts must be to count as a tie is in no field: all published models have the default.
+        scale = fields.number("rope.scaling.attn_factor", 1.0) or 1.0
+        return config | {
+            "architectures": [_MIXTURE],
+            "num_local_experts": fields.integer("expert_count"),
+            "num_experts_per_tok": fields.integer("expert_used_count"),
+            "attention_bias": shape_of(Key("o_bias", 0)) is not None,
+            "lm_head_bias": shape_of(Key("head_bias")) is not None,
+            "rope_parameters": {"short_mscale": scale, "long_mscale": scale},
+        }
 
 
 def _scaled(fields: Fields, sizes: Sizes) -> Rotary:

@@ -12,6 +12,7 @@ from mpillm.weights.formats.adapter import AdapterFiles, Factors, pairs_of
 from mpillm.weights.formats.extent import Extent
 from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.gguf_header import read_header
+from mpillm.weights.formats.heads import row_groups
 from mpillm.weights.io.mapped import MappedFile
 
 _FACTOR = re.compile(r"(?P<tensor>.+)\.lora_(?P<factor>[ab])")
@@ -46,7 +47,7 @@ def open_gguf_adapter(path: Path, family: GgufFamily, config: dict[str, Any]) ->
                     )
                 b = replace(b, rope_heads=heads)
             scale = alpha / a.shape[0] if alpha else 1.0
-            factors.append(Factors(name, parsed, a, b, scale, family.row_groups(config)))
+            factors.append(Factors(name, parsed, a, b, scale, row_groups(config, family)))
         return AdapterFiles(path, (path,), file, factors)
     except BaseException:
         file.close()

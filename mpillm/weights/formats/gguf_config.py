@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpillm.errors import ModelError
-from mpillm.weights.names import Names, RowGroups
+from mpillm.weights.names import GGUF_LONGROPE_FACTORS, GGUF_ROPE_FACTORS, Names, RowGroups
 from mpillm.weights.roles import Key
 
 ShapeOf = Callable[[Key], Sequence[int] | None]
@@ -73,11 +73,12 @@ def config_of(
     path: Path,
     family: GgufFamily,
     shape_of: ShapeOf,
-    rope_factors: list[float] | None,
+    rope_factors: Mapping[str, list[float]],
 ) -> dict[str, Any]:
     """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there.
 
-    Where the family has something to say of the RoPE, the file's fields are added to it.
+    `rope_factors` has the values of tensors with divisors of rotary frequencies, by name. Where the family has
+    something to say of the RoPE, the file's fields are added to it.
     """
     fields = GgufFields(metadata, path)
     config = family.gguf_config(fields, shape_of)
@@ -109,11 +110,12 @@ def usual_config(
     eps: tuple[str, str] = ("layer_norm_rms_epsilon", "rms_norm_eps"),
     partial: bool = False,
     head_dim: int | None = None,
+    kv_heads: int | None = None,
 ) -> dict[str, Any]:
     """The keys of nearly all models, from their usual fields; `eps` has the field and the key of what norms add.
 
     `partial`: RoPE may turn a part of each head; and all layers may have experts, so that no other MLP has a width.
-    `head_dim` is given where the usual fields do not say it.
+    `head_dim` and `kv_heads` are given where the usual fields do not say it.
     """
     embed = shape_of(Key("embed"))
     if embed is None:
@@ -127,7 +129,7 @@ def usual_config(
         "hidden_size": hidden,
         "num_hidden_layers": fields.integer("block_count") - fields.integer("nextn_predict_layers", 0),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.of_some_layers("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads or fields.of_some_layers("attention.head_count_kv", heads),
         "vocab_size": embed[0],
         "max_position_embeddings": fields.integer("context_length"),
         eps[1]: fields.number(f"attention.{eps[0]}"),
@@ -189,6 +191,12 @@ def refuse_experts(fields: GgufFields) -> None:
     if fields.integer("expert_count", 0):
         raise ModelError(f"{fields.path}: experts are not supported in {fields.kind} files.")
     fields.integer("expert_used_count", 0)
+
+
+def refuse_gating(fields: GgufFields) -> None:
+    """ModelError if a file's router is another one than a sigmoid, which an absent field means as well."""
+    if (fields.integer("expert_gating_func", 2) or 2) != 2:
+        raise ModelError(f"{fields.path}: {fields.kind}.expert_gating_func must be 2, a sigmoid.")
 
 
 def refuse_window(fields: GgufFields) -> None:
@@ -272,10 +280,9 @@ def _head_dim(fields: GgufFields, default: int, partial: bool) -> dict[str, Any]
         raise ModelError(f"{fields.path}: keys and values of different lengths are not supported.")
     turning = fields.integer("rope.dimension_count", head_dim)
     if partial and 0 < turning <= head_dim:
-        return {
-            "head_dim": head_dim,
-            "partial_rotary_factor": (turning + 0.5) / head_dim,
-        }  # cut to a whole number
+        # What it comes to is cut to a whole number.
+        part = 1.0 if turning == head_dim else (turning + 0.5) / head_dim
+        return {"head_dim": head_dim, "partial_rotary_factor": part}
     if turning != head_dim:
         raise ModelError(
             f"{fields.path}: {fields.kind}.rope.dimension_count is {fields.values['rope.dimension_count']}, but only "
@@ -285,7 +292,7 @@ def _head_dim(fields: GgufFields, default: int, partial: bool) -> dict[str, Any]
 
 
 def _rope(
-    fields: GgufFields, config: dict[str, Any], factors: list[float] | None, multiplies_scores: bool
+    fields: GgufFields, config: dict[str, Any], factors: Mapping[str, list[float]], multiplies_scores: bool
 ) -> dict[str, Any]:
     theta = fields.number("rope.freq_base", 10000.0)
     kind = fields.raw("rope.scaling.type")
@@ -298,6 +305,10 @@ def _rope(
     if kind is None:
         kind, factor = ("linear", factor or linear) if (factor or linear) else ("none", 0.0)
     rope: dict[str, Any] = {"rope_theta": theta}
+    longrope = {key: factors[name] for key, name in GGUF_LONGROPE_FACTORS.items() if name in factors}
+    if len(longrope) == len(GGUF_LONGROPE_FACTORS) and kind in {"none", "longrope"}:
+        old = {"original_max_position_embeddings": original or config["max_position_embeddings"]}
+        return rope | longrope | old | {"rope_type": "longrope", "attention_factor": attention}
     if kind not in {"none", "linear", "yarn"}:
         raise ModelError(
             f"{fields.path}: {fields.kind}.rope.scaling.type {str(kind)[:40]!r} is not supported."
@@ -306,12 +317,12 @@ def _rope(
         raise ModelError(
             f"{fields.path}: {fields.kind}.rope.scaling.attn_factor without yarn is not supported."
         )
-    if factors is not None:
+    if GGUF_ROPE_FACTORS in factors:
         if kind != "none" and factor not in {0.0, 1.0}:
             raise ModelError(
                 f"{fields.path}: rope_freqs.weight together with {kind} scaling is not supported."
             )
-        return rope | {"rope_type": "factors", "factors": factors}
+        return rope | {"rope_type": "factors", "factors": factors[GGUF_ROPE_FACTORS]}
     if kind == "none" or factor in {0.0, 1.0}:
         return rope | {"rope_type": "default"}
     if kind == "linear":

@@ -16,7 +16,7 @@ from mpillm.weights.formats.extent import Extent, add
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_config import config_of
 from mpillm.weights.formats.gguf_header import GgufHeader, GgufTensor, read_header
-from mpillm.weights.formats.heads import split_kv_b
+from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Parsed
@@ -38,11 +38,11 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         composed: list[
             tuple[Parsed, Extent]
         ] = []  # tensors that only the configuration tells how to take apart
-        factors: list[float] | None = None
+        factors: dict[str, list[float]] = {}  # divisors of rotary frequencies by tensor
         for file, header in zip(files, headers, strict=True):
             for name, tensor in header.tensors.items():
-                if name == names.GGUF_ROPE_FACTORS:
-                    factors = _factors(file, tensor)
+                if names.holds_rope_factors(name):
+                    factors[name] = _factors(file, name, tensor)
                 if not names.ignored_gguf(name) and not _predicts_further(name, metadata):
                     parsed, extent = _parse(file, name, tensor, family.names)
                     if len(parsed.roles) == 1:
@@ -50,7 +50,7 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
                     else:
                         composed.append((parsed, extent))
         config = config_of(metadata, path, family, lambda key: _shape(extents, key), factors)
-        groups = family.row_groups(config)
+        groups = row_groups(config, family)
         for parsed, extent in composed:
             add(extents, parsed, extent, groups)
         split_kv_b(extents, config, path)
@@ -124,10 +124,10 @@ def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:
     return extents[key].shape if key in extents else None
 
 
-def _factors(file: MappedFile, tensor: GgufTensor) -> list[float]:
-    """The divisors of rotary frequencies that Llama 3's scaling comes to."""
+def _factors(file: MappedFile, name: str, tensor: GgufTensor) -> list[float]:
+    """Divisors of rotary frequencies: what Llama 3's scaling comes to, or LongRoPE's."""
     if tensor.stored.name != "F32" or math.prod(tensor.shape) != tensor.shape[-1]:
-        raise ModelError(f"{file.path}: {names.GGUF_ROPE_FACTORS} must be a vector of F32.")
+        raise ModelError(f"{file.path}: {name} must be a vector of F32.")
     return [float(value) for value in file.view(tensor.offset, tensor.nbytes).view(np.float32)]
 
 

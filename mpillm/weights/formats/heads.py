@@ -16,7 +16,9 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Extent, Lies, Rows
+from mpillm.weights.formats.gguf_config import GgufFamily
 from mpillm.weights.formats.stored import OWN, Bytes
+from mpillm.weights.names import RowGroups
 from mpillm.weights.roles import Key
 
 
@@ -98,3 +100,17 @@ def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path
                 whole.file, whole.name, whole.offset, shape, stored,
                 whole=whole, each=each, first=first, count=count, transposed=transposed,
             )  # fmt: skip
+
+
+def row_groups(config: dict[str, Any], family: GgufFamily) -> RowGroups:
+    """How tensors that hold several matrices are taken apart."""
+    return {**_attention_rows(config), **family.row_groups(config)}
+
+
+def _attention_rows(config: dict[str, Any]) -> RowGroups:
+    """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        return {}
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    return {("q", "k", "v"): (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)}

@@ -12,8 +12,7 @@ from mpillm.errors import ModelError
 from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, Made, Recipe, add
 from mpillm.weights.formats.families import Families
-from mpillm.weights.formats.gguf_config import GgufFamily
-from mpillm.weights.formats.heads import split_kv_b
+from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
 from mpillm.weights.formats.safetensors import SafetensorsTensor, read_header
@@ -159,20 +158,6 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
     if found is None or type(own) is not int or type(further) is not int:
         return False
     return own <= int(found["layer"]) < own + further
-
-
-def row_groups(config: dict[str, Any], family: GgufFamily) -> names.RowGroups:
-    """How tensors of a directory that hold several matrices are taken apart."""
-    return {**_attention_rows(config), **family.row_groups(config)}
-
-
-def _attention_rows(config: dict[str, Any]) -> names.RowGroups:
-    """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    if type(heads) is not int or type(hidden) is not int or heads < 1:
-        return {}
-    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
-    return {("q", "k", "v"): (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)}
 
 
 def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, groups: names.RowGroups) -> None:

@@ -13,7 +13,8 @@ from mpillm.errors import ModelError
 from mpillm.weights.formats.adapter import AdapterFiles, Factors, pairs_of
 from mpillm.weights.formats.extent import Extent
 from mpillm.weights.formats.gguf_config import GgufFamily
-from mpillm.weights.formats.hf import read_json, row_groups
+from mpillm.weights.formats.heads import row_groups
+from mpillm.weights.formats.hf import read_json
 from mpillm.weights.formats.safetensors import SafetensorsTensor, read_header
 from mpillm.weights.formats.stored import OWN
 from mpillm.weights.io.mapped import MappedFile

@@ -1,0 +1,41 @@
+"""Typical mistakes are answered by one sentence that says what to type instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpillm.cli import main
+
+MISTAKES = {
+    "an option of the job": ("run --max-tokens 5", "type --set sampling.max_tokens=5"),
+    "an input as the job": ("plan prompts.jsonl", "to run its requests, type --input prompts.jsonl"),
+    "a command": ("rnu", "there is no command 'rnu'; did you mean run?"),
+    "no such command": ("frobnicate", "there is no command 'frobnicate'; there are run, plan,"),
+    "a key": ("plan --set sampling.temprature=1", "did you mean 'sampling.temperature'?"),
+    "no input": ("plan --model smollm2-135m --output out", "add input = \"...\" or --input PATH"),
+    "a job that is not there": ("plan jobs/quickstrat.toml", "There is no job file jobs/quickstrat.toml"),
+    "a model that is not there": ("pull nosuch", "it has smollm2-135m, qwen3-0.6b"),
+    "launch without ranks": ("launch run", "mpillm launch -n 2 run, or --hostfile FILE"),
+    "launch of something else": ("launch -n 2 plan", "launch starts runs: mpillm launch -n 2 run JOB.toml"),
+    "a port": ("serve --port 99999", "99999 is no port; ports are 0 (any free one) to 65535"),
+    "a size": ("plan --memory lots", "'lots' is no size"),
+    "a run that is not there": ("report nothing", "There is no finished run in nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, said = MISTAKES[name]
+    try:
+        code = main(words.split())
+    except SystemExit as end:  # argparse's
+        code = int(end.code or 0)
+    shown = capsys.readouterr().err
+    assert code == 2, shown
+    assert said in shown, shown
+    assert "Traceback" not in shown
