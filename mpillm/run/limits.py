@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillm.engine.scheduler import Limits
+from mpillm.engine.limits import Limits
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
