@@ -331,7 +331,7 @@ class Session:
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
-            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed, capacity.blocks),
             activations=memory.activations(
                 self._activations, place, min(limits.max_tokens, self._asked.rows)
             ),
