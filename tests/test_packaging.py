@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-BUILT_FROM = ("cython/", "mpillm/", "jobs/", "slurm/")
+BUILT_FROM = ("cython/", "mpillm/", "jobs/", "slurm/", "docs/", "packaging/")
 BESIDE = {"mpillm.jobs": "jobs", "mpillm.slurm": "slurm", "mpillm.slurm.hosts": "slurm/hosts"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

@@ -1,6 +1,7 @@
 """The ranks' messages: sums over the shards of a stage, activations between stages, orders and replies, requests.
 
-Nothing here pickles and nothing blocks: what is sent leaves in the background from a buffer that is kept until it has
+The shards of one host sum in memory that they share (see `shared`), all else travels as messages. Nothing here pickles
+and nothing blocks: what is sent leaves in the background from a buffer that is kept until it has
 gone, and what is waited for is waited for by `World.wait`, which spares the cores. Messages of one kind between two
 ranks keep their order, so a rank may be several steps ahead of another.
 """

@@ -15,11 +15,12 @@ from mpillm.comm.collectives import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.chunks import chunks_of
+from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.messages import Fetch, Stop
 from mpillm.engine.pace import Pace
 from mpillm.engine.reply import Reply, ReplyBuilder, merge
 from mpillm.engine.sampler import Candidates
-from mpillm.engine.scheduler import Limits, Scheduler, Totals
+from mpillm.engine.scheduler import Scheduler
 from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request, Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.engine.step import Hidden, Step

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from mpillm.engine.scheduler import Limits
+from mpillm.engine.limits import Limits
 
 
 class Paged(Protocol):

@@ -5,76 +5,16 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
 from mpillm.engine.blocks import NO_SLOT, BlockPool, BlockTable
+from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.saved_states import SavedStates
 from mpillm.engine.sequence import Sequence
-from mpillm.engine.speculation import DRAWN_ROWS, Mode, Speculation
+from mpillm.engine.speculation import DRAWN_ROWS, Speculation
 from mpillm.kernels import KV_BLOCK
-from mpillm.model.cache_layout import blocks_for, first_kept, longest_sequence, window_blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The capacity of a step and of the cache."""
-
-    n_blocks: int  # KV blocks of `KV_BLOCK` tokens, the same number on every rank
-    blocks_in_memory: int  # of them: when more are in use, layers lie on disk
-    max_sequences: int  # in one step
-    max_tokens: int  # in one step
-    micro_batches: int  # steps in flight at once, at most: one for each stage keeps all of them busy
-    prefix_sharing: bool = True  # compute what sequences begin with alike only once
-    streams: bool = False  # each step costs some rank a pass over weights that do not stay in memory
-    windows: tuple[int, ...] = (
-        0,
-    )  # of each group of layers with a block table of its own; 0: all tokens are kept
-    speculation: Mode = "off"
-    n_slots: int = 0  # for sequences' states, if the model has any
-    n_saved: int = 0  # slots for states after prefixes; they are numbered behind the others
-    whole_prompts: bool = False  # a step has all of a prompt or nothing; none is longer than `max_tokens`
-
-    @property
-    def n_states(self) -> int:
-        """All slots."""
-        return self.n_slots + self.n_saved
-
-    @property
-    def max_running(self) -> int:
-        """The most sequences that are admitted at once."""
-        running = self.max_sequences * self.micro_batches
-        return min(running, self.n_slots) if self.n_slots else running
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens of a sequence that fits into the cache alone."""
-        return longest_sequence(self.n_blocks, self.windows)
-
-
-@dataclass(slots=True)
-class Totals:
-    """What has been done so far. Every prompt token is counted once, as computed or as shared."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # computed
-    shared_tokens: int = 0  # of prompts: not computed, because another sequence had them
-    recomputed_tokens: int = 0  # computed before, and again because their blocks had been given away
-    generated_tokens: int = 0
-    preemptions: int = 0
-    turns: int = 0  # of sequences in steps that drew tokens for them, one or several each
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of those, what would have been drawn
-    fetched_rows: int = 0  # draws that the candidates at hand could not decide, so more had to be asked for
-    most_sequences: int = 0
-    most_blocks: int = 0
-
-    def count_generated(self, sequence: Sequence) -> None:
-        """Count what a sequence has generated since the last call: never less, wherever a signal interrupts it."""
-        generated = sequence.generated
-        self.generated_tokens += generated - sequence.counted
-        sequence.counted = generated
+from mpillm.model.cache_layout import blocks_for, first_kept, window_blocks
 
 
 class Scheduler:

@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from mpillm.batch.work import Line
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.errors import NOT_FINITE, MpillmError
 from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
 from mpillm.run.job import OpenedJob, open_journal, unanswered

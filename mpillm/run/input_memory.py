@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
@@ -28,8 +27,8 @@ from mpillm.spec import Spec
 from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 
-LINE = 700  # bytes of what is kept of a line and of where its answer is, besides its name (560 measured)
-NAMES = 2  # copies of a line's name
+LINE = 160  # bytes of a line and of its answer's place at most, while tables of them grow; 28 stay (see `batch.lines`)
+UNSORTED, UNSORTED_LINES = 1 << 15, 4 * 2**20  # of a line, and of all, in what is not written or sorted yet
 WRITTEN = 3072  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
 PROMPT, TOKEN, LOGPROB = 56, 72, 120  # of a token, and of an alternative to it, until the answer is written
@@ -79,7 +78,6 @@ class _Body(msgspec.Struct):
 
 class _LineSize(_Body):
     body: _Body | None = None
-    custom_id: Any = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class InputNeeds:
     blocks: int | None = (
         0  # of the KV cache that all sequences together fill at most, in one group; None: not known
     )
-    names: int = 0
     checking: int = 0
     chat: int = 0
     answer: int = 0  # of the largest
@@ -111,16 +108,14 @@ class InputNeeds:
         at_once = min(
             self.sequences, sequences + self.largest
         )  # those that run, and those whose line is not finished
-        written = min(WRITTEN * self.lines, WRITING)
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
-        return (
-            LINE * self.lines + self.names + written + max(self.checking, answers) + self.chat + self.reading
-        )
+        kept = line_bytes(self.lines) + min(WRITTEN * self.lines, WRITING)
+        return kept + max(self.checking, answers) + self.chat + self.reading
 
 
 def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
-    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
+    lines = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
     blocks: int | None = 0
     context = spec.memory.max_context
     decoder = msgspec.json.Decoder(_LineSize)
@@ -143,8 +138,6 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
                 body = line.body or line
                 if body.messages:
                     chat = max(chat, TEMPLATE + CHAT * len(raw))
-                if isinstance(line.custom_id, str):
-                    names += NAMES * sys.getsizeof(line.custom_id[:MAX_NAME])
                 count, kept, nbytes = _asked(body, spec, hidden)
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
@@ -156,9 +149,14 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     except OSError:
         return InputNeeds()
     return InputNeeds(
-        lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
+        lines, total, prompt_tokens, generated, blocks, checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
     )  # fmt: skip
+
+
+def line_bytes(lines: int) -> int:
+    """Bytes that rank 0 keeps of so many lines, however long their names are."""
+    return LINE * lines + min(UNSORTED * lines, UNSORTED_LINES)
 
 
 def template_length(source: Source) -> int:

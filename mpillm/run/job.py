@@ -18,10 +18,12 @@ from mpillm.run.opened import model_of
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.spec import Spec, WireSection
-from mpillm.store.journal import MODEL_FILE, Journal, began
+from mpillm.store.journal import Journal
+from mpillm.store.journal_facts import began
 from mpillm.store.output import Claim
 from mpillm.store.records import Counts, UsedLayout
 from mpillm.store.report import SHOWN_ERRORS
+from mpillm.store.same_job import MODEL_FILE
 from mpillm.weights.source import weight_types
 
 

@@ -31,7 +31,7 @@ from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.run import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
-from mpillm.store.journal import finished
+from mpillm.store.journal_facts import finished
 from mpillm.store.output import JOURNAL
 
 log = logging.getLogger(__name__)

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from mpillm.engine.scheduler import Limits
+from mpillm.engine.limits import Limits
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
-from mpillm.model.spill import maximum_blocks, nbytes_in_file
+from mpillm.model.spill import HUGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
 from mpillm.run.input_memory import InputNeeds
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed
+HUGE_PAGE = 2 * 2**20  # bytes
 SAVED, MAX_SAVED = 8, 64  # one in so many slots for states is for saved ones, and so many at most
 SHARE = 8  # the budgets' part that activations may take then: one in so many
 
@@ -182,9 +184,16 @@ def cached_tokens(n_blocks: int, windows: Sequence[int], max_context: int) -> in
     return n_blocks * KV_BLOCK * blocks_for(max_context) // blocks_needed(max_context, windows)
 
 
-def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) -> int:
-    """Bytes of memory that the cache of a rank takes at most."""
-    return min(n_blocks * layout.block_nbytes + n_slots * layout.state_nbytes, spec.memory.kv_bytes)
+def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int, capacity: int) -> int:
+    """Bytes of memory that the cache of a rank takes at most, where `n_blocks` of `capacity` blocks are used.
+
+    Large pools are used in huge pages, of which a first block takes a whole one.
+    """
+    held = n_slots * layout.state_nbytes
+    for nbytes in chain.from_iterable(layout.pools):
+        page = HUGE_PAGE if capacity * nbytes >= HUGE else 1
+        held += min(-(-n_blocks * nbytes // page) * page, capacity * nbytes)
+    return min(held, spec.memory.kv_bytes)
 
 
 def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) -> int:

@@ -12,14 +12,14 @@ from importlib import metadata
 import msgspec
 
 from mpillm import __version__
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.errors import OutputError
 from mpillm.run import memory
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
 from mpillm.run.step_time import Demand
 from mpillm.store import report, results, table
-from mpillm.store.journal import began
+from mpillm.store.journal_facts import began
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World
 from mpillm.engine.engine import follow
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.partition.replicas import Replicas
 from mpillm.run import inputs, outcome
@@ -35,7 +35,7 @@ from mpillm.run.tracer import Tracer
 from mpillm.run.wire import with_wire
 from mpillm.spec import Spec
 from mpillm.store import report
-from mpillm.store.journal import began, first_layout
+from mpillm.store.journal_facts import began, first_layout
 from mpillm.store.output import PATIENCE, Claim
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine, Worker
-from mpillm.engine.scheduler import Limits, Totals
+from mpillm.engine.limits import Limits, Totals
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -331,7 +331,7 @@ class Session:
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
-            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed),
+            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed, capacity.blocks),
             activations=memory.activations(
                 self._activations, place, min(limits.max_tokens, self._asked.rows)
             ),

@@ -7,33 +7,28 @@ another one; and lines again where the input grew. A record of a kind that the r
 last one says that the results have been written.
 
 Results are brought to disk in groups: not more often than SYNC_EVERY, and so seldom that waiting for the disk stays
-under SYNC_SHARE of the time, however slow it is. What a crash finds between two syncs is computed again.
+under SYNC_SHARE of the time, however slow it is, unless WAITING records have come together. What a crash finds between
+two syncs is computed again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from mpillm import __version__
 from mpillm.batch.work import Line
 from mpillm.engine.sequence import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
-from mpillm.store.directory import Descriptor, Directory, explained, explanation
+from mpillm.store.directory import Descriptor, explained, explanation
+from mpillm.store.journal_facts import began
 from mpillm.store.output import JOURNAL, Claim
 from mpillm.store.records import (
-    KEY_BYTES,
     VERSION,
     Counts,
     Done,
@@ -47,19 +42,17 @@ from mpillm.store.records import (
     UsedLayout,
     Verified,
     framed,
-    good_records,
     line_key,
     payload_at,
     scan,
-    tag_of,
 )
+from mpillm.store.same_job import refuse_changed_lines, refuse_other_job
 
 log = logging.getLogger(__name__)
 
 SYNC_EVERY = 0.1  # seconds
 SYNC_SHARE = 0.02
-
-MODEL_FILE = "model/"  # begins the keys of an identity that are files of the model
+WAITING = 1 << 12  # records that wait for it at most
 
 
 class Journal(Descriptor):
@@ -98,7 +91,11 @@ class Journal(Descriptor):
         self._waiting: list[Result | PartialResult | UsedLayout | Counts | Verified] = []
         self._layout, self._state = layout, model_state
         self._partial: dict[str, list[int]] = {}
-        keys = b"".join(map(line_key, lines))
+        gathered = bytearray()
+        for line in lines:
+            gathered += line_key(line)
+        keys = bytes(gathered)
+        del gathered
         header = JournalHeader(
             VERSION, msgspec.to_builtins(dict(identity)), began(claim).isoformat(), __version__
         )
@@ -134,8 +131,10 @@ class Journal(Descriptor):
             self.damage.append(
                 f"The journal {self.path} is damaged in bytes {start} to {end}; the requests in it run again."
             )
-        self._refuse_other_job(found.header, header)
-        self._refuse_changed_lines(found, keys, lines)
+        refuse_other_job(self.path, found.header, header)
+        old = found.keys or b""
+        if found.damage or not keys.startswith(old):
+            refuse_changed_lines(self.path, old, keys, lines, self._names(found.done))
         if size > self._end:
             log.info(
                 "The journal's last record was not finished (%d bytes); it is dropped.", size - self._end
@@ -187,57 +186,6 @@ class Journal(Descriptor):
         self._write(framed(Verified(self._end, self._state), self._end))
         self.done.drop_from(self._verified)
 
-    def _refuse_other_job(self, was: JournalHeader, now: JournalHeader) -> None:
-        if was.version != VERSION:
-            raise OutputError(
-                f"The journal {self.path} is of format {was.version} (mpillm {was.written_by}) and this mpillm knows "
-                f"format {VERSION}; give another output."
-            )
-        missing = object()
-        for key in {**was.identity, **now.identity}:
-            before, after = was.identity.get(key, missing), now.identity.get(key, missing)
-            if before != after:
-                if key.startswith(MODEL_FILE):
-                    raise OutputError(self._other_model(key.removeprefix(MODEL_FILE), before, after))
-                told = [("unset" if value is missing else repr(value)) for value in (before, after)]
-                raise OutputError(
-                    f"The output directory {self.path.parent} belongs to another job: {key} was {told[0]} and is "
-                    f"{told[1]}; change it back or give another output."
-                )
-
-    def _other_model(self, name: str, before: object, after: object) -> str:
-        said = f"The output directory {self.path.parent} belongs to another job: the model's file {name} "
-        if not isinstance(before, dict) or not isinstance(after, dict):
-            return f"{said}is {'new' if isinstance(after, dict) else 'gone'}; change it back or give another output."
-        if before["hash"] != after["hash"] or before["bytes"] != after["bytes"]:
-            return f"{said}has changed; change it back or give another output."
-        return (
-            f"{said}was modified since, though its size and samples of it are the same. If it is the same file, say so "
-            f"with touch -d @{before['modified']} {name}; else give another output."
-        )
-
-    def _refuse_changed_lines(self, found: Scan, keys: bytes, lines: Iterable[Line]) -> None:
-        """OutputError if a line has changed or is missing; lines may be added anywhere."""
-        old = found.keys or b""
-        if keys.startswith(old) and not found.damage:
-            return
-        now, what = np.sort(_as_numbers(keys)), "the input has changed since the run began"
-        for name in self._names(found.done):
-            if len(name.key) != KEY_BYTES or not _are_in(now, _as_numbers(name.key)).all():
-                raise OutputError(
-                    self._changed(
-                        f"{what}: the line of {name.custom_id!r}, which is done, is changed or gone"
-                    )
-                )
-        for index in np.flatnonzero(~_are_in(now, _as_numbers(old))).tolist():
-            line = next(islice(lines, index, None), None)
-            called = "" if line is None else f" (now {line.custom_id!r})"
-            raise OutputError(self._changed(f"{what}: its request {index + 1}{called} is changed or gone"))
-
-    def _changed(self, what: str) -> str:
-        begin = f"The output directory {self.path.parent} belongs to another job"
-        return f"{begin}: {what}; restore it or give another output."
-
     def append(self, record: Result | PartialResult) -> None:
         """Append a finished or partial result; it is on disk after the next `flush`."""
         if self._layout is not None and self._layout != self._last_layout:
@@ -248,7 +196,7 @@ class Journal(Descriptor):
 
     def commit(self) -> int:
         """`flush`, if it is due; call this often."""
-        return self.flush() if time.monotonic() >= self._due else 0
+        return self.flush() if time.monotonic() >= self._due or len(self._waiting) >= WAITING else 0
 
     def flush(self) -> int:
         """Write what was appended to the disk in one go, and return the number of requests that it finishes.
@@ -341,63 +289,3 @@ class Journal(Descriptor):
                     before = found.get(part.choice, PartialCompletion(tokens=[]))
                     found[part.choice] = before.continued(part.start, part.completion)
         return {choice: partial for choice, partial in found.items() if partial.tokens}
-
-
-def _as_numbers(keys: bytes) -> NDArray[np.uint64]:
-    """Keys of lines, as numbers."""
-    return np.frombuffer(keys, "<u8", len(keys) // KEY_BYTES)
-
-
-def _are_in(numbers: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of the wanted ones are among sorted numbers, of which there is at least one."""
-    found: NDArray[np.bool_] = numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
-    return found
-
-
-@contextlib.contextmanager
-def _opened(directory: Directory) -> Iterator[int | None]:
-    """The journal of the directory, opened for reading; None if there is none yet."""
-    with explained(directory.path / JOURNAL):
-        try:
-            file = directory.open(JOURNAL, os.O_RDONLY)
-        except FileNotFoundError:
-            yield None
-            return
-        try:
-            yield file
-        finally:
-            os.close(file)
-
-
-def began(claim: Claim) -> datetime:
-    """When the run in the claimed directory first began: now, if it has no readable journal yet.
-
-    A chat template that asks for the date gets this one, so that a run that is resumed tomorrow gives the same bytes.
-    """
-    with _opened(claim.directory) as file:
-        for _, payload in good_records(file) if file is not None else ():
-            if tag_of(payload) == "header":
-                return datetime.fromisoformat(msgspec.msgpack.decode(payload, type=JournalHeader).began)
-    return claim.since
-
-
-def first_layout(claim: Claim) -> UsedLayout | None:
-    """The layout on which the run in the claimed directory has answered its first requests."""
-    with _opened(claim.directory) as file:
-        for _, payload in good_records(file) if file is not None else ():
-            if (tag := tag_of(payload)) == "layout":
-                return msgspec.msgpack.decode(payload, type=UsedLayout)
-            if tag in ("result", "part"):
-                break
-    return None
-
-
-def finished(path: Path) -> Finished | None:
-    """How the run in this directory ended; None if it is not finished, or if its input has grown since."""
-    with explained(path):
-        try:
-            directory = Directory(path)
-        except FileNotFoundError:
-            return None
-    with directory, _opened(directory) as file:
-        return scan(file).finished if file is not None else None

@@ -16,9 +16,9 @@ import msgspec
 
 from mpillm.errors import Interrupted, JobError
 from mpillm.store.directory import Directory, explained
-from mpillm.store.journal import MODEL_FILE
 from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
+from mpillm.store.same_job import MODEL_FILE
 
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):

@@ -13,7 +13,7 @@ import numpy as np
 from mpillm.comm.world import World
 from mpillm.engine.adjust import bits
 from mpillm.engine.engine import Engine, follow
-from mpillm.engine.scheduler import Totals
+from mpillm.engine.limits import Totals
 from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.opening import config_of, open_source

@@ -10,7 +10,8 @@ import pytest
 
 from mpillm.batch.order import Order, ordered
 from mpillm.batch.work import Work
-from mpillm.engine.scheduler import Limits, Scheduler, Totals
+from mpillm.engine.limits import Limits, Totals
+from mpillm.engine.scheduler import Scheduler
 from mpillm.engine.sequence import Sequence
 from mpillm.kernels import KV_BLOCK
 from tests.job_helpers import WITHOUT_TEXT, checked, works

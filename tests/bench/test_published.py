@@ -16,6 +16,7 @@ from mpillm.errors import JobError
 from mpillm.model.config import ModelConfig
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.opening import config_of, open_source
+from mpillm.partition.grid import Place
 from mpillm.run import plan
 from mpillm.weights.roles import Key
 from mpillm.weights.source import check_tensors
@@ -100,6 +101,10 @@ def test_the_first_layers_alone_are_planned(sparse: Path, name: str) -> None:
         check_tensors(source, config)
         experts = [len(config.experts(layer)) for layer in range(config.n_layers)]
         assert experts == [len(PUBLISHED[name].model().experts(layer)) for layer in range(5)]
+        if pages := config.experts(4):
+            place = Place(1, 1, 2)
+            alone = [source.plan(pages[expert], config, place) for expert in range(len(pages))]
+            assert source.plan_experts(pages, config, place) == alone
     job = spec.load(
         None, ("memory.weights=8GiB", "memory.kv=1GiB"), model=str(path), input="in", output="out"
     )

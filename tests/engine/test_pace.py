@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from mpillm.engine.limits import Limits
 from mpillm.engine.pace import Pace
-from mpillm.engine.scheduler import Limits
 
 
 def pace(stages: int, **more: Any) -> Pace:

@@ -12,7 +12,8 @@ import pytest
 
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.drafter import Drafted
-from mpillm.engine.scheduler import Limits, Scheduler
+from mpillm.engine.limits import Limits
+from mpillm.engine.scheduler import Scheduler
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.kernels import KV_BLOCK

@@ -33,7 +33,8 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
 from mpillm.run import memory
 from mpillm.run.input_memory import input_needs
-from mpillm.store.journal import Journal, finished
+from mpillm.store.journal import Journal
+from mpillm.store.journal_facts import finished
 from mpillm.store.output import Claim
 from mpillm.text import load_tokenizer
 from mpillm.weights.formats.safetensors import read_metadata

@@ -224,6 +224,13 @@ def test_latents_of_what_is_published() -> None:
     assert (flash.value_dim, flash.key_dim, flash.rotary.interleaved) == (256, 192, True)
 
 
+def test_a_class_that_files_call_otherwise() -> None:
+    """Phi-3.5-MoE's files have PhiMoEForCausalLM, for which transformers goes by the model_type."""
+    config = json.loads((MODELS / "phimoe/config.json").read_text())
+    published = read_config({**config, "architectures": ["PhiMoEForCausalLM"]})
+    assert published.layers == read_config(config).layers
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [

@@ -25,13 +25,12 @@ from mpillm.run.input_memory import (
     ARROW,
     CHAT,
     COPIES,
-    LINE,
-    NAMES,
     PROMPT,
     TEMPLATE,
     WRITTEN,
     InputNeeds,
     input_needs,
+    line_bytes,
 )
 from mpillm.run.limits import CacheCapacity
 from mpillm.store import report, report_page
@@ -232,11 +231,11 @@ def test_within_a_cgroup_of_the_planned_size(
         assert rank.weights["loaded"] > 2 * rank.weights["budget"]
 
 
-EACH = LINE + WRITTEN
+EACH = line_bytes(1) + WRITTEN
 ASKED = [
     ("", 0),
     ("a", EACH),
-    (f'{{"custom_id": "{"n" * 500}", "max_tokens": 0}}', EACH + NAMES * sys.getsizeof("n" * 500)),
+    (f'{{"custom_id": "{"n" * 500}", "max_tokens": 0}}', EACH),
     ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH + 3 * PROMPT),
     ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * (72 * 128 + 3 * PROMPT)),
     ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * (4 * 64 + 5 * PROMPT)),

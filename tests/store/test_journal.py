@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from mpillm.batch.work import Line
 from mpillm.engine.sequence import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
-from mpillm.store.journal import Journal, began, finished
+from mpillm.store.journal import Journal
+from mpillm.store.journal_facts import began, finished
 from mpillm.store.output import Claim
 from mpillm.store.records import HEAD, Finished, PartialResult, Result, framed, line_key
 from tests.conftest import Mount
@@ -223,7 +224,7 @@ def test_a_journal_without_any_header_and_a_newer_format(
     ):
         done(tmp_path)
     path.write_bytes(raw)
-    monkeypatch.setattr("mpillm.store.journal.VERSION", 3)
+    monkeypatch.setattr("mpillm.store.same_job.VERSION", 3)
     with pytest.raises(
         OutputError, match=r"is of format 2 \(mpillm \S+\) and this mpillm knows format 3; give"
     ):

@@ -20,7 +20,8 @@ from mpillm.weights.roles import ROLES, Key, hf_name
 from tests.weights import quantised
 from tests.weights.build import DTYPES, Tiny, write_hf
 
-EXACT, HALF, INTEGER = 0.0, 2.0**-11, 2.0**-11  # how far a value may be off, by the largest of its row
+# How far a value may be off, by the largest of its row; scale x zero, which Q4_1 rounds, may be twice as large.
+EXACT, HALF, INTEGER = 0.0, 2.0**-11, 2.0**-10
 CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
@@ -41,6 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
         f"gptq {group}": (GPTQ | {"sym": True}, partial(quantised.gptq, group=group), BlockType.Q4_0, EXACT)
         for group in (32, 64, -1)
     },
+    "gptq 16": (GPTQ | {"sym": True}, partial(quantised.gptq, group=16), BlockType.F16, HALF),
+    "gptq act-order 64": (
+        GPTQ | {"sym": False}, partial(quantised.gptq, group=64, sym=False, act=True), BlockType.F16, HALF,
+    ),
     "gptq asymmetric": (GPTQ | {"sym": False}, partial(quantised.gptq, group=32, sym=False), BlockType.Q4_1, INTEGER),
     "gptq act-order": (GPTQ | {"sym": True}, partial(quantised.gptq, group=32, act=True), BlockType.F16, HALF),
     "gptq 8 bits": (
@@ -50,7 +55,11 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
         GPTQ | {"bits": 8, "sym": False}, partial(quantised.gptq, group=64, bits=8, sym=False), BlockType.F16, HALF,
     ),
     "awq": (AWQ, partial(quantised.awq, group=64), BlockType.Q4_1, INTEGER),
+    "awq 32": (AWQ, partial(quantised.awq, group=32), BlockType.Q4_1, INTEGER),
+    "awq 16": (AWQ, partial(quantised.awq, group=16), BlockType.F16, HALF),
     "int4": (CT, partial(quantised.packed, group=32), BlockType.Q4_0, EXACT),
+    "int4 16": (CT, partial(quantised.packed, group=16), BlockType.F16, HALF),
+    "int4 asymmetric 32": (CT, partial(quantised.packed, group=32, zero=True), BlockType.Q4_1, INTEGER),
     "int4 rows": (CT, partial(quantised.packed, group=-1), BlockType.Q4_0, EXACT),
     "int4 asymmetric": (CT, partial(quantised.packed, group=64, zero=True), BlockType.Q4_1, INTEGER),
     "int4 act-order": (CT, partial(quantised.packed, group=32, act=True), BlockType.F16, HALF),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,19 @@ class TensorSource:
         return PagePlan(name, entries, nbytes, page.layer, page.kind, expert=page.expert)
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """What a rank holds of each of a layer's experts."""
-        return [self.plan(page, model, place) for page in pages]
+        """What a rank holds of each of a layer's experts; most are like the first."""
+        first, keys = self.plan(pages[0], model, place), [tensor.key for tensor in pages[0].tensors]
+        types = [self.tensors[key].type for key in keys]
+
+        def planned(expert: int) -> PagePlan:
+            own = [self.tensors[key._replace(expert=expert)].type for key in keys]
+            if own != types:
+                return self.plan(pages[expert], model, place)
+            entries = tuple(replace(entry, key=entry.key._replace(expert=expert)) for entry in first.entries)
+            name = page_name(first.kind, first.layer, expert)
+            return replace(first, name=name, entries=entries, expert=expert)
+
+        return [planned(expert) for expert in range(len(pages))]
 
     def open_loader(
         self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
