@@ -114,6 +114,10 @@ def command_parser() -> argparse.ArgumentParser:
         default="source",
         help="what matrices are stored as (as they are)",
     )
+    worker = commands.add_parser("worker", help="work for a root of Distributed-Llama")
+    worker.add_argument("--host", default="0.0.0.0", help="the address that the root connects to (all)")
+    worker.add_argument("--port", type=_positive, default=9990, help="(9990)")
+    worker.add_argument("--nthreads", type=_positive, default=1, metavar="N", help="threads (1)")
     commands.add_parser(
         "models", help="list the catalogue with what its models take, and all architectures that run"
     )

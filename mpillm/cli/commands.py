@@ -55,6 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     alone = {
         "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
         "export": _export, "status": _status, "watch": _watch, "compare": _compare,
+        "worker": _worker,
     }  # fmt: skip
     if options.command in alone:
         started = launch.launched_by(os.environ)
@@ -127,6 +128,15 @@ def _plan(options: argparse.Namespace) -> int:
     made = plan.make(spec, machines.ranks, machines)
     print(plan.as_json(made) if options.json else plan.as_text(made))
     return JobError.exit_code if made.problems else 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from mpillm.tools.worker.worker import serve
+
+    serve(
+        options.host, options.port, options.nthreads, lambda text: print(f"mpillm: {text}", file=sys.stderr)
+    )
+    return 0
 
 
 def _pack(world: World, options: argparse.Namespace) -> int:

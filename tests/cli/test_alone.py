@@ -18,6 +18,7 @@ COMMANDS = {
     "status": (["status", "."], 2, "The directory . is no output of a run"),
     "compare": (["compare", ".", "."], 2, "There are no results in ."),
     "pull": (["pull", "nothing-like-this"], 2, "nothing-like-this"),
+    "worker": (["worker", "--port", "70000"], 2, "--port 70000 cannot be listened on"),
 }
 
 
