@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 RECENT = 1 << 12  # entries that are not sorted yet
 
 
-class Names:
+class NumbersByName:
     """Numbers of 64 bits by name. A name is known by a hash of 8 bytes, so two names may stand for each other.
 
     Entries are kept in sorted arrays, each at least twice as long as the next one, and in a short dict.

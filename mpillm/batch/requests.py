@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
 from mpillm.batch.lines import Lines
-from mpillm.batch.names import Names
+from mpillm.batch.names import NumbersByName
 from mpillm.batch.order import Order
 from mpillm.batch.rows import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
@@ -120,7 +120,7 @@ def check(
     file of `Lines`.
     """
     batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit)
-    named = Names()  # the custom_ids that lines give themselves, and the number of the first one that has it
+    named = NumbersByName()  # of the custom_ids in lines: the number of the first line that has it
     seen = hashlib.blake2b(digest_size=16)
     unnamed = 0
     with opened(path) as file:
@@ -157,7 +157,7 @@ def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> 
     return work_of(line, bodies.read_body(content), spec, model)
 
 
-def _check_line(line: Line, raw: bytes | None, named: Names, batch: CheckedInput) -> Line:
+def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: CheckedInput) -> Line:
     """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
     try:
         if raw is None:
@@ -184,7 +184,7 @@ def _check_line(line: Line, raw: bytes | None, named: Names, batch: CheckedInput
     return line
 
 
-def _free_name(name: str, taken: Names, number: int) -> str:
+def _free_name(name: str, taken: NumbersByName, number: int) -> str:
     """`name` with the first number behind it that no line has taken; line `number` takes it."""
     return next(free for k in itertools.count(2) if taken.add(free := f"{name}-{k}", number) == number)
 

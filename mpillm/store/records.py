@@ -19,7 +19,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from mpillm.batch.names import Names
+from mpillm.batch.names import NumbersByName
 from mpillm.batch.work import Line
 from mpillm.engine.sequence import PartialCompletion
 
@@ -143,7 +143,7 @@ class Done:
     """Where the records of finished requests begin, by custom_id, and how the requests ended; 16 bytes each."""
 
     def __init__(self) -> None:
-        self._places = Names()  # offset << STATUS_BITS | status
+        self._places = NumbersByName()  # offset << STATUS_BITS | status
         self.failed = 0  # of all, those whose status is not 200
 
     def __len__(self) -> int:

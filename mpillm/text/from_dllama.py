@@ -32,7 +32,7 @@ CHARACTER_OF = {byte: char for char, byte in BYTE_OF.items()}
 FIRST_BYTE = 3  # SentencePiece's token of byte 0: it comes behind <unk>, <s> and </s>
 
 
-class File(NamedTuple):
+class TokenizerFile(NamedTuple):
     """What a file holds; `ends` are the ids that end a text."""
 
     tokens: list[bytes]
@@ -51,7 +51,7 @@ def read(path: Path) -> TokenizerParts:
     return parts
 
 
-def read_file(path: Path) -> File:
+def read_file(path: Path) -> TokenizerFile:
     """What a file says; ModelError if it is not complete or not sound."""
     try:
         cursor = _Cursor(path, path.read_bytes())
@@ -74,7 +74,7 @@ def read_file(path: Path) -> File:
             raise cursor.broken(f"{name} is {id}, but there are {count} tokens")
     if not all(tokens) or not all(map(_is_number, scores)):
         raise cursor.broken("a token is empty, or its score is no number")
-    return File(tokens, scores, bos, ends, values.get("add_bos", 1) == 1, template)
+    return TokenizerFile(tokens, scores, bos, ends, values.get("add_bos", 1) == 1, template)
 
 
 def _header(cursor: _Cursor) -> tuple[dict[str, int], list[int]]:
@@ -102,7 +102,7 @@ def _header(cursor: _Cursor) -> tuple[dict[str, int], list[int]]:
     return dict(pairs), ends
 
 
-def _byte_level(file: File, path: Path) -> TokenizerParts:
+def _byte_level(file: TokenizerFile, path: Path) -> TokenizerParts:
     """Special tokens are those from BOS on; if not all bytes lie before it, those that look so."""
     bytes_first = {bytes([byte]) for byte in range(256)} <= set(file.tokens[: file.bos])
     ends = {file.bos, *file.ends}
@@ -157,7 +157,7 @@ def _has_byte_pieces(tokens: list[bytes]) -> bool:
     )
 
 
-def _sentencepiece(file: File, path: Path) -> TokenizerParts:
+def _sentencepiece(file: TokenizerFile, path: Path) -> TokenizerParts:
     words = [token.decode("utf-8", "replace").replace(" ", "\u2581") for token in file.tokens]
     words[FIRST_BYTE : FIRST_BYTE + 256] = [f"<0x{byte:02X}>" for byte in range(256)]
     types = [NORMAL] * len(words)

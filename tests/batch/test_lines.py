@@ -15,7 +15,7 @@ import pytest
 from mpillm.batch import lines as room
 from mpillm.batch import order, requests
 from mpillm.batch.lines import Lines
-from mpillm.batch.names import RECENT, Names
+from mpillm.batch.names import RECENT, NumbersByName
 from mpillm.batch.order import Order
 from mpillm.batch.work import Line
 from mpillm.errors import Interrupted
@@ -56,7 +56,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_know_their_numbers() -> None:
-    draw, names = random.Random(5), Names()
+    draw, names = random.Random(5), NumbersByName()
     expected: dict[str, int] = {}
     for _ in range(5 * RECENT // 2):
         name, number = str(draw.randrange(3 * RECENT)), draw.randrange(1 << 60)
