@@ -361,7 +361,8 @@ def _is_array(head: bytes) -> bool:
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        return True
+        # In an array, an object at the beginning of a line follows one of these.
+        return not rest.lstrip().startswith(b"{") or first.rstrip().endswith((b"[", b",", b":"))
     return False
 
 

@@ -171,6 +171,15 @@ def test_bad_elements_of_an_array_cost_no_other(
     assert found == [f"good {number}" for number in range(len(bad))]
 
 
+@pytest.mark.parametrize("bad", [b"[5]x", b'["a"', b"[[[[ oops"])
+def test_a_bad_first_line_makes_no_array_of_the_others(bad: bytes, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(bad + b'\n{"prompt": "a"}\n')
+    made = job(tmp_path / "in.jsonl")
+    prepared(made)
+    batch = requests.check(inputs.lines_path(made), made, WITH_TEXT)
+    assert [line.error is None for line in batch.lines] == [False, True]
+
+
 def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a line of a table nor an element of an array, however long, takes more memory than a few lines may."""
     longest, many = 1 << 18, 2_000_000
