@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -28,6 +29,7 @@ ROW_ERROR = "mpillm: row"  # the key of a row that could not be read
 MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
 ROWS, BYTES = 1024, 16 << 20  # of a Parquet file that are read at once, at most
 HEAD = 1 << 12  # bytes that tell what an input is
+FIRST_LINE = 1 << 18  # bytes of a first line that are looked at, if it begins like an array
 CHUNK = 1 << 16  # characters of an array that are read at once
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
@@ -42,7 +44,7 @@ def is_lines(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            head = file.read(HEAD)
+            head = _head(file)
     except OSError:
         return True  # which says what is wrong
     return not (head.startswith((_GZIP, _ZSTD, _PARQUET)) or _suffix(path) in _READERS or _is_array(head))
@@ -65,10 +67,12 @@ def write_lines(path: Path, target: IO[bytes], check: Check) -> None:
                 target.write(line + b"\n")
         elif file.peek(len(_PARQUET)).startswith(_PARQUET):
             raise JobError(f"The input {path} is Parquet; give it as a file whose name ends in .parquet.")
-        elif _is_array(file.peek(HEAD)):
-            for line in _array(file, path):
+        elif _is_array(head := _head(file)):
+            rest = iter(lambda: file.read(CHUNK), b"")
+            for line in _array(io.BufferedReader(_Chunks(chain([head], rest))), path):
                 target.write(line + b"\n")
         else:
+            target.write(head)
             shutil.copyfileobj(file, target, 1 << 20)
 
 
@@ -350,12 +354,23 @@ def _suffix(path: Path) -> str:
     return plain.suffix.lower()
 
 
+def _head(file: BinaryIO) -> bytes:
+    """The beginning of a file; where it may be that of an array, with all of the first line and more."""
+    head = file.read(HEAD)
+    if _begins_array(head) and b"\n" not in head:
+        head += file.readline(FIRST_LINE) + file.read(HEAD)
+    return head
+
+
+def _begins_array(head: bytes) -> bool:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
 def _is_array(head: bytes) -> bool:
     """Whether JSON that begins with `head` is one array; a list may also be a line among others, which is an error."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text.startswith(b"["):
+    if not _begins_array(head):
         return False
-    first, _, rest = text.partition(b"\n")
+    first, _, rest = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if not rest.strip():
         return True
     try:

@@ -7,7 +7,9 @@ follows from the tokens it was given alone, so an answer that is resumed has the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +31,7 @@ MAX_CHOICES = 20_000  # texts to choose from
 MAX_GRAMMAR = 1 << 16  # characters of a grammar in Lark's notation or GBNF
 MAX_PATTERN = 1 << 14  # characters of a regular expression, or of all in a schema
 MAX_REFERENCES = 8000  # "$ref" in a schema
+MAX_MULTIPLE = 30_000  # the least common multiple of all "multipleOf" in a schema, without factors of 2 and 5
 STACK = 96 << 20
 
 
@@ -79,8 +82,9 @@ def text_grammar(text: str) -> str:
 
 
 def _check_size(schema: Any) -> None:
-    """RequestError if a schema has more references, or longer patterns, than the library can take."""
+    """RequestError if a schema has more references, or longer patterns or divisors, than the library can take."""
     references = characters = 0
+    multiple = 1
     left = [schema]
     while left:
         value = left.pop()
@@ -88,11 +92,28 @@ def _check_size(schema: Any) -> None:
             references += "$ref" in value
             patterns = [value.get("pattern"), *(value.get("patternProperties") or ())]
             characters += sum(len(pattern) for pattern in patterns if isinstance(pattern, str))
+            multiple = min(math.lcm(multiple, _remainders(value.get("multipleOf"))), MAX_MULTIPLE + 1)
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
     _check_most("references ($ref) in the schema", references, MAX_REFERENCES)
     _check_most("characters of patterns in the schema", characters, MAX_PATTERN)
+    if multiple > MAX_MULTIPLE:
+        raise RequestError(
+            "multipleOf is too large: numbers of the schema have a least common multiple above "
+            f"{MAX_MULTIPLE}, without factors of 2 and 5"
+        )
+
+
+def _remainders(divisor: Any) -> int:
+    """How many remainders the library tells apart to see whether a decimal number is a multiple of `divisor`."""
+    if isinstance(divisor, bool) or not isinstance(divisor, (int, float)) or not math.isfinite(divisor):
+        return 1
+    number = abs(divisor if isinstance(divisor, int) else Fraction(repr(divisor)).numerator)
+    for factor in (2, 5):
+        while number and number % factor == 0:
+            number //= factor
+    return number or 1
 
 
 def _check_most(what: str, count: int, most: int) -> None:

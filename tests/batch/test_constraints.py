@@ -238,18 +238,24 @@ TOO_LARGE = [
     ({"guided_regex": "(a|b)*" * 5000}, "30000 characters of the regular expression, and 16384 are the maximum"),
     ({"guided_choice": [str(n) for n in range(20_001)]}, "20001 texts to choose from, and 20000 are the maximum"),
     ({"guided_grammar": rules(9000)}, "characters of the grammar, and 65536 are the maximum"),
+    ({"guided_json": {"type": "integer", "multipleOf": 999_983}}, "multipleOf is too large"),
+    ({"guided_json": {"allOf": [{"multipleOf": 99.89}, {"items": {"multipleOf": 997}}]}}, "multipleOf is too large"),
 ]  # fmt: skip
 
 
 def test_large_grammars_cost_their_line_alone(tmp_path: Path) -> None:
     """The library's recursion ended the process; what is near the bounds is compiled, and runs."""
-    near = [{"guided_json": references(7900)}, {"guided_grammar": rules(4200)}]
+    near = [
+        {"guided_json": references(7900)},
+        {"guided_json": {"type": "number", "multipleOf": 29_989, "allOf": [{"multipleOf": 2.5e9}]}},
+        {"guided_grammar": rules(4200)},
+    ]
     found = errors(tmp_path, *({"prompt": "a", **body} for body in (*near, *(body for body, _ in TOO_LARGE))))
     assert found[: len(near)] == [None] * len(near)
     for error, (_, words) in zip(found[len(near) :], TOO_LARGE, strict=True):
         assert words in str(error)
     grammars = TEXT.grammars(TEXT.vocab_size, frozenset({END}))
-    for grammar in (json_grammar(near[0]["guided_json"]), text_grammar(str(near[1]["guided_grammar"]))):
+    for grammar in (json_grammar(near[0]["guided_json"]), text_grammar(str(near[2]["guided_grammar"]))):
         matcher = grammars.matcher(grammar).copy()
         assert matcher.allowed().any()
 

@@ -171,7 +171,9 @@ def test_bad_elements_of_an_array_cost_no_other(
     assert found == [f"good {number}" for number in range(len(bad))]
 
 
-@pytest.mark.parametrize("bad", [b"[5]x", b'["a"', b"[[[[ oops"])
+@pytest.mark.parametrize(
+    "bad", [b"[5]x", b'["a"', b"[[[[ oops", b"[" + b"1, " * 9000 + b"x", b"[" * 50_000 + b"5"]
+)
 def test_a_bad_first_line_makes_no_array_of_the_others(bad: bytes, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(bad + b'\n{"prompt": "a"}\n')
     made = job(tmp_path / "in.jsonl")
