@@ -52,6 +52,7 @@ class ModelConfig:
     block: int = 1
     generates: bool = True
     classifier: ClassifierSpec | None = None
+    pair_template: str | None = field(default=None, compare=False)  # of a query and a document, for rerankers
     adapters: Beside | None = field(default=None, compare=False)
     ignored_keys: tuple[str, ...] = field(
         default=(), compare=False

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from mpillm.batch.endpoints.pairs import QWEN3_RERANKER
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
 from mpillm.errors import ModelError
@@ -44,8 +43,8 @@ def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = 
     classifier = _classifier(source, config, tokenizer, scoring.tokens, embedding)
     template = tokenizer.template("rerank") if tokenizer else None
     answers = config.classifier is None and classifier is not None
-    if template is None and answers and config.architecture == "Qwen3ForCausalLM":
-        template = None if tokenizer and tokenizer.chat_reads("'document'") else QWEN3_RERANKER
+    if template is None and answers and not (tokenizer and tokenizer.chat_reads("'document'")):
+        template = config.pair_template
     longest = config.max_position
     if not config.generates and embedding.max_tokens is not None:
         longest = min(longest, embedding.max_tokens)

@@ -166,13 +166,8 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
         return encoded(pair, which, spec, model), seconds[0]
 
 
-# What Qwen3-Reranker's authors publish, and what its pairs are if no instruction is given.
+# What Qwen3-Reranker's authors publish for pairs without an instruction.
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-QWEN3_RERANKER = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n'
-    "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-)
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
