@@ -585,3 +585,16 @@ def test_a_granite_file_without_a_scale_of_attention(tmp_path: Path) -> None:
         assert isinstance(mixer, AttentionSpec)
         scales.append(mixer.scale)
     assert scales == [pytest.approx(0.2), mixer.head_dim**-0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "has"), [("qwen3", True), ("qwen3_window", True), ("qwen2", False), ("qwen3_moe", False)]
+)
+def test_the_template_of_rerankers_is_qwen3s(name: str, has: bool) -> None:
+    with contextlib.closing(open_source(MODELS / name)) as source:
+        template = config_of(source).pair_template
+    assert (template is not None) is has
+    if template is not None:
+        filled = template.format(instruction="I", query="Q", document="D")
+        assert "<Instruct>: I\n<Query>: Q\n<Document>: D<|im_end|>\n" in filled
+        assert filled.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
