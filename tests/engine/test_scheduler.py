@@ -76,7 +76,7 @@ class Ranks:
     def _compute(self, chosen: Chosen) -> None:
         assert sum(count + len(one.drafts) for one, count in chosen) <= self.limits.max_tokens
         assert len(chosen) <= self.limits.max_sequences
-        assert len({one.request.id for one, _ in chosen}) == len(chosen)
+        assert len({name_of(one) for one, _ in chosen}) == len(chosen)
         before = dict(self._held)
         written: set[tuple[int, int]] = set()
         self.slots = {slot: one for slot, one in self.slots.items() if one.slot == slot}

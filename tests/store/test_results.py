@@ -234,7 +234,8 @@ with Claim(Path(sys.argv[1])) as claim, Journal(claim, {}, lines) as journal:
 def test_writing_many_lines_takes_little_memory(tmp_path: Path) -> None:
     done = run_bounded([sys.executable, "-c", WRITER, tmp_path / "out"])
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 2**20 < WRITING / 1.5
+    # All that writing takes shows: the journal, which holds 16 bytes a line, has left no free memory behind.
+    assert int(done.stdout) * 2**20 < WRITING / 1.3
     with h5py.File(tmp_path / "out/results.h5") as h5:
         assert len(h5["tokens/ids"]) == 12 * 30_000
         assert h5["requests/custom_id"][-1] == b"request 30000"
