@@ -45,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
         """Say what is wrong, and what to type instead where that can be guessed."""
         if given := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
             commands = re.findall(r"[\w-]+", given[2])
-            close = difflib.get_close_matches(given[1], commands, n=1)
+            job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
+            close = job or difflib.get_close_matches(given[1], commands, n=1)
             instead = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
             message = f"there is no command {given[1]!r}; {instead}"
         super().error(message)

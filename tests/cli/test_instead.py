@@ -12,6 +12,7 @@ MISTAKES = {
     "an option of the job": ("run --max-tokens 5", "type --set sampling.max_tokens=5"),
     "an input as the job": ("plan prompts.jsonl", "to run its requests, type --input prompts.jsonl"),
     "a command": ("rnu", "there is no command 'rnu'; did you mean run?"),
+    "a job as the command": ("jobs/a.toml", "there is no command 'jobs/a.toml'; did you mean run jobs/a.toml?"),
     "no such command": ("frobnicate", "there is no command 'frobnicate'; there are run, plan,"),
     "a key": ("plan --set sampling.temprature=1", "did you mean 'sampling.temperature'?"),
     "no input": ("plan --model smollm2-135m --output out", "add input = \"...\" or --input PATH"),

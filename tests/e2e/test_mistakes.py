@@ -44,7 +44,7 @@ def test_a_wrong_setting(setting: str, words: list[str], openmpi: Mpi, source: P
 def test_a_wrong_command_is_said_once(mpi: Mpi) -> None:
     done = mpi.run(3, "-m", "mpillm", "jobs/quickstart.toml")
     assert done.returncode == 2
-    assert done.stderr.count("invalid choice: 'jobs/quickstart.toml'") == 1
+    assert done.stderr.count("did you mean run jobs/quickstart.toml?") == 1
 
 
 def test_a_wrong_job_file(openmpi: Mpi, tmp_path: Path) -> None:
