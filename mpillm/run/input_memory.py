@@ -36,7 +36,7 @@ NAMES, NAMED = (
 UNSORTED, UNSORTED_LINES = 1 << 15, 4 * 2**20  # of a line, and of all, in what is not written or sorted yet
 WRITTEN = 3072  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
-PROMPT, TOKEN, LOGPROB = 56, 72, 128  # of a token, and of an alternative to it, until the answer is written
+PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
 COPIES = 4  # of an answer on its way to the journal
 

@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on(
 ) -> None:
     """On another number of replicas. What both had when the signal came is kept; after a kill, what was on disk."""
     output = tmp_path / "out"
-    slow = ["batch.max_num_seqs=2", "job.checkpoint_tokens=4"]
+    slow = ["batch.max_num_seqs=1", "job.checkpoint_tokens=4", "batch.speculation=off"]
     words = openmpi.command(3, *command(source, output, REPLICAS, *slow))
     with subprocess.Popen(words, env=openmpi.environment(), stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 60
