@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
@@ -63,13 +64,16 @@ def look(browser: WebDriver, name: str) -> None:
 
 
 def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> None:
-    wait = WebDriverWait(browser, 60)
+    # The page may replace an element between the moment that it is found and the one that it is used.
+    wait = WebDriverWait(browser, 60, ignored_exceptions=[StaleElementReferenceException])
 
     def find(selector: str) -> str:
-        return browser.find_element(By.CSS_SELECTOR, selector).text
+        return str(
+            browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+        )
 
     def press(selector: str) -> None:
-        browser.find_element(By.CSS_SELECTOR, selector).click()
+        wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, selector).click() is None)
 
     def write(selector: str, text: str) -> None:
         element = browser.find_element(By.CSS_SELECTOR, selector)
