@@ -357,20 +357,22 @@ def _suffix(path: Path) -> str:
 def _head(file: BinaryIO) -> bytes:
     """The beginning of a file; where it may be that of an array, with all of the first line and more."""
     head = file.read(HEAD)
-    if _begins_array(head) and b"\n" not in head:
+    if _text_of(head).startswith(b"[") and b"\n" not in head:
         head += file.readline(FIRST_LINE) + file.read(HEAD)
     return head
 
 
-def _begins_array(head: bytes) -> bool:
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+def _text_of(head: bytes) -> bytes:
+    """The beginning of a file without a byte order mark and white space before its text."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def _is_array(head: bytes) -> bool:
     """Whether JSON that begins with `head` is one array; a list may also be a line among others, which is an error."""
-    if not _begins_array(head):
+    text = _text_of(head)
+    if not text.startswith(b"["):
         return False
-    first, _, rest = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    first, _, rest = text.partition(b"\n")
     if not rest.strip():
         return True
     try:

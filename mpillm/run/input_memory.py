@@ -29,13 +29,11 @@ from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 
 LINE = 160  # bytes of a line and of its answer's place at most, while tables of them grow; 28 stay (see `batch.lines`)
-NAMES, NAMED = (
-    2,
-    24 * 2**20,
-)  # copies of a line's name, and bytes of all: of lines that run and of records that wait
+NAMES = 2  # copies of a line's name
+NAMED = 24 * 2**20  # bytes of all names at most: of lines that run, and of records that wait
 UNSORTED, UNSORTED_LINES = 1 << 15, 4 * 2**20  # of a line, and of all, in what is not written or sorted yet
 WRITTEN = 3072  # of an answer that is written to results.h5,
-WRITING = 12 * 2**20  # and at most, whatever is written (8 MiB measured for 10^6 lines)
+WRITING = 12 * 2**20  # and at most, whatever is written (9 MiB measured)
 PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
 COPIES = 4  # of an answer on its way to the journal
