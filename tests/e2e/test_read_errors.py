@@ -52,8 +52,9 @@ def test_a_model_that_cannot_be_read_any_more(
     model: str, loader: str, ranks: str, number: int, source: Path, packed: Path, undisturbed: Path, openmpi: Mpi,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    loads = str(random.randint(160, 220))  # long answers come first
-    # Without drafts the number of loads does not depend on the time.
+    # Without drafts the number of loads does not depend on the time: 229 of a packed model, 192 of the other on rank 1.
+    # The long answers come first, so most loads are over before the first answer is.
+    loads = str(random.randint(160, 220) if model == "packed" else random.randint(135, 185))
     settings = [
         "batch.max_num_seqs=4",
         "batch.speculation=off",
