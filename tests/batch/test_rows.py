@@ -22,7 +22,7 @@ from mpillm import spec
 from mpillm.batch import requests, rows
 from mpillm.batch.template import Template
 from mpillm.errors import JobError, RequestError
-from mpillm.run import inputs
+from mpillm.store import inputs
 from mpillm.store.output import INPUT, Claim
 from tests.job_helpers import WITH_TEXT
 

@@ -13,10 +13,10 @@ import msgspec
 from mpillm.comm.collectives import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
-from mpillm.run.estimate import demand_of, estimate
-from mpillm.run.input_memory import InputNeeds
-from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import ReplicaPlan
+from mpillm.planning.estimate import demand_of, estimate
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import Spec
 
 DEAR = 1.05  # how many times as long a job takes with f32 where Q8_0 is chosen

@@ -14,9 +14,9 @@ from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.run import hosts, input_memory, plan
-from mpillm.run.hosts import Host
-from mpillm.run.plan import Plan
+from mpillm.planning import hosts, input_memory, plan, plan_text, suggestion
+from mpillm.planning.hosts import Host
+from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.spec.reading import toml
 from mpillm.weights.roles import Key
@@ -96,31 +96,31 @@ def test_what_does_not_fit_is_said() -> None:
     assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
     assert weights.endswith("for two neighbouring pages; raise it or use more shards.")
     assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
-    assert plan.as_text(made).endswith(f"{weights}\n{kv}")
+    assert plan_text.as_text(made).endswith(f"{weights}\n{kv}")
     with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):
         planned("llama3", 7)
 
 
 def test_the_table() -> None:
     made = planned("llama3", 4, "memory.kv=1MiB")
-    text = plan.as_text(made)
+    text = plan_text.as_text(made)
     assert "layout    1 stage x 4 shards on 4 ranks" in text
     assert "also possible: 2 stages x 2 shards; 4 stages x 1 shard" in text
     assert "KV cache  f32, holds 4096 tokens: 8.0 requests of 512 tokens at once" in text
     assert "shards send f32, so answers do not depend on their number (those of a stage share a host)" in text
-    rounded = plan.as_text(planned("llama3", 4, "wire.activations=q8_0"))
+    rounded = plan_text.as_text(planned("llama3", 4, "wire.activations=q8_0"))
     assert "less than float32" in rounded
     assert (
         "shards send Q8_0, so the last digits of answers depend on their number, 4 (wire.activations"
         in rounded
     )
-    assert "shards send" not in plan.as_text(planned("llama3", 1))
+    assert "shards send" not in plan_text.as_text(planned("llama3", 1))
     assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
     together = shown_bytes(sum(rank.held for rank in made.ranks))
     assert text.endswith(
         f"It fits, where every rank finds the memory of its last column: on one machine {together} for all of them."
     )
-    alone = plan.as_text(planned("llama3", 1))
+    alone = plan_text.as_text(planned("llama3", 1))
     assert alone.endswith("It fits, where every rank finds the memory of its last column.")
     assert planned("llama3", 1).kv_type == "f32"
     assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
@@ -149,8 +149,8 @@ def test_replicas_hold_the_whole_model_each() -> None:
         *(rank.weights_share for rank in alone.ranks),
         planned("llama3", 1).ranks[0].weights_share,
     ]
-    assert "2 replicas of 2, 1 ranks, the first of 2 stages x 1 shard on 3 ranks" in plan.as_text(made)
-    even = plan.as_text(planned("llama3", 4, "layout.replicas=2"))
+    assert "2 replicas of 2, 1 ranks, the first of 2 stages x 1 shard on 3 ranks" in plan_text.as_text(made)
+    even = plan_text.as_text(planned("llama3", 4, "layout.replicas=2"))
     assert "2 replicas of 1 stage x 2 shards on 4 ranks" in even
     with pytest.raises(LayoutError, match=r"layout\.replicas = 3 needs at least 3 ranks"):
         planned("llama3", 2, "layout.replicas=3")
@@ -171,9 +171,11 @@ def test_time_follows_the_speeds_of_hosts() -> None:
     assert on([fast]).time.seconds < on([slow]).time.seconds
     pipeline = on([fast, slow, fast], "layout.replicas=1", "layout.stages=3")
     assert pipeline.time.slowest == "rank 1 on slow"
-    assert "slowest: rank 1 on slow; stages wait" in plan.as_text(pipeline)
+    assert "slowest: rank 1 on slow; stages wait" in plan_text.as_text(pipeline)
     assert (on([fast]).time.measured, on([Host(memory="1GiB")]).time.measured) == (True, False)
-    assert "(assumed speeds: mpillm doctor --output measures them)" in plan.as_text(on([Host(memory="1GiB")]))
+    assert "(assumed speeds: mpillm doctor --output measures them)" in plan_text.as_text(
+        on([Host(memory="1GiB")])
+    )
     assert pipeline.gains["twice the network's rate"] >= 1
     assert on([slow]).gains["one more host, like the last one"] > 1.5
 
@@ -184,7 +186,7 @@ def test_hosts_that_slow_a_run_down_are_left_out() -> None:
     slow = msgspec.structs.replace(fast, name="slow", products={"f32": [0.01, 0.02, 0.04]})
     made = on([slow, fast, fast], "layout.replicas=1")
     assert (made.left_out, len(made.ranks)) == (["slow", "fast"], 1)
-    assert "left out, because they would slow the run down: slow, fast\n" in plan.as_text(made)
+    assert "left out, because they would slow the run down: slow, fast\n" in plan_text.as_text(made)
     assert on([fast], "layout.replicas=1").time.seconds == made.time.seconds
     assert on([slow, fast, fast], "layout.stages=3").left_out == []
 
@@ -253,7 +255,7 @@ def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
     )  # fmt: skip
     made = plan.make(job, 4, hosts.alike(4, 4, None))
     assert (made.time.requests, made.time.prompt_tokens, made.time.generated_tokens) == (40, 80, 120)
-    table = [line for line in plan.as_text(made).splitlines() if re.match(r" *(rank|\d+)  ", line)]
+    table = [line for line in plan_text.as_text(made).splitlines() if re.match(r" *(rank|\d+)  ", line)]
     assert len(table) == 5
     assert max(map(len, table)) <= 80
 
@@ -261,8 +263,8 @@ def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
 def test_the_least_memory_for_a_rate_is_a_job() -> None:
     job = spec.load(None, [], model=str(MODELS / "llama3"), input="in", output="out")
     machines = hosts.machines_of([Host(memory="1GiB", disk_gbs=0.001)])
-    slow, fast = (plan.suggestion(job, machines, rate) for rate in (1, 1000))
+    slow, fast = (suggestion.job_file(job, machines, rate) for rate in (1, 1000))
     sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
     assert sizes == sorted(sizes)
     with pytest.raises(JobError, match="No memory makes it 1e\\+15 tokens/s on 1 rank"):
-        plan.suggestion(job, machines, 1e15)
+        suggestion.job_file(job, machines, 1e15)

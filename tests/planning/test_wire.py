@@ -10,10 +10,11 @@ import pytest
 from mpillm import spec
 from mpillm.comm.program import start
 from mpillm.model.opening import config_of, open_source
-from mpillm.run import layout, runner
-from mpillm.run.hosts import Host, machines_of
+from mpillm.planning import layout
+from mpillm.planning.hosts import Host, machines_of
+from mpillm.planning.layout import Chosen
+from mpillm.run import runner
 from mpillm.run.job import results_differ
-from mpillm.run.layout import Chosen
 from mpillm.spec import Spec, WireSection
 from mpillm.store.records import UsedLayout
 from tests.model.golden import model_path

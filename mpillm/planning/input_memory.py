@@ -23,8 +23,8 @@ from mpillm.batch.template import Template
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
-from mpillm.run import inputs
 from mpillm.spec import Spec
+from mpillm.store import inputs
 from mpillm.text.from_dllama import read_file
 from mpillm.weights.source import Source
 

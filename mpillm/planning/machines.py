@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from mpillm.run.speed import Speed
+from mpillm.planning.speed import Speed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of, rank_layouts
 from mpillm.model.cache_spec import SequenceState, TokenCache
 from mpillm.partition.grid import Place
-from mpillm.run.limits import MAX_TOKENS, cache_capacity, cache_in_memory, limits, step_description, step_size
+from mpillm.planning.limits import (
+    MAX_TOKENS,
+    cache_capacity,
+    cache_in_memory,
+    limits,
+    step_description,
+    step_size,
+)
 from mpillm.spec import BatchSection, MemorySection, OutputSection, Spec
 from tests.shapes import shape
 

@@ -16,9 +16,9 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.partition.replicas import Replica
-from mpillm.run import memory
-from mpillm.run.input_memory import InputNeeds
-from mpillm.run.limits import (
+from mpillm.planning import memory
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.limits import (
     CacheCapacity,
     StepSize,
     cache_capacity,
@@ -27,7 +27,7 @@ from mpillm.run.limits import (
     cached_tokens,
     step_size,
 )
-from mpillm.run.step_time import AttentionWork, RankWork
+from mpillm.planning.step_time import AttentionWork, RankWork
 from mpillm.spec import Spec, shown_bytes, tightest
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts

@@ -25,8 +25,8 @@ from msgspec import Meta
 
 from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, OutputError
-from mpillm.run.machines import Machines
-from mpillm.run.speed import ASSUMED, KINDS, ROWS, Speed
+from mpillm.planning.machines import Machines
+from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
 

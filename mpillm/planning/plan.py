@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 
 import msgspec
 
-from mpillm.errors import JobError, MpillmError
+from mpillm.catalogue import models
+from mpillm.errors import MpillmError
 from mpillm.kernels import BlockType
 from mpillm.model.adapters import with_adapters
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import open_described
 from mpillm.partition import grid
-from mpillm.run import catalogue, layout
-from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import InputNeeds, input_needs, template_length
-from mpillm.run.layout import Chosen
-from mpillm.run.limits import cached_tokens
-from mpillm.run.machines import Machines
-from mpillm.run.plan_text import as_text, count_of
-from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
-from mpillm.run.wire import described, with_wire
+from mpillm.planning import layout
+from mpillm.planning.estimate import Estimate, demand_of, estimate
+from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.layout import Chosen
+from mpillm.planning.limits import cached_tokens
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
+from mpillm.planning.wire import described, with_wire
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
-
-
-__all__ = ["Plan", "as_json", "as_text", "make", "make_plan", "suggestion", "wire_bytes"]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,57 +65,13 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 
     `machines` says where the ranks are; without it they are on one host.
     """
-    path = catalogue.described(spec.model)
+    path = models.described(spec.model)
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
     with (
         closing(open_described(path, spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         return make_plan(spec, source, config, machines)
-
-
-def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
-    """A job file with the least memory.weights for so many tokens/s; JobError if no memory is enough."""
-    with (
-        closing(open_described(catalogue.described(spec.model), spec.quantize)) as source,
-        with_adapters(spec.adapters, source) as config,
-    ):
-        asked = input_needs(spec, config.hidden, template_length(source))
-
-        def made(weights: int | str) -> tuple[float, list[RankPlan]]:
-            job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
-            _, plans, time = _laid_out(job, source, config, machines, asked)
-            return time.rate, [rank for plan in plans for rank in plan.ranks]
-
-        best, ranks = made("all")
-        low, high = (
-            max(getattr(rank, key) for rank in ranks) for key in ("weights_minimum", "weights_share")
-        )
-        if best < rate:
-            raise JobError(
-                f"No memory makes it {rate:g} tokens/s on {count_of(machines.ranks, 'rank')}: with all weights in "
-                f"memory it is {best:.1f}; use more or faster hosts."
-            )
-        low, high = -(-low // MIB), -(-high // MIB)
-        while low < high:  # the least number of MiB that is fast enough
-            middle = (low + high) // 2
-            low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
-        found, ranks = made(high * MIB)
-    held = shown_bytes(max(rank.held for rank in ranks))
-    keys = {"model": spec.model, "input": spec.input, "output": spec.output.path}
-    return "\n".join(
-        [
-            f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",
-            *(f"{key} = {json.dumps(value)}" for key, value in keys.items()),
-            *([f"quantize = {json.dumps(spec.quantize)}"] if spec.quantize != "none" else []),
-            "",
-            "[memory]",
-            f'weights = "{high}MiB"',
-            f"kv = {json.dumps(spec.memory.kv)}",
-            *(["", "[adapters]"] if spec.adapters else []),
-            *(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in spec.adapters.items()),
-        ]
-    )
 
 
 def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machines) -> Plan:
@@ -129,12 +81,12 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     """
     asked = input_needs(spec, config.hidden, template_length(source))
     machines, left_out = _useful(spec, source, config, machines, asked)
-    chosen, laid_out, time = _laid_out(spec, source, config, machines, asked)
+    chosen, plans_of_replicas, time = laid_out(spec, source, config, machines, asked)
     found = chosen.replicas
-    first, plans = laid_out[0], [rank for replica in laid_out for rank in replica.ranks]
+    first, plans = plans_of_replicas[0], [rank for replica in plans_of_replicas for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
     capacity, windows = first.capacity, first.caches[0].windows
-    wrong = [problem for replica in laid_out for problem in problems(spec, replica)]
+    wrong = [problem for replica in plans_of_replicas for problem in problems(spec, replica)]
     return Plan(
         model=spec.model,
         architecture=config.architecture,
@@ -169,9 +121,10 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     )
 
 
-def _laid_out(
+def laid_out(
     spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
 ) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
+    """Return the replicas, what their ranks hold, and the time of the job; LayoutError if nothing works."""
     chosen = layout.choose(
         spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
     )
@@ -190,13 +143,13 @@ def _useful(
     hosts = len(machines.ranks_per_host)
     if hosts == 1:
         return machines, []
-    best, least, without = machines, _laid_out(spec, source, config, machines, asked)[2].seconds, list[int]()
+    best, least, without = machines, laid_out(spec, source, config, machines, asked)[2].seconds, list[int]()
     slowest = machines.slowest_first()
     for count in (1 << power for power in range(hosts.bit_length())):
         if count < hosts:
             fewer = machines.without(slowest[:count])
             with suppress(MpillmError):
-                seconds = _laid_out(spec, source, config, fewer, asked)[2].seconds
+                seconds = laid_out(spec, source, config, fewer, asked)[2].seconds
                 if seconds * LEAVE_OUT < least:
                     best, least, without = fewer, seconds, slowest[:count]
     names = machines.host_names()
@@ -239,7 +192,7 @@ def _gains(
     for name, (changed, on) in more.items():
         with suppress(MpillmError):
             job = msgspec.structs.replace(spec, memory=changed)
-            _, _, time = _laid_out(job, source, config, on, asked)
+            _, _, time = laid_out(job, source, config, on, asked)
             yield name, now.seconds / time.seconds
 
 

@@ -22,7 +22,7 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
 from mpillm.model.spill import HUGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
-from mpillm.run.input_memory import InputNeeds
+from mpillm.planning.input_memory import InputNeeds
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory

@@ -9,17 +9,14 @@ import contextlib
 import ctypes
 import logging
 import os
-import re
 import shlex
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -28,7 +25,9 @@ import psutil
 from mpillm.comm.heartbeat import own_addresses
 from mpillm.comm.launch import Library
 from mpillm.errors import Interrupted, JobError, LayoutError
-from mpillm.run import plan
+from mpillm.launching.hostfile import HostSlots, read_hosts, text_of, write_hosts
+from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
+from mpillm.planning import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
 from mpillm.store.journal_facts import finished
@@ -42,75 +41,8 @@ STOPPING = 30.0  # seconds for the ranks to end when they are told to
 ANSWER = 10.0  # seconds for a host to answer
 LINGER = 10.0  # seconds for mpiexec to end when the journal is complete
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-
-
-@dataclass(frozen=True)
-class HostSlots:
-    """A line of a hostfile: a name or an address, and how many ranks it takes."""
-
-    name: str
-    slots: int
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the supervisor was asked for: `ranks` on this machine, or the hosts of `hostfile`."""
-
-    ranks: int | None = None
-    hostfile: Path | None = None
-    agent: str = "ssh"  # starts a command on another host: AGENT HOST COMMAND
-    mpi_options: tuple[str, ...] = ()  # for mpiexec
-
-
-def read_hosts(path: Path) -> list[HostSlots]:
-    """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
-    try:
-        lines = [line.partition("#")[0].strip() for line in _text(path).splitlines()]
-    except OSError as error:
-        raise JobError(f"The hostfile {path} cannot be read: {error.strerror}.") from None
-    hosts = []
-    for line in filter(None, lines):
-        found = re.fullmatch(r"([^\s:]+)(?::([0-9]{1,6})|\s+slots\s*=\s*([0-9]{1,6}))?", line)
-        if not found:
-            raise JobError(
-                f"The hostfile {path} has the line {line[:100]!r}; write 'node1 slots=2' or 'node1:2'."
-            )
-        hosts.append(HostSlots(found[1], int(found[2] or found[3] or 1)))
-    if not hosts:
-        raise JobError(f"The hostfile {path} names no host.")
-    return hosts
-
-
-def _text(path: Path) -> str:
-    return path.read_text("utf-8", errors="surrogateescape")  # a comment may be in any encoding
-
-
-def write_hosts(path: Path, hosts: Sequence[HostSlots], library: Library) -> None:
-    """Write a hostfile in the words of the MPI at hand."""
-    form = "{}:{}" if library.name == "MPICH" else "{} slots={}"
-    path.write_text("".join(form.format(host.name, host.slots) + "\n" for host in hosts), "utf-8")
-
-
-def command(
-    library: Library, settings: Settings, ranks: int, hostfile: Path | None, folder: Path
-) -> list[str]:
-    """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
-
-    Where it can (Open MPI 5), it lets the others go on when a rank dies, and keeps its session in `folder`: in the
-    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id.
-    """
-    mpiexec = str(library.mpiexec() or "mpiexec")
-    if library.name == "MPICH":
-        words = [mpiexec, *(["-f", str(hostfile)] if hostfile else [])]
-        words += ["-launcher", "ssh", "-launcher-exec", settings.agent] if settings.agent != "ssh" else []
-    else:
-        words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-        if library.version >= (5,):
-            words += ["--with-ft", "ulfm", "--prtemca", "prte_local_tmpdir_base", str(folder)]
-        words += ["--hostfile", str(hostfile)] if hostfile else []
-        words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []
-    return [*words, *settings.mpi_options, "-n", str(ranks)]
 
 
 def ranks_that_work(spec: Spec, most: int) -> int:
@@ -286,7 +218,7 @@ class Supervisor:
     def _hostfile_text(self) -> str:
         with contextlib.suppress(OSError):
             if self._settings.hostfile is not None:
-                return _text(self._settings.hostfile)
+                return text_of(self._settings.hostfile)
         return ""
 
     def _sleep(self, seconds: float) -> None:
@@ -308,24 +240,6 @@ def _ranks_below(pid: int) -> bool:
     return False
 
 
-AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 def _end_with_parent() -> None:
     """In the child before it becomes mpiexec: it shall end when the supervisor is gone, and its ranks with it."""
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
-
-
-def end_session(launcher: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a start on this machine: mpiexec, and whoever is in its session."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid == launcher.pid or os.getsid(process.pid) == launcher.pid:
-                process.kill()
-    launcher.wait()
-
-
-def program(arguments: Sequence[str]) -> list[str]:
-    """What each rank runs: this Python, with the words of the user's command."""
-    return [sys.executable, "-m", "mpillm", *arguments]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from mpillm.kernels import BlockType
-from mpillm.run.speed import Speed
-from mpillm.run.step_time import (
+from mpillm.planning.speed import Speed
+from mpillm.planning.step_time import (
     INSIDE,
     LAYER,
     STEP,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mpillm.kernels import BlockType
-from mpillm.run.speed import Speed
+from mpillm.planning.speed import Speed
 
 # Measured on two cores of x86-64 with AVX2: what a step takes besides products and attention.
 STEP = 1e-3  # seconds: the scheduler, sampling, messages of the engine

