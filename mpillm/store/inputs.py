@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from mpillm.batch import rows
 from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.rows import forms
+from mpillm.batch.rows.compressed import STDIN
 from mpillm.batch.template import Template
 from mpillm.comm import launch
 from mpillm.errors import JobError
@@ -25,7 +26,7 @@ from mpillm.store.output import INPUT, Claim
 
 def lines_path(spec: Spec) -> Path:
     """Where the lines are, once the input is prepared."""
-    return spec.input_path if rows.is_lines(spec.input_path) else spec.output_path / INPUT
+    return spec.input_path if forms.is_lines(spec.input_path) else spec.output_path / INPUT
 
 
 def prepare(spec: Spec, claim: Claim) -> None:
@@ -33,14 +34,14 @@ def prepare(spec: Spec, claim: Claim) -> None:
     if spec.output.format != "none":
         table.check_library(spec.output.format)
     path = spec.input_path
-    if rows.is_lines(path):
+    if forms.is_lines(path):
         return
-    if str(path) == rows.STDIN and launch.launched_by(os.environ) is not None:
+    if str(path) == STDIN and launch.launched_by(os.environ) is not None:
         raise JobError(
             "Standard input is read by a run without mpiexec, which does not pass its end on; write it to a file first."
         )
     with claim.directory.replacing(INPUT) as file:
-        rows.write_lines(path, file, partial(_check_columns, spec))
+        forms.write_lines(path, file, partial(_check_columns, spec))
 
 
 @contextmanager
@@ -52,8 +53,8 @@ def opened(spec: Spec) -> Iterator[IO[bytes]]:
             yield file
         return
     with tempfile.TemporaryFile() as made:
-        if str(spec.input_path) != rows.STDIN and spec.input_path.exists():
-            rows.write_lines(spec.input_path, made, partial(_check_columns, spec))
+        if str(spec.input_path) != STDIN and spec.input_path.exists():
+            forms.write_lines(spec.input_path, made, partial(_check_columns, spec))
             made.seek(0)
         yield made
 
