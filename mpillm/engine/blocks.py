@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 
 
 def first_key(adapter: int, long: bool = False) -> bytes:
-    """What stands before the first block: the number of the sequence's adapter, if it has one, and whether it is long."""
+    """What stands before the first block: the number of the sequence's adapter, if any, and whether it is long."""
     return (array("i", [adapter]).tobytes() if adapter else b"") + (b"long" if long else b"")
 
 

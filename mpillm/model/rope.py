@@ -29,7 +29,7 @@ class RopeConfig:
 
     `kind` says which of the other fields count: linear (factor), llama3 (factor, low_freq_factor, high_freq_factor,
     original_max_position), yarn (factor, beta_fast, beta_slow, truncate, original_max_position), factors (factors, one
-    divisor per frequency), longrope (factors, and attention_factor, for sequences of up to original_max_position tokens;
+    divisor per frequency), longrope (factors and attention_factor for sequences of up to original_max_position tokens,
     long_factors and long_attention_factor for all positions of longer ones). `attention_factor` multiplies cosines and
     sines; only yarn, factors and longrope have one. `score_factor` is what yarn's mscale_all_dim multiplies scores by,
     in models that do so (DeepSeek's).

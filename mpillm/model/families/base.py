@@ -274,8 +274,8 @@ def _check_layer_types(fields: Fields, architecture: str, layers: Sequence[Layer
 def _longest(fields: Fields, max_position: int) -> int:
     """The most positions of a sequence.
 
-    Dual chunk attention (Qwen 2.5 1M) changes nothing up to the length that the model was trained with: longer sequences
-    are not computed.
+    Dual chunk attention (Qwen 2.5 1M) changes nothing up to the length that the model was trained with: longer
+    sequences are not computed.
     """
     border = fields.table("dual_chunk_attention_config").get("original_max_position_embeddings")
     return min(max_position, border) if type(border) is int and border > 0 else max_position
