@@ -430,7 +430,7 @@ def small_matrix(rng: np.random.Generator, type: BlockType, n: int, k: int, pane
 
 @pytest.mark.parametrize(("m", "regions"), [(1, 1), (5, 2), (8, 2), (17, 4)])
 def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
-    """The same bits as part by part, in the fewer regions the fewer rows there are, with time for others before each."""
+    """The same bits as part by part, in fewer regions the fewer rows there are, with time for others before each."""
     rng, count, d = np.random.default_rng(8), 4, HIDDEN[0]
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
     made, dims = [], [HD, HD, 32, 32]

@@ -74,7 +74,9 @@ def config(name: str) -> ModelConfig:
         return config_of(source)
 
 
-def test_all_layers_of_a_step_are_one_call_for_any_number_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_layers_of_a_step_are_one_call_for_any_number_of_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Few rows take several layers as one region of the threads."""
     layers = config("mistral").n_layers
     one, regions = steps(monkeypatch, "mistral", 1)
