@@ -62,7 +62,7 @@ cdef class LayerStack:
 
     cdef int compute(self, Py_ssize_t first, Py_ssize_t last, float *x, long m, Rows *places, Sums *part,
                      int threads) except -1:
-        """Layers first .. last - 1 of the rows x, in one parallel region; what one of them takes, the next takes again."""
+        """Layers first .. last - 1 of the rows x, in one parallel region; each takes the same space."""
         cdef Attention attention
         cdef Residual after_attention, after_mlp
         cdef Mlp mlp
