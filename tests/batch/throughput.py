@@ -42,9 +42,12 @@ def _ids(draw: random.Random, count: int) -> list[int]:
 
 
 def few_shot(draw: random.Random, count: int) -> list[Body]:
-    """Questions of sixteen tasks, each behind the examples of its task, to be scored."""
+    """Questions of sixteen tasks with two answers each to choose from, behind the examples of their task."""
     tasks = [_ids(draw, 12 * KV_BLOCK) for _ in range(16)]
-    return [{"prompt": draw.choice(tasks) + _ids(draw, 12), **SCORED} for _ in range(count)]
+    return [
+        {"prompt": draw.choice(tasks) + _ids(draw, 12), "choices": [_ids(draw, 1), _ids(draw, 2)]}
+        for _ in range(count)
+    ]
 
 
 def documents(draw: random.Random, count: int) -> list[Body]:
