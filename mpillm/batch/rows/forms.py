@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from mpillm.batch.rows import json_array, tables
-from mpillm.batch.rows.compressed import GZIP, STDIN, ZSTD, ChunkFile, unpacked
+from mpillm.batch.rows.compressed import GZIP, STDIN, ZSTD, ChunkFile, uncompressed
 from mpillm.batch.rows.tables import Check
 from mpillm.errors import JobError
 
@@ -41,7 +41,7 @@ def write_lines(path: Path, target: IO[bytes], check: Check) -> None:
 
     `check` is called with the columns of a table, before its first row.
     """
-    with unpacked(path) as file:
+    with uncompressed(path) as file:
         reader = tables.READERS.get(_suffix(path))
         if reader is not None:
             for line in reader(file, path, check):

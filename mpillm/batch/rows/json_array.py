@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from mpillm.batch.rows.line import MAX_LINE, error_line
+from mpillm.batch.rows.line import MAX_LINE, wrong_row
 from mpillm.errors import JobError
 
 CHUNK = 1 << 16  # characters that are read at once
 _MARK, _AFTER = re.compile(r'["\[\]{}]'), re.compile(r"[,\]\s]")  # in a nested value, and behind a number
-_TOO_LONG = error_line(f"the line is longer than {MAX_LINE >> 20} MiB")
+_TOO_LONG = wrong_row(f"the line is longer than {MAX_LINE >> 20} MiB")
 
 
 def elements(file: io.BufferedReader, path: Path) -> Iterator[bytes]:

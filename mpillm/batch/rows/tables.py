@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from mpillm.batch.rows.line import MAX_LINE, error_line, row_line
+from mpillm.batch.rows.line import MAX_LINE, row_line, wrong_row
 from mpillm.errors import JobError
 
 ROWS, BYTES = 1024, 16 << 20  # of a Parquet file that are read at once, at most
@@ -66,12 +66,12 @@ def _records(reader: Iterator[list[str]], header: list[str]) -> Iterator[bytes]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield error_line(str(error))
+            yield wrong_row(str(error))
             continue
         if len(row) == len(header):
             yield row_line(dict(zip(header, row, strict=True)))
         elif row:  # no blank line
-            yield error_line(f"the row has {len(row)} field(s), and the header has {len(header)}")
+            yield wrong_row(f"the row has {len(row)} field(s), and the header has {len(header)}")
 
 
 def _parquet(file: io.BufferedReader, path: Path, check: Check) -> Iterator[bytes]:
