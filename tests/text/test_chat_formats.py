@@ -276,7 +276,11 @@ def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
     content = choice_grammar(["red", "blue"])
 
     def grammar(
-        choice: Any, tools: list[Tool], answer: bool = False, many: bool = True, state: ReasoningState = "closed"
+        choice: Any,
+        tools: list[Tool],
+        answer: bool = False,
+        many: bool = True,
+        state: ReasoningState = "closed",
     ) -> str:
         lark = Lark(grammars[0].control)
         return lark.whole(
