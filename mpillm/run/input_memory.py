@@ -18,7 +18,8 @@ from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
-from mpillm.batch.rows import MAX_LINE, needs_arrow
+from mpillm.batch.row_line import MAX_LINE
+from mpillm.batch.rows import needs_arrow
 from mpillm.batch.template import Template
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
