@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpillm.batch import bodies
-from mpillm.batch.json_array import begins_array
 from mpillm.batch.lines import Lines
 from mpillm.batch.names import NumbersByName
 from mpillm.batch.order import Order
-from mpillm.batch.row_line import MAX_LINE, ROW_ERROR
+from mpillm.batch.rows.json_array import begins_array
+from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError

@@ -24,7 +24,8 @@ from mpillm.engine.engine import follow
 from mpillm.engine.limits import Totals
 from mpillm.errors import Interrupted, MpillmError
 from mpillm.partition.replicas import Replicas
-from mpillm.run import inputs, outcome
+from mpillm.planning.wire import with_wire
+from mpillm.run import outcome
 from mpillm.run.computation import Computation
 from mpillm.run.dispatch import Assistant
 from mpillm.run.job import open_job, results_differ
@@ -32,9 +33,8 @@ from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Origin, Session
 from mpillm.run.tracer import Tracer
-from mpillm.run.wire import with_wire
 from mpillm.spec import Spec
-from mpillm.store import report
+from mpillm.store import inputs, report
 from mpillm.store.journal_facts import began, first_layout
 from mpillm.store.output import PATIENCE, Claim
 

@@ -27,15 +27,15 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import hosts, layout, measure, memory
-from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import InputNeeds, input_needs, template_length
-from mpillm.run.layout import Chosen
-from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
-from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import replica_plans
-from mpillm.run.step_time import Demand
-from mpillm.run.wire import described, shards_cross_hosts, with_wire
+from mpillm.planning import hosts, layout, measure, memory
+from mpillm.planning.estimate import Estimate, demand_of, estimate
+from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.layout import Chosen
+from mpillm.planning.limits import CacheCapacity, cache_in_memory, limits
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import replica_plans
+from mpillm.planning.step_time import Demand
+from mpillm.planning.wire import described, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, WireSection, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.store.report import RankStatistics

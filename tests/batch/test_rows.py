@@ -19,13 +19,13 @@ import zstandard
 from pyarrow import parquet
 
 from mpillm import spec
-from mpillm.batch import delimited, json_array, requests
-from mpillm.batch import parquet as batch_parquet
-from mpillm.batch.row_line import MAX_LINE, ROW_ERROR
-from mpillm.batch.rows import write_lines
+from mpillm.batch import requests
+from mpillm.batch.rows import delimited, forms, json_array
+from mpillm.batch.rows import parquet as batch_parquet
+from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
 from mpillm.errors import JobError, RequestError
-from mpillm.run import inputs
+from mpillm.store import inputs
 from mpillm.store.output import INPUT, Claim
 from tests.job_helpers import WITH_TEXT
 
@@ -115,7 +115,7 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
     ):
         (tmp_path / "in.json").write_text(text)
         file = io.BytesIO()
-        write_lines(tmp_path / "in.json", file, print)
+        forms.write_lines(tmp_path / "in.json", file, print)
         assert [json.loads(line) for line in file.getvalue().splitlines()] == json.loads(text)
 
 
@@ -295,7 +295,7 @@ def test_long_texts_of_a_dictionary_are_made_row_by_row(
 
     monkeypatch.setattr(batch_parquet, "BYTES", 4 * len(long))
     tracemalloc.start()
-    write_lines(tmp_path / "in.parquet", Lines(), print)
+    forms.write_lines(tmp_path / "in.parquet", Lines(), print)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(lengths) == many + 1
