@@ -17,7 +17,7 @@ from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
 from mpillm.weights.formats.extent import Extent, llama_cpp_rows
-from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpacked_loader
+from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
@@ -42,7 +42,6 @@ GATHERED = (
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
 
-    loading_nbytes = LOADING_NBYTES
     files_read_as_stored: tuple[Path, ...] = ()
 
     def __init__(
@@ -78,6 +77,13 @@ class TensorSource:
         }
         for file in self.mapped:
             file.release(0, file.size)  # the header has been read
+
+    @property
+    def loading_nbytes(self) -> int:
+        """Bytes that loading takes at most, besides the pages: matrices of the stored type are packed undecoded."""
+        matrices = [(key, extent.stored) for key, extent in self._extents.items() if len(extent.shape) > 1]
+        undecoded = all(stored.own and stored.type == self.tensors[key].type for key, stored in matrices)
+        return UNDER_WAY if undecoded else LOADING_NBYTES
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""
