@@ -13,7 +13,7 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.planning import layout
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.layout import Chosen
-from mpillm.run import runner
+from mpillm.run import context
 from mpillm.run.job import results_differ
 from mpillm.spec import Spec, WireSection
 from mpillm.store.records import UsedLayout
@@ -65,15 +65,15 @@ def replaced(host: Host, **values: Any) -> Host:
 def test_a_run_goes_on_with_the_wire_that_it_began_with(wire: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(*settings: str) -> tuple[str, int | None]:
         with ExitStack() as stack:
-            found, shards = runner._RankContext(
+            found, shards = context.RankContext(
                 start(), job(*settings), cast("Any", None), stack, cast("Any", None)
-            )._kept(None)
+            ).kept(None)
         return found.wire.activations, shards
 
-    monkeypatch.setattr(runner._RankContext, "claim", None)
-    monkeypatch.setattr(runner, "first_layout", lambda claim: None)
+    monkeypatch.setattr(context.RankContext, "claim", None)
+    monkeypatch.setattr(context, "first_layout", lambda claim: None)
     assert kept() == ("auto", None)
-    monkeypatch.setattr(runner, "first_layout", lambda claim: UsedLayout(3, 2, wire))
+    monkeypatch.setattr(context, "first_layout", lambda claim: UsedLayout(3, 2, wire))
     assert kept() == (wire, 2 if wire == "q8_0" else None)
     assert kept("wire.activations=q8_0") == ("q8_0", 2)
     assert kept("wire.activations=f32") == ("f32", None)

@@ -17,7 +17,7 @@ from mpillm.text import Tokenizer, hf
 from mpillm.text.chat_formats.base import ParsedAnswer, Tool
 from mpillm.text.chat_formats.known import CALLS, TAGS, format_of
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State, Tagged
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState, Tagged
 from mpillm.text.constrain import Grammars, choice_grammar
 from mpillm.text.harmony import CALL, CONSTRAIN, MARKS, Harmony
 from tests.job_helpers import CHAT
@@ -112,7 +112,7 @@ def found(answer: ParsedAnswer) -> list[tuple[str, Any]]:
     return [(call.name, json.loads(call.arguments)) for call in answer.calls]
 
 
-def grown(format: ChatFormat, text: str, state: State) -> ParsedAnswer:
+def grown(format: ChatFormat, text: str, state: ReasoningState) -> ParsedAnswer:
     """The parts of an answer, of which each beginning was looked at, too: none took back what another had given."""
     last = ParsedAnswer(None, "")
     for length in range(len(text) + 1):
@@ -320,7 +320,11 @@ def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
     content = choice_grammar(["red", "blue"])
 
     def grammar(
-        choice: Any, tools: list[Tool], answer: bool = False, many: bool = True, state: State = "closed"
+        choice: Any,
+        tools: list[Tool],
+        answer: bool = False,
+        many: bool = True,
+        state: ReasoningState = "closed",
     ) -> str:
         lark = Lark(grammars[0].control)
         return lark.whole(
