@@ -83,7 +83,8 @@ class Pythonic(Bare):
 
     def read(self, text: str) -> list[Call] | None:
         try:
-            with warnings.catch_warnings(action="ignore"):  # such as of an escape that Python does not know
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such as of an escape that Python does not know
                 tree = ast.parse(text, mode="eval").body
             if not isinstance(tree, ast.List):
                 return None
