@@ -15,21 +15,21 @@ from mpillm.model.adapters import with_adapters
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import open_described
 from mpillm.partition import grid
-from mpillm.run import catalogue, layout
-from mpillm.run.estimate import Estimate, demand_of, estimate
+from mpillm.run import catalogue
+from mpillm.run.estimate import Estimate
 from mpillm.run.input_memory import InputNeeds, input_needs, template_length
-from mpillm.run.layout import Chosen
+from mpillm.run.layout import Found, Layouts
 from mpillm.run.limits import cached_tokens
 from mpillm.run.machines import Machines
 from mpillm.run.plan_text import as_text, count_of
-from mpillm.run.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
-from mpillm.run.wire import described, with_wire
+from mpillm.run.rank_plan import Planner, RankPlan, problems
+from mpillm.run.search import search
+from mpillm.run.wire import described
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
 
 GIB, MIB = 2**30, 2**20
-LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
 
 
 __all__ = ["Plan", "as_json", "as_text", "make", "make_plan", "suggestion", "wire_bytes"]
@@ -43,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     weights: list[str]  # how matrices are stored, and what they become
     replicas: int
     reason: str  # for as many replicas
+    compared: str  # how much longer another layout would take
     left_out: list[str]  # hosts that would slow the run down
     stages: int  # of the first replica, as what follows where replicas differ
     shards: int
@@ -84,12 +85,12 @@ def suggestion(spec: Spec, machines: Machines, rate: float) -> str:
         closing(open_described(catalogue.described(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
-        asked = input_needs(spec, config.hidden, template_length(source))
+        asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)
 
         def made(weights: int | str) -> tuple[float, list[RankPlan]]:
             job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
-            _, plans, time = _laid_out(job, source, config, machines, asked)
-            return time.rate, [rank for plan in plans for rank in plan.ranks]
+            found = _laid_out(job, planner, machines, asked)
+            return found.time.rate, [rank for plan in found.plans for rank in plan.ranks]
 
         best, ranks = made("all")
         low, high = (
@@ -128,8 +129,10 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     Hosts without which the run would be faster are left out.
     """
     asked = input_needs(spec, config.hidden, template_length(source))
-    machines, left_out = _useful(spec, source, config, machines, asked)
-    chosen, laid_out, time = _laid_out(spec, source, config, machines, asked)
+    planner, names = Planner(source, config), machines.host_names()
+    layouts = Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked)
+    best, without = search(layouts, machines)
+    machines, chosen, laid_out, time = best.machines, best.chosen, best.plans, best.time
     found = chosen.replicas
     first, plans = laid_out[0], [rank for replica in laid_out for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
@@ -141,7 +144,8 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         weights=weight_types(source),
         replicas=len(found),
         reason=chosen.reason,
-        left_out=left_out,
+        compared=chosen.compared,
+        left_out=[names[host] for host in without],
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, len(found[0].ranks)),
@@ -164,43 +168,14 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         wire_of_shards=described(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
         ranks=plans,
         time=time,
-        gains={} if wrong else dict(_gains(spec, source, config, machines, asked, time)),
+        gains={} if wrong else dict(_gains(spec, planner, machines, asked, time)),
         problems=list(dict.fromkeys([*wrong, *_too_large(machines, plans)])),
     )
 
 
-def _laid_out(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
-) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
-    chosen = layout.choose(
-        spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
-    )
-    plans = list(replica_plans(spec, source, config, chosen.replicas, asked, machines.names))
-    spec = with_wire(spec, chosen.wire)
-    return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
-
-
-def _useful(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
-) -> tuple[Machines, list[str]]:
-    """The machines without those that would slow the run down, and these by name.
-
-    Of the slowest hosts 1, 2, 4, 8, ... are tried.
-    """
-    hosts = len(machines.ranks_per_host)
-    if hosts == 1:
-        return machines, []
-    best, least, without = machines, _laid_out(spec, source, config, machines, asked)[2].seconds, list[int]()
-    slowest = machines.slowest_first()
-    for count in (1 << power for power in range(hosts.bit_length())):
-        if count < hosts:
-            fewer = machines.without(slowest[:count])
-            with suppress(MpillmError):
-                seconds = _laid_out(spec, source, config, fewer, asked)[2].seconds
-                if seconds * LEAVE_OUT < least:
-                    best, least, without = fewer, seconds, slowest[:count]
-    names = machines.host_names()
-    return best, [names[host] for host in sorted(without)]
+def _laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds) -> Found:
+    """The layout on all of these machines."""
+    return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
@@ -216,7 +191,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 
 
 def _gains(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
+    spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
     """How many times as fast the job is with one more host, with more memory, and so on."""
     memory = spec.memory
@@ -239,8 +214,7 @@ def _gains(
     for name, (changed, on) in more.items():
         with suppress(MpillmError):
             job = msgspec.structs.replace(spec, memory=changed)
-            _, _, time = _laid_out(job, source, config, on, asked)
-            yield name, now.seconds / time.seconds
+            yield name, now.seconds / _laid_out(job, planner, on, asked).time.seconds
 
 
 def wire_bytes(

@@ -27,13 +27,13 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import hosts, layout, measure, memory
+from mpillm.run import hosts, measure, memory
 from mpillm.run.estimate import Estimate, demand_of, estimate
 from mpillm.run.input_memory import InputNeeds, input_needs, template_length
-from mpillm.run.layout import Chosen
+from mpillm.run.layout import Chosen, Layouts
 from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
 from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import replica_plans
+from mpillm.run.rank_plan import Planner
 from mpillm.run.step_time import Demand
 from mpillm.run.wire import described, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, WireSection, tightest
@@ -124,6 +124,7 @@ class Session:
             if world.rank == 0:
                 check_vectors(self.source)
             self._activations = activations_of(self.source, self.config)
+            self.planner = Planner(self.source, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
@@ -189,17 +190,10 @@ class Session:
         if not self._replicated:
             count = 1
 
+        layouts = Layouts(spec, self.planner, count, asked.lines or None, self._shards_before, asked)
+
         def choose() -> Chosen:
-            return layout.choose(
-                spec,
-                self.source,
-                self.config,
-                self.machines,
-                count,
-                asked.lines or None,
-                self._shards_before,
-                asked,
-            )
+            return layouts.choose(self.machines).chosen
 
         chosen = world.on_rank_0(choose)
         pipeline = any(replica.stages > 1 for replica in chosen.replicas)
@@ -213,7 +207,7 @@ class Session:
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
-        plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self._asked, names))
+        plans = list(self.planner.replicas(self.job, self.replicas, self._asked, names))
         demand, spec = demand or demand_of(self._asked), with_wire(self.job, self.wire)
         return estimate(spec, self.config, self.machines, self.replicas, plans, demand)
 

@@ -14,6 +14,7 @@ from mpillm.run import layout, runner
 from mpillm.run.hosts import Host, machines_of
 from mpillm.run.job import results_differ
 from mpillm.run.layout import Chosen
+from mpillm.run.rank_plan import Planner
 from mpillm.spec import Spec, WireSection
 from mpillm.store.records import UsedLayout
 from tests.model.golden import model_path
@@ -29,7 +30,8 @@ def job(*settings: str) -> Spec:
 def chosen(hosts: list[Host], *settings: str) -> Chosen:
     asked = job(*settings)
     with closing(open_source(MODEL)) as source:
-        return layout.choose(asked, source, config_of(source), machines_of(hosts), asked.layout.replicas)
+        layouts = layout.Layouts(asked, Planner(source, config_of(source)), asked.layout.replicas)
+        return layouts.choose(machines_of(hosts)).chosen
 
 
 @pytest.mark.parametrize("shards", [2, 4])
