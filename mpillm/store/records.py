@@ -76,7 +76,7 @@ class PartialResult(msgspec.Struct, tag="part", frozen=True):
     key: bytes  # of its line
     choice: int
     start: int
-    completion: PartialCompletion = msgspec.field(name="begun")
+    completion: PartialCompletion = msgspec.field(name="begun")  # as the journals of earlier versions call it
 
 
 class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
@@ -200,7 +200,9 @@ def framed(record: Record, offset: int) -> bytes:
 
 
 def _checksum(place: bytes, payload: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(place + payload, digest_size=8).digest(), "little")
+    checksum = hashlib.blake2b(place, digest_size=8)
+    checksum.update(payload)
+    return int.from_bytes(checksum.digest(), "little")
 
 
 def payload_at(file: int, offset: int, size: int) -> bytes | None:

@@ -1,0 +1,72 @@
+"""The form of an input: compressed or not; a JSON array, a table or lines of JSON. Rows become lines of JSON."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+from mpillm.batch.rows import delimited, json_array, parquet
+from mpillm.batch.rows.compressed import GZIP, STDIN, ZSTD, ChunkFile, uncompressed
+from mpillm.batch.rows.json_array import begins_array
+from mpillm.errors import JobError
+
+_PARQUET = b"PAR1"
+
+Check = Callable[[list[str]], None]  # of the columns that a table has
+Reader = Callable[[io.BufferedReader, Path, Check], Iterator[bytes]]
+_READERS: dict[str, Reader] = {
+    ".csv": partial(delimited.records, delimiter=","),
+    ".tsv": partial(delimited.records, delimiter="\t"),
+    ".parquet": parquet.rows,
+}
+
+
+def is_lines(path: Path) -> bool:
+    """Whether an input is read as it is: an object a line, in a file that can be read again."""
+    if str(path) == STDIN:
+        return False
+    try:
+        with path.open("rb") as file:
+            head, array = begins_array(file)
+    except OSError:
+        return True  # which says what is wrong
+    return not (array or head.startswith((GZIP, ZSTD, _PARQUET)) or _suffix(path) in _READERS)
+
+
+def needs_arrow(path: Path) -> bool:
+    """Whether the input is read by pyarrow."""
+    return _suffix(path) == ".parquet"
+
+
+def write_lines(path: Path, target: IO[bytes], check: Check) -> None:
+    """Write the rows of an input as lines of JSON; JobError if it cannot be read.
+
+    `check` is called with the columns of a table, before its first row.
+    """
+    with uncompressed(path) as file:
+        reader = _READERS.get(_suffix(path))
+        if reader is not None:
+            for line in reader(file, path, check):
+                target.write(line + b"\n")
+            return
+        if file.peek(len(_PARQUET)).startswith(_PARQUET):
+            raise JobError(f"The input {path} is Parquet; give it as a file whose name ends in .parquet.")
+        head, array = begins_array(file)
+        if array:
+            rest = iter(lambda: file.read(json_array.CHUNK), b"")
+            for line in json_array.elements(io.BufferedReader(ChunkFile(chain([head], rest))), path):
+                target.write(line + b"\n")
+        else:
+            target.write(head)
+            shutil.copyfileobj(file, target, 1 << 20)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells what an input is, without that of its compression."""
+    plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
+    return plain.suffix.lower()

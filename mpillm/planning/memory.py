@@ -1,0 +1,83 @@
+"""The memory of a rank: its two budgets, the rows of a step, and the process itself.
+
+It is computed before the run (`plan` prints it), and the report says how much was used.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from mpillm.engine.reply import TILE
+from mpillm.engine.speculation import DRAWN_ROWS
+from mpillm.model.activations import Activations
+from mpillm.model.config import ModelConfig
+from mpillm.partition.grid import Place, vocab_axis
+from mpillm.text.confined import template_process_peak
+from mpillm.weights.source import Source
+from mpillm.weights.text_files import text_fields, text_folder
+
+# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
+PROCESS = 104 * 2**20
+WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
+FIELD = 256  # and among a GGUF file's fields, which all have
+LOADING = (
+    8  # times the bytes of the pages: what loading takes of a small model, whose rows may become float32
+)
+ITEM = 2048  # of what is known of a part that is paged
+LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Maximum bytes of one rank."""
+
+    weights: int
+    adapters: int = 0
+    kv: int
+    activations: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.kv + self.activations + self.process
+
+
+def activations(kind: Activations, place: Place, rows: int) -> int:
+    """Bytes of the rows of a step on a rank, including logits and messages under way."""
+    config, found = kind.config, kind.nbytes(place, rows)
+    if place.stage == place.stages - 1:
+        found += LOGITS * 4 * TILE * len(vocab_axis(config.vocab).entries(place))
+        found += DRAWN_ROWS * 4 * config.hidden * place.stages  # kept until all tokens of a step are drawn
+    if place.stages > 1:
+        found += 2 * rows * 4 * config.hidden  # one message leaves, or comes, while the next is made
+    return found
+
+
+def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:
+    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
+
+    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
+    """
+    found = PROCESS + ITEM * len(pages) + min(source.loading_nbytes, LOADING * sum(pages))
+    fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
+    folder = text_folder(source.tokenizer)
+    if place.rank == 0:
+        words = fields or (folder is not None and (folder / "tokenizer.json").exists())
+        return found + kept + (WORD * config.vocab if words else 0)
+    return found + (FIELD * config.vocab if fields else 0)
+
+
+def peak() -> int:
+    """Maximum resident bytes of this process so far, with those of its process for chat templates.
+
+    On Linux a process's own: getrusage's begin with those of the program that started it.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    own = 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return own + template_process_peak()
