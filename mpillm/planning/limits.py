@@ -94,6 +94,7 @@ def limits(
         n_slots=capacity.slots,
         n_saved=capacity.saved,
         whole_prompts=rows.config.whole_prompts,
+        short_length=rows.config.short_length,
     )
 
 

@@ -17,6 +17,7 @@ from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
+from mpillm.text.confined import template_process_peak
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_folder
 
@@ -72,10 +73,11 @@ def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[i
 
 
 def peak() -> int:
-    """Maximum resident bytes of this process so far.
+    """Maximum resident bytes of this process so far, with those of its process for chat templates.
 
     On Linux a process's own: getrusage's begin with those of the program that started it.
     """
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    own = 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return own + template_process_peak()

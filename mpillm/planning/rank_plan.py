@@ -162,9 +162,8 @@ def work_of(
     counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
     for page in pages:
         kind = "head" if page.kind == HEAD else "expert" if page.expert >= 0 else "layer"
-        for entry in page.entries:
-            if entry.bounds:
-                counts[kind][entry.type] += entry.n * entry.k
+        for type, values in page.values.items():
+            counts[kind][type] += values
     operations = (
         4 * config.hidden // place.shards
     )  # of a row and a token before it: about the width of all heads
