@@ -69,10 +69,6 @@ cdef class Product:
 
 cdef enum: FORMS = 3  # of activations: quantised, floats, rounded to BF16
 
-    cdef void release(self, void *piece) noexcept:
-        """Give back a piece and all that was taken after it."""
-        self.at = <char *>piece
-
 
 def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True,
            long row_bytes=0):
