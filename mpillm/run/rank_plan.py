@@ -16,7 +16,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.partition.replicas import Replica
-from mpillm.run import memory
+from mpillm.run import draft, memory
 from mpillm.run.input_memory import InputNeeds
 from mpillm.run.limits import (
     CacheCapacity,
@@ -48,6 +48,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_minimum: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
     adapters: int  # all of them
+    draft: int  # a draft model and its cache, at most
     kv_token: int  # for each token in the cache
     kv_state: int  # for each sequence, however long
     kv_held: int  # at most
@@ -58,7 +59,8 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """The sum of all."""
-        return self.weights_held + self.adapters + self.kv_held + self.activations + self.process
+        held = self.weights_held + self.adapters + self.draft + self.kv_held
+        return held + self.activations + self.process
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def replica_plan(
     budgets = [one.memory.kv_bytes for one in specs]
     capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
     needed = capacity.needed(len(caches[0].windows), asked)
+    drafting = draft.nbytes(spec, config)
     kept = 0 if number else asked.kept(step.sequences * replica.stages)
     plans = [
         _rank(
@@ -113,6 +116,7 @@ def replica_plan(
             share,
             memory.activations(rows, place, min(step.tokens, asked.rows)),
             memory.process(source, config, place, [page.nbytes for page in own], kept),
+            0 if place.rank else drafting,
         )
         for one, place, own, cache, share in zip(specs, places, pages, caches, shares, strict=True)
     ]
@@ -220,6 +224,7 @@ def _rank(
     weights: dict[str, int],
     activations: int,
     process: int,
+    drafting: int,
 ) -> RankPlan:
     layers = grid.stage_layers(config.n_layers, place)
     return RankPlan(
@@ -233,6 +238,7 @@ def _rank(
         weights_minimum=weights["minimum"],
         weights_streamed=weights["streamed"],
         adapters=config.adapters_nbytes(place),
+        draft=drafting,
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
         kv_held=cache_in_memory(spec, cache, *needed, capacity),

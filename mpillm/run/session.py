@@ -15,8 +15,10 @@ from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
+from mpillm.engine.draft_model import DraftModel
 from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.limits import Limits, Totals
+from mpillm.engine.speculation import Mode
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -27,7 +29,7 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid, replicas
 from mpillm.partition.replicas import Replicas
-from mpillm.run import hosts, layout, measure, memory
+from mpillm.run import draft, hosts, layout, measure, memory
 from mpillm.run.estimate import Estimate, demand_of, estimate
 from mpillm.run.input_memory import InputNeeds, input_needs, template_length
 from mpillm.run.layout import Chosen
@@ -172,6 +174,8 @@ class Session:
         self._kv_tokens = min(world.gather(self.limits.max_length))
         self.channel = Channel(world, self.counters, ranks)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
+        with world.together():
+            self.draft_model = self._open_draft_model()
         log.info(
             "%s replica %d of %d, stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
             world, number, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
@@ -229,9 +233,21 @@ class Session:
             self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state, self.wire
         )
 
-    def engine(self, totals: Totals | None = None) -> Engine:
-        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any."""
-        return Engine(self.worker, self.channel, self.limits, self.shard_vocab, totals)
+    def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
+        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any.
+
+        It drafts as the job says, or as `speculation` does.
+        """
+        limits = self.limits if speculation is None else replace(self.limits, speculation=speculation)
+        return Engine(self.worker, self.channel, limits, self.shard_vocab, totals, self.draft_model)
+
+    def _open_draft_model(self) -> DraftModel | None:
+        """The job's draft model, on the leader of each replica."""
+        if self.place.rank:
+            return None
+        return draft.open_draft_model(
+            self.spec, self.source, self.config, self.world, self.threads, self._open_files
+        )
 
     @property
     def shard_vocab(self) -> list[int]:
@@ -331,6 +347,7 @@ class Session:
         return memory.RankMemory(
             weights=min(weights.total, weights.budget),
             adapters=self.adapters.nbytes(place),
+            draft=0 if place.rank else draft.nbytes(self.spec, config),
             kv=cache_in_memory(self.spec, self.caches[place.rank], *needed, capacity.blocks),
             activations=memory.activations(
                 self._activations, place, min(limits.max_tokens, self._asked.rows)
