@@ -14,6 +14,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SOURCES := pyproject.toml setup.py $(filter-out cython/declarations.pxi,$(wildcard cython/*.p* cython/core/*.[ch]))
 
+# Thousands of processes start in the tests; without this each of them would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: run test test-mpi test-mpi-4 lint docs clean install
 

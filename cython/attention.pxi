@@ -82,7 +82,7 @@ cdef class Attention:
                                  self.window, pools.blocks)
         require_rows("x", x, -1, self.qkv.first.k)
         cdef Sums sums = sums_of(out, self.o.first.panels, x.shape[0], self.o.widths[0], True)
-        self.compute(&x[0, 0], x.strides[0] // 4, &rows, kv_type, &pools, &sums, None, NULL, threads)
+        self.compute(&x[0, 0], x.strides[0] // 4, &rows, kv_type, &pools, &sums, threads)
 
     def attend(self, float[:, ::1] q, float[:, ::1] k, const float[:, ::1] v, cos, sin, int kv_type, kpool, vpool,
                const int32_t[::1] block, const int32_t[::1] offset, const int32_t[::1] pos,
@@ -109,21 +109,30 @@ cdef class Attention:
         return pools_of(kv_type, kpool, vpool, self.kvh, self.hd, self.vd)
 
     cdef int compute(self, const float *x, long stride, const Rows *rows, int kv_type, const Pools *pools, Sums *out,
-                     Residual residual, float *add_to, int threads) except -1:
-        """out = attention of x; with a residual, add_to (x itself) += what that makes of it."""
+                     int threads) except -1:
+        cdef Space space = Space(step_bytes(self.steps) + self.space(rows.m))
+        cdef mk_work work
+        begin(&work, space, self.steps)
+        self.add(&work, space, x, stride, rows, kv_type, pools, out)
+        return finish(&work, threads)
+
+    cdef size_t space(self, long m) noexcept:
+        """Bytes of what `add` takes for m rows."""
+        cdef long wide = self.heads * self.hd, narrow = self.kvh * self.hd, values = self.kvh * self.vd
+        return (floats(m * self.qkv.first.k) + floats(m * wide) + floats(m * narrow) + floats(m * values)
+                + floats(m * self.heads * self.vd) + self.qkv.space(m) + self.attend_space(m))
+
+    cdef int add(self, mk_work *work, Space space, const float *x, long stride, const Rows *rows, int kv_type,
+                 const Pools *pools, Sums *out) except -1:
+        """out = attention of x."""
         cdef long m = rows.m, d = self.qkv.first.k, x_stride = stride
         cdef long wide = self.heads * self.hd, narrow = self.kvh * self.hd, values = self.kvh * self.vd
-        cdef long steps = self.steps + RESIDUAL_STEPS
-        cdef Space space = Space(step_bytes(steps) + floats(m * d) + floats(m * wide) + floats(m * narrow)
-                                 + floats(m * values) + floats(m * self.heads * self.vd) + self.qkv.space(m)
-                                 + self.attend_space(m))
-        cdef mk_work work
-        begin(&work, space, steps)
         cdef const float *hidden = x
         cdef float *normed
+        mk_join(work, 0)
         if self.norm is not None:
             normed = <float *>space.take(4 * m * d)
-            self.norm.add(&work, x, stride, 1, m, normed, d)
+            self.norm.add(work, x, stride, 1, m, normed, d)
             hidden, x_stride = normed, d
         cdef float *q = <float *>space.take(4 * m * wide)
         cdef float *k = <float *>space.take(4 * m * narrow)
@@ -131,21 +140,18 @@ cdef class Attention:
         cdef long gates = self.heads * self.vd
         cdef float *gate = <float *>space.take(4 * m * gates) if self.gated else NULL
         cdef Sums *sums = [Sums(q, wide, 0), Sums(k, narrow, 0), Sums(v, values, 0), Sums(gate, gates, 0)]
-        self.qkv.add(&work, space, hidden, x_stride, m, sums)
-        add_bias(&work, q, wide, self.q_bias, m)
-        add_bias(&work, k, narrow, self.k_bias, m)
-        add_bias(&work, v, values, self.v_bias, m)
-        mk_join(&work, 0)
+        self.qkv.add(work, space, hidden, x_stride, m, sums)
+        add_bias(work, q, wide, self.q_bias, m)
+        add_bias(work, k, narrow, self.k_bias, m)
+        add_bias(work, v, values, self.v_bias, m)
+        mk_join(work, 0)
         if self.v_norm is not None:
-            self.v_norm.add_heads(&work, v, m, self.kvh, self.vd)
-            mk_join(&work, 1)
+            self.v_norm.add_heads(work, v, m, self.kvh, self.vd)
+            mk_join(work, 1)
         if not self.normed_after_rope:
-            self.add_norms(&work, q, k, m)
-        mk_join(&work, 0)
-        self.add_attend(&work, space, q, k, v, gate, rows, kv_type, pools, out)
-        if residual is not None:
-            residual.add(&work, add_to, stride, out.to, out.stride, m, self.o.widths[0])
-        return finish(&work, threads)
+            self.add_norms(work, q, k, m)
+        mk_join(work, 0)
+        return self.add_attend(work, space, q, k, v, gate, rows, kv_type, pools, out)
 
     cdef void add_norms(self, mk_work *work, float *q, float *k, long m) noexcept:
         if self.q_norm is not None:

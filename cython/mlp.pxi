@@ -64,35 +64,41 @@ cdef class Mlp:
         cdef Products down = self.matrices.down
         require_rows("x", x, -1, self.matrices.inputs.first.k)
         cdef Sums sums = sums_of(out, down.first.panels, x.shape[0], down.widths[0], fold)
-        self.compute(&x[0, 0], x.strides[0] // 4, x.shape[0], &sums, None, NULL, threads)
+        self.compute(&x[0, 0], x.strides[0] // 4, x.shape[0], &sums, threads)
 
-    cdef int compute(self, const float *x, long stride, long m, Sums *out, Residual residual, float *add_to,
-                     int threads) except -1:
-        """out = the MLP of x; with a residual, add_to (x itself) += what that makes of it."""
-        cdef MlpMatrices matrices = self.matrices
-        cdef long d = matrices.inputs.first.k, x_stride = stride, steps = self.steps + RESIDUAL_STEPS
-        cdef Space space = Space(step_bytes(steps) + floats(m * d) + 2 * floats(m * matrices.width)
-                                 + matrices.inputs.space(m) + matrices.down.space(m))
+    cdef int compute(self, const float *x, long stride, long m, Sums *out, int threads) except -1:
+        cdef Space space = Space(step_bytes(self.steps) + self.space(m))
         cdef mk_work work
-        begin(&work, space, steps)
+        begin(&work, space, self.steps)
+        self.add(&work, space, x, stride, m, out)
+        return finish(&work, threads)
+
+    cdef size_t space(self, long m) noexcept:
+        """Bytes of what `add` takes for m rows."""
+        cdef MlpMatrices matrices = self.matrices
+        return (floats(m * matrices.inputs.first.k) + 2 * floats(m * matrices.width) + matrices.inputs.space(m)
+                + matrices.down.space(m))
+
+    cdef int add(self, mk_work *work, Space space, const float *x, long stride, long m, Sums *out) except -1:
+        """out = the MLP of x."""
+        cdef MlpMatrices matrices = self.matrices
+        cdef long d = matrices.inputs.first.k, x_stride = stride
         cdef const float *hidden = x
         cdef float *normed
+        mk_join(work, 0)
         if self.norm is not None:
             normed = <float *>space.take(4 * m * d)
-            self.norm.add(&work, x, stride, 1, m, normed, d)
+            self.norm.add(work, x, stride, 1, m, normed, d)
             hidden, x_stride = normed, d
         cdef float *gate = <float *>space.take(4 * m * matrices.width)
         cdef float *up = <float *>space.take(4 * m * matrices.width) if matrices.gated else NULL
         cdef Sums sums[2]
         matrices.place(sums, gate, up)
-        matrices.inputs.add(&work, space, hidden, x_stride, m, sums)
-        matrices.add_biases(&work, gate, up, m)
-        mk_join(&work, 0)
-        add_activation(&work, &self.function, gate, up, m, matrices.width)
-        matrices.down.add(&work, space, gate, matrices.width, m, out)
-        if residual is not None:
-            residual.add(&work, add_to, stride, out.to, out.stride, m, matrices.down.widths[0])
-        return finish(&work, threads)
+        matrices.inputs.add(work, space, hidden, x_stride, m, sums)
+        matrices.add_biases(work, gate, up, m)
+        mk_join(work, 0)
+        add_activation(work, &self.function, gate, up, m, matrices.width)
+        return matrices.down.add(work, space, gate, matrices.width, m, out)
 
 
 cdef class Expert:

@@ -25,6 +25,10 @@ cdef class Space:
         self.at += whole_lines(size)
         return self.at - whole_lines(size)
 
+    cdef void release(self, void *piece) noexcept:
+        """Give back a piece and all that was taken after it."""
+        self.at = <char *>piece
+
 
 cdef size_t whole_lines(size_t size) noexcept:
     return (size + LINE - 1) // LINE * LINE

@@ -1,5 +1,9 @@
 # Whole layers as one call.
 
+# Layers of one parallel region have so many rows of activations together, unless one layer has more: each region costs
+# some microseconds, and between them the caller looks after its messages.
+cdef enum: REGION_ROWS = 16
+
 
 cdef class LayerStack:
     cdef list layers, pools, places
@@ -39,21 +43,51 @@ cdef class LayerStack:
             raise ValueError(f"layers use places {self.places}, and there are {len(rows)}")
         for place, where in enumerate(rows):
             places[place] = self.rows_at(place, where, m)
+        if reduce is None:
+            together = max(1, REGION_ROWS // m)
+            for first in range(0, len(self.layers), together):
+                between()
+                self.compute(first, min(first + together, len(self.layers)), &x[0, 0], m, places, &sums, threads)
+            return
         for (attention, after_attention, mlp, after_mlp), place, (keys, values) in zip(self.layers, self.places,
                                                                                        self.pools):
             between()
             pools = attention.pools(self.kv_type, keys, values)
-            if reduce is None:
-                attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, after_attention,
-                                  &x[0, 0], threads)
-                mlp.compute(&x[0, 0], d, m, &sums, after_mlp, &x[0, 0], threads)
-                continue
-            attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, None, NULL, threads)
+            attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, threads)
             reduce(part)
             after_attention.compute(&x[0, 0], d, sums.to, d, m, d, threads)
-            mlp.compute(&x[0, 0], d, m, &sums, None, NULL, threads)
+            mlp.compute(&x[0, 0], d, m, &sums, threads)
             reduce(part)
             after_mlp.compute(&x[0, 0], d, sums.to, d, m, d, threads)
+
+    cdef int compute(self, Py_ssize_t first, Py_ssize_t last, float *x, long m, Rows *places, Sums *part,
+                     int threads) except -1:
+        """Layers first .. last - 1 of the rows x, in one parallel region; each takes the same space."""
+        cdef Attention attention
+        cdef Residual after_attention, after_mlp
+        cdef Mlp mlp
+        cdef Pools pools
+        cdef long d = self.width, steps = 0
+        cdef size_t size = 0
+        cdef Py_ssize_t i
+        for attention, _, mlp, _ in self.layers[first:last]:
+            steps += attention.steps + mlp.steps + 2 * RESIDUAL_STEPS
+            size = max(size, attention.space(m), mlp.space(m))
+        cdef Space space = Space(step_bytes(steps) + size)
+        cdef mk_work work
+        begin(&work, space, steps)
+        cdef void *activations = space.take(0)
+        for i in range(first, last):
+            attention, after_attention, mlp, after_mlp = self.layers[i]
+            keys, values = self.pools[i]
+            pools = attention.pools(self.kv_type, keys, values)
+            attention.add(&work, space, x, d, &places[<int>self.places[i]], self.kv_type, &pools, part)
+            after_attention.add(&work, x, d, part.to, part.stride, m, d)
+            space.release(activations)
+            mlp.add(&work, space, x, d, m, part)
+            after_mlp.add(&work, x, d, part.to, part.stride, m, d)
+            space.release(activations)
+        return finish(&work, threads)
 
     cdef Rows rows_at(self, int place, where, long m) except *:
         """The rows of one place, checked for all of its layers."""

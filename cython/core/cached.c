@@ -80,13 +80,18 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
                   float scale, int window, const float *sinks, float softcap, int chunked, int bidirectional,
                   const mk_tuning *tuning) {
     if (m < 1 || heads < 1) return;
-    work->groups = malloc((size_t)m * (size_t)heads * sizeof *work->groups);
-    if (!work->groups) work->failed = MK_NO_MEMORY;
-    if (work->failed) return;
-    long count = group_queries(work->groups, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
+    mk_query_groups *groups = malloc(sizeof *groups + (size_t)m * (size_t)heads * sizeof *groups->items);
+    if (!groups) {
+        work->failed = MK_NO_MEMORY;
+        return;
+    }
+    groups->next = work->groups;
+    work->groups = groups;
+    long count = group_queries(groups->items, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
     mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){
         .type = kv_type, .kvh = kvh, .hd = hd, .vd = vd, .window = window, .scale = scale, .sinks = sinks,
         .softcap = softcap, .chunked = chunked, .bidirectional = bidirectional,
-        .tuning = tuning ? *tuning : (mk_tuning){0}, .q = q, .out = out, .q_stride = q_stride, .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
-        .table_start = table_start, .groups = work->groups};
+        .tuning = tuning ? *tuning : (mk_tuning){0}, .q = q, .out = out, .q_stride = q_stride,
+        .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
+        .table_start = table_start, .groups = groups->items};
 }

@@ -66,6 +66,11 @@ typedef struct {
     int head, kv_head;
 } mk_query_group;
 
+typedef struct mk_query_groups { /* of one attention */
+    struct mk_query_groups *next; /* of another one of the same work */
+    mk_query_group items[];
+} mk_query_groups;
+
 typedef struct {
     int type, kvh, hd, vd, window, chunked, bidirectional; /* hd, vd: dimensions of a head's keys and of its values */
     float scale, softcap;
@@ -137,7 +142,7 @@ struct mk_work {
     long count, capacity;
     int joining, failed;    /* failed: 0, or why the work will not run */
     long weights;           /* bytes that products read */
-    mk_query_group *groups; /* attention's; freed after the run */
+    mk_query_groups *groups; /* attentions'; freed after the run */
     mk_step *steps, own[MK_STEPS], spare; /* spare: what is added once the list is full */
     mk_step *last;          /* that was added */
     atomic_long now;        /* the first step of the set whose parts may be taken; -1: not yet; count: all are done */

@@ -287,7 +287,10 @@ int mk_run(mk_work *work, int threads) {
             run_alone(work);
         }
     }
-    free(work->groups);
+    for (mk_query_groups *groups = work->groups, *next; groups; groups = next) {
+        next = groups->next;
+        free(groups);
+    }
     mk_begin(work);
     return failed;
 }

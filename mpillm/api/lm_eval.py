@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from mpillm.api.answers import Answer, Generation
 from mpillm.api.llm import LLM
+from mpillm.catalogue import models
 from mpillm.errors import JobError, RequestError
 from mpillm.model.opening import config_of, open_source
-from mpillm.run import catalogue
 from mpillm.spec import MemorySection
 from mpillm.text import Tokenizer, load_tokenizer
 
@@ -72,7 +72,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         sizes and devices are taken for the harness's sake: steps are filled, whatever they say.
         """
         super().__init__()
-        source = open_source(catalogue.resolve(model))
+        source = open_source(models.resolve(model))
         config = config_of(source)
         tokenizer = load_tokenizer(source.tokenizer, config.vocab)
         if tokenizer is None:

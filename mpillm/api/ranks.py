@@ -24,7 +24,7 @@ from mpillm.api.messages import (
 from mpillm.comm.program import library
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
-from mpillm.run.launch import Settings, command, program
+from mpillm.launching.mpiexec import Settings, command, program
 from mpillm.run.service import Service
 from mpillm.spec import Spec
 

@@ -32,7 +32,7 @@ from mpillm.api.messages import (
     send,
 )
 from mpillm.errors import Interrupted, MpillmError
-from mpillm.run.launch import AS_ROOT, end_session
+from mpillm.launching.mpiexec import AS_ROOT, end_session
 from mpillm.spec import Spec
 from mpillm.store.records import Result
 

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-RECENT = 1 << 12  # entries that are not sorted yet
+PARTS = 64  # tables over which names are spread: one of them grows at a time
+RECENT = 64  # entries of a table that are not sorted yet
 
 
 class NumbersByName:
-    """Numbers of 64 bits by name. A name is known by a hash of 8 bytes, so two names may stand for each other.
+    """Numbers of 64 bits by name. A name is known by a hash of 8 bytes, so two names may stand for each other."""
 
-    Entries are kept in sorted arrays, each at least twice as long as the next one, and in a short dict.
-    """
+    def __init__(self) -> None:
+        self._parts = [_Part() for _ in range(PARTS)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.get(name) is not None
+
+    def get(self, name: str) -> int | None:
+        """The number of a name; None if it has none."""
+        wanted = _hash(name)
+        return self._parts[wanted % PARTS].get(wanted)
+
+    def add(self, name: str, number: int) -> int:
+        """The number of a name, which is `number` if it has none yet."""
+        wanted = _hash(name)
+        part = self._parts[wanted % PARTS]
+        found = part.get(wanted)
+        if found is not None:
+            return found
+        part.add(wanted, number)
+        return number
+
+    def numbers(self) -> NDArray[np.int64]:
+        """All numbers, in ascending order."""
+        found = np.concatenate([numbers for part in self._parts for numbers in part.numbers()])
+        found.sort()
+        return found
+
+    def drop_from(self, number: int) -> None:
+        """Forget the names whose number is `number` or more."""
+        for part in self._parts:
+            part.drop_from(number)
+
+
+class _Part:
+    """Numbers by hash, in sorted arrays, each at least twice as long as the next one, and in a short dict."""
 
     def __init__(self) -> None:
         self._recent: dict[int, int] = {}
@@ -23,12 +61,7 @@ class NumbersByName:
     def __len__(self) -> int:
         return len(self._recent) + sum(len(hashes) for hashes, _ in self._sorted)
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.get(name) is not None
-
-    def get(self, name: str) -> int | None:
-        """The number of a name; None if it has none."""
-        wanted = _hash(name)
+    def get(self, wanted: int) -> int | None:
         found = self._recent.get(wanted)
         if found is not None:
             return found
@@ -39,24 +72,18 @@ class NumbersByName:
                 return int(numbers[at])
         return None
 
-    def add(self, name: str, number: int) -> int:
-        """The number of a name, which is `number` if it has none yet."""
-        found = self.get(name)
-        if found is not None:
-            return found
-        self._recent[_hash(name)] = number
+    def add(self, wanted: int, number: int) -> None:
+        """Add a hash that is not there yet."""
+        self._recent[wanted] = number
         if len(self._recent) >= RECENT:
             self._sort()
-        return number
 
-    def numbers(self) -> NDArray[np.int64]:
-        """All numbers, in ascending order."""
-        recent = np.fromiter(self._recent.values(), np.int64, len(self._recent))
-        return np.sort(np.concatenate([recent, *(numbers for _, numbers in self._sorted)]))
+    def numbers(self) -> Iterator[NDArray[np.int64]]:
+        yield np.fromiter(self._recent.values(), np.int64, len(self._recent))
+        yield from (numbers for _, numbers in self._sorted)
 
     def drop_from(self, number: int) -> None:
-        """Forget the names whose number is `number` or more."""
-        self._recent = {name: kept for name, kept in self._recent.items() if kept < number}
+        self._recent = {wanted: kept for wanted, kept in self._recent.items() if kept < number}
         self._sorted = [
             (hashes[numbers < number], numbers[numbers < number]) for hashes, numbers in self._sorted
         ]

@@ -18,7 +18,7 @@ from mpillm.batch import bodies
 from mpillm.batch.lines import Lines
 from mpillm.batch.names import NumbersByName
 from mpillm.batch.order import Order
-from mpillm.batch.rows import MAX_LINE, ROW_ERROR
+from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError

@@ -19,8 +19,8 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
-from mpillm.run import memory, plan
-from mpillm.run.limits import TOKENS
+from mpillm.planning import memory, plan
+from mpillm.planning.limits import TOKENS
 from mpillm.run.session import Session
 from mpillm.spec import BatchSection, MemorySection, Spec, byte_size
 from mpillm.weights.paging.weights import PATIENCE

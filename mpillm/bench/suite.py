@@ -17,13 +17,13 @@ from mpillm.bench import kernels, machine, packed, paging, runs, speculation, sy
 from mpillm.bench.against import LlamaCpp, Peer
 from mpillm.bench.result import Bench, Kernel, Machine, Run
 from mpillm.bench.runs import BenchOptions
+from mpillm.catalogue import models
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.opening import config_of, open_source
-from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 
@@ -98,7 +98,7 @@ def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
         with world.together():
             if world.rank in ranks:
                 if asked.synthetic is None:
-                    path = catalogue.resolve(asked.model, progress.downloading)
+                    path = models.resolve(asked.model, progress.downloading)
                 else:
                     path = _synthetic(asked.synthetic, asked)
     return path

@@ -24,8 +24,8 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from mpillm.bench.published import PUBLISHED, Published
+from mpillm.catalogue.models import models_dir
 from mpillm.errors import JobError
-from mpillm.run.catalogue import models_dir
 from mpillm.spec import shown_bytes
 
 POOL_BLOCKS = 99_991  # a prime, so that rows never begin where an earlier one did: no two are the same

@@ -115,7 +115,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mpillm.run import hosts, plan
+    from mpillm.planning import hosts, plan, plan_text, suggestion
 
     spec = _load(options)
     if options.hosts is not None:
@@ -123,10 +123,10 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         machines = hosts.alike(options.ranks or 1, options.ranks_per_host, options.memory)
     if options.suggest is not None:
-        print(plan.suggestion(spec, machines, options.suggest))
+        print(suggestion.job_file(spec, machines, options.suggest))
         return 0
     made = plan.make(spec, machines.ranks, machines)
-    print(plan.as_json(made) if options.json else plan.as_text(made))
+    print(plan.as_json(made) if options.json else plan_text.as_text(made))
     return JobError.exit_code if made.problems else 0
 
 
@@ -152,17 +152,17 @@ def _pack(world: World, options: argparse.Namespace) -> int:
 
 
 def _pull(options: argparse.Namespace) -> int:
-    from mpillm.run import catalogue
+    from mpillm.catalogue import models
 
-    print(catalogue.pull(options.name, Console().downloading))
+    print(models.pull(options.name, Console().downloading))
     return 0
 
 
 def _models(options: argparse.Namespace) -> int:
+    from mpillm.catalogue import models
     from mpillm.model.families import architectures, gguf_architectures
-    from mpillm.run import catalogue
 
-    print("\n".join(catalogue.listed()))
+    print("\n".join(models.listed()))
     for heading, names in (
         ("Hugging Face directories run whose config.json names one of these architectures:", architectures()),
         ("GGUF files run with one of these:", gguf_architectures()),
@@ -255,7 +255,7 @@ def _ranks(world: World, options: argparse.Namespace) -> int:
 
 def _doctor(world: World, options: argparse.Namespace) -> int:
     world.limit_threads(world.threads())  # before the kernels are loaded
-    from mpillm.run import hosts
+    from mpillm.planning import hosts
     from mpillm.tools import doctor
 
     found = doctor.examine(world, options.model)

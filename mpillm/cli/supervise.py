@@ -34,7 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
     """Run the supervisor and return the exit code. `read` makes a job of the words after `launch`."""
     # Imported here, because ranks must not load this before their threads are known.
-    from mpillm.run import launch
+    from mpillm.launching import mpiexec
+    from mpillm.launching.supervisor import Supervisor
 
     try:
         if options.words[:1] != ["run"]:
@@ -45,9 +46,9 @@ def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
             )
         if options.ranks is not None and options.ranks < 1:
             raise JobError(f"-n {options.ranks} is not a number of ranks.")
-        settings = launch.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
-        program = launch.program(options.words)
-        return launch.Supervisor(read(options.words), library(), settings, program, _say).run()
+        settings = mpiexec.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
+        program = mpiexec.program(options.words)
+        return Supervisor(read(options.words), library(), settings, program, _say).run()
     except MpillmError as error:
         _say(str(error))
         return error.exit_code

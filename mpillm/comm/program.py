@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mpillm.comm import deadline, ending, faults, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
+from mpillm.comm.openmpi import leave_out_one_sided
 from mpillm.comm.running import run
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, JobError, MpillmError
@@ -50,6 +51,8 @@ def start() -> World:
         meeting = None
         if not mpi.Is_initialized():
             meeting = _begin_meeting(started)
+            if loaded.name == "Open MPI":
+                leave_out_one_sided(loaded.path)
             initialise(mpi, loaded.path)
             ending.ours()
     if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:

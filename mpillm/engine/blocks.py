@@ -1,9 +1,9 @@
 """Which KV block is whose and what it holds; full blocks are found again by their content.
 
 A full block's key is a hash chain: of its own tokens and of the key of the block before it, so it stands for all
-tokens up to the block's end, what positions those are, and the sequence's adapter. Keys and values of a token depend on
-nothing else but on the group of layers that they belong to. Only full blocks are ever shared, and nobody writes into a
-full block, so none needs to be copied.
+tokens up to the block's end, what positions those are, the sequence's adapter, and whether it is long (LongRoPE). Keys
+and values of a token depend on nothing else but on the group of layers that they belong to. Only full blocks are ever
+shared, and nobody writes into a full block, so none needs to be copied.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 
-def first_key(adapter: int) -> bytes:
-    """What stands before the first block: the number of the sequence's adapter, if it has one."""
-    return array("i", [adapter]).tobytes() if adapter else b""
+def first_key(adapter: int, long: bool = False) -> bytes:
+    """What stands before the first block: the number of the sequence's adapter, if any, and whether it is long."""
+    return (array("i", [adapter]).tobytes() if adapter else b"") + (b"long" if long else b"")
 
 
 def content_key(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -42,6 +42,7 @@ def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
         saves=sequence.saves,
         second=NO_SECOND if request.second is None else request.second,
         adapter=request.adapter,
+        long=sequence.long,
         **wanted,
     )
     known = tokens
@@ -49,7 +50,7 @@ def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
         known = [*known, token]
         drawn = drawn_from(request, known, request.allowed if allowed is None else allowed)
         own = np.array([token], np.int32)
-        yield Chunk(start=at, tokens=own, tables=tables, adapter=request.adapter, **drawn)
+        yield Chunk(start=at, tokens=own, tables=tables, adapter=request.adapter, long=sequence.long, **drawn)
 
 
 def drawn_from(request: Request, tokens: list[int], allowed: Ints | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Limits:
     n_slots: int = 0  # for sequences' states, if the model has any
     n_saved: int = 0  # slots for states after prefixes; they are numbered behind the others
     whole_prompts: bool = False  # a step has all of a prompt or nothing; none is longer than `max_tokens`
+    short_length: int = 0  # sequences of more tokens have other keys (LongRoPE); 0: none has
 
     @property
     def n_states(self) -> int:

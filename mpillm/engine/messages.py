@@ -24,7 +24,7 @@ from mpillm.kernels import KV_BLOCK
 
 HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 17  # of a chunk, and two more for each group
+FIELDS = 18  # of a chunk, and two more for each group
 NO_MASK = -1
 
 
@@ -114,7 +114,7 @@ def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
     return (
         chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
         len(chunk.seen), chunk.hidden, len(chunk.shifts.ids), mask, chunk.loads, chunk.saves, chunk.second,
-        chunk.adapter, 0, 0, *tables,
+        chunk.adapter, chunk.long, 0, 0, *tables,
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
     for row in fields:
         (
             start, n_tokens, slot, score_k, successor, sample_k, logprobs, n_seen, hidden, n_shifts, mask,
-            loads, saves, second, adapter,
+            loads, saves, second, adapter, long,
         ) = row[: FIELDS - 2].tolist()  # fmt: skip
         temperature, penalty = row[FIELDS - 2 : FIELDS].view(np.float32).tolist()
         tables = row[FIELDS:].reshape(groups, 2).tolist()
@@ -160,6 +160,7 @@ def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
                 allowed=NO_IDS if mask == NO_MASK else masks[mask],
                 hidden=Hidden(hidden),
                 adapter=adapter,
+                long=bool(long),
             )
         )
     return Step(number, tuple(decoded))

@@ -40,6 +40,9 @@ class Scheduler:
     Sequences that differ only in what is scored behind a common prompt (`Request.followed`) are computed one after the
     other in the same blocks, so each of them adds only its own tokens, also where the prompt ends inside a block.
 
+    In models with LongRoPE a sequence that outgrows `short_length` has other keys from its first token on: it releases
+    its blocks and is computed again. So its answer does not depend on how its tokens came about.
+
     With `whole_prompts` no sequence grows, and one that is admitted has blocks for all of it: none is preempted.
     """
 
@@ -90,6 +93,8 @@ class Scheduler:
         """
         limits = self.limits
         self._saved.begin_step()
+        if limits.short_length:
+            self._lengthen()
         if self._windowed:
             for sequence in self.running:
                 if not sequence.in_flight:
@@ -149,7 +154,7 @@ class Scheduler:
         if heir is not None:
             heir.started = time.monotonic()
             position = heir.passed_over
-            if all(
+            if heir.long == sequence.long and all(
                 sequence.tables[group].first <= first_kept(position, window)
                 for group, window in self._windowed
             ):
@@ -184,7 +189,20 @@ class Scheduler:
         assert sequence.request.max_length <= self.limits.max_length, "a job refuses what could never run"
         sequence.number = next(self._numbers)
         sequence.tables = [BlockTable() for _ in self.limits.windows]
+        if self._outgrown(sequence):
+            sequence.lengthen()
         return sequence
+
+    def _outgrown(self, sequence: Sequence) -> bool:
+        """Whether a sequence should be long and is not yet."""
+        return not sequence.long and 0 < self.limits.short_length < len(sequence.tokens)
+
+    def _lengthen(self) -> None:
+        """Let sequences that have outgrown the short factors begin again with the long ones, in their places."""
+        for sequence in self.running:
+            if not sequence.in_flight and self._outgrown(sequence):
+                self._empty(sequence)
+                sequence.lengthen()
 
     def _admit(self) -> None:
         """Admit preempted sequences, then waiting ones, while blocks suffice for their tokens and all others' next."""
@@ -298,6 +316,8 @@ class Scheduler:
             end, tables = sequence.computed + computes, sequence.tables
             room = tables[0].end * KV_BLOCK - end + KV_BLOCK * max(spare, 0)
             most = min(rows, room, sequence.room(computes))
+            if self.limits.short_length and not sequence.long:
+                most = min(most, self.limits.short_length - end)
             if most <= 0:
                 continue
             sequence.drafts = speculation.draft(sequence, most)
@@ -344,15 +364,19 @@ class Scheduler:
 
     def _clear(self, sequence: Sequence) -> None:
         """Release all that a sequence has in the cache."""
+        self._empty(sequence)
+        if sequence.slot != NO_SLOT:
+            heappush(self._free_slots, sequence.slot)
+            sequence.slot = NO_SLOT
+
+    def _empty(self, sequence: Sequence) -> None:
+        """Release a sequence's blocks; it keeps its slot, and will be computed from its first token on."""
         for table in sequence.tables:
             self._pool.release(table.blocks)
         sequence.tables = [BlockTable() for _ in self.limits.windows]
         sequence.computed = sequence.named = 0
         self._saved.let_go(sequence.loads)
         sequence.loads = NO_SLOT
-        if sequence.slot != NO_SLOT:
-            heappush(self._free_slots, sequence.slot)
-            sequence.slot = NO_SLOT
 
     def _missing(self, sequence: Sequence) -> int:
         """Blocks that a sequence still needs for the tokens it has."""

@@ -187,6 +187,7 @@ class Sequence:
             0  # maximum of `computed` so far; after a preemption, tokens up to here are computed again
         )
         self.tables: list[BlockTable] = []  # of each group of layers, all with the same end
+        self.long = False  # longer than LongRoPE's short factors are for
         self.slot = NO_SLOT  # of its states
         self.loads = NO_SLOT  # the slot of saved states with which its next chunk begins
         self.saves = NO_SLOT  # the slot in which its states after its next chunk are saved
@@ -254,9 +255,14 @@ class Sequence:
         """The content key of its block number `index`, all of whose tokens are known."""
         keys = self._block_keys
         for i in range(len(keys), index + 1):
-            before = keys[-1] if keys else first_key(self.request.adapter)
+            before = keys[-1] if keys else first_key(self.request.adapter, self.long)
             keys.append(content_key(before, self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK]))
         return keys[index]
+
+    def lengthen(self) -> None:
+        """Have LongRoPE's long factors from now on; nothing of it is in the cache."""
+        self.long = True
+        self._block_keys.clear()
 
     def goes_on_from(self, before: Sequence) -> bool:
         """Whether it has the tokens up to `score_from` in common with a sequence of the same line."""

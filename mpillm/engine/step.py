@@ -81,6 +81,7 @@ class Chunk:
     )  # a bit for each id that may be drawn; empty: all may
     hidden: Hidden = Hidden.NONE
     adapter: int = NO_ADAPTER  # the number of the adapter that the sequence has
+    long: bool = False  # whether the sequence is longer than LongRoPE's short factors are for
 
     @property
     def adjusted(self) -> bool:
@@ -158,6 +159,7 @@ class Step:
         positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
         adapters = [chunk.adapter for chunk in self.chunks]
         seconds = [chunk.second for chunk in self.chunks]
+        long = [chunk.long for chunk in self.chunks]
         tables = zip(*(chunk.tables for chunk in self.chunks), strict=True)
         return Batch(
             tokens=tokens,
@@ -171,6 +173,7 @@ class Step:
             second=positions >= np.repeat(np.array(seconds, np.int32), counts)
             if min(seconds) < NO_SECOND
             else None,
+            long=np.repeat(long, counts) if any(long) else None,
         )
 
     def _state_moves(self) -> StateMoves:

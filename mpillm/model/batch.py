@@ -35,6 +35,7 @@ class Batch:
         None  # whether the row is of its sequence's second segment; None: no row is
     )
     adapters: Ints | None = None  # the number of each row's; None if no row has one
+    long: NDArray[np.bool_] | None = None  # whether the row is of a long sequence (LongRoPE); None: no row is
 
 
 class ForwardPass:
@@ -59,5 +60,5 @@ class ForwardPass:
         if turn is None:
             return None, None
         if turn not in self._angles:
-            self._angles[turn] = cos_sin(*turn, self.batch.positions)
+            self._angles[turn] = cos_sin(*turn, self.batch.positions, self.batch.long)
         return self._angles[turn]

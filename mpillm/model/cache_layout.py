@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -202,6 +203,7 @@ def blocks_needed(tokens: int, windows: Sequence[int]) -> int:
     )
 
 
+@cache
 def longest_sequence(n_blocks: int, windows: Sequence[int], limit: int = 2**31 - 1) -> int:
     """The most tokens, up to `limit`, of a sequence that `n_blocks` blocks hold."""
     low, high = 0, limit

@@ -43,6 +43,7 @@ class ModelConfig:
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec | None
     max_position: int
+    short_length: int = 0  # sequences of more tokens have LongRoPE's long factors; 0: it has no LongRoPE
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     embedding_scale: float = 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -29,9 +29,10 @@ class RopeConfig:
 
     `kind` says which of the other fields count: linear (factor), llama3 (factor, low_freq_factor, high_freq_factor,
     original_max_position), yarn (factor, beta_fast, beta_slow, truncate, original_max_position), factors (factors, one
-    divisor per frequency), longrope (factors for sequences of up to original_max_position tokens; longer ones are not
-    computed). `attention_factor` multiplies cosines and sines; only yarn, factors and longrope have one. `score_factor`
-    is what yarn's mscale_all_dim multiplies scores by, in models that do so (DeepSeek's).
+    divisor per frequency), longrope (factors and attention_factor for sequences of up to original_max_position tokens,
+    long_factors and long_attention_factor for all positions of longer ones). `attention_factor` multiplies cosines and
+    sines; only yarn, factors and longrope have one. `score_factor` is what yarn's mscale_all_dim multiplies scores by,
+    in models that do so (DeepSeek's).
     """
 
     theta: float = 10000.0
@@ -46,6 +47,17 @@ class RopeConfig:
     attention_factor: float = 1.0
     score_factor: float = 1.0
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    long_attention_factor: float = 1.0
+
+    @cached_property
+    def of_long(self) -> RopeConfig:
+        """What long sequences have in place of this one; itself unless it is LongRoPE."""
+        if not self.long_factors:
+            return self
+        return replace(
+            self, factors=self.long_factors, attention_factor=self.long_attention_factor, long_factors=()
+        )
 
     @cached_property
     def _hash(self) -> int:
@@ -175,7 +187,17 @@ def rope_table(rope: RopeConfig, head_dim: int) -> RopeTable:
 
 
 def cos_sin(
-    rope: RopeConfig, head_dim: int, positions: Sequence[int] | NDArray[np.integer]
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Sequence[int] | NDArray[np.integer],
+    long: NDArray[np.bool_] | None = None,
 ) -> tuple[Floats, Floats]:
-    """Cosines and sines of m positions: two f32 [m, head_dim / 2], the attention factor folded in."""
-    return rope_table(rope, head_dim).cos_sin(positions)
+    """Cosines and sines of m positions: two f32 [m, head_dim / 2], the attention factor folded in.
+
+    `long` says which of them are of long sequences (LongRoPE); None: none is.
+    """
+    cos, sin = rope_table(rope, head_dim).cos_sin(positions)
+    if long is None or rope.of_long is rope:
+        return cos, sin
+    long_cos, long_sin = rope_table(rope.of_long, head_dim).cos_sin(positions)
+    return np.where(long[:, None], long_cos, cos), np.where(long[:, None], long_sin, sin)

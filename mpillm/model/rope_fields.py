@@ -158,13 +158,19 @@ def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeC
 def _longrope(rope: Fields, theta: float, original: int, max_position: int, dim: int) -> RopeConfig:
     """LongRoPE (arXiv 2402.13753): divisors for short sequences, and others for those beyond the original length."""
     short = _divisors(rope, "short_factor", dim)
-    _divisors(rope, "long_factor", dim)
+    long = _divisors(rope, "long_factor", dim)
     factor = rope.optional_number("factor", 1e-6, 1e6) or max_position / original
     scale = rope.optional_number("attention_factor", 0, 1e6)
     if scale is None:
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
     return RopeConfig(
-        theta, "longrope", original_max_position=original, factors=short, attention_factor=scale
+        theta,
+        "longrope",
+        original_max_position=original,
+        factors=short,
+        attention_factor=scale,
+        long_factors=long,
+        long_attention_factor=scale,
     )
 
 

@@ -1,1 +1,1 @@
-"""Running a job: the model to use, the plan, the memory, the session of all ranks, and the runner that leads it."""
+"""Running a job: the session of all ranks, the runner that leads it, and how replicas share the lines."""

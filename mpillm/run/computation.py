@@ -12,10 +12,10 @@ import msgspec
 from mpillm.batch.work import Line
 from mpillm.engine.limits import Totals
 from mpillm.errors import NOT_FINITE, MpillmError
+from mpillm.planning.limits import cached_tokens, step_description
 from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
 from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
-from mpillm.run.limits import cached_tokens, step_description
 from mpillm.run.progress import Bar, State
 from mpillm.run.session import Session
 from mpillm.store.journal import Journal

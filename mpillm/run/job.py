@@ -13,11 +13,11 @@ from mpillm import tracing
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Model
-from mpillm.run import inputs
 from mpillm.run.opened import model_of
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.spec import Spec, WireSection
+from mpillm.store import inputs
 from mpillm.store.journal import Journal
 from mpillm.store.journal_facts import began
 from mpillm.store.output import Claim

@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 
 from mpillm.batch.work import Model
+from mpillm.catalogue import models
 from mpillm.comm.world import World
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.embedding import EmbeddingSettings, embedding_settings
 from mpillm.model.pooled import Classifier, answers_classifier, read_classifier
-from mpillm.run import catalogue
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.spec import Spec
@@ -26,7 +26,7 @@ def model_path(world: World, spec: Spec, progress: Progress) -> Path:
     for ranks in (range(1), range(1, world.size)):
         with world.together():
             if world.rank in ranks:
-                path = catalogue.resolve(spec.model, progress.downloading)
+                path = models.resolve(spec.model, progress.downloading)
     return path
 
 

@@ -14,10 +14,10 @@ import msgspec
 from mpillm import __version__
 from mpillm.engine.limits import Totals
 from mpillm.errors import OutputError
-from mpillm.run import memory
+from mpillm.planning import memory
+from mpillm.planning.step_time import Demand
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
-from mpillm.run.step_time import Demand
 from mpillm.store import report, results, table
 from mpillm.store.journal_facts import began
 

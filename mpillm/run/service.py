@@ -15,7 +15,7 @@ from mpillm.batch.answers import error_line
 from mpillm.batch.order import ordered
 from mpillm.batch.pending import Pending
 from mpillm.batch.requests import make_work
-from mpillm.batch.rows import MAX_LINE
+from mpillm.batch.rows.line import MAX_LINE
 from mpillm.batch.work import Line, Work
 from mpillm.comm.world import World
 from mpillm.engine.engine import follow

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
 from mpillm import kernels
-from mpillm.comm import collectives
 from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
@@ -23,63 +20,31 @@ from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
 from mpillm.model.cache_layout import rank_layouts
-from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
-from mpillm.partition import grid, replicas
+from mpillm.partition import grid
 from mpillm.partition.replicas import Replicas
-from mpillm.run import draft, hosts, layout, measure, memory
-from mpillm.run.estimate import Estimate, demand_of, estimate
-from mpillm.run.input_memory import InputNeeds, input_needs, template_length
-from mpillm.run.layout import Chosen
-from mpillm.run.limits import CacheCapacity, cache_in_memory, limits
-from mpillm.run.machines import Machines
-from mpillm.run.rank_plan import replica_plans
-from mpillm.run.step_time import Demand
-from mpillm.run.wire import described, shards_cross_hosts, with_wire
-from mpillm.spec import Spec, WireSection, tightest
+from mpillm.planning import hosts, layout, measure
+from mpillm.planning.estimate import Estimate, demand_of, estimate
+from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.layout import Chosen
+from mpillm.planning.limits import limits
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import replica_plans
+from mpillm.planning.step_time import Demand
+from mpillm.planning.wire import described, shards_cross_hosts, with_wire
+from mpillm.run import draft
+from mpillm.run.origin import Origin
+from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
-from mpillm.store.report import RankStatistics
 from mpillm.weights.finite import check_vectors
-from mpillm.weights.identity import FileIdentity, Watch, summed
+from mpillm.weights.identity import Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
-from mpillm.weights.page import Page
-from mpillm.weights.paging.cache import WeightCache
-from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.weights import Weights
 from mpillm.weights.source import rank_plans
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The properties of a run on which its results depend; they are kept when ranks are lost."""
-
-    config: ModelConfig
-    replicas: Replicas
-    kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
-    watch: Watch  # of this rank's files of the model
-    model: dict[str, FileIdentity]  # the files as rank 0 had them
-    model_state: str  # of all ranks' files
-    wire: collectives.Wire  # between the shards of a stage
-
-    @property
-    def layout(self) -> UsedLayout:
-        """As the journal notes it."""
-        return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
-
-    def laid_out(self, world: World, wire: WireSection) -> Replicas:
-        """The replicas for the ranks that are left, or for some of them."""
-        return replicas.choose_fewer(
-            self.config,
-            world.size,
-            self.replicas,
-            same_shards=self.wire != "f32",
-            same_stages=wire.between_stages != "f32",
-            ranks_per_host=world.nodes.ranks_per_host,
-        )
 
 
 class Session:
@@ -106,11 +71,14 @@ class Session:
         self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
             self._open_files = unless_made
-            self._make(model)
+            self._open_model(model)
+            self._lay_out()
+            self._make_worker()
             self._open_files = unless_made.pop_all()
 
-    def _make(self, model: Path) -> None:
-        world, spec, origin = self.world, self.spec, self._origin
+    def _open_model(self, model: Path) -> None:
+        """Open the model's files and see that all ranks have the same (collective)."""
+        world, origin = self.world, self._origin
         say_when_lost(
             f"{world} {model} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
             "put it back and run the same command again."
@@ -125,7 +93,7 @@ class Session:
             self.config = replace(config, adapters=self.adapters)
             if world.rank == 0:
                 check_vectors(self.source)
-            self._activations = activations_of(self.source, self.config)
+            self.activations = activations_of(self.source, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
@@ -133,26 +101,33 @@ class Session:
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
+
+    def _lay_out(self) -> None:
+        """Find the replica, the stage and the shard of this rank (collective)."""
+        world, spec, origin = self.world, self.spec, self._origin
         assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
         self.machines = world.on_rank_0(self._known_machines)
-        self._asked = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
+        self.needs = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
         if origin is not None and self._laid_out:
             chosen = Chosen(self._laid_out, "ranks were lost", origin.wire, "as the run began")
         else:
             chosen = self._choose_layout()
         self.replicas, self.reason = chosen.replicas, chosen.reason
         self.wire = chosen.wire
-        number = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
-        self.replica, self._places = number, self.replicas[number].places
-        ranks = self.replicas[number].ranks
-        self.place = self._places[world.rank - ranks.start]
+        self.replica = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
+        self._ranks, self._places = self.replicas[self.replica].ranks, self.replicas[self.replica].places
+        self.place = self._places[world.rank - self._ranks.start]
         #: what to tell the user
         self.warnings = world.nodes.bindings if spec.layout.threads == "auto" else []
         if self.wire != "f32" and self.place.shards > 1:
             words = described(self.wire, self.place.shards, chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
+
+    def _make_worker(self) -> None:
+        """Make what holds weights, KV cache and connections, within the budgets (collective)."""
+        world, spec, ranks = self.world, self.spec, self._ranks
         self.counters = MessageCounters()
         with world.together():
             plans = rank_plans(self.config, self.place, self.source)
@@ -178,13 +153,13 @@ class Session:
             self.draft_model = self._open_draft_model()
         log.info(
             "%s replica %d of %d, stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
-            world, number, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
+            world, self.replica, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
             self.place.shards, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
 
     def _choose_layout(self) -> Chosen:
         """The layout of a run that begins (collective)."""
-        world, spec, asked = self.world, self.job, self._asked
+        world, spec, asked = self.world, self.job, self.needs
         count = spec.layout.replicas
         if not self._replicated and count not in ("auto", 1):
             raise JobError(
@@ -217,8 +192,8 @@ class Session:
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
-        plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self._asked, names))
-        demand, spec = demand or demand_of(self._asked), with_wire(self.job, self.wire)
+        plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self.needs, names))
+        demand, spec = demand or demand_of(self.needs), with_wire(self.job, self.wire)
         return estimate(spec, self.config, self.machines, self.replicas, plans, demand)
 
     @property
@@ -260,45 +235,6 @@ class Session:
         """Bytes that one token's keys and values take on the rank that holds most."""
         return max(layout.token_nbytes for layout in self.caches)
 
-    def statistics(self) -> RankStatistics:
-        """What this rank has held in memory, sent, and waited for."""
-        weights, messages = self.weights, self.counters.as_dict()
-        waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
-        inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
-        spilled = self.kv.spill.counters.stall_seconds if self.kv.spill else 0.0
-        return RankStatistics(
-            rank=self.world.rank,
-            host=self.world.host,
-            replica=self.replica,
-            stage=self.place.stage,
-            shard=self.place.shard,
-            layers=len(grid.stage_layers(self.config.n_layers, self.place)),
-            threads=self.threads,
-            kernels=kernels.path(),
-            weights=_described(weights.cycle),
-            experts=_described(weights.experts) if weights.experts else {},
-            kv=self._describe_kv(),
-            messages=messages,
-            memory=msgspec.to_builtins(self._memory()),
-            memory_peak=memory.peak(),
-            seconds={
-                "compute": self.worker.seconds - inside - weights.stall_seconds - spilled,
-                "weights": weights.stall_seconds,
-                "kv": spilled,
-                **waited,
-            },
-        )
-
-    def _describe_kv(self) -> dict[str, float]:
-        spill = self.kv.spill
-        on_disk = {"layers_in_file": spill.layers, **asdict(spill.counters)} if spill else {}
-        return {
-            "budget": self.spec.memory.kv_bytes,
-            "bytes": self.kv.peak,
-            "blocks": self.kv.n_blocks,
-            **on_disk,
-        }
-
     def close(self) -> None:
         """Stop the read-ahead threads and let go of the files."""
         self._open_files.close()
@@ -332,27 +268,10 @@ class Session:
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
         max_context = min(self.spec.memory.max_context, self.config.max_position)
-        specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self.replicas[self.replica].ranks]
+        specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self._ranks]
         kv = [spec.memory.kv_bytes for spec in specs]
         return limits(
-            tightest(specs), self._activations, self._places, self.caches, max_context, self.streamed, kv
-        )
-
-    def _memory(self) -> memory.RankMemory:
-        """What this rank was to hold at most."""
-        weights, config, place, limits = self.weights, self.config, self.place, self.limits
-        kept = self._asked.kept(limits.max_sequences * limits.micro_batches) if self.world.rank == 0 else 0
-        capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
-        needed = capacity.needed(len(limits.windows), self._asked)
-        return memory.RankMemory(
-            weights=min(weights.total, weights.budget),
-            adapters=self.adapters.nbytes(place),
-            draft=0 if place.rank else draft.nbytes(self.spec, config),
-            kv=cache_in_memory(self.spec, self.caches[place.rank], *needed, capacity.blocks),
-            activations=memory.activations(
-                self._activations, place, min(limits.max_tokens, self._asked.rows)
-            ),
-            process=memory.process(self.source, config, place, [page.nbytes for page in weights.pages], kept),
+            tightest(specs), self.activations, self._places, self.caches, max_context, self.streamed, kv
         )
 
     def _decoder(self) -> Decoder:
@@ -375,7 +294,3 @@ def _leaves_open(spec: Spec, world: World) -> bool:
     """Whether speeds can change the layout: there are several hosts, and the job leaves something open."""
     given = spec.layout
     return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)
-
-
-def _described(cache: WeightCache[Page] | ExpertCache[Page]) -> dict[str, float]:
-    return {"share": cache.total, "budget": cache.budget, **asdict(cache.counters)}

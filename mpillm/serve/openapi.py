@@ -13,7 +13,8 @@ from mpillm.batch.bodies import IGNORED
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Endpoint
-from mpillm.serve.batches import BatchObject, File
+from mpillm.serve.batches import BatchObject
+from mpillm.serve.files import File
 from mpillm.serve.uploads import Wanted
 
 Described = dict[str, Any]

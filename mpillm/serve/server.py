@@ -21,7 +21,8 @@ from mpillm.run.session import Session
 from mpillm.serve import openapi
 from mpillm.serve.app import ServerState, make_app
 from mpillm.serve.arrivals import Arrivals
-from mpillm.serve.batches import Batches, FileStore
+from mpillm.serve.batches import Batches
+from mpillm.serve.files import FileStore
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.signals import first_signal_calls
 from mpillm.serve.uploads import routes

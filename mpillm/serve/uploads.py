@@ -16,7 +16,8 @@ from starlette.routing import Route
 
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.serve.app import read_body
-from mpillm.serve.batches import Batches, FileStore
+from mpillm.serve.batches import Batches
+from mpillm.serve.files import FileStore
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
 

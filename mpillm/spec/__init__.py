@@ -7,6 +7,7 @@ command line always starts from there.
 
 from __future__ import annotations
 
+from mpillm.spec.job import Spec, key_called, known_keys, tightest
 from mpillm.spec.messages import plain_words
 from mpillm.spec.reading import checked, load
 from mpillm.spec.sections import (
@@ -26,7 +27,6 @@ from mpillm.spec.sections import (
     SamplingSection,
     Section,
     Seed,
-    Spec,
     StopStrings,
     StructuredOutputs,
     Subtracted,
@@ -36,9 +36,6 @@ from mpillm.spec.sections import (
     TopP,
     WireSection,
     Word,
-    key_called,
-    known_keys,
-    tightest,
 )
 from mpillm.spec.sizes import byte_size, shown_bytes
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from mpillm.spec.sections import Spec
+from mpillm.spec.job import Spec
 from mpillm.spec.sizes import shown_value
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}

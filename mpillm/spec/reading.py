@@ -17,8 +17,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
+from mpillm.spec.job import Spec, known_keys
 from mpillm.spec.messages import explain, nearest
-from mpillm.spec.sections import Spec, known_keys
 
 
 def load(

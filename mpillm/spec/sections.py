@@ -1,18 +1,15 @@
-"""What a job says, as frozen structs: one for each table of the job file."""
+"""The tables of the job file as frozen structs, one for each, and the types of their values."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from mpillm.errors import JobError
 from mpillm.spec.sizes import byte_size
 
 Auto = Literal["auto"]
@@ -41,14 +38,6 @@ ToolCalls = Literal[
 ]  # fmt: skip
 Pooling = Literal["mean", "last", "cls"]
 KVType = Literal["f32", "f16", "q8_0"]
-
-# Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
-_ADDED = (
-    *("sampling.presence_penalty", "sampling.frequency_penalty"),
-    *("sampling.response_format", "sampling.structured_outputs"),
-    *("chat.reasoning", "chat.tool_calls"),
-    *("scoring.template", "scoring.instruction", "scoring.tokens"),
-)
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,7 +168,7 @@ class WireSection(Section, frozen=True):
 
     What shards sum travels twice a layer, and what goes from stage to stage once a step. What travels exactly makes
     no result depend on the number of shards or stages. "auto" is f32, unless shards are on several hosts whose network
-    makes it dear (`run.wire`).
+    makes it dear (`planning.wire`).
     """
 
     activations: Literal["auto", "q8_0", "f32"] = "auto"  # between the shards of a stage
@@ -240,118 +229,3 @@ class JobSection(Section, frozen=True):
     checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
         64  # answers are saved every so many tokens; 0: when done
     )
-
-
-class Spec(Section, frozen=True, kw_only=True):
-    """A checked job: what the job file and the command line say together."""
-
-    model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
-    input: Annotated[str, Meta(min_length=1)]
-    output: OutputSection
-    adapters: dict[Word, Word] = {}  # directories or files by the names that requests call as `model`
-    quantize: Quantize = "none"
-    request: dict[str, Any] | None = None  # what is asked of a row, with its columns in braces
-    sampling: SamplingSection = SamplingSection()
-    chat: ChatSection = ChatSection()
-    layout: LayoutSection = LayoutSection()
-    memory: MemorySection = MemorySection()
-    wire: WireSection = WireSection()
-    embeddings: EmbeddingsSection = EmbeddingsSection()
-    scoring: ScoringSection = ScoringSection()
-    batch: BatchSection = BatchSection()
-    draft: DraftSection = DraftSection()
-    job: JobSection = JobSection()
-
-    @property
-    def input_path(self) -> Path:
-        """Where the requests are."""
-        return Path(self.input)
-
-    @property
-    def output_path(self) -> Path:
-        """The output directory."""
-        return Path(self.output.path)
-
-    def on_rank(self, rank: int, host: str) -> Spec:
-        """The job as a rank on a host goes about it: with one value of each key that can have several.
-
-        JobError if there is none for it.
-        """
-        memory, layout = self.memory, self.layout
-        if all(isinstance(value, (str, int)) for value in (memory.weights, memory.kv, layout.threads)):
-            return self
-        weights, kv = (_own(f"memory.{key}", getattr(memory, key), rank, host) for key in ("weights", "kv"))
-        threads = _own("layout.threads", layout.threads, rank, host)
-        return msgspec.structs.replace(
-            self,
-            memory=msgspec.structs.replace(memory, weights=weights, kv=kv),
-            layout=msgspec.structs.replace(layout, threads=threads),
-        )
-
-    def identity(self) -> dict[str, Any]:
-        """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.
-
-        Not in it: the layout, the budgets, the batch, `job` (they change no result), and the model's and the input's
-        content, which the journal knows by their own fingerprints.
-        """
-        values: dict[str, Any] = {"quantize": self.quantize}
-        for name in ("sampling", "chat", "wire", "embeddings", "scoring"):
-            section = getattr(self, name)
-            values.update({f"{name}.{key}": getattr(section, key) for key in section.__struct_fields__})
-        for key in _ADDED:
-            if values[key] in (None, 0.0, "auto"):
-                del values[key]
-        if self.request is not None:
-            values["request"] = self.request
-        values["memory.max_context"] = self.memory.max_context
-        values["memory.kv_type"] = self.memory.kv_type
-        return values
-
-    def fingerprint(self) -> str:
-        """A hash of `identity`, 32 hexadecimal digits."""
-        return hashlib.blake2b(
-            msgspec.json.encode(self.identity(), order="sorted"), digest_size=16
-        ).hexdigest()
-
-
-def tightest(specs: Sequence[Spec]) -> Spec:
-    """A job of one rank each with the smallest budgets of all of them."""
-    weights = min((spec.memory.weights for spec in specs), key=_budget)
-    kv = min((spec.memory.kv for spec in specs), key=_budget)
-    return msgspec.structs.replace(
-        specs[0], memory=msgspec.structs.replace(specs[0].memory, weights=weights, kv=kv)
-    )
-
-
-def _budget(value: Any) -> float:
-    return float("inf") if value == "all" else byte_size(value)
-
-
-def _own(key: str, value: Any, rank: int, host: str) -> Any:
-    """A rank's own value of a key; hosts on paper that are alike have a number behind their name."""
-    if isinstance(value, list):
-        if rank >= len(value):
-            raise JobError(
-                f"{key} is a list of {len(value)} values, and there is none for rank {rank}; add one for each."
-            )
-        return value[rank]
-    if isinstance(value, dict):
-        for name in (host, host.partition(" (")[0], "default"):
-            if name in value:
-                return value[name]
-        raise JobError(f'{key} has no value for the host {host!r}; add one, or one for "default".')
-    return value
-
-
-def known_keys() -> Iterator[str]:
-    """Every key a job can have, dotted."""
-    for field in msgspec.structs.fields(Spec):
-        if isinstance(field.type, type) and issubclass(field.type, Section):
-            yield from (f"{field.name}.{key}" for key in field.type.__struct_fields__)
-        else:
-            yield field.name
-
-
-def key_called(name: str) -> str | None:
-    """The dotted key of a job whose last word this is, or whose only name; None if there is none."""
-    return next((key for key in known_keys() if key.rpartition(".")[2] == name), None)

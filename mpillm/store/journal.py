@@ -101,10 +101,10 @@ class Journal(Descriptor):
         )
         if JOURNAL not in self._directory.names():
             with self._directory.replacing(JOURNAL) as file:
-                start = framed(header, 0)
-                start += framed(InputKeys(keys), len(start))
-                start += framed(Verified(len(start), model_state), len(start))
-                file.write(start + framed(header, len(start)))
+                file.write(framed(header, 0))
+                file.write(framed(InputKeys(keys), file.tell()))
+                file.write(framed(Verified(file.tell(), model_state), file.tell()))
+                file.write(framed(header, file.tell()))
         with explained(self.path):
             self._file = self._directory.open(JOURNAL, os.O_RDWR)
         try:

@@ -200,7 +200,9 @@ def framed(record: Record, offset: int) -> bytes:
 
 
 def _checksum(place: bytes, payload: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(place + payload, digest_size=8).digest(), "little")
+    checksum = hashlib.blake2b(place, digest_size=8)
+    checksum.update(payload)
+    return int.from_bytes(checksum.digest(), "little")
 
 
 def payload_at(file: int, offset: int, size: int) -> bytes | None:

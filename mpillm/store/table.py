@@ -22,7 +22,7 @@ import numpy as np
 
 from mpillm.batch.bodies import decode_line
 from mpillm.batch.requests import line_digest, opened, raw_lines
-from mpillm.batch.rows import ROW_ERROR
+from mpillm.batch.rows.line import ROW_ERROR
 from mpillm.errors import JobError, RequestError
 from mpillm.spec import TableFormat
 from mpillm.store import report

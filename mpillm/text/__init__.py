@@ -2,7 +2,8 @@
 
 from mpillm.text.bounds import TooLongError
 from mpillm.text.decode import IncrementalDecoder, StopStrings, StopWatch, cut_at_stop
-from mpillm.text.tokenizer import Tokenizer, load_tokenizer, token_id_text
+from mpillm.text.loading import load_tokenizer, token_id_text
+from mpillm.text.tokenizer import Tokenizer
 
 __all__ = [
     "IncrementalDecoder",

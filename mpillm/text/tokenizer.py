@@ -12,13 +12,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from mpillm.errors import ModelError, RequestError
-from mpillm.text import from_dllama, from_gguf, hf
+from mpillm.errors import RequestError
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.chat_formats.known import format_of
 from mpillm.text.chat_formats.tagged import ChatFormat
@@ -29,42 +27,6 @@ from mpillm.text.decode import StopWatch
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
 from mpillm.text.encode import CHUNK, Encoder, encoding, ends_around
 from mpillm.text.parts import TokenizerParts
-
-
-def load_tokenizer(
-    source: Path | str | Mapping[str, Any] | None,
-    vocab: int | None = None,
-    now: Callable[[], datetime] = datetime.now,
-) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory (or its tokenizer.json), a GGUF file's metadata, or a `.t` file.
-
-    Return None if there is none; prompts must then be token ids. `vocab` is the number of rows of the model's
-    embedding, and a ModelError says that a token of the vocabulary lies beyond it. `now` gives the date to chat
-    templates that ask for it.
-    """
-    if source is None:
-        return None
-    if isinstance(source, Mapping):
-        parts = from_gguf.read(source)
-    else:
-        path = Path(source)
-        parts = from_dllama.read(path) if path.suffix == ".t" else hf.read(path)
-    if parts is None:
-        return None
-    largest = max(parts.core.get_vocab(with_added_tokens=False).values(), default=-1)
-    if largest < 0:
-        raise ModelError(f"The tokenizer in {parts.where} has no tokens.")
-    if vocab is not None and largest >= vocab:
-        raise ModelError(
-            f"The tokenizer in {parts.where} has a token of id {largest}, but the model's vocabulary has {vocab}; "
-            "they do not belong together."
-        )
-    return Tokenizer(parts, now)
-
-
-def token_id_text(id: int) -> str:
-    """How a token is written if there is no tokenizer."""
-    return f"token_id:{id}"
 
 
 class Tokenizer:

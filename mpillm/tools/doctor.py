@@ -9,15 +9,16 @@ from itertools import groupby
 from pathlib import Path
 
 from mpillm import kernels
+from mpillm.catalogue import models
 from mpillm.comm import probe
 from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.errors import JobError, MpillmError
 from mpillm.model.opening import open_source
-from mpillm.run import catalogue, measure
-from mpillm.run.hosts import Host
-from mpillm.run.measure import Measured
-from mpillm.run.speed import KINDS, ROWS
+from mpillm.planning import measure
+from mpillm.planning.hosts import Host
+from mpillm.planning.measure import Measured
+from mpillm.planning.speed import KINDS, ROWS
 from mpillm.weights.identity import fingerprint
 
 SLOW_LINK = 20e6  # bytes per second: less than a fifth of gigabit Ethernet
@@ -97,8 +98,8 @@ def examine(world: World, model: str | None) -> Diagnosis:
 def _model(name: str | None) -> tuple[Path | None, str]:
     """The model to look for: the one that was named (fetched if need be), or the default one if it is there already."""
     if name is not None:
-        return catalogue.resolve(name), ""
-    path = catalogue.models_dir() / catalogue.CATALOGUE["smollm2-135m"].file
+        return models.resolve(name), ""
+    path = models.models_dir() / models.CATALOGUE["smollm2-135m"].file
     if path.exists():
         return path, ""
     return None, "none named, and the default one is not here yet (mpillm pull smollm2-135m)"

@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from mpillm.catalogue import models
 from mpillm.comm.world import World
 from mpillm.errors import JobError, OutputError
 from mpillm.model.opening import config_of, open_unpacked
-from mpillm.run import catalogue
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, replacing
 from mpillm.store.readable import printable
@@ -57,7 +57,7 @@ class PackResult(msgspec.Struct, frozen=True, kw_only=True):
 def pack(world: World, source: str, target: Path, weights: Weights, progress: PackProgress) -> PackResult:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
     start = time.monotonic()
-    path = world.on_rank_0(lambda: catalogue.resolve(source, progress.downloading))
+    path = world.on_rank_0(lambda: models.resolve(source, progress.downloading))
     with contextlib.ExitStack() as stack:
         with world.together():
             opened = stack.enter_context(closing(_open(path, weights)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from mpillm.kernels.types import BlockType, packed_nbytes
 from mpillm.partition.grid import Place
@@ -57,6 +58,15 @@ class PagePlan:
     expert: int = -1
 
     @cached_property
+    def values(self) -> Counter[BlockType]:
+        """How many values of matrices it has of each type."""
+        counts = Counter[BlockType]()
+        for entry in self.entries:
+            if entry.bounds:
+                counts[entry.type] += entry.n * entry.k
+        return counts
+
+    @cached_property
     def index(self) -> dict[str, tuple[PageTensor, ...]]:
         """Entries by role."""
         found: dict[str, tuple[PageTensor, ...]] = {}
@@ -84,8 +94,14 @@ def plan_entry(
     """An entry of some rows and columns; vectors are float32 whatever they are stored as."""
     if not bounds:
         return PageTensor(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
-    nbytes = packed_nbytes(type, len(rows), len(cols), bounds)
+    nbytes = _matrix_nbytes(type, len(rows), len(cols), bounds)
     return PageTensor(key, rows, cols, type, bounds, offset, nbytes)
+
+
+@lru_cache(maxsize=1024)
+def _matrix_nbytes(type: BlockType, n: int, k: int, bounds: tuple[int, ...]) -> int:
+    """`packed_nbytes`, for layers and heads repeat the same few matrices."""
+    return packed_nbytes(type, n, k, bounds)
 
 
 def page_name(kind: str, layer: int, expert: int = -1) -> str:

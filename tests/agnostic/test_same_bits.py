@@ -15,6 +15,7 @@ from mpillm import kernels
 from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.sequence import PartialCompletion, Request
+from mpillm.run.statistics import rank_statistics
 from tests.agnostic import harness
 from tests.agnostic.harness import MODELS, Outcome
 
@@ -193,7 +194,7 @@ def test_a_draft_model(model: str, draft: str, job: dict[str, Any]) -> None:
     assert_same(model, outcome)
     totals = outcome.totals
     assert totals.drafted["model"] >= totals.accepted["model"] > 0
-    assert outcome.session._memory().draft > 0
+    assert rank_statistics(outcome.session).memory["draft"] > 0
     if draft == "none":  # what differs is the KV cache, in f16
         assert totals.accepted["model"] > totals.drafted["model"] / 2
 

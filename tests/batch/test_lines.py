@@ -15,7 +15,7 @@ import pytest
 from mpillm.batch import lines as room
 from mpillm.batch import order, requests
 from mpillm.batch.lines import Lines
-from mpillm.batch.names import RECENT, NumbersByName
+from mpillm.batch.names import PARTS, RECENT, NumbersByName
 from mpillm.batch.order import Order
 from mpillm.batch.work import Line
 from mpillm.errors import Interrupted
@@ -58,8 +58,8 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_know_their_numbers() -> None:
     draw, names = random.Random(5), NumbersByName()
     expected: dict[str, int] = {}
-    for _ in range(5 * RECENT // 2):
-        name, number = str(draw.randrange(3 * RECENT)), draw.randrange(1 << 60)
+    for _ in range(5 * PARTS * RECENT // 2):
+        name, number = str(draw.randrange(3 * PARTS * RECENT)), draw.randrange(1 << 60)
         assert names.add(name, number) == expected.setdefault(name, number)
     assert len(names) == len(expected)
     assert names.numbers().tolist() == sorted(expected.values())
@@ -97,7 +97,7 @@ def test_a_line_takes_few_bytes_from_the_check_to_its_answer(
 ) -> None:
     """More lines take more bytes of the tables alone, however long their names are."""
     monkeypatch.setattr(room, "HELD", 1 << 12)
-    monkeypatch.setattr("mpillm.batch.names.RECENT", 64)
+    monkeypatch.setattr("mpillm.batch.names.RECENT", 1)
     held = {}
     for count in (50, 800, 1600):
         said = job(tmp_path / str(count))

@@ -19,10 +19,12 @@ import zstandard
 from pyarrow import parquet
 
 from mpillm import spec
-from mpillm.batch import requests, rows
+from mpillm.batch import requests
+from mpillm.batch.rows import forms, json_array, tables
+from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
 from mpillm.errors import JobError, RequestError
-from mpillm.run import inputs
+from mpillm.store import inputs
 from mpillm.store.output import INPUT, Claim
 from tests.job_helpers import WITH_TEXT
 
@@ -97,7 +99,7 @@ def test_every_form_gives_the_same_rows(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 16])
 def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "CHUNK", chunk)
+    monkeypatch.setattr(json_array, "CHUNK", chunk)
     draw = random.Random(chunk)
     data: list[Any] = [
         {"n": draw.randrange(10**6), "deep": [[{}, [], "]},{"] * draw.randrange(4)], "text": "\\\"" * draw.randrange(9)}
@@ -112,7 +114,7 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
     ):
         (tmp_path / "in.json").write_text(text)
         file = io.BytesIO()
-        rows.write_lines(tmp_path / "in.json", file, print)
+        forms.write_lines(tmp_path / "in.json", file, print)
         assert [json.loads(line) for line in file.getvalue().splitlines()] == json.loads(text)
 
 
@@ -149,8 +151,8 @@ def test_inputs_that_cannot_be_used(name: str, content: bytes, said: str, tmp_pa
 def test_bad_elements_of_an_array_cost_no_other(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE", 20_000)
-    monkeypatch.setattr(rows, "CHUNK", chunk)
+    monkeypatch.setattr(json_array, "MAX_LINE", 20_000)
+    monkeypatch.setattr(json_array, "CHUNK", chunk)
     bad = [
         '{"prompt": "a", "metadata": ' + "[" * 3000 + "]" * 3000 + "}",
         '{"prompt": 01}',
@@ -185,7 +187,8 @@ def test_a_bad_first_line_makes_no_array_of_the_others(bad: bytes, tmp_path: Pat
 def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a line of a table nor an element of an array, however long, takes more memory than a few lines may."""
     longest, many = 1 << 18, 2_000_000
-    monkeypatch.setattr(rows, "MAX_LINE", longest)
+    for module in (tables, json_array):
+        monkeypatch.setattr(module, "MAX_LINE", longest)
     (tmp_path / "in.csv").write_bytes(b"prompt,x\na,1\n" + b"ab," * many + b"\nc,2\n")
     (tmp_path / "in.json").write_bytes(
         b'[{"prompt": "a"}, {"prompt": "' + b"ab" * many + b'"}, {"prompt": "c"}]'
@@ -196,13 +199,13 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert [json.loads(line).get("prompt") for line in lines] == ["a", None, "c"]
-        assert "longer than" in json.loads(lines[1])[rows.ROW_ERROR]
+        assert "longer than" in json.loads(lines[1])[ROW_ERROR]
         assert most < 8 * longest
 
 
 def test_bad_rows_cost_no_other(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes(
-        b'prompt,note\na,1\nb\nc,2,3\n\n\xff\xfe,5\n"' + b"x" * rows.MAX_LINE + b'",6\n"d",4\n'
+        b'prompt,note\na,1\nb\nc,2,3\n\n\xff\xfe,5\n"' + b"x" * MAX_LINE + b'",6\n"d",4\n'
     )
     made = job(tmp_path / "in.csv", 'request.prompt="{prompt}"')
     prepared(made)

@@ -17,7 +17,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.run import plan
+from mpillm.planning import plan
 from mpillm.weights.roles import Key
 from mpillm.weights.source import check_tensors
 

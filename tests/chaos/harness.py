@@ -31,7 +31,7 @@ from mpillm import spec
 from mpillm.comm.running import CRASHED
 from mpillm.errors import Interrupted, JobError
 from mpillm.kernels import KV_BLOCK
-from mpillm.run import plan
+from mpillm.planning import plan
 from mpillm.store.journal_facts import finished
 from mpillm.store.output import JOURNAL
 from tests.chaos.counts import Counts

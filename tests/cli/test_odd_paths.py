@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.run.launch import HostSlots, read_hosts
+from mpillm.launching.hostfile import HostSlots, read_hosts
 from mpillm.store.merge import merge
 from tests.conftest import clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, write_lines

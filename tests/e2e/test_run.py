@@ -9,8 +9,8 @@ from pathlib import Path
 import h5py
 import pytest
 
-from mpillm.run import hosts
-from mpillm.run.hosts import Host
+from mpillm.planning import hosts
+from mpillm.planning.hosts import Host
 from mpillm.store.report import read
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines

@@ -16,6 +16,7 @@ from mpillm.engine.engine import Worker
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.errors import JobError
 from mpillm.run.session import Session
+from mpillm.run.statistics import rank_statistics
 from mpillm.spec import DraftSection
 from tests.model.engine_harness import _alone, run_engine, spec_of
 from tests.model.golden import model_path
@@ -95,7 +96,7 @@ def test_a_draft_model_must_have_the_models_tokens(tmp_path: Path) -> None:
         spec = spec_of(models["large"], draft=DraftSection(model=str(models[name]), **job))
         with closing(Session(_alone(), spec, models["large"])) as session:
             assert session.draft_model is not None
-            return session._memory().draft
+            return rank_statistics(session).memory["draft"]
 
     assert opened("same") == opened("more") > 0
     with pytest.raises(JobError, match=r"another vocabulary .* token 2 is 'c' there and 'b' here"):

@@ -51,6 +51,7 @@ def _chunks(draw: st.DrawFn, windows: list[int]) -> Chunk:
         allowed=draw(st.sampled_from([NO_IDS, *MASKS])),
         hidden=draw(st.sampled_from(Hidden)),
         adapter=draw(st.integers(0, 3)),
+        long=draw(st.booleans()),
     )
 
 
@@ -64,7 +65,7 @@ def test_round_trip(step: Step) -> None:
     message = encode(step)
     integers = 0
     for chunk in step.chunks:
-        integers += 17 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
+        integers += 18 + len(chunk.tokens) + len(chunk.seen) + 3 * len(chunk.shifts.ids)
         integers += sum(2 + len(table.blocks) for table in chunk.tables)
     masks = {chunk.allowed.tobytes() for chunk in step.chunks} - {b""}
     assert HEADER.size == 40
@@ -142,12 +143,12 @@ def test_what_is_no_message_is_refused() -> None:
     wrongs = (
         (1, 4),
         (1, -3),
-        (18, 2),
-        (18, -1),
+        (19, 2),
+        (19, -1),
         (0, -1),
         (0, 30),
-        (17, 1),
-        (17, -1),
+        (18, 1),
+        (18, -1),
         (9, 1),
         (10, 0),
         (10, -2),

@@ -31,8 +31,8 @@ from mpillm.errors import JobError, LayoutError, ModelError, OutputError, Reques
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.run import memory
-from mpillm.run.input_memory import input_needs
+from mpillm.planning import memory
+from mpillm.planning.input_memory import input_needs
 from mpillm.store.journal import Journal
 from mpillm.store.journal_facts import finished
 from mpillm.store.output import Claim

@@ -428,9 +428,10 @@ def small_matrix(rng: np.random.Generator, type: BlockType, n: int, k: int, pane
     return packed(type, raw, k, [k // 32 * p // panels * 32 for p in range(panels)] + [k])
 
 
-def test_a_stack_is_its_layers_in_turn() -> None:
-    """The same bits as part by part, in two pieces of work a layer, with time for others before each."""
-    rng, m, count, d = np.random.default_rng(8), 5, 4, HIDDEN[0]
+@pytest.mark.parametrize(("m", "regions"), [(1, 1), (5, 2), (8, 2), (17, 4)])
+def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
+    """The same bits as part by part, in fewer regions the fewer rows there are, with time for others before each."""
+    rng, count, d = np.random.default_rng(8), 4, HIDDEN[0]
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
     made, dims = [], [HD, HD, 32, 32]
     for layer, hd in enumerate(dims):
@@ -457,19 +458,21 @@ def test_a_stack_is_its_layers_in_turn() -> None:
         cos, sin = rng.standard_normal((2, m, hd // 2)).astype(np.float32)
         rows.append((cos, sin, zeros + block, pos, pos, np.array([block], np.int32), zeros))
     x = rng.standard_normal((m, d)).astype(np.float32)
-    results, calls = [], []
+    results = []
     for module in (kernels, fused):
         pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
         mine, before = x.copy(), kernels._compiled.regions()
+        calls: list[int] = []
         module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(
-            mine, rows, lambda: calls.append(1), None, 2
+            mine, rows, lambda calls=calls: calls.append(1), None, 2
         )
         if module is kernels:
-            assert kernels._compiled.regions() - before == 2 * count
+            assert kernels._compiled.regions() - before == len(calls) == regions
+        else:
+            assert len(calls) == count
         results.append([mine, *(pool for pair in pools for pool in pair)])
     for got, want in zip(*results, strict=True):
         assert cases.same(got, want)
-    assert len(calls) == 2 * count
     assert np.isfinite(results[0][0]).all()
     assert not cases.same(results[0][0], x)
     # With two shards that make the same, the sum comes between the parts and what is done with them.

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpillm.catalogue.models import resolve
 from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import MpillmError
-from mpillm.run.catalogue import resolve
 from tests.model.engine_harness import run_engine
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent.parent / "data/smollm2.json").read_text())

@@ -22,7 +22,7 @@ from mpillm import spec
 from mpillm.batch.requests import check
 from mpillm.batch.work import Model
 from mpillm.bench import packed, synthetic
-from mpillm.run import plan
+from mpillm.planning import plan
 from mpillm.store import report
 from mpillm.store.records import Result, framed, line_key, payload_at, scan
 from tests.conftest import Mpi, clean_environment, run_bounded

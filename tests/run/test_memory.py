@@ -20,8 +20,8 @@ from mpillm import spec
 from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
-from mpillm.run import plan
-from mpillm.run.input_memory import (
+from mpillm.planning import plan
+from mpillm.planning.input_memory import (
     ARROW,
     CHAT,
     COPIES,
@@ -34,7 +34,7 @@ from mpillm.run.input_memory import (
     input_needs,
     line_bytes,
 )
-from mpillm.run.limits import CacheCapacity
+from mpillm.planning.limits import CacheCapacity
 from mpillm.store import report, report_page
 from tests.conftest import Mpi, run_bounded
 from tests.run.cgroups import CGROUPS, SPARE, Cgroup

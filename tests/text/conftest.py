@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mpillm.catalogue.models import resolve
 from mpillm.model.opening import open_source
-from mpillm.run.catalogue import resolve
 from mpillm.text import Tokenizer, load_tokenizer
 
 

@@ -78,7 +78,7 @@ def llamacpp() -> None:
     """Ids by llama.cpp's server, which wants a model: one tiny layer of zeros behind each tokenizer."""
     import xllamacpp  # type: ignore[import-not-found]
 
-    from mpillm.run.catalogue import resolve
+    from mpillm.catalogue.models import resolve
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

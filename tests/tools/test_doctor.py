@@ -11,9 +11,9 @@ import pytest
 
 from mpillm.comm.probe import tournament
 from mpillm.kernels import BlockType
-from mpillm.run import hosts, measure
-from mpillm.run.hosts import Host
-from mpillm.run.speed import ASSUMED, KINDS, ROWS, Speed, stand_in
+from mpillm.planning import hosts, measure
+from mpillm.planning.hosts import Host
+from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed, stand_in
 from tests.conftest import Mpi, run_bounded
 from tests.model.golden import gguf_path
 

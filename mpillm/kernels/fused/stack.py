@@ -32,7 +32,8 @@ class LayerStack:
     """Whole layers, whose keys and values lie in these pools: x [m, d] goes through attention and MLP of each.
 
     Layers may differ in their rope or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
-    `places` is None. `between` is called before each layer, for work that must go on meanwhile. `reduce`, if there is
+    `places` is None. `between` is called before each layer, for work that must go on meanwhile (the compiled kernels
+    take several layers of few rows as one parallel region, and call it before each region). `reduce`, if there is
     one, replaces this shard's part [m, d] of what attention or the MLP makes by the sum over all shards.
     """
 

@@ -240,7 +240,8 @@ def model(
         vocab=sizes.vocab,
         layers=layers,
         final_norm=final_norm,
-        max_position=_longest(fields, sizes.max_position, layers),
+        max_position=_longest(fields, sizes.max_position),
+        short_length=_short_length(fields, layers),
         # Ids outside the vocabulary stand in for "none" in some published configurations.
         bos_id=next((token for token in bos if 0 <= token < sizes.vocab), None),
         eos_ids=tuple(token for token in eos if 0 <= token < sizes.vocab),
@@ -270,17 +271,29 @@ def _check_layer_types(fields: Fields, architecture: str, layers: Sequence[Layer
             )
 
 
-def _longest(fields: Fields, max_position: int, layers: Sequence[LayerSpec]) -> int:
+def _longest(fields: Fields, max_position: int) -> int:
     """The most positions of a sequence.
 
-    Dual chunk attention (Qwen 2.5 1M) changes nothing up to the length that the model was trained with, and LongRoPE
-    has other frequencies beyond it: longer sequences are not computed.
+    Dual chunk attention (Qwen 2.5 1M) changes nothing up to the length that the model was trained with: longer
+    sequences are not computed.
     """
-    for rotary in {getattr(layer.mixer, "rotary", None) for layer in layers}:
-        if isinstance(rotary, Rotary) and rotary.config.kind == "longrope":
-            max_position = min(max_position, rotary.config.original_max_position)
     border = fields.table("dual_chunk_attention_config").get("original_max_position_embeddings")
     return min(max_position, border) if type(border) is int and border > 0 else max_position
+
+
+def _short_length(fields: Fields, layers: Sequence[LayerSpec]) -> int:
+    """The tokens of the longest sequence that has LongRoPE's short factors; 0 without LongRoPE."""
+    rotaries = {getattr(layer.mixer, "rotary", None) for layer in layers}
+    lengths = {
+        rotary.config.original_max_position
+        for rotary in rotaries
+        if isinstance(rotary, Rotary) and rotary.config.long_factors
+    }
+    if len(lengths) > 1:
+        raise ModelError(
+            f"{fields.name}: layers whose LongRoPE begins at different lengths are not supported."
+        )
+    return max(lengths, default=0)
 
 
 def refuse_qk_norm(fields: Fields, architecture: str, has: bool) -> None:

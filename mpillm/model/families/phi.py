@@ -116,10 +116,11 @@ class Phi(Family):
 
 
 def _scaled(fields: Fields, sizes: Sizes) -> Rotary:
-    """RoPE of which cosines and sines are multiplied by short_mscale, up to the length of training."""
+    """RoPE of which cosines and sines are multiplied by short_mscale, or by long_mscale in long sequences."""
     rotary = read_rotary(fields, sizes)
     table = fields.table("rope_parameters") or fields.table("rope_scaling")
     if rotary.config.kind == "default":
         return rotary
-    scale = Fields(table, f"{fields.name}, rope parameters").number("short_mscale", 0, 1e6, default=1.0)
-    return replace(rotary, config=replace(rotary.config, attention_factor=scale))
+    rope = Fields(table, f"{fields.name}, rope parameters")
+    short, long = (rope.number(key, 0, 1e6, default=1.0) for key in ("short_mscale", "long_mscale"))
+    return replace(rotary, config=replace(rotary.config, attention_factor=short, long_attention_factor=long))

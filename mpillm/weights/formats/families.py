@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from mpillm.weights.formats.gguf_config import GgufFamily
+from mpillm.weights.formats.gguf_family import GgufFamily
 
 
 class Families(Protocol):

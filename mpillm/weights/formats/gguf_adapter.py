@@ -10,7 +10,7 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.weights.formats.adapter import AdapterFiles, Factors, pairs_of
 from mpillm.weights.formats.extent import Extent
-from mpillm.weights.formats.gguf_config import GgufFamily
+from mpillm.weights.formats.gguf_family import GgufFamily
 from mpillm.weights.formats.gguf_header import read_header
 from mpillm.weights.formats.heads import row_groups
 from mpillm.weights.io.mapped import MappedFile

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata in the words of Hugging Face's config.json.
+"""The fields of a GGUF file, and the keys of Hugging Face's config.json that families make of them.
 
 What a field means is taken from llama.cpp (src/llama-model.cpp) and its convert_hf_to_gguf.py. A field of the
 architecture that is not known here might change the result, and is refused by name.
@@ -7,33 +7,14 @@ architecture that is not known here might change the result, and is refused by n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mpillm.errors import ModelError
-from mpillm.weights.names import GGUF_LONGROPE_FACTORS, GGUF_ROPE_FACTORS, Names, RowGroups
 from mpillm.weights.roles import Key
 
 ShapeOf = Callable[[Key], Sequence[int] | None]
-
-
-class GgufFamily(Protocol):
-    """What a family of models knows of GGUF files."""
-
-    @property
-    def names(self) -> Names: ...
-    @property
-    def gguf(self) -> tuple[str, ...]: ...
-    @property
-    def tied(self) -> bool: ...
-    @property
-    def yarn_multiplies_scores(self) -> bool: ...
-    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-        """The configuration with Hugging Face's keys, without RoPE's."""
-
-    def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
-        """How tensors that hold several matrices are taken apart."""
 
 
 POOLED = ("pooler", "pooler_bias", "pooler_norm", "pooler_norm_bias", "classifier", "classifier_bias")
@@ -66,42 +47,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
     "rope.scaling.yarn_attn_factor": (1.0,),
 }
-
-
-def config_of(
-    metadata: dict[str, Any],
-    path: Path,
-    family: GgufFamily,
-    shape_of: ShapeOf,
-    rope_factors: Mapping[str, list[float]],
-) -> dict[str, Any]:
-    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there.
-
-    `rope_factors` has the values of tensors with divisors of rotary frequencies, by name. Where the family has
-    something to say of the RoPE, the file's fields are added to it.
-    """
-    fields = GgufFields(metadata, path)
-    config = family.gguf_config(fields, shape_of)
-    if pooling := fields.integer("pooling_type", 0):
-        config["pooling_type"] = pooling
-    if (classifier := shape_of(Key("classifier"))) is not None:
-        config |= _classifier(fields, config, classifier[0])
-    rope = _rope(fields, config, rope_factors, family.yarn_multiplies_scores)
-    config["rope_parameters"] = config.get("rope_parameters", {}) | rope
-    fields.refuse_unknown()
-    return config
-
-
-def _classifier(fields: GgufFields, config: dict[str, Any], count: int) -> dict[str, Any]:
-    """The keys of a model with a classifier instead of an LM head, as transformers names its class."""
-    stem = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("Model")
-    named = f"{stem}ForSequenceClassification"
-    fields.read.add("classifier.output_labels")
-    labels = fields.values.get("classifier.output_labels") or [f"LABEL_{index}" for index in range(count)]
-    return {
-        "architectures": [named],
-        "id2label": {str(index): str(label) for index, label in enumerate(labels)},
-    }
 
 
 def usual_config(
@@ -289,57 +234,3 @@ def _head_dim(fields: GgufFields, default: int, partial: bool) -> dict[str, Any]
             f"models that rotate the whole head ({head_dim}) are supported."
         )
     return {"head_dim": head_dim}
-
-
-def _rope(
-    fields: GgufFields, config: dict[str, Any], factors: Mapping[str, list[float]], multiplies_scores: bool
-) -> dict[str, Any]:
-    theta = fields.number("rope.freq_base", 10000.0)
-    kind = fields.raw("rope.scaling.type")
-    factor = fields.number("rope.scaling.factor", 0.0)
-    linear = fields.number("rope.scale_linear", 0.0)  # how it was called before
-    original = fields.integer("rope.scaling.original_context_length", 0)
-    attention = fields.number("rope.scaling.attn_factor", 1.0) or 1.0
-    beta_fast = fields.number("rope.scaling.yarn_beta_fast", 0.0)
-    beta_slow = fields.number("rope.scaling.yarn_beta_slow", 0.0)
-    if kind is None:
-        kind, factor = ("linear", factor or linear) if (factor or linear) else ("none", 0.0)
-    rope: dict[str, Any] = {"rope_theta": theta}
-    longrope = {key: factors[name] for key, name in GGUF_LONGROPE_FACTORS.items() if name in factors}
-    if len(longrope) == len(GGUF_LONGROPE_FACTORS) and kind in {"none", "longrope"}:
-        old = {"original_max_position_embeddings": original or config["max_position_embeddings"]}
-        return rope | longrope | old | {"rope_type": "longrope", "attention_factor": attention}
-    if kind not in {"none", "linear", "yarn"}:
-        raise ModelError(
-            f"{fields.path}: {fields.kind}.rope.scaling.type {str(kind)[:40]!r} is not supported."
-        )
-    if attention != 1.0 and kind != "yarn":
-        raise ModelError(
-            f"{fields.path}: {fields.kind}.rope.scaling.attn_factor without yarn is not supported."
-        )
-    if GGUF_ROPE_FACTORS in factors:
-        if kind != "none" and factor not in {0.0, 1.0}:
-            raise ModelError(
-                f"{fields.path}: rope_freqs.weight together with {kind} scaling is not supported."
-            )
-        return rope | {"rope_type": "factors", "factors": factors[GGUF_ROPE_FACTORS]}
-    if kind == "none" or factor in {0.0, 1.0}:
-        return rope | {"rope_type": "default"}
-    if kind == "linear":
-        return rope | {"rope_type": "linear", "factor": factor}
-    rope |= {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original or config["max_position_embeddings"],
-    }
-    if beta_fast:
-        rope["beta_fast"] = beta_fast
-    if beta_slow:
-        rope["beta_slow"] = beta_slow
-    if multiplies_scores and "rope.scaling.yarn_log_multiplier" in fields.values:
-        # convert_hf_to_gguf.py writes a tenth of mscale_all_dim, and llama.cpp takes mscale to be the same.
-        scale = fields.number("rope.scaling.yarn_log_multiplier") * 10
-        rope |= {"mscale": scale, "mscale_all_dim": scale}
-    if attention != 1.0:
-        rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
-    return rope

@@ -14,7 +14,7 @@ from mpillm.errors import ModelError
 from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, add
 from mpillm.weights.formats.families import Families
-from mpillm.weights.formats.gguf_config import config_of
+from mpillm.weights.formats.gguf_family import config_of
 from mpillm.weights.formats.gguf_header import GgufHeader, GgufTensor, read_header
 from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.tensors import TensorSource

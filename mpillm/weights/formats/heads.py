@@ -16,7 +16,7 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Extent, Lies, Rows
-from mpillm.weights.formats.gguf_config import GgufFamily
+from mpillm.weights.formats.gguf_family import GgufFamily
 from mpillm.weights.formats.stored import OWN, Bytes
 from mpillm.weights.names import RowGroups
 from mpillm.weights.roles import Key

@@ -68,6 +68,9 @@ class TensorSource:
             for key, extent in self._extents.items()
             if extent.stored.type.k_quant and ROLES[key.role].by_columns
         )
+        # What shards hold of pages, and of all experts of a layer: who looks for a layout asks for the same again.
+        self._plans: dict[tuple[PageSpec, int, int], PagePlan] = {}
+        self._expert_plans: dict[tuple[PageSpec, int, int], list[PagePlan]] = {}
         self._gathered = 0  # rows whose pages may still be mapped
         self.tensors: Mapping[Key, TensorInfo] = {
             key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
@@ -166,12 +169,18 @@ class TensorSource:
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
         """What a rank holds of a page."""
-        entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
-        name = page_name(page.kind, page.layer, page.expert)
-        return PagePlan(name, entries, nbytes, page.layer, page.kind, expert=page.expert)
+        known = page, place.shard, place.shards
+        if known not in self._plans:
+            entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
+            name = page_name(page.kind, page.layer, page.expert)
+            self._plans[known] = PagePlan(name, entries, nbytes, page.layer, page.kind, expert=page.expert)
+        return self._plans[known]
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
         """What a rank holds of each of a layer's experts; most are like the first."""
+        known = pages[0], place.shard, place.shards
+        if known in self._expert_plans:
+            return self._expert_plans[known]
         first, keys = self.plan(pages[0], model, place), [tensor.key for tensor in pages[0].tensors]
         types = [self.tensors[key].type for key in keys]
 
@@ -183,7 +192,8 @@ class TensorSource:
             name = page_name(first.kind, first.layer, expert)
             return replace(first, name=name, entries=entries, expert=expert)
 
-        return [planned(expert) for expert in range(len(pages))]
+        self._expert_plans[known] = [first, *(planned(expert) for expert in range(1, len(pages)))]
+        return self._expert_plans[known]
 
     def open_loader(
         self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool

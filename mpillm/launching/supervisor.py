@@ -1,0 +1,245 @@
+"""A supervisor around mpiexec: starts a run, starts it again after what no rank can survive, and on other hosts.
+
+It takes no part in MPI and trusts nothing that mpiexec says: a run is complete when its journal says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from mpillm.comm.heartbeat import own_addresses
+from mpillm.comm.launch import Library
+from mpillm.errors import Interrupted, JobError, LayoutError
+from mpillm.launching.hostfile import HostSlots, read_hosts, text_of, write_hosts
+from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
+from mpillm.planning import plan
+from mpillm.spec import Spec
+from mpillm.store.directory import Directory
+from mpillm.store.journal_facts import finished
+from mpillm.store.output import JOURNAL
+
+log = logging.getLogger(__name__)
+
+LOOK = 0.2  # seconds between two looks at what runs
+WATCH = 2.0  # seconds between two looks at the hostfile
+STOPPING = 30.0  # seconds for the ranks to end when they are told to
+ANSWER = 10.0  # seconds for a host to answer
+LINGER = 10.0  # seconds for mpiexec to end when the journal is complete
+BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+def ranks_that_work(spec: Spec, most: int) -> int:
+    """The largest number of ranks, up to `most`, on which the job can be laid out and fits its budgets."""
+    refused: str | None = None
+    for ranks in range(most, 0, -1):
+        try:
+            problems = plan.make(spec, ranks).problems
+        except LayoutError as error:
+            problems = [str(error)]
+        if not problems:
+            return ranks
+        refused = refused or problems[0]
+    raise LayoutError(refused or f"{most} ranks are none.")
+
+
+class Supervisor:
+    """Starts the run until its journal says that it is complete, or until going on makes no sense."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        library: Library,
+        settings: Settings,
+        program: Sequence[str],
+        say: Callable[[str], None],
+    ) -> None:
+        """`program` is what each rank runs; `say` tells the user."""
+        self._spec, self._library, self._settings = spec, library, settings
+        self._program, self._say = program, say
+        self._told: signal.Signals | None = None  # to stop, and by what
+        self._output: Directory | None = None  # as it was before the first start
+        self._journal_seen = False
+
+    def run(self) -> int:
+        """Return the exit code: 0 or 1 for a complete run, 2 for a wrong job, 75 if it may go on later."""
+        before = [signal.signal(number, self._tell) for number in _STOPS]
+        try:
+            with contextlib.ExitStack() as stack:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpillm-")))
+                self._open_output(stack)
+                return self._until_complete(folder)
+        finally:
+            for number, handler in zip(_STOPS, before, strict=True):
+                signal.signal(number, handler)
+
+    def _tell(self, number: int, _frame: FrameType | None) -> None:
+        self._told = signal.Signals(number)
+
+    def _open_output(self, stack: contextlib.ExitStack) -> None:
+        """Make and open the output directory; where that fails, rank 0 says why. What stays empty is removed."""
+        path = self._spec.output_path
+        with contextlib.suppress(OSError):
+            if not path.exists():
+                path.mkdir(parents=True)
+                stack.callback(_remove_if_empty, path)
+            self._output = stack.enter_context(Directory(path))
+
+    def _output_is_gone(self) -> bool:
+        """Whether the output directory, or the journal in it, was moved or deleted since the start."""
+        if self._output is not None and not self._output.is_at_its_path():
+            return True
+        return self._journal_seen and not self._journal_size()
+
+    def _until_complete(self, folder: Path) -> int:
+        fruitless, first, hostfile = 0, True, folder / "hosts"
+        while True:
+            hosts = self._hosts()
+            ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
+            if hosts:
+                write_hosts(hostfile, hosts, self._library)
+            size = self._journal_size()
+            code, grown = self._once(ranks, hostfile if hosts else None, folder)
+            outcome = finished(self._spec.output_path)
+            # This start has said so, not one before it, since when the input may have grown.
+            if outcome is not None and self._journal_size() > size:
+                return 1 if outcome.errors else 0
+            if self._told:
+                self._say(f"Stopped by {self._told.name}; the same command goes on from here.")
+                return Interrupted.exit_code
+            if first and code == JobError.exit_code:
+                return code  # rank 0 has said why
+            first = False
+            if self._output_is_gone():
+                self._say(
+                    f"The output directory {self._spec.output_path} was moved or deleted; the run stops."
+                )
+                return Interrupted.exit_code
+            if grown:
+                continue
+            fruitless = 0 if self._journal_size() > size else fruitless + 1
+            if fruitless > len(BACK_OFF):
+                self._say(f"Gave up after {fruitless} starts that came to nothing; the same command goes on.")
+                return Interrupted.exit_code
+            pause = BACK_OFF[max(0, fruitless - 1)]
+            self._say(f"The run ended before it was complete (mpiexec says {code}); again in {pause:g} s.")
+            self._sleep(pause)
+
+    @property
+    def _ranks(self) -> int:
+        return self._settings.ranks or 1
+
+    def _journal_size(self) -> int:
+        with contextlib.suppress(OSError):
+            return (self._spec.output_path / JOURNAL).stat().st_size
+        return 0
+
+    def _hosts(self) -> list[HostSlots]:
+        """The hosts of the hostfile that answer; all of them if none does, for then mpiexec shall say why."""
+        if self._settings.hostfile is None:
+            return []
+        hosts = read_hosts(self._settings.hostfile)
+        with ThreadPoolExecutor(min(64, len(hosts))) as pool:
+            answers = list(pool.map(self._answers, hosts))
+        for host, answer in zip(hosts, answers, strict=True):
+            if not answer:
+                self._say(f"The host {host.name} does not answer; going on without it.")
+        return [host for host, answer in zip(hosts, answers, strict=True) if answer] or hosts
+
+    def _answers(self, host: HostSlots) -> bool:
+        if host.name in ("localhost", "127.0.0.1", socket.gethostname(), *own_addresses()):
+            return True
+        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER / 2:.0f}"]
+        words = shlex.split(self._settings.agent)
+        words += options if words[0].rpartition("/")[2] == "ssh" else []
+        try:
+            code = subprocess.call(
+                [*words, host.name, "true"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=ANSWER,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return code == 0
+
+    def _once(self, ranks: int, hostfile: Path | None, folder: Path) -> tuple[int, bool]:
+        """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""
+        known = self._hostfile_text()
+        launcher = subprocess.Popen(
+            [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
+            env={**os.environ, **AS_ROOT} if os.geteuid() == 0 else None,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
+        )
+        log.info("started %d ranks", ranks)
+        give_up = float("inf")  # when mpiexec is ended by force
+        looked, grown, seen = time.monotonic(), False, False
+        try:
+            while launcher.poll() is None and time.monotonic() < give_up:
+                time.sleep(LOOK)
+                self._journal_seen = self._journal_seen or self._journal_size() > 0
+                now = time.monotonic()
+                changed = False
+                if now - looked > WATCH:
+                    looked = now
+                    changed = self._hostfile_text() not in (known, "")
+                    here = _ranks_below(launcher.pid)
+                    if seen and not here:  # mpiexec waits for hosts that are out of reach
+                        give_up = min(give_up, now + LINGER)
+                    seen = seen or here
+                if (self._told or changed) and give_up == float("inf"):
+                    if not self._told:
+                        grown = True
+                        self._say("The hostfile has changed; the run stops, and goes on with its hosts.")
+                    launcher.send_signal(signal.SIGUSR1)  # both MPIs pass it on; on SIGTERM they kill at once
+                    give_up = now + STOPPING
+        finally:
+            end_session(launcher)
+        return launcher.returncode, grown
+
+    def _hostfile_text(self) -> str:
+        with contextlib.suppress(OSError):
+            if self._settings.hostfile is not None:
+                return text_of(self._settings.hostfile)
+        return ""
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._told:
+            time.sleep(LOOK)
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def _ranks_below(pid: int) -> bool:
+    """Whether mpiexec has ranks on this machine now."""
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(pid).children(recursive=True)
+        return any("mpillm" in process.cmdline() for process in below)
+    return False
+
+
+def _end_with_parent() -> None:
+    """In the child before it becomes mpiexec: it shall end when the supervisor is gone, and its ranks with it."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,0 +1,195 @@
+"""How long a laid-out job takes and what limits it, by the model of `step_time` and the speeds of its machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+
+from mpillm.kernels import BlockType
+from mpillm.model.cache_layout import blocks_needed
+from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
+from mpillm.partition.replicas import Replica
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.speed import ASSUMED, Speed
+from mpillm.planning.step_time import (
+    INSIDE,
+    Demand,
+    JobTime,
+    LinkRate,
+    Stage,
+    StepRows,
+    between,
+    job_time,
+    round_of,
+    stage_time,
+)
+from mpillm.spec import Spec
+
+UNEVEN = 1.1  # how many times as fast an uneven division of layers must be
+TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job takes. Of a step: a round of all sequences that run at once through the first replica's stages."""
+
+    measured: bool  # the speeds; else they are assumed, at least some of them
+    of_input: bool  # the tokens are those of the input; else of a typical job
+    requests: int  # sequences: choices count
+    prompt_tokens: int  # an estimate
+    generated_tokens: int  # at most
+    seconds: float  # of computing all of it
+    rate: float  # tokens/s, prompts' and generated
+    prefill: float  # tokens/s of prompts, while nothing is generated
+    decode: float  # tokens/s that are generated, while no prompts are computed
+    decode_one: float  # the same if one sequence runs alone
+    sequences: int  # that run at once, in all replicas together
+    step: float  # seconds
+    limit: str  # what takes most of a step
+    slowest: str  # the rank that the others wait for
+    micro_batches: int
+    bubble: float  # the part of a step in which stages wait for each other
+
+
+def demand_of(asked: InputNeeds) -> Demand | None:
+    """The demand of an input; None if there is none."""
+    if not asked.sequences or not asked.prompt_tokens + asked.generated_tokens:
+        return None
+    return Demand(asked.sequences, float(asked.prompt_tokens), float(asked.generated_tokens))
+
+
+def estimate(
+    spec: Spec,
+    config: ModelConfig,
+    machines: Machines,
+    replicas: Sequence[Replica],
+    plans: Sequence[ReplicaPlan],
+    given: Demand | None,
+) -> Estimate:
+    """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
+    demand = given or TYPICAL
+    part = Demand(
+        -(-demand.requests // len(replicas)), demand.prompt / len(replicas), demand.generated / len(replicas)
+    )
+    laid_out = [
+        stages_of(spec, config, machines, replica, plan)
+        for replica, plan in zip(replicas, plans, strict=True)
+    ]
+    times = [
+        job_time(stages, part, plan.step.tokens, _at_once(plan, replica, part))
+        for stages, replica, plan in zip(laid_out, replicas, plans, strict=True)
+    ]
+    seconds = len(times) / sum(1 / time.seconds for time in times)
+    first, stages = times[0], laid_out[0]
+    slowest = first.decode_round.slowest * replicas[0].shards + replicas[0].first
+    return Estimate(
+        measured=machines.measured,
+        of_input=given is not None,
+        requests=demand.requests,
+        prompt_tokens=int(demand.prompt),
+        generated_tokens=int(demand.generated),
+        seconds=seconds,
+        rate=(demand.prompt + demand.generated) / seconds,
+        prefill=sum(_prefill_rate(time, part) for time in times),
+        decode=sum(time.sequences / time.decode_round.seconds for time in times),
+        decode_one=1 / round_of(stages, StepRows(1, 1, demand.context)).seconds,
+        sequences=int(sum(time.sequences for time in times)),
+        step=first.decode_round.seconds,
+        limit=first.decode_round.stage.limit,
+        slowest=f"rank {slowest}" + (f" on {machines.names[slowest]}" if machines.names else ""),
+        micro_batches=first.decode_round.micro_batches,
+        bubble=first.decode_round.bubble,
+    )
+
+
+def stages_of(
+    spec: Spec, config: ModelConfig, machines: Machines, replica: Replica, plan: ReplicaPlan
+) -> list[Stage]:
+    """A replica's stages with their links; `wire.activations` is decided in `spec`."""
+    hosts = machines.host_of_rank
+    activations, pipe = (
+        BlockType[kind.upper()].row_bytes(config.hidden)
+        for kind in (spec.wire.activations, spec.wire.between_stages)
+    )
+    groups = replica.stage_ranks
+
+    def link(*ranks: range) -> LinkRate:
+        of = [rank for some in ranks for rank in some]
+        return (
+            INSIDE
+            if len({hosts[rank] for rank in of}) == 1
+            else between([speed_of(machines, rank) for rank in of])
+        )
+
+    return [
+        Stage(
+            works=[plan.works[rank - replica.first] for rank in group],
+            speeds=[speed_of(machines, rank) for rank in group],
+            row_bytes=activations,
+            link=link(group),
+            pipe_bytes=pipe,
+            pipe=link(group, groups[number + 1]) if number + 1 < len(groups) else None,
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+def stage_layers_by_speed(
+    spec: Spec,
+    config: ModelConfig,
+    machines: Machines,
+    replica: Replica,
+    plan: ReplicaPlan,
+    asked: InputNeeds,
+) -> tuple[int, ...] | None:
+    """How many layers each of a replica's stages should have; None if an even division is about as fast.
+
+    `plan` is that of an even division.
+    """
+    stages = stages_of(spec, config, machines, replica, plan)
+    demand = demand_of(asked) or TYPICAL
+    count = max(min(_at_once(plan, replica, demand), demand.requests) / len(stages), 1.0)
+    batch = StepRows(count, count, demand.context)
+    layers = [stage.works[0].layers for stage in stages]
+    bare = [replace(stage, works=[work.without_layers() for work in stage.works]) for stage in stages]
+    whole, extra = ([stage_time(stage, batch).total for stage in of] for of in (stages, bare))
+    seconds = [(all_of - own) / number for all_of, own, number in zip(whole, extra, layers, strict=True)]
+    most = []
+    for number, own in enumerate(layers):
+        ranks = plan.ranks[number * replica.shards : (number + 1) * replica.shards]
+        free = min(
+            (machines.free[rank.rank] - (rank.held - rank.weights_held - rank.kv_held))
+            / max((rank.weights_share + rank.kv_held) / own, 1)
+            for rank in ranks
+        )
+        most.append(max(int(free + 1e-9), 1) if spec.memory.weights == "all" else config.n_layers)
+    found = grid.layers_by_speed(config.n_layers, seconds, extra, most)
+    slowest = max(count * each + own for count, each, own in zip(found, seconds, extra, strict=True))
+    too_many = any(own > room for own, room in zip(layers, most, strict=True))
+    return found if too_many or slowest * UNEVEN < max(whole) else None
+
+
+def speed_of(machines: Machines, rank: int) -> Speed:
+    """The speed of a rank; without any that are known, a part of the assumed one of its host."""
+    if machines.speeds:
+        return machines.speeds[rank]
+    hosts = [count for count in machines.ranks_per_host for _ in range(count)]
+    return ASSUMED.shared_by(hosts[rank])
+
+
+def _at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
+    """Sequences of an average length that run at once, as steps and the KV cache allow."""
+    windows = plan.caches[0].windows
+    most = plan.capacity.sequences(plan.step.sequences, windows) * replica.stages
+    if not windows:
+        return most
+    length = int((demand.prompt + demand.generated) / max(demand.requests, 1))
+    return max(min(most, plan.capacity.blocks // max(blocks_needed(max(length, 1), windows), 1)), 1)
+
+
+def _prefill_rate(time: JobTime, demand: Demand) -> float:
+    return demand.prompt / time.prefill if time.prefill else 0.0

@@ -1,0 +1,139 @@
+"""A file of hosts: what `mpillm doctor --output` measures and `mpillm plan --hosts` reads, or machines on paper.
+
+[[hosts]]
+name = "pi"          # for people
+count = 4            # so many that are alike
+ranks = 1            # on each
+memory = "7GiB"      # that is free on each
+# How fast each is, all of its ranks together. What is not said is assumed.
+products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4 and 16 rows of activations
+memory_gbs = 8.0     # 10^9 bytes/s that are read from memory
+disk_gbs = 0.4       # and from the model's file
+latency_us = 120.0   # microseconds of a message to another host, one way
+mbit = 940.0         # 10^6 bits/s to and from other hosts
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from mpillm.comm.free_memory import free_memory
+from mpillm.errors import JobError, OutputError
+from mpillm.planning.machines import Machines
+from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed
+from mpillm.spec import byte_size
+from mpillm.spec.reading import toml
+
+Positive = Annotated[int, Meta(ge=1, le=2**20)]
+Rate = Annotated[float, Meta(gt=0)]
+HEAD = "# Written by `mpillm doctor`, for `mpillm plan --hosts`."
+
+
+class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A table of the file."""
+
+    memory: str | int
+    name: str = ""
+    count: Positive = 1
+    ranks: Positive = 1
+    products: (
+        Annotated[
+            dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS), max_length=len(ROWS))]],
+            Meta(min_length=1),
+        ]
+        | None
+    ) = None
+    memory_gbs: Rate | None = None
+    disk_gbs: Rate | None = None
+    latency_us: Rate | None = None
+    mbit: Rate | None = None
+
+    def __post_init__(self) -> None:
+        byte_size(self.memory)  # ValueError says what is wrong with it
+        for kind in self.products or {}:
+            if kind not in KINDS:
+                raise ValueError(f"products of {kind!r} are unknown; they are of {', '.join(KINDS)}")
+
+    @property
+    def speed(self) -> Speed:
+        """That of one of its ranks."""
+        products = ASSUMED.products
+        if self.products is not None:
+            products = {kind: tuple(rate * 1e9 for rate in rates) for kind, rates in self.products.items()}
+        return Speed(
+            products,
+            memory=self.memory_gbs * 1e9 if self.memory_gbs else ASSUMED.memory,
+            disk=self.disk_gbs * 1e9 if self.disk_gbs else ASSUMED.disk,
+            latency=self.latency_us * 1e-6 if self.latency_us else ASSUMED.latency,
+            wire=self.mbit * 1e6 / 8 if self.mbit else ASSUMED.wire,
+        ).shared_by(self.ranks)
+
+
+class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file."""
+
+    hosts: Annotated[list[Host], Meta(min_length=1)]
+
+
+def read(path: Path, ranks: int | None = None) -> Machines:
+    """The machines of the first `ranks` ranks of a file, or of all; JobError says what is wrong with it."""
+    try:
+        found = msgspec.convert(toml(path.read_text("utf-8")), Hosts)
+    except OSError as error:
+        raise JobError(f"The file of hosts {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # msgspec's and TOML's are such
+        raise JobError(f"The file of hosts {path} is wrong: {error}.") from None
+    machines = machines_of(found.hosts, ranks)
+    if ranks is not None and machines.ranks < ranks:
+        raise JobError(
+            f"The hosts of {path} have {machines.ranks} ranks, not {ranks}; add hosts, or ask for fewer."
+        )
+    return machines
+
+
+def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
+    """The machines of the first `ranks` ranks of these hosts, or of all."""
+    per_host, free = list[int](), list[int]()
+    names, speeds = list[str](), list[Speed]()
+    for number, host in enumerate(hosts):
+        for copy in range(host.count):
+            used = host.ranks if ranks is None else min(host.ranks, ranks - len(free))
+            if used > 0:
+                per_host.append(used)
+                free += [byte_size(host.memory) // used] * used
+                name = host.name or f"host {number + 1}"
+                names += [f"{name} ({copy + 1})" if host.count > 1 else name] * used
+                speeds += [host.speed] * used
+    return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
+
+
+def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
+    """The machines of so many ranks on hosts with `memory` bytes each, or what is free here, and assumed speeds."""
+    host = Host(
+        memory=memory or free_memory(), name="host", ranks=ranks_per_host, count=-(-ranks // ranks_per_host)
+    )
+    return machines_of([host], ranks)
+
+
+def write(path: Path, hosts: Sequence[Host]) -> None:
+    """Write the file; OutputError if that is impossible."""
+    try:
+        path.write_text("\n".join([HEAD, *(line for host in hosts for line in _table(host))]) + "\n", "utf-8")
+    except OSError as error:
+        raise OutputError(f"The file of hosts {path} cannot be written: {error.strerror}.") from error
+
+
+def _table(host: Host) -> Iterator[str]:
+    yield "\n[[hosts]]"
+    for key, value in msgspec.to_builtins(host).items():
+        if isinstance(value, dict):
+            inner = ", ".join(f"{name} = {json.dumps(rates)}" for name, rates in value.items())
+            yield f"{key} = {{{inner}}}"
+        else:
+            yield f"{key} = {json.dumps(value)}"

@@ -1,0 +1,76 @@
+"""The machines of the ranks: their memory and their speed."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from mpillm.planning.speed import Speed
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank.
+
+    For each rank there are besides the name of its host and how fast it is, if that is known.
+    """
+
+    ranks_per_host: Sequence[int]
+    free: Sequence[int]
+    names: Sequence[str] = field(default=(), compare=False)
+    speeds: Sequence[Speed] = field(default=(), compare=False)
+    measured: bool = field(default=False, compare=False)  # else speeds are at least partly assumed
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks."""
+        return len(self.free)
+
+    @property
+    def host_of_rank(self) -> list[int]:
+        """The number of each rank's host."""
+        return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
+
+    def host_names(self) -> list[str]:
+        """The name of each host."""
+        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
+        return [
+            self.names[first] if self.names else f"host {number + 1}" for number, first in enumerate(firsts)
+        ]
+
+    def slowest_first(self) -> list[int]:
+        """The hosts, the slowest first; among equally fast ones the last comes first."""
+        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
+        rates = [
+            max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
+            for first, count in zip(firsts, self.ranks_per_host, strict=True)
+        ]
+        return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
+
+    def without(self, hosts: Collection[int]) -> Machines:
+        """These machines without some hosts."""
+        kept = [rank for rank, host in enumerate(self.host_of_rank) if host not in hosts]
+        return replace(
+            self,
+            ranks_per_host=[count for host, count in enumerate(self.ranks_per_host) if host not in hosts],
+            free=[self.free[rank] for rank in kept],
+            names=[self.names[rank] for rank in kept] if self.names else (),
+            speeds=[self.speeds[rank] for rank in kept] if self.speeds else (),
+        )
+
+    def with_another(self) -> Machines:
+        """These machines and one more host with one rank, like the last one."""
+        ranks = self.ranks_per_host[-1]
+        return replace(
+            self,
+            ranks_per_host=[*self.ranks_per_host, 1],
+            free=[*self.free, min(self.free[-1] * ranks, sys.maxsize)],
+            names=[*self.names, *self.names[-1:]],
+            speeds=[*self.speeds, *(speed.shared_by(1 / ranks) for speed in self.speeds[-1:])],
+        )
+
+    def with_faster_network(self, times: float) -> Machines:
+        """These machines with links that are `times` times as fast."""
+        return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])

@@ -1,0 +1,217 @@
+"""The plan of a run: its layout, what each rank holds, and what is sent. Reads the model's headers, not its weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import msgspec
+
+from mpillm.catalogue import models
+from mpillm.errors import MpillmError
+from mpillm.kernels import BlockType
+from mpillm.model.adapters import with_adapters
+from mpillm.model.config import ModelConfig
+from mpillm.model.opening import open_described
+from mpillm.partition import grid
+from mpillm.planning import layout
+from mpillm.planning.estimate import Estimate, demand_of, estimate
+from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.layout import Chosen
+from mpillm.planning.limits import cached_tokens
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
+from mpillm.planning.wire import described, with_wire
+from mpillm.spec import Spec, shown_bytes
+from mpillm.store import readable
+from mpillm.weights.source import Source, weight_types
+
+GIB = 2**30
+LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A job on so many ranks. `problems` has a sentence for each thing that keeps it from running."""
+
+    model: str
+    architecture: str
+    weights: list[str]  # how matrices are stored, and what they become
+    replicas: int
+    reason: str  # for as many replicas
+    left_out: list[str]  # hosts that would slow the run down
+    stages: int  # of the first replica, as what follows where replicas differ
+    shards: int
+    layouts: list[tuple[int, int]]  # all that work for a replica of so many ranks, (stages, shards)
+    layouts_of_all: list[tuple[int, int]]  # the same for one replica of all ranks
+    kv_type: str
+    kv_tokens: int  # that the KV cache holds, in sequences of max_context tokens
+    kv_tokens_in_memory: int  # of those; the others lie on disk
+    kv_slots: int  # for sequences' states, 0 if the model has none
+    step_sequences: int  # in one step, at most
+    step_tokens: int
+    max_context: int
+    wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
+    wire_f32: float  # what all of it would be as float32
+    wire_of_shards: str  # how they send what they sum, and why
+    ranks: list[RankPlan]
+    time: Estimate
+    gains: dict[str, float]  # how many times as fast it is with more of something
+    problems: list[str]
+
+
+def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
+    """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them.
+
+    `machines` says where the ranks are; without it they are on one host.
+    """
+    path = models.described(spec.model)
+    machines = machines or Machines([ranks], [sys.maxsize] * ranks)
+    with (
+        closing(open_described(path, spec.quantize)) as source,
+        with_adapters(spec.adapters, source) as config,
+    ):
+        return make_plan(spec, source, config, machines)
+
+
+def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machines) -> Plan:
+    """Return what `spec` comes to on these ranks; LayoutError if the model cannot be laid out on them.
+
+    Hosts without which the run would be faster are left out.
+    """
+    asked = input_needs(spec, config.hidden, template_length(source))
+    machines, left_out = _useful(spec, source, config, machines, asked)
+    chosen, plans_of_replicas, time = laid_out(spec, source, config, machines, asked)
+    found = chosen.replicas
+    first, plans = plans_of_replicas[0], [rank for replica in plans_of_replicas for rank in replica.ranks]
+    stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
+    capacity, windows = first.capacity, first.caches[0].windows
+    wrong = [problem for replica in plans_of_replicas for problem in problems(spec, replica)]
+    return Plan(
+        model=spec.model,
+        architecture=config.architecture,
+        weights=weight_types(source),
+        replicas=len(found),
+        reason=chosen.reason,
+        left_out=left_out,
+        stages=stages,
+        shards=shards,
+        layouts=grid.layouts(config, len(found[0].ranks)),
+        layouts_of_all=grid.layouts(config, len(plans)),
+        kv_type=first.caches[0].kv_type.name.lower(),
+        kv_tokens=first.cached_tokens,
+        kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
+        kv_slots=capacity.slots,
+        step_sequences=capacity.sequences(first.step.sequences, windows),
+        step_tokens=first.step.tokens,
+        max_context=max_context,
+        wire=wire_bytes(
+            config,
+            stages,
+            shards,
+            BlockType[chosen.wire.upper()],
+            BlockType[spec.wire.between_stages.upper()],
+        ),
+        wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
+        wire_of_shards=described(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
+        ranks=plans,
+        time=time,
+        gains={} if wrong else dict(_gains(spec, source, config, machines, asked, time)),
+        problems=list(dict.fromkeys([*wrong, *_too_large(machines, plans)])),
+    )
+
+
+def laid_out(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
+) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
+    """Return the replicas, what their ranks hold, and the time of the job; LayoutError if nothing works."""
+    chosen = layout.choose(
+        spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
+    )
+    plans = list(replica_plans(spec, source, config, chosen.replicas, asked, machines.names))
+    spec = with_wire(spec, chosen.wire)
+    return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
+
+
+def _useful(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
+) -> tuple[Machines, list[str]]:
+    """The machines without those that would slow the run down, and these by name.
+
+    Of the slowest hosts 1, 2, 4, 8, ... are tried.
+    """
+    hosts = len(machines.ranks_per_host)
+    if hosts == 1:
+        return machines, []
+    best, least, without = machines, laid_out(spec, source, config, machines, asked)[2].seconds, list[int]()
+    slowest = machines.slowest_first()
+    for count in (1 << power for power in range(hosts.bit_length())):
+        if count < hosts:
+            fewer = machines.without(slowest[:count])
+            with suppress(MpillmError):
+                seconds = laid_out(spec, source, config, fewer, asked)[2].seconds
+                if seconds * LEAVE_OUT < least:
+                    best, least, without = fewer, seconds, slowest[:count]
+    names = machines.host_names()
+    return best, [names[host] for host in sorted(without)]
+
+
+def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
+    """A sentence for each rank that would hold more than is free."""
+    for rank in plans:
+        if rank.held > machines.free[rank.rank]:
+            where = f" on {machines.names[rank.rank]}" if machines.names else ""
+            free = shown_bytes(machines.free[rank.rank])
+            yield (
+                f"Rank {rank.rank}{where} would hold {shown_bytes(rank.held)}, and {free} are free; "
+                "lower memory.weights or memory.kv, or use more ranks."
+            )
+
+
+def _gains(
+    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
+) -> Iterator[tuple[str, float]]:
+    """How many times as fast the job is with one more host, with more memory, and so on."""
+    memory = spec.memory
+    if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
+        return  # more for whom?
+    budget = memory.weights_bytes
+    more = {
+        "1 GiB more of memory.kv on each rank": (
+            msgspec.structs.replace(memory, kv=memory.kv_bytes + GIB),
+            machines,
+        )
+    }
+    if budget is not None:
+        more["1 GiB more of memory.weights on each rank"] = (
+            msgspec.structs.replace(memory, weights=budget + GIB), machines
+        )  # fmt: skip
+    more["one more host, like the last one"] = memory, machines.with_another()
+    if len(machines.ranks_per_host) > 1:
+        more["twice the network's rate"] = memory, machines.with_faster_network(2)
+    for name, (changed, on) in more.items():
+        with suppress(MpillmError):
+            job = msgspec.structs.replace(spec, memory=changed)
+            _, _, time = laid_out(job, source, config, on, asked)
+            yield name, now.seconds / time.seconds
+
+
+def wire_bytes(
+    config: ModelConfig, stages: int, shards: int, activations: BlockType, between_stages: BlockType
+) -> dict[str, float]:
+    """Bytes of activations that all ranks together send for each token, by kind of message.
+
+    In a stage every shard sends its part to every other one, twice a layer (after attention and after the
+    feed-forward block); between stages every shard sends the hidden state to its like.
+    """
+    return {
+        "all_reduce": float(
+            2 * config.n_layers * shards * (shards - 1) * activations.row_bytes(config.hidden)
+        ),
+        "pipe": float((stages - 1) * shards * between_stages.row_bytes(config.hidden)),
+    }
+
+
+def as_json(plan: Plan) -> str:
+    """The plan for programs."""
+    return readable.as_json(plan).decode()

@@ -1,0 +1,148 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from mpillm.planning.limits import step_description
+from mpillm.planning.plan import Plan
+from mpillm.spec import shown_bytes
+
+WORTH = 1.03  # how many times as fast is worth a line
+
+
+def as_text(plan: Plan) -> str:
+    """The plan as a table for people."""
+    return "\n".join(_table(plan))
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    ranks = len(plan.ranks)
+    others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
+    yield f"model     {plan.model} ({plan.architecture})"
+    yield f"weights   {', '.join(plan.weights)}"
+    yield f"layout    {_layouts(plan)} on {count_of(ranks, 'rank')}"
+    if plan.replicas > 1:
+        yield f"          {plan.reason}"
+    if plan.left_out:
+        yield f"          left out, because they would slow the run down: {', '.join(plan.left_out)}"
+    possible = [_layout(*pair) for pair in others]
+    if plan.replicas > 1:
+        possible += [f"one replica of {_layout(*pair)}" for pair in plan.layouts_of_all]
+    if possible:
+        yield f"          also possible: {'; '.join(possible)}"
+    contexts = plan.kv_tokens / plan.max_context
+    yield (
+        f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
+        f"{plan.max_context} tokens at once"
+    )
+    if in_file := max(rank.kv_in_file for rank in plan.ranks):
+        yield (
+            f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank lie on disk"
+        )
+    minimum, streamed = (
+        max(getattr(rank, key) for rank in plan.ranks) for key in ("weights_minimum", "weights_streamed")
+    )
+    yield "batch     " + step_description(plan.step_sequences, plan.step_tokens, streamed)
+    total = sum(plan.wire.values())
+    if total:
+        parts = ", ".join(f"{kind} {count:.0f}" for kind, count in plan.wire.items() if count)
+        saved = 100 * (1 - total / plan.wire_f32)
+        less = f"; {saved:.1f} % less than float32" if saved else ""
+        yield f"wire      {total:.0f} bytes per token, all ranks together ({parts}{less})"
+    if plan.wire_of_shards:
+        yield f"          {plan.wire_of_shards}"
+    yield from _time(plan)
+    yield f"memory    of each rank, at most, in MiB; memory.weights must be {_mib(minimum)} at least"
+    if streamed:
+        yield "          read: of weights, from disk, for each step"
+    yield ""
+    columns = {
+        "rank": [str(rank.rank) for rank in plan.ranks],
+        **({"replica": [str(rank.replica) for rank in plan.ranks]} if plan.replicas > 1 else {}),
+        "stage": [str(rank.stage) for rank in plan.ranks],
+        "shard": [str(rank.shard) for rank in plan.ranks],
+        "layers": [f"{rank.layers[0]}-{rank.layers[1] - 1}" for rank in plan.ranks],
+        "weights": [_mib(rank.weights_held) for rank in plan.ranks],
+        **({"read": [_mib(rank.weights_streamed) for rank in plan.ranks]} if streamed else {}),
+        **(
+            {"adapters": [_mib(rank.adapters) for rank in plan.ranks]}
+            if any(rank.adapters for rank in plan.ranks)
+            else {}
+        ),
+        **(
+            {"draft": [_mib(rank.draft) for rank in plan.ranks]}
+            if any(rank.draft for rank in plan.ranks)
+            else {}
+        ),
+        "KV": [_mib(rank.kv_held) for rank in plan.ranks],
+        "rows": [_mib(rank.activations) for rank in plan.ranks],
+        "process": [_mib(rank.process) for rank in plan.ranks],
+        "in all": [_mib(rank.held) for rank in plan.ranks],
+    }
+    rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    yield ""
+    together = shown_bytes(sum(rank.held for rank in plan.ranks))
+    on_one = f": on one machine {together} for all of them" if ranks > 1 else ""
+    yield from plan.problems or [f"It fits, where every rank finds the memory of its last column{on_one}."]
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    """What it takes, what limits it, and what would make it faster."""
+    time = plan.time
+    known = "measured speeds" if time.measured else "assumed speeds: mpillm doctor --output measures them"
+    tokens = f"{time.requests} sequences, {time.prompt_tokens} prompt tokens and up to {time.generated_tokens} more"
+    yield f"time      {_duration(time.seconds)} for {'the input' if time.of_input else 'an input of'}"
+    yield f"          {tokens}"
+    yield f"          ({known})"
+    yield (
+        f"          {time.rate:.1f} tokens/s; prompts alone {time.prefill:.1f}, answers alone {time.decode:.1f}, "
+        f"one answer {time.decode_one:.1f}"
+    )
+    together = f" in {time.micro_batches} micro-batches" if time.micro_batches > 1 else ""
+    yield (
+        f"          a step of {time.sequences // plan.replicas} sequences{together} takes {1000 * time.step:.1f} ms; "
+        f"its limit: {time.limit}"
+    )
+    if plan.stages > 1:
+        yield f"          slowest: {time.slowest}; stages wait {100 * time.bubble:.0f} % of a step for each other"
+    for name, gain in plan.gains.items():
+        if gain > WORTH:
+            yield f"          {gain:.2f} times as fast with {name}"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _layouts(plan: Plan) -> str:
+    """The replicas, with their number of ranks where they have not all the same."""
+    own = _layout(plan.stages, plan.shards)
+    if plan.replicas == 1:
+        return own
+    sizes = Counter(rank.replica for rank in plan.ranks)
+    if len(set(sizes.values())) == 1:
+        return f"{plan.replicas} replicas of {own}"
+    several = ", ".join(map(str, sizes.values()))
+    if len(sizes) > 8:
+        several = f"{min(sizes.values())} to {max(sizes.values())}"
+    return f"{plan.replicas} replicas of {several} ranks, the first of {own}"
+
+
+def _layout(stages: int, shards: int) -> str:
+    return f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}"
+
+
+def count_of(number: int, kind: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {kind}{'' if number == 1 else 's'}"

@@ -1,0 +1,68 @@
+"""The least memory with which a job reaches a given rate, as a job file."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+
+import msgspec
+
+from mpillm.catalogue import models
+from mpillm.errors import JobError
+from mpillm.model.adapters import with_adapters
+from mpillm.model.opening import open_described
+from mpillm.planning.input_memory import input_needs, template_length
+from mpillm.planning.machines import Machines
+from mpillm.planning.plan import laid_out
+from mpillm.planning.plan_text import count_of
+from mpillm.planning.rank_plan import RankPlan
+from mpillm.spec import Spec, shown_bytes
+
+MIB = 2**20
+
+
+def job_file(spec: Spec, machines: Machines, rate: float) -> str:
+    """Return the text of a job file with the least memory.weights for `rate` tokens/s.
+
+    Raises JobError if no memory is enough, MpillmError if the model cannot be read.
+    """
+    with (
+        closing(open_described(models.described(spec.model), spec.quantize)) as source,
+        with_adapters(spec.adapters, source) as config,
+    ):
+        asked = input_needs(spec, config.hidden, template_length(source))
+
+        def made(weights: int | str) -> tuple[float, list[RankPlan]]:
+            job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
+            _, plans, time = laid_out(job, source, config, machines, asked)
+            return time.rate, [rank for plan in plans for rank in plan.ranks]
+
+        best, ranks = made("all")
+        low, high = (
+            max(getattr(rank, key) for rank in ranks) for key in ("weights_minimum", "weights_share")
+        )
+        if best < rate:
+            raise JobError(
+                f"No memory makes it {rate:g} tokens/s on {count_of(machines.ranks, 'rank')}: with all weights in "
+                f"memory it is {best:.1f}; use more or faster hosts."
+            )
+        low, high = -(-low // MIB), -(-high // MIB)
+        while low < high:  # the least number of MiB that is fast enough
+            middle = (low + high) // 2
+            low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
+        found, ranks = made(high * MIB)
+    held = shown_bytes(max(rank.held for rank in ranks))
+    keys = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    return "\n".join(
+        [
+            f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",
+            *(f"{key} = {json.dumps(value)}" for key, value in keys.items()),
+            *([f"quantize = {json.dumps(spec.quantize)}"] if spec.quantize != "none" else []),
+            "",
+            "[memory]",
+            f'weights = "{high}MiB"',
+            f"kv = {json.dumps(spec.memory.kv)}",
+            *(["", "[adapters]"] if spec.adapters else []),
+            *(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in spec.adapters.items()),
+        ]
+    )

@@ -1,0 +1,90 @@
+"""What a rank has in every state of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from mpillm.comm.world import World
+from mpillm.engine.limits import Totals
+from mpillm.planning.wire import with_wire
+from mpillm.run.computation import Computation
+from mpillm.run.dispatch import Assistant
+from mpillm.run.job import open_job
+from mpillm.run.opened import model_of
+from mpillm.run.origin import Origin
+from mpillm.run.progress import Progress
+from mpillm.run.session import Session
+from mpillm.run.tracer import Tracer
+from mpillm.spec import Spec
+from mpillm.store.journal_facts import began, first_layout
+from mpillm.store.output import PATIENCE, Claim
+
+TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
+
+
+class RankContext:
+    """What a rank has in every state, and what several states do with it."""
+
+    def __init__(
+        self, world: World, spec: Spec, progress: Progress, stack: ExitStack, tracer: Tracer | None
+    ) -> None:
+        """What must be closed at the end goes to `stack`."""
+        self.world, self.spec, self.progress, self.stack = world, spec, progress, stack
+        self.tracer = tracer
+        self.start = time.monotonic()
+        self.longest_step = 0.0  # seconds
+
+    @cached_property
+    def claim(self) -> Claim:
+        """The output directory, claimed for this run when it is first asked for, on rank 0."""
+        patience = TAKEOVER if self.world.lost else PATIENCE
+        return self.stack.enter_context(Claim(self.spec.output_path, patience))
+
+    def assistant(self, session: Session, path: Path) -> Assistant | None:
+        """What the leaders of other replicas than rank 0's compute with (collective)."""
+        if len(session.replicas) == 1:
+            return None
+        since = self.world.on_rank_0(lambda: began(self.claim))
+        with self.world.together():
+            if session.place.rank == 0 and self.world.rank > 0:
+                return Assistant(session, self.spec, model_of(session, path, lambda: since))
+        return None
+
+    def computation(self, session: Session, path: Path, before: Computation | None) -> Computation:
+        """Open the job, or go on with what was computed `before` a loss, on rank 0."""
+        if before is not None:
+            computation = before.continued(session)
+        else:
+            job, journal = open_job(session, self.spec, path, self.claim, self.progress)
+            computation = Computation(job, session, journal, Totals())
+            job.phases.end("prepare")
+        self.stack.callback(computation.close)
+        return computation
+
+    def kept(self, origin: Origin | None) -> tuple[Spec, int | None]:
+        """The job with the wire between shards that the run began with, and their number if results depend on it.
+
+        Collective.
+        """
+        spec = self.spec
+        if spec.wire.activations == "f32":
+            return spec, None
+        first = origin.layout if origin else self.world.on_rank_0(lambda: first_layout(self.claim))
+        if first is None:
+            return spec, None
+        if spec.wire.activations == "auto":
+            spec = with_wire(spec, first.wire)
+        return spec, first.shards if spec.wire.activations != "f32" else None
+
+    @contextmanager
+    def computing(self, session: Session) -> Iterator[None]:
+        """Let the session compute in the block, and close it at the end."""
+        with closing(session), self.world.computing():
+            try:
+                yield
+            finally:
+                self.longest_step = session.worker.longest

@@ -1,0 +1,43 @@
+"""What a run began with, and must keep when ranks are lost: its results depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpillm.comm.collectives import Wire
+from mpillm.comm.world import World
+from mpillm.model.config import ModelConfig
+from mpillm.partition import replicas
+from mpillm.partition.replicas import Replicas
+from mpillm.spec import WireSection
+from mpillm.store.records import UsedLayout
+from mpillm.weights.identity import FileIdentity, Watch
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The properties of a run on which its results depend; they are kept when ranks are lost."""
+
+    config: ModelConfig
+    replicas: Replicas
+    kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
+    watch: Watch  # of this rank's files of the model
+    model: dict[str, FileIdentity]  # the files as rank 0 had them
+    model_state: str  # of all ranks' files
+    wire: Wire  # between the shards of a stage
+
+    @property
+    def layout(self) -> UsedLayout:
+        """As the journal notes it."""
+        return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
+
+    def laid_out(self, world: World, wire: WireSection) -> Replicas:
+        """The replicas for the ranks that are left, or for some of them."""
+        return replicas.choose_fewer(
+            self.config,
+            world.size,
+            self.replicas,
+            same_shards=self.wire != "f32",
+            same_stages=wire.between_stages != "f32",
+            ranks_per_host=world.nodes.ranks_per_host,
+        )

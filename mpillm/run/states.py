@@ -1,0 +1,217 @@
+"""The states of a run on every rank, and what leads from one to the next.
+
+    Starting -> Leading -> Gathering -> Writing -> Ended       on rank 0
+    Starting -> Following -> Waiting -> Ended                  on all others
+
+Where MPI can go on without lost ranks, a loss in any state leads to Regrouping. If rank 0 has computed everything, it
+goes on to write, and the others wait for that. Else all are Restarting: they lay the model out anew over the ranks that
+are left. If rank 0 is lost, another rank becomes rank 0, and finds in the journal what is done.
+
+Each state has all data that it needs, and two methods: `advance` does what belongs to it and returns the next state,
+`regrouped` returns the next state after a loss, where `computed` says whether rank 0 has computed everything.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from mpillm.engine.engine import follow
+from mpillm.partition.replicas import Replicas
+from mpillm.run import outcome
+from mpillm.run.computation import Computation
+from mpillm.run.context import RankContext
+from mpillm.run.dispatch import Assistant
+from mpillm.run.losses import Losses, explaining, what_was_lost
+from mpillm.run.opened import model_path
+from mpillm.run.origin import Origin
+from mpillm.run.session import Session
+from mpillm.run.statistics import rank_statistics
+from mpillm.store import inputs, report
+
+
+@dataclass(frozen=True)
+class Starting:
+    """No session was made yet."""
+
+    losses: Losses
+
+    def advance(self, rank: RankContext) -> State:
+        return begin(rank, self.losses)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        assert not computed
+        return Starting(self.losses + losses)
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """Ranks were lost: the model is laid out over those that are left; the processes of spare ranks end."""
+
+    origin: Origin
+    before: Computation | None  # None on a rank that has not led
+    losses: Losses
+
+    def advance(self, rank: RankContext) -> State:
+        laid_out = self.origin.laid_out(rank.world, rank.spec.wire)
+        if not rank.world.keep_first(laid_out[-1].ranks.stop):
+            rank.world.exit(0)
+        return begin(rank, self.losses, self.origin, laid_out, self.before)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        assert not computed
+        return Restarting(self.origin, self.before, self.losses + losses)
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Rank 0 computes, and the others follow it."""
+
+    computation: Computation
+
+    def advance(self, rank: RankContext) -> State:
+        session = self.computation.session
+        with rank.computing(session):
+            self.computation.run()
+            return Gathering(self.computation, rank_statistics(session))
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        return Restarting(self.computation.session.origin, self.computation, losses)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Everything is computed: rank 0 gathers the statistics of all ranks."""
+
+    computation: Computation
+    own: report.RankStatistics
+
+    def advance(self, rank: RankContext) -> State:
+        with rank.world.computing():
+            ranks = rank.world.gather(self.own)
+            if rank.tracer:
+                rank.tracer.gather()
+            return self._writing(ranks)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        return self._writing([self.own])
+
+    def _writing(self, ranks: list[report.RankStatistics]) -> State:
+        self.computation.job.phases.end("compute")
+        return Writing(self.computation, ranks)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Rank 0 writes the results and the report."""
+
+    computation: Computation
+    ranks: list[report.RankStatistics]
+
+    def advance(self, rank: RankContext) -> Ended:
+        with rank.world.together():  # no rank leaves before everything is written
+            made = outcome.write(self.computation, self.ranks, rank.start)
+            if rank.tracer:
+                rank.tracer.write()
+        return Ended(made)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        return self
+
+
+@dataclass(frozen=True)
+class Following:
+    """This rank computes the steps that its leader sends; if it leads a replica, the lines that rank 0 sends."""
+
+    session: Session
+    assistant: Assistant | None  # of a leader
+    losses: Losses
+
+    def advance(self, rank: RankContext) -> State | Ended:
+        session = self.session
+        with rank.computing(session):
+            if (self.assistant.run() if self.assistant else self._follow()) != 0:
+                return Ended(None)
+            with rank.world.together():
+                session.watch.check_all()
+            rank.world.gather(rank_statistics(session))
+            if rank.tracer:
+                rank.tracer.gather()
+            return Waiting(session.origin, self.losses)
+
+    def _follow(self) -> int:
+        return follow(self.session.worker, self.session.channel, self.session.watch.check)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        return Waiting(self.session.origin, self.losses).regrouped(computed, losses)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """This rank has computed everything, and waits until rank 0 has written."""
+
+    origin: Origin
+    losses: Losses
+
+    def advance(self, rank: RankContext) -> Ended:
+        with rank.world.together():
+            pass
+        return Ended(None)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        losses = self.losses + losses
+        return Waiting(self.origin, losses) if computed else Restarting(self.origin, None, losses)
+
+
+@dataclass(frozen=True)
+class Regrouping:
+    """Ranks were lost in the state `before`: those that are left agree on how to go on."""
+
+    before: State
+    losses: Losses
+
+    def advance(self, rank: RankContext) -> State:
+        computed = rank.world.bcast(isinstance(self.before, (Gathering, Writing)))
+        return self.before.regrouped(computed, self.losses)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run is over; rank 0 has the report, unless the run was interrupted."""
+
+    report: report.Report | None
+
+
+State = Starting | Restarting | Leading | Gathering | Writing | Following | Waiting
+
+
+def begin(
+    rank: RankContext,
+    losses: Losses,
+    origin: Origin | None = None,
+    laid_out: Replicas | None = None,
+    before: Computation | None = None,
+) -> State:
+    """Lay the model out, and open or continue the job on rank 0: the next state (collective).
+
+    After a loss, `origin` is what the run began with, `laid_out` has the replicas of the ranks that are left, and
+    `before` is the computation of this rank that the loss has interrupted, if any.
+    """
+    world = rank.world
+    with ExitStack() as unless_begun, explaining(losses):
+        with world.together():
+            if world.rank == 0:
+                inputs.prepare(rank.spec, rank.claim)
+        path = model_path(world, rank.spec, rank.progress)
+        spec, shards = rank.kept(origin)
+        session = Session(world, spec, path, origin, laid_out, shards, replicated=True)
+        unless_begun.callback(session.close)
+        computation = None
+        with world.together():
+            if world.rank == 0:
+                computation = rank.computation(session, path, before)
+        assistant = rank.assistant(session, path)
+        if computation is not None and losses:
+            computation.job.warn(what_was_lost(losses, session))
+        unless_begun.pop_all()
+    return Leading(computation) if computation is not None else Following(session, assistant, losses)

@@ -1,0 +1,80 @@
+"""What a rank reports at the end of a run: what it held in memory, sent, and waited for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import msgspec
+
+from mpillm import kernels
+from mpillm.partition import grid
+from mpillm.planning import draft, memory
+from mpillm.planning.limits import CacheCapacity, cache_in_memory
+from mpillm.run.session import Session
+from mpillm.store.report import RankStatistics
+from mpillm.weights.page import Page
+from mpillm.weights.paging.cache import WeightCache
+from mpillm.weights.paging.experts import ExpertCache
+
+
+def rank_statistics(session: Session) -> RankStatistics:
+    """Return what this rank has held in memory, sent and waited for since the session was made."""
+    weights, messages = session.weights, session.counters.as_dict()
+    waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
+    inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
+    spilled = session.kv.spill.counters.stall_seconds if session.kv.spill else 0.0
+    return RankStatistics(
+        rank=session.world.rank,
+        host=session.world.host,
+        replica=session.replica,
+        stage=session.place.stage,
+        shard=session.place.shard,
+        layers=len(grid.stage_layers(session.config.n_layers, session.place)),
+        threads=session.threads,
+        kernels=kernels.path(),
+        weights=_page_statistics(weights.cycle),
+        experts=_page_statistics(weights.experts) if weights.experts else {},
+        kv=_kv_statistics(session),
+        messages=messages,
+        memory=msgspec.to_builtins(_planned_memory(session)),
+        memory_peak=memory.peak(),
+        seconds={
+            "compute": session.worker.seconds - inside - weights.stall_seconds - spilled,
+            "weights": weights.stall_seconds,
+            "kv": spilled,
+            **waited,
+        },
+    )
+
+
+def _kv_statistics(session: Session) -> dict[str, float]:
+    spill = session.kv.spill
+    on_disk = {"layers_in_file": spill.layers, **asdict(spill.counters)} if spill else {}
+    return {
+        "budget": session.spec.memory.kv_bytes,
+        "bytes": session.kv.peak,
+        "blocks": session.kv.n_blocks,
+        **on_disk,
+    }
+
+
+def _planned_memory(session: Session) -> memory.RankMemory:
+    """What this rank was to hold at most."""
+    weights, config, place, limits = session.weights, session.config, session.place, session.limits
+    kept = session.needs.kept(limits.max_sequences * limits.micro_batches) if session.world.rank == 0 else 0
+    capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
+    needed = capacity.needed(len(limits.windows), session.needs)
+    return memory.RankMemory(
+        weights=min(weights.total, weights.budget),
+        adapters=session.adapters.nbytes(place),
+        draft=0 if place.rank else draft.nbytes(session.spec, config),
+        kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
+        activations=memory.activations(
+            session.activations, place, min(limits.max_tokens, session.needs.rows)
+        ),
+        process=memory.process(session.source, config, place, [page.nbytes for page in weights.pages], kept),
+    )
+
+
+def _page_statistics(cache: WeightCache[Page] | ExpertCache[Page]) -> dict[str, float]:
+    return {"share": cache.total, "budget": cache.budget, **asdict(cache.counters)}

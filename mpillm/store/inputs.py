@@ -1,0 +1,74 @@
+"""The lines of a job's input: the input itself, or what was made of one of another form.
+
+That lies in the output directory beside the journal, is made anew by each run, and is the same if the input is.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.rows import forms
+from mpillm.batch.rows.compressed import STDIN
+from mpillm.batch.template import Template
+from mpillm.comm import launch
+from mpillm.errors import JobError
+from mpillm.spec import Spec
+from mpillm.store import table
+from mpillm.store.output import INPUT, Claim
+
+
+def lines_path(spec: Spec) -> Path:
+    """Where the lines are, once the input is prepared."""
+    return spec.input_path if forms.is_lines(spec.input_path) else spec.output_path / INPUT
+
+
+def prepare(spec: Spec, claim: Claim) -> None:
+    """Make lines of the input if it is of another form; JobError if it cannot be read, or no table written."""
+    if spec.output.format != "none":
+        table.check_library(spec.output.format)
+    path = spec.input_path
+    if forms.is_lines(path):
+        return
+    if str(path) == STDIN and launch.launched_by(os.environ) is not None:
+        raise JobError(
+            "Standard input is read by a run without mpiexec, which does not pass its end on; write it to a file first."
+        )
+    with claim.directory.replacing(INPUT) as file:
+        forms.write_lines(path, file, partial(_check_columns, spec))
+
+
+@contextmanager
+def opened(spec: Spec) -> Iterator[IO[bytes]]:
+    """The lines, also before the input is prepared; none of standard input, which can be read only once."""
+    path = lines_path(spec)
+    if path.exists():
+        with path.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as made:
+        if str(spec.input_path) != STDIN and spec.input_path.exists():
+            forms.write_lines(spec.input_path, made, partial(_check_columns, spec))
+            made.seek(0)
+        yield made
+
+
+def _check_columns(spec: Spec, columns: list[str]) -> None:
+    """JobError if a table lacks what is asked of its rows."""
+    has = ", ".join(map(repr, columns))
+    if spec.request is not None:
+        if missing := sorted(Template(spec.request).columns - set(columns)):
+            raise JobError(
+                f"The input {spec.input} has no column {missing[0]!r}, which the job's request names; it has {has}."
+            )
+    elif not {"body", *(endpoint.key for endpoint in ENDPOINTS)} & set(columns):
+        raise JobError(
+            f"The input {spec.input} has the columns {has}, none of which is a request; say in the job what to ask "
+            'of a row, such as prompt = "Summarise: {text}".'
+        )

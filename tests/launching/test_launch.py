@@ -1,0 +1,73 @@
+"""The supervisor's pure parts: hostfiles, mpiexec's words, how many ranks a model takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpillm.comm.launch import Library
+from mpillm.errors import JobError, LayoutError
+from mpillm.launching import mpiexec
+from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
+from mpillm.launching.mpiexec import Settings
+from mpillm.launching.supervisor import ranks_that_work
+from tests.conftest import ROOT
+from tests.job_helpers import job
+from tests.model.golden import model_path
+
+OPENMPI = Library("Open MPI", (5, 0, 8), "Open MPI v5.0.8")
+MPICH = Library("MPICH", (4, 3, 0), "MPICH Version: 4.3.0")
+
+
+@pytest.mark.parametrize("name", ["openmpi", "mpich"])
+def test_the_example_hostfiles_are_read(name: str) -> None:
+    hosts = read_hosts(ROOT / "slurm" / "hosts" / f"{name}.hosts")
+    assert hosts == [HostSlots("node1", 1), HostSlots("node2", 1), HostSlots("node3", 1)]
+
+
+@pytest.mark.parametrize("library", [OPENMPI, MPICH])
+def test_what_is_written_is_read(library: Library, tmp_path: Path) -> None:
+    hosts = [HostSlots("node1", 2), HostSlots("10.0.0.7", 1)]
+    write_hosts(tmp_path / "hosts", hosts, library)
+    assert read_hosts(tmp_path / "hosts") == hosts
+
+
+def test_bad_hostfiles(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    with pytest.raises(JobError, match="cannot be read: No such file"):
+        read_hosts(path)
+    path.write_text("# nobody\n\n")
+    with pytest.raises(JobError, match="names no host"):
+        read_hosts(path)
+    path.write_text("node1 ranks=2\n")
+    with pytest.raises(JobError, match="has the line 'node1 ranks=2'; write 'node1 slots=2'"):
+        read_hosts(path)
+
+
+def test_the_words_for_each_mpi() -> None:
+    hosts, folder = Path("h"), Path("f")
+    plain, agent = Settings(ranks=2), Settings(hostfile=hosts, agent="/a", mpi_options=("-x", "A"))
+    assert mpiexec.command(OPENMPI, plain, 2, None, folder) == [
+        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--with-ft", "ulfm"],
+        *["--prtemca", "prte_local_tmpdir_base", "f", "-n", "2"],
+    ]
+    assert mpiexec.command(OPENMPI, agent, 3, hosts, folder)[10:] == [
+        *["--hostfile", "h", "--prtemca", "plm_ssh_agent", "/a", "-x", "A", "-n", "3"]
+    ]
+    assert mpiexec.command(MPICH, plain, 2, None, folder) == ["mpiexec", "-n", "2"]
+    assert mpiexec.command(MPICH, agent, 3, hosts, folder)[1:] == [
+        *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-x", "A", "-n", "3"]
+    ]
+
+
+def test_as_many_ranks_as_work(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    model = f"model={model_path('chat')}"  # two layers, two shards at most
+    spec = job(tmp_path, model)
+    assert [ranks_that_work(spec, most) for most in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
+    assert ranks_that_work(job(tmp_path, model, "layout.stages=2"), 3) == 2
+    with pytest.raises(LayoutError, match="cannot be laid out on 1 rank"):
+        ranks_that_work(job(tmp_path, model, "layout.stages=2"), 1)
+    with pytest.raises(LayoutError, match=r"memory\.weights = 1KiB is too small"):
+        ranks_that_work(job(tmp_path, model, "memory.weights=1KiB"), 2)

@@ -1,0 +1,127 @@
+"""As many replicas as hosts can hold the model, as memory, the KV cache and requests justify, and the reason."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mpillm import spec
+from mpillm.comm.free_memory import free_memory
+from mpillm.errors import JobError, LayoutError
+from mpillm.model.opening import config_of, open_source
+from mpillm.planning import hosts, layout, plan, plan_text
+from mpillm.planning.layout import Chosen, Machines
+from tests.model.golden import model_path
+
+MODEL = model_path("llama3")
+PLENTY = 8 * 2**30
+
+
+def chosen(
+    per_host: list[int],
+    *overrides: str,
+    free: list[int] | None = None,
+    requests: int | None = 100,
+    shards: int | None = None,
+) -> Chosen:
+    job = spec.load(None, overrides, model=str(MODEL), input="in", output="out")
+    machines = Machines(per_host, free or [PLENTY] * sum(per_host))
+    with closing(open_source(MODEL, job.quantize)) as source:
+        config = config_of(source)
+        return layout.choose(job, source, config, machines, job.layout.replicas, requests, shards)
+
+
+def shapes(found: Chosen) -> list[tuple[int, int]]:
+    return [(replica.stages, replica.shards) for replica in found.replicas]
+
+
+@pytest.mark.parametrize(
+    ("per_host", "overrides", "expected"),
+    [
+        ([4], [], [(1, 4)]),  # as ever on one host
+        ([1, 1, 1], [], [(1, 1)] * 3),
+        ([2, 2], [], [(1, 2)] * 2),
+        ([2, 1], [], [(2, 1), (1, 1)]),
+        ([1, 1, 1], ["layout.stages=3"], [(3, 1)]),
+        ([1, 1], ["layout.shards=2"], [(1, 2)]),
+        ([1, 1], ["layout.replicas=1"], [(2, 1)]),
+        ([1, 1], ["wire.between_stages=q8_0"], [(2, 1)]),
+        ([4] * 64, [], [(1, 4)] * 64),  # more ranks than one copy can be cut into
+    ],
+)
+def test_a_host_is_a_replica(
+    per_host: list[int], overrides: list[str], expected: list[tuple[int, int]]
+) -> None:
+    assert shapes(chosen(per_host, *overrides)) == expected
+
+
+def test_requests_and_memory_are_the_limit() -> None:
+    few = chosen([1] * 4, requests=2)
+    assert (len(few.replicas), few.reason) == (
+        2,
+        "each holds the whole model in memory; there are no more requests",
+    )
+    assert len(chosen([1] * 3, requests=1).replicas) == 1
+    tight = chosen([1, 1, 1], free=[PLENTY, 2**20, PLENTY])
+    assert len(tight.replicas) == 1
+    assert "rank 1 would hold " in tight.reason
+    assert tight.reason.endswith("1.0 MiB are free")
+    share = plan.make(spec.load(None, [], model=str(MODEL), input="in", output="out"), 1).ranks[0]
+    paged = f"memory.weights={share.weights_share - 1}"
+    assert "read weights from disk in each step" in chosen([1, 1], paged).reason
+    assert len(chosen([1, 1], f"memory.weights={share.weights_share}").replicas) == 2
+    # A replica's cache must hold a request as long as memory.max_context allows; stages hold a part of each token's.
+    cache = f"memory.kv={share.kv_token * 256}"
+    assert "the KV cache of each would hold 256 tokens" in chosen([1, 1], cache).reason
+
+
+def test_shards_of_an_earlier_run_are_kept_where_they_work() -> None:
+    assert shapes(chosen([2, 2], shards=1)) == [(2, 1)] * 2
+    assert shapes(chosen([2, 2], shards=16)) == [(1, 2)] * 2
+    with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):
+        chosen([7])
+
+
+def test_hosts_on_paper(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.toml"
+    path.write_text(
+        '[[hosts]]\nname = "pi"\ncount = 3\nmemory = "4GiB"\n[[hosts]]\nranks = 2\nmemory = "6GiB"\n'
+    )
+    assert hosts.read(path) == Machines([1, 1, 1, 2], [4 * 2**30] * 3 + [3 * 2**30] * 2)
+    assert hosts.read(path, 4) == Machines([1, 1, 1, 1], [4 * 2**30] * 3 + [6 * 2**30])
+    job = spec.load(None, [], model=str(MODEL), input="in", output="out")
+    text = plan_text.as_text(plan.make(job, 4, hosts.read(path, 4)))
+    assert "layout    4 replicas of 1 stage x 1 shard on 4 ranks\n" in text
+    assert "          each holds the whole model in memory\n" in text
+    for wrong, words in [
+        ("[[hosts]]\n", "missing required field `memory`"),
+        ('[[hosts]]\nmemory = "much"\n', "much"),
+        ("[[hosts]\n", "is wrong"),
+        ('[[hosts]]\nmemory = "1GiB"\nspeed = 3\n', "speed"),
+        ('[[hosts]]\nmemory = "1GiB"\n', "have 1 ranks, not 4"),
+    ]:
+        path.write_text(wrong)
+        with pytest.raises(JobError, match=words):
+            hosts.read(path, 4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_every_group_above_allows(version: int, tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    line = "5:memory:/job/step\n" if version == 1 else "0::/job/step\n"
+    (tmp_path / "proc/self/cgroup").write_text(line)
+    mount = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    prefix = "total_" if version == 1 else ""
+    for group, limit, used in [("job", 5000, 3000), ("job/step", 9000, 1000)]:
+        (mount / group).mkdir(parents=True)
+        for name, value in zip(names, (limit, used), strict=True):
+            (mount / group / f"memory.{name}").write_text(f"{value}\n")
+        (mount / group / "memory.stat").write_text(f"{prefix}inactive_file 200\n{prefix}active_file 50\n")
+    assert free_memory(tmp_path) == 5000 - 3000 + 250
+    unlimited = "max" if version == 2 else str(2**63 - 4096)
+    for group in ("job", "job/step"):
+        (mount / group / f"memory.{names[0]}").write_text(unlimited)
+    assert 2**20 < free_memory(tmp_path) < 2**50

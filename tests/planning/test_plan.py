@@ -1,0 +1,270 @@
+"""Plans: their sums against what the loader, the KV cache and the messages really take."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mpillm import spec
+from mpillm.errors import JobError, LayoutError, ModelError
+from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.model.opening import config_of, open_source
+from mpillm.partition.grid import Place
+from mpillm.planning import hosts, input_memory, plan, plan_text, suggestion
+from mpillm.planning.hosts import Host
+from mpillm.planning.plan import Plan
+from mpillm.spec import shown_bytes
+from mpillm.spec.reading import toml
+from mpillm.weights.roles import Key
+from mpillm.weights.source import rank_plans
+from tests.model.golden import gguf_path
+
+MODELS = Path(__file__).parent.parent / "fixtures/models"
+
+
+def planned(model: str, ranks: int, *overrides: str) -> Plan:
+    return plan.make(spec.load(None, overrides, model=str(MODELS / model), input="in", output="out"), ranks)
+
+
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe_step", "smol_bf16"])
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (2, 2), (2, 1), (3, 3)])
+def test_shares_are_what_is_loaded(model: str, ranks: int, stages: int) -> None:
+    made = planned(model, ranks, f"layout.stages={stages}", "memory.kv=4MiB")
+    assert (made.stages, made.shards, made.problems) == (stages, ranks // stages, [])
+    source = open_source(MODELS / model, "none")
+    config = config_of(source)
+    held = set[Key]()
+    for rank in made.ranks:
+        pages = rank_plans(config, Place(rank.rank, stages, ranks // stages), source)
+        assert rank.weights_share == rank.weights_held == sum(page.nbytes for page in pages)
+        assert rank.weights_streamed == 0
+        held.update(entry.key for page in pages for entry in page.entries)
+        assert 0 < rank.kv_held <= 4 * 2**20
+        assert rank.held == rank.weights_held + rank.kv_held + rank.activations + rank.process
+    assert held == set(source.tensors) - {Key("embed")}, (
+        "norms and the output head count, embeddings are read by rows"
+    )
+    source.close()
+    covered = {layer for rank in made.ranks for layer in range(*rank.layers)}
+    assert covered == set(range(config.n_layers))
+
+
+def test_wire_bytes() -> None:
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2")
+    source = open_source(MODELS / "llama3", "none")
+    config = config_of(source)
+    blocks = -(-config.hidden // 32)
+    all_reduce = 2.0 * config.n_layers * 2 * 4 * config.hidden
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.between_stages=q8_0")
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 34 * blocks}
+    made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.activations=q8_0")
+    all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
+    assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
+    assert plan.wire_bytes(config, 1, 1, BlockType.F32, BlockType.F32) == {
+        "all_reduce": 0.0,
+        "pipe": 0.0,
+    }
+    source.close()
+
+
+def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text('{"prompt": "a", "max_tokens": 0}\n' * 3000)
+    asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
+    with_input, without = plan.make(asked, 2), planned("llama3", 2)
+    more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
+    prompts = (with_input.stages * with_input.step_sequences + 1) * 3 * input_memory.PROMPT
+    assert more == [input_memory.line_bytes(3000) + 3000 * input_memory.WRITTEN + prompts, 0]
+
+
+def test_a_budget_smaller_than_the_share_is_streamed() -> None:
+    whole = planned("llama3", 1).ranks[0]
+    budget = (whole.weights_share + whole.weights_minimum) // 2
+    cycle = planned("llama3", 1, f"memory.weights={budget}").ranks[0]
+    lru = planned("llama3", 1, f"memory.weights={budget}", "memory.policy=lru").ranks[0]
+    assert cycle.weights_held == budget
+    assert 0 < cycle.weights_streamed < lru.weights_streamed == whole.weights_share
+
+
+def test_what_does_not_fit_is_said() -> None:
+    made = planned("llama3", 2, "memory.weights=1KiB", "memory.kv=1KiB", "layout.stages=1")
+    weights, kv = made.problems
+    assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
+    assert weights.endswith("for two neighbouring pages; raise it or use more shards.")
+    assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
+    assert plan_text.as_text(made).endswith(f"{weights}\n{kv}")
+    with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):
+        planned("llama3", 7)
+
+
+def test_the_table() -> None:
+    made = planned("llama3", 4, "memory.kv=1MiB")
+    text = plan_text.as_text(made)
+    assert "layout    1 stage x 4 shards on 4 ranks" in text
+    assert "also possible: 2 stages x 2 shards; 4 stages x 1 shard" in text
+    assert "KV cache  f32, holds 4096 tokens: 8.0 requests of 512 tokens at once" in text
+    assert "shards send f32, so answers do not depend on their number (those of a stage share a host)" in text
+    rounded = plan_text.as_text(planned("llama3", 4, "wire.activations=q8_0"))
+    assert "less than float32" in rounded
+    assert (
+        "shards send Q8_0, so the last digits of answers depend on their number, 4 (wire.activations"
+        in rounded
+    )
+    assert "shards send" not in plan_text.as_text(planned("llama3", 1))
+    assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
+    together = shown_bytes(sum(rank.held for rank in made.ranks))
+    assert text.endswith(
+        f"It fits, where every rank finds the memory of its last column: on one machine {together} for all of them."
+    )
+    alone = plan_text.as_text(planned("llama3", 1))
+    assert alone.endswith("It fits, where every rank finds the memory of its last column.")
+    assert planned("llama3", 1).kv_type == "f32"
+    assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
+
+
+def test_a_q8_0_kv_cache() -> None:
+    """34 bytes for 32 values; heads must be made of whole blocks."""
+    f16, q8 = (
+        planned(str(gguf_path("llama_mixed")), 1, f"memory.kv_type={kind}") for kind in ("f16", "q8_0")
+    )
+    assert q8.kv_tokens // KV_BLOCK == f16.kv_tokens // KV_BLOCK * 64 // 34
+    words = 'memory.kv_type = "q8_0" needs heads of a multiple of 32 dimensions, and this model\'s have 8; use "f16".'
+    with pytest.raises(JobError, match=re.escape(words)):
+        planned("llama3", 1, "memory.kv_type=q8_0")
+
+
+def test_as_json() -> None:
+    assert msgspec.json.decode(plan.as_json(planned("llama3", 1)), type=Plan) == planned("llama3", 1)
+
+
+def test_replicas_hold_the_whole_model_each() -> None:
+    alone, made = planned("llama3", 2, "layout.shards=1"), planned("llama3", 3, "layout.replicas=2")
+    assert [(rank.rank, rank.replica, rank.stage) for rank in made.ranks] == [(0, 0, 0), (1, 0, 1), (2, 1, 0)]
+    weights = [rank.weights_share for rank in made.ranks]
+    assert weights == [
+        *(rank.weights_share for rank in alone.ranks),
+        planned("llama3", 1).ranks[0].weights_share,
+    ]
+    assert "2 replicas of 2, 1 ranks, the first of 2 stages x 1 shard on 3 ranks" in plan_text.as_text(made)
+    even = plan_text.as_text(planned("llama3", 4, "layout.replicas=2"))
+    assert "2 replicas of 1 stage x 2 shards on 4 ranks" in even
+    with pytest.raises(LayoutError, match=r"layout\.replicas = 3 needs at least 3 ranks"):
+        planned("llama3", 2, "layout.replicas=3")
+
+
+def on(hosts_: list[Host], *overrides: str, ranks: int | None = None) -> Plan:
+    machines = hosts.machines_of(hosts_, ranks)
+    job = spec.load(None, overrides, model=str(MODELS / "llama3"), input="in", output="out")
+    return plan.make(job, machines.ranks, machines)
+
+
+def test_time_follows_the_speeds_of_hosts() -> None:
+    products = {"f32": [1.0, 2.0, 4.0]}
+    slow = Host(
+        memory="8GiB", name="slow", products=products, memory_gbs=1, disk_gbs=0.1, latency_us=50, mbit=100
+    )
+    fast = msgspec.structs.replace(slow, name="fast", products={"f32": [100.0, 200.0, 400.0]}, memory_gbs=100)
+    assert on([fast]).time.seconds < on([slow]).time.seconds
+    pipeline = on([fast, slow, fast], "layout.replicas=1", "layout.stages=3")
+    assert pipeline.time.slowest == "rank 1 on slow"
+    assert "slowest: rank 1 on slow; stages wait" in plan_text.as_text(pipeline)
+    assert (on([fast]).time.measured, on([Host(memory="1GiB")]).time.measured) == (True, False)
+    assert "(assumed speeds: mpillm doctor --output measures them)" in plan_text.as_text(
+        on([Host(memory="1GiB")])
+    )
+    assert pipeline.gains["twice the network's rate"] >= 1
+    assert on([slow]).gains["one more host, like the last one"] > 1.5
+
+
+def test_hosts_that_slow_a_run_down_are_left_out() -> None:
+    """A pipeline over a slow host, or over a slow network, is slower than a part of the hosts."""
+    fast = Host(memory="1GiB", name="fast", products={"f32": [10.0, 20.0, 40.0]}, mbit=0.1, latency_us=5e4)
+    slow = msgspec.structs.replace(fast, name="slow", products={"f32": [0.01, 0.02, 0.04]})
+    made = on([slow, fast, fast], "layout.replicas=1")
+    assert (made.left_out, len(made.ranks)) == (["slow", "fast"], 1)
+    assert "left out, because they would slow the run down: slow, fast\n" in plan_text.as_text(made)
+    assert on([fast], "layout.replicas=1").time.seconds == made.time.seconds
+    assert on([slow, fast, fast], "layout.stages=3").left_out == []
+
+
+def test_faster_hosts_get_more_layers_as_their_memory_allows() -> None:
+    fast = Host(memory="8GiB", name="fast", products={"f32": [0.04, 0.04, 0.04]})
+    slow = Host(memory="8GiB", name="slow", products={"f32": [0.01, 0.01, 0.01]})
+    asked = ["layout.replicas=1", "layout.stages=2"]
+    made = on([slow, fast], *asked)
+    assert [len(range(*rank.layers)) for rank in made.ranks] == [1, 3]
+    assert made.reason.endswith("; layers by speed and memory: 1-3")
+    assert [len(range(*rank.layers)) for rank in on([fast, fast], *asked).ranks] == [2, 2]
+    need = on([fast, fast], *asked, "memory.kv=2GiB").ranks[1].held  # for two of four layers
+    tight = msgspec.structs.replace(fast, memory=need)
+    assert [len(range(*rank.layers)) for rank in on([slow, tight], *asked, "memory.kv=2GiB").ranks] == [2, 2]
+
+
+def test_hosts_have_budgets_of_their_own() -> None:
+    pi, nuc = Host(memory="8GiB", name="pi"), Host(memory="8GiB", name="nuc")
+    budgets = "memory.kv={pi='1MiB', nuc='3MiB'}"
+    made = on([pi, nuc], "layout.replicas=1", "layout.stages=2", budgets)
+    assert [rank.kv_held for rank in made.ranks] == [
+        2**20,
+        2**20,
+    ]  # as many blocks on both, for as many layers
+    weights = f"memory.weights=['all', {made.ranks[1].weights_share - 1}]"
+    paged = on([pi, nuc], "layout.replicas=1", "layout.stages=2", weights)
+    assert [rank.weights_streamed > 0 for rank in paged.ranks] == [False, True]
+
+
+@pytest.mark.parametrize("model", ["llama3", "qwen3_moe_step", "smol_bf16"])
+@pytest.mark.parametrize("quantize", ["none", "q4_0"])
+def test_a_configuration_alone_is_planned_as_the_model(model: str, quantize: str, tmp_path: Path) -> None:
+    config = json.loads((MODELS / model / "config.json").read_text())
+    config["dtype"] = "bfloat16" if model == "smol_bf16" else "float32"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = planned(model, 2, f"quantize={quantize}")
+    for path in (tmp_path, tmp_path / "config.json"):
+        paper = planned(str(path), 2, f"quantize={quantize}")
+        assert [rank.weights_share for rank in paper.ranks] == [rank.weights_share for rank in whole.ranks]
+        assert (paper.layouts, paper.kv_tokens, paper.weights) == (
+            whole.layouts,
+            whole.kv_tokens,
+            whole.weights,
+        )
+        assert paper.time.seconds == whole.time.seconds
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(ModelError, match="has quantised weights, whose types only the files say"):
+        planned(str(tmp_path), 2)
+
+
+def test_what_hosts_do_not_have_is_a_problem() -> None:
+    made = on([Host(memory="1MiB", name="tiny")])
+    (problem,) = made.problems
+    assert problem.startswith("Rank 0 on tiny would hold ")
+    assert "and 1.0 MiB are free; lower memory.weights or memory.kv, or use more ranks." in problem
+
+
+def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text('{"prompt": [5, 6], "max_tokens": 3}\n' * 40)
+    job = spec.load(
+        None, ["memory.weights=90KiB", "layout.replicas=2"], model=str(MODELS / "llama3"), input=str(tmp_path / "in"),
+        output="out",
+    )  # fmt: skip
+    made = plan.make(job, 4, hosts.alike(4, 4, None))
+    assert (made.time.requests, made.time.prompt_tokens, made.time.generated_tokens) == (40, 80, 120)
+    table = [line for line in plan_text.as_text(made).splitlines() if re.match(r" *(rank|\d+)  ", line)]
+    assert len(table) == 5
+    assert max(map(len, table)) <= 80
+
+
+def test_the_least_memory_for_a_rate_is_a_job() -> None:
+    job = spec.load(None, [], model=str(MODELS / "llama3"), input="in", output="out")
+    machines = hosts.machines_of([Host(memory="1GiB", disk_gbs=0.001)])
+    slow, fast = (suggestion.job_file(job, machines, rate) for rate in (1, 1000))
+    sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
+    assert sizes == sorted(sizes)
+    with pytest.raises(JobError, match="No memory makes it 1e\\+15 tokens/s on 1 rank"):
+        suggestion.job_file(job, machines, 1e15)

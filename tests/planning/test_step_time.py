@@ -1,0 +1,118 @@
+"""The model of a step's time, by numbers: products, disk, the KV cache, messages, micro-batches and a whole job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from mpillm.kernels import BlockType
+from mpillm.planning.speed import Speed
+from mpillm.planning.step_time import (
+    INSIDE,
+    LAYER,
+    STEP,
+    AttentionWork,
+    Demand,
+    LinkRate,
+    RankWork,
+    Stage,
+    StepRows,
+    between,
+    job_time,
+    rank_time,
+    round_of,
+    stage_time,
+)
+
+SPEED = Speed({"q4_0": (1e9, 4e9, 8e9), "f32": (1e9, 1e9, 1e9)}, memory=1e9, disk=1e8, latency=1e-3, wire=1e6)
+ONE = StepRows(rows=1, sequences=1, context=0)
+
+
+def work(layers: int = 2, weights: float = 1e9, **more: object) -> RankWork:
+    values = {
+        "layers": layers, "products": {BlockType.Q4_0: weights}, "experts": {}, "head": {}, "expert_share": 1.0,
+        "streamed": 0, "streamed_experts": 0, "attention": (),
+    }  # fmt: skip
+    return RankWork(**{**values, **more})  # type: ignore[arg-type]
+
+
+def stage(
+    *works: RankWork, link: LinkRate = INSIDE, pipe: LinkRate | None = None, speed: Speed = SPEED
+) -> Stage:
+    return Stage(works, [speed] * len(works), row_bytes=1000, link=link, pipe_bytes=500, pipe=pipe)
+
+
+def test_products_and_what_each_layer_takes() -> None:
+    one, four = (rank_time(work(), SPEED, StepRows(rows, rows, 0)) for rows in (1, 4))
+    assert (one.products, four.products) == (2.0, 2.0)  # four rows take no longer: the weights are read once
+    assert one.other == STEP + 2 * LAYER
+    assert (one.limit, rank_time(work(), SPEED, StepRows(16, 16, 0)).limit) == (
+        "reading weights from memory",
+        "computing",
+    )
+    assert rank_time(work(head={BlockType.Q4_0: 5e8}), SPEED, StepRows(16, 1, 0)).products == 4 + 1
+
+
+def test_only_chosen_experts_are_computed_and_read() -> None:
+    mixture = work(
+        products={},
+        experts={BlockType.Q4_0: 1e9},
+        expert_share=0.25,
+        streamed=10**9,
+        streamed_experts=4 * 10**8,
+    )
+    one = rank_time(mixture, SPEED, ONE)
+    assert one.products == 2 * 0.25
+    assert one.disk == pytest.approx((6e8 + 0.25 * 4e8) / 1e8)
+    many = rank_time(mixture, SPEED, StepRows(64, 64, 0))
+    assert many.products == pytest.approx(2e9 * 16 / 8e9)
+    assert many.disk == pytest.approx(10)
+
+
+def test_a_disk_counts_where_it_is_slower_than_all_that_goes_on_meanwhile() -> None:
+    slow, fast = (rank_time(work(streamed=nbytes), SPEED, ONE) for nbytes in (10**9, 10**8))
+    assert (slow.total, slow.limit) == (10.0, "reading weights from disk")
+    assert fast.total == 2.0 + fast.other
+
+
+def test_keys_and_values_are_read_by_each_sequence_up_to_the_window() -> None:
+    attending = work(attention=[AttentionWork(0, 1000, 0), AttentionWork(64, 1000, 0)])
+    assert rank_time(attending, SPEED, StepRows(4, 4, 1000)).kv == pytest.approx(4 * (1000 + 64) * 1000 / 1e9)
+    prompt = work(attention=[AttentionWork(0, 1, 1000)])
+    assert rank_time(prompt, SPEED, StepRows(500, 1, 250)).kv == pytest.approx(500 * 250 * 1000 / 1e9)
+
+
+def test_messages_of_shards_and_stages() -> None:
+    net = between([SPEED, Speed({}, 1, 1, latency=2e-3, wire=5e6)])
+    assert net == LinkRate(2e-3, 1e6)
+    two = stage_time(stage(work(), work(), link=net, pipe=net), StepRows(3, 3, 0))
+    assert two.messages == pytest.approx(2 * 2 * (2e-3 + 3000 / 1e6) + 2e-3 + 2 * 3 * 500 / 1e6)
+    assert stage_time(stage(work()), ONE).messages == 0
+
+
+def times(*seconds: float) -> Sequence[Stage]:
+    """Stages whose products of one row take so long."""
+    return [stage(work(0, second / 2 * 1e9)) for second in seconds]
+
+
+def test_as_many_micro_batches_as_stages_keep_all_busy() -> None:
+    even = round_of(
+        times(1, 1), StepRows(2, 2, 0)
+    )  # one row and two rows take as long: one micro-batch is as good
+    assert even.seconds == pytest.approx(2 * (1 + STEP))
+    full = round_of(times(1, 1), StepRows(64, 64, 0))
+    assert (full.micro_batches, full.bubble) == (2, pytest.approx(0))
+    one = round_of(times(1, 1, 1, 1), ONE)
+    assert (one.micro_batches, one.bubble) == (1, pytest.approx(0.75))
+    uneven = round_of(times(1, 3), StepRows(64, 64, 0))
+    assert (uneven.slowest, uneven.bubble) == (1, pytest.approx(1 / 3, abs=0.01))
+
+
+def test_a_job_is_its_prompts_and_then_its_answers_in_turns() -> None:
+    stages = times(1)
+    made = job_time(stages, Demand(requests=8, prompt=800, generated=80), step_tokens=400, sequences=4)
+    assert made.prefill == pytest.approx(2 * (400 / 8 + STEP))
+    assert made.decode == pytest.approx(2 * 10 * (1 + STEP))
+    assert made.sequences == 4
+    assert made.seconds == made.prefill + made.decode
