@@ -128,7 +128,7 @@ class Speculation:
         """
         if self._model is None or len(sequences) > rows:
             return
-        step = self._cost.seconds(len(sequences))
+        step = self._cost.seconds(len(sequences)) if self._mode == "auto" else 0.0
         dearer = min(self._threshold + (MARGIN * self._model.seconds / step if step else 0.0), 1.0)
         self._unasked += 1
         asked: list[tuple[Sequence, int]] = []
