@@ -29,7 +29,7 @@ from mpillm.spec import BatchSection, DraftSection, Spec
 Encode = Callable[..., list[int]]  # of a tokenizer
 
 TOKENS = 96  # of an answer
-LONGEST = 512  # tokens of a text and its answer, at most
+LONGEST = 1024  # tokens of a text and its answer, at most
 MODES: tuple[Mode, ...] = ("off", "prompt-lookup", "auto")
 
 ARTICLE = """The harbour of Lindow was built in 1871 for the herring fleet. In 1911 more than two hundred boats landed
@@ -84,6 +84,12 @@ def measure(
             for context in options.contexts:
                 for name, text in TEXTS.items():
                     prompt = _prompt(encode, text, context)
+                    most = min(session.limits.max_length, session.config.max_position)
+                    if len(prompt) + TOKENS > most:
+                        raise JobError(
+                            f"The model takes {most} tokens, and a text and its answer are {len(prompt) + TOKENS}; "
+                            "lower --context."
+                        )
                     for run in _measure(session, name, prompt, options.repeats):
                         yield run, (session.place.stages, session.place.shards)
 
