@@ -60,7 +60,7 @@ docs: $(VENV)/installed-docs
 
 clean:
 	rm -rf $(VENV) $(MPICH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f cython/*.c cython/declarations.pxi mpillm/kernels/*.so
+	rm -f cython/*.c cython/declarations.pxi mpillm/kernels/*.so mpillm/kernels/sources.sha256
 	find mpillm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package is installed in place, because `python -m mpillm` in this directory imports ./mpillm.

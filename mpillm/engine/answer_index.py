@@ -17,7 +17,7 @@ COMPARED = 32  # tokens before it that are compared
 LONG = 5  # from so many on, what followed is much likelier to follow again
 RUN = 3  # tokens that must have stood there
 TRIED = 8  # places of a run that are compared, the last ones
-KEPT = 1 << 18  # tokens of answers at most; the oldest half goes when they are more
+KEPT = 1 << 16  # tokens of answers at most; the oldest half goes when they are more
 NBYTES = 3 * 4 * KEPT  # of an index
 END = -1  # behind each answer
 

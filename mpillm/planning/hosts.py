@@ -30,7 +30,7 @@ from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
 
-Positive = Annotated[int, Meta(ge=1, le=2**20)]
+HostCount = Annotated[int, Meta(ge=1, le=2**20)]
 Rate = Annotated[float, Meta(gt=0)]
 HEAD = "# Written by `mpillm doctor`, for `mpillm plan --hosts`."
 
@@ -40,8 +40,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     memory: str | int
     name: str = ""
-    count: Positive = 1
-    ranks: Positive = 1
+    count: HostCount = 1
+    ranks: HostCount = 1
     products: (
         Annotated[
             dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS), max_length=len(ROWS))]],

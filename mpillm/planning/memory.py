@@ -18,7 +18,9 @@ from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
+from mpillm.text.confined import template_process_peak
 from mpillm.weights.source import Source
+from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
@@ -64,10 +66,10 @@ def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[i
     Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
     """
     found = PROCESS + loaded_model(source, pages)
-    tokenizer = source.tokenizer
-    fields = isinstance(tokenizer, dict) and "tokenizer.ggml.tokens" in tokenizer
+    fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
+    folder = text_folder(source.tokenizer)
     if place.rank == 0:
-        words = fields or (isinstance(tokenizer, Path) and (tokenizer / "tokenizer.json").exists())
+        words = fields or (folder is not None and (folder / "tokenizer.json").exists())
         return found + kept + answer_index.NBYTES + (WORD * config.vocab if words else 0)
     return found + (FIELD * config.vocab if fields else 0)
 
@@ -78,10 +80,11 @@ def loaded_model(source: Source, pages: Sequence[int]) -> int:
 
 
 def peak() -> int:
-    """Maximum resident bytes of this process so far.
+    """Maximum resident bytes of this process so far, with those of its process for chat templates.
 
     On Linux a process's own: getrusage's begin with those of the program that started it.
     """
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    own = 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return own + template_process_peak()

@@ -19,7 +19,7 @@ from mpillm.planning.speed import Speed
 STEP = 1e-3  # seconds: the scheduler, sampling, messages of the engine
 LAYER = 50e-6  # seconds of a layer: norms, activations, the start of each kernel
 
-Weights = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
+WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class RankWork:
     """What one rank does in a step."""
 
     layers: int
-    products: Weights  # that every row is multiplied with
-    experts: Weights  # all that the rank holds; a row goes to `expert_share` of them
-    head: Weights  # with which only rows are multiplied of which a token is drawn
+    products: WeightCounts  # that every row is multiplied with
+    experts: WeightCounts  # all that the rank holds; a row goes to `expert_share` of them
+    head: WeightCounts  # with which only rows are multiplied of which a token is drawn
     expert_share: float
     streamed: int  # bytes of weights that a step reads from disk, of every expert if its rows need all
     streamed_experts: int  # of them: those of experts
@@ -246,7 +246,7 @@ def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequence
     )
 
 
-def _seconds(weights: Weights, speed: Speed, rows: float) -> float:
+def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:
     """Of products with so many rows, at least one unless there are none."""
     if rows <= 0:
         return 0.0

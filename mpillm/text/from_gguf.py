@@ -1,8 +1,8 @@
 """A tokenizer built from the tokenizer.ggml fields of a GGUF file, with the same ids as in llama.cpp.
 
 `gpt2` is byte-level BPE with merges; the regular expressions that tokenizer.ggml.pre names split a text into words.
-`llama` is SentencePiece's BPE, which merges the pair whose piece has the highest score. Those of encoders are in
-`gguf_words`.
+`llama` is SentencePiece's BPE, which merges the pair whose piece has the highest score; `gemma4` has merges instead.
+Those of encoders are in `gguf_words`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ _DEEPSEEK3 = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
     rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACE}"
 )
+_CASED = r"(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])", r"(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])"
+_KIMI = (
+    rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_CASE}?|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_CASE}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}"
+)
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _SPLITS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2,),
@@ -60,23 +66,60 @@ _SPLITS = {
         r"\p{N}",
     ),
     "deepseek-v3": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3),
+    "deepseek-llm": (  # letters that have a case, but for Georgian and mathematical ones
+        r"[\r\n]",
+        "\\s?[\\p{Lu}\\p{Lt}\\p{Ll}&&[^\u10d0-\u10ff\U0001d400-\U0001d7ff]]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}+",
+    ),
+    "kimi-k2": (_KIMI,),
+    "bailingmoe": (
+        r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "exaone-moe": (
+        rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "bloom": (_BLOOM,),
+    "viking": (_BLOOM, r"\p{N}"),
     "seed-coder": (
         rf"{_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACE}",
     ),
 }
 _SAME = {
-    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral dbrx smaug-bpe glm4 chatglm-bpe",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe glm4 chatglm-bpe",
     "qwen2": "stablelm2 deepseek-r1-qwen kormo f2llmv2 megrez hunyuan solar-open grok-2",
-    "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
-    "gpt-2": "modern-bert roberta-bpe phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
-    "deepseek-v3": "hunyuan-dense joyai-llm",
-    "gpt-4o": "llama4 minimax-m2",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    "gpt-2": (
+        "modern-bert roberta-bpe phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4 jina-es "
+        "jina-de jina-v1-en jina-v2-code jina-v2-es jina-v2-de"
+    ),
+    "deepseek-v3": "hunyuan-dense joyai-llm hy_v4",
+    "gpt-4o": "llama4 minimax-m2 kanana2 talkie",
+    "bailingmoe": "bailingmoe2 llada-moe",
+    "bloom": "poro-chat gpt3-finnish",
 }
 _PRE = {name: name for name in _SPLITS} | {
     other: name for name, others in _SAME.items() for other in others.split()
 }
 # For these, llama.cpp takes a word that is a token as it is, and begins texts with BOS unless the file says otherwise.
-_WHOLE_WORDS = frozenset({"llama-bpe", "tekken", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"})
+_WHOLE_WORDS = frozenset(
+    [
+        "llama-bpe",
+        "tekken",
+        "llama3",
+        "llama-v3",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "jina-v5-nano",
+    ]
+)
 
 _IDS = {
     "bos_token": "bos_token_id",
@@ -109,14 +152,18 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerPa
     if kind == "gpt2":
         core, begins = _byte_level(ggml, vocab)
     elif kind == "llama":
-        core, begins = _sentencepiece(ggml, tokens, vocab, types), True
+        scores = ggml.numbers("scores", float, len(tokens), 0.0)
+        merges = merges_of_scores(tokens, scores, vocab, types)
+        core, begins = _sentencepiece(ggml, tokens, vocab, merges, prefix=True), True
+    elif kind == "gemma4":
+        core, begins = _sentencepiece(ggml, tokens, vocab, _merges(ggml), prefix=False), True
     elif kind == "bert":
         core, begins = word_pieces(ggml, tokens, types), True
     elif kind == "t5":
         core, begins = unigrams(ggml, tokens), False
     else:
         raise ModelError(
-            f"The tokenizer in {where} is of the type {kind!r}; gpt2, llama, bert and t5 are known."
+            f"The tokenizer in {where} is of the type {kind!r}; gpt2, llama, gemma4, bert and t5 are known."
         )
 
     special = [token for token, type in zip(tokens, types, strict=True) if type in {CONTROL, UNKNOWN}]
@@ -136,7 +183,8 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerPa
     if "eos_token" in named:
         ends.add(vocab[named["eos_token"]])
     control = set(special) | {named[name] for name in ("bos_token", "eos_token") if name in named}
-    add_bos = ggml.flag("add_bos_token", begins) and "bos_token" in named
+    # Early files of Gemma 4 say by mistake that no text begins with BOS; llama.cpp does not believe them.
+    add_bos = (kind == "gemma4" or ggml.flag("add_bos_token", begins)) and "bos_token" in named
     add_eos = ggml.flag("add_eos_token", kind == "t5") and "eos_token" in named
     reads_pairs = kind in ("bert", "t5") or ggml.flag("add_sep_token", False)
     if reads_pairs:
@@ -184,13 +232,7 @@ def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer
         pre = "default"
     if pre not in _PRE:
         raise ggml.wrong("pre", f"is {pre!r}, which is not known; known are {', '.join(sorted(_PRE))}")
-    merges = []
-    for merge in ggml.strings("merges"):
-        cut = merge.find(" ", 1)
-        if cut < 0:
-            raise ggml.wrong("merges", f"holds {merge!r}, which is no pair")
-        merges.append((merge[:cut], merge[cut + 1 :]))
-    whole_words = pre in _WHOLE_WORDS
+    merges, whole_words = _merges(ggml), pre in _WHOLE_WORDS
     core = checked(
         lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words)), ggml.where
     )
@@ -202,13 +244,27 @@ def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer
     return core, whole_words
 
 
+def _merges(ggml: TokenizerFields) -> list[tuple[str, str]]:
+    """The pairs that are merged, the first ones first."""
+    merges = []
+    for merge in ggml.strings("merges"):
+        cut = merge.find(" ", 1)
+        if cut < 0:
+            raise ggml.wrong("merges", f"holds {merge!r}, which is no pair")
+        merges.append((merge[:cut], merge[cut + 1 :]))
+    return merges
+
+
 def _sentencepiece(
-    ggml: TokenizerFields, tokens: list[str], vocab: dict[str, int], types: list[int]
+    ggml: TokenizerFields,
+    tokens: list[str],
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    prefix: bool,
 ) -> Tokenizer:
-    scores = ggml.numbers("scores", float, len(tokens), 0.0)
+    """BPE of characters with spaces as underlines; `prefix`: texts begin with one if the file does not say."""
     unknown = ggml.id("unknown_token_id", len(tokens)) or 0
     bytes_known = all(f"<0x{byte:02X}>" in vocab for byte in range(256))
-    merges = merges_of_scores(tokens, scores, vocab, types)
     core = checked(
         lambda: Tokenizer(
             models.BPE(
@@ -221,7 +277,7 @@ def _sentencepiece(
         ),
         ggml.where,
     )
-    prefix = ggml.flag("add_space_prefix", True)
+    prefix = ggml.flag("add_space_prefix", prefix)
     underline = normalizers.Replace(" ", "\u2581")
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), underline] if prefix else [underline]

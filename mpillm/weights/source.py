@@ -20,6 +20,7 @@ from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan
 from mpillm.weights.roles import ROLES, TASK_ROLES, Key
+from mpillm.weights.text_files import TokenizerSource
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Source(Protocol):
     files: tuple[Path, ...]  # that decide the answers, besides those of the tokenizer's directory
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
-    # The directory with tokenizer.json (if any), a tokenizer file (.t), or a GGUF file's tokenizer.* fields.
-    tokenizer: Path | dict[str, Any]
+    tokenizer: TokenizerSource
 
     @property
     def loading_nbytes(self) -> int:

@@ -26,7 +26,17 @@ PRES = [
     "deepseek-coder",
     "deepseek-v3",
 ]
-PRES += ["seed-coder", "dbrx"]
+PRES += [
+    "seed-coder",
+    "dbrx",
+    "lfm2",
+    "deepseek-llm",
+    "kimi-k2",
+    "bailingmoe",
+    "exaone-moe",
+    "bloom",
+    "viking",
+]
 
 
 def data(name: str) -> Any:
@@ -65,10 +75,34 @@ def sentencepiece_fields(prefix: bool) -> dict[str, Any]:
     }
 
 
+def gemma4_fields() -> dict[str, Any]:
+    """The pieces of `sentencepiece_fields` with merges in place of scores, and runs of newlines as tokens."""
+    from mpillm.text.from_gguf import merges_of_scores
+
+    trained = data("sentencepiece.json")
+    tokens, types = trained["tokens"], trained["types"]
+    merges = merges_of_scores(
+        tokens, trained["scores"], {token: id for id, token in enumerate(tokens)}, types
+    )
+    runs = ["\n" * count for count in (1, 2, 3)]
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": [*tokens, *runs],
+        "tokenizer.ggml.merges": [*map(" ".join, merges), "\n \n", "\n\n \n"],
+        "tokenizer.ggml.token_type": [*types, *[1] * len(runs)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
 ALL: dict[str, Callable[[], dict[str, Any]]] = {
     **{pre: partial(byte_level_fields, pre) for pre in PRES},
     "llama": partial(sentencepiece_fields, True),
     "llama-noprefix": partial(sentencepiece_fields, False),
+    "gemma4": gemma4_fields,
 }
 
 

@@ -116,7 +116,11 @@ class Phi(Family):
 
 
 def _scaled(fields: Fields, sizes: Sizes) -> Rotary:
-    """RoPE of which cosines and sines are multiplied by short_mscale, or by long_mscale in long sequences."""
+    """RoPE of which cosines and sines are multiplied by short_mscale, or by long_mscale in long sequences.
+
+    Long sequences have the long factors, as the model's authors, vLLM, llama.cpp and transformers 4 compute it;
+    transformers 5.24 computes short factors times long_mscale.
+    """
     rotary = read_rotary(fields, sizes)
     table = fields.table("rope_parameters") or fields.table("rope_scaling")
     if rotary.config.kind == "default":
