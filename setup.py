@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from glob import glob
+from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
@@ -20,6 +21,7 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError
 # No -march: each instruction set has its own file with its own target, chosen at run time.  Contraction would let
 # the compiler fuse what must round twice; the kernels' bits are the same on every machine.
 FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+KERNELS = "mpillm.kernels._compiled"
 FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError)
 
 
@@ -64,6 +66,14 @@ class Build(build_ext):
     def build_extensions(self) -> None:
         self.compiler.compile = partial(compile_in_parallel, self.compiler)
         super().build_extensions()
+        # Says what the kernels were made of, for a checkout that is without: see mpillm/kernels/installed.py.
+        compiled, installed = (
+            Path(self.get_ext_fullpath(KERNELS)),
+            runpy.run_path("mpillm/kernels/installed.py"),
+        )
+        if compiled.exists():
+            digest = installed["sources_digest"](Path("cython"))
+            compiled.with_name(installed["RECORD"]).write_text(f"{digest}\n")
 
     def build_extension(self, ext: Extension) -> None:
         flags = ext.extra_compile_args
@@ -88,7 +98,7 @@ def kernels() -> list[Extension]:
         return []
     runpy.run_path("cython/declare.py")["write"]()
     extension = Extension(
-        "mpillm.kernels._compiled",
+        KERNELS,
         sources=["cython/kernels.pyx", *sorted(glob("cython/core/*.c"))],
         depends=sorted([*glob("cython/*.pxi"), *glob("cython/core/*.h")]),
         extra_compile_args=FLAGS,

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,14 +283,31 @@ def test_the_page_on_results_runs(tmp_path: Path) -> None:
     typed = [line.split()[1:] for line in fenced(page)]
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
     told = (
-        "print(len(answers), list(failed.custom_id), tokens.tolist() == list(results.tokens[0]), len(means))"
+        "print(len(answers), list(failed.custom_id), tokens.tolist() == list(results.tokens[0]), len(means), "
+        "sum(counts))"
     )
     words = [["-m", "mpillm", *words] for words in (mine, *typed)] + [["-c", "\n".join([*code, told])]]
     for one in words:
         done = run_bounded([sys.executable, *one], env=env, cwd=tmp_path)
         assert done.returncode == (one is words[0]), done.stderr
-    assert done.stdout.splitlines()[-1] == "5 ['request-4'] True 3"
+    assert done.stdout.splitlines()[-1] == f"5 ['request-4'] True 3 {done.stdout.split()[-1]}"
     assert (tmp_path / "answers.csv").read_text().count("request-") >= 5
+    check_r(page, tmp_path, failed="request-4", tokens=int(done.stdout.split()[-1]))
+
+
+def check_r(page: Path, folder: Path, failed: str, tokens: int) -> None:
+    """The page's R code, where Rscript is installed, and what reads arrays where its package is, too."""
+    if not (rscript := shutil.which("Rscript")):
+        return
+    (code,) = re.findall(r"^```r\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    arrays = run_bounded([rscript, "-e", 'stopifnot(requireNamespace("hdf5r"))']).returncode == 0
+    lines = [line for line in code.splitlines() if arrays or "hdf5r" not in line]
+    told = "cat(nrow(answers), subset(answers, status != 200)$custom_id" + (
+        ", length(tokens))" if arrays else ")"
+    )
+    done = run_bounded([rscript, "-e", "\n".join([*lines, told])], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["5", failed, *([str(tokens)] if arrays else [])]
 
 
 def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:

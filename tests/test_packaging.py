@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import mpillm
+from mpillm import kernels
+from mpillm.kernels.installed import RECORD, sources_digest
 from tests.conftest import ROOT, clean_environment, run_bounded
 
 if sys.version_info >= (3, 11):
@@ -20,8 +23,25 @@ else:
     import tomli as tomllib
 
 BUILT_FROM = ("cython/", "mpillm/", "jobs/", "slurm/", "docs/", "packaging/")
-BESIDE = {"mpillm.jobs": "jobs", "mpillm.slurm": "slurm", "mpillm.slurm.hosts": "slurm/hosts"}
+BESIDE = {
+    "mpillm.docs": "docs",
+    "mpillm.docs.pictures": "docs/pictures",
+    "mpillm.jobs": "jobs",
+    "mpillm.slurm": "slurm",
+    "mpillm.slurm.hosts": "slurm/hosts",
+}
+COMPILED = getattr(kernels._compiled, "__file__", "")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_wheels_are_made_for_each_python_and_for_both_processors() -> None:
+    """The classifiers do not list versions: from requires-python on, all that cibuildwheel builds."""
+    wheels = PROJECT["tool"]["cibuildwheel"]
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=").replace(".", "")
+    assert wheels["build"].split()[0] == f"cp{oldest}-*"
+    assert {name.partition("-")[2].removesuffix("-image") for name in wheels if "image" in name} == set(
+        wheels["archs"]
+    )
 
 
 def test_every_package_is_listed() -> None:
@@ -74,7 +94,11 @@ def build(what: str, checkout: Path, **env: str) -> list[str]:
 def test_a_source_archive_has_what_a_build_needs(checkout: Path) -> None:
     """Without the headers of the kernels, `pip install` from an archive would fall back to NumPy."""
     there = {str(path.relative_to(checkout)) for path in checkout.glob("**/*") if path.is_file()}
-    assert {name for name in there if name.startswith(BUILT_FROM)} <= set(build("sdist", checkout))
+    inside = set(build("sdist", checkout))
+    assert {name for name in there if name.startswith(BUILT_FROM)} <= inside
+    assert not {name for name in inside if Path(name).match("cython/*.c")}, (
+        "made by Cython, for one version of it"
+    )
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
@@ -82,7 +106,37 @@ def test_without_a_compiler_it_is_installed_all_the_same(checkout: Path, compile
     """No compiler, or one that fails (as it does without Python's headers): NumPy's kernels serve."""
     names = build("wheel", checkout, CC=compiler)
     assert "mpillm/kernels/reference/products.py" in names
-    assert not [name for name in names if name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".so", RECORD))]
+    beside = {
+        path for folder in BESIDE.values() for path in (checkout / folder).glob("*.*") if path.is_file()
+    }
+    assert {f"mpillm/{path.relative_to(checkout)}" for path in beside if path.name != "__init__.py"} <= set(
+        names
+    )
+
+
+@pytest.mark.skipif(not COMPILED, reason="the kernels are not compiled here")
+def test_a_checkout_uses_installed_kernels_of_the_same_sources(checkout: Path, tmp_path: Path) -> None:
+    """`pip install .` and then `python -m mpillm` in the checkout: the compiled modules lie elsewhere."""
+    site, header = tmp_path / "site/mpillm/kernels", checkout / "cython/core/kernels.h"
+    site.mkdir(parents=True)
+    for path in Path(COMPILED).parent.glob("*.so"):
+        (site / path.name).symlink_to(path)
+    (site / RECORD).write_text(sources_digest(checkout / "cython") + "\n")
+    code = "from mpillm import kernels; print(kernels.path(), kernels.__file__, kernels.why_missing())"
+    env = clean_environment(PYTHONPATH=str(tmp_path / "site"))
+
+    def answer() -> list[str]:
+        done = run_bounded([sys.executable, "-c", code], env=env, cwd=checkout)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(maxsplit=2)
+
+    path, file, *why = answer()
+    assert (path, Path(file).is_relative_to(checkout), why) == (kernels.available()[-1], True, [])
+    header.write_text(header.read_text() + "\n")
+    path, _, why_not = answer()
+    assert path == "numpy"
+    assert f"those in {site} were made of other sources" in why_not
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -92,14 +146,12 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_the_conda_recipe_needs_what_the_package_needs() -> None:
-    text = (ROOT / "packaging/conda/meta.yaml").read_text()
-    plain = re.sub(r"\{%.*?%\}", "", text, flags=re.DOTALL)
-    recipe = yaml.safe_load(re.sub(r"\{\{.*?\}\}", "filled-in", plain))
+    recipe = yaml.safe_load((ROOT / "packaging/conda/recipe.yaml").read_text())
+    assert recipe["package"]["version"] == mpillm.__version__
     needed = [name for name in PROJECT["project"]["dependencies"] if not name.startswith("tomli")]
-    assert set(recipe["requirements"]["run"]) - {"python"} == names(needed)
-    assert set(recipe["requirements"]["host"]) - {"python", "pip"} == names(
-        PROJECT["build-system"]["requires"]
-    )
+    run, host = (set(recipe["requirements"][when]) for when in ("run", "host"))
+    assert run == names(needed) | {f"python {PROJECT['project']['requires-python']}"}
+    assert host - {"python", "pip"} == names(PROJECT["build-system"]["requires"])
 
 
 def test_containers_install_what_there_is() -> None:

@@ -18,6 +18,7 @@ from mpillm.batch import bodies
 from mpillm.batch.lines import Lines
 from mpillm.batch.names import NumbersByName
 from mpillm.batch.order import Order
+from mpillm.batch.rows.json_array import begins_array
 from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
 from mpillm.batch.work import Line, Model, Work, work_of
@@ -208,8 +209,10 @@ def opened(path: Path) -> BinaryIO:
 
 def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
     """Number, offset and content of each line that is not blank; None for one that is too long to be held."""
+    _, array = begins_array(file)
+    file.seek(0)
     head = file.read(LOOK)
-    if (what := what_it_is(head) or _not_lines(head)) is not None:
+    if (what := what_it_is(head) or _not_lines(head, array)) is not None:
         raise JobError(f"The input {file.name} {what}.")
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     file.seek(offset)
@@ -226,14 +229,13 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
         offset += length
 
 
-def _not_lines(head: bytes) -> str | None:
+def _not_lines(head: bytes, array: bool) -> str | None:
     """What is said of an input that is JSON, but not an object a line, by its beginning."""
-    whole = len(head) < LOOK
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     first, rest = first.strip(), rest.lstrip()
     if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:
         return "has lines that end in carriage returns alone; make newlines of them: tr '\\r' '\\n'"
-    if first == b"[" or (first.startswith(b"[") and (first.endswith(b",") or (whole and not rest))):
+    if array:
         return "is a JSON array; write one object a line: jq -c '.[]'"
     if first == b"{" and rest.startswith((b'"', b"}")):
         return "has objects that go over several lines; write one object a line: jq -c ."

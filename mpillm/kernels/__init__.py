@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ from mpillm.kernels.fused import (
     Products,
     Residual,
 )
+from mpillm.kernels.installed import installed_kernels
 from mpillm.kernels.reference import (
     activate,
     activation_nbytes,
@@ -96,7 +98,14 @@ _why = ""
 try:
     _compiled = importlib.import_module("mpillm.kernels._compiled")
 except ImportError as error:
-    _why = str(error)
+    _installed, _why = installed_kernels(Path(__file__).resolve().parent)
+    _why = _why or str(error)
+    if _installed is not None:
+        __path__.append(str(_installed))
+        try:
+            _compiled, _why = importlib.import_module("mpillm.kernels._compiled"), ""
+        except ImportError as other:  # for another Python
+            _why = str(other)
 
 
 def compute(work: Callable[..., None], *arguments: Any, **options: Any) -> None:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import msgspec
 
+from mpillm.engine import answer_index
 from mpillm.engine.reply import TILE
 from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
+from mpillm.text.confined import template_process_peak
 from mpillm.weights.source import Source
+from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
@@ -35,6 +38,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     weights: int
     adapters: int = 0
+    draft: int = 0  # a draft model and its cache
     kv: int
     activations: int
     process: int
@@ -42,7 +46,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapters + self.kv + self.activations + self.process
+        return self.weights + self.adapters + self.draft + self.kv + self.activations + self.process
 
 
 def activations(kind: Activations, place: Place, rows: int) -> int:
@@ -59,22 +63,28 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
 def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
 
-    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
+    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
     """
-    found = PROCESS + ITEM * len(pages) + min(source.loading_nbytes, LOADING * sum(pages))
-    tokenizer = source.tokenizer
-    fields = isinstance(tokenizer, dict) and "tokenizer.ggml.tokens" in tokenizer
+    found = PROCESS + loaded_model(source, pages)
+    fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
+    folder = text_folder(source.tokenizer)
     if place.rank == 0:
-        words = fields or (isinstance(tokenizer, Path) and (tokenizer / "tokenizer.json").exists())
-        return found + kept + (WORD * config.vocab if words else 0)
+        words = fields or (folder is not None and (folder / "tokenizer.json").exists())
+        return found + kept + answer_index.NBYTES + (WORD * config.vocab if words else 0)
     return found + (FIELD * config.vocab if fields else 0)
 
 
+def loaded_model(source: Source, pages: Sequence[int]) -> int:
+    """Bytes of what is known of a model's `pages` of so many bytes, and of what loading them takes besides."""
+    return ITEM * len(pages) + min(source.loading_nbytes, LOADING * sum(pages))
+
+
 def peak() -> int:
-    """Maximum resident bytes of this process so far.
+    """Maximum resident bytes of this process so far, with those of its process for chat templates.
 
     On Linux a process's own: getrusage's begin with those of the program that started it.
     """
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    own = 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return own + template_process_peak()

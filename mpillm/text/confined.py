@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -201,6 +202,16 @@ class _Child:
             if sys.exc_info()[0]:  # also an interruption: what comes is no answer to the next question
                 self.close()
 
+    def peak(self) -> int:
+        """Maximum bytes that the process has had for itself; 0 if it does not run."""
+        if self._running is None:
+            return 0
+        status = Path(f"/proc/{self._running[1].pid}/status")
+        with contextlib.suppress(OSError):  # it has ended, or there is no /proc
+            kib = dict(re.findall(r"^(VmHWM|RssFile):\s+(\d+) kB", status.read_text(), flags=re.MULTILINE))
+            return 1024 * max(int(kib.get("VmHWM", 0)) - int(kib.get("RssFile", 0)), 0)
+        return 0
+
     def close(self) -> None:
         """End the process."""
         self.knows.clear()
@@ -226,6 +237,11 @@ def _start() -> tuple[socket.socket, subprocess.Popen[bytes]]:
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for its parent
         )
+
+
+def template_process_peak() -> int:
+    """Maximum bytes that this process's child has had for itself; 0 if there is none."""
+    return _child().peak()
 
 
 @functools.cache

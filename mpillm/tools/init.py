@@ -1,4 +1,4 @@
-"""`mpillm init`: the job files, hostfiles and Slurm scripts that come with the package, written where they are used."""
+"""`mpillm init`: job files, hostfiles, Slurm scripts and pages of the package, written where they are used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from mpillm.errors import JobError, OutputError
 
 # What is written: directories of the package, and where they go below the target.
 SETS = {
+    "docs": {"docs": ".", "docs/pictures": "pictures"},
     "job": {"jobs": "."},
     "hostfile": {"slurm/hosts": "."},
     "slurm": {"slurm": "slurm", "jobs": "jobs"},
 }
 NEXT = {
+    "docs": ["begin with {0}/index.md"],
     "job": ["mpiexec -n 2 python -m mpillm run {0}/quickstart.toml"],
     "hostfile": [
         "put your machines' names into {0}/openmpi.hosts (Open MPI) or {0}/mpich.hosts (MPICH), then:",
@@ -36,7 +38,7 @@ SITE = """\
 def shipped(name: str) -> Path:
     """A directory that comes with the package, such as `jobs`: in a checkout, or as it was installed."""
     package = Path(mpillm.__file__).parent
-    for folder in (package.parent / name, package / name):
+    for folder in (package / name, package.parent / name):  # beside an installed one others may lie
         if folder.is_dir():
             return folder
     raise JobError(f"This installation has no {name}/; install mpillm again.")

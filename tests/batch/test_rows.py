@@ -20,7 +20,8 @@ from pyarrow import parquet
 
 from mpillm import spec
 from mpillm.batch import requests
-from mpillm.batch.rows import forms, json_array, tables
+from mpillm.batch.rows import delimited, forms, json_array
+from mpillm.batch.rows import parquet as batch_parquet
 from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import Template
 from mpillm.errors import JobError, RequestError
@@ -173,21 +174,40 @@ def test_bad_elements_of_an_array_cost_no_other(
     assert found == [f"good {number}" for number in range(len(bad))]
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
 @pytest.mark.parametrize(
-    "bad", [b"[5]x", b'["a"', b"[[[[ oops", b"[" + b"1, " * 9000 + b"x", b"[" * 50_000 + b"5"]
-)
-def test_a_bad_first_line_makes_no_array_of_the_others(bad: bytes, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(bad + b'\n{"prompt": "a"}\n')
-    made = job(tmp_path / "in.jsonl")
+    "bad",
+    [
+        b"[5]x", b'["a"', b"[[[[ oops", b"[" + b"1, " * 9000 + b"x", b"[" * 50_000 + b"5",
+        b"[" + b"1, " * 90_000 + b"x",
+        b"[" + b"1, " * 200_000 + b"1]", b"[" + b"1, " * (MAX_LINE // 3) + b"x", b"[" + b"7," * MAX_LINE + b"7]",
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_bad_first_line_makes_no_array_of_the_others(bad: bytes, name: str, tmp_path: Path) -> None:
+    content = bad + b'\n{"prompt": "a"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    made = job(tmp_path / name)
     prepared(made)
     batch = requests.check(inputs.lines_path(made), made, WITH_TEXT)
     assert [line.error is None for line in batch.lines] == [False, True]
 
 
+@pytest.mark.parametrize("between", [b",\n", b"\n,", b", \n  "])
+def test_the_first_line_of_an_array_may_be_long(between: bytes, tmp_path: Path) -> None:
+    """Longer than a line may be, or malformed."""
+    many = MAX_LINE // 1000
+    first = b", ".join([b'{"prompt": "' + b"a" * 1000 + b'"}'] * many)
+    for text, count in ((first, many), (b'{"prompt": "two\nlines"}', 1)):
+        (tmp_path / "in.json").write_bytes(b"[" + text + between + b'{"prompt": "b"}]')
+        lines = prepared(job(tmp_path / "in.json"))
+        assert (len(lines), lines[-1]) == (count + 1, b'{"prompt": "b"}')
+
+
 def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a line of a table nor an element of an array, however long, takes more memory than a few lines may."""
     longest, many = 1 << 18, 2_000_000
-    for module in (tables, json_array):
+    for module in (delimited, json_array):
         monkeypatch.setattr(module, "MAX_LINE", longest)
     (tmp_path / "in.csv").write_bytes(b"prompt,x\na,1\n" + b"ab," * many + b"\nc,2\n")
     (tmp_path / "in.json").write_bytes(
@@ -220,6 +240,67 @@ def test_bad_rows_cost_no_other(tmp_path: Path) -> None:
     assert told[4] is not None
     assert told[-1] is None
     assert [work.endpoint.prompt for work in batch.works()] == ["a", "d"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("longest", [100, 30_000])
+def test_a_record_that_is_too_long_is_one_error(
+    longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its fields hold: its end is where its quotes say, in a line of any length."""
+    monkeypatch.setattr(delimited, "MAX_LINE", longest)
+    monkeypatch.setattr(delimited, "CHUNK", 7)
+    draw = random.Random(longest)
+    many = longest // 10 + 1
+    drawn = "".join(draw.choice(("a", ",", "\n", '""', "\r\n")) for _ in range(4000)) * (many // 400 + 1)
+    wrong = [
+        'n,"' + "one, line\n" * many + '"',
+        '"' + 'a ""quote"", b\r\n' * many + '",n',
+        "n," + "q" * 10 * many,
+        '"' + "q" * 10 * many + '\n,\n",n',
+        '"n"x"' + "q" * 10 * many + '",n',
+        f'n,"{drawn}"',
+    ]
+    (tmp_path / "in.csv").write_text(
+        "prompt,note\n" + "".join(f"{one}\ngood,{number}\n" for number, one in enumerate(wrong)), newline=""
+    )
+    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.csv"))]
+    assert lines[1::2] == [{"prompt": "good", "note": str(number)} for number in range(len(wrong))]
+    assert all("the record is longer than" in line[ROW_ERROR] for line in lines[::2])
+    assert len(lines) == 2 * len(wrong)
+
+
+def test_a_quote_that_is_not_closed_is_said(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text('prompt,note\n"a\nb",1\n"c,2\nd,3\n')
+    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.csv"))]
+    assert lines == [
+        {"prompt": "a\nb", "note": "1"},
+        {ROW_ERROR: "a quote in the record that begins in line 4 of the input is not closed"},
+    ]
+
+
+def test_long_texts_of_a_dictionary_are_made_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that stands once in a Parquet file may be that of every row."""
+    long, many = "a" * (MAX_LINE // 8), 300
+    table = pyarrow.table({"prompt": ["short", *[long] * many], "note": list(range(many + 1))})
+    parquet.write_table(table, tmp_path / "in.parquet", compression="zstd")
+    assert (tmp_path / "in.parquet").stat().st_size < len(long)
+    lengths: list[int] = []
+
+    class Lines(io.BytesIO):
+        def write(self, line: Any) -> int:
+            lengths.append(len(line))
+            return len(line)
+
+    monkeypatch.setattr(batch_parquet, "BYTES", 4 * len(long))
+    tracemalloc.start()
+    forms.write_lines(tmp_path / "in.parquet", Lines(), print)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(lengths) == many + 1
+    assert sum(lengths) > many * len(long)
+    assert most < 12 * len(long)
 
 
 def test_values_of_parquet_as_json(tmp_path: Path) -> None:

@@ -11,14 +11,17 @@ import contextlib
 import faulthandler
 import importlib
 import resource
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.fuzz.mutate import cases
 
-LONGEST = 10  # seconds for a case
+LONGEST = 10  # seconds of processor time for a case, so that a busy machine makes no finding
+WAIT = 600  # seconds for a case that computes nothing: it waits for something that never comes
 MEMORY = 2048  # MiB for the process
 
 
@@ -47,16 +50,27 @@ def main() -> None:
         if options.case:
             return target.run(options.case.read_bytes())
         begun = time.monotonic()
+        finding = Path(f"finding-{options.target}-{options.seed}")
         for case in cases(target.seeds, target.words, options.cases, options.seed):
-            faulthandler.dump_traceback_later(LONGEST, exit=True)
-            try:
+            finding.write_bytes(case)  # before, for a case may end the process
+            with limited():
                 target.run(case)
-            except BaseException:
-                Path(f"finding-{options.target}").write_bytes(case)
-                raise
-        faulthandler.cancel_dump_traceback_later()
+        finding.unlink(missing_ok=True)
         spent = time.monotonic() - begun
         print(f"{options.target}: {options.cases} cases, seed {options.seed}, {spent:.0f} s, no finding")
+
+
+@contextlib.contextmanager
+def limited(longest: float = LONGEST, wait: float = WAIT) -> Iterator[None]:
+    """End the process, with the stacks of its threads on stderr, if a case takes too long."""
+    faulthandler.register(signal.SIGPROF, chain=True)  # the default action follows, also inside of a library
+    faulthandler.dump_traceback_later(wait, exit=True)
+    signal.setitimer(signal.ITIMER_PROF, longest)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _with_atheris(atheris, targets, options: argparse.Namespace) -> None:  # type: ignore[no-untyped-def]
@@ -72,12 +86,17 @@ def _with_atheris(atheris, targets, options: argparse.Namespace) -> None:  # typ
         flags = [
             f"-runs={options.cases}",
             f"-seed={options.seed}",
-            f"-timeout={LONGEST}",
+            f"-timeout={WAIT}",
             f"-rss_limit_mb={MEMORY}",
         ]
         flags += [f"-max_len={longest}", f"-artifact_prefix=finding-{options.target}-"]
         flags += ["-print_final_stats=1", *([f"-dict={words}"] if target.words else [])]
-        atheris.Setup([sys.argv[0], *flags, str(corpus)], target.run)
+
+        def run(data: bytes) -> None:
+            with limited():
+                target.run(data)
+
+        atheris.Setup([sys.argv[0], *flags, str(corpus)], run)
         atheris.Fuzz()
 
 

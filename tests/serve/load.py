@@ -1,7 +1,9 @@
 """Many clients at once, half of which vanish: `python -m tests.serve.load` measures a server beside the same batch.
 
 It serves a model of the catalogue, asks it by 64 clients with requests of mixed lengths, and runs the same requests
-as a batch, in turns. A line of each round says how fast the server was, of 1 as fast as the batch.
+as a batch, in turns. A line of each round says how fast the server was, of 1 as fast as the batch. `--against URL` asks
+another server in each round, too: any that speaks OpenAI's API, such as llama-server with the same model and threads
+(`llama-server -m MODEL.gguf -t THREADS -np CLIENTS -c CONTEXT`).
 """
 
 from __future__ import annotations
@@ -75,6 +77,24 @@ def ask_all(client: openai.OpenAI, bodies: list[dict[str, Any]], half_vanish: bo
         return list(pool.map(ask, range(len(bodies))))
 
 
+def measure_other(client: openai.OpenAI, bodies: list[dict[str, Any]]) -> float:
+    """Tokens per second that another server generates for the bodies, counted by its own usage."""
+
+    model = client.models.list().data[0].id
+
+    def ask(body: dict[str, Any]) -> int:
+        asked = {**body, "temperature": 0}
+        more = {"ignore_eos": asked.pop("ignore_eos")}
+        done = client.completions.create(model=model, extra_body=more, **asked)
+        assert done.usage is not None, "the other server counts no tokens"
+        return done.usage.completion_tokens
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        tokens = sum(pool.map(ask, bodies))
+    return tokens / (time.monotonic() - begun)
+
+
 def wait_until_idle(client: openai.OpenAI, server: str) -> None:
     """Wait until nothing runs; a server that still computes for clients that went fails after a minute."""
     until = time.monotonic() + 60
@@ -102,10 +122,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=96, help="of the longest answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", metavar="URL", help="another server, such as http://127.0.0.1:8080")
     options = parser.parse_args()
     bodies = mixed_bodies(options.clients, options.tokens, words=120)
     tokens = sum(body["max_tokens"] for body in bodies)
-    ratios = []
+    ratios, others = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
@@ -122,10 +143,24 @@ def main() -> None:
                 print(
                     f"{tokens / seconds:.0f} tokens/s as a batch, {tokens / spent:.0f} served: {ratios[-1]:.2f}"
                 )
+                if options.against:
+                    with openai.OpenAI(
+                        base_url=f"{options.against.rstrip('/')}/v1",
+                        api_key="none",
+                        max_retries=0,
+                        timeout=600,
+                    ) as other:
+                        speed = measure_other(other, bodies)
+                    others.append(tokens / spent / speed)
+                    print(
+                        f"{speed:.0f} tokens/s by {options.against}: served {others[-1]:.2f} times as fast here"
+                    )
                 for found, text in zip(ask_all(client, bodies, half_vanish=True), texts, strict=True):
                     assert found in (None, text)
                 wait_until_idle(client, url)
     print(f"{options.clients} clients, half of them vanishing: median {statistics.median(ratios):.2f}")
+    if others:
+        print(f"median {statistics.median(others):.2f} times as fast as {options.against}")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def test_64_clients_half_of_which_vanish(client: openai.OpenAI, server: str, tmp
     found = load.ask_all(client, bodies, half_vanish=True)
     assert [text for text in found if text is not None] == expected[::2]
     load.wait_until_idle(client, server)
+    assert load.measure_other(client, bodies[:2]) > 0, "what --against asks of another server"
 
 
 @pytest.mark.mpiexec

@@ -6,15 +6,63 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
-from mpillm.batch.rows.line import MAX_LINE, error_line
+import msgspec
+
+from mpillm.batch.rows.line import MAX_LINE, wrong_row
 from mpillm.errors import JobError
 
+HEAD = 1 << 12  # bytes that tell what an input is
 CHUNK = 1 << 16  # characters that are read at once
 _MARK, _AFTER = re.compile(r'["\[\]{}]'), re.compile(r"[,\]\s]")  # in a nested value, and behind a number
-_TOO_LONG = error_line(f"the line is longer than {MAX_LINE >> 20} MiB")
+_BEGIN, _VISIBLE = re.compile(rb"(?:\xef\xbb\xbf)?\s*\["), re.compile(rb"\S")
+_TOO_LONG = wrong_row(f"the line is longer than {MAX_LINE >> 20} MiB")
+
+
+def begins_array(file: BinaryIO) -> tuple[bytes, bool]:
+    """Read the beginning of a file; return it, and whether the file is one array.
+
+    A list may also be a line among others, which is an error of that line. What the first line is and what follows it
+    tell them apart. A first line that is longer than a line may be is looked at as a whole if the file can be rewound.
+    """
+    head = file.read(HEAD)
+    begin = _BEGIN.match(head)
+    if begin is None:
+        return head, False
+    if head.find(b"\n", begin.end()) < 0:
+        head += file.readline(MAX_LINE) + file.read(HEAD)
+    end = head.find(b"\n", begin.end())
+    if end < 0:
+        return head, not file.seekable() or _goes_on(*_around_first_line_end(file))
+    visible = _VISIBLE.search(head, end)
+    if visible is None:
+        return head, True
+    with suppress(msgspec.DecodeError, RecursionError):
+        msgspec.json.decode(memoryview(head)[begin.end() - 1 : end], type=msgspec.Raw)
+        return head, False
+    return head, _goes_on(head[:end].rstrip()[-1:], visible[0])
+
+
+def _goes_on(last: bytes, first: bytes) -> bool:
+    """Whether the first line, which ends with `last`, and the second, which begins with `first`, are of one array."""
+    if first == b"{":  # in an array, an object at the beginning of a line follows one of these
+        return last in (b"[", b",", b":")
+    return last != b"]" or first in (b"", b",", b"]", b"}")
+
+
+def _around_first_line_end(file: BinaryIO) -> tuple[bytes, bytes]:
+    """The last visible character before the next end of a line and the first one behind it, if there are any."""
+    at, last = file.tell(), b""
+    while piece := file.readline(CHUNK):
+        last = piece.rstrip()[-1:] or last
+        if piece.endswith(b"\n"):
+            break
+    first = file.read(HEAD).lstrip()[:1]
+    file.seek(at)
+    return last, first
 
 
 def elements(file: io.BufferedReader, path: Path) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from mpillm.weights.paging.pager import BufferLoader, Loader
 from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor, aligned
 
 UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
-LOADING_NBYTES = 48 * 2**20  # of rows on their way into kernel-ready form, with what decoding them takes
+LOADING_NBYTES = 48 * 2**20  # of these and of their values, where rows are decoded before they are packed
 
 
 class StoredRows(NamedTuple):

@@ -17,7 +17,7 @@ from mpillm.kernels.types import SUPER_BLOCK, BlockType
 from mpillm.partition.grid import PANELS, Place
 from mpillm.weights.fill import Rows
 from mpillm.weights.formats.extent import Extent, llama_cpp_rows
-from mpillm.weights.formats.loaders import LOADING_NBYTES, StoredRows, open_unpacked_loader
+from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
@@ -27,6 +27,7 @@ from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, PageTensor, page_name, plan_entries
 from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
+from mpillm.weights.text_files import TokenizerSource
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
@@ -42,7 +43,6 @@ GATHERED = (
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
 
-    loading_nbytes = LOADING_NBYTES
     files_read_as_stored: tuple[Path, ...] = ()
 
     def __init__(
@@ -52,7 +52,7 @@ class TensorSource:
         metadata_files: Iterable[Path],
         extents: Mapping[Key, Extent],
         config: dict[str, Any],
-        tokenizer: Path | dict[str, Any],
+        tokenizer: TokenizerSource,
         quantize: str = "none",
     ) -> None:
         """`metadata_files` are those that are read whole (config.json): they count in the fingerprint."""
@@ -78,6 +78,13 @@ class TensorSource:
         }
         for file in self.mapped:
             file.release(0, file.size)  # the header has been read
+
+    @property
+    def loading_nbytes(self) -> int:
+        """Bytes that loading takes at most, besides the pages: matrices of the stored type are packed undecoded."""
+        matrices = [(key, extent.stored) for key, extent in self._extents.items() if len(extent.shape) > 1]
+        undecoded = all(stored.own and stored.type == self.tensors[key].type for key, stored in matrices)
+        return UNDER_WAY if undecoded else LOADING_NBYTES
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""

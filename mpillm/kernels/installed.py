@@ -1,0 +1,43 @@
+"""A checkout without compiled kernels uses those that are installed, if they were made of the checkout's sources.
+
+Python finds `mpillm` in the current directory first, so a checkout hides the package that `pip install` has built. The
+build records what it compiled (`setup.py`), and a checkout compares that with its own sources.
+"""
+
+from __future__ import annotations
+
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+RECORD = "sources.sha256"  # beside the compiled modules
+GENERATED = "declarations.pxi"
+
+
+def sources_digest(cython: Path) -> str:
+    """SHA-256 of the sources in the directory `cython` of a checkout, and of their names, in hexadecimal."""
+    found = sha256()
+    files = [path for pattern in ("*.py", "*.pyx", "*.pxi", "core/*.[ch]") for path in cython.glob(pattern)]
+    for path in sorted(files):
+        if path.name != GENERATED:
+            data = path.read_bytes()
+            found.update(f"{path.relative_to(cython)} {len(data)}\n".encode() + data)
+    return found.hexdigest()
+
+
+def installed_kernels(own: Path) -> tuple[Path | None, str]:
+    """The directory of installed kernels for the checkout whose `mpillm/kernels` is `own`, and else why there is none.
+
+    Both are empty where nothing is installed, or `own` is no checkout's.
+    """
+    cython = own.parents[1] / "cython"
+    if not cython.is_dir():
+        return None, ""
+    for entry in dict.fromkeys(Path(entry).resolve() / "mpillm" / "kernels" for entry in sys.path):
+        record = entry / RECORD
+        if entry == own or not record.is_file():
+            continue
+        if record.read_text().strip() == sources_digest(cython):
+            return entry, ""
+        return None, f"those in {entry} were made of other sources: install this checkout again"
+    return None, ""
