@@ -23,13 +23,13 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replicas
-from mpillm.planning import hosts, layout, measure
+from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
-from mpillm.planning.layout import Chosen
+from mpillm.planning.layout import Chosen, Layouts
 from mpillm.planning.limits import limits
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import replica_plans
+from mpillm.planning.rank_plan import Planner
 from mpillm.planning.step_time import Demand
 from mpillm.planning.wire import described, shards_cross_hosts, with_wire
 from mpillm.run.origin import Origin
@@ -91,6 +91,7 @@ class Session:
             if world.rank == 0:
                 check_vectors(self.source)
             self.activations = activations_of(self.source, self.config)
+            self.planner = Planner(self.source, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
@@ -163,17 +164,10 @@ class Session:
         if not self._replicated:
             count = 1
 
+        layouts = Layouts(spec, self.planner, count, asked.lines or None, self._shards_before, asked)
+
         def choose() -> Chosen:
-            return layout.choose(
-                spec,
-                self.source,
-                self.config,
-                self.machines,
-                count,
-                asked.lines or None,
-                self._shards_before,
-                asked,
-            )
+            return layouts.choose(self.machines).chosen
 
         chosen = world.on_rank_0(choose)
         pipeline = any(replica.stages > 1 for replica in chosen.replicas)
@@ -187,7 +181,7 @@ class Session:
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
-        plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self.needs, names))
+        plans = list(self.planner.replicas(self.job, self.replicas, self.needs, names))
         demand, spec = demand or demand_of(self.needs), with_wire(self.job, self.wire)
         return estimate(spec, self.config, self.machines, self.replicas, plans, demand)
 
