@@ -102,6 +102,7 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
     per_host, free = list[int](), list[int]()
     names, speeds = list[str](), list[Speed]()
     for number, host in enumerate(hosts):
+        speed = host.speed
         for copy in range(host.count):
             used = host.ranks if ranks is None else min(host.ranks, ranks - len(free))
             if used > 0:
@@ -109,7 +110,7 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
                 free += [byte_size(host.memory) // used] * used
                 name = host.name or f"host {number + 1}"
                 names += [f"{name} ({copy + 1})" if host.count > 1 else name] * used
-                speeds += [host.speed] * used
+                speeds += [speed] * used
     return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
 
 

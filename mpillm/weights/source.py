@@ -123,12 +123,23 @@ def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]
     """
     plans = []
     for layer in grid.stage_layers(model.n_layers, place):
-        plans += [source.plan(page, model, place) for page in model.pages(layer)]
-        if experts := model.experts(layer):
-            plans += source.plan_experts(experts, model, place)
-    if place.stage == place.stages - 1 and model.head.tensors:
-        plans.append(source.plan(model.head, model, place))
+        plans += layer_plans(model, layer, place, source)
+    return plans + head_plans(model, place, source)
+
+
+def layer_plans(model: Inventory, layer: int, place: Place, source: Source) -> list[PagePlan]:
+    """What a rank of the layer's stage holds of it."""
+    plans = [source.plan(page, model, place) for page in model.pages(layer)]
+    if experts := model.experts(layer):
+        plans += source.plan_experts(experts, model, place)
     return plans
+
+
+def head_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:
+    """The LM head's page, if the rank holds a part of it."""
+    if place.is_last_stage and model.head.tensors:
+        return [source.plan(model.head, model, place)]
+    return []
 
 
 def column_unit(source: Source) -> int:
