@@ -117,7 +117,7 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
     if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
     model = values.get("model")
-    if isinstance(model, str) and model and not model.startswith("hf:"):
+    if isinstance(model, str) and model and not model.startswith(("hf:", "$")):  # a variable is a host's own
         path = folder / os.path.expanduser(model)
         if "/" in model or model.endswith((".gguf", ".m")):
             values["model"] = str(path)
