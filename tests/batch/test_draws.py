@@ -1,16 +1,19 @@
-"""What is drawn has the distribution that transformers draws from, for each key of a body that changes it."""
+"""The keys of a body that say how tokens are drawn: distributions as transformers has them, and what each key means."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mpillm.engine.sequence import FinishedCompletion
 from tests.batch.make_draws import BODIES, FILE, PROMPT
-from tests.job_helpers import CHAT, works
+from tests.job_helpers import CHAT, END, TEXT, works
 from tests.model.engine_harness import run_engine
 
 DRAWS = 1000  # of each body
@@ -50,3 +53,65 @@ def test_the_file_is_of_these_bodies() -> None:
     assert kept[3] == 5  # top_k
     assert kept[4] < kept[0]  # top_p
     assert set(EXPECTED[9]) <= {"3", "7", "11", "40"}
+
+
+def generated(folder: Path, *bodies: dict[str, Any]) -> list[FinishedCompletion]:
+    """What the model answers greedily."""
+    shared = {"prompt": PROMPT, "max_tokens": 40, "ignore_eos": True}
+    made = works(folder, *(shared | body for body in bodies))
+    return run_engine(CHAT, [work.requests[0] for work in made])
+
+
+def test_penalties_count_what_was_generated(tmp_path: Path) -> None:
+    bodies = [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.4},
+        {"presence_penalty": -2, "frequency_penalty": 1},
+    ]
+    answers = generated(tmp_path, *({**body, "logprobs": TEXT.vocab_size} for body in bodies))
+    assert len({tuple(answer.tokens) for answer in answers}) == len(bodies)
+    for body, answer in zip(bodies, answers, strict=True):
+        counts: Counter[int] = Counter()
+        for token, top in zip(answer.tokens, answer.top, strict=True):
+            assert len(top) == TEXT.vocab_size
+            left = {
+                other: value
+                - counts[other] * body.get("frequency_penalty", 0)
+                - (counts[other] > 0) * body.get("presence_penalty", 0)
+                for other, value in top
+            }
+            assert left[token] >= max(left.values()) - 1e-5
+            counts[token] += 1
+        assert counts.most_common(1)[0][1] > 1, "something is said again"
+
+
+def test_bad_words_are_not_said(tmp_path: Path) -> None:
+    (plain,) = generated(tmp_path, {})
+    pairs = [
+        pair
+        for pair in pairwise(plain.tokens)
+        if tuple(TEXT.encode(TEXT.decode(pair, start=False), False)) == pair
+    ]
+    assert pairs
+    words = [TEXT.decode(pair, start=False) for pair in pairs[:2]]
+    (other,) = generated(tmp_path, {"bad_words": words})
+    assert not set(pairs[:2]) & set(pairwise(other.tokens))
+
+
+def test_when_an_answer_may_end(tmp_path: Path) -> None:
+    (plain,) = generated(tmp_path, {})
+    stop = plain.tokens[3]
+    first = plain.tokens.index(stop)
+    ending = {"logit_bias": {str(END): 100}}
+    stopped, later, ended, ignored = generated(
+        tmp_path,
+        {"stop_token_ids": [stop]},
+        {"stop_token_ids": [stop], "min_tokens": first + 6},
+        {**ending, "ignore_eos": False},
+        {**ending},
+    )
+    assert (stopped.tokens, stopped.stop_id) == (plain.tokens[: first + 1], stop)
+    assert len(later.tokens) >= first + 7 or later.finish_reason == "length"
+    assert stop not in later.tokens[: first + 6]
+    assert (ended.tokens, ended.finish_reason) == ([END], "stop")
+    assert (ignored.tokens, ignored.finish_reason) == ([END] * 40, "length")

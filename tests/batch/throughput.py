@@ -51,8 +51,8 @@ def few_shot(draw: random.Random, count: int) -> list[Body]:
 
 
 def documents(draw: random.Random, count: int) -> list[Body]:
-    """Eight questions about each of some documents."""
-    texts = [_ids(draw, 12 * KV_BLOCK) for _ in range(max(count // 8, 1))]
+    """Four questions about each of some documents."""
+    texts = [_ids(draw, 12 * KV_BLOCK) for _ in range(max(count // 4, 1))]
     asked = [{"prompt": texts[at % len(texts)] + _ids(draw, 9), "max_tokens": 16} for at in range(count)]
     draw.shuffle(asked)
     return asked

@@ -180,6 +180,7 @@ VARIANTS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("mistral", 'So[TOOL_CALLS] [{"arguments": {"city": "Oslo"}, "name": "weather"}]', "So", [OSLO]),
     ("granite", '<|tool_call|> [{"name": "now", "arguments": {}}]', "", [NO_ARGUMENTS]),
     ("pythonic", "<|python_start|>[weather(city='Oslo', where={'x': True, 'y': (None, -1.5)}), now()]<|python_end|>", "", [("weather", {"city": "Oslo", "where": {"x": True, "y": [None, -1.5]}}), NO_ARGUMENTS]),
+    ("pythonic", r"[weather(city='\d+\.')]", "", [("weather", {"city": "\\d+\\."})]),
 ]  # fmt: skip
 # Values that JSON does not have, and calls that are none: all of it is content.
 NO_JSON = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,9 @@ class Pythonic(Bare):
 
     def read(self, text: str) -> list[Call] | None:
         try:
-            tree = ast.parse(text, mode="eval").body
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such as of an escape that Python does not know
+                tree = ast.parse(text, mode="eval").body
             if not isinstance(tree, ast.List):
                 return None
             calls = [_python_call(one) for one in tree.elts]
