@@ -73,6 +73,11 @@ def _table(plan: Plan) -> Iterator[str]:
             if any(rank.adapters for rank in plan.ranks)
             else {}
         ),
+        **(
+            {"draft": [_mib(rank.draft) for rank in plan.ranks]}
+            if any(rank.draft for rank in plan.ranks)
+            else {}
+        ),
         "KV": [_mib(rank.kv_held) for rank in plan.ranks],
         "rows": [_mib(rank.activations) for rank in plan.ranks],
         "process": [_mib(rank.process) for rank in plan.ranks],

@@ -17,7 +17,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.partition.replicas import Replica
-from mpillm.planning import memory
+from mpillm.planning import draft, memory
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.limits import (
     CacheCapacity,
@@ -49,6 +49,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_minimum: int  # the smallest memory.weights that works here
     weights_streamed: int  # read anew for every step
     adapters: int  # all of them
+    draft: int  # a draft model and its cache, at most
     kv_token: int  # for each token in the cache
     kv_state: int  # for each sequence, however long
     kv_held: int  # at most
@@ -59,7 +60,8 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """The sum of all."""
-        return self.weights_held + self.adapters + self.kv_held + self.activations + self.process
+        held = self.weights_held + self.adapters + self.draft + self.kv_held
+        return held + self.activations + self.process
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Planner:
         capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
         needed = capacity.needed(len(caches[0].windows), asked)
         kept = 0 if number else asked.kept(step.sequences * replica.stages)
-        rows = min(step.tokens, asked.rows)
+        rows, drafting = min(step.tokens, asked.rows), draft.nbytes(spec, config)
         plans = [
             _rank(
                 one,
@@ -147,6 +149,7 @@ class Planner:
                 share,
                 self._activations(place, rows),
                 memory.process(self.source, config, place, share.pages, kept),
+                0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)
         ]
@@ -297,6 +300,7 @@ def _rank(
     share: _Share,
     activations: int,
     process: int,
+    drafting: int,
 ) -> RankPlan:
     layers = grid.stage_layers(config.n_layers, place)
     return RankPlan(
@@ -310,6 +314,7 @@ def _rank(
         weights_minimum=share.minimum,
         weights_streamed=share.streamed,
         adapters=config.adapters_nbytes(place),
+        draft=drafting,
         kv_token=cache.token_nbytes,
         kv_state=cache.state_nbytes,
         kv_held=cache_in_memory(spec, cache, *needed, capacity),

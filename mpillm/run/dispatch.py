@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
+from typing import Any
 
 import msgspec
 
@@ -263,10 +264,17 @@ class Assistant:
 
 def added(totals: Sequence[Totals]) -> Totals:
     """The totals of several replicas together."""
-    maxima = ("most_sequences", "most_blocks")
     return Totals(
         **{
-            field.name: (max if field.name in maxima else sum)(getattr(one, field.name) for one in totals)
+            field.name: _together([getattr(one, field.name) for one in totals], field.name)
             for field in fields(Totals)
         }
     )
+
+
+def _together(values: list[Any], name: str) -> Any:
+    if name in ("most_sequences", "most_blocks"):
+        return max(values)
+    if isinstance(values[0], dict):
+        return {key: sum(one.get(key, 0) for one in values) for one in values for key in one}
+    return sum(values)

@@ -12,8 +12,10 @@ from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
+from mpillm.engine.draft_model import DraftModel
 from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.limits import Limits, Totals
+from mpillm.engine.speculation import Mode
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -32,6 +34,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import Planner
 from mpillm.planning.step_time import Demand
 from mpillm.planning.wire import described, shards_cross_hosts, with_wire
+from mpillm.run import draft
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
@@ -147,6 +150,8 @@ class Session:
         self._kv_tokens = min(world.gather(self.limits.max_length))
         self.channel = Channel(world, self.counters, ranks)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
+        with world.together():
+            self.draft_model = self._open_draft_model()
         log.info(
             "%s replica %d of %d, stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
             world, self.replica, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
@@ -197,9 +202,21 @@ class Session:
             self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state, self.wire
         )
 
-    def engine(self, totals: Totals | None = None) -> Engine:
-        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any."""
-        return Engine(self.worker, self.channel, self.limits, self.shard_vocab, totals)
+    def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
+        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any.
+
+        It drafts as the job says, or as `speculation` does.
+        """
+        limits = self.limits if speculation is None else replace(self.limits, speculation=speculation)
+        return Engine(self.worker, self.channel, limits, self.shard_vocab, totals, self.draft_model)
+
+    def _open_draft_model(self) -> DraftModel | None:
+        """The job's draft model, on the leader of each replica."""
+        if self.place.rank:
+            return None
+        return draft.open_draft_model(
+            self.spec, self.source, self.config, self.world, self.threads, self._open_files
+        )
 
     @property
     def shard_vocab(self) -> list[int]:
