@@ -28,16 +28,17 @@ run: $(VENV)/installed
 
 # The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
 # Those that start no ranks run side by side, on each core one; after them those that start mpiexec, Slurm or hosts,
-# one by one; at last those below tests/mpi inside the ranks. A test of the second kind that fails runs once more,
-# because processes of other programs take part in it; each such test is named (R) at the end, and is looked at.
+# one by one; at last those below tests/mpi inside the ranks. A test that fails runs once more, because other programs
+# and a busy machine take part in many; each such test is named (RERUN) at the end, and is looked at.
 STARTS := mpiexec or slurm or hosts
+AGAIN  := --reruns 1 -r fER
 PYTEST := MPILLM_TEST_MPICH="$(CURDIR)/$(MPICH)" python -m pytest
 test: $(VENV)/installed-test $(MPICH)/installed
 ifdef PYTEST_ARGS
 	@. $(BIN)/activate && $(PYTEST) $(PYTEST_ARGS)
 else
-	@. $(BIN)/activate && OMP_WAIT_POLICY=passive $(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not ($(STARTS))"
-	@. $(BIN)/activate && $(PYTEST) --reruns 1 -r fER -m "$(STARTS)"
+	@. $(BIN)/activate && OMP_WAIT_POLICY=passive $(PYTEST) -n logical --maxprocesses 8 --dist worksteal $(AGAIN) -m "not ($(STARTS))"
+	@. $(BIN)/activate && $(PYTEST) $(AGAIN) -m "$(STARTS)"
 	@$(MAKE) --no-print-directory test-mpi
 endif
 

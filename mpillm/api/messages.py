@@ -50,15 +50,15 @@ class Refused(msgspec.Struct, tag=True):
     message: str
 
 
-Message = OpenJob | AddLines | CancelLines | Ready | NewResults | NoMoreResults | Refused
+RankMessage = OpenJob | AddLines | CancelLines | Ready | NewResults | NoMoreResults | Refused
 
 
-def send(connection: Connection, message: Message) -> None:
+def send(connection: Connection, message: RankMessage) -> None:
     """Send a message; OSError if the other side is gone."""
     connection.send_bytes(msgspec.msgpack.encode(message))
 
 
-def receive(connection: Connection) -> Message:
+def receive(connection: Connection) -> RankMessage:
     """Wait for a message; EOFError or OSError if the other side is gone."""
-    found: Message = msgspec.msgpack.decode(connection.recv_bytes(), type=Message)
+    found: RankMessage = msgspec.msgpack.decode(connection.recv_bytes(), type=RankMessage)
     return found

@@ -37,7 +37,7 @@ def measure(
     world: World, spec: Spec, model: Path, options: BenchOptions
 ) -> Iterator[tuple[Run, tuple[int, int]]]:
     """A run for each budget and number of sequences, and its layout (stages, shards)."""
-    for budget in options.budgets:
+    for budget in options.budgets or ("25%",):
         for sequences in sorted(set(options.sequences)):
             yield _measure(world, spec, model, budget, sequences, options)
 
@@ -52,7 +52,7 @@ def _measure(
         WARM + options.repeats + -(-options.repeats // (TURN - 1)) + 2 * -(-sequences * context // TOKENS)
     )
     with world.together():
-        spec = _bounded(world, spec, budget, sequences, context + tokens)
+        spec = bounded(world, spec, budget, sequences, context + tokens)
     world.barrier()
     start = time.perf_counter()
     with closing(Session(world, spec, model)) as session:
@@ -136,7 +136,7 @@ def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list
     return found
 
 
-def _bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
+def bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
     """The job with a budget for weights, and a KV cache that holds its sequences."""
     planned = plan.make(spec, world.size)
     longest += KV_BLOCK  # the scheduler admits a sequence if there is a block for it to grow into

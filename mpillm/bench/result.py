@@ -33,10 +33,17 @@ class Kernel(msgspec.Struct, kw_only=True):
     over_scalar: float | None = None  # how many times faster than the scalar path
 
 
+class Drafts(msgspec.Struct, kw_only=True):
+    """Tokens that a drafter drafted, and those of them that were what was drawn."""
+
+    drafted: int
+    accepted: int
+
+
 class Run(msgspec.Struct, kw_only=True):
     """The engine at work on all ranks; `peer_...` and `ratio` (above 1: we are faster) if there was a peer."""
 
-    what: str  # prefill, decode (one sequence), batch (decode of many), startup or paging
+    what: str  # prefill, decode (one sequence), batch (decode of many), startup, paging or speculation
     threads: int  # of each rank
     sequences: int
     tokens: int  # of the prompt; in decode, before the first decoded one
@@ -57,6 +64,12 @@ class Run(msgspec.Struct, kw_only=True):
     ready: float = 0.0  # seconds from opening the model to the first step
     first_step: float = 0.0  # the prompts and one token, while what stays comes into memory
     memory: int = 0  # maximum resident bytes of any rank
+    # Of speculation:
+    text: str = ""  # what kind it is
+    drafts: str = ""  # `batch.speculation`
+    per_pass: float = 0.0  # tokens
+    drafters: dict[str, Drafts] = {}
+    gain: float | None = None  # how many times as fast as without drafts
     peer_seconds: float | None = None
     peer_rate: float | None = None
     ratio: float | None = None

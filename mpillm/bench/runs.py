@@ -38,7 +38,8 @@ class BenchOptions:
     sequences: tuple[int, ...] = (1, 8, 32, 128)  # that decode together
     prompts: tuple[int, ...] = (512,)  # lengths
     contexts: tuple[int, ...] = (16,)  # tokens before the first decoded one
-    budgets: tuple[str, ...] = ("25%",)  # for weights, where they are paged: of a rank's share, or bytes
+    budgets: tuple[str, ...] = ()  # for weights, where they are paged: of a rank's share, or bytes
+    draft: str | None = None  # a model that drafts, where speculation is measured
     repeats: int = 5
 
     @property

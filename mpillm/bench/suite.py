@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mpillm import __version__
-from mpillm.bench import kernels, machine, packed, paging, runs, synthetic, tables
+from mpillm.bench import kernels, machine, packed, paging, runs, speculation, synthetic, tables
 from mpillm.bench.against import LlamaCpp, Peer
 from mpillm.bench.result import Bench, Kernel, Machine, Run
 from mpillm.bench.runs import BenchOptions
@@ -55,7 +55,7 @@ def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None
     limits, found = Machine(cpu="", cores=0, kernels="", read={}, int8={}), list[Kernel]()
     if world.rank == 0:
         # Paging is limited by the disk, and the limits of memory would add to the memory that is measured.
-        measured_with = counts if options.what - {"paging"} else ()
+        measured_with = counts if options.what - {"paging", "speculation"} else ()
         limits = machine.measure(n * ranks for n in measured_with for ranks in {1, world.nodes.ranks_here})
         if "kernels" in options.what:
             progress.say(f"measuring the kernels {limits.kernels} ...")
@@ -154,6 +154,8 @@ def _engine(
         layout = (1, 1)
         if "paging" in what:
             yield from paging.measure(world, spec, path, options)
+        if "speculation" in what:
+            yield from speculation.measure(world, spec, path, options)
         if "startup" in what:
             yield runs.start_up(world, spec, path, options, peer), layout
         if not what & ENGINE:

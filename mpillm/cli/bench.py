@@ -10,7 +10,7 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 WHAT = ("kernels", "prefill", "decode", "batch", "startup")
-MORE = ("paging",)  # only on request, because it reads the model many times
+MORE = ("paging", "speculation")  # only on request, because they take long
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "q5_k_m, bf16, f16 or f32 (q4_0)",
     )
     parser.add_argument(
-        "--what", type=_words, default=WHAT, help=f"some of {','.join(WHAT)} (all of these), or paging"
+        "--what",
+        type=_words,
+        default=WHAT,
+        help=f"some of {','.join(WHAT)} (all of these), or {', '.join(MORE)}",
     )
     for name, default, meaning in (
         ("threads", (), "of each rank (its share of the node)"),
@@ -40,9 +43,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=_numbers, default=default, metavar="N[,N...]", help=meaning)
     parser.add_argument(
-        "--budget", type=_budgets, default=("25%",), metavar="B[,B...]",
-        help="weights that a rank holds in paging: a part of its share, or bytes such as 4GiB (25%%)",
+        "--budget", type=_budgets, default=(), metavar="B[,B...]",
+        help="weights that a rank holds in paging (25%%) and speculation (all): a part of its share, or such as 4GiB",
     )  # fmt: skip
+    parser.add_argument("--draft", metavar="MODEL", help="a model that drafts for it in speculation")
     parser.add_argument(
         "--repeats", type=_number, default=5, metavar="N", help="of which the median is shown (5)"
     )
@@ -68,6 +72,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         contexts=options.context,
         budgets=options.budget,
         repeats=options.repeats,
+        draft=options.draft,
     )
     asked = suite.BenchCommand(options.model, options.synthetic, options.weights, options.against, measured)
     made = suite.bench(world, asked, Console(lambda: world.rank == 0))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from mpillm.run.progress import State
+from mpillm.run.progress import ProgressState
 
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
 WINDOW = 10.0  # seconds that the rate of now is taken over
@@ -40,7 +40,7 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
-def described(state: State) -> str:
+def described(state: ProgressState) -> str:
     """What the run has waited for, and what drafts gave; empty if it was next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if state.per_pass is not None:
@@ -58,7 +58,7 @@ class Live:
         """The bar has a postfix and no rate of its own."""
         self._bar, self._rates, self._shown = bar, Rates(), 0.0
 
-    def update(self, answered: int, state: Callable[[], State]) -> None:
+    def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered
         if time.monotonic() < self._shown + LIVE and self._bar.n < self._bar.total:
             return
@@ -76,7 +76,7 @@ class ProgressLines:
         self._total, self._say = total, say
         self._answered, self._rates, self._said = 0, Rates(), time.monotonic()
 
-    def update(self, answered: int, state: Callable[[], State]) -> None:
+    def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._answered += answered
         if time.monotonic() < self._said + LINES:
             return

@@ -1,1 +1,1 @@
-"""How ranks share a model and talk: the grid of stages and shards, the MPI world, and its messages."""
+"""How ranks talk to each other: the MPI world, its messages, its deadlines, and what is done about lost ranks."""

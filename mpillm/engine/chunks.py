@@ -32,7 +32,7 @@ def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
         wanted["hidden"] = _hidden(sequence, end)
     if not request.only_reads and end == len(tokens):
         constraint = sequence.constraint
-        wanted |= _drawn(request, tokens, request.allowed if constraint is None else constraint.allowed())
+        wanted |= drawn_from(request, tokens, request.allowed if constraint is None else constraint.allowed())
     yield Chunk(
         start=start,
         tokens=np.array(tokens[start:end], np.int32),
@@ -46,14 +46,14 @@ def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
         **wanted,
     )
     known = tokens
-    for at, (token, allowed) in enumerate(sequence.drafts, end):
+    for at, (token, allowed, _) in enumerate(sequence.drafts, end):
         known = [*known, token]
-        drawn = _drawn(request, known, request.allowed if allowed is None else allowed)
+        drawn = drawn_from(request, known, request.allowed if allowed is None else allowed)
         own = np.array([token], np.int32)
         yield Chunk(start=at, tokens=own, tables=tables, adapter=request.adapter, long=sequence.long, **drawn)
 
 
-def _drawn(request: Request, tokens: list[int], allowed: Ints | None) -> dict[str, Any]:
+def drawn_from(request: Request, tokens: list[int], allowed: Ints | None) -> dict[str, Any]:
     """What a chunk has where a token is drawn that follows `tokens`, prompt and answer."""
     penalised = request.repetition_penalty != 1.0
     return {

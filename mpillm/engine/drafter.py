@@ -1,17 +1,24 @@
-"""What is drafted for one sequence by prompt lookup: what followed where its last tokens stood before."""
+"""What is drafted for one sequence: what followed where its last tokens stood before, in its text or in an answer."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST = 15  # tokens of a draft
-SHORTEST, COMPARED = 2, 32  # tokens that must have stood there before, and those that are compared
-LONG = 5  # from so many on, what followed is much likelier to follow again
+from mpillm.engine.answer_index import COMPARED, LONGEST, NO_GUESS, AnswerIndex, Guess
+
+Kind = Literal["prompt lookup", "answers", "model", "grammar"]
+PROMPT_LOOKUP: Kind = "prompt lookup"
+ANSWERS: Kind = "answers"
+MODEL: Kind = "model"  # a draft model
+GRAMMAR: Kind = "grammar"  # what must follow, whatever the model says
+
+SHORTEST = 2  # tokens that must have stood before
 
 
 class Drafted(NamedTuple):
@@ -19,21 +26,7 @@ class Drafted(NamedTuple):
 
     token: int
     allowed: NDArray[np.int32] | None = None
-
-
-class Guess(NamedTuple):
-    """What may follow a text."""
-
-    tokens: list[int]
-    matched: int  # tokens that stood before them there, and end the text here
-
-    @property
-    def is_long(self) -> bool:
-        """Whether many tokens stood there."""
-        return self.matched >= LONG
-
-
-NO_GUESS = Guess([], 0)
+    by: Kind = PROMPT_LOOKUP
 
 
 class Lookup:
@@ -64,6 +57,9 @@ class Lookup:
         return Guess(np.resize(known[places[-1] + 1 :][:LONGEST], LONGEST).tolist(), length)
 
 
+Sort = tuple[Kind, bool]  # a drafter, and whether its match is long
+
+
 class Acceptance:
     """How probable it is that a drafted token is right, if those before it are: of the last few dozen tokens."""
 
@@ -86,28 +82,77 @@ class Acceptance:
         self._right, self._all = self._right * kept + right, self._all * kept + right + wrong
 
 
+Acceptances = dict[Sort, Acceptance]
+OF_MODEL: Sort = MODEL, False
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A guess of a drafter."""
+
+    by: Kind
+    guess: Guess = NO_GUESS
+
+    @property
+    def sort(self) -> Sort:
+        """Whose acceptance it counts for."""
+        return self.by, self.guess.is_long
+
+
+def first_acceptances() -> Acceptances:
+    """With what a run begins."""
+    matches = {
+        (kind, is_long): Acceptance(0.8 if is_long else 0.4)
+        for kind in (PROMPT_LOOKUP, ANSWERS)
+        for is_long in (False, True)
+    }
+    return {**matches, OF_MODEL: Acceptance(0.7)}
+
+
 class Drafter:
-    """What is drafted for one sequence, and how good that was: apart for short and for long matches."""
+    """What is drafted for one sequence, and how good that was, apart by drafter and by length of match."""
 
-    def __init__(self, first: Sequence[Acceptance]) -> None:
-        """`first` are those of other sequences."""
-        self._acceptance = [Acceptance(other.value) for other in first]
-        self._lookup = Lookup()
-        self._guess = NO_GUESS
-        self._at = 0  # the number of tokens that it follows
+    def __init__(self, first: Acceptances, answers: AnswerIndex | None = None) -> None:
+        """`first` are those of other sequences; `answers` are what they came to."""
+        self._acceptance = {sort: Acceptance(other.value) for sort, other in first.items()}
+        self._lookup, self._answers = Lookup(), answers
+        self._offers: list[Offer] = []
+        self._at = 0  # the number of tokens that they follow
 
-    def guess(self, tokens: Sequence[int]) -> tuple[list[int], float]:
-        """What may follow `tokens`, and how probable each token is if those before it are right."""
-        self._at, self._guess = len(tokens), self._lookup.guess(tokens)
-        return self._guess.tokens, self._acceptance[self._guess.is_long].value
+    def guess(self, tokens: Sequence[int]) -> tuple[Offer, float]:
+        """What may follow `tokens`, and how probable each token is if those before it are right.
 
-    def judge(self, tokens: Sequence[int], others: Sequence[Acceptance]) -> None:
-        """Note for this sequence and for `others` how much of the last guess was right, as far as `tokens` tell."""
-        guessed, self._guess, is_long = self._guess.tokens, NO_GUESS, self._guess.is_long
-        seen = tokens[self._at : self._at + len(guessed)]
-        right = common(seen, guessed)
-        for one in (self._acceptance[is_long], others[is_long]):
-            one.note(right, int(right < len(seen)))
+        Of several drafters it is what the best one says.
+        """
+        if not self._offers or self._at != len(tokens):
+            self._at = len(tokens)
+            self._offers = [Offer(PROMPT_LOOKUP, self._lookup.guess(tokens))]
+            if self._answers is not None:
+                self._offers.append(Offer(ANSWERS, self._answers.guess(tokens)))
+        best = self._offers[0] if self._offers[0].by == MODEL else max(self._offers, key=self._probable)
+        return best, self._acceptance[best.sort].value
+
+    @property
+    def of_model(self) -> float:
+        """How probable it is that a token of the draft model is right, if those before it are."""
+        return self._acceptance[OF_MODEL].value
+
+    def take(self, drafted: list[int]) -> None:
+        """Prefer what the draft model says to the other guesses of the same step."""
+        self._offers.insert(0, Offer(MODEL, Guess(drafted, 0)))
+
+    def judge(self, tokens: Sequence[int], others: Acceptances) -> None:
+        """Note for this sequence and for `others` how much of the last guesses was right, as far as `tokens` tell."""
+        for offer in self._offers:
+            guessed = offer.guess.tokens
+            seen = tokens[self._at : self._at + len(guessed)]
+            right = common(seen, guessed)
+            for one in (self._acceptance[offer.sort], others[offer.sort]):
+                one.note(right, int(right < len(seen)))
+        self._offers = []
+
+    def _probable(self, offer: Offer) -> float:
+        return self._acceptance[offer.sort].value if offer.guess.tokens else 0.0
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

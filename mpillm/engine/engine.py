@@ -15,6 +15,7 @@ from mpillm.comm.collectives import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.chunks import chunks_of
+from mpillm.engine.draft_model import DraftModel
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.messages import Fetch, Stop
 from mpillm.engine.pace import Pace
@@ -88,6 +89,7 @@ class Engine:
         limits: Limits,
         shard_vocab: list[int],
         totals: Totals | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         """`totals` are those of the engine that this one replaces, if any."""
         self.totals = totals or Totals()
@@ -99,7 +101,7 @@ class Engine:
         self._speculation: Speculation | None = None
         if limits.speculation != "off" and limits.windows and not limits.n_slots:
             share = worker.decoder.config.expert_share
-            self._speculation = Speculation(limits.speculation, limits.streams, share)
+            self._speculation = Speculation(limits.speculation, limits.streams, share, draft_model)
         self._scheduler: Scheduler | None = None  # of the current run, or of the last one
         self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: received, not used yet
 
@@ -114,6 +116,8 @@ class Engine:
         do, waits for the next request, and returns False when there will be none.
         """
         sequences = _Sequences(requests, self.totals)
+        if self._speculation is not None:
+            self._speculation.begin()
         scheduler = Scheduler(self._limits, sequences, self.totals, self._speculation)
         self._scheduler = scheduler
         pace = Pace(self._limits)
@@ -131,6 +135,8 @@ class Engine:
                 done = self._finish(step, chosen)
                 for sequence in done:
                     scheduler.release(sequence)
+                    if self._speculation is not None:
+                        self._speculation.ended(sequence)
                 yield [sequence.completion() for sequence in (*sequences.take_ended(), *done)]
         except GeneratorExit:
             # Nobody wants the rest; the replies to what is under way are taken, so that no rank waits to send them.
@@ -220,8 +226,7 @@ class Engine:
         sequence.reached = max(sequence.reached, end)
         if sequence.drafts:
             assert self._scheduler is not None
-            totals.drafted_tokens += len(sequence.drafts)
-            totals.accepted_tokens += accepted
+            totals.count_drafts(sequence.drafts, accepted)
             self._scheduler.give_back(sequence)
             sequence.drafts = []
         if self._speculation is not None:

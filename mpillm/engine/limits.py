@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
+from mpillm.engine.drafter import Drafted
 from mpillm.engine.sequence import Sequence
 from mpillm.engine.speculation import Mode
 from mpillm.model.cache_layout import longest_sequence
@@ -56,11 +58,27 @@ class Totals:
     generated_tokens: int = 0
     preemptions: int = 0
     turns: int = 0  # of sequences in steps that drew tokens for them, one or several each
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of those, what would have been drawn
+    drafted: dict[str, int] = field(default_factory=dict)  # tokens, by drafter
+    accepted: dict[str, int] = field(default_factory=dict)  # of those, what would have been drawn
     fetched_rows: int = 0  # draws that the candidates at hand could not decide, so more had to be asked for
     most_sequences: int = 0
     most_blocks: int = 0
+
+    @property
+    def drafted_tokens(self) -> int:
+        """By all drafters."""
+        return sum(self.drafted.values())
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of all drafters."""
+        return sum(self.accepted.values())
+
+    def count_drafts(self, drafts: Seq[Drafted], accepted: int) -> None:
+        """Count the drafts of a step, of which the first `accepted` are what was drawn."""
+        for at, draft in enumerate(drafts):
+            self.drafted[draft.by] = self.drafted.get(draft.by, 0) + 1
+            self.accepted[draft.by] = self.accepted.get(draft.by, 0) + (at < accepted)
 
     def count_generated(self, sequence: Sequence) -> None:
         """Count what a sequence has generated since the last call: never less, wherever a signal interrupts it."""

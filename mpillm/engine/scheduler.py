@@ -308,6 +308,8 @@ class Scheduler:
         rows = min(rows, DRAWN_ROWS - len(chosen))
         if rows <= 0 or not speculation.begin_step(len(chosen)):
             return
+        rooms = [(sequence, room) for sequence, computes in chosen if (room := sequence.room(computes)) > 0]
+        speculation.ask_model(rooms, rows)
         groups, pool = len(self.limits.windows), self._pool
         spare = min(pool.free, self.limits.blocks_in_memory - pool.used) // groups - len(self.running)
         for sequence, computes in chosen:

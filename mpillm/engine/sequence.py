@@ -279,9 +279,9 @@ class Sequence:
         self.named = self.computed // KV_BLOCK
         self._block_keys = before._block_keys[: self.named]
 
-    def uniform(self) -> float:
-        """The random number in [0, 1) that draws the next token: keyed by request, counted by position."""
-        return philox.uniform(self._stream, self.generated)
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) of the next token, or of one behind it: keyed by request, counted by position."""
+        return philox.uniform(self._stream, self.generated + ahead)
 
     def append(self, token: int) -> None:
         """Append a generated token and decide whether it ends the text."""

@@ -27,9 +27,9 @@ ACTIVATION = np.dtype(
         ("q", "i1", QUANT_BLOCK),
         ("scale", "<f4"),
         ("total", "<f4"),
-        ("less8", "<i4"),
-        ("less128", "<i4"),
-        ("less32", "<i4", 2),
+        ("offset8", "<i4"),
+        ("offset128", "<i4"),
+        ("offset32", "<i4", 2),
     ]
 )
 assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
@@ -116,8 +116,8 @@ def activations(x: F32, bounds: Bounds) -> U8:
     total = out["q"].sum(axis=-1, dtype=np.int32)
     with np.errstate(all="ignore"):
         out["total"] = out["scale"] * total.astype(np.float32)
-    out["less8"], out["less128"] = -8 * total, -128 * total
-    out["less32"] = -32 * out["q"].reshape(*blocks.shape[:2], 2, 16).sum(axis=-1, dtype=np.int32)
+    out["offset8"], out["offset128"] = -8 * total, -128 * total
+    out["offset32"] = -32 * out["q"].reshape(*blocks.shape[:2], 2, 16).sum(axis=-1, dtype=np.int32)
     groups = [out[row : row + ROW_GROUP].T.reshape(-1) for row in range(0, len(out), ROW_GROUP)]
     return np.concatenate(groups).view(np.uint8).reshape(len(x), -1)
 

@@ -22,7 +22,7 @@ from mpillm.weights.formats.stored import OWN, Floats
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
-from mpillm.weights.text_files import LENGTHS, MODULES, PROMPTS
+from mpillm.weights.text_files import LENGTHS, MODULES, PROMPTS, text_folder
 
 GGUF_KEY = "pooling_type"  # of the configuration that is made of a GGUF file
 
@@ -66,8 +66,9 @@ class EmbeddingSettings:
 
 def embedding_settings(source: Source) -> EmbeddingSettings:
     """What the files of a model say about embeddings; ModelError if they cannot be read."""
-    if isinstance(source.tokenizer, Path) and (source.tokenizer / MODULES).exists():
-        return _from_directory(source.tokenizer)
+    folder = text_folder(source.tokenizer)
+    if folder is not None and (folder / MODULES).exists():
+        return _from_directory(folder)
     pooling = _GGUF.get(source.config.get(GGUF_KEY, 0), "unknown")
     if pooling not in _POOLINGS:
         return EmbeddingSettings(unsupported=f"pooling {pooling!r}")

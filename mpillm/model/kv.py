@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.model.cache_layout import CacheLayout, TokenLayer
-from mpillm.model.spill import Ints, Pool, Spill, new_pool
+from mpillm.model.spill import Ints, LayerPools, Spill, new_pool
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]  # a layer's keys and values, as `kernels.kv_pools` describes them
 
@@ -63,7 +63,7 @@ class KVCache:
             layers = [(layer.pool, layer.group) if layer else None for layer in layout.tokens]
             self.spill = Spill(spill_dir, layout.pools, layers, budget - self._states_nbytes, n_blocks)
         self._arrays: dict[int, Arrays] = {}  # of layers whose pools are in memory
-        self._pools: list[Pool | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
+        self._pools: list[LayerPools | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
 
     def begin(self, groups: Sequence[GroupTables], offset: Ints, moves: StateMoves) -> None:
         """A step begins that reads all blocks of these tables, and writes each row at its block and `offset`."""
@@ -141,7 +141,7 @@ class KVCache:
         assert layer is not None, f"layer {i} of this rank keeps no keys and values"
         return layer
 
-    def _seen(self, layer: TokenLayer, pool: Pool) -> Arrays:
+    def _seen(self, layer: TokenLayer, pool: LayerPools) -> Arrays:
         """A pool's bytes as the arrays that the kernels work on."""
         (key_shape, key_type), (value_shape, value_type) = layer.keys, layer.values
         keys, values = pool

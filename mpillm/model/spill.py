@@ -35,7 +35,7 @@ from mpillm.model.spill_file import SpillFile
 
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
-Pool = tuple[Bytes, Bytes]  # keys and values, each [block, bytes of one]
+LayerPools = tuple[Bytes, Bytes]  # keys and values, each [block, bytes of one]
 Run = tuple[int, int]  # neighbouring blocks: the first one, and the one behind the last
 Move = Callable[[int, Bytes], None]
 
@@ -114,7 +114,7 @@ class Spill:
         self._sizes = [sum(nbytes) for nbytes in pools]
         self._starts: dict[int, int] = {}  # by pool: where it begins in the file
         self._end = 0
-        self._buffers: list[Pool] = []
+        self._buffers: list[LayerPools] = []
         self._turns: list[int] = []  # this step's layers of the file, in order
         self._turn = 0
         self._reads: dict[int, Future[None]] = {}
@@ -139,7 +139,7 @@ class Spill:
         in_memory = sum(size for pool, size in enumerate(self._sizes) if pool not in self._starts)
         return self._top * (in_memory + (BUFFERS * max(self._sizes) if self._starts else 0))
 
-    def make_space(self, top: int, pools: list[Pool | None]) -> None:
+    def make_space(self, top: int, pools: list[LayerPools | None]) -> None:
         """Write those of `pools` that must leave before the first `top` blocks are used; None stays in their place."""
         before, self._top = self._top, max(self._top, top)
         for pool in pools_in_file(self._sizes, self._budget, self._top)[len(self._starts) :]:
@@ -165,7 +165,7 @@ class Spill:
         for turn in range(min(BUFFERS, len(self._turns))):
             self._read(turn)
 
-    def acquire(self, layer: int) -> Pool:
+    def acquire(self, layer: int) -> LayerPools:
         """The pool of the layer whose turn it is, when its blocks have been read."""
         assert layer == self._turns[self._turn], (layer, self._turns, self._turn)
         arrived = self._reads.pop(layer)
@@ -199,7 +199,7 @@ class Spill:
         assert found is not None, layer
         return found
 
-    def _buffer(self, turn: int) -> Pool:
+    def _buffer(self, turn: int) -> LayerPools:
         """The buffer of a turn, in the form of its layer's pool."""
         pool, _ = self._of(self._turns[turn])
         keys, values = (
@@ -213,11 +213,11 @@ class Spill:
         pool, group = self._of(layer)
         self._reads[layer] = self._do(self._file.read, pool, self._buffer(turn), self._reading[group])
 
-    def _do(self, move: Move, pool: int, memory: Pool, runs: Sequence[Run]) -> Future[None]:
+    def _do(self, move: Move, pool: int, memory: LayerPools, runs: Sequence[Run]) -> Future[None]:
         """Move runs of a pool's blocks between memory and the file, behind everything that was asked for before."""
         return self._queue.submit(self._transfer, move, pool, memory, runs)
 
-    def _transfer(self, move: Move, pool: int, memory: Pool, runs: Sequence[Run]) -> None:
+    def _transfer(self, move: Move, pool: int, memory: LayerPools, runs: Sequence[Run]) -> None:
         if self._error is not None:
             raise self._error
         pieces = list(self._pieces(pool, memory, runs))
@@ -237,7 +237,7 @@ class Spill:
         else:
             self.counters.written += moved
 
-    def _pieces(self, pool: int, memory: Pool, runs: Sequence[Run]) -> Iterator[tuple[int, Bytes]]:
+    def _pieces(self, pool: int, memory: LayerPools, runs: Sequence[Run]) -> Iterator[tuple[int, Bytes]]:
         """Places in the file, and the bytes of memory that belong there."""
         start = self._starts[pool]
         for data in memory:
@@ -251,7 +251,7 @@ class Spill:
             start += size * self._n_blocks
 
 
-def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> Pool:
+def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> LayerPools:
     """Memory for the keys and the values of blocks of so many bytes, all zero, which is used only as it is touched."""
     keys, values = (_zeros(n_blocks * size).reshape(n_blocks, size) for size in nbytes)
     return keys, values

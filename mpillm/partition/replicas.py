@@ -7,6 +7,7 @@ that.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,8 +112,10 @@ def _sizes(ranks: int, count: int, ranks_per_host: Sequence[int] | None) -> list
         borders = list(range(1, ranks + 1))
     found = [0]
     for number in range(1, count):
-        # Each replica behind this one needs a border too.
-        allowed = [border for border in borders[: len(borders) - count + number] if border > found[-1]]
+        # Each replica behind this one needs a border too. The nearest one is the last below the ideal, or the next.
+        first, end = bisect.bisect_right(borders, found[-1]), len(borders) - count + number
+        at = min(max(bisect.bisect_right(borders, number * ranks // count), first + 1), end - 1)
+        allowed = borders[at - 1 : at + 1] if at > first else borders[first : first + 1]
         found.append(min(allowed, key=lambda border: (abs(border * count - number * ranks), -border)))
     found.append(ranks)
     return [end - begin for begin, end in itertools.pairwise(found)]

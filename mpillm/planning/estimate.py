@@ -26,11 +26,13 @@ from mpillm.planning.step_time import (
     between,
     job_time,
     round_of,
+    shared,
     stage_time,
 )
 from mpillm.spec import Spec
 
 UNEVEN = 1.1  # how many times as fast an uneven division of layers must be
+IDLE = 1.25  # how many times as long as the whole job a request takes on a replica that gets none
 TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
 
 
@@ -53,6 +55,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     slowest: str  # the rank that the others wait for
     micro_batches: int
     bubble: float  # the part of a step in which stages wait for each other
+    idle: list[int]  # replicas for which no request is left, because they are too slow
 
 
 def demand_of(asked: InputNeeds) -> Demand | None:
@@ -72,19 +75,15 @@ def estimate(
 ) -> Estimate:
     """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
     demand = given or TYPICAL
-    part = Demand(
-        -(-demand.requests // len(replicas)), demand.prompt / len(replicas), demand.generated / len(replicas)
-    )
-    laid_out = [
-        stages_of(spec, config, machines, replica, plan)
-        for replica, plan in zip(replicas, plans, strict=True)
+    kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
+    seconds, requests = shared([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
+                               demand.requests)  # fmt: skip
+    times = [kind.time(max(own, 1)) for kind, own in zip(kinds, requests, strict=True)]
+    busy = [
+        min(len(kind.numbers), demand.requests) if own else 0
+        for kind, own in zip(kinds, requests, strict=True)
     ]
-    times = [
-        job_time(stages, part, plan.step.tokens, _at_once(plan, replica, part))
-        for stages, replica, plan in zip(laid_out, replicas, plans, strict=True)
-    ]
-    seconds = len(times) / sum(1 / time.seconds for time in times)
-    first, stages = times[0], laid_out[0]
+    first, stages = times[0], kinds[0].stages
     slowest = first.decode_round.slowest * replicas[0].shards + replicas[0].first
     return Estimate(
         measured=machines.measured,
@@ -94,22 +93,75 @@ def estimate(
         generated_tokens=int(demand.generated),
         seconds=seconds,
         rate=(demand.prompt + demand.generated) / seconds,
-        prefill=sum(_prefill_rate(time, part) for time in times),
-        decode=sum(time.sequences / time.decode_round.seconds for time in times),
+        prefill=sum(count * time.prefill_rate for count, time in zip(busy, times, strict=True)),
+        decode=sum(count * time.decode_rate for count, time in zip(busy, times, strict=True)),
         decode_one=1 / round_of(stages, StepRows(1, 1, demand.context)).seconds,
-        sequences=int(sum(time.sequences for time in times)),
+        sequences=int(sum(count * time.sequences for count, time in zip(busy, times, strict=True))),
         step=first.decode_round.seconds,
         limit=first.decode_round.stage.limit,
         slowest=f"rank {slowest}" + (f" on {machines.names[slowest]}" if machines.names else ""),
         micro_batches=first.decode_round.micro_batches,
         bubble=first.decode_round.bubble,
+        idle=[
+            number
+            for kind, own in zip(kinds, requests, strict=True)
+            if not own and kind.seconds(1) > IDLE * seconds
+            for number in kind.numbers
+        ],
     )
+
+
+class _Kind:
+    """Replicas that are equally fast, by their numbers, and their time for a part of a demand."""
+
+    def __init__(self, stages: Sequence[Stage], replica: Replica, plan: ReplicaPlan, demand: Demand) -> None:
+        self.stages, self.numbers = stages, list[int]()
+        self._replica, self._plan, self._demand = replica, plan, demand
+        self._known: dict[int, JobTime] = {}
+
+    def time(self, requests: int) -> JobTime:
+        """The time of one of them for so many of the requests."""
+        if requests not in self._known:
+            part = requests / self._demand.requests
+            own = Demand(requests, part * self._demand.prompt, part * self._demand.generated)
+            at_once = _at_once(self._plan, self._replica, own)
+            self._known[requests] = job_time(self.stages, own, self._plan.step.tokens, at_once)
+        return self._known[requests]
+
+    def seconds(self, requests: int) -> float:
+        """The same in seconds."""
+        return self.time(requests).seconds
+
+
+def _kinds(
+    spec: Spec,
+    config: ModelConfig,
+    machines: Machines,
+    replicas: Sequence[Replica],
+    plans: Sequence[ReplicaPlan],
+    demand: Demand,
+) -> dict[tuple[object, ...], _Kind]:
+    hosts, found = machines.host_of_rank, dict[tuple[object, ...], _Kind]()
+    for number, (replica, plan) in enumerate(zip(replicas, plans, strict=True)):
+        ranks = replica.ranks
+        speeds = [
+            id(machines.speeds[rank]) if machines.speeds else hosts.count(hosts[rank]) for rank in ranks
+        ]
+        places = [hosts[rank] - hosts[replica.first] for rank in ranks]
+        key = (*speeds, *places, replica.stages, replica.shards, replica.layers, *map(id, plan.works))
+        if key not in found:
+            found[key] = _Kind(stages_of(spec, config, machines, replica, plan), replica, plan, demand)
+        found[key].numbers.append(number)
+    return found
 
 
 def stages_of(
     spec: Spec, config: ModelConfig, machines: Machines, replica: Replica, plan: ReplicaPlan
 ) -> list[Stage]:
-    """A replica's stages with their links; `wire.activations` is decided in `spec`."""
+    """A replica's stages with their links, one object for those that are alike.
+
+    `wire.activations` is decided in `spec`.
+    """
     hosts = machines.host_of_rank
     activations, pipe = (
         BlockType[kind.upper()].row_bytes(config.hidden)
@@ -125,17 +177,16 @@ def stages_of(
             else between([speed_of(machines, rank) for rank in of])
         )
 
-    return [
-        Stage(
-            works=[plan.works[rank - replica.first] for rank in group],
-            speeds=[speed_of(machines, rank) for rank in group],
-            row_bytes=activations,
-            link=link(group),
-            pipe_bytes=pipe,
-            pipe=link(group, groups[number + 1]) if number + 1 < len(groups) else None,
-        )
-        for number, group in enumerate(groups)
-    ]
+    alike, found = dict[tuple[object, ...], Stage](), []
+    for number, group in enumerate(groups):
+        works = [plan.works[rank - replica.first] for rank in group]
+        speeds = [speed_of(machines, rank) for rank in group]
+        own, next_one = link(group), link(group, groups[number + 1]) if number + 1 < len(groups) else None
+        key = (*map(id, works), *map(id, speeds), own, next_one)
+        if key not in alike:
+            alike[key] = Stage(works, speeds, activations, own, pipe, next_one)
+        found.append(alike[key])
+    return found
 
 
 def stage_layers_by_speed(
@@ -189,7 +240,3 @@ def _at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
         return most
     length = int((demand.prompt + demand.generated) / max(demand.requests, 1))
     return max(min(most, plan.capacity.blocks // max(blocks_needed(max(length, 1), windows), 1)), 1)
-
-
-def _prefill_rate(time: JobTime, demand: Demand) -> float:
-    return demand.prompt / time.prefill if time.prefill else 0.0

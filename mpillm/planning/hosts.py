@@ -30,7 +30,7 @@ from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
 
-Positive = Annotated[int, Meta(ge=1, le=2**20)]
+HostCount = Annotated[int, Meta(ge=1, le=2**20)]
 Rate = Annotated[float, Meta(gt=0)]
 HEAD = "# Written by `mpillm doctor`, for `mpillm plan --hosts`."
 
@@ -40,8 +40,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     memory: str | int
     name: str = ""
-    count: Positive = 1
-    ranks: Positive = 1
+    count: HostCount = 1
+    ranks: HostCount = 1
     products: (
         Annotated[
             dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS), max_length=len(ROWS))]],
@@ -102,6 +102,7 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
     per_host, free = list[int](), list[int]()
     names, speeds = list[str](), list[Speed]()
     for number, host in enumerate(hosts):
+        speed = host.speed
         for copy in range(host.count):
             used = host.ranks if ranks is None else min(host.ranks, ranks - len(free))
             if used > 0:
@@ -109,7 +110,7 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
                 free += [byte_size(host.memory) // used] * used
                 name = host.name or f"host {number + 1}"
                 names += [f"{name} ({copy + 1})" if host.count > 1 else name] * used
-                speeds += [host.speed] * used
+                speeds += [speed] * used
     return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
 
 

@@ -27,8 +27,9 @@ from mpillm.model.cache_layout import blocks_for
 from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarNeeds, Grammars
 from mpillm.spec import Spec
 from mpillm.store import inputs
-from mpillm.text.from_dllama import read_file
+from mpillm.text.from_dllama import template_in
 from mpillm.weights.source import Source
+from mpillm.weights.text_files import text_fields, text_files, text_folder
 
 LINE = 160  # bytes of a line and of its answer's place at most, while tables of them grow; 28 stay (see `batch.lines`)
 NAMES = 2  # copies of a line's name
@@ -173,17 +174,19 @@ def line_bytes(lines: int) -> int:
 
 def template_length(source: Source) -> int:
     """Bytes of a model's chat template; 0 if it has none, or several."""
-    if isinstance(source.tokenizer, dict):
-        template = source.tokenizer.get("tokenizer.chat_template")
-    elif source.tokenizer.is_file():
-        template = read_file(source.tokenizer).template
-    else:
+    folder, fields = text_folder(source.tokenizer), text_fields(source.tokenizer)
+    template = None
+    if fields is not None:
+        template = fields.get("tokenizer.chat_template")
+    elif folder is not None:
         with suppress(OSError):
-            return (source.tokenizer / "chat_template.jinja").stat().st_size
-        template = None
+            return (folder / "chat_template.jinja").stat().st_size
         with suppress(OSError, msgspec.MsgspecError):
-            config = (source.tokenizer / "tokenizer_config.json").read_bytes()
+            config = (folder / "tokenizer_config.json").read_bytes()
             template = msgspec.json.decode(config, type=dict[str, Any]).get("chat_template")
+    else:
+        for path in text_files(source.tokenizer):
+            template = template_in(path)
     return len(template) if isinstance(template, str) else 0
 
 

@@ -33,19 +33,22 @@ class Machines:
         """The number of each rank's host."""
         return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
 
+    def firsts(self) -> list[int]:
+        """The first rank of each host."""
+        return list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
+
     def host_names(self) -> list[str]:
         """The name of each host."""
-        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
         return [
-            self.names[first] if self.names else f"host {number + 1}" for number, first in enumerate(firsts)
+            self.names[first] if self.names else f"host {number + 1}"
+            for number, first in enumerate(self.firsts())
         ]
 
     def slowest_first(self) -> list[int]:
         """The hosts, the slowest first; among equally fast ones the last comes first."""
-        firsts = list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
         rates = [
             max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
-            for first, count in zip(firsts, self.ranks_per_host, strict=True)
+            for first, count in zip(self.firsts(), self.ranks_per_host, strict=True)
         ]
         return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from mpillm.engine import answer_index
 from mpillm.engine.reply import TILE
 from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
@@ -19,6 +20,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.text.confined import template_process_peak
 from mpillm.weights.source import Source
+from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
@@ -36,6 +38,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     weights: int
     adapters: int = 0
+    draft: int = 0  # a draft model and its cache
     kv: int
     activations: int
     process: int
@@ -43,7 +46,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapters + self.kv + self.activations + self.process
+        return self.weights + self.adapters + self.draft + self.kv + self.activations + self.process
 
 
 def activations(kind: Activations, place: Place, rows: int) -> int:
@@ -60,15 +63,20 @@ def activations(kind: Activations, place: Place, rows: int) -> int:
 def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
 
-    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`).
+    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
     """
-    found = PROCESS + ITEM * len(pages) + min(source.loading_nbytes, LOADING * sum(pages))
-    tokenizer = source.tokenizer
-    fields = isinstance(tokenizer, dict) and "tokenizer.ggml.tokens" in tokenizer
+    found = PROCESS + loaded_model(source, pages)
+    fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
+    folder = text_folder(source.tokenizer)
     if place.rank == 0:
-        words = fields or (isinstance(tokenizer, Path) and (tokenizer / "tokenizer.json").exists())
-        return found + kept + (WORD * config.vocab if words else 0)
+        words = fields or (folder is not None and (folder / "tokenizer.json").exists())
+        return found + kept + answer_index.NBYTES + (WORD * config.vocab if words else 0)
     return found + (FIELD * config.vocab if fields else 0)
+
+
+def loaded_model(source: Source, pages: Sequence[int]) -> int:
+    """Bytes of what is known of a model's `pages` of so many bytes, and of what loading them takes besides."""
+    return ITEM * len(pages) + min(source.loading_nbytes, LOADING * sum(pages))
 
 
 def peak() -> int:

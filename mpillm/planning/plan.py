@@ -15,20 +15,19 @@ from mpillm.model.adapters import with_adapters
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import open_described
 from mpillm.partition import grid
-from mpillm.planning import layout
-from mpillm.planning.estimate import Estimate, demand_of, estimate
+from mpillm.planning.estimate import Estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
-from mpillm.planning.layout import Chosen
+from mpillm.planning.layout import Found, Layouts
 from mpillm.planning.limits import cached_tokens
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import RankPlan, ReplicaPlan, problems, replica_plans
-from mpillm.planning.wire import described, with_wire
+from mpillm.planning.rank_plan import Planner, RankPlan, problems
+from mpillm.planning.search import search
+from mpillm.planning.wire import described
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
 
 GIB = 2**30
-LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +38,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     weights: list[str]  # how matrices are stored, and what they become
     replicas: int
     reason: str  # for as many replicas
+    compared: str  # how much longer another layout would take
     left_out: list[str]  # hosts that would slow the run down
     stages: int  # of the first replica, as what follows where replicas differ
     shards: int
@@ -80,20 +80,23 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     Hosts without which the run would be faster are left out.
     """
     asked = input_needs(spec, config.hidden, template_length(source))
-    machines, left_out = _useful(spec, source, config, machines, asked)
-    chosen, plans_of_replicas, time = laid_out(spec, source, config, machines, asked)
+    planner, names = Planner(source, config), machines.host_names()
+    layouts = Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked)
+    best, without = search(layouts, machines)
+    machines, chosen, time = best.machines, best.chosen, best.time
     found = chosen.replicas
-    first, plans = plans_of_replicas[0], [rank for replica in plans_of_replicas for rank in replica.ranks]
+    first, plans = best.plans[0], [rank for replica in best.plans for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
     capacity, windows = first.capacity, first.caches[0].windows
-    wrong = [problem for replica in plans_of_replicas for problem in problems(spec, replica)]
+    wrong = [problem for replica in best.plans for problem in problems(spec, replica)]
     return Plan(
         model=spec.model,
         architecture=config.architecture,
         weights=weight_types(source),
         replicas=len(found),
         reason=chosen.reason,
-        left_out=left_out,
+        compared=chosen.compared,
+        left_out=[names[host] for host in without],
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, len(found[0].ranks)),
@@ -116,44 +119,14 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         wire_of_shards=described(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
         ranks=plans,
         time=time,
-        gains={} if wrong else dict(_gains(spec, source, config, machines, asked, time)),
+        gains={} if wrong else dict(_gains(spec, planner, machines, asked, time)),
         problems=list(dict.fromkeys([*wrong, *_too_large(machines, plans)])),
     )
 
 
-def laid_out(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
-) -> tuple[Chosen, list[ReplicaPlan], Estimate]:
-    """Return the replicas, what their ranks hold, and the time of the job; LayoutError if nothing works."""
-    chosen = layout.choose(
-        spec, source, config, machines, spec.layout.replicas, asked.lines or None, asked=asked
-    )
-    plans = list(replica_plans(spec, source, config, chosen.replicas, asked, machines.names))
-    spec = with_wire(spec, chosen.wire)
-    return chosen, plans, estimate(spec, config, machines, chosen.replicas, plans, demand_of(asked))
-
-
-def _useful(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds
-) -> tuple[Machines, list[str]]:
-    """The machines without those that would slow the run down, and these by name.
-
-    Of the slowest hosts 1, 2, 4, 8, ... are tried.
-    """
-    hosts = len(machines.ranks_per_host)
-    if hosts == 1:
-        return machines, []
-    best, least, without = machines, laid_out(spec, source, config, machines, asked)[2].seconds, list[int]()
-    slowest = machines.slowest_first()
-    for count in (1 << power for power in range(hosts.bit_length())):
-        if count < hosts:
-            fewer = machines.without(slowest[:count])
-            with suppress(MpillmError):
-                seconds = laid_out(spec, source, config, fewer, asked)[2].seconds
-                if seconds * LEAVE_OUT < least:
-                    best, least, without = fewer, seconds, slowest[:count]
-    names = machines.host_names()
-    return best, [names[host] for host in sorted(without)]
+def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds) -> Found:
+    """The layout on all of these machines, with what its ranks hold and its time; LayoutError if nothing works."""
+    return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
@@ -169,7 +142,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 
 
 def _gains(
-    spec: Spec, source: Source, config: ModelConfig, machines: Machines, asked: InputNeeds, now: Estimate
+    spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
     """How many times as fast the job is with one more host, with more memory, and so on."""
     memory = spec.memory
@@ -192,8 +165,7 @@ def _gains(
     for name, (changed, on) in more.items():
         with suppress(MpillmError):
             job = msgspec.structs.replace(spec, memory=changed)
-            _, _, time = laid_out(job, source, config, on, asked)
-            yield name, now.seconds / time.seconds
+            yield name, now.seconds / laid_out(job, planner, on, asked).time.seconds
 
 
 def wire_bytes(

@@ -25,6 +25,8 @@ def _table(plan: Plan) -> Iterator[str]:
     yield f"layout    {_layouts(plan)} on {count_of(ranks, 'rank')}"
     if plan.replicas > 1:
         yield f"          {plan.reason}"
+    if plan.compared:
+        yield f"          {plan.compared}"
     if plan.left_out:
         yield f"          left out, because they would slow the run down: {', '.join(plan.left_out)}"
     possible = [_layout(*pair) for pair in others]
@@ -69,6 +71,11 @@ def _table(plan: Plan) -> Iterator[str]:
         **(
             {"adapters": [_mib(rank.adapters) for rank in plan.ranks]}
             if any(rank.adapters for rank in plan.ranks)
+            else {}
+        ),
+        **(
+            {"draft": [_mib(rank.draft) for rank in plan.ranks]}
+            if any(rank.draft for rank in plan.ranks)
             else {}
         ),
         "KV": [_mib(rank.kv_held) for rank in plan.ranks],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from mpillm.kernels import BlockType
 
@@ -38,7 +39,8 @@ class Speed:
         return float(rates[at - 1] ** (1 - part) * rates[at] ** part)
 
 
-def stand_in(kind: BlockType, known: Sequence[str]) -> str:
+@cache
+def stand_in(kind: BlockType, known: tuple[str, ...]) -> str:
     """The measured kind that stands for a type: quantised or not like it, and with the most similar size."""
     name = kind.name.lower()
     if name in known:

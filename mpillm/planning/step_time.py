@@ -9,17 +9,20 @@ stage waits for the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from mpillm.kernels import BlockType
 from mpillm.planning.speed import Speed
 
 # Measured on two cores of x86-64 with AVX2: what a step takes besides products and attention.
 STEP = 1e-3  # seconds: the scheduler, sampling, messages of the engine
+PRECISION = 0.005  # of the time in which replicas share a job
 LAYER = 50e-6  # seconds of a layer: norms, activations, the start of each kernel
 
-Weights = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
+WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class RankWork:
     """What one rank does in a step."""
 
     layers: int
-    products: Weights  # that every row is multiplied with
-    experts: Weights  # all that the rank holds; a row goes to `expert_share` of them
-    head: Weights  # with which only rows are multiplied of which a token is drawn
+    products: WeightCounts  # that every row is multiplied with
+    experts: WeightCounts  # all that the rank holds; a row goes to `expert_share` of them
+    head: WeightCounts  # with which only rows are multiplied of which a token is drawn
     expert_share: float
     streamed: int  # bytes of weights that a step reads from disk, of every expert if its rows need all
     streamed_experts: int  # of them: those of experts
@@ -192,7 +195,8 @@ def round_of(stages: Sequence[Stage], batch: StepRows) -> Round:
 
 def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
     part = StepRows(batch.rows / count, batch.sequences / count, batch.context)
-    times = [stage_time(stage, part) for stage in stages]
+    known = {id(stage): stage_time(stage, part) for stage in {id(stage): stage for stage in stages}.values()}
+    times = [known[id(stage)] for stage in stages]
     slowest = max(range(len(times)), key=lambda number: times[number].total)
     once = sum(time.total for time in times)
     seconds = max(count * times[slowest].total, once)
@@ -219,6 +223,7 @@ class JobTime:
 
     prefill: float
     decode: float
+    prompt_tokens: float
     sequences: float  # that run at once
     prompt_round: Round
     decode_round: Round
@@ -228,6 +233,16 @@ class JobTime:
         """All of it."""
         return self.prefill + self.decode
 
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens/s of prompts, while nothing is generated."""
+        return self.prompt_tokens / self.prefill if self.prefill else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens/s that are generated, while no prompts are computed."""
+        return self.sequences / self.decode_round.seconds
+
 
 def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequences: float) -> JobTime:
     """A replica's time for a demand; a step has up to `step_tokens` rows, and `sequences` sequences run at once."""
@@ -236,17 +251,46 @@ def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequence
     length = demand.prompt / max(demand.requests, 1)
     prompt_round = round_of(stages, StepRows(rows, rows / max(length, 1.0), length / 2))
     decode_round = round_of(stages, StepRows(count, count, demand.context))
-    rounds = math.ceil(demand.requests / count) * demand.generated / max(demand.requests, 1)
+    # Where one sequence ends the next begins.
+    rounds = max(demand.requests / count, 1.0) * demand.generated / max(demand.requests, 1)
     return JobTime(
         prefill=demand.prompt / rows * prompt_round.seconds,
         decode=rounds * decode_round.seconds,
+        prompt_tokens=demand.prompt,
         sequences=count,
         prompt_round=prompt_round,
         decode_round=decode_round,
     )
 
 
-def _seconds(weights: Weights, speed: Speed, rows: float) -> float:
+def shared(
+    takes: Sequence[Callable[[int], float]], counts: Sequence[int], requests: int
+) -> tuple[float, list[int]]:
+    """Seconds of replicas that share `requests` so that they end together, and how many each of a kind computes.
+
+    There are `counts` replicas of each kind, one of which takes `takes(n)` seconds for n requests.
+    """
+    if len(takes) == 1:
+        each = -(-requests // counts[0])
+        return takes[0](each), [each]
+    tried = [1 << power for power in range(requests.bit_length())] + [requests]
+    known = [[take(number) for number in tried] for take in takes]
+
+    def within(seconds: float) -> list[int]:
+        """How many requests one of each kind computes in so many seconds."""
+        return [int(np.interp(seconds, own, tried) + 1e-6) if seconds >= own[0] else 0 for own in known]
+
+    high = min(own[-1] for own in known)
+    low = high / (2 * sum(counts))
+    while high > low * (1 + PRECISION):
+        middle = math.sqrt(low * high)
+        done = sum(count * number for count, number in zip(counts, within(middle), strict=True))
+        low, high = (low, middle) if done >= requests else (middle, high)
+    made = within(high)
+    return max(take(number) for take, number in zip(takes, made, strict=True) if number), made
+
+
+def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:
     """Of products with so many rows, at least one unless there are none."""
     if rows <= 0:
         return 0.0

@@ -15,7 +15,7 @@ from mpillm.planning.input_memory import input_needs, template_length
 from mpillm.planning.machines import Machines
 from mpillm.planning.plan import laid_out
 from mpillm.planning.plan_text import count_of
-from mpillm.planning.rank_plan import RankPlan
+from mpillm.planning.rank_plan import Planner, RankPlan
 from mpillm.spec import Spec, shown_bytes
 
 MIB = 2**20
@@ -30,12 +30,12 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
         closing(open_described(models.described(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
-        asked = input_needs(spec, config.hidden, template_length(source))
+        asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)
 
         def made(weights: int | str) -> tuple[float, list[RankPlan]]:
             job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
-            _, plans, time = laid_out(job, source, config, machines, asked)
-            return time.rate, [rank for plan in plans for rank in plan.ranks]
+            found = laid_out(job, planner, machines, asked)
+            return found.time.rate, [rank for plan in found.plans for rank in plan.ranks]
 
         best, ranks = made("all")
         low, high = (

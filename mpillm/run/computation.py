@@ -13,10 +13,10 @@ from mpillm.batch.work import Line
 from mpillm.engine.limits import Totals
 from mpillm.errors import NOT_FINITE, MpillmError
 from mpillm.planning.limits import cached_tokens, step_description
-from mpillm.run.dispatch import Assigned, Dispatcher, Record, added
+from mpillm.run.dispatch import AnswerRecord, Assigned, Dispatcher, added
 from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
-from mpillm.run.progress import Bar, State
+from mpillm.run.progress import Bar, ProgressState
 from mpillm.run.session import Session
 from mpillm.store.journal import Journal
 from mpillm.store.records import Counts, Result
@@ -129,7 +129,7 @@ class Computation:
     def _assigned(self, line: Line) -> Assigned:
         return Assigned(line, self.job.input.content(line), self.journal.partial(line))
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, record: AnswerRecord) -> None:
         """Append a record of any replica to the journal."""
         if isinstance(record, Result) and record.status != 200 and len(self.job.not_finite) < SHOWN_ERRORS:
             self.job.not_finite[record.custom_id] = NOT_FINITE
@@ -171,7 +171,7 @@ class Computation:
             **msgspec.structs.asdict(self.tokens),
         )
 
-    def _state(self) -> State:
+    def _state(self) -> ProgressState:
         """The state of the run, for the progress display."""
         totals, session = self.totals, self.session
         elapsed = max(time.monotonic() - self.job.phases.since, 1e-9)
@@ -179,7 +179,7 @@ class Computation:
         caches = [weights.cycle, *([weights.experts] if weights.experts else [])]
         hits = sum(cache.counters.hits for cache in caches)
         uses = hits + sum(cache.counters.misses for cache in caches)
-        return State(
+        return ProgressState(
             tokens=totals.prompt_tokens + totals.generated_tokens,
             hits=hits / uses if uses and (max(session.streamed) or weights.experts) else None,
             stalled=weights.stall_seconds / elapsed,

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
+from typing import Any
 
 import msgspec
 
@@ -33,7 +34,7 @@ TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though not
 LOOK_EVERY = 0.5  # seconds between two looks at other things while nothing is computed
 PARTING = 1.5  # seconds in which leaders must send what they have after an error, before all ranks are ended
 
-Record = Result | PartialResult
+AnswerRecord = Result | PartialResult
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True):
@@ -59,7 +60,7 @@ class NoMoreLines(msgspec.Struct, tag="stop", frozen=True):
 class News(msgspec.Struct, tag="news", frozen=True):
     """From a leader: records since its last message, how far it is, and how many lines it can take."""
 
-    records: list[Record]
+    records: list[AnswerRecord]
     totals: Totals
     wanted: int  # 0 if it has asked before
 
@@ -83,7 +84,7 @@ class Dispatcher:
         lines: Iterator[Line],
         count: int,
         assigned: Callable[[Line], Assigned],
-        keep: Callable[[Record], None],
+        keep: Callable[[AnswerRecord], None],
     ) -> None:
         """`count` lines wait to be computed; `keep` takes the records that come from other leaders."""
         self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
@@ -185,7 +186,7 @@ class Assistant:
         """`model` is what rank 0 has checked the lines with."""
         self._session, self._spec, self._model = session, spec, model
         self._mailbox = Mailbox(session.world, session.counters)
-        self._records: list[Record] = []
+        self._records: list[AnswerRecord] = []
         self._leader = Leader(session, spec, model, self._records.append)
         self._lines: deque[Assigned] = deque()
         self._ask, self._asked = FEW, False
@@ -263,10 +264,17 @@ class Assistant:
 
 def added(totals: Sequence[Totals]) -> Totals:
     """The totals of several replicas together."""
-    maxima = ("most_sequences", "most_blocks")
     return Totals(
         **{
-            field.name: (max if field.name in maxima else sum)(getattr(one, field.name) for one in totals)
+            field.name: _together([getattr(one, field.name) for one in totals], field.name)
             for field in fields(Totals)
         }
     )
+
+
+def _together(values: list[Any], name: str) -> Any:
+    if name in ("most_sequences", "most_blocks"):
+        return max(values)
+    if isinstance(values[0], dict):
+        return {key: sum(one.get(key, 0) for one in values) for one in values for key in one}
+    return sum(values)

@@ -98,6 +98,7 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
         turns=totals.turns,
         drafted=totals.drafted_tokens,
         accepted=totals.accepted_tokens,
+        drafters={name: (count, totals.accepted[name]) for name, count in sorted(totals.drafted.items())},
     )
 
 

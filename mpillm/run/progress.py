@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ProgressState:
     """How a run goes, as rank 0 knows it. Parts are of 1."""
 
     tokens: int  # that went through the model so far, prompts' and generated
@@ -26,7 +26,7 @@ class State:
 class Bar(Protocol):
     """A count of finished requests."""
 
-    def update(self, answered: int, state: Callable[[], State]) -> None:
+    def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         """`answered` more are finished; `state` is called if it is to be shown now. Call it after every step."""
 
 

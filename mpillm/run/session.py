@@ -12,8 +12,10 @@ from mpillm.comm.collectives import Channel, Group, Pipe
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
+from mpillm.engine.draft_model import DraftModel
 from mpillm.engine.engine import Engine, Worker
 from mpillm.engine.limits import Limits, Totals
+from mpillm.engine.speculation import Mode
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -23,15 +25,16 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replicas
-from mpillm.planning import hosts, layout, measure
+from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
-from mpillm.planning.layout import Chosen
+from mpillm.planning.layout import Chosen, Layouts
 from mpillm.planning.limits import limits
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import replica_plans
+from mpillm.planning.rank_plan import Planner
 from mpillm.planning.step_time import Demand
 from mpillm.planning.wire import described, shards_cross_hosts, with_wire
+from mpillm.run import draft
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
@@ -91,6 +94,7 @@ class Session:
             if world.rank == 0:
                 check_vectors(self.source)
             self.activations = activations_of(self.source, self.config)
+            self.planner = Planner(self.source, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
             self.fingerprint = summed(self.watch.files)
@@ -146,6 +150,8 @@ class Session:
         self._kv_tokens = min(world.gather(self.limits.max_length))
         self.channel = Channel(world, self.counters, ranks)
         self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
+        with world.together():
+            self.draft_model = self._open_draft_model()
         log.info(
             "%s replica %d of %d, stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
             world, self.replica, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
@@ -163,17 +169,10 @@ class Session:
         if not self._replicated:
             count = 1
 
+        layouts = Layouts(spec, self.planner, count, asked.lines or None, self._shards_before, asked)
+
         def choose() -> Chosen:
-            return layout.choose(
-                spec,
-                self.source,
-                self.config,
-                self.machines,
-                count,
-                asked.lines or None,
-                self._shards_before,
-                asked,
-            )
+            return layouts.choose(self.machines).chosen
 
         chosen = world.on_rank_0(choose)
         pipeline = any(replica.stages > 1 for replica in chosen.replicas)
@@ -187,7 +186,7 @@ class Session:
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
-        plans = list(replica_plans(self.job, self.source, self.config, self.replicas, self.needs, names))
+        plans = list(self.planner.replicas(self.job, self.replicas, self.needs, names))
         demand, spec = demand or demand_of(self.needs), with_wire(self.job, self.wire)
         return estimate(spec, self.config, self.machines, self.replicas, plans, demand)
 
@@ -203,9 +202,21 @@ class Session:
             self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state, self.wire
         )
 
-    def engine(self, totals: Totals | None = None) -> Engine:
-        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any."""
-        return Engine(self.worker, self.channel, self.limits, self.shard_vocab, totals)
+    def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
+        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any.
+
+        It drafts as the job says, or as `speculation` does.
+        """
+        limits = self.limits if speculation is None else replace(self.limits, speculation=speculation)
+        return Engine(self.worker, self.channel, limits, self.shard_vocab, totals, self.draft_model)
+
+    def _open_draft_model(self) -> DraftModel | None:
+        """The job's draft model, on the leader of each replica."""
+        if self.place.rank:
+            return None
+        return draft.open_draft_model(
+            self.spec, self.source, self.config, self.world, self.threads, self._open_files
+        )
 
     @property
     def shard_vocab(self) -> list[int]:

@@ -8,7 +8,7 @@ import msgspec
 
 from mpillm import kernels
 from mpillm.partition import grid
-from mpillm.planning import memory
+from mpillm.planning import draft, memory
 from mpillm.planning.limits import CacheCapacity, cache_in_memory
 from mpillm.run.session import Session
 from mpillm.store.report import RankStatistics
@@ -67,6 +67,7 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),
+        draft=0 if place.rank else draft.nbytes(session.spec, config),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
         activations=memory.activations(
             session.activations, place, min(limits.max_tokens, session.needs.rows)

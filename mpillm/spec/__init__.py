@@ -13,6 +13,7 @@ from mpillm.spec.reading import checked, load
 from mpillm.spec.sections import (
     BatchSection,
     ChatSection,
+    DraftSection,
     EmbeddingsSection,
     Fraction,
     JobSection,
@@ -39,9 +40,9 @@ from mpillm.spec.sections import (
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
-    "BatchSection", "ChatSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema", "LayoutSection",
-    "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection", "Section", "Seed",
-    "Spec", "StopStrings", "StructuredOutputs", "Subtracted", "TableFormat", "Temperature", "TopK", "TopP",
-    "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load", "plain_words", "shown_bytes",
-    "tightest",
+    "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
+    "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
+    "Section", "Seed", "Spec", "StopStrings", "StructuredOutputs", "Subtracted", "TableFormat", "Temperature",
+    "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
+    "plain_words", "shown_bytes", "tightest",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from mpillm.errors import JobError
 from mpillm.spec.sections import (
     BatchSection,
     ChatSection,
+    DraftSection,
     EmbeddingsSection,
     JobSection,
     LayoutSection,
@@ -55,6 +56,7 @@ class Spec(Section, frozen=True, kw_only=True):
     embeddings: EmbeddingsSection = EmbeddingsSection()
     scoring: ScoringSection = ScoringSection()
     batch: BatchSection = BatchSection()
+    draft: DraftSection = DraftSection()
     job: JobSection = JobSection()
 
     @property

@@ -61,7 +61,12 @@ def checked(values: dict[str, Any], where: str) -> Spec:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
-    paths = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    paths = {
+        "model": spec.model,
+        "draft.model": spec.draft.model or "",
+        "input": spec.input,
+        "output": spec.output.path,
+    }
     for key, path in (paths | {f"adapters.{name}": path for name, path in spec.adapters.items()}).items():
         if "\0" in path:
             raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
@@ -112,15 +117,16 @@ def _take_shorthands(values: dict[str, Any], where: str) -> None:
 
 
 def _find_beside(values: dict[str, Any], folder: Path) -> None:
-    """Make a job file's `input`, its `adapters`, and a `model` that is a path, start from the job file's directory."""
+    """Make a job file's `input`, its `adapters`, and models that are paths, start from the job file's directory."""
     source = values.get("input")
     if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
-    model = values.get("model")
-    if isinstance(model, str) and model and not model.startswith("hf:"):
-        path = folder / os.path.expanduser(model)
-        if "/" in model or model.endswith((".gguf", ".m")):
-            values["model"] = str(path)
+    for table in (values, values.get("draft")):
+        model = table.get("model") if isinstance(table, dict) else None
+        if isinstance(model, str) and model and not model.startswith("hf:"):
+            path = folder / os.path.expanduser(model)
+            if isinstance(table, dict) and ("/" in model or model.endswith((".gguf", ".m"))):
+                table["model"] = str(path)
     adapters = values.get("adapters")
     if isinstance(adapters, dict):
         for name, folder_of in adapters.items():

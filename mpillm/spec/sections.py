@@ -200,7 +200,27 @@ class BatchSection(Section, frozen=True):
     max_num_seqs: Auto | Positive = "auto"
     max_num_batched_tokens: Auto | Positive = "auto"
     prefix_sharing: bool = True  # prompts that begin alike are computed once up to where they differ
-    speculation: Literal["auto", "off", "prompt-lookup"] = "auto"  # compute guesses at the next tokens along
+    # Compute guesses at the next tokens along.
+    speculation: Literal["auto", "off", "prompt-lookup", "always"] = "auto"
+
+
+class DraftSection(Section, frozen=True):
+    """A small model with the same tokenizer that says what the job's is likely to draw; changes no result."""
+
+    model: Word | None = None
+    quantize: Quantize = "none"
+    kv: str | Positive = "256MiB"
+
+    @property
+    def kv_bytes(self) -> int:
+        """The budget of its KV cache, on the first rank of each replica."""
+        return byte_size(self.kv)
+
+    def __post_init__(self) -> None:
+        try:
+            byte_size(self.kv)
+        except ValueError as error:
+            raise ValueError(f"kv: {error}") from None
 
 
 class JobSection(Section, frozen=True):

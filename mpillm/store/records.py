@@ -76,7 +76,7 @@ class PartialResult(msgspec.Struct, tag="part", frozen=True):
     key: bytes  # of its line
     choice: int
     start: int
-    completion: PartialCompletion = msgspec.field(name="begun")
+    completion: PartialCompletion = msgspec.field(name="begun")  # as the journals of earlier versions call it
 
 
 class UsedLayout(msgspec.Struct, tag="layout", frozen=True):

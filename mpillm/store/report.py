@@ -69,6 +69,7 @@ class Steps(msgspec.Struct, kw_only=True):
     turns: int = 0  # of sequences in steps that drew tokens for them
     drafted: int = 0  # tokens that were computed along as guesses at the next ones
     accepted: int = 0  # of them, those that were drawn
+    drafters: dict[str, tuple[int, int]] = {}  # both, by drafter
 
 
 class RankStatistics(msgspec.Struct, kw_only=True):

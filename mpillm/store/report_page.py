@@ -47,6 +47,9 @@ def summary(report: Report) -> Iterator[str]:
             f"({100 * report.batch.accepted / drafted:.0f} %) were right: {report.tokens_per_turn():.2f} tokens of a "
             "sequence for each pass."
         )
+        if len(drafters := report.batch.drafters) > 1:
+            parts = [f"{name} {accepted} of {count}" for name, (count, accepted) in drafters.items()]
+            yield f"Right by drafter: {', '.join(parts)}."
     if planned := report.planned:
         yield (
             f"Planned: {planned.of_computed:.1f} s of computing for these tokens, by the speeds of the hosts; it took "

@@ -51,15 +51,29 @@ def read(path: Path) -> TokenizerParts:
     return parts
 
 
-def read_file(path: Path) -> TokenizerFile:
-    """What a file says; ModelError if it is not complete or not sound."""
+def template_in(path: Path) -> str:
+    """Return the chat template of a file, "" if it has none; ModelError if what stands before it is not sound."""
+    return _beginning(_opened(path))[2]
+
+
+def _opened(path: Path) -> _Cursor:
     try:
-        cursor = _Cursor(path, path.read_bytes())
+        return _Cursor(path, path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _beginning(cursor: _Cursor) -> tuple[dict[str, int], list[int], str]:
+    """The header's values, the ends of text among them, and the chat template."""
     values, ends = _header(cursor)
     cursor.take(values.get("chat_stop", 0))
-    template = cursor.text(max(values.get("chat_template", 0), 0), "the chat template")
+    return values, ends, cursor.text(max(values.get("chat_template", 0), 0), "the chat template")
+
+
+def read_file(path: Path) -> TokenizerFile:
+    """What a file says; ModelError if it is not complete or not sound."""
+    cursor = _opened(path)
+    values, ends, template = _beginning(cursor)
     ends += cursor.numbers(values.get("n_eos_tokens", 0))
     count, bos = values.get("vocab_size", 0), values.get("bos_id", -1)
     tokens, scores = [], []

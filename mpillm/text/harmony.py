@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from mpillm.text.chat_formats.base import Call, ParsedAnswer, Tool, call_of, decode_json, without_open_end
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState
 
 START, CHANNEL, MESSAGE, END = MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 CONSTRAIN, CALL = "<|constrain|>", "<|call|>"
@@ -28,16 +28,18 @@ class Harmony(ChatFormat):
     has_reasoning = True
     has_calls = True
 
-    def state(self, prompt: str) -> State:
+    def state(self, prompt: str) -> ReasoningState:
         return "open"
 
-    def continued(self, content: str) -> State:
+    def continued(self, content: str) -> ReasoningState:
         return "closed"
 
-    def thinks(self, state: State) -> bool:
+    def thinks(self, state: ReasoningState) -> bool:
         return state == "open"
 
-    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> ParsedAnswer:
+    def split(
+        self, text: str, state: ReasoningState, tools: Sequence[Tool] | None, final: bool
+    ) -> ParsedAnswer:
         """Text without marks is what was said."""
         thought: list[str] = []
         said: list[str] = []
@@ -55,7 +57,7 @@ class Harmony(ChatFormat):
                 said.append(part)
         return ParsedAnswer("\n".join(thought) if thought else None, "\n".join(said), tuple(calls))
 
-    def expression(self, lark: Lark, state: State, asked: AnswerRule) -> str:
+    def expression(self, lark: Lark, state: ReasoningState, asked: AnswerRule) -> str:
         """Any number of thoughts, and then the answer in the last channel, or a call."""
         channel, end = lark.literal(CHANNEL), lark.literal(f"{END}{START}assistant")
         thoughts = f'({channel} ("{ANALYSIS}" | "commentary") {lark.literal(MESSAGE)} ANY {end})*'

@@ -60,6 +60,10 @@ class Tokenizer:
         """The largest id plus one."""
         return max(self._core.get_vocab().values()) + 1
 
+    def vocabulary(self) -> dict[int, str]:
+        """How the tokenizer's file writes each token, by id."""
+        return {id: token for token, id in self._core.get_vocab().items()}
+
     @property
     def by_bytes(self) -> bool:
         """Whether each token is a run of bytes, and a text is their concatenation."""

@@ -28,9 +28,9 @@ from mpillm.weights.packed.file_plan import FilePlan, plan_files
 from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, TOKENIZER_FILE, UNFINISHED, VERSION
 from mpillm.weights.roles import ROLES
-from mpillm.weights.text_files import text_files
+from mpillm.weights.text_files import text_fields, text_files, text_folder
 
-Weights = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
+PackedType = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
@@ -54,7 +54,7 @@ class PackResult(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def pack(world: World, source: str, target: Path, weights: Weights, progress: PackProgress) -> PackResult:
+def pack(world: World, source: str, target: Path, weights: PackedType, progress: PackProgress) -> PackResult:
     """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
     start = time.monotonic()
     path = world.on_rank_0(lambda: models.resolve(source, progress.downloading))
@@ -99,7 +99,7 @@ def pack(world: World, source: str, target: Path, weights: Weights, progress: Pa
     )
 
 
-def _open(path: Path, weights: Weights) -> TensorSource:
+def _open(path: Path, weights: PackedType) -> TensorSource:
     """The source, delivering what is to be stored."""
     source = open_unpacked(path)
     matrices = [info for key, info in source.tensors.items() if ROLES[key.role].quantisable]
@@ -192,17 +192,18 @@ def finish(
     source: TensorSource, target: Path, plans: list[FilePlan], digests: dict[str, str], about: dict[str, str]
 ) -> None:
     """Carry configuration and tokenizer along; the index comes last, and says that all is there."""
-    if isinstance(source.tokenizer, Path) and source.tokenizer.is_dir():
-        for path in text_files(source.tokenizer):
-            copy = target / path.relative_to(source.tokenizer)
+    folder, fields = text_folder(source.tokenizer), text_fields(source.tokenizer)
+    if folder is not None:
+        for path in text_files(folder):
+            copy = target / path.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
     else:
         _write_json(target / "config.json", source.config)
-        if isinstance(source.tokenizer, Path):
-            shutil.copyfile(source.tokenizer, target / TOKENIZER_FILE)
-        else:
-            _write_json(target / TOKENIZER, source.tokenizer)
+        for path in text_files(source.tokenizer):
+            shutil.copyfile(path, target / TOKENIZER_FILE)
+        if fields is not None:
+            _write_json(target / TOKENIZER, fields)
     files = [{"name": plan.name, "bytes": plan.nbytes, "sha256": digests[plan.name]} for plan in plans]
     _write_json(target / INDEX, {"format": FORMAT, "version": VERSION, **about, "files": files})
     with contextlib.suppress(FileNotFoundError):

@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from mpillm.errors import ModelError
-from mpillm.weights.text_files import text_files
+from mpillm.weights.text_files import TokenizerSource, text_files
 
 SAMPLES = 64  # of a file, evenly spread
 SAMPLE_BYTES = 4096
@@ -46,7 +46,7 @@ class Files(Protocol):
 
     path: Path
     files: tuple[Path, ...]
-    tokenizer: Path | dict[str, Any]
+    tokenizer: TokenizerSource
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files."""
@@ -144,9 +144,7 @@ def _named(source: Files) -> _Named:
 
 def _files(source: Files) -> dict[Path, _Stretches]:
     """The files, each with offset and length of what is hashed besides samples; None: all of it."""
-    found: dict[Path, _Stretches] = {}
-    if isinstance(source.tokenizer, Path):
-        found.update(dict.fromkeys(text_files(source.tokenizer)))
+    found: dict[Path, _Stretches] = dict.fromkeys(text_files(source.tokenizer))
     found.update(dict.fromkeys(path for path in source.files if path not in found))
     first: dict[Path, int] = {}
     for path, offset, nbytes in source.extents():

@@ -20,6 +20,7 @@ from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan
 from mpillm.weights.roles import ROLES, TASK_ROLES, Key
+from mpillm.weights.text_files import TokenizerSource
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Source(Protocol):
     files: tuple[Path, ...]  # that decide the answers, besides those of the tokenizer's directory
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
-    # The directory with tokenizer.json (if any), a tokenizer file (.t), or a GGUF file's tokenizer.* fields.
-    tokenizer: Path | dict[str, Any]
+    tokenizer: TokenizerSource
 
     @property
     def loading_nbytes(self) -> int:
@@ -123,12 +123,23 @@ def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]
     """
     plans = []
     for layer in grid.stage_layers(model.n_layers, place):
-        plans += [source.plan(page, model, place) for page in model.pages(layer)]
-        if experts := model.experts(layer):
-            plans += source.plan_experts(experts, model, place)
-    if place.stage == place.stages - 1 and model.head.tensors:
-        plans.append(source.plan(model.head, model, place))
+        plans += layer_plans(model, layer, place, source)
+    return plans + head_plans(model, place, source)
+
+
+def layer_plans(model: Inventory, layer: int, place: Place, source: Source) -> list[PagePlan]:
+    """What a rank of the layer's stage holds of it."""
+    plans = [source.plan(page, model, place) for page in model.pages(layer)]
+    if experts := model.experts(layer):
+        plans += source.plan_experts(experts, model, place)
     return plans
+
+
+def head_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:
+    """The LM head's page, if the rank holds a part of it."""
+    if place.is_last_stage and model.head.tensors:
+        return [source.plan(model.head, model, place)]
+    return []
 
 
 def column_unit(source: Source) -> int:

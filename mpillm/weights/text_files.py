@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 LENGTHS = "sentence_bert_config.json"  # the most tokens of a text
@@ -16,13 +17,31 @@ NAMES = (
 )  # fmt: skip
 
 
-def text_files(folder: Path) -> list[Path]:
-    """Those that there are, with the configurations and the weights of the modules that modules.json names.
+TokenizerSource = (
+    Path | dict[str, Any]
+)  # a directory with such files, a tokenizer file (.t), or a GGUF file's fields
 
-    `folder` may also be the only one of them: a tokenizer of Distributed-Llama.
+
+def text_folder(tokenizer: TokenizerSource) -> Path | None:
+    """The directory of a tokenizer's files; None if it is in a file."""
+    return tokenizer if isinstance(tokenizer, Path) and tokenizer.is_dir() else None
+
+
+def text_fields(tokenizer: TokenizerSource) -> dict[str, Any] | None:
+    """The fields `tokenizer.*` of a GGUF file that a tokenizer comes from; None if it has files of its own."""
+    return tokenizer if isinstance(tokenizer, dict) else None
+
+
+def text_files(tokenizer: TokenizerSource) -> list[Path]:
+    """A tokenizer's own files: none if it comes from fields.
+
+    Those of a directory are followed by the configurations and the weights of the modules that modules.json names.
     """
-    if folder.is_file():
-        return [folder]
+    if isinstance(tokenizer, dict):
+        return []
+    if tokenizer.is_file():
+        return [tokenizer]
+    folder = tokenizer
     found = [path for name in NAMES for path in sorted(folder.glob(name))]
     modules = (
         folder / name / file for name in _modules(folder) for file in ("config.json", "model.safetensors")

@@ -12,12 +12,14 @@ import numpy as np
 
 from mpillm.comm.world import World
 from mpillm.engine.adjust import bits
-from mpillm.engine.engine import Engine, follow
+from mpillm.engine.engine import follow
 from mpillm.engine.limits import Totals
 from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session
+from mpillm.spec import DraftSection
+from mpillm.spec.sections import Quantize
 from mpillm.weights.paging.weights import minimum_budget
 from tests.model.engine_harness import spec_of
 from tests.model.golden import gguf_path, model_path
@@ -139,13 +141,18 @@ def run(
     requests: Sequence[Request],
     kv_blocks: int = 0,
     streams: bool = False,
+    draft: Quantize | None = None,
     **job: Any,
 ) -> Outcome:
     """Collective; the values are on rank 0.
 
+    With `draft` the model drafts for itself, in that type.
+
     `kv_blocks` is the KV budget in blocks of all layers, 0 for a wide one; `streams` makes the weights' as small as it
     may be.
     """
+    if draft is not None:
+        job["draft"] = DraftSection(model=str(model), quantize=draft)
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK
         least = max(world.gather(minimum_budget(session.weights.pages)))
@@ -160,7 +167,7 @@ def run(
         if world.rank > 0:
             follow(session.worker, session.channel)
         else:
-            engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
+            engine = session.engine()
             compute = session.worker.step
 
             def counted(step: Any) -> Any:
@@ -178,8 +185,17 @@ def run(
         return Outcome(found, totals, rows, cache.hits + cache.misses, session)
 
 
-def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: int, **job: Any) -> Outcome:
+def run_in_pieces(
+    world: World,
+    model: Path,
+    requests: Sequence[Request],
+    seed: int,
+    draft: Quantize | None = None,
+    **job: Any,
+) -> Outcome:
     """What `run` gives on one rank, where runs are broken off again and again and go on from what was saved."""
+    if draft is not None:
+        job["draft"] = DraftSection(model=str(model), quantize=draft)
     rng = np.random.default_rng(seed)
     found: dict[Name, Values] = {}
     saved: dict[Name, PartialCompletion] = {}
@@ -188,8 +204,7 @@ def run_in_pieces(world: World, model: Path, requests: Sequence[Request], seed: 
         resumed = [replace(one, resumed=saved.get((one.id, one.choice))) for one in todo]
         every = int(rng.integers(1, 9))
         with closing(Session(world, spec_of(model, **job), model)) as session:
-            engine = Engine(session.worker, session.channel, session.limits, session.shard_vocab)
-            engine.totals = totals
+            engine = session.engine(totals)
             for _, finished in zip(range(rng.integers(3, 25)), engine.run(resumed), strict=False):
                 found |= {(one.request.id, one.request.choice): values(one) for one in finished}
                 for request, start, more in engine.unsaved(every):

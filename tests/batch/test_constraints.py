@@ -185,6 +185,51 @@ def test_every_style_of_tokenizer(style: str, tmp_path: Path) -> None:
             assert replayed.forced == [] or len(ids) == 200
 
 
+# A schema, what it accepts, and what it does not; the keywords that llguidance says it takes.
+SCHEMAS: list[tuple[Any, list[Any], list[Any]]] = [
+    ({"type": "integer"}, [0, -3, 12345], [1.5, "1", None, True]),
+    ({"type": ["string", "null"]}, ["", "a \N{SNOWMAN}", None], [0, [], False]),
+    ({"const": {"a": [1, None]}}, [{"a": [1, None]}], [{"a": [1]}, {}, 1]),
+    ({"enum": ["x", 2, [False]]}, ["x", 2, [False]], ["y", 3, [True], False]),
+    ({"minLength": 2, "maxLength": 3, "type": "string"}, ["ab", "\N{SNOWMAN}bc"], ["a", "abcd", 12]),
+    ({"type": "string", "pattern": "^a+b?$"}, ["a", "aaab"], ["b", "ab ", "abb"]),
+    ({"type": "string", "pattern": "[0-9]"}, ["a1b", "7"], ["", "ab"]),
+    ({"type": "string", "format": "date"}, ["2024-02-28"], ["28.2.2024", "2024-13-01", ""]),
+    ({"type": "string", "format": "ipv4"}, ["127.0.0.1"], ["127.0.0", "256.1.1.1"]),
+    ({"type": "integer", "minimum": -5, "exclusiveMaximum": 11}, [-5, 0, 10], [-6, 11, 100]),
+    ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2}, [0.75, 1, 2], [0.5, 0, 2.25, -1]),
+    ({"type": "integer", "multipleOf": 7}, [0, 7, -14, 98], [1, 8, 99]),
+    ({"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}, [[True], [False, True]], [[], [1], [True] * 3]),
+    ({"type": "array", "prefixItems": [{"const": 1}], "items": {"type": "string"}}, [[1], [1, "a", "b"]], [[2], [1, 2]]),
+    ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, [{"a": 1}, {"a": 1, "b": []}], [{}, {"b": 1}, {"a": ""}]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, [{}, {"x": 1, "y": 2}], [{"x": ""}, []]),
+    ({"type": "object", "patternProperties": {"^n_": {"type": "null"}}, "additionalProperties": False}, [{}, {"n_1": None}], [{"n_1": 1}, {"m": None}]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 2}, [{"a": 1}, {"a": 1, "b": 2}], [{}, {"a": 1, "b": 2, "c": 3}]),
+    ({"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 1}]}, [3, "a", ""], ["ab", 1.5, None]),
+    ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [3, "ab"], [None, [3]]),
+    ({"allOf": [{"minimum": 3}, {"maximum": 5}], "type": "integer"}, [3, 5], [2, 6]),
+    ({"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}}, [[], [[[]], []]], [[1], {}]),
+    (True, [{"a": [None]}, "x", 1e3], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "valid", "invalid"), SCHEMAS)
+def test_a_schema_accepts_what_is_valid_and_nothing_else(
+    schema: Any, valid: list[Any], invalid: list[Any]
+) -> None:
+    grammars = TEXT.grammars(TEXT.vocab_size, frozenset({END}))
+    grammar = json_grammar(schema)
+    for value in (*valid, *invalid):
+        for indent in (None, 2):
+            matcher, accepted = grammars.matcher(grammar), True
+            for token in TEXT.encode(json.dumps(value, ensure_ascii=False, indent=indent), False):
+                accepted = accepted and not matcher.ended and matcher.accepts(token)
+                if accepted:
+                    matcher.push(token)
+            accepted = accepted and (matcher.ended or matcher.accepts(END))
+            assert accepted is any(value is one for one in valid), (value, indent)
+
+
 BAD = [
     ({"guided_json": {"type": "obj"}}, "no answer can be held to it: Invalid type: obj"),
     ({"guided_json": "{"}, "guided_json: the schema is not JSON: Expecting property name enclosed in double quotes"),

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from mpillm.batch.answers import result_line
 from mpillm.batch.order import Order, ordered
 from mpillm.batch.work import Work
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.scheduler import Scheduler
 from mpillm.engine.sequence import Sequence
 from mpillm.kernels import KV_BLOCK
-from tests.job_helpers import WITHOUT_TEXT, checked, works
+from tests.e2e.jobs import WORDS
+from tests.job_helpers import CHAT, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, works
+from tests.model.engine_harness import run_engine
 
 
 def line(prompt: list[int], max_tokens: int) -> dict[str, Any]:
@@ -84,6 +87,29 @@ def test_a_stream_is_ordered_in_windows(tmp_path: Path, monkeypatch: pytest.Monk
     made = works(tmp_path, *(line([1], count) for count in (1, 2, 3, 4, 5)), model=WITHOUT_TEXT)
     taken = [work.requests[0].max_tokens for work in ordered(iter(made))]
     assert taken == [3, 2, 1, 5, 4]
+
+
+def test_answers_are_the_same_in_either_order(tmp_path: Path) -> None:
+    """Scoring behind examples, questions about documents, and chats; the order differs, and no byte of a line does."""
+    draw = random.Random(8)
+    begins = [TEXT.encode(" ".join(draw.choices(WORDS, k=40))) for _ in range(3)]
+    bodies = [
+        {"prompt": [*draw.choice(begins), draw.randrange(3, 200)], **more}
+        for more in [{"max_tokens": 0, "echo": True, "logprobs": 2}, {"max_tokens": 9, "temperature": 1.0}]
+        * 9
+    ]
+    made = works(
+        tmp_path, *bodies, *({"messages": [{"role": "user", "content": word}]} for word in WORDS[:4])
+    )
+    found = []
+    for lines in (made, [made[at] for at in numbers(made)]):
+        asked = [request for work in lines for request in work.requests]
+        by_name = {
+            one.request.id: one for one in run_engine(CHAT, asked, max_num_seqs=5, max_num_batched_tokens=64)
+        }
+        found.append([result_line(work, [by_name[work.custom_id]], WITH_TEXT) for work in made])
+    assert numbers(made) != list(range(len(made)))
+    assert found[0] == found[1]
 
 
 def computed(made: list[Work]) -> Totals:

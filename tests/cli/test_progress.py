@@ -16,13 +16,13 @@ import pytest
 
 from mpillm import cli
 from mpillm.cli import progress
-from mpillm.run.progress import State
+from mpillm.run.progress import ProgressState
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 
 
-def state(tokens: int) -> State:
-    return State(tokens, hits=0.5, stalled=0.25, waited=0.0)
+def state(tokens: int) -> ProgressState:
+    return ProgressState(tokens, hits=0.5, stalled=0.25, waited=0.0)
 
 
 def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import KV_BLOCK
-from mpillm.tools.pack import Weights, pack
+from mpillm.tools.pack import PackedType, pack
 from mpillm.weights.paging.weights import minimum_budget
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, write_lines
@@ -119,7 +119,7 @@ def test_each_kernel_path(path: str) -> None:
         ),
     ],
 )
-def test_packed(name: str, weights: Weights, tmp_path: Path) -> None:
+def test_packed(name: str, weights: PackedType, tmp_path: Path) -> None:
     pack(_alone(), str(path_of(name)), tmp_path / "packed", weights, Quiet())
     like = name if weights == "source" else f"{name} quantize={weights}"
     for loader in ("mmap", "read"):

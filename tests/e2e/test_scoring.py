@@ -12,6 +12,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from openai.types import CreateEmbeddingResponse
+from openai.types.chat import ChatCompletion
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -296,6 +298,8 @@ def test_documented_batches_of_vllm_run_as_they_are(tmp_path: Path) -> None:
         for number, (url, body, _) in enumerate(OF_VLLM, 1)
     ]
     chat, vector, scored, again, *ranked = found = answers(CHAT, tmp_path / "run", *lines)
+    ChatCompletion.model_validate(chat, strict=True)
+    CreateEmbeddingResponse.model_validate(vector, strict=True)
     for body, (_, _, keys) in zip(found, OF_VLLM, strict=True):
         assert keys <= body.keys()
         assert {"prompt_tokens", "total_tokens"} <= body["usage"].keys()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpillm.engine.drafter import LONGEST, Acceptance, Drafted, Lookup
+from mpillm.engine.answer_index import END, LONGEST, RUN, AnswerIndex
+from mpillm.engine.drafter import Acceptance, Drafted, Lookup
 from mpillm.engine.sampler import Candidates
 from mpillm.engine.sequence import Request, Sequence
 from mpillm.engine.speculation import RowCost, Speculation
@@ -51,6 +52,58 @@ def test_a_long_match_is_found_anywhere() -> None:
         assert guess.tokens == text[at : at + LONGEST]
 
 
+def test_what_followed_in_a_finished_answer() -> None:
+    index = AnswerIndex(1 << 10)
+    assert index.guess([1, 2, 3]).tokens == []
+    index.add([7, 1, 2, 3, 4, 5], 1)
+    index.add([1, 2, 3, 6], 1)
+    assert index.guess([1, 2]).tokens == []
+    assert index.guess([9, 1, 2, 3]) == ([6], 3)  # the last place,
+    assert index.guess([7, 1, 2, 3]) == ([4, 5], 4)  # but the longest first, up to the end of that answer
+    assert index.guess([3, 4, 5]).tokens == index.guess([5, 1, 2]).tokens == []
+
+
+@pytest.mark.parametrize("vocabulary", [2, 30, 100_000])
+def test_the_last_answers_are_found_and_no_others(vocabulary: int) -> None:
+    """Against a search through all that is kept, at every place of the last answers."""
+    rng, kept = np.random.default_rng(vocabulary), 256
+    index, answers = AnswerIndex(kept), list[list[int]]()
+    for _ in range(60):
+        answers.append(rng.integers(0, vocabulary, rng.integers(1, 90)).tolist())
+        index.add([5, *answers[-1]], 1)
+        own = [token for answer in answers[-30:] for token in (5, *answer, END)][-kept:]
+        text = answers[-1][: rng.integers(1, 90)]
+        found = index.guess([5, *text])
+        places = [
+            at
+            for at in range(RUN, len(own))
+            if own[at - RUN : at] == [5, *text][-RUN:] and len(text) + 1 >= RUN and own[at] != END
+        ]
+        if vocabulary == 2:  # more places than are tried
+            assert bool(found.tokens) <= bool(places)
+            continue
+        for at in places[-1:] if found.tokens else []:
+            assert found.tokens[0] in {own[place] for place in places}, at
+        if len(text) >= RUN and len(text) < len(answers[-1]):
+            assert found.tokens == answers[-1][len(text) :][:LONGEST]
+            assert found.matched == min(len(text) + 1, 32)
+
+
+def test_an_answer_like_a_finished_one_is_faster() -> None:
+    rng = np.random.default_rng(5)
+    speculation = Speculation("auto", False, 1.0)
+    answers = [rng.integers(0, 1000, 80).tolist() for _ in range(3)]
+    passes = []
+    for answer in [*answers, *answers]:
+        prompt = rng.integers(0, 1000, 40).tolist()
+        passes.append(run(speculation, [*answer[:10], 3, *answer[10:]], prompt, 0.1)[1])
+        done = Sequence(Request("a", tuple(prompt), max_tokens=100))
+        done.tokens += answer
+        speculation.ended(done)
+    assert min(passes[:3]) > 60
+    assert max(passes[3:]) < 40
+
+
 def test_acceptance_follows_what_is_seen() -> None:
     rate = Acceptance(0.5)
     for _ in range(100):
@@ -89,7 +142,7 @@ def run(speculation: Speculation, answer: list[int], prompt: list[int], cost: fl
         most = sequence.room(len(sequence.tokens) - sequence.computed)
         drafts = speculation.draft(sequence, min(most, 15)) if speculation.begin_step(1) else []
         right = 0
-        for token, _ in drafts:
+        for token, *_ in drafts:
             if token != answer[sequence.generated + right]:
                 break
             right += 1
@@ -189,7 +242,7 @@ class Script:
 def test_drafts_obey_a_constraint(sets: list[set[int]], expected: list[int]) -> None:
     asked = Request("a", (1, 2, 3, 4, 5, 1, 2), max_tokens=100, constraint=lambda: Script(sets))
     drafts = Speculation("prompt-lookup", False, 1.0).draft(Sequence(asked), 15)
-    assert [token for token, _ in drafts] == expected
+    assert [token for token, *_ in drafts] == expected
     for at, draft in enumerate(drafts, 1):
         assert draft.allowed is not None
         assert draft.allowed.tolist() == [sum(1 << token for token in sets[at])]

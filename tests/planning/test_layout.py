@@ -13,6 +13,7 @@ from mpillm.errors import JobError, LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning import hosts, layout, plan, plan_text
 from mpillm.planning.layout import Chosen, Machines
+from mpillm.planning.rank_plan import Planner
 from tests.model.golden import model_path
 
 MODEL = model_path("llama3")
@@ -30,7 +31,8 @@ def chosen(
     machines = Machines(per_host, free or [PLENTY] * sum(per_host))
     with closing(open_source(MODEL, job.quantize)) as source:
         config = config_of(source)
-        return layout.choose(job, source, config, machines, job.layout.replicas, requests, shards)
+        layouts = layout.Layouts(job, Planner(source, config), job.layout.replicas, requests, shards)
+        return layouts.choose(machines).chosen
 
 
 def shapes(found: Chosen) -> list[tuple[int, int]]:

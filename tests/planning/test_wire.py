@@ -13,6 +13,7 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.planning import layout
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.layout import Chosen
+from mpillm.planning.rank_plan import Planner
 from mpillm.run import context
 from mpillm.run.job import results_differ
 from mpillm.spec import Spec, WireSection
@@ -30,7 +31,8 @@ def job(*settings: str) -> Spec:
 def chosen(hosts: list[Host], *settings: str) -> Chosen:
     asked = job(*settings)
     with closing(open_source(MODEL)) as source:
-        return layout.choose(asked, source, config_of(source), machines_of(hosts), asked.layout.replicas)
+        layouts = layout.Layouts(asked, Planner(source, config_of(source)), asked.layout.replicas)
+        return layouts.choose(machines_of(hosts)).chosen
 
 
 @pytest.mark.parametrize("shards", [2, 4])

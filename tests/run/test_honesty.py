@@ -45,7 +45,7 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from mpillm.cli import main
-from mpillm.run import memory
+from mpillm.planning import memory
 code = main(sys.argv[2:])
 rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
 Path(sys.argv[1], f"peak-{rank}").write_text(str(memory.peak()))

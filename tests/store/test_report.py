@@ -45,6 +45,20 @@ def test_the_last_lines_of_a_run() -> None:
     ]
 
 
+def test_what_drafts_gave() -> None:
+    run = made()
+    run.batch.turns, run.batch.drafted, run.batch.accepted = 20, 60, 30
+    said = (
+        "60 tokens were drafted, and 30 of them (50 %) were right: 2.50 tokens of a sequence for each pass."
+    )
+    assert list(report_page.summary(run))[2:3] == [said]
+    run.batch.drafters = {"answers": (20, 5), "prompt lookup": (40, 25)}
+    assert list(report_page.summary(run))[2:4] == [
+        said,
+        "Right by drafter: answers 5 of 20, prompt lookup 25 of 40.",
+    ]
+
+
 def test_planned_beside_measured_and_the_slowest_rank() -> None:
     planned = report.Planned(seconds=9.0, of_computed=1.5, limit="computing", bubble=0.25)
     run = made(planned=planned)

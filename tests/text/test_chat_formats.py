@@ -17,7 +17,7 @@ from mpillm.text import Tokenizer, hf
 from mpillm.text.chat_formats.base import ParsedAnswer, Tool
 from mpillm.text.chat_formats.known import CALLS, TAGS, format_of
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State, Tagged
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState, Tagged
 from mpillm.text.constrain import Grammars, choice_grammar
 from mpillm.text.harmony import CALL, CONSTRAIN, MARKS, Harmony
 from tests.job_helpers import CHAT
@@ -112,7 +112,7 @@ def found(answer: ParsedAnswer) -> list[tuple[str, Any]]:
     return [(call.name, json.loads(call.arguments)) for call in answer.calls]
 
 
-def grown(format: ChatFormat, text: str, state: State) -> ParsedAnswer:
+def grown(format: ChatFormat, text: str, state: ReasoningState) -> ParsedAnswer:
     """The parts of an answer, of which each beginning was looked at, too: none took back what another had given."""
     last = ParsedAnswer(None, "")
     for length in range(len(text) + 1):
@@ -160,6 +160,51 @@ def test_what_is_no_call_is_content(name: str) -> None:
     assert not broken.calls
     assert "wea" in broken.content
     assert format.split(written, "free", None, True) == ParsedAnswer(None, written)
+
+
+OSLO, NO_ARGUMENTS = ("weather", {"city": "Oslo"}), ("now", {})
+# What models also write: what is said beside the calls, and the calls.
+VARIANTS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
+    ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}', "", [OSLO]),
+    ("hermes", '<tool_call>{"arguments": "{\\"city\\": \\"Oslo\\"}",\n"name": "weather"}</tool_call><tool_call>{"name": "now", "arguments": null}</tool_call>', "", [OSLO, NO_ARGUMENTS]),
+    ("hermes", 'a <tool_call>{"name": "now", "arguments": {}}</tool_call> b', "a  b", [NO_ARGUMENTS]),
+    ("hermes", '<tool_call>{"name": "now"}</tool_call>', '<tool_call>{"name": "now"}</tool_call>', []),
+    ("llama3_json", '<|python_tag|>{"type": "function", "name": "weather", "arguments": {"city": "Oslo"}} ;\n{"name": "now", "parameters": {}}', "", [OSLO, NO_ARGUMENTS]),
+    ("llama3_json", 'Use {"name": "now", "parameters": {}}', 'Use {"name": "now", "parameters": {}}', []),
+    ("glm", "<tool_call>weather\n    <arg_key>city</arg_key>\n    <arg_value>Oslo</arg_value>\n    </tool_call>\n    <tool_call>now</tool_call>", "", [OSLO, NO_ARGUMENTS]),
+    ("glm", "<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>", "", [OSLO]),
+    ("qwen3_coder", "<function=weather>\n<parameter=city>Oslo</parameter>\n<parameter=days>\n3\n</parameter>\n</function>", "", [("weather", {"city": "Oslo", "days": 3})]),
+    ("deepseek_v3", ds('[[calls_begin]][[call_begin]]function[[sep]]weather\n```json\n{"city": "Oslo"}\n```[[call_end]][[call_begin]]function[[sep]]now\n```json\n{}\n```[[call_end]][[calls_end]]'), "", [OSLO, NO_ARGUMENTS]),
+    ("deepseek_v31", ds('[[calls_begin]][[call_begin]]weather[[sep]]{"city": [[call_end]][[calls_end]]'), ds('[[calls_begin]][[call_begin]]weather[[sep]]{"city": [[call_end]][[calls_end]]'), []),
+    ("kimi", '<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0 <|tool_call_argument_begin|>{\n"city": "Oslo"} <|tool_call_end|><|tool_call_begin|>now:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>', "", [OSLO, NO_ARGUMENTS]),
+    ("mistral", 'So[TOOL_CALLS] [{"arguments": {"city": "Oslo"}, "name": "weather"}]', "So", [OSLO]),
+    ("granite", '<|tool_call|> [{"name": "now", "arguments": {}}]', "", [NO_ARGUMENTS]),
+    ("pythonic", "<|python_start|>[weather(city='Oslo', where={'x': True, 'y': (None, -1.5)}), now()]<|python_end|>", "", [("weather", {"city": "Oslo", "where": {"x": True, "y": [None, -1.5]}}), NO_ARGUMENTS]),
+    ("pythonic", r"[weather(city='\d+\.')]", "", [("weather", {"city": "\\d+\\."})]),
+]  # fmt: skip
+# Values that JSON does not have, and calls that are none: all of it is content.
+NO_JSON = [
+    *(("pythonic", f"[now(x={value})]") for value in ("b'z'", "{1}", "{[1]}", "1j", "...", "1e999", "f()", "'\\ud800'")),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {"x": "\\ud800"}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "\\udc00", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {"x": 1e999}}</tool_call>'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "said", "calls"), VARIANTS)
+def test_calls_as_models_also_write_them(
+    name: str, text: str, said: str, calls: list[tuple[str, Any]]
+) -> None:
+    whole = grown(Tagged(None, CALLS[name]), text, "closed")
+    assert (whole.content, found(whole)) == (said, calls)
+    for cut in range(len(text)):  # as max_tokens cuts it: never a call that the whole has not
+        begun = found(Tagged(None, CALLS[name]).split(text[:cut], "closed", TOOLS, final=True))
+        assert begun == calls[: len(begun)]
+
+
+@pytest.mark.parametrize(("name", "text"), NO_JSON)
+def test_calls_that_json_cannot_write_are_content(name: str, text: str) -> None:
+    assert grown(Tagged(None, CALLS[name]), text, "closed") == ParsedAnswer(None, text)
 
 
 def test_reasoning() -> None:
@@ -276,7 +321,11 @@ def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
     content = choice_grammar(["red", "blue"])
 
     def grammar(
-        choice: Any, tools: list[Tool], answer: bool = False, many: bool = True, state: State = "closed"
+        choice: Any,
+        tools: list[Tool],
+        answer: bool = False,
+        many: bool = True,
+        state: ReasoningState = "closed",
     ) -> str:
         lark = Lark(grammars[0].control)
         return lark.whole(

@@ -25,7 +25,7 @@ from mpillm.errors import Interrupted, JobError, ModelError, OutputError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
-from mpillm.tools.pack import PackResult, Weights, pack
+from mpillm.tools.pack import PackedType, PackResult, pack
 from mpillm.weights.formats.loaders import InPlaceLoader
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
@@ -78,7 +78,7 @@ class Quiet:
         pass
 
 
-def packed(name: str | Path, target: Path, weights: Weights = "source") -> PackResult:
+def packed(name: str | Path, target: Path, weights: PackedType = "source") -> PackResult:
     return pack(_alone(), str(model_path(name) if isinstance(name, str) else name), target, weights, Quiet())
 
 
@@ -194,7 +194,7 @@ def test_floats_that_stay_are_used_where_they_lie(name: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("weights", ["q8_0", "q4_0"])
-def test_quantised_while_packed_is_as_quantised_while_paged_in(tmp_path: Path, weights: Weights) -> None:
+def test_quantised_while_packed_is_as_quantised_while_paged_in(tmp_path: Path, weights: PackedType) -> None:
     packed("smol_bf16", tmp_path / "p", weights)
     assert outcome(tmp_path / "p", "smol_bf16") == expected("smol_bf16", weights)
 
@@ -369,7 +369,7 @@ def test_every_byte_is_read_once_hashed_once_and_compared(
     ("name", "weights"), [("llama3", "q8_0"), ("llama_mixed.gguf", "source"), ("mixtral", "q4_0")]
 )
 def test_requests_of_any_size_pack_the_same(
-    name: str, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, weights: PackedType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None is larger than it may be, unless a tile of rows is (a head in llama.cpp's order, pages of embeddings)."""
     packed(name, tmp_path / "p", weights)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from mpillm.errors import ModelError
 from mpillm.model.opening import open_source
-from mpillm.tools.pack import Weights, pack
+from mpillm.tools.pack import PackedType, pack
 from mpillm.weights.finite import check_vectors, first_not_finite
 from mpillm.weights.names import USUAL
 from mpillm.weights.roles import Key
@@ -35,7 +35,7 @@ def test_sound_models(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["source", "q8_0", "q4_0"])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_not_finite_is_found(seed: int, weights: Weights, tmp_path: Path) -> None:
+def test_what_is_not_finite_is_found(seed: int, weights: PackedType, tmp_path: Path) -> None:
     """In a matrix (of an expert, too), an embedding, or a vector, wherever it is."""
     draw = random.Random(f"{seed} {weights}")
     folder = tmp_path / "model"

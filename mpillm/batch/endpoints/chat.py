@@ -22,7 +22,7 @@ from mpillm.spec import Spec
 from mpillm.text import Tokenizer
 from mpillm.text.chat_formats.base import ParsedAnswer
 from mpillm.text.chat_formats.lark import Lark
-from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, State
+from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState
 
 PROMPT_END = 16  # tokens of a prompt that tell how the answer begins
 
@@ -171,7 +171,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         assert model.text is not None
         return model.text.chat_format(spec.chat.reasoning, spec.chat.tool_calls)
 
-    def _state(self, found: ChatFormat, prompt: Sequence[int], text: Tokenizer) -> State:
+    def _state(self, found: ChatFormat, prompt: Sequence[int], text: Tokenizer) -> ReasoningState:
         """How the answer begins."""
         if self.continue_final_message:
             content = self.messages[-1].get("content")

@@ -27,7 +27,7 @@ from mpillm.engine.sequence import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 
-Choice = Annotated[str, Meta(min_length=1)] | Annotated[list[int], Meta(min_length=1)]
+Alternative = Annotated[str, Meta(min_length=1)] | Annotated[list[int], Meta(min_length=1)]
 MEASURES = ("logprob", "logprob_per_token", "logprob_per_byte")
 
 
@@ -45,7 +45,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
 
     prompt: str | list[int] | None = None
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
-    choices: Annotated[list[Choice], Meta(min_length=1)]
+    choices: Annotated[list[Alternative], Meta(min_length=1)]
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     is_greedy: bool | None = None

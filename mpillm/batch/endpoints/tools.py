@@ -44,8 +44,8 @@ class NamedChoice(msgspec.Struct, frozen=True):
     type: Literal["function"] = "function"
 
 
-Choice = Literal["none", "auto", "required"]
-ToolChoice = Choice | NamedChoice
+ToolMode = Literal["none", "auto", "required"]
+ToolChoice = ToolMode | NamedChoice
 
 
 def read_tools(given: Sequence[Any] | None) -> list[Tool]:
@@ -64,7 +64,7 @@ def read_tools(given: Sequence[Any] | None) -> list[Tool]:
     return list(tools.values())
 
 
-def choose(tools: Sequence[Tool], asked: ToolChoice | None) -> tuple[Sequence[Tool], Choice]:
+def choose(tools: Sequence[Tool], asked: ToolChoice | None) -> tuple[Sequence[Tool], ToolMode]:
     """The tools that may be called, and whether one must be; RequestError if there is none to choose."""
     if isinstance(asked, NamedChoice):
         name = asked.function.name

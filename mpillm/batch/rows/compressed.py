@@ -19,7 +19,7 @@ CHUNK = 1 << 16  # bytes that are uncompressed at once
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[io.BufferedReader]:
+def uncompressed(path: Path) -> Iterator[io.BufferedReader]:
     """The content of an input, uncompressed; JobError says what is wrong with it."""
     try:
         source = cast("io.BufferedReader", sys.stdin.buffer) if str(path) == STDIN else path.open("rb")

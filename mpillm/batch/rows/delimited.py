@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from mpillm.batch.rows.line import MAX_LINE, error_line, row_line
+from mpillm.batch.rows.line import MAX_LINE, row_line, wrong_row
 from mpillm.errors import JobError
 
 CHUNK = 1 << 16  # characters of a record that is passed over which are held at once
@@ -39,16 +39,16 @@ def records(
                 return
             except csv.Error as error:
                 lines.pass_over()
-                yield error_line(f"line {begin} of the input: {error}")
+                yield wrong_row(f"line {begin} of the input: {error}")
                 continue
             if lines.unclosed:
-                yield error_line(
+                yield wrong_row(
                     f"a quote in the record that begins in line {begin} of the input is not closed"
                 )
             elif len(row) == len(header):
                 yield row_line(dict(zip(header, row, strict=True)))
             elif row:  # no blank line
-                yield error_line(f"the row has {len(row)} field(s), and the header has {len(header)}")
+                yield wrong_row(f"the row has {len(row)} field(s), and the header has {len(header)}")
 
 
 class _Lines:

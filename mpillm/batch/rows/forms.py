@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from mpillm.batch.rows import delimited, json_array, parquet
-from mpillm.batch.rows.compressed import GZIP, STDIN, ZSTD, ChunkFile, unpacked
+from mpillm.batch.rows.compressed import GZIP, STDIN, ZSTD, ChunkFile, uncompressed
 from mpillm.batch.rows.json_array import begins_array
 from mpillm.errors import JobError
 
@@ -48,7 +48,7 @@ def write_lines(path: Path, target: IO[bytes], check: Check) -> None:
 
     `check` is called with the columns of a table, before its first row.
     """
-    with unpacked(path) as file:
+    with uncompressed(path) as file:
         reader = _READERS.get(_suffix(path))
         if reader is not None:
             for line in reader(file, path, check):

@@ -12,14 +12,14 @@ from typing import IO, BinaryIO
 
 import msgspec
 
-from mpillm.batch.rows.line import MAX_LINE, error_line
+from mpillm.batch.rows.line import MAX_LINE, wrong_row
 from mpillm.errors import JobError
 
 HEAD = 1 << 12  # bytes that tell what an input is
 CHUNK = 1 << 16  # characters that are read at once
 _MARK, _AFTER = re.compile(r'["\[\]{}]'), re.compile(r"[,\]\s]")  # in a nested value, and behind a number
 _BEGIN, _VISIBLE = re.compile(rb"(?:\xef\xbb\xbf)?\s*\["), re.compile(rb"\S")
-_TOO_LONG = error_line(f"the line is longer than {MAX_LINE >> 20} MiB")
+_TOO_LONG = wrong_row(f"the line is longer than {MAX_LINE >> 20} MiB")
 
 
 def begins_array(file: BinaryIO) -> tuple[bytes, bool]:

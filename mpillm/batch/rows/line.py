@@ -16,9 +16,9 @@ def row_line(row: dict[str, Any]) -> bytes:
         return msgspec.json.encode(row, enc_hook=str)
     except (UnicodeEncodeError, ValueError, TypeError) as error:
         what = "is not UTF-8 text" if isinstance(error, UnicodeEncodeError) else f"is no JSON: {error}"
-        return error_line(f"the row {what}")
+        return wrong_row(f"the row {what}")
 
 
-def error_line(what: str) -> bytes:
+def wrong_row(what: str) -> bytes:
     """Return the line in place of a row with which `what` is wrong."""
     return msgspec.json.encode({ROW_ERROR: what})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,11 +83,13 @@ class Pythonic(Bare):
 
     def read(self, text: str) -> list[Call] | None:
         try:
-            tree = ast.parse(text, mode="eval").body
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such as of an escape that Python does not know
+                tree = ast.parse(text, mode="eval").body
             if not isinstance(tree, ast.List):
                 return None
             calls = [_python_call(one) for one in tree.elts]
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             return None
         return None if None in calls else [call for call in calls if call is not None]
 
@@ -120,7 +123,10 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict):
         keys = [_literal(key) for key in node.keys if key is not None]
         return dict(zip(map(str, keys), map(_literal, node.values), strict=True))
-    return ast.literal_eval(node)
+    value = ast.literal_eval(node)
+    if isinstance(value, str | int | float | None):
+        return value
+    raise ValueError("JSON has no such value")
 
 
 def _written(tool: Tool, lark: Lark) -> str:

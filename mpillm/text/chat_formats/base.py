@@ -82,9 +82,11 @@ def call_of(name: Any, arguments: Any, id: str | None = None) -> Call | None:
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
     try:
-        return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False), id)
-    except ValueError:  # a number beyond those of JSON
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + written).encode()
+    except (ValueError, RecursionError):  # a number beyond those of JSON, half a character, too many levels
         return None
+    return Call(name, written, id)
 
 
 def decode_json(text: str, at: int) -> tuple[Any, int] | None:

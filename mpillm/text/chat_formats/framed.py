@@ -40,7 +40,7 @@ class Framed(CallFormat):
             content.append(text[at:found])
             read = self.read(text, found + len(self.begin), tools, final)
             if read is None and not final:
-                return self._content(content, calls), calls
+                return self._content(content, calls, final), calls
             if read is None:
                 content.append(self.begin)
                 at = found + len(self.begin)
@@ -49,12 +49,16 @@ class Framed(CallFormat):
                 at = read[1]
         rest = text[at:]
         content.append(rest if final else without_open_end(rest, self.marks))
-        return self._content(content, calls), calls
+        return self._content(content, calls, final), calls
 
-    def _content(self, pieces: list[str], calls: list[Call]) -> str:
+    def _content(self, pieces: list[str], calls: list[Call], final: bool) -> str:
+        """The text around the calls, without their frames; a frame that no call has followed is text at the end."""
         text = "".join(pieces)
-        for mark in map(str.strip, self.frame):
-            text = text.replace(mark, "") if mark else text
+        marks = [mark for mark in map(str.strip, self.frame) if mark]
+        if not calls:
+            return text if final or not marks else text.partition(marks[0])[0]
+        for mark in marks:
+            text = text.replace(mark, "")
         return text
 
     def required(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:

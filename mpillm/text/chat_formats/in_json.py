@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mpillm.text.chat_formats.base import Call, Tool, call_of, decode_json
@@ -70,10 +71,7 @@ class NamedCalls(Framed):
         return (*super().marks, *re.findall(r"<\uff5c[^>]+>|<\|[^>]+>|\[[A-Z_]+\]", self.head))
 
     def read(self, text: str, at: int, tools: Sequence[Tool], final: bool) -> tuple[list[Call], int] | None:
-        pattern = (
-            re.escape(self.head).replace(r"\{name\}", r"(?P<name>[^\s<\[{]+?)").replace(r"\{n\}", r"\d+")
-        )
-        head = re.compile(r"\s*(?P<id>" + pattern + ")").match(text, at)
+        head = re.compile(self._pattern).match(text, at)
         if head is None or (found := decode_json(text, head.end())) is None:
             return None
         value, stop = found
@@ -82,8 +80,17 @@ class NamedCalls(Framed):
             if after is None:
                 return None
             stop = after
-        call = call_of(head["name"], value, head["id"].partition("<")[0] if self.ids else None)
+        call = call_of(head["name"], value, head["id"].partition("<")[0].rstrip() if self.ids else None)
         return None if call is None else ([call], stop)
+
+    @cached_property
+    def _pattern(self) -> str:
+        """The head as a regular expression, where models may leave a namespace out and put spaces before a mark."""
+        pattern = re.sub(r"(?=<|\\\[)", r"\\s*", re.escape(self.head)).replace(
+            r"functions\.", r"(?:functions\.)?"
+        )
+        name = pattern.replace(r"\{name\}", r"(?P<name>[^\s<\[{]+?)").replace(r"\{n\}", r"\d+")
+        return rf"\s*(?P<id>{name})"
 
     def write(self, tool: Tool, lark: Lark) -> str:
         before, number, behind = self.head.replace("{name}", tool.name).partition("{n}")

@@ -34,17 +34,15 @@ class Tags(Framed):
 
     def read(self, text: str, at: int, tools: Sequence[Tool], final: bool) -> tuple[list[Call], int] | None:
         stop = text.find(self.end, at)
-        body = text[at:stop] if stop >= 0 else text[at:]
+        body = text[at:stop]
         head = re.match(rf"\s*([^\s<>\"]+)\s*{re.escape(self.named)}", body)
-        if head is None:
+        if stop < 0 or head is None:  # without its end, a call may lack arguments
             return None
         rest = body[head.end() :].strip()
-        if stop < 0 and not (final and rest.endswith(self.stop)):
-            return None
         schemas = next((tool.properties for tool in tools if tool.name == head[1]), {})
         arguments = {key: read_value(value, schemas.get(key)) for key, value in self._arguments(rest)}
         call = call_of(head[1], arguments)
-        return None if call is None else ([call], len(text) if stop < 0 else stop + len(self.end))
+        return None if call is None else ([call], stop + len(self.end))
 
     def _arguments(self, text: str) -> Iterator[tuple[str, str]]:
         between = r"\s*".join(map(re.escape, self.value.split("\n")))

@@ -10,7 +10,7 @@ from mpillm.text.chat_formats.base import CallFormat, ParsedAnswer, Tool, withou
 from mpillm.text.chat_formats.lark import Lark
 
 #: of the answer's beginning: the prompt has opened the reasoning, has closed it, or has done neither
-State = Literal["open", "closed", "free"]
+ReasoningState = Literal["open", "closed", "free"]
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,28 @@ class ChatFormat:
     has_reasoning: bool  # whether reasoning can be told from content
     has_calls: bool  # whether the format of tool calls is known
 
-    def state(self, prompt: str) -> State:
+    def state(self, prompt: str) -> ReasoningState:
         """How an answer begins, by the end of its prompt."""
         raise NotImplementedError
 
-    def continued(self, content: str) -> State:
+    def continued(self, content: str) -> ReasoningState:
         """How an answer begins that continues a message with this content."""
         raise NotImplementedError
 
-    def thinks(self, state: State) -> bool:
+    def thinks(self, state: ReasoningState) -> bool:
         """Whether there may be reasoning before the content."""
         raise NotImplementedError
 
-    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> ParsedAnswer:
+    def split(
+        self, text: str, state: ReasoningState, tools: Sequence[Tool] | None, final: bool
+    ) -> ParsedAnswer:
         """The parts of an answer, in which calls are looked for if there are `tools`.
 
         Unless `final`, more of it will come, and what cannot be told yet is in no part.
         """
         raise NotImplementedError
 
-    def expression(self, lark: Lark, state: State, asked: AnswerRule) -> str:
+    def expression(self, lark: Lark, state: ReasoningState, asked: AnswerRule) -> str:
         """The grammar of an answer whose content or calls are held to something."""
         raise NotImplementedError
 
@@ -67,23 +69,25 @@ class Tagged(ChatFormat):
         self.has_calls = calls is not None
         self.id_length = calls.id_length if calls else 24
 
-    def state(self, prompt: str) -> State:
+    def state(self, prompt: str) -> ReasoningState:
         if self.tags is None:
             return "closed"
         opening, closing = self.tags
         end = prompt.rstrip()
         return "open" if end.endswith(opening) else "closed" if end.endswith(closing) else "free"
 
-    def continued(self, content: str) -> State:
+    def continued(self, content: str) -> ReasoningState:
         if self.tags is None:
             return "closed"
         _, opened, behind = content.rpartition(self.tags[0])
         return "open" if opened and self.tags[1] not in behind else "closed"
 
-    def thinks(self, state: State) -> bool:
+    def thinks(self, state: ReasoningState) -> bool:
         return self.tags is not None and state != "closed"
 
-    def split(self, text: str, state: State, tools: Sequence[Tool] | None, final: bool) -> ParsedAnswer:
+    def split(
+        self, text: str, state: ReasoningState, tools: Sequence[Tool] | None, final: bool
+    ) -> ParsedAnswer:
         reasoning, rest = self._thought(text, state, final)
         if rest is None:
             return ParsedAnswer(reasoning, "")
@@ -94,7 +98,7 @@ class Tagged(ChatFormat):
             content = content.rstrip()
         return ParsedAnswer(reasoning, content, tuple(calls))
 
-    def _thought(self, text: str, state: State, final: bool) -> tuple[str | None, str | None]:
+    def _thought(self, text: str, state: ReasoningState, final: bool) -> tuple[str | None, str | None]:
         """What was thought, and what follows; None where nothing follows yet."""
         if self.tags is None or state == "closed":
             return None, text
@@ -114,7 +118,7 @@ class Tagged(ChatFormat):
             thought = without_open_end(thought, (closing,)).rstrip()
         return thought.strip(), None
 
-    def expression(self, lark: Lark, state: State, asked: AnswerRule) -> str:
+    def expression(self, lark: Lark, state: ReasoningState, asked: AnswerRule) -> str:
         ways = [asked.answer] if asked.answer else []
         if asked.tools:
             assert self.calls is not None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Extent
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Parsed, RowGroups
+from mpillm.weights.text_files import TokenizerSource
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AdapterFiles:
         self, path: Path, files: tuple[Path, ...], mapped: MappedFile, factors: list[Factors]
     ) -> None:
         self.path, self.files, self.factors = path, files, factors
-        self.tokenizer: Path | dict[str, Any] = {}  # it has none of its own
+        self.tokenizer: TokenizerSource = {}  # it has none of its own
         self._mapped = mapped
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:

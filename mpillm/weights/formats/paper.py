@@ -16,6 +16,7 @@ from mpillm.weights.inventory import Inventory, PageSpec, all_tensors
 from mpillm.weights.plan import PagePlan, page_name, plan_entries
 from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
+from mpillm.weights.text_files import TokenizerSource
 
 DTYPES = {"bfloat16": BlockType.BF16, "float16": BlockType.F16, "float32": BlockType.F32}
 
@@ -37,7 +38,7 @@ class PaperSource:
                 f"{path} has quantised weights, whose types only the files say; pull the model to plan with it."
             )
         self.path, self.config = path, config
-        self.tokenizer: Path | dict[str, Any] = path
+        self.tokenizer: TokenizerSource = path
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         self._stored = DTYPES.get(str(dtype), BlockType.BF16)
         self._quantize = QUANTIZE[quantize]

@@ -27,6 +27,7 @@ from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, PageTensor, page_name, plan_entries
 from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
+from mpillm.weights.text_files import TokenizerSource
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
@@ -51,7 +52,7 @@ class TensorSource:
         metadata_files: Iterable[Path],
         extents: Mapping[Key, Extent],
         config: dict[str, Any],
-        tokenizer: Path | dict[str, Any],
+        tokenizer: TokenizerSource,
         quantize: str = "none",
     ) -> None:
         """`metadata_files` are those that are read whole (config.json): they count in the fingerprint."""

@@ -39,7 +39,7 @@ WRITING = 2  # pages that are written at a time: one of them may still be hashed
 WRITERS = 4  # pieces that are written and read back at a time
 CHUNK = 8 * 2**20  # bytes that are read at a time to hash a file
 
-Progress = Callable[[int], None]  # of the number of further bytes that are on the disk
+WriteProgress = Callable[[int], None]  # of the number of further bytes that are on the disk
 
 
 class PackedPiece:
@@ -52,7 +52,7 @@ class PackedPiece:
 class Writer:
     """Writes files one after the other. While pages are packed, the ones before are written and hashed."""
 
-    def __init__(self, source: TensorSource, directory: Path, threads: int, progress: Progress) -> None:
+    def __init__(self, source: TensorSource, directory: Path, threads: int, progress: WriteProgress) -> None:
         """From now on the source is read past the page cache."""
         source.read_past_cache()
         self._source = source

@@ -43,7 +43,7 @@ def listed_files(index: dict[str, Any], path: Path) -> list[tuple[str, int]]:
     return files
 
 
-def open_file(folder: Path, entry: tuple[str, int]) -> PackedFile:
+def read_packed_file(folder: Path, entry: tuple[str, int]) -> PackedFile:
     """Read the header of a file of the index; ModelError if the file is missing or not as it was packed."""
     path, size = folder / entry[0], entry[1]
     if not os.path.exists(path):

@@ -22,7 +22,14 @@ from mpillm.weights.formats.quantised import QUANTIZATION
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
 from mpillm.weights.io.reading import read_at
-from mpillm.weights.packed.index import PACK_AGAIN, PackedFile, experts_in, listed_files, open_file, tensor_of
+from mpillm.weights.packed.index import (
+    PACK_AGAIN,
+    PackedFile,
+    experts_in,
+    listed_files,
+    read_packed_file,
+    tensor_of,
+)
 from mpillm.weights.packed.layout import (
     EMBED,
     FORMAT,
@@ -43,6 +50,7 @@ from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, page_name
 from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
+from mpillm.weights.text_files import TokenizerSource
 
 ROWS = 256  # of the embedding table that are looked at together
 PIECE = 2**20  # bytes of another tensor
@@ -71,10 +79,10 @@ class PackedSource:
         # The index has the hashes of all files, so it stands for them where ranks compare what they see.
         self.files = (*files, path / INDEX)
         fields, own = path / TOKENIZER, path / TOKENIZER_FILE
-        self.tokenizer: Path | dict[str, Any] = own if own.exists() else path
+        self.tokenizer: TokenizerSource = own if own.exists() else path
         if fields.exists():
             self.tokenizer = read_json(fields)
-        self.packed_files = tuple(open_file(path, entry) for entry in listed_files(index, path))
+        self.packed_files = tuple(read_packed_file(path, entry) for entry in listed_files(index, path))
         self._where = {name: number for number, file in enumerate(self.packed_files) for name in file.panels}
         self.tensors: Mapping[Key, TensorInfo] = self._tensors()
         self._embed = os.open(self._embed_file.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,136 @@
+"""Which hosts a job should run on: all, or those without which it would be faster, by the model of a step's time.
+
+A host can slow a run down where replicas must reach over several hosts (a slow stage or a slow network keeps the others
+waiting), or where there are fewer requests than would keep all busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+from mpillm.errors import LayoutError, MpillmError
+from mpillm.planning.layout import Found, Layouts
+from mpillm.planning.machines import Machines
+
+LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
+EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
+ONE_BY_ONE = 12  # ... so many each host alone, again and again
+FEW = 32  # of many hosts one in so many are left out at first
+
+Hosts = frozenset[int]
+
+
+def search(layouts: Layouts, machines: Machines, needed: int = 0) -> tuple[Found, list[int]]:
+    """The fastest layout on these hosts or on some of them, and the hosts that are left out.
+
+    The first `needed` hosts are not left out.
+
+    The most hosts with which the run is as fast as it can be, or about. LayoutError if none of them works.
+    """
+    hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines)
+    refused: MpillmError | None = None
+    try:
+        tried.add(frozenset())
+    except LayoutError as error:
+        refused = error
+    if hosts > 1 and not _by_rank(layouts):
+        for without in _candidates(machines, needed):
+            tried.look(without)
+        if hosts - needed > EVERY_SUBSET and hosts <= ONE_BY_ONE:
+            tried.climb(needed)
+    if not tried.found:
+        assert refused is not None
+        raise refused
+    best = tried.best()
+    return tried.found[best], sorted(best)
+
+
+def _by_rank(layouts: Layouts) -> bool:
+    """Whether the job gives values to ranks by their numbers, which would change."""
+    spec = layouts.spec
+    return any(
+        isinstance(value, list) for value in (spec.memory.weights, spec.memory.kv, spec.layout.threads)
+    )
+
+
+class _Tried:
+    """What was found without some hosts."""
+
+    def __init__(self, layouts: Layouts, machines: Machines) -> None:
+        self._layouts, self._machines = layouts, machines
+        self.found: dict[Hosts, Found] = {}
+        self._alike: dict[tuple[object, ...], Hosts] = {}  # hosts without which the same machines are left
+
+    def add(self, without: Hosts) -> None:
+        """Find the layout without these hosts; LayoutError if there is none."""
+        machines = self._machines.without(without) if without else self._machines
+        key = (*machines.ranks_per_host, *machines.free, *map(id, machines.speeds))
+        if key not in self._alike:
+            self._alike[key] = without
+            self.found[without] = self._layouts.choose(machines)
+
+    def look(self, without: Hosts) -> None:
+        """The same, if there is a layout without these hosts."""
+        with suppress(MpillmError):
+            self.add(without)
+
+    def best(self) -> Hosts:
+        """The hosts to leave out."""
+
+        def cost(found: Found) -> tuple[bool, float]:
+            return not found.fits, found.time.seconds
+
+        unfit, least = min(map(cost, self.found.values()))
+        near = [
+            without
+            for without, found in self.found.items()
+            if cost(found)[0] == unfit and found.time.seconds <= LEAVE_OUT * least
+        ]
+        return min(
+            near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))
+        )
+
+    def climb(self, needed: int) -> None:
+        """From the best so far on, leave another host out or take one in, as long as that makes the run faster."""
+        hosts = range(needed, len(self._machines.ranks_per_host))
+        before: Hosts | None = None
+        while self.found and (best := self.best()) != before:
+            before = best
+            for host in hosts:
+                if len(without := best ^ {host}) < len(self._machines.ranks_per_host):
+                    self.look(without)
+
+
+def _candidates(machines: Machines, needed: int) -> Iterator[Hosts]:
+    """Hosts that may be left out: every subset of a few, else 1, 2, 4, ... of the slowest in one respect."""
+    hosts = len(machines.ranks_per_host)
+    optional = range(needed, hosts)
+    if len(optional) <= EVERY_SUBSET:
+        for bits in range(1, 1 << len(optional)):
+            without = frozenset(host for at, host in enumerate(optional) if bits >> at & 1)
+            if len(without) < hosts:
+                yield without
+        return
+    for order in _orders(machines):
+        worst = [host for host in order if host >= needed][: hosts - 1]
+        count = max(hosts // FEW, 1)
+        while count < len(worst):
+            yield frozenset(worst[:count])
+            count *= 2
+        yield frozenset(worst)
+
+
+def _orders(machines: Machines) -> Iterator[Sequence[int]]:
+    """The hosts, the worst first: by products, by the network, by memory, and the last ones first."""
+    first = machines.firsts()
+
+    def by(worth: Callable[[int], float]) -> list[int]:
+        return sorted(range(len(first)), key=lambda host: (worth(first[host]), -host))
+
+    yield machines.slowest_first()
+    if machines.speeds:
+        yield by(lambda rank: machines.speeds[rank].wire)
+        yield by(lambda rank: -machines.speeds[rank].latency)
+    yield by(lambda rank: machines.free[rank])
+    yield range(len(first) - 1, -1, -1)

@@ -1,0 +1,161 @@
+"""The search for a layout: on clusters made by hand, beside all layouts one by one, and beside fewer ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpillm import spec
+from mpillm.errors import LayoutError
+from mpillm.model.opening import config_of, open_source
+from mpillm.planning.hosts import Host, machines_of
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.layout import CLEARLY, Found, Layouts
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import Planner
+from mpillm.planning.search import LEAVE_OUT, search
+from tests.sparse import llama
+
+LAYERS = 8
+FAST, SLOW = (4.0, 8.0, 12.0), (1.0, 2.0, 3.0)  # 10^9 operations/s
+LAN = {"latency_us": 100.0, "mbit": 1000.0}
+PLENTY = "8GiB"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A model of 240 MB, as all tests here plan it."""
+    path = llama(tmp_path_factory.mktemp("search") / "model", LAYERS, 1024, 16, 4, 4096, 8192)
+    with closing(open_source(path)) as source:
+        _planners.append(Planner(source, config_of(source)))
+        yield
+        _planners.clear()
+
+
+_planners: list[Planner] = []
+
+
+def layouts(*settings: str, requests: int = 64) -> Layouts:
+    job = spec.load(None, ("memory.kv=64MiB", *settings), model="model", input="in", output="out")
+    asked = InputNeeds(
+        requests, requests, prompt_tokens=64 * requests, generated_tokens=64 * requests, blocks=None
+    )
+    return Layouts(job, _planners[0], job.layout.replicas, requests, asked=asked)
+
+
+def host(products: tuple[float, ...], memory: str | int = PLENTY, **more: object) -> Host:
+    return Host(memory=memory, products={"f32": list(products)}, **{**LAN, **more})  # type: ignore[arg-type]
+
+
+def shapes(found: Found) -> list[tuple[int, int]]:
+    return [(replica.stages, replica.shards) for replica in found.chosen.replicas]
+
+
+def each_alone(asked: Layouts, machines: Machines) -> Iterator[Found]:
+    """The layouts that a user can ask for, one by one."""
+    for replicas in range(1, len(machines.ranks_per_host) + 1):
+        for shards in (1, 2, 4):
+            settings = f"layout.replicas={replicas}", f"layout.shards={shards}"
+            one = layouts(*settings, requests=asked.requests or 0)
+            with suppress(LayoutError):
+                found = one.choose(machines)
+                if found.fits:
+                    yield found
+
+
+def tight(requests: int) -> int:
+    """Bytes of a host that holds two thirds of the model."""
+    whole = layouts(requests=requests).choose(machines_of([host(FAST)])).plans[0].ranks[0]
+    return whole.held - whole.weights_share // 3
+
+
+CLUSTERS = {
+    "one fast and three slow": [host(FAST), host(SLOW), host(SLOW), host(SLOW)],
+    "a slow network": [host(FAST, mbit=1.0, latency_us=5000.0)] * 4,
+    "a fast network": [host(FAST, mbit=100_000.0, latency_us=2.0)] * 4,
+    "hosts of two ranks": [host(FAST, ranks=2)] * 3,
+    "one far away": [host(FAST), host(FAST), host(FAST, mbit=0.5, latency_us=1e5)],
+}
+
+
+@pytest.mark.parametrize("requests", [1, 3, 200])
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("small", [False, True])
+def test_it_is_about_the_best_of_all_layouts(cluster: str, requests: int, small: bool) -> None:
+    machines = machines_of(CLUSTERS[cluster])
+    if small:  # no rank holds the model alone
+        machines = replace(machines, free=[tight(requests)] * machines.ranks)
+    asked = layouts(requests=requests)
+    found, without = search(asked, machines, needed=1)
+    all_of_them = list(each_alone(asked, machines))
+    assert all_of_them
+    assert found.fits
+    assert 0 not in without
+    least = min(other.time.seconds for other in all_of_them)
+    assert found.time.seconds <= CLEARLY * LEAVE_OUT * least
+
+
+def test_what_is_chosen_and_why() -> None:
+    found, without = search(layouts(), machines_of([host(FAST)] * 3))
+    assert (shapes(found), without) == ([(1, 1)] * 3, [])
+    assert found.chosen.reason == "each holds the whole model in memory"
+    assert found.chosen.compared.startswith("the best of ")
+    # One request is computed by one host, unless the network is so fast that shards pay.
+    far = host(FAST, mbit=1.0)
+    found, without = search(layouts(requests=1), machines_of([far] * 3))
+    assert (shapes(found), len(without)) == ([(1, 1)], 2)
+    near = host(FAST, mbit=100_000.0, latency_us=1.0)
+    found, without = search(layouts(requests=1), machines_of([near] * 4))
+    assert (shapes(found), without) == ([(1, 4)], [])
+    assert found.chosen.wire == "f32"
+    # A host that would need longer for one request than the others for all of them only keeps them waiting.
+    crawling = host((0.01, 0.02, 0.03))
+    found, without = search(layouts(requests=8), machines_of([far, far, crawling]))
+    assert (shapes(found), without) == ([(1, 1)] * 2, [2])
+
+
+def test_a_large_host_alone_and_small_ones_together() -> None:
+    """Memory decides which neighbours are a replica."""
+    large, small = host(FAST), host(FAST, memory=tight(64))
+    for cluster, expected in [
+        ([small, small, large], [(2, 1), (1, 1)]),
+        ([large, small, small], [(1, 1), (2, 1)]),
+        ([large, small, small, large], [(1, 1), (2, 1), (1, 1)]),
+    ]:
+        found, without = search(layouts(), machines_of(cluster))
+        assert (shapes(found), without) == (expected, [])
+
+
+hosts = st.builds(
+    host,
+    st.sampled_from([FAST, SLOW, (0.1, 0.2, 0.2), (100.0, 400.0, 800.0)]),
+    memory=st.sampled_from([PLENTY, PLENTY, 400 * 2**20]),
+    ranks=st.sampled_from([1, 1, 2]),
+    latency_us=st.sampled_from([1.0, 100.0, 20_000.0]),
+    mbit=st.sampled_from([0.1, 10.0, 1000.0, 100_000.0]),
+)
+
+
+@settings(max_examples=15)
+@given(st.lists(hosts, min_size=2, max_size=4), st.sampled_from([1, 2, 5, 40, 1000]))
+def test_more_ranks_are_never_slower_than_fewer(cluster: list[Host], requests: int) -> None:
+    asked, before = layouts(requests=requests), None
+    for count in range(1, len(cluster) + 1):
+        found, _ = search(asked, machines_of(cluster[:count]))
+        if before is not None and before.fits:
+            assert found.fits
+            assert found.time.seconds <= LEAVE_OUT * CLEARLY * before.time.seconds
+        before = found
+
+
+@pytest.mark.parametrize(("hosts_of", "ranks"), [(256, 1), (32, 8)])
+def test_hundreds_of_ranks_are_laid_out_on_paper(hosts_of: int, ranks: int) -> None:
+    found, without = search(layouts(requests=100_000), machines_of([host(FAST, ranks=ranks, count=hosts_of)]))
+    assert not without
+    assert sum(stages * shards for stages, shards in shapes(found)) == hosts_of * ranks
+    assert len(found.chosen.replicas) >= hosts_of
