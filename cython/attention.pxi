@@ -1,4 +1,56 @@
-# Attention, from hidden states to the product with o.
+# Storing keys and values, attention, and a layer's attention from hidden states to the product with o.
+
+
+def kv_store(int kv_type, const float[:, :] k, v, const int32_t[::1] block,
+             const int32_t[::1] offset, kpool, vpool, int kvh, int hd, int value_dim=0):
+    cdef Pools pools
+    cdef const float[:, :] rows
+    cdef const float *values = NULL
+    cdef long stride = 0
+    cdef int vd = value_dim or hd
+    require_rows("k", k, -1, <Py_ssize_t>kvh * hd)
+    if (v is None) != (vpool is None):
+        raise ValueError("v and vpool must both be given, or neither")
+    if v is not None:
+        rows = v
+        require_rows("v", rows, k.shape[0], <Py_ssize_t>kvh * vd)
+        values, stride = &rows[0, 0], rows.strides[0] // 4
+    pools = pools_of(kv_type, kpool, vpool, kvh, hd, vd)
+    require_vector("block", k.shape[0], block.shape[0])
+    require_vector("offset", k.shape[0], offset.shape[0])
+    require_range("block", block, <int>pools.blocks)
+    require_range("offset", offset, MK_KV_BLOCK)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_kv_store(&work, kv_type, &k[0, 0], k.strides[0] // 4, values, stride, &block[0], &offset[0], k.shape[0],
+                pools.keys, pools.values, kvh, hd, 0 if v is None else vd)
+    finish(&work, 1)
+
+
+def attention(int kv_type, const float[:, :] q, float[:, :] out, kpool, vpool, const int32_t[::1] pos,
+              const int32_t[::1] table, const int32_t[::1] table_start, const int32_t[::1] kv_of_head, int kvh, int hd,
+              float scale, int window, int threads=1, int value_dim=0, sinks=None, float softcap=0.0,
+              bint chunked=False, tuning=None, bint bidirectional=False):
+    cdef Pools pools
+    cdef mk_tuning of_position = tuning_of(tuning)
+    cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
+    cdef Vector sink = Vector("sinks", sinks, heads)
+    require_rows("q", q, -1, <Py_ssize_t>heads * hd)
+    require_rows("out", out, q.shape[0], <Py_ssize_t>heads * vd)
+    pools = pools_of(kv_type, kpool, vpool, kvh, hd, vd)
+    require_vector("pos", q.shape[0], pos.shape[0])
+    require_vector("table_start", q.shape[0], table_start.shape[0])
+    require_range("kv_of_head", kv_of_head, kvh)
+    require_tables(pos, table, table_start, window, pools.blocks)
+    if softcap:
+        require_cap(softcap)
+    require_chunks(window, chunked)
+    cdef mk_work work
+    mk_begin(&work)
+    mk_attention(&work, kv_type, &q[0, 0], q.strides[0] // 4, &out[0, 0], out.strides[0] // 4, pools.keys,
+                 pools.values, &pos[0], &table[0], &table_start[0], &kv_of_head[0], q.shape[0], heads, kvh, hd, vd,
+                 scale, window, sink.at, softcap, chunked, bidirectional, &of_position)
+    finish(&work, threads)
 
 
 cdef struct Rows:

@@ -1,52 +1,130 @@
-# Memory of one call, and products of several matrices with the same activations.
-
-from libc.stdlib cimport free, malloc
+# Products of a matrix with activations, and of several matrices with the same activations.
 
 
-cdef enum: LINE = 64
+cdef class Product:
+    """A matrix [n, k], checked once; its panels may lie apart, and rows of floats `row_bytes` (0: they are packed)."""
+
+    cdef list data
+    cdef const uint8_t *at[MK_MAX_PANELS]
+    cdef const int32_t[::1] edges
+    cdef int type, panels
+    cdef long n, k, row_bytes, x_bytes
+
+    def __init__(self, int type, long n, long k, bounds, long row_bytes=0):
+        require_type(type)
+        self.edges = check_bounds(bounds, k, mk_block(type))
+        self.type, self.n, self.k, self.row_bytes, self.data = type, n, k, row_bytes, []
+        self.panels = <int>self.edges.shape[0] - 1
+        if self.quantised():
+            self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
+        else:
+            self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
+        if row_bytes and (self.quantised() or row_bytes < k * mk_block_bytes(type)):
+            raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
+
+    cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:
+        """Panels first .. first + count - 1 lie in w, one after the other."""
+        cdef const int32_t *edges = &self.edges[first]
+        require_vector("w", mk_panels(self.type, NULL, self.n, self.row_bytes, edges, count, &self.at[first]),
+                       w.shape[0])
+        mk_panels(self.type, &w[0], self.n, self.row_bytes, edges, count, &self.at[first])
+        self.data.append(w)
+        return 0
+
+    cdef size_t taken(self, long m) noexcept:
+        """Bytes of m rows of x in the product's form, at most."""
+        return whole_lines((m if self.quantised() else mk_blocks(m, MK_TILE) * MK_TILE) * self.x_bytes)
+
+    cdef int quantised(self) noexcept:
+        return not mk_is_float(self.type)
+
+    cdef int form(self) noexcept:
+        """Which of the forms of activations it takes (`Forms`)."""
+        return 0 if self.quantised() else 2 if self.type == MK_BF16 else 1
+
+    cdef void add(self, mk_work *work, const void *x, long m, float *out, long out_stride, long panel_stride) noexcept:
+        """x: activations of its form, in groups. What follows is joined."""
+        if m and self.n:
+            mk_matmul(work, self.type, self.at, self.n, self.row_bytes, &self.edges[0], self.panels, x, self.x_bytes, m,
+                      out, out_stride, panel_stride)
+            mk_join(work, 1)
+
+    cdef void weigh(self, mk_work *work, mk_product *to, const void *x, long m, float *out, long out_stride,
+                    long panel_stride, const int32_t *rows, const float *weights, const float *bias) noexcept:
+        """The same as a product of a mixture."""
+        mk_weigh(work, to, self.type, self.at, self.n, self.row_bytes, &self.edges[0], self.panels, x, self.x_bytes, m,
+                 out, out_stride, panel_stride, rows, weights, bias)
+
+    cdef const void *take(self, mk_work *work, Space space, const float *x, long stride, const int32_t *at, long m
+                          ) noexcept:
+        """Rows `at` of x (NULL: the first m) in its form, in a piece of the space. What follows is joined."""
+        cdef uint8_t *rows = <uint8_t *>space.take(self.taken(m))
+        if self.quantised():
+            mk_quantize_rows(work, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
+        else:
+            mk_float_rows(work, self.type, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
+        mk_join(work, 1)
+        return rows
 
 
-cdef class Space:
-    """Memory of one call, handed out in pieces of whole cache lines."""
-
-    cdef void *memory
-    cdef char *at
-
-    def __cinit__(self, size_t size):
-        self.memory = malloc(size + LINE)
-        if not self.memory:
-            raise MemoryError(f"no {size} bytes for activations")
-        self.at = <char *>self.memory + (-<size_t>self.memory) % LINE
-
-    def __dealloc__(self):
-        free(self.memory)
-
-    cdef void *take(self, size_t size) noexcept:
-        self.at += whole_lines(size)
-        return self.at - whole_lines(size)
-
-    cdef void release(self, void *piece) noexcept:
-        """Give back a piece and all that was taken after it."""
-        self.at = <char *>piece
+cdef enum: FORMS = 3  # of activations: quantised, floats, rounded to BF16
 
 
-cdef size_t whole_lines(size_t size) noexcept:
-    return (size + LINE - 1) // LINE * LINE
+def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True,
+           long row_bytes=0):
+    cdef Product product = Product(type, n, k, bounds, row_bytes)
+    cdef const uint8_t[:, ::1] blocks
+    cdef const float[:, :] rows
+    cdef Space space
+    cdef mk_work work
+    cdef const void *from_
+    cdef long m
+    product.put(0, product.panels, w)
+    mk_begin(&work)
+    if product.quantised():
+        blocks = x
+        m, from_ = blocks.shape[0], &blocks[0, 0]
+        require("x", (m, product.x_bytes), (m, blocks.shape[1]))
+    else:
+        rows = x
+        require_rows("x", rows, -1, k)
+        m = rows.shape[0]
+        space = Space(product.taken(m))
+        from_ = product.take(&work, space, &rows[0, 0], rows.strides[0] // 4, NULL, m)
+    mk_join(&work, 0)
+    cdef Sums sums = sums_of(out, product.panels, m, n, fold)
+    product.add(&work, from_, m, sums.to, sums.stride, sums.panel_stride)
+    finish(&work, threads)
 
 
-cdef size_t floats(long count) noexcept:
-    """Bytes that a Space needs for so many floats."""
-    return whole_lines(4 * count)
+cdef struct Sums:
+    float *to
+    long stride, panel_stride
 
 
-cdef void begin(mk_work *work, Space space, long steps) noexcept:
-    """Begin a work of at most so many steps, which lie in the space."""
-    mk_begin_in(work, <mk_step *>space.take(steps * sizeof(mk_step)), steps)
+cdef Sums sums_of(out, int panels, long m, long n, bint fold) except *:
+    """Where a product goes: out [m, n] if its panels are folded, else [panels, m, n]; the caller keeps the array."""
+    cdef float[:, :] folded
+    cdef float[:, :, ::1] parts
+    if fold:
+        folded = out
+        require_rows("out", folded, m, n)
+        return Sums(&folded[0, 0], folded.strides[0] // 4, 0)
+    parts = out
+    require("out", (panels, m, n), (parts.shape[0], parts.shape[1], parts.shape[2]))
+    return Sums(&parts[0, 0, 0], n, m * n)
 
 
-cdef size_t step_bytes(long steps) noexcept:
-    """Bytes that a Space needs for them."""
-    return whole_lines(steps * sizeof(mk_step))
+def fold(const float[:, :, ::1] parts, float[:, :] out, int threads=1):
+    cdef int count = <int>parts.shape[0]
+    if count < 1 or count & (count - 1) or count > 64:
+        raise ValueError("parts must be [P, m, d] with P a power of two up to 64, "
+                         f"not {(count, parts.shape[1], parts.shape[2])}")
+    require_rows("out", out, parts.shape[1], parts.shape[2])
+    cdef mk_work work
+    mk_begin(&work)
+    mk_fold(&work, &parts[0, 0, 0], count, parts.shape[1], parts.shape[2], &out[0, 0], out.strides[0] // 4)
+    finish(&work, threads)
 
 
 cdef list pieces_of(matrix):

@@ -82,10 +82,10 @@ MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
 
 /* With what the sum of a block's products begins, for weights that are greater than they should be. */
 MK_INLINE int32_t start_of(int type, const mk_activation *a) {
-    if (type == MK_Q4_0) return a->less8;
-    if (type == MK_Q5_0) return 2 * a->less8;
-    if (type == MK_MXFP4) return a->less8 / 2 * 3;
-    return is_signed(type) && VEC_Q8_BIAS ? a->less128 : 0;
+    if (type == MK_Q4_0) return a->offset8;
+    if (type == MK_Q5_0) return 2 * a->offset8;
+    if (type == MK_MXFP4) return a->offset8 / 2 * 3;
+    return is_signed(type) && VEC_Q8_BIAS ? a->offset128 : 0;
 }
 
 MK_INLINE vi dot_of(int type, vi start, const vb *groups, const int8_t *q) {
@@ -163,8 +163,8 @@ MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const ui
 
 /* As `start_of`, for the half h of a part. */
 MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const int h) {
-    if (mk_is_grid(type)) return VEC_Q8_BIAS ? a->less32[h] * 4 : 0;
-    return type == MK_Q6_K ? a->less32[h] : type == MK_Q3_K ? a->less32[h] / 8 : 0;
+    if (mk_is_grid(type)) return VEC_Q8_BIAS ? a->offset32[h] * 4 : 0;
+    return type == MK_Q6_K ? a->offset32[h] : type == MK_Q3_K ? a->offset32[h] / 8 : 0;
 }
 
 MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, const vb *groups) {
@@ -189,7 +189,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
             m[r] = vf_set1(0.0f);
             if (mk_is_grid(type)) d[r] = vf_mul(d[r], vf_set1(mk_grid_unit(type)));
             if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
-            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* what less32 has more */
+            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* what offset32 has more */
         }
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
@@ -211,8 +211,8 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                         vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
                         *to = vf_fma(dot, vf_mul(d[r], scale), *to);
                         if (type != MK_Q2_K) continue;
-                        vf minimum = vf_mul(of.minimum[0], vf_set1((float)act->less32[0]));
-                        minimum = vf_fma(of.minimum[1], vf_set1((float)act->less32[1]), minimum);
+                        vf minimum = vf_mul(of.minimum[0], vf_set1((float)act->offset32[0]));
+                        minimum = vf_fma(of.minimum[1], vf_set1((float)act->offset32[1]), minimum);
                         *to = vf_fma(minimum, vf_mul(m[r], scale), *to);
                     } else {
                         vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);

@@ -102,9 +102,9 @@ static void quantize_rows(const void *argument, long begin, long end) {
                 int32_t sums[2];
                 quantise_q8(lo, hi, out->q, &out->scale, sums);
                 out->total = out->scale * (float)(sums[0] + sums[1]);
-                out->less8 = -8 * (sums[0] + sums[1]);
-                out->less128 = -128 * (sums[0] + sums[1]);
-                for (int h = 0; h < 2; h++) out->less32[h] = -32 * sums[h];
+                out->offset8 = -8 * (sums[0] + sums[1]);
+                out->offset128 = -128 * (sums[0] + sums[1]);
+                for (int h = 0; h < 2; h++) out->offset32[h] = -32 * sums[h];
             }
     }
 }

@@ -9,14 +9,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Block types, in the order of their numbers: X(name, kind, values of a block, its bytes in ggml's form, its bytes in a
- * tile, F16 numbers of a block, bits of a value or 0 where it is looked up in a grid).    The kind decides how a type is packed and which
- * product it has: FLOAT rows stay as they are (body_float.h); PLAIN blocks are F16 numbers, or with none of them the
- * byte of an exponent, and then the values (body_matmul.h, quantised_tile); SUPER blocks are K-quants (super.h;
- * body_matmul.h, super_tile).
+/* Block types, in the order of their numbers: X(name, kind, values of a block, bytes of a block in ggml's form, bytes of
+ * a block in a tile, F16 numbers of a block, bits of a value). The bits are 0 where values are looked up in a grid.
  *
- * A new type is a row here and in mpillm/kernels/types.py, and bodies where those of its kind do not serve: pack.c,
- * dequantise in body_quant.h, load_groups and the kind's tile in body_matmul.h. */
+ * The kind decides how a type is packed and which product it has. FLOAT rows stay as they are (body_float.h). A PLAIN
+ * block is its F16 numbers, or the byte of an exponent if it has none, and then its values (quantised_tile in
+ * body_matmul.h). SUPER blocks are K-quants (super.h, and super_tile in body_matmul.h).
+ *
+ * A new type needs a row here and in mpillm/kernels/types.py. Where the bodies of its kind do not fit, it also needs its
+ * own in pack.c, in dequantise of body_quant.h, and in load_groups and the kind's tile of body_matmul.h. */
 #define MK_BLOCK_TYPES(X)                 \
     X(F32, FLOAT, 1, 4, 4, 0, 32)         \
     X(F16, FLOAT, 1, 2, 2, 0, 16)         \
@@ -33,7 +34,7 @@
     X(Q5_1, PLAIN, 32, 24, 24, 2, 5)      \
     X(IQ4_XS, SUPER, 256, 136, 138, 1, 4) \
     X(Q3_K, SUPER, 256, 110, 114, 1, 3)   \
-    X(Q2_K, SUPER, 256, 84, 84, 2, 2)   \
+    X(Q2_K, SUPER, 256, 84, 84, 2, 2)     \
     X(IQ3_S, SUPER, 256, 110, 114, 1, 0)  \
     X(IQ3_XXS, SUPER, 256, 98, 98, 1, 0)  \
     X(IQ2_S, SUPER, 256, 82, 82, 1, 0)    \
@@ -86,7 +87,8 @@ static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER;
 /* Bytes before the values of a PLAIN block. */
 static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(type) : 1; }
 
-/* What nibbles stand for, X(value): of MXFP4 twice the e2m1 numbers, and of IQ4_NL and IQ4_XS (ggml's kvalues_iq4nl). */
+/* The 16 values that a nibble can stand for, X(value): of MXFP4 the e2m1 numbers times 2; of IQ4_NL and IQ4_XS ggml's
+ * kvalues_iq4nl. */
 #define MK_E2M1_VALUES(X) X(0) X(1) X(2) X(3) X(4) X(6) X(8) X(12) X(0) X(-1) X(-2) X(-3) X(-4) X(-6) X(-8) X(-12)
 #define MK_IQ4_VALUES(X) \
     X(-127) X(-104) X(-83) X(-65) X(-49) X(-35) X(-22) X(-10) X(1) X(13) X(25) X(38) X(53) X(69) X(89) X(113)
@@ -98,13 +100,14 @@ static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
 
-/* 32 activations, with what products begin with ready to be loaded.  Rows of x come in groups of MK_GROUP, block after
- * block and in each the rows one after the other; fewer rows at the end are a smaller group. */
+/* A block of 32 activations, with the sums that a product begins with. Rows of x lie in groups of MK_GROUP rows: first
+ * the first block of each row, then the second block of each row, and so on. The last group may have fewer rows. */
 typedef struct {
     int8_t q[MK_BLOCK];
     float scale, total;   /* scale * sum(q) */
-    int32_t less8, less128; /* -8 * sum(q), -128 * sum(q): weights are stored greater by so much */
-    int32_t less32[2];      /* -32 times the sum of q's first half, and of its second */
+    /* Stored weights have 8, 128 or 32 added; these take it away again from a product. */
+    int32_t offset8, offset128; /* -8 * sum(q), -128 * sum(q) */
+    int32_t offset32[2];        /* -32 times the sum of q's first half, and of its second */
 } mk_activation;
 
 /* Paths: names of the instruction sets that this build has and this machine can run, slowest first. */

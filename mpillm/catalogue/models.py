@@ -37,13 +37,14 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
     """Return the file or directory that `model` names, pulling it first if it is not on this machine yet.
 
     `model` is a catalogue name, `hf:owner/name`, a directory, a .gguf file or a .m file; a JobError says what would do.
-    A catalogue name wins over a directory of the same name (`./name` is the directory).
+    A catalogue name wins over a directory of the same name (`./name` is the directory). Environment variables in a path
+    are those of this machine.
     """
     if model in CATALOGUE or model in HOSTED or model.startswith("hf:"):
         return pull(model, progress)
     if not model:
         raise JobError(f"No model is named; give a path, hf:owner/name or one of {known()}.")
-    path = Path(os.path.expanduser(model))
+    path = local_path(model)
     try:
         if path.is_file():
             return path
@@ -69,8 +70,21 @@ def described(model: str) -> Path:
     name = f"hf:{HOSTED[model].repository}" if model in HOSTED else model
     if name.startswith("hf:") and not pulled(name, models_dir()) and (folder := pull_config(name)):
         return folder
-    path = Path(os.path.expanduser(model))
+    path = local_path(model)
     return path.parent if path.name == "config.json" and path.is_file() else resolve(model)
+
+
+def local_path(model: str) -> Path:
+    """The path on this machine, with its own environment variables; JobError names one that is not set."""
+    path = Path(os.path.expanduser(model))
+    if "$" not in model or path.exists():
+        return path
+    path = Path(os.path.expandvars(path))
+    if missing := re.search(r"\$(\w+|\{\w+\})", str(path)):
+        raise JobError(
+            f"The model {model!r} has the variable {missing[0]} in its path, which is not set; set it."
+        )
+    return path
 
 
 def known() -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mpillm
 from mpillm.comm.cores import Cores, binding, node_cores
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
@@ -23,10 +24,18 @@ class RankInfo:
     cores: Cores
     process: Process
     free: int  # bytes of memory that its machine, or its control group, has left
+    version: str  # of mpillm
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
-        return cls(socket.gethostname(), _boot_id(), Cores.of_this_process(), Process.own(), free_memory())
+        return cls(
+            socket.gethostname(),
+            _boot_id(),
+            Cores.of_this_process(),
+            Process.own(),
+            free_memory(),
+            mpillm.__version__,
+        )
 
     @property
     def node(self) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from mpillm.comm import versions
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, MpillmError, out_of
@@ -39,6 +40,7 @@ def run(world: World, program: Callable[[World], int]) -> int:
     with _interruptible():
         try:
             world.start_heartbeat()
+            versions.check(world)
             world.limit_threads(world.threads())
             code = program(world)
         except MpillmError as found:

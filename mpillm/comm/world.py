@@ -52,6 +52,7 @@ class World:
         self.nodes = Nodes(self.rank, ranks)
         self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
+        self.versions = tuple(rank.version for rank in ranks)  # of mpillm
         self._neighbours = faults.Neighbours(ranks[self.rank].process, self.nodes.neighbours)
         self.oversubscribed = self.nodes.ranks_here > self.nodes.cores_here
 

@@ -121,9 +121,9 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
     source = values.get("input")
     if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
-    for table in (values, values.get("draft")):
+    for table in (values, values.get("draft")):  # a path that begins with a variable is each host's own
         model = table.get("model") if isinstance(table, dict) else None
-        if isinstance(model, str) and model and not model.startswith("hf:"):
+        if isinstance(model, str) and model and not model.startswith(("hf:", "$")):
             path = folder / os.path.expanduser(model)
             if isinstance(table, dict) and ("/" in model or model.endswith((".gguf", ".m"))):
                 table["model"] = str(path)

@@ -23,8 +23,9 @@ PROGRAM = Path(__file__).with_name("program.py")
 WAYS: list[dict[str, Any]] = [
     {},
     {"prefix_sharing": False, "speculation": "prompt-lookup"},
-    {"kv_blocks": TIGHT, "max_num_seqs": 7, "speculation": "always", "draft": "none"},
+    {"kv_blocks": TIGHT, "max_num_seqs": 7, "speculation": "prompt-lookup"},
     {"kv_blocks": TIGHT, "max_num_seqs": 7, "prefix_sharing": False, "max_num_batched_tokens": 40},
+    {"max_num_seqs": 7, "speculation": "always", "draft": "none"},
 ]
 
 pytestmark = [
@@ -50,7 +51,9 @@ def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path:
         assert outcome["digest"] == digest(expected(model)), way
         totals = outcome["totals"]
         assert (totals["shared_tokens"] > 0) is way.get("prefix_sharing", True)
-        if "speculation" in way:
+        if "draft" in way:
+            assert totals["accepted"]["model"] > 0
+        elif "speculation" in way:
             assert sum(totals["drafted"].values()) > sum(totals["accepted"].values()) > 0
         if "kv_blocks" in way:
             assert totals["preemptions"] > 0

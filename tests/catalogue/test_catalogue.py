@@ -20,6 +20,7 @@ from mpillm.catalogue import models, wheel
 from mpillm.catalogue.models import WheelModel, models_dir, pull, resolve
 from mpillm.catalogue.wheel import DownloadProgress
 from mpillm.errors import JobError, ModelError
+from mpillm.spec import load
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 
@@ -197,6 +198,18 @@ def test_paths_stay_as_they_are(tmp_path: Path) -> None:
         resolve(str(folder))
     (folder / "config.json").touch()
     assert resolve(str(folder)) == folder
+
+
+def test_a_path_has_the_variables_of_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.gguf").touch()
+    (tmp_path / "$HERE.gguf").touch()
+    monkeypatch.setenv("HERE", str(tmp_path))
+    assert resolve("$HERE/one.gguf") == resolve("${HERE}/one.gguf") == tmp_path / "one.gguf"
+    assert resolve(str(tmp_path / "$HERE.gguf")) == tmp_path / "$HERE.gguf"  # a file may be called so
+    with pytest.raises(JobError, match=r"has the variable \$NOWHERE in its path, which is not set"):
+        resolve("$NOWHERE/one.gguf")
+    (tmp_path / "job.toml").write_text('model = "$HERE/one.gguf"\ninput = "in.jsonl"\noutput = "out"\n')
+    assert load(tmp_path / "job.toml", []).model == "$HERE/one.gguf"
 
 
 @pytest.mark.parametrize(

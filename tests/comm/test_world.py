@@ -38,6 +38,7 @@ def test_all_end_well(mpi: Mpi) -> None:
     ("all_refuse", 2, "mpillm: There is no such job."),
     ("all_interrupted", 75, "mpillm: Stopped; the same command goes on."),
     ("under_way", 2, "mpillm: There is no such job."),
+    ("other_version", 2, "mpillm: Rank 1 on "),
     ("agreed", 2, "mpillm: Rank 1 cannot read the model. (on rank 1 of 3, host "),
     ("terminated", 75, "mpillm: Stopped by SIGTERM; the same command goes on from here."),
     ("warned", 75, "mpillm: Stopped by SIGUSR1; the same command goes on from here."),

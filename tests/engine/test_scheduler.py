@@ -102,7 +102,7 @@ class Ranks:
                     written.add(place)
                     known = [
                         self._content(one, end - 1),
-                        *(token for token, _ in one.drafts[: position - end]),
+                        *(before.token for before in one.drafts[: position - end]),
                     ]
                     self._held[place] = group, functools.reduce(_follow, [*known, draft.token])
             if self.limits.n_slots:
@@ -146,7 +146,7 @@ class Ranks:
                     one.finish_reason = "length"
                 else:
                     one.append(one.generated)
-                    for token, _ in drafts:
+                    for token, *_ in drafts:
                         if token != one.tokens[-1] or one.finish_reason:
                             break
                         one.computed += 1

@@ -72,6 +72,8 @@ class Gemma(Family):
         scale = fields.number("query_pre_attn_scalar", 1e-6, 1e9) ** -0.5
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         softcap = fields.optional_number("attn_logit_softcapping", 0, 1e9) or 0.0
+        if architecture != _GEMMA2:  # transformers has the key there, and does not look at it
+            softcap = 0.0
         # GGUF files have the weights of norms as they are.
         norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
         bidirectional = fields.flag("use_bidirectional_attention")

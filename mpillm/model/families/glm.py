@@ -33,29 +33,28 @@ from mpillm.weights.formats.gguf_config import (
 from mpillm.weights.names import Names
 from mpillm.weights.roles import Key
 
-_DENSE, _MIXTURE = "Glm4ForCausalLM", "Glm4MoeForCausalLM"
+_FIRST, _DENSE, _MIXTURE = "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM"
+_USUAL = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-07,
+    "attention_bias": True,
+    "eos_token_id": [151329, 151336, 151338],
+}
 
 
 class Glm(Family):
-    """Norms before and after attention and MLP, and RoPE of neighbouring dimensions."""
+    """RoPE of neighbouring dimensions, and norms before attention and MLP; from GLM-4-0414 on after them as well."""
 
-    architectures = {_DENSE: "glm4"}
+    architectures = {_FIRST: "glm", _DENSE: "glm4"}
     model_types = {"glm4v_text": _DENSE}
     gguf = ("glm4",)
     names = Names(
         hf={"layers.{l}.mlp.gate_up_proj.weight": ("gate", "up")},
         gguf={"blk.{l}.ffn_up.weight": ("gate", "up")},
     )
-    defaults = {
-        _DENSE: {
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1.5625e-07,
-            "attention_bias": True,
-            "eos_token_id": [151329, 151336, 151338],
-        }
-    }
+    defaults = {_FIRST: _USUAL, _DENSE: _USUAL}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields, "silu", "swish")
@@ -65,7 +64,8 @@ class Glm(Family):
             read_partial_rotary(fields, sizes, default=0.5, interleaved=True),
             qkv_bias=fields.flag("attention_bias"),
         )
-        layer = LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
+        norms = Norms(norm, norm) if architecture == _DENSE else Norms(norm)
+        layer = LayerSpec(attention, MlpSpec(width, activation), norms, norms)
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import Family, Sizes, attention_of, model, read_activation, read_norm
@@ -12,6 +13,7 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
 from mpillm.weights.names import Names, Roles
 
 _GPT2 = "GPT2LMHeadModel"
@@ -27,6 +29,7 @@ class Gpt2(Family):
     """Pre-norm layers with LayerNorm, GELU, and biases everywhere."""
 
     architectures = {_GPT2: "gpt2"}
+    gguf = ("gpt2",)
     tied = True
     names = Names(
         hf={
@@ -44,6 +47,10 @@ class Gpt2(Family):
             },
             "h.{l}.attn.bias": (),  # the causal mask, which old files have
             "h.{l}.attn.masked_bias": (),
+        },
+        gguf={
+            "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
+            "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
         },
         hf_transposed=frozenset(f"h.{{l}}.{name}.weight" for name in _MATRICES),
         hf_prefixes=("transformer.",),
@@ -84,6 +91,23 @@ class Gpt2(Family):
                 own, mlp, Norms(norm), Norms(norm), entry=EntrySpec(positions) if number == 0 else None
             )
 
-        for key in ("n_ctx", "reorder_and_upcast_attn"):  # the same numbers in another order
-            fields.raw(key)
+        # The same numbers in another order; and of GGUF files what others read of RoPE.
+        fields.read |= {"n_ctx", "reorder_and_upcast_attn", "rope_parameters"}
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        usual = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_epsilon"))
+        return {
+            "architectures": [_GPT2],
+            "n_embd": usual["hidden_size"],
+            "n_head": usual["num_attention_heads"],
+            "n_layer": usual["num_hidden_layers"],
+            "n_inner": usual["intermediate_size"],
+            "n_positions": usual["max_position_embeddings"],
+            "activation_function": "gelu_new",
+            **{
+                key: usual[key]
+                for key in ("vocab_size", "layer_norm_epsilon", "bos_token_id", "eos_token_id")
+            },
+        }

@@ -1,6 +1,11 @@
-"""Mistral, Ministral and Mixtral: Llama with windows, tuned scores or experts. (Mistral's GGUF files are "llama".)"""
+"""Mistral, Ministral and Mixtral: Llama with windows, tuned scores or experts.
+
+GGUF files of Mistral and Mixtral are "llama", those of Ministral 3 "mistral3".
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -25,6 +30,14 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
+from mpillm.weights.names import Names
 
 _USUAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, **SMALL_BOS}
 _DENSE, _MIXTURE = "MistralForCausalLM", "MixtralForCausalLM"
@@ -38,6 +51,8 @@ class Mistral(Family):
     """
 
     architectures = {_DENSE: "mistral", _MIXTURE: "mixtral", _SOME_WINDOWS: "ministral", _TUNED: "ministral3"}
+    gguf = ("mistral3",)
+    names = Names(rope_pairs=True)
     defaults = {
         _DENSE: {"sliding_window": 4096, **_USUAL},
         _MIXTURE: {
@@ -96,6 +111,18 @@ class Mistral(Family):
             return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        rope: dict[str, Any] = {}
+        if fields.raw("rope.scaling.type") == "yarn":  # llama.cpp takes mscale to be 1
+            rope = {"mscale": 1.0, "mscale_all_dim": fields.number("rope.scaling.yarn_log_multiplier", 0.0)}
+        if beta := fields.number("attention.temperature_scale", 0.0):
+            rope["llama_4_scaling_beta"] = beta
+            return config | {"architectures": [_TUNED], "rope_parameters": rope}
+        return config | {"architectures": [_DENSE], "sliding_window": None, "rope_parameters": rope}
 
 
 def _tuning(fields: Fields) -> Tuning | None:

@@ -82,7 +82,7 @@ def usual_config(
         "tie_word_embeddings": shape_of(Key("head")) is None,
         "intermediate_size": fields.of_some_layers("feed_forward_length", 0 if partial else None),
         **(_head_dim(fields, hidden // heads, partial) if head_dim is None else {"head_dim": head_dim}),
-        **_tokens(fields.metadata),
+        **special_tokens(fields.metadata),
     }
 
 
@@ -211,7 +211,7 @@ class GgufFields:
                 )
 
 
-def _tokens(metadata: dict[str, Any]) -> dict[str, Any]:
+def special_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     """Begin and end of text; a chat's end of turn ends a text as well, as in llama.cpp."""
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
     bos = ids.pop("bos")

@@ -119,6 +119,9 @@ def _rope(
         # convert_hf_to_gguf.py writes a tenth of mscale_all_dim, and llama.cpp takes mscale to be the same.
         scale = fields.number("rope.scaling.yarn_log_multiplier") * 10
         rope |= {"mscale": scale, "mscale_all_dim": scale}
-    if attention != 1.0:
+    own = fields.number("rope.scaling.yarn_attn_factor", 1.0)  # as transformers' configurations have it
+    if own != 1.0:
+        rope["attention_factor"] = own
+    elif attention != 1.0:
         rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return rope
