@@ -24,6 +24,7 @@ from mpillm.batch.template import Template
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
+from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarNeeds, Grammars
 from mpillm.spec import Spec
 from mpillm.store import inputs
 from mpillm.text.from_dllama import template_in
@@ -63,14 +64,13 @@ _IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
 _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\\u[dD]")
 
 
-class _Body(msgspec.Struct):
+class _Body(Asked):
     """The keys that decide how much is kept."""
 
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
-    tools: msgspec.Raw = msgspec.Raw()
     n: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -104,6 +104,7 @@ class InputNeeds:
     choice: int = 0
     largest: int = 0  # sequences of a line
     reading: int = 0
+    grammars: GrammarNeeds = NO_GRAMMARS
 
     @property
     def rows(self) -> int:
@@ -117,7 +118,7 @@ class InputNeeds:
         )  # those that run, and those whose line is not finished
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
         kept = line_bytes(self.lines) + min(self.names, NAMED) + min(WRITTEN * self.lines, WRITING)
-        return kept + max(self.checking, answers) + self.chat + self.reading
+        return kept + max(self.checking, answers) + self.chat + self.reading + self.grammars.kept(at_once)
 
 
 def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
@@ -127,6 +128,7 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     context = spec.memory.max_context
     decoder = msgspec.json.Decoder(_LineSize)
     template = None if spec.request is None else Template(spec.request)
+    grammars = Grammars(spec)
     try:
         with inputs.opened(spec) as file:
             while raw := file.readline(MAX_LINE):
@@ -147,6 +149,7 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
                     chat = max(chat, TEMPLATE + CHAT * len(raw))
                 if isinstance(line.custom_id, str):
                     names += NAMES * sys.getsizeof(line.custom_id[:MAX_NAME])
+                grammars.add(body)
                 count, kept, nbytes = _asked(body, spec, hidden)
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
@@ -160,6 +163,7 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     return InputNeeds(
         lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
+        grammars.needs(),
     )  # fmt: skip
 
 

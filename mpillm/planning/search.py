@@ -14,6 +14,7 @@ from mpillm.planning.layout import Found, Layouts
 from mpillm.planning.machines import Machines
 
 LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
+TOLD = 1.25  # how many times as fast it must be to be worth a sentence in a run
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
 ONE_BY_ONE = 12  # ... so many each host alone, again and again
 FEW = 32  # of many hosts one in so many are left out at first
@@ -44,6 +45,24 @@ def search(layouts: Layouts, machines: Machines, needed: int = 0) -> tuple[Found
         raise refused
     best = tried.best()
     return tried.found[best], sorted(best)
+
+
+def slowed_by(layouts: Layouts, found: Found) -> str:
+    """A sentence that names the hosts that slow a run down, which has the layout `found` on all; empty if none does.
+
+    Rank 0's host is needed: it reads the input and writes the results.
+    """
+    if not found.machines.speeds:
+        return ""
+    best, without = search(layouts, found.machines, needed=1)
+    times = found.time.seconds / best.time.seconds
+    if not without or times < TOLD:
+        return ""
+    names = found.machines.host_names()
+    return (
+        f"{', '.join(names[host] for host in without)} would slow this run down: by the model of a step's time it is "
+        f"{times:.1f} times as fast on the other hosts alone; start it there."
+    )
 
 
 def _by_rank(layouts: Layouts) -> bool:

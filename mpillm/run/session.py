@@ -32,6 +32,7 @@ from mpillm.planning.layout import Chosen, Layouts
 from mpillm.planning.limits import limits
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import Planner
+from mpillm.planning.search import slowed_by
 from mpillm.planning.step_time import Demand
 from mpillm.planning.wire import described, shards_cross_hosts, with_wire
 from mpillm.run import draft
@@ -111,17 +112,21 @@ class Session:
         world.limit_threads(self.threads)
         self.machines = world.on_rank_0(self._known_machines)
         self.needs = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
+        self.slowed = ""
         if origin is not None and self._laid_out:
             chosen = Chosen(self._laid_out, "ranks were lost", origin.wire, "as the run began")
         else:
             chosen = self._choose_layout()
-        self.replicas, self.reason = chosen.replicas, chosen.reason
+        self.replicas = chosen.replicas
+        #: why it is laid out like this
+        self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
         self.wire = chosen.wire
         self.replica = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self._ranks, self._places = self.replicas[self.replica].ranks, self.replicas[self.replica].places
         self.place = self._places[world.rank - self._ranks.start]
         #: what to tell the user
         self.warnings = world.nodes.bindings if spec.layout.threads == "auto" else []
+        self.warnings += [self.slowed] if self.slowed else []
         if self.wire != "f32" and self.place.shards > 1:
             words = described(self.wire, self.place.shards, chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
@@ -157,6 +162,8 @@ class Session:
             world, self.replica, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
             self.place.shards, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
+        if world.rank == 0:
+            log.info("%s layout: %s", world, self.reason)
 
     def _choose_layout(self) -> Chosen:
         """The layout of a run that begins (collective)."""
@@ -172,7 +179,9 @@ class Session:
         layouts = Layouts(spec, self.planner, count, asked.lines or None, self._shards_before, asked)
 
         def choose() -> Chosen:
-            return layouts.choose(self.machines).chosen
+            found = layouts.choose(self.machines)
+            self.slowed = slowed_by(layouts, found) if self._replicated else ""
+            return found.chosen
 
         chosen = world.on_rank_0(choose)
         pipeline = any(replica.stages > 1 for replica in chosen.replicas)

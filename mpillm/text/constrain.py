@@ -26,13 +26,16 @@ WHITESPACE = r" |\n[ \t]{0,32}"
 MAX_WORDS = 300  # characters of a message of the library
 # The library takes time for the square of alternatives, memory for the square of a regular expression, and stack for
 # each rule or reference that leads to another one (3 and 9 KiB); where that ends, the process does. With these bounds
-# compiling takes at most about a second, 150 MiB and STACK.
+# compiling takes at most about a second, what `planning.grammar_memory` says, and of STACK what it needs.
+MAX_LENGTH = 1 << 20  # characters of a grammar as the library gets it
+MAX_VALUES = 100_000  # in a schema
 MAX_CHOICES = 20_000  # texts to choose from
 MAX_GRAMMAR = 1 << 16  # characters of a grammar in Lark's notation or GBNF
 MAX_PATTERN = 1 << 14  # characters of a regular expression, or of all in a schema
 MAX_REFERENCES = 8000  # "$ref" in a schema
 MAX_MULTIPLE = 30_000  # the least common multiple of all "multipleOf" in a schema, without factors of 2 and 5
 STACK = 96 << 20
+CACHED = 16  # compiled grammars that are kept for other requests
 
 
 def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True) -> str:
@@ -83,11 +86,14 @@ def text_grammar(text: str) -> str:
 
 def _check_size(schema: Any) -> None:
     """RequestError if a schema has more references, or longer patterns or divisors, than the library can take."""
-    references = characters = 0
+    references = characters = values = 0
     multiple = 1
     left = [schema]
     while left:
         value = left.pop()
+        values += 1
+        if values > MAX_VALUES:
+            break
         if isinstance(value, dict):
             references += "$ref" in value
             patterns = [value.get("pattern"), *(value.get("patternProperties") or ())]
@@ -96,6 +102,7 @@ def _check_size(schema: Any) -> None:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
+    _check_most("values in the schema", values, MAX_VALUES)
     _check_most("references ($ref) in the schema", references, MAX_REFERENCES)
     _check_most("characters of patterns in the schema", characters, MAX_PATTERN)
     if multiple > MAX_MULTIPLE:
@@ -131,7 +138,7 @@ class Grammars:
         except Exception as error:  # whatever the library makes of it
             raise RequestError(f"llguidance cannot use the model's tokenizer: {_short(str(error))}") from None
         self._words = -(-vocab // 32)
-        self._compiled = lru_cache(maxsize=128)(self._compile)
+        self._compiled = lru_cache(maxsize=CACHED)(self._compile)
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher at the beginning of a text; RequestError if the grammar is wrong, or nothing can obey it."""
@@ -142,6 +149,7 @@ class Grammars:
         self._compiled(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
+        _check_most("characters of the grammar", len(grammar), MAX_LENGTH)
         matcher = interruptible(lambda: LLMatcher(self._tokenizer, grammar, log_level=0), STACK)
         if matcher.is_error():
             raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")

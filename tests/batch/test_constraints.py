@@ -331,3 +331,11 @@ def test_labels_cost_no_more_than_scoring(tmp_path: Path) -> None:
     assert cost["labels"].prompt_tokens == cost["scores"].prompt_tokens
     assert cost["labels"].recomputed_tokens == 0
     assert cost["labels"].steps <= 1.1 * cost["scores"].steps + max(map(len, labels))
+
+
+def test_grammars_are_bounded_before_they_are_compiled() -> None:
+    with pytest.raises(RequestError, match="values in the schema, and 100000 are the maximum"):
+        json_grammar({"enum": list(range(100_000))})
+    grammars = TEXT.grammars(TEXT.vocab_size, frozenset({END}))
+    with pytest.raises(RequestError, match="characters of the grammar, and 1048576 are the maximum"):
+        grammars.check(choice_grammar([f"{'x' * 60} {number}" for number in range(20_000)]))

@@ -165,7 +165,7 @@ class Chaos:
                     self._check(job)
                     job = self._next_job()
             if finished(job.output) is None:
-                self._end(self._start(job))
+                self._end(self._start(job, deadline=PATIENCE))
             self._check(job)
         return self.counts
 
@@ -187,7 +187,7 @@ class Chaos:
                 self._sizes[model, stages, shards] = _sizes(model, stages, shards)
             begun = time.monotonic()
             job = Job(model, self._reference(model))
-            assert self._start(job, 2, 2).launcher.wait() == 0, self._log.read_text()
+            assert self._start(job, 2, 2, deadline=PATIENCE).launcher.wait() == 0, self._log.read_text()
             took = time.monotonic() - begun
         report = json.loads((self._reference(self._plain) / "report.json").read_text())
         self._starting, self._computing = took - report["seconds"], report["seconds"]
@@ -251,12 +251,18 @@ class Chaos:
         return [*words, *(["--with-ft", "ulfm"] if ulfm else []), "-n", str(ranks)]
 
     def _start(
-        self, job: Job, stages: int = 1, shards: int = 1, on_hosts: bool = False, ulfm: bool = False
+        self,
+        job: Job,
+        stages: int = 1,
+        shards: int = 1,
+        on_hosts: bool = False,
+        ulfm: bool = False,
+        deadline: float = DEADLINE,
     ) -> Start:
         self.counts.starts += 1
         words = [*self._launcher(stages * shards, on_hosts, ulfm), sys.executable]
         words += command(self._input, job.output, *self._settings(job, stages, shards), model=job.model)
-        env = self._mpi.environment(MPILLM_DEADLINE=str(WITH_ULFM if ulfm else DEADLINE))
+        env = self._mpi.environment(MPILLM_DEADLINE=str(WITH_ULFM if ulfm else deadline))
         if on_hosts and self._hosts:
             kept = ("HOME", "PATH", "PYTHONPATH", "MPILLM_DEADLINE", *self._mpi.env)
             words = self._hosts.on_first(words, {name: env[name] for name in kept})

@@ -18,7 +18,7 @@ from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import CLEARLY, Found, Layouts
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import Planner
-from mpillm.planning.search import LEAVE_OUT, search
+from mpillm.planning.search import LEAVE_OUT, search, slowed_by
 from tests.sparse import llama
 
 LAYERS = 8
@@ -129,6 +129,19 @@ def test_a_large_host_alone_and_small_ones_together() -> None:
     ]:
         found, without = search(layouts(), machines_of(cluster))
         assert (shapes(found), without) == (expected, [])
+
+
+def test_a_run_names_the_hosts_that_slow_it_down() -> None:
+    """Here a pipeline is asked for, and one stage would crawl."""
+    asked = layouts("layout.replicas=1", "layout.shards=1")
+    machines = machines_of(
+        [host(FAST, name="one"), host((0.01, 0.02, 0.03), name="two"), host(FAST, name="three")]
+    )
+    said = slowed_by(asked, asked.choose(machines))
+    assert said.startswith("two would slow this run down: by the model of a step's time it is ")
+    alike = machines_of([host(FAST, count=3)])
+    assert slowed_by(layouts(), layouts().choose(alike)) == ""
+    assert slowed_by(asked, asked.choose(replace(machines, speeds=()))) == ""
 
 
 hosts = st.builds(

@@ -104,6 +104,18 @@ def named(draw: random.Random) -> list[dict[str, Any]]:
     return [{"custom_id": name, "prompt": [5], "max_tokens": 1} for name in names]
 
 
+def held(draw: random.Random) -> list[dict[str, Any]]:
+    """Each answer is held to another schema, some of which take much memory for their length."""
+    size = 1500
+    deep = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(size)} | {f"d{size}": {"type": "string"}}
+    schemas: list[dict[str, Any]] = [
+        {"enum": [f"{word} {number}" for number in range(300)]} for word in draw.sample(WORDS, 8)
+    ]
+    schemas += [{"type": "integer", "multipleOf": draw.choice((9973, 9967, 9949))}]
+    schemas += [{"$defs": deep, "$ref": "#/$defs/d0"}]
+    return [{"prompt": "a", "max_tokens": 6, "structured_outputs": {"json": schema}} for schema in schemas]
+
+
 CHOICES = {"n": 256, "max_tokens": 100, "temperature": 1.0, "logprobs": True, "top_logprobs": 20}
 
 JOBS = {
@@ -121,6 +133,7 @@ JOBS = {
     "long lines": Job("chat", long_lines, ("memory.kv=8MiB",)),
     "long names": Job("chat", named, ("memory.kv=4MiB",)),
     "choices": Job("chat", lambda draw: [one | CHOICES for one in chats(draw, 2, 3)], ("memory.kv=4MiB",)),
+    "grammars": Job("chat", held, ("memory.kv=4MiB",)),
     "chats": Job("chat", partial(chats, count=200, length=100), ("memory.kv=8MiB",)),
     "embeddings": Job(
         "packed", lambda draw: [{"input": [one["prompt"] for one in ids(draw, 20, 9)]} for _ in range(10)]

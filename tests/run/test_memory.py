@@ -21,6 +21,7 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.bench import packed, synthetic
 from mpillm.partition.grid import Place
 from mpillm.planning import plan
+from mpillm.planning.grammar_memory import DIVISOR, HELD
 from mpillm.planning.input_memory import (
     ARROW,
     CHAT,
@@ -36,6 +37,7 @@ from mpillm.planning.input_memory import (
 )
 from mpillm.planning.limits import CacheCapacity
 from mpillm.store import report, report_page
+from mpillm.text.constrain import CACHED
 from tests.conftest import Mpi, run_bounded
 from tests.run.cgroups import CGROUPS, SPARE, Cgroup
 
@@ -257,6 +259,34 @@ def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> Non
     assert input_needs(job, 64).kept(4) == nbytes
     table = spec.load(None, ["output.format=parquet"], input=job.input, output=job.output.path)
     assert input_needs(table, 64).kept(4) == nbytes + ARROW
+
+
+def test_grammars_are_planned_where_there_are_any(tmp_path: Path) -> None:
+    """Those that are told apart, each with what is kept of it; not tools that may be called, nor a format of text."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+    def needed(*bodies: dict[str, object], **sampling: object) -> int:
+        job = spec.load(
+            None,
+            [f"sampling.{key}={value}" for key, value in sampling.items()],
+            input=str(tmp_path / "in.jsonl"),
+            output=str(tmp_path / "out"),
+        )
+        lines = (json.dumps({"prompt": "a", "max_tokens": 1, **body}) + "\n" for body in bodies)
+        (tmp_path / "in.jsonl").write_text("".join(lines))
+        return input_needs(job, 64).grammars.kept(4)
+
+    assert needed({}, {"response_format": {"type": "text"}}, {"guided_json": None}, {"tools": [tool]}) == 0
+    one = needed({"guided_regex": "a"})
+    assert one > HELD
+    assert needed({"guided_regex": "a"}, {"guided_regex": "a"}) == one
+    assert needed({}, structured_outputs='{regex="a"}') >= one
+    assert needed({"tools": [tool], "tool_choice": "required"}) > one
+    many = [
+        needed(*({"guided_regex": f"{n:03}"} for n in range(count))) for count in (CACHED, CACHED + 4, 99)
+    ]
+    assert one + HELD < many[0] < many[1] == many[2]
+    assert needed({"guided_json": {"type": "integer", "multipleOf": 7}}) > one + DIVISOR
 
 
 SCORED = '{"query": "a", "documents": ["b"]}'
