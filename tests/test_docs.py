@@ -112,6 +112,7 @@ def check_launch(words: list[str]) -> None:
 
 def check_python(words: list[str]) -> None:
     if words[:2] == ["python", "-m"] and words[2] in (
+        "tests.batch.throughput",
         "tests.chaos",
         "tests.fuzz",
         "tests.planning.times",
