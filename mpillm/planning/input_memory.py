@@ -18,6 +18,7 @@ from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
+from mpillm.batch.order import PIECE
 from mpillm.batch.rows.forms import needs_arrow
 from mpillm.batch.rows.line import MAX_LINE
 from mpillm.batch.template import Template
@@ -31,7 +32,8 @@ from mpillm.text.from_dllama import template_in
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_files, text_folder
 
-LINE = 160  # bytes of a line and of its answer's place at most, while tables of them grow; 28 stay (see `batch.lines`)
+LINE = 64  # bytes of a line and of its answer's place at most; 28 stay (see `batch.lines`)
+ORDERED = 96  # of a line while its piece of the input is ordered (see `batch.order`)
 NAMES = 2  # copies of a line's name
 NAMED = 24 * 2**20  # bytes of all names at most: of lines that run, and of records that wait
 UNSORTED, UNSORTED_LINES = 1 << 15, 4 * 2**20  # of a line, and of all, in what is not written or sorted yet
@@ -169,7 +171,7 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
 
 def line_bytes(lines: int) -> int:
     """Bytes that rank 0 keeps of so many lines, besides their names."""
-    return LINE * lines + min(UNSORTED * lines, UNSORTED_LINES)
+    return LINE * lines + ORDERED * min(lines, PIECE) + min(UNSORTED * lines, UNSORTED_LINES)
 
 
 def template_length(source: Source) -> int:

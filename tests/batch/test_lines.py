@@ -70,6 +70,19 @@ def test_names_know_their_numbers() -> None:
         assert (name in names) is (number < middle)
 
 
+def test_names_take_no_more_while_their_tables_grow() -> None:
+    count, names = 50_000, NumbersByName()
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            names.add(f"record {number}", number)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # 16 bytes each, and the dicts of what is not sorted yet; one table that grew as a whole took 56.
+    assert most < 36 * count
+
+
 def test_pieces_of_an_input_are_ordered_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

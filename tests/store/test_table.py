@@ -180,12 +180,16 @@ def test_a_killed_run_of_a_table_goes_on_and_is_exported(
         writer.writerow(["too", "many", "fields"])
     words = ["-m", "mpillm", "run", "--model", CHAT, "--input", "in.csv", "--set", "memory.kv=16MiB"]
     words += ["--set", 'request={prompt="Label: {text}", max_tokens=8, custom_id="{id}"}']
-    words += ["--set", "output.format=parquet", "--set", "batch.max_num_seqs=2", "--output"]
+    words += ["--set", "output.format=parquet", "--output"]
     program, env = [sys.executable, *map(str, words)], clean_environment()
     whole = run_bounded([*program, "whole"], env=env, cwd=tmp_path)
     assert whole.returncode == 1, whole.stderr
     with subprocess.Popen(
-        [*program, "killed"], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*program, "killed", "--set", "batch.max_num_seqs=2"],  # so that there is time to kill it
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as run:
         wait_for_results(tmp_path / "killed/journal", run, 2000)
         run.send_signal(signal.SIGKILL)
