@@ -111,7 +111,13 @@ def check_launch(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    if words[:2] == ["python", "-m"] and words[2] in ("tests.chaos", "tests.fuzz", "tests.serve.load"):
+    if words[:2] == ["python", "-m"] and words[2] in (
+        "tests.batch.throughput",
+        "tests.chaos",
+        "tests.fuzz",
+        "tests.planning.times",
+        "tests.serve.load",
+    ):
         return  # their own tests run them
     if words[:4] == ["python", "-m", "pytest", "--with-mpi"]:
         assert (ROOT / words[4]).is_dir(), words  # make test-mpi runs it

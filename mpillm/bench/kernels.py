@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.bench.machine import seconds
+from mpillm.bench.random_blocks import random_blocks
 from mpillm.bench.result import Kernel, Machine
-from mpillm.bench.synthetic import random_blocks
 from mpillm.kernels import KV_BLOCK, BlockType
 
 ROWS = (1, 32, 512)

@@ -9,6 +9,7 @@ from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
 
+NAMED = 8  # hosts that are left out
 WORTH = 1.03  # how many times as fast is worth a line
 
 
@@ -28,7 +29,9 @@ def _table(plan: Plan) -> Iterator[str]:
     if plan.compared:
         yield f"          {plan.compared}"
     if plan.left_out:
-        yield f"          left out, because they would slow the run down: {', '.join(plan.left_out)}"
+        more = [f"and {len(plan.left_out) - NAMED} more"] if len(plan.left_out) > NAMED else []
+        names = ", ".join([*plan.left_out[:NAMED], *more])
+        yield f"          left out, because they would slow the run down: {names}"
     possible = [_layout(*pair) for pair in others]
     if plan.replicas > 1:
         possible += [f"one replica of {_layout(*pair)}" for pair in plan.layouts_of_all]

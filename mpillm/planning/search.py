@@ -16,7 +16,7 @@ from mpillm.planning.machines import Machines
 LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
 TOLD = 1.25  # how many times as fast it must be to be worth a sentence in a run
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
-ONE_BY_ONE = 12  # ... so many each host alone, again and again
+ONE_BY_ONE = 8  # ... so many each host alone, again and again
 FEW = 32  # of many hosts one in so many are left out at first
 
 Hosts = frozenset[int]

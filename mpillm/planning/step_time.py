@@ -18,6 +18,7 @@ from mpillm.kernels import BlockType
 from mpillm.planning.speed import Speed
 
 # Measured on two cores of x86-64 with AVX2: what a step takes besides products and attention.
+REQUEST = 1e-3  # seconds of rank 0 for a line and its answer (118 s for 10^5 of one token, measured on Zen 3)
 STEP = 1e-3  # seconds: the scheduler, sampling, messages of the engine
 PRECISION = 0.005  # of the time in which replicas share a job
 LAYER = 50e-6  # seconds of a layer: norms, activations, the start of each kernel
@@ -223,6 +224,7 @@ class JobTime:
 
     prefill: float
     decode: float
+    requests: int
     prompt_tokens: float
     sequences: float  # that run at once
     prompt_round: Round
@@ -231,7 +233,7 @@ class JobTime:
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.prefill + self.decode
+        return self.prefill + self.decode + REQUEST * self.requests
 
     @property
     def prefill_rate(self) -> float:
@@ -256,6 +258,7 @@ def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequence
     return JobTime(
         prefill=demand.prompt / rows * prompt_round.seconds,
         decode=rounds * decode_round.seconds,
+        requests=demand.requests,
         prompt_tokens=demand.prompt,
         sequences=count,
         prompt_round=prompt_round,

@@ -128,10 +128,10 @@ def cite(report: Report) -> str:
 
 _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
 @media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
-body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:var(--text);
+body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
 td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right}th{background:var(--shade)}
-td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
+p{max-width:62rem}td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
 @media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}table{display:table;font-size:9px}}"""

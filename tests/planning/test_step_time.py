@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +12,7 @@ from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import (
     INSIDE,
     LAYER,
+    REQUEST,
     STEP,
     AttentionWork,
     Demand,
@@ -24,6 +26,8 @@ from mpillm.planning.step_time import (
     round_of,
     stage_time,
 )
+from tests.job_helpers import CHAT
+from tests.planning.times import main as compare_times
 
 SPEED = Speed({"q4_0": (1e9, 4e9, 8e9), "f32": (1e9, 1e9, 1e9)}, memory=1e9, disk=1e8, latency=1e-3, wire=1e6)
 ONE = StepRows(rows=1, sequences=1, context=0)
@@ -115,4 +119,22 @@ def test_a_job_is_its_prompts_and_then_its_answers_in_turns() -> None:
     assert made.prefill == pytest.approx(2 * (400 / 8 + STEP))
     assert made.decode == pytest.approx(2 * 10 * (1 + STEP))
     assert made.sequences == 4
-    assert made.seconds == made.prefill + made.decode
+    assert made.seconds == made.prefill + made.decode + 8 * REQUEST
+
+
+def test_each_line_takes_rank_0_some_time() -> None:
+    """However small the model is, ten thousand lines of one token take seconds; one line does not."""
+    small = [stage(work(weights=1.0))]
+    one, many = (job_time(small, Demand(count, 0, float(count)), 512, 1e6) for count in (1, 10_000))
+    assert many.seconds - many.prefill - many.decode == pytest.approx(10.0)
+    assert one.seconds - one.prefill - one.decode == pytest.approx(1e-3)
+
+
+def test_planned_and_measured_times_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m tests.planning.times`, one small job of it."""
+    monkeypatch.setattr("sys.argv", ["times", "--model", str(CHAT), "--only", "one answer"])
+    compare_times()
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"one answer +[\d.]+ s planned +[\d.]+ s measured +[-+]\d+%\n", printed)

@@ -1,0 +1,93 @@
+"""Planned beside measured time: `python -m tests.planning.times` runs eight jobs of different kinds.
+
+`doctor` measures the machine's speeds first, on as many ranks as each job has. Nothing else should run beside it; the
+goal is within 20 %, and a line says for each job how far the plan was off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import clean_environment, run_bounded
+from tests.e2e.jobs import WORDS
+
+LIMIT = 900  # seconds of a command
+
+
+@dataclass(frozen=True)
+class Job:
+    """So many lines, with prompts of so many words, and what else each line and the job say."""
+
+    lines: int
+    words: int
+    more: dict[str, Any]
+    settings: tuple[str, ...] = ()
+    ranks: int = 1
+
+
+def answers(tokens: int) -> dict[str, Any]:
+    """Answers of exactly so many tokens."""
+    return {"max_tokens": tokens, "ignore_eos": True}
+
+
+JOBS = {
+    "one answer": Job(1, 20, answers(200)),
+    "32 answers": Job(32, 20, answers(100)),
+    "300 answers": Job(300, 10, answers(40)),
+    "long prompts": Job(8, 1500, answers(4)),
+    "labels": Job(400, 60, answers(1)),
+    "scores": Job(100, 100, {"max_tokens": 1, "echo": True, "logprobs": 1}),
+    "paged weights": Job(32, 20, answers(40), ("memory.weights=40MiB",)),
+    "two stages": Job(32, 20, answers(40), ("layout.stages=2", "layout.shards=1"), ranks=2),
+}
+
+
+def mpillm(*words: str | Path, ranks: int = 1) -> str:
+    """What a command prints; AssertionError if it fails."""
+    launch = ["launch", "-n", str(ranks)] if ranks > 1 else []
+    done = run_bounded([sys.executable, "-m", "mpillm", *launch, *words], LIMIT, clean_environment())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def seconds(job: Job, model: str, hosts: Path, folder: Path) -> tuple[float, float]:
+    """Planned and measured seconds of computing."""
+    draw = random.Random(job.words)
+    bodies = [{"prompt": " ".join(draw.choices(WORDS, k=job.words)), **job.more} for _ in range(job.lines)]
+    (folder / "in.jsonl").write_text("".join(f"{json.dumps(body)}\n" for body in bodies))
+    words = ["--model", model, "--input", folder / "in.jsonl", "--output", folder / "out"]
+    words += [f"--set={setting}" for setting in job.settings]
+    planned = json.loads(mpillm("plan", *words, "--hosts", hosts, "--json"))["time"]["seconds"]
+    mpillm("run", *words, ranks=job.ranks)
+    return planned, json.loads((folder / "out/report.json").read_text())["phases"]["compute"]
+
+
+def main() -> None:
+    """Run the jobs, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--only", choices=JOBS, help="this job alone")
+    options = parser.parse_args()
+    chosen = {name: job for name, job in JOBS.items() if options.only in (None, name)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for ranks in {job.ranks for job in chosen.values()}:
+            mpillm("doctor", "--output", folder / f"hosts-{ranks}.toml", ranks=ranks)
+        for number, (name, job) in enumerate(chosen.items()):
+            own = folder / str(number)
+            own.mkdir()
+            planned, measured = seconds(job, options.model, folder / f"hosts-{job.ranks}.toml", own)
+            print(
+                f"{name:14} {planned:8.2f} s planned {measured:8.2f} s measured {planned / measured - 1:+5.0%}"
+            )
+
+
+if __name__ == "__main__":
+    main()
