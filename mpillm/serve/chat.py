@@ -120,7 +120,7 @@ class Conversation:
     def talk(self) -> None:
         """Read, answer, and end the engine's work at last."""
         try:
-            while self._turn(self._read("> " if sys.stdin.isatty() else "").strip()):
+            while self._turn(self._read("> " if os.isatty(0) else "").strip()):
                 pass
         except (EOFError, Closed):
             self._write("\n")

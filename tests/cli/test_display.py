@@ -14,7 +14,7 @@ from mpillm.cli import console
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing, unfailing, visible
 from tests.conftest import clean_environment
-from tests.e2e.jobs import command, results, write_lines
+from tests.e2e.jobs import CHAT, command, results, write_lines
 from tests.store.test_report import made
 
 LINES = [
@@ -79,6 +79,7 @@ def test_what_is_shown(source: Path, tmp_path: Path) -> None:
         ("plan --nonsense", "2>/dev/full", 2),
         ("plan --model nothing", "2>&-", 2),
         ("report /nowhere", ">&- 2>&-", 2),
+        (f"chat --model '{CHAT}'", "<&-", 0),
     ],
 )
 def test_other_commands(words: str, ending: str, code: int) -> None:
