@@ -183,7 +183,7 @@ def _check(fields: Ints, totals: tuple[int, ...], masks: int) -> None:
     `totals` are those of tokens, table entries, seen ids and shifted ids.
     """
     exact = fields.astype(np.int64)
-    starts, counts, seen, shifts, mask = (exact[:, at] for at in (0, 1, 7, 9, 10))
+    starts, counts, seen, shifts, mask, long = (exact[:, at] for at in (0, 1, 7, 9, 10, 15))
     firsts, blocks = exact[:, FIELDS::2], exact[:, FIELDS + 1 :: 2]
     sums = tuple(int(sizes.sum()) for sizes in (counts, blocks, seen, shifts))
     negative = any((sizes < 0).any() for sizes in (counts, firsts, blocks, seen, shifts, mask - NO_MASK))
@@ -194,6 +194,8 @@ def _check(fields: Ints, totals: tuple[int, ...], masks: int) -> None:
     outside = (firsts * KV_BLOCK > first) | (last >= (firsts + blocks) * KV_BLOCK)
     if starts.min() < 0 or counts.min() < 1 or outside.any():
         raise ValueError("a step message has a chunk whose tokens lie outside its blocks")
+    if ((long != 0) & (long != 1)).any():
+        raise ValueError("a step message has a flag that is neither 0 nor 1")
 
 
 def _shift_words(shifts: Shifts) -> Ints:

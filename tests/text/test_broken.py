@@ -99,7 +99,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (put("model", "rwkv"), "is of the type 'rwkv'; gpt2, llama, bert and t5 are known"),
+        (put("model", "rwkv"), "is of the type 'rwkv'; gpt2, llama, gemma4, bert and t5 are known"),
         (put("model", 7), "is of the type 7"),
         (
             put("pre", "gpt-17"),
