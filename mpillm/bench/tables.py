@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from mpillm.bench.result import Bench, Kernel, Run
 from mpillm.spec import shown_bytes
 from mpillm.store import readable
 
 SHOWN = 4  # kernels of a run that are named
+
+# The heads of the tables.
+KERNELS = ("kernel", "on", "rows", "threads", "time", "GB/s", "of memory", "GOP/s", "of int8", "over scalar")
+PAGING = (
+    "paging", "threads", "budget", "tokens/s", "time", "read", "GB/s", "disk GB/s", "of the limit", "waited",
+    "to 1st step", "1st step", "memory",
+)  # fmt: skip
+SPECULATION = (
+    "speculation",
+    "drafts",
+    "threads",
+    "weights held",
+    "tokens/s",
+    "ratio",
+    "tokens a pass",
+    "right",
+)
+RUNS = ("run", "threads", "tokens/s", "time", "read a step", "of memory", "sent a token", "outside kernels")
 
 
 def as_json(made: Bench) -> str:
@@ -45,70 +63,25 @@ def _lines(made: Bench) -> Iterator[str]:
         yield f"limits   {_threads(threads)}: {read / 1e9:.1f} GB/s read from memory{more}"
     if made.peer:
         yield f"peer     {made.peer}"
-    if made.kernels:
-        yield ""
-        head = [
-            "kernel",
-            "on",
-            "rows",
-            "threads",
-            "time",
-            "GB/s",
-            "of memory",
-            "GOP/s",
-            "of int8",
-            "over scalar",
-        ]
-        yield from _table([head, *map(_kernel_row, made.kernels)])
-    paged = [run for run in made.runs if run.what == "paging"]
-    if paged:
-        yield ""
-        head = [
-            "paging",
-            "threads",
-            "budget",
-            "tokens/s",
-            "time",
-            "read",
-            "GB/s",
-            "disk GB/s",
-            "of the limit",
-        ]
-        yield from _table([[*head, "waited", "to 1st step", "1st step", "memory"], *map(_paging_row, paged)])
-    drafted = [run for run in made.runs if run.what == "speculation"]
-    if drafted:
-        yield ""
-        head = [
-            "speculation",
-            "drafts",
-            "threads",
-            "weights held",
-            "tokens/s",
-            "ratio",
-            "tokens a pass",
-            "right",
-        ]
-        yield from _table([head, *map(_speculation_row, drafted)])
+    yield from _part(KERNELS, map(_kernel_row, made.kernels))
+    yield from _part(PAGING, (_paging_row(run) for run in made.runs if run.what == "paging"))
+    yield from _part(SPECULATION, (_speculation_row(run) for run in made.runs if run.what == "speculation"))
     others = [run for run in made.runs if run.what not in ("paging", "speculation")]
+    peer = ["the peer's", "ratio"] if made.peer else []
+    yield from _part([*RUNS, *peer], (_run_row(run, bool(made.peer)) for run in others))
     if others:
-        yield ""
-        head = [
-            "run",
-            "threads",
-            "tokens/s",
-            "time",
-            "read a step",
-            "of memory",
-            "sent a token",
-            "outside kernels",
-        ]
-        peer = ["the peer's", "ratio"] if made.peer else []
-        yield from _table([[*head, *peer], *(_run_row(run, bool(made.peer)) for run in others)])
         yield ""
         for run in others:
             if run.kernels:
                 shares = [f"{name} {100 * share:.1f} %" for name, share in list(run.kernels.items())[:SHOWN]]
                 yield f"{_what(run)}, {_threads(run.threads)}: {', '.join(shares)}"
+
+
+def _part(head: Sequence[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """A table behind an empty line; nothing if it has no rows."""
+    if listed := list(rows):
+        yield ""
+        yield from _table([head, *listed])
 
 
 def _kernel_row(kernel: Kernel) -> list[str]:
