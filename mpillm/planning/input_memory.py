@@ -203,8 +203,8 @@ def _tokens(body: _Body, spec: Spec, count: int, template_bytes: int) -> tuple[i
     if body.messages:
         length = len(given) + 2 * len(body.tools)  # templates may write them with more spaces
         # Little of a template becomes text, but it may hold a system prompt.
-        framing = min(template_bytes // TEMPLATE_TEXT, FRAMING) + MESSAGE * max(given.count(b'"role"'), 1)
         messages = max(given.count(b'"role"'), 1)
+        framing = min(template_bytes // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
         text = max(len(given) - MESSAGE_JSON * messages, 0) // BYTES_PER_TOKEN
         likely = text + min(template_bytes // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
         return likely, count * (length + framing), new
