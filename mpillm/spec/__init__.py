@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mpillm.spec.job import Spec, key_called, known_keys, tightest
 from mpillm.spec.messages import plain_words
-from mpillm.spec.reading import checked, load
+from mpillm.spec.reading import UNREAD, checked, load
 from mpillm.spec.sections import (
     BatchSection,
     ChatSection,
