@@ -40,6 +40,7 @@ from mpillm.spec.sections import (
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
+    "UNREAD",
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
     "Section", "Seed", "Spec", "StopStrings", "StructuredOutputs", "Subtracted", "TableFormat", "Temperature",
