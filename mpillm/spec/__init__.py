@@ -28,6 +28,7 @@ from mpillm.spec.sections import (
     Section,
     Seed,
     StopStrings,
+    StructuralTags,
     StructuredOutputs,
     Subtracted,
     TableFormat,
@@ -42,7 +43,7 @@ from mpillm.spec.sizes import byte_size, shown_bytes
 __all__ = [
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
-    "Section", "Seed", "Spec", "StopStrings", "StructuredOutputs", "Subtracted", "TableFormat", "Temperature",
-    "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
+    "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
+    "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
     "plain_words", "shown_bytes", "tightest",
 ]  # fmt: skip

@@ -8,15 +8,15 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from mpillm.batch import bodies
+from mpillm.batch import other_keys
 from mpillm.batch.endpoints import ENDPOINTS
 
 # Keys that mean something somewhere, and some that do not.
 KEYS = sorted(
     {
-        *bodies.IGNORED,
-        *bodies._NEUTRAL,
-        *bodies._REFUSED,
+        *other_keys.IGNORED,
+        *other_keys.NEUTRAL,
+        *other_keys.REFUSED,
         *(key for endpoint in ENDPOINTS for key in endpoint.__struct_fields__),
         *(
             "role",
