@@ -28,6 +28,7 @@ from mpillm.spec.sections import (
     Section,
     Seed,
     StopStrings,
+    StructuralTags,
     StructuredOutputs,
     Subtracted,
     TableFormat,
@@ -43,7 +44,7 @@ __all__ = [
     "UNREAD",
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
-    "Section", "Seed", "Spec", "StopStrings", "StructuredOutputs", "Subtracted", "TableFormat", "Temperature",
-    "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
+    "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
+    "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
     "plain_words", "shown_bytes", "tightest",
 ]  # fmt: skip
