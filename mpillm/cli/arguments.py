@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 FORMATS: tuple[TableFormat, ...] = ("csv", "parquet", "jsonl")
 EXAMPLES = """\
 examples:
-  mpillm launch -n 2 run                                           the quickstart job on the default small model
+  mpillm launch -n 2 run           the quickstart job on the default small model
   mpiexec -n 4 python -m mpillm run jobs/summaries.toml --set sampling.seed=3
-  mpiexec -n 4 python -m mpillm run --model smollm2-135m --input requests.jsonl --output out/mine
+  mpiexec -n 4 python -m mpillm run --input requests.jsonl --output out/mine
   python -m mpillm plan jobs/large-model.toml --ranks 4
-exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or the command is wrong,
-75 interrupted (the same command goes on where it stopped)"""
+exit codes: 0 all done, 1 done but some requests ended in an error,
+2 the job or the command is wrong, 75 interrupted (the same command goes on
+where it stopped), 70 a bug of mpillm"""
 
 
 class _Parser(argparse.ArgumentParser):
