@@ -13,9 +13,10 @@ from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
 from mpillm.engine.draft_model import DraftModel
-from mpillm.engine.engine import Engine, Worker
+from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.speculation import Mode
+from mpillm.engine.worker import Worker
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters

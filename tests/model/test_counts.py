@@ -12,7 +12,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.bench import synthetic
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
