@@ -17,10 +17,12 @@ from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
-from mpillm.planning.layout import Found, Layouts
+from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Found
 from mpillm.planning.limits import cached_tokens
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import Planner, RankPlan, problems
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import RankPlan, problems
 from mpillm.planning.search import search
 from mpillm.planning.wire import described
 from mpillm.spec import Spec, shown_bytes

@@ -15,7 +15,8 @@ from mpillm.planning.input_memory import input_needs, template_length
 from mpillm.planning.machines import Machines
 from mpillm.planning.plan import laid_out
 from mpillm.planning.plan_text import count_of
-from mpillm.planning.rank_plan import Planner, RankPlan
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import RankPlan
 from mpillm.spec import Spec, shown_bytes
 
 MIB = 2**20
