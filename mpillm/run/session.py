@@ -29,13 +29,13 @@ from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.job_time import Demand
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.limits import limits
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.search import slowed_by
-from mpillm.planning.step_time import Demand
 from mpillm.planning.wire import described, shards_cross_hosts, with_wire
 from mpillm.run import draft
 from mpillm.run.origin import Origin
