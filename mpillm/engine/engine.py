@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.comm.collectives import Channel
+from mpillm.comm.channel import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.chunks import chunks_of

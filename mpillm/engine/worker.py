@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from mpillm import tracing
-from mpillm.comm.collectives import Channel
+from mpillm.comm.channel import Channel
 from mpillm.engine import messages
 from mpillm.engine.messages import Fetch, Stop
 from mpillm.engine.reply import Reply, ReplyBuilder

@@ -13,7 +13,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
 from mpillm.planning.input_memory import InputNeeds
-from mpillm.planning.job_time import Demand, JobTime, job_time, shared_by
+from mpillm.planning.job_time import Demand, JobTime, job_time, shared_time
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED, Speed
@@ -65,7 +65,7 @@ def estimate(
     """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
     demand = given or TYPICAL
     kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
-    seconds, requests = shared_by([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
+    seconds, requests = shared_time([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
                                demand.requests)  # fmt: skip
     times = [kind.time(max(own, 1)) for kind, own in zip(kinds, requests, strict=True)]
     busy = [

@@ -76,7 +76,7 @@ def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequence
     )
 
 
-def shared_by(
+def shared_time(
     takes: Sequence[Callable[[int], float]], counts: Sequence[int], requests: int
 ) -> tuple[float, list[int]]:
     """Seconds of replicas that share `requests` so that they end together, and how many each of a kind computes.

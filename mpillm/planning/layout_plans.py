@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpillm.comm.collectives import Wire
+from mpillm.comm.transfer import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
 from mpillm.planning.estimate import Estimate, demand_of, estimate, stage_layers_by_speed

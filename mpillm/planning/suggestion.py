@@ -28,7 +28,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
     Raises JobError if no memory is enough, MpillmError if the model cannot be read.
     """
     with (
-        closing(open_described(models.described(spec.model), spec.quantize)) as source,
+        closing(open_described(models.path_to_plan(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)

@@ -69,7 +69,7 @@ class OperationContext:
         return self.operation.weight.view(np.float32).reshape(size.z, size.x, size.y)
 
 
-def decoded(x: Array) -> Floats:
+def from_q8_0(x: Array) -> Floats:
     """The values of rows of Q8_0 blocks [.., row bytes]."""
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     out = np.empty((len(flat), x.shape[-1] // BlockType.Q8_0.block_bytes * 32), np.float32)
@@ -77,7 +77,7 @@ def decoded(x: Array) -> Floats:
     return out.reshape(*x.shape[:-1], -1)
 
 
-def encoded(x: Floats) -> Array:
+def to_q8_0(x: Floats) -> Array:
     """Rows of values as Q8_0 blocks."""
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     out = np.empty((len(flat), BlockType.Q8_0.row_bytes(x.shape[-1])), np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.kernels.types import BlockType, activation_nbytes, packed_nbytes
-from mpillm.tools.worker.arrays import Array, Arrays, Floats, OperationContext, decoded, encoded
+from mpillm.tools.worker.arrays import Array, Arrays, Floats, OperationContext, from_q8_0, to_q8_0
 from mpillm.tools.worker.graph import Operation
 from mpillm.tools.worker.link import StrangeRootError
 
@@ -40,7 +40,7 @@ def _cast(of: OperationContext) -> Step:
     if of.x_blocks == of.y_blocks:
         change: Callable[[Array], Array] = lambda x: x  # noqa: E731
     else:
-        change = decoded if of.x_blocks else encoded
+        change = from_q8_0 if of.x_blocks else to_q8_0
 
     def step(rows: int) -> None:
         of.y[:, :rows] = change(of.x[:, :rows])
@@ -51,7 +51,7 @@ def _cast(of: OperationContext) -> Step:
 def _merge_add(of: OperationContext) -> Step:
     def step(rows: int) -> None:
         x = of.x[0, :rows]
-        values = decoded(x) if of.x_blocks else x
+        values = from_q8_0(x) if of.x_blocks else x
         width = of.y.shape[2]
         for first in range(0, values.shape[1], width):
             of.y[0, :rows] += values[:, first : first + width]
@@ -82,7 +82,7 @@ def _rms_norm(of: OperationContext) -> Step:
 
     def step(rows: int) -> None:
         x = of.x[0, :rows]
-        x = (decoded(x) if of.x_blocks else x).reshape(rows, columns, -1)
+        x = (from_q8_0(x) if of.x_blocks else x).reshape(rows, columns, -1)
         of.y[0, :rows] = (weight * (factors[0, :rows, :columns, None] * x)).reshape(rows, -1)
 
     return step
@@ -104,7 +104,7 @@ def _matmul(of: OperationContext) -> Step:
     kind = size.type
 
     def product(x: Array, matrix: int) -> Floats:
-        values = np.ascontiguousarray(decoded(x) if of.x_blocks else x)
+        values = np.ascontiguousarray(from_q8_0(x) if of.x_blocks else x)
         given: Array = values
         if kind is not BlockType.F32:
             given = np.empty((len(values), activation_nbytes(k, bounds)), np.uint8)
@@ -209,7 +209,7 @@ def _mul(of: OperationContext) -> Step:
 
 def _repeat(of: OperationContext) -> Step:
     def step(rows: int) -> None:
-        of.y[:, :rows] = encoded(of.x[0, :rows]) if of.y_blocks else of.x[0, :rows]
+        of.y[:, :rows] = to_q8_0(of.x[0, :rows]) if of.y_blocks else of.x[0, :rows]
 
     return step
 
