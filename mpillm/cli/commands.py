@@ -114,8 +114,13 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from mpillm.planning import hosts, plan, plan_text, suggestion
+    from mpillm.spec import UNREAD
 
-    spec = load_job(options)
+    spec = load_job(options, planned=True)
+    if options.input not in (None, UNREAD) and not spec.input_path.exists():
+        print(
+            f"mpillm: There is no input {options.input}; this is a plan for a typical one.", file=sys.stderr
+        )
     if options.hosts is not None:
         machines = hosts.read(options.hosts, options.ranks)
     else:

@@ -22,7 +22,8 @@ def job_on_every_rank(world: World, options: argparse.Namespace) -> Spec:
     return world.on_rank_0(lambda: load_job(options))
 
 
-def load_job(options: argparse.Namespace) -> Spec:
+def load_job(options: argparse.Namespace, planned: bool = False) -> Spec:
+    """The checked job; JobError says what is wrong. A job that is only `planned` need not have an input or output."""
     from mpillm import spec
 
     job = getattr(options, "job", None)
@@ -34,6 +35,7 @@ def load_job(options: argparse.Namespace) -> Spec:
         model=getattr(options, "model", None),
         input=getattr(options, "input", None),
         output=getattr(options, "output", None),
+        planned=planned,
     )
 
 
