@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mpillm.spec.job import Spec, key_called, known_keys, tightest
 from mpillm.spec.messages import plain_words
-from mpillm.spec.reading import checked, load
+from mpillm.spec.reading import UNREAD, checked, load
 from mpillm.spec.sections import (
     BatchSection,
     ChatSection,
@@ -41,6 +41,7 @@ from mpillm.spec.sections import (
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
+    "UNREAD",
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
     "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",

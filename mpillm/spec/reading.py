@@ -21,6 +21,8 @@ else:
 from mpillm.spec.job import Spec, known_keys
 from mpillm.spec.messages import explain, nearest
 
+UNREAD = "-"  # standard input, which no plan reads
+
 
 def load(
     path: str | os.PathLike[str] | None = None,
@@ -29,11 +31,13 @@ def load(
     model: str | None = None,
     input: str | None = None,
     output: str | None = None,
+    planned: bool = False,
 ) -> Spec:
     """Return the checked job of a file (or of none), the command line's word on top; JobError says what is wrong.
 
     `overrides` are "section.key=value" in TOML; a bare word is a string. `model`, `input` and `output` win over
-    both. What those leave out and the file does not have either is an error, but for the model (the default one).
+    both. What those leave out and the file does not have either is an error, but for the model (the default one) and,
+    in a job that is only `planned`, for the input (`UNREAD`) and the output.
     """
     values = _read(Path(path)) if path is not None else {}
     where = "The command line" if path is None else f"The job file {path}"
@@ -48,6 +52,9 @@ def load(
         values.setdefault("output", {})["path"] = output
     _take_shorthands(values, where)
     _refuse_unknown(values, "The command line")
+    if planned:
+        values.setdefault("input", UNREAD)
+        values.setdefault("output", {}).setdefault("path", "out")
     for key, given in (("input", "input" in values), ("output", "path" in values.get("output", {}))):
         if not given:
             raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
