@@ -1,4 +1,4 @@
-"""What callers hand over, without ranks: arrays, frames and iterators as JSON, and keys of a job as `--set` takes them."""
+"""What callers hand over, without ranks: arrays, series and iterators, and the keys of a job."""
 
 from __future__ import annotations
 
