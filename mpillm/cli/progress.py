@@ -43,8 +43,8 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
-def described(state: ProgressState, room: float = float("inf")) -> str:
-    """What the run has waited for, and what drafts gave, as far as there is room; empty if it was next to nothing."""
+def _waits_and_drafts(state: ProgressState, room: float = float("inf")) -> str:
+    """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if state.per_pass is not None:
         parts.append(f"{state.per_pass:.1f} tokens/pass")
@@ -75,7 +75,7 @@ class Live:
         room = float("inf")
         if width is not None:  # else the end of a line that is too long would be cut off
             room = width - len(f"{self._bar.n}/{self._bar.total}{BESIDE}{self._rates}]")
-        self._bar.set_postfix_str(f"{self._rates}{described(now, room)}", refresh=False)
+        self._bar.set_postfix_str(f"{self._rates}{_waits_and_drafts(now, room)}", refresh=False)
         self._bar.refresh()
         self._shown = time.monotonic()
 
@@ -99,5 +99,5 @@ class ProgressLines:
             left = f", {tqdm.format_interval(seconds)} left"
         part = 100 * self._answered / self._total if self._total else 100
         self._say(
-            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{described(now)}"
+            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{_waits_and_drafts(now)}"
         )

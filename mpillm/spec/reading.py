@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -144,7 +145,7 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
 def _override(values: dict[str, Any], override: str) -> None:
     """Put "a.b=value" into the tables."""
     name, equals, text = override.partition("=")
-    keys = [key.strip() for key in name.split(".")]
+    keys = _keys(name)
     if not equals or not all(keys):
         raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
     if keys == ["output"]:
@@ -157,13 +158,31 @@ def _override(values: dict[str, Any], override: str) -> None:
     table[keys[-1]] = _value(text.strip())
 
 
+def _keys(name: str) -> list[str]:
+    """The keys of a dotted name, which may be quoted as in TOML."""
+    try:
+        value: Any = toml(f"{name} = 0")
+    except ValueError:
+        return [key.strip() for key in name.split(".")]
+    keys: list[str] = []
+    while isinstance(value, dict):
+        ((key, value),) = value.items()
+        keys.append(key)
+    return keys
+
+
 def _value(text: str) -> Any:
-    """A TOML value, or the text itself."""
+    """A TOML value; else a list, an object or a string of JSON; else the text itself."""
     try:
         parsed = toml(f"value = {text}")
+        if set(parsed) == {"value"}:
+            return parsed["value"]
     except ValueError:
+        pass
+    try:
+        return json.loads(text) if text.startswith(("[", "{", '"')) else text
+    except (ValueError, RecursionError):
         return text
-    return parsed["value"] if set(parsed) == {"value"} else text
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:

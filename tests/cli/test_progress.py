@@ -53,9 +53,9 @@ def test_the_rate_of_now_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_there_is_no_room_for_is_left_out() -> None:
     """The end of a live line would be cut off."""
     full = ", hits 50 %, stalls 25 %"
-    assert progress.described(state(1)) == progress.described(state(1), len(full)) == full
-    assert progress.described(state(1), len(full) - 1) == ", hits 50 %"
-    assert not progress.described(state(1), 5)
+    assert progress._waits_and_drafts(state(1)) == progress._waits_and_drafts(state(1), len(full)) == full
+    assert progress._waits_and_drafts(state(1), len(full) - 1) == ", hits 50 %"
+    assert not progress._waits_and_drafts(state(1), 5)
 
 
 @pytest.mark.parametrize(

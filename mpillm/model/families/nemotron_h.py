@@ -10,17 +10,16 @@ from mpillm.errors import ModelError
 from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
     SMALL_BOS,
     Family,
     attention_of,
     model,
     read_activation,
-    read_layer_types,
     read_norm,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import FULL, read_layer_types
 from mpillm.model.families.mamba import GGUF_NAMES, gguf_mamba, hf_names, mamba_rows, read_mamba
 from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
