@@ -52,9 +52,9 @@ def _waits_and_drafts(state: ProgressState, room: float = float("inf")) -> str:
         if part >= 0.005:
             parts.append(f"{what} {100 * part:.0f} %")
     told = ""
-    for part in parts:
-        if len(told) + len(part) + 2 <= room:
-            told += f", {part}"
+    for text in parts:
+        if len(told) + len(text) + 2 <= room:
+            told += f", {text}"
     return told
 
 

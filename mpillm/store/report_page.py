@@ -130,7 +130,8 @@ _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#22
 @media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
-td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right}th{background:var(--shade)}
+td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem;overflow-wrap:anywhere}
+th{background:var(--shade)}
 p{max-width:62rem}td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
