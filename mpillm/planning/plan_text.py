@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
+from mpillm.store.readable import count_of
 
 NAMED = 8  # hosts that are left out
 COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
@@ -162,8 +163,3 @@ def _layouts(plan: Plan) -> str:
 
 def _layout(stages: int, shards: int) -> str:
     return f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}"
-
-
-def count_of(number: int, kind: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {kind}{'' if number == 1 else 's'}"
