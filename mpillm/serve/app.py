@@ -26,7 +26,7 @@ from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket

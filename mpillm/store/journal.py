@@ -23,7 +23,7 @@ import msgspec
 
 from mpillm import __version__
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import PartialCompletion
+from mpillm.engine.request import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
 from mpillm.store.directory import Descriptor, explained, explanation
 from mpillm.store.journal_facts import began

@@ -21,7 +21,7 @@ from mpillm import __version__
 from mpillm.batch.answers import bad_line, check_finite, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NotFiniteError
 from mpillm.store.directory import SYNC_BYTES, Directory
 from mpillm.store.hdf5 import GrowingDataset, RaggedColumn, TextColumn, new_file
