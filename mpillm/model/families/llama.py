@@ -48,6 +48,10 @@ class Llama(Family):
         sizes, width = read_sizes(fields), read_width(fields)
         windows = read_windows(fields, architecture, sizes.n_layers, 0, 0, some=False)
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
+        if fields.raw("model_type") == "internlm3":
+            attention_bias, mlp_bias = fields.flag("qkv_bias", attention_bias), fields.flag("bias", mlp_bias)
+            if attention_bias != mlp_bias:
+                raise fields.fail("qkv_bias", "but must be as bias is")
         norm, rotary = read_norm(fields), read_rotary(fields, sizes)
         refuse_qk_norm(fields, architecture, has=False)
         attention = attention_of(

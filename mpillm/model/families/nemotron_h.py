@@ -99,7 +99,7 @@ class NemotronH(Family):
         activation = read_activation(fields, "relu2", key="mlp_hidden_act")
         read_activation(fields, "silu", "swish", key="mamba_hidden_act")
         fields.read |= {"expand", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_hidden_layers"}
-        fields.read |= {"num_nextn_predict_layers", "moe_shared_expert_overlap", "rope_theta", "hidden_act"}
+        fields.read |= {"moe_shared_expert_overlap", "rope_theta", "hidden_act"}
         parts: dict[str, LayerSpec] = {}
         for kind in set(types):
             mixer: Mixer | None = None
