@@ -1,11 +1,11 @@
 /* Products with float weights, which lie row by row as in files: lanes run over the columns.
  *
  * Lane j of 16 is one chain of fma over columns j, j + 16, ... of a panel, at whose end lanes are folded in the fixed
- * tree.  With BF16 weights x is rounded to BF16 as well, denormals are zeros, and columns come in blocks of 256.  In each
- * block a lane's chain begins at zero and takes columns 2 j + 1 and 2 j of each 32; lane j + 8 is added to lane j, and
- * both to the sums so far, which are folded like those of the other types.  VDPBF16PS can form these sums, because its
- * lanes are such chains; so can AMX's TDPBF16PS, which adds two chains of 16 to its sum (both: Intel's manual), and so
- * can any fma, because a product of two BF16 is exact. */
+ * tree.  With BF16 weights x is rounded to BF16 as well, denormals are zeros, and columns come in blocks of 256: in each
+ * a lane's chain begins at zero and takes columns 2 j + 1 and 2 j of 32 after 32, lane j + 8 is added to lane j, and that
+ * to the sums so far, which are folded like the other types'.  So VDPBF16PS can form it, whose lanes are such chains, and
+ * so can AMX's TDPBF16PS, which adds two chains of 16 to its sum (both: Intel's manual), and any fma, for a product of two
+ * BF16 is exact. */
 
 /* w: `rows` (1..16) rows, `stride` bytes apart, and what follows so many bytes `ahead` (0: the rows after them); x: T
  * rows of columns in steps, as api.c's float_rows has made them, whose groups are x_stride bytes apart; sums [T]: lane r

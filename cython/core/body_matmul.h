@@ -322,7 +322,7 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
     for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
 }
 
-/* Bytes of a panel's columns of activations, for the rows of a group. */
+/* Bytes of columns of a panel of activations: of the rows that lie together. */
 static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
     const int type = job->type;
     if (job->in_tiles) return mk_blocks(columns, MK_BF16_BLOCK) * MK_BF16_BLOCK * 2 * MK_TILE;
