@@ -4,11 +4,11 @@
 #include "active.h"
 #include "half.h"
 
-/* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile; but FEW_ROWS
- * pass together whatever they take, so that W is read once for a batch that decodes. */
+/* The rows of x that one tile of W is multiplied with take about so many bytes, so that they stay in the cache; but at
+ * least FEW_ROWS go together whatever they take, so that W is read once for a batch that decodes. */
 enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 20, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
 
-/* A part reads so many bytes, times rows of x: what it fetches ahead beyond its end is then little. */
+/* A part reads so many bytes, times rows of x; what it prefetches beyond its end is then a small share. */
 enum { MINIMUM = 1 << 17 };
 
 #define ADD(range, items, kind, ...) \
@@ -230,7 +230,7 @@ void mk_selective_scan(mk_work *work, const float *c, const float *b, const floa
         .key_of_head = group_of_head, .state_stride = state_stride, .keys = groups, .heads = heads, .dk = dk, .dv = dv);
 }
 
-static void add_rows(const void *argument, long begin, long end) { /* roundings one by one: one form serves all paths */
+static void add_rows(const void *argument, long begin, long end) { /* each operation rounds: one form for all paths */
     const mk_small_job *job = argument;
     for (long row = begin; row < end; row++) {
         float *to = job->out + row * job->out_stride;

@@ -106,7 +106,7 @@ MK_INLINE void transpose_block(const uint8_t *from, long columns, uint8_t *out) 
 }
 
 /* Up to TRANSPOSED blocks of `rows` rows of W with so many columns.  Some rows side by side are streams that the processor
- * fetches ahead, and those that follow are fetched too, for each may have a page of its own. */
+ * fetches ahead, and the rows that follow are fetched too, because each may have a page of its own. */
 static void transpose_rows(const uint8_t *w, long stride, int rows, long columns, transposed_blocks *out) {
     for (int first = 0; first < rows; first += MAX_STREAMS)
         for (long b = 0; b < TRANSPOSED && b * MK_BF16_BLOCK < columns; b++)

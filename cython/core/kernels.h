@@ -1,6 +1,6 @@
 /* The compute kernels' C interface: what kernels.pyx and the tests' harness call.
  *
- * Shapes and layouts are those of mpillm/kernels (types.py, reference.py); arguments have been checked by the caller.
+ * Shapes and layouts are those of mpillm/kernels (types.py, reference/); arguments have been checked by the caller.
  * Functions that take a `work` add a step to it; mk_run does the steps with at most `threads` threads, and gives the
  * same bits for any number of them, on every path. */
 #ifndef MK_KERNELS_H

@@ -40,7 +40,7 @@ MK_INLINE void transpose_bytes(octets *v) {
     }
 }
 
-/* Trade places: the `width` bits from `width` on of fields twice as wide in *a, and the lower ones of those in *b. */
+/* Exchange the upper `width` bits of each field of 2 * width bits in *a with the lower ones of the same field in *b. */
 MK_INLINE void trade(words *a, words *b, const int width, const uint32_t lower) {
     words t = (*a >> width ^ *b) & lower;
     *a ^= t << width, *b ^= t;
