@@ -86,7 +86,7 @@ cdef Rows rows_of(cos, sin, const int32_t[::1] block, const int32_t[::1] offset,
 cdef class Attention:
     cdef Products qkv, o
     cdef NormStep norm, q_norm, k_norm, v_norm
-    cdef Vector q_bias, k_bias, v_bias, sinks
+    cdef Vector q_bias, k_bias, v_bias, gate_bias, sinks
     cdef const int32_t[::1] kv_of_head
     cdef int heads, kvh, hd, vd, window, rotary
     cdef bint interleaved, gated, chunked, normed_after_rope, bidirectional
@@ -97,12 +97,14 @@ cdef class Attention:
     def __init__(self, q, k, v, o, const int32_t[::1] kv_of_head, int kvh, int hd, float scale, *, int window=0,
                  int value_dim=0, norm=None, biases=None, qk_norms=None, rotary=None, bint interleaved=False,
                  sinks=None, float softcap=0.0, gate=None, bint chunked=False, tuning=None, v_norm=None,
-                 bint normed_after_rope=False, bint bidirectional=False):
+                 bint normed_after_rope=False, bint bidirectional=False, gate_bias=None):
         cdef int heads = <int>kv_of_head.shape[0], vd = value_dim or hd
         self.gated = gate is not None
         self.qkv, self.o = Products(q, k, v, gate) if self.gated else Products(q, k, v), Products(o)
         if self.gated:
             require("n of the gate", (heads * vd,), (gate.n,))
+        elif gate_bias is not None:
+            raise ValueError("a gate's bias needs a gate")
         self.heads, self.kvh, self.hd, self.vd, self.kv_of_head = heads, kvh, hd, vd, kv_of_head
         self.scale, self.window, self.softcap, self.chunked = scale, window, softcap, chunked
         self.tuning = tuning_of(tuning)
@@ -118,13 +120,14 @@ cdef class Attention:
         self.q_bias = Vector("q's bias", q_bias, q.n)
         self.k_bias = Vector("k's bias", k_bias, k.n)
         self.v_bias = Vector("v's bias", v_bias, v.n)
+        self.gate_bias = Vector("the gate's bias", gate_bias, heads * vd)
         q_norm, k_norm = qk_norms or (None, None)
         self.q_norm = norm_of("q's norm", q_norm, (hd, q.n))
         self.k_norm = norm_of("k's norm", k_norm, (hd, k.n))
         self.v_norm = norm_of("v's norm", v_norm, (vd, v.n))
         self.normed_after_rope, self.bidirectional = normed_after_rope, bidirectional
         self.sinks = Vector("sinks", sinks, heads)
-        self.steps = self.qkv.steps + self.o.steps + 12
+        self.steps = self.qkv.steps + self.o.steps + 13
 
     def __call__(self, const float[:, :] x, cos, sin, int kv_type, kpool, vpool, const int32_t[::1] block,
                  const int32_t[::1] offset, const int32_t[::1] pos, const int32_t[::1] table,
@@ -196,6 +199,7 @@ cdef class Attention:
         add_bias(work, q, wide, self.q_bias, m)
         add_bias(work, k, narrow, self.k_bias, m)
         add_bias(work, v, values, self.v_bias, m)
+        add_bias(work, gate, gates, self.gate_bias, m)
         mk_join(work, 0)
         if self.v_norm is not None:
             self.v_norm.add_heads(work, v, m, self.kvh, self.vd)

@@ -117,6 +117,7 @@ cdef class Mamba2:
     cdef NormStep norm
     cdef list convs, out_norms
     cdef Vector rates, dt_bias, skip
+    cdef Vector gate_bias, x_bias, b_bias, c_bias
     cdef const int32_t[::1] group_of_head
     cdef long groups, heads, dk, dv, steps
     cdef bint gate_first
@@ -124,7 +125,8 @@ cdef class Mamba2:
 
     def __init__(self, gate, x, b, c, dt, o, convs, rates, dt_bias, skip, const int32_t[::1] group_of_head, int dk,
                  int dv, *, biases=(None, None, None), out_norms=(), bint gate_first=True, float gate_scale=1.0,
-                 float dt_scale=1.0, float low=0.0, float high=INFINITY, norm=None):
+                 float dt_scale=1.0, float low=0.0, float high=INFINITY, norm=None,
+                 input_biases=(None, None, None, None)):
         cdef long heads = group_of_head.shape[0], groups = b.n // dk, values = heads * dv
         self.inputs, self.o = Products(gate, x, b, c, dt), Products(o)
         self.heads, self.groups, self.dk, self.dv, self.group_of_head = heads, groups, dk, dv, group_of_head
@@ -135,11 +137,14 @@ cdef class Mamba2:
                       for name, w, bias, matrix in zip("xbc", convs, biases, (x, b, c))]
         self.rates, self.dt_bias = Vector("rates", rates, heads), Vector("dt_bias", dt_bias, heads)
         self.skip = Vector("skip", skip, heads)
+        gate_bias, x_bias, b_bias, c_bias = input_biases
+        self.gate_bias, self.x_bias = Vector("gate's bias", gate_bias, values), Vector("x's bias", x_bias, values)
+        self.b_bias, self.c_bias = Vector("b's bias", b_bias, b.n), Vector("c's bias", c_bias, c.n)
         self.out_norms = [norm_of("out_norm", one, (values // len(out_norms),)) for one in out_norms]
         self.norm = norm_of("norm", norm, (gate.k,))
         self.gate_first, self.gate_scale = gate_first, gate_scale
         self.dt_scale, self.low, self.high = dt_scale, low, high
-        self.steps = self.inputs.steps + self.o.steps + len(self.out_norms) + 8
+        self.steps = self.inputs.steps + self.o.steps + len(self.out_norms) + 12
 
     def __call__(self, const float[:, :] x, float[:, :] states, const int32_t[::1] first_rows,
                  const int32_t[::1] slots, out, int threads=1):
@@ -173,6 +178,11 @@ cdef class Mamba2:
         cdef Sums *sums = [Sums(gate, values, 0), Sums(raw[0], values, 0), Sums(raw[1], wide, 0),
                            Sums(raw[2], wide, 0), Sums(decay, heads, 0)]
         self.inputs.add(&work, space, hidden, x_stride, m, sums)
+        add_bias(&work, gate, values, self.gate_bias, m)
+        add_bias(&work, raw[0], values, self.x_bias, m)
+        add_bias(&work, raw[1], wide, self.b_bias, m)
+        add_bias(&work, raw[2], wide, self.c_bias, m)
+        mk_join(&work, 0)
         for i in range(3):
             conv = self.convs[i]
             conv.add(&work, raw[i], m, True, state, state_stride, first_rows, slots, xbc[i])
@@ -206,15 +216,19 @@ cdef class Mamba2:
 cdef class GatedConvolution:
     cdef Products inputs, o
     cdef NormStep norm
+    cdef Vector b_bias, c_bias, v_bias
     cdef Convolution conv
     cdef long steps
 
-    def __init__(self, b, c, v, o, w, *, norm=None):
+    def __init__(self, b, c, v, o, w, *, norm=None, biases=(None, None, None), conv_bias=None):
         self.inputs, self.o = Products(b, c, v), Products(o)
         require("n of c and v and k of o", (b.n, b.n, b.n), (c.n, v.n, o.k))
-        self.conv = Convolution("w", w, None, len(w), b.n)
+        self.conv = Convolution("w", w, conv_bias, len(w), b.n)
+        b_bias, c_bias, v_bias = biases
+        self.b_bias, self.c_bias = Vector("b's bias", b_bias, b.n), Vector("c's bias", c_bias, b.n)
+        self.v_bias = Vector("v's bias", v_bias, b.n)
         self.norm = norm_of("norm", norm, (b.k,))
-        self.steps = self.inputs.steps + self.o.steps + 4
+        self.steps = self.inputs.steps + self.o.steps + 7
 
     def __call__(self, const float[:, :] x, float[:, :] states, const int32_t[::1] first_rows,
                  const int32_t[::1] slots, out, int threads=1):
@@ -239,6 +253,10 @@ cdef class GatedConvolution:
         cdef float *made = <float *>space.take(4 * m * n)
         cdef Sums *sums = [Sums(b, n, 0), Sums(c, n, 0), Sums(v, n, 0)]
         self.inputs.add(&work, space, hidden, x_stride, m, sums)
+        add_bias(&work, b, n, self.b_bias, m)
+        add_bias(&work, c, n, self.c_bias, m)
+        add_bias(&work, v, n, self.v_bias, m)
+        mk_join(&work, 0)
         mk_activate(&work, MK_IDENTITY, b, n, v, n, 0, 0, m, n, v, n)
         self.conv.add(&work, v, m, False, &states[0, 0], states.strides[0] // 4, first_rows, slots, made)
         mk_activate(&work, MK_IDENTITY, c, n, made, n, 0, 0, m, n, made, n)

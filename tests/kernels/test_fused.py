@@ -120,6 +120,7 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
     gated = seed in (2, 5)
     if gated:
         options["gate"] = matrix(rng, fitting(d, seed), HEADS * vd, d, cut="rows" if cut else "")
+        options["gate_bias"] = vector(rng, HEADS * vd) if seed % 2 else None
     kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
     work = make(q, k, v, o, kv_of_head, KVH, HD, 0.25, **options)
     table = np.array([2, 0, 3, 1], np.int32)
@@ -195,6 +196,7 @@ def mamba_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> list
         out_norms=[Norm(parts, 1e-6, vector(rng, parts)) for _ in range(groups)] if seed % 4 else (),
         gate_first=seed % 4 < 2, gate_scale=0.8, dt_scale=1.1, low=0.1 * (seed % 3), high=3.0,
         norm=norm_of(rng, d, seed),
+        input_biases=tuple(vector(rng, n) if seed % 3 else None for n in widths[:4]),
     )  # fmt: skip
     first, slots = cases.sequences(rng, m, 6)
     floats = (taps - 1) * sum(widths[1:4]) + kernels.delta_floats(heads, dk, dv)
@@ -209,7 +211,9 @@ def convolution_results(make: Any, seed: int, m: int, threads: int, cut: bool) -
     d, width, taps = HIDDEN[seed % 2], (64, 90)[seed % 3 > 0], 2 + seed % 3
     b, c, v = (matrix(rng, fitting(d, 2 * seed + i), width, d, cut="rows" if cut else "") for i in range(3))
     o = matrix(rng, fitting(width, seed), d, width, 2, cut="columns" if cut else "")
-    work = make(b, c, v, o, vector(rng, taps * width).reshape(taps, width), norm=norm_of(rng, d, seed))
+    biases = [vector(rng, width) if seed % 4 > number else None for number in range(4)]
+    w = vector(rng, taps * width).reshape(taps, width)
+    work = make(b, c, v, o, w, norm=norm_of(rng, d, seed), biases=biases[:3], conv_bias=biases[3])
     first, slots = cases.sequences(rng, m, 6)
     states, out = vector(rng, 6 * taps * width).reshape(6, -1), np.empty((m, d), np.float32)
     work(rng.standard_normal((m, d)).astype(np.float32), states, first, slots, out, threads)

@@ -22,8 +22,8 @@ class Attention(Fused):
     rope rotates `rotary` dimensions of each head: all with None, none with 0, where cos and sin are ignored. A head has
     hd dimensions of q and k, and `value_dim` (0: hd) of v.
     `sinks`, `softcap`, `chunked`, `tuning` and `bidirectional` are described at `reference.attention`. What the heads
-    make is multiplied by the sigmoid of gate(x), if there is a `gate` [heads * value_dim, d]. out has neither o's bias
-    nor x added (`Residual`).
+    make is multiplied by the sigmoid of gate(x) + gate_bias, if there is a `gate` [heads * value_dim, d]. out has
+    neither o's bias nor x added (`Residual`).
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
@@ -33,7 +33,9 @@ class Attention(Fused):
                  interleaved: bool = False, sinks: F32 | None = None, softcap: float = 0.0,
                  gate: Packed | None = None, chunked: bool = False,
                  tuning: tuple[float, int, int] | None = None, v_norm: Norm | None = None,
-                 normed_after_rope: bool = False, bidirectional: bool = False) -> None:  # fmt: skip
+                 normed_after_rope: bool = False, bidirectional: bool = False,
+                 gate_bias: F32 | None = None) -> None:  # fmt: skip
+        self._gate_bias = gate_bias
         self._qkv, self._o, self._norm_before, self._gate = (q, k, v), o, norm, gate
         self._kv_of_head, self._kvh, self._hd, self._value_dim = kv_of_head, kvh, hd, value_dim or hd
         self._scale, self._window, self._sinks, self._softcap = scale, window, sinks, softcap
@@ -46,14 +48,13 @@ class Attention(Fused):
                  block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                  threads: int = 1) -> None:  # fmt: skip
         rows = self._norm(x, self._norm_before, threads)
-        q, k, v = (self._times(rows, matrix, threads) for matrix in self._qkv)
-        for values, bias in zip((q, k, v), self._biases, strict=True):
-            if bias is not None:
-                values += bias
+        q, k, v = self._biased(rows, self._qkv, self._biases, threads)
         if not self._normed_after_rope:
             q, k = self._norms(q, k, threads)
         v = self._norm_heads(v, self._v_norm, self._kvh, threads)
-        gate = None if self._gate is None else self._times(rows, self._gate, threads)
+        gate = None
+        if self._gate is not None:
+            (gate,) = self._biased(rows, [self._gate], [self._gate_bias], threads)
         self._attend(q, k, v, gate, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
                      threads)  # fmt: skip
 

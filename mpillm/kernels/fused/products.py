@@ -39,6 +39,16 @@ class Fused:
         self._multiply(x, matrix, out, threads)
         return out
 
+    def _biased(
+        self, x: F32, matrices: Sequence[Packed], biases: Sequence[F32 | None], threads: int
+    ) -> list[F32]:
+        """The products of x [m, k] with each matrix, plus its bias if it has one."""
+        made = [self._times(x, matrix, threads) for matrix in matrices]
+        for rows, bias in zip(made, biases, strict=True):
+            if bias is not None:
+                rows += bias
+        return made
+
     def _multiply(self, x: F32, matrix: Packed, out: F32, threads: int, fold: bool = True) -> None:
         if not matrix.parts:
             self._product(x, matrix, out, threads, fold)

@@ -63,19 +63,22 @@ class GatedDeltaNet(Fused):
 class Mamba2(Fused):
     """out [m, d] = o(norm(scan(c, b, x) * silu(gate_scale * gate))) of rows [m, d], which `norm` normalises first.
 
-    x, b and c pass a convolution of a few taps with SiLU: `convs` are the three, [taps, channels], with `biases`. A
-    head's step is softplus(dt_scale * dt + dt_bias) within low .. high, its state decays by e^(rates * step), and
-    skip * x is added to what is read (`reference.selective_scan`). `out_norms` are those of equal groups of columns,
-    if there are any; without `gate_first` they come before the gate. `states` f32 [slot, floats] begin with the last
-    rows before the convolutions, x's, b's and c's, each [taps - 1, channels]; then come the heads' states.
-    (Dao and Gu, Transformers are SSMs, 2024.)
+    The products gate, x, b and c may have `input_biases`. x, b and c pass a convolution of a few taps with SiLU:
+    `convs` are the three, [taps, channels], with `biases`. A head's step is softplus(dt_scale * dt + dt_bias) within
+    low .. high, its state decays by e^(rates * step), and skip * x is added to what is read
+    (`reference.selective_scan`). `out_norms` are those of equal groups of columns, if there are any; without
+    `gate_first` they come before the gate. `states` f32 [slot, floats] begin with the last rows before the
+    convolutions, x's, b's and c's, each [taps - 1, channels]; then come the heads' states. (Dao and Gu, Transformers
+    are SSMs, 2024.)
     """
 
     def __init__(self, gate: Packed, x: Packed, b: Packed, c: Packed, dt: Packed, o: Packed,
                  convs: Sequence[F32], rates: F32, dt_bias: F32, skip: F32, group_of_head: I32, dk: int, dv: int,
                  *, biases: Sequence[F32 | None] = (None, None, None), out_norms: Sequence[Norm] = (),
                  gate_first: bool = True, gate_scale: float = 1.0, dt_scale: float = 1.0, low: float = 0.0,
-                 high: float = np.inf, norm: Norm | None = None) -> None:  # fmt: skip
+                 high: float = np.inf, norm: Norm | None = None,
+                 input_biases: Sequence[F32 | None] = (None,) * 4) -> None:  # fmt: skip
+        self._input_biases = (*input_biases, None)
         self._inputs, self._o, self._convs, self._biases = (gate, x, b, c, dt), o, convs, biases
         self._rates, self._dt_bias, self._skip, self._group_of_head = rates, dt_bias, skip, group_of_head
         self._dk, self._dv, self._out_norms, self._gate_first = dk, dv, out_norms, gate_first
@@ -85,7 +88,7 @@ class Mamba2(Fused):
     def __call__(self, x: F32, states: F32, first_rows: I32, slots: I32, out: F32, threads: int = 1) -> None:
         ops = self.ops
         rows = self._norm(x, self._norm_before, threads)
-        gate, *xbc, decay = (self._times(rows, matrix, threads) for matrix in self._inputs)
+        gate, *xbc, decay = self._biased(rows, self._inputs, self._input_biases, threads)
         begin = _convolve(ops, xbc, self._convs, self._biases, states, first_rows, slots, threads)
         step, made = np.empty_like(decay), np.empty_like(xbc[0])
         ops.decays(decay, self._rates, self._dt_bias, threads, step, self._dt_scale, self._low, self._high)
@@ -108,19 +111,21 @@ class GatedConvolution(Fused):
     """out [m, d] = o(c(x) * conv(b(x) * v(x))) of rows x [m, d], which `norm` normalises first.
 
     `w` [taps, channels] is a causal convolution of each channel. `states` f32 [slot, floats] have the last rows before
-    it, [taps - 1, channels]. (The short convolutions of LFM2.)
+    it, [taps - 1, channels]. `biases` are those of b, c and v (each may be None). (The short convolutions of LFM2.)
     """
 
     def __init__(
-        self, b: Packed, c: Packed, v: Packed, o: Packed, w: F32, *, norm: Norm | None = None
-    ) -> None:
+        self, b: Packed, c: Packed, v: Packed, o: Packed, w: F32, *, norm: Norm | None = None,
+        biases: Sequence[F32 | None] = (None,) * 3, conv_bias: F32 | None = None,
+    ) -> None:  # fmt: skip
         self._inputs, self._o, self._w, self._norm_before = (b, c, v), o, w, norm
+        self._biases, self._conv_bias = biases, conv_bias
 
     def __call__(self, x: F32, states: F32, first_rows: I32, slots: I32, out: F32, threads: int = 1) -> None:
         rows = self._norm(x, self._norm_before, threads)
-        b, c, v = (self._times(rows, matrix, threads) for matrix in self._inputs)
+        b, c, v = self._biased(rows, self._inputs, self._biases, threads)
         self.ops.activate(Activation.IDENTITY, b, v, v, threads)
         made = np.empty_like(v)
-        self.ops.short_conv(v, self._w, None, states, first_rows, slots, made, False, threads)
+        self.ops.short_conv(v, self._w, self._conv_bias, states, first_rows, slots, made, False, threads)
         self.ops.activate(Activation.IDENTITY, c, made, made, threads)
         self._multiply(made, self._o, out, threads)
