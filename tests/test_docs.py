@@ -21,6 +21,7 @@ from mpillm import spec
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.cli import arguments
 from mpillm.engine.limits import Totals
+from mpillm.model.families import architectures, gguf_architectures
 from mpillm.serve import openapi
 from mpillm.serve.metrics import Metrics
 from tests.conftest import ROOT, clean_environment, run_bounded
@@ -229,6 +230,12 @@ THEIRS = (
     "prterun has detected",
     "prterun was unable to find",
 )
+
+
+def test_all_classes_are_on_the_page_of_models() -> None:
+    page = (ROOT / "docs/models.md").read_text()
+    missing = [name for name in (*architectures(), *gguf_architectures()) if f"`{name}`" not in page]
+    assert not missing
 
 
 def test_messages_in_troubleshooting_are_real() -> None:

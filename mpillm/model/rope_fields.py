@@ -10,7 +10,7 @@ from mpillm.errors import ModelError
 from mpillm.model.fields import Fields
 from mpillm.model.rope import RopeConfig, yarn_attention_factor, yarn_scale
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional", "factors")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "factors")
 RENAMED = {"mrope": "default", "su": "longrope"}  # what older files say
 LONGEST = 2**31 - 1  # positions are int32 in the kernels
 # Written into the dict by some exporters whatever the kind; without effect there. mrope_section says which dimensions
@@ -41,6 +41,11 @@ def read_rope(
     if kind == "default":
         if rope.number("factor", 0, 1e30, default=1.0) != 1.0:
             raise rope.fail("factor", "but the rope type is default; give the type that scales")
+        result = RopeConfig(theta)
+    elif (
+        kind == "dynamic"
+    ):  # changes nothing up to max_position_embeddings: longer sequences are not computed
+        rope.optional_number("factor", 1e-6, 1e6)
         result = RopeConfig(theta)
     elif kind == "linear":
         result = RopeConfig(theta, "linear", factor=rope.number("factor", 1e-6, 1e6))

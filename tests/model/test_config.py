@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.errors import ModelError
+from mpillm.kernels.types import Activation
 from mpillm.model.cache_spec import TokenCache
 from mpillm.model.config import ModelConfig
 from mpillm.model.families import MODEL_TYPES, read_config
@@ -193,7 +194,6 @@ def test_gemma4() -> None:
         ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "moe_topk is .*, but must be a number, or 4 of them"),
         ("hunyuan_v1_moe", {"num_experts": 2, "moe_topk": 3}, "moe_topk is 3, but layer 0 has 2 experts"),
         ("hunyuan_v1_moe", {"num_shared_expert": [2] * 4}, "only one shared expert is supported"),
-        ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, but the router always chooses 2"),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_class_that_files_call_otherwise() -> None:
         ("deepseek_v3", {"model_type": "deepseek_v32"}, "model_type 'deepseek_v32' does not belong to"),
         ("deepseek_v3", {"index_topk": 2048}, "index_topk = 2048 may change the result"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc', but only greedy or"),
-        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = True may change the result"),
+        ("deepseek_v3", {"mlp_bias": True}, "mlp_bias = True may change the result"),
         ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "must be a list of 4 words, dense or sparse"),
         ("glm4_moe_lite", {"num_local_experts": 4}, "n_routed_experts is 6, but num_local_experts is 4"),
@@ -464,7 +464,7 @@ def test_what_transformers_ignores_in_rope() -> None:
         ({"architectures": []}, "architectures must be a list of one name"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of one name"),
         ({"model_type": "mistral"}, "model_type 'mistral' does not belong to LlamaForCausalLM"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only silu or swish is supported"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish', but only silu or swish or gelu or .* is supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but only models that rotate the whole head"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method': 'gptq'} may"),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0 may change the result and is not supported in LlamaForCausalLM"),
@@ -485,7 +485,7 @@ def test_what_transformers_ignores_in_rope() -> None:
             dict.fromkeys(("alibi", "post_norm", "qk_norm", "scale_emb", "use_alibi", "window_size"), 1),
             "alibi = 1, post_norm = 1, qk_norm = 1, scale_emb = 1 and 2 more may change",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 2.0}}, "alpha is not supported with rope type dynamic"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor must be 6 positive numbers"),
         ({"rope_scaling": {"rope_type": "ntk"}}, "rope type 'ntk' is not supported"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope type \"\\['yarn'\\]\" is not supported"),
@@ -536,6 +536,31 @@ def test_refused_by_name(change: dict[str, Any], words: str) -> None:
     assert message.startswith("config.json")
     assert message.endswith(".")
     assert len(message) < 400
+
+
+def test_a_dynamic_rope_changes_nothing_up_to_the_longest_sequence() -> None:
+    for kind in ("llama", "hunyuan_v1_dense"):
+        dynamic, usual = (
+            read(kind, rope_scaling=rope) for rope in ({"type": "dynamic", "factor": 3.0}, None)
+        )
+        assert dynamic == usual
+
+
+@pytest.mark.parametrize(
+    ("names", "same"),
+    [
+        (["silu", "swish"], Activation.SILU),
+        (["gelu", "gelu_python"], Activation.GELU),
+        (["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"], Activation.GELU_TANH),
+        (["relu2"], Activation.RELU2),
+    ],
+)
+def test_activations_by_their_names(names: list[str], same: Activation) -> None:
+    for name in names:
+        for kind, more in (("llama", {}), ("qwen3_moe", MOE)):
+            layer = read(kind, hidden_act=name, **more).layers[-1]
+            assert layer.mlp is not None
+            assert layer.mlp.activation == same
 
 
 @pytest.mark.parametrize(

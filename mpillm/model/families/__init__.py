@@ -18,7 +18,7 @@ from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone
 from mpillm.model.families.falcon_h1 import FalconH1
-from mpillm.model.families.gemma import Gemma
+from mpillm.model.families.gemma import FirstGemma, Gemma
 from mpillm.model.families.gemma4 import Gemma4
 from mpillm.model.families.glm import Glm, GlmMixture
 from mpillm.model.families.gpt2 import Gpt2
@@ -54,6 +54,7 @@ FAMILIES: tuple[Family, ...] = (
     DeepSeek(),
     QwenNext(),
     Llama4(),
+    FirstGemma(),
     Gemma(),
     Gemma4(),
     Glm(),

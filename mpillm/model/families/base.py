@@ -26,9 +26,15 @@ ACTIVATIONS = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,  # two names of one function
     "gelu": Activation.GELU,
+    "gelu_python": Activation.GELU,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_python_tanh": Activation.GELU_TANH,
     "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu_accurate": Activation.GELU_TANH,
     "relu2": Activation.RELU2,
+    "sigmoid": Activation.SIGMOID,
+    "linear": Activation.IDENTITY,
 }
 
 
@@ -114,9 +120,14 @@ def read_width(fields: Fields, key: str = "intermediate_size") -> int:
     return fields.integer(key, 1, 2**24)
 
 
-def read_activation(fields: Fields, *choices: str, key: str = "hidden_act") -> Activation:
-    """The activation of MLPs, one of those that the family may have; the first is the default."""
-    return ACTIVATIONS[fields.one_of(key, choices, default=choices[0])]
+def read_activation(fields: Fields, default: str = "silu", key: str = "hidden_act") -> Activation:
+    """The activation of MLPs, by transformers' name of it."""
+    return ACTIVATIONS[fields.one_of(key, tuple(ACTIVATIONS), default)]
+
+
+def require_silu(fields: Fields, key: str = "hidden_act") -> None:
+    """ModelError unless the activation is SiLU, which it is in mixers with a state too."""
+    fields.one_of(key, ("silu", "swish"), default="silu")
 
 
 def read_norm(fields: Fields, key: str = "rms_norm_eps", default: float = 1e-6, **more: Any) -> NormSpec:

@@ -103,7 +103,7 @@ class Bert(Family):
                 raise fields.fail(key, f"but only encoders are supported as {architecture}")
         if fields.raw("position_embedding_type") not in (None, "absolute"):
             raise fields.fail("position_embedding_type", "but only 'absolute' is supported")
-        activation = read_activation(fields, "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
+        activation = read_activation(fields, "gelu")
         positions = fields.integer("max_position_embeddings", 2, LONGEST)
         sizes = encoder_sizes(fields, positions if padding is None else positions - padding - 1)
         norm = read_norm(fields, "layer_norm_eps", 1e-12, centred=True, bias=True)

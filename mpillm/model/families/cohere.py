@@ -23,6 +23,7 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
+from mpillm.weights.roles import Key
 
 _COHERE, _COHERE2 = "CohereForCausalLM", "Cohere2ForCausalLM"
 _USUAL = {
@@ -43,11 +44,12 @@ class Cohere(Family):
     defaults = {_COHERE: _USUAL, _COHERE2: {**_USUAL, "rope_theta": 1e4, "sliding_window": 4096}}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
         norm = read_norm(fields, "layer_norm_eps", 1e-5, centred=True)
         rotary = read_rotary(fields, sizes, interleaved=True)
-        refuse_qk_norm(fields, architecture, has=False)
+        by_head = architecture == _COHERE and fields.flag("use_qk_norm")
+        refuse_qk_norm(fields, architecture, has=by_head)
         window, types = 0, [FULL] * sizes.n_layers
         if architecture == _COHERE2:
             window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
@@ -61,6 +63,8 @@ class Cohere(Family):
                 window if slides else 0,
                 qkv_bias=bias,
                 o_bias=bias,
+                qk_norm=norm if by_head else None,
+                qk_norm_by_head=by_head,
             )
             return LayerSpec(attention, MlpSpec(width, activation), Norms(norm), Norms(), parallel=True)
 
@@ -78,7 +82,8 @@ class Cohere(Family):
         config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_eps"))
         config["logit_scale"] = fields.number("logit_scale")
         if fields.kind == "command-r":
-            return config | {"architectures": [_COHERE]}
+            by_head = shape_of(Key("q_norm", 0)) is not None
+            return config | {"architectures": [_COHERE], "use_qk_norm": by_head}
         return config | {
             "architectures": [_COHERE2],
             "sliding_window": fields.integer("attention.sliding_window"),

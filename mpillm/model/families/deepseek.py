@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -14,7 +16,7 @@ from mpillm.model.families.base import (
     read_rotary,
     read_width,
 )
-from mpillm.model.families.routed import read_routed_experts
+from mpillm.model.families.routed import OF_EXPERTS, read_routed_experts
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.latent import LatentAttentionSpec
@@ -87,11 +89,19 @@ class DeepSeek(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = _sizes(fields), read_width(fields), read_norm(fields)
         attention = _attention(fields, architecture, sizes)
-        mlp, dense = MlpSpec(width, activation), _dense(fields, architecture, sizes.n_layers)
-        experts = _experts(fields, architecture) if not all(dense) else None
+        bias, dense = (
+            architecture == _V2 and fields.flag("mlp_bias"),
+            _dense(fields, architecture, sizes.n_layers),
+        )
+        mlp, experts = MlpSpec(width, activation, bias=bias), None
+        if not all(dense):
+            experts = _experts(fields, architecture, activation)
+            if bias and experts.shared:
+                experts = replace(experts, shared=replace(experts.shared, bias=True))
+        fields.read |= OF_EXPERTS
         for key in (
             "num_mtp_layers",
             "ep_size",
@@ -197,17 +207,19 @@ def _dense(fields: Fields, architecture: str, n_layers: int) -> list[bool]:
     return [kind == "dense" for kind in kinds[:n_layers]]
 
 
-def _experts(fields: Fields, architecture: str) -> ExpertsSpec:
+def _experts(fields: Fields, architecture: str, activation: Activation) -> ExpertsSpec:
     if architecture != _V2:
         if fields.raw("scoring_func") not in (None, "sigmoid"):
             raise fields.fail("scoring_func", f"but {architecture} has sigmoid")
         if fields.raw("topk_method") not in (None, "noaux_tc"):
             raise fields.fail("topk_method", f"but {architecture} has noaux_tc")
-        return read_routed_experts(fields)
+        return read_routed_experts(fields, activation)
     if fields.raw("scoring_func") not in (None, "softmax"):
         raise fields.fail("scoring_func", f"but {architecture} has softmax")
     method = fields.one_of("topk_method", ("greedy", "group_limited_greedy"), default="greedy")
     if method == "greedy" and fields.values.get("n_group") not in (None, 1):
         fields = Fields({**fields.values, "n_group": 1, "topk_group": 1}, fields.name, fields.defaults)
     # transformers does not look at norm_topk_prob
-    return read_routed_experts(fields, scoring="softmax", correction=False, group_best=1, normalise=False)
+    return read_routed_experts(
+        fields, activation, scoring="softmax", correction=False, group_best=1, normalise=False
+    )

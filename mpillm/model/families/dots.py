@@ -47,14 +47,14 @@ class Dots(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias = fields.flag("attention_bias")
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         first_window = fields.integer("max_window_layers", 0, LONGEST)
         windows = read_windows(fields, architecture, sizes.n_layers, window, first_window, some=True)
         experts, first = (
-            read_routed_experts(fields, shared=0),
+            read_routed_experts(fields, activation, shared=0),
             fields.integer("first_k_dense_replace", 0, LONGEST, 0),
         )
         rotary = read_rotary(fields, sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     SMALL_BOS,
@@ -58,16 +59,16 @@ class Ernie(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
-        bias = architecture == _DENSE and fields.flag("use_bias")
+        bias = fields.flag("use_bias")
         attention = attention_of(
             sizes, read_rotary(fields, sizes, interleaved=True), qkv_bias=bias, o_bias=bias
         )
         dense = LayerSpec(attention, MlpSpec(width, activation, bias=bias), Norms(norm), Norms(norm))
         if architecture == _DENSE:
             return model(fields, architecture, sizes, lambda number: dense, norm)
-        mixture = LayerSpec(attention, _experts(fields), Norms(norm), Norms(norm))
+        mixture = LayerSpec(attention, _experts(fields, activation, bias), Norms(norm), Norms(norm))
         first, every = (
             fields.integer("moe_layer_start_index", 0, LONGEST, default=1),
             fields.integer("moe_layer_interval", 1, LONGEST, default=1),
@@ -78,7 +79,7 @@ class Ernie(Family):
         def layer(number: int) -> LayerSpec:
             return mixture if first <= number <= last and (number + 1) % every == 0 else dense
 
-        return model(fields, architecture, sizes, layer, norm)
+        return model(fields, architecture, sizes, layer, norm, head_bias=bias)
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         refuse_window(fields)
@@ -99,7 +100,7 @@ class Ernie(Family):
         }
 
 
-def _experts(fields: Fields) -> ExpertsSpec:
+def _experts(fields: Fields, activation: Activation, bias: bool) -> ExpertsSpec:
     count = fields.integer("moe_num_experts", 1, 2**16)
     width = read_width(fields, "moe_intermediate_size")
     fields.number("moe_norm_min", 0, 1e-6, default=1e-12)  # sums of softmaxes are larger
@@ -108,5 +109,6 @@ def _experts(fields: Fields) -> ExpertsSpec:
         count,
         width,
         RouterSpec(read_chosen(fields, count, "moe_k"), correction=True),
-        shared=MlpSpec(width * shared, prefix="shared_") if shared else None,
+        activation,
+        MlpSpec(width * shared, activation, bias=bias, prefix="shared_") if shared else None,
     )

@@ -44,7 +44,7 @@ class Exaone(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         types = _layer_types(fields, sizes.n_layers, window)

@@ -12,13 +12,14 @@ from mpillm.model.families.base import (
     Family,
     attention_of,
     model,
-    read_activation,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
+    require_silu,
 )
 from mpillm.model.families.mamba import (
+    FEED_FORWARD,
     GGUF_NAMES,
     USUAL,
     USUAL_KEYS,
@@ -48,9 +49,7 @@ class FalconH1(Family):
     names = Names(
         hf={
             **hf_names("mamba"),
-            "layers.{l}.feed_forward.gate_proj.weight": ("gate",),
-            "layers.{l}.feed_forward.up_proj.weight": ("up",),
-            "layers.{l}.feed_forward.down_proj.weight": ("down",),
+            **FEED_FORWARD,
             "layers.{l}.pre_ff_layernorm.weight": ("ffn_norm",),
             "final_layernorm.weight": ("final_norm",),
         },
@@ -69,24 +68,27 @@ class FalconH1(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        read_activation(fields, "silu", "swish")
+        require_silu(fields)
         sizes, norm = read_sizes(fields), read_norm(fields)
-        for key in ("attention_bias", "mlp_bias"):
-            if fields.flag(key):
-                raise fields.fail(key, "but only Falcon-H1 without biases is supported")
 
         def factor(key: str) -> float:
             return fields.number(key, -1e9, 1e9, default=1.0)
 
         ssm_in, attention_in = factor("ssm_in_multiplier"), factor("attention_in_multiplier")
         gate, down = _factors(fields, "mlp_multipliers", 2)
+        bias = fields.flag("attention_bias")
+        if bias and attention_in != 1.0:
+            raise fields.fail("attention_bias", "which is not supported beside attention_in_multiplier")
+        if ssm_in == 0.0 and fields.flag("mamba_proj_bias"):
+            raise fields.fail("ssm_in_multiplier", "which is not supported beside mamba_proj_bias")
         mamba = read_mamba(
             fields,
-            USUAL_KEYS,
+            {**USUAL_KEYS, "out_bias": "projectors_bias"},
             _inner(fields.values, sizes.hidden),
             norm if fields.flag("mamba_rms_norm") else None,
             gate_first=not fields.flag("mamba_norm_before_gate"),
             scales=Scales(*(ssm_in * each for each in _factors(fields, "ssm_multipliers", 5))),
+            bias_scale=1 / ssm_in if ssm_in else 1.0,
         )
         fields.read |= {"mamba_expand", "mamba_d_ssm", "mamba_use_mlp"}
         # Products are linear: what multiplies the input multiplies scores twice, and what attention makes once.
@@ -94,6 +96,8 @@ class FalconH1(Family):
             sizes,
             read_rotary(fields, sizes),
             scale=sizes.head_dim**-0.5 * attention_in**2 * factor("key_multiplier"),
+            qkv_bias=bias,
+            o_bias=bias,
         )
         mixer = BesideSpec(
             (
@@ -101,7 +105,7 @@ class FalconH1(Family):
                 (attention, attention_in * factor("attention_out_multiplier")),
             )
         )
-        mlp = MlpSpec(read_width(fields), Activation.SILU_SCALED, alpha=gate)
+        mlp = MlpSpec(read_width(fields), Activation.SILU_SCALED, bias=fields.flag("mlp_bias"), alpha=gate)
         layer = LayerSpec(mixer, mlp, Norms(norm), Norms(norm), mlp_scale=down)
         return model(
             fields,

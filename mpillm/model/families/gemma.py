@@ -1,10 +1,11 @@
-"""Gemma 2 and the text models of Gemma 3: norms before and after, GeGLU, and windows in most layers."""
+"""Gemma, Gemma 2 and the text models of Gemma 3: GeGLU, from 2 on norms before and after and windows in most layers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mpillm.errors import ModelError
+from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -25,10 +26,18 @@ from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope import RopeConfig
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config, window_types
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+    window_types,
+)
 from mpillm.weights.names import AFTER_NORMS, Names
 
-_GEMMA2, _GEMMA3, _EMBEDDING = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3TextModel"
+_GEMMA, _GEMMA2, _GEMMA3 = "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+_EMBEDDING = "Gemma3TextModel"
 _USUAL = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -38,6 +47,48 @@ _USUAL = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
+
+
+class FirstGemma(Family):
+    """Llama's layers, with norms' weights and embeddings as in all of Gemma."""
+
+    architectures = {_GEMMA: "gemma"}
+    gguf = ("gemma",)
+    tied = True
+    defaults = {
+        _GEMMA: {
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        fields.raw("hidden_activation")  # some files have it besides, and transformers does not look at it
+        activation = read_activation(fields, "gelu_pytorch_tanh")
+        if activation == Activation.GELU:  # what old files say, for the approximation that was trained with
+            activation = Activation.GELU_TANH
+        sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
+        norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
+        attention = attention_of(
+            sizes,
+            read_rotary(fields, sizes),
+            qkv_bias=bias,
+            o_bias=bias,
+            bidirectional=fields.flag("use_bidirectional_attention"),
+        )
+        layer = LayerSpec(attention, MlpSpec(width, activation), Norms(norm), Norms(norm))
+        scale = sizes.hidden**0.5
+        return model(fields, architecture, sizes, lambda number: layer, norm, embedding_scale=scale)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of)
+        config["hidden_act"] = "gelu_pytorch_tanh"
+        return config | {"architectures": [_GEMMA], "gguf_norms": True}
 
 
 class Gemma(Family):
@@ -64,7 +115,7 @@ class Gemma(Family):
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         fields.raw("hidden_act")  # older files have it besides, and transformers does not look at it
-        activation = read_activation(fields, "gelu_pytorch_tanh", "gelu", key="hidden_activation")
+        activation = read_activation(fields, "gelu_pytorch_tanh", "hidden_activation")
         sizes, width = read_sizes(fields), read_width(fields)
         bias = fields.flag("attention_bias")
         scale = fields.number("query_pre_attn_scalar", 1e-6, 1e9) ** -0.5

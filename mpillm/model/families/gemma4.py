@@ -85,7 +85,7 @@ class Gemma4(Family):
             raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
         for key in ("use_double_wide_mlp", "vocab_size_per_layer_input"):  # of those models alone
             fields.raw(key)
-        activation = read_activation(fields, "gelu_pytorch_tanh", "gelu", key="hidden_activation")
+        activation = read_activation(fields, "gelu_pytorch_tanh", "hidden_activation")
         sizes, norm, bias = read_sizes(fields), read_norm(fields), fields.flag("attention_bias")
         window, same = fields.integer("sliding_window", 1, LONGEST), fields.flag("attention_k_eq_v")
         types = read_window_types(fields, sizes.n_layers, every=6)

@@ -57,7 +57,7 @@ class Glm(Family):
     defaults = {_FIRST: _USUAL, _DENSE: _USUAL}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         attention = attention_of(
             sizes,
@@ -98,7 +98,7 @@ class GlmMixture(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         attention = attention_of(
             sizes,
@@ -106,7 +106,7 @@ class GlmMixture(Family):
             qkv_bias=fields.flag("attention_bias"),
             qk_norm=norm if fields.flag("use_qk_norm") else None,
         )
-        mlp, experts = MlpSpec(width, activation), read_routed_experts(fields)
+        mlp, experts = MlpSpec(width, activation), read_routed_experts(fields, activation)
         first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
 
         def layer(number: int) -> LayerSpec:

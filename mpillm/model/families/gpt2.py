@@ -60,9 +60,7 @@ class Gpt2(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(
-            fields, "gelu_new", "gelu_pytorch_tanh", "gelu", key="activation_function"
-        )
+        activation = read_activation(fields, "gelu_new", "activation_function")
         hidden, heads = fields.integer("n_embd", 2, 2**20), fields.integer("n_head", 1, 2**16)
         if hidden % heads:
             raise fields.fail("n_embd", f"but must be a multiple of n_head ({heads})")

@@ -59,7 +59,7 @@ class Granite(Family):
     defaults = {_DENSE: _USUAL, _MIXTURE: _EXPERTS, _SHARED: _EXPERTS}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias = fields.flag("attention_bias")
         scale, residual, embedding, logits = (

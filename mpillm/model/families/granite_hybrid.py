@@ -14,16 +14,17 @@ from mpillm.model.families.base import (
     Family,
     attention_of,
     model,
-    read_activation,
     read_chosen,
     read_norm,
     read_partial_rotary,
     read_sizes,
     read_width,
+    require_silu,
 )
 from mpillm.model.families.granite import MULTIPLIERS
 from mpillm.model.families.layer_types import FULL, read_layer_types
 from mpillm.model.families.mamba import (
+    FEED_FORWARD,
     GGUF_NAMES,
     USUAL,
     USUAL_KEYS,
@@ -58,9 +59,7 @@ class GraniteHybrid(Family):
             "layers.{l}.block_sparse_moe.router.layer.weight": ("router",),
             "layers.{l}.shared_mlp.input_linear.weight": ("shared_gate", "shared_up"),
             "layers.{l}.shared_mlp.output_linear.weight": ("shared_down",),
-            "layers.{l}.feed_forward.gate_proj.weight": ("gate",),
-            "layers.{l}.feed_forward.up_proj.weight": ("up",),
-            "layers.{l}.feed_forward.down_proj.weight": ("down",),
+            **FEED_FORWARD,
             "layers.{l}.pre_ff_layernorm.weight": ("ffn_norm",),
             "final_layernorm.weight": ("final_norm",),
         },
@@ -90,7 +89,7 @@ class GraniteHybrid(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        read_activation(fields, "silu", "swish")
+        require_silu(fields)
         sizes, norm = read_sizes(fields), read_norm(fields)
         mamba = read_mamba(fields, USUAL_KEYS, _inner(fields.values, sizes.hidden), norm)
         fields.raw("mamba_expand")
@@ -99,7 +98,8 @@ class GraniteHybrid(Family):
         mlp: MlpSpec | ExpertsSpec
         rotary: Rotary | None = None
         if architecture == _BAMBA:
-            rotary, mlp = read_partial_rotary(fields, sizes, default=0.5), MlpSpec(read_width(fields))
+            rotary = read_partial_rotary(fields, sizes, default=0.5)
+            mlp = MlpSpec(read_width(fields), bias=fields.flag("mlp_bias"))
         else:
             scale, residual, embedding, logits = (
                 fields.number(key, 1e-9, 1e9, default=1.0) for key in MULTIPLIERS

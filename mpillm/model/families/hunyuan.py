@@ -67,7 +67,7 @@ class Hunyuan(Family):
     defaults = {_DENSE: _USUAL, _MIXTURE: {**_USUAL, "num_experts": 1, "moe_topk": 1}}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias = fields.flag("attention_bias")
         attention = attention_of(
@@ -126,9 +126,9 @@ def _rotary(fields: Fields, sizes: Sizes) -> Rotary:
         if not isinstance(table, dict) or "dynamic" not in (table.get("rope_type"), table.get("type")):
             continue
         rope = Fields(table, f"{fields.name}, rope parameters", fields.defaults)
-        fields.read |= {"rope_parameters", "rope_scaling"}
         if (alpha := rope.optional_number("alpha", 1e-6, 1e9)) is None:
-            break  # one that depends on the length, which is refused
+            break  # one that depends on the length
+        fields.read |= {"rope_parameters", "rope_scaling"}
         flat = fields.number("rope_theta", 1.0, 1e30, default=1e4)
         theta = rope.number("rope_theta", 1.0, 1e30, default=flat)
         dim = sizes.head_dim

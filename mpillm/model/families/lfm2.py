@@ -55,6 +55,7 @@ class Lfm2(Family):
             "layers.{l}.self_attn.q_layernorm.weight": ("q_norm",),
             "layers.{l}.self_attn.k_layernorm.weight": ("k_norm",),
             "layers.{l}.conv.in_proj.weight": _INPUTS,
+            "layers.{l}.conv.in_proj.bias": tuple(f"{role}_bias" for role in _INPUTS),
             "layers.{l}.feed_forward.w1.weight": ("gate",),
             "layers.{l}.feed_forward.w3.weight": ("up",),
             "layers.{l}.feed_forward.w2.weight": ("down",),
@@ -85,12 +86,9 @@ class Lfm2(Family):
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         sizes, norm = read_sizes(fields), read_norm(fields, "norm_eps", 1e-5)
-        if fields.flag("conv_bias"):
-            raise fields.fail("conv_bias", "but only convolutions without biases are supported")
-        if fields.values.get("tie_embedding") is False:
-            raise fields.fail("tie_embedding", "but only tied embeddings are supported")
+        fields.raw("tie_embedding")  # the tensors say so
         attention = attention_of(sizes, read_rotary(fields, sizes), qk_norm=norm)
-        conv = ShortConvSpec(sizes.hidden, fields.integer("conv_L_cache", 1, 2**10))
+        conv = ShortConvSpec(sizes.hidden, fields.integer("conv_L_cache", 1, 2**10), fields.flag("conv_bias"))
         types = _layer_types(fields, sizes.n_layers)
         mlp: MlpSpec | ExpertsSpec
         if architecture == _DENSE:

@@ -44,7 +44,7 @@ class Llama(Family):
     defaults = {"LlamaForCausalLM": {"max_position_embeddings": 2048, **SMALL_BOS}}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width = read_sizes(fields), read_width(fields)
         windows = read_windows(fields, architecture, sizes.n_layers, 0, 0, some=False)
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")

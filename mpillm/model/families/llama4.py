@@ -79,7 +79,7 @@ class Llama4(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, norm, bias = read_sizes(fields), read_norm(fields), fields.flag("attention_bias")
         width = read_width(fields)
         count = fields.integer("num_local_experts", 1, 2**16)

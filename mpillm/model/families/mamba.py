@@ -17,6 +17,7 @@ CONVOLVED = "mamba_x", "mamba_b", "mamba_c"
 INPUTS: Roles = ("mamba_gate", *CONVOLVED, "mamba_dt")
 CONVS: Roles = tuple(f"{role}_conv" for role in CONVOLVED)
 CONV_BIASES: Roles = tuple(f"{role}_conv_bias" for role in CONVOLVED)
+INPUT_BIASES: Roles = ("mamba_gate_bias", *(f"{role}_bias" for role in CONVOLVED), "mamba_dt_proj_bias")
 
 GGUF_NAMES: Mapping[str, Roles] = {
     "blk.{l}.ssm_in.weight": INPUTS,
@@ -28,6 +29,12 @@ GGUF_NAMES: Mapping[str, Roles] = {
     "blk.{l}.ssm_norm.weight": ("mamba_norm",),
     "blk.{l}.ssm_out.weight": ("mamba_out",),
 }
+# The MLP of Falcon-H1 and Bamba.
+FEED_FORWARD: Mapping[str, Roles] = {
+    f"layers.{{l}}.feed_forward.{name}_proj.{end}": (name + bias,)
+    for name in ("gate", "up", "down")
+    for end, bias in (("weight", ""), ("bias", "_bias"))
+}
 # The keys of Granite, Falcon-H1 and Bamba with the words of `read_mamba`.
 USUAL_KEYS = {
     "heads": "mamba_n_heads",
@@ -36,6 +43,7 @@ USUAL_KEYS = {
     "state": "mamba_d_state",
     "taps": "mamba_d_conv",
     "conv_bias": "mamba_conv_bias",
+    "bias": "mamba_proj_bias",
 }
 USUAL = {
     "mamba_n_heads": 128,
@@ -57,6 +65,7 @@ def hf_names(prefix: str) -> dict[str, Roles]:
     layer = f"layers.{{l}}.{prefix}."
     return {
         f"{layer}in_proj.weight": INPUTS,
+        f"{layer}in_proj.bias": INPUT_BIASES,
         f"{layer}conv1d.weight": CONVS,
         f"{layer}conv1d.bias": CONV_BIASES,
         f"{layer}A_log": ("mamba_rates",),
@@ -64,6 +73,7 @@ def hf_names(prefix: str) -> dict[str, Roles]:
         f"{layer}D": ("mamba_skip",),
         f"{layer}norm.weight": ("mamba_norm",),
         f"{layer}out_proj.weight": ("mamba_out",),
+        f"{layer}out_proj.bias": ("mamba_out_bias",),
     }
 
 
@@ -73,9 +83,6 @@ def read_mamba(
     """The mixer with `inner` columns; `more` is what else the family says of it."""
     for key in _TRAINING:
         fields.raw(key)
-    for key in ("mamba_proj_bias", "use_bias", "projectors_bias"):
-        if fields.flag(key):
-            raise fields.fail(key, "but only Mamba-2 layers without biases of their products are supported")
     heads = fields.integer(keys["heads"], 1, 2**16)
     if fields.raw(keys["head_dim"]) in (None, "auto"):
         head_dim = inner // heads
@@ -94,6 +101,8 @@ def read_mamba(
         fields.integer(keys["taps"], 1, 2**10),
         norm,
         conv_bias=fields.flag(keys["conv_bias"], default=True),
+        in_bias=fields.flag(keys["bias"]),
+        out_bias=fields.flag(keys.get("out_bias", keys["bias"])),
         log_rates=not fields.flag("gguf_weights"),
         **{"dt_range": read_limit(fields), **more},
     )
@@ -119,8 +128,10 @@ def mamba_rows(config: Mapping[str, Any], keys: Mapping[str, str], inner: int) -
         return value if type(value) is int and value > 0 else 1
 
     shared = size("groups") * size("state")
+    inputs = inner, inner, shared, shared, size("heads")
     return {
-        INPUTS: (inner, inner, shared, shared, size("heads")),
+        INPUTS: inputs,
+        INPUT_BIASES: inputs,
         CONVS: (inner, shared, shared),
         CONV_BIASES: (inner, shared, shared),
     }

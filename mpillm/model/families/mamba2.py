@@ -7,7 +7,7 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
-from mpillm.model.families.base import Family, Sizes, model, read_activation, read_norm
+from mpillm.model.families.base import Family, Sizes, model, read_norm, require_silu
 from mpillm.model.families.mamba import GGUF_NAMES, gguf_mamba, hf_names, mamba_rows, read_mamba
 from mpillm.model.fields import Fields
 from mpillm.model.layers.norm import Norms
@@ -24,6 +24,7 @@ _KEYS = {
     "state": "state_size",
     "taps": "conv_kernel",
     "conv_bias": "use_conv_bias",
+    "bias": "use_bias",
 }
 _USUAL = {
     "num_heads": 128,
@@ -55,7 +56,7 @@ class Mamba2Family(Family):
     defaults = {_MAMBA: {**_USUAL, "bos_token_id": 0, "eos_token_id": 2}}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        read_activation(fields, "silu", "swish")
+        require_silu(fields)
         norm = read_norm(fields, "layer_norm_epsilon", 1e-5)
         hidden = fields.integer("hidden_size", 1, 2**20)
         mixer = read_mamba(fields, _KEYS, hidden * fields.integer("expand", 1, 2**10), norm)

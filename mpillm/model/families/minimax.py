@@ -48,7 +48,7 @@ class MiniMax(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         # How the published files say it.
         rotary_dim = fields.optional_integer("rotary_dim", 2, sizes.head_dim) or sizes.head_dim

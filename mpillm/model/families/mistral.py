@@ -83,7 +83,7 @@ class Mistral(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width = read_sizes(fields), read_width(fields)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         windows = read_windows(

@@ -100,9 +100,7 @@ class ModernBert(Family):
             "reference_compile",
             "deterministic_flash_attn",
         }
-        activation = read_activation(
-            fields, "gelu", "gelu_pytorch_tanh", "gelu_new", "silu", "swish", key="hidden_activation"
-        )
+        activation = read_activation(fields, "gelu", "hidden_activation")
         sizes = encoder_sizes(fields, fields.integer("max_position_embeddings", 1, LONGEST))
         norm = _norm(fields)
         bias = fields.flag("attention_bias")

@@ -18,10 +18,11 @@ from mpillm.model.families.base import (
     read_norm,
     read_sizes,
     read_width,
+    require_silu,
 )
 from mpillm.model.families.layer_types import FULL, read_layer_types
 from mpillm.model.families.mamba import GGUF_NAMES, gguf_mamba, hf_names, mamba_rows, read_mamba
-from mpillm.model.families.routed import read_routed_experts
+from mpillm.model.families.routed import OF_EXPERTS, read_routed_experts
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.mixer import Mixer
@@ -43,6 +44,7 @@ _KEYS = {
     "state": "ssm_state_size",
     "taps": "conv_kernel",
     "conv_bias": "use_conv_bias",
+    "bias": "use_bias",
 }
 _USUAL = {
     "mamba_num_heads": 128,
@@ -64,9 +66,14 @@ class NemotronH(Family):
         hf={
             **hf_names("mixer"),
             "layers.{l}.norm.weight": ("attn_norm",),
-            **{f"{_LAYER}{name}_proj.weight": (name,) for name in ("q", "k", "v", "o", "up", "down")},
+            **{f"{_LAYER}{name}_proj.weight": (name,) for name in ("q", "k", "v", "o")},
             **{f"{_LAYER}experts.{{e}}.{name}_proj.weight": (name,) for name in ("up", "down")},
-            **{f"{_LAYER}shared_experts.{name}_proj.weight": (f"shared_{name}",) for name in ("up", "down")},
+            **{
+                f"{_LAYER}{part}{name}_proj.{end}": (f"{prefix}{name}{bias}",)
+                for name in ("up", "down")
+                for part, prefix in (("", ""), ("shared_experts.", "shared_"))
+                for end, bias in (("weight", ""), ("bias", "_bias"))
+            },
             f"{_LAYER}gate.weight": ("router",),
             f"{_LAYER}gate.e_score_correction_bias": ("router_correction",),
             "embeddings.weight": ("embed",),
@@ -91,15 +98,15 @@ class NemotronH(Family):
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         types = _layer_types(fields)
         sizes, norm = read_sizes(fields, len(types)), read_norm(fields, "layer_norm_epsilon", 1e-5)
-        for key in ("attention_bias", "mlp_bias"):
-            if fields.flag(key):
-                raise fields.fail(key, "but only Nemotron-H without biases is supported")
+        bias = fields.flag("mlp_bias")
         if fields.raw("moe_latent_size") is not None:
             raise fields.fail("moe_latent_size", "but only experts of whole rows are supported")
-        activation = read_activation(fields, "relu2", key="mlp_hidden_act")
-        read_activation(fields, "silu", "swish", key="mamba_hidden_act")
+        activation = read_activation(fields, "relu2", "mlp_hidden_act")
+        require_silu(fields, "mamba_hidden_act")
         fields.read |= {"expand", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_hidden_layers"}
         fields.read |= {"moe_shared_expert_overlap", "rope_theta", "hidden_act"}
+        # transformers does not look at these.
+        fields.read |= {"attention_bias", "mamba_proj_bias", "sliding_window"}
         parts: dict[str, LayerSpec] = {}
         for kind in set(types):
             mixer: Mixer | None = None
@@ -109,9 +116,9 @@ class NemotronH(Family):
             elif kind == FULL:
                 mixer = attention_of(sizes, None)
             elif kind == _MLP:
-                mlp = MlpSpec(read_width(fields), activation, gated=False)
+                mlp = MlpSpec(read_width(fields), activation, gated=False, bias=bias)
             else:
-                mlp = _experts(fields, activation)
+                mlp = _experts(fields, activation, bias)
             parts[kind] = LayerSpec(mixer, mlp, Norms(norm), Norms(), parallel=mixer is None)
         fields.read |= _OF_PARTS  # a model may have no layer that they are about
         return model(fields, architecture, sizes, lambda number: parts[types[number]], norm)
@@ -152,16 +159,9 @@ class NemotronH(Family):
 
 _OF_PARTS = {
     *_KEYS.values(),
+    *OF_EXPERTS,
     "intermediate_size",
-    "moe_intermediate_size",
     "moe_shared_expert_intermediate_size",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "n_group",
-    "topk_group",
     "time_step_limit",
 }
 
@@ -195,8 +195,8 @@ def _mamba(fields: Fields, norm: NormSpec) -> Mixer:
     return read_mamba(fields, _KEYS, heads * head_dim, norm, dt_range=(low, float("inf")))
 
 
-def _experts(fields: Fields, activation: Activation) -> ExpertsSpec:
-    spec = read_routed_experts(fields)
+def _experts(fields: Fields, activation: Activation, bias: bool) -> ExpertsSpec:
+    spec = read_routed_experts(fields, activation)
     width = read_width(fields, "moe_shared_expert_intermediate_size")
-    shared = MlpSpec(width, activation, gated=False, prefix="shared_")
-    return replace(spec, activation=activation, gated=False, shared=shared)
+    shared = MlpSpec(width, activation, gated=False, bias=bias, prefix="shared_")
+    return replace(spec, gated=False, shared=shared)

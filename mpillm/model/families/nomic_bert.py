@@ -106,7 +106,7 @@ class NomicBert(Family):
                 raise fields.fail(key, f"but {architecture} is built with {allowed[0]!r}")
         if "n_embd" in fields.values:
             fields = _renamed(fields)
-        activation = read_activation(fields, "silu", "swish", "gelu", "gelu_pytorch_tanh")
+        activation = read_activation(fields)
         sizes = encoder_sizes(fields, fields.integer("max_position_embeddings", 1, LONGEST))
         if fields.raw("head_dim") not in (None, sizes.head_dim):
             raise fields.fail("head_dim", f"but heads of {sizes.head_dim} dimensions make the width")

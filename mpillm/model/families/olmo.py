@@ -51,7 +51,7 @@ class Olmo(Family):
     defaults = {_OLMO2: _USUAL, _OLMO3: {**_USUAL, "sliding_window": 4096, "rope_theta": 5e5}}
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width = read_sizes(fields), read_width(fields)
         bias, norm = fields.flag("attention_bias"), read_norm(fields)
         window, types = 0, [FULL] * sizes.n_layers
@@ -102,7 +102,7 @@ class Olmoe(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias, count = fields.flag("attention_bias"), read_expert_count(fields)
         router = RouterSpec(read_chosen(fields, count), normalise=fields.flag("norm_topk_prob"))

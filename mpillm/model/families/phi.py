@@ -74,7 +74,7 @@ class Phi(Family):
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         if architecture == _MIXTURE:
             return self._mixture(fields)
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         attention = attention_of(sizes, read_partial_rotary(fields, sizes, default=1.0), window)
@@ -82,7 +82,7 @@ class Phi(Family):
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
     def _mixture(self, fields: Fields) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
         norm = read_norm(fields, default=1e-5, centred=True, bias=True)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0

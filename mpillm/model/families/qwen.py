@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from mpillm.errors import ModelError
+from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -90,10 +91,10 @@ class Qwen(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width = read_sizes(fields), read_width(fields)
         windows = _windows(fields, architecture, sizes.n_layers)
-        experts, has_experts = _experts(fields, architecture)
+        experts, has_experts = _experts(fields, architecture, activation)
         qkv_bias, o_bias = _biases(fields, architecture)
         norm, rotary = read_norm(fields), read_rotary(fields, sizes)
         qk_norm = None if architecture in (_QWEN2, _QWEN2_MIXTURE) else norm
@@ -183,7 +184,9 @@ def _types_absent(fields: Fields) -> bool:
     return fields.values.get("layer_types") is None
 
 
-def _experts(fields: Fields, architecture: str) -> tuple[ExpertsSpec | None, Callable[[int], bool]]:
+def _experts(
+    fields: Fields, architecture: str, activation: Activation
+) -> tuple[ExpertsSpec | None, Callable[[int], bool]]:
     """The experts of the layers that have them, and which layers those are."""
     if architecture not in (_MIXTURE, _QWEN2_MIXTURE):
         return None, lambda layer: False
@@ -204,9 +207,9 @@ def _experts(fields: Fields, architecture: str) -> tuple[ExpertsSpec | None, Cal
         chosen = read_chosen(fields, count)
     router = RouterSpec(chosen, normalise=normalise)
     if architecture == _MIXTURE:
-        return ExpertsSpec(count, width, router), has_experts
-    shared = MlpSpec(read_width(fields, "shared_expert_intermediate_size"), prefix="shared_")
-    return ExpertsSpec(count, width, router, shared=shared, shared_router=True), has_experts
+        return ExpertsSpec(count, width, router, activation), has_experts
+    shared = MlpSpec(read_width(fields, "shared_expert_intermediate_size"), activation, prefix="shared_")
+    return ExpertsSpec(count, width, router, activation, shared, shared_router=True), has_experts
 
 
 def _biases(fields: Fields, architecture: str) -> tuple[bool, bool]:

@@ -9,13 +9,13 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
     model,
-    read_activation,
     read_chosen,
     read_expert_count,
     read_norm,
     read_partial_rotary,
     read_sizes,
     read_width,
+    require_silu,
 )
 from mpillm.model.families.layer_types import read_layer_types
 from mpillm.model.fields import Fields
@@ -34,7 +34,7 @@ _NEXT = "Qwen3NextForCausalLM"
 _DENSE, _MIXTURE = "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
-_Q = ("q", "q_gate")
+_Q, _Q_BIAS = ("q", "q_gate"), ("q_bias", "q_gate_bias")
 _QKV, _CONVS = (
     ("delta_q", "delta_k", "delta_v"),
     ("delta_q_conv", "delta_k_conv", "delta_v_conv"),
@@ -79,6 +79,7 @@ class QwenNext(Family):
     names = Names(
         hf={
             "layers.{l}.self_attn.q_proj.weight": _Q,
+            "layers.{l}.self_attn.q_proj.bias": _Q_BIAS,
             "layers.{l}.linear_attn.in_proj_qkvz.weight": _QKVZ,
             "layers.{l}.linear_attn.in_proj_ba.weight": _BA,
             "layers.{l}.linear_attn.in_proj_qkv.weight": _QKV,
@@ -103,16 +104,19 @@ class QwenNext(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        read_activation(fields, "silu", "swish")
+        require_silu(fields)
         sizes, converted = read_sizes(fields), fields.flag("gguf_weights")
         norm = read_norm(fields, offset=0.0 if converted else 1.0)
         _refuse(fields)
+        bias = fields.flag("attention_bias")
         attention = AttentionSpec(
             sizes.n_heads,
             sizes.n_kv_heads,
             sizes.head_dim,
             sizes.head_dim**-0.5,
             read_partial_rotary(fields, sizes, default=0.25),
+            qkv_bias=bias,
+            o_bias=bias,
             qk_norm=norm,
             gate=True,
         )
@@ -139,6 +143,7 @@ class QwenNext(Family):
         whole = keys * dk, keys * dk, heads * dv
         return {
             _Q: (size("head_dim"),) * 2,
+            _Q_BIAS: (size("head_dim"),) * 2,
             _QKVZ: (dk, dk, share * dv, share * dv),
             _BA: (share, share),
             _QKV: whole,
@@ -185,8 +190,6 @@ class QwenNext(Family):
 
 def _refuse(fields: Fields) -> None:
     """ModelError for what no published model of the family has."""
-    if fields.flag("attention_bias"):
-        raise fields.fail("attention_bias", "but only attention without biases is supported")
     if fields.raw("attn_output_gate") not in (None, True):
         raise fields.fail("attn_output_gate", "but only attention with a gate is supported")
     for key in ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):

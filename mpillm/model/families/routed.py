@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpillm.kernels.types import Activation
 from mpillm.model.families.base import read_chosen, read_width
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 
+# Keys that mean nothing where no layer has experts.
+OF_EXPERTS = {
+    "moe_intermediate_size",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_group",
+    "topk_method",
+}
 
-def read_routed_experts(fields: Fields, shared: int = 1, **router: Any) -> ExpertsSpec:
+
+def read_routed_experts(
+    fields: Fields, activation: Activation, shared: int = 1, **router: Any
+) -> ExpertsSpec:
     """Experts that a sigmoid with a correction chooses, perhaps in groups, beside `shared` ones by default.
 
     `router` is what else a family says of the choice.
@@ -47,6 +64,5 @@ def read_routed_experts(fields: Fields, shared: int = 1, **router: Any) -> Exper
     )
     width = read_width(fields, "moe_intermediate_size")
     shared = fields.integer("n_shared_experts", 0, 2**16, default=shared)
-    return ExpertsSpec(
-        count, width, spec, shared=MlpSpec(width * shared, prefix="shared_") if shared else None
-    )
+    beside = MlpSpec(width * shared, activation, prefix="shared_") if shared else None
+    return ExpertsSpec(count, width, spec, activation, beside)

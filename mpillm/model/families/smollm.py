@@ -49,7 +49,7 @@ class SmolLM3(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "silu", "swish")
+        activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
         every = fields.integer("no_rope_layer_interval", 1, LONGEST, default=4)

@@ -56,7 +56,7 @@ class StarCoder(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "gelu_pytorch_tanh", "gelu")
+        activation = read_activation(fields, "gelu_pytorch_tanh")
         sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("use_bias")
         norm = read_norm(fields, "norm_epsilon", 1e-5, centred=True, bias=True)
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0

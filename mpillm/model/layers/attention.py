@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache, TokenCache
 from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
-from mpillm.model.layers.rank import Floats
+from mpillm.model.layers.rank import Floats, Rank
 from mpillm.model.layers.row_norms import HeadRows, normalise_rows
 from mpillm.model.rope import RopeConfig
 from mpillm.partition.grid import Axis, Place, axis
@@ -48,11 +48,11 @@ class AttentionSpec:
     Scores are multiplied by `scale`, and by a factor of the query's position if there is a `tuning`. A `window` above 0
     lets a token see itself and the window - 1 tokens before it, or with `chunked` those before it in its own chunk of
     `window` tokens.
-    `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row together, before RoPE or
-    `normed_after_rope`; `v_norm`, which has no weights, to each head of v. With `v_is_k` v is the product that k is
-    made of. `sinks` are learned logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score
-    s c tanh(s / c).
-    With a `gate` what each head makes is multiplied by the sigmoid of a product of its own, before the output's.
+    `qk_norm` is applied to each head of q and k, or with `qk_norm_whole` to all heads of a row
+    together, before RoPE or `normed_after_rope`; with `qk_norm_by_head` each head has weights of its own. `v_norm`,
+    which has no weights, to each head of v. With `v_is_k` v is the product that k is made of. `sinks` are learned
+    logits, one a head, that join the softmax's denominator. `softcap` c > 0 makes a score s c tanh(s / c). With a
+    `gate` what each head makes is multiplied by the sigmoid of a product of its own, before the output's.
     `bidirectional`: a token sees as many tokens after it as before it, so a prompt is computed in one step.
     """
 
@@ -66,6 +66,7 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: NormSpec | None = None
     qk_norm_whole: bool = False
+    qk_norm_by_head: bool = False
     sinks: bool = False
     softcap: float = 0.0
     gate: bool = False
@@ -86,11 +87,15 @@ class AttentionSpec:
     @property
     def fused(self) -> bool:
         """Whether its kernel may be part of a `kernels.LayerStack`: an output's bias is added after it."""
-        return not self.o_bias
+        return not (self.o_bias or self.qk_norm_by_head)
 
     def norms_shards(self, place: Place) -> bool:
         """Whether q and k are normalised over the heads of several shards, which then exchange sums inside it."""
         return self.qk_norm_whole and place.shards > 1
+
+    def norms_apart(self, place: Place) -> bool:
+        """Whether q and k are normalised outside of the kernel."""
+        return self.qk_norm_by_head or self.norms_shards(place)
 
     def heads(self, block: int) -> Axis:
         """The axis of query heads."""
@@ -116,7 +121,12 @@ class AttentionSpec:
             yield TensorSpec(Key("k_bias", layer), (keys,), kv_heads)
             if not self.v_is_k:
                 yield TensorSpec(Key("v_bias", layer), (keys,), kv_heads)
-        if self.qk_norm:
+            if self.gate:
+                yield TensorSpec(Key("q_gate_bias", layer), (queries,), heads)
+        if self.qk_norm and self.qk_norm_by_head:
+            yield TensorSpec(Key("q_norm", layer), (queries,), heads)
+            yield TensorSpec(Key("k_norm", layer), (keys,), kv_heads)
+        elif self.qk_norm:
             widths = (queries, keys) if self.qk_norm_whole else (hd, hd)
             for role, width in zip(("q_norm", "k_norm"), widths, strict=True):
                 yield from self.qk_norm.tensors(role, layer, width)
@@ -143,12 +153,12 @@ class AttentionSpec:
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden], and the output's bias."""
-        if self.norms_shards(given.rank.place):
-            return self._with_row_norms(given)
+        if self.norms_apart(given.rank.place):
+            return self._with_norms_apart(given)
         return attend(self, given)
 
-    def _with_row_norms(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The same where q and k are normalised over the heads of all shards, which have to be asked for."""
+    def _with_norms_apart(self, given: MixerInput) -> tuple[Floats, Floats | None]:
+        """The same where q and k are normalised between the kernels."""
         rank, layer, page, norm, x, step, cache = given
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
@@ -159,6 +169,21 @@ class AttentionSpec:
         if self.qkv_bias:
             for values, role in zip(outs, "qkv", strict=True):
                 values += page.vector(f"{role}_bias")
+        if self.qk_norm_by_head:
+            self._normalise_heads(rank, page, q, k)
+        else:
+            self._normalise_rows(rank, page, q, k)
+        part = np.empty_like(x)
+        cos, sin, *where = step.rows(self.turn, cache.group)
+        work = rank.kept_of(page, lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
+        pools = cache.acquire()
+        rank.compute_of(page, len(x), work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
+        cache.release()
+        rank.group.all_reduce(part)
+        return part, page.vector("o_bias") if self.o_bias else None
+
+    def _normalise_rows(self, rank: Rank, page: Page, q: Floats, k: Floats) -> None:
+        """Normalise q and k over the heads of all shards, which have to be asked for."""
         assert self.qk_norm is not None
         shards = [Place(shard, 1, rank.place.shards) for shard in range(rank.place.shards)]
         heads = [self.heads(rank.block).units(shard) for shard in shards]
@@ -168,14 +193,14 @@ class AttentionSpec:
             rank,
             [HeadRows(q, norms[0], self.head_dim, heads), HeadRows(k, norms[1], self.head_dim, kv_heads)],
         )
-        part = np.empty_like(x)
-        cos, sin, *where = step.rows(self.turn, cache.group)
-        work = rank.kept_of(page, lambda: self.kernel(page, None, rank.place, rank.block), "attention", layer)
-        pools = cache.acquire()
-        rank.compute_of(page, len(x), work.attend, q, k, v, cos, sin, cache.kv_type, *pools, *where, part)
-        cache.release()
-        rank.group.all_reduce(part)
-        return part, page.vector("o_bias") if self.o_bias else None
+
+    def _normalise_heads(self, rank: Rank, page: Page, q: Floats, k: Floats) -> None:
+        """Normalise each head of q and k, and multiply it by its own weights."""
+        assert self.qk_norm is not None
+        norm = kernels.Norm(self.head_dim, self.qk_norm.eps, centred=self.qk_norm.centred)
+        for values, role in ((q, "q_norm"), (k, "k_norm")):
+            normed = rank.normalise(values.reshape(-1, self.head_dim), norm)
+            np.multiply(normed.reshape(values.shape), page.vector(role), out=values)
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
         """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
@@ -187,7 +212,7 @@ class AttentionSpec:
         )
         of_head = [head // share - kv_heads.start for head in heads.units(place)]
         norms = None
-        if self.qk_norm and not self.norms_shards(place):
+        if self.qk_norm and not self.norms_apart(place):
             norms = (
                 self.qk_norm.kernel(page, "q_norm", width=self.head_dim),
                 self.qk_norm.kernel(page, "k_norm", width=self.head_dim),
@@ -212,13 +237,18 @@ class AttentionSpec:
             interleaved=self.rotary is not None and self.rotary.interleaved,
             sinks=vector("sinks") if self.sinks else None,
             softcap=self.softcap,
-            gate=page.matrix("q_gate") if self.gate else None,
+            **self._gate(page),
             chunked=self.chunked,
             tuning=astuple(self.tuning) if self.tuning else None,
             v_norm=self.v_norm.kernel(page, "", width=self.head_dim) if self.v_norm else None,
             normed_after_rope=self.normed_after_rope,
             bidirectional=self.bidirectional,
         )
+
+    def _gate(self, page: Page) -> dict[str, Any]:
+        """The kernel's gate and its bias, where there are any."""
+        gate = {"gate": page.matrix("q_gate")} if self.gate else {}
+        return gate | ({"gate_bias": page.vector("q_gate_bias")} if self.gate and self.qkv_bias else {})
 
     def kv_heads(self, place: Place, block: int) -> range:
         """The KV heads of the rank at `place`."""

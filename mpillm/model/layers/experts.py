@@ -181,7 +181,10 @@ class ExpertsSpec:
                     work = rank.kept(lambda: self._shared_kernel(page), "shared", layer)
                     shared = np.empty_like(x)
                     rank.compute(work, prepared.h, shared)
+                bias = page.vector("shared_down_bias").copy() if self.shared.bias else None
             rank.group.all_reduce(shared)
+            if bias is not None:
+                shared += bias
             if prepared.gate is not None:
                 shared *= prepared.gate
         part = self._mixture(rank, layer, prepared)

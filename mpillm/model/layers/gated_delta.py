@@ -92,7 +92,7 @@ class GatedDeltaSpec:
         widest = 4 * (4 * keys * self.dk + 4 * heads * self.dv + 2 * heads)
         return widest + int(copied * (hidden + heads * self.dv))
 
-    def compute(self, given: MixerInput) -> tuple[Floats, None]:
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
         return recur(self, given)
 

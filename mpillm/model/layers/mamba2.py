@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,12 @@ from mpillm.partition.grid import Axis, Place, axis
 from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.page import Page
 from mpillm.weights.roles import Key
+
+# The roles of what products with a row have added to them.
+_BIASES = {
+    **{f"mamba_{name}": f"mamba_{name}_bias" for name in ("gate", "x", "b", "c")},
+    "mamba_dt": "mamba_dt_proj_bias",
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,10 @@ class Mamba2Spec:
     """n_heads heads of `dv` dimensions with states of [dk, dv]; b and c, dk wide, are shared in n_groups groups.
 
     The convolutions see `taps` rows. `out_norm` is applied to each group's columns, after the gate or, without
-    `gate_first`, before it. `dt_range` bounds the steps. `log_rates`: the tensor has logarithms of the rates, else the
-    negative rates. Shards cut heads, or whole groups if those are normalised; if there is only one group to be
-    normalised, every shard computes all of it.
+    `gate_first`, before it. `dt_range` bounds the steps. With `in_bias` the products with a row have biases, which
+    are multiplied by `bias_scale`, and with `out_bias` the output has one. `log_rates`: the tensor has logarithms of
+    the rates, else the negative rates. Shards cut heads, or whole groups if those are normalised; if there is only one
+    group to be normalised, every shard computes all of it.
     """
 
     n_groups: int
@@ -56,6 +64,9 @@ class Mamba2Spec:
     dt_range: tuple[float, float] = (0.0, float("inf"))
     scales: Scales = Scales()
     log_rates: bool = True
+    in_bias: bool = False
+    out_bias: bool = False
+    bias_scale: float = 1.0
 
     fused = False
     adaptable = ()
@@ -88,6 +99,8 @@ class Mamba2Spec:
             ("mamba_dt", self.n_heads, each),
         ):
             yield TensorSpec(Key(role, layer), (width, hidden), rows)
+            if self.in_bias:
+                yield TensorSpec(Key(_BIASES[role], layer), (width,), rows)
         convolved = [("mamba_x", wide, values), ("mamba_b", groups, shared), ("mamba_c", groups, shared)]
         yield from convolutions(
             layer, self.taps, [(f"{role}_conv", width, rows) for role, width, rows in convolved]
@@ -100,6 +113,8 @@ class Mamba2Spec:
         if self.out_norm:
             yield TensorSpec(Key("mamba_norm", layer), (wide,), values)
         yield TensorSpec(Key("mamba_out", layer), (hidden, wide), cols=values)
+        if self.out_bias:
+            yield TensorSpec(Key("mamba_out_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`: the convolutions' last rows, and heads' states."""
@@ -113,9 +128,9 @@ class Mamba2Spec:
         widest = 4 * (4 * groups * self.dk + 4 * heads * self.dv + 2 * heads)
         return widest + int(copied * (hidden + heads * self.dv))
 
-    def compute(self, given: MixerInput) -> tuple[Floats, None]:
-        """What all shards make of x [m, hidden]; there is no bias still to be added."""
-        return recur(self, given, shared=not self.whole)
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
+        """What all shards make of x [m, hidden], and the output's bias."""
+        return recur(self, given, not self.whole, "mamba_out_bias" if self.out_bias else "")
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Mamba2:
         """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
@@ -128,6 +143,7 @@ class Mamba2Spec:
             convs.append(taps_first(page, f"mamba_{name}_conv", self.taps) * np.float32(scale))
         group_of_head = np.array(heads, np.int32) // (self.n_heads // self.n_groups) - groups.start
         biases = [page.vector(f"mamba_{name}_conv_bias") if self.conv_bias else None for name in "xbc"]
+        biased, dt_bias = self._input_biases(page)
         return kernels.Mamba2(
             gate,
             x,
@@ -137,7 +153,7 @@ class Mamba2Spec:
             out,
             convs,
             -lanes.exp(stored) if self.log_rates else stored,
-            page.vector("mamba_dt_bias"),
+            dt_bias,
             page.vector("mamba_skip"),
             group_of_head.astype(np.int32),
             self.dk,
@@ -150,7 +166,17 @@ class Mamba2Spec:
             low=self.dt_range[0],
             high=self.dt_range[1],
             norm=norm,
+            **biased,
         )
+
+    def _input_biases(self, page: Page) -> tuple[dict[str, Any], Floats]:
+        """The kernel's biases of gate, x, b and c, where there are any, and what is added to steps."""
+        added: Floats = page.vector("mamba_dt_bias")
+        if not self.in_bias:
+            return {}, added
+        scale = np.float32(self.bias_scale)
+        *biases, of_steps = (page.vector(role) * scale for role in _BIASES.values())
+        return {"input_biases": biases}, added + of_steps * np.float32(self.scales.dt)
 
     def _norms(self, page: Page, groups: int) -> list[kernels.Norm]:
         """The norms of a rank's groups."""

@@ -24,8 +24,13 @@ class _Recurrent(Protocol):
         """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
 
 
-def recur(spec: _Recurrent, given: MixerInput, shared: bool = True) -> tuple[Floats, None]:
-    """`Mixer.compute` of a mixer with states; without `shared` each shard makes the whole result."""
+def recur(
+    spec: _Recurrent, given: MixerInput, shared: bool = True, out_bias: str = ""
+) -> tuple[Floats, Floats | None]:
+    """`Mixer.compute` of a mixer with states; without `shared` each shard makes the whole result.
+
+    `out_bias` is the role of the bias of its output, if it has one.
+    """
     rank, layer, page, norm, x, step, cache = given
 
     def make() -> Any:
@@ -35,7 +40,7 @@ def recur(spec: _Recurrent, given: MixerInput, shared: bool = True) -> tuple[Flo
     rank.compute(work, x, cache.states, step.batch.first_rows, step.batch.slots, part)
     if shared:
         rank.group.all_reduce(part)
-    return part, None
+    return part, page.vector(out_bias) if out_bias else None
 
 
 def kept_state(taps: int, channels: int, heads: int = 0, dk: int = 0, dv: int = 0) -> SequenceState:

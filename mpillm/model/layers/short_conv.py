@@ -15,13 +15,19 @@ from mpillm.weights.inventory import TensorSpec
 from mpillm.weights.page import Page
 from mpillm.weights.roles import Key
 
+_BIASES = "conv_b_bias", "conv_c_bias", "conv_v_bias", "conv_taps_bias"
+
 
 @dataclass(frozen=True)
 class ShortConvSpec:
-    """out(c(x) * conv(b(x) * v(x))) over `width` channels; the convolution sees `taps` rows."""
+    """out(c(x) * conv(b(x) * v(x))) over `width` channels; the convolution sees `taps` rows.
+
+    With `bias` the products and the convolution have biases.
+    """
 
     width: int
     taps: int
+    bias: bool = False
 
     fused = False
     adaptable = ()
@@ -41,6 +47,10 @@ class ShortConvSpec:
             yield TensorSpec(Key(role, layer), (self.width, hidden), channels)
         yield from convolutions(layer, self.taps, [("conv_taps", self.width, channels)])
         yield TensorSpec(Key("conv_out", layer), (hidden, self.width), cols=channels)
+        if self.bias:
+            for role in _BIASES:
+                yield TensorSpec(Key(role, layer), (self.width,), channels)
+            yield TensorSpec(Key("conv_out_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`: the convolution's last inputs."""
@@ -51,13 +61,17 @@ class ShortConvSpec:
         width = len(self.channels(block).entries(place))
         return 4 * 4 * width + int(copied * (hidden + width))
 
-    def compute(self, given: MixerInput) -> tuple[Floats, None]:
-        """What all shards make of x [m, hidden]; there is no bias still to be added."""
-        return recur(self, given)
+    def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
+        """What all shards make of x [m, hidden], and the output's bias."""
+        return recur(self, given, out_bias="conv_out_bias" if self.bias else "")
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.GatedConvolution:
         """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
         b, c, v, out = (page.matrix(f"conv_{name}") for name in ("b", "c", "v", "out"))
-        return kernels.GatedConvolution(b, c, v, out, taps_first(page, "conv_taps", self.taps), norm=norm)
+        taps = taps_first(page, "conv_taps", self.taps)
+        if not self.bias:
+            return kernels.GatedConvolution(b, c, v, out, taps, norm=norm)
+        *biases, conv_bias = (page.vector(role) for role in _BIASES)
+        return kernels.GatedConvolution(b, c, v, out, taps, norm=norm, biases=biases, conv_bias=conv_bias)

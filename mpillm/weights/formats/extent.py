@@ -98,13 +98,20 @@ class Extent:
 
 @dataclass(frozen=True)
 class Interleaved(Extent):
-    """Rows of a tensor that holds other matrices in between: runs of `run` rows, each `period` rows after the last."""
+    """Rows of a tensor that holds other matrices in between: runs of `run` rows, each `period` rows after the last.
+
+    Of a vector, whose values are plain floats, these are runs of values.
+    """
 
     run: int = field(kw_only=True)
     period: int = field(kw_only=True)
 
     def lies(self) -> Iterator[Lies]:
-        yield from ((self.file, *piece) for piece in self._runs(range(self.n)))
+        yield from ((self.file, *piece) for piece in self._runs(range(self.shape[0])))
+
+    def vector(self) -> Bytes:
+        pieces = [self.file.read(*piece) for piece in self._runs(range(self.shape[0]))]
+        return np.concatenate([piece.ravel() for piece in pieces])[None]
 
     def rows(self, rows: Rows) -> Bytes:
         assert isinstance(rows, range), self.name
@@ -119,7 +126,7 @@ class Interleaved(Extent):
         return self.rows(rows)
 
     def release(self, rows: range | None = None) -> None:
-        for piece in self._runs(range(self.n) if rows is None else rows):
+        for piece in self._runs(range(self.shape[0]) if rows is None else rows):
             self.file.release(*piece)
 
     def at(self, first: int) -> None:
@@ -127,12 +134,12 @@ class Interleaved(Extent):
 
     def _runs(self, rows: range) -> Iterator[tuple[int, int]]:
         """Offset and size of the pieces of the file in which some rows lie."""
-        first = rows.start
+        first, unit = rows.start, self.row_bytes if len(self.shape) == 2 else self.row_bytes // self.k
         while first < rows.stop:
             number, inside = divmod(first, self.run)
             stop = min(rows.stop, first - inside + self.run)
             at = number * self.period + inside
-            yield self.offset + at * self.row_bytes, (stop - first) * self.row_bytes
+            yield self.offset + at * unit, (stop - first) * unit
             first = stop
 
 
