@@ -1,4 +1,4 @@
-"""Sums over the shards of a stage, and what each of them has.
+"""All-reduce and all-gather over the shards of a stage.
 
 The shards of one host sum in memory that they share (see `shared`); all others exchange messages (see `transfer`).
 """

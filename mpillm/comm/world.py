@@ -264,8 +264,7 @@ class World:
 
     def exit(self, code: int) -> NoReturn:
         """End this process at once, without ending MPI."""
-        if self._heartbeat:
-            self._heartbeat.stop()
+        self.stop_heartbeat()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""A model of the time of a step, and of a whole job: pure functions of what ranks hold and of how fast they are.
+"""A model of the time of a step: pure functions of what ranks hold and of how fast they are.
 
 A stage computes its products at the rate of their block type and number of rows, reads the keys and values of its
 sequences from memory, and meanwhile reads streamed weights from its disk. Its shards then sum their rows, twice a

@@ -20,7 +20,6 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mpillm import __version__
 from mpillm.batch import bodies
 from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
@@ -33,6 +32,7 @@ from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.prepare import prepare
 from mpillm.spec import Spec
+from mpillm.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
