@@ -255,6 +255,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define TILES_FLOAT(type)
 #define TILES_PLAIN(type) TILES(quantised, type)
 #define TILES_SUPER(type) TILES(super, type)
+#define TILES_CODED(type)
 #define TILES_OF(name, kind, ...) TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(TILES_OF)
 
@@ -265,6 +266,7 @@ enum { SHAPES = sizeof ROWS / sizeof *ROWS, FIRST_FLOATS = VEC_ROWS > 8 /* of fl
 #define FUNCTIONS_FLOAT(type, name)
 #define FUNCTIONS_PLAIN(type, name) FUNCTIONS(type, name)
 #define FUNCTIONS_SUPER(type, name) FUNCTIONS(type, name)
+#define FUNCTIONS_CODED(type, name)
 #define ONE_TILE_OF(name, kind, ...) FUNCTIONS_##kind(MK_##name, one)
 #define MANY_OF(name, kind, ...) FUNCTIONS_##kind(MK_##name, many)
 static const tile_function ONE_TILE[MK_TYPES][SHAPES] = {MK_BLOCK_TYPES(ONE_TILE_OF)};
@@ -322,11 +324,14 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
     for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
 }
 
+#include "body_coded.h"
+
 /* Bytes of columns of a panel of activations: of the rows that lie together. */
 static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
     const int type = job->type;
     if (job->in_tiles) return mk_blocks(columns, MK_BF16_BLOCK) * MK_BF16_BLOCK * 2 * MK_TILE;
-    if (mk_is_float(type)) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(rows);
+    if (!mk_is_quantised(type))
+        return mk_blocks(columns, mk_float_step(type)) * (mk_is_bf16(type) ? BF16_STEP : 64) * GROUP(rows);
     return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION * GROUP(rows);
 }
 
@@ -363,6 +368,14 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
 static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
     const int floats = mk_is_float(job->type);
     vf pending[MK_MAX_LEVELS][RUN_SUMS];
+    if (mk_is_coded(job->type)) {
+        if (tiles > RUN_SUMS / coded_rows(limit - row)) tiles = RUN_SUMS / coded_rows(limit - row);
+        for (int rows; row < limit; row += rows) {
+            rows = coded_rows(limit - row);
+            product(job, coded_panel, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
+        }
+        return (int)tiles;
+    }
     int shape = shape_of(limit - row);
     if (floats && shape < FIRST_FLOATS) shape = FIRST_FLOATS;
     if (tiles > RUN_SUMS / ROWS[shape]) tiles = RUN_SUMS / ROWS[shape];

@@ -155,7 +155,7 @@ static void dequantize(const void *argument, long begin, long end) {
         float *out = job->values + row * job->stride;
         if (job->type == MK_F32) {
             memcpy(out, in, (size_t)row_bytes);
-        } else if (mk_is_float(job->type)) {
+        } else if (!mk_is_quantised(job->type)) {
             for (long i = 0; i < job->k; i += MK_TILE) {
                 uint16_t half[MK_TILE] = {0};
                 long count = job->k - i < MK_TILE ? job->k - i : MK_TILE;

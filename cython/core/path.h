@@ -15,6 +15,7 @@ typedef struct {
     const int32_t *bounds;
     const uint8_t *in;
     uint8_t *out;
+    int *misfit;
 } mk_pack_job;
 
 typedef struct {
