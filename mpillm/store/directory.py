@@ -132,10 +132,20 @@ class Directory(Descriptor):
                 raise
 
 
+def make(path: Path) -> None:
+    """Make a directory if need be; OutputError if that fails."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"The output {path} is a file; give a directory.")
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedRandom]:
-    """`Directory.replacing` for a single file."""
+    """`Directory.replacing` for a single file; OutputError if the path is that of a device or a pipe."""
     with explained(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OutputError(f"{path} is a device or a pipe; give the name of a file.")
         directory = Directory(path.parent)
     with directory, directory.replacing(path.name) as file:
         yield file

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mpillm.batch.work import hashed_id
 from mpillm.errors import JobError
 from mpillm.store import report
-from mpillm.store.directory import Directory
+from mpillm.store.directory import Directory, make
 from mpillm.store.hdf5 import GrowingDataset, TextColumn, new_file
 from mpillm.store.output import JOURNAL
 from mpillm.store.readable import printable
@@ -74,7 +74,7 @@ def merge(parts: Sequence[Path], output: Path) -> Merged:
     parts = _parts(parts)
     names = _names(parts)
     metadata = _metadata(parts)
-    output.mkdir(parents=True, exist_ok=True)
+    make(output)
     with Directory(output) as directory:
         if JOURNAL in directory.names():
             raise JobError(f"{output} is the output of a run; give another directory for the merged results.")
