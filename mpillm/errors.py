@@ -72,14 +72,8 @@ _WORDS = {  # of errors that carry no number: threads that do not start, librari
 }
 
 
-_FAILED = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}  # may work again
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what a write ends with where there is no space
+_FAILED = FULL | {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what may work again
 
 
 def of_system(error: BaseException) -> MpillmError | None:

@@ -18,11 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from mpillm.errors import Interrupted, MpillmError, OutputError
+from mpillm.errors import FULL, Interrupted, MpillmError, OutputError
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 SYNC_BYTES = 1 << 24  # bytes of one fsync, during which the process handles no signal
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 D = TypeVar("D", bound="Descriptor")
 
@@ -162,7 +161,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def explanation(path: Path, error: OSError) -> MpillmError:
     """The sentence for a failed write to `path`."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return Interrupted(
             f"There is no space left for {path} ({error.strerror}); what was finished is safe: "
             "make space and run the same command again."
