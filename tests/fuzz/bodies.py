@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpillm.batch import bodies
+from mpillm.batch import other_keys
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.work import Endpoint
 from tests.fuzz.fields import CALLS, FIELDS, tool_calls
@@ -16,9 +16,9 @@ from tests.fuzz.fields import CALLS, FIELDS, tool_calls
 # Keys that mean something somewhere, and some that do not.
 KEYS = sorted(
     {
-        *bodies.IGNORED,
-        *bodies._NEUTRAL,
-        *bodies._REFUSED,
+        *other_keys.IGNORED,
+        *other_keys.NEUTRAL,
+        *other_keys.REFUSED,
         *(key for endpoint in ENDPOINTS for key in endpoint.__struct_fields__),
         *(
             "role",
