@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from mpillm.batch.lines import temporary_file
 from mpillm.batch.rows import delimited, json_array, parquet
@@ -63,7 +63,7 @@ def write_lines(
             raise JobError(f"The input {path} is Parquet; give it as a file whose name ends in .parquet.")
         head, array = begins_array(file)
         rest = iter(lambda: file.read(json_array.CHUNK), b"")
-        content = io.BufferedReader(ChunkFile(chain([head], rest)))
+        content: io.BufferedReader = io.BufferedReader(cast("io.RawIOBase", ChunkFile(chain([head], rest))))
         if array is None:
             content = _kept(content, open_file)
             _, array = begins_array(content)
