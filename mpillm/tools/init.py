@@ -64,6 +64,9 @@ def init(what: str, target: Path) -> list[str]:
     for path in [*files, *([site] if what == "slurm" else [])]:
         if os.path.lexists(path):
             raise OutputError(f"{path} is there already and is kept; remove it, or give another directory.")
+    for folder in (target, *target.parents):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file; give another directory.")
     for path, source in files.items():
         make(path.parent)
         with replacing(path) as file:
