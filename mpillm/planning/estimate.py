@@ -25,6 +25,7 @@ from mpillm.planning.step_time import (
     StepRows,
     between,
     job_time,
+    rank_time,
     round_of,
     shared,
     stage_time,
@@ -222,6 +223,26 @@ def stage_layers_by_speed(
     slowest = max(count * each + own for count, each, own in zip(found, seconds, extra, strict=True))
     too_many = any(own > room for own, room in zip(layers, most, strict=True))
     return found if too_many or slowest * UNEVEN < max(whole) else None
+
+
+def rank_seconds(
+    config: ModelConfig,
+    machines: Machines,
+    replicas: Sequence[Replica],
+    plans: Sequence[ReplicaPlan],
+    given: Demand | None,
+) -> list[float]:
+    """Seconds of each rank's own work in a step of one token for each sequence, without messages, in rank order."""
+    demand, found = given or TYPICAL, []
+    for replica, plan in zip(replicas, plans, strict=True):
+        own = Demand(max(demand.requests // len(replicas), 1), demand.prompt, demand.generated)
+        count = max(min(_at_once(plan, replica, own), own.requests) / replica.stages, 1.0)
+        batch = StepRows(count, count, demand.context)
+        found += [
+            rank_time(work, speed_of(machines, rank), batch).total
+            for work, rank in zip(plan.works, replica.ranks, strict=True)
+        ]
+    return found
 
 
 def speed_of(machines: Machines, rank: int) -> Speed:
