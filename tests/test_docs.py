@@ -101,6 +101,8 @@ def check_sbatch(words: list[str]) -> None:
 
 
 def check_launch(words: list[str]) -> None:
+    # Else Open MPI finds no python of a virtual environment on the other hosts.
+    assert "--hostfile" not in words or words[words.index("-x") + 1] == "PATH", words
     while words[0].startswith("-"):
         option = words[0]
         taken = 0 if "=" in option else LAUNCHER_OPTIONS[option]
@@ -222,6 +224,7 @@ THEIRS = (
     "requires a different Python",
     "There are not enough slots available",
     "prterun has detected",
+    "prterun was unable to find",
 )
 
 

@@ -18,6 +18,8 @@ from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
 
+NO_LIMIT = 2**31 - 1  # tokens of the longest sequence where the cache does not limit it
+
 
 @dataclass(frozen=True)
 class Model:
@@ -36,6 +38,11 @@ class Model:
     pair_template: str | None = None  # what its files make of a query and a document
     name: str = ""  # as answers give it
     adapters: tuple[str, ...] = ()  # what requests call those beside it, in the order of their numbers
+
+    @property
+    def cached_tokens(self) -> int:
+        """The tokens that the KV cache can keep; 0 if that is not known, or if all layers keep a window alone."""
+        return 0 if self.kv_tokens is None or self.kv_tokens >= NO_LIMIT else self.kv_tokens
 
     def number_of(self, name: str | None) -> int:
         """The number of the adapter that a request's `model` names; any other name is the model's own."""

@@ -116,8 +116,13 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from mpillm.planning import hosts, plan, plan_text, suggestion
+    from mpillm.spec import UNREAD
 
-    spec = _load(options)
+    spec = _load(options, planned=True)
+    if options.input not in (None, UNREAD) and not spec.input_path.exists():
+        print(
+            f"mpillm: There is no input {options.input}; this is a plan for a typical one.", file=sys.stderr
+        )
     if options.hosts is not None:
         machines = hosts.read(options.hosts, options.ranks)
     else:
@@ -272,7 +277,7 @@ def _spec(world: World, options: argparse.Namespace) -> Spec:
     return world.on_rank_0(lambda: _load(options))
 
 
-def _load(options: argparse.Namespace) -> Spec:
+def _load(options: argparse.Namespace, planned: bool = False) -> Spec:
     from mpillm import spec
 
     job = getattr(options, "job", None)
@@ -284,6 +289,7 @@ def _load(options: argparse.Namespace) -> Spec:
         model=getattr(options, "model", None),
         input=getattr(options, "input", None),
         output=getattr(options, "output", None),
+        planned=planned,
     )
 
 

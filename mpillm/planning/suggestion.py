@@ -16,7 +16,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.plan import laid_out
 from mpillm.planning.plan_text import count_of
 from mpillm.planning.rank_plan import Planner, RankPlan
-from mpillm.spec import Spec, shown_bytes
+from mpillm.spec import UNREAD, Spec, shown_bytes
 
 MIB = 2**20
 
@@ -52,7 +52,8 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
             low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
         found, ranks = made(high * MIB)
     held = shown_bytes(max(rank.held for rank in ranks))
-    keys = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    asked_of = "requests.jsonl" if spec.input == UNREAD else spec.input
+    keys = {"model": spec.model, "input": asked_of, "output": spec.output.path}
     return "\n".join(
         [
             f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",

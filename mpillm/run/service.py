@@ -97,7 +97,7 @@ class Service:
         pending: dict[str, tuple[int, Pending]],
         refused: list[tuple[int, Result]],
     ) -> Iterator[Request]:
-        for work in ordered(self._works(lines, pending, refused)):
+        for work in ordered(self._works(lines, pending, refused), self.model.cached_tokens):
             yield from work.requests
 
     def _works(

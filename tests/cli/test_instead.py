@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.cli import main
+from tests.job_helpers import CHAT
 
 MISTAKES = {
     "an option of the job": ("run --max-tokens 5", "type --set sampling.max_tokens=5"),
@@ -15,7 +16,7 @@ MISTAKES = {
     "a job as the command": ("jobs/a.toml", "there is no command 'jobs/a.toml'; did you mean run jobs/a.toml?"),
     "no such command": ("frobnicate", "there is no command 'frobnicate'; there are run, plan,"),
     "a key": ("plan --set sampling.temprature=1", "did you mean 'sampling.temperature'?"),
-    "no input": ("plan --model smollm2-135m --output out", "add input = \"...\" or --input PATH"),
+    "no input": ("launch -n 2 run --model smollm2-135m --output out", "add input = \"...\" or --input PATH"),
     "a job that is not there": ("plan jobs/quickstrat.toml", "There is no job file jobs/quickstrat.toml"),
     "a model that is not there": ("pull nosuch", "it has smollm2-135m, qwen3-0.6b"),
     "launch without ranks": ("launch run", "mpillm launch -n 2 run, or --hostfile FILE"),
@@ -40,3 +41,18 @@ def test_a_mistake(
     assert code == 2, shown
     assert said in shown, shown
     assert "Traceback" not in shown
+
+
+def test_a_model_is_planned_without_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name is enough, as the next steps of a bare `mpillm` say; an input that is missing is told."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--model", str(CHAT), "--ranks", "2"]) == 0
+    shown = capsys.readouterr()
+    assert " for an input of\n" in shown.out
+    assert not shown.err
+    assert main(["plan", "--model", str(CHAT), "--suggest", "1"]) == 0
+    assert 'input = "requests.jsonl"\noutput = "out"' in capsys.readouterr().out
+    assert main(["plan", "--model", str(CHAT), "--input", "promts.jsonl"]) == 0
+    assert "There is no input promts.jsonl; this is a plan for a typical one." in capsys.readouterr().err
