@@ -65,7 +65,11 @@ def alone(folder: Path, job: list[str]) -> bytes:
 
 
 def test_ranks_of_a_slow_host_stand_by(mpi: Mpi, job: list[str], tmp_path: Path) -> None:
-    done = on_three_hosts(mpi, job)
+    # The model is at another path on the first host.
+    elsewhere, model = tmp_path / "elsewhere", job.index("--model")
+    elsewhere.symlink_to(job[model + 1])
+    table = f'model={{host0="{job[model + 1]}", default="{elsewhere}"}}'
+    done = on_three_hosts(mpi, [*job[:model], *job[model + 2 :], "--set", table])
     assert done.returncode == 0, done.stderr
     assert (
         len(re.findall(r"host1 is left out and stands by: .* times as fast without it\.", done.stderr)) == 1
