@@ -12,7 +12,7 @@ from mpillm import spec
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Line, Model, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.spec import Spec
 from mpillm.store.records import Result, line_key
 from mpillm.text import load_tokenizer

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 from numpy.typing import ArrayLike
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.batch import NO_ADAPTER
 from mpillm.model.embedding import EmbeddingSettings

@@ -62,7 +62,7 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
     )
 
 
-def described(model: str) -> Path:
+def path_to_plan(model: str) -> Path:
     """What is enough to plan with: of a repository that is not on this machine its config.json, else the model.
 
     A path to a config.json is its directory. Raises JobError.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import mpillm
+from mpillm import version
 from mpillm.cli import bench, serve, supervise
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mpillm {mpillm.__version__}")
+    parser.add_argument("--version", action="version", version=f"mpillm {version.__version__}")
     parser.add_argument(
         "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
     )

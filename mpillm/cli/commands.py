@@ -14,12 +14,12 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.cli import bench, serve, supervise
 from mpillm.cli.arguments import FORMATS, command_parser
 from mpillm.cli.console import Console
+from mpillm.cli.job import job_of, job_on_every_rank, load_job
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
 from mpillm.comm.program import guard
@@ -28,10 +28,8 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:
-    from mpillm.spec import Spec
+    pass
 
-NO_JOBS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # what an input may be called
-QUICKSTART = "quickstart.toml"
 NEXT_STEPS = """\
 next steps:
   mpillm launch -n 2 run                                       answer eight questions with the default small model
@@ -49,7 +47,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{NEXT_STEPS}", end="")
         return 0
     if options.command == "launch":
-        return supervise.run(options, _job_of)
+        return supervise.run(options, job_of)
     if options.command == "lm-eval":
         return run_alone(lambda: _lm_eval(options))
     alone = {
@@ -106,7 +104,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
     from mpillm.run import runner  # loaded now that the number of threads is known
 
     progress = Console(lambda: world.rank == 0)
-    spec = _spec(world, options)
+    spec = job_on_every_rank(world, options)
     report = runner.run(world, spec, progress, getattr(options, "trace", None))
     if report is None:
         return 0
@@ -118,7 +116,7 @@ def _plan(options: argparse.Namespace) -> int:
     from mpillm.planning import hosts, plan, plan_text, suggestion
     from mpillm.spec import UNREAD
 
-    spec = _load(options, planned=True)
+    spec = load_job(options, planned=True)
     if options.input not in (None, UNREAD) and not spec.input_path.exists():
         print(
             f"mpillm: There is no input {options.input}; this is a plan for a typical one.", file=sys.stderr
@@ -270,39 +268,3 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
             hosts.write(options.output, found.hosts)
             print(f"{options.output} is written; mpillm plan --hosts {options.output} reads it.", flush=True)
     return world.bcast(found.exit_code)
-
-
-def _spec(world: World, options: argparse.Namespace) -> Spec:
-    """The job as rank 0 reads it, on every rank."""
-    return world.on_rank_0(lambda: _load(options))
-
-
-def _load(options: argparse.Namespace, planned: bool = False) -> Spec:
-    from mpillm import spec
-
-    job = getattr(options, "job", None)
-    if job is not None and job.suffix in NO_JOBS:
-        raise JobError(f"{job} is no job file (TOML); to run its requests, type --input {job}.")
-    return spec.load(
-        _job_file(options),
-        getattr(options, "set", ()),
-        model=getattr(options, "model", None),
-        input=getattr(options, "input", None),
-        output=getattr(options, "output", None),
-        planned=planned,
-    )
-
-
-def _job_of(words: list[str]) -> Spec:
-    """The job that a command line names."""
-    return _load(command_parser().parse_args(words))
-
-
-def _job_file(options: argparse.Namespace) -> Path | None:
-    """The job file that the command line names, or the quickstart if it names nothing at all."""
-    job: Path | None = getattr(options, "job", None)
-    if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
-        return job
-    from mpillm.tools.init import shipped
-
-    return shipped("jobs") / QUICKSTART

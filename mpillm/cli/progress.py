@@ -40,7 +40,7 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
-def described(state: ProgressState) -> str:
+def _waits_and_drafts(state: ProgressState) -> str:
     """What the run has waited for, and what drafts gave; empty if it was next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if state.per_pass is not None:
@@ -64,7 +64,7 @@ class Live:
             return
         now = state()
         self._rates.add(now.tokens)
-        self._bar.set_postfix_str(f"{self._rates}{described(now)}", refresh=False)
+        self._bar.set_postfix_str(f"{self._rates}{_waits_and_drafts(now)}", refresh=False)
         self._bar.refresh()
         self._shown = time.monotonic()
 
@@ -88,5 +88,5 @@ class ProgressLines:
             left = f", {tqdm.format_interval(seconds)} left"
         part = 100 * self._answered / self._total if self._total else 100
         self._say(
-            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{described(now)}"
+            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{_waits_and_drafts(now)}"
         )

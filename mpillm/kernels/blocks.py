@@ -102,7 +102,7 @@ def to_f16(d: F32) -> npt.NDArray[np.float16]:
         return d.astype(np.float16)
 
 
-def activations(x: F32, bounds: Bounds) -> U8:
+def quantise_rows(x: F32, bounds: Bounds) -> U8:
     """Quantise x [m, k] to uint8 [m, activation_nbytes(k, bounds)], with rows in groups (`ungrouped` undoes that)."""
     edges = check_bounds(bounds, x.shape[1], 1)
     rows = []

@@ -16,7 +16,8 @@ from mpillm.planning.input_memory import input_needs, template_length
 from mpillm.planning.machines import Machines
 from mpillm.planning.plan import laid_out
 from mpillm.planning.plan_text import count_of
-from mpillm.planning.rank_plan import Planner, RankPlan
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import RankPlan
 from mpillm.spec import UNREAD, Spec, shown_bytes
 
 MIB = 2**20
@@ -28,7 +29,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
     Raises JobError if no memory is enough, MpillmError if the model cannot be read.
     """
     with (
-        closing(open_described(models.described(spec.model_on(gethostname())), spec.quantize)) as source,
+        closing(open_described(models.path_to_plan(spec.model_on(gethostname())), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)

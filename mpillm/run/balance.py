@@ -19,7 +19,7 @@ from mpillm.comm.counters import MessageCounters
 from mpillm.comm.mailbox import Mailbox
 from mpillm.partition import grid
 from mpillm.planning.estimate import speed_of
-from mpillm.planning.layout import described
+from mpillm.planning.layout import replicas_in_words
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import Speed
 from mpillm.run.session import Session
@@ -134,7 +134,7 @@ def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:
         )
         for replica in session.replicas
     )
-    shape = f"{described(session.replicas)}, layers {', '.join(layers)}"
+    shape = f"{replicas_in_words(session.replicas)}, layers {', '.join(layers)}"
     return f"{slowed.who}; after {seconds:.1f} s the run goes on as {shape}."
 
 

@@ -15,9 +15,11 @@ from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import demand_of, estimate, rank_seconds
 from mpillm.planning.input_memory import InputNeeds
-from mpillm.planning.layout import Chosen, Layouts
+from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import Planner, ReplicaPlan
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.search import for_run
 from mpillm.planning.wire import shards_cross_hosts, with_wire
 from mpillm.run.origin import Origin

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpillm import kernels
-from mpillm.comm.collectives import Channel, Group, Pipe
+from mpillm.comm.channel import Channel, Pipe
+from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
 from mpillm.engine.draft_model import DraftModel
-from mpillm.engine.engine import Engine, Worker
+from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.speculation import Mode
+from mpillm.engine.worker import Worker
 from mpillm.errors import ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -26,10 +28,10 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.job_time import Demand
 from mpillm.planning.limits import limits
-from mpillm.planning.rank_plan import Planner
-from mpillm.planning.step_time import Demand
-from mpillm.planning.wire import described, with_wire
+from mpillm.planning.planner import Planner
+from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
 from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
@@ -136,7 +138,7 @@ class Session:
         self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
         self.warnings += [self._left_out] if self._left_out else []
         if self.wire != "f32" and self.place.shards > 1:
-            words = described(self.wire, self.place.shards, self.chosen.wire_reason)
+            words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
 
     def _make_worker(self) -> None:

@@ -18,7 +18,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from mpillm.engine.engine import follow
+from mpillm.engine.worker import follow
 from mpillm.run import outcome
 from mpillm.run.balance import AGAIN, Slowed, Teller, what_was_slow
 from mpillm.run.computation import Computation

@@ -16,7 +16,7 @@ from prometheus_client import (
 
 from mpillm.batch.work import Work
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.serve.arrivals import Arrivals
 
 

@@ -17,7 +17,7 @@ import pytest
 from mpillm.batch.answers import result_line
 from mpillm.comm.program import start
 from mpillm.comm.world import World
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.errors import RequestError
 from mpillm.text import load_tokenizer
 from mpillm.text.constrain import Matcher, choice_grammar, json_grammar, regex_grammar, text_grammar

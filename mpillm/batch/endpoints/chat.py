@@ -16,7 +16,7 @@ from mpillm.batch.endpoints.prompts import encoded
 from mpillm.batch.endpoints.sampling import Tokens
 from mpillm.batch.endpoints.tools import NamedChoice, ToolChoice, calls_shown, choose, read_calls, read_tools
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer

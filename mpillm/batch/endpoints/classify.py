@@ -21,7 +21,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine.pooled import decide, logits_of
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 

@@ -11,7 +11,7 @@ from mpillm.batch.endpoints.detokenizer import Detokenizer, finite, offsets, wit
 from mpillm.batch.endpoints.generate import Choices, Generate, Logprobs
 from mpillm.batch.endpoints.prompts import read_prompts
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 

@@ -25,7 +25,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.endpoints.sampling import Sampled, Tokens
 from mpillm.batch.work import Model, ResultColumn, Work, hashed_id
-from mpillm.engine.sequence import Constraint, FinishedCompletion, Request, TopLogprobs
+from mpillm.engine.request import Constraint, FinishedCompletion, Request, TopLogprobs
 from mpillm.errors import RequestError
 from mpillm.spec import ResponseFormat, Spec, StopStrings, StructuredOutputs, Word
 from mpillm.text import StopWatch, cut_at_stop

@@ -29,7 +29,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work
 from mpillm.engine.pooled import logits_of, relevance, through
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from mpillm.batch.endpoints.generate import CREATED
 from mpillm.batch.endpoints.pairs import Pairs, Texts
 from mpillm.batch.work import Model, Work, hashed_id
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import RequestError
 
 # What vLLM calls the queries and the documents.

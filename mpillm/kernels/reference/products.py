@@ -115,7 +115,7 @@ def quantize_rows(x: F32, bounds: Bounds, out: U8, threads: int = 1) -> None:
     """Activations x f32 [m, k] to the blocks that `matmul` takes for quantised weights."""
     require_rows("x", x, dtype=np.float32)
     require("out", out, (len(x), activation_nbytes(x.shape[1], bounds)), np.uint8)
-    out[:] = blocks.activations(x, bounds)
+    out[:] = blocks.quantise_rows(x, bounds)
 
 
 def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArray[np.generic], out: F32,
