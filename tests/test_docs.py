@@ -20,6 +20,9 @@ import pytest
 from mpillm import spec
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.cli import arguments
+from mpillm.engine.limits import Totals
+from mpillm.serve import openapi
+from mpillm.serve.metrics import Metrics
 from tests.conftest import ROOT, clean_environment, run_bounded
 from tests.job_helpers import CHAT
 
@@ -269,10 +272,12 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     assert subparsers is not None
     choices = next(action.choices for action in subparsers._group_actions)
     assert choices is not None
-    hidden = {"ranks"}
-    for told in [f"mpillm {name}" for name in choices if name not in hidden]:
+    for told in [f"mpillm {name}" for name in choices if name not in arguments.HIDDEN]:
         assert f">{told}<" in reference, told
-    for told in [*(endpoint.url for endpoint in ENDPOINTS), *map(str, (0, 1, 2, 70, 75))]:
+    metrics = [name for name, _ in Metrics(Totals()).described()]
+    urls = [*(endpoint.url for endpoint in ENDPOINTS), *openapi.document()["paths"]]
+    assert len(metrics) > 5
+    for told in [*urls, *spec.known_keys(), *metrics, *map(str, (0, 1, 2, 70, 75))]:
         assert f">{told}<" in reference, told
     for page in (ROOT / "docs").glob("*.md"):
         name = "" if page.stem == "index" else page.stem

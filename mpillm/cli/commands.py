@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 NEXT_STEPS = """\
 next steps:
-  mpillm launch -n 2 run                                       answer eight questions with the default small model
-  mpillm launch -n 4 run --input prompts.jsonl --output out/mine                             answer your own
-  mpillm plan --model MODEL --ranks 4                                        will a model fit, and how
+  mpillm launch -n 2 run                 eight questions to a small model
+  mpillm launch -n 4 run --input prompts.jsonl --output out/mine      your own
+  mpillm plan --model MODEL --ranks 4    will a model fit, and how fast is it
 """
 
 
@@ -171,7 +171,7 @@ def _models(options: argparse.Namespace) -> int:
         ("GGUF files run with one of these:", gguf_architectures()),
     ):
         print(f"\n{heading}")
-        print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
     return 0
 
 

@@ -15,10 +15,10 @@ from mpillm.model.opening import open_described
 from mpillm.planning.input_memory import input_needs, template_length
 from mpillm.planning.machines import Machines
 from mpillm.planning.plan import laid_out
-from mpillm.planning.plan_text import count_of
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan
 from mpillm.spec import UNREAD, Spec, shown_bytes
+from mpillm.store.readable import count_of
 
 MIB = 2**20
 

@@ -39,6 +39,8 @@ def load(
     both. What those leave out and the file does not have either is an error, but for the model (the default one) and,
     in a job that is only `planned`, for the input (`UNREAD`) and the output.
     """
+    for override in overrides:
+        _refuse_incomplete(override)
     values = _read(Path(path)) if path is not None else {}
     where = "The command line" if path is None else f"The job file {path}"
     _take_shorthands(values, where)
@@ -148,12 +150,17 @@ def _beside(model: Any, folder: Path) -> Any:
     return str(folder / os.path.expanduser(model)) if path else model
 
 
+def _refuse_incomplete(override: str) -> None:
+    """Said before the job is read: what follows `--set` a word later would be taken for its file."""
+    name, equals, _ = override.partition("=")
+    if not equals or not all(_keys(name)):
+        raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Put "a.b=value" into the tables."""
-    name, equals, text = override.partition("=")
+    name, _, text = override.partition("=")
     keys = _keys(name)
-    if not equals or not all(keys):
-        raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
     if keys == ["output"]:
         keys = ["output", "path"]
     table = values

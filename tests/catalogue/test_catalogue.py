@@ -344,8 +344,10 @@ def test_models_of_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_all_models_are_listed() -> None:
     heading, *lines = models.listed()
     assert heading.startswith("name")
-    assert [line.split()[0] for line in lines] == [*models.CATALOGUE, *models.HOSTED]
-    assert len(lines) == 10
-    (mixture,) = (line for line in lines if line.startswith("qwen3-30b-a3b"))
-    assert "Apache-2.0" in mixture
-    assert "61.1 GB   61.1 / 30.5 / 15.3 / 7.6; with q4_0 17.2 / 8.6 / 4.3 / 2.1" in mixture
+    named = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[0] for line in named] == [*models.CATALOGUE, *models.HOSTED]
+    assert len(named) == 10
+    at = lines.index(next(line for line in lines if line.startswith("qwen3-30b-a3b")))
+    assert "Apache-2.0" in lines[at]
+    assert lines[at].endswith("61.1 GB   61.1 / 30.5 / 15.3 / 7.6")
+    assert lines[at + 1].split(maxsplit=2) == ["with", "q4_0", "17.2 GB   17.2 / 8.6 / 4.3 / 2.1"]
