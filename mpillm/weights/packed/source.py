@@ -174,7 +174,7 @@ class PackedSource:
             begin = panel.offset + row["offset"]
             if key.expert > 0:
                 begin += key.expert * (panel.nbytes // panel.shape[0])
-            end, unit = begin + row["nbytes"], PACKED[type].itemsize if type.quantised else type.block_bytes
+            end, unit = begin + row["nbytes"], PACKED[type].itemsize if type.block > 1 else type.block_bytes
             step = PIECE // unit * unit
             with file.path.open("rb") as opened:
                 for at in range(begin, end, step):
@@ -231,7 +231,7 @@ class PackedSource:
         file = self._embed_file
         tensor, name = file.panels[EMBED], file.metadata.get("stored", "")
         stored, k = _stored(name), file.metadata.get("columns", "")
-        if stored is None or not k.isdecimal() or len(tensor.shape) != 2 or int(k) % stored.block:
+        if stored is None or not k.isdecimal() or len(tensor.shape) != 2 or not stored.fits(int(k)):
             raise ModelError(f"{file.path} does not say how its rows are stored; {PACK_AGAIN}.")
         self._embed_stored = stored
         if tensor.nbytes != tensor.shape[0] * stored.row_bytes(int(k)):
@@ -241,7 +241,7 @@ class PackedSource:
 
 def _floats(type: BlockType, packed: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
     """The values of kernel-ready bytes, or the scales of their blocks."""
-    if type.quantised:
+    if type.block > 1:
         blocks = packed.view(PACKED[type])
         yield from (blocks[name] for name in ("d", "m") if name in (blocks.dtype.names or ()))
     else:
