@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mpillm.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from mpillm.api.job import Job as Job
     from mpillm.api.llm import LLM as LLM
     from mpillm.api.results import read_results as read_results
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "Job", "read_results"]
 
 # Loaded when they are asked for: `python -m mpillm` looks at its environment before anything large is there.

@@ -12,7 +12,7 @@ from mpillm import spec
 from mpillm.batch import requests
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Line, Model, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.spec import Spec
 from mpillm.store.records import Result, line_key
 from mpillm.text import load_tokenizer
@@ -63,7 +63,7 @@ def completion(request: Request, tokens: list[int], seed: int = 0, **more: Any) 
         return [sorted(zip(draw.permutation(60)[:n].tolist(), logprobs(n), strict=True), key=lambda x: -x[1])
                 for _ in range(count)]  # fmt: skip
 
-    prompt = len(request.prompt) - 1
+    prompt = len(request.prompt) - request.score_from
     if request.logprobs is not None:
         more = {"logprobs": logprobs(len(tokens)), "top": top(len(tokens), request.logprobs), **more}
     if request.prompt_logprobs is not None:

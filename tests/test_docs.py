@@ -20,6 +20,9 @@ import pytest
 from mpillm import spec
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.cli import arguments
+from mpillm.engine.limits import Totals
+from mpillm.serve import openapi
+from mpillm.serve.metrics import Metrics
 from tests.conftest import ROOT, clean_environment, run_bounded
 from tests.job_helpers import CHAT
 
@@ -101,6 +104,8 @@ def check_sbatch(words: list[str]) -> None:
 
 
 def check_launch(words: list[str]) -> None:
+    # Else Open MPI finds no python of a virtual environment on the other hosts.
+    assert "--hostfile" not in words or words[words.index("-x") + 1] == "PATH", words
     while words[0].startswith("-"):
         option = words[0]
         taken = 0 if "=" in option else LAUNCHER_OPTIONS[option]
@@ -222,6 +227,7 @@ THEIRS = (
     "requires a different Python",
     "There are not enough slots available",
     "prterun has detected",
+    "prterun was unable to find",
 )
 
 
@@ -266,10 +272,12 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     assert subparsers is not None
     choices = next(action.choices for action in subparsers._group_actions)
     assert choices is not None
-    hidden = {"ranks"}
-    for told in [f"mpillm {name}" for name in choices if name not in hidden]:
+    for told in [f"mpillm {name}" for name in choices if name not in arguments.HIDDEN]:
         assert f">{told}<" in reference, told
-    for told in [*(endpoint.url for endpoint in ENDPOINTS), *map(str, (0, 1, 2, 70, 75))]:
+    metrics = [name for name, _ in Metrics(Totals()).described()]
+    urls = [*(endpoint.url for endpoint in ENDPOINTS), *openapi.document()["paths"]]
+    assert len(metrics) > 5
+    for told in [*urls, *spec.known_keys(), *metrics, *map(str, (0, 1, 2, 70, 75))]:
         assert f">{told}<" in reference, told
     for page in (ROOT / "docs").glob("*.md"):
         name = "" if page.stem == "index" else page.stem

@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpillm import spec
+from mpillm.api.plain import json_of
 from mpillm.api.results import Results
 from mpillm.errors import Interrupted, JobError, MpillmError
 
@@ -72,12 +73,15 @@ class Job:
         return f"<Job {self.spec.model}: {self.spec.input} to {self.spec.output.path}>"
 
 
-def _settings(keys: Mapping[str, Any], before: str = "") -> list[str]:
-    """Tables as `--set` takes them; JSON's numbers, strings and lists are TOML's."""
-    found = []
+def _settings(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Keys and tables as `--set` takes them; what is None is not set."""
     for name, value in keys.items():
-        if isinstance(value, Mapping):
-            found += _settings(value, f"{before}{name}.")
-        else:
-            found.append(f"{before}{name}={json.dumps(value)}")
-    return found
+        inner = value if isinstance(value, Mapping) else {None: value}
+        for key, one in inner.items():
+            if one is not None:
+                yield f"{name if key is None else f'{name}.{_quoted(key)}'}={json_of(one)}"
+
+
+def _quoted(key: str) -> str:
+    """A key as TOML quotes it, without a "=", which ends a name."""
+    return json.dumps(key, ensure_ascii=False).replace("=", "\\u003d")

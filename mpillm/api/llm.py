@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mpillm.api.answers import (
     Answer,
@@ -16,6 +17,7 @@ from mpillm.api.answers import (
     Score,
     answer_of,
 )
+from mpillm.api.plain import json_of, several
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -72,6 +74,8 @@ class LLM:
         elif ranks is not None and ranks < 1:
             raise JobError(f"ranks={ranks} is not a number of ranks.")
         self._ranks = ranks or 1
+        self._asking = threading.Lock()  # held by the call whose answers are being read
+        self._asks: int | None = None  # the thread of that call
         self._backend = self._start()
 
     def _start(self) -> Local | Remote:
@@ -104,8 +108,10 @@ class LLM:
 
     def chat(self, messages: Messages | Sequence[Messages], **body: Any) -> list[Generation]:
         """Answer one chat or several; `body` has keys of /v1/chat/completions."""
-        chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        lines = [_line({"messages": chat, **body}) for chat in cast("Sequence[Messages]", chats)]
+        chats: list[Any] = list(messages)
+        if chats and isinstance(chats[0], Mapping):
+            chats = [chats]
+        lines = [_line({"messages": chat, **body}) for chat in chats]
         return _kind(Generation, self._answers(lines))
 
     @overload
@@ -158,16 +164,28 @@ class LLM:
         """Yield each request's answer when it is finished; `index` says which one it is.
 
         A request is a prompt, the messages of a chat, or a line of the batch format as a dictionary (then it may be of
-        any kind, and `body` does not count). The iterator may be closed before its end.
+        any kind, and `body` does not count). The iterator may be closed before its end. Until then calls of other
+        threads wait, and another call of the same thread raises JobError.
         """
-        lines = [_request(request, body) for request in requests]
+        lines = [_request(request, body) for request in several(requests)]
         return self._stream(lines)
 
     def _stream(self, lines: Sequence[bytes]) -> Iterator[Answer]:
-        if not self._backend.open:
-            self._backend = self._start()
-        for index, result in self._backend.ask(lines):
-            yield answer_of(index, result)
+        from mpillm.errors import JobError
+
+        if self._asks == threading.get_ident():
+            raise JobError(
+                "A stream of this LLM is still open: read it to its end, or close it, before another call."
+            )
+        with self._asking:
+            self._asks = threading.get_ident()
+            try:
+                if not self._backend.open:
+                    self._backend = self._start()
+                for index, result in self._backend.ask(lines):
+                    yield answer_of(index, result)
+            finally:
+                self._asks = None
 
     def _answers(self, lines: Sequence[bytes]) -> list[Answer]:
         """All answers, in the order of the lines."""
@@ -177,9 +195,7 @@ class LLM:
     def _prompts(
         self, prompts: Prompt | Sequence[Prompt], body: Mapping[str, Any], key: str = "prompt"
     ) -> list[bytes]:
-        one = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
-        several = [prompts] if one else prompts
-        return [_line({key: _plain(cast("Prompt", prompt)), **body}) for prompt in several]
+        return [_line({key: prompt, **body}) for prompt in several(prompts)]
 
     def close(self) -> None:
         """End the ranks, or let go of the model in the caller's ranks. A later call loads it again."""
@@ -197,22 +213,17 @@ class LLM:
         return f"<LLM {self.model}, {self.layout}>"
 
 
-def _plain(prompt: Prompt) -> str | list[int]:
-    """A prompt as JSON has it; token ids may be NumPy's."""
-    return prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-
-
 def _request(request: Prompt | Messages | Mapping[str, Any], body: Mapping[str, Any]) -> bytes:
     """The line of a request of `stream`."""
     if isinstance(request, Mapping):
         return _line(request)
     if not isinstance(request, str) and len(request) and isinstance(request[0], Mapping):
         return _line({"messages": request, **body})
-    return _line({"prompt": _plain(cast("Prompt", request)), **body})
+    return _line({"prompt": request, **body})
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json_of(content).encode("utf-8", "surrogatepass")
 
 
 def _kind(kind: type[A], answers: list[Answer]) -> list[A]:

@@ -164,12 +164,17 @@ class _Held:
     """What must be ended."""
 
     folder: Path
+    owner: int = field(
+        default_factory=os.getpid
+    )  # the process that may end it: not one that was forked from it
     log: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     process: subprocess.Popen[bytes] | None = None
     connection: Connection | None = None
 
     def end(self) -> None:
         """End the ranks: they leave when the connection is closed; what is left of them after a while is killed."""
+        if os.getpid() != self.owner:
+            return
         if self.connection is not None:
             self.connection.close()
         if self.process is not None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mpillm.errors import JobError
 from mpillm.store.results import HDF5, JSONL
-from mpillm.store.table import row_of
+from mpillm.store.table import row_of, text_of
 
 
 class Ragged:
@@ -128,18 +128,22 @@ class Results:
     def frame(self, library: Literal["pandas", "polars"] | None = None) -> Any:
         """`rows` as a DataFrame of pandas or polars; of the one that is installed, pandas if both are.
 
-        ImportError if neither is.
+        A `text` that is a choice of token ids is JSON, as in tables. ImportError if neither is.
         """
         name = library or next((name for name in ("pandas", "polars") if find_spec(name)), None)
         if name is None:
             raise ImportError("A frame needs pandas or polars: pip install pandas.")
+        rows = list(self.rows())
+        for row in rows:
+            if row["text"] is not None:
+                row["text"] = text_of(row["text"])
         if name == "pandas":
             import pandas
 
-            return pandas.DataFrame.from_records(list(self.rows()))
+            return pandas.DataFrame.from_records(rows)
         import polars
 
-        return polars.DataFrame(list(self.rows()), infer_schema_length=None)
+        return polars.DataFrame(rows, infer_schema_length=None)
 
     def _read(self, name: str) -> Any:
         with h5py.File(self.directory / HDF5) as file:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from mpillm.batch.work import Line, Model, Work, hashed_id
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NotFiniteError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
 from collections import Counter
 from typing import Any
@@ -11,49 +10,12 @@ from typing import Any
 import msgspec
 
 from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.other_keys import refuse, short
 from mpillm.batch.work import Endpoint
 from mpillm.errors import RequestError
 from mpillm.spec import plain_words
 
 MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
-
-# Keys that change no result of ours: taken and not looked at.
-# fmt: off
-IGNORED = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "priority", "request_id", "cache_salt", "stream_options", "guided_decoding_backend",
-    "parallel_tool_calls"
-})
-# fmt: on
-
-# Keys that would change a result in a way that is not built: refused, unless they say what happens anyway.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "suffix": ("",),
-    "length_penalty": (1,),
-    "encoding_format": ("float",),
-    "spaces_between_special_tokens": (True,),
-    "modalities": (["text"],),
-}
-# fmt: off
-_REFUSED = frozenset({
-    "logits_processors", "audio",
-    "prediction", "reasoning_effort", "verbosity", "web_search_options", "chat_template",
-    "mm_processor_kwargs", "logit_processors", "thinking_token_budget"
-})
-# fmt: on
-_INSTEAD = {
-    "best_of": "; n gives several answers",
-    "max_new_tokens": "; it is called max_tokens",
-    "stream": "; a batch is answered as a whole",
-}
-
 
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
 
@@ -138,11 +100,11 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
         if key not in _BATCH_KEYS:
             raise RequestError(f"the key {key!r} is unknown beside {', '.join(_BATCH_KEYS)}")
     if line.get("method", "POST") != "POST":
-        raise RequestError(f"the method must be 'POST', not {_short(line['method'])}")
+        raise RequestError(f"the method must be 'POST', not {short(line['method'])}")
     url = line.get("url")
     urls = {one: endpoint for endpoint in ENDPOINTS for one in (endpoint.url, *endpoint.aliases)}
     if not isinstance(url, str) or url not in urls:
-        given = "there is no url" if url is None else f"the url {_short(url)} is unknown"
+        given = "there is no url" if url is None else f"the url {short(url)} is unknown"
         raise RequestError(f"{given}; there are {', '.join(endpoint.url for endpoint in ENDPOINTS)}")
     if not isinstance(line.get("body"), dict):
         raise RequestError("the body must be a JSON object")
@@ -156,8 +118,8 @@ def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
     for key, value in body.items():
         if key in known:
             kept[key] = value
-        elif key not in IGNORED:
-            _refuse(key, value, body, known)
+        else:
+            refuse(key, value, body, known)
     try:
         return msgspec.convert(kept, endpoint)
     except msgspec.ValidationError as error:
@@ -166,24 +128,3 @@ def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
         if text.startswith("Object missing required field"):
             raise RequestError(f"the key {text.rpartition(' ')[2].strip('`')!r} is missing") from None
         raise RequestError(f"{path}: {plain_words(text)}") from None
-
-
-def _refuse(key: str, value: Any, body: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Raise for a key that is not taken, unless its value asks for nothing."""
-    if value is None and (key in _NEUTRAL or key in _REFUSED):
-        return
-    if key in _NEUTRAL:
-        neutral = (*_NEUTRAL[key], body.get("n")) if key == "best_of" else _NEUTRAL[key]
-        if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
-            return
-        raise RequestError(f"{key} {_short(value)} is not supported{_INSTEAD.get(key, '')}")
-    if key in _REFUSED:
-        raise RequestError(f"{key} is not supported{_INSTEAD.get(key, '')}")
-    close = difflib.get_close_matches(key[:100], [*known, *_NEUTRAL], n=1, cutoff=0.75)
-    hint = _INSTEAD.get(key) or (f" (did you mean {close[0]!r}?)" if close else "")
-    raise RequestError(f"the key {key[:100]!r} is unknown{hint}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text if len(text) <= 60 else f"{text[:57]}..."

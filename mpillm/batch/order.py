@@ -5,6 +5,10 @@ subtree as a whole, and of the subtrees of a node the one with the longest answe
 prompts have in common while they need it, and what takes the most steps does not begin last, when nothing is left to
 run beside it. Results do not depend on the order.
 
+Near the root lie beginnings that the cache can keep all the time, such as the system prompts of chats: a part of the
+cache (`KEPT`) holds all of them together. Their subtrees are walked as if they hung from the root, so that the longest
+answers of all come first, not those of each system prompt.
+
 Of a prompt 2 bytes are kept for every level of the tree. The levels lie at each of the first 8 blocks of the KV cache,
 and each further one an eighth further back, so that a common beginning is known to within an eighth of its length.
 
@@ -27,13 +31,16 @@ from mpillm.kernels import KV_BLOCK
 
 PIECE = 1 << 18  # lines that are ordered together
 WINDOW = 1024  # works that `ordered` holds
+KEPT = 4  # the part of the KV cache that common beginnings may take all the time: one in so many blocks
 FINE = 8  # levels that lie a block apart; further back a level lies so many times its distance apart
 
 
 class Order:
     """Takes the lines of an input in their order (`add`), and says in which one to compute them (`indices`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, cached_tokens: int = 0) -> None:
+        """`cached_tokens` is what the KV cache holds."""
+        self._kept = cached_tokens // KV_BLOCK // KEPT  # blocks
         self._indices = array("i")  # of the pieces that are complete, in order
         self._begin()
 
@@ -68,7 +75,7 @@ class Order:
         ends, lengths = np.frombuffer(self._ends, np.int64), np.frombuffer(self._lengths, np.int64)
         place = np.zeros(len(lengths), np.int32)  # where the lines of each line's node begin
         left = np.arange(len(lengths), dtype=np.int32)  # lines that share their node with others
-        level = 0
+        level = self._first_level(hashes, ends)
         while len(left) > 1:
             at = ends[left] + level
             deeper = at < ends[left + 1]
@@ -91,12 +98,22 @@ class Order:
         order[place] = np.arange(len(place))
         return order
 
+    def _first_level(self, hashes: NDArray[np.uint16], ends: NDArray[np.int64]) -> int:
+        """The level up to which the cache can keep all that several lines begin with."""
+        counts, blocks, level = np.diff(ends), 0, 0
+        for level, (begin, end) in enumerate(pairwise(_levels(self._kept))):
+            found = hashes[ends[:-1][counts > level] + level]
+            blocks += int(np.count_nonzero(np.bincount(found) > 1)) * (end - begin)
+            if blocks > self._kept:
+                break
+        return level
 
-def ordered(works: Iterable[Work]) -> Iterator[Work]:
+
+def ordered(works: Iterable[Work], cached_tokens: int = 0) -> Iterator[Work]:
     """Works in this order within windows of `WINDOW`, for callers that have not seen the whole input."""
     source = iter(works)
     while window := list(islice(source, WINDOW)):
-        order = Order()
+        order = Order(cached_tokens)
         for work in window:
             order.add(work)
         yield from (window[index] for index in order.indices())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpillm.batch.work import Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 
 
 class Pending:

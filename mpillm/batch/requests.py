@@ -120,7 +120,7 @@ def check(
     `progress` is told the bytes read so far, now and then. `unit` is what messages call a line. `open_file` makes the
     file of `Lines`.
     """
-    batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit)
+    batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit, order=Order(model.cached_tokens))
     named = NumbersByName()  # of the custom_ids in lines: the number of the first line that has it
     seen = hashlib.blake2b(digest_size=16)
     unnamed = 0

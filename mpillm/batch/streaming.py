@@ -9,7 +9,7 @@ from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.endpoints.detokenizer import Detokenizer
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.spec import Spec
 from mpillm.text import IncrementalDecoder, StopStrings
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -11,21 +11,31 @@ import msgspec
 from mpillm.errors import JobError, RequestError
 
 _PLACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
-# Keys whose values are texts: a number that comes from a column is written out there.
-_TEXTS = frozenset({"custom_id", "prompt", "input", "content", "text", "choices"})
+# Keys whose values are texts: a number that comes from a column is written out there. In place of other values a text
+# that is JSON is read: all that CSV has are texts.
+_TEXTS = frozenset({
+    "custom_id", "url", "model", "prompt", "input", "role", "name", "content", "text", "title", "query", "queries",
+    "items", "text_1", "text_2", "data_1", "data_2", "instruction", "stop", "regex", "guided_regex", "grammar",
+    "guided_grammar", "prompt_name", "user",
+})  # fmt: skip
+_LISTS = frozenset({"documents", "choices", "choice", "guided_choice", "bad_words"})  # of texts
 
 
 class Template:
     """The keys of a body (and `custom_id`, `url`), whose strings name columns: `"Label this: {text}"`.
 
-    Braces that name no column are doubled. A string that is nothing but a column is the column's value as it is, such
-    as a list of messages or a number.
+    Braces that name no column are doubled; `{meta.title}` is the title in the column `meta`. A string that is nothing
+    but a column is the column's value as it is, such as a list of messages or a number.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         """JobError if a string is no template."""
         self._request = request
         self.columns = frozenset(_columns(request, "request"))
+
+    def missing(self, columns: Collection[str]) -> list[str]:
+        """The columns of the template that are not among a table's."""
+        return sorted(name for name in self.columns if not {name, name.partition(".")[0]} & set(columns))
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The line of the input that a row stands for; RequestError if it lacks a column.
@@ -65,13 +75,15 @@ def _filled(value: Any, row: Mapping[str, Any], key: str) -> Any:
         whole = _PLACES.fullmatch(value)
         if whole is not None and whole[1] is not None:
             found = _value(row, whole[1])
-            if key not in _TEXTS or isinstance(found, list | dict):
+            if isinstance(found, list | dict):
                 return found
+            if key not in _TEXTS:
+                return _read(found)
         return _PLACES.sub(lambda place: _part(row, place), value)
     if isinstance(value, Mapping):
         return {name: _filled(inner, row, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_filled(inner, row, key) for inner in value]
+        return [_filled(inner, row, "text" if key in _LISTS else key) for inner in value]
     return value
 
 
@@ -85,8 +97,24 @@ def _part(row: Mapping[str, Any], place: re.Match[str]) -> str:
     return _text(found)
 
 
+def _read(found: Any) -> Any:
+    """What a text has as JSON, if it has something but a text; an empty one is null, as in CSV."""
+    if not isinstance(found, str):
+        return found
+    if not found.strip():
+        return None
+    try:
+        value = msgspec.json.decode(found)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return found
+    return found if isinstance(value, str) else value
+
+
 def _value(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
+        outer, dot, inner = column.partition(".")
+        if dot and isinstance(row.get(outer), dict):
+            return _value(row[outer], inner)
         has = ", ".join(map(repr, row))[:200] or "none"
         raise RequestError(f"the row has no column {column!r}; it has {has}")
     return row[column]

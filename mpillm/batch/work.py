@@ -10,13 +10,15 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 from numpy.typing import ArrayLike
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.batch import NO_ADAPTER
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
+
+NO_LIMIT = 2**31 - 1  # tokens of the longest sequence where the cache does not limit it
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Model:
     pair_template: str | None = None  # what its files make of a query and a document
     name: str = ""  # as answers give it
     adapters: tuple[str, ...] = ()  # what requests call those beside it, in the order of their numbers
+
+    @property
+    def cached_tokens(self) -> int:
+        """The tokens that the KV cache can keep; 0 if that is not known, or if all layers keep a window alone."""
+        return 0 if self.kv_tokens is None or self.kv_tokens >= NO_LIMIT else self.kv_tokens
 
     def number_of(self, name: str | None) -> int:
         """The number of the adapter that a request's `model` names; any other name is the model's own."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from mpillm.bench import synthetic
+from mpillm.bench import synthetic, synthetic_shapes
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.tools import pack
 from mpillm.weights.identity import fingerprint
@@ -29,8 +29,8 @@ def create(shape: str, weights: str, threads: int) -> Path:
 
     Of a published model, whose layers differ, it is the GGUF file.
     """
-    found = synthetic.check(shape, weights)
-    if not isinstance(found, synthetic.Shape):
+    found = synthetic_shapes.check(shape, weights)
+    if not isinstance(found, synthetic_shapes.Shape):
         return synthetic.create(shape, weights)  # its layers are not all alike
     path = synthetic.folder() / f"{shape}.{weights}.packed"
     with synthetic.said(path):
@@ -53,7 +53,9 @@ def _beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(part: Path, path: Path, name: str, shape: synthetic.Shape, weights: str, threads: int) -> None:
+def _write(
+    part: Path, path: Path, name: str, shape: synthetic_shapes.Shape, weights: str, threads: int
+) -> None:
     one = part / "one.gguf"
     synthetic.write(one, name, replace(shape, layers=1), weights)
     with contextlib.closing(open_unpacked(one)) as source:

@@ -19,8 +19,9 @@ from mpillm.bench.against import Peer, Prompts, ratio
 from mpillm.bench.profile import Profile
 from mpillm.bench.result import Run
 from mpillm.comm.world import World
-from mpillm.engine.engine import Engine, follow
-from mpillm.engine.sequence import Request
+from mpillm.engine.engine import Engine
+from mpillm.engine.request import Request
+from mpillm.engine.worker import follow
 from mpillm.run.session import Session
 from mpillm.spec import BatchSection, LayoutSection, MemorySection, OutputSection, Spec
 

@@ -17,10 +17,10 @@ from mpillm.bench.paging import bounded
 from mpillm.bench.result import Drafts, Run
 from mpillm.bench.runs import BenchOptions
 from mpillm.comm.world import World
-from mpillm.engine.engine import follow
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.engine.speculation import Mode
+from mpillm.engine.worker import follow
 from mpillm.errors import JobError
 from mpillm.run.opened import model_of
 from mpillm.run.session import Session

@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from mpillm import __version__
 from mpillm.bench import kernels, machine, packed, paging, runs, speculation, synthetic, tables
 from mpillm.bench.against import LlamaCpp, Peer
 from mpillm.bench.result import Bench, Kernel, Machine, Run
@@ -26,6 +25,7 @@ from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.opening import config_of, open_source
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
+from mpillm.version import __version__
 
 ENGINE = frozenset({"prefill", "decode", "batch"})
 PEERS = ("llama.cpp",)

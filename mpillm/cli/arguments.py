@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import mpillm
+from mpillm import version
 from mpillm.cli import bench, serve, supervise
 
 if TYPE_CHECKING:
@@ -18,44 +18,97 @@ if TYPE_CHECKING:
 FORMATS: tuple[TableFormat, ...] = ("csv", "parquet", "jsonl")
 EXAMPLES = """\
 examples:
-  mpillm launch -n 2 run                                           the quickstart job on the default small model
+  mpillm launch -n 2 run           the quickstart job on the default small model
   mpiexec -n 4 python -m mpillm run jobs/summaries.toml --set sampling.seed=3
-  mpiexec -n 4 python -m mpillm run --model smollm2-135m --input requests.jsonl --output out/mine
+  mpiexec -n 4 python -m mpillm run --input requests.jsonl --output out/mine
   python -m mpillm plan jobs/large-model.toml --ranks 4
-exit codes: 0 all done, 1 done but some requests ended in an error, 2 the job or the command is wrong,
-75 interrupted (the same command goes on where it stopped)"""
+exit codes: 0 all done, 1 done but some requests ended in an error,
+2 the job or the command is wrong, 75 interrupted (the same command goes on
+where it stopped), 70 a bug of mpillm"""
+
+
+HIDDEN = {"ranks"}  # commands that people do not type
+RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
+# What other programs call a key of the job.
+CALLED_ELSEWHERE = {
+    **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
+    **dict.fromkeys(("num_threads", "n_threads", "nthreads"), "layout.threads"),
+    **dict.fromkeys(("ctx_size", "n_ctx", "max_model_len", "context_length"), "memory.max_context"),
+    **dict.fromkeys(("max_new_tokens", "n_predict"), "sampling.max_tokens"),
+    "temp": "sampling.temperature", "tensor_parallel_size": "layout.shards",
+    "pipeline_parallel_size": "layout.stages",
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
-    """Knows that a key of the job may have been meant where an option is unknown."""
+    """Says what to type instead, where that can be guessed."""
 
     def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         options, unknown = self.parse_known_args(words)
+        if unknown:
+            self.error(self._instead(options.command, unknown, words))
+        return options
+
+    def _instead(self, command: str | None, unknown: list[str], words: Sequence[str]) -> str:
+        """A sentence on the words that mean nothing; the first one that can be explained decides."""
+        parser = self._commands().get(command or "", self)
+        known = [name for action in parser._actions for name in action.option_strings]
         for word in unknown:
-            name, equals, value = word.removeprefix("--").partition("=")
+            name, equals, value = word.partition("=")
             following = words[words.index(word) + 1 :]
             value = value if equals or not following else following[0]
-            if word.startswith("--") and (key := _key_called(name)):
-                self.error(f"there is no option --{name}; type --set {key}={value or 'VALUE'}")
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return options
+            if command == "run" and name in RANKS_OF_LAUNCHERS:
+                return f"the number of ranks is the launcher's; type mpillm launch -n {value or 'N'} run ..."
+            if not word.startswith("-"):
+                if "--model" in known and command != "run":
+                    return f"{word!r} is no option; to name a model, type --model {word}"
+                continue
+            if name.startswith("--") and (key := _key_called(name[2:])):
+                return f"there is no option {name}; type --set {key}={value or 'VALUE'}"
+            if close := difflib.get_close_matches(name, known, n=1):
+                return f"there is no option {name}; did you mean {close[0]}?"
+            if name.startswith("--") and (key := _key_like(name[2:])):
+                return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
+        return f"unrecognized arguments: {' '.join(unknown)}"
+
+    def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
+        found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return found[0].choices if found else {}
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and what to type instead where that can be guessed."""
         if given := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            commands = re.findall(r"[\w-]+", given[2])
+            commands = [name for name in re.findall(r"[\w-]+", given[2]) if name not in HIDDEN]
             job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
-            close = job or difflib.get_close_matches(given[1], commands, n=1)
+            option = [f"mpillm --{given[1]}"] if given[1] in ("help", "version") else []
+            close = job or option or difflib.get_close_matches(given[1], commands, n=1)
             instead = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
             message = f"there is no command {given[1]!r}; {instead}"
+        elif given := re.match(r"(argument .*): invalid \w+ value: (.*)", message):
+            message = f"{given[1]}: {given[2]} is not a number"
+        elif message.startswith("the following arguments are required"):
+            wanted = [action for action in self._actions if action.required]
+            shown = [
+                " ".join([*action.option_strings[:1], str(action.metavar or action.dest.upper())])
+                for action in wanted
+            ]
+            message = f"{message}; type {self.prog} {' '.join(shown)}"
         super().error(message)
 
 
 def _key_called(option: str) -> str | None:
     from mpillm import spec
 
-    return spec.key_called(option.replace("-", "_"))
+    name = option.replace("-", "_")
+    return CALLED_ELSEWHERE.get(name) or spec.key_called(name)
+
+
+def _key_like(option: str) -> str | None:
+    from mpillm import spec
+
+    names = {key.rpartition(".")[2]: key for key in spec.known_keys()}
+    close = difflib.get_close_matches(option.replace("-", "_"), names, n=1, cutoff=0.8)
+    return names[close[0]] if close else None
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -66,7 +119,7 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mpillm {mpillm.__version__}")
+    parser.add_argument("--version", action="version", version=f"mpillm {version.__version__}")
     parser.add_argument(
         "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
     )
@@ -111,7 +164,7 @@ def command_parser() -> argparse.ArgumentParser:
     pack.add_argument("target", metavar="DST", type=Path, help="a new directory, or one to finish")
     pack.add_argument(
         "--weights",
-        choices=("source", "q4_0", "q8_0", "bf16", "f32"),
+        choices=("source", "q4_0", "q8_0", "bf16", "bf12", "f32"),
         default="source",
         help="what matrices are stored as (as they are)",
     )

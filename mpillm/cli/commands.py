@@ -14,12 +14,12 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.cli import bench, serve, supervise
 from mpillm.cli.arguments import FORMATS, command_parser
 from mpillm.cli.console import Console
+from mpillm.cli.job import job_of, job_on_every_rank, load_job
 from mpillm.cli.streams import Unfailing
 from mpillm.comm import launch
 from mpillm.comm.program import guard
@@ -28,15 +28,13 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError
 
 if TYPE_CHECKING:
-    from mpillm.spec import Spec
+    pass
 
-NO_JOBS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # what an input may be called
-QUICKSTART = "quickstart.toml"
 NEXT_STEPS = """\
 next steps:
-  mpillm launch -n 2 run                                       answer eight questions with the default small model
-  mpillm launch -n 4 run --input prompts.jsonl --output out/mine                             answer your own
-  mpillm plan --model MODEL --ranks 4                                        will a model fit, and how
+  mpillm launch -n 2 run                 eight questions to a small model
+  mpillm launch -n 4 run --input prompts.jsonl --output out/mine      your own
+  mpillm plan --model MODEL --ranks 4    will a model fit, and how fast is it
 """
 
 
@@ -49,7 +47,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{NEXT_STEPS}", end="")
         return 0
     if options.command == "launch":
-        return supervise.run(options, _job_of)
+        return supervise.run(options, job_of)
     if options.command == "lm-eval":
         return run_alone(lambda: _lm_eval(options))
     alone = {
@@ -106,7 +104,7 @@ def _run(world: World, options: argparse.Namespace) -> int:
     from mpillm.run import runner  # loaded now that the number of threads is known
 
     progress = Console(lambda: world.rank == 0)
-    spec = _spec(world, options)
+    spec = job_on_every_rank(world, options)
     report = runner.run(world, spec, progress, getattr(options, "trace", None))
     if report is None:
         return 0
@@ -116,8 +114,13 @@ def _run(world: World, options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from mpillm.planning import hosts, plan, plan_text, suggestion
+    from mpillm.spec import UNREAD
 
-    spec = _load(options)
+    spec = load_job(options, planned=True)
+    if options.input not in (None, UNREAD) and not spec.input_path.exists():
+        print(
+            f"mpillm: There is no input {options.input}; this is a plan for a typical one.", file=sys.stderr
+        )
     if options.hosts is not None:
         machines = hosts.read(options.hosts, options.ranks)
     else:
@@ -168,7 +171,7 @@ def _models(options: argparse.Namespace) -> int:
         ("GGUF files run with one of these:", gguf_architectures()),
     ):
         print(f"\n{heading}")
-        print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
     return 0
 
 
@@ -265,38 +268,3 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
             hosts.write(options.output, found.hosts)
             print(f"{options.output} is written; mpillm plan --hosts {options.output} reads it.", flush=True)
     return world.bcast(found.exit_code)
-
-
-def _spec(world: World, options: argparse.Namespace) -> Spec:
-    """The job as rank 0 reads it, on every rank."""
-    return world.on_rank_0(lambda: _load(options))
-
-
-def _load(options: argparse.Namespace) -> Spec:
-    from mpillm import spec
-
-    job = getattr(options, "job", None)
-    if job is not None and job.suffix in NO_JOBS:
-        raise JobError(f"{job} is no job file (TOML); to run its requests, type --input {job}.")
-    return spec.load(
-        _job_file(options),
-        getattr(options, "set", ()),
-        model=getattr(options, "model", None),
-        input=getattr(options, "input", None),
-        output=getattr(options, "output", None),
-    )
-
-
-def _job_of(words: list[str]) -> Spec:
-    """The job that a command line names."""
-    return _load(command_parser().parse_args(words))
-
-
-def _job_file(options: argparse.Namespace) -> Path | None:
-    """The job file that the command line names, or the quickstart if it names nothing at all."""
-    job: Path | None = getattr(options, "job", None)
-    if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
-        return job
-    from mpillm.tools.init import shipped
-
-    return shipped("jobs") / QUICKSTART

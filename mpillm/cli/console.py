@@ -36,7 +36,7 @@ class Console:
     def say(self, line: str) -> None:
         """Print a line on stderr, on rank 0 only."""
         if self._speaks():
-            tqdm.write(f"mpillm: {line}", file=sys.stderr)
+            tqdm.write(terminal.fitted(f"mpillm: {line}", sys.stderr), file=sys.stderr)
 
     def downloading(self, done: int, total: int) -> None:
         """A bar of bytes."""
@@ -99,8 +99,9 @@ class Console:
         # Two streams may arrive in any order, and the summary is the last thing to be read.
         stream = sys.stdout if terminal.both_streams_meet() else sys.stderr
         sys.stdout.flush()
-        for line in (*report_page.summary(made), f"The results are in {path}."):
-            print(f"mpillm: {line}", file=stream)
+        for line in report_page.summary(made):
+            print(terminal.fitted(f"mpillm: {line}", stream), file=stream)
+        print(f"mpillm: The results are in {path}.", file=stream)  # whole, for it is copied
         stream.flush()
 
 
@@ -108,7 +109,7 @@ def _show_answers(path: Path, total: int) -> None:
     shown = FEW if total <= FEW else SOME
     with path.open(encoding="utf-8") as lines:
         for line in itertools.islice(lines, shown):
-            print(_answer(json.loads(line)))
+            print(terminal.fitted(_answer(json.loads(line)), sys.stdout))
     if total > shown:
         print(f"... and {total - shown} more in {path}")
 

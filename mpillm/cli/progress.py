@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 
 from tqdm import tqdm
 
+from mpillm.cli import terminal
 from mpillm.run.progress import ProgressState
 
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
+BESIDE = " requests 100% [0:00:00<0:00:00, "  # of a live line, between its numbers
 WINDOW = 10.0  # seconds that the rate of now is taken over
 
 
@@ -40,15 +43,19 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
-def described(state: ProgressState) -> str:
-    """What the run has waited for, and what drafts gave; empty if it was next to nothing."""
+def _waits_and_drafts(state: ProgressState, room: float = float("inf")) -> str:
+    """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if state.per_pass is not None:
         parts.append(f"{state.per_pass:.1f} tokens/pass")
     for what, part in (("stalls", state.stalled), ("other ranks", state.waited)):
         if part >= 0.005:
             parts.append(f"{what} {100 * part:.0f} %")
-    return "".join(f", {part}" for part in parts)
+    told = ""
+    for text in parts:
+        if len(told) + len(text) + 2 <= room:
+            told += f", {text}"
+    return told
 
 
 class Live:
@@ -64,7 +71,11 @@ class Live:
             return
         now = state()
         self._rates.add(now.tokens)
-        self._bar.set_postfix_str(f"{self._rates}{described(now)}", refresh=False)
+        width = terminal.columns(sys.stderr)
+        room = float("inf")
+        if width is not None:  # else the end of a line that is too long would be cut off
+            room = width - len(f"{self._bar.n}/{self._bar.total}{BESIDE}{self._rates}]")
+        self._bar.set_postfix_str(f"{self._rates}{_waits_and_drafts(now, room)}", refresh=False)
         self._bar.refresh()
         self._shown = time.monotonic()
 
@@ -88,5 +99,5 @@ class ProgressLines:
             left = f", {tqdm.format_interval(seconds)} left"
         part = 100 * self._answered / self._total if self._total else 100
         self._say(
-            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{described(now)}"
+            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{_waits_and_drafts(now)}"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 from typing import TextIO
 
 import psutil
@@ -42,6 +43,22 @@ def both_streams_meet() -> bool:
         return os.path.samestat(os.stat(f"{folder}/1"), os.stat(f"{folder}/2"))
     except OSError:
         return False
+
+
+def columns(stream: TextIO) -> int | None:
+    """The width of the terminal that a stream writes to; None if it is none, or has no width."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
+    except (OSError, ValueError):
+        return None
+
+
+def fitted(line: str, stream: TextIO) -> str:
+    """The line, broken between words where the stream's terminal would break it inside one."""
+    width = columns(stream)
+    if width is None or len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _launcher_streams() -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mpillm.comm.collectives import Outbox, Tag
 from mpillm.comm.counters import MessageCounters
+from mpillm.comm.transfer import Outbox, Tag
 from mpillm.comm.world import World
 
 if TYPE_CHECKING:

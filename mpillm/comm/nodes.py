@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mpillm
+from mpillm import version
 from mpillm.comm.cores import Cores, binding, node_cores
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
@@ -34,7 +34,7 @@ class RankInfo:
             Cores.of_this_process(),
             Process.own(),
             free_memory(),
-            mpillm.__version__,
+            version.__version__,
         )
 
     @property

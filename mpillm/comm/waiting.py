@@ -37,6 +37,22 @@ def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | N
     return time.perf_counter() - start
 
 
+def wait_shared(arrived: Callable[[float, float], bool], crowded: bool, look: Callable[[], None]) -> float:
+    """Wait for what other processes write to shared memory; return the seconds that took.
+
+    `arrived` polls and then sleeps, each for so many seconds at most, and returns whether all is there. Between its
+    calls `look` is called; it raises an exception if waiting has become pointless.
+    """
+    if arrived(0.0, 0.0):
+        return 0.0
+    start, waited = time.perf_counter(), 0.0
+    spin = 0.0 if crowded else SPIN
+    while not arrived(POLL if waited < spin else 0.0, 0.0 if waited < spin else pause_after(waited)):
+        look()
+        waited = time.perf_counter() - start
+    return time.perf_counter() - start
+
+
 def pause_after(waited: float) -> float:
     """Seconds of the pause after waiting for so long."""
     return min(max(MIN_PAUSE, waited * PAUSE_RATIO), MAX_PAUSE)

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
@@ -20,7 +19,7 @@ from mpillm.comm import cores, deadline, ending, faults, heartbeat
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
-from mpillm.comm.waiting import POLL, SPIN, pause_after, wait
+from mpillm.comm.waiting import wait, wait_shared
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
@@ -79,22 +78,18 @@ class World:
         return wait(done, self.oversubscribed, self._check_losses if self.survives else None)
 
     def wait_shared(self, arrived: Callable[[float, float], bool], ranks: Sequence[int]) -> float:
-        """Wait for what `ranks` of this machine write to shared memory; return the seconds that took.
+        """Wait for what `ranks` of this machine write to shared memory (`waiting.wait_shared`); return the seconds.
 
-        `arrived` polls and then sleeps for so many seconds at most, and returns whether all is there. Between its calls
-        MPI moves on what is under way, and finds out whether one of the ranks is lost.
+        Between the calls of `arrived` MPI moves on what is under way, and finds out whether one of the ranks is lost.
         """
-        if arrived(0.0, 0.0):
-            return 0.0
-        start, waited = time.perf_counter(), 0.0
-        spin = 0.0 if self.oversubscribed else SPIN
-        while not arrived(POLL if waited < spin else 0.0, 0.0 if waited < spin else pause_after(waited)):
+
+        def look() -> None:
             for rank in ranks:
                 self.comm.Iprobe(rank)
             if self.survives:
                 self._check_losses()
-            waited = time.perf_counter() - start
-        return time.perf_counter() - start
+
+        return wait_shared(arrived, self.oversubscribed, look)
 
     def _check_losses(self) -> None:
         """RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""
@@ -269,8 +264,7 @@ class World:
 
     def exit(self, code: int) -> NoReturn:
         """End this process at once, without ending MPI."""
-        if self._heartbeat:
-            self._heartbeat.stop()
+        self.stop_heartbeat()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.engine.request import Request
 from mpillm.engine.sampler import FORBIDDEN
-from mpillm.engine.sequence import Request
 from mpillm.engine.step import NO_SHIFTS, Shifts
 
 

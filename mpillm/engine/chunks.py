@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from mpillm.engine.adjust import shifts
+from mpillm.engine.request import Request
 from mpillm.engine.sampler import candidates_wanted
-from mpillm.engine.sequence import Request, Sequence
+from mpillm.engine.sequence import Sequence
 from mpillm.engine.step import NO_IDS, NO_SECOND, NO_TARGET, Chunk, Hidden, Ints, Table
 from mpillm.model.cache_layout import blocks_for
 

@@ -18,8 +18,9 @@ from mpillm.engine.blocks import BlockPool, BlockTable
 from mpillm.engine.chunks import drawn_from
 from mpillm.engine.drafter import common
 from mpillm.engine.reply import Reply, merge
+from mpillm.engine.request import Constraint
 from mpillm.engine.sampler import Candidates, draw
-from mpillm.engine.sequence import Constraint, Sequence
+from mpillm.engine.sequence import Sequence
 from mpillm.engine.step import Chunk, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for

@@ -1,8 +1,7 @@
-"""The engine: rank 0 sends steps, and all ranks compute them."""
+"""The engine of a replica: its leader makes steps, all ranks compute them, and it draws tokens from their replies."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
@@ -10,8 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm import tracing
-from mpillm.comm.collectives import Channel
+from mpillm.comm.channel import Channel
 from mpillm.engine import messages
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.chunks import chunks_of
@@ -19,68 +17,23 @@ from mpillm.engine.draft_model import DraftModel
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.messages import Fetch, Stop
 from mpillm.engine.pace import Pace
-from mpillm.engine.reply import Reply, ReplyBuilder, merge
+from mpillm.engine.queue import NewSequences
+from mpillm.engine.reply import Reply, merge
+from mpillm.engine.request import FinishedCompletion, PartialCompletion, Request
 from mpillm.engine.sampler import Candidates
 from mpillm.engine.scheduler import Scheduler
-from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request, Sequence
+from mpillm.engine.sequence import Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.engine.step import Hidden, Step
 from mpillm.engine.turn import Turn
-from mpillm.model.decoder import Decoder
+from mpillm.engine.worker import Worker
 from mpillm.partition.grid import Place
 
 MORE = 8  # the factor by which the number of candidates grows where they did not suffice
 
 
-class Worker:
-    """Computes a rank's share of the work that a message asks for; the leader and the followers each have one."""
-
-    def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
-        self.decoder = decoder
-        self.seconds = 0.0  # in steps, including waits
-        self.longest = 0.0  # seconds of the longest step
-        self._replies = ReplyBuilder(decoder, keep_steps=micro_batches, threads=threads)
-
-    def compute(self, message: Step | Fetch) -> Reply | None:
-        """Do this rank's share of what a message asks for; return the reply, on a last-stage rank."""
-        if isinstance(message, Step):
-            return self.step(message)
-        return self._replies.fetch(message) if self.decoder.is_last else None
-
-    def step(self, step: Step) -> Reply | None:
-        """Compute this rank's share of a step; return the reply, on a last-stage rank."""
-        start = time.perf_counter()
-        x = self.decoder.forward(step.batch())
-        reply = None if x is None else self._replies.build(step, x)
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        self.longest = max(self.longest, seconds)
-        if tracing.active():
-            rows = [len(chunk.tokens) for chunk in step.chunks]
-            tracing.add(_phase(rows), start, seconds, step=step.number, sequences=len(rows), tokens=sum(rows))
-        self.decoder.note_step(seconds)
-        return reply
-
-    @property
-    def paging(self) -> tuple[float, float]:
-        """Seconds so far of waiting for weights and of loading them."""
-        return self.decoder.paging
-
-
-def follow(worker: Worker, channel: Channel, check: Callable[[], object] = lambda: None) -> int:
-    """Follow the leader's messages until it sends stop; return its exit code. `check` is called before each message."""
-    while True:
-        check()
-        message = messages.decode(channel.take())
-        if isinstance(message, Stop):
-            return message.exit_code
-        reply = worker.compute(message)
-        if reply is not None:
-            channel.reply(reply.encode())
-
-
 class Engine:
-    """Computes requests on all ranks; it exists on rank 0."""
+    """Computes requests on all ranks of a replica; it exists on the leader."""
 
     def __init__(
         self,
@@ -115,7 +68,7 @@ class Engine:
         A server's `requests` is an iterator that may go on after it has ended: `more` is called when nothing is left to
         do, waits for the next request, and returns False when there will be none.
         """
-        sequences = _Sequences(requests, self.totals)
+        sequences = NewSequences(requests, self.totals)
         if self._speculation is not None:
             self._speculation.begin()
         scheduler = Scheduler(self._limits, sequences, self.totals, self._speculation)
@@ -137,13 +90,13 @@ class Engine:
                     scheduler.release(sequence)
                     if self._speculation is not None:
                         self._speculation.ended(sequence)
-                yield [sequence.completion() for sequence in (*sequences.take_ended(), *done)]
+                yield [sequence.completion() for sequence in (*sequences.take_finished(), *done)]
         except GeneratorExit:
             # Nobody wants the rest; the replies to what is under way are taken, so that no rank waits to send them.
             for step, _ in in_flight:
                 self._collect(step.number)
             raise
-        if ended := sequences.take_ended():
+        if ended := sequences.take_finished():
             yield [sequence.completion() for sequence in ended]
 
     def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, PartialCompletion]]:
@@ -263,39 +216,6 @@ class Engine:
         outputs = [step.outputs[i]._replace(k=k) for i in wanted]
         more = merge(self._collect(step.number), outputs, self._shard_vocab)
         return known | dict(zip(wanted, more, strict=True))
-
-
-class _Sequences:
-    """The sequences of requests, without those that an earlier run has completed: `take_ended` returns these."""
-
-    def __init__(self, requests: Iterable[Request], totals: Totals) -> None:
-        self._requests, self._totals = iter(requests), totals
-        self._submitted = time.monotonic()
-        self._ended: list[Sequence] = []
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return self
-
-    def __next__(self) -> Sequence:
-        while True:
-            sequence = Sequence(next(self._requests), self._submitted)
-            sequence.append_forced()
-            self._totals.count_generated(sequence)
-            if sequence.finish_reason is None:
-                return sequence
-            sequence.started = time.monotonic()
-            self._ended.append(sequence)
-
-    def take_ended(self) -> list[Sequence]:
-        """Completed sequences since the last call."""
-        ended, self._ended = self._ended, []
-        return ended
-
-
-def _phase(rows: list[int]) -> str:
-    """What a step is called in a trace; `rows` are the tokens of each chunk."""
-    prompts = sum(count > 1 for count in rows)
-    return "decode" if not prompts else "prefill" if prompts == len(rows) else "prefill and decode"
 
 
 def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:

@@ -31,6 +31,12 @@ class Limits:
     short_length: int = 0  # sequences of more tokens have other keys (LongRoPE); 0: none has
 
     @property
+    def shares(self) -> bool:
+        """Whether sequences may share what they begin with alike: what the cache keeps of it can be found again."""
+        found = self.n_saved if self.n_slots else self.windows
+        return self.prefix_sharing and bool(found) and not self.whole_prompts
+
+    @property
     def n_states(self) -> int:
         """All slots."""
         return self.n_slots + self.n_saved

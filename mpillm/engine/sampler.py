@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.engine import exact
-from mpillm.engine.sequence import Request, TopLogprobs
+from mpillm.engine.request import Request, TopLogprobs
 
 COLDEST = 1e-5  # a temperature below it is taken for it
 FIRST_LOOK = 128  # candidates asked for when tokens are drawn: enough for nearly every draw

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm.kernels import scaled_blocks, super_blocks
+from mpillm.kernels.coded import code_panel
 from mpillm.kernels.lanes import fma
 from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
@@ -104,7 +105,7 @@ def to_f16(d: F32) -> npt.NDArray[np.float16]:
         return d.astype(np.float16)
 
 
-def activations(x: F32, bounds: Bounds) -> U8:
+def quantise_rows(x: F32, bounds: Bounds) -> U8:
     """Quantise x [m, k] to uint8 [m, activation_nbytes(k, bounds)], with rows in groups (`ungrouped` undoes that)."""
     edges = check_bounds(bounds, x.shape[1], 1)
     rows = []
@@ -189,7 +190,7 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
         return canonical.view("<f4")[:, :k]
     if type == BlockType.F16:
         return canonical.view("<f2")[:, :k].astype(np.float32)
-    if type == BlockType.BF16:
+    if type.multiplied_as == BlockType.BF16:
         return (canonical.view("<u2")[:, :k].astype(np.uint32) << 16).view(np.float32)
     blocks = canonical.view(CANONICAL[type])
     if type.k_quant:
@@ -208,6 +209,9 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
 
 def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
     """Kernel-ready bytes of each panel of canonical rows."""
+    if type.coded:
+        rows = np.ascontiguousarray(canonical).view("<u2")
+        return [code_panel(rows[:, begin:end]) for begin, end in itertools.pairwise(bounds)]
     if not type.quantised:
         edges = -(-bounds // type.block) * type.block_bytes
         return [canonical[:, begin:end].reshape(-1) for begin, end in itertools.pairwise(edges)]

@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from mpillm.kernels.types import F32, U8, BlockType
 
-# What codes stand for. Of e4m3 numbers (FP8, the scales within NVFP4) 2^-8 of it, for which the block's scale makes up:
-# so they are F16 numbers with the same bits. The codes of NaN count as 480: who makes blocks gives those a scale of NaN.
+# What codes stand for. Of e4m3 numbers (FP8, the scales within NVFP4) it is 2^-8 of that, an F16 number with the same
+# bits, and `units` make up for it. The codes of NaN count as 480: who makes blocks gives those a scale of NaN.
 _CODES = np.arange(256, dtype=np.uint16)
 E4M3 = ((_CODES & 0x80) << 8 | (_CODES & 0x7F) << 7).view(np.float16).astype(np.float32)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -30,7 +30,7 @@ BLOCKS = {
 
 
 def pack_nibbles(codes: U8) -> U8:
-    """Codes [..., k] of 4 bits, k a multiple of 32, as bytes [..., k / 2]: low halves are 16 columns, high the next 16."""
+    """Codes [..., k] of 4 bits as bytes [..., k / 2]: of 16 bytes low halves are 16 columns, high ones the next 16."""
     halves = codes.reshape(*codes.shape[:-1], -1, 2, PART)
     packed: U8 = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*codes.shape[:-1], -1)
     return packed

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from mpillm import kernels
-from mpillm.comm.collectives import Group, Pipe
+from mpillm.comm.channel import Pipe
+from mpillm.comm.collectives import Group
 from mpillm.model.adapters import RankAdapters
 from mpillm.model.batch import Batch, ForwardPass, Rows
 from mpillm.model.config import ModelConfig

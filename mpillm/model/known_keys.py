@@ -17,8 +17,8 @@ _BOOKKEEPING = """
     keys_to_ignore_at_inference label2id license max_sequence_length model_max_length model_name name_or_path num_labels
     onnx output_attentions output_hidden_states prefix pretraining_tp problem_type return_dict return_dict_in_generate
     seq_length task_specific_params tie_last_hidden_states tokenizer_class tokenizer_model_max_length torch_dtype
-    torchscript trainable transformers.js_config transformers_version transformers_weights use_bfloat16 use_cache
-    use_flash_attention use_flash_attn use_return_dict vocab_padded vocab_type
+    num_nextn_predict_layers torchscript trainable transformers.js_config transformers_version transformers_weights
+    use_bfloat16 use_cache use_flash_attention use_flash_attn use_return_dict vocab_padded vocab_type
     attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout
     hidden_dropout_prob neftune_noise_alpha residual_dropout resid_pdrop output_router_logits router_aux_loss_coef
     router_jitter_noise
@@ -72,7 +72,6 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "norm_type": ("rms_norm", "rmsnorm"),
     "num_experts": (0,),
     "num_local_experts": (0,),
-    "num_nextn_predict_layers": (0,),
     "num_shared_experts": (0,),
     "parallel_attn": (False,),
     "per_layer_config": ({},),

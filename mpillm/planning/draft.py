@@ -39,7 +39,7 @@ def nbytes(spec: Spec, config: ModelConfig) -> int:
 def _planned(section: DraftSection, max_context: int) -> int:
     """The same; a plan asks for it again and again."""
     assert section.model is not None
-    with closing(open_described(models.described(section.model), section.quantize)) as source:
+    with closing(open_described(models.path_to_plan(section.model), section.quantize)) as source:
         return _nbytes(section, max_context, source, config_of(source))
 
 

@@ -13,22 +13,11 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
 from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.job_time import Demand, JobTime, job_time, shared_time
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED, Speed
-from mpillm.planning.step_time import (
-    INSIDE,
-    Demand,
-    JobTime,
-    LinkRate,
-    Stage,
-    StepRows,
-    between,
-    job_time,
-    round_of,
-    shared,
-    stage_time,
-)
+from mpillm.planning.step_time import INSIDE, LinkRate, Stage, StepRows, between, round_of, stage_time
 from mpillm.spec import Spec
 
 UNEVEN = 1.1  # how many times as fast an uneven division of layers must be
@@ -76,7 +65,7 @@ def estimate(
     """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
     demand = given or TYPICAL
     kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
-    seconds, requests = shared([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
+    seconds, requests = shared_time([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
                                demand.requests)  # fmt: skip
     times = [kind.time(max(own, 1)) for kind, own in zip(kinds, requests, strict=True)]
     busy = [

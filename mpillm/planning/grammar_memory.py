@@ -55,7 +55,7 @@ class GrammarNeeds(msgspec.Struct, frozen=True):
 NO_GRAMMARS = GrammarNeeds()
 
 
-class Grammars:
+class GrammarCounter:
     """Counts the grammars of an input."""
 
     def __init__(self, spec: Spec) -> None:

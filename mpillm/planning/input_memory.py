@@ -25,7 +25,7 @@ from mpillm.batch.template import Template
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
-from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarNeeds, Grammars
+from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarCounter, GrammarNeeds
 from mpillm.spec import Spec
 from mpillm.store import inputs
 from mpillm.text.from_dllama import template_in
@@ -131,7 +131,7 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
     context = spec.memory.max_context
     decoder = msgspec.json.Decoder(_LineSize)
     template = None if spec.request is None else Template(spec.request)
-    grammars = Grammars(spec)
+    grammars = GrammarCounter(spec)
     try:
         with inputs.opened(spec) as file:
             while raw := file.readline(MAX_LINE):

@@ -17,12 +17,14 @@ from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
-from mpillm.planning.layout import Found, Layouts
+from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Found
 from mpillm.planning.limits import cached_tokens
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import Planner, RankPlan, problems
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import RankPlan, problems
 from mpillm.planning.search import search
-from mpillm.planning.wire import described
+from mpillm.planning.wire import wire_in_words
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
@@ -65,7 +67,7 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 
     `machines` says where the ranks are; without it they are on one host.
     """
-    path = models.described(spec.model)
+    path = models.path_to_plan(spec.model)
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
     with (
         closing(open_described(path, spec.quantize)) as source,
@@ -116,7 +118,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
             BlockType[spec.wire.between_stages.upper()],
         ),
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
-        wire_of_shards=described(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
+        wire_of_shards=wire_in_words(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
         ranks=plans,
         time=time,
         gains={} if wrong else dict(_gains(spec, planner, machines, asked, time)),

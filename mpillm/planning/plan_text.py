@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
+from mpillm.store.readable import count_of
 
 NAMED = 8  # hosts that are left out
+COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
 WORTH = 1.03  # how many times as fast is worth a line
 
 
 def as_text(plan: Plan) -> str:
-    """The plan as a table for people."""
-    return "\n".join(_table(plan))
+    """The plan as a table for people, whose sentences fit a terminal of 80 columns."""
+    parts = (map(_wrapped, _sentences(plan)), _rank_table(plan), _verdict(plan))
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
-def _table(plan: Plan) -> Iterator[str]:
+def _wrapped(line: str, indent: int = LABEL) -> str:
+    return textwrap.fill(
+        line, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _sentences(plan: Plan) -> Iterator[str]:
     ranks = len(plan.ranks)
     others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
     yield f"model     {plan.model} ({plan.architecture})"
@@ -62,7 +72,10 @@ def _table(plan: Plan) -> Iterator[str]:
     yield f"memory    of each rank, at most, in MiB; memory.weights must be {_mib(minimum)} at least"
     if streamed:
         yield "          read: of weights, from disk, for each step"
-    yield ""
+
+
+def _rank_table(plan: Plan) -> Iterator[str]:
+    streamed = any(rank.weights_streamed for rank in plan.ranks)
     columns = {
         "rank": [str(rank.rank) for rank in plan.ranks],
         **({"replica": [str(rank.replica) for rank in plan.ranks]} if plan.replicas > 1 else {}),
@@ -90,17 +103,21 @@ def _table(plan: Plan) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    yield ""
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
     together = shown_bytes(sum(rank.held for rank in plan.ranks))
-    on_one = f": on one machine {together} for all of them" if ranks > 1 else ""
-    yield from plan.problems or [f"It fits, where every rank finds the memory of its last column{on_one}."]
+    on_one = f": on one machine {together} for all of them" if len(plan.ranks) > 1 else ""
+    fits = f"It fits, where every rank finds the memory of its last column{on_one}."
+    yield from plan.problems or [_wrapped(fits, indent=0)]
 
 
 def _time(plan: Plan) -> Iterator[str]:
     """What it takes, what limits it, and what would make it faster."""
     time = plan.time
     known = "measured speeds" if time.measured else "assumed speeds: mpillm doctor --output measures them"
-    tokens = f"{time.requests} sequences, {time.prompt_tokens} prompt tokens and up to {time.generated_tokens} more"
+    sequences = count_of(time.requests, "sequence")
+    tokens = f"{sequences}, {time.prompt_tokens} prompt tokens and up to {time.generated_tokens} more"
     yield f"time      {_duration(time.seconds)} for {'the input' if time.of_input else 'an input of'}"
     yield f"          {tokens}"
     yield f"          ({known})"
@@ -109,9 +126,9 @@ def _time(plan: Plan) -> Iterator[str]:
         f"one answer {time.decode_one:.1f}"
     )
     together = f" in {time.micro_batches} micro-batches" if time.micro_batches > 1 else ""
+    at_once = count_of(time.sequences // plan.replicas, "sequence")
     yield (
-        f"          a step of {time.sequences // plan.replicas} sequences{together} takes {1000 * time.step:.1f} ms; "
-        f"its limit: {time.limit}"
+        f"          a step of {at_once}{together} takes {1000 * time.step:.1f} ms; its limit: {time.limit}"
     )
     if plan.stages > 1:
         yield f"          slowest: {time.slowest}; stages wait {100 * time.bubble:.0f} % of a step for each other"
@@ -146,8 +163,3 @@ def _layouts(plan: Plan) -> str:
 
 def _layout(stages: int, shards: int) -> str:
     return f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}"
-
-
-def count_of(number: int, kind: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {kind}{'' if number == 1 else 's'}"

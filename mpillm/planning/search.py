@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from mpillm.errors import LayoutError, MpillmError
-from mpillm.planning.layout import Found, Layouts
+from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 
 LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts

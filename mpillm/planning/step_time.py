@@ -1,4 +1,4 @@
-"""A model of the time of a step, and of a whole job: pure functions of what ranks hold and of how fast they are.
+"""A model of the time of a step: pure functions of what ranks hold and of how fast they are.
 
 A stage computes its products at the rate of their block type and number of rows, reads the keys and values of its
 sequences from memory, and meanwhile reads streamed weights from its disk. Its shards then sum their rows, twice a
@@ -9,18 +9,14 @@ stage waits for the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from mpillm.kernels import BlockType
 from mpillm.planning.speed import Speed
 
 # Measured on two cores of x86-64 with AVX2: what a step takes besides products and attention.
-REQUEST = 1e-3  # seconds of rank 0 for a line and its answer (118 s for 10^5 of one token, measured on Zen 3)
 STEP = 1e-3  # seconds: the scheduler, sampling, messages of the engine
-PRECISION = 0.005  # of the time in which replicas share a job
 LAYER = 50e-6  # seconds of a layer: norms, activations, the start of each kernel
 
 WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
@@ -202,95 +198,6 @@ def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
     once = sum(time.total for time in times)
     seconds = max(count * times[slowest].total, once)
     return Round(seconds, count, slowest, times[slowest], 1 - count * once / (len(times) * seconds))
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a job asks for: estimates of its tokens, from its lines."""
-
-    requests: int
-    prompt: float  # tokens, all together
-    generated: float  # at most
-
-    @property
-    def context(self) -> float:
-        """Tokens that a row attends to on average while answers are generated."""
-        return (self.prompt + self.generated / 2) / self.requests if self.requests else 0.0
-
-
-@dataclass(frozen=True)
-class JobTime:
-    """Seconds of a replica for its part of a job, and its rounds."""
-
-    prefill: float
-    decode: float
-    requests: int
-    prompt_tokens: float
-    sequences: float  # that run at once
-    prompt_round: Round
-    decode_round: Round
-
-    @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.prefill + self.decode + REQUEST * self.requests
-
-    @property
-    def prefill_rate(self) -> float:
-        """Tokens/s of prompts, while nothing is generated."""
-        return self.prompt_tokens / self.prefill if self.prefill else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens/s that are generated, while no prompts are computed."""
-        return self.sequences / self.decode_round.seconds
-
-
-def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequences: float) -> JobTime:
-    """A replica's time for a demand; a step has up to `step_tokens` rows, and `sequences` sequences run at once."""
-    count = max(min(sequences, demand.requests), 1.0)
-    rows = max(min(step_tokens, demand.prompt), 1.0)
-    length = demand.prompt / max(demand.requests, 1)
-    prompt_round = round_of(stages, StepRows(rows, rows / max(length, 1.0), length / 2))
-    decode_round = round_of(stages, StepRows(count, count, demand.context))
-    # Where one sequence ends the next begins.
-    rounds = max(demand.requests / count, 1.0) * demand.generated / max(demand.requests, 1)
-    return JobTime(
-        prefill=demand.prompt / rows * prompt_round.seconds,
-        decode=rounds * decode_round.seconds,
-        requests=demand.requests,
-        prompt_tokens=demand.prompt,
-        sequences=count,
-        prompt_round=prompt_round,
-        decode_round=decode_round,
-    )
-
-
-def shared(
-    takes: Sequence[Callable[[int], float]], counts: Sequence[int], requests: int
-) -> tuple[float, list[int]]:
-    """Seconds of replicas that share `requests` so that they end together, and how many each of a kind computes.
-
-    There are `counts` replicas of each kind, one of which takes `takes(n)` seconds for n requests.
-    """
-    if len(takes) == 1:
-        each = -(-requests // counts[0])
-        return takes[0](each), [each]
-    tried = [1 << power for power in range(requests.bit_length())] + [requests]
-    known = [[take(number) for number in tried] for take in takes]
-
-    def within(seconds: float) -> list[int]:
-        """How many requests one of each kind computes in so many seconds."""
-        return [int(np.interp(seconds, own, tried) + 1e-6) if seconds >= own[0] else 0 for own in known]
-
-    high = min(own[-1] for own in known)
-    low = high / (2 * sum(counts))
-    while high > low * (1 + PRECISION):
-        middle = math.sqrt(low * high)
-        done = sum(count * number for count, number in zip(counts, within(middle), strict=True))
-        low, high = (low, middle) if done >= requests else (middle, high)
-    made = within(high)
-    return max(take(number) for take, number in zip(takes, made, strict=True) if number), made
 
 
 def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:

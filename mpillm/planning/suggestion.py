@@ -14,9 +14,10 @@ from mpillm.model.opening import open_described
 from mpillm.planning.input_memory import input_needs, template_length
 from mpillm.planning.machines import Machines
 from mpillm.planning.plan import laid_out
-from mpillm.planning.plan_text import count_of
-from mpillm.planning.rank_plan import Planner, RankPlan
-from mpillm.spec import Spec, shown_bytes
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import RankPlan
+from mpillm.spec import UNREAD, Spec, shown_bytes
+from mpillm.store.readable import count_of
 
 MIB = 2**20
 
@@ -27,7 +28,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
     Raises JobError if no memory is enough, MpillmError if the model cannot be read.
     """
     with (
-        closing(open_described(models.described(spec.model), spec.quantize)) as source,
+        closing(open_described(models.path_to_plan(spec.model), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)
@@ -52,7 +53,8 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
             low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
         found, ranks = made(high * MIB)
     held = shown_bytes(max(rank.held for rank in ranks))
-    keys = {"model": spec.model, "input": spec.input, "output": spec.output.path}
+    asked_of = "requests.jsonl" if spec.input == UNREAD else spec.input
+    keys = {"model": spec.model, "input": asked_of, "output": spec.output.path}
     return "\n".join(
         [
             f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",

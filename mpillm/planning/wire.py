@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mpillm.comm.collectives import Wire
+from mpillm.comm.transfer import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
 from mpillm.planning.estimate import demand_of, estimate
@@ -54,7 +54,7 @@ def decided(
     return "q8_0", f"over the network between the hosts f32 would take {100 * (times - 1):.0f} % longer"
 
 
-def described(wire: Wire, shards: int, reason: str) -> str:
+def wire_in_words(wire: Wire, shards: int, reason: str) -> str:
     """What a wire means for the answers, in words."""
     if wire == "f32":
         return f"shards send f32, so answers do not depend on their number ({reason})"

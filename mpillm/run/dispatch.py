@@ -21,7 +21,7 @@ from mpillm.batch.requests import make_work, read_line
 from mpillm.batch.work import Line, Model
 from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import PartialCompletion
+from mpillm.engine.request import PartialCompletion
 from mpillm.errors import MpillmError
 from mpillm.run.leader import Given, Leader
 from mpillm.run.session import Session

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from mpillm.catalogue import models
-from mpillm.comm.collectives import Group, Pipe
+from mpillm.comm.channel import Pipe
+from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.world import World
 from mpillm.engine.draft_model import DraftModel
-from mpillm.engine.engine import Worker
+from mpillm.engine.worker import Worker
 from mpillm.errors import JobError
 from mpillm.model.config import ModelConfig
 from mpillm.model.decoder import Decoder

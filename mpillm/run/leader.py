@@ -10,7 +10,7 @@ from dataclasses import replace
 from mpillm.batch.pending import Pending
 from mpillm.batch.work import Model, Work
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
+from mpillm.engine.request import FinishedCompletion, PartialCompletion, Request
 from mpillm.errors import Interrupted
 from mpillm.run.session import Session
 from mpillm.spec import Spec

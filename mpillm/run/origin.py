@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpillm.comm.collectives import Wire
+from mpillm.comm.transfer import Wire
 from mpillm.comm.world import World
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas

@@ -11,15 +11,15 @@ from importlib import metadata
 
 import msgspec
 
-from mpillm import __version__
 from mpillm.engine.limits import Totals
 from mpillm.errors import OutputError
 from mpillm.planning import memory
-from mpillm.planning.step_time import Demand
+from mpillm.planning.job_time import Demand
 from mpillm.run.computation import Computation
 from mpillm.run.session import Session
 from mpillm.store import report, results, table
 from mpillm.store.journal_facts import began
+from mpillm.version import __version__
 
 PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 

@@ -18,8 +18,8 @@ from mpillm.batch.requests import make_work
 from mpillm.batch.rows.line import MAX_LINE
 from mpillm.batch.work import Line, Work
 from mpillm.comm.world import World
-from mpillm.engine.engine import follow
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
+from mpillm.engine.worker import follow
 from mpillm.errors import ModelError, RequestError
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Bar
@@ -97,7 +97,7 @@ class Service:
         pending: dict[str, tuple[int, Pending]],
         refused: list[tuple[int, Result]],
     ) -> Iterator[Request]:
-        for work in ordered(self._works(lines, pending, refused)):
+        for work in ordered(self._works(lines, pending, refused), self.model.cached_tokens):
             yield from work.requests
 
     def _works(

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpillm import kernels
-from mpillm.comm.collectives import Channel, Group, Pipe
+from mpillm.comm.channel import Channel, Pipe
+from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.world import World
 from mpillm.engine.draft_model import DraftModel
-from mpillm.engine.engine import Engine, Worker
+from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.speculation import Mode
+from mpillm.engine.worker import Worker
 from mpillm.errors import JobError, ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -28,13 +30,14 @@ from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
-from mpillm.planning.layout import Chosen, Layouts
+from mpillm.planning.job_time import Demand
+from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.limits import limits
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import Planner
+from mpillm.planning.planner import Planner
 from mpillm.planning.search import slowed_by
-from mpillm.planning.step_time import Demand
-from mpillm.planning.wire import described, shards_cross_hosts, with_wire
+from mpillm.planning.wire import shards_cross_hosts, wire_in_words, with_wire
 from mpillm.run import draft
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
@@ -128,7 +131,7 @@ class Session:
         self.warnings = world.nodes.bindings if spec.layout.threads == "auto" else []
         self.warnings += [self.slowed] if self.slowed else []
         if self.wire != "f32" and self.place.shards > 1:
-            words = described(self.wire, self.place.shards, chosen.wire_reason)
+            words = wire_in_words(self.wire, self.place.shards, chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
 
     def _make_worker(self) -> None:

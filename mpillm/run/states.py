@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from mpillm.engine.engine import follow
+from mpillm.engine.worker import follow
 from mpillm.partition.replicas import Replicas
 from mpillm.run import outcome
 from mpillm.run.computation import Computation

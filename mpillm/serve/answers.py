@@ -13,7 +13,7 @@ from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.streaming import ChatStream, TextStream
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 
 DONE = b"data: [DONE]\n\n"
 

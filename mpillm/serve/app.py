@@ -20,19 +20,19 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mpillm import __version__
 from mpillm.batch import bodies
 from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.prepare import prepare
 from mpillm.spec import Spec
+from mpillm.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from mpillm.batch.pending import Pending
 from mpillm.batch.work import Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import MpillmError
 
 LOOK = 0.2  # seconds between two looks at whether a signal has come

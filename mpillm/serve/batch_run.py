@@ -12,7 +12,7 @@ import msgspec
 from mpillm.batch import requests
 from mpillm.batch.answers import bad_line
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.serve.arrivals import Ticket
 from mpillm.store import results
 from mpillm.store.directory import replacing

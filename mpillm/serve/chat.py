@@ -21,8 +21,8 @@ from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Model
 from mpillm.comm.world import World
-from mpillm.engine.engine import follow
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
+from mpillm.engine.worker import follow
 from mpillm.errors import JobError, RequestError
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from prometheus_client import (
@@ -16,7 +16,7 @@ from prometheus_client import (
 
 from mpillm.batch.work import Work
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.serve.arrivals import Arrivals
 
 
@@ -58,6 +58,11 @@ class Metrics:
         """Count the tokens of an answer."""
         self._prompt.inc(work.prompt_tokens)
         self._generated.inc(sum(len(completion.tokens) for completion in completions))
+
+    def described(self) -> Iterator[tuple[str, str]]:
+        """The name of each metric as Prometheus shows it, and what it is."""
+        for metric in self._registry.collect():
+            yield metric.name + ("_total" if metric.type == "counter" else ""), metric.documentation
 
     def exposition(self, arrivals: Arrivals) -> tuple[bytes, str]:
         """The text that Prometheus reads, and its content type."""

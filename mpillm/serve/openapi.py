@@ -8,14 +8,14 @@ import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mpillm import __version__
-from mpillm.batch.bodies import IGNORED
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
+from mpillm.batch.other_keys import IGNORED
 from mpillm.batch.work import Endpoint
 from mpillm.serve.batches import BatchObject
 from mpillm.serve.files import File
 from mpillm.serve.uploads import Wanted
+from mpillm.version import __version__
 
 Described = dict[str, Any]
 

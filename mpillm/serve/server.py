@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from mpillm.comm.world import World
-from mpillm.engine.engine import follow
+from mpillm.engine.worker import follow
 from mpillm.errors import JobError
 from mpillm.run.job import open_journal
 from mpillm.run.opened import model_of, model_path

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mpillm.spec.job import Spec, key_called, known_keys, tightest
 from mpillm.spec.messages import plain_words
-from mpillm.spec.reading import checked, load
+from mpillm.spec.reading import UNREAD, checked, load
 from mpillm.spec.sections import (
     BatchSection,
     ChatSection,
@@ -28,6 +28,7 @@ from mpillm.spec.sections import (
     Section,
     Seed,
     StopStrings,
+    StructuralTags,
     StructuredOutputs,
     Subtracted,
     TableFormat,
@@ -40,9 +41,10 @@ from mpillm.spec.sections import (
 from mpillm.spec.sizes import byte_size, shown_bytes
 
 __all__ = [
+    "UNREAD",
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
-    "Section", "Seed", "Spec", "StopStrings", "StructuredOutputs", "Subtracted", "TableFormat", "Temperature",
-    "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
+    "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
+    "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
     "plain_words", "shown_bytes", "tightest",
 ]  # fmt: skip

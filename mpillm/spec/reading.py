@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ else:
 from mpillm.spec.job import Spec, known_keys
 from mpillm.spec.messages import explain, nearest
 
+UNREAD = "-"  # standard input, which no plan reads
+
 
 def load(
     path: str | os.PathLike[str] | None = None,
@@ -28,12 +31,16 @@ def load(
     model: str | None = None,
     input: str | None = None,
     output: str | None = None,
+    planned: bool = False,
 ) -> Spec:
     """Return the checked job of a file (or of none), the command line's word on top; JobError says what is wrong.
 
     `overrides` are "section.key=value" in TOML; a bare word is a string. `model`, `input` and `output` win over
-    both. What those leave out and the file does not have either is an error, but for the model (the default one).
+    both. What those leave out and the file does not have either is an error, but for the model (the default one) and,
+    in a job that is only `planned`, for the input (`UNREAD`) and the output.
     """
+    for override in overrides:
+        _refuse_incomplete(override)
     values = _read(Path(path)) if path is not None else {}
     where = "The command line" if path is None else f"The job file {path}"
     _take_shorthands(values, where)
@@ -47,6 +54,9 @@ def load(
         values.setdefault("output", {})["path"] = output
     _take_shorthands(values, where)
     _refuse_unknown(values, "The command line")
+    if planned:
+        values.setdefault("input", UNREAD)
+        values.setdefault("output", {}).setdefault("path", "out")
     for key, given in (("input", "input" in values), ("output", "path" in values.get("output", {}))):
         if not given:
             raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
@@ -134,12 +144,17 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
                 adapters[name] = str(folder / os.path.expanduser(folder_of))
 
 
+def _refuse_incomplete(override: str) -> None:
+    """Said before the job is read: what follows `--set` a word later would be taken for its file."""
+    name, equals, _ = override.partition("=")
+    if not equals or not all(_keys(name)):
+        raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Put "a.b=value" into the tables."""
-    name, equals, text = override.partition("=")
-    keys = [key.strip() for key in name.split(".")]
-    if not equals or not all(keys):
-        raise JobError(f"--set {override!r} is not of the form section.key=value, such as sampling.seed=3.")
+    name, _, text = override.partition("=")
+    keys = _keys(name)
     if keys == ["output"]:
         keys = ["output", "path"]
     table = values
@@ -150,13 +165,31 @@ def _override(values: dict[str, Any], override: str) -> None:
     table[keys[-1]] = _value(text.strip())
 
 
+def _keys(name: str) -> list[str]:
+    """The keys of a dotted name, which may be quoted as in TOML."""
+    try:
+        value: Any = toml(f"{name} = 0")
+    except ValueError:
+        return [key.strip() for key in name.split(".")]
+    keys: list[str] = []
+    while isinstance(value, dict):
+        ((key, value),) = value.items()
+        keys.append(key)
+    return keys
+
+
 def _value(text: str) -> Any:
-    """A TOML value, or the text itself."""
+    """A TOML value; else a list, an object or a string of JSON; else the text itself."""
     try:
         parsed = toml(f"value = {text}")
+        if set(parsed) == {"value"}:
+            return parsed["value"]
     except ValueError:
+        pass
+    try:
+        return json.loads(text) if text.startswith(("[", "{", '"')) else text
+    except (ValueError, RecursionError):
         return text
-    return parsed["value"] if set(parsed) == {"value"} else text
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:

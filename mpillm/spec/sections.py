@@ -53,22 +53,43 @@ class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """OpenAI's `response_format`."""
+class TagStructure(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a text that begins with `begin`, ends with `end`, and is JSON between them."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    begin: Word
+    schema: dict[str, Any] | bool = True
+    end: str
+
+
+class StructuralTags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's structural tags: where one of the triggers comes in a text, one of the structures begins with it."""
+
+    type: Literal["structural_tag"] = "structural_tag"
+    structures: Annotated[list[TagStructure], Meta(min_length=1)]
+    triggers: Annotated[list[Word], Meta(min_length=1)]
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`, and vLLM's with structural tags."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    structures: list[TagStructure] | None = None
+    triggers: list[Word] | None = None
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """vLLM's `structured_outputs`: one of the first five."""
+    """vLLM's `structured_outputs`: one of the first six."""
 
     json: dict[str, Any] | str | bool | None = None
     regex: str | None = None
     choice: Annotated[list[Word], Meta(min_length=1)] | None = None
     grammar: str | None = None
     json_object: Literal[True] | None = None
+    structural_tag: StructuralTags | str | None = None
     disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
 
 
 class SamplingSection(Section, frozen=True):

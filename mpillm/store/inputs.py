@@ -62,8 +62,11 @@ def opened(spec: Spec) -> Iterator[IO[bytes]]:
 def _check_columns(spec: Spec, columns: list[str]) -> None:
     """JobError if a table lacks what is asked of its rows."""
     has = ", ".join(map(repr, columns))
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise JobError(f"The input {spec.input} has two columns {twice!r}; rename one of them.")
     if spec.request is not None:
-        if missing := sorted(Template(spec.request).columns - set(columns)):
+        if missing := Template(spec.request).missing(columns):
             raise JobError(
                 f"The input {spec.input} has no column {missing[0]!r}, which the job's request names; it has {has}."
             )

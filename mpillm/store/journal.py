@@ -21,9 +21,8 @@ from typing import Any
 
 import msgspec
 
-from mpillm import __version__
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import PartialCompletion
+from mpillm.engine.request import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
 from mpillm.store.directory import Descriptor, explained, explanation
 from mpillm.store.journal_facts import began
@@ -47,6 +46,7 @@ from mpillm.store.records import (
     scan,
 )
 from mpillm.store.same_job import refuse_changed_lines, refuse_other_job
+from mpillm.version import __version__
 
 log = logging.getLogger(__name__)
 

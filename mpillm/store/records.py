@@ -21,7 +21,7 @@ import numpy as np
 
 from mpillm.batch.names import NumbersByName
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import PartialCompletion
+from mpillm.engine.request import PartialCompletion
 
 VERSION = 2
 KEY_BYTES = 8

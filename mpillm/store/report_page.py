@@ -9,7 +9,7 @@ from typing import Any
 
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import replacing
-from mpillm.store.readable import as_json, printable
+from mpillm.store.readable import as_json, count_of, printable
 from mpillm.store.report import RankStatistics, Report, read
 from mpillm.store.report_plots import MESSAGES, available, plots, write_figures
 
@@ -21,7 +21,7 @@ def summary(report: Report) -> Iterator[str]:
     """The few lines that are said when a run ends."""
     done = report.requests
     resumed = f" ({done.resumed} of them by earlier runs)" if done.resumed else ""
-    yield f"{done.total} requests{resumed}: {done.ok} answered, {done.errors} ended in an error."
+    yield f"{count_of(done.total, 'request')}{resumed}: {done.ok} answered, {done.errors} ended in an error."
     generated = f", {report.rate():.1f} of them generated" if report.tokens.generated else ""
     tokens = report.tokens
     shared = f" ({tokens.shared} of them shared)" if tokens.shared else ""
@@ -130,7 +130,8 @@ _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#22
 @media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
-td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right}th{background:var(--shade)}
+td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem;overflow-wrap:anywhere}
+th{background:var(--shade)}
 p{max-width:62rem}td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -155,7 +156,8 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
         _table(("phase", "seconds"), [(key, f"{value:.2f}") for key, value in report.phases.items()])
     )
     replicas = f"{report.replicas} replicas, " if report.replicas > 1 else ""
-    parts.append(f"<h2>Ranks: {replicas}{report.stages} stages x {report.shards} shards</h2>")
+    layout = f"{count_of(report.stages, 'stage')} x {count_of(report.shards, 'shard')}"
+    parts.append(f"<h2>Ranks: {replicas}{layout}</h2>")
     parts.append(_rank_table(report))
     rows = [
         (MESSAGES.get(kind, kind), shown_bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")

@@ -234,7 +234,7 @@ def _draw_beside(axes: Axes, plot: Plot) -> None:
 
 
 def _finish_bars(axes: Axes, plot: Plot) -> None:
-    axes.invert_yaxis()
+    axes.set_ylim(len(plot.rows) - 0.5, -0.5)  # the first at the top, and no room beyond the bars
     axes.set_xlabel(plot.unit)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
 
@@ -243,7 +243,7 @@ def _draw_histogram(axes: Axes, plot: Plot) -> None:
     starts, ends, *counts = zip(*plot.rows, strict=True)
     edges = [*starts, ends[-1]]
     for label, of in zip(plot.columns[2:], counts, strict=True):
-        axes.stairs(of, edges, label=label, fill=True, alpha=0.5)
+        axes.stairs(of, edges, label=label, fill=True, alpha=0.7)
     axes.set_xlabel(plot.unit)
     axes.set_ylabel("answers" if len(counts) == 1 else "how many")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")

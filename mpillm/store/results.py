@@ -17,16 +17,16 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mpillm import __version__
 from mpillm.batch.answers import bad_line, check_finite, error_line, result_line
 from mpillm.batch.endpoints import COLUMNS
 from mpillm.batch.work import Line, Model, Work
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NotFiniteError
 from mpillm.store.directory import SYNC_BYTES, Directory
 from mpillm.store.hdf5 import GrowingDataset, RaggedColumn, TextColumn, new_file
 from mpillm.store.journal import Journal
 from mpillm.store.records import Choice, Result, line_key
+from mpillm.version import __version__
 
 JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 

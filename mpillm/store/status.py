@@ -81,16 +81,19 @@ class Reader:
     """The journal of a directory, read again and again: each time only what is new."""
 
     def __init__(self, path: Path) -> None:
-        """JobError if the directory holds no journal."""
+        """JobError if the directory holds no journal, Interrupted if a run has only begun to write one."""
         self._path = path
         self._found = Scan()
         with explained(path):
             try:
                 self._directory = Directory(path)
             except (FileNotFoundError, NotADirectoryError):
-                raise JobError(f"There is no directory {path}.") from None
+                raise JobError(f"There is no directory {path}; a run makes it when it starts.") from None
         if JOURNAL not in self._directory.names():
+            owner = self._owner()
             self._directory.close()
+            if owner is not None:
+                raise Interrupted(f"The run in {path} is starting ({owner}); look again in a few seconds.")
             raise JobError(f"The directory {path} is no output of a run: it holds no {JOURNAL}.")
 
     def look(self) -> Status:

@@ -36,15 +36,45 @@ MAX_REFERENCES = 8000  # "$ref" in a schema
 MAX_MULTIPLE = 30_000  # the least common multiple of all "multipleOf" in a schema, without factors of 2 and 5
 STACK = 96 << 20
 CACHED = 16  # compiled grammars that are kept for other requests
+# Keywords of a schema: those that name properties, whose values are schemas by names, and whose values are no schemas.
+NAMING = frozenset({"properties", "patternProperties"})
+OF_SCHEMAS = NAMING | {"$defs", "definitions", "dependentSchemas"}
+OF_VALUES = frozenset({"const", "default", "enum", "examples"})
 
 
-def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True) -> str:
-    """JSON that a schema accepts; where `lenient`, keywords that cannot be enforced are passed over."""
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the schema is not JSON: {error}") from None
+def read_schema(schema: Any) -> Any:
+    """A schema, which may be a string of JSON."""
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the schema is not JSON: {error}") from None
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects have none but the properties that it names."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for key, value in schema.items():
+        if key in OF_SCHEMAS and isinstance(value, dict):
+            found[key] = {name: closed(one) for name, one in value.items()}
+        else:
+            found[key] = value if key in OF_VALUES else closed(value)
+    return found if found.keys().isdisjoint(NAMING) else {**found, "additionalProperties": False}
+
+
+def json_grammar(
+    schema: Any, *, lenient: bool = False, whitespace: bool = True, pattern: str | None = None
+) -> str:
+    """JSON that a schema accepts; where `lenient`, keywords that cannot be enforced are passed over.
+
+    `pattern` is the regular expression of what may stand between the tokens of JSON.
+    """
+    schema = read_schema(schema)
     if schema is False:
         raise RequestError("nothing obeys the schema false")
     if schema is True:
@@ -54,7 +84,8 @@ def json_grammar(schema: Any, *, lenient: bool = False, whitespace: bool = True)
     _check_size(schema)
     options: Any = {"lenient": lenient, "whitespace_flexible": whitespace}
     if whitespace:
-        options["whitespace_pattern"] = WHITESPACE
+        _check_most("characters of the regular expression", len(pattern or ""), MAX_PATTERN)
+        options["whitespace_pattern"] = WHITESPACE if pattern is None else pattern
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except (ValueError, RecursionError) as error:  # a number beyond 64 bits, too many levels

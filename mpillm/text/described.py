@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Literal
 
 import tokenizers
 
 from mpillm.text.parts import checked
+
+Decoding = Literal["byte_level", "sentencepiece", "other"]  # how tokens become text
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -35,8 +38,8 @@ def _byte_characters() -> dict[str, int]:
 BYTE_OF = _byte_characters()
 
 
-def decoding(core: tokenizers.Tokenizer) -> tuple[str, bool]:
-    """How tokens become text (byte_level, sentencepiece or other), and whether a text's first space is removed."""
+def decoding(core: tokenizers.Tokenizer) -> tuple[Decoding, bool]:
+    """How tokens become text, and whether a text's first space is removed."""
     if core.decoder is None:
         return "other", False
     state = json.loads(checked(core.decoder.__getstate__, "tokenizer.json"))

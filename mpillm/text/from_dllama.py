@@ -56,14 +56,14 @@ def template_in(path: Path) -> str:
     return _beginning(_opened(path))[2]
 
 
-def _opened(path: Path) -> _Cursor:
+def _opened(path: Path) -> _TokenizerReader:
     try:
-        return _Cursor(path, path.read_bytes())
+        return _TokenizerReader(path, path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _beginning(cursor: _Cursor) -> tuple[dict[str, int], list[int], str]:
+def _beginning(cursor: _TokenizerReader) -> tuple[dict[str, int], list[int], str]:
     """The header's values, the ends of text among them, and the chat template."""
     values, ends = _header(cursor)
     cursor.take(values.get("chat_stop", 0))
@@ -91,7 +91,7 @@ def read_file(path: Path) -> TokenizerFile:
     return TokenizerFile(tokens, scores, bos, ends, values.get("add_bos", 1) == 1, template)
 
 
-def _header(cursor: _Cursor) -> tuple[dict[str, int], list[int]]:
+def _header(cursor: _TokenizerReader) -> tuple[dict[str, int], list[int]]:
     """The header's values by their keys, and the ends of text among them."""
     (magic,) = cursor.numbers(1)
     if magic == OLD_MAGIC:
@@ -200,7 +200,7 @@ def _is_number(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-class _Cursor:
+class _TokenizerReader:
     """Reads a file from front to back; what would lie beyond its end is a ModelError."""
 
     def __init__(self, path: Path, data: bytes) -> None:

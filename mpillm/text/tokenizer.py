@@ -16,17 +16,17 @@ from typing import Any
 
 import tokenizers
 
-from mpillm.errors import RequestError
 from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.chat_formats.known import format_of
 from mpillm.text.chat_formats.tagged import ChatFormat
-from mpillm.text.confined import ConfinedTemplate
+from mpillm.text.chat_templates import ChatTemplates
 from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
-from mpillm.text.described import BYTE_OF, BYTE_TOKEN, decoding, keeps_length
+from mpillm.text.described import decoding, keeps_length
 from mpillm.text.encode import CHUNK, Encoder, encoding, ends_around
 from mpillm.text.parts import TokenizerParts
+from mpillm.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -34,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, parts: TokenizerParts, now: Callable[[], datetime] = datetime.now) -> None:
         core = self._core = parts.core
-        self._parts, self._now = parts, now
+        self._parts = parts
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.end_ids = parts.end_ids
@@ -53,7 +53,8 @@ class Tokenizer:
         self._unknown = {self._id_of("unk_token"), core.token_to_id(unknown) if unknown else None}
         self._encoder = Encoder(core, self._added, self.control_ids, self._unknown)
         self._kind, self.strips_space = decoding(core)
-        self._bytes: dict[int, bytes] = {}
+        self._bytes = TokenBytes(core, self._kind, self._added, self.control_ids)
+        self._chats = ChatTemplates(parts, now)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -154,10 +155,7 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; empty for ids beyond the tokenizer (models pad their vocabulary)."""
-        found = self._bytes.get(id)
-        if found is None:
-            found = self._bytes[id] = self._bytes_of(id)
-        return found
+        return self._bytes.of(id)
 
     def token_text(self, id: int) -> str:
         """A token as text; bytes that are not whole characters become U+FFFD."""
@@ -189,7 +187,7 @@ class Tokenizer:
 
     def chat_reads(self, name: str) -> bool:
         """Whether the chat template looks at a variable of this name, as far as its text says."""
-        return any(name in template for template in self._parts.templates.values())
+        return self._chats.read(name)
 
     def encode_chat(
         self,
@@ -205,7 +203,7 @@ class Tokenizer:
         tokens.
         """
         max_chars = MAX_CHARS if max_tokens is None else self.max_chars(max_tokens)
-        pieces = self._chat(options).pieces(messages, options, max_chars)
+        pieces = self._chats.chosen(options).pieces(messages, options, max_chars)
         if isinstance(pieces, str):
             return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
         head, tail = self.around if add_special else ([], [])
@@ -213,7 +211,7 @@ class Tokenizer:
 
     def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
         """A chat as one text, in which users' control tokens cannot be told from the template's."""
-        return self._chat(options).render(messages, options)
+        return self._chats.chosen(options).render(messages, options)
 
     def encode_pair(
         self, text: str, other: str, max_tokens: int | None = None
@@ -259,39 +257,9 @@ class Tokenizer:
         """One of the model's chat templates by its name."""
         return self._parts.templates.get(name)
 
-    def _chat(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
-        templates = self._parts.templates
-        name = "tool_use" if options and options.get("tools") and "tool_use" in templates else "default"
-        if name not in templates:
-            raise RequestError("The model has no chat template; use a prompt with /v1/completions.")
-        if name not in self._chats:
-            variables = dict(self._parts.named)
-            self._chats[name] = ConfinedTemplate(templates[name], self._parts.control, variables, self._now)
-        return self._chats[name]
-
-    @cached_property
-    def _chats(self) -> dict[str, ConfinedTemplate]:
-        return {}
-
     def _id_of(self, name: str) -> int | None:
         content = self._parts.named.get(name)
         return None if content is None else self._core.token_to_id(content)
-
-    def _bytes_of(self, id: int) -> bytes:
-        if id in self.control_ids:
-            return self._added[id].encode()
-        token = self._core.id_to_token(id)
-        if token is None:
-            return b""
-        if self._kind == "byte_level":
-            if id not in self._added and all(char in BYTE_OF for char in token):
-                return bytes(BYTE_OF[char] for char in token)
-            return token.encode()
-        if self._kind == "sentencepiece":
-            if BYTE_TOKEN.fullmatch(token):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode()
-        return token.encode()
 
 
 def _special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:

@@ -21,7 +21,7 @@ NEXT = {
     "job": ["mpiexec -n 2 python -m mpillm run {0}/quickstart.toml"],
     "hostfile": [
         "put your machines' names into {0}/openmpi.hosts (Open MPI) or {0}/mpich.hosts (MPICH), then:",
-        "mpiexec --hostfile {0}/openmpi.hosts -n 3 python -m mpillm doctor",
+        "mpiexec --hostfile {0}/openmpi.hosts -x PATH -n 4 python -m mpillm doctor",
     ],
     "slurm": ["cd {0} && sbatch slurm/one-node.sbatch jobs/quickstart.toml"],
 }
@@ -62,6 +62,9 @@ def init(what: str, target: Path) -> list[str]:
     for path in [*files, *([site] if what == "slurm" else [])]:
         if path.exists():
             raise OutputError(f"{path} is there already and is kept; remove it, or give another directory.")
+    for folder in (target, *target.parents):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file; give another directory.")
     for path, source in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source.read_bytes())

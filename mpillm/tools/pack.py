@@ -27,10 +27,11 @@ from mpillm.weights.identity import fingerprint
 from mpillm.weights.packed.file_plan import FilePlan, plan_files
 from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, TOKENIZER_FILE, UNFINISHED, VERSION
-from mpillm.weights.roles import ROLES
+from mpillm.weights.packed.misfits import misfits
+from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.text_files import text_fields, text_files, text_folder
 
-PackedType = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
+PackedType = Literal["source", "q4_0", "q8_0", "bf16", "bf12", "f32"]
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
@@ -75,6 +76,11 @@ def pack(world: World, source: str, target: Path, weights: PackedType, progress:
         with world.together():
             if world.rank == 0:
                 stack.enter_context(_claim(path, target, about))
+        if weights == "bf12":
+            with world.together():
+                found = misfits(opened, plans[world.rank :: world.size], world.threads())
+            _keep_as_stored(opened, set().union(*world.gather(found)))
+            plans = plan_files(opened, config, about)
         mine = plans[world.rank :: world.size]
         with world.together(), explained(target):
             done = _Count(progress, sum(plan.nbytes for plan in mine))
@@ -112,7 +118,15 @@ def _open(path: Path, weights: PackedType) -> TensorSource:
             f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
             "--weights away to keep its own types, or pack the unquantised model."
         )
+    if weights == "bf12" and all(info.stored != "BF16" for info in matrices):
+        raise JobError(f"{path} has no matrices in BF16, which --weights bf12 is for; leave it away.")
     return open_unpacked(path, weights)
+
+
+def _keep_as_stored(source: TensorSource, found: set[Key]) -> None:
+    """Deliver these matrices as they are stored, and with one of an expert those of all experts of its layer."""
+    places = {(key.role, key.layer) for key in found}
+    source.keep_as_stored({key for key in source.tensors if (key.role, key.layer) in places})
 
 
 @contextlib.contextmanager

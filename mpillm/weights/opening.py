@@ -16,6 +16,9 @@ from mpillm.weights.packed.layout import INDEX, UNFINISHED
 from mpillm.weights.packed.source import open_packed
 from mpillm.weights.source import Source
 
+CONFIG = "config.json"
+BESIDE = ("mmproj", "imatrix")  # in the names of files that lie beside models
+
 
 def open_source(path: str | Path, families: Families, quantize: str = "none") -> Source:
     """Open a Hugging Face directory, a GGUF or `.m` file, a directory that holds one, or a packed directory.
@@ -60,12 +63,11 @@ def _open_file(path: Path, families: Families, quantize: str) -> TensorSource:
 def file_in(path: Path) -> Path | None:
     """The GGUF file, the first part of one, or Distributed-Llama's file (.m) that is the model in a directory.
 
-    None if it has safetensors files, or no such file. Files of what turns images into embeddings ("mmproj") lie beside
-    many models and are none. ModelError if there are several models.
+    None if it has safetensors files, or no such file. ModelError if there are several models, or only in its folders.
     """
     if any((path / name).exists() for name in (SINGLE, SAFETENSORS_INDEX)):
         return None
-    found = sorted(file for file in path.glob("*.gguf") if "mmproj" not in file.name.lower())
+    found = _gguf_files(path, "*")
     models = [file for file in found if not (part := SPLIT.fullmatch(file.name)) or int(part["number"]) == 1]
     if not found:
         models = sorted(path.glob("*.m"))
@@ -74,6 +76,14 @@ def file_in(path: Path) -> Path | None:
         raise ModelError(
             f"{path} holds {len(models)} {kind}; give one of them as the model, such as {models[0]}."
         )
+    if not models and not found and not (path / CONFIG).exists() and (below := _gguf_files(path, "*/*")):
+        raise ModelError(f"{path} has no model, but its folders have; give one of them, such as {below[0]}.")
     if found and not models:
         raise ModelError(f"{path} has {found[0].name}, but not the first part of it; fetch the other parts.")
     return models[0] if models else None
+
+
+def _gguf_files(path: Path, pattern: str) -> list[Path]:
+    """GGUF files that may be models: not what turns images into embeddings, nor statistics of a quantisation."""
+    found = (file for file in path.glob(pattern) if file.suffix.lower() == ".gguf")
+    return sorted(file for file in found if not any(word in file.name.lower() for word in BESIDE))

@@ -1,17 +1,24 @@
-"""The page reference.md of the site, generated from the code: commands, endpoints and exit codes (a hook of mkdocs)."""
+"""The page reference.md of the site, generated from the code (a hook of mkdocs).
+
+Commands, keys of a job, endpoints, the server's URLs and metrics, exit codes.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from operator import attrgetter
 
 import msgspec
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from mpillm import errors
+from mpillm import errors, spec
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.cli.arguments import command_parser
+from mpillm.cli.arguments import HIDDEN, command_parser
+from mpillm.engine.limits import Totals
+from mpillm.serve import openapi
+from mpillm.serve.metrics import Metrics
 
 PAGE = "reference.md"
 CODES = {
@@ -29,19 +36,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def page() -> Iterator[str]:
     """The lines of the page."""
-    yield "# Commands, endpoints, exit codes\n\nThis page is generated from the code.\n\n## Commands\n"
+    yield "# Commands, keys, endpoints, exit codes\n\nThis page is generated from the code.\n\n## Commands\n"
     parser = command_parser()
     subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     for choice in subparsers._choices_actions:
+        if choice.dest in HIDDEN:
+            continue
         yield from _command(choice.dest, choice.help or "", subparsers.choices[choice.dest])
-    yield "## Endpoints\n\nOf a batch, and of `mpillm serve`. What the keys mean is in [requests](requests.md).\n"
+    yield "## Keys of a job\n\nWhat they mean is in [the job file](formats.md#the-job-file).\n"
+    yield "| key | default |\n|---|---|"
+    defaults = spec.Spec(input=".", output=spec.OutputSection(path="."))
+    for key in spec.known_keys():
+        value = "none" if key in ("input", "output.path") else _toml(attrgetter(key)(defaults))
+        yield f"| {_code([key])} | {_code([value])} |"
+    yield "\n## Endpoints\n\nOf a batch, and of `mpillm serve`. What the keys mean is in [requests](requests.md).\n"
     for endpoint in ENDPOINTS:
         fields = msgspec.structs.fields(endpoint)
         required = [field.name for field in fields if field.required]
         yield f"### {endpoint.url}\n"
         optional = sorted(field.name for field in fields if not field.required)
         yield f"Required: {_code(required) or 'none'}. Optional: {_code(optional)}.\n"
-    yield "## Exit codes\n\n| code | |\n|---|---|"
+    yield from _server()
+    yield "\n## Exit codes\n\n| code | |\n|---|---|"
     kinds = [
         kind
         for kind in vars(errors).values()
@@ -53,6 +69,22 @@ def page() -> Iterator[str]:
             said = (kind.__doc__ or "").strip().splitlines()[0]
             told[kind.exit_code] = " ".join(filter(None, (told.get(kind.exit_code), said)))
     yield from (f"| {code} | {told[code]} |" for code in sorted(told))
+
+
+def _server() -> Iterator[str]:
+    yield "## URLs of the server\n\n`/openapi.json` has all that they take and give.\n"
+    yield "| URL | |\n|---|---|"
+    for url, methods in openapi.document()["paths"].items():
+        for method, operation in methods.items():
+            if "summary" in operation:
+                yield f"| {_code([url])} | {method.upper()}: {operation['summary']} |"
+    yield "\n## Metrics of the server\n\nAs `/metrics` has them for Prometheus.\n\n| metric | |\n|---|---|"
+    yield from (f"| {_code([name])} | {text} |" for name, text in Metrics(Totals()).described())
+
+
+def _toml(value: object) -> str:
+    """A default as a job file has it."""
+    return "none" if value is None else msgspec.json.encode(value).decode()
 
 
 def _command(name: str, about: str, parser: argparse.ArgumentParser) -> Iterator[str]:

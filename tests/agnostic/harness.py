@@ -12,9 +12,9 @@ import numpy as np
 
 from mpillm.comm.world import World
 from mpillm.engine.adjust import bits
-from mpillm.engine.engine import follow
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
+from mpillm.engine.request import FinishedCompletion, PartialCompletion, Request
+from mpillm.engine.worker import follow
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.opening import config_of, open_source
 from mpillm.run.session import Session

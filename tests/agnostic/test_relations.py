@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mpillm import kernels
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.kernels import reference
 from tests.agnostic import test_same_bits
 from tests.agnostic.test_same_bits import TIGHT, requests

@@ -14,7 +14,7 @@ import pytest
 from mpillm import kernels
 from mpillm.comm.program import start
 from mpillm.comm.world import World
-from mpillm.engine.sequence import PartialCompletion, Request
+from mpillm.engine.request import PartialCompletion, Request
 from mpillm.run.statistics import rank_statistics
 from tests.agnostic import harness
 from tests.agnostic.harness import MODELS, Outcome

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -98,6 +100,38 @@ def test_a_wrong_request_costs_no_other(llm: LLM) -> None:
     with pytest.raises(RequestError):
         llm.embed([[]])[0].vector  # noqa: B018
     assert llm.generate("a", max_tokens=1)[0].error is None
+
+
+def test_callers_of_many_kinds(llm: LLM) -> None:
+    """Several threads at once, and a class that is called with batches of columns, as Ray Data and datatrove do."""
+    texts = [f"the quick {n}" for n in range(12)]
+    expected = [answer.text for answer in llm.generate(texts, max_tokens=3)]
+
+    class Answers:
+        def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+            return {**batch, "answer": [one.text for one in llm.generate(batch["text"], max_tokens=3)]}
+
+    batches = [{"text": part} for part in np.array_split(np.array(texts), 4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert [text for one in threads.map(Answers(), batches) for text in one["answer"]] == expected
+    assert [one.text for one in llm.generate([np.array([5, 6]), (7, 8)], max_tokens=2)] == [
+        one.text for one in llm.generate([[5, 6], [7, 8]], max_tokens=2)
+    ]
+    ranked = llm.rerank("the quick", np.array(["a ship", "the quick"]))  # type: ignore[arg-type]
+    assert ranked.ranking == [1, 0]
+    stream = llm.stream("the quick", max_tokens=3)
+    first = next(stream)
+    with pytest.raises(JobError, match="A stream of this LLM is still open"):
+        llm.generate("a")
+    assert list(stream) == []
+    assert isinstance(first, Generation)
+    assert first.text == llm.generate("the quick", max_tokens=3)[0].text
+    child = os.fork()  # as multiprocessing does; what is collected there is not its to end
+    if child == 0:
+        llm.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert llm.generate(texts[:1], max_tokens=3)[0].text == expected[0]
 
 
 def test_a_stream_may_be_left(llm: LLM) -> None:

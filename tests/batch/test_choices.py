@@ -13,7 +13,7 @@ import pytest
 
 from mpillm.batch.answers import result_line
 from mpillm.comm.program import start
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from tests.agnostic import harness
 from tests.job_helpers import CHAT, TEXT, WITH_TEXT, works
 from tests.model.engine_harness import run_engine

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from tests.batch.make_draws import BODIES, FILE, PROMPT
 from tests.job_helpers import CHAT, END, TEXT, works
 from tests.model.engine_harness import run_engine

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from mpillm.batch.endpoints import COLUMNS, ENDPOINTS
 from mpillm.batch.endpoints.prompts import read_prompts
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.spec import Spec
 from mpillm.store import results
 from mpillm.store.journal import Journal

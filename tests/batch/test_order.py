@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def line(prompt: list[int], max_tokens: int) -> dict[str, Any]:
     return body if max_tokens else {**body, "echo": True, "logprobs": 0}
 
 
-def numbers(made: list[Work]) -> list[int]:
-    order = Order()
+def numbers(made: list[Work], cached_tokens: int = 0) -> list[int]:
+    order = Order(cached_tokens)
     for work in made:
         order.add(work)
     return order.indices().tolist()
@@ -130,6 +131,25 @@ def computed(made: list[Work]) -> Totals:
                 if sequence.request.only_reads or sequence.finish_reason is not None:
                     scheduler.release(sequence)
     return scheduler.totals
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_longest_answers_of_all_system_prompts_come_first(seed: int, tmp_path: Path) -> None:
+    """The cache can keep all system prompts, so a batch is full until the end; where it cannot, each has its turn."""
+    draw = random.Random(seed)
+    systems = [[draw.randrange(100) for _ in range(3 * KV_BLOCK)] for _ in range(3)]
+    asked = [([*draw.choice(systems), at % 100, at // 100], int(2 ** draw.uniform(1, 8))) for at in range(96)]
+    made = works(tmp_path, *(line(*one) for one in asked), model=WITHOUT_TEXT)
+    kept = [made[at] for at in numbers(made, 80 * KV_BLOCK)]
+    answers = [work.requests[0].max_tokens for work in kept]
+    assert answers == sorted(answers, reverse=True)
+    small = [asked[at][0][: 3 * KV_BLOCK] for at in numbers(made, 8 * KV_BLOCK)]
+    assert sum(one != other for one, other in pairwise(small)) == 2
+    totals = [computed(order) for order in (made, [made[at] for at in numbers(made)], kept)]
+    most = max(answers)
+    assert totals[2].steps <= max(sum(answers) / 16, most) + 16
+    assert totals[2].steps < totals[0].steps
+    assert totals[2].prompt_tokens == totals[0].prompt_tokens
 
 
 def test_it_saves_steps_and_tokens(tmp_path: Path) -> None:

@@ -313,6 +313,27 @@ def test_values_of_parquet_as_json(tmp_path: Path) -> None:
     assert json.loads(line) == {**row, "day": "2024-02-29", "nan": None, "raw": "YWI="}
 
 
+def test_times_of_parquet(tmp_path: Path) -> None:
+    """Nanoseconds are cut to microseconds, whether pandas is there or not; a time beyond Python's costs its row."""
+    second, far = 1_700_000_000, 10**12
+    columns = {
+        "prompt": pyarrow.array(["a", "b", "c"]),
+        "stamp": pyarrow.array([second * 10**9 + 123_456_789, None, 0], pyarrow.timestamp("ns")),
+        "zoned": pyarrow.array([second * 10**9, None, 0], pyarrow.timestamp("ns", "Asia/Tokyo")),
+        "time": pyarrow.array([1_000_000_001, None, 0], pyarrow.time64("ns")),
+        "length": pyarrow.array([86_400 * 10**9 + 999, None, 0], pyarrow.duration("ns")),
+        "far": pyarrow.array([second, far, None], pyarrow.timestamp("s")),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    first, wrong, last = map(json.loads, prepared(job(tmp_path / "in.parquet")))
+    assert first == {
+        "prompt": "a", "stamp": "2023-11-14T22:13:20.123456", "zoned": "2023-11-15T07:13:20+09:00", "time": "00:00:01",
+        "length": "P1D", "far": "2023-11-14T22:13:20",
+    }  # fmt: skip
+    assert wrong == {ROW_ERROR: "the row has a value that cannot be read: date value out of range"}
+    assert (last["prompt"], last["far"]) == ("c", None)
+
+
 def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def given(content: bytes) -> list[bytes]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))  # type: ignore[arg-type]
@@ -370,6 +391,15 @@ def test_templates() -> None:
         JobError, match=r"request.prompt has a '{' that belongs to no column name; write '{{'"
     ):
         Template({"prompt": 'Answer {"a": 1'})
+
+
+def test_columns_of_parquet_that_have_one_name(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"]
+    )
+    parquet.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(JobError, match="has two columns 'prompt'"):
+        prepared(job(tmp_path / "in.parquet"))
 
 
 def test_the_job_may_say_it_at_its_top(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mpillm.comm.program import start
 from mpillm.comm.world import World
 from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Totals
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.kernels import KV_BLOCK
 from mpillm.run.session import Session
 from tests.job_helpers import works

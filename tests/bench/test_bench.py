@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.bench import against, disk, machine, packed, runs, synthetic, tables
+from mpillm.bench import against, disk, machine, packed, runs, synthetic, synthetic_shapes, tables
 from mpillm.bench import kernels as kernel_bench
 from mpillm.bench.paging import TURN, WARM, all_decode
 from mpillm.bench.profile import Profile
@@ -52,7 +52,7 @@ def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("weights", synthetic.WEIGHTS | synthetic.MIXTURES)
+@pytest.mark.parametrize("weights", synthetic_shapes.WEIGHTS | synthetic_shapes.MIXTURES)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-moe"])
 def test_a_synthetic_model_is_a_whole_model(cache: Path, shape: str, weights: str) -> None:
     path = synthetic.create(shape, weights)
@@ -61,7 +61,7 @@ def test_a_synthetic_model_is_a_whole_model(cache: Path, shape: str, weights: st
     with closing(open_source(path)) as source:
         config = config_of(source)
         check_tensors(source, config)
-        sizes = synthetic.SHAPES[shape]
+        sizes = synthetic_shapes.SHAPES[shape]
         assert (config.hidden, config.n_layers, config.vocab) == (sizes.hidden, sizes.layers, sizes.vocab)
         assert config.layers[0].mlp.count == sizes.experts
         for key in source.tensors:
@@ -84,8 +84,8 @@ def test_a_synthetic_model_is_made_once(cache: Path) -> None:
 
 def test_sizes_are_those_of_the_models_they_are_named_after() -> None:
     def gib(shape: str, weights: str) -> float:
-        sizes = synthetic.tensors(synthetic.SHAPES[shape], weights)
-        return sum(synthetic.nbytes(stored, dims) for _, dims, stored in sizes) / 2**30
+        sizes = synthetic_shapes.tensors(synthetic_shapes.SHAPES[shape], weights)
+        return sum(synthetic_shapes.nbytes(stored, dims) for _, dims, stored in sizes) / 2**30
 
     assert gib("llama-1b", "q4_0") == pytest.approx(609 / 1024, rel=0.001)
     assert gib("llama-8b", "q4_0") == pytest.approx(4.33, rel=0.01)  # Meta-Llama-3-8B.Q4_0.gguf
@@ -100,7 +100,7 @@ def test_a_synthetic_model_in_packed_form_is_a_whole_model(cache: Path, shape: s
     path = packed.create(shape, "q4_0", 1)
     assert [file.name for file in (cache / "synthetic").iterdir()] == [path.name]
     assert packed.create(shape, "q4_0", 1) == path
-    sizes = synthetic.SHAPES[shape]
+    sizes = synthetic_shapes.SHAPES[shape]
     with closing(open_source(path)) as source:
         config = config_of(source)
         check_tensors(source, config)
@@ -268,7 +268,7 @@ def test_the_json_holds_every_run(measured: tuple[Bench, str]) -> None:
 def test_a_batch_reads_more_experts_than_one_sequence(measured: tuple[Bench, str]) -> None:
     made, _ = measured
     one, three = made.runs[2:]
-    sizes = synthetic.SHAPES["tiny-moe"]
+    sizes = synthetic_shapes.SHAPES["tiny-moe"]
     expert = 3 * sizes.ffn * sizes.hidden * 34 // 32
     picked = [sizes.experts * (1 - 0.75**rows) for rows in (1, 3)]
     assert three.weight_bytes - one.weight_bytes == pytest.approx(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpillm import spec
-from mpillm.bench import packed, synthetic
+from mpillm.bench import packed, synthetic, synthetic_shapes
 from mpillm.bench.published import PUBLISHED
 from mpillm.errors import JobError
 from mpillm.model.config import ModelConfig
@@ -116,4 +116,4 @@ def test_the_first_layers_alone_are_planned(sparse: Path, name: str) -> None:
 def test_shapes_that_do_not_exist() -> None:
     for name in ("gpt-oss-20b:25", "gpt-oss-20b:0", "llama-1b:x", "gpt-oss"):
         with pytest.raises(JobError, match=f"There is no synthetic model {name} with mxfp4 weights"):
-            synthetic.check(name, "mxfp4")
+            synthetic_shapes.check(name, "mxfp4")

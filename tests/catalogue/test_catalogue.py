@@ -192,8 +192,12 @@ def test_paths_stay_as_they_are(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "one.gguf").touch()
     assert resolve(str(folder / "one.gguf")) == folder / "one.gguf"
+    for beside in ("mmproj-one.gguf", "imatrix_unsloth.gguf"):
+        (folder / beside).touch()
     assert resolve(str(folder)) == folder / "one.gguf"
-    (folder / "two.gguf").touch()
+    with pytest.raises(ModelError, match=r"has no model, but its folders have; .* such as .*model/one.gguf"):
+        resolve(str(tmp_path))
+    (folder / "two.GGUF").touch()
     with pytest.raises(ModelError, match="holds 2 GGUF files; give one of them"):
         resolve(str(folder))
     (folder / "config.json").touch()
@@ -249,12 +253,22 @@ class Hub:
         head = b"GGUF" + bytes(20) + b"general.architecture" + (8).to_bytes(4, "little")
         return io.BytesIO(head + len(kind).to_bytes(8, "little") + kind + bytes(99))
 
+    def list_repo_files(self, repo: str, **kwargs: object) -> list[str]:
+        if repo.endswith("gone"):
+            raise ValueError("404 not there\nmore")
+        if repo.endswith("shut"):
+            raise GatedRepoError("401 Client Error.")
+        return (
+            ["README.md", "Q8_0/m Q8_0.gguf"]
+            if repo.endswith("bare")
+            else ["config.json", "model.safetensors"]
+        )
+
     def snapshot_download(self, repo: str, **kwargs: object) -> str:
         self.calls += 1
         path = self.folder / repo
         path.mkdir(parents=True, exist_ok=True)
-        if not repo.endswith("bare"):
-            (path / "model.safetensors").touch()
+        (path / "model.safetensors").touch()
         return str(path)
 
     def hf_hub_download(self, repo: str, file: str, **kwargs: object) -> str:
@@ -262,10 +276,6 @@ class Hub:
         self.files.append(f"{repo}/{file}")
         path.parent.mkdir(parents=True, exist_ok=True)
         if file == "config.json":
-            if repo.endswith("bare"):
-                raise EntryNotFoundError("404")
-            if repo.endswith("gone"):
-                raise ValueError("404 not there\nmore")
             architecture = "NoSuchForCausalLM" if repo.endswith("strange") else "LlamaForCausalLM"
             path.write_text(json.dumps({**LLAMA, "architectures": [architecture]}))
         else:
@@ -273,8 +283,12 @@ class Hub:
         return str(path)
 
 
-class EntryNotFoundError(Exception):
+class RepositoryNotFoundError(Exception):
     """As huggingface_hub calls it."""
+
+
+class GatedRepoError(RepositoryNotFoundError):
+    """Likewise."""
 
 
 LLAMA = {
@@ -295,10 +309,13 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pull("hf:owner/qwen3/Q8_0/big-00002-of-00003.gguf")
     assert first == tmp_path / "owner/qwen3/Q8_0/big-00001-of-00003.gguf"
     assert hub.files == [f"owner/qwen3/Q8_0/big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert pull("hf:owner/llama/a b+c.gguf") == tmp_path / "owner/llama/a b+c.gguf"
     with pytest.raises(
-        JobError, match="has no safetensors files; for one of its GGUF files write hf:owner/bare"
+        JobError, match=r"has no safetensors files; .* such as hf:owner/bare/Q8_0/m Q8_0.gguf"
     ):
         pull("hf:owner/bare")
+    with pytest.raises(JobError, match="GatedRepoError: accept its terms on its page, and set HF_TOKEN"):
+        pull("hf:owner/shut")
     with pytest.raises(JobError, match=r"hf:owner/gone could not be pulled \(ValueError: 404 not there\)"):
         pull("hf:owner/gone")
     hub.files.clear()
@@ -327,8 +344,10 @@ def test_models_of_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_all_models_are_listed() -> None:
     heading, *lines = models.listed()
     assert heading.startswith("name")
-    assert [line.split()[0] for line in lines] == [*models.CATALOGUE, *models.HOSTED]
-    assert len(lines) == 10
-    (mixture,) = (line for line in lines if line.startswith("qwen3-30b-a3b"))
-    assert "Apache-2.0" in mixture
-    assert "61.1 GB   61.1 / 30.5 / 15.3 / 7.6; with q4_0 17.2 / 8.6 / 4.3 / 2.1" in mixture
+    named = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[0] for line in named] == [*models.CATALOGUE, *models.HOSTED]
+    assert len(named) == 10
+    at = lines.index(next(line for line in lines if line.startswith("qwen3-30b-a3b")))
+    assert "Apache-2.0" in lines[at]
+    assert lines[at].endswith("61.1 GB   61.1 / 30.5 / 15.3 / 7.6")
+    assert lines[at + 1].split(maxsplit=2) == ["with", "q4_0", "17.2 GB   17.2 / 8.6 / 4.3 / 2.1"]

@@ -56,9 +56,9 @@ class Files:
             os.close(file)
         return True
 
-    def edit(self, model: Path) -> str:
-        """Change one of a model's files in one of several ways, and say which; `undo` puts it back."""
-        path = self._draw.choice(sorted(file for file in model.rglob("*") if file.is_file()))
+    def edit(self, *folders: Path) -> str:
+        """Change a file of a model or an adapter in one of several ways, and say which; `undo` puts it back."""
+        path = self._draw.choice([file for folder in folders for file in _files_of(folder)])
         content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
         at = self._draw.randrange(len(content))
 
@@ -87,7 +87,11 @@ class Files:
 
     def touch(self, model: Path) -> None:
         """Write one of a model's files again as it is, in place: one that is shortened first is a changed one."""
-        path = self._draw.choice(sorted(file for file in model.rglob("*") if file.is_file()))
+        path = self._draw.choice(_files_of(model))
         content = path.read_bytes()
         with path.open("r+b") as file:
             file.write(content)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())

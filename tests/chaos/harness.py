@@ -2,7 +2,8 @@
 
 Processes are killed, stopped and told to end, disks are filled, files are moved, deleted, damaged and edited. Each
 start has another layout and other budgets. What must hold afterwards: every request is answered once, in the bytes of
-an undisturbed run; no start hung for longer than PATIENCE after it was disturbed; and no process outlived its mpiexec.
+an undisturbed run; no start hung for longer than PATIENCE after it was disturbed (without the time for which a busy
+machine had no core for it); and no process outlived its mpiexec.
 Some starts are made so that ranks may die in them (Open MPI's ULFM): such a start is disturbed again and again, until
 it ends.
 """
@@ -36,10 +37,12 @@ from mpillm.store.journal_facts import finished
 from mpillm.store.output import JOURNAL
 from tests.chaos.counts import Counts
 from tests.chaos.files import Files
+from tests.chaos.jobs import Command, Commands
+from tests.chaos.patience import Patience
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import Mpi, clean_environment, run_bounded
-from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
+from tests.e2e.jobs import CHAT, command
 
 RANKS = 4  # of starts in which ranks may die, and of those on two hosts
 REQUESTS = 80
@@ -53,6 +56,8 @@ WEIGHTS = 0.8  # of a rank's share of the weights that the variation with less m
 KV_BLOCKS = 24  # of the variation with a small KV cache: sequences give way
 ULFM = 0.15  # so many starts are made so that ranks may die in them
 WHILE_STARTING = 0.3  # so many of the other starts are disturbed before they compute
+REFUSED = 0.15  # so often a start that must be refused comes between two others
+EDITS = 0.5  # so many of the starts that are refused have an edited model, the others are of another job
 FLIPS = 0.2  # so often bits of the journal are flipped before a start
 WHILE_COMPUTING = 0.7  # so often starts with ULFM are disturbed first when they compute
 EARLIER = 0.6  # disturbances with ULFM come within this part of the time that a start would take undisturbed
@@ -78,6 +83,7 @@ VARIATIONS = (
     ("batch.max_num_seqs=3", "job.checkpoint_tokens=5", "memory.kv={kv}"),
     ("batch.max_num_seqs=5", "job.checkpoint_tokens=0", "batch.max_num_batched_tokens=16"),
     ("batch.max_num_seqs=4", "job.checkpoint_tokens=3", "memory.weights={weights}"),
+    ("batch.max_num_seqs=4", "job.checkpoint_tokens=7", "draft.model={draft}"),
 )
 
 DONE = frozenset({0})
@@ -124,7 +130,7 @@ class Chaos:
         self._random = random.Random(seed)
         self._decks: dict[bool, list[str]] = {False: [], True: []}
         self.counts = Counts(seed)
-        self._input = write_lines(folder / "in.jsonl", mixed_lines(REQUESTS, seed=5, tokens=30))
+        self._commands = Commands(folder, REQUESTS, self._random)
         self._log = folder / "log"
         self._disk = folder / "disk"
         self._disk.mkdir()
@@ -158,7 +164,7 @@ class Chaos:
             job = self._next_job()
             while (left := disturbances - self.counts.disturbances.total()) > 0:
                 self._damage(job)
-                if self._random.random() < 1 / len(self._kinds):
+                if self._random.random() < REFUSED:
                     self._refused(job)
                 self._disturbed(job, left)
                 if finished(job.output) is not None:
@@ -237,7 +243,7 @@ class Chaos:
         weights, kv = self._sizes[job.model, stages, shards]
         varied = self._random.choice(VARIATIONS)
         layout = [f"layout.stages={stages}", f"layout.shards={shards}"]
-        return layout + [setting.format(weights=weights, kv=kv) for setting in varied]
+        return layout + [setting.format(weights=weights, kv=kv, draft=CHAT) for setting in varied]
 
     def _launcher(self, ranks: int, on_hosts: bool, ulfm: bool) -> list[str | Path]:
         """mpiexec: here, or from the first host with half of the ranks on each."""
@@ -258,10 +264,13 @@ class Chaos:
         on_hosts: bool = False,
         ulfm: bool = False,
         deadline: float = DEADLINE,
+        asked: Command | None = None,
     ) -> Start:
         self.counts.starts += 1
+        asked = asked or self._commands.own
         words = [*self._launcher(stages * shards, on_hosts, ulfm), sys.executable]
-        words += command(self._input, job.output, *self._settings(job, stages, shards), model=job.model)
+        settings = [*asked.words(), *self._settings(job, stages, shards)]
+        words += command(asked.source, job.output, *settings, model=job.model)
         env = self._mpi.environment(MPILLM_DEADLINE=str(WITH_ULFM if ulfm else deadline))
         if on_hosts and self._hosts:
             kept = ("HOME", "PATH", "PYTHONPATH", "MPILLM_DEADLINE", *self._mpi.env)
@@ -284,12 +293,16 @@ class Chaos:
             self._count("journal damaged between starts")
 
     def _refused(self, job: Job) -> None:
-        """A start with an edited model, if the job has begun."""
+        """A start with an edited model, or of another job, if the job has begun."""
         if _size(job.output / JOURNAL) == 0:
             return
-        edited = self._files.edit(job.model)
-        self._count("model edited between starts", edited)
-        start = self._start(job)
+        asked = None
+        if self._random.random() < EDITS:
+            self._count("model edited between starts", self._files.edit(job.model, self._commands.adapter))
+        else:
+            name, asked = self._commands.another()
+            self._count("job edited between starts", name)
+        start = self._start(job, asked=asked)
         self._end(start, frozenset({JobError.exit_code}))
         self._files.undo()
 
@@ -385,13 +398,14 @@ class Chaos:
         It ends with one of `codes`; None: anything but an error.
         """
         launcher, begun = start.launcher, start.since or time.monotonic()
-        alive, size, killed = begun, 0, False
+        patience, size, waited, killed = Patience(begun), 0, 0.0, False
         while (left := self._left(start)) or (launcher.poll() is None and not start.on_hosts):
             if start.on_hosts and all(_is_launcher(process) for process in left):
                 break
             if (now := _size(start.job.output / JOURNAL)) != size:  # what it was disturbed by did not end it
-                alive, size = time.monotonic(), now
-            waited = time.monotonic() - alive
+                size = now
+                patience.renew()
+            waited = patience.spent(process.pid for process in left)
             if start.gone and waited > AFTER_THE_END and finished(start.job.output) is not None:
                 self.counts.after_the_end += 1  # stopped on its last lines: nothing is lost by that
                 killed = True
@@ -405,7 +419,7 @@ class Chaos:
             time.sleep(0.05)
         if start.since:
             seconds = time.monotonic() - begun
-            self.counts.longest = max(self.counts.longest, time.monotonic() - alive)
+            self.counts.longest = max(self.counts.longest, waited)
             self._say(f"   ended after {seconds:.1f} s, mpiexec with {launcher.poll()}")
         if start.on_hosts:
             self._restore()
@@ -447,7 +461,7 @@ class Chaos:
         answers = Counter(
             json.loads(line)["custom_id"] for line in (_lines(job.output / RESULTS[0]) if written else ())
         )
-        asked = {json.loads(line)["custom_id"] for line in _lines(self._input)}
+        asked = {json.loads(line)["custom_id"] for line in _lines(self._commands.own.source)}
         lost, twice = len(asked - set(answers)), sum(count > 1 for count in answers.values())
         differing = [
             name
@@ -484,7 +498,7 @@ class Chaos:
                 start.gone += 1
 
     def _edit_model(self, start: Start) -> None:
-        self._say(f"   {self._files.edit(start.job.model)}")
+        self._say(f"   {self._files.edit(start.job.model, self._commands.adapter)}")
 
     def _leave_too_little(self, start: Start) -> None:
         """Fill the disk so that what is computed fits and the results do not, or not all of them."""

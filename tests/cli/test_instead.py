@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.cli import main
+from tests.job_helpers import CHAT
 
 MISTAKES = {
     "an option of the job": ("run --max-tokens 5", "type --set sampling.max_tokens=5"),
@@ -15,13 +16,33 @@ MISTAKES = {
     "a job as the command": ("jobs/a.toml", "there is no command 'jobs/a.toml'; did you mean run jobs/a.toml?"),
     "no such command": ("frobnicate", "there is no command 'frobnicate'; there are run, plan,"),
     "a key": ("plan --set sampling.temprature=1", "did you mean 'sampling.temperature'?"),
-    "no input": ("plan --model smollm2-135m --output out", "add input = \"...\" or --input PATH"),
+    "no input": ("launch -n 2 run --model smollm2-135m --output out", "add input = \"...\" or --input PATH"),
     "a job that is not there": ("plan jobs/quickstrat.toml", "There is no job file jobs/quickstrat.toml"),
     "a model that is not there": ("pull nosuch", "it has smollm2-135m, qwen3-0.6b"),
     "launch without ranks": ("launch run", "mpillm launch -n 2 run, or --hostfile FILE"),
     "launch of something else": ("launch -n 2 plan", "launch starts runs: mpillm launch -n 2 run JOB.toml"),
     "a port": ("serve --port 99999", "99999 is no port; ports are 0 (any free one) to 65535"),
     "a size": ("plan --memory lots", "'lots' is no size"),
+    "a dash": ("run --max-tokns 5", "did you mean --set sampling.max_tokens=5?"),
+    "an option's letters": ("doctor --modle x", "there is no option --modle; did you mean --model?"),
+    "a global option": ("--verison", "there is no option --verison; did you mean --version?"),
+    "another program's option": ("plan --batch-size=4", "type --set batch.max_num_seqs=4"),
+    "vLLM's option": ("run --tensor-parallel-size 2", "type --set layout.shards=2"),
+    "ranks of a run": ("run --ranks 4", "type mpillm launch -n 4 run"),
+    "mpiexec's option": ("run -n 4 jobs/a.toml", "type mpillm launch -n 4 run"),
+    "a model as a word": ("chat smollm2-135m", "to name a model, type --model smollm2-135m"),
+    "help": ("help", "did you mean mpillm --help?"),
+    "a number in words": ("plan --ranks two", "argument --ranks: 'two' is not a number"),
+    "a rate in words": ("plan --suggest fast", "argument --suggest: 'fast' is not a number"),
+    "a port in words": ("serve --port http", "argument --port: 'http' is not a number"),
+    "no directory": ("report", "type mpillm report DIRECTORY"),
+    "no second run": ("compare out", "type mpillm compare FIRST SECOND"),
+    "merged without an output": ("merge a b", "type mpillm merge PART --output OUTPUT"),
+    "a key without its value": ("plan --set sampling.seed 3", "'sampling.seed' is not of the form section.key=value"),
+    "a model's name": ("plan --model smollm2-135M", "Did you mean smollm2-135m?"),
+    "a beginning of a model's name": ("plan --model smollm2", "Did you mean smollm2-"),
+    "a repository": ("pull Qwen/Qwen3-0.6B", "hf:Qwen/Qwen3-0.6B is taken too"),
+    "a file as the directory": ("init job taken", "taken is a file; give another directory."),
     "a run that is not there": ("report nothing", "There is no finished run in nothing"),
 }  # fmt: skip
 
@@ -31,6 +52,7 @@ def test_a_mistake(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
     words, said = MISTAKES[name]
     try:
         code = main(words.split())
@@ -40,3 +62,18 @@ def test_a_mistake(
     assert code == 2, shown
     assert said in shown, shown
     assert "Traceback" not in shown
+
+
+def test_a_model_is_planned_without_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name is enough, as the next steps of a bare `mpillm` say; an input that is missing is told."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--model", str(CHAT), "--ranks", "2"]) == 0
+    shown = capsys.readouterr()
+    assert " for an input of\n" in shown.out
+    assert not shown.err
+    assert main(["plan", "--model", str(CHAT), "--suggest", "1"]) == 0
+    assert 'input = "requests.jsonl"\noutput = "out"' in capsys.readouterr().out
+    assert main(["plan", "--model", str(CHAT), "--input", "promts.jsonl"]) == 0
+    assert "There is no input promts.jsonl; this is a plan for a typical one." in capsys.readouterr().err

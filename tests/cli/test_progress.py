@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -49,6 +50,28 @@ def test_the_rate_of_now_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(rates) == "50 tokens/s (90 now)"
 
 
+def test_what_there_is_no_room_for_is_left_out() -> None:
+    """The end of a live line would be cut off."""
+    full = ", hits 50 %, stalls 25 %"
+    assert progress._waits_and_drafts(state(1)) == progress._waits_and_drafts(state(1), len(full)) == full
+    assert progress._waits_and_drafts(state(1), len(full) - 1) == ", hits 50 %"
+    assert not progress._waits_and_drafts(state(1), 5)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["models"], ["plan", "--model", str(CHAT), "--ranks", "4"], ["run", "-h"]]
+)
+def test_nothing_is_wider_than_80_columns(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        assert cli.main(words) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) > 10
+    assert [line for line in shown if len(line) > 80] == []
+
+
 def on_a_terminal(words: list[str | Path], env: dict[str, str]) -> str:
     """What a command shows on a terminal of 80 columns."""
     leader, follower = pty.openpty()
@@ -74,6 +97,7 @@ def test_a_terminal_shows_a_live_line_and_ends_with_the_summary(mpi: Mpi, tmp_pa
     assert re.search(r"\r\s*\d+/20 requests\s+\d+% \[00:0\d<[\d:?]+, \d+ tokens/s", shown), shown
     lines = [line for line in shown.splitlines() if line.strip()]
     assert lines[-1].startswith("mpillm: The results are in ")
+    assert max(len(line) for line in lines[-8:-1]) <= 80, lines
     answers = [number for number, line in enumerate(lines) if line.startswith(("r0: ", "r1: ", "r2: "))]
     summary = [number for number, line in enumerate(lines) if line.startswith("mpillm: 20 requests: ")]
     assert len(answers) == 3

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-import mpillm
+from mpillm import version
 from mpillm.comm.launch import launched_by
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
@@ -18,7 +18,7 @@ from mpillm.errors import Interrupted, JobError, ModelError
 
 def blocked(world: World) -> int:
     """Wait for messages that never come."""
-    from mpillm.comm.collectives import Channel
+    from mpillm.comm.channel import Channel
     from mpillm.comm.counters import MessageCounters
 
     Channel(world, MessageCounters()).take()
@@ -46,7 +46,7 @@ def all_interrupted(world: World) -> int:
 
 def under_way(world: World) -> int:
     """All fail alike while large messages are under way that nobody will take."""
-    from mpillm.comm.collectives import Channel
+    from mpillm.comm.channel import Channel
     from mpillm.comm.counters import MessageCounters
 
     channel = Channel(world, MessageCounters())
@@ -101,7 +101,7 @@ def signalled(world: World, number: signal.Signals) -> int:
 
 
 def out_of_step(world: World) -> int:
-    from mpillm.comm.collectives import Pipe
+    from mpillm.comm.channel import Pipe
     from mpillm.comm.counters import MessageCounters
     from mpillm.partition.grid import Place
 
@@ -115,7 +115,7 @@ def out_of_step(world: World) -> int:
 
 def waiting(world: World) -> int:
     """Rank 0 computes, the others wait for it: how much of a core do they take?"""
-    from mpillm.comm.collectives import Channel
+    from mpillm.comm.channel import Channel
     from mpillm.comm.counters import MessageCounters
 
     counters = MessageCounters()
@@ -146,5 +146,5 @@ def threads(world: World) -> int:
 if __name__ == "__main__":
     started = launched_by(os.environ)
     if sys.argv[1] == "other_version" and started and started.rank == 1:
-        mpillm.__version__ = "0.0.9"
+        version.__version__ = "0.0.9"
     sys.exit(guard(globals()[sys.argv[1]]))

@@ -13,10 +13,11 @@ from statistics import median
 
 import numpy as np
 
-from mpillm.comm.collectives import Group, Wire
+from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.program import guard
 from mpillm.comm.shared import SharedRows, shared_rows
+from mpillm.comm.transfer import Wire
 from mpillm.comm.world import World
 from mpillm.kernels import path
 from mpillm.partition.grid import Place

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 
 FILE = Path(__file__).with_name("recorded.json")
 

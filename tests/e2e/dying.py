@@ -38,7 +38,7 @@ def die(point: str, owner: Any, method: str) -> None:
 
 def run(world: World, *args: Any) -> Any:
     """What computes is loaded only when the program's threads are known."""
-    from mpillm.engine.engine import Worker
+    from mpillm.engine.worker import Worker
     from mpillm.run import outcome
 
     die("step", Worker, "step")

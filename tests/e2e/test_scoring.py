@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mpillm.engine.pooled import logits_of
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from tests.conftest import clean_environment, run_bounded
 from tests.job_helpers import CHAT
 from tests.model.engine_harness import run_engine

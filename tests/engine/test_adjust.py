@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mpillm.engine.adjust import bits
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.engine.sampler import FORBIDDEN
-from mpillm.engine.sequence import FinishedCompletion, Request, Sequence
+from mpillm.engine.sequence import Sequence
 from tests.model.engine_harness import run_engine, vocab_of
 from tests.model.golden import model_path
 

@@ -12,8 +12,9 @@ import pytest
 import tokenizers
 
 from mpillm.engine.draft_model import DraftModel
-from mpillm.engine.engine import Worker
-from mpillm.engine.sequence import Request, Sequence
+from mpillm.engine.request import Request
+from mpillm.engine.sequence import Sequence
+from mpillm.engine.worker import Worker
 from mpillm.errors import JobError
 from mpillm.run.session import Session
 from mpillm.run.statistics import rank_statistics

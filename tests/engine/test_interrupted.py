@@ -8,7 +8,7 @@ import pytest
 
 from mpillm.engine import engine as engine_module
 from mpillm.engine.engine import Engine
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.errors import Interrupted
 from mpillm.run.session import Session
 from tests.model.engine_harness import _alone, spec_of

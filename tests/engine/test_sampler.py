@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from mpillm.engine.request import Request
 from mpillm.engine.sampler import (
     FIRST_LOOK,
     Candidates,
@@ -15,7 +16,7 @@ from mpillm.engine.sampler import (
     inverse_temperature,
     weights_of,
 )
-from mpillm.engine.sequence import Request, Sequence
+from mpillm.engine.sequence import Sequence
 
 
 def row(logits: np.ndarray, k: int, temperature: float = 1.0) -> Candidates:

@@ -13,8 +13,9 @@ import pytest
 from mpillm.engine.blocks import NO_SLOT
 from mpillm.engine.drafter import Drafted
 from mpillm.engine.limits import Limits
+from mpillm.engine.request import Request
 from mpillm.engine.scheduler import Scheduler
-from mpillm.engine.sequence import Request, Sequence
+from mpillm.engine.sequence import Sequence
 from mpillm.engine.speculation import Speculation
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for, blocks_needed, first_kept, window_blocks

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mpillm.engine.answer_index import END, LONGEST, RUN, AnswerIndex
 from mpillm.engine.drafter import Acceptance, Drafted, Lookup
+from mpillm.engine.request import Request
 from mpillm.engine.sampler import Candidates
-from mpillm.engine.sequence import Request, Sequence
+from mpillm.engine.sequence import Sequence
 from mpillm.engine.speculation import RowCost, Speculation
 from mpillm.engine.step import Chunk, Step
 from mpillm.engine.turn import Turn

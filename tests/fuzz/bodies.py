@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpillm.batch import bodies
+from mpillm.batch import other_keys
 from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.work import Endpoint
+from tests.fuzz.fields import CALLS, FIELDS, tool_calls
 
 # Keys that mean something somewhere, and some that do not.
 KEYS = sorted(
     {
-        *bodies.IGNORED,
-        *bodies._NEUTRAL,
-        *bodies._REFUSED,
+        *other_keys.IGNORED,
+        *other_keys.NEUTRAL,
+        *other_keys.REFUSED,
         *(key for endpoint in ENDPOINTS for key in endpoint.__struct_fields__),
         *(
             "role",
@@ -60,13 +62,14 @@ PIECES = (
     "[INST]", "caf\u00e9", "\u6f22\u5b57", "\U0001f600", "\u0301", "\ufdd0", "\uffff", "\0", "\x1b[2J", "{{ 7 * 7 }}",
     "{% for x in y %}", "\u200b", "\r", "\t", "'", '"', "\\", "<think>", "</think>", "\u2581", "word ",
 )  # fmt: skip
-# Keys with values that endpoints take.
-GOOD: tuple[tuple[str, Any], ...] = (
-    ("n", 2), ("logprobs", 1), ("logprobs", True), ("top_logprobs", 3), ("echo", True), ("stop", ["fox", "a"]),
-    ("seed", 7), ("temperature", 0.5), ("top_k", 5), ("top_p", 0.9), ("ignore_eos", True), ("return_token_ids", True),
-    ("stop_token_ids", [5]), ("chat_template_kwargs", {"enable_thinking": False}), ("encoding_format", "float"),
-    ("pooling", "mean"), ("add_special_tokens", False), ("model", "some"), ("repetition_penalty", 1.1), ("user", "me"),
-)  # fmt: skip
+HOLDING = (
+    "structured_outputs",
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 DEPTHS = (1, 3, 60, 70, 500, 20_000)
 LENGTHS = (0, 1, 1, 2, 2, 3, 7, 7, 20, 60, 200)
 LONG = (5_000, 100_000, 1_000_000)  # pieces of a text, or values of a list; seldom
@@ -95,10 +98,10 @@ class Draw:
         return self.below(100) < percent
 
 
-def line(draw: Draw) -> bytes:
-    """A line: a good one, in which some things are then changed."""
-    content = _content(draw)
-    for _ in range(draw.one((0, 0, 0, 0, 1, 1, 2, 5))):
+def line(draw: Draw, urls: Sequence[str]) -> bytes:
+    """A line: a good one, most often for one of the `urls`, in which some things are then changed."""
+    content = _content(draw, urls)
+    for _ in range(draw.one((0, 0, 0, 0, 0, 1, 2, 5))):
         content = _changed(draw, content)
     raw = json.dumps(content, ensure_ascii=draw.often(50)).encode(errors="surrogatepass")
     if draw.often(5):
@@ -107,34 +110,67 @@ def line(draw: Draw) -> bytes:
     return raw.replace(b"\n", b" ")
 
 
-def _content(draw: Draw) -> Any:
-    endpoint = draw.one(ENDPOINTS)
-    body: dict[str, Any] = {endpoint.key: _messages(draw) if endpoint.key == "messages" else _prompt(draw)}
-    known = [pair for pair in GOOD if pair[0] in endpoint.__struct_fields__]
-    body |= dict(draw.one(known) for _ in range(draw.below(4)))
+def _content(draw: Draw, urls: Sequence[str]) -> Any:
+    endpoint = draw.one([one for one in ENDPOINTS if one.url in urls] if draw.often(90) else ENDPOINTS)
+    names = endpoint.__struct_fields__
+    body: dict[str, Any] = {name: _field(draw, name) for name in _main_keys(draw, endpoint)}
+    wanted = [draw.one(names) for _ in range(draw.below(4))]
+    if "structured_outputs" in names and draw.often(20):
+        wanted.append(draw.one(HOLDING))
+    if "tools" in names and draw.often(30):
+        wanted += ["tools", "tool_choice"]
+    for name in wanted:
+        body.setdefault(name, _field(draw, name))
+    if "top_logprobs" in body:
+        body["logprobs"] = True
     if draw.often(10):
         body[draw.one(KEYS)] = _value(draw)
-    if draw.often(30):
-        body["max_tokens"] = draw.one((0, 1, 5, 100, 10_000))
-    if draw.often(50):
-        return body
-    name = _text(draw) if draw.often(10) else f"r{draw.below(1000)}"
-    return {"custom_id": name, "method": "POST", "url": endpoint.url, "body": body}
+    if not endpoint.key or endpoint.key == "query" or draw.often(50):
+        name = _text(draw) if draw.often(10) else f"r{draw.below(1000)}"
+        url = draw.one((endpoint.url, *endpoint.aliases))
+        return {"custom_id": name, "method": "POST", "url": url, "body": body}
+    return body
+
+
+def _main_keys(draw: Draw, endpoint: type[Endpoint]) -> tuple[str, ...]:
+    """The keys without which there is no request."""
+    match endpoint.url:
+        case "/v1/multiple_choice":
+            return "choices", draw.one(("prompt", "messages"))
+        case "/v1/score":
+            return draw.one((("text_1", "text_2"), ("queries", "documents")))
+        case "/v1/rerank":
+            return "query", "documents"
+        case _:
+            return (endpoint.key or "input",)
+
+
+def _field(draw: Draw, name: str) -> Any:
+    """A value for a key of an endpoint, most often one that is taken."""
+    if name == "messages":
+        return _messages(draw)
+    if name in ("prompt", "input"):
+        return _prompt(draw)
+    return FIELDS[name](draw)
 
 
 def _messages(draw: Draw) -> list[Any]:
-    return [
-        _message(draw) for _ in range(draw.one((1, 1, 2, 3, 5)) if not draw.often(1) else draw.one(LENGTHS))
-    ]
+    if draw.often(70):  # a conversation as templates want it
+        roles = ["user", *["assistant", "user"] * draw.below(3)]
+        return [_message(draw, role) for role in (["system", *roles] if draw.often(20) else roles)]
+    many = draw.one((1, 1, 2, 3, 5)) if not draw.often(1) else draw.one(LENGTHS)
+    return [_message(draw, draw.one(ROLES[:3] if draw.often(80) else ROLES)) for _ in range(many)]
 
 
-def _message(draw: Draw) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": draw.one(ROLES[:3] if draw.often(80) else ROLES)}
+def _message(draw: Draw, role: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": role}
     if draw.often(95):
         parts = [{"type": "text", "text": _text(draw)} for _ in range(draw.below(3))]
         message["content"] = _text(draw) if draw.often(75) else draw.one((parts, None, _value(draw)))
     if draw.often(5):
         message[draw.one((*KEYS, "tool_calls", "name", "reasoning_content"))] = _value(draw)
+    if message["role"] == "assistant" and draw.often(20):
+        message["tool_calls"] = tool_calls(draw)
     return message
 
 
@@ -189,6 +225,11 @@ def _nested(draw: Draw) -> Any:
     for _ in range(min(draw.one(DEPTHS), 900)):
         value = [value] if draw.often(50) else {"a": value}
     return value
+
+
+def answer(draw: Draw) -> str:
+    """What a model may answer: text, and calls of tools that are whole, cut or no calls."""
+    return "".join(draw.one(PIECES) if draw.often(50) else draw.one(CALLS) for _ in range(draw.below(9)))
 
 
 def _changed(draw: Draw, content: Any) -> Any:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mpillm import spec
 from mpillm.batch import requests
-from mpillm.batch.endpoints.prompts import MAX_SEQUENCES
 from mpillm.batch.work import Line, Model
 from mpillm.engine import messages
 from mpillm.engine.reply import Reply, merge
@@ -31,8 +28,6 @@ from mpillm.errors import JobError, LayoutError, ModelError, OutputError, Reques
 from mpillm.model.families import read_config
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.planning import memory
-from mpillm.planning.input_memory import input_needs
 from mpillm.store.journal import Journal
 from mpillm.store.journal_facts import finished
 from mpillm.store.output import Claim
@@ -41,26 +36,13 @@ from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.source import check_tensors, rank_plans
 from tests.conftest import ROOT, clean_environment
-from tests.fuzz import bodies
-from tests.text.chats import STYLE, TEMPLATES
-from tests.text.vocabularies import write_directory
+from tests.fuzz.body_target import body_target
+from tests.fuzz.target import Target
 from tests.weights.build import Tiny, write_gguf
 
 MODELS = ROOT / "tests" / "fixtures" / "models"
 SMALL = 1 << 22  # bytes of a tensor that is worth decoding here
-SPARE = 32 << 20  # bytes that a body may take besides what is planned for it: the process's own part has them
 TEXT = "The <|im_end|> caf\u00e9,\n\n  123 \U0001f600\u0000 end"
-
-Run = Callable[[bytes], None]
-
-
-@dataclass
-class Target:
-    """How to feed it, what to begin with, and words that its format knows."""
-
-    run: Run
-    seeds: list[bytes]
-    words: tuple[bytes, ...] = ()
 
 
 def make(name: str) -> contextlib.AbstractContextManager[Target]:
@@ -253,52 +235,6 @@ def _jsonl(folder: Path) -> Target:
     )
 
 
-def _bodies(folder: Path) -> Target:
-    """A line that a grammar makes of the bytes, through check, template and tokenizer; its memory is what is planned.
-
-    The first byte says which model it is for.
-    """
-    job = spec.load(None, input=str(folder / "in.jsonl"), output=str(folder / "out"))
-    models = []
-    for name, style in STYLE.items():
-        text = load_tokenizer(write_directory(folder / name, style, TEMPLATES[name]))
-        assert text is not None
-        models.append(
-            Model(vocab=text.vocab_size, max_position=4096, hidden=64, kv_tokens=4096, text=text, name=name)
-        )
-    models.append(Model(vocab=300, max_position=4096, hidden=64))
-
-    def run(data: bytes) -> None:
-        raw = bodies.line(bodies.Draw(data[1:]))
-        job.input_path.write_bytes(raw + b"\n" + b'{"prompt": [5]}\n')
-        model = models[(data or b"\0")[0] % len(models)]
-        before = _start_to_measure()
-        batch = None
-        with contextlib.suppress(JobError):  # what is no line at all, by its beginning
-            batch = requests.check(job.input_path, job, model)
-        if batch is None:
-            return
-        *_, good = batch.lines
-        assert good.error is None, "one line costs no other"
-        for line in batch.lines:
-            assert line.error is None or len(line.error) < 500
-        for work in batch.works():
-            assert len(work.requests) <= MAX_SEQUENCES
-            assert all(0 < len(one.prompt) + one.max_tokens <= 4096 for one in work.requests)
-            assert all(0 <= token < model.vocab for one in work.requests for token in one.prompt)
-        taken = memory.peak() - before
-        assert taken <= SPARE + input_needs(job, model.hidden).kept(1), f"{taken} bytes"
-
-    draw = random.Random(1)
-    return Target(run, [draw.randbytes(40) for _ in range(200)])
-
-
-def _start_to_measure() -> int:
-    """Begin to count the process's peak anew, and return the bytes that it has now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory.peak()
-
-
 def _step(folder: Path) -> Target:
     """What ranks are told: steps, requests for candidates, the end."""
 
@@ -383,7 +319,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "config": _config,
     "toml": _toml,
     "jsonl": _jsonl,
-    "bodies": _bodies,
+    "bodies": body_target,
     "step": _step,
     "reply": _reply,
     "journal": _journal,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mpillm.batch.endpoints import ENDPOINTS
+from tests.fuzz.fields import FIELDS
 from tests.fuzz.mutate import cases
 from tests.fuzz.targets import TARGETS, make
 
@@ -19,3 +21,9 @@ def test_damaged_bytes_are_taken_or_refused_in_a_sentence(name: str) -> None:
             except BaseException:
                 print(f"case {number}: {case[:2000]!r}")
                 raise
+
+
+def test_each_key_of_a_body_has_values() -> None:
+    keys = {key for endpoint in ENDPOINTS for key in endpoint.__struct_fields__}
+    assert keys - FIELDS.keys() == {"messages", "prompt", "input"}
+    assert FIELDS.keys() <= keys

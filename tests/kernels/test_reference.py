@@ -25,7 +25,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_path(before)
 
 
-GGUF = {t: gguf.GGMLQuantizationType[t.name] for t in BlockType if not t.scaled}
+GGUF = {t: gguf.GGMLQuantizationType[t.multiplied_as.name] for t in BlockType if not t.scaled}
 
 
 def quantized(type: BlockType, x: cases.Array) -> cases.Array:
@@ -58,7 +58,7 @@ def test_dequantize_as_the_gguf_library(type: BlockType) -> None:
 
 @pytest.mark.parametrize("k", [64, 128, 200, 400])
 def test_dequantize_codes_of_floats(k: int) -> None:
-    """As ml_dtypes reads e4m3 and e2m1 numbers; those of NaN, which makers of blocks give a scale of NaN, are left out."""
+    """As ml_dtypes reads e4m3 and e2m1 numbers, without those of NaN: makers of blocks have a scale of NaN for these."""
     rng = np.random.default_rng(k)
 
     def e4m3(codes: cases.Array) -> cases.Array:
@@ -132,7 +132,7 @@ def test_products(type: BlockType, n: int, k: int, m: int) -> None:
         scale = np.abs(blocks).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
         exact = (np.rint(blocks / scale) * scale.astype(np.float64)).reshape(m, -1)[:, :k]
         np.testing.assert_allclose(exact, x, atol=0.02)
-    if type == BlockType.BF16:
+    if type.multiplied_as == BlockType.BF16:
         exact = x.astype(ml_dtypes.bfloat16).astype(np.float64)
     want = exact @ w.T
     bound = (np.abs(exact) @ np.abs(w.T)) * (2e-3 if type.quantised else k * 6e-8) + 1e-30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from tests.digests import recorded
 from tests.model.checks import EXACT, RECURRENT, RECURRENT_MODELS, check, digest, requests_of
 from tests.model.golden import FIXTURES, adapted_model, golden

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 
 
 @dataclass(frozen=True)

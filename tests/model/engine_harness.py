@@ -9,8 +9,9 @@ from typing import Any
 
 from mpillm.comm.program import start
 from mpillm.comm.world import World
-from mpillm.engine.engine import Engine, follow
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.engine import Engine
+from mpillm.engine.request import FinishedCompletion, Request
+from mpillm.engine.worker import follow
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.run.session import Session

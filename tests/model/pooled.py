@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.engine.pooled import logits_of
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.model.opening import config_of, open_source
 from mpillm.model.pooled import Classifier, read_classifier
 

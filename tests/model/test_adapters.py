@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from tests.model.adapted import both, check_both, folder, numbered
 from tests.model.checks import digest, requests_of
 from tests.model.engine_harness import run_engine

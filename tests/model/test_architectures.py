@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from tests.model.checks import EXACT, QUANTIZED, ROUNDED, bounds_of, check, requests_of
 from tests.model.engine_harness import run_engine
 from tests.model.golden import GGUFS, MODELS, PLAIN_GGUFS, gguf_path, golden, model_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -403,10 +404,27 @@ def test_keys_that_nobody_knows_are_ignored_and_named() -> None:
     assert read().ignored_keys == ()
 
 
-@pytest.mark.parametrize("kind", ["internlm3", "iquestcoder"])
-def test_what_transformers_saves_as_llama(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "published"),
+    [("internlm3", "InternLM3ForCausalLM"), ("iquestcoder", "IQuestCoderForCausalLM")],
+)
+def test_what_transformers_saves_as_llama(kind: str, published: str) -> None:
     assert read(kind).architecture == "LlamaForCausalLM"
     assert read(kind, architectures=None) == read()
+    assert replace(read(kind, architectures=[published]), architecture="LlamaForCausalLM") == read()
+
+
+def test_biases_of_internlm3_have_names_of_their_own() -> None:
+    biased = read("internlm3", qkv_bias=True, bias=True)
+    assert biased == read(attention_bias=True, mlp_bias=True)
+    with pytest.raises(ModelError, match="qkv_bias is True, but must be as bias is"):
+        read("internlm3", qkv_bias=True)
+    with pytest.raises(ModelError, match="qkv_bias"):
+        read(qkv_bias=True)
+
+
+def test_layers_that_predict_further_tokens_change_nothing() -> None:
+    assert read(num_nextn_predict_layers=2) == read()
 
 
 def test_layer_types_that_say_what_is_so() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mpillm import kernels
-from mpillm.bench import synthetic
-from mpillm.engine.sequence import Request
+from mpillm.bench import synthetic, synthetic_shapes
+from mpillm.engine.request import Request
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
@@ -115,14 +115,14 @@ def test_a_step_reads_each_byte_of_weights_once_for_any_number_of_sequences(
     weights: str, tmp_path: Path
 ) -> None:
     model = tmp_path / "wide.gguf"  # as wide a feed-forward part as a 1B model's: rows of x outgrow a cache
-    synthetic.write(model, "wide", synthetic.Shape("llama", 256, 2, 4, 2, 64, 8192, 1024), weights)
+    synthetic.write(model, "wide", synthetic_shapes.Shape("llama", 256, 2, 4, 2, 64, 8192, 1024), weights)
     every, _ = matrix_bytes(model)
     assert bytes_read(model, 1) == bytes_read(model, 32) == MORE * every
 
 
 @pytest.mark.skipif(kernels._compiled is None, reason="only the compiled kernels count what they read")
 def test_of_experts_a_step_reads_those_that_were_chosen(tmp_path: Path) -> None:
-    shape = synthetic.SHAPES["tiny-moe"]
+    shape = synthetic_shapes.SHAPES["tiny-moe"]
     model = tmp_path / "moe.gguf"
     synthetic.write(model, "moe", shape, "q4_0")
     every, expert = matrix_bytes(model)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from tests.model.checks import EXACT, check, requests_of
 from tests.model.engine_harness import run_engine
 from tests.model.golden import golden, model_path

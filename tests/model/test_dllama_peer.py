@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.text import load_tokenizer
 from tests.model.engine_harness import run_engine
 from tests.weights.build import Tiny

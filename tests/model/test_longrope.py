@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.engine.sequence import FinishedCompletion, PartialCompletion, Request
+from mpillm.engine.request import FinishedCompletion, PartialCompletion, Request
 from mpillm.kernels import KV_BLOCK
 
 from .engine_harness import _alone, run_engine, run_laid_out, vocab_of

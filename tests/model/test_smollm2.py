@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpillm.catalogue.models import resolve
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import MpillmError
 from tests.model.engine_harness import run_engine
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpillm import kernels
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from tests.agnostic import harness
 from tests.agnostic.program import digest
 from tests.conftest import Mpi

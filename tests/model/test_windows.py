@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_needed
 from tests.model.engine_harness import _alone, run_laid_out

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mpillm.comm.collectives import Channel, Group, Pipe, Wire, WireError
+from mpillm.comm.channel import Channel, Pipe
+from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.shared import shared_rows
+from mpillm.comm.transfer import Wire, WireError
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType, dequantize, fold, quantize
 from mpillm.partition.grid import Axis, Place, panel_bounds

@@ -12,8 +12,9 @@ from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning import hosts, layout, plan, plan_text
-from mpillm.planning.layout import Chosen, Machines
-from mpillm.planning.rank_plan import Planner
+from mpillm.planning.layout_plans import Chosen
+from mpillm.planning.machines import Machines
+from mpillm.planning.planner import Planner
 from tests.model.golden import model_path
 
 MODEL = model_path("llama3")

@@ -15,9 +15,10 @@ from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_memory import InputNeeds
-from mpillm.planning.layout import CLEARLY, Found, Layouts
+from mpillm.planning.layout import CLEARLY, Layouts
+from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import Planner
+from mpillm.planning.planner import Planner
 from mpillm.planning.search import LEAVE_OUT, search, slowed_by
 from tests.sparse import llama
 

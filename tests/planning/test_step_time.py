@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from mpillm.kernels import BlockType
+from mpillm.planning.job_time import Demand, job_time
 from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import (
     INSIDE,
@@ -15,13 +16,11 @@ from mpillm.planning.step_time import (
     REQUEST,
     STEP,
     AttentionWork,
-    Demand,
     LinkRate,
     RankWork,
     Stage,
     StepRows,
     between,
-    job_time,
     rank_time,
     round_of,
     stage_time,

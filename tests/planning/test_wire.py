@@ -12,8 +12,8 @@ from mpillm.comm.program import start
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning import layout
 from mpillm.planning.hosts import Host, machines_of
-from mpillm.planning.layout import Chosen
-from mpillm.planning.rank_plan import Planner
+from mpillm.planning.layout_plans import Chosen
+from mpillm.planning.planner import Planner
 from mpillm.run import context
 from mpillm.run.job import results_differ
 from mpillm.spec import Spec, WireSection

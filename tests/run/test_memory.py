@@ -18,7 +18,7 @@ import pytest
 
 from mpillm import spec
 from mpillm.batch.endpoints.prompts import MAX_ANSWER
-from mpillm.bench import packed, synthetic
+from mpillm.bench import packed, synthetic, synthetic_shapes
 from mpillm.partition.grid import Place
 from mpillm.planning import plan
 from mpillm.planning.grammar_memory import DIVISOR, HELD
@@ -41,8 +41,8 @@ from mpillm.text.constrain import CACHED
 from tests.conftest import Mpi, run_bounded
 from tests.run.cgroups import CGROUPS, SPARE, Cgroup
 
-SHAPE = synthetic.Shape("llama", 1024, 16, 16, 4, 64, 4096, 16_000)  # 140 MiB in Q4_0
-MIXTURE = synthetic.Shape("qwen3moe", 1024, 1, 16, 4, 64, 1024, 16_000, 16, 4)
+SHAPE = synthetic_shapes.Shape("llama", 1024, 16, 16, 4, 64, 4096, 16_000)  # 140 MiB in Q4_0
+MIXTURE = synthetic_shapes.Shape("qwen3moe", 1024, 1, 16, 4, 64, 1024, 16_000, 16, 4)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPILLM_CACHE", str(folder))
-        patch.setitem(synthetic.SHAPES, "small", SHAPE)
-        patch.setitem(synthetic.SHAPES, "flat", replace(SHAPE, layers=1))
-        patch.setitem(synthetic.SHAPES, "flat-moe", MIXTURE)
+        patch.setitem(synthetic_shapes.SHAPES, "small", SHAPE)
+        patch.setitem(synthetic_shapes.SHAPES, "flat", replace(SHAPE, layers=1))
+        patch.setitem(synthetic_shapes.SHAPES, "flat-moe", MIXTURE)
         yield {
             "packed": packed.create("small", "q4_0", 1),
             "gguf": synthetic.create("small", "q4_0"),

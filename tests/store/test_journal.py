@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.batch.work import Line
-from mpillm.engine.sequence import PartialCompletion
+from mpillm.engine.request import PartialCompletion
 from mpillm.errors import Interrupted, OutputError
 from mpillm.store.journal import Journal
 from mpillm.store.journal_facts import began, finished

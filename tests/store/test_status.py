@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.errors import JobError
+from mpillm.errors import Interrupted, JobError
+from mpillm.store.output import Claim
 from mpillm.store.status import Reader
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
@@ -92,6 +94,11 @@ def test_new_records_alone_are_read_again(openmpi: Mpi, tmp_path: Path) -> None:
         Reader(tmp_path)
     with pytest.raises(JobError, match="There is no directory"):
         Reader(tmp_path / "nothing")
+    with (
+        contextlib.closing(Claim(tmp_path / "new")),
+        pytest.raises(Interrupted, match="look again in a few seconds"),
+    ):
+        Reader(tmp_path / "new")
 
 
 def test_what_differs_between_two_runs(openmpi: Mpi, tmp_path: Path) -> None:

@@ -214,3 +214,35 @@ def test_a_killed_run_of_a_table_goes_on_and_is_exported(
     assert [row["id"] for row in read(tmp_path / "killed/table.csv")] == [*map(str, range(150)), ""]
     assert main(["export", str(tmp_path)]) == 2
     assert "There is no finished run in" in capsys.readouterr().err
+
+
+def test_frames_have_the_rows(tmp_path: Path) -> None:
+    """Of pandas and of polars, whatever kinds of answers lie side by side; without any row, too."""
+    call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    lines = [
+        {"custom_id": "text", "prompt": "a fox", "max_tokens": 2},
+        {"custom_id": "vector", "input": "a fox"},
+        {"custom_id": "ids", "prompt": [5, 6], "choices": [[7], [8, 9]]},
+        {"custom_id": "chosen", "prompt": "a fox", "choices": ["is", " runs"]},
+        {"custom_id": "scored", "prompt": "a fox runs", "echo": True, "max_tokens": 0, "logprobs": 0},
+        {
+            "custom_id": "ranked",
+            "url": "/v1/rerank",
+            "body": {"query": "fox", "documents": ["a", "b"], "top_n": 1},
+        },
+        {"custom_id": "chat", "messages": [{"role": "user", "content": call}]},
+        b"{bad",
+        {"custom_id": "failed", "prompt": "a"},
+    ]
+    made(tmp_path, lines, formats=())
+    (tmp_path / "out/results.h5").touch()
+    results = read_results(tmp_path / "out")
+    rows = list(results.rows())
+    rows[2]["text"] = json.dumps(rows[2]["text"], separators=(",", ":"))
+    assert results.frame("polars").to_dicts() == rows
+    of_pandas = results.frame("pandas")
+    assert list(of_pandas.columns) == list(rows[0])
+    for name in rows[0]:
+        missing = [row[name] is None for row in rows]
+        assert of_pandas[name].isna().tolist() == missing
+        assert of_pandas[name].dropna().tolist() == [row[name] for row in rows if row[name] is not None]

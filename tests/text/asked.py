@@ -10,5 +10,5 @@ from mpillm.text.tokenizer import Tokenizer
 
 def render_chat(tokenizer: Tokenizer, messages: list[Any], options: Mapping[str, Any] | None = None) -> str:
     """The text that the chat template makes of messages."""
-    rendered: str = tokenizer._chat(options).render(messages, options)
+    rendered: str = tokenizer._chats.chosen(options).render(messages, options)
     return rendered

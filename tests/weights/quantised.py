@@ -126,9 +126,7 @@ FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 FP4 = np.concatenate([FP4, -FP4])
 
 
-def nf4(
-    random: Random, n: int, k: int, nested: bool, block: int = 64, table: Array = NF4
-) -> Written:
+def nf4(random: Random, n: int, k: int, nested: bool, block: int = 64, table: Array = NF4) -> Written:
     """bitsandbytes' 4 bits: numbers of a table, the first of two in the upper half; scales of so many numbers."""
     codes = random.integers(0, 16, n * k).astype(np.uint8)
     count = n * k // block

@@ -16,7 +16,7 @@ from mpillm.batch.endpoints.prompts import encoded
 from mpillm.batch.endpoints.sampling import Tokens
 from mpillm.batch.endpoints.tools import NamedChoice, ToolChoice, calls_shown, choose, read_calls, read_tools
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
@@ -61,8 +61,11 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
         if not model.text.has_chat:
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
-        if self.reasoning_effort is not None and not model.text.chat_reads("reasoning_effort"):
-            raise RequestError("the model's chat template does not look at reasoning_effort")
+        reads = model.text.chat_reads
+        if self.reasoning_effort is not None and not (reads("reasoning_effort") or reads("enable_thinking")):
+            raise RequestError(
+                "the model's chat template looks neither at reasoning_effort nor at enable_thinking"
+            )
         choose(read_tools(self.tools), self.tool_choice)
         if self.tools and not model.text.chat_reads("tools"):
             raise RequestError("the model's chat template does not look at tools")
@@ -103,6 +106,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             "add_generation_prompt": False if self.continue_final_message else self.add_generation_prompt,
             "continue_final_message": self.continue_final_message or None,
             "reasoning_effort": self.reasoning_effort,
+            "enable_thinking": None if self.reasoning_effort is None else self.reasoning_effort != "none",
         }
         return {key: value for key, value in own.items() if value is not None} | (
             self.chat_template_kwargs or {}
@@ -181,7 +185,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
     def _grammar(self, prompt: Sequence[int], spec: Spec, model: Model) -> str | None:
         """The grammar that the answer is held to: that of its content behind what the model thinks, and of calls."""
         assert model.text is not None
-        content = grammar_of(self, spec)
+        content = grammar_of(self, spec, model)
         tools, choice = choose(read_tools(self.tools), self.tool_choice)
         if choice == "none" or not (choice == "required" or content or any(tool.strict for tool in tools)):
             tools = ()

@@ -23,7 +23,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine import exact
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import CREATED
 from mpillm.batch.endpoints.prompts import (
+    Side,
     Truncated,
     check_answer,
     check_length,
@@ -20,7 +21,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine.pooled import decide, logits_of
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 
@@ -36,6 +37,7 @@ class ClassifyEndpoint(Endpoint, frozen=True, kw_only=True):
     input: str | list[Any]
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncated | None = None
+    truncation_side: Side | None = None
     use_activation: bool | None = None
     activation: bool | None = None
 
@@ -45,7 +47,7 @@ class ClassifyEndpoint(Endpoint, frozen=True, kw_only=True):
             raise RequestError(
                 "the model has no classifier; /v1/multiple_choice chooses among texts with any model"
             )
-        cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
+        cut = cut_of(self.truncate_prompt_tokens, 0, self.truncation_side or "right", spec, model)
         prompts = read_prompts("input", self.input, self.add_special_tokens, 1, spec, model, cut)
         check_answer(len(prompts) * len(classifier.labels) * JSON_BYTES)
         for index, ids in enumerate(prompts):

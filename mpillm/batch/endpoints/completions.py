@@ -11,7 +11,7 @@ from mpillm.batch.endpoints.detokenizer import Detokenizer, finite, offsets, wit
 from mpillm.batch.endpoints.generate import Choices, Generate, Logprobs
 from mpillm.batch.endpoints.prompts import read_prompts
 from mpillm.batch.work import Model, Work
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 
@@ -64,7 +64,7 @@ class CompletionsEndpoint(Generate, frozen=True, kw_only=True):
             model,
             self.logprobs or 0 if self._chooses else self.logprobs,
             self._scored,
-            grammar_of(self, spec),
+            grammar_of(self, spec, model),
         )
         if requests[0].max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise RequestError("max_tokens: 0 generates nothing; add echo: true to score the prompt")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from mpillm.batch.work import Model
 from mpillm.errors import RequestError
-from mpillm.spec import ResponseFormat, Spec, StructuredOutputs
+from mpillm.spec import ResponseFormat, Spec, StructuralTags, StructuredOutputs, plain_words
 from mpillm.text import constrain
+from mpillm.text.structural_tags import Structure, tags_grammar
 
 GUIDED = {
     "guided_json": "json",
@@ -14,9 +18,10 @@ GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
-def grammar_of(body: Any, spec: Spec) -> str | None:
+def grammar_of(body: Any, spec: Spec, model: Model) -> str | None:
     """The grammar that a body asks for, or the job if the body asks for none; None if neither does.
 
     RequestError if they ask for several, or if what they ask for is malformed.
@@ -34,36 +39,66 @@ def grammar_of(body: Any, spec: Spec) -> str | None:
         raise RequestError(f"{' and '.join(asked)} exclude one another")
     for key, value in asked.items():
         try:
-            return _grammar(key, value)
+            return _grammar(key, value, model)
         except RequestError as error:
             raise RequestError(f"{key}: {error}") from None
     return None
 
 
-def _grammar(key: str, value: Any) -> str | None:
+def _grammar(key: str, value: Any, model: Model) -> str | None:
     if key == "response_format":
-        return _response_format(value)
+        return _response_format(value, model)
     if key in GUIDED:
         value = StructuredOutputs(**{GUIDED[key]: value})
-    return _structured(value)
+    return _structured(value, model)
 
 
-def _response_format(asked: ResponseFormat) -> str | None:
+def _response_format(asked: ResponseFormat, model: Model) -> str | None:
     if asked.type == "text":
         return None
     if asked.type == "json_object":
         return constrain.json_grammar({"type": "object"})
+    if asked.type == "structural_tag":
+        return _tags(StructuralTags(structures=asked.structures or [], triggers=asked.triggers or []), model)
     if asked.json_schema is None:
         raise RequestError("the key 'json_schema' is missing")
     return constrain.json_grammar(asked.json_schema.schema, lenient=asked.json_schema.strict is False)
 
 
-def _structured(asked: StructuredOutputs) -> str:
-    kinds = {key: getattr(asked, key) for key in ("json", "regex", "choice", "grammar", "json_object")}
+def _structured(asked: StructuredOutputs, model: Model) -> str:
+    kinds = {key: getattr(asked, key) for key in KINDS}
     kind, value = constrain.one_of(kinds, "it")
+    options: dict[str, Any] = {
+        "whitespace": not asked.disable_any_whitespace,
+        "pattern": asked.whitespace_pattern,
+    }
     if kind in ("json", "json_object"):
-        schema = {"type": "object"} if kind == "json_object" else value
-        return constrain.json_grammar(schema, whitespace=not asked.disable_any_whitespace)
+        schema = {"type": "object"} if kind == "json_object" else constrain.read_schema(value)
+        if asked.disable_additional_properties:
+            schema = constrain.closed(schema)
+        return constrain.json_grammar(schema, **options)
+    if kind == "structural_tag":
+        return _tags(_read_tags(value), model, **options)
     if kind == "choice":
         return constrain.choice_grammar(value)
     return constrain.regex_grammar(value) if kind == "regex" else constrain.text_grammar(value)
+
+
+def _tags(asked: StructuralTags, model: Model, **options: Any) -> str:
+    if not asked.structures or not asked.triggers:
+        raise RequestError("structural tags need structures and triggers")
+    control = {} if model.text is None else model.text.control
+    structures = [Structure(one.begin, one.schema, one.end) for one in asked.structures]
+    return tags_grammar(structures, asked.triggers, control, **options)
+
+
+def _read_tags(given: StructuralTags | str) -> StructuralTags:
+    if not isinstance(given, str):
+        return given
+    try:
+        return msgspec.json.decode(given, type=StructuralTags)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"structural_tag: {plain_words(str(error))}") from None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        said = str(error).removeprefix("JSON is malformed: ")
+        raise RequestError(f"structural_tag is no JSON: {said}") from None

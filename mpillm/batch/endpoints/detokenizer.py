@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from mpillm.batch.work import Model
-from mpillm.engine.sequence import TopLogprobs
+from mpillm.engine.request import TopLogprobs
 from mpillm.text import IncrementalDecoder, token_id_text
 
 LOWEST = -9999.0  # JSON has no infinity: vLLM's lower bound for log-probabilities

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mpillm.batch.endpoints.generate import CREATED
 from mpillm.batch.endpoints.prompts import (
+    Side,
     Truncated,
     check_answer,
     check_length,
@@ -22,7 +23,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine.pooled import through
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.spec import Pooling, Spec
@@ -43,10 +44,12 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     pooling: Pooling | None = None
     normalize: bool | None = None
+    use_activation: bool | None = None  # vLLM's name of `normalize` now
     dimensions: Dimensions | None = None
     prompt_name: str | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncated | None = None
+    truncation_side: Side | None = None
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         settings, dimensions = model.embedding, self.dimensions
@@ -61,7 +64,7 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         width = settings.width or model.hidden
         if dimensions is not None and width and dimensions > width:
             raise RequestError(f"dimensions {dimensions} is more than the model's {width}")
-        cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
+        cut = cut_of(self.truncate_prompt_tokens, 0, self.truncation_side or "right", spec, model)
         texts = self._texts(spec, settings)
         prompts = read_prompts("input", texts, self.add_special_tokens, 1, spec, model, cut)
         each = width * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
@@ -107,7 +110,8 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         """The vector as it is answered: of so many dimensions, at length 1 if that is asked for."""
         assert completion.embedding is not None
         vector = through(model.embedding.layers, completion.embedding)[: self.dimensions]
-        wanted = work.spec.embeddings.normalize if self.normalize is None else self.normalize
+        asked = self.use_activation if self.normalize is None else self.normalize
+        wanted = work.spec.embeddings.normalize if asked is None else asked
         return normalized(vector) if (model.embedding.normalize if wanted == "auto" else wanted) else vector
 
     def _embedding(self, work: Work, completion: FinishedCompletion, model: Model) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.prompts import (
     Cut,
+    Side,
     TokenIds,
     Truncated,
     check_answer,
@@ -24,7 +25,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.endpoints.sampling import Sampled, Tokens
 from mpillm.batch.work import Model, ResultColumn, Work, hashed_id
-from mpillm.engine.sequence import Constraint, FinishedCompletion, Request, TopLogprobs
+from mpillm.engine.request import Constraint, FinishedCompletion, Request, TopLogprobs
 from mpillm.errors import RequestError
 from mpillm.spec import ResponseFormat, Spec, StopStrings, StructuredOutputs, Word
 from mpillm.text import StopWatch, cut_at_stop
@@ -75,6 +76,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
     guided_grammar: str | None = None
     prompt_logprobs: Logprobs | None = None
     truncate_prompt_tokens: Truncated | None = None
+    truncation_side: Side | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -180,9 +182,9 @@ class Generate(Sampled, frozen=True, kw_only=True):
         return tuple(requests)
 
     def cut(self, asked: int | None, spec: Spec, model: Model) -> Cut | None:
-        """To how many tokens a prompt is cut, which keeps its end; `asked` is the body's own maximum of tokens."""
+        """To how many tokens a prompt is cut; `asked` is the body's own maximum of tokens."""
         generated = spec.sampling.max_tokens if asked is None else asked
-        return cut_of(self.truncate_prompt_tokens, generated, True, spec, model)
+        return cut_of(self.truncate_prompt_tokens, generated, self.truncation_side or "left", spec, model)
 
     def _constraint(self, grammar: str | None, model: Model) -> Callable[[], Constraint] | None:
         if grammar is None:

@@ -19,6 +19,7 @@ from mpillm.batch.endpoints.embeddings import EmbeddingsEndpoint
 from mpillm.batch.endpoints.prompts import (
     MAX_PROMPT_TOKENS,
     Cut,
+    Side,
     TokenIds,
     Truncated,
     check_length,
@@ -28,7 +29,7 @@ from mpillm.batch.endpoints.prompts import (
 )
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work
 from mpillm.engine.pooled import logits_of, relevance, through
-from mpillm.engine.sequence import FinishedCompletion, Request
+from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import RequestError
 from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
@@ -46,6 +47,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     use_activation: bool | None = None
     activation: bool | None = None
     truncate_prompt_tokens: Truncated | None = None
+    truncation_side: Side | None = None
 
     def pairs(self) -> tuple[list[str], list[str]]:
         """The queries and the documents, as many as each other or one query; RequestError if they are neither."""
@@ -61,7 +63,9 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
                     "instruction and use_activation are for models that read both texts together"
                 )
             texts = EmbeddingsEndpoint(
-                input=[*queries, *documents], truncate_prompt_tokens=self.truncate_prompt_tokens
+                input=[*queries, *documents],
+                truncate_prompt_tokens=self.truncate_prompt_tokens,
+                truncation_side=self.truncation_side,
             )
             return texts.requests(custom_id, spec, model)
         if classifier.relevant is None:
@@ -70,7 +74,9 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
                 f"the model has {len(classifier.labels)} labels ({shown}), and none of them says how relevant a "
                 "document is; /v1/classify gives all of them"
             )
-        cut = cut_of(self.truncate_prompt_tokens, 0, False, spec, model)
+        if self.truncation_side == "left":
+            raise RequestError("truncation_side 'left' is not supported: of a pair the document's end is cut")
+        cut = cut_of(self.truncate_prompt_tokens, 0, "right", spec, model)
         made, total = [], 0
         for index, document in enumerate(documents):
             which = f"pair {index + 1} of {len(documents)}" if len(documents) > 1 else "the pair"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -16,6 +16,7 @@ from mpillm.text import TooLongError
 
 TokenIds = tuple[int, ...]
 Truncated = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Side = Literal["left", "right"]  # from which a prompt is cut
 
 # What one line may ask for: rank 0 holds all of it at once.
 MAX_SEQUENCES = 4096  # prompts x n
@@ -43,13 +44,16 @@ class Cut:
         return (*head, *(inner[-left:] if self.last else inner[:left]), *tail)
 
 
-def cut_of(asked: int | None, generated: int, last: bool, spec: Spec, model: Model) -> Cut | None:
-    """What `truncate_prompt_tokens` asks for; -1 is what the context holds beside `generated` tokens."""
+def cut_of(asked: int | None, generated: int, side: Side, spec: Spec, model: Model) -> Cut | None:
+    """What `truncate_prompt_tokens` asks for; -1 is what the context holds beside `generated` tokens.
+
+    `side` is the one from which tokens are cut.
+    """
     if asked == 0:
         raise RequestError("truncate_prompt_tokens must be -1, or 1 or more")
     if asked == -1:
         asked = max(_context(spec, model) - generated, 1)
-    return None if asked is None else Cut(asked, last)
+    return None if asked is None else Cut(asked, side == "left")
 
 
 def read_prompts(

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from mpillm.batch.endpoints.pairs import Pairs
 from mpillm.batch.work import Model, Work, hashed_id
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import RequestError
 
 Document = str | dict[str, Any]

@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 from mpillm.batch.endpoints.generate import CREATED
 from mpillm.batch.endpoints.pairs import Pairs, Texts
 from mpillm.batch.work import Model, Work, hashed_id
-from mpillm.engine.sequence import FinishedCompletion
+from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import RequestError
+
+# What vLLM calls the queries and the documents.
+PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
 
 class ScoreEndpoint(Pairs, frozen=True, kw_only=True):
@@ -23,17 +26,21 @@ class ScoreEndpoint(Pairs, frozen=True, kw_only=True):
     text_2: str | Texts | None = None
     queries: str | Texts | None = None
     documents: str | Texts | None = None
+    items: str | Texts | None = None
+    data_1: str | Texts | None = None
+    data_2: str | Texts | None = None
 
     def pairs(self) -> tuple[list[str], list[str]]:
-        named = self.text_1 is None and self.text_2 is None
-        first, second = (self.queries, self.documents) if named else (self.text_1, self.text_2)
-        if first is None or second is None or (not named and (self.queries or self.documents)):
+        given = {name for names in PAIRS for name in names if getattr(self, name) is not None}
+        names = next((names for names in PAIRS if given == set(names)), None)
+        if names is None:
             raise RequestError("the line needs text_1 and text_2, or queries and documents")
+        first, second = (getattr(self, name) for name in names)
         queries, documents = ([one] if isinstance(one, str) else one for one in (first, second))
         if len(queries) not in (1, len(documents)):
             raise RequestError(
-                f"{'queries' if named else 'text_1'} has {len(queries)} texts and "
-                f"{'documents' if named else 'text_2'} {len(documents)}; give as many of both, or one of the first"
+                f"{names[0]} has {len(queries)} texts and {names[1]} {len(documents)}; give as many of both, or one "
+                "of the first"
             )
         return queries, documents
 

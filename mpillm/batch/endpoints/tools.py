@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from mpillm.engine.sequence import Request
+from mpillm.engine.request import Request
 from mpillm.errors import RequestError
 from mpillm.spec import Word, plain_words
 from mpillm.text.chat_formats.base import Call, Tool

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mpillm.batch.rows.line import row_line
+from mpillm.batch.rows.line import row_line, wrong_row
 from mpillm.errors import JobError
 
 ROWS, BYTES = 1024, 16 << 20  # that are read, and made values of Python, at once, at most
@@ -33,11 +33,45 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
             for batch in table.iter_batches(
                 max(1, min(ROWS, BYTES // row)), row_groups=[number], use_threads=False
             ):
+                batch = _in_microseconds(batch)
                 at_once = max(1, BYTES // max(1, sum(map(_longest, batch.columns))))
                 for begin in range(0, len(batch), at_once):
-                    yield from map(row_line, batch.slice(begin, at_once).to_pylist())
+                    yield from _lines(batch.slice(begin, at_once))
     except pyarrow.ArrowException as error:
         raise JobError(f"The input {path} is no Parquet file, or damaged: {error}.") from None
+
+
+def _lines(batch: Any) -> Iterator[bytes]:
+    """The rows of a batch; a row with a value that Python lacks, such as a date beyond the year 9999, is wrong."""
+    try:
+        rows = batch.to_pylist()
+    except (OverflowError, ValueError) as error:
+        if len(batch) == 1:
+            yield wrong_row(f"the row has a value that cannot be read: {error}")
+            return
+        for index in range(len(batch)):
+            yield from _lines(batch.slice(index, 1))
+        return
+    yield from map(row_line, rows)
+
+
+def _in_microseconds(batch: Any) -> Any:
+    """A batch whose times of nanoseconds have microseconds, as Python's have."""
+    import pyarrow
+    from pyarrow import types
+
+    for index, field in enumerate(batch.schema):
+        kind, column = field.type, batch.column(index)
+        if getattr(kind, "unit", None) != "ns":
+            continue
+        if types.is_timestamp(kind):
+            column = column.cast(pyarrow.timestamp("us", kind.tz), safe=False)
+        else:
+            column = column.cast(
+                pyarrow.duration("us") if types.is_duration(kind) else pyarrow.time64("us"), safe=False
+            )
+        batch = batch.set_column(index, field.name, column)
+    return batch
 
 
 def _dictionaries(metadata: Any) -> list[str]:

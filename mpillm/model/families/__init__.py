@@ -85,9 +85,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
-_PUBLISHED = {
-    "PhiMoEForCausalLM": "PhimoeForCausalLM"
-}  # what files call a class, where transformers has another name
+_PUBLISHED = {  # what files call a class, where transformers has another name
+    "PhiMoEForCausalLM": "PhimoeForCausalLM",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "IQuestCoderForCausalLM": "LlamaForCausalLM",
+}
 _BY_GGUF = {kind: family for family in FAMILIES for kind in family.gguf}
 MODEL_TYPES: dict[str, str] = {
     model_type: name for family in FAMILIES for name, model_type in family.architectures.items()

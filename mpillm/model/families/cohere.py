@@ -6,8 +6,6 @@ from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
-    SLIDING,
     Family,
     attention_of,
     model,
@@ -16,9 +14,9 @@ from mpillm.model.families.base import (
     read_rotary,
     read_sizes,
     read_width,
-    read_window_types,
     refuse_qk_norm,
 )
+from mpillm.model.families.layer_types import FULL, SLIDING, read_window_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms

@@ -93,7 +93,6 @@ class DeepSeek(Family):
         mlp, dense = MlpSpec(width, activation), _dense(fields, architecture, sizes.n_layers)
         experts = _experts(fields, architecture) if not all(dense) else None
         for key in (
-            "num_nextn_predict_layers",  # layers beyond the model's own, which are not read
             "num_mtp_layers",
             "ep_size",
             "seq_aux",

@@ -14,8 +14,8 @@ from mpillm.model.families.base import (
     read_rotary,
     read_sizes,
     read_width,
-    read_windows,
 )
+from mpillm.model.families.layer_types import read_windows
 from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec

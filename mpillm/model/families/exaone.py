@@ -7,19 +7,16 @@ from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
-    SLIDING,
     Family,
     attention_of,
-    every_nth_full,
     model,
     read_activation,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import FULL, SLIDING, every_nth_full, read_layer_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms

@@ -7,8 +7,6 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
-    SLIDING,
     Family,
     Sizes,
     attention_of,
@@ -18,8 +16,8 @@ from mpillm.model.families.base import (
     read_rotary,
     read_sizes,
     read_width,
-    read_window_types,
 )
+from mpillm.model.families.layer_types import FULL, SLIDING, read_window_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.mlp import MlpSpec

@@ -108,7 +108,6 @@ class GlmMixture(Family):
         )
         mlp, experts = MlpSpec(width, activation), read_routed_experts(fields)
         first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
-        fields.raw("num_nextn_predict_layers")  # layers beyond the model's own, which are not read
 
         def layer(number: int) -> LayerSpec:
             return LayerSpec(attention, experts if number >= first else mlp, Norms(norm), Norms(norm))

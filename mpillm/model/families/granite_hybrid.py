@@ -10,20 +10,19 @@ from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
     SMALL_BOS,
     Family,
     attention_of,
     model,
     read_activation,
     read_chosen,
-    read_layer_types,
     read_norm,
     read_partial_rotary,
     read_sizes,
     read_width,
 )
 from mpillm.model.families.granite import MULTIPLIERS
+from mpillm.model.families.layer_types import FULL, read_layer_types
 from mpillm.model.families.mamba import (
     GGUF_NAMES,
     USUAL,

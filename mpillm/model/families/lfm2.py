@@ -8,19 +8,18 @@ from typing import Any
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
     SMALL_BOS,
     Family,
     attention_of,
     model,
     read_chosen,
     read_expert_count,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import FULL, read_layer_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec

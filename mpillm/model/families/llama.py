@@ -16,9 +16,9 @@ from mpillm.model.families.base import (
     read_rotary,
     read_sizes,
     read_width,
-    read_windows,
     refuse_qk_norm,
 )
+from mpillm.model.families.layer_types import read_windows
 from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
@@ -48,6 +48,10 @@ class Llama(Family):
         sizes, width = read_sizes(fields), read_width(fields)
         windows = read_windows(fields, architecture, sizes.n_layers, 0, 0, some=False)
         attention_bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
+        if fields.raw("model_type") == "internlm3":
+            attention_bias, mlp_bias = fields.flag("qkv_bias", attention_bias), fields.flag("bias", mlp_bias)
+            if attention_bias != mlp_bias:
+                raise fields.fail("qkv_bias", "but must be as bias is")
         norm, rotary = read_norm(fields), read_rotary(fields, sizes)
         refuse_qk_norm(fields, architecture, has=False)
         attention = attention_of(

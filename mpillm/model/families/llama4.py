@@ -12,12 +12,12 @@ from mpillm.model.families.base import (
     model,
     read_activation,
     read_chosen,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import read_layer_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import Tuning
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec

@@ -20,9 +20,9 @@ from mpillm.model.families.base import (
     read_rotary,
     read_sizes,
     read_width,
-    read_windows,
     refuse_qk_norm,
 )
+from mpillm.model.families.layer_types import read_windows
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import Tuning
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec

@@ -7,19 +7,17 @@ from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
-    SLIDING,
     Family,
     Sizes,
     attention_of,
     model,
     read_activation,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_width,
 )
 from mpillm.model.families.bert import encoder_sizes, unread, with_biases
+from mpillm.model.families.layer_types import FULL, SLIDING, read_layer_types
 from mpillm.model.families.tasks import read_decision, read_labels
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import Rotary

@@ -10,17 +10,16 @@ from mpillm.errors import ModelError
 from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
     SMALL_BOS,
     Family,
     attention_of,
     model,
     read_activation,
-    read_layer_types,
     read_norm,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import FULL, read_layer_types
 from mpillm.model.families.mamba import GGUF_NAMES, gguf_mamba, hf_names, mamba_rows, read_mamba
 from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
@@ -100,7 +99,7 @@ class NemotronH(Family):
         activation = read_activation(fields, "relu2", key="mlp_hidden_act")
         read_activation(fields, "silu", "swish", key="mamba_hidden_act")
         fields.read |= {"expand", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_hidden_layers"}
-        fields.read |= {"num_nextn_predict_layers", "moe_shared_expert_overlap", "rope_theta", "hidden_act"}
+        fields.read |= {"moe_shared_expert_overlap", "rope_theta", "hidden_act"}
         parts: dict[str, LayerSpec] = {}
         for kind in set(types):
             mixer: Mixer | None = None

@@ -7,8 +7,6 @@ from typing import Any
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
-    FULL,
-    SLIDING,
     Family,
     Sizes,
     attention_of,
@@ -16,12 +14,12 @@ from mpillm.model.families.base import (
     read_activation,
     read_chosen,
     read_expert_count,
-    read_layer_types,
     read_norm,
     read_rotary,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import FULL, SLIDING, read_layer_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import Rotary
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec

@@ -18,9 +18,9 @@ from mpillm.model.families.base import (
     read_rotary,
     read_sizes,
     read_width,
-    read_windows,
     refuse_qk_norm,
 )
+from mpillm.model.families.layer_types import read_windows
 from mpillm.model.fields import Fields
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec

@@ -12,12 +12,12 @@ from mpillm.model.families.base import (
     read_activation,
     read_chosen,
     read_expert_count,
-    read_layer_types,
     read_norm,
     read_partial_rotary,
     read_sizes,
     read_width,
 )
+from mpillm.model.families.layer_types import read_layer_types
 from mpillm.model.fields import Fields
 from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.experts import ExpertsSpec, RouterSpec

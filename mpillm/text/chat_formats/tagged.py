@@ -1,4 +1,4 @@
-"""A chat format: how what a model thinks, what it says and what it calls lie in one answer."""
+"""A chat format: where reasoning, content and tool calls stand in the text of one answer."""
 
 from __future__ import annotations
 

@@ -8,53 +8,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.kernels.types import BlockType, activation_nbytes, packed_nbytes
-from mpillm.tools.worker.graph import BUFFER, RAW, SLICE, Graph, Operation, Pointer, Size
+from mpillm.tools.worker.arrays import Array, Arrays, Floats, OperationContext, from_q8_0, to_q8_0
+from mpillm.tools.worker.graph import Operation
 from mpillm.tools.worker.link import StrangeRootError
 
-Array = NDArray[Any]
-Floats = NDArray[np.float32]
 Step = Callable[[int], None]
 HALVES = 1  # NnRopeType: what RoPE turns together; 0 and 2 turn pairs
-
-
-class Arrays:
-    """The pipes and buffers of a graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.pipes, self.buffers = (list(map(_empty, sizes)) for sizes in (graph.pipes, graph.buffers))
-
-    def at(self, pointer: Pointer) -> tuple[Array, bool]:
-        """What a pointer is of, and whether that is Q8_0 blocks."""
-        arrays, sizes = self.pipes, self.graph.pipes
-        if pointer.source == BUFFER:
-            arrays, sizes = self.buffers, self.graph.buffers
-        array, size = arrays[pointer.number], sizes[pointer.number]
-        if pointer.kind == SLICE:
-            width = array.shape[2] // self.graph.nodes
-            array = array[:, :, width * self.graph.node : width * (self.graph.node + 1)]
-        return array.reshape(-1) if pointer.kind == RAW else array, size.type is BlockType.Q8_0
-
-    def floats(self, index: int) -> Floats:
-        """A buffer of floats."""
-        return self.buffers[index]
-
-    def positions(self, pipe: int, rows: int) -> NDArray[np.int64]:
-        """The positions of a step's rows."""
-        return self.pipes[pipe].reshape(-1)[:rows].astype(np.int64)
-
-
-def _empty(size: Size) -> Array:
-    if size.type is BlockType.F32:
-        return np.zeros((size.z, size.y, size.x), np.float32)
-    return np.zeros((size.z, size.y, size.row_bytes), np.uint8)
 
 
 def prepare(operation: Operation, arrays: Arrays, threads: int) -> Step:
@@ -65,54 +29,18 @@ def prepare(operation: Operation, arrays: Arrays, threads: int) -> Step:
             f"The root's graph has the operation {operation.code} ({operation.name}), which is unknown."
         )
     try:
-        return make(_Context(operation, arrays, threads))
+        return make(OperationContext(operation, arrays, threads))
     except (IndexError, struct.error, ValueError) as error:
         raise StrangeRootError(
             f"The root's graph has {operation.name}, which is not as it must be: {error}."
         ) from None
 
 
-class _Context:
-    """An operation with the arrays that it reads and writes."""
-
-    def __init__(self, operation: Operation, arrays: Arrays, threads: int) -> None:
-        self.operation, self.arrays, self.threads = operation, arrays, threads
-        (self.x, self.x_blocks), (self.y, self.y_blocks) = (
-            arrays.at(operation.input),
-            arrays.at(operation.output),
-        )
-
-    def config(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack_from(f"<{layout}", self.operation.config)
-
-    @property
-    def weight(self) -> Floats:
-        """Float weights [z, x, y], of which y is summed over."""
-        size = self.operation.size
-        return self.operation.weight.view(np.float32).reshape(size.z, size.x, size.y)
-
-
-def _decoded(x: Array) -> Floats:
-    """The values of rows of Q8_0 blocks [.., row bytes]."""
-    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    out = np.empty((len(flat), x.shape[-1] // BlockType.Q8_0.block_bytes * 32), np.float32)
-    kernels.dequantize(BlockType.Q8_0, flat, out.shape[1], out)
-    return out.reshape(*x.shape[:-1], -1)
-
-
-def _encoded(x: Floats) -> Array:
-    """Rows of values as Q8_0 blocks."""
-    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    out = np.empty((len(flat), BlockType.Q8_0.row_bytes(x.shape[-1])), np.uint8)
-    kernels.quantize(BlockType.Q8_0, flat, out)
-    return out.reshape(*x.shape[:-1], -1)
-
-
-def _cast(of: _Context) -> Step:
+def _cast(of: OperationContext) -> Step:
     if of.x_blocks == of.y_blocks:
         change: Callable[[Array], Array] = lambda x: x  # noqa: E731
     else:
-        change = _decoded if of.x_blocks else _encoded
+        change = from_q8_0 if of.x_blocks else to_q8_0
 
     def step(rows: int) -> None:
         of.y[:, :rows] = change(of.x[:, :rows])
@@ -120,10 +48,10 @@ def _cast(of: _Context) -> Step:
     return step
 
 
-def _merge_add(of: _Context) -> Step:
+def _merge_add(of: OperationContext) -> Step:
     def step(rows: int) -> None:
         x = of.x[0, :rows]
-        values = _decoded(x) if of.x_blocks else x
+        values = from_q8_0(x) if of.x_blocks else x
         width = of.y.shape[2]
         for first in range(0, values.shape[1], width):
             of.y[0, :rows] += values[:, first : first + width]
@@ -131,14 +59,14 @@ def _merge_add(of: _Context) -> Step:
     return step
 
 
-def _merge_sum(of: _Context) -> Step:
+def _merge_sum(of: OperationContext) -> Step:
     def step(rows: int) -> None:
         of.y[0, :rows] = of.x[:, :rows].sum(0, dtype=np.float32)
 
     return step
 
 
-def _inverse_rms(of: _Context) -> Step:
+def _inverse_rms(of: OperationContext) -> Step:
     eps, columns = of.config("fI")
 
     def step(rows: int) -> None:
@@ -148,19 +76,19 @@ def _inverse_rms(of: _Context) -> Step:
     return step
 
 
-def _rms_norm(of: _Context) -> Step:
+def _rms_norm(of: OperationContext) -> Step:
     inverse, columns = of.config("II")
     weight, factors = of.operation.weight.view(np.float32), of.arrays.floats(inverse)
 
     def step(rows: int) -> None:
         x = of.x[0, :rows]
-        x = (_decoded(x) if of.x_blocks else x).reshape(rows, columns, -1)
+        x = (from_q8_0(x) if of.x_blocks else x).reshape(rows, columns, -1)
         of.y[0, :rows] = (weight * (factors[0, :rows, :columns, None] * x)).reshape(rows, -1)
 
     return step
 
 
-def _matmul(of: _Context) -> Step:
+def _matmul(of: OperationContext) -> Step:
     size, threads = of.operation.size, of.threads
     n, k, bounds = size.x, size.y, (0, size.y)
     n_experts, active, chosen = of.config("III")
@@ -176,7 +104,7 @@ def _matmul(of: _Context) -> Step:
     kind = size.type
 
     def product(x: Array, matrix: int) -> Floats:
-        values = np.ascontiguousarray(_decoded(x) if of.x_blocks else x)
+        values = np.ascontiguousarray(from_q8_0(x) if of.x_blocks else x)
         given: Array = values
         if kind is not BlockType.F32:
             given = np.empty((len(values), activation_nbytes(k, bounds)), np.uint8)
@@ -197,7 +125,7 @@ def _matmul(of: _Context) -> Step:
     return routed if n_experts and active else dense
 
 
-def _rope(of: _Context) -> Step:
+def _rope(of: OperationContext) -> Step:
     kind, is_q, pipe, _, factor, low, high, original = of.config("iIIIfffI")
     q_dim, q_start, _, _, _, kv_dim, kv_start, _, _, head, _, theta = struct.unpack_from(
         "<11If", of.operation.config, 32
@@ -232,7 +160,7 @@ def _scaled(frequencies: Floats, factor: float, low: float, high: float, origina
     return result
 
 
-def _attention(of: _Context) -> Step:
+def _attention(of: OperationContext) -> Step:
     heads, own, kv_heads, head, _, _, kv_dim, pipe, q, keys, values, _ = of.config("12I")
     group = heads // kv_heads
     q_of, k_of, v_of = (of.arrays.floats(index) for index in (q, keys, values))
@@ -252,7 +180,7 @@ def _attention(of: _Context) -> Step:
     return step
 
 
-def _shift(of: _Context) -> Step:
+def _shift(of: OperationContext) -> Step:
     (pipe,) = of.config("I")
     width = of.x.shape[2]
 
@@ -262,7 +190,7 @@ def _shift(of: _Context) -> Step:
     return step
 
 
-def _silu(of: _Context) -> Step:
+def _silu(of: OperationContext) -> Step:
     def step(rows: int) -> None:
         x = of.y[:, :rows]
         x /= 1 + np.exp(-x)
@@ -270,7 +198,7 @@ def _silu(of: _Context) -> Step:
     return step
 
 
-def _mul(of: _Context) -> Step:
+def _mul(of: OperationContext) -> Step:
     (index,) = of.config("I")
 
     def step(rows: int) -> None:
@@ -279,14 +207,14 @@ def _mul(of: _Context) -> Step:
     return step
 
 
-def _repeat(of: _Context) -> Step:
+def _repeat(of: OperationContext) -> Step:
     def step(rows: int) -> None:
-        of.y[:, :rows] = _encoded(of.x[0, :rows]) if of.y_blocks else of.x[0, :rows]
+        of.y[:, :rows] = to_q8_0(of.x[0, :rows]) if of.y_blocks else of.x[0, :rows]
 
     return step
 
 
-def _softmax(of: _Context) -> Step:
+def _softmax(of: OperationContext) -> Step:
     def step(rows: int) -> None:
         x = np.exp(of.x[0, :rows] - of.x[0, :rows].max(1, keepdims=True))
         of.y[0, :rows] = x / x.sum(1, keepdims=True)
@@ -294,7 +222,7 @@ def _softmax(of: _Context) -> Step:
     return step
 
 
-def _gate(of: _Context) -> Step:
+def _gate(of: OperationContext) -> Step:
     count, normalised, chosen = of.config("III")
 
     def step(rows: int) -> None:
@@ -310,7 +238,7 @@ def _gate(of: _Context) -> Step:
 
 
 # By NnOpCode. Those that are missing no root sends to a worker: the embedding, and GELU.
-_MAKERS: Mapping[int, Callable[[_Context], Step]] = {
+_MAKERS: Mapping[int, Callable[[OperationContext], Step]] = {
     0: _merge_add, 1: _merge_sum, 3: _inverse_rms, 4: _rms_norm, 5: _matmul, 6: _rope, 7: _attention, 9: _silu,
     10: _mul, 11: _mul, 12: _cast, 13: _repeat, 14: _shift, 15: _softmax, 16: _gate,
 }  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mpillm.tools.worker.arrays import Arrays
 from mpillm.tools.worker.graph import FROM_ROOT, SLICES, SLICES_TO_ROOT, Graph, read_graph
 from mpillm.tools.worker.link import Link, RootLostError, StrangeRootError, close, listen, meet
-from mpillm.tools.worker.operations import Arrays, prepare
+from mpillm.tools.worker.operations import prepare
 
 log = logging.getLogger(__name__)
 

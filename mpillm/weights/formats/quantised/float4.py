@@ -52,13 +52,16 @@ class Nvfp4:
 
     def blocks(self, rows: Rows) -> Bytes:
         raw = self.values.rows(rows)
-        if raw.shape[1] % NVFP4_BLOCK:  # 16 columns are left, which the others that they share bytes with lack
+        if (
+            raw.shape[1] % NVFP4_BLOCK
+        ):  # 16 columns are left, which the others that they share bytes with lack
             raw = np.pad(raw, ((0, 0), (0, NVFP4_BLOCK - raw.shape[1] % NVFP4_BLOCK)))
         whole = floats_of(self.whole).reshape(1, 1)
         with np.errstate(divide="ignore"):
             unit = 1 / whole if self.divides else whole
         q = halves_apart(raw.reshape(len(raw), -1, 2, NVFP4_BLOCK // 2)).reshape(len(raw), -1)
-        return scaled(BlockType.NVFP4, np.repeat(unit, len(raw), axis=0), q=q, scales=self.scales.bytes()[indices(rows)])
+        units, scales = np.repeat(unit, len(raw), axis=0), self.scales.bytes()[indices(rows)]
+        return scaled(BlockType.NVFP4, units, q=q, scales=scales)
 
     def lies(self) -> Iterator[Lies]:
         for raw in (self.values, self.scales, self.whole):

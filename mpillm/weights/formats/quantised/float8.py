@@ -47,7 +47,9 @@ class Float8:
         by_block, type = self._by_block[indices(rows) // height], self.stored.type
         if type is BlockType.FP8:
             if by_block.shape[1] > 1:
-                by_block = np.repeat(by_block, width // type.block, axis=1)[:, : -(-self.shape[-1] // type.block)]
+                by_block = np.repeat(by_block, width // type.block, axis=1)[
+                    :, : -(-self.shape[-1] // type.block)
+                ]
             return scaled(type, by_block, q=self.values.rows(rows))
         scales = np.repeat(by_block, width, axis=1)[:, : self.shape[-1]] if width > 1 else by_block
         return to_f16(E4M3[self.values.rows(rows)] * scales)

@@ -1,0 +1,32 @@
+"""What callers give, as JSON has it: lists of NumPy, pandas, polars and the like become lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
+
+def json_of(value: Any) -> str:
+    """A value as JSON; TypeError if it is none."""
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: arrays and scalars of NumPy, sets, mappings, and what can be read one by one."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has: {str(value)[:60]!r}")
+
+
+def several(given: Any) -> list[Any]:
+    """A list of requests: of one alone, which is a text, token ids or a line, or of several."""
+    if isinstance(given, str | Mapping):
+        return [given]
+    listed = list(given)
+    return [listed] if listed and all(isinstance(one, Integral) for one in listed) else listed

@@ -1,0 +1,95 @@
+"""The keys of OpenAI's and vLLM's bodies that no endpoint takes: ignored, or refused by name.
+
+docs/requests.md lists them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from mpillm.errors import RequestError
+
+# fmt: off
+# Keys that change no result of ours: taken and not looked at.
+IGNORED = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "prediction", "priority", "request_id", "session_id", "cache_salt", "stream_options",
+    "stream_interval", "guided_decoding_backend", "parallel_tool_calls", "return_token_offsets", "return_mm_kwargs",
+})
+
+# Keys that would change a result in a way that is not built: refused, unless they say what happens anyway.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "length_penalty": (1,),
+    "encoding_format": ("float",),
+    "spaces_between_special_tokens": (True,),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "watermarking": (False,),
+    "thinking_token_budget": (-1,),
+    "return_prompt_text": (False,),
+    "routed_experts_prompt_start": (0,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "padding": ("do_not_pad",),
+    "logits_processors": ([],),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+}
+
+REFUSED = frozenset({
+    "audio", "moderation", "web_search_options", "reasoning_effort", "chat_template", "messages", "logit_processors",
+    "logprob_token_ids", "repetition_detection", "prompt_embeds", "guided_whitespace_pattern", "max_tokens_per_doc",
+})
+# fmt: on
+
+_INSTEAD = {
+    "best_of": "; n gives several answers",
+    "chat_template": "; the model's own is used, chat_template_kwargs has its variables, and a text that was rendered "
+    "elsewhere is a prompt of /v1/completions",
+    "functions": "; tools has them",
+    "function_call": "; tool_choice has it",
+    "guided_whitespace_pattern": "; structured_outputs has a whitespace_pattern",
+    "logprob_token_ids": "; top_logprobs and logprobs give up to 1000 alternatives",
+    "max_new_tokens": "; it is called max_tokens",
+    "max_tokens_per_doc": "; truncate_prompt_tokens cuts a pair",
+    "messages": " here; they are for /v1/chat/completions and /v1/multiple_choice",
+    "prompt_embeds": "; a prompt is a text or token ids",
+    "stream": "; a batch is answered as a whole",
+}
+
+
+def refuse(key: str, value: Any, body: dict[str, Any], known: Collection[str]) -> None:
+    """RequestError for a key that is not among the `known` ones, unless its value asks for nothing."""
+    if key in IGNORED or (value is None and (key in NEUTRAL or key in REFUSED)):
+        return
+    if key in NEUTRAL:
+        neutral = (*NEUTRAL[key], body.get("n")) if key == "best_of" else NEUTRAL[key]
+        if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
+            return
+        raise RequestError(f"{key} {short(value)} is not supported{_INSTEAD.get(key, '')}")
+    if key in REFUSED:
+        raise RequestError(f"{key} is not supported{_INSTEAD.get(key, '')}")
+    close = difflib.get_close_matches(key[:100], [*known, *NEUTRAL], n=1, cutoff=0.75)
+    hint = _INSTEAD.get(key) or (f" (did you mean {close[0]!r}?)" if close else "")
+    raise RequestError(f"the key {key[:100]!r} is unknown{hint}")
+
+
+def short(value: Any) -> str:
+    """A value of JSON as a message has it."""
+    text = repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,67 @@
+"""What every rank of a replica does with the messages of its leader: it computes its share of each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from mpillm import tracing
+from mpillm.comm.channel import Channel
+from mpillm.engine import messages
+from mpillm.engine.messages import Fetch, Stop
+from mpillm.engine.reply import Reply, ReplyBuilder
+from mpillm.engine.step import Step
+from mpillm.model.decoder import Decoder
+
+
+class Worker:
+    """Computes a rank's share of the work that a message asks for; the leader and the followers each have one."""
+
+    def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
+        self.decoder = decoder
+        self.seconds = 0.0  # in steps, including waits
+        self.longest = 0.0  # seconds of the longest step
+        self._replies = ReplyBuilder(decoder, keep_steps=micro_batches, threads=threads)
+
+    def compute(self, message: Step | Fetch) -> Reply | None:
+        """Do this rank's share of what a message asks for; return the reply, on a last-stage rank."""
+        if isinstance(message, Step):
+            return self.step(message)
+        return self._replies.fetch(message) if self.decoder.is_last else None
+
+    def step(self, step: Step) -> Reply | None:
+        """Compute this rank's share of a step; return the reply, on a last-stage rank."""
+        start = time.perf_counter()
+        x = self.decoder.forward(step.batch())
+        reply = None if x is None else self._replies.build(step, x)
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.longest = max(self.longest, seconds)
+        if tracing.active():
+            rows = [len(chunk.tokens) for chunk in step.chunks]
+            tracing.add(_phase(rows), start, seconds, step=step.number, sequences=len(rows), tokens=sum(rows))
+        self.decoder.note_step(seconds)
+        return reply
+
+    @property
+    def paging(self) -> tuple[float, float]:
+        """Seconds so far of waiting for weights and of loading them."""
+        return self.decoder.paging
+
+
+def follow(worker: Worker, channel: Channel, check: Callable[[], object] = lambda: None) -> int:
+    """Follow the leader's messages until it sends stop; return its exit code. `check` is called before each message."""
+    while True:
+        check()
+        message = messages.decode(channel.take())
+        if isinstance(message, Stop):
+            return message.exit_code
+        reply = worker.compute(message)
+        if reply is not None:
+            channel.reply(reply.encode())
+
+
+def _phase(rows: list[int]) -> str:
+    """What a step is called in a trace; `rows` are the tokens of each chunk."""
+    prompts = sum(count > 1 for count in rows)
+    return "decode" if not prompts else "prefill" if prompts == len(rows) else "prefill and decode"

@@ -1,0 +1,116 @@
+"""A layout on machines: what its ranks hold, how its shards send what they sum, and what the job takes on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mpillm.comm.transfer import Wire
+from mpillm.model.config import ModelConfig
+from mpillm.partition.replicas import Replicas
+from mpillm.planning.estimate import Estimate, demand_of, estimate, stage_layers_by_speed
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.machines import Machines
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.wire import decided, shards_cross_hosts, with_wire
+from mpillm.spec import Spec, shown_bytes
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A layout, and in a few words why there are as many replicas, and why shards send what they sum like this.
+
+    `compared` says how much longer the next best layout would take, if others were tried.
+    """
+
+    replicas: Replicas
+    reason: str
+    wire: Wire = "f32"  # between the shards of a stage
+    wire_reason: str = ""
+    compared: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout on machines, what its ranks hold, and what the job takes on it."""
+
+    machines: Machines
+    chosen: Chosen
+    plans: list[ReplicaPlan]
+    time: Estimate
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank finds the memory that it needs."""
+        return all(rank.held <= self.machines.free[rank.rank] for plan in self.plans for rank in plan.ranks)
+
+
+class LayoutPlanner:
+    """Plans layouts of a job on `machines`; replicas that are alike are planned once for all layouts."""
+
+    def __init__(self, spec: Spec, planner: Planner, asked: InputNeeds, machines: Machines) -> None:
+        self.spec, self.machines = spec, machines
+        self._planner, self._asked = planner, asked
+        self._known: dict[tuple[Any, ...], ReplicaPlan] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self._planner.config
+
+    def plans(self, replicas: Replicas) -> Iterator[ReplicaPlan]:
+        """What the ranks of each replica will hold."""
+        return self._planner.replicas(self.spec, replicas, self._asked, self.machines.names, self._known)
+
+    def too_much(self, plans: Iterable[ReplicaPlan]) -> str | None:
+        """Why replicas do not hold the whole model in memory, and a long request; None if they do."""
+        for plan in plans:
+            if 0 < plan.cached_tokens < plan.max_context:
+                return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
+            for rank in plan.ranks:
+                if rank.weights_streamed:
+                    return "some rank would read weights from disk in each step (memory.weights)"
+                if rank.held > self.machines.free[rank.rank]:
+                    free = shown_bytes(self.machines.free[rank.rank])
+                    return f"rank {rank.rank} would hold {shown_bytes(rank.held)}, and {free} are free"
+        return None
+
+    def found(self, chosen: Chosen) -> Found:
+        """A layout with its wire, its layers by speed, and its time."""
+        if not chosen.wire_reason:
+            chosen = self._with_wire(chosen)
+        chosen = self.with_layers_by_speed(chosen)
+        plans, spec = list(self.plans(chosen.replicas)), with_wire(self.spec, chosen.wire)
+        demand = demand_of(self._asked)
+        time = estimate(spec, self.config, self.machines, chosen.replicas, plans, demand)
+        return Found(self.machines, chosen, plans, time)
+
+    def with_layers_by_speed(self, chosen: Chosen) -> Chosen:
+        """The same with more layers on faster stages, as their memory allows, where the speeds of ranks are known."""
+        if not self.machines.speeds or all(replica.stages == 1 for replica in chosen.replicas):
+            return chosen
+        spec, found, uneven = with_wire(self.spec, chosen.wire), list(chosen.replicas), list[str]()
+        for number, plan in enumerate(self.plans(chosen.replicas)):
+            replica = found[number]
+            if replica.stages > 1:
+                layers = stage_layers_by_speed(spec, self.config, self.machines, replica, plan, self._asked)
+                if layers is not None:
+                    found[number] = replace(replica, layers=layers)
+                    uneven.append("-".join(map(str, layers)))
+        if not uneven:
+            return chosen
+        reason = f"{chosen.reason}; layers by speed and memory: {', '.join(dict.fromkeys(uneven))}"
+        return replace(chosen, replicas=tuple(found), reason=reason)
+
+    def _with_wire(self, chosen: Chosen) -> Chosen:
+        """The same with the wire between shards, where the job leaves it open too."""
+        given = self.spec.wire.activations
+        if given != "auto":
+            return replace(chosen, wire=given, wire_reason="wire.activations says so")
+        if not shards_cross_hosts(self.machines, chosen.replicas):
+            return replace(chosen, wire="f32", wire_reason="those of a stage share a host")
+        plans = list(self.plans(chosen.replicas))
+        wire, reason = decided(self.spec, self.config, self.machines, chosen.replicas, plans, self._asked)
+        return replace(chosen, wire=wire, wire_reason=reason)

@@ -1,0 +1,202 @@
+"""Computes what each rank of a replica will hold from the model's headers, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from mpillm.kernels import BlockType
+from mpillm.model.activations import activations_of
+from mpillm.model.cache_layout import CacheLayout, rank_layouts
+from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
+from mpillm.partition.grid import Place
+from mpillm.partition.replicas import Replica
+from mpillm.planning import draft, memory
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.limits import (
+    cache_capacity,
+    cache_in_file,
+    cache_in_memory,
+    step_size,
+)
+from mpillm.planning.rank_plan import RankPlan, ReplicaPlan
+from mpillm.planning.weights_share import WeightsShare, weights_share
+from mpillm.spec import Spec, tightest
+from mpillm.weights.plan import PagePlan
+from mpillm.weights.source import Source, head_plans, layer_plans
+
+
+class Planner:
+    """Plans replicas of a model; what places hold is worked out once for all that are alike."""
+
+    def __init__(self, source: Source, config: ModelConfig) -> None:
+        self.source, self.config = source, config
+        self._rows = activations_of(source, config)
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    @cached_property
+    def _kinds(self) -> tuple[int, ...]:
+        return _kinds_of_layers(self.source, self.config)
+
+    def replicas(
+        self,
+        spec: Spec,
+        replicas: Sequence[Replica],
+        asked: InputNeeds,
+        hosts: Sequence[str] = (),
+        known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
+    ) -> Iterator[ReplicaPlan]:
+        """The plans of all replicas; those that are alike are worked out once, and kept in `known`.
+
+        `asked` is what the input asks for, `hosts` has each rank's host.
+        """
+        known = {} if known is None else known
+        alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # one value of each budget for all ranks
+        for number, replica in enumerate(replicas):
+            # The first one has the input as well.
+            key = (number == 0, replica.stages, replica.shards, replica.layers, 0 if alike else replica.first)
+            if key not in known:
+                known[key] = self._replica(spec, number, replica, asked, hosts)
+            found = known[key]
+            ranks = [
+                msgspec.structs.replace(plan, rank=rank, replica=number)
+                for plan, rank in zip(found.ranks, replica.ranks, strict=True)
+            ]
+            yield replace(found, ranks=ranks)
+
+    def _replica(
+        self, spec: Spec, number: int, replica: Replica, asked: InputNeeds, hosts: Sequence[str]
+    ) -> ReplicaPlan:
+        config, places = self.config, replica.places
+        specs = [spec.on_rank(rank, hosts[rank] if hosts else "") for rank in replica.ranks]
+        spec = tightest(specs)
+        caches = self._caches(places, spec.memory.kv_type)
+        shares = [
+            self._share(one, place, cache) for one, place, cache in zip(specs, places, caches, strict=True)
+        ]
+        read = [share.streamed for share in shares]
+        # Places of a stage stand for all: what a row takes depends on the shard, and on adapters of the layers.
+        step = step_size(spec, self._rows, places if config.adapters else places[: replica.shards], any(read))
+        budgets = [one.memory.kv_bytes for one in specs]
+        capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
+        needed = capacity.needed(len(caches[0].windows), asked)
+        kept = 0 if number else asked.kept(step.sequences * replica.stages)
+        rows, drafting = min(step.tokens, asked.rows), draft.nbytes(spec, config)
+        plans = [
+            _rank(
+                one,
+                config,
+                number,
+                place,
+                cache,
+                needed,
+                capacity.blocks,
+                share,
+                self._activations(place, rows),
+                memory.process(self.source, config, place, share.pages, kept),
+                0 if place.rank else drafting,
+            )
+            for one, place, cache, share in zip(specs, places, caches, shares, strict=True)
+        ]
+        max_context = min(spec.memory.max_context, config.max_position)
+        return ReplicaPlan(caches, step, capacity, max_context, plans, [share.work for share in shares])
+
+    def _share(self, spec: Spec, place: Place, cache: CacheLayout) -> WeightsShare:
+        """What the rank at a place holds of the weights, and what a step is for it."""
+        key = (
+            "share",
+            spec.memory.weights_bytes,
+            spec.memory.policy,
+            spec.memory.kv_type,
+            *self._like(place),
+        )
+        if key not in self._known:
+            self._known[key] = weights_share(spec, self.config, place, self._pages(place), cache)
+        found: WeightsShare = self._known[key]
+        return found
+
+    def _pages(self, place: Place) -> list[PagePlan]:
+        """The pages of `rank_plans`; a layer's are those of the first layer that is like it."""
+        pages = []
+        for layer in grid.stage_layers(self.config.n_layers, place):
+            key = "pages", self._kinds[layer], place.shards, place.shard
+            if key not in self._known:
+                self._known[key] = layer_plans(self.config, self._kinds[layer], place, self.source)
+            pages += self._known[key]
+        return pages + head_plans(self.config, place, self.source)
+
+    def _caches(self, places: Sequence[Place], kv_type: str) -> list[CacheLayout]:
+        """The layouts of `rank_layouts`."""
+        keys = [
+            ("cache", kv_type, place.shards, place.shard, grid.stage_layers(self.config.n_layers, place))
+            for place in places
+        ]
+        unknown = {key: place for key, place in zip(keys, places, strict=True) if key not in self._known}
+        if unknown:
+            found = rank_layouts(self.config, list(unknown.values()), kv_type)
+            self._known.update(zip(unknown, found, strict=True))
+        return [self._known[key] for key in keys]
+
+    def _activations(self, place: Place, rows: int) -> int:
+        key = ("activations", rows, place.stages, *self._like(place))
+        if key not in self._known:
+            self._known[key] = memory.activations(self._rows, place, rows)
+        return int(self._known[key])
+
+    def _like(self, place: Place) -> tuple[Any, ...]:
+        """What places have in common that hold alike layers."""
+        layers = grid.stage_layers(self.config.n_layers, place)
+        kinds = layers if self.config.adapters else self._kinds[layers.start : layers.stop]
+        return kinds, place.is_last_stage, place.shards, place.shard
+
+
+def _kinds_of_layers(source: Source, config: ModelConfig) -> tuple[int, ...]:
+    """For each layer the first one that has pages of the same sizes and types."""
+    types: dict[int, list[tuple[str, int, BlockType]]] = {}
+    for key, info in source.tensors.items():
+        types.setdefault(key.layer, []).append((key.role, key.expert, info.type))
+    kinds: dict[tuple[Any, ...], int] = {}
+    return tuple(
+        kinds.setdefault((config.layers[layer], tuple(sorted(types.get(layer, ())))), layer)
+        for layer in range(config.n_layers)
+    )
+
+
+def _rank(
+    spec: Spec,
+    config: ModelConfig,
+    replica: int,
+    place: Place,
+    cache: CacheLayout,
+    needed: tuple[int, int],
+    capacity: int,
+    share: WeightsShare,
+    activations: int,
+    process: int,
+    drafting: int,
+) -> RankPlan:
+    layers = grid.stage_layers(config.n_layers, place)
+    return RankPlan(
+        rank=place.first + place.rank,
+        replica=replica,
+        stage=place.stage,
+        shard=place.shard,
+        layers=(layers.start, layers.stop),
+        weights_share=share.total,
+        weights_held=share.held,
+        weights_minimum=share.minimum,
+        weights_streamed=share.streamed,
+        adapters=config.adapters_nbytes(place),
+        draft=drafting,
+        kv_token=cache.token_nbytes,
+        kv_state=cache.state_nbytes,
+        kv_held=cache_in_memory(spec, cache, *needed, capacity),
+        kv_in_file=cache_in_file(spec, cache, *needed),
+        activations=activations,
+        process=process,
+    )

@@ -1,0 +1,78 @@
+"""What one rank holds and streams of the weights, and what a step is for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpillm.kernels import BlockType
+from mpillm.model.cache_layout import CacheLayout
+from mpillm.model.config import ModelConfig
+from mpillm.partition import grid
+from mpillm.partition.grid import Place
+from mpillm.planning.step_time import AttentionWork, RankWork
+from mpillm.spec import Spec
+from mpillm.weights.inventory import HEAD
+from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts
+from mpillm.weights.plan import PagePlan
+
+
+@dataclass(frozen=True)
+class WeightsShare:
+    """What a rank holds of the weights, in bytes, and what a step is for it."""
+
+    total: int
+    held: int
+    minimum: int
+    streamed: int
+    pages: Sequence[int]
+    work: RankWork
+
+
+def _work(
+    config: ModelConfig,
+    place: Place,
+    pages: Sequence[PagePlan],
+    cache: CacheLayout,
+    streamed: int,
+    streamed_experts: int,
+) -> RankWork:
+    """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights."""
+    counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
+    for page in pages:
+        kind = "head" if page.kind == HEAD else "expert" if page.expert >= 0 else "layer"
+        for type, values in page.values.items():
+            counts[kind][type] += values
+    operations = (
+        4 * config.hidden // place.shards
+    )  # of a row and a token before it: about the width of all heads
+    attention = Counter[int]()
+    for layer in filter(None, cache.tokens):
+        attention[cache.windows[layer.group]] += 1
+    nbytes = cache.token_nbytes // max(sum(attention.values()), 1)
+    return RankWork(
+        layers=len(grid.stage_layers(config.n_layers, place)),
+        products=counts["layer"],
+        experts=counts["expert"],
+        head=counts["head"],
+        expert_share=config.expert_share,
+        streamed=streamed,
+        streamed_experts=streamed_experts,
+        attention=[AttentionWork(window, n * nbytes, n * operations) for window, n in attention.items()],
+    )
+
+
+def weights_share(
+    spec: Spec, config: ModelConfig, place: Place, pages: Sequence[PagePlan], cache: CacheLayout
+) -> WeightsShare:
+    total, budget = sum(page.nbytes for page in pages), spec.memory.weights_bytes
+    read = streamed(pages, budget, spec.memory.policy)
+    return WeightsShare(
+        total=total,
+        held=total if budget is None else min(budget, total),
+        minimum=minimum_budget(pages),
+        streamed=read,
+        pages=[page.nbytes for page in pages],
+        work=_work(config, place, pages, cache, read, streamed_experts(pages, budget)),
+    )

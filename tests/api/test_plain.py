@@ -1,0 +1,87 @@
+"""What callers hand over, without ranks: arrays, series and iterators, and the keys of a job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas
+import polars
+import pytest
+
+from mpillm import Job
+from mpillm.api.plain import json_of, several
+from tests.job_helpers import CHAT
+
+TEXTS = ["the fox", "a ship", "\N{SNOWMAN} \N{FOX FACE}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("the fox", ["the fox"]),
+        ([], []),
+        (np.array([5, 6]), [[5, 6]]),
+        (range(3), [[0, 1, 2]]),
+        (np.array([[5, 6], [7, 8]]), [[5, 6], [7, 8]]),
+        ([np.array([5, 6]), (7,), [np.int64(8)]], [[5, 6], [7], [8]]),
+        (tuple(TEXTS), TEXTS),
+        (iter(TEXTS), TEXTS),
+        (np.array(TEXTS), TEXTS),
+        (pandas.Series(TEXTS, index=[7, 3, 9]), TEXTS),
+        (pandas.DataFrame({"text": TEXTS})["text"][1:], TEXTS[1:]),
+        (polars.Series(TEXTS), TEXTS),
+        ({"prompt": "a"}, [{"prompt": "a"}]),
+    ],
+)
+def test_requests_of_any_kind(given: Any, expected: list[Any]) -> None:
+    assert [json.loads(json_of(one)) for one in several(given)] == expected
+
+
+def test_what_json_has_no_form_for() -> None:
+    body = {
+        "stop": {"a"},
+        "temperature": np.float64(0.5),
+        "n": np.int32(2),
+        "documents": pandas.Series(["a", "b"]),
+    }
+    assert json.loads(json_of(body)) == {"stop": ["a"], "temperature": 0.5, "n": 2, "documents": ["a", "b"]}
+    for wrong in (b"bytes", object(), 3j):
+        with pytest.raises(TypeError, match="is nothing that JSON has"):
+            json_of({"prompt": wrong})
+
+
+def test_the_keys_of_a_job(tmp_path: Path) -> None:
+    """Keys with dots, spaces, quotes and equals signs, null within a schema, and characters beyond 16 bits."""
+    properties: dict[str, Any] = {
+        name: {"anyOf": [{"type": "null"}, {"const": None}, {"enum": ["\N{FOX FACE}", 3, 1.5, True]}]}
+        for name in ("plain", "first name", "a.b", 'say "so"', "x=y", "\N{FOX FACE}", "#", "\x7f")
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    messages = [
+        {"role": "user", "content": "\N{FOX FACE} \x7f {text}\n"},
+        {"role": "assistant", "content": ""},
+    ]
+    job = Job(
+        model=CHAT,
+        input=tmp_path / "in.jsonl",
+        output=tmp_path / "out",
+        quantize=None,
+        request={"messages": messages, "max_tokens": 3},
+        sampling={
+            "stop": ["\N{FOX FACE}", '"'],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        },
+        adapters={"french.v2=3": str(tmp_path / "french"), "a b": "b"},
+    )
+    assert job.spec.request == {"messages": messages, "max_tokens": 3}
+    assert list(job.spec.sampling.stop) == ["\N{FOX FACE}", '"']
+    found: Any = msgspec.to_builtins(job.spec.sampling.response_format)
+    assert found["json_schema"]["schema"] == schema
+    assert set(job.spec.adapters) == {"french.v2=3", "a b"}
+    prompts = Job(model=CHAT, input="a", output="b", prompt="\N{FOX FACE} {text}", layout={"stages": 2})
+    assert prompts.spec.request == {"prompt": "\N{FOX FACE} {text}"}
+    assert prompts.spec.layout.stages == 2
