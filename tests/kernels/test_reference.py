@@ -58,7 +58,7 @@ def test_dequantize_as_the_gguf_library(type: BlockType) -> None:
 
 @pytest.mark.parametrize("k", [64, 128, 200, 400])
 def test_dequantize_codes_of_floats(k: int) -> None:
-    """As ml_dtypes reads e4m3 and e2m1 numbers, without those of NaN: makers of blocks have a scale of NaN for these."""
+    """As ml_dtypes reads e4m3 and e2m1 numbers, without those of NaN, for which blocks have a scale of NaN."""
     rng = np.random.default_rng(k)
 
     def e4m3(codes: cases.Array) -> cases.Array:
