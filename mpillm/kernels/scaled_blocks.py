@@ -32,20 +32,20 @@ BLOCKS = {
 def pack_nibbles(codes: U8) -> U8:
     """Codes [..., k] of 4 bits as bytes [..., k / 2]: of 16 bytes low halves are 16 columns, high ones the next 16."""
     halves = codes.reshape(*codes.shape[:-1], -1, 2, PART)
-    packed: U8 = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*codes.shape[:-1], -1)
-    return packed
+    packed = halves[..., 0, :] | halves[..., 1, :] << 4
+    return packed.astype(np.uint8, copy=False).reshape(*codes.shape[:-1], -1)
 
 
 def numbers(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
     """What `units` multiply: f32 [..., values of a block]."""
-    q = blocks["q"]
+    q: U8 = blocks["q"]
     if type is BlockType.FP8:
-        return E4M3[q]
+        found: F32 = E4M3[q]
+        return found
     nibbles = q.reshape(*q.shape[:-1], q.shape[-1] // PART, 1, PART)
     codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-2).reshape(*q.shape[:-1], 2 * q.shape[-1])
-    if type is BlockType.NF4:
-        return NF4[codes]
-    return E2M1[codes] * np.repeat(E4M3[blocks["scales"]], PART, axis=-1)
+    found = (NF4 if type is BlockType.NF4 else E2M1)[codes]
+    return found * np.repeat(E4M3[blocks["scales"]], PART, axis=-1) if type is BlockType.NVFP4 else found
 
 
 def units(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:

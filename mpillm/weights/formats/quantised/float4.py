@@ -60,8 +60,8 @@ class Nvfp4:
         with np.errstate(divide="ignore"):
             unit = 1 / whole if self.divides else whole
         q = halves_apart(raw.reshape(len(raw), -1, 2, NVFP4_BLOCK // 2)).reshape(len(raw), -1)
-        units, scales = np.repeat(unit, len(raw), axis=0), self.scales.bytes()[indices(rows)]
-        return scaled(BlockType.NVFP4, units, q=q, scales=scales)
+        units: Floats = np.repeat(unit, len(raw), axis=0)
+        return scaled(BlockType.NVFP4, units, q=q, scales=self.scales.bytes()[indices(rows)])
 
     def lies(self) -> Iterator[Lies]:
         for raw in (self.values, self.scales, self.whole):
