@@ -8,6 +8,8 @@ def pack(int type, const uint8_t[:, :] canonical, long k, bounds, uint8_t[::1] o
     cdef const int32_t[::1] edges = check_bounds(bounds, k, mk_block(type))
     cdef long n = canonical.shape[0], rows = first + n if whole is None else whole
     require_type(kind)
+    if type == MK_BF12 and kind == MK_BF16:
+        kind = type
     if kind != type and (not mk_is_float(kind) or (type != MK_Q8_0 and type != MK_Q4_0)):
         raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {kind}")
     require("canonical", (n, mk_blocks(k, mk_block(kind)) * mk_block_bytes(kind)), (n, canonical.shape[1]))
@@ -19,10 +21,13 @@ def pack(int type, const uint8_t[:, :] canonical, long k, bounds, uint8_t[::1] o
         raise ValueError(f"{n} rows are no whole heads of two halves: {head} rows each")
     require_vector("out", packed_bytes(type, rows, edges), out.shape[0])
     cdef mk_work work
+    cdef int misfit = 0
     mk_begin(&work)
     mk_pack(&work, type, kind, &canonical[0, 0], canonical.strides[0], n, head, &edges[0],
-            <int>edges.shape[0] - 1, &out[0], first, rows)
+            <int>edges.shape[0] - 1, &out[0], first, rows, &misfit)
     finish(&work, threads)
+    if misfit:
+        raise Misfit(MISFIT)
 
 
 def quantize(int type, const float[:, :] x, uint8_t[:, ::1] out, int threads=1):

@@ -60,9 +60,19 @@ cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
     return blocks
 
 
+cdef long coded_bytes(const int32_t[::1] edges) noexcept:
+    cdef long size = 0
+    cdef Py_ssize_t i
+    for i in range(edges.shape[0] - 1):
+        size += mk_coded_bytes(edges[i + 1] - edges[i])
+    return size
+
+
 cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
     if mk_is_float(type):
         return n * edges[edges.shape[0] - 1] * mk_block_bytes(type)
+    if mk_is_coded(type):
+        return mk_blocks(n, MK_TILE) * coded_bytes(edges)
     return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)
 
 

@@ -9,6 +9,8 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t
 
 import numpy as np
 
+from mpillm.kernels.types import MISFIT, Misfit
+
 include "declarations.pxi"  # what core/kernels.h declares; setup.py makes it
 
 
@@ -28,7 +30,7 @@ def set_path(str name):
 
 def block_types():
     """The kind, the values, the bytes and the packed bytes of a block of each type."""
-    kinds = ("float", "plain", "super")
+    kinds = ("float", "plain", "super", "coded")
     return [(kinds[mk_kind(type)], mk_block(type), mk_block_bytes(type), mk_packed_bytes(type))
             for type in range(MK_TYPES)]
 

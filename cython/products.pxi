@@ -19,7 +19,7 @@ cdef class Product:
             self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
         else:
             self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
-        if row_bytes and (self.quantised() or row_bytes < k * mk_block_bytes(type)):
+        if row_bytes and (not mk_is_float(type) or row_bytes < k * mk_block_bytes(type)):
             raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
 
     cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:
@@ -36,11 +36,11 @@ cdef class Product:
         return whole_lines((m if self.quantised() else mk_blocks(m, MK_TILE) * MK_TILE) * self.x_bytes)
 
     cdef int quantised(self) noexcept:
-        return not mk_is_float(self.type)
+        return mk_is_quantised(self.type)
 
     cdef int form(self) noexcept:
         """Which of the forms of activations it takes (`Forms`)."""
-        return 0 if self.quantised() else 2 if self.type == MK_BF16 else 1
+        return 0 if self.quantised() else 2 if mk_is_bf16(self.type) else 1
 
     cdef void add(self, mk_work *work, const void *x, long m, float *out, long out_stride, long panel_stride) noexcept:
         """x: activations of its form, in groups. What follows is joined."""

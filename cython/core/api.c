@@ -4,11 +4,11 @@
 #include "active.h"
 #include "half.h"
 
-/* Rows of x that pass by a tile of W take about so many bytes, for they should stay in the cache meanwhile; but FEW_ROWS
- * pass together whatever they take, so that W is read once for a batch that decodes. */
+/* The rows of x that one tile of W is multiplied with take about so many bytes, so that they stay in the cache; but at
+ * least FEW_ROWS go together whatever they take, so that W is read once for a batch that decodes. */
 enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 20, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
 
-/* A part reads so many bytes, times rows of x: what it fetches ahead beyond its end is then little. */
+/* A part reads so many bytes, times rows of x; what it prefetches beyond its end is then a small share. */
 enum { MINIMUM = 1 << 17 };
 
 #define ADD(range, items, kind, ...) \
@@ -40,7 +40,7 @@ static void float_step(int type, int bytes, const float *x, long count, uint8_t 
     float values[32] = {0};
     uint32_t words[32];
     memcpy(values, x, (size_t)count * sizeof *values);
-    if (type != MK_BF16) {
+    if (!mk_is_bf16(type)) {
         memcpy(out, values, 64);
         return;
     }
@@ -55,7 +55,7 @@ static void float_step(int type, int bytes, const float *x, long count, uint8_t 
 /* Panels of x for float weights, each filled up to whole steps with zeros; rows in groups. */
 static void float_rows(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
-    const int type = job->type, step = mk_float_step(type), bytes = type == MK_BF16 ? mk_active->bf16_step : 64;
+    const int type = job->type, step = mk_float_step(type), bytes = mk_is_bf16(type) ? mk_active->bf16_step : 64;
     for (long row = begin; row < end; row++) {
         const float *x = job->x + (job->at ? job->at[row] : row) * job->stride;
         long first = row / MK_GROUP * MK_GROUP, rows = job->n - first < MK_GROUP ? job->n - first : MK_GROUP;
@@ -67,7 +67,7 @@ static void float_rows(const void *argument, long begin, long end) {
 }
 
 /* Whether m rows of x for the type are made to tiles. */
-static int in_tiles(int type, long m) { return type == MK_BF16 && mk_active->tile_rows && m >= MK_IN_TILES; }
+static int in_tiles(int type, long m) { return mk_is_bf16(type) && mk_active->tile_rows && m >= MK_IN_TILES; }
 
 static long tile_bytes(const int32_t *bounds, int panels) { /* of a row in tiles */
     long blocks = 0;
@@ -84,16 +84,17 @@ void mk_float_rows(mk_work *work, int type, const float *x, long stride, const i
 }
 
 long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest form; x of another may have gaps */
-    const long tiles = type == MK_BF16 ? tile_bytes(bounds, panels) : 0;
+    const long tiles = mk_is_bf16(type) ? tile_bytes(bounds, panels) : 0;
     long steps = 0;
     for (int p = 0; p < panels; p++) steps += mk_blocks(bounds[p + 1] - bounds[p], mk_float_step(type));
-    const long rows = steps * (type == MK_BF16 ? MK_BF16_HALVES : 64);
+    const long rows = steps * (mk_is_bf16(type) ? MK_BF16_HALVES : 64);
     return rows > tiles ? rows : tiles;
 }
 
 /* Bytes of columns of W [n, .] as they are packed. */
 static long panel_bytes(int type, long n, long columns) {
     if (mk_is_float(type)) return n * columns * mk_block_bytes(type);
+    if (mk_is_coded(type)) return mk_blocks(n, MK_TILE) * mk_coded_bytes(columns);
     return mk_blocks(n, MK_TILE) * MK_TILE * mk_blocks(columns, mk_block(type)) * mk_packed_bytes(type);
 }
 
@@ -114,7 +115,7 @@ static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, 
                       .at = at, .row_bytes = row_bytes, .x = x, .x_stride = x_stride, .out = out,
                       .out_stride = out_stride, .panel_stride = panel_stride, .in_tiles = in_tiles(type, m)};
     if (job.in_tiles) job.x_stride = tile_bytes(bounds, panels);
-    job.chunk = (mk_is_float(type) ? FLOAT_CACHE : CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
+    job.chunk = (mk_is_quantised(type) ? CACHE : FLOAT_CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
     if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
     const long chunks = mk_blocks(m, (int)job.chunk);
@@ -229,7 +230,7 @@ void mk_selective_scan(mk_work *work, const float *c, const float *b, const floa
         .key_of_head = group_of_head, .state_stride = state_stride, .keys = groups, .heads = heads, .dk = dk, .dv = dv);
 }
 
-static void add_rows(const void *argument, long begin, long end) { /* roundings one by one: one form serves all paths */
+static void add_rows(const void *argument, long begin, long end) { /* each operation rounds: one form for all paths */
     const mk_small_job *job = argument;
     for (long row = begin; row < end; row++) {
         float *to = job->out + row * job->out_stride;

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "coded.h"
 #include "half.h"
 #include "super.h"
 #include "vec_common.h"

@@ -106,7 +106,7 @@ MK_INLINE void transpose_block(const uint8_t *from, long columns, uint8_t *out) 
 }
 
 /* Up to TRANSPOSED blocks of `rows` rows of W with so many columns.  Some rows side by side are streams that the processor
- * fetches ahead, and those that follow are fetched too, for each may have a page of its own. */
+ * fetches ahead, and the rows that follow are fetched too, because each may have a page of its own. */
 static void transpose_rows(const uint8_t *w, long stride, int rows, long columns, transposed_blocks *out) {
     for (int first = 0; first < rows; first += MAX_STREAMS)
         for (long b = 0; b < TRANSPOSED && b * MK_BF16_BLOCK < columns; b++)
@@ -115,6 +115,17 @@ static void transpose_rows(const uint8_t *w, long stride, int rows, long columns
                 for (int j = 0; j < RUNS; j++) __builtin_prefetch(from + MAX_STREAMS * stride + 64 * j);
                 transpose_block(from, columns - b * MK_BF16_BLOCK, out[0][b] + 64 * r);
             }
+}
+
+/* The same of a tile of BF12. */
+static void transpose_coded(const uint8_t *w, long columns, transposed_blocks *out) {
+    decoded_rows decoded;
+    for (long b = 0; b < TRANSPOSED && columns > 0; b++, columns -= MK_BF16_BLOCK) {
+        const long width = columns < MK_BF16_BLOCK ? columns : MK_BF16_BLOCK, steps = mk_blocks(width, 32);
+        decode_block(w, steps, decoded);
+        for (int r = 0; r < MK_TILE; r++) transpose_block(decoded + r * steps * 64, width, out[0][b] + 64 * r);
+        w += mk_coded_bytes(width);
+    }
 }
 
 /* Tiles 0 to 3 are sums, 4 and 5 rows of W, 6 and 7 of x. */
@@ -160,15 +171,19 @@ static void add_lanes(pair_sums *sums, int i, int g, int rows, vf *out) {
 static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
     const long columns = job->bounds[p + 1] - job->bounds[p], blocks = mk_blocks(columns, MK_BF16_BLOCK);
     const long stride = job->row_bytes ? job->row_bytes : columns * 2, first = tile * MK_TILE;
+    const long coded = mk_is_coded(job->type) ? mk_coded_bytes(columns) : 0;
     const int pairs = (rows + WIDE * MK_TILE - 1) / (WIDE * MK_TILE);
-    const uint8_t *w = job->at[p] + first * stride;
+    const uint8_t *w = job->at[p] + (coded ? tile * coded : first * stride);
     transposed_blocks transposed[WIDE][LANE_PAIRS];
     pair_sums parts[MAX_ROWS / MK_TILE / WIDE][LANE_PAIRS];
     const unsigned mode = mk_flush_denormals();
     for (int i = blocks ? tiles * rows : 0; i < tiles * rows; i++) sums[i] = vf_set1(0.0f);
     for (long begin = 0, count; begin < blocks; begin += count) {
         count = blocks - begin < TRANSPOSED ? blocks - begin : TRANSPOSED;
-        for (int i = 0; i < tiles; i++) {
+        for (int i = 0; i < tiles && coded; i++)
+            transpose_coded(w + i * coded + mk_coded_bytes(begin * MK_BF16_BLOCK), columns - begin * MK_BF16_BLOCK,
+                            transposed[i]);
+        for (int i = 0; i < tiles && !coded; i++) {
             const long left = job->n - first - i * MK_TILE;
             transpose_rows(w + i * MK_TILE * stride + begin * MK_BF16_BLOCK * 2, stride, left < MK_TILE ? (int)left : MK_TILE,
                       columns - begin * MK_BF16_BLOCK, transposed[i]);

@@ -1,8 +1,8 @@
 /* Products of quantised weights with many rows of x, on the tiles of AMX, with the bits of body_matmul.h.
  *
  * A tile instruction gives the 16 x 16 dot products of 32 columns as exact integers, from W as it is interleaved and 16
- * rows of x that are copied together.  Their scaling and their sums are what they are everywhere, for each output one
- * fma after the other, and take more than half of the time: tiles hold vectors' second port up. */
+ * rows of x that are copied together.  Scaling and sums are those of the other paths: for each output one fma after the
+ * other.  They take more than half of the time, because tile instructions occupy the vectors' second port. */
 
 #include "body_amx_tiles.h"
 
@@ -31,8 +31,8 @@ typedef int32_t dot_products[AMX_ROWS][MK_TILE] __attribute__((aligned(64)));
 static const tile_shapes INT8_TILES = {
     1, 0, {0}, {64, 64, 64, 64, MK_BLOCK, MK_BLOCK, 64, 64}, {16, 16, 16, 16, 16, 16, 8, 8}};
 
-/* Tile `c` = rows of x times columns of W, by way of tiles `a` and `b`.  In assembly, for compilers differ in what their
- * intrinsics order. */
+/* Tile `c` = rows of x times columns of W, by way of tiles `a` and `b`.  In assembly, because compilers differ in what
+ * their intrinsics order. */
 #define MULTIPLY(c, a, b, x, w)                                                                                   \
     __asm__ volatile("tilezero %%tmm" #c "\n\ttileloadd (%0,%2,1), %%tmm" #a "\n\ttileloadd (%1,%3,1), %%tmm" #b  \
                      "\n\ttdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c                                             \
@@ -48,8 +48,8 @@ MK_INLINE void add_block(const int minima, const wide_block *w, const row_block 
     }
 }
 
-/* The chains of 16 x 16 outputs go on over `count` blocks; products are four blocks ahead of the sums, for their way
- * through the tiles is long.  With each block `step` bytes from `ahead` on are fetched. */
+/* The chains of 16 x 16 outputs go on over `count` blocks; products are four blocks ahead of the sums, because
+ * tile instructions take long.  With each block `step` bytes from `ahead` on are fetched. */
 HOT void add_blocks(const int minima, const wide_block *w, const row_block *x, long count, const uint8_t *ahead,
                     long step, vf *sums) {
     dot_products dots[4];
@@ -114,7 +114,7 @@ typedef struct {
     void (*add_blocks)(const wide_block *w, const row_block *x, long count, const uint8_t *ahead, long step, vf *sums);
 } amx_functions;
 
-/* The types that have them: X(type).  Q6_K gained nothing by tiles; those with a table have not been tried. */
+/* The types that use tiles: X(type).  Q6_K gains nothing from them; types with a table have not been tried. */
 #define AMX_TYPES(X) X(MK_Q8_0) X(MK_Q4_0) X(MK_Q4_1) X(MK_Q4_K) X(MK_Q5_K)
 #define AMX_FUNCTIONS_OF(type)                                                                                    \
     static void widen_##type(const uint8_t *w, long count, wide_block *to) { widen(type, w, count, to); }         \
@@ -165,7 +165,7 @@ static void amx_panel(const mk_matmul_job *job, int rows, int p, long tile, int 
     }
 }
 
-/* How many of `left` rows go through tiles: whole groups, and two at minimum, for one does not pay for what it needs. */
+/* How many of `left` rows go through tiles: whole groups, two at least, because one does not pay for the set-up. */
 static int rows_for_tiles(long left) {
     long groups = left / AMX_ROWS < AMX_GROUPS ? left / AMX_ROWS : AMX_GROUPS;
     return groups > 1 ? (int)groups * AMX_ROWS : 0;

@@ -14,10 +14,10 @@ static const int QUERIES[QUERY_SHAPES] = {1, 2, 4};
 #define COLUMNS(Q) ((Q) > 2 ? 1 : 2)
 #endif
 
-/* Into the second cache: the first one has fewer misses under way at a time, and memory then waits for them. */
+/* Into the second-level cache: the first level allows fewer misses at a time, and memory would wait for them. */
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 
-/* Blocks of more dimensions are read as they are by each tile. */
+/* The blocks of heads with more dimensions are not transposed: each tile reads them as they are. */
 enum { MAX_FLOAT_DIM = 256 };
 
 /* Vector `vector` of the keys of dimension i; scale: of these tokens' Q8_0 blocks. */
@@ -149,7 +149,7 @@ static const query_tile QUERY_TILE_FUNCTIONS[MK_TYPES][QUERY_SHAPES] = {
     [MK_F32] = QUERY_PAIRS(MK_F32), [MK_F16] = QUERY_PAIRS(MK_F16), [MK_Q8_0] = QUERY_PAIRS(MK_Q8_0),
 };
 
-/* A head's block as floats, in the order that it has. */
+/* A head's block as floats, in its own order. */
 HOT void block_floats(const int type, const int is_keys, const uint8_t *block, const uint8_t *next, int hd,
                       float *out) {
     const long count = (long)hd * MK_KV_BLOCK;
@@ -184,7 +184,7 @@ typedef struct {
 
 typedef struct {
     const mk_attention_job *job;
-    int count, shape; /* queries; tiles have QUERIES[shape], of which the last one's last may be nobody's */
+    int count, shape; /* queries; tiles have QUERIES[shape] each, of which the last tile may leave some unused */
     long lanes;
     float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled */
     float sums[MK_ATTENTION_SUMS]; /* tiles [Q][lanes] */
@@ -241,7 +241,7 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
         to = q->to < to ? q->to : to;
         if (q->from <= q->to) stream_softmax(q, p + j * MK_KV_BLOCK, sums + j * lanes, vd, group->job->softcap);
     }
-    /* Tokens that only some attend to, at the edges, are taken query by query before and after those of all. */
+    /* Tokens at the edges, to which only some queries attend, are taken query by query. */
     int together = from <= to;
     for (int j = 0; j < count; j++) {
         long end = together ? from - 1 : queries[j].to;

@@ -132,11 +132,13 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define FLOAT_TILES_FLOAT(type) FLOAT_TILES(type)
 #define FLOAT_TILES_PLAIN(type)
 #define FLOAT_TILES_SUPER(type)
+#define FLOAT_TILES_CODED(type)
 #define FLOAT_TILES_OF(name, kind, ...) FLOAT_TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(FLOAT_TILES_OF)
 
 #define FLOAT_ROW_FLOAT(type) [type] = {MORE_FLOAT_FUNCTIONS(type) type##_4, type##_3, type##_2, type##_1},
 #define FLOAT_ROW_PLAIN(type)
 #define FLOAT_ROW_SUPER(type)
+#define FLOAT_ROW_CODED(type)
 #define FLOAT_ROW_OF(name, kind, ...) FLOAT_ROW_##kind(MK_##name)
 static const float_function FLOAT_TILE_FUNCTIONS[MK_TYPES][VEC_ROWS > 4 ? 5 : 4] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};

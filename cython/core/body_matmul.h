@@ -2,16 +2,16 @@
  *
  * A tile function does R tiles of W (64-byte lanes x R) for T rows of x over one panel; R, T and the type are constants
  * in it, so its sums stay in registers.  How the work is cut never changes an output's chain.  Float weights have
- * tiles of their own (body_float.h), and the rest in common. */
+ * their own tiles (body_float.h) and share the rest. */
 
 /* w: R tiles, w_stride bytes apart; x: T rows, whose groups are x_stride bytes apart; sums [R][T]. */
 typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, vf *sums);
 
 enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROWS : MK_MANY_TILES };
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
-/* With few rows memory is the limit.  Of several tiles at once a little of each is fetched ahead: more would take
- * a core's buffers for lines on their way from those that are needed sooner.  One tile alone is one stream, which
- * goes on in the next tile: far ahead, into the second cache, that takes more lines at a time. */
+/* With few rows, memory is the limit.  Several tiles at once prefetch a little of each: more would take the core's
+ * line-fill buffers from lines that are needed sooner.  A single tile is one stream, which goes on in the next tile: it
+ * prefetches far ahead into the second-level cache, which takes more lines at a time. */
 enum { NEAR = 1024, FAR = 8192, FEW = 4 };
 
 MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
@@ -25,7 +25,7 @@ MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
 
 #include "body_float.h"
 
-/* Nibbles' values as products want them: of MXFP4 from 0 on, of IQ4 as vb_dot_s8 takes them. */
+/* The values of nibbles as the products' operands: MXFP4's begin at 0, IQ4's have the bias that vb_dot_s8 expects. */
 #define FROM_ZERO(value) (value) + 12,
 #define BIASED(value) (int8_t)((value) + VEC_Q8_BIAS),
 static const int8_t E2M1_OPERANDS[16] = {MK_E2M1_VALUES(FROM_ZERO)}, IQ4_OPERANDS[16] = {MK_IQ4_VALUES(BIASED)};
@@ -39,7 +39,7 @@ MK_INLINE vb two_bits(const uint8_t *w, const int g, const int to) {
 }
 MK_INLINE vb one_bit(const uint8_t *w, const int g, const int to) { return vb_bits(vb_load(w), g, 1, to); }
 
-/* Row by row, for what is looked up is a gather on every path; a call, because there is too much of it for each tile. */
+/* Row by row, because table look-ups are gathers on every path.  Not copied into each tile: the code is too long. */
 MK_INLINE void grid_rows(const int type, const uint8_t *w, uint32_t (*words)[MK_TILE]) {
     for (int r = 0; r < MK_TILE; r++)
         for (int i = 0; i < 4; i++) {
@@ -80,7 +80,7 @@ MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
         else if (type == MK_Q3_K) groups[g] = vb_or(groups[g], one_bit(w + 128, g, 2));
 }
 
-/* With what the sum of a block's products begins, for weights that are greater than they should be. */
+/* The start of a block's sum of products: it takes away what stored weights have been raised by (mk_activation). */
 MK_INLINE int32_t start_of(int type, const mk_activation *a) {
     if (type == MK_Q4_0) return a->offset8;
     if (type == MK_Q5_0) return 2 * a->offset8;
@@ -124,7 +124,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
     for (int i = 0; i < R * T; i++) sums[i] = acc[i];
 }
 
-/* Scales of 16 rows' parts as products want them, and minima, of a part with one of each or with one for each half. */
+/* The scales and minima of a part of 16 rows, as products take them: one of each for the part, or one for each half. */
 typedef struct {
     vf scale[2], minimum[2];
 } part_scales;
@@ -173,9 +173,9 @@ MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, co
     return vb_dot_u6(start, groups + 4 * h, a->q + 16 * h);
 }
 
-/* K-quants, 32 columns after 32.  Scales of 4, 6 or 8 bits times an f16 are exact, and so are the sums of both halves
- * times theirs: they are integers below 2^24.  What rounds is as with the others: one fma for the columns, and one for
- * their minima. */
+/* K-quants, 32 columns at a time.  A scale of 4, 6 or 8 bits times an f16 is exact, and so is the sum of both halves
+ * times their scales: these are integers below 2^24.  Roundings are those of the other types: one fma for the columns,
+ * and one for their minima. */
 HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
                           long x_stride, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
@@ -189,7 +189,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
             m[r] = vf_set1(0.0f);
             if (mk_is_grid(type)) d[r] = vf_mul(d[r], vf_set1(mk_grid_unit(type)));
             if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
-            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* what offset32 has more */
+            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* offset32 is -32 times a sum */
         }
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
@@ -227,8 +227,8 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
     for (int i = 0; i < R * T; i++) sums[i] = acc[i];
 }
 
-/* Tiles of W at once with T rows of x.  With few rows memory is the limit, and one stream of weights has fewer lines
- * under way than memory can give; more rows would only want more registers. */
+/* How many tiles of W are computed at once with T rows of x.  With few rows, memory is the limit, and one stream of
+ * weights keeps fewer lines in flight than memory can deliver; with more rows, registers are the limit. */
 #define AT_ONCE(T) ((T) > FEW || VEC_ROWS < 2 * (T) ? 1 : VEC_ROWS / (T) < MANY_TILES ? VEC_ROWS / (T) : MANY_TILES)
 
 #define TILE(kind, type, name, R, T)                                                                            \
@@ -255,6 +255,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define TILES_FLOAT(type)
 #define TILES_PLAIN(type) TILES(quantised, type)
 #define TILES_SUPER(type) TILES(super, type)
+#define TILES_CODED(type)
 #define TILES_OF(name, kind, ...) TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(TILES_OF)
 
@@ -265,6 +266,7 @@ enum { SHAPES = sizeof ROWS / sizeof *ROWS, FIRST_FLOATS = VEC_ROWS > 8 /* of fl
 #define FUNCTIONS_FLOAT(type, name)
 #define FUNCTIONS_PLAIN(type, name) FUNCTIONS(type, name)
 #define FUNCTIONS_SUPER(type, name) FUNCTIONS(type, name)
+#define FUNCTIONS_CODED(type, name)
 #define ONE_TILE_OF(name, kind, ...) FUNCTIONS_##kind(MK_##name, one)
 #define MANY_OF(name, kind, ...) FUNCTIONS_##kind(MK_##name, many)
 static const tile_function ONE_TILE[MK_TYPES][SHAPES] = {MK_BLOCK_TYPES(ONE_TILE_OF)};
@@ -285,14 +287,14 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
 typedef void (*panel_function)(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x,
                                vf *sums);
 
-/* Which of ROWS it is, or the next smaller one. */
+/* The index in ROWS of this number of rows, or of the next smaller one. */
 static int shape_of(long rows) {
     int shape = 0;
     while (ROWS[shape] > rows) shape++;
     return shape;
 }
 
-/* Whether panels lie in the same rows: a tile's should be read one after the other. */
+/* Whether the panels of a tile lie in the same rows, and should be read one after the other. */
 static int side_by_side(const mk_matmul_job *job) { return job->row_bytes && job->panels > 1; }
 
 static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
@@ -322,11 +324,14 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
     for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
 }
 
+#include "body_coded.h"
+
 /* Bytes of columns of a panel of activations: of the rows that lie together. */
 static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
     const int type = job->type;
     if (job->in_tiles) return mk_blocks(columns, MK_BF16_BLOCK) * MK_BF16_BLOCK * 2 * MK_TILE;
-    if (mk_is_float(type)) return mk_blocks(columns, mk_float_step(type)) * (type == MK_BF16 ? BF16_STEP : 64) * GROUP(rows);
+    if (!mk_is_quantised(type))
+        return mk_blocks(columns, mk_float_step(type)) * (mk_is_bf16(type) ? BF16_STEP : 64) * GROUP(rows);
     return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION * GROUP(rows);
 }
 
@@ -359,10 +364,18 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
     if (!job->panel_stride) store_tiles(job, pending, tile, tiles, row, rows, job->out);
 }
 
-/* Rows row .. limit - 1 of up to `tiles` tiles: of as many as the sums on the stack allow; returns how many. */
+/* Compute rows row .. limit - 1 of up to `tiles` tiles, as many as the sums on the stack allow; return how many. */
 static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
     const int floats = mk_is_float(job->type);
     vf pending[MK_MAX_LEVELS][RUN_SUMS];
+    if (mk_is_coded(job->type)) {
+        if (tiles > RUN_SUMS / coded_rows(limit - row)) tiles = RUN_SUMS / coded_rows(limit - row);
+        for (int rows; row < limit; row += rows) {
+            rows = coded_rows(limit - row);
+            product(job, coded_panel, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
+        }
+        return (int)tiles;
+    }
     int shape = shape_of(limit - row);
     if (floats && shape < FIRST_FLOATS) shape = FIRST_FLOATS;
     if (tiles > RUN_SUMS / ROWS[shape]) tiles = RUN_SUMS / ROWS[shape];
@@ -391,7 +404,7 @@ static void add_bias(const mk_product *job, long tile, long tiles) {
     }
 }
 
-/* A row's experts are added up one after the other: who has a panel's tile has all experts' rows of it. */
+/* The experts of a row are added one after the other, so one item has a panel's tile for the rows of all experts. */
 static void mixture_of(mk_range matmul, const mk_mixture_job *job, long begin, long end) {
     for (long item = begin, tiles; item < end; item += tiles) {
         long panel = item / job->products->tiles, tile = item % job->products->tiles;

@@ -111,7 +111,7 @@ static void quantize_rows(const void *argument, long begin, long end) {
 
 static const int8_t E2M1[16] = {MK_E2M1_VALUES(MK_AS_IT_IS)};
 
-/* One block of up to 32 values; d * q is exact, so is it with or without fma. */
+/* One block of up to 32 values; d * q is exact, so an fma gives the same. */
 MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
     uint16_t h[2] = {0};
     const int bits = mk_bits(type) == 5 ? 4 : 0;
@@ -155,7 +155,7 @@ static void dequantize(const void *argument, long begin, long end) {
         float *out = job->values + row * job->stride;
         if (job->type == MK_F32) {
             memcpy(out, in, (size_t)row_bytes);
-        } else if (mk_is_float(job->type)) {
+        } else if (!mk_is_quantised(job->type)) {
             for (long i = 0; i < job->k; i += MK_TILE) {
                 uint16_t half[MK_TILE] = {0};
                 long count = job->k - i < MK_TILE ? job->k - i : MK_TILE;

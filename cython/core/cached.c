@@ -53,7 +53,7 @@ void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, cons
 /* Groups: runs of rows of one sequence times runs of heads of one KV head, as many as a thread's stack holds. */
 static long group_queries(mk_query_group *groups, const int32_t *table_start, const int32_t *kv_of_head, long m,
                           int heads, int hd) {
-    /* Wide heads, which are few, use the stack's whole capacity; others leave more items for the threads. */
+    /* Models have few wide heads, which use the stack's whole capacity; others leave more items for the threads. */
     int maximum = (hd > MK_WIDE_HEAD ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
     long count = 0;
     if (maximum > MK_MAX_QUERIES) maximum = MK_MAX_QUERIES;

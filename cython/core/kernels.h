@@ -1,6 +1,6 @@
 /* The compute kernels' C interface: what kernels.pyx and the tests' harness call.
  *
- * Shapes and layouts are those of mpillm/kernels (types.py, reference.py); arguments have been checked by the caller.
+ * Shapes and layouts are those of mpillm/kernels (types.py, reference/); arguments have been checked by the caller.
  * Functions that take a `work` add a step to it; mk_run does the steps with at most `threads` threads, and gives the
  * same bits for any number of them, on every path. */
 #ifndef MK_KERNELS_H
@@ -14,7 +14,8 @@
  *
  * The kind decides how a type is packed and which product it has. FLOAT rows stay as they are (body_float.h). A PLAIN
  * block is its F16 numbers, or the byte of an exponent if it has none, and then its values (quantised_tile in
- * body_matmul.h). SUPER blocks are K-quants (super.h, and super_tile in body_matmul.h).
+ * body_matmul.h). SUPER blocks are K-quants (super.h, and super_tile in body_matmul.h). CODED rows are BF16 in files, and
+ * come out of a tile with the same bits (coded.h).
  *
  * A new type needs a row here and in mpillm/kernels/types.py. Where the bodies of its kind do not fit, it also needs its
  * own in pack.c, in dequantise of body_quant.h, and in load_groups and the kind's tile of body_matmul.h. */
@@ -39,10 +40,11 @@
     X(IQ3_XXS, SUPER, 256, 98, 98, 1, 0)  \
     X(IQ2_S, SUPER, 256, 82, 82, 1, 0)    \
     X(IQ2_XS, SUPER, 256, 74, 74, 1, 0)   \
-    X(IQ2_XXS, SUPER, 256, 66, 66, 1, 0)
+    X(IQ2_XXS, SUPER, 256, 66, 66, 1, 0)  \
+    X(BF12, CODED, 1, 2, 2, 0, 12)
 #define MK_TYPE(name, ...) MK_##name,
 enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
-enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER };
+enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER, MK_KIND_CODED };
 enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
@@ -83,6 +85,9 @@ MK_TRAIT(mk_bits, MK_BITS_OF)
 
 static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT; }
 static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }
+static inline int mk_is_coded(int type) { return mk_kind(type) == MK_KIND_CODED; }
+/* Whether products take activations in blocks (mk_quantize_rows), else as floats (mk_float_rows). */
+static inline int mk_is_quantised(int type) { return mk_kind(type) == MK_KIND_PLAIN || mk_is_super(type); }
 
 /* Bytes before the values of a PLAIN block. */
 static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(type) : 1; }
@@ -93,12 +98,20 @@ static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(
 #define MK_IQ4_VALUES(X) \
     X(-127) X(-104) X(-83) X(-65) X(-49) X(-35) X(-22) X(-10) X(1) X(13) X(25) X(38) X(53) X(69) X(89) X(113)
 
-static inline int mk_float_step(int type) { return type == MK_BF16 ? 32 : 16; } /* columns of float weights at a time */
+/* Whether activations are rounded to BF16 for it, and how many of its columns a product takes at a time. */
+static inline int mk_is_bf16(int type) { return type == MK_BF16 || type == MK_BF12; }
+static inline int mk_float_step(int type) { return mk_is_bf16(type) ? 32 : 16; }
 
 /* Bytes of one head's keys, or values, in a block: with Q8_0 first the scales, [hd / 32][token], then the integers. */
 static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK_F32 ? 128 : type == MK_F16 ? 64 : 34); }
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
+
+/* A tile of a CODED type: blocks of 256 columns, each a head and 16 rows of steps of 32 columns (coded.h). */
+enum { MK_CODED_HEAD = 48, MK_CODED_STEP = 768 /* bytes */ };
+static inline long mk_coded_bytes(long columns) {
+    return mk_blocks(columns, MK_BF16_BLOCK) * MK_CODED_HEAD + mk_blocks(columns, 32) * MK_CODED_STEP;
+}
 
 /* A block of 32 activations, with the sums that a product begins with. Rows of x lie in groups of MK_GROUP rows: first
  * the first block of each row, then the second block of each row, and so on. The last group may have fewer rows. */
@@ -140,9 +153,10 @@ long mk_weights_read(void); /* bytes of matrices that their products passed thro
 
 /* Strides are in elements.  bounds: int32 [panels + 1]. */
 /* `n` canonical rows of the type `stored` (a float type, if not `type`), `stride` bytes apart, to rows `first`... of
- * `whole`.  head > 0: the halves of so many rows are interleaved, as llama.cpp stores q and k. */
+ * `whole`.  head > 0: the halves of so many rows are interleaved, as llama.cpp stores q and k.  *misfit becomes 1 where
+ * rows have too many exceptions for a CODED type; nothing can be made of `out` then. */
 void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
-             int32_t *bounds, int panels, uint8_t *out, long first, long whole);
+             int32_t *bounds, int panels, uint8_t *out, long first, long whole, int *misfit);
 void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out);
 void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
 /* at: the m rows of x that are taken, or NULL: the first m */

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "active.h"
+#include "coded.h"
 #include "super.h"
 
 enum { PIECE = 512 /* columns of a tile that are converted together: they stay in the first cache */ };
@@ -39,7 +40,7 @@ MK_INLINE void transpose_bytes(octets *v) {
     }
 }
 
-/* Trade places: the `width` bits from `width` on of fields twice as wide in *a, and the lower ones of those in *b. */
+/* Exchange the upper `width` bits of each field of 2 * width bits in *a with the lower ones of the same field in *b. */
 MK_INLINE void trade(words *a, words *b, const int width, const uint32_t lower) {
     words t = (*a >> width ^ *b) & lower;
     *a ^= t << width, *b ^= t;
@@ -265,6 +266,12 @@ static void pack_tiles(const void *argument, long begin, long end) {
         for (int p = 0; p < job->panels; p++) {
             long first = job->bounds[p], last = job->bounds[p + 1], count = mk_blocks(last - first, block);
             uint8_t *to = out + (before + tile) * count * packed;
+            if (mk_is_coded(job->type)) {
+                to = out + (before + tile) * mk_coded_bytes(count);
+                if (!mk_code_tile(in, first, rows, count, to)) __atomic_store_n(job->misfit, 1, __ATOMIC_RELAXED);
+                out += tiles * mk_coded_bytes(count);
+                continue;
+            }
             if (job->stored != job->type) quantise_panel(job, in, rows, first, last, to);
             else pack_panel(job->type, in, first / block * bytes, rows, count, to);
             out += mk_is_float(job->type) ? job->whole * count * bytes : tiles * count * packed;
@@ -273,7 +280,7 @@ static void pack_tiles(const void *argument, long begin, long end) {
 }
 
 void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
-             int32_t *bounds, int panels, uint8_t *out, long first, long whole) {
+             int32_t *bounds, int panels, uint8_t *out, long first, long whole, int *misfit) {
     mk_step_of(work, pack_tiles, mk_blocks(n, MK_TILE), 1, 0)->pack =
-        (mk_pack_job){type, stored, panels, n, head, stride, first, whole, bounds, canonical, out};
+        (mk_pack_job){type, stored, panels, n, head, stride, first, whole, bounds, canonical, out, misfit};
 }

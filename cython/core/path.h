@@ -15,6 +15,7 @@ typedef struct {
     const int32_t *bounds;
     const uint8_t *in;
     uint8_t *out;
+    int *misfit;
 } mk_pack_job;
 
 typedef struct {
@@ -201,8 +202,8 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 #endif
 
 /* The paths of this architecture, slowest first: X(name, what the machine must have).  A new instruction set is a row
- * here, what it needs in detect.c, and a file path_NAME.c with a header of the vector layer; its name also goes to
- * mpillm.kernels.PATHS.  Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do
+ * here, what it needs in detect.c, and a file path_NAME.c with a header of the vector layer; nothing else lists
+ * the paths.  Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do
  * two in the time of one. */
 #ifdef MK_X86
 enum {

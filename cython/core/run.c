@@ -1,4 +1,4 @@
-/* Threads: the only place that knows them, and it does without where the compiler has no OpenMP.
+/* Threads: only this file knows them.  Where the compiler has no OpenMP, it computes with one.
  *
  * A call is one parallel region.  In it thread 0, the caller, announces the sets of steps one after the other, and all
  * threads take parts of them.  The caller waits for parts that were taken, never for a thread, except at the region's

@@ -115,6 +115,12 @@ MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
 }
 XMM(vb_or, (vb a, vb b), _mm_or_si128(a.q[j], b.q[j]))
 XMM(vb_table, (const int8_t *table, vb a), _mm_shuffle_epi8(_mm_loadu_si128((const void *)table), a.q[j]))
+MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
+    QUARTERS {
+        _mm_storeu_si128((void *)(a + 16 * j), _mm_unpacklo_epi8(low.q[j], high.q[j]));
+        _mm_storeu_si128((void *)(b + 16 * j), _mm_unpackhi_epi8(low.q[j], high.q[j]));
+    }
+}
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }
 

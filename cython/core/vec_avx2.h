@@ -75,6 +75,12 @@ MK_INLINE vb vb_table(const int8_t *table, vb nibbles) {
     __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
     return (vb){_mm256_shuffle_epi8(all, nibbles.lo), _mm256_shuffle_epi8(all, nibbles.hi)};
 }
+MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
+    _mm256_storeu_si256((void *)a, _mm256_unpacklo_epi8(low.lo, high.lo));
+    _mm256_storeu_si256((void *)(a + 32), _mm256_unpacklo_epi8(low.hi, high.hi));
+    _mm256_storeu_si256((void *)b, _mm256_unpackhi_epi8(low.lo, high.lo));
+    _mm256_storeu_si256((void *)(b + 32), _mm256_unpackhi_epi8(low.hi, high.hi));
+}
 MK_INLINE __m256i ymm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm256_set1_epi32(v); }
 
 #ifdef VEC_VNNI

@@ -108,6 +108,10 @@ MK_INLINE vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
 MK_INLINE vb vb_table(const int8_t *table, vb nibbles) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), nibbles);
 }
+MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
+    _mm512_storeu_si512(a, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(b, _mm512_unpackhi_epi8(low, high));
+}
 MK_INLINE __m512i zmm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
 
 #ifdef VEC_VNNI

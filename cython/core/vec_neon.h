@@ -109,6 +109,12 @@ MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
 }
 VB(vb_or, (vb a, vb b), vorrq_s8(a.q[j], b.q[j]))
 VB(vb_table, (const int8_t *table, vb a), vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_s8(a.q[j])))
+MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
+    QUARTERS {
+        vst1q_s8((int8_t *)a + 16 * j, vzip1q_s8(low.q[j], high.q[j]));
+        vst1q_s8((int8_t *)b + 16 * j, vzip2q_s8(low.q[j], high.q[j]));
+    }
+}
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
 

@@ -75,6 +75,13 @@ MK_INLINE vb vb_table(const int8_t *table, vb nibbles) { /* table [16] */
     for (int j = 0; j < 64; j++) nibbles.b[j] = table[nibbles.b[j]];
     return nibbles;
 }
+/* Of each 16 bytes the first 8 of both, in pairs, to a, and the last 8 to b. */
+MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
+    for (int j = 0; j < 64; j++) {
+        uint8_t *to = (j % 16 < 8 ? a : b) + j / 16 * 16 + j % 8 * 2;
+        to[0] = (uint8_t)low.b[j], to[1] = (uint8_t)high.b[j];
+    }
+}
 MK_INLINE vb vb_signed(vb a) { return a; } /* a Q8_0 operand as vb_dot_s8 wants it: q + VEC_Q8_BIAS */
 
 /* start + sum over so many groups of 4 of w * x; w signed bytes.  |x| <= 127. */

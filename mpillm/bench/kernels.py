@@ -116,7 +116,9 @@ def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: in
     bounds = np.array([0, k], np.int32)
     one = kernels.packed_nbytes(kind, n, k, bounds)
     copies = min(MOST_COPIES, -(-MATRIX_BYTES // one)) if m == 1 else 1
-    canonical = np.resize(random_blocks(GGMLQuantizationType[kind.name], k), (n, kind.row_bytes(k)))
+    canonical = np.resize(
+        random_blocks(GGMLQuantizationType[kind.multiplied_as.name], k), (n, kind.row_bytes(k))
+    )
     packed = np.empty(one, np.uint8)
     kernels.pack(kind, canonical, k, bounds, packed)
     weights = [packed, *(packed.copy() for _ in range(copies - 1))]

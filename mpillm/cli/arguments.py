@@ -164,7 +164,7 @@ def command_parser() -> argparse.ArgumentParser:
     pack.add_argument("target", metavar="DST", type=Path, help="a new directory, or one to finish")
     pack.add_argument(
         "--weights",
-        choices=("source", "q4_0", "q8_0", "bf16", "f32"),
+        choices=("source", "q4_0", "q8_0", "bf16", "bf12", "f32"),
         default="source",
         help="what matrices are stored as (as they are)",
     )

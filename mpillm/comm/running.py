@@ -17,7 +17,7 @@ import numpy as np
 from mpillm.comm import versions
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World, say
-from mpillm.errors import Interrupted, MpillmError, out_of
+from mpillm.errors import Interrupted, MpillmError, of_system
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,9 +51,8 @@ def run(world: World, program: Callable[[World], int]) -> int:
             if world.is_loss(bug):
                 world.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
-            if (missing := out_of(bug)) is None:
+            if (error := of_system(bug)) is None:
                 world.abort(_in_a_line(bug), CRASHED)
-            error = Interrupted(missing)
         return _leave(world, code, error)
 
 
@@ -67,9 +66,9 @@ def run_alone(program: Callable[[], int]) -> int:
             return error.exit_code
         except Exception as bug:
             log.debug("%s", "".join(traceback.format_exception(bug)))
-            missing = out_of(bug)
-            say(f"mpillm: {missing or _in_a_line(bug)}")
-            return CRASHED if missing is None else Interrupted.exit_code
+            told = of_system(bug)
+            say(f"mpillm: {told or _in_a_line(bug)}")
+            return CRASHED if told is None else told.exit_code
 
 
 def _leave(world: World, code: int, error: MpillmError | None) -> int:

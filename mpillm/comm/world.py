@@ -215,6 +215,8 @@ class World:
         """Write `[rank@host] message` to stderr and end all ranks at once; `code` becomes mpiexec's exit code."""
         sys.stdout.flush()
         say(f"{self} {message}")
+        if self._heartbeat is not None and self.survives:  # who sees this rank end would go on without it
+            self._heartbeat.end_all(code)
         if self.size > 1:
             self.comm.Abort(code)
         os._exit(code)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm.kernels import super_blocks
+from mpillm.kernels.coded import code_panel
 from mpillm.kernels.lanes import fma
 from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
@@ -187,7 +188,7 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
         return canonical.view("<f4")[:, :k]
     if type == BlockType.F16:
         return canonical.view("<f2")[:, :k].astype(np.float32)
-    if type == BlockType.BF16:
+    if type.multiplied_as == BlockType.BF16:
         return (canonical.view("<u2")[:, :k].astype(np.uint32) << 16).view(np.float32)
     blocks = canonical.view(CANONICAL[type])
     if type.k_quant:
@@ -202,6 +203,9 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
 
 def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
     """Kernel-ready bytes of each panel of canonical rows."""
+    if type.coded:
+        rows = np.ascontiguousarray(canonical).view("<u2")
+        return [code_panel(rows[:, begin:end]) for begin, end in itertools.pairwise(bounds)]
     if not type.quantised:
         edges = bounds * type.block_bytes
         return [canonical[:, begin:end].reshape(-1) for begin, end in itertools.pairwise(edges)]

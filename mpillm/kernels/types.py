@@ -25,6 +25,11 @@ PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and 
 BF16_BLOCK = (
     256  # columns of a BF16 product that are summed from zero before they are added to earlier blocks
 )
+CODED_HEAD, CODED_STEP = (
+    48,
+    768,
+)  # bytes of a block of BF12 (core/coded.h): its head, and 32 columns of 16 rows
+MISFIT = "too many values are far from the others for BF12"
 ROW_GROUP = 4  # rows of activations that are interleaved
 MIXED_ROWS = 512  # of all experts at once, unless one expert has more: bounds their activations' memory
 KV_BLOCK = 32  # tokens of one block of the KV cache
@@ -54,16 +59,27 @@ class BlockType(IntEnum):
     IQ2_S = 18
     IQ2_XS = 19
     IQ2_XXS = 20
+    BF12 = 21  # BF16 with the same bits in three quarters of the bytes; `canonical` rows are those of BF16
 
     @property
     def quantised(self) -> bool:
         """True for types whose values share scales."""
-        return TRAITS[self].kind != "float"
+        return TRAITS[self].kind in ("plain", "super")
 
     @property
     def k_quant(self) -> bool:
         """True for types whose rows are whole blocks of 256."""
         return TRAITS[self].kind == "super"
+
+    @property
+    def coded(self) -> bool:
+        """True for types that are packed with fewer bits than they have in files, and lose none."""
+        return TRAITS[self].kind == "coded"
+
+    @property
+    def multiplied_as(self) -> BlockType:
+        """The type whose products it has, bit for bit."""
+        return BlockType.BF16 if self.coded else self
 
     @property
     def block(self) -> int:
@@ -88,10 +104,10 @@ class BlockType(IntEnum):
 class Traits(NamedTuple):
     """What follows from a block type; the compiled kernels have the same table, MK_BLOCK_TYPES in core/kernels.h."""
 
-    kind: Literal["float", "plain", "super"]  # how it is packed and multiplied
+    kind: Literal["float", "plain", "super", "coded"]  # how it is packed and multiplied
     values: int  # of a block
     bytes: int  # of a block in ggml's form
-    packed: int  # of a block in a tile
+    packed: int  # of a block in a tile; of coded rows `coded_nbytes` has them
 
 
 TRAITS = {
@@ -116,7 +132,12 @@ TRAITS = {
     BlockType.IQ2_S: Traits("super", SUPER_BLOCK, 82, 82),
     BlockType.IQ2_XS: Traits("super", SUPER_BLOCK, 74, 74),
     BlockType.IQ2_XXS: Traits("super", SUPER_BLOCK, 66, 66),
+    BlockType.BF12: Traits("coded", 1, 2, 2),
 }
+
+
+class Misfit(ValueError):
+    """Rows that a coded type cannot hold: they stay what they are."""
 
 
 class Activation(IntEnum):
@@ -153,10 +174,17 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
     """Bytes of W [n, k] in kernel-ready form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
     type = BlockType(type)
     edges = check_bounds(bounds, k, type.block)
+    if type.coded:
+        return -(-n // TILE_ROWS) * sum(coded_nbytes(width) for width in np.diff(edges).tolist())
     if not type.quantised:
         return n * k * type.packed_bytes
     blocks = int((-(-np.diff(edges) // type.block)).sum())
     return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.packed_bytes
+
+
+def coded_nbytes(k: int) -> int:
+    """Bytes of k columns of a tile of BF12: blocks of 256, each a head and steps of 32 columns of 16 rows."""
+    return -(-k // BF16_BLOCK) * CODED_HEAD + -(-k // PAIRED) * CODED_STEP
 
 
 def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:

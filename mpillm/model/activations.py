@@ -55,7 +55,7 @@ class Activations:
 
 def activations_of(source: Source, config: ModelConfig) -> Activations:
     """The rows of a source's model."""
-    types = {info.type for key, info in source.tensors.items() if ROLES[key.role].quantisable}
+    types = {info.type.multiplied_as for key, info in source.tensors.items() if ROLES[key.role].quantisable}
     forms = {BlockType.Q8_0 if type.quantised else BlockType.BF16 if type is BlockType.BF16 else BlockType.F32
              for type in types}  # fmt: skip
     return Activations(config, sum(QUANTISED if form.quantised else 4 for form in forms))

@@ -20,17 +20,18 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError, OutputError
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.spec import shown_bytes
-from mpillm.store.directory import Directory, explained, replacing
+from mpillm.store.directory import Directory, explained, make, replacing
 from mpillm.store.readable import printable
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.packed.file_plan import FilePlan, plan_files
 from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, TOKENIZER_FILE, UNFINISHED, VERSION
-from mpillm.weights.roles import ROLES
+from mpillm.weights.packed.misfits import misfits
+from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.text_files import text_fields, text_files, text_folder
 
-PackedType = Literal["source", "q4_0", "q8_0", "bf16", "f32"]
+PackedType = Literal["source", "q4_0", "q8_0", "bf16", "bf12", "f32"]
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
@@ -75,6 +76,11 @@ def pack(world: World, source: str, target: Path, weights: PackedType, progress:
         with world.together():
             if world.rank == 0:
                 stack.enter_context(_claim(path, target, about))
+        if weights == "bf12":
+            with world.together():
+                found = misfits(opened, plans[world.rank :: world.size], world.threads())
+            _keep_as_stored(opened, set().union(*world.gather(found)))
+            plans = plan_files(opened, config, about)
         mine = plans[world.rank :: world.size]
         with world.together(), explained(target):
             done = _Count(progress, sum(plan.nbytes for plan in mine))
@@ -112,7 +118,15 @@ def _open(path: Path, weights: PackedType) -> TensorSource:
             f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
             "--weights away to keep its own types, or pack the unquantised model."
         )
+    if weights == "bf12" and all(info.stored != "BF16" for info in matrices):
+        raise JobError(f"{path} has no matrices in BF16, which --weights bf12 is for; leave it away.")
     return open_unpacked(path, weights)
+
+
+def _keep_as_stored(source: TensorSource, found: set[Key]) -> None:
+    """Deliver these matrices as they are stored, and with one of an expert those of all experts of its layer."""
+    places = {(key.role, key.layer) for key in found}
+    source.keep_as_stored({key for key in source.tensors if (key.role, key.layer) in places})
 
 
 @contextlib.contextmanager
@@ -196,18 +210,23 @@ def finish(
     if folder is not None:
         for path in text_files(folder):
             copy = target / path.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            make(copy.parent)
+            _copy(path, copy)
     else:
         _write_json(target / "config.json", source.config)
         for path in text_files(source.tokenizer):
-            shutil.copyfile(path, target / TOKENIZER_FILE)
+            _copy(path, target / TOKENIZER_FILE)
         if fields is not None:
             _write_json(target / TOKENIZER, fields)
     files = [{"name": plan.name, "bytes": plan.nbytes, "sha256": digests[plan.name]} for plan in plans]
     _write_json(target / INDEX, {"format": FORMAT, "version": VERSION, **about, "files": files})
     with contextlib.suppress(FileNotFoundError):
         (target / UNFINISHED).unlink()
+
+
+def _copy(source: Path, path: Path) -> None:
+    with source.open("rb") as whole, replacing(path) as file:
+        shutil.copyfileobj(whole, file)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

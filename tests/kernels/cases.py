@@ -234,6 +234,8 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
         x = values(rng, n, k)
         if type == BlockType.F32:
             return x.view(np.uint8)
+        if type.coded:
+            return coded(rng, x)
         if type == BlockType.BF16:
             return np.ascontiguousarray((x.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
         with np.errstate(over="ignore"):
@@ -266,6 +268,16 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
                 shift = 4 * (j // 16)
                 quants[:, j % 16] = (quants[:, j % 16] & (0xF0 >> shift)) | zero << shift
     return raw.reshape(n, -1)
+
+
+def coded(rng: np.random.Generator, x: Array) -> Array:
+    """Rows of BF16 of at most 15 high bytes, and few that are of any other, wherever tiles and blocks begin."""
+    bits = (x.view(np.uint32) >> 16).astype(np.uint16)
+    common = np.array([*range(0x3A, 0x41), *range(0xBA, 0xC1), rng.choice([0, 0x80, 0x45])], np.uint16)
+    few = rng.random(bits.shape) < 0.0005
+    return np.ascontiguousarray(np.where(few, bits, bits & 0xFF | rng.choice(common, bits.shape) << 8)).view(
+        np.uint8
+    )
 
 
 def whole(type: BlockType, k: int) -> int:

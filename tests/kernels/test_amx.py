@@ -15,7 +15,7 @@ from mpillm.kernels import BlockType
 from tests.kernels import cases
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = [type for type in BlockType if type.quantised or type == BlockType.BF16]
+TYPES = [type for type in BlockType if type.quantised or type.multiplied_as == BlockType.BF16]
 pytestmark = pytest.mark.skipif("amx" not in kernels.available(), reason="no AMX here, or no leave to use it")
 
 # Linux as it would answer where tiles are forbidden: arch_prctl(ARCH_REQ_XCOMP_PERM) fails with EPERM.

@@ -23,7 +23,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_path(before)
 
 
-GGUF = {t: gguf.GGMLQuantizationType[t.name] for t in BlockType}
+GGUF = {t: gguf.GGMLQuantizationType[t.multiplied_as.name] for t in BlockType}
 
 
 def quantized(type: BlockType, x: cases.Array) -> cases.Array:
@@ -95,7 +95,7 @@ def test_products(type: BlockType, n: int, k: int, m: int) -> None:
         scale = np.abs(blocks).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
         exact = (np.rint(blocks / scale) * scale.astype(np.float64)).reshape(m, -1)[:, :k]
         np.testing.assert_allclose(exact, x, atol=0.02)
-    if type == BlockType.BF16:
+    if type.multiplied_as == BlockType.BF16:
         exact = x.astype(ml_dtypes.bfloat16).astype(np.float64)
     want = exact @ w.T
     bound = (np.abs(exact) @ np.abs(w.T)) * (2e-3 if type.quantised else k * 6e-8) + 1e-30

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpillm.kernels import blocks, lanes, super_blocks
+from mpillm.kernels import blocks, coded, lanes, super_blocks
 from mpillm.kernels.checks import (
     require,
     require_activations,
@@ -55,6 +55,8 @@ def pack(
     type, stored = BlockType(type), BlockType(type if stored is None else stored)
     edges = check_bounds(bounds, k, type.block)
     n, rows = len(canonical), first + len(canonical) if whole is None else whole
+    if type.coded and stored == type.multiplied_as:
+        stored = type
     if stored != type and (stored.quantised or type not in (BlockType.Q8_0, BlockType.Q4_0)):
         raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {stored}")
     require_rows("canonical", canonical, width=stored.row_bytes(k))
@@ -71,7 +73,7 @@ def pack(
         dequantize(stored, np.ascontiguousarray(canonical), k, values)
         canonical = np.empty((n, type.row_bytes(k)), np.uint8)
         quantize(type, values, canonical)
-    unit, begin = TILE_ROWS if type.quantised else 1, 0
+    unit, begin = TILE_ROWS if type.quantised or type.coded else 1, 0
     there, all_rows = (-(-count // unit) * unit for count in (n, rows))
     for panel in blocks.interleave(type, canonical, edges):
         row = panel.nbytes // max(there, 1)
@@ -165,6 +167,8 @@ def _unquantised_panels(
     sums: F32,
 ) -> None:
     start = 0
+    if type.coded:
+        w, type = _decoded(w, n, edges), type.multiplied_as
     for p, (begin, end) in enumerate(itertools.pairwise(edges.tolist())):
         width = (end - begin) * type.block_bytes
         apart = row_bytes or width
@@ -175,6 +179,16 @@ def _unquantised_panels(
         start += width if row_bytes else nbytes
         rows = blocks.rounded(x[:, begin:end]) if type == BlockType.BF16 else x[:, begin:end]
         sums[p] = _unquantised(type, panel, end - begin, rows)
+
+
+def _decoded(w: U8, n: int, edges: npt.NDArray[np.int64]) -> U8:
+    """BF12's panels as those of BF16."""
+    panels, start = [], 0
+    for width in np.diff(edges).tolist():
+        nbytes = packed_nbytes(BlockType.BF12, n, width, [0, width])
+        panels.append(coded.decode_panel(w[start : start + nbytes], n, width).view(np.uint8).reshape(-1))
+        start += nbytes
+    return np.concatenate(panels)
 
 
 def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:

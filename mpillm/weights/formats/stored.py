@@ -60,7 +60,7 @@ def _own(type: BlockType) -> Stored:
     return Stored(type.name, type.block, type.block_bytes, type, True, int(code))
 
 
-OWN: dict[str, Stored] = {type.name: _own(type) for type in BlockType}
+OWN: dict[str, Stored] = {type.name: _own(type) for type in BlockType if not type.coded}
 
 
 @lru_cache(maxsize=128)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from mpillm.weights.source import TensorInfo
 from mpillm.weights.text_files import TokenizerSource
 
 QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
-WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32}  # what packing can make besides
+# What packing can make besides; BF12 of matrices that are stored as BF16.
+WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32, "bf12": BlockType.BF12}
 
 PIECE = 2**20  # bytes of a tensor that is looked at piece by piece
 
@@ -83,7 +84,9 @@ class TensorSource:
     def loading_nbytes(self) -> int:
         """Bytes that loading takes at most, besides the pages: matrices of the stored type are packed undecoded."""
         matrices = [(key, extent.stored) for key, extent in self._extents.items() if len(extent.shape) > 1]
-        undecoded = all(stored.own and stored.type == self.tensors[key].type for key, stored in matrices)
+        undecoded = all(
+            stored.own and stored.type == self.tensors[key].type.multiplied_as for key, stored in matrices
+        )
         return UNDER_WAY if undecoded else LOADING_NBYTES
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
@@ -97,7 +100,7 @@ class TensorSource:
         Columns of a quantised matrix begin at a multiple of its type's block and end at one or at the last. The result
         may be a view of the mapped file (read-only): use it, then `release`.
         """
-        extent, type = self._extents[key], self.tensors[key].type
+        extent, type = self._extents[key], self.tensors[key].type.multiplied_as
         rows = range(extent.n) if rows is None else rows
         cols = range(extent.k) if cols is None else cols
         assert cols.start % type.block == 0, (key, cols)
@@ -120,7 +123,7 @@ class TensorSource:
         """Rows and columns of a matrix as they lie in the file, not copied, if `kernels.pack` can take them so."""
         extent, type = self._extents[key], self.tensors[key].type
         stored, head = extent.stored, self.head_rows(key)
-        same = stored.own and type == stored.type
+        same = stored.own and type.multiplied_as == stored.type
         if not same and (stored.quantised or type not in QUANTIZE.values()):
             return Rows(type, self.read(key, rows, cols), 0)
         if head and (rows.start % head or rows.stop % head):
@@ -231,6 +234,15 @@ class TensorSource:
         config = {**self.config, "num_hidden_layers": layers}
         return TensorSource(self.path, self.mapped, (), extents, config, self.tokenizer)
 
+    def keep_as_stored(self, keys: Collection[Key]) -> None:
+        """From now on deliver these matrices with the type that they have in their files."""
+        self.tensors = {
+            key: replace(info, type=self._extents[key].stored.type) if key in keys else info
+            for key, info in self.tensors.items()
+        }
+        self._plans.clear()
+        self._expert_plans.clear()
+
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""
         self._extents[key].release(rows)
@@ -242,7 +254,9 @@ class TensorSource:
 
     def _delivered(self, key: Key, extent: Extent) -> BlockType:
         if self._quantize is not None and ROLES[key.role].quantisable:
-            return self._quantize
+            as_stored = extent.stored.own and extent.stored.type == self._quantize.multiplied_as
+            if as_stored or not self._quantize.coded:
+                return self._quantize
         if ROLES[key.role].exact and extent.stored.type is BlockType.BF16:
             return BlockType.F32
         if extent.stored.type.k_quant and ROLES[key.role].by_columns and not self._cut_in_blocks:

@@ -175,7 +175,7 @@ class Writer:
                 end = begin + piece.entry.offset + piece.entry.nbytes
             begin += panel.nbytes
         made.data[end:] = 0
-        fill(_grouped(page, made.data), self._source, self._rows, PORTION)
+        fill(grouped(page, made.data), self._source, self._rows, PORTION)
         return made
 
     def _embed(self, rows: range) -> PackedPiece:
@@ -234,7 +234,7 @@ class _GrowingFile:
         self._file.close()
 
 
-def _grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[PageTensor, Bytes]]]:
+def grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[PageTensor, Bytes]]]:
     """The pieces of a page and their destinations in `data`, tensor by tensor, grouped by their rows."""
     groups: dict[Key, dict[range, list[tuple[PageTensor, Bytes]]]] = {}
     begin = 0

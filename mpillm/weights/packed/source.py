@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.blocks import PACKED
-from mpillm.kernels.types import BlockType
+from mpillm.kernels.coded import decode_panel
+from mpillm.kernels.types import TILE_ROWS, BlockType, coded_nbytes
 from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
@@ -174,13 +176,14 @@ class PackedSource:
             begin = panel.offset + row["offset"]
             if key.expert > 0:
                 begin += key.expert * (panel.nbytes // panel.shape[0])
-            end, unit = begin + row["nbytes"], PACKED[type].itemsize if type.quantised else type.block_bytes
-            step = PIECE // unit * unit
             with file.path.open("rb") as opened:
-                for at in range(begin, end, step):
-                    raw = np.empty(min(step, end - at), np.uint8)
-                    read_at(opened.fileno(), file.path, at, raw)
-                    yield from _floats(type, raw)
+                for columns, nbytes, unit in _runs(type, row):
+                    step, end = max(PIECE // unit, 1) * unit, begin + nbytes
+                    for at in range(begin, end, step):
+                        raw = np.empty(min(step, end - at), np.uint8)
+                        read_at(opened.fileno(), file.path, at, raw)
+                        yield from _floats(type, raw, columns)
+                    begin = end
 
     @cached_property
     def _pieces(self) -> dict[Key, list[tuple[PackedFile, dict[str, Any]]]]:
@@ -239,9 +242,24 @@ class PackedSource:
         return TensorInfo((tensor.shape[0], int(k)), stored.type, name, tensor.nbytes)
 
 
-def _floats(type: BlockType, packed: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
-    """The values of kernel-ready bytes, or the scales of their blocks."""
-    if type.quantised:
+def _runs(type: BlockType, row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """The parts of a piece that lie one behind the other: columns, bytes, bytes that belong together."""
+    if not type.coded:
+        unit = PACKED[type].itemsize if type.quantised else type.block_bytes
+        yield 0, row["nbytes"], unit
+        return
+    tiles = -(-(row["rows"][1] - row["rows"][0]) // TILE_ROWS)
+    for first, last in itertools.pairwise(row["bounds"]):
+        if last > first:
+            yield last - first, tiles * coded_nbytes(last - first), coded_nbytes(last - first)
+
+
+def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterator[NDArray[Any]]:
+    """The values of kernel-ready bytes (of a coded type tiles of so many columns), or the scales of their blocks."""
+    if type.coded:
+        rows = decode_panel(packed, packed.nbytes // coded_nbytes(columns) * TILE_ROWS, columns)
+        yield rows.view(FLOATS[type.multiplied_as])
+    elif type.quantised:
         blocks = packed.view(PACKED[type])
         yield from (blocks[name] for name in ("d", "m") if name in (blocks.dtype.names or ()))
     else:

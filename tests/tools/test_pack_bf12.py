@@ -1,0 +1,125 @@
+"""`pack --weights bf12`: fewer bytes, the same answers, and what does not fit stays BF16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpillm.engine.sequence import Request
+from mpillm.errors import JobError
+from mpillm.kernels import BlockType
+from mpillm.model.opening import config_of, open_source
+from mpillm.partition.grid import Place
+from mpillm.weights.finite import first_not_finite
+from mpillm.weights.paging.weights import minimum_budget
+from mpillm.weights.roles import Key
+from mpillm.weights.source import rank_plans
+from tests.model.checks import digest
+from tests.model.engine_harness import run_engine
+from tests.tools.test_pack import packed
+from tests.weights.build import Tiny, write_hf
+
+DENSE = Tiny(hidden=512, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=64, intermediate=1024, vocab=256)
+MIXTURE = Tiny(
+    hidden=512, n_layers=1, n_heads=8, n_kv_heads=8, head_dim=64, vocab=64, n_experts=3, moe_intermediate=512
+)
+PROMPTS = (tuple(range(1, 40)), (5, 3, 9), tuple(range(60, 3, -5)))
+
+
+def written(model: Tiny, to: Path, odd: Sequence[str] = (), dtype: str = "BF16") -> Path:
+    """The model in BF16; the matrices `odd` have values that no code can stand for."""
+    tensors = {name: value / 20 if value.ndim == 2 else value for name, value in model.weights().items()}
+    for name in odd:
+        spread = np.float32(2) ** np.random.default_rng(3).integers(-90, 0, tensors[name].shape).astype(
+            np.float32
+        )
+        tensors[name] = tensors[name] * spread
+    config = model.config()
+    if model.n_experts:
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_experts_per_tok": 2}
+        config |= {"num_local_experts": model.n_experts, "intermediate_size": model.moe_intermediate}
+        names = {
+            "mlp.gate": "block_sparse_moe.gate",
+            "mlp.experts": "block_sparse_moe.experts",
+            "gate_proj": "w1",
+        }
+        names |= {"up_proj": "w3", "down_proj": "w2"}
+        for old, new in names.items():
+            tensors = {name.replace(old, new): value for name, value in tensors.items()}
+    return write_hf(to, tensors, config, dtype)
+
+
+def answers(model: Path, **job: object) -> str:
+    requests = [
+        *(
+            Request(f"scored-{i}", prompt, max_tokens=0, prompt_logprobs=3)
+            for i, prompt in enumerate(PROMPTS)
+        ),
+        *(
+            Request(f"drawn-{i}", prompt, max_tokens=6, temperature=1.0, seed=i)
+            for i, prompt in enumerate(PROMPTS)
+        ),
+    ]
+    return digest(run_engine(model, requests, threads=2, **job))
+
+
+def types(model: Path) -> dict[Key, BlockType]:
+    with closing(open_source(model)) as source:
+        assert first_not_finite(source) is None
+        return {key: info.type for key, info in source.tensors.items() if len(info.shape) == 2}
+
+
+def test_answers_are_those_of_bf16_in_fewer_bytes(tmp_path: Path) -> None:
+    """Where all stays in memory, and where as little as possible does."""
+    model = written(DENSE, tmp_path / "m")
+    plain, coded = (packed(model, tmp_path / name, name) for name in ("bf16", "bf12"))  # type: ignore[arg-type]
+    assert coded.bytes < 0.85 * plain.bytes
+    found = types(tmp_path / "bf12")
+    assert found.pop(Key("embed")) is BlockType.BF16
+    assert set(found.values()) == {BlockType.BF12}
+    want = answers(model)
+    with closing(open_source(tmp_path / "bf12")) as source:
+        least = minimum_budget(rank_plans(config_of(source), Place(0, 1, 1), source))
+    assert answers(tmp_path / "bf12") == want
+    for loader in ("read", "mmap"):
+        assert answers(tmp_path / "bf12", weights=least, loader=loader) == want
+
+
+def test_a_matrix_that_does_not_fit_stays_bf16(tmp_path: Path) -> None:
+    odd = "model.layers.1.self_attn.k_proj.weight"
+    model = written(DENSE, tmp_path / "m", [odd])
+    packed(model, tmp_path / "bf12", "bf12")
+    found = types(tmp_path / "bf12")
+    assert {key for key, type in found.items() if type is BlockType.BF16} == {Key("embed"), Key("k", 1)}
+    assert answers(tmp_path / "bf12") == answers(model)
+
+
+def test_experts_are_alike(tmp_path: Path) -> None:
+    """One that does not fit keeps its layer's others of the kind BF16."""
+    model = written(MIXTURE, tmp_path / "m", ["model.layers.0.mlp.experts.1.up_proj.weight"])
+    packed(model, tmp_path / "bf12", "bf12")
+    kinds: dict[str, set[BlockType]] = {}
+    for key, type in types(tmp_path / "bf12").items():
+        if key.expert >= 0:
+            kinds.setdefault(key.role, set()).add(type)
+    assert kinds == {"gate": {BlockType.BF12}, "up": {BlockType.BF16}, "down": {BlockType.BF12}}
+    assert answers(tmp_path / "bf12") == answers(model)
+
+
+def test_narrow_panels_stay_as_they_are(tmp_path: Path) -> None:
+    """A head and steps of 32 columns would take more than 16 columns of BF16 do."""
+    narrow = Tiny(hidden=16, n_heads=2, head_dim=8, intermediate=16)
+    model = written(narrow, tmp_path / "m")
+    packed(model, tmp_path / "bf12", "bf12")
+    assert set(types(tmp_path / "bf12").values()) == {BlockType.BF16}
+    assert answers(tmp_path / "bf12") == answers(model)
+
+
+def test_a_model_without_bf16_is_refused(tmp_path: Path) -> None:
+    model = written(Tiny(), tmp_path / "m", dtype="F16")
+    with pytest.raises(JobError, match="has no matrices in BF16, which --weights bf12 is for"):
+        packed(model, tmp_path / "bf12", "bf12")
