@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 from mpillm.kernels import BlockType
-from mpillm.planning.job_time import Demand, job_time
+from mpillm.planning.job_time import REQUEST, Demand, job_time
 from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import (
     INSIDE,
     LAYER,
-    REQUEST,
     STEP,
     AttentionWork,
     LinkRate,
