@@ -118,6 +118,8 @@ def _take_shorthands(values: dict[str, Any], where: str) -> None:
     """`prompt` and `messages` at the top of a job are those of `request`, and a string `output` is its `path`."""
     if isinstance(values.get("output"), str):
         values["output"] = {"path": values["output"]}
+    elif not isinstance(values.get("output", {}), dict):
+        raise JobError(f"{where}: output: expected the path of a directory, or a table.")
     for key in ("prompt", "messages"):
         if key in values:
             request = values.setdefault("request", {})

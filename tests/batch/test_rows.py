@@ -240,6 +240,19 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert most < 8 * longest
 
 
+@pytest.mark.parametrize("name", ["in.csv", "in.tsv.gz", "in.parquet"])
+def test_a_table_that_is_something_else_is_named(name: str, tmp_path: Path) -> None:
+    for content, said in (
+        ("prompt\na\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (gzip.compress(b"prompt\na\n"), "is compressed with gzip"),
+    ):
+        if said.endswith("gzip") and not name.endswith(".gz"):
+            continue  # a compressed table is read, whatever its name
+        with pytest.raises(JobError, match=said):
+            prepared(job(written(tmp_path / name, content)))
+
+
 def test_bad_rows_cost_no_other(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes(
         b'prompt,note\na,1\nb\nc,2,3\n\n\xff\xfe,5\n"' + b"x" * MAX_LINE + b'",6\n"d",4\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -260,6 +261,19 @@ def test_an_output_may_be_a_path_or_a_table(text: str, overrides: list[str], tmp
     assert spec.load(tmp_path / "job.toml", overrides, output="p").output.path == "p"
     with pytest.raises(JobError, match=r"output.format: expected one of 'none', .*'parquet', .*not 'xls'"):
         spec.load(tmp_path / "job.toml", ["output.path=o", "output.format=xls"])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["1979-05-27", "5", "[1]", "true", "inf", '"x"', "[[1]]", "{a = 1}", "[{}]", '""']
+)
+def test_a_value_of_another_kind_is_refused_in_a_sentence(wrong: str, tmp_path: Path) -> None:
+    """At every key of a job, whatever else the command line adds to it."""
+    for key in spec.Spec.__struct_fields__:
+        (tmp_path / "job.toml").write_text(f"{key} = {wrong}\n")
+        for more in ([], [f"{key}.path=o"], [f"{key}.model=m"], [f"{key}=7"]):
+            for output in (None, "o"):
+                with contextlib.suppress(JobError):
+                    spec.load(tmp_path / "job.toml", more, input="i", output=output)
 
 
 def test_values_of_ranks_and_hosts() -> None:

@@ -15,6 +15,7 @@ from mpillm.batch.rows import delimited, json_array, parquet
 from mpillm.batch.rows.compressed import GZIP, STDIN, ZSTD, ChunkFile, uncompressed
 from mpillm.batch.rows.json_array import begins_array
 from mpillm.errors import JobError
+from mpillm.foreign import HEAD, what_it_is
 
 COPY = 1 << 20  # bytes that are copied at once
 _PARQUET = b"PAR1"
@@ -56,6 +57,8 @@ def write_lines(
     with uncompressed(path) as file:
         reader = _READERS.get(_suffix(path))
         if reader is not None:
+            if (what := what_it_is(file.peek(HEAD)[:HEAD])) is not None:
+                raise JobError(f"The input {path} {what}.")
             for line in reader(file, path, check):
                 target.write(line + b"\n")
             return
