@@ -63,6 +63,18 @@ def test_what_is_read_lies_beside_the_job_file_and_what_is_written_here(tmp_path
     assert load(tmp_path, LEAST + 'model = "small.gguf"\n').model == str(tmp_path / "small.gguf")
     assert load(tmp_path, LEAST + 'model = "/a/b"\n').model == "/a/b"
     assert load(tmp_path, LEAST + 'model = "hf:a/b"\n').model == "hf:a/b"
+    table = load(tmp_path, LEAST + 'model = {pi = "m/small", nuc = "$M/m.gguf", default = "smollm2-135m"}\n')
+    assert [table.model_on(host) for host in ("pi", "nuc", "pi (2)", "other")] == [
+        str(tmp_path / "m/small"),
+        "$M/m.gguf",
+        str(tmp_path / "m/small"),
+        "smollm2-135m",
+    ]
+    with pytest.raises(JobError, match="model has no value for the host 'nuc'"):
+        load(tmp_path, LEAST + 'model = {pi = "m"}\n').model_on("nuc")
+    for wrong in ("{}", '{pi = ""}', "{pi = 1}", '["m"]'):
+        with pytest.raises(JobError, match="model"):
+            load(tmp_path, f"{LEAST}model = {wrong}\n")
     typed = load(tmp_path, LEAST, "model=models/small", input="typed.jsonl", output="o")
     assert (typed.model, typed.input, typed.output.path) == ("models/small", "typed.jsonl", "o")
 
@@ -141,7 +153,7 @@ def test_wrong_overrides(tmp_path: Path) -> None:
             "The command line has an unknown key 'sampling.sede'; did you mean 'sampling.seed'?",
         ),
         ("sampling.seed.x=3", "expected a whole number, got a table"),
-        ("model.x=3", "model: expected a string, got a table"),
+        ("model.x=3", "model[...]: expected a string, got a whole number"),
     ]:
         with pytest.raises(JobError) as caught:
             load(tmp_path, LEAST, override)
