@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
-
-from threadpoolctl import threadpool_limits
 
 from mpillm.comm import cores, deadline, ending, faults, heartbeat
 from mpillm.comm.departure import Departure
@@ -27,7 +24,6 @@ from mpillm.errors import MpillmError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -89,9 +85,7 @@ class World:
         Call it before the compiled kernels are imported: it also sets OpenMP's variables, which are read only then.
         """
         self.oversubscribed = self.nodes.ranks_here * threads > self.nodes.cores_here
-        if threads > 1 and not cores.configure_openmp(self.oversubscribed):
-            log.debug("%s the kernels were loaded before OpenMP's variables were set", self)
-        threadpool_limits(threads)
+        cores.limit_threads(threads, self.oversubscribed)
 
     def wait(self, done: Callable[[], object]) -> float:
         """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
@@ -119,6 +113,7 @@ class World:
     # Python objects, for start-up only: collective, slow, and of any type that pickles.
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         self.wait(self._startup.Ibarrier().Test)
 
     def bcast(self, value: T, root: int = 0) -> T:
