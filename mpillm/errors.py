@@ -6,6 +6,7 @@ A message is one sentence or two: what is wrong, where, and what to do.
 from __future__ import annotations
 
 import errno
+import os
 
 NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
 
@@ -71,7 +72,27 @@ _WORDS = {  # of errors that carry no number: threads that do not start, librari
 }
 
 
-def out_of(error: BaseException) -> str | None:
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what a write ends with where there is no space
+_FAILED = FULL | {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what may work again
+
+
+def of_system(error: BaseException) -> MpillmError | None:
+    """The error to tell the user where the system refused something: memory, threads, a file; None for other errors.
+
+    It is for what no code nearer to the cause has put into better words.
+    """
+    if (sentence := _out_of(error)) is not None:
+        return Interrupted(sentence)
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+    if error.errno in _FAILED:
+        what = f"{where or 'A file'} cannot be read or written ({error.strerror})"
+        return Interrupted(f"{what}; make space or mend the disk, {_AGAIN}.")
+    return None if where is None else JobError(f"{where} cannot be used: {error.strerror}.")
+
+
+def _out_of(error: BaseException) -> str | None:
     """What the process ran out of, and what to do about it, in a sentence; None if the error is another one."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError):

@@ -45,6 +45,7 @@ class Recorder:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, span: Span) -> None:
+        """Keep a span, and add it to the sums of its name; from any thread."""
         with self._lock:
             self.spans.append(span)
             total = self.sums.setdefault(span.name, Sum())

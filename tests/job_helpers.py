@@ -60,8 +60,10 @@ def completion(request: Request, tokens: list[int], seed: int = 0, **more: Any) 
         return [float(value) for value in -draw.random(count, np.float32)]
 
     def top(count: int, n: int) -> list[list[tuple[int, float]]]:
-        return [sorted(zip(draw.permutation(60)[:n].tolist(), logprobs(n), strict=True), key=lambda x: -x[1])
-                for _ in range(count)]  # fmt: skip
+        return [alternatives(min(n, 60)) for _ in range(count)]  # ids that any vocabulary has
+
+    def alternatives(n: int) -> list[tuple[int, float]]:
+        return sorted(zip(draw.permutation(60)[:n].tolist(), logprobs(n), strict=True), key=lambda x: -x[1])
 
     prompt = len(request.prompt) - request.score_from
     if request.logprobs is not None:

@@ -70,7 +70,7 @@ class Job:
         raise kinds.get(process.returncode, MpillmError)(reason)
 
     def __repr__(self) -> str:
-        return f"<Job {self.spec.model}: {self.spec.input} to {self.spec.output.path}>"
+        return f"<Job {' or '.join(self.spec.model_names)}: {self.spec.input} to {self.spec.output.path}>"
 
 
 def _settings(keys: Mapping[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ class Lines:
 
     def __init__(self, open_file: Callable[[], int] | None = None) -> None:
         """`open_file` returns the descriptor of a new file, which `Lines` closes; by default a temporary one."""
-        self._open_file = open_file or _temporary_file
+        self._open_file = open_file or temporary_file
         self._file = -1
         self._places = array("q")
         self._held = bytearray()
@@ -91,6 +91,7 @@ def _decoded(raw: bytes | bytearray, at: int) -> Line:
     return Line(*msgspec.msgpack.decode(memoryview(raw)[begin:end], type=_Stored))
 
 
-def _temporary_file() -> int:
+def temporary_file() -> int:
+    """The descriptor of a new file without a name."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

@@ -63,7 +63,7 @@ class Order:
             self.indices()
 
     def indices(self) -> NDArray[np.int32]:
-        """The numbers of the lines so far, from 0, in the order in which to compute them; ends a piece."""
+        """The numbers of the lines so far [lines], from 0, in the order in which to compute them; ends a piece."""
         if self._lengths:
             self._indices.frombytes((self._walk() + len(self._indices)).astype(np.int32).tobytes())
             self._begin()

@@ -212,7 +212,7 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
     _, array = begins_array(file)
     file.seek(0)
     head = file.read(LOOK)
-    if (what := what_it_is(head) or _not_lines(head, array)) is not None:
+    if (what := what_it_is(head) or _not_lines(head, bool(array))) is not None:
         raise JobError(f"The input {file.name} {what}.")
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     file.seek(offset)

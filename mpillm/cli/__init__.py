@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mpillm.cli.environment import prepare
 from mpillm.cli.streams import unfailing
-from mpillm.errors import JobError, MpillmError, out_of
+from mpillm.errors import JobError, MpillmError, of_system
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except MpillmError as error:
             sentence, code = str(error), error.exit_code
         except (Exception, KeyboardInterrupt) as error:
-            missing = out_of(error)
-            if missing is None:
+            told = of_system(error)
+            if told is None:
                 raise
-            sentence, code = missing, JobError.exit_code
+            sentence, code = str(told), JobError.exit_code
         sys.stderr.write(f"mpillm: {sentence}\n")
         return code

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mpillm.cli.console import Console
 from mpillm.comm.world import World
-from mpillm.errors import JobError
 
 WHAT = ("kernels", "prefill", "decode", "batch", "startup")
 MORE = ("paging", "speculation")  # only on request, because they take long
@@ -85,10 +84,10 @@ def run(world: World, options: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"The file {path} cannot be written: {error.strerror}.") from error
+    from mpillm.store.directory import replacing
+
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ whichever thread is free.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -14,8 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from mpillm.comm.launch import starter_folder
 from mpillm.errors import JobError
+
+log = logging.getLogger(__name__)
 
 COMPILED_KERNELS = "mpillm.kernels._compiled"  # the module that loads OpenMP
 
@@ -34,6 +39,7 @@ class Cores:
 
     @classmethod
     def of_this_process(cls) -> Cores:
+        """The cores of this process, without second threads of a core."""
         root = Path("/")
         if not hasattr(os, "sched_getaffinity"):
             return cls(frozenset(range(os.cpu_count() or 1)))
@@ -142,6 +148,13 @@ def _positive(name: str, value: int | str) -> int:
     if number < 1:
         raise JobError(f"{name} = {value!r} is not a number of threads: give a whole number, at least 1.")
     return number
+
+
+def limit_threads(threads: int, oversubscribed: bool) -> None:
+    """Limit this process to so many threads, those of NumPy's math libraries included, and configure OpenMP."""
+    if threads > 1 and not configure_openmp(oversubscribed):
+        log.debug("the kernels were loaded before OpenMP's variables were set")
+    threadpool_limits(threads)
 
 
 def configure_openmp(oversubscribed: bool) -> bool:

@@ -18,10 +18,12 @@ class Count:
     seconds: float = 0.0  # waited
 
     def sent(self, messages: int, nbytes: int) -> None:
+        """Count so many messages of `nbytes` each."""
         self.messages += messages
         self.bytes_sent += messages * nbytes
 
     def waited(self, seconds: float) -> None:
+        """Count time spent on waiting for messages of this kind."""
         self.seconds += seconds
         tracing.spent(f"wait for {self.kind}", seconds)
 
@@ -41,5 +43,6 @@ class MessageCounters:
     requests: Count = field(default_factory=lambda: Count("requests"))
 
     def as_dict(self) -> dict[str, dict[str, int | float]]:
+        """The counts by kind and by what is counted."""
         counts = (asdict(getattr(self, each.name)) for each in fields(self))
         return {count.pop("kind"): count for count in counts}

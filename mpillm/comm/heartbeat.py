@@ -139,6 +139,11 @@ class Heartbeat:
         os.close(self._waker)
         os.close(self._wake)
 
+    def end_all(self, code: int) -> None:
+        """Tell the other ranks to end with this exit code; from another rank it goes by way of rank 0."""
+        for peer in list(self._peers):
+            peer.send(_END + bytes([code]))
+
     def _run(self) -> None:
         due = time.monotonic()
         while not self._stopped:
@@ -189,8 +194,10 @@ class Heartbeat:
             return
         except OSError:
             received = b""
-        if _END in received:  # rank 0 has reported the reason
-            os._exit(Interrupted.exit_code)
+        if _END in received:  # whoever ends the world has reported the reason
+            code = received[received.index(_END) + 1 :][:1] or bytes([Interrupted.exit_code])
+            self.end_all(code[0])
+            os._exit(code[0])
         if _LEAVING in received:
             self._close(peer)
             self._peers.remove(peer)
@@ -275,8 +282,7 @@ class Heartbeat:
                 f"{who} has not been heard of for {self.limit:g} s: it is stopped, its machine is gone, or the "
                 "network is cut"
             )
-        for peer in self._peers:
-            peer.send(_END)
+        self.end_all(Interrupted.exit_code)
         os._exit(Interrupted.exit_code)
 
     def _end_hanging(self) -> None:

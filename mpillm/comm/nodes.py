@@ -28,6 +28,7 @@ class RankInfo:
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
+        """What this process tells the others of itself."""
         return cls(
             socket.gethostname(),
             _boot_id(),

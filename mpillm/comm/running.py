@@ -10,17 +10,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
-
-import numpy as np
+from typing import NoReturn
 
 from mpillm.comm import versions
+from mpillm.comm.departure import Departure
 from mpillm.comm.faults import RankLost
 from mpillm.comm.world import World, say
-from mpillm.errors import Interrupted, MpillmError, out_of
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from mpillm.errors import Interrupted, MpillmError, of_system
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +47,8 @@ def run(world: World, program: Callable[[World], int]) -> int:
             if world.is_loss(bug):
                 world.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
-            if (missing := out_of(bug)) is None:
+            if (error := of_system(bug)) is None:
                 world.abort(_in_a_line(bug), CRASHED)
-            error = Interrupted(missing)
         return _leave(world, code, error)
 
 
@@ -67,50 +62,41 @@ def run_alone(program: Callable[[], int]) -> int:
             return error.exit_code
         except Exception as bug:
             log.debug("%s", "".join(traceback.format_exception(bug)))
-            missing = out_of(bug)
-            say(f"mpillm: {missing or _in_a_line(bug)}")
-            return CRASHED if missing is None else Interrupted.exit_code
+            told = of_system(bug)
+            say(f"mpillm: {told or _in_a_line(bug)}")
+            return CRASHED if told is None else told.exit_code
 
 
 def _leave(world: World, code: int, error: MpillmError | None) -> int:
-    mine = np.array([error.exit_code if error else code, error is not None], np.int32)
-    all_ranks = np.empty((world.size, 2), np.int32)
     try:
         with world.losses():
-            arrival = world.ending.Iallgather(mine, all_ranks)
+            departure = world.depart(error.exit_code if error else code, error is not None)
             try:
-                arrived = _all_arrive(world, arrival, error)
+                arrived = _all_arrive(world, departure, error)
             except Interrupted as signalled:
                 error = error or signalled
-                arrived = _all_arrive(world, arrival, error)
+                arrived = _all_arrive(world, departure, error)
     except RankLost:  # does not matter any more: this rank has done its work, or has failed
         if error:
             say(f"{world} {error}" if world.rank else f"mpillm: {error}")
         world.exit(error.exit_code if error else code)
     if error and not arrived:
         world.abort(str(error), error.exit_code)
-    failed = np.flatnonzero(all_ranks[:, 1])
-    if error and world.rank == failed[0]:
+    failed = departure.failed
+    if error and departure.rank in failed[:1]:
         say(f"{world} {error}" if world.rank else f"mpillm: {error}")
-    final = int(all_ranks[failed[0], 0] if len(failed) else all_ranks[:, 0].max())
+    final = departure.code
     if world.lost:
         world.exit(final)  # MPI_Finalize may wait for the dead
-    world.end(final, orderly=not len(failed))
+    world.end(final, orderly=not failed)
     return final
 
 
-def _all_arrive(world: World, arrival: MPI.Request, error: MpillmError | None) -> bool:
+def _all_arrive(world: World, departure: Departure, error: MpillmError | None) -> bool:
     """Wait for the other ranks to leave as well; after an error, no longer than GRACE."""
     until = time.monotonic() + GRACE if error else float("inf")
-    arrived = False
-
-    def done() -> bool:
-        nonlocal arrived
-        arrived = arrival.Test()
-        return arrived or time.monotonic() > until
-
-    world.wait(done)
-    return arrived
+    world.wait(lambda: departure.arrived() or time.monotonic() > until)
+    return departure.arrived()
 
 
 @contextmanager

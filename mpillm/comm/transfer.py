@@ -75,6 +75,7 @@ class Outbox:
         world.keep_alive(self._under_way)
 
     def send(self, data: U8 | bytes, ranks: list[int], tag: Tag) -> None:
+        """Send `data` to each of `ranks`; it must not change any more."""
         from mpi4py import MPI
 
         self.progress()

@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
-from threadpoolctl import threadpool_limits
-
 from mpillm.comm import cores, deadline, ending, faults, heartbeat
+from mpillm.comm.departure import Departure
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
@@ -25,8 +24,10 @@ from mpillm.errors import MpillmError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+STAND_BY = 0.05  # seconds between two looks of a spare rank
 
 
 class World:
@@ -43,16 +44,31 @@ class World:
         self._join(comm)
 
     def _join(self, comm: MPI.Intracomm) -> None:
-        """Use these ranks from now on."""
+        """Use these ranks from now on, none of which is spare."""
+        self.spare = False  # whether this rank was left out (see `go_on_with`)
+        self._all, self._comms = comm, [comm]  # of all ranks, and all that are in use
+        self._departure: Departure | None = None
+        self._ending = comm.Dup()
+        self._comms.append(self._ending)
+        self._use(comm)
+        self._hosts_of_all = self.hosts
+        self._neighbours = faults.Neighbours(self._ranks[self.rank].process, self.nodes.neighbours)
+
+    def _use(self, comm: MPI.Intracomm) -> None:
+        """Work with these ranks, which are all or those that are not spare."""
         self.comm = comm  # for messages between ranks; start-up and the end have communicators of their own
-        self._startup, self.ending = comm.Dup(), comm.Dup()
+        self._startup = comm.Dup()
+        self._comms += [self._startup, *([comm] if comm is not self._all else [])]
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        ranks = self.gather(RankInfo.of_this_process())
+        self.look_around()
+
+    def look_around(self) -> None:
+        """Find out where the ranks are, and how much memory is free there now (collective)."""
+        self._ranks = ranks = self.gather(RankInfo.of_this_process())
         self.nodes = Nodes(self.rank, ranks)
         self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
         self.versions = tuple(rank.version for rank in ranks)  # of mpillm
-        self._neighbours = faults.Neighbours(ranks[self.rank].process, self.nodes.neighbours)
         self.oversubscribed = self.nodes.ranks_here > self.nodes.cores_here
 
     def __str__(self) -> str:
@@ -69,9 +85,7 @@ class World:
         Call it before the compiled kernels are imported: it also sets OpenMP's variables, which are read only then.
         """
         self.oversubscribed = self.nodes.ranks_here * threads > self.nodes.cores_here
-        if threads > 1 and not cores.configure_openmp(self.oversubscribed):
-            log.debug("%s the kernels were loaded before OpenMP's variables were set", self)
-        threadpool_limits(threads)
+        cores.limit_threads(threads, self.oversubscribed)
 
     def wait(self, done: Callable[[], object]) -> float:
         """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
@@ -99,6 +113,7 @@ class World:
     # Python objects, for start-up only: collective, slow, and of any type that pickles.
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         self.wait(self._startup.Ibarrier().Test)
 
     def bcast(self, value: T, root: int = 0) -> T:
@@ -171,33 +186,53 @@ class World:
         """Keep messages and their buffers for good: after a loss, MPI may still access them."""
         self._kept.append(messages)
 
-    def keep_first(self, ranks: int) -> bool:
-        """Become the world of the first `ranks` ranks; False on the others, which should `exit` then."""
-        if ranks == self.size:
-            return True
-        with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
-            kept = self.rank < ranks
-            comm = self.comm.Split(int(not kept))
-            if kept:
-                self._rejoin(comm)
-        return kept
+    def go_on_with(self, ranks: Collection[int]) -> bool:
+        """Become the world of these ranks, in the same order (collective); False on the spare ones, the others.
+
+        A spare rank then stands by. After a loss spare ranks are part of the world again, behind the others.
+        """
+        if len(ranks) < self.size:
+            self.spare = self.rank not in ranks
+            with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
+                comm = self.comm.Split(int(self.spare), self.rank)
+                if self.spare:
+                    comm.Free()
+                else:
+                    self._use(cast("MPI.Intracomm", comm))
+        return not self.spare
+
+    def stand_by(self) -> None:
+        """Wait on a spare rank until all ranks leave; RankLost if the others want it to help after a loss."""
+        departure = self.depart(0, failed=False)
+        while not departure.arrived():
+            if self.survives:
+                self._check_losses()
+            time.sleep(STAND_BY)
+
+    def depart(self, code: int, failed: bool) -> Departure:
+        """This rank leaves with an exit code; `failed` says that an error is the reason. The first call counts."""
+        if self._departure is None:
+            self._departure = Departure(self._ending, code, failed)
+            self.keep_alive(self._departure)
+        return self._departure
 
     def shrink(self, busy: float = 0.0) -> list[str]:
-        """After RankLost, on every rank that is left: become the world of these ranks, in the same order.
+        """After RankLost, on every rank that is left, spare ones too: become the world of these ranks.
 
-        Returns the names of the lost ranks. All earlier messages are gone. The others may compute for `busy` seconds
-        before they notice; if they do not call this after that, this process ends, and the same command goes on.
+        They keep their order, but spare ranks come last. Returns the names of the lost ranks. All earlier messages are
+        gone. The others may compute for `busy` seconds before they notice; if they do not call this after that, this
+        process ends, and the same command goes on.
         """
-        before, hosts = self.comm.Get_group(), self.hosts
+        before, hosts, spare = self._all.Get_group(), self._hosts_of_all, self.spare
         with faults.bounded(self._heartbeat.limit + busy if self._heartbeat else 0.0, str(self)):
             while True:
-                for comm in (self.comm, self._startup, self.ending):
+                for comm in self._comms:
                     comm.Revoke()  # ends every wait for messages
                 with contextlib.suppress(RankLost), self.losses():  # another rank may be lost meanwhile
-                    self._rejoin(self.comm.Shrink())
+                    left = self._all.Shrink()
+                    self._rejoin(left.Split(0, left.Get_rank() + spare * left.Get_size()))
                     break
-        left = self.comm.Get_group()
-        at = left.Translate_ranks(None, before)
+        at = self._all.Get_group().Translate_ranks(None, before)
         gone = [rank for rank in range(before.Get_size()) if rank not in at]
         self.lost += len(gone)
         return [f"rank {rank} on {hosts[rank]}" for rank in gone]
@@ -215,8 +250,10 @@ class World:
         """Write `[rank@host] message` to stderr and end all ranks at once; `code` becomes mpiexec's exit code."""
         sys.stdout.flush()
         say(f"{self} {message}")
-        if self.size > 1:
-            self.comm.Abort(code)
+        if self._heartbeat is not None and self.survives:  # who sees this rank end would go on without it
+            self._heartbeat.end_all(code)
+        if self._all.Get_size() > 1:
+            self._all.Abort(code)
         os._exit(code)
 
     def start_heartbeat(self) -> None:
@@ -277,10 +314,10 @@ class World:
         sys.stdout.flush()
         limit = self._heartbeat.limit if self._heartbeat else 0.0
         self.stop_heartbeat()
-        if self.size > 1:
+        if self._all.Get_size() > 1:
             ending.world_ended(code, orderly, limit)
         if orderly:
-            for comm in (self.comm, self._startup, self.ending):
+            for comm in self._comms:
                 comm.Free()
 
 

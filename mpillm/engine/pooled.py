@@ -51,7 +51,7 @@ def decide(classifier: Classifier, logits: Floats, activated: bool = True) -> Do
 
 
 def relevance(classifier: Classifier, logits: Floats, activated: bool = True) -> float:
-    """How relevant a document is to a query; of two labels without an activation, the difference of their logits."""
+    """How relevant a document is, by logits [labels]; of two labels without an activation, the difference."""
     at = classifier.relevant
     assert at is not None
     if len(classifier.labels) == 2 and not (activated and classifier.decision != "identity"):

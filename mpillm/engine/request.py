@@ -39,7 +39,7 @@ class Constraint(Protocol):
         """Whether it may follow."""
 
     def allowed(self) -> NDArray[np.int32]:
-        """A bit for each token of the vocabulary that may follow, in words of 32."""
+        """A bit for each token of the vocabulary that may follow: int32 [ceil(vocabulary / 32)]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

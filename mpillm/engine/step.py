@@ -136,7 +136,7 @@ class Step:
             row += count
 
     def hidden_rows(self) -> Ints:
-        """Rows of the batch whose final hidden state is wanted, ascending."""
+        """Rows of the batch whose final hidden state is wanted: int32 [rows], ascending."""
         rows: list[int] = []
         row = 0
         for chunk in self.chunks:

@@ -62,7 +62,7 @@ E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.in
 
 
 def round_away(x: F32) -> F32:
-    """Nearest integer, halves away from zero (C's roundf)."""
+    """Nearest integer of each value, halves away from zero (C's roundf)."""
     whole = np.trunc(x)
     away: F32 = np.where(np.abs(x - whole) >= np.float32(0.5), whole + np.copysign(np.float32(1), x), whole)
     return away
@@ -98,7 +98,7 @@ def quantise_q4(x: F32) -> tuple[F32, U8]:
 
 
 def to_f16(d: F32) -> npt.NDArray[np.float16]:
-    """Round to nearest even; too large a value becomes inf without a warning."""
+    """Each value rounded to the nearest F16, ties to even; too large a value becomes inf without a warning."""
     with np.errstate(all="ignore"):
         return d.astype(np.float16)
 
@@ -124,7 +124,7 @@ def quantise_rows(x: F32, bounds: Bounds) -> U8:
 
 
 def rounded(x: F32) -> F32:
-    """The nearest BF16, ties to even, as float32; NaNs stay NaNs."""
+    """The nearest BF16 of each value, ties to even, as float32; NaNs stay NaNs."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
     kept: F32 = (np.where(np.isnan(x), bits | 0x400000, nearest) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -202,7 +202,7 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
 
 
 def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
-    """Kernel-ready bytes of each panel of canonical rows."""
+    """Kernel-ready bytes of each panel of canonical rows uint8 [n, row bytes]; `bounds` [panels + 1] in columns."""
     if type.coded:
         rows = np.ascontiguousarray(canonical).view("<u2")
         return [code_panel(rows[:, begin:end]) for begin, end in itertools.pairwise(bounds)]

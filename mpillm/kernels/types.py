@@ -210,7 +210,7 @@ def _activation_nbytes(k: int, shape: tuple[int, ...], data: bytes) -> int:
 
 
 def check_bounds(bounds: Bounds, k: int, block: int) -> npt.NDArray[np.int64]:
-    """Return panel bounds as an array after checking them; ValueError says what is wrong."""
+    """Return panel bounds as an array [panels + 1] after checking them; ValueError says what is wrong."""
     edges = np.asarray(bounds, dtype=np.int64)
     panels = edges.size - 1
     if edges.ndim != 1 or panels < 1 or panels & (panels - 1) or panels > 64:

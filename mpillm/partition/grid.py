@@ -114,22 +114,27 @@ class Place:
 
     @property
     def stage(self) -> int:
+        """The number of its stage."""
         return self.rank // self.shards
 
     @property
     def shard(self) -> int:
+        """Its number in the stage."""
         return self.rank % self.shards
 
     @property
     def size(self) -> int:
+        """Ranks of the replica."""
         return self.stages * self.shards
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether it looks embeddings up."""
         return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether it computes logits."""
         return self.stage == self.stages - 1
 
 

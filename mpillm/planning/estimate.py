@@ -17,7 +17,16 @@ from mpillm.planning.job_time import Demand, JobTime, job_time, shared_time
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED, Speed
-from mpillm.planning.step_time import INSIDE, LinkRate, Stage, StepRows, between, round_of, stage_time
+from mpillm.planning.step_time import (
+    INSIDE,
+    LinkRate,
+    Stage,
+    StepRows,
+    between,
+    rank_time,
+    round_of,
+    stage_time,
+)
 from mpillm.spec import Spec
 
 UNEVEN = 1.1  # how many times as fast an uneven division of layers must be
@@ -211,6 +220,26 @@ def stage_layers_by_speed(
     slowest = max(count * each + own for count, each, own in zip(found, seconds, extra, strict=True))
     too_many = any(own > room for own, room in zip(layers, most, strict=True))
     return found if too_many or slowest * UNEVEN < max(whole) else None
+
+
+def rank_seconds(
+    config: ModelConfig,
+    machines: Machines,
+    replicas: Sequence[Replica],
+    plans: Sequence[ReplicaPlan],
+    given: Demand | None,
+) -> list[float]:
+    """Seconds of each rank's own work in a step of one token for each sequence, without messages, in rank order."""
+    demand, found = given or TYPICAL, []
+    for replica, plan in zip(replicas, plans, strict=True):
+        own = Demand(max(demand.requests // len(replicas), 1), demand.prompt, demand.generated)
+        count = max(min(_at_once(plan, replica, own), own.requests) / replica.stages, 1.0)
+        batch = StepRows(count, count, demand.context)
+        found += [
+            rank_time(work, speed_of(machines, rank), batch).total
+            for work, rank in zip(plan.works, replica.ranks, strict=True)
+        ]
+    return found
 
 
 def speed_of(machines: Machines, rank: int) -> Speed:

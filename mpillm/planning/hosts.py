@@ -24,11 +24,12 @@ import msgspec
 from msgspec import Meta
 
 from mpillm.comm.free_memory import free_memory
-from mpillm.errors import JobError, OutputError
+from mpillm.errors import JobError
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
+from mpillm.store.directory import replacing
 
 HostCount = Annotated[int, Meta(ge=1, le=2**20)]
 Rate = Annotated[float, Meta(gt=0)]
@@ -124,10 +125,9 @@ def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
 
 def write(path: Path, hosts: Sequence[Host]) -> None:
     """Write the file; OutputError if that is impossible."""
-    try:
-        path.write_text("\n".join([HEAD, *(line for host in hosts for line in _table(host))]) + "\n", "utf-8")
-    except OSError as error:
-        raise OutputError(f"The file of hosts {path} cannot be written: {error.strerror}.") from error
+    text = "\n".join([HEAD, *(line for host in hosts for line in _table(host))]) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _table(host: Host) -> Iterator[str]:

@@ -139,14 +139,14 @@ def _compared(best: Found, found: list[Found]) -> str:
     if not others:
         return ""
     second = min(others, key=lambda other: (not other.fits, other.time.seconds))
-    what = _in_words(second.chosen.replicas)
+    what = replicas_in_words(second.chosen.replicas)
     if not second.fits:
         return f"no other of {len(found)} layouts fits"
     times = second.time.seconds / best.time.seconds
     return f"the best of {len(found)} layouts tried; {what} would take {times:.2f} times as long"
 
 
-def _in_words(found: Replicas) -> str:
+def replicas_in_words(found: Replicas) -> str:
     """Replicas in words, by the first of them."""
     first = found[0]
     count = f"{len(found)} replicas of " if len(found) > 1 else ""

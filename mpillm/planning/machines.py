@@ -54,13 +54,17 @@ class Machines:
 
     def without(self, hosts: Collection[int]) -> Machines:
         """These machines without some hosts."""
-        kept = [rank for rank, host in enumerate(self.host_of_rank) if host not in hosts]
+        return self.of_ranks([rank for rank, host in enumerate(self.host_of_rank) if host not in hosts])
+
+    def of_ranks(self, ranks: Sequence[int]) -> Machines:
+        """The machines of some of the ranks."""
+        hosts = self.host_of_rank
         return replace(
             self,
-            ranks_per_host=[count for host, count in enumerate(self.ranks_per_host) if host not in hosts],
-            free=[self.free[rank] for rank in kept],
-            names=[self.names[rank] for rank in kept] if self.names else (),
-            speeds=[self.speeds[rank] for rank in kept] if self.speeds else (),
+            ranks_per_host=[len(list(run)) for _, run in itertools.groupby(hosts[rank] for rank in ranks)],
+            free=[self.free[rank] for rank in ranks],
+            names=[self.names[rank] for rank in ranks] if self.names else (),
+            speeds=[self.speeds[rank] for rank in ranks] if self.speeds else (),
         )
 
     def with_another(self) -> Machines:

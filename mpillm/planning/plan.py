@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from socket import gethostname
 
 import msgspec
 
@@ -67,7 +68,7 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 
     `machines` says where the ranks are; without it they are on one host.
     """
-    path = models.path_to_plan(spec.model)
+    path = models.path_to_plan(spec.model_on(gethostname()))
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
     with (
         closing(open_described(path, spec.quantize)) as source,
@@ -92,7 +93,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     capacity, windows = first.capacity, first.caches[0].windows
     wrong = [problem for replica in best.plans for problem in problems(spec, replica)]
     return Plan(
-        model=spec.model,
+        model=spec.model_on(gethostname()),
         architecture=config.architecture,
         weights=weight_types(source),
         replicas=len(found),

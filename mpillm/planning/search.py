@@ -15,9 +15,10 @@ from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 
 LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
-TOLD = 1.25  # how many times as fast it must be to be worth a sentence in a run
+CLEARLY = 1.1  # the same for a run, whose speeds were measured in a second or two
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
 ONE_BY_ONE = 8  # ... so many each host alone, again and again
+NAMED = 8  # hosts in a sentence
 FEW = 32  # of many hosts one in so many are left out at first
 
 Hosts = frozenset[int]
@@ -48,21 +49,28 @@ def search(layouts: Layouts, machines: Machines, needed: int = 0) -> tuple[Found
     return tried.found[best], sorted(best)
 
 
-def slowed_by(layouts: Layouts, found: Found) -> str:
-    """A sentence that names the hosts that slow a run down, which has the layout `found` on all; empty if none does.
+def for_run(layouts: Layouts, machines: Machines) -> tuple[Found, list[int], str]:
+    """The layout of a run on these machines, the hosts that are left out, and a sentence that names them, if any.
 
-    Rank 0's host is needed: it reads the input and writes the results.
+    Hosts are left out where their speeds are known and the run is clearly faster without them. Rank 0's host is
+    needed: it reads the input and writes the results.
     """
-    if not found.machines.speeds:
-        return ""
-    best, without = search(layouts, found.machines, needed=1)
-    times = found.time.seconds / best.time.seconds
-    if not without or times < TOLD:
-        return ""
-    names = found.machines.host_names()
+    on_all = layouts.choose(machines)
+    if machines.speeds and len(machines.ranks_per_host) > 1:
+        best, without = search(layouts, machines, needed=1)
+        times = on_all.time.seconds / best.time.seconds
+        if without and (times >= CLEARLY or best.fits > on_all.fits):
+            return best, without, _said(machines, without, times)
+    return on_all, [], ""
+
+
+def _said(machines: Machines, without: Sequence[int], times: float) -> str:
+    names, one = machines.host_names(), len(without) == 1
+    more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
+    named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
     return (
-        f"{', '.join(names[host] for host in without)} would slow this run down: by the model of a step's time it is "
-        f"{times:.1f} times as fast on the other hosts alone; start it there."
+        f"{named} {'is' if one else 'are'} left out and {'stands' if one else 'stand'} by: by the model of a step's "
+        f"time the run is {times:.1f} times as fast without {'it' if one else 'them'}."
     )
 
 

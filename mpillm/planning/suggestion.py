@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from socket import gethostname
 
 import msgspec
 
@@ -28,7 +29,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
     Raises JobError if no memory is enough, MpillmError if the model cannot be read.
     """
     with (
-        closing(open_described(models.path_to_plan(spec.model), spec.quantize)) as source,
+        closing(open_described(models.path_to_plan(spec.model_on(gethostname())), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
         asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)
@@ -54,11 +55,15 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
         found, ranks = made(high * MIB)
     held = shown_bytes(max(rank.held for rank in ranks))
     asked_of = "requests.jsonl" if spec.input == UNREAD else spec.input
-    keys = {"model": spec.model, "input": asked_of, "output": spec.output.path}
+    keys: dict[str, str | dict[str, str]] = {
+        "model": spec.model,
+        "input": asked_of,
+        "output": spec.output.path,
+    }
     return "\n".join(
         [
             f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",
-            *(f"{key} = {json.dumps(value)}" for key, value in keys.items()),
+            *(f"{key} = {_toml(value)}" for key, value in keys.items()),
             *([f"quantize = {json.dumps(spec.quantize)}"] if spec.quantize != "none" else []),
             "",
             "[memory]",
@@ -68,3 +73,9 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
             *(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in spec.adapters.items()),
         ]
     )
+
+
+def _toml(value: str | dict[str, str]) -> str:
+    if isinstance(value, str):
+        return json.dumps(value)
+    return f"{{{', '.join(f'{json.dumps(key)} = {json.dumps(own)}' for key, own in value.items())}}}"

@@ -66,6 +66,7 @@ def _work(
 def weights_share(
     spec: Spec, config: ModelConfig, place: Place, pages: Sequence[PagePlan], cache: CacheLayout
 ) -> WeightsShare:
+    """The share of the rank at `place`, which is responsible for `pages`."""
     total, budget = sum(page.nbytes for page in pages), spec.memory.weights_bytes
     read = streamed(pages, budget, spec.memory.policy)
     return WeightsShare(

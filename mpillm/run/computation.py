@@ -13,6 +13,7 @@ from mpillm.batch.work import Line
 from mpillm.engine.limits import Totals
 from mpillm.errors import NOT_FINITE, MpillmError
 from mpillm.planning.limits import cached_tokens, step_description
+from mpillm.run.balance import AGAIN, Balance, Slowed, watched
 from mpillm.run.dispatch import AnswerRecord, Assigned, Dispatcher, added
 from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
@@ -38,8 +39,11 @@ class Computation:
         journal.counted = self._counted
         self._leader = Leader(session, job.spec, job.model, self._keep, totals)
         lines, count = job.input.unanswered(journal.done), unanswered(job.input, journal)
-        self._dispatcher = Dispatcher(session, lines, count, self._assigned, self._keep)
-        self._checked = time.monotonic()
+        self._balance = Balance(session) if watched(session) else None
+        busy = self._balance.note if self._balance is not None else None
+        self._dispatcher = Dispatcher(session, lines, count, self._assigned, self._keep, busy)
+        self._unanswered = count
+        self._began = self._checked = time.monotonic()
 
     def continued(self, session: Session) -> Computation:
         """The rest of this computation, with a new session; what was computed is in the journal."""
@@ -69,15 +73,16 @@ class Computation:
             recomputed=totals.recomputed_tokens,
         )
 
-    def run(self) -> None:
+    def run(self) -> Slowed | None:
         """Compute all requests, and have every rank check that the model's files have not changed.
 
-        The other ranks stop when all is computed, and also when an error ends the computation.
+        The other ranks stop when all is computed, and also when an error ends the computation. Before that it stops
+        where the model should be laid out anew, and returns why; `continued` goes on.
         """
         for line in self._capacity():
             self.job.progress.say(line)
         try:
-            self._compute()
+            slowed = self._compute()
         except MpillmError as error:
             with suppress(MpillmError):  # such as a full disk, which is most likely the first error too
                 self._dispatcher.stop(error.exit_code)
@@ -88,10 +93,14 @@ class Computation:
                 self.journal.flush()
             self._leader.engine.stop(error.exit_code)
             raise
-        self._leader.engine.stop(0)
+        self._leader.engine.stop(AGAIN if slowed else 0)
+        self._dispatcher.part()
+        if slowed is not None:
+            return slowed
         self._verify_model()
         if self.job.not_finite:
             self.job.warn(self._why_not_finite())
+        return None
 
     def check_output(self) -> None:
         """Interrupted if the output directory or the journal was moved or deleted."""
@@ -99,8 +108,8 @@ class Computation:
         self.journal.check()
         self._checked = time.monotonic()
 
-    def _compute(self) -> None:
-        leader, dispatcher = self._leader, self._dispatcher
+    def _compute(self) -> Slowed | None:
+        leader, dispatcher, slowed = self._leader, self._dispatcher, None
         with self.job.progress.requests(unanswered(self.job.input, self.journal)) as bar:
             for finished in leader.engine.run(leader.requests(self._next), partial(self._more, bar)):
                 for completion in finished:
@@ -109,8 +118,16 @@ class Computation:
                 leader.save()
                 dispatcher.serve()
                 self._look(bar)
-            dispatcher.stop(0)
+                if self._balance is not None and (slowed := self._balance.look(self._seconds_left)):
+                    break
+            dispatcher.stop(AGAIN if slowed else 0)
             self._show(self.journal.flush(), bar)
+        return slowed
+
+    def _seconds_left(self) -> float:
+        """About as many as were computed so far, for each line that is answered."""
+        left = unanswered(self.job.input, self.journal)
+        return (time.monotonic() - self._began) * left / max(self._unanswered - left, 0.5)
 
     def _next(self) -> Given | None:
         """The next line for this replica; None if there is none now."""

@@ -23,6 +23,7 @@ from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.limits import Totals
 from mpillm.engine.request import PartialCompletion
 from mpillm.errors import MpillmError
+from mpillm.run.balance import AGAIN, Busy, Teller, watched
 from mpillm.run.leader import Given, Leader
 from mpillm.run.session import Session
 from mpillm.spec import Spec
@@ -72,7 +73,7 @@ class Left(msgspec.Struct, tag="left", frozen=True):
 
 
 _FROM_RANK_0 = msgspec.msgpack.Decoder(AssignedLines | NoMoreLines)
-_FROM_LEADER = msgspec.msgpack.Decoder(News | Left)
+_TO_RANK_0 = msgspec.msgpack.Decoder(News | Left | Busy)
 
 
 class Dispatcher:
@@ -85,16 +86,23 @@ class Dispatcher:
         count: int,
         assigned: Callable[[Line], Assigned],
         keep: Callable[[AnswerRecord], None],
+        busy: Callable[[int, Busy], None] | None,
     ) -> None:
-        """`count` lines wait to be computed; `keep` takes the records that come from other leaders."""
+        """`count` lines wait to be computed; `keep` takes the records that come from other leaders.
+
+        `busy` takes what ranks tell of their computing, if they do.
+        """
         self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
         self._lines, self._waiting = lines, count
-        self._assigned, self._keep = assigned, keep
+        self._assigned, self._keep, self._busy = assigned, keep, busy
         self._leaders = [replica.first for replica in session.replicas]
         self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
         self._wanted = dict.fromkeys(self._leaders[1:], 0)
         self._totals: dict[int, Totals] = {}
         self._here = set(self._leaders[1:])  # who has not sent its last message
+        self._telling = (
+            set(range(1, session.world.size)) if busy else set[int]()
+        )  # who tells of its computing
 
     @property
     def totals(self) -> list[Totals]:
@@ -124,7 +132,7 @@ class Dispatcher:
 
     def serve(self) -> None:
         """Take what has come from the other leaders, and give them what they have asked for."""
-        while self._here and (message := self._mailbox.receive()) is not None:
+        while (self._here or self._telling) and (message := self._mailbox.receive()) is not None:
             self._take(*message)
         self._give()
 
@@ -138,16 +146,29 @@ class Dispatcher:
         """Tell the other leaders to stop, and wait until they have; after an error, for PARTING seconds at most."""
         for leader in sorted(self._here):
             self._mailbox.send(msgspec.msgpack.encode(NoMoreLines(exit_code)), leader)
-        until = time.monotonic() + PARTING if exit_code else float("inf")
+        failed = exit_code not in (0, AGAIN)
+        until = time.monotonic() + PARTING if failed else float("inf")
         while self._here and (left := until - time.monotonic()) > 0:
             if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
                 with (
-                    suppress(MpillmError) if exit_code else nullcontext()
+                    suppress(MpillmError) if failed else nullcontext()
                 ):  # the first error is the one to report
                     self._take(*message)
 
+    def part(self) -> None:
+        """Wait for the last that ranks tell of their computing, after all engines have stopped without an error."""
+        while self._telling:
+            if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
+                self._take(*message)
+
     def _take(self, leader: int, data: bytes) -> None:
-        message = _FROM_LEADER.decode(data)
+        message = _TO_RANK_0.decode(data)
+        if isinstance(message, Busy):
+            if message.last:
+                self._telling.discard(leader)
+            elif self._busy is not None:
+                self._busy(leader, message)
+            return
         if isinstance(message, Left):
             self._here.discard(leader)
             if message.error:
@@ -191,6 +212,7 @@ class Assistant:
         self._lines: deque[Assigned] = deque()
         self._ask, self._asked = FEW, False
         self._told = time.monotonic()
+        self._teller = Teller(session) if watched(session) else None
         self._stop: NoMoreLines | None = None
 
     def run(self) -> int:
@@ -203,6 +225,8 @@ class Assistant:
                 self._leader.save()
                 watch.check()
                 self._serve()
+                if self._teller is not None:
+                    self._teller.tell()
                 if self._stop is not None:
                     break
             assert self._stop is not None
@@ -214,12 +238,16 @@ class Assistant:
 
     def _part(self, exit_code: int, error: MpillmError | None = None) -> None:
         """Send what is left, and let the other ranks of this replica stop."""
-        if exit_code and self._spec.job.checkpoint_tokens and not isinstance(error, ModelChangedError):
+        keep = exit_code == AGAIN or (exit_code and self._spec.job.checkpoint_tokens)
+        if keep and not isinstance(error, ModelChangedError):
             self._leader.save_everything()
         self._tell(0)
         self._mailbox.send(msgspec.msgpack.encode(Left(pickle.dumps(error) if error else b"")), 0)
         self._leader.engine.stop(exit_code)
-        self._mailbox.flush(PARTING if exit_code else float("inf"))
+        failed = exit_code not in (0, AGAIN)
+        self._mailbox.flush(PARTING if failed else float("inf"))
+        if self._teller is not None and not failed:
+            self._teller.end()
 
     def _next(self) -> Given | None:
         if len(self._lines) <= self._ask // 2 and not self._asked:

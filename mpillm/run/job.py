@@ -149,6 +149,6 @@ def _layouts_that_differ(job: OpenedJob, journal: Journal, now: UsedLayout) -> I
 def _other_models(job: OpenedJob) -> Iterator[str]:
     """Warnings for lines that name another model than the job's; OpenAI's lines name one."""
     for name, count in job.input.models.items():
-        if name not in (job.spec.model, job.path.name, job.model.name, *job.model.adapters):
+        if name not in (*job.spec.model_names, job.path.name, job.model.name, *job.model.adapters):
             beside = f"; its adapters are {', '.join(job.model.adapters)}" if job.model.adapters else ""
             yield f"{count} request(s) name the model {name!r}; they are answered by {job.model.name}{beside}."

@@ -26,7 +26,7 @@ def model_path(world: World, spec: Spec, progress: Progress) -> Path:
     for ranks in (range(1), range(1, world.size)):
         with world.together():
             if world.rank in ranks:
-                path = models.resolve(spec.model, progress.downloading)
+                path = models.resolve(spec.model_on(world.host), progress.downloading)
     return path
 
 

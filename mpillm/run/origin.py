@@ -9,6 +9,7 @@ from mpillm.comm.world import World
 from mpillm.model.config import ModelConfig
 from mpillm.partition import replicas
 from mpillm.partition.replicas import Replicas
+from mpillm.planning.speed import Speed
 from mpillm.spec import WireSection
 from mpillm.store.records import UsedLayout
 from mpillm.weights.identity import FileIdentity, Watch
@@ -20,11 +21,14 @@ class Origin:
 
     config: ModelConfig
     replicas: Replicas
-    kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
+    kv_tokens: (
+        int  # of the longest request that the KV cache held: longer ones were refused; 0 on a spare rank
+    )
     watch: Watch  # of this rank's files of the model
     model: dict[str, FileIdentity]  # the files as rank 0 had them
     model_state: str  # of all ranks' files
     wire: Wire  # between the shards of a stage
+    speed: Speed | None  # of this rank, if it is known
 
     @property
     def layout(self) -> UsedLayout:

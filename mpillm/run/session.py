@@ -18,7 +18,7 @@ from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.speculation import Mode
 from mpillm.engine.worker import Worker
-from mpillm.errors import JobError, ModelError
+from mpillm.errors import ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
 from mpillm.model.cache_layout import rank_layouts
@@ -26,19 +26,14 @@ from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
-from mpillm.partition.replicas import Replicas
-from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
 from mpillm.planning.job_time import Demand
-from mpillm.planning.layout import Layouts
-from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.limits import limits
-from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
-from mpillm.planning.search import slowed_by
-from mpillm.planning.wire import shards_cross_hosts, wire_in_words, with_wire
+from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
+from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
@@ -60,24 +55,25 @@ class Session:
         spec: Spec,
         model: Path,
         origin: Origin | None = None,
-        laid_out: Replicas | None = None,
         shards_before: int | None = None,
         replicated: bool = False,
     ) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise.
 
-        `origin` is what the run began with, if ranks were lost since; the world then has the ranks of `laid_out`.
-        So many shards as `shards_before` are taken where the job leaves it open and they work. There is one replica
-        unless `replicated`.
+        `origin` is what the run began with, if ranks were lost since. So many shards as `shards_before` are taken where
+        the job leaves it open and they work. There is one replica on all ranks unless `replicated`; then ranks may be
+        left out: they are spare (`World.spare`), and their session has nothing but its `origin`.
         """
-        self._laid_out, self._replicated = laid_out, replicated
+        self._replicated = replicated
         self.world, self._origin, self._shards_before = world, origin, shards_before
         self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
             self._open_files = unless_made
             self._open_model(model)
             self._lay_out()
-            self._make_worker()
+            if not world.spare:
+                self._take_place()
+                self._make_worker()
             self._open_files = unless_made.pop_all()
 
     def _open_model(self, model: Path) -> None:
@@ -113,25 +109,36 @@ class Session:
         assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
-        self.machines = world.on_rank_0(self._known_machines)
         self.needs = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
-        self.slowed = ""
-        if origin is not None and self._laid_out:
-            chosen = Chosen(self._laid_out, "ranks were lost", origin.wire, "as the run began")
-        else:
-            chosen = self._choose_layout()
-        self.replicas = chosen.replicas
+        self.choice = LayoutChoice(
+            world, self.job, self.source, self.planner, self.needs, self._shards_before, self._replicated
+        )
+        found = self.choice.first(self.threads) if origin is None else self.choice.again(origin)
+        self.chosen, self._left_out, machines, ranks = (
+            found.chosen,
+            found.left_out,
+            found.machines,
+            found.ranks,
+        )
+        chosen = self.chosen
+        self._speed = machines.speeds[world.rank] if machines.speeds else None
+        self.machines, self.replicas, self.wire = machines.of_ranks(ranks), chosen.replicas, chosen.wire
         #: why it is laid out like this
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
-        self.wire = chosen.wire
+        self._kv_tokens = 0
+        world.go_on_with(ranks)
+
+    def _take_place(self) -> None:
+        """Find this rank's place in the layout, and what to tell the user of it."""
+        world = self.world
         self.replica = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self._ranks, self._places = self.replicas[self.replica].ranks, self.replicas[self.replica].places
         self.place = self._places[world.rank - self._ranks.start]
         #: what to tell the user
-        self.warnings = world.nodes.bindings if spec.layout.threads == "auto" else []
-        self.warnings += [self.slowed] if self.slowed else []
+        self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
+        self.warnings += [self._left_out] if self._left_out else []
         if self.wire != "f32" and self.place.shards > 1:
-            words = wire_in_words(self.wire, self.place.shards, chosen.wire_reason)
+            words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
 
     def _make_worker(self) -> None:
@@ -168,33 +175,6 @@ class Session:
         if world.rank == 0:
             log.info("%s layout: %s", world, self.reason)
 
-    def _choose_layout(self) -> Chosen:
-        """The layout of a run that begins (collective)."""
-        world, spec, asked = self.world, self.job, self.needs
-        count = spec.layout.replicas
-        if not self._replicated and count not in ("auto", 1):
-            raise JobError(
-                f"layout.replicas = {count} is for `mpillm run` alone; start one server for each replica."
-            )
-        if not self._replicated:
-            count = 1
-
-        layouts = Layouts(spec, self.planner, count, asked.lines or None, self._shards_before, asked)
-
-        def choose() -> Chosen:
-            found = layouts.choose(self.machines)
-            self.slowed = slowed_by(layouts, found) if self._replicated else ""
-            return found.chosen
-
-        chosen = world.on_rank_0(choose)
-        pipeline = any(replica.stages > 1 for replica in chosen.replicas)
-        by_speed = pipeline and self._replicated and _leaves_open(spec, world)
-        open_wire = spec.wire.activations == "auto" and shards_cross_hosts(self.machines, chosen.replicas)
-        if spec.layout.hosts == "auto" and (by_speed or open_wire):
-            self.machines = measure.machines(world, self.source, self.threads)
-            chosen = world.on_rank_0(choose)
-        return chosen
-
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
         names = self.machines.names
@@ -210,8 +190,18 @@ class Session:
     @property
     def origin(self) -> Origin:
         """What this run began with."""
-        return self._origin or Origin(
-            self.config, self.replicas, self._kv_tokens, self.watch, self.model, self.model_state, self.wire
+        before, tokens = self._origin, self._kv_tokens
+        if before is not None:
+            return replace(before, kv_tokens=before.kv_tokens or tokens)
+        return Origin(
+            self.config,
+            self.replicas,
+            tokens,
+            self.watch,
+            self.model,
+            self.model_state,
+            self.wire,
+            self._speed,
         )
 
     def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
@@ -258,15 +248,6 @@ class Session:
                     f"{first_hash[:12]}); put the same files on every node."
                 )
 
-    def _known_machines(self) -> Machines:
-        """The machines, with speeds if the job names a file of them."""
-        nodes, file = self.world.nodes, self.spec.layout.hosts
-        machines = Machines(nodes.ranks_per_host, nodes.free, self.world.hosts)
-        if file == "auto":
-            return machines
-        known = hosts.read(Path(file), self.world.size)
-        return replace(machines, speeds=known.speeds, measured=known.measured)
-
     def _ask(self) -> InputNeeds:
         """What the input asks for, which only rank 0 can read."""
         return input_needs(self.spec, self.config.hidden, template_length(self.source))
@@ -294,9 +275,3 @@ class Session:
         return Decoder(
             config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors
         )
-
-
-def _leaves_open(spec: Spec, world: World) -> bool:
-    """Whether speeds can change the layout: there are several hosts, and the job leaves something open."""
-    given = spec.layout
-    return len(world.nodes.ranks_per_host) > 1 and "auto" in (given.replicas, given.stages, given.shards)

@@ -2,6 +2,7 @@
 
     Starting -> Leading -> Gathering -> Writing -> Ended       on rank 0
     Starting -> Following -> Waiting -> Ended                  on all others
+    Starting -> StandingBy -> Ended                            on spare ranks
 
 Where MPI can go on without lost ranks, a loss in any state leads to Regrouping. If rank 0 has computed everything, it
 goes on to write, and the others wait for that. Else all are Restarting: they lay the model out anew over the ranks that
@@ -13,12 +14,13 @@ Each state has all data that it needs, and two methods: `advance` does what belo
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpillm.engine.worker import follow
-from mpillm.partition.replicas import Replicas
 from mpillm.run import outcome
+from mpillm.run.balance import AGAIN, Slowed, Teller, what_was_slow
 from mpillm.run.computation import Computation
 from mpillm.run.context import RankContext
 from mpillm.run.dispatch import Assistant
@@ -46,17 +48,20 @@ class Starting:
 
 @dataclass(frozen=True)
 class Restarting:
-    """Ranks were lost: the model is laid out over those that are left; the processes of spare ranks end."""
+    """The model is laid out anew: ranks were lost, and spare ones may help, or a rank has become slow."""
 
     origin: Origin
     before: Computation | None  # None on a rank that has not led
     losses: Losses
+    slowed: Slowed | None = None  # known to rank 0
 
     def advance(self, rank: RankContext) -> State:
-        laid_out = self.origin.laid_out(rank.world, rank.spec.wire)
-        if not rank.world.keep_first(laid_out[-1].ranks.stop):
-            rank.world.exit(0)
-        return begin(rank, self.losses, self.origin, laid_out, self.before)
+        world, origin = rank.world, self.origin
+        kv_tokens = max(world.gather(origin.kv_tokens))  # which spare ranks do not know
+        if (slowed := world.bcast(self.slowed)) is not None:
+            world.look_around()
+            origin = replace(origin, speed=slowed.speeds[world.rank])
+        return begin(rank, self.losses, replace(origin, kv_tokens=kv_tokens), self.before, slowed)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         assert not computed
@@ -72,7 +77,8 @@ class Leading:
     def advance(self, rank: RankContext) -> State:
         session = self.computation.session
         with rank.computing(session):
-            self.computation.run()
+            if (slowed := self.computation.run()) is not None:
+                return Restarting(session.origin, self.computation, (), slowed)
             return Gathering(self.computation, rank_statistics(session))
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -130,7 +136,10 @@ class Following:
     def advance(self, rank: RankContext) -> State | Ended:
         session = self.session
         with rank.computing(session):
-            if (self.assistant.run() if self.assistant else self._follow()) != 0:
+            code = self.assistant.run() if self.assistant else self._follow()
+            if code == AGAIN:
+                return Restarting(session.origin, None, self.losses)
+            if code != 0:
                 return Ended(None)
             with rank.world.together():
                 session.watch.check_all()
@@ -140,7 +149,17 @@ class Following:
             return Waiting(session.origin, self.losses)
 
     def _follow(self) -> int:
-        return follow(self.session.worker, self.session.channel, self.session.watch.check)
+        session = self.session
+        teller = Teller(session)
+
+        def between() -> None:
+            session.watch.check()
+            teller.tell()
+
+        code = follow(session.worker, session.channel, between)
+        if code in (0, AGAIN):
+            teller.end()
+        return code
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         return Waiting(self.session.origin, self.losses).regrouped(computed, losses)
@@ -164,6 +183,21 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class StandingBy:
+    """This rank is spare: it holds nothing, and helps only if others are lost."""
+
+    origin: Origin
+    losses: Losses
+
+    def advance(self, rank: RankContext) -> Ended:
+        rank.world.stand_by()
+        return Ended(None)
+
+    def regrouped(self, computed: bool, losses: Losses) -> State:
+        return Waiting(self.origin, self.losses).regrouped(computed, losses)
+
+
+@dataclass(frozen=True)
 class Regrouping:
     """Ranks were lost in the state `before`: those that are left agree on how to go on."""
 
@@ -182,30 +216,32 @@ class Ended:
     report: report.Report | None
 
 
-State = Starting | Restarting | Leading | Gathering | Writing | Following | Waiting
+State = Starting | Restarting | Leading | Gathering | Writing | Following | Waiting | StandingBy
 
 
 def begin(
     rank: RankContext,
     losses: Losses,
     origin: Origin | None = None,
-    laid_out: Replicas | None = None,
     before: Computation | None = None,
+    slowed: Slowed | None = None,
 ) -> State:
     """Lay the model out, and open or continue the job on rank 0: the next state (collective).
 
-    After a loss, `origin` is what the run began with, `laid_out` has the replicas of the ranks that are left, and
-    `before` is the computation of this rank that the loss has interrupted, if any.
+    After a loss, `origin` is what the run began with, and `before` is the computation of this rank that the loss has
+    interrupted, if any. `slowed` says why it was interrupted without a loss.
     """
-    world = rank.world
+    world, since = rank.world, time.monotonic()
     with ExitStack() as unless_begun, explaining(losses):
         with world.together():
             if world.rank == 0:
                 inputs.prepare(rank.spec, rank.claim)
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
-        session = Session(world, spec, path, origin, laid_out, shards, replicated=True)
+        session = Session(world, spec, path, origin, shards, replicated=True)
         unless_begun.callback(session.close)
+        if world.spare:
+            return StandingBy(session.origin, losses)
         computation = None
         with world.together():
             if world.rank == 0:
@@ -213,5 +249,7 @@ def begin(
         assistant = rank.assistant(session, path)
         if computation is not None and losses:
             computation.job.warn(what_was_lost(losses, session))
+        if computation is not None and slowed is not None:
+            computation.job.warn(what_was_slow(slowed, session, time.monotonic() - since))
         unless_begun.pop_all()
     return Leading(computation) if computation is not None else Following(session, assistant, losses)

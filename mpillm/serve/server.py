@@ -68,7 +68,7 @@ def _lead(
     model = model_of(session, path)
     engine = session.engine()
     arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
-    names = frozenset({model.name, spec.model, str(path), *model.adapters})
+    names = frozenset({model.name, *spec.model_names, str(path), *model.adapters})
     service = ServerState(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
     data = spec.output_path
     with explained(data):

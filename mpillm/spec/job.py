@@ -41,7 +41,7 @@ _ADDED = (
 class Spec(Section, frozen=True, kw_only=True):
     """A checked job: what the job file and the command line say together."""
 
-    model: Annotated[str, Meta(min_length=1)] = "smollm2-135m"
+    model: Word | Annotated[dict[Word, Word], Meta(min_length=1)] = "smollm2-135m"  # or a table by host
     input: Annotated[str, Meta(min_length=1)]
     output: OutputSection
     # Directories or files by the names that requests call as `model`. (msgspec copies an empty default.)
@@ -68,6 +68,16 @@ class Spec(Section, frozen=True, kw_only=True):
     def output_path(self) -> Path:
         """The output directory."""
         return Path(self.output.path)
+
+    def model_on(self, host: str) -> str:
+        """The model as a host knows it; JobError if the job says nothing for this host."""
+        own: str = _own("model", self.model, 0, host)
+        return own
+
+    @property
+    def model_names(self) -> list[str]:
+        """The model as all hosts know it."""
+        return [self.model] if isinstance(self.model, str) else list(self.model.values())
 
     def on_rank(self, rank: int, host: str) -> Spec:
         """The job as a rank on a host goes about it: with one value of each key that can have several.

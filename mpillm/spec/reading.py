@@ -72,7 +72,7 @@ def checked(values: dict[str, Any], where: str) -> Spec:
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
     paths = {
-        "model": spec.model,
+        "model": "".join(spec.model_names),
         "draft.model": spec.draft.model or "",
         "input": spec.input,
         "output": spec.output.path,
@@ -80,10 +80,9 @@ def checked(values: dict[str, Any], where: str) -> Spec:
     for key, path in (paths | {f"adapters.{name}": path for name, path in spec.adapters.items()}).items():
         if "\0" in path:
             raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
-    if spec.model in spec.adapters:
-        raise JobError(
-            f"{where}: an adapter is called {spec.model!r}, as the model is; give it another name."
-        )
+    for name in spec.model_names:
+        if name in spec.adapters:
+            raise JobError(f"{where}: an adapter is called {name!r}, as the model is; give it another name.")
     _refuse_overwriting(spec)
     return spec
 
@@ -118,6 +117,8 @@ def _take_shorthands(values: dict[str, Any], where: str) -> None:
     """`prompt` and `messages` at the top of a job are those of `request`, and a string `output` is its `path`."""
     if isinstance(values.get("output"), str):
         values["output"] = {"path": values["output"]}
+    elif not isinstance(values.get("output", {}), dict):
+        raise JobError(f"{where}: output: expected the path of a directory, or a table.")
     for key in ("prompt", "messages"):
         if key in values:
             request = values.setdefault("request", {})
@@ -131,17 +132,24 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
     source = values.get("input")
     if isinstance(source, str) and source not in ("", "-"):
         values["input"] = str(folder / os.path.expanduser(source))
-    for table in (values, values.get("draft")):  # a path that begins with a variable is each host's own
-        model = table.get("model") if isinstance(table, dict) else None
-        if isinstance(model, str) and model and not model.startswith(("hf:", "$")):
-            path = folder / os.path.expanduser(model)
-            if isinstance(table, dict) and ("/" in model or model.endswith((".gguf", ".m"))):
-                table["model"] = str(path)
+    for table in (values, values.get("draft")):
+        if isinstance(table, dict) and "model" in table:
+            table["model"] = _beside(table["model"], folder)
+    if isinstance(values.get("model"), dict):
+        values["model"] = {host: _beside(model, folder) for host, model in values["model"].items()}
     adapters = values.get("adapters")
     if isinstance(adapters, dict):
         for name, folder_of in adapters.items():
             if isinstance(folder_of, str) and folder_of:
                 adapters[name] = str(folder / os.path.expanduser(folder_of))
+
+
+def _beside(model: Any, folder: Path) -> Any:
+    """A model's path from the job file's directory; one that begins with a variable is each host's own."""
+    if not isinstance(model, str) or not model or model.startswith(("hf:", "$")):
+        return model
+    path = "/" in model or model.endswith((".gguf", ".m"))
+    return str(folder / os.path.expanduser(model)) if path else model
 
 
 def _refuse_incomplete(override: str) -> None:

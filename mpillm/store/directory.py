@@ -18,11 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from mpillm.errors import Interrupted, MpillmError, OutputError
+from mpillm.errors import FULL, Interrupted, MpillmError, OutputError
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 SYNC_BYTES = 1 << 24  # bytes of one fsync, during which the process handles no signal
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 D = TypeVar("D", bound="Descriptor")
 
@@ -132,10 +131,20 @@ class Directory(Descriptor):
                 raise
 
 
+def make(path: Path) -> None:
+    """Make a directory if need be; OutputError if that fails."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"The output {path} is a file; give a directory.")
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedRandom]:
-    """`Directory.replacing` for a single file."""
+    """`Directory.replacing` for a single file; OutputError if the path is that of a device or a pipe."""
     with explained(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OutputError(f"{path} is a device or a pipe; give the name of a file.")
         directory = Directory(path.parent)
     with directory, directory.replacing(path.name) as file:
         yield file
@@ -152,7 +161,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def explanation(path: Path, error: OSError) -> MpillmError:
     """The sentence for a failed write to `path`."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return Interrupted(
             f"There is no space left for {path} ({error.strerror}); what was finished is safe: "
             "make space and run the same command again."

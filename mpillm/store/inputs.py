@@ -41,7 +41,7 @@ def prepare(spec: Spec, claim: Claim) -> None:
             "Standard input is read by a run without mpiexec, which does not pass its end on; write it to a file first."
         )
     with claim.directory.replacing(INPUT) as file:
-        forms.write_lines(path, file, partial(_check_columns, spec))
+        forms.write_lines(path, file, partial(_check_columns, spec), claim.directory.unnamed)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from mpillm.batch.work import hashed_id
 from mpillm.errors import JobError
 from mpillm.store import report
-from mpillm.store.directory import Directory
+from mpillm.store.directory import Directory, make
 from mpillm.store.hdf5 import GrowingDataset, new_file
 from mpillm.store.merge_results import _chunks, merge_results
 from mpillm.store.output import JOURNAL
@@ -70,7 +70,7 @@ def merge(parts: Sequence[Path], output: Path) -> Merged:
     parts = _parts(parts)
     names = _names(parts)
     metadata = _metadata(parts)
-    output.mkdir(parents=True, exist_ok=True)
+    make(output)
     with Directory(output) as directory:
         if JOURNAL in directory.names():
             raise JobError(f"{output} is the output of a run; give another directory for the merged results.")

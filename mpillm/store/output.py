@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mpillm.errors import Interrupted, OutputError
-from mpillm.store.directory import Directory, explained
+from mpillm.store.directory import Directory, explained, make
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +118,7 @@ def owner_of(lock: int) -> str:
 
 def _open_directory(path: Path) -> Directory:
     """Make the directory if need be, and open it; OutputError if it is something else, or holds what is not ours."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"The output {path} is a file; give a directory.")
-    path.mkdir(parents=True, exist_ok=True)
+    make(path)
     directory = Directory(path)
     names = directory.names()
     foreign = sorted(name for name in names - {LOCK, INPUT} if not name.startswith(".nfs"))

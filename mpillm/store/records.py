@@ -296,4 +296,5 @@ class _Tag(msgspec.Struct, frozen=True):
 
 
 def tag_of(payload: bytes) -> str:
+    """The type of a record, by its MessagePack."""
     return msgspec.msgpack.decode(payload, type=_Tag).type

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mpillm.store.directory import replacing
+from mpillm.store.directory import make, replacing
 from mpillm.store.report import RankStatistics, Report
 from mpillm.store.results import HDF5, TIMINGS
 
@@ -112,7 +112,7 @@ def plots(report: Report, directory: Path) -> Iterator[Plot]:
 
 def write_figures(drawn: Sequence[Plot], folder: Path) -> list[Path]:
     """Write each plot's table as CSV and, with matplotlib, its figure as SVG and PDF; the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     written = []
     for plot in drawn:
         path = folder / f"{plot.name}.csv"

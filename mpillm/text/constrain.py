@@ -225,7 +225,7 @@ class Matcher:
         return token == self._forced[0] if self._forced else self._matcher.validate_tokens([token]) == 1
 
     def allowed(self) -> NDArray[np.int32]:
-        """A bit for each token that may follow, in words of 32."""
+        """A bit for each token that may follow: int32 [ceil(vocabulary / 32)]."""
         mask = np.zeros(self._words, np.int32)
         if self._forced:
             word, bit = divmod(self._forced[0], 32)

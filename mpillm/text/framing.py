@@ -12,6 +12,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def send(to: socket.socket, data: bytes, until: float | None = None) -> None:
+    """Send a message by `until` (as time.monotonic() says); raise OSError if that is impossible."""
     for part in (_LENGTH.pack(len(data)), data):
         _limit(to, until)
         to.sendall(part)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
 
 import mpillm
 from mpillm.errors import JobError, OutputError
+from mpillm.store.directory import make, replacing
 
 # What is written: directories of the package, and where they go below the target.
 SETS = {
@@ -60,15 +62,17 @@ def init(what: str, target: Path) -> list[str]:
     }
     site = target / "slurm" / "site.sh"
     for path in [*files, *([site] if what == "slurm" else [])]:
-        if path.exists():
+        if os.path.lexists(path):
             raise OutputError(f"{path} is there already and is kept; remove it, or give another directory.")
     for folder in (target, *target.parents):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file; give another directory.")
     for path, source in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source.read_bytes())
+        make(path.parent)
+        with replacing(path) as file:
+            file.write(source.read_bytes())
         path.chmod(0o755 if path.suffix == ".sh" else 0o644)
     if what == "slurm":
-        site.write_text(SITE.format(venv=shlex.quote(sys.prefix)))
+        with replacing(site) as file:
+            file.write(os.fsencode(SITE.format(venv=shlex.quote(sys.prefix))))
     return [line.format(shlex.quote(str(target))) for line in NEXT[what]]

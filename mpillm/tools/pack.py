@@ -20,7 +20,7 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError, OutputError
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.spec import shown_bytes
-from mpillm.store.directory import Directory, explained, replacing
+from mpillm.store.directory import Directory, explained, make, replacing
 from mpillm.store.readable import printable
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
@@ -210,18 +210,23 @@ def finish(
     if folder is not None:
         for path in text_files(folder):
             copy = target / path.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            make(copy.parent)
+            _copy(path, copy)
     else:
         _write_json(target / "config.json", source.config)
         for path in text_files(source.tokenizer):
-            shutil.copyfile(path, target / TOKENIZER_FILE)
+            _copy(path, target / TOKENIZER_FILE)
         if fields is not None:
             _write_json(target / TOKENIZER, fields)
     files = [{"name": plan.name, "bytes": plan.nbytes, "sha256": digests[plan.name]} for plan in plans]
     _write_json(target / INDEX, {"format": FORMAT, "version": VERSION, **about, "files": files})
     with contextlib.suppress(FileNotFoundError):
         (target / UNFINISHED).unlink()
+
+
+def _copy(source: Path, path: Path) -> None:
+    with source.open("rb") as whole, replacing(path) as file:
+        shutil.copyfileobj(whole, file)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

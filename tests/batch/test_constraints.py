@@ -46,6 +46,16 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
 
+# Triggers that the text of a random model has soon.
+TAGS = {
+    "type": "structural_tag",
+    "structures": [
+        {"begin": "e", "schema": {"type": "integer"}, "end": ";"},
+        {"begin": "a", "schema": {"type": "boolean"}, "end": ""},
+    ],
+    "triggers": ["e", "a"],
+}
+
 
 def obeys_schema(text: str) -> bool:
     value = json.loads(text)
@@ -71,6 +81,8 @@ BODIES: list[tuple[dict[str, Any], Any]] = [
     ({"guided_regex": "[a-c]{3}(x|yz)*", "temperature": 5.0, "n": 4, "max_tokens": 300}, re.compile("[a-c]{3}(x|yz)*").fullmatch),
     ({"guided_grammar": 'root ::= "ab" | "<" root ">"', "temperature": 1.0, "n": 2}, re.compile("(<*)ab(>*)").fullmatch),
     ({"guided_grammar": 'start: "x" | "(" start ")"', "temperature": 1.0, "n": 2}, re.compile(r"\(*x\)*").fullmatch),
+    ({"response_format": TAGS, "temperature": 1.0, "n": 2, "max_tokens": 25}, re.compile(r"([^ae]|e(0|-?[1-9][0-9]*);|a(true|false))*", re.DOTALL).fullmatch),
+    ({"structured_outputs": {"json": {**SCHEMA, "additionalProperties": True}, "whitespace_pattern": "_?", "disable_additional_properties": True}, "temperature": 1.0}, lambda t: obeys_schema(t.replace("_", ""))),
 ]  # fmt: skip
 
 

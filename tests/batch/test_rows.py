@@ -174,7 +174,15 @@ def test_bad_elements_of_an_array_cost_no_other(
     assert found == [f"good {number}" for number in range(len(bad))]
 
 
-@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def written(path: Path, content: bytes) -> Path:
+    """The file with this content, compressed as its name says."""
+    if path.suffix == ".zst":
+        content = pytest.importorskip("zstandard").compress(content, 1)
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.jsonl.zst"])
 @pytest.mark.parametrize(
     "bad",
     [
@@ -185,9 +193,7 @@ def test_bad_elements_of_an_array_cost_no_other(
     ids=range(9),
 )  # fmt: skip
 def test_a_bad_first_line_makes_no_array_of_the_others(bad: bytes, name: str, tmp_path: Path) -> None:
-    content = bad + b'\n{"prompt": "a"}\n'
-    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
-    made = job(tmp_path / name)
+    made = job(written(tmp_path / name, bad + b'\n{"prompt": "a"}\n'))
     prepared(made)
     batch = requests.check(inputs.lines_path(made), made, WITH_TEXT)
     assert [line.error is None for line in batch.lines] == [False, True]
@@ -198,9 +204,10 @@ def test_the_first_line_of_an_array_may_be_long(between: bytes, tmp_path: Path) 
     """Longer than a line may be, or malformed."""
     many = MAX_LINE // 1000
     first = b", ".join([b'{"prompt": "' + b"a" * 1000 + b'"}'] * many)
-    for text, count in ((first, many), (b'{"prompt": "two\nlines"}', 1)):
-        (tmp_path / "in.json").write_bytes(b"[" + text + between + b'{"prompt": "b"}]')
-        lines = prepared(job(tmp_path / "in.json"))
+    for name, text, count in (
+        ("in.json", first, many), ("in.json", b'{"prompt": "two\nlines"}', 1), ("in.json.zst", first, many)
+    ):  # fmt: skip
+        lines = prepared(job(written(tmp_path / name, b"[" + text + between + b'{"prompt": "b"}]')))
         assert (len(lines), lines[-1]) == (count + 1, b'{"prompt": "b"}')
 
 
@@ -209,11 +216,21 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     longest, many = 1 << 18, 2_000_000
     for module in (delimited, json_array):
         monkeypatch.setattr(module, "MAX_LINE", longest)
-    (tmp_path / "in.csv").write_bytes(b"prompt,x\na,1\n" + b"ab," * many + b"\nc,2\n")
-    (tmp_path / "in.json").write_bytes(
-        b'[{"prompt": "a"}, {"prompt": "' + b"ab" * many + b'"}, {"prompt": "c"}]'
-    )
-    for name in ("in.csv", "in.json"):
+    wide = "\N{GRINNING FACE}".encode() * (
+        longest // 5
+    )  # fewer characters than a line may have bytes, and more bytes
+    text = {
+        "in.csv": b"ab," * many,
+        "in.json": b"ab" * many,
+        "wide.csv": b"ab," + wide * 2,
+        "wide.json": wide * 2,
+    }
+    for name, long in text.items():
+        content = b'[{"prompt": "a"}, {"prompt": "' + long + b'"}, {"prompt": "c"}]'
+        (tmp_path / name).write_bytes(
+            b"prompt,x\na,1\n" + long + b"\nc,2\n" if name.endswith(".csv") else content
+        )
+    for name in text:
         tracemalloc.start()
         lines = prepared(job(tmp_path / name))
         _, most = tracemalloc.get_traced_memory()
@@ -221,6 +238,19 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert [json.loads(line).get("prompt") for line in lines] == ["a", None, "c"]
         assert "longer than" in json.loads(lines[1])[ROW_ERROR]
         assert most < 8 * longest
+
+
+@pytest.mark.parametrize("name", ["in.csv", "in.tsv.gz", "in.parquet"])
+def test_a_table_that_is_something_else_is_named(name: str, tmp_path: Path) -> None:
+    for content, said in (
+        ("prompt\na\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (gzip.compress(b"prompt\na\n"), "is compressed with gzip"),
+    ):
+        if said.endswith("gzip") and not name.endswith(".gz"):
+            continue  # a compressed table is read, whatever its name
+        with pytest.raises(JobError, match=said):
+            prepared(job(written(tmp_path / name, content)))
 
 
 def test_bad_rows_cost_no_other(tmp_path: Path) -> None:

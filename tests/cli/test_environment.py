@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from mpillm.errors import out_of
+from mpillm.errors import of_system
 from mpillm.store import report
 from tests.conftest import clean_environment
 from tests.e2e.jobs import CHAT, command, results, write_lines
@@ -101,18 +101,27 @@ def test_paths_that_are_not_utf8(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_what_a_process_ran_out_of() -> None:
-    for error, words in [
-        (MemoryError(), "There is not enough memory (MemoryError); lower memory.weights or memory.kv"),
-        (OSError(12, "Cannot allocate memory"), "There is not enough memory"),
-        (OSError(24, "Too many open files"), "Too many files are open"),
+def test_what_the_system_refused() -> None:
+    for error, words, code in [
+        (MemoryError(), "There is not enough memory (MemoryError); lower memory.weights or memory.kv", 75),
+        (OSError(12, "Cannot allocate memory"), "There is not enough memory", 75),
+        (OSError(24, "Too many open files"), "Too many files are open", 75),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "No more processes or threads can be", 75),
+        (RuntimeError("can't start new thread"), "No more processes or threads can be started", 75),
+        (ImportError("x.so: failed to map segment from shared object"), "There is not enough memory", 75),
+        (OSError(28, "No space left on device"), "A file cannot be read or written (No space left", 75),
+        (OSError(5, "Input/output error", "a/b"), "a/b cannot be read or written (Input/output error); ", 75),
+        (FileExistsError(17, "File exists", "a/b"), "a/b cannot be used: File exists.", 2),
         (
-            BlockingIOError(11, "Resource temporarily unavailable"),
-            "No more processes or threads can be started",
+            NotADirectoryError(20, "Not a directory", b"a/\xff"),
+            "a/\udcff cannot be used: Not a directory.",
+            2,
         ),
-        (RuntimeError("can't start new thread"), "No more processes or threads can be started"),
-        (ImportError("x.so: failed to map segment from shared object"), "There is not enough memory"),
+        (OSError(36, "File name too long", "n" * 300), f"{'n' * 300} cannot be used: File name too long.", 2),
     ]:
-        assert str(out_of(error)).startswith(words)
+        found = of_system(error)
+        assert found is not None
+        assert str(found).startswith(words)
+        assert found.exit_code == code
     for error in (OSError(2, "No such file"), RuntimeError("else"), ValueError("can't start new thread")):
-        assert out_of(error) is None
+        assert of_system(error) is None

@@ -61,6 +61,15 @@ def test_an_error_on_one_rank_ends_all(mpi: Mpi, name: str, code: int, words: st
     assert run.returncode in ({code, 9} if mpi.name == "mpich" else {code})
 
 
+def test_an_error_is_no_lost_rank(openmpi: Mpi) -> None:
+    """Where ranks may be lost, the others do not take one that ends all for lost, and end with its code."""
+    words = [openmpi.mpiexec, "--with-ft", "ulfm", "-n", "3", sys.executable, PROGRAM, "error_on_one"]
+    done = run_bounded(words, 60, openmpi.environment())
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("This machine's model file is broken.") == 1
+    assert "lost" not in done.stderr
+
+
 @pytest.mark.parametrize("rows", ["1", "3"])
 def test_a_message_of_another_size_ends_all(mpi: Mpi, rows: str) -> None:
     run = run_ending(mpi, 2, "out_of_step", ROWS=rows)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpillm.cli import main
+from mpillm.comm.departure import Departure
 from mpillm.comm.world import World
 
 
@@ -50,4 +51,5 @@ if __name__ == "__main__":
     threads = World.limit_threads
     World.limit_threads = run  # type: ignore[method-assign]
     die("shrink", World, "_rejoin")
+    die("stand", Departure, "arrived")
     sys.exit(main(sys.argv[2:]))

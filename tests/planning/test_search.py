@@ -19,7 +19,7 @@ from mpillm.planning.layout import CLEARLY, Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
-from mpillm.planning.search import LEAVE_OUT, search, slowed_by
+from mpillm.planning.search import LEAVE_OUT, for_run, search
 from tests.sparse import llama
 
 LAYERS = 8
@@ -132,17 +132,26 @@ def test_a_large_host_alone_and_small_ones_together() -> None:
         assert (shapes(found), without) == (expected, [])
 
 
-def test_a_run_names_the_hosts_that_slow_it_down() -> None:
+def test_a_run_leaves_out_the_hosts_that_slow_it_down() -> None:
     """Here a pipeline is asked for, and one stage would crawl."""
     asked = layouts("layout.replicas=1", "layout.shards=1")
-    machines = machines_of(
-        [host(FAST, name="one"), host((0.01, 0.02, 0.03), name="two"), host(FAST, name="three")]
-    )
-    said = slowed_by(asked, asked.choose(machines))
-    assert said.startswith("two would slow this run down: by the model of a step's time it is ")
+    crawling = (0.01, 0.02, 0.03)
+    machines = machines_of([host(FAST, name="one"), host(crawling, name="two"), host(FAST, name="three")])
+    found, without, said = for_run(asked, machines)
+    assert (shapes(found), without) == ([(2, 1)], [1])
+    assert said.startswith("two is left out and stands by: by the model of a step's time the run is ")
+    assert said.endswith(" times as fast without it.")
+    # Rank 0's host is needed, however slow it is; so is one whose values go by the numbers of the ranks.
+    first = machines_of([host(crawling, name="one"), host(FAST, name="two")])
+    assert for_run(asked, first)[1:] == ([], "")
+    numbered = layouts("layout.replicas=1", "layout.shards=1", "layout.threads=[1, 1, 1]")
+    assert for_run(numbered, machines)[1:] == ([], "")
+    many = machines_of([host(FAST, name="one"), host(crawling, name="old", count=15)])
+    found, without, said = for_run(layouts("layout.replicas=1"), many)
+    assert (len(without), "old (8) and 7 more are left out and stand by" in said) == (15, True)
     alike = machines_of([host(FAST, count=3)])
-    assert slowed_by(layouts(), layouts().choose(alike)) == ""
-    assert slowed_by(asked, asked.choose(replace(machines, speeds=()))) == ""
+    assert for_run(layouts(), alike)[1:] == ([], "")
+    assert for_run(asked, replace(machines, speeds=()))[1:] == ([], "")
 
 
 hosts = st.builds(

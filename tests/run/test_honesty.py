@@ -27,13 +27,14 @@ from mpillm.store import report
 from mpillm.store.records import Result, framed, line_key, payload_at, scan
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, WORDS
-from tests.model.golden import model_path
+from tests.model.golden import FIXTURES, model_path
 from tests.run.cgroups import SPARE, Cgroup
 from tests.weights.build import Tiny, write_hf
 
 Lines = Callable[[random.Random], list[dict[str, Any]]]
 
 VOCAB = 16_000
+ADAPTER = FIXTURES / "adapters" / "chat_all"
 DENSE = synthetic.Shape("llama", 1024, 6, 16, 4, 64, 4096, VOCAB)  # 60 MiB in Q4_0
 MIXTURE = synthetic.Shape("qwen3moe", 512, 4, 8, 2, 64, 512, VOCAB, 16, 2)
 UNPACKED = Tiny(hidden=512, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=64, intermediate=2048, vocab=VOCAB)
@@ -62,6 +63,7 @@ class Job:
     settings: tuple[str, ...] = ()
     ranks: int = 1
     journaled: int = 0
+    file: str = "in.jsonl"
 
 
 def ids(
@@ -116,6 +118,12 @@ def held(draw: random.Random) -> list[dict[str, Any]]:
     return [{"prompt": "a", "max_tokens": 6, "structured_outputs": {"json": schema}} for schema in schemas]
 
 
+def tuned(draw: random.Random) -> list[dict[str, Any]]:
+    """Chats that repeat themselves, so that drafts are made, half of them for an adapter."""
+    lines = [one | {"max_tokens": 60} for one in chats(draw, 30, 60)]
+    return [one | {"model": "tuned"} if number % 2 else one for number, one in enumerate(lines)]
+
+
 CHOICES = {"n": 256, "max_tokens": 100, "temperature": 1.0, "logprobs": True, "top_logprobs": 20}
 
 JOBS = {
@@ -138,6 +146,16 @@ JOBS = {
     "embeddings": Job(
         "packed", lambda draw: [{"input": [one["prompt"] for one in ids(draw, 20, 9)]} for _ in range(10)]
     ),
+    "states": Job("states", partial(ids, count=40, length=60, vocab=100), ("memory.kv=1MiB",)),
+    "latent": Job("latent", partial(ids, count=40, length=60, vocab=100), ("memory.kv=1MiB",)),
+    "adapter and drafts": Job(
+        "chat", tuned, (f"adapters.tuned={ADAPTER}", f"draft.model={CHAT}", "memory.kv=8MiB")
+    ),
+    "tables": Job(
+        "chat", partial(chats, count=500, length=100),
+        ("memory.kv=8MiB", "output.format=parquet", 'request.prompt="{prompt}"', "sampling.max_tokens=4"),
+        file="in.csv",
+    ),
     "ranks": Job("packed", partial(ids, count=8, length=64), ("memory.kv=16MiB", "layout.stages=2"), ranks=4),
     "full journal": Job(
         "chat", partial(ids, count=60_000, length=3, vocab=300), ("memory.kv=4MiB",), journaled=60_000
@@ -159,6 +177,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
         yield {
             "chat": CHAT,
             "window": model_path("gemma3"),
+            "states": model_path("falcon_h1"),
+            "latent": model_path("deepseek_v3"),
             "packed": packed.create("dense", "q4_0", 1),
             "mixture": packed.create("mixture", "q4_0", 1),
             "gguf": synthetic.create("dense", "q4_0"),
@@ -206,7 +226,7 @@ def test_no_job_takes_more_than_its_plan(
     asked = JOBS[name]
     places = {
         "model": str(models[asked.model]),
-        "input": str(tmp_path / "in.jsonl"),
+        "input": str(tmp_path / asked.file),
         "output": str(tmp_path / "out"),
     }
     settings = ("layout.threads=1", *asked.settings)
@@ -224,6 +244,9 @@ def test_no_job_takes_more_than_its_plan(
         done = run_bounded([sys.executable, "-m", "mpillm", *arguments])
         assert done.returncode == 0, done.stderr
     job.input_path.write_text("\n".join(lines) + "\n")
+    if asked.file.endswith(".csv"):
+        texts = [line["messages"][0]["content"] for line in map(json.loads, lines)]
+        job.input_path.write_text("\n".join(["prompt", *texts]) + "\n")
     if asked.journaled:
         fill_journal(job, asked.journaled)
     planned = plan.make(job, asked.ranks).ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_what_is_read_lies_beside_the_job_file_and_what_is_written_here(tmp_path
     assert load(tmp_path, LEAST + 'model = "small.gguf"\n').model == str(tmp_path / "small.gguf")
     assert load(tmp_path, LEAST + 'model = "/a/b"\n').model == "/a/b"
     assert load(tmp_path, LEAST + 'model = "hf:a/b"\n').model == "hf:a/b"
+    table = load(tmp_path, LEAST + 'model = {pi = "m/small", nuc = "$M/m.gguf", default = "smollm2-135m"}\n')
+    assert [table.model_on(host) for host in ("pi", "nuc", "pi (2)", "other")] == [
+        str(tmp_path / "m/small"),
+        "$M/m.gguf",
+        str(tmp_path / "m/small"),
+        "smollm2-135m",
+    ]
+    with pytest.raises(JobError, match="model has no value for the host 'nuc'"):
+        load(tmp_path, LEAST + 'model = {pi = "m"}\n').model_on("nuc")
+    for wrong in ("{}", '{pi = ""}', "{pi = 1}", '["m"]'):
+        with pytest.raises(JobError, match="model"):
+            load(tmp_path, f"{LEAST}model = {wrong}\n")
     typed = load(tmp_path, LEAST, "model=models/small", input="typed.jsonl", output="o")
     assert (typed.model, typed.input, typed.output.path) == ("models/small", "typed.jsonl", "o")
 
@@ -140,7 +153,7 @@ def test_wrong_overrides(tmp_path: Path) -> None:
             "The command line has an unknown key 'sampling.sede'; did you mean 'sampling.seed'?",
         ),
         ("sampling.seed.x=3", "expected a whole number, got a table"),
-        ("model.x=3", "model: expected a string, got a table"),
+        ("model.x=3", "model[...]: expected a string, got a whole number"),
     ]:
         with pytest.raises(JobError) as caught:
             load(tmp_path, LEAST, override)
@@ -260,6 +273,19 @@ def test_an_output_may_be_a_path_or_a_table(text: str, overrides: list[str], tmp
     assert spec.load(tmp_path / "job.toml", overrides, output="p").output.path == "p"
     with pytest.raises(JobError, match=r"output.format: expected one of 'none', .*'parquet', .*not 'xls'"):
         spec.load(tmp_path / "job.toml", ["output.path=o", "output.format=xls"])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["1979-05-27", "5", "[1]", "true", "inf", '"x"', "[[1]]", "{a = 1}", "[{}]", '""']
+)
+def test_a_value_of_another_kind_is_refused_in_a_sentence(wrong: str, tmp_path: Path) -> None:
+    """At every key of a job, whatever else the command line adds to it."""
+    for key in spec.Spec.__struct_fields__:
+        (tmp_path / "job.toml").write_text(f"{key} = {wrong}\n")
+        for more in ([], [f"{key}.path=o"], [f"{key}.model=m"], [f"{key}=7"]):
+            for output in (None, "o"):
+                with contextlib.suppress(JobError):
+                    spec.load(tmp_path / "job.toml", more, input="i", output=output)
 
 
 def test_values_of_ranks_and_hosts() -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mpillm.errors import ModelError
-from mpillm.model.opening import open_source
+from mpillm.model.adapters import Adapters
+from mpillm.model.embedding import embedding_settings
+from mpillm.model.opening import config_of, open_source
+from mpillm.text import load_tokenizer
 from mpillm.weights import identity
 from mpillm.weights.identity import ModelChangedError, Watch
+from tests.conftest import run_bounded
 from tests.job_helpers import CHAT
+from tests.model.golden import FIXTURES
+from tests.text.test_ranks import tekken
+from tests.weights.build import Tiny, write_gguf
+from tests.weights.dllama_files import convert, tokens_of, write_tokenizer
 
 
 @pytest.fixture
@@ -102,3 +115,79 @@ def test_a_file_that_is_gone_is_named(model: Path) -> None:
     next(model.glob("*.safetensors")).unlink()
     with pytest.raises(ModelError, match="cannot be read: No such file"):
         Watch(source)
+
+
+def _directory(folder: Path) -> Path:
+    """A model of Hugging Face with all that may lie beside it."""
+    shutil.copytree(CHAT, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / "special_tokens_map.json").write_text("{}")
+    (folder / "added_tokens.json").write_text("{}")
+    return folder
+
+
+def _tekken(folder: Path) -> Path:
+    shutil.copytree(CHAT, folder)
+    (folder / "tokenizer.json").unlink()
+    return tekken(folder)
+
+
+def _packed(folder: Path) -> Path:
+    words = [sys.executable, "-m", "mpillm", "pack", _directory(folder.with_name("source")), folder]
+    run_bounded([*words, "--weights", "q8_0"])
+    return folder
+
+
+def _dllama(folder: Path) -> Path:
+    folder.mkdir()
+    convert(CHAT, folder / "a.m")
+    tokens, bos, end = tokens_of(CHAT)
+    write_tokenizer(folder / "a.t", tokens, bos, [end])
+    return folder / "a.m"
+
+
+def _split(folder: Path) -> Path:
+    folder.mkdir()
+    write_gguf(folder / "m.gguf", Tiny(hidden=32, n_layers=2, intermediate=64), split=2)
+    return min(folder.iterdir())
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "directory": _directory,
+    "pooled": lambda folder: shutil.copytree(FIXTURES / "pooled" / "embedding_gemma", folder),
+    "tekken": _tekken,
+    "packed": _packed,
+    "split": _split,
+    "dllama": _dllama,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_file_that_is_read_counts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is opened below a model's directory is watched, and is part of what the model is."""
+    path = MODELS[kind](tmp_path / "model")
+    read: set[str] = set()
+
+    def noting(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def opened(file: Any, *more: Any, **keys: Any) -> Any:
+            if isinstance(file, str | os.PathLike):
+                read.add(os.fspath(file))
+            return plain(file, *more, **keys)
+
+        return opened
+
+    for module in (builtins, io, os):
+        monkeypatch.setattr(module, "open", noting(module.open))
+    source = open_source(path)
+    config = config_of(source)
+    tuned = {"tuned": str(FIXTURES / "adapters" / "chat_all")} if kind == "directory" else {}
+    adapters = Adapters(tuned, source, config)
+    load_tokenizer(source.tokenizer, config.vocab)
+    embedding_settings(source)
+    watched = {str(file) for file, _ in Watch(source, adapters.files)._named.values()}
+    ours = (str(tmp_path / "model"), str(FIXTURES / "adapters"))
+    assert {one for one in read if one.startswith(ours) and os.path.isfile(one)} <= watched
+    assert len(watched) > 1

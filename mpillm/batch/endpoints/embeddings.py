@@ -125,6 +125,6 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
 
 
 def normalized(vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The vector at length 1 (a zero vector as it is); the sum is exactly rounded, so it is the same everywhere."""
+    """The vector [n] at length 1 (a zero vector as it is); the sum is exactly rounded, so it is the same everywhere."""
     length = math.sqrt(math.fsum(float(value) ** 2 for value in vector))
     return vector if length == 0.0 else (vector.astype(np.float64) / length).astype(np.float32)

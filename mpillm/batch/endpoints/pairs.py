@@ -177,7 +177,7 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """The cosine of two vectors, 0 if one is zero; sums are exactly rounded, so it is the same everywhere."""
+    """The cosine of two vectors [n], 0 if one is zero; sums are exactly rounded, so it is the same everywhere."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     lengths = math.sqrt(math.fsum(x * x)) * math.sqrt(math.fsum(y * y))
     return math.fsum(x * y) / lengths if lengths else 0.0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from mpillm.errors import JobError
+from mpillm.errors import FULL, JobError
 
 STDIN = "-"  # the path that stands for standard input
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # with which such files begin
@@ -35,6 +35,8 @@ def uncompressed(path: Path) -> Iterator[io.BufferedReader]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise JobError(f"The input {path} is damaged, or not whole (gzip: {error}).") from None
     except OSError as error:
+        if error.errno in FULL:  # where the content goes
+            raise
         raise JobError(f"The input {path} cannot be read: {error.strerror or error}.") from None
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from mpillm.batch.rows.line import MAX_LINE, row_line, wrong_row
+from mpillm.batch.rows.line import MAX_LINE, byte_count, row_line, wrong_row
 from mpillm.errors import JobError
 
-CHUNK = 1 << 16  # characters of a record that is passed over which are held at once
+CHUNK = 1 << 16  # characters that are read at once
 
 
 def records(
@@ -58,23 +58,27 @@ class _Lines:
         self._text, self._delimiter = text, delimiter
         self._number = 0  # lines read
         self._record: list[str] = []  # the lines of the record so far
-        self._length = 0  # characters of them
+        self._length = 0  # bytes of them
         self.unclosed = False  # the text has ended where the record wants another line
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(MAX_LINE + 1)
-        if not line:
+        pieces: list[str] = []
+        while piece := self._text.readline(CHUNK):
+            pieces.append(piece)
+            self._length += byte_count(piece)
+            if piece.endswith(("\n", "\r")) or self._length > MAX_LINE:
+                break
+        if not pieces:
             self.unclosed = bool(self._record)
             raise StopIteration
         self._number += 1
-        self._record.append(line)
-        self._length += len(line)
+        self._record.append("".join(pieces))
         if self._length > MAX_LINE:
             raise csv.Error(f"the record is longer than {MAX_LINE >> 20} MiB")
-        return line
+        return self._record[-1]
 
     def next_record(self) -> int:
         """Begin a record, and return the number of its first line."""

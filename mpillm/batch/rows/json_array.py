@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 
 import msgspec
 
-from mpillm.batch.rows.line import MAX_LINE, wrong_row
+from mpillm.batch.rows.line import MAX_LINE, byte_count, wrong_row
 from mpillm.errors import JobError
 
 HEAD = 1 << 12  # bytes that tell what an input is
@@ -22,11 +22,12 @@ _BEGIN, _VISIBLE = re.compile(rb"(?:\xef\xbb\xbf)?\s*\["), re.compile(rb"\S")
 _TOO_LONG = wrong_row(f"the line is longer than {MAX_LINE >> 20} MiB")
 
 
-def begins_array(file: BinaryIO) -> tuple[bytes, bool]:
+def begins_array(file: BinaryIO) -> tuple[bytes, bool | None]:
     """Read the beginning of a file; return it, and whether the file is one array.
 
     A list may also be a line among others, which is an error of that line. What the first line is and what follows it
-    tell them apart. A first line that is longer than a line may be is looked at as a whole if the file can be rewound.
+    tell them apart. A first line that is longer than a line may be is looked at as a whole; if the file cannot be
+    rewound then, the answer is None.
     """
     head = file.read(HEAD)
     begin = _BEGIN.match(head)
@@ -36,7 +37,7 @@ def begins_array(file: BinaryIO) -> tuple[bytes, bool]:
         head += file.readline(MAX_LINE) + file.read(HEAD)
     end = head.find(b"\n", begin.end())
     if end < 0:
-        return head, not file.seekable() or _goes_on(*_around_first_line_end(file))
+        return head, _goes_on(*_around_first_line_end(file)) if file.seekable() else None
     visible = _VISIBLE.search(head, end)
     if visible is None:
         return head, True
@@ -98,7 +99,7 @@ class _Text:
         self._decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # whose values nobody looks at
         self._held, self._before, self._ended = "", 0, False  # characters that are no longer held
         self._taken: list[str] = []  # pieces of the element that is being taken
-        self._length = 0  # characters of that element so far
+        self._length = 0  # bytes of that element so far
         self.at = 0  # in what is held
 
     def next(self) -> str:
@@ -132,7 +133,7 @@ class _Text:
 
     def _take(self, end: int, line_end: str = " ") -> None:
         piece, self.at = self._held[self.at : end], end
-        self._length += len(piece)
+        self._length += byte_count(piece)
         if self._length > MAX_LINE:
             self._taken.clear()
         else:

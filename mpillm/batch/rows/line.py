@@ -10,6 +10,11 @@ ROW_ERROR = "mpillm: row"  # the key of a row that could not be read
 MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never held in memory as a whole
 
 
+def byte_count(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
 def row_line(row: dict[str, Any]) -> bytes:
     """Return a row, without a line end; values that JSON lacks become texts."""
     try:

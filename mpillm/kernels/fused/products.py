@@ -32,6 +32,8 @@ class Packed(Protocol):
 
 
 class Fused:
+    """A part of a layer as single kernels of `ops`."""
+
     ops: Any = reference  # the module whose kernels are called
 
     def _times(self, x: F32, matrix: Packed, threads: int) -> F32:

@@ -41,7 +41,7 @@ def square_sums(x: F32, out: F32, threads: int = 1) -> None:
 
 
 def rms_norm(x: F32, w: F32 | None, eps: float, out: F32, threads: int = 1, groups: int = 1) -> None:
-    """out = w * x / sqrt(mean(x^2) + eps) of each row; w may be missing.
+    """out = w * x / sqrt(mean(x^2) + eps) of each row; x and out f32 [m, d], w f32 [d] or None for all ones.
 
     The squares of each of `groups` equal parts of a row are summed apart, and the sums added in order: shards that have
     some of the parts each can exchange `square_sums`.
@@ -59,7 +59,10 @@ def rms_norm(x: F32, w: F32 | None, eps: float, out: F32, threads: int = 1, grou
 
 
 def layer_norm(x: F32, w: F32 | None, bias: F32 | None, eps: float, out: F32, threads: int = 1) -> None:
-    """out = w * (x - mean) / sqrt(variance + eps) + bias of each row; w and bias may be missing."""
+    """out = w * (x - mean) / sqrt(variance + eps) + bias of each row.
+
+    x and out are f32 [m, d], w and bias f32 [d]; w None is all ones, bias None all zeros.
+    """
     require_rows("x", x, dtype=np.float32)
     require_vector("w", w, x.shape[1])
     require_vector("bias", bias, x.shape[1])
@@ -98,7 +101,7 @@ def rope(x: F32, cos: F32, sin: F32, heads: int, hd: int, threads: int = 1, rota
 
 def activate(kind: Activation, gate: F32, up: F32 | None, out: F32, threads: int = 1, limit: float = 0.0,
              alpha: float = 1.702) -> None:  # fmt: skip
-    """out = f(gate) * up, or f(gate); `limit` and `alpha` are as in `Activation`."""
+    """out = f(gate) * up, or f(gate) without up; all f32 [m, d]; `limit` and `alpha` are as in `Activation`."""
     kind = require_activation(kind, up is not None, limit)
     require_rows("gate", gate, dtype=np.float32)
     if up is not None:
@@ -144,7 +147,7 @@ def _sigmoid_times(x: F32, factor: F32 | np.float32) -> F32:
 
 
 def softcap(x: F32, cap: float, threads: int = 1) -> None:
-    """x = cap * tanh(x / cap), in place."""
+    """x = cap * tanh(x / cap) in place, x f32 [m, d]."""
     require_rows("x", x, dtype=np.float32)
     require_cap(cap)
     with np.errstate(all="ignore"):

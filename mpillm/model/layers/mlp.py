@@ -146,7 +146,7 @@ class MlpSpec:
         )
 
     def output_bias(self, rank: Rank, layer: int) -> Floats | None:
-        """The bias of its output, which is added once all shards have been summed."""
+        """The bias [hidden] of its output, which is added once all shards have been summed."""
         if not self.bias:
             return None
         with rank.page(layer, DOWN) as page:
@@ -156,7 +156,7 @@ class MlpSpec:
     def in_steps(
         self, rank: Rank, page_of: Callable[[str], AbstractContextManager[Page]], h: Floats
     ) -> Floats:
-        """What this shard makes of normed rows h, one matrix after the other, each in use while it is multiplied."""
+        """What this shard makes of normed rows h, both f32 [m, hidden]; a matrix is in use only while it multiplies."""
         inputs = []
         for name in self.pages[:-1]:
             with page_of(name) as page:

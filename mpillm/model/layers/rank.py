@@ -55,7 +55,7 @@ class Rank:
         return bool(self.low_ranks) and any(Key(role, layer) in self.low_ranks for role in roles)
 
     def experts(self, layer: int, experts: NDArray[np.integer[Any]]) -> Any:
-        """The loaded pages of some experts of a layer, in ascending order, as many at a time as there are."""
+        """The loaded pages of the experts [n] of a layer, by ascending numbers, as many at a time as are in memory."""
         assert self.weights.experts is not None
         return self.weights.experts.ready_groups((self._first_expert[layer] + experts).tolist())
 
@@ -85,7 +85,7 @@ class Rank:
         kernels.compute(work, *args, 1 if small else self.threads)
 
     def normalise(self, x: Floats, norm: kernels.Norm | None) -> Floats:
-        """The norm of rows, as a new array; without one the rows themselves."""
+        """The norm of rows f32 [m, hidden], as a new array; without a norm the rows themselves."""
         if norm is None:
             return x
         out = np.empty(x.shape, np.float32)

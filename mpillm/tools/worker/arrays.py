@@ -35,11 +35,11 @@ class Arrays:
         return array.reshape(-1) if pointer.kind == RAW else array, size.type is BlockType.Q8_0
 
     def floats(self, index: int) -> Floats:
-        """A buffer of floats."""
+        """The buffer number `index`, f32 [z, y, x]."""
         return self.buffers[index]
 
     def positions(self, pipe: int, rows: int) -> NDArray[np.int64]:
-        """The positions of a step's rows."""
+        """The positions [rows] of a step's rows."""
         return self.pipes[pipe].reshape(-1)[:rows].astype(np.int64)
 
 
@@ -60,6 +60,7 @@ class OperationContext:
         )
 
     def config(self, layout: str) -> tuple[Any, ...]:
+        """The operation's own settings; `layout` is in struct's notation."""
         return struct.unpack_from(f"<{layout}", self.operation.config)
 
     @property
@@ -78,7 +79,7 @@ def from_q8_0(x: Array) -> Floats:
 
 
 def to_q8_0(x: Floats) -> Array:
-    """Rows of values as Q8_0 blocks."""
+    """Rows of values [.., n] as Q8_0 blocks uint8 [.., row bytes]."""
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     out = np.empty((len(flat), BlockType.Q8_0.row_bytes(x.shape[-1])), np.uint8)
     kernels.quantize(BlockType.Q8_0, flat, out)

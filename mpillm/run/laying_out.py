@@ -1,0 +1,148 @@
+"""Which ranks of the world get a place in the layout of a run, and which: all, unless it is faster without some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from mpillm.comm.world import World
+from mpillm.errors import JobError, LayoutError
+from mpillm.partition.replicas import Replicas
+from mpillm.planning import hosts, measure
+from mpillm.planning.estimate import demand_of, estimate, rank_seconds
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Chosen
+from mpillm.planning.machines import Machines
+from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.search import for_run
+from mpillm.planning.wire import shards_cross_hosts, with_wire
+from mpillm.run.origin import Origin
+from mpillm.spec import Spec
+from mpillm.weights.source import Source
+
+MEASURED = 10.0  # seconds from which on a job on several hosts is worth the two that measuring them takes
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A layout on some ranks of the world, and the machines of all of them."""
+
+    chosen: Chosen
+    machines: Machines
+    ranks: Sequence[int]  # that have a place in it
+    seconds: float = 0.0  # that the job takes, if that is known
+    left_out: str = ""  # a sentence on the hosts whose ranks have none, if any
+
+
+class LayoutChoice:
+    """How a job's model is laid out over the ranks of a world; `first` and `again` are collective."""
+
+    def __init__(
+        self,
+        world: World,
+        spec: Spec,
+        source: Source,
+        planner: Planner,
+        asked: InputNeeds,
+        shards: int | None,
+        replicated: bool,
+    ) -> None:
+        """`shards` is that of `Layouts`; there is one replica on all ranks unless `replicated`."""
+        self._world, self._spec, self._source, self._planner = world, spec, source, planner
+        self._asked, self._shards, self._replicated = asked, shards, replicated
+
+    def first(self, threads: int) -> LaidOut:
+        """The layout of a run that begins; the machines are measured with so many threads if that may decide it."""
+        world, spec = self._world, self._spec
+        if not self._replicated and spec.layout.replicas not in ("auto", 1):
+            raise JobError(
+                f"layout.replicas = {spec.layout.replicas} is for `mpillm run` alone; start one server for each "
+                "replica."
+            )
+
+        found = world.on_rank_0(lambda: self._search(spec, self._known_machines()))
+        if self._worth_measuring(found):
+            machines = measure.machines(world, self._source, threads)
+            found = world.on_rank_0(lambda: self._search(spec, machines))
+        return found
+
+    def again(self, origin: Origin) -> LaidOut:
+        """The layout of a run that goes on with other ranks or speeds: by the speeds of all ranks if they are known."""
+        world, spec = self._world, self._spec
+        nodes, speeds = world.nodes, world.gather(origin.speed)
+        machines = Machines(nodes.ranks_per_host, nodes.free, world.hosts)
+        known = [speed for speed in speeds if speed is not None]
+        if len(known) == world.size:
+            machines = replace(machines, speeds=known, measured=True)
+
+        def search() -> LaidOut:
+            jobs = [spec, _left_open(spec)]  # what the job says need not work with the ranks that are left
+            for job in jobs if machines.speeds and spec.wire.between_stages == "f32" else ():
+                with suppress(LayoutError):
+                    return self._search(job, machines)
+            replicas = origin.laid_out(world, spec.wire)
+            return LaidOut(Chosen(replicas, "ranks were lost"), machines, range(replicas[-1].ranks.stop))
+
+        found = world.on_rank_0(search)
+        return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
+
+    # On rank 0 alone.
+
+    def rank_seconds(self, machines: Machines, replicas: Replicas) -> list[float]:
+        """What `estimate.rank_seconds` says of replicas on these machines."""
+        plans = self._plans(machines, replicas)
+        return rank_seconds(self._planner.config, machines, replicas, plans, demand_of(self._asked))
+
+    def gain(self, machines: Machines, chosen: Chosen) -> float:
+        """How many times as fast the job would be on these machines with the best layout instead of `chosen`."""
+        spec, replicas = with_wire(self._spec, chosen.wire), chosen.replicas
+        plans, demand = self._plans(machines, replicas), demand_of(self._asked)
+        now = estimate(spec, self._planner.config, machines, replicas, plans, demand)
+        with suppress(LayoutError):
+            return now.seconds / self._search(spec, machines).seconds
+        return 1.0
+
+    def _plans(self, machines: Machines, replicas: Replicas) -> list[ReplicaPlan]:
+        return list(self._planner.replicas(self._spec, replicas, self._asked, machines.names))
+
+    def _known_machines(self) -> Machines:
+        """The machines, with speeds if the job names a file of them."""
+        nodes, file = self._world.nodes, self._spec.layout.hosts
+        machines = Machines(nodes.ranks_per_host, nodes.free, self._world.hosts)
+        if file == "auto":
+            return machines
+        known = hosts.read(Path(file), self._world.size)
+        return replace(machines, speeds=known.speeds, measured=known.measured)
+
+    def _search(self, spec: Spec, machines: Machines) -> LaidOut:
+        """The layout of a job on these machines."""
+        count = spec.layout.replicas if self._replicated else 1
+        layouts = Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
+        found, without, said = (
+            for_run(layouts, machines) if self._replicated else (layouts.choose(machines), [], "")
+        )
+        ranks = [rank for rank, host in enumerate(machines.host_of_rank) if host not in without]
+        return LaidOut(found.chosen, machines, ranks, found.time.seconds, said)
+
+    def _worth_measuring(self, found: LaidOut) -> bool:
+        """Whether speeds can change the layout or the wire, or the shares of replicas in a job that takes long."""
+        spec, given, replicas = self._spec, self._spec.layout, found.chosen.replicas
+        if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1:
+            return False
+        if spec.wire.activations == "auto" and shards_cross_hosts(found.machines, replicas):
+            return True
+        pipeline = any(replica.stages > 1 for replica in replicas)
+        left_open = "auto" in (given.replicas, given.stages, given.shards)
+        return self._replicated and left_open and (pipeline or found.seconds > MEASURED)
+
+
+def _left_open(spec: Spec) -> Spec:
+    """The job without a layout of its own."""
+    layout = msgspec.structs.replace(spec.layout, replicas="auto", stages="auto", shards="auto")
+    return msgspec.structs.replace(spec, layout=layout)
