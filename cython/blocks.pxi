@@ -10,7 +10,7 @@ def pack(int type, const uint8_t[:, :] canonical, long k, bounds, uint8_t[::1] o
     require_type(kind)
     if type == MK_BF12 and kind == MK_BF16:
         kind = type
-    if kind != type and (not mk_is_float(kind) or (type != MK_Q8_0 and type != MK_Q4_0)):
+    if kind != type and (mk_block(kind) > 1 or (type != MK_Q8_0 and type != MK_Q4_0)):
         raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {kind}")
     require("canonical", (n, mk_blocks(k, mk_block(kind)) * mk_block_bytes(kind)), (n, canonical.shape[1]))
     if canonical.shape[1] > 1 and canonical.strides[1] != 1:

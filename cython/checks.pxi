@@ -70,7 +70,7 @@ cdef long coded_bytes(const int32_t[::1] edges) noexcept:
 
 cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
     if mk_is_float(type):
-        return n * edges[edges.shape[0] - 1] * mk_block_bytes(type)
+        return n * count_blocks(edges, mk_block(type)) * mk_block_bytes(type)
     if mk_is_coded(type):
         return mk_blocks(n, MK_TILE) * coded_bytes(edges)
     return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)

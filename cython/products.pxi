@@ -19,7 +19,7 @@ cdef class Product:
             self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
         else:
             self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
-        if row_bytes and (not mk_is_float(type) or row_bytes < k * mk_block_bytes(type)):
+        if row_bytes and (not mk_is_float(type) or mk_block(type) > 1 or row_bytes < k * mk_block_bytes(type)):
             raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
 
     cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:

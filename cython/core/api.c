@@ -93,7 +93,7 @@ long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest
 
 /* Bytes of columns of W [n, .] as they are packed. */
 static long panel_bytes(int type, long n, long columns) {
-    if (mk_is_float(type)) return n * columns * mk_block_bytes(type);
+    if (mk_is_float(type)) return n * mk_row_bytes(type, columns);
     if (mk_is_coded(type)) return mk_blocks(n, MK_TILE) * mk_coded_bytes(columns);
     return mk_blocks(n, MK_TILE) * MK_TILE * mk_blocks(columns, mk_block(type)) * mk_packed_bytes(type);
 }

@@ -7,6 +7,8 @@
 #include "super.h"
 #include "vec_common.h"
 
+#include "body_scaled.h"
+
 #include "body_quant.h"
 
 #include "body_matmul.h"

@@ -5,7 +5,10 @@
  * a lane's chain begins at zero and takes columns 2 j + 1 and 2 j of 32 after 32, lane j + 8 is added to lane j, and that
  * to the sums so far, which are folded like the other types'.  So VDPBF16PS can form it, whose lanes are such chains, and
  * so can AMX's TDPBF16PS, which adds two chains of 16 to its sum (both: Intel's manual), and any fma, for a product of two
- * BF16 is exact. */
+ * BF16 is exact.
+ *
+ * In blocks with scales (body_scaled.h) a lane's chain begins at zero too, and at a block's end its scale times the chain is
+ * added to the sums so far, which one fma rounds. */
 
 /* w: `rows` (1..16) rows, `stride` bytes apart, and what follows so many bytes `ahead` (0: the rows after them); x: T
  * rows of columns in steps, as api.c's float_rows has made them, whose groups are x_stride bytes apart; sums [T]: lane r
@@ -84,12 +87,56 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
     for (int i = 0; i < R * T; i++) sums[i] = type == MK_BF16 ? vf_add(sums[i], vf_halves(acc[i])) : acc[i];
 }
 
+/* Columns of R rows of W in blocks with scales; sums [R][T] go on. */
+HOT void scaled_run(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
+                    long x_stride, long columns, vf *sums) {
+    const int block = mk_block(type), bytes = mk_block_bytes(type);
+    float scales[MAX_STREAMS][MK_TILE];
+    for (; columns > 0; columns -= block) {
+        const int steps = (int)mk_blocks(columns < block ? columns : block, MK_TILE);
+        vf acc[MAX_FLOAT_SUMS];
+        UNROLL
+        for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            scaled_parts(type, rows[r], scales[r]);
+            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(rows[r] + line + ahead);
+        }
+        for (int pair = 0; 2 * pair < steps; pair++)
+            UNROLL
+            for (int half = 0; half < 2; half++, x += 64 * GROUP(T)) {
+                vf numbers[MAX_STREAMS];
+                if (2 * pair + half == steps) break;
+                UNROLL
+                for (int r = 0; r < R; r++) numbers[r] = scaled_numbers(type, rows[r], scales[r], pair, half);
+                UNROLL
+                for (int t = 0; t < T; t++) {
+                    vf values = vf_load((const void *)ROW(T, t, x, x_stride, 64));
+                    if (R > 1) values = vf_keep(values);
+                    UNROLL
+                    for (int r = 0; r < R; r++) acc[r * T + t] = vf_fma(numbers[r], values, acc[r * T + t]);
+                }
+            }
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            const vf unit = vf_set1(scaled_unit(type, rows[r]));
+            UNROLL
+            for (int t = 0; t < T; t++) sums[r * T + t] = vf_fma(acc[r * T + t], unit, sums[r * T + t]);
+            rows[r] += bytes;
+        }
+    }
+}
+
 HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead,
                     const uint8_t *x, long x_stride, long columns, vf *sums) {
     const long piece = type == MK_BF16 ? MK_BF16_BLOCK : columns;
     const uint8_t *rows[MAX_STREAMS];
     UNROLL
     for (int r = 0; r < R; r++) rows[r] = w + r * stride;
+    if (mk_is_scaled(type)) {
+        scaled_run(type, R, T, rows, ahead, x, x_stride, columns, sums);
+        return;
+    }
     for (; columns > piece; columns -= piece, x += piece / 32 * BF16_STEP * GROUP(T))
         float_run(type, R, T, rows, ahead, x, x_stride, piece, sums);
     float_run(type, R, T, rows, ahead, x, x_stride, columns, sums);
@@ -97,14 +144,14 @@ HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, 
 
 HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead, int rows,
                     const uint8_t *x, long x_stride, long columns, vf *sums) {
-    const int step = mk_float_step(type), bytes = mk_block_bytes(type);
+    const int step = mk_float_step(type);
     const long depth = T < MK_GROUP ? columns : DEPTH; /* few rows of x: those of W should be read to their ends */
     vf acc[MK_TILE * FLOAT_ROWS];
     if (!ahead) ahead = R * stride;
     for (int i = 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
     for (long begin = 0; begin < columns; begin += depth) {
         const long count = columns - begin < depth ? columns - begin : depth;
-        const uint8_t *from = w + begin * bytes;
+        const uint8_t *from = w + mk_row_bytes(type, begin);
         int row = 0;
         for (; row + R <= rows; row += R)
             float_rows(type, R, T, from + row * stride, stride, ahead, x, x_stride, count, acc + row * T);
@@ -130,6 +177,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define FLOAT_TILES(type) \
     MORE_FLOATS(type) FLOAT_TILE(type, 4) FLOAT_TILE(type, 3) FLOAT_TILE(type, 2) FLOAT_TILE(type, 1)
 #define FLOAT_TILES_FLOAT(type) FLOAT_TILES(type)
+#define FLOAT_TILES_SCALED(type) FLOAT_TILES(type)
 #define FLOAT_TILES_PLAIN(type)
 #define FLOAT_TILES_SUPER(type)
 #define FLOAT_TILES_CODED(type)
@@ -137,6 +185,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 MK_BLOCK_TYPES(FLOAT_TILES_OF)
 
 #define FLOAT_ROW_FLOAT(type) [type] = {MORE_FLOAT_FUNCTIONS(type) type##_4, type##_3, type##_2, type##_1},
+#define FLOAT_ROW_SCALED(type) FLOAT_ROW_FLOAT(type)
 #define FLOAT_ROW_PLAIN(type)
 #define FLOAT_ROW_SUPER(type)
 #define FLOAT_ROW_CODED(type)

@@ -253,6 +253,7 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define TILES(kind, type) \
     MORE_TILES(kind, type) BOTH(kind, type, 4) BOTH(kind, type, 3) BOTH(kind, type, 2) BOTH(kind, type, 1)
 #define TILES_FLOAT(type)
+#define TILES_SCALED(type)
 #define TILES_PLAIN(type) TILES(quantised, type)
 #define TILES_SUPER(type) TILES(super, type)
 #define TILES_CODED(type)
@@ -264,6 +265,7 @@ enum { SHAPES = sizeof ROWS / sizeof *ROWS, FIRST_FLOATS = VEC_ROWS > 8 /* of fl
 #define FUNCTIONS(type, name) \
     [type] = {MORE_FUNCTIONS(type) type##_##name##_4, type##_##name##_3, type##_##name##_2, type##_##name##_1},
 #define FUNCTIONS_FLOAT(type, name)
+#define FUNCTIONS_SCALED(type, name)
 #define FUNCTIONS_PLAIN(type, name) FUNCTIONS(type, name)
 #define FUNCTIONS_SUPER(type, name) FUNCTIONS(type, name)
 #define FUNCTIONS_CODED(type, name)
@@ -300,7 +302,7 @@ static int side_by_side(const mk_matmul_job *job) { return job->row_bytes && job
 static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
     const int type = job->type;
     const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
-    const long stride = job->row_bytes ? job->row_bytes : columns * mk_block_bytes(type);
+    const long stride = job->row_bytes ? job->row_bytes : mk_row_bytes(type, columns);
     const unsigned mode = type == MK_BF16 ? mk_flush_denormals() : 0;
     long ahead = 0;
     if (side_by_side(job)) /* the next panel, or the next tile's first one */

@@ -147,6 +147,15 @@ static void dequantise_super(int type, const uint8_t *in, float *values) {
     }
 }
 
+static void dequantise_scaled(int type, const uint8_t *in, float *values) {
+    float scales[MK_TILE];
+    const vf unit = vf_set1(scaled_unit(type, in));
+    scaled_parts(type, in, scales);
+    for (int pair = 0; pair < mk_block(type) / MK_BLOCK; pair++)
+        for (int half = 0; half < 2; half++, values += MK_TILE)
+            vf_store(values, vf_mul(unit, scaled_numbers(type, in, scales, pair, half)));
+}
+
 static void dequantize(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
     long row_bytes = mk_blocks(job->k, mk_block(job->type)) * mk_block_bytes(job->type);
@@ -155,6 +164,13 @@ static void dequantize(const void *argument, long begin, long end) {
         float *out = job->values + row * job->stride;
         if (job->type == MK_F32) {
             memcpy(out, in, (size_t)row_bytes);
+        } else if (mk_is_scaled(job->type)) {
+            const int block = mk_block(job->type);
+            float values[128];
+            for (long i = 0; i < job->k; i += block, in += mk_block_bytes(job->type)) {
+                dequantise_scaled(job->type, in, values);
+                memcpy(out + i, values, (size_t)(job->k - i < block ? job->k - i : block) * sizeof *values);
+            }
         } else if (!mk_is_quantised(job->type)) {
             for (long i = 0; i < job->k; i += MK_TILE) {
                 uint16_t half[MK_TILE] = {0};

@@ -12,7 +12,8 @@
 /* Block types, in the order of their numbers: X(name, kind, values of a block, bytes of a block in ggml's form, bytes of
  * a block in a tile, F16 numbers of a block, bits of a value). The bits are 0 where values are looked up in a grid.
  *
- * The kind decides how a type is packed and which product it has. FLOAT rows stay as they are (body_float.h). A PLAIN
+ * The kind decides how a type is packed and which product it has. FLOAT rows stay as they are (body_float.h), and so do
+ * the rows of SCALED blocks: codes that stand for floats, behind the F32 scale of all of them (body_scaled.h). A PLAIN
  * block is its F16 numbers, or the byte of an exponent if it has none, and then its values (quantised_tile in
  * body_matmul.h). SUPER blocks are K-quants (super.h, and super_tile in body_matmul.h). CODED rows are BF16 in files, and
  * come out of a tile with the same bits (coded.h).
@@ -41,10 +42,13 @@
     X(IQ2_S, SUPER, 256, 82, 82, 1, 0)    \
     X(IQ2_XS, SUPER, 256, 74, 74, 1, 0)   \
     X(IQ2_XXS, SUPER, 256, 66, 66, 1, 0)  \
-    X(BF12, CODED, 1, 2, 2, 0, 12)
+    X(BF12, CODED, 1, 2, 2, 0, 12)        \
+    X(FP8, SCALED, 128, 132, 132, 0, 8)   \
+    X(NVFP4, SCALED, 128, 76, 76, 0, 4)   \
+    X(NF4, SCALED, 64, 36, 36, 0, 4)
 #define MK_TYPE(name, ...) MK_##name,
 enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
-enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER, MK_KIND_CODED };
+enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER, MK_KIND_CODED, MK_KIND_SCALED };
 enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
@@ -83,7 +87,9 @@ MK_TRAIT(mk_packed_bytes, MK_PACKED_OF) /* of a block in a tile, where 6-bit sca
 MK_TRAIT(mk_f16s, MK_F16S_OF)
 MK_TRAIT(mk_bits, MK_BITS_OF)
 
-static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT; }
+static inline int mk_is_scaled(int type) { return mk_kind(type) == MK_KIND_SCALED; }
+/* Whether products take rows of W one by one, and x as floats. */
+static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT || mk_is_scaled(type); }
 static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }
 static inline int mk_is_coded(int type) { return mk_kind(type) == MK_KIND_CODED; }
 /* Whether products take activations in blocks (mk_quantize_rows), else as floats (mk_float_rows). */
@@ -102,10 +108,20 @@ static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(
 static inline int mk_is_bf16(int type) { return type == MK_BF16 || type == MK_BF12; }
 static inline int mk_float_step(int type) { return mk_is_bf16(type) ? 32 : 16; }
 
+/* The 16 numbers of bitsandbytes' nf4, X(value). */
+#define MK_NF4_VALUES(X)                                                                                              \
+    X(-1.0f) X(-0.6961928009986877f) X(-0.5250730514526367f) X(-0.39491748809814453f) X(-0.28444138169288635f)       \
+    X(-0.18477343022823334f) X(-0.09105003625154495f) X(0.0f) X(0.07958029955625534f) X(0.16093020141124725f)        \
+    X(0.24611230194568634f) X(0.33791524171829224f) X(0.44070982933044434f) X(0.5626170039176941f)                   \
+    X(0.7229568362236023f) X(1.0f)
+
 /* Bytes of one head's keys, or values, in a block: with Q8_0 first the scales, [hd / 32][token], then the integers. */
 static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK_F32 ? 128 : type == MK_F16 ? 64 : 34); }
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
+
+/* Bytes of so many columns of a row in ggml's form. */
+static inline long mk_row_bytes(int type, long columns) { return mk_blocks(columns, mk_block(type)) * mk_block_bytes(type); }
 
 /* A tile of a CODED type: blocks of 256 columns, each a head and 16 rows of steps of 32 columns (coded.h). */
 enum { MK_CODED_HEAD = 48, MK_CODED_STEP = 768 /* bytes */ };

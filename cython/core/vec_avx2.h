@@ -29,6 +29,17 @@ MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
            _mm256_cvtepi32_ps(cvt(_mm_loadl_epi64((const void *)((p) + 8)))) }
 MK_INLINE vf vf_load_u8(const uint8_t *p) { return YMM_BYTES(_mm256_cvtepu8_epi32, p); }
 MK_INLINE vf vf_load_i8(const uint8_t *p) { return YMM_BYTES(_mm256_cvtepi8_epi32, p); }
+#define VEC_LOOKUP
+MK_INLINE __m256 ymm_lookup(__m256 low, __m256 high, const uint8_t *p, const int shift) { /* bit 3 says which half */
+    __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28 - shift));
+    if (shift) at = _mm256_srli_epi32(at, shift);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at), upper);
+}
+MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) {
+    const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    return (vf){ymm_lookup(low, high, p, shift), ymm_lookup(low, high, p + 8, shift)};
+}
 #define YMM_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(ymm_load(p)), 16))
 MK_INLINE vf vf_load_bf16(const uint16_t *p) { return (vf){YMM_BF16(p), YMM_BF16(p + 8)}; }
 MK_INLINE __m256 ymm_even(const uint16_t *p) { /* of 16 BF16 */

@@ -44,6 +44,11 @@ MK_INLINE vf vf_load_u8(const uint8_t *p) {
 MK_INLINE vf vf_load_i8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
+#define VEC_LOOKUP
+MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) { /* the lowest four bits count */
+    __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+    return _mm512_permutexvar_ps(shift ? _mm512_srli_epi32(at, 4) : at, _mm512_loadu_ps(table));
+}
 MK_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));

@@ -19,6 +19,14 @@ static inline void vf_store_part(float *p, vf a, long count) {
     memcpy(p, lanes, (size_t)count * sizeof *lanes);
 }
 
+#ifndef VEC_LOOKUP /* of 16 bytes the halves from bit `shift` on (0, 4) as places in a table of 16 */
+MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) {
+    float found[MK_TILE];
+    for (int j = 0; j < MK_TILE; j++) found[j] = table[p[j] >> shift & 15];
+    return vf_load(found);
+}
+#endif
+
 /* Of 16 bytes what mk_from_e8m0 makes of each, in two factors for the denormals. */
 MK_INLINE vf vf_load_e8m0(const uint8_t *p) {
     vi e = vi_sub(vi_trunc(vf_load_u8(p)), vi_set1(128)), half = vi_half(e);

@@ -38,6 +38,21 @@ MK_INLINE vf vf_load_i8(const uint8_t *p) {
     return (vf){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo))), vcvtq_f32_s32(vmovl_high_s16(lo)),
                  vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi))), vcvtq_f32_s32(vmovl_high_s16(hi))}};
 }
+#define VEC_LOOKUP
+MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) { /* of a number its four bytes */
+    const uint8_t *bytes = (const uint8_t *)table;
+    const uint8x16x4_t all = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+    const uint8x16_t four = vreinterpretq_u8_u32(vdupq_n_u32(0x03020100u));
+    const uint8x16_t each = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    uint8x16_t at = vld1q_u8(p);
+    at = vshlq_n_u8(shift ? vshrq_n_u8(at, 4) : vandq_u8(at, vdupq_n_u8(15)), 2);
+    vf found;
+    QUARTERS {
+        uint8x16_t own = vqtbl1q_u8(at, vaddq_u8(each, vdupq_n_u8((uint8_t)(4 * j))));
+        found.q[j] = vreinterpretq_f32_u8(vqtbl4q_u8(all, vaddq_u8(own, four)));
+    }
+    return found;
+}
 MK_INLINE void vf_store(float *p, vf a) { QUARTERS vst1q_f32(p + 4 * j, a.q[j]); }
 MK_INLINE void vf_store_f16(uint16_t *p, vf a) {
     QUARTERS vst1_u16(p + 4 * j, vreinterpret_u16_f16(vcvt_f16_f32(a.q[j])));

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.bench.machine import seconds
-from mpillm.bench.random_blocks import random_blocks
+from mpillm.bench.random_blocks import random_blocks, random_scaled
 from mpillm.bench.result import Kernel, Machine
 from mpillm.kernels import KV_BLOCK, BlockType
 
@@ -112,13 +112,16 @@ def _time(case: Case, threads: int, repeats: int) -> float:
     return min(seconds(timing) for _ in range(repeats * TIMINGS)) / calls
 
 
+def _random(kind: BlockType, k: int) -> NDArray[np.uint8]:
+    """Blocks of a matrix with rows of k values."""
+    return random_scaled(kind) if kind.scaled else random_blocks(GGMLQuantizationType[kind.name], k)
+
+
 def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: int) -> Case:
     bounds = np.array([0, k], np.int32)
     one = kernels.packed_nbytes(kind, n, k, bounds)
     copies = min(MOST_COPIES, -(-MATRIX_BYTES // one)) if m == 1 else 1
-    canonical = np.resize(
-        random_blocks(GGMLQuantizationType[kind.multiplied_as.name], k), (n, kind.row_bytes(k))
-    )
+    canonical = np.resize(_random(kind, k), (n, kind.row_bytes(k)))
     packed = np.empty(one, np.uint8)
     kernels.pack(kind, canonical, k, bounds, packed)
     weights = [packed, *(packed.copy() for _ in range(copies - 1))]

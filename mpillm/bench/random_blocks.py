@@ -7,6 +7,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from mpillm.kernels.scaled_blocks import BLOCKS
+from mpillm.kernels.types import BlockType
+
 POOL_BLOCKS = 99_991  # a prime, so that rows never begin where an earlier one did: no two are the same
 DECAYS = -1  # stands for the columns of the rates of recurrent layers
 
@@ -33,6 +36,16 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
     for offset, size in _SCALES[kind].items():
         blocks[:, offset : offset + 2] = (size * scale).astype(np.float16).view(np.uint8).reshape(-1, 2)
     return blocks
+
+
+def random_scaled(kind: BlockType) -> NDArray[np.uint8]:
+    """Blocks of a type that no GGUF file has, uint8 [POOL_BLOCKS, block bytes]."""
+    random = np.random.default_rng(int(kind))
+    blocks = np.empty(POOL_BLOCKS, BLOCKS[kind])
+    for name in blocks.dtype.names or ():
+        blocks[name] = random.integers(0, 256, blocks[name].shape)
+    blocks["d"] = random.uniform(0.7, 1.3, POOL_BLOCKS)
+    return blocks.view(np.uint8).reshape(POOL_BLOCKS, -1)
 
 
 # The offsets of float16 scales in ggml's structs (ggml-common.h), and the factor that makes the standard deviation of

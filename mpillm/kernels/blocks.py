@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpillm.kernels import super_blocks
+from mpillm.kernels import scaled_blocks, super_blocks
 from mpillm.kernels.coded import code_panel
 from mpillm.kernels.lanes import fma
 from mpillm.kernels.types import (
@@ -47,6 +47,7 @@ PACKED = {
         [("d", "<f2", TILE_ROWS), ("m", "<f2", TILE_ROWS), ("q", "u1", (5, TILE_ROWS, 4))]
     ),
     **super_blocks.PACKED,
+    **scaled_blocks.BLOCKS,
 }
 CANONICAL = {
     BlockType.Q8_0: np.dtype([("d", "<f2"), ("q", "u1", 32)]),
@@ -57,6 +58,7 @@ CANONICAL = {
     BlockType.Q5_0: np.dtype([("d", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
     BlockType.Q5_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
     **super_blocks.CANONICAL,
+    **scaled_blocks.BLOCKS,
 }
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # doubled
 
@@ -193,6 +195,10 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
     blocks = canonical.view(CANONICAL[type])
     if type.k_quant:
         return super_blocks.decode_super(type, blocks).reshape(len(canonical), -1)
+    if type.scaled:
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = scaled_blocks.units(type, blocks)[..., None] * scaled_blocks.numbers(type, blocks)
+        return values.reshape(len(canonical), -1)[:, :k]
     with np.errstate(invalid="ignore", over="ignore"):
         d, q = plain_scales(type, blocks)[..., None], plain_integers(type, blocks["q"], fifth_bits(blocks))
         values = d * q
@@ -207,7 +213,7 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
         rows = np.ascontiguousarray(canonical).view("<u2")
         return [code_panel(rows[:, begin:end]) for begin, end in itertools.pairwise(bounds)]
     if not type.quantised:
-        edges = bounds * type.block_bytes
+        edges = -(-bounds // type.block) * type.block_bytes
         return [canonical[:, begin:end].reshape(-1) for begin, end in itertools.pairwise(edges)]
     n = len(canonical)
     tiles = -(-n // TILE_ROWS)

@@ -52,7 +52,7 @@ def require_weights(
 ) -> npt.NDArray[np.int64]:
     """Check the packed bytes of W [n, k], or its rows `row_bytes` apart; return the checked bounds."""
     edges = check_bounds(bounds, k, type.block)
-    if row_bytes and (type.quantised or type.coded or row_bytes < k * type.block_bytes):
+    if row_bytes and (type.block > 1 or type.coded or row_bytes < k * type.block_bytes):
         raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
     nbytes = strided_nbytes(type, n, k, row_bytes) if row_bytes else packed_nbytes(type, n, k, edges)
     require("w", w, (nbytes,), np.uint8)

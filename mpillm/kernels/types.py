@@ -36,7 +36,7 @@ KV_BLOCK = 32  # tokens of one block of the KV cache
 
 
 class BlockType(IntEnum):
-    """How the elements of a matrix are stored; the layouts are ggml's."""
+    """How the elements of a matrix are stored; the layouts are ggml's, but for FP8, NVFP4 and NF4 (`scaled_blocks`)."""
 
     F32 = 0
     F16 = 1
@@ -60,11 +60,19 @@ class BlockType(IntEnum):
     IQ2_XS = 19
     IQ2_XXS = 20
     BF12 = 21  # BF16 with the same bits in three quarters of the bytes; `canonical` rows are those of BF16
+    FP8 = 22
+    NVFP4 = 23
+    NF4 = 24
 
     @property
     def quantised(self) -> bool:
-        """True for types whose values share scales."""
+        """True for types whose rows are interleaved, and whose products round activations to Q8_0."""
         return TRAITS[self].kind in ("plain", "super")
+
+    @property
+    def scaled(self) -> bool:
+        """True for types of codes that stand for floats, whose blocks have a scale in float32."""
+        return TRAITS[self].kind == "scaled"
 
     @property
     def k_quant(self) -> bool:
@@ -83,7 +91,7 @@ class BlockType(IntEnum):
 
     @property
     def block(self) -> int:
-        """Values in one block: 256, 32 or 1. Columns are cut between blocks."""
+        """Values in one block: 256, 128, 64, 32 or 1. Columns are cut between blocks."""
         return TRAITS[self].values
 
     @property
@@ -104,7 +112,7 @@ class BlockType(IntEnum):
 class Traits(NamedTuple):
     """What follows from a block type; the compiled kernels have the same table, MK_BLOCK_TYPES in core/kernels.h."""
 
-    kind: Literal["float", "plain", "super", "coded"]  # how it is packed and multiplied
+    kind: Literal["float", "plain", "super", "coded", "scaled"]  # how it is packed and multiplied
     values: int  # of a block
     bytes: int  # of a block in ggml's form
     packed: int  # of a block in a tile; of coded rows `coded_nbytes` has them
@@ -133,6 +141,9 @@ TRAITS = {
     BlockType.IQ2_XS: Traits("super", SUPER_BLOCK, 74, 74),
     BlockType.IQ2_XXS: Traits("super", SUPER_BLOCK, 66, 66),
     BlockType.BF12: Traits("coded", 1, 2, 2),
+    BlockType.FP8: Traits("scaled", 128, 132, 132),
+    BlockType.NVFP4: Traits("scaled", 128, 76, 76),
+    BlockType.NF4: Traits("scaled", 64, 36, 36),
 }
 
 
@@ -176,9 +187,9 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
     edges = check_bounds(bounds, k, type.block)
     if type.coded:
         return -(-n // TILE_ROWS) * sum(coded_nbytes(width) for width in np.diff(edges).tolist())
-    if not type.quantised:
-        return n * k * type.packed_bytes
     blocks = int((-(-np.diff(edges) // type.block)).sum())
+    if not type.quantised:
+        return n * blocks * type.packed_bytes
     return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.packed_bytes
 
 
@@ -189,7 +200,7 @@ def coded_nbytes(k: int) -> int:
 
 def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
     """Bytes from the first of n rows of k floats to the end of the last one, if they lie so far apart."""
-    return (n - 1) * row_bytes + k * type.block_bytes if n else 0
+    return (n - 1) * row_bytes + type.row_bytes(k) if n else 0
 
 
 def delta_floats(heads: int, dk: int, dv: int) -> int:

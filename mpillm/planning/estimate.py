@@ -222,6 +222,26 @@ def stage_layers_by_speed(
     return found if too_many or slowest * UNEVEN < max(whole) else None
 
 
+def replica_shares(
+    spec: Spec,
+    config: ModelConfig,
+    machines: Machines,
+    replicas: Sequence[Replica],
+    plans: Sequence[ReplicaPlan],
+    given: Demand | None,
+) -> list[float]:
+    """The part of the requests that each replica should compute, by its speed; equal ones if speeds are not known."""
+    if not machines.speeds or len(replicas) == 1:
+        return [1 / len(replicas)] * len(replicas)
+    demand, part = given or TYPICAL, 1 / len(replicas)
+    own = Demand(max(round(part * demand.requests), 1), part * demand.prompt, part * demand.generated)
+    rates = [
+        1 / estimate(spec, config, machines, [replica], [plan], own).seconds
+        for replica, plan in zip(replicas, plans, strict=True)
+    ]
+    return [rate / sum(rates) for rate in rates]
+
+
 def rank_seconds(
     config: ModelConfig,
     machines: Machines,

@@ -1,12 +1,13 @@
 """How replicas share a job: rank 0 hands out lines and journals what comes back, the other leaders compute.
 
 A leader asks for lines when its scheduler has room for more, and sends the records of its answers after each step.
-Rank 0 looks for messages between its own steps. A replica never holds more than its share of all lines that are not
-answered yet, so that at the end none of them waits while another one has a queue.
+Rank 0 looks for messages between its own steps. A replica never holds more than its share (by its speed, if that is
+known) of all lines that are not answered yet, so that at the end none of them waits while another one has a queue.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from collections import deque
@@ -33,6 +34,7 @@ from mpillm.weights.identity import ModelChangedError
 FEW, MANY = 4, 256  # lines that a leader asks for: at first, and at most
 TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though nothing is finished
 LOOK_EVERY = 0.5  # seconds between two looks at other things while nothing is computed
+EXACT = 1e-6  # what sums of shares may be off
 PARTING = 1.5  # seconds in which leaders must send what they have after an error, before all ranks are ended
 
 AnswerRecord = Result | PartialResult
@@ -96,6 +98,8 @@ class Dispatcher:
         self._lines, self._waiting = lines, count
         self._assigned, self._keep, self._busy = assigned, keep, busy
         self._leaders = [replica.first for replica in session.replicas]
+        shares = session.choice.shares(session.machines, session.chosen)
+        self._shares = dict(zip(self._leaders, shares, strict=True))
         self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
         self._wanted = dict.fromkeys(self._leaders[1:], 0)
         self._totals: dict[int, Totals] = {}
@@ -194,9 +198,10 @@ class Dispatcher:
         return next(self._lines)
 
     def _room(self, leader: int) -> int:
-        """How many of the waiting lines a replica may take now."""
-        unanswered = self._waiting + sum(self._held.values())
-        share = -(-unanswered // len(self._leaders))
+        """How many of the waiting lines a replica may take now; a slow one does not take the last ones."""
+        unanswered, own = self._waiting + sum(self._held.values()), self._shares[leader]
+        slow = own * len(self._leaders) < 1 - EXACT
+        share = round(unanswered * own) if slow else math.ceil(unanswered * own - EXACT)
         return min(max(share - self._held[leader], 0), self._waiting)
 
 

@@ -13,7 +13,7 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError, LayoutError
 from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure
-from mpillm.planning.estimate import demand_of, estimate, rank_seconds
+from mpillm.planning.estimate import demand_of, estimate, rank_seconds, replica_shares
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
@@ -98,6 +98,12 @@ class LayoutChoice:
         """What `estimate.rank_seconds` says of replicas on these machines."""
         plans = self._plans(machines, replicas)
         return rank_seconds(self._planner.config, machines, replicas, plans, demand_of(self._asked))
+
+    def shares(self, machines: Machines, chosen: Chosen) -> list[float]:
+        """What `estimate.replica_shares` says of the replicas of a layout on these machines."""
+        plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
+        demand = demand_of(self._asked)
+        return replica_shares(spec, self._planner.config, machines, chosen.replicas, plans, demand)
 
     def gain(self, machines: Machines, chosen: Chosen) -> float:
         """How many times as fast the job would be on these machines with the best layout instead of `chosen`."""

@@ -85,7 +85,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     regex: str | None = None
     choice: Annotated[list[Word], Meta(min_length=1)] | None = None
     grammar: str | None = None
-    json_object: Literal[True] | None = None
+    json_object: bool | None = None
     structural_tag: StructuralTags | str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mpillm.errors import ModelError
 from mpillm.text.gguf_fields import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, TokenizerFields, plain
-from mpillm.text.gguf_splits import SPLIT_OF, SPLITS, WHOLE_WORDS
+from mpillm.text.gguf_splits import BEGIN, SPLIT_OF, SPLITS, WHOLE_WORDS
 from mpillm.text.gguf_words import put_around, unigrams, word_pieces
 from mpillm.text.parts import END_NAMES, TokenizerParts, checked
 
@@ -142,7 +142,7 @@ def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     core.decoder = decoders.ByteLevel()
-    return core, whole_words
+    return core, pre in BEGIN
 
 
 def _merges(ggml: TokenizerFields) -> list[tuple[str, str]]:

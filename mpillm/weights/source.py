@@ -145,11 +145,12 @@ def head_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]
 def column_unit(source: Source) -> int:
     """The granularity of column cuts: the `block` of `grid.axis`.
 
-    256 if a matrix that is cut by columns is delivered as K-quants, 32 if any other one is quantised (activations are,
-    32 at a time), else 1.
+    The largest block of a matrix that is cut by columns, such as 256 of K-quants; 32 if any other one is quantised
+    (activations are, 32 at a time), else 1.
     """
     unit = 1
     for key, info in source.tensors.items():
-        if ROLES[key.role].quantisable and info.type.quantised:
-            unit = max(unit, info.type.block if ROLES[key.role].by_columns else QUANT_BLOCK)
+        if ROLES[key.role].quantisable:
+            rounded = QUANT_BLOCK if info.type.quantised else 1
+            unit = max(unit, info.type.block if ROLES[key.role].by_columns else rounded)
     return unit

@@ -393,6 +393,20 @@ def test_structural_tags(tmp_path: Path) -> None:
     ]
 
 
+def test_values_that_ask_for_nothing_stand_beside_others(model: Model, tmp_path: Path) -> None:
+    free = {
+        "response_format": {"type": "text"},
+        "structured_outputs": {"json_object": False, "choice": ["yes"]},
+    }
+    assert Asked(COMPLETIONS, free, "", WITH_TEXT, tmp_path).obeys("yes")
+    assert not Asked(COMPLETIONS, free, "", WITH_TEXT, tmp_path).obeys("no")
+    overrides = ("sampling.structured_outputs.choice=['yes']",)
+    (work,) = works(tmp_path, {"prompt": "a", "response_format": {"type": "text"}}, overrides=overrides)
+    assert work.requests[0].constraint is None
+    one = Asked(RERANK, {"documents": "a ship"}, "", classifying(model, 1), tmp_path)
+    assert [item["document"]["text"] for item in one.pooled()["results"]] == ["a ship"]
+
+
 def test_options_of_schemas(tmp_path: Path) -> None:
     nested = {"type": "object", "properties": {"properties": SCHEMA}, "required": ["properties"]}
     found = [

@@ -52,6 +52,7 @@ AFTER_THE_END = (
 )
 DEADLINE = 2.0  # MPILLM_DEADLINE of the disturbed runs; while ranks start it is six times that
 WITH_ULFM = 4.0  # the same, where stopped ranks are to be seen and killed before
+CROWD = 4  # processes that want a core, from which on a rank's silence is stretched
 WEIGHTS = 0.8  # of a rank's share of the weights that the variation with less memory may keep
 KV_BLOCKS = 24  # of the variation with a small KV cache: sequences give way
 ULFM = 0.15  # so many starts are made so that ranks may die in them
@@ -271,7 +272,7 @@ class Chaos:
         words = [*self._launcher(stages * shards, on_hosts, ulfm), sys.executable]
         settings = [*asked.words(), *self._settings(job, stages, shards)]
         words += command(asked.source, job.output, *settings, model=job.model)
-        env = self._mpi.environment(MPILLM_DEADLINE=str(WITH_ULFM if ulfm else deadline))
+        env = self._mpi.environment(MPILLM_DEADLINE=f"{_stretched(WITH_ULFM if ulfm else deadline):.1f}")
         if on_hosts and self._hosts:
             kept = ("HOME", "PATH", "PYTHONPATH", "MPILLM_DEADLINE", *self._mpi.env)
             words = self._hosts.on_first(words, {name: env[name] for name in kept})
@@ -520,6 +521,11 @@ def _sizes(model: Path, stages: int, shards: int) -> tuple[int, int]:
     ranks = plan.make(job, stages * shards).ranks
     weights = max(max(int(WEIGHTS * rank.weights_share), rank.weights_minimum) for rank in ranks)
     return weights, KV_BLOCKS * KV_BLOCK * max(rank.kv_token for rank in ranks)
+
+
+def _stretched(deadline: float) -> float:
+    """The deadline for as many processes as want each core now: where they are many, a rank may be silent for long."""
+    return deadline * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)) / CROWD)
 
 
 def _signalled(do: Callable[[Start], object]) -> Kind:

@@ -138,7 +138,9 @@ def _main_keys(draw: Draw, endpoint: type[Endpoint]) -> tuple[str, ...]:
         case "/v1/multiple_choice":
             return "choices", draw.one(("prompt", "messages"))
         case "/v1/score":
-            return draw.one((("text_1", "text_2"), ("queries", "documents")))
+            return draw.one(
+                (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+            )
         case "/v1/rerank":
             return "query", "documents"
         case _:

@@ -151,6 +151,17 @@ def tool_calls(draw: Draw) -> list[Any]:
     ]
 
 
+def _tags(draw: Draw) -> Any:
+    triggers = draw.one((["<f="], ["<", "<f="], ["</s>"], ["a", "b"]))
+    begins = [draw.one((*triggers, "c")) + draw.one(("x>", "", "</s>")) for _ in range(1 + draw.below(3))]
+    return {
+        "structures": [
+            {"begin": begin, "schema": schema(draw), "end": draw.one(("</f>", ""))} for begin in begins
+        ],
+        "triggers": triggers,
+    }
+
+
 def _response_format(draw: Draw) -> Any:
     held = {"name": "n", "schema": schema(draw), **({"strict": draw.often(50)} if draw.often(30) else {})}
     return draw.one(
@@ -159,6 +170,7 @@ def _response_format(draw: Draw) -> Any:
             {"type": "json_object"},
             {"type": "json_schema", "json_schema": held},
             {"type": "json_schema"},
+            {"type": "structural_tag", **_tags(draw)},
         )
     )
 
@@ -169,10 +181,15 @@ def _structured_outputs(draw: Draw) -> Any:
         "regex": draw.one((*REGEXES, *BAD_REGEXES)),
         "choice": draw.one(CHOICES),
         "grammar": draw.one((*GRAMMARS, *BAD_GRAMMARS)),
-        "json_object": True,
+        "json_object": draw.often(80),
+        "structural_tag": _tags(draw),
     }
     names = [draw.one(list(kinds)) for _ in range(1 if draw.often(90) else 2)]
-    more = {"disable_any_whitespace": True} if draw.often(20) else {}
+    options = {
+        "whitespace_pattern": draw.one((*REGEXES, *BAD_REGEXES)),
+        "disable_additional_properties": True,
+    }
+    more = {"disable_any_whitespace": True} if draw.often(20) else options if draw.often(20) else {}
     return {name: kinds[name] for name in names} | more
 
 
@@ -228,6 +245,7 @@ FIELDS: dict[str, Callable[[Draw], Any]] = {
     "guided_grammar": _one_of(*GRAMMARS, bad=BAD_GRAMMARS),
     "prompt_logprobs": _one_of(0, 1, 3, 20, 1000),
     "truncate_prompt_tokens": _one_of(-1, 1, 5, 100, 2**31 - 1, bad=(0,)),
+    "truncation_side": _one_of("left", "right", bad=("top",)),
     "add_special_tokens": FLAG,
     "return_token_ids": FLAG,
     "return_tokens_as_token_ids": FLAG,
@@ -263,4 +281,7 @@ FIELDS: dict[str, Callable[[Draw], Any]] = {
     "queries": TEXTS,
     "text_1": TEXTS,
     "text_2": TEXTS,
+    "items": TEXTS,
+    "data_1": TEXTS,
+    "data_2": TEXTS,
 }

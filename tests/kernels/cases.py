@@ -11,6 +11,7 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.kernels import Activation, BlockType
+from mpillm.kernels.scaled_blocks import BLOCKS
 
 Array = np.ndarray[Any, Any]
 KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0)
@@ -230,6 +231,14 @@ SCALES_AT = {  # of a block of 256 values
 
 def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Array:
     """Rows of any type with all kinds of bits, scales of about 1."""
+    if type.scaled:
+        blocks = np.empty((n, -(-k // type.block)), BLOCKS[type])
+        for name in blocks.dtype.names:
+            blocks[name] = rng.integers(0, 256, blocks[name].shape)
+        blocks["d"] = rng.standard_normal(blocks["d"].shape)
+        if n >= 5:
+            blocks["d"][1:5, 0] = 0, 1e-40, 1e30, rng.choice([np.nan, np.inf])
+        return blocks.view(np.uint8)
     if not type.quantised:
         x = values(rng, n, k)
         if type == BlockType.F32:

@@ -48,7 +48,7 @@ static void product(void) {
         units += mk_blocks(bounds[p + 1] - bounds[p], MK_BLOCK);
         coded += mk_blocks(n, MK_TILE) * mk_coded_bytes(bounds[p + 1] - bounds[p]);
     }
-    long lines = block > 1 ? mk_blocks(n, MK_TILE) * MK_TILE : n;
+    long lines = mk_is_float(type) ? n : mk_blocks(n, MK_TILE) * MK_TILE;
     size_t packed_bytes = (size_t)(mk_is_coded(type) ? coded : lines * blocks * mk_packed_bytes(type));
     int misfit = 0;
     size_t out_bytes = (size_t)(parts * m * n) * 4;
@@ -59,7 +59,7 @@ static void product(void) {
     mk_panels(type, packed, n, 0, bounds, panels, at);
     mk_pack(&work, type, type, arrays[0], mk_blocks(k, block) * mk_block_bytes(type), n, 0, bounds, panels, packed, 0, n,
             &misfit);
-    if (block > 1) {
+    if (mk_is_quantised(type)) {
         uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
         mk_quantize_rows(&work, x, k, NULL, m, bounds, panels, rows, units * MK_ACTIVATION);
         mk_matmul(&work, type, at, n, 0, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n);

@@ -12,7 +12,13 @@ from mpillm.kernels import BlockType
 from mpillm.kernels.types import TRAITS
 from tests.kernels import cases
 
-BOUNDS = {1: [0, 256, 1024], 32: [0, 32, 1024 + 7], 256: [0, 768, 1024]}  # by the columns of a block
+BOUNDS = {  # by the columns of a block
+    1: [0, 256, 1024],
+    32: [0, 32, 1024 + 7],
+    64: [0, 192, 1024 + 7],
+    128: [0, 384, 1024 + 7],
+    256: [0, 768, 1024],
+}
 
 
 @pytest.fixture(autouse=True, params=kernels.available())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 
 import gguf.quants
@@ -12,6 +13,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import Activation, BlockType, lanes, reference
+from mpillm.kernels.scaled_blocks import BLOCKS, NF4
 from tests.kernels import cases
 
 
@@ -23,7 +25,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_path(before)
 
 
-GGUF = {t: gguf.GGMLQuantizationType[t.multiplied_as.name] for t in BlockType}
+GGUF = {t: gguf.GGMLQuantizationType[t.multiplied_as.name] for t in BlockType if not t.scaled}
 
 
 def quantized(type: BlockType, x: cases.Array) -> cases.Array:
@@ -44,7 +46,7 @@ def test_quantize_as_the_gguf_library(type: BlockType) -> None:
     assert np.array_equal(quantized(type, x), gguf.quants.quantize(x, GGUF[type]))
 
 
-@pytest.mark.parametrize("type", list(BlockType))
+@pytest.mark.parametrize("type", GGUF)
 def test_dequantize_as_the_gguf_library(type: BlockType) -> None:
     rng = np.random.default_rng(2)
     k = cases.whole(type, 96)
@@ -52,6 +54,41 @@ def test_dequantize_as_the_gguf_library(type: BlockType) -> None:
     with np.errstate(all="ignore"):
         want = gguf.quants.dequantize(raw.view(np.float32) if type == BlockType.F32 else raw, GGUF[type])
     assert cases.same(dequantized(type, raw, k), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("k", [64, 128, 200, 400])
+def test_dequantize_codes_of_floats(k: int) -> None:
+    """As ml_dtypes reads e4m3 and e2m1 numbers, without those of NaN, for which blocks have a scale of NaN."""
+    rng = np.random.default_rng(k)
+
+    def e4m3(codes: cases.Array) -> cases.Array:
+        codes[codes & 127 == 127] = 5
+        return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+    for type in (type for type in BlockType if type.scaled):
+        raw = cases.canonical(rng, type, 12, k)
+        blocks = raw.view(BLOCKS[type])
+        blocks["d"] = rng.standard_normal(blocks["d"].shape)
+        if type is BlockType.FP8:
+            values = e4m3(blocks["q"])
+        else:
+            q = blocks["q"].reshape(*blocks.shape, -1, 1, 16)
+            codes = np.concatenate([q & 15, q >> 4], axis=-2).reshape(*blocks.shape, -1)
+            values = np.array([bits.view(ml_dtypes.float4_e2m1fn) for bits in codes]).astype(np.float64)
+            if type is BlockType.NVFP4:
+                values *= np.repeat(e4m3(blocks["scales"]), 16, axis=-1)
+            else:
+                values = NF4.astype(np.float64)[codes]
+        want = (values * blocks["d"][..., None]).reshape(12, -1)[:, :k].astype(np.float32)
+        assert np.array_equal(dequantized(type, raw, k), want), type
+
+
+def test_nf4_is_the_table_of_bitsandbytes() -> None:
+    """As `create_normal_map` makes it there: quantiles of a normal distribution, by the largest one."""
+    at = statistics.NormalDist().inv_cdf
+    above = [at(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
+    below = [-at(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
+    np.testing.assert_allclose(NF4, np.sort([*above, 0.0, *below]) / max(above), atol=1e-6)
 
 
 def test_q8_0_round_trip() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tests.digests.recorded import digest_of
 from tests.model.engine_harness import layouts, run_laid_out
 from tests.model.oracle import Array, Oracle, through_activation_blocks
 from tests.weights.build import Tiny, write_hf
-from tests.weights.test_quantised import CASES, checkpoint
+from tests.weights.test_quantised import CASES, WIDE, checkpoint
 
 # One of each method and of each type that matrices become. MXFP4 of gpt-oss is among the models of test_models.py.
 ENDS = [
@@ -30,6 +31,9 @@ ENDS = [
     "nf4 nested",
     "llm.int8",
 ]
+
+
+FEW = {BlockType.F16: "400KiB", BlockType.FP8: "1500KiB", BlockType.NVFP4: "1MiB", BlockType.NF4: "1MiB"}
 
 
 class Dequantised(Oracle):
@@ -57,8 +61,9 @@ def folder(world: World) -> Iterator[Path]:
 @pytest.mark.parametrize("case", ENDS)
 def test_answers_are_those_of_the_dequantised_model(case: str, folder: Path, world: World) -> None:
     """Log-probabilities, and the same bytes in all layouts, or of one rank under a small budget too."""
-    model = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=2)
     _, _, type, bound = CASES[case]
+    narrow = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=2)
+    model = replace(WIDE, n_layers=2) if type.scaled else narrow
     quantised, plain = folder / case, folder / f"{case} dequantised"
     if world.rank == 0:
         values = checkpoint(quantised, case, model, "F32")
@@ -72,7 +77,8 @@ def test_answers_are_those_of_the_dequantised_model(case: str, folder: Path, wor
     if not ways:
         pytest.skip(f"{world.size} ranks cannot share two layers")
     for stages, shards in ways:
-        for weights in ("all", "200KiB" if type.quantised else "400KiB")[: 2 if world.size == 1 else 1]:
+        few = "200KiB" if type.quantised else FEW[type]
+        for weights in ("all", few)[: 2 if world.size == 1 else 1]:
             job = {"stages": stages, "shards": shards, "weights": weights, "kv_type": "f32"}
             completions, session = run_laid_out(world, quantised, requests, activations="f32", **job)
             assert weights == "all" or session.weights.streamed > 0

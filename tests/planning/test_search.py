@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
+from mpillm.planning.estimate import demand_of, replica_shares
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import CLEARLY, Layouts
@@ -152,6 +153,22 @@ def test_a_run_leaves_out_the_hosts_that_slow_it_down() -> None:
     alike = machines_of([host(FAST, count=3)])
     assert for_run(layouts(), alike)[1:] == ([], "")
     assert for_run(asked, replace(machines, speeds=()))[1:] == ([], "")
+
+
+def test_replicas_share_requests_by_their_speeds() -> None:
+    def shares(machines: Machines, *settings: str) -> list[float]:
+        asked = layouts(*settings)
+        found = asked.choose(machines)
+        planned = found.machines, found.chosen.replicas, found.plans
+        return replica_shares(asked.spec, _planners[0].config, *planned, demand_of(asked.asked))
+
+    three = "layout.replicas=3", "layout.shards=1", "wire.activations=f32"
+    made = shares(machines_of([host(FAST), host(SLOW), host(FAST)]), *three)
+    assert sum(made) == pytest.approx(1)
+    assert made[0] == made[2]
+    assert 2.5 < made[0] / made[1] <= 4  # by their products; what is no product is as fast
+    unknown = replace(machines_of([host(FAST)] * 3), speeds=())
+    assert shares(unknown, *three) == [1 / 3] * 3
 
 
 hosts = st.builds(

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 from mpillm.kernels import BlockType
-from mpillm.planning.job_time import Demand, job_time
+from mpillm.planning.job_time import REQUEST, Demand, job_time
 from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import (
     INSIDE,
     LAYER,
-    REQUEST,
     STEP,
     AttentionWork,
     LinkRate,
@@ -136,4 +135,6 @@ def test_planned_and_measured_times_are_printed(
     monkeypatch.setattr("sys.argv", ["times", "--model", str(CHAT), "--only", "one answer"])
     compare_times()
     printed = capsys.readouterr().out
-    assert re.fullmatch(r"one answer +[\d.]+ s planned +[\d.]+ s measured +[-+]\d+%\n", printed)
+    pair = r" +[\d.]+ +[\d.]+ +\d+\.\d\d (ok|OFF)"
+    head = r"seconds, MiB +planned +measured +ratio +planned +measured +ratio"
+    assert re.fullmatch(rf"{head} *\none answer{pair} *{pair} *\n", printed), printed

@@ -1,7 +1,8 @@
-"""Planned beside measured time: `python -m tests.planning.times` runs eight jobs of different kinds.
+"""Planned beside measured time and memory: `python -m tests.planning.times` runs eight jobs of different kinds.
 
-`doctor` measures the machine's speeds first, on as many ranks as each job has. Nothing else should run beside it; the
-goal is within 20 %, and a line says for each job how far the plan was off.
+`doctor` measures the machine's speeds first, on as many ranks as each job has. Nothing else should run beside it.
+A line for each job has planned and measured, and what the plan was of it; the goals are 0.80 to 1.20 of the time,
+and 1.00 to 1.25 of the memory of the rank that took most.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def mpillm(*words: str | Path, ranks: int = 1) -> str:
     return done.stdout
 
 
-def seconds(job: Job, model: str, hosts: Path, folder: Path) -> tuple[float, float]:
-    """Planned and measured seconds of computing."""
+def measured(job: Job, model: str, hosts: Path, folder: Path) -> tuple[float, float, float, float]:
+    """Planned and measured seconds of computing, and MiB of the rank that took most."""
     draw = random.Random(job.words)
     bodies = [{"prompt": " ".join(draw.choices(WORDS, k=job.words)), **job.more} for _ in range(job.lines)]
     (folder / "in.jsonl").write_text("".join(f"{json.dumps(body)}\n" for body in bodies))
@@ -66,7 +67,9 @@ def seconds(job: Job, model: str, hosts: Path, folder: Path) -> tuple[float, flo
     words += [f"--set={setting}" for setting in job.settings]
     planned = json.loads(mpillm("plan", *words, "--hosts", hosts, "--json"))["time"]["seconds"]
     mpillm("run", *words, ranks=job.ranks)
-    return planned, json.loads((folder / "out/report.json").read_text())["phases"]["compute"]
+    report = json.loads((folder / "out/report.json").read_text())
+    peak, of_plan = max((rank["memory_peak"], sum(rank["memory"].values())) for rank in report["ranks"])
+    return planned, report["phases"]["compute"], of_plan / 2**20, peak / 2**20
 
 
 def main() -> None:
@@ -80,13 +83,18 @@ def main() -> None:
         folder = Path(name)
         for ranks in {job.ranks for job in chosen.values()}:
             mpillm("doctor", "--output", folder / f"hosts-{ranks}.toml", ranks=ranks)
+        head = f"{'planned':>9} {'measured':>9} {'ratio':>6}    "
+        print(f"{'seconds, MiB':14} {head}   {head}")
         for number, (name, job) in enumerate(chosen.items()):
             own = folder / str(number)
             own.mkdir()
-            planned, measured = seconds(job, options.model, folder / f"hosts-{job.ranks}.toml", own)
-            print(
-                f"{name:14} {planned:8.2f} s planned {measured:8.2f} s measured {planned / measured - 1:+5.0%}"
-            )
+            found = measured(job, options.model, folder / f"hosts-{job.ranks}.toml", own)
+            pairs = (found[:2], (0.80, 1.20)), (found[2:], (1.00, 1.25))
+            cells = [
+                f"{plan:9.2f} {took:9.2f} {plan / took:6.2f} {'ok ' if low <= plan / took <= high else 'OFF'}"
+                for (plan, took), (low, high) in pairs
+            ]
+            print(f"{name:14} {'   '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from mpillm.store import report, report_page
+from mpillm.store.directory import Directory
 from tests.conftest import clean_environment
 from tests.serve.serving import serving
+from tests.store.test_report import made
 
 KEY = "a key"
 DRIVER = shutil.which("chromedriver")
@@ -131,3 +134,17 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     wait.until(lambda _: len(download.read_text().splitlines()) == 2)
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert all("401" in entry["message"] for entry in errors), errors
+
+
+def test_a_report_with_long_names(browser: WebDriver, tmp_path: Path) -> None:
+    """On a desk its tables fit the page; on a phone they scroll, and the page does not."""
+    run = made()
+    run.errors = {"x" * 300: f"Line 1: {'y' * 300} is no number."}
+    run.ranks *= 32
+    report.write(Directory(tmp_path), run)
+    path, _ = report_page.write_html(tmp_path)
+    browser.get(path.as_uri())
+    look(browser, "report")
+    wide = "return [...document.querySelectorAll('table')].some(one => one.scrollWidth > one.clientWidth + 1)"
+    phone = browser.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches")
+    assert browser.execute_script(wide) == phone

@@ -45,6 +45,24 @@ def test_the_last_lines_of_a_run() -> None:
     ]
 
 
+def test_one_of_a_kind_is_one(tmp_path: Path) -> None:
+    run = made()
+    run.requests = report.Requests(total=1, ok=1, errors=0, resumed=0)
+    report.write(Directory(tmp_path), run)
+    page = report_page.write_html(tmp_path)[0].read_text()
+    assert "<p>1 request: 1 answered" in page
+    assert "<h2>Ranks: 1 stage x 2 shards</h2>" in page
+
+
+def test_bars_of_many_ranks_have_no_room_beyond_them(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
+    run = made()
+    run.ranks *= 32
+    for plot in report_plots.plots(run, tmp_path):
+        if len(plot.rows) == 64:
+            assert plot.figure().axes[0].get_ylim() == (63.5, -0.5), plot.name
+
+
 def test_what_drafts_gave() -> None:
     run = made()
     run.batch.turns, run.batch.drafted, run.batch.accepted = 20, 60, 30

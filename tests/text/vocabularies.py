@@ -36,6 +36,16 @@ PRES += [
     "exaone-moe",
     "bloom",
     "viking",
+    "spark2_5",
+    "chameleon",
+    "jais-2",
+    "laguna",
+    "minicpm5",
+    "superbpe",
+    "tiny_aya",
+    "ufakzeka",
+    "youtu",
+    "granite-embed-multi-97m",
 ]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mpillm.kernels.scaled_blocks import NF4
+
 Array = np.ndarray[Any, Any]
 Random = np.random.Generator
 Written = tuple[dict[str, Array], Array]
@@ -120,12 +122,15 @@ def mxfp4(random: Random, n: int, k: int) -> Written:
     return {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": exponents}, w
 
 
-def nf4(random: Random, n: int, k: int, nested: bool) -> Written:
-    """bitsandbytes' 4 bits: numbers of a table, the first of two in the upper half; scales of 64 numbers."""
-    table = np.sort(random.uniform(-1, 1, 16)).astype(np.float32)
+FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+FP4 = np.concatenate([FP4, -FP4])
+
+
+def nf4(random: Random, n: int, k: int, nested: bool, block: int = 64, table: Array = NF4) -> Written:
+    """bitsandbytes' 4 bits: numbers of a table, the first of two in the upper half; scales of so many numbers."""
     codes = random.integers(0, 16, n * k).astype(np.uint8)
-    count = n * k // 64
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [n, k]}
+    count = n * k // block
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [n, k]}
     tensors: dict[str, Array] = {"weight.quant_map": table}
     if nested:
         inner = np.sort(random.uniform(-1, 1, 256)).astype(np.float32)
@@ -144,7 +149,7 @@ def nf4(random: Random, n: int, k: int, nested: bool) -> Written:
     tensors |= {
         "weight": (codes[::2] << 4 | codes[1::2])[:, None], "weight.quant_state.bitsandbytes__nf4": text,
     }  # fmt: skip
-    return tensors, (table[codes] * np.repeat(scales, 64)).reshape(n, k)
+    return tensors, (table[codes] * np.repeat(scales, block)).reshape(n, k)
 
 
 def llm_int8(random: Random, n: int, k: int) -> Written:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,23 +22,27 @@ from tests.weights import quantised
 from tests.weights.build import DTYPES, Tiny, write_hf
 
 # How far a value may be off, by the largest of its row; scale x zero, which Q4_1 rounds, may be twice as large.
-EXACT, HALF, INTEGER = 0.0, 2.0**-11, 2.0**-10
+EXACT, FLOAT, HALF, INTEGER = 0.0, 2.0**-22, 2.0**-11, 2.0**-10
 CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
 MODELOPT, BNB = {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "bitsandbytes"}
+WIDE = Tiny(hidden=576, intermediate=704, n_heads=18, n_kv_heads=6, head_dim=32, n_layers=1)
 Write = Callable[[np.random.Generator, int, int], quantised.Written]
 
 # method: its configuration, what writes a matrix, the type it is delivered as, and how exactly
 CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "fp8 blocks": (
-        FP8 | {"weight_block_size": [128, 128]}, partial(quantised.fp8, block=(128, 128)), BlockType.F16, HALF,
+        FP8 | {"weight_block_size": [128, 128]}, partial(quantised.fp8, block=(128, 128)), BlockType.FP8, EXACT,
+    ),
+    "fp8 wide blocks": (
+        FP8 | {"weight_block_size": [32, 256]}, partial(quantised.fp8, block=(32, 256)), BlockType.FP8, EXACT,
     ),
     "fp8 small blocks": (
         FP8 | {"weight_block_size": [48, 40]}, partial(quantised.fp8, block=(48, 40)), BlockType.F16, HALF,
     ),
-    "fp8 tensor": (FP8, partial(quantised.fp8, whole=True), BlockType.F16, HALF),
-    "fp8 rows": (CT | {"format": "float-quantized"}, quantised.fp8, BlockType.F16, HALF),
+    "fp8 tensor": (FP8, partial(quantised.fp8, whole=True), BlockType.FP8, EXACT),
+    "fp8 rows": (CT | {"format": "float-quantized"}, quantised.fp8, BlockType.FP8, EXACT),
     **{
         f"gptq {group}": (GPTQ | {"sym": True}, partial(quantised.gptq, group=group), BlockType.Q4_0, EXACT)
         for group in (32, 64, -1)
@@ -65,11 +70,20 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "int4 act-order": (CT, partial(quantised.packed, group=32, act=True), BlockType.F16, HALF),
     "int8 in words": (CT, partial(quantised.packed, group=64, bits=8), BlockType.Q8_0, EXACT),
     "int8": (CT, quantised.int8, BlockType.Q8_0, HALF),
-    "nvfp4": (CT, quantised.nvfp4, BlockType.F16, HALF),
-    "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.F16, HALF),
+    "nvfp4": (CT, quantised.nvfp4, BlockType.NVFP4, FLOAT),
+    "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.NVFP4, FLOAT),
     "mxfp4": (CT, quantised.mxfp4, BlockType.MXFP4, EXACT),
-    "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.F16, HALF),
-    "nf4 nested": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.F16, HALF),
+    "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.NF4, EXACT),
+    "nf4 nested": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.NF4, EXACT),
+    "nf4 large blocks": (
+        BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True, block=256), BlockType.NF4, EXACT,
+    ),
+    "nf4 small blocks": (
+        BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False, block=32), BlockType.F16, HALF,
+    ),
+    "fp4": (
+        BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False, table=quantised.FP4), BlockType.F16, HALF,
+    ),
     "llm.int8": (BNB | {"load_in_8bit": True}, quantised.llm_int8, BlockType.Q8_0, HALF),
 }  # fmt: skip
 
@@ -98,9 +112,10 @@ def keys(model: Tiny) -> list[Key]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_values(tmp_path: Path, case: str) -> None:
-    """As they are delivered, whole and piece by piece; 192 and 320 columns leave ragged blocks of 128."""
-    model = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=1)
+    """As they are delivered, whole and piece by piece; 192, 320, 576 and 704 columns leave ragged blocks of 128."""
     _, _, type, bound = CASES[case]
+    narrow = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=1)
+    model = WIDE if type.scaled else narrow
     made, roles = checkpoint(tmp_path / "m", case, model), {hf_name(key): key for key in keys(model)}
     values = {roles[name]: w for name, w in made.items()}
     with closing(open_source(tmp_path / "m")) as source:
@@ -117,6 +132,38 @@ def test_values(tmp_path: Path, case: str) -> None:
                 assert (source.read(key, rows) == raw[rows.start : rows.stop]).all()
                 assert (source.read_f32(key, np.array(rows)[::-1]) == got[rows.start : rows.stop][::-1]).all()
         assert source.tensors[Key("head")].type == BlockType.BF16
+
+
+@pytest.mark.parametrize("case", ["fp8 blocks", "nvfp4", "nf4"])
+def test_what_is_too_narrow_to_be_cut_in_blocks(tmp_path: Path, case: str) -> None:
+    """Shards hold columns of o and down: of few columns these become F32, and are exact as well."""
+    model = Tiny(hidden=192, intermediate=320, n_heads=6, n_kv_heads=2, head_dim=32, n_layers=1)
+    _, _, type, bound = CASES[case]
+    made, roles = checkpoint(tmp_path / "m", case, model), {hf_name(key): key for key in keys(model)}
+    with closing(open_source(tmp_path / "m")) as source:
+        assert config_of(source).max_shards > 1
+        for name, w in made.items():
+            key = roles[name]
+            narrow = key.role in ("o", "down")
+            assert source.tensors[key].type == (BlockType.F32 if narrow else type)
+            if narrow:
+                got = source.read(key).view(np.float32)
+                assert (np.abs(got - w).max(axis=1) <= bound * np.abs(w).max(axis=1)).all(), key
+
+
+def test_numbers_that_are_none_stay_so(tmp_path: Path) -> None:
+    """A code of NaN makes its block NaN: it is no number of the kernels."""
+    model = Tiny(hidden=128, intermediate=512, n_heads=16, n_kv_heads=4, head_dim=32, n_layers=1)
+    random = np.random.default_rng(5)
+    values = (random.standard_normal((512, 128)) * 60).astype(ml_dtypes.float8_e4m3fn)
+    values[3, 17] = np.nan
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = model.weights() | {name: values, f"{name}_scale": np.array(np.float32(0.01))}
+    write_hf(tmp_path / "m", tensors, model.config() | {"quantization_config": FP8})
+    with closing(open_source(tmp_path / "m")) as source:
+        got = source.read_f32(Key("up", 0))
+        assert np.isnan(got[3]).all()
+        assert np.isfinite(np.delete(got, 3, axis=0)).all()
 
 
 def test_every_method_has_a_case() -> None:

@@ -35,6 +35,8 @@ def grammar_of(body: Any, spec: Spec, model: Model) -> str | None:
             for key in ("response_format", "structured_outputs")
             if (value := getattr(job, key)) is not None
         }
+    if len(asked) > 1 and getattr(asked.get("response_format"), "type", None) == "text":
+        del asked["response_format"]  # it asks for nothing
     if len(asked) > 1:
         raise RequestError(f"{' and '.join(asked)} exclude one another")
     for key, value in asked.items():
@@ -66,7 +68,7 @@ def _response_format(asked: ResponseFormat, model: Model) -> str | None:
 
 
 def _structured(asked: StructuredOutputs, model: Model) -> str:
-    kinds = {key: getattr(asked, key) for key in KINDS}
+    kinds = {key: getattr(asked, key) for key in KINDS} | {"json_object": asked.json_object or None}
     kind, value = constrain.one_of(kinds, "it")
     options: dict[str, Any] = {
         "whitespace": not asked.disable_any_whitespace,

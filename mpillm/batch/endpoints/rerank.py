@@ -23,13 +23,14 @@ class RerankEndpoint(Pairs, frozen=True, kw_only=True):
     key: ClassVar[str] = "query"
 
     query: str
-    documents: Annotated[list[Document], Meta(min_length=1)]
+    documents: str | Annotated[list[Document], Meta(min_length=1)]
     top_n: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # 0: all
     return_documents: bool | None = None
 
     def pairs(self) -> tuple[list[str], list[str]]:
         texts = []
-        for index, document in enumerate(self.documents):
+        documents = [self.documents] if isinstance(self.documents, str) else self.documents
+        for index, document in enumerate(documents):
             text = document if isinstance(document, str) else document.get("text")
             if not isinstance(text, str):
                 raise RequestError(f'documents[{index}] must be a string, or an object with a "text"')

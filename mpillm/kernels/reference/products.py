@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpillm.kernels import blocks, coded, lanes, super_blocks
+from mpillm.kernels import blocks, coded, lanes, scaled_blocks, super_blocks
 from mpillm.kernels.checks import (
     require,
     require_activations,
@@ -57,7 +57,7 @@ def pack(
     n, rows = len(canonical), first + len(canonical) if whole is None else whole
     if type.coded and stored == type.multiplied_as:
         stored = type
-    if stored != type and (stored.quantised or type not in (BlockType.Q8_0, BlockType.Q4_0)):
+    if stored != type and (stored.block > 1 or type not in (BlockType.Q8_0, BlockType.Q4_0)):
         raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {stored}")
     require_rows("canonical", canonical, width=stored.row_bytes(k))
     if first < 0 or first % TILE_ROWS or first + n > rows or (n % TILE_ROWS and first + n < rows):
@@ -170,7 +170,7 @@ def _unquantised_panels(
     if type.coded:
         w, type = _decoded(w, n, edges), type.multiplied_as
     for p, (begin, end) in enumerate(itertools.pairwise(edges.tolist())):
-        width = (end - begin) * type.block_bytes
+        width = type.row_bytes(end - begin)
         apart = row_bytes or width
         nbytes = strided_nbytes(type, n, end - begin, apart)
         panel = np.lib.stride_tricks.as_strided(
@@ -178,7 +178,8 @@ def _unquantised_panels(
         )
         start += width if row_bytes else nbytes
         rows = blocks.rounded(x[:, begin:end]) if type == BlockType.BF16 else x[:, begin:end]
-        sums[p] = _unquantised(type, panel, end - begin, rows)
+        product = _scaled if type.scaled else _unquantised
+        sums[p] = product(type, panel, end - begin, rows)
 
 
 def _decoded(w: U8, n: int, edges: npt.NDArray[np.int64]) -> U8:
@@ -241,6 +242,24 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
                 sums = part["offset32"].astype(np.float32) @ minimum.T.astype(np.float32)
                 acc = lanes.fma(sums, m / np.float32(32) * scale, acc)
     return acc
+
+
+def _scaled(type: BlockType, panel: U8, count: int, x: F32) -> F32:
+    """Panel sums [m, n]: 16 lanes, which begin anew for each block, whose sums its scale multiplies."""
+    shape = -(-count // type.block), type.block // TILE_ROWS, TILE_ROWS
+    w = np.ascontiguousarray(panel).view(blocks.CANONICAL[type])
+    values = scaled_blocks.numbers(type, w).reshape(len(w), *shape)
+    padded = np.zeros((len(x), shape[0] * type.block), np.float32)
+    padded[:, :count] = x
+    rows, factors = padded.reshape(len(x), 1, *shape), scaled_blocks.units(type, w)
+    total = np.zeros((len(x), len(w), TILE_ROWS), np.float32)
+    with np.errstate(all="ignore"):
+        for b in range(shape[0]):
+            acc = np.zeros_like(total)
+            for step in range(-(-min(count - b * type.block, type.block) // TILE_ROWS)):
+                acc = lanes.fma(values[:, b, step], rows[:, :, b, step], acc)
+            total = lanes.fma(acc, factors[:, b, None], total)
+    return lanes.halves(total, np.add)
 
 
 def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:

@@ -252,7 +252,7 @@ def place(
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, but must have {ndim} dimensions."
         )
-    if 0 in shape or shape[-1] % extent.stored.block:
+    if 0 in shape or not extent.stored.fits(shape[-1]):
         raise ModelError(
             f"{extent.file.path}: tensor {extent.name} has shape {list(shape)}, whose rows are not whole blocks of "
             f"{extent.stored.name}."

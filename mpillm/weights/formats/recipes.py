@@ -123,6 +123,15 @@ class Transposed:
         self.raw.release()
 
 
+def halves_apart(pairs: Bytes) -> Bytes:
+    """Nibbles [.., 2, 8] of 32 columns, the even one low, as bytes [.., 16]: columns j and 16 + j are in byte j."""
+    first, second = pairs[..., 0, :], pairs[..., 1, :]
+    out = np.empty((*first.shape[:-1], 16), np.uint8)
+    out[..., ::2] = first & 15 | second << 4
+    out[..., 1::2] = first >> 4 | second & 0xF0
+    return out
+
+
 @dataclass(frozen=True)
 class Mxfp4:
     """e2m1 numbers, neighbouring columns in a byte, [.., rows, columns / 32, 16], and exponents [.., columns / 32]."""
@@ -140,15 +149,11 @@ class Mxfp4:
         return Mxfp4(self.values[expert], self.exponents[expert])
 
     def blocks(self, rows: Rows) -> Bytes:
-        """ggml's blocks have columns j and 16 + j in byte j."""
         exponents = self.exponents.rows(rows).copy()  # the next read takes its place
         values = self.values.rows(rows)
-        pairs = values.reshape(*exponents.shape, 2, 8)
         out = np.empty((*exponents.shape, 17), np.uint8)
         out[..., 0] = exponents
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        out[..., 1::2] = first & 15 | second << 4
-        out[..., 2::2] = first >> 4 | second & 0xF0
+        out[..., 1:] = halves_apart(values.reshape(*exponents.shape, 2, 8))
         return out.reshape(len(values), -1)
 
     def lies(self) -> Iterator[Lies]:

@@ -37,8 +37,12 @@ class Stored:
         return not self.own or self.type.quantised
 
     def row_bytes(self, k: int) -> int:
-        """Bytes of a row of k values in the file; k is a multiple of `block` (checked when the file is opened)."""
-        return k // self.block * self.block_bytes
+        """Bytes of a row of k values in the file, which `fits` (checked when the file is opened)."""
+        return -(-k // self.block) * self.block_bytes
+
+    def fits(self, k: int) -> bool:
+        """Whether a row may have k values: whole blocks, but for scaled ones, which no file has and we fill up."""
+        return k % self.block == 0 or (self.own and self.type.scaled)
 
     def decode(self, raw: Bytes, k: int, threads: int) -> Floats:
         """Values [n, k] of n stored rows."""
@@ -56,8 +60,8 @@ class Stored:
 
 
 def _own(type: BlockType) -> Stored:
-    code = gguf.GGMLQuantizationType[type.name]
-    return Stored(type.name, type.block, type.block_bytes, type, True, int(code))
+    code = -1 if type.scaled else int(gguf.GGMLQuantizationType[type.name])
+    return Stored(type.name, type.block, type.block_bytes, type, True, code)
 
 
 OWN: dict[str, Stored] = {type.name: _own(type) for type in BlockType if not type.coded}
@@ -71,7 +75,7 @@ def stored_in_gguf(code: int) -> Stored | None:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
         return None
-    if kind.name in OWN:
+    if kind.name in OWN and OWN[kind.name].code == code:
         return OWN[kind.name]
     try:
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)

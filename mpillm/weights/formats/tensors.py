@@ -33,6 +33,8 @@ QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
 # What packing can make besides; BF12 of matrices that are stored as BF16.
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32, "bf12": BlockType.BF12}
 
+SCALED_PANELS = 4  # at least, of types whose blocks have a scale in float32
+
 PIECE = 2**20  # bytes of a tensor that is looked at piece by piece
 
 
@@ -64,11 +66,10 @@ class TensorSource:
         self.files = (*metadata_files, *(file.path for file in self.mapped))
         self._extents = dict(extents)
         self._quantize = self._quantised_to(quantize)
-        self._cut_in_blocks = all(
-            extent.k >= PANELS * SUPER_BLOCK
-            for key, extent in self._extents.items()
-            if extent.stored.type.k_quant and ROLES[key.role].by_columns
-        )
+        cut = [extent for key, extent in self._extents.items() if ROLES[key.role].by_columns]
+        self._narrow = {
+            extent.stored.type for extent in cut if extent.k < _columns_to_cut(extent.stored.type)
+        }
         # What shards hold of pages, and of all experts of a layer: who looks for a layout asks for the same again.
         self._plans: dict[tuple[PageSpec, int, int], PagePlan] = {}
         self._expert_plans: dict[tuple[PageSpec, int, int], list[PagePlan]] = {}
@@ -124,7 +125,7 @@ class TensorSource:
         extent, type = self._extents[key], self.tensors[key].type
         stored, head = extent.stored, self.head_rows(key)
         same = stored.own and type.multiplied_as == stored.type
-        if not same and (stored.quantised or type not in QUANTIZE.values()):
+        if not same and (stored.block > 1 or type not in QUANTIZE.values()):
             return Rows(type, self.read(key, rows, cols), 0)
         if head and (rows.start % head or rows.stop % head):
             raw, head = extent.rows(rows), 0
@@ -136,7 +137,7 @@ class TensorSource:
         """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
         extent = self._extents[entry.key]
         there = extent.at(entry.rows.start)
-        unchanged = extent.stored.own and not entry.type.quantised and entry.type == extent.stored.type
+        unchanged = extent.stored.own and entry.type.block == 1 and entry.type == extent.stored.type
         whole = bool(entry.bounds) and len(entry.cols) == extent.k
         if there is None or not unchanged or not whole or there[1] % entry.type.block_bytes:
             return None
@@ -259,8 +260,13 @@ class TensorSource:
                 return self._quantize
         if ROLES[key.role].exact and extent.stored.type is BlockType.BF16:
             return BlockType.F32
-        if extent.stored.type.k_quant and ROLES[key.role].by_columns and not self._cut_in_blocks:
-            return BlockType.Q8_0  # blocks of 256 columns would leave too few panels to share out
+        if ROLES[
+            key.role
+        ].by_columns:  # where blocks of so many columns would leave too few panels to share out
+            if extent.stored.type.k_quant and any(type.k_quant for type in self._narrow):
+                return BlockType.Q8_0
+            if extent.stored.type.scaled and any(type.scaled for type in self._narrow):
+                return BlockType.F32
         return extent.stored.type
 
     def _quantised_to(self, quantize: str) -> BlockType | None:
@@ -276,6 +282,11 @@ class TensorSource:
                     f'({extent.name} is {extent.stored.name}); leave quantize = "none".'
                 )
         return types[quantize]
+
+
+def _columns_to_cut(type: BlockType) -> int:
+    """So many columns a matrix must have at least to stay in this type, if shards hold columns of it."""
+    return PANELS * SUPER_BLOCK if type.k_quant else SCALED_PANELS * type.block if type.scaled else 0
 
 
 def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:

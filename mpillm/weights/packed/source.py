@@ -234,7 +234,7 @@ class PackedSource:
         file = self._embed_file
         tensor, name = file.panels[EMBED], file.metadata.get("stored", "")
         stored, k = _stored(name), file.metadata.get("columns", "")
-        if stored is None or not k.isdecimal() or len(tensor.shape) != 2 or int(k) % stored.block:
+        if stored is None or not k.isdecimal() or len(tensor.shape) != 2 or not stored.fits(int(k)):
             raise ModelError(f"{file.path} does not say how its rows are stored; {PACK_AGAIN}.")
         self._embed_stored = stored
         if tensor.nbytes != tensor.shape[0] * stored.row_bytes(int(k)):
@@ -245,7 +245,7 @@ class PackedSource:
 def _runs(type: BlockType, row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
     """The parts of a piece that lie one behind the other: columns, bytes, bytes that belong together."""
     if not type.coded:
-        unit = PACKED[type].itemsize if type.quantised else type.block_bytes
+        unit = PACKED[type].itemsize if type.block > 1 else type.block_bytes
         yield 0, row["nbytes"], unit
         return
     tiles = -(-(row["rows"][1] - row["rows"][0]) // TILE_ROWS)
@@ -259,7 +259,7 @@ def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterato
     if type.coded:
         rows = decode_panel(packed, packed.nbytes // coded_nbytes(columns) * TILE_ROWS, columns)
         yield rows.view(FLOATS[type.multiplied_as])
-    elif type.quantised:
+    elif type.block > 1:
         blocks = packed.view(PACKED[type])
         yield from (blocks[name] for name in ("d", "m") if name in (blocks.dtype.names or ()))
     else:

@@ -11,27 +11,25 @@ from typing import Any
 import numpy as np
 
 from mpillm.errors import ModelError
-from mpillm.kernels.blocks import E2M1
+from mpillm.kernels.scaled_blocks import NF4, pack_nibbles
 from mpillm.kernels.types import BlockType
 from mpillm.weights.formats.extent import Lies, Recipe, Rows
 from mpillm.weights.formats.quantised.base import Method
-from mpillm.weights.formats.quantised.float8 import E4M3, take_float8
+from mpillm.weights.formats.quantised.float8 import take_float8
 from mpillm.weights.formats.quantised.scales import (
     FLOATS,
     array_of,
     floats_of,
     indices,
+    scaled,
     stored_as,
     to_f16,
     to_q8_0,
 )
-from mpillm.weights.formats.recipes import Raw
-from mpillm.weights.formats.stored import Bytes, Floats
+from mpillm.weights.formats.recipes import Raw, halves_apart
+from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
-NVFP4, NF4, INT8 = (
-    stored_as(name, type)
-    for name, type in (("NVFP4", BlockType.F16), ("NF4", BlockType.F16), ("INT8", BlockType.Q8_0))
-)
+INT8 = stored_as("INT8", BlockType.Q8_0)
 NVFP4_BLOCK = 16
 
 
@@ -43,7 +41,7 @@ class Nvfp4:
     scales: Raw
     whole: Raw
     divides: bool
-    stored = NVFP4
+    stored = OWN[BlockType.NVFP4.name]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,11 +52,16 @@ class Nvfp4:
 
     def blocks(self, rows: Rows) -> Bytes:
         raw = self.values.rows(rows)
-        numbers = E2M1[np.stack([raw & 15, raw >> 4], axis=-1)].reshape(len(raw), -1, NVFP4_BLOCK)
-        whole = floats_of(self.whole).ravel()[0]
-        scales = E4M3[self.scales.bytes()[indices(rows)]]
-        scales = scales / whole if self.divides else scales * whole
-        return to_f16((numbers * (scales * np.float32(0.5))[..., None]).reshape(len(raw), -1))
+        if (
+            raw.shape[1] % NVFP4_BLOCK
+        ):  # 16 columns are left, which the others that they share bytes with lack
+            raw = np.pad(raw, ((0, 0), (0, NVFP4_BLOCK - raw.shape[1] % NVFP4_BLOCK)))
+        whole = floats_of(self.whole).reshape(1, 1)
+        with np.errstate(divide="ignore"):
+            unit = 1 / whole if self.divides else whole
+        q = halves_apart(raw.reshape(len(raw), -1, 2, NVFP4_BLOCK // 2)).reshape(len(raw), -1)
+        units: Floats = np.repeat(unit, len(raw), axis=0)
+        return scaled(BlockType.NVFP4, units, q=q, scales=self.scales.bytes()[indices(rows)])
 
     def lies(self) -> Iterator[Lies]:
         for raw in (self.values, self.scales, self.whole):
@@ -102,7 +105,13 @@ class Nf4:
     nested: tuple[Raw, Raw, int, float] | None  # scales' own scales, their table, block, and what is added
     block: int
     shape: tuple[int, int]
-    stored = NF4
+
+    @cached_property
+    def stored(self) -> Stored:
+        """Blocks of NF4, or F16 with another table, or where such a block would need several scales."""
+        each = BlockType.NF4.block
+        own = self.shape[1] % each == 0 and self.block % each == 0 and (floats_of(self.table) == NF4).all()
+        return stored_as("NF4", BlockType.NF4 if own else BlockType.F16)
 
     def of_expert(self, expert: int) -> Nf4:
         raise AssertionError("each expert has tensors of its own")
@@ -110,7 +119,11 @@ class Nf4:
     def blocks(self, rows: Rows) -> Bytes:
         index, (_, k) = indices(rows), self.shape
         codes = self.values.file.view(self.values.offset, self.values.nbytes).reshape(-1, k // 2)[index]
-        numbers = floats_of(self.table)[np.stack([codes >> 4, codes & 15], axis=-1)].reshape(len(index), k)
+        nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(index), k)
+        if self.stored.type is BlockType.NF4:
+            begins = index[:, None] * k + np.arange(0, k, BlockType.NF4.block)
+            return scaled(BlockType.NF4, self._scales[begins // self.block], q=pack_nibbles(nibbles))
+        numbers = floats_of(self.table)[nibbles]
         places = index[:, None] * k + np.arange(k)
         return to_f16(numbers * self._scales[places // self.block])
 

@@ -13,11 +13,10 @@ from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.weights.formats.extent import Lies, Recipe, Rows
 from mpillm.weights.formats.quantised.base import Method
-from mpillm.weights.formats.quantised.scales import FLOATS, floats_of, indices, stored_as, to_f16
+from mpillm.weights.formats.quantised.scales import FLOATS, floats_of, indices, scaled, stored_as, to_f16
 from mpillm.weights.formats.recipes import Raw
-from mpillm.weights.formats.stored import Bytes, Floats
+from mpillm.weights.formats.stored import Bytes, Floats, Stored
 
-FP8 = stored_as("FP8", BlockType.F16)
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 SCALES = (*FLOATS, "F8_E8M0")
 
@@ -29,7 +28,12 @@ class Float8:
     values: Raw
     scales: Raw
     block: tuple[int, int]
-    stored = FP8
+
+    @property
+    def stored(self) -> Stored:
+        """Blocks of FP8, or F16 where one of these would need several scales."""
+        width, own = self.block[1], BlockType.FP8
+        return stored_as("FP8", own if width % own.block == 0 or width >= self.shape[-1] else BlockType.F16)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,7 +44,13 @@ class Float8:
 
     def blocks(self, rows: Rows) -> Bytes:
         height, width = self.block
-        by_block = self._by_block[indices(rows) // height]
+        by_block, type = self._by_block[indices(rows) // height], self.stored.type
+        if type is BlockType.FP8:
+            if by_block.shape[1] > 1:
+                by_block = np.repeat(by_block, width // type.block, axis=1)[
+                    :, : -(-self.shape[-1] // type.block)
+                ]
+            return scaled(type, by_block, q=self.values.rows(rows))
         scales = np.repeat(by_block, width, axis=1)[:, : self.shape[-1]] if width > 1 else by_block
         return to_f16(E4M3[self.values.rows(rows)] * scales)
 

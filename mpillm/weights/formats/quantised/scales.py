@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.kernels.scaled_blocks import BLOCKS
 from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.weights.formats.extent import Rows
 from mpillm.weights.formats.recipes import Raw
@@ -79,6 +80,29 @@ def to_q4(q: NDArray[np.uint8], scales: Floats, zeros: Floats | None = None) -> 
     if zeros is not None:
         parts.append(_halves(-(zeros * scales), blocks.shape[1]))
     return np.concatenate([*parts, blocks[:, :, 0] | blocks[:, :, 1] << 4], axis=-1).reshape(len(q), -1)
+
+
+def scaled(type: BlockType, units: Floats, **fields: Bytes) -> Bytes:
+    """Blocks of FP8, NVFP4 or NF4 of their fields [n, .], which are filled up to whole blocks.
+
+    `units` [n, blocks] or [n, 1] multiply the blocks. A block of FP8 in which a number is NaN gets such a scale, and so
+    does one of NVFP4 with such a scale within.
+    """
+    n, dtype = len(units), BLOCKS[type]
+    each = {name: dtype[name].shape[0] for name in fields}
+    count = max(-(-values.shape[1] // each[name]) for name, values in fields.items())
+    out = np.empty((n, count), dtype)
+    out["d"] = units
+    for name, values in fields.items():
+        whole, rest = divmod(values.shape[1], each[name])
+        out[name][:, :whole] = values[:, : values.shape[1] - rest].reshape(n, whole, each[name])
+        if rest:
+            out[name][:, whole, :rest] = values[:, -rest:]
+            out[name][:, whole, rest:] = 0
+    numbers = "q" if type is BlockType.FP8 else "scales"
+    if numbers in fields and ((fields[numbers] & 127) == 127).any():
+        out["d"][((out[numbers] & 127) == 127).any(axis=-1)] = np.nan
+    return out.view(np.uint8)
 
 
 def _halves(values: Floats, count: int) -> Bytes:
