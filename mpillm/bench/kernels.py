@@ -114,7 +114,11 @@ def _time(case: Case, threads: int, repeats: int) -> float:
 
 def _random(kind: BlockType, k: int) -> NDArray[np.uint8]:
     """Blocks of a matrix with rows of k values."""
-    return random_scaled(kind) if kind.scaled else random_blocks(GGMLQuantizationType[kind.name], k)
+    return (
+        random_scaled(kind)
+        if kind.scaled
+        else random_blocks(GGMLQuantizationType[kind.multiplied_as.name], k)
+    )
 
 
 def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: int) -> Case:
