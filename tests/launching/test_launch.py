@@ -23,7 +23,7 @@ MPICH = Library("MPICH", (4, 3, 0), "MPICH Version: 4.3.0")
 @pytest.mark.parametrize("name", ["openmpi", "mpich"])
 def test_the_example_hostfiles_are_read(name: str) -> None:
     hosts = read_hosts(ROOT / "slurm" / "hosts" / f"{name}.hosts")
-    assert hosts == [HostSlots("node1", 1), HostSlots("node2", 1), HostSlots("node3", 1)]
+    assert hosts == [HostSlots(f"node{number}", 1) for number in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("library", [OPENMPI, MPICH])
