@@ -11,26 +11,23 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from mpillm.comm import cores, deadline, ending, faults, heartbeat
 from mpillm.comm.departure import Departure
+from mpillm.comm.exchange import Exchange
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
 from mpillm.comm.waiting import wait, wait_shared
-from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-T = TypeVar("T")
-
-
 STAND_BY = 0.05  # seconds between two looks of a spare rank
 
 
-class World:
+class World(Exchange):
     """All ranks of this run. Collective methods must be called by every rank, in the same order."""
 
     def __init__(self, comm: MPI.Intracomm, meeting: Meeting | None = None) -> None:
@@ -106,53 +103,8 @@ class World:
         return wait_shared(arrived, self.oversubscribed, look)
 
     def _check_losses(self) -> None:
-        """RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""
         if self.comm.Is_revoked() or (self._heartbeat is not None and self._heartbeat.lost):
             raise RankLost
-
-    # Python objects, for start-up only: collective, slow, and of any type that pickles.
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        self.wait(self._startup.Ibarrier().Test)
-
-    def bcast(self, value: T, root: int = 0) -> T:
-        """Return the root's value on every rank."""
-        self.barrier()  # so that no rank spins in MPI while the root still works
-        received: T = self._startup.bcast(value, root)
-        return received
-
-    def gather(self, value: T) -> list[T]:
-        """Return every rank's value, in rank order, on every rank."""
-        wait(self._startup.Ibarrier().Test, crowded=True, look=self._check_losses if self.survives else None)
-        return self._startup.allgather(value)
-
-    def agree(self, error: MpillmError | None) -> None:
-        """Raise the error of the lowest rank that has one on every rank."""
-        failed = [(rank, found) for rank, found in enumerate(self.gather(error)) if found is not None]
-        if failed:
-            rank, first = failed[0]
-            # Rank 0 does not have it, so the cause is that machine.
-            where = f" (on rank {rank} of {self.size}, host {self.hosts[rank]})" if rank else ""
-            raise type(first)(f"{first}{where}")
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run the block on every rank; an MpillmError on any rank is raised on all (see `agree`)."""
-        error = None
-        try:
-            yield
-        except MpillmError as found:
-            error = found
-        self.agree(error)
-
-    def on_rank_0(self, make: Callable[[], T]) -> T:
-        """Return on every rank what rank 0 makes; an MpillmError there is raised on all."""
-        made = None
-        with self.together():
-            if self.rank == 0:
-                made = make()
-        return cast("T", self.bcast(made))
 
     @contextmanager
     def computing(self) -> Iterator[None]:
