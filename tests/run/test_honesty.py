@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from mpillm import spec
 from mpillm.batch.requests import check
 from mpillm.batch.work import Model
-from mpillm.bench import packed, synthetic
+from mpillm.bench import packed, synthetic, synthetic_shapes
 from mpillm.planning import plan
 from mpillm.store import report
 from mpillm.store.records import Result, framed, line_key, payload_at, scan
@@ -35,8 +35,8 @@ Lines = Callable[[random.Random], list[dict[str, Any]]]
 
 VOCAB = 16_000
 ADAPTER = FIXTURES / "adapters" / "chat_all"
-DENSE = synthetic.Shape("llama", 1024, 6, 16, 4, 64, 4096, VOCAB)  # 60 MiB in Q4_0
-MIXTURE = synthetic.Shape("qwen3moe", 512, 4, 8, 2, 64, 512, VOCAB, 16, 2)
+DENSE = synthetic_shapes.Shape("llama", 1024, 6, 16, 4, 64, 4096, VOCAB)  # 60 MiB in Q4_0
+MIXTURE = synthetic_shapes.Shape("qwen3moe", 512, 4, 8, 2, 64, 512, VOCAB, 16, 2)
 UNPACKED = Tiny(hidden=512, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=64, intermediate=2048, vocab=VOCAB)
 WORDS_ADDED = 100_000  # of the big vocabulary
 LONG = 8 * 2**20 - 4096  # bytes of a long line: nearly as many as one may have
@@ -172,8 +172,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPILLM_CACHE", str(folder))
-        patch.setitem(synthetic.SHAPES, "dense", DENSE)
-        patch.setitem(synthetic.SHAPES, "mixture", MIXTURE)
+        patch.setitem(synthetic_shapes.SHAPES, "dense", DENSE)
+        patch.setitem(synthetic_shapes.SHAPES, "mixture", MIXTURE)
         yield {
             "chat": CHAT,
             "window": model_path("gemma3"),
