@@ -48,12 +48,8 @@ class KVCache:
         n_states: int = 0,
         budget: int | None = None,
         spill_dir: Path | None = None,
-        used: int | None = None,
     ) -> None:
-        """`budget`, in bytes, is for both; if they take more, pools lie in a file in `spill_dir` (see `spill`).
-
-        `used` is the number of blocks that are used at most, if that is known.
-        """
+        """`budget`, in bytes, is for both; if they take more, pools lie in a file in `spill_dir` (see `spill`)."""
         self.layout = layout
         self.kv_type = layout.kv_type
         self.n_blocks = n_blocks
@@ -67,7 +63,7 @@ class KVCache:
             layers = [(layer.pool, layer.group) if layer else None for layer in layout.tokens]
             self.spill = Spill(spill_dir, layout.pools, layers, budget - self._states_nbytes, n_blocks)
         self._arrays: dict[int, Arrays] = {}  # of layers whose pools are in memory
-        self._pools: list[LayerPools | None] = [new_pool(n_blocks, nbytes, used) for nbytes in layout.pools]
+        self._pools: list[LayerPools | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
 
     def begin(self, groups: Sequence[GroupTables], offset: Ints, moves: StateMoves) -> None:
         """A step begins that reads all blocks of these tables, and writes each row at its block and `offset`."""

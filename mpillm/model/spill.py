@@ -251,23 +251,18 @@ class Spill:
             start += size * self._n_blocks
 
 
-def new_pool(n_blocks: int, nbytes: tuple[int, int], used: int | None = None) -> LayerPools:
-    """Memory for the keys and the values of blocks of so many bytes, all zero, which is used only as it is touched.
-
-    It comes in huge pages if the blocks that are used, all if `used` is None, take HUGE bytes: else a few blocks
-    would take a whole page in each pool.
-    """
-    count = n_blocks if used is None else used
-    keys, values = (_zeros(n_blocks * size, count * size >= HUGE).reshape(n_blocks, size) for size in nbytes)
+def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> LayerPools:
+    """Memory for the keys and the values of blocks of so many bytes, all zero, which is used only as it is touched."""
+    keys, values = (_zeros(n_blocks * size).reshape(n_blocks, size) for size in nbytes)
     return keys, values
 
 
-def _zeros(nbytes: int, huge: bool) -> Bytes:
+def _zeros(nbytes: int) -> Bytes:
     """Zeros in memory of their own that begins at a page and goes with them."""
     if not nbytes:  # which no mapping may be
         return np.empty(0, np.uint8)
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge:
+    if nbytes >= HUGE:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

@@ -42,7 +42,7 @@ WRITTEN = 3072  # of an answer that is written to results.h5,
 WRITING = 12 * 2**20  # and at most, whatever is written (9 MiB measured)
 PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
-COPIES = 4  # of an answer on its way to the journal
+COPIES = 5  # of an answer on its way to the journal (4.6 measured)
 
 # While a line is checked. What the values of a line take is bounded by the characters that JSON has between them.
 SHORT = 1 << 14  # bytes of a line that takes no memory worth counting

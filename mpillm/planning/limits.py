@@ -188,11 +188,11 @@ def cached_tokens(n_blocks: int, windows: Sequence[int], max_context: int) -> in
 def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int, capacity: int) -> int:
     """Bytes of memory that the cache of a rank takes at most, where `n_blocks` of `capacity` blocks are used.
 
-    Pools of which much is used are used in huge pages (see `spill.new_pool`).
+    Large pools are used in huge pages, of which a first block takes a whole one.
     """
     held = n_slots * layout.state_nbytes
     for nbytes in chain.from_iterable(layout.pools):
-        page = HUGE_PAGE if n_blocks * nbytes >= HUGE else 1
+        page = HUGE_PAGE if capacity * nbytes >= HUGE else 1
         held += min(-(-n_blocks * nbytes // page) * page, capacity * nbytes)
     return min(held, spec.memory.kv_bytes)
 

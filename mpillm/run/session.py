@@ -29,7 +29,7 @@ from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
 from mpillm.planning.job_time import Demand
-from mpillm.planning.limits import CacheCapacity, limits
+from mpillm.planning.limits import limits
 from mpillm.planning.planner import Planner
 from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
@@ -261,20 +261,12 @@ class Session:
             tightest(specs), self.activations, self._places, self.caches, max_context, self.streamed, kv
         )
 
-    @property
-    def cache_needs(self) -> tuple[int, int]:
-        """Blocks and states of the cache that are used at most."""
-        own = self.limits
-        capacity = CacheCapacity(own.n_blocks, own.blocks_in_memory, own.n_slots, own.n_saved)
-        return capacity.needed(len(own.windows), self.needs)
-
     def _decoder(self) -> Decoder:
         config, place, between_stages = self.config, self.place, self.spec.wire.between_stages
         with self.world.together():
             budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
             n_blocks, n_states = self.limits.n_blocks, self.limits.n_states
-            used, _ = self.cache_needs
-            self.kv = KVCache(self.caches[place.rank], n_blocks, n_states, budget, folder, used)
+            self.kv = KVCache(self.caches[place.rank], n_blocks, n_states, budget, folder)
             self._open_files.callback(self.kv.close)
         row = 4 * config.hidden
         shared = shared_rows(self.world, place, row * self.limits.max_tokens)

@@ -107,15 +107,14 @@ def test_one_in_eight_states_is_for_those_that_are_saved(
     assert cache_capacity(spec(kv=budget, prefix_sharing=False), [layout], [0], sequences).saved == 0
 
 
-def test_many_blocks_take_whole_huge_pages() -> None:
-    """A pool of which 4 MiB or more are used is used two MiB at a time, and never beyond its end or the budget."""
+def test_a_few_blocks_of_a_large_cache_take_whole_huge_pages() -> None:
+    """Each pool of 4 MiB or more is used two MiB at a time, and never beyond its end or the budget."""
     caches = [(TokenCache(2, 64, 64),)] * 3
     layout = cache_layout(caches, groups_of(caches), range(3), BlockType.F16)
     (keys, values), *_ = layout.pools
     assert keys == values
     large = 8 * 2**20 // keys
-    assert cache_in_memory(spec(kv=2**30), layout, large // 2 + 1, 0, large) == 6 * 6 * 2**20
-    assert cache_in_memory(spec(kv=2**30), layout, 1, 0, large) == layout.block_nbytes
+    assert cache_in_memory(spec(kv=2**30), layout, 1, 0, large) == 6 * 2 * 2**20
     assert cache_in_memory(spec(kv=2**30), layout, large, 0, large) == 6 * large * keys
     assert cache_in_memory(spec(kv=2**30), layout, 1, 0, 100) == layout.block_nbytes
-    assert cache_in_memory(spec(kv=2**20), layout, large, 0, large) == 2**20
+    assert cache_in_memory(spec(kv=2**20), layout, 1, 0, large) == 2**20
