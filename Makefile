@@ -28,7 +28,7 @@ run: $(VENV)/installed
 
 # The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
 # Those that start no ranks run side by side, on each core one; after them those that start mpiexec, Slurm or hosts,
-# one by one; at last those below tests/mpi inside the ranks. A test that fails runs once more, because other programs
+# two files at a time, for they mostly wait; at last those below tests/mpi inside the ranks. A test that fails runs once more, because other programs
 # and a busy machine take part in many; each such test is named (RERUN) at the end, and is looked at.
 STARTS := mpiexec or slurm or hosts
 AGAIN  := --reruns 1 -r fER
@@ -38,7 +38,7 @@ ifdef PYTEST_ARGS
 	@. $(BIN)/activate && $(PYTEST) $(PYTEST_ARGS)
 else
 	@. $(BIN)/activate && OMP_WAIT_POLICY=passive $(PYTEST) -n logical --maxprocesses 8 --dist worksteal $(AGAIN) -m "not ($(STARTS))"
-	@. $(BIN)/activate && $(PYTEST) $(AGAIN) -m "$(STARTS)"
+	@. $(BIN)/activate && $(PYTEST) -n 2 --dist loadfile $(AGAIN) -m "$(STARTS)"
 	@$(MAKE) --no-print-directory test-mpi
 endif
 
