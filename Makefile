@@ -28,8 +28,9 @@ run: $(VENV)/installed
 
 # The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
 # Those that start no ranks run side by side, on each core one; after them those that start mpiexec, Slurm or hosts,
-# two files at a time, for they mostly wait; at last those below tests/mpi inside the ranks. A test that fails runs once more, because other programs
-# and a busy machine take part in many; each such test is named (RERUN) at the end, and is looked at.
+# two files at a time, for they mostly wait; at last those below tests/mpi inside the ranks. A test that fails runs
+# once more, because other programs and a busy machine take part in many; each such test is named (RERUN) at the end,
+# and is looked at.
 STARTS := mpiexec or slurm or hosts
 AGAIN  := --reruns 1 -r fER
 PYTEST := MPILLM_TEST_MPICH="$(CURDIR)/$(MPICH)" python -m pytest
