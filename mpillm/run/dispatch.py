@@ -24,7 +24,7 @@ from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.limits import Totals
 from mpillm.engine.request import PartialCompletion
 from mpillm.errors import MpillmError
-from mpillm.run.balance import AGAIN, Busy, Teller, watched
+from mpillm.run.balance import AGAIN, Busy, Teller, failed, watched
 from mpillm.run.leader import Given, Leader
 from mpillm.run.session import Session
 from mpillm.spec import Spec
@@ -104,9 +104,7 @@ class Dispatcher:
         self._wanted = dict.fromkeys(self._leaders[1:], 0)
         self._totals: dict[int, Totals] = {}
         self._here = set(self._leaders[1:])  # who has not sent its last message
-        self._telling = (
-            set(range(1, session.world.size)) if busy else set[int]()
-        )  # who tells of its computing
+        self._telling = set(range(1, session.world.size if busy else 1))  # who tells of its computing
 
     @property
     def totals(self) -> list[Totals]:
@@ -150,13 +148,11 @@ class Dispatcher:
         """Tell the other leaders to stop, and wait until they have; after an error, for PARTING seconds at most."""
         for leader in sorted(self._here):
             self._mailbox.send(msgspec.msgpack.encode(NoMoreLines(exit_code)), leader)
-        failed = exit_code not in (0, AGAIN)
-        until = time.monotonic() + PARTING if failed else float("inf")
+        until = time.monotonic() + PARTING if failed(exit_code) else float("inf")
         while self._here and (left := until - time.monotonic()) > 0:
             if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
-                with (
-                    suppress(MpillmError) if failed else nullcontext()
-                ):  # the first error is the one to report
+                # The first error is the one to report.
+                with suppress(MpillmError) if failed(exit_code) else nullcontext():
                     self._take(*message)
 
     def part(self) -> None:
@@ -249,9 +245,8 @@ class Assistant:
         self._tell(0)
         self._mailbox.send(msgspec.msgpack.encode(Left(pickle.dumps(error) if error else b"")), 0)
         self._leader.engine.stop(exit_code)
-        failed = exit_code not in (0, AGAIN)
-        self._mailbox.flush(PARTING if failed else float("inf"))
-        if self._teller is not None and not failed:
+        self._mailbox.flush(PARTING if failed(exit_code) else float("inf"))
+        if self._teller is not None and not failed(exit_code):
             self._teller.end()
 
     def _next(self) -> Given | None:

@@ -65,7 +65,6 @@ class LayoutChoice:
                 f"layout.replicas = {spec.layout.replicas} is for `mpillm run` alone; start one server for each "
                 "replica."
             )
-
         found = world.on_rank_0(lambda: self._search(spec, self._known_machines()))
         if self._worth_measuring(found):
             machines = measure.machines(world, self._source, threads)
@@ -75,8 +74,7 @@ class LayoutChoice:
     def again(self, origin: Origin) -> LaidOut:
         """The layout of a run that goes on with other ranks or speeds: by the speeds of all ranks if they are known."""
         world, spec = self._world, self._spec
-        nodes, speeds = world.nodes, world.gather(origin.speed)
-        machines = Machines(nodes.ranks_per_host, nodes.free, world.hosts)
+        speeds, machines = world.gather(origin.speed), self._machines()
         known = [speed for speed in speeds if speed is not None]
         if len(known) == world.size:
             machines = replace(machines, speeds=known, measured=True)
@@ -91,6 +89,10 @@ class LayoutChoice:
 
         found = world.on_rank_0(search)
         return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
+
+    def _machines(self) -> Machines:
+        """The machines of all ranks, without their speeds."""
+        return Machines(self._world.nodes.ranks_per_host, self._world.nodes.free, self._world.hosts)
 
     # On rank 0 alone.
 
@@ -119,8 +121,7 @@ class LayoutChoice:
 
     def _known_machines(self) -> Machines:
         """The machines, with speeds if the job names a file of them."""
-        nodes, file = self._world.nodes, self._spec.layout.hosts
-        machines = Machines(nodes.ranks_per_host, nodes.free, self._world.hosts)
+        machines, file = self._machines(), self._spec.layout.hosts
         if file == "auto":
             return machines
         known = hosts.read(Path(file), self._world.size)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from mpillm.engine.worker import follow
 from mpillm.run import outcome
-from mpillm.run.balance import AGAIN, Slowed, Teller, what_was_slow
+from mpillm.run.balance import AGAIN, Slowed, Teller, failed, what_was_slow
 from mpillm.run.computation import Computation
 from mpillm.run.context import RankContext
 from mpillm.run.dispatch import Assistant
@@ -157,7 +157,7 @@ class Following:
             teller.tell()
 
         code = follow(session.worker, session.channel, between)
-        if code in (0, AGAIN):
+        if not failed(code):
             teller.end()
         return code
 

@@ -260,9 +260,8 @@ class TensorSource:
                 return self._quantize
         if ROLES[key.role].exact and extent.stored.type is BlockType.BF16:
             return BlockType.F32
-        if ROLES[
-            key.role
-        ].by_columns:  # where blocks of so many columns would leave too few panels to share out
+        # Blocks of so many columns would leave too few panels to share out.
+        if ROLES[key.role].by_columns:
             if extent.stored.type.k_quant and any(type.k_quant for type in self._narrow):
                 return BlockType.Q8_0
             if extent.stored.type.scaled and any(type.scaled for type in self._narrow):
