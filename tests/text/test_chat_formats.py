@@ -80,9 +80,13 @@ WRITTEN = {
     "mistral_args": f"[TOOL_CALLS]weather[ARGS]{_json(ONE)}[TOOL_CALLS]now[ARGS]{{}}",
     "granite": f'<|tool_call|>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]',
     "phi4_mini": f'<|tool_call|>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]<|/tool_call|>',
+    "cohere": f'<|START_ACTION|>\n[{{"tool_call_id": "0", "tool_name": "weather", "parameters": {_json(ONE)}}}, {{"tool_call_id": "1", "tool_name": "now", "parameters": {{}}}}]\n<|END_ACTION|>',
+    "tool_calls": f'<tool_calls>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]</tool_calls>',
+    "nemotron": f'<TOOLCALL>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]</TOOLCALL>',
     "llama3_json": f'{{"name": "weather", "parameters": {_json(ONE)}}}; {{"name": "now", "parameters": {{}}}}',
     "pythonic": f'[weather(city={_json(ONE["city"])}, days=3, where={{"x": True}}), now()]',
     "lfm2": f'<|tool_call_start|>[weather(city={_json(ONE["city"])}, days=3, where={{"x": True}}), now()]<|tool_call_end|>',
+    "olmo3": f'<function_calls>weather(city={_json(ONE["city"])}, days=3, where={{"x": True}})\nnow()</function_calls>',
 }  # fmt: skip
 NOW = {
     **{
@@ -101,11 +105,16 @@ NOW = {
     "mistral_args": "[TOOL_CALLS]now[ARGS]{}",
     "granite": '<|tool_call|>[{"name": "now", "arguments": {}}]',
     "phi4_mini": '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>',
+    "cohere": '<|START_ACTION|>\n[{"tool_call_id": "12", "tool_name": "now", "parameters": {}}]\n<|END_ACTION|>',
+    "tool_calls": '<tool_calls>[{"name": "now", "arguments": {}}]</tool_calls>',
+    "nemotron": '<TOOLCALL>[{"name": "now", "arguments": {}}]</TOOLCALL>',
     "llama3_json": '{"name": "now", "parameters": {}}',
     "pythonic": "[now()]",
     "lfm2": "<|tool_call_start|>[now()]<|tool_call_end|>",
+    "olmo3": "<function_calls>now()</function_calls>",
 }
-BARE = {"llama3_json", "pythonic"}
+BARE = {"pythonic"}  # calls are the whole answer
+IDS = {"kimi": ["functions.weather:0", "functions.now:1"], "cohere": ["0", "1"]}  # of the model's own
 
 
 def found(answer: ParsedAnswer) -> list[tuple[str, Any]]:
@@ -139,7 +148,7 @@ def test_calls_of_each_format(name: str, thought: str | None) -> None:
         assert whole.reasoning == (thought and thought.strip())
     assert set(WRITTEN) == set(CALLS)
     ids = [call.id for call in whole.calls]
-    assert ids == (["functions.weather:0", "functions.now:1"] if name == "kimi" else [None, None])
+    assert ids == IDS.get(name, [None, None])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -170,7 +179,12 @@ VARIANTS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", 'a <tool_call>{"name": "now", "arguments": {}}</tool_call> b', "a  b", [NO_ARGUMENTS]),
     ("hermes", '<tool_call>{"name": "now"}</tool_call>', '<tool_call>{"name": "now"}</tool_call>', []),
     ("llama3_json", '<|python_tag|>{"type": "function", "name": "weather", "arguments": {"city": "Oslo"}} ;\n{"name": "now", "parameters": {}}', "", [OSLO, NO_ARGUMENTS]),
-    ("llama3_json", 'Use {"name": "now", "parameters": {}}', 'Use {"name": "now", "parameters": {}}', []),
+    ("llama3_json", 'Here: {"name": "now", "parameters": {}}; {"name": "weather", "parameters": {"city": "Oslo"}} with {x} and {"a": 1}', "Here: with {x} and {\"a\": 1}", [NO_ARGUMENTS, OSLO]),
+    ("llama3_json", 'Use {"name": "later", "parameters": {}}', 'Use {"name": "later", "parameters": {}}', []),
+    ("tool_calls", '<tool_calls>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n{"name": "now", "arguments": {}}\n</tool_calls>', "", [OSLO, NO_ARGUMENTS]),
+    ("cohere", '<|START_ACTION|>[\n    {"tool_name": "weather", "parameters": {"city": "Oslo"}}\n]<|END_ACTION|>', "", [OSLO]),
+    ("lfm2", "<|tool_call_start|>[weather(city='Os\nlo')]<|tool_call_end|>", "", [("weather", {"city": "Os\nlo"})]),
+    ("mistral_args", 'So[TOOL_CALLS]weather[CALL_ID]abcdef123[ARGS]{"city": "Oslo"}[TOOL_CALLS]now[ARGS]{}', "So", [OSLO, NO_ARGUMENTS]),
     ("glm", "<tool_call>weather\n    <arg_key>city</arg_key>\n    <arg_value>Oslo</arg_value>\n    </tool_call>\n    <tool_call>now</tool_call>", "", [OSLO, NO_ARGUMENTS]),
     ("glm", "<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>", "", [OSLO]),
     ("qwen3_coder", "<function=weather>\n<parameter=city>Oslo</parameter>\n<parameter=days>\n3\n</parameter>\n</function>", "", [("weather", {"city": "Oslo", "days": 3})]),
@@ -230,6 +244,22 @@ def test_reasoning() -> None:
         assert format.continued("b") == "closed"
 
 
+def test_what_is_said_in_a_frame() -> None:
+    format = format_of(["<think></think> <answer> </answer> {{ tools }} <tool_calls>"], [], "auto", "auto")
+    for text, thought, said, calls in (
+        ("<think>\nso\n</think>\n<answer>\nit\nis\n</answer>", "so", "it\nis", []),
+        ("<think>\n\n</think>\n<answer>\nit is", "", "it is", []),
+        ("<answer>it < 3</answer>\n", None, "it < 3", []),
+        ("it is <answer>", None, "it is <answer>", []),
+        (f"<think>so</think><answer>\nOne:\n{NOW['tool_calls']}\n</answer>", "so", "One:", [NO_ARGUMENTS]),
+        ("<answe", None, "<answe", []),
+    ):
+        whole = grown(format, text, "free")
+        assert (whole.reasoning, whole.content, found(whole)) == (thought, said, calls), text
+        plain = [format.split(text[:length], "free", None, False).content for length in range(len(text))]
+        assert all(format.split(text, "free", None, True).content.startswith(begun) for begun in plain)
+
+
 def test_harmony() -> None:
     thought = "<|channel|>analysis<|message|>so<|end|><|start|>assistant"
     for head in (
@@ -257,6 +287,10 @@ def test_harmony() -> None:
         ("{{ tools }}{{ message.content }}", ["<|tool_call_begin|>"], None, "kimi"),
         (ds("{{ tools }}[[call_begin]]") + "function```json", [], None, "deepseek_v3"),
         (ds("{{ tools }}[[call_begin]]</think>"), [], ("<think>", "</think>"), "deepseek_v31"),
+        ("{{ tools }}<|START_ACTION|><|END_THINKING|>", [], TAGS[2], "cohere"),
+        ("{{ tools }}<tool_calls>[", [], None, "tool_calls"),
+        ("{{ tools }}<TOOLCALL>[", [], None, "nemotron"),
+        ("{{ tools }}<function_calls>", [], None, "olmo3"),
         ("{{ tools }}[TOOL_CALLS]", [], None, "mistral"),
         ("{{ tools }}[TOOL_CALLS]", ["[ARGS]", "[TOOL_CALLS]"], None, "mistral_args"),
         ("{{ tools }}<|start_header_id|>ipython", [], None, "llama3_json"),

@@ -7,35 +7,51 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpillm.text.chat_formats.base import Call, Tool, call_of, decode_json
 from mpillm.text.chat_formats.framed import Framed
 from mpillm.text.chat_formats.lark import Lark
 
 
+class ObjectKeys(NamedTuple):
+    """How an object that is a call names its parts."""
+
+    name: str = "name"
+    arguments: str = "arguments"
+    id: str = ""  # none
+
+
+HERMES_KEYS = ObjectKeys()
+LLAMA_KEYS = ObjectKeys(arguments="parameters")
+COHERE_KEYS = ObjectKeys("tool_name", "parameters", "tool_call_id")
+
+
 @dataclass(frozen=True)
 class Objects(Framed):
-    """Calls as objects {"name": ..., "arguments": ...}, one by one or, if `listed`, in a list."""
+    """Calls as objects {"name": ..., "arguments": ...}, one by one or, if `listed`, in a list or a line each."""
 
     listed: bool = False
     space: str = "\n"  # around the JSON
+    keys: ObjectKeys = HERMES_KEYS
 
     def read(self, text: str, at: int, tools: Sequence[Tool], final: bool) -> tuple[list[Call], int] | None:
-        found = decode_json(text, at)
-        if found is None:
-            return None
-        value, stop = found
-        calls = [call_of_object(item) for item in (value if isinstance(value, list) else [value])]
-        end = skip_end(text, stop, self.end, final)
-        if end is None or not calls:
-            return None
+        items: list[Any] = []
+        end: int | None = None
+        stop = at
+        while end is None:
+            if (items and not self.listed) or (found := decode_json(text, stop)) is None:
+                return None
+            value, stop = found
+            items += value if isinstance(value, list) else [value]
+            end = skip_end(text, stop, self.end, final)
+        calls = [call_of_object(item) for item in items]
         whole = [call for call in calls if call is not None]
-        return (whole, end) if len(whole) == len(calls) else None
+        return (whole, end) if calls and len(whole) == len(calls) else None
 
     def write(self, tool: Tool, lark: Lark) -> str:
         return (
-            f"{lark.literal(self.space)} {written_object(tool, lark, 'arguments')} {lark.literal(self.space)}"
+            f"{lark.literal(self.space)} {written_object(tool, lark, self.keys)} {lark.literal(self.space)}"
         )
 
     def required(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
@@ -50,25 +66,28 @@ class Objects(Framed):
         return f"({lark.rule(calls)} | ANY)"
 
     def _list(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
-        one = lark.rule(" | ".join(written_object(tool, lark, "arguments") for tool in tools))
+        one = lark.rule(" | ".join(written_object(tool, lark, self.keys) for tool in tools))
         more = f'(", " {one})*' if many else ""
-        return f'"[" {one} {more} "]"'
+        first, last = (json.dumps(text) for text in (f"{self.space}[", f"]{self.space}"))
+        return f"{first} {one} {more} {last}"
 
 
 @dataclass(frozen=True)
 class NamedCalls(Framed):
     """Calls as a name and JSON: `head` is what stands before the JSON, in which {name} is the name, {n} a number.
 
-    Where `ids`, the head without the marks is the call's id.
+    Where `ids`, the head without the marks is the call's id; behind `own_id` may stand one that the model made up.
     """
 
     head: str = "{name}"
     tail: str = ""  # behind the JSON
     ids: bool = False
+    own_id: str = ""  # a mark behind the name
 
     @property
     def marks(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (*super().marks, *re.findall(r"<\uff5c[^>]+>|<\|[^>]+>|\[[A-Z_]+\]", self.head))
+        marks = re.findall(r"<\uff5c[^>]+>|<\|[^>]+>|\[[A-Z_]+\]", self.head + self.own_id)
+        return (*super().marks, *marks)
 
     def read(self, text: str, at: int, tools: Sequence[Tool], final: bool) -> tuple[list[Call], int] | None:
         head = re.compile(self._pattern).match(text, at)
@@ -80,7 +99,8 @@ class NamedCalls(Framed):
             if after is None:
                 return None
             stop = after
-        call = call_of(head["name"], value, head["id"].partition("<")[0].rstrip() if self.ids else None)
+        id = head["id"].partition("<")[0].rstrip() if self.ids else head["own"] or None
+        call = call_of(head["name"], value, id)
         return None if call is None else ([call], stop)
 
     @cached_property
@@ -89,7 +109,8 @@ class NamedCalls(Framed):
         pattern = re.sub(r"(?=<|\\\[)", r"\\s*", re.escape(self.head)).replace(
             r"functions\.", r"(?:functions\.)?"
         )
-        name = pattern.replace(r"\{name\}", r"(?P<name>[^\s<\[{]+?)").replace(r"\{n\}", r"\d+")
+        own = rf"(?:\s*{re.escape(self.own_id)}\s*(?P<own>[^\s\[{{]+))?" if self.own_id else "(?P<own>)"
+        name = pattern.replace(r"\{name\}", rf"(?P<name>[^\s<\[{{]+?){own}").replace(r"\{n\}", r"\d+")
         return rf"\s*(?P<id>{name})"
 
     def write(self, tool: Tool, lark: Lark) -> str:
@@ -102,13 +123,20 @@ def call_of_object(value: Any) -> Call | None:
     """The call of an object with a name, and with arguments or parameters."""
     if not isinstance(value, dict) or not {"arguments", "parameters"} & value.keys():
         return None
-    return call_of(value.get("name"), value.get("arguments", value.get("parameters")))
+    name, id = value.get("name", value.get(COHERE_KEYS.name)), value.get(COHERE_KEYS.id)
+    return call_of(
+        name, value.get("arguments", value.get("parameters")), id if isinstance(id, str) and id else None
+    )
 
 
-def written_object(tool: Tool, lark: Lark, key: str) -> str:
+def written_object(tool: Tool, lark: Lark, keys: ObjectKeys) -> str:
     """The expression of an object that calls a tool."""
-    head = f'{{"name": {json.dumps(tool.name)}, "{key}": '
-    return f'{json.dumps(head)} {lark.schema(tool.parameters, tool.strict)} "}}"'
+    id, before = "", "{"
+    if keys.id:
+        begin = f'{{"{keys.id}": "'
+        id, before = f"{json.dumps(begin)} /[0-9]+/ ", '", '
+    head = f'{before}"{keys.name}": {json.dumps(tool.name)}, "{keys.arguments}": '
+    return f'{id}{json.dumps(head)} {lark.schema(tool.parameters, tool.strict)} "}}"'
 
 
 def skip_end(text: str, at: int, end: str, final: bool) -> int | None:

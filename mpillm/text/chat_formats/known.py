@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from mpillm.errors import RequestError
 from mpillm.text.chat_formats.bare import BareObjects, Pythonic
 from mpillm.text.chat_formats.base import CallFormat
-from mpillm.text.chat_formats.in_json import NamedCalls, Objects
+from mpillm.text.chat_formats.in_json import COHERE_KEYS, NamedCalls, Objects
 from mpillm.text.chat_formats.in_tags import Tags
 from mpillm.text.chat_formats.tagged import ChatFormat, Tagged
 from mpillm.text.harmony import MARKS, Harmony
@@ -18,7 +18,11 @@ TAGS = (
     ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<think>", "</think>"),
+    ("Here is my thought process:", "Here is my response:"),
 )
+
+# Around what is said behind the reasoning (Hunyuan; ERNIE, Granite), in models whose template knows the second one.
+FRAMES = (("<answer>", "</answer>"), ("<response>", "</response>"))
 
 _SECTION = ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>")
 _CALL = ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>")
@@ -60,12 +64,16 @@ CALLS: dict[str, CallFormat] = {
         *_KIMI, _KIMI_SECTION, head="functions.{name}:{n}<|tool_call_argument_begin|>", ids=True
     ),
     "mistral": Objects("[TOOL_CALLS]", "", id_length=9, listed=True, space=""),
-    "mistral_args": NamedCalls("[TOOL_CALLS]", "", id_length=9, head="{name}[ARGS]"),
+    "mistral_args": NamedCalls("[TOOL_CALLS]", "", id_length=9, head="{name}[ARGS]", own_id="[CALL_ID]"),
     "granite": Objects("<|tool_call|>", "", listed=True, space=""),
     "phi4_mini": Objects("<|tool_call|>", "<|/tool_call|>", listed=True, space=""),
+    "cohere": Objects("<|START_ACTION|>", "<|END_ACTION|>", listed=True, keys=COHERE_KEYS),
+    "tool_calls": Objects("<tool_calls>", "</tool_calls>", listed=True, space=""),
+    "nemotron": Objects("<TOOLCALL>", "</TOOLCALL>", listed=True, space=""),
     "llama3_json": BareObjects(),
     "pythonic": Pythonic(),
     "lfm2": Pythonic(marks=("<|tool_call_start|>", "<|tool_call_end|>"), marked=True),
+    "olmo3": Pythonic(marks=("<function_calls>", "</function_calls>"), marked=True, lines=True),
 }
 
 # What a template (or the vocabulary) must have, by format; the first one that fits is the model's.
@@ -80,6 +88,10 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mistral", ("[TOOL_CALLS]",)),
     ("phi4_mini", ("<|/tool_call|>",)),
     ("granite", ("<|tool_call|>",)),
+    ("cohere", ("<|START_ACTION|>",)),
+    ("tool_calls", ("<tool_calls>",)),
+    ("nemotron", ("<TOOLCALL>",)),
+    ("olmo3", ("<function_calls>",)),
     ("qwen3_coder", ("<tool_call>", "<function=")),
     ("hermes", ("<tool_call>",)),
     ("lfm2", ("<|tool_call_start|>",)),
@@ -116,4 +128,5 @@ def format_of(
         )
     if name != "none" and name not in CALLS:
         raise RequestError(f"there is no format of tool calls {name!r}; there are {', '.join(CALLS)}")
-    return Tagged(tags, CALLS.get(name))
+    frame = next((pair for pair in FRAMES if tags is not None and pair[1] in text), None)
+    return Tagged(tags, CALLS.get(name), frame)

@@ -57,6 +57,12 @@ class Lark:
         self._rules.append(f"{name}: {expression}")
         return name
 
+    def terminal(self, expression: str) -> str:
+        """An expression of regular expressions by a name; `&` and `~` may join them."""
+        name = f"TEXT_{len(self._rules)}"
+        self._rules.append(f"{name}: {expression}")
+        return name
+
     def whole(self, start: str) -> str:
         """The grammar of an expression."""
         lark = "\n".join([f"start: {start}", *self._rules])

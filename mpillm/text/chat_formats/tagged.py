@@ -60,10 +60,15 @@ class ChatFormat:
 
 
 class Tagged(ChatFormat):
-    """Reasoning between two tags at the answer's beginning, and calls as `calls` writes them; either may be None."""
+    """Reasoning between two tags at the answer's beginning, and calls as `calls` writes them; either may be None.
 
-    def __init__(self, tags: tuple[str, str] | None, calls: CallFormat | None) -> None:
-        self.tags, self.calls = tags, calls
+    What is said behind the reasoning may stand between the tags of `frame`.
+    """
+
+    def __init__(
+        self, tags: tuple[str, str] | None, calls: CallFormat | None, frame: tuple[str, str] | None = None
+    ) -> None:
+        self.tags, self.calls, self.frame = tags, calls, frame
         self.marks = (*(tags or ()), *(calls.marks if calls else ()))
         self.has_reasoning = tags is not None
         self.has_calls = calls is not None
@@ -89,6 +94,8 @@ class Tagged(ChatFormat):
         self, text: str, state: ReasoningState, tools: Sequence[Tool] | None, final: bool
     ) -> ParsedAnswer:
         reasoning, rest = self._thought(text, state, final)
+        if rest is not None and self.frame is not None:
+            rest = _unframed(rest, self.frame, final)
         if rest is None:
             return ParsedAnswer(reasoning, "")
         if not tools or self.calls is None:
@@ -132,3 +139,15 @@ class Tagged(ChatFormat):
         opening, closing = self.tags
         thought = f"{lark.until(closing)} /\\n{{0,2}}/"
         return f"{thought} {answer}" if state == "open" else f"({lark.literal(opening)} {thought})? {answer}"
+
+
+def _unframed(text: str, frame: tuple[str, str], final: bool) -> str | None:
+    """What stands in a frame, if the text begins with one; None if it may still do so."""
+    opening, closing = frame
+    stripped = text.lstrip()
+    if not stripped.startswith(opening):
+        return None if not final and opening.startswith(stripped) else text
+    inner, closed, _ = stripped[len(opening) :].lstrip("\n").partition(closing)
+    if not (closed or final):
+        inner = without_open_end(inner, (closing, f"\n{closing}"))
+    return inner.removesuffix("\n") if closed or not final else inner
