@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,7 @@ import msgspec
 from mpillm.catalogue import models
 from mpillm.comm.world import World
 from mpillm.errors import JobError, OutputError
+from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, make, replacing
@@ -25,9 +26,9 @@ from mpillm.store.readable import printable
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
 from mpillm.weights.packed.file_plan import FilePlan, plan_files
-from mpillm.weights.packed.files import Writer
+from mpillm.weights.packed.files import Unfit, Writer
 from mpillm.weights.packed.layout import FORMAT, INDEX, TOKENIZER, TOKENIZER_FILE, UNFINISHED, VERSION
-from mpillm.weights.packed.misfits import misfits
+from mpillm.weights.packed.misfits import kept_before, misfits, too_narrow
 from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.text_files import text_fields, text_files, text_folder
 
@@ -76,31 +77,26 @@ def pack(world: World, source: str, target: Path, weights: PackedType, progress:
         with world.together():
             if world.rank == 0:
                 stack.enter_context(_claim(path, target, about))
-        if weights == "bf12":
-            with world.together():
-                found = misfits(opened, plans[world.rank :: world.size], world.threads())
-            _keep_as_stored(opened, set().union(*world.gather(found)))
-            plans = plan_files(opened, config, about)
-        mine = plans[world.rank :: world.size]
         with world.together(), explained(target):
-            done = _Count(progress, sum(plan.nbytes for plan in mine))
-            writer = Writer(opened, target, world.threads(), done)
-            missing = [plan for plan in mine if not writer.keep(plan)]
-        needed = sum(world.gather(sum(plan.nbytes for plan in missing)))
+            if weights == "bf12":
+                plans = _without(opened, too_narrow(plans) | kept_before(target, plans), config, about)
+            mine = plans[world.rank :: world.size]
+            files = _Files(opened, target, mine, world.threads(), progress)
+        needed = sum(world.gather(files.needed))
         with world.together(), explained(target):
-            _write(writer, missing, needed, target)
-        digests, kept = writer.digests, len(mine) - len(missing)
-        everywhere = world.gather((digests, kept))
+            files.write(needed, lambda found: _without(opened, found, config, about))
+        everywhere = world.gather((files.digests, files.kept, files.unfit))
         with world.together(), explained(target):
+            if unfit := set().union(*(keys for _, _, keys in everywhere)):
+                plans = _without(opened, unfit, config, about)
             if world.rank == 0:
-                finish(
-                    opened, target, plans, {k: v for found, _ in everywhere for k, v in found.items()}, about
-                )
+                digests = {name: digest for found, _, _ in everywhere for name, digest in found.items()}
+                finish(opened, target, plans, digests, about)
     return PackResult(
         directory=target,
         files=len(plans),
         bytes=sum(plan.nbytes for plan in plans),
-        kept=sum(count for _, count in everywhere),
+        kept=sum(count for _, count, _ in everywhere),
         seconds=time.monotonic() - start,
     )
 
@@ -123,10 +119,13 @@ def _open(path: Path, weights: PackedType) -> TensorSource:
     return open_unpacked(path, weights)
 
 
-def _keep_as_stored(source: TensorSource, found: set[Key]) -> None:
-    """Deliver these matrices as they are stored, and with one of an expert those of all experts of its layer."""
+def _without(
+    source: TensorSource, found: set[Key], config: ModelConfig, about: dict[str, str]
+) -> list[FilePlan]:
+    """The files where these matrices stay as they are stored, and with one of an expert all of its layer's experts."""
     places = {(key.role, key.layer) for key in found}
     source.keep_as_stored({key for key in source.tensors if (key.role, key.layer) in places})
+    return plan_files(source, config, about)
 
 
 @contextlib.contextmanager
@@ -178,28 +177,53 @@ def _about(path: Path) -> dict[str, str] | None:
         return None
 
 
-class _Count:
-    """Bytes that are safe, told to `progress` as they grow."""
+class _Files:
+    """The files of this rank: those that an earlier run has finished are kept, the others are to be written."""
 
-    def __init__(self, progress: PackProgress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+    def __init__(
+        self, source: TensorSource, target: Path, plans: list[FilePlan], threads: int, progress: PackProgress
+    ) -> None:
+        self._source, self._target, self._threads, self._progress = source, target, threads, progress
+        self._done, self._total = 0, sum(plan.nbytes for plan in plans)
+        self._writer = Writer(source, target, threads, self._count)
+        self._missing = [plan for plan in plans if not self._writer.keep(plan)]
+        self.kept, self.needed = len(plans) - len(self._missing), sum(plan.nbytes for plan in self._missing)
+        self.unfit: set[Key] = set()
+        self.digests = self._writer.digests
 
-    def __call__(self, count: int) -> None:
+    def write(self, needed: int, without: Callable[[set[Key]], list[FilePlan]]) -> None:
+        """Write the files, if there is room for those of all ranks. `without` plans with fewer coded matrices."""
+        self._require(needed)
+        try:
+            while self._missing:
+                try:
+                    self._writer.write(self._missing)
+                    break
+                except Unfit as error:
+                    self._plan_anew(error.plan, without)
+        finally:
+            self._writer.close()
+
+    def _plan_anew(self, unfit: FilePlan, without: Callable[[set[Key]], list[FilePlan]]) -> None:
+        found = misfits(self._source, unfit, self._threads)
+        self.unfit |= found
+        plans = {plan.name: plan for plan in without(found)}
+        rest = self._missing[self._missing.index(unfit) :]
+        self._missing = [plans[plan.name] for plan in rest]
+        self._total += sum(plan.nbytes for plan in self._missing) - sum(plan.nbytes for plan in rest)
+        self._require(sum(plan.nbytes for plan in self._missing))
+
+    def _require(self, needed: int) -> None:
+        free = shutil.disk_usage(self._target).free
+        if needed and needed + SPARE > free:
+            raise OutputError(
+                f"{self._target} needs {shown_bytes(needed + SPARE)} more, but its disk has {shown_bytes(free)} "
+                "free; make space."
+            )
+
+    def _count(self, count: int) -> None:
         self._done += count
         self._progress.packing(self._done, self._total)
-
-
-def _write(writer: Writer, missing: list[FilePlan], needed: int, target: Path) -> None:
-    """Write this rank's files, if there is room for those of all ranks."""
-    free = shutil.disk_usage(target).free
-    if needed and needed + SPARE > free:
-        raise OutputError(
-            f"{target} needs {shown_bytes(needed + SPARE)} more, but its disk has {shown_bytes(free)} free; make space."
-        )
-    try:
-        writer.write(missing)
-    finally:
-        writer.close()
 
 
 def finish(

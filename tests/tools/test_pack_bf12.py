@@ -14,13 +14,16 @@ from mpillm.errors import JobError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
+from mpillm.tools.pack import pack
+from mpillm.weights.fill import Rows
 from mpillm.weights.finite import first_not_finite
+from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.model.checks import digest
-from tests.model.engine_harness import run_engine
-from tests.tools.test_pack import packed
+from tests.model.engine_harness import _alone, run_engine
+from tests.tools.test_pack import Quiet, packed
 from tests.weights.build import Tiny, write_hf
 
 DENSE = Tiny(hidden=512, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=64, intermediate=1024, vocab=256)
@@ -96,6 +99,38 @@ def test_a_matrix_that_does_not_fit_stays_bf16(tmp_path: Path) -> None:
     found = types(tmp_path / "bf12")
     assert {key for key, type in found.items() if type is BlockType.BF16} == {Key("embed"), Key("k", 1)}
     assert answers(tmp_path / "bf12") == answers(model)
+
+
+def test_the_model_is_read_once_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file with a matrix that does not fit is packed again; the same command later reads no matrix."""
+    read: list[Key] = []
+    whole = TensorSource.rows_to_pack
+
+    def counted(source: TensorSource, key: Key, rows: range, cols: range) -> Rows:
+        read.append(key)
+        return whole(source, key, rows, cols)
+
+    monkeypatch.setattr(TensorSource, "rows_to_pack", counted)
+    models = {
+        name: written(DENSE, tmp_path / name, odd)
+        for name, odd in {"even": [], "odd": ["model.layers.1.self_attn.k_proj.weight"]}.items()
+    }
+    packed(models["even"], tmp_path / "plain", "bf16")
+    once, read[:] = sorted(read), []
+    packed(models["even"], tmp_path / "coded", "bf12")
+    assert sorted(read) == once
+    read.clear()
+    progress = Quiet()
+    first = pack(_alone(), str(models["odd"]), tmp_path / "again", "bf12", progress)
+    assert {key for key in read if read.count(key) > once.count(key)} <= {
+        key for key in once if key.layer == 1
+    }
+    assert progress.seen[-1] == (first.bytes, first.bytes)
+    read.clear()
+    second = packed(models["odd"], tmp_path / "again", "bf12")
+    assert (second.kept, second.bytes, read) == (first.files, first.bytes, [])
 
 
 def test_experts_are_alike(tmp_path: Path) -> None:

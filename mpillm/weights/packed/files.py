@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mpillm.errors import ModelError
+from mpillm.kernels.types import Misfit
 from mpillm.weights.fill import fill
 from mpillm.weights.formats.safetensors import read_metadata
 from mpillm.weights.formats.tensors import TensorSource
@@ -40,6 +41,14 @@ WRITERS = 4  # pieces that are written and read back at a time
 CHUNK = 8 * 2**20  # bytes that are read at a time to hash a file
 
 WriteProgress = Callable[[int], None]  # of the number of further bytes that are on the disk
+
+
+class Unfit(Exception):
+    """A file has a matrix that cannot be stored as planned: neither it nor a later one was written under its name."""
+
+    def __init__(self, plan: FilePlan) -> None:
+        super().__init__(plan.name)
+        self.plan = plan
 
 
 class PackedPiece:
@@ -91,7 +100,8 @@ class Writer:
     def write(self, plans: Iterable[FilePlan]) -> None:
         """Write files one after the other; they are complete when `close` returns.
 
-        The first pages of a file are packed while the last ones of the file before are written.
+        The first pages of a file are packed while the last ones of the file before are written. After an `Unfit` it
+        may be called again with other plans.
         """
         file: _GrowingFile | None = None
         try:
@@ -108,7 +118,9 @@ class Writer:
             self._wait(0)
         except BaseException:
             wait([done for _, last in self._writing for done in last])
+            self._writing.clear()
             if file is not None:
+                self._progress(file.begin - file.at)
                 file.close()
             raise
 
@@ -148,10 +160,9 @@ class Writer:
             waiting.append((plan, self._makers.submit(make)))
             if len(waiting) >= MAKERS:
                 plan, made = waiting.popleft()
-                yield plan, made.result()
+                yield plan, _fitting(plan, made)
         while waiting:
-            plan, made = waiting.popleft()
-            yield plan, made.result()
+            yield waiting[0][0], _fitting(*waiting.popleft())
 
     def _pieces(self, plans: Iterable[FilePlan]) -> Iterator[tuple[FilePlan, Callable[[], PackedPiece]]]:
         """For each piece of the files' data, its file and the function that makes it."""
@@ -202,7 +213,7 @@ class _GrowingFile:
 
     def __init__(self, plan: FilePlan, directory: Path) -> None:
         self.plan = plan
-        self.begin = self._at = len(plan.head("0" * 64))
+        self.begin = self.at = len(plan.head("0" * 64))
         self._file = VerifiedFile(directory / (plan.name + TEMPORARY), plan.nbytes)
         self._digest = hashlib.sha256()
         self._put: list[Future[None]] = []
@@ -210,12 +221,12 @@ class _GrowingFile:
     @property
     def whole(self) -> bool:
         """Whether all data has been put."""
-        return self._at == self.plan.nbytes
+        return self.at == self.plan.nbytes
 
     def put(self, data: Bytes, hash: Executor, disk: Executor) -> list[Future[None]]:
         """Write and hash the next piece, which must not change until the futures are done."""
-        assert self._at + data.nbytes <= self.plan.nbytes, self.plan.name
-        at, self._at = self._at, self._at + data.nbytes
+        assert self.at + data.nbytes <= self.plan.nbytes, self.plan.name
+        at, self.at = self.at, self.at + data.nbytes
         put = [hash.submit(self._digest.update, data.data), *self._file.put(data, at, disk)]
         self._put += put
         return put
@@ -248,6 +259,13 @@ def grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[PageTensor, By
         begin += panel.nbytes
     for of_tensor in groups.values():
         yield from of_tensor.values()
+
+
+def _fitting(plan: FilePlan, made: Future[PackedPiece]) -> PackedPiece:
+    try:
+        return made.result()
+    except Misfit as error:
+        raise Unfit(plan) from error
 
 
 def _digest_in(path: Path) -> str:
