@@ -83,6 +83,7 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "rope_interleaved": (False,),
     "rope_ratio": (1, 1.0),
+    "rotary_pct": (1, 1.0),
     "router_bias": (False,),
     "routed_scaling_factor": (1, 1.0),
     "scale_attn_weights": (True,),
@@ -106,7 +107,7 @@ _OTHERS = """
     alibi_bias_max attention_logit_cap attention_window attn_output_gate block_types dim_model_base embedding_scale
     final_logit_softcap head_scale index_topk key_multiplier kv_lora_rank lm_head_multiplier logits_soft_cap
     mup_scale_factor mup_use_scaling mup_width_scale parallel_residual position_embedding_type post_norm q_lora_rank
-    qk_norm residual_scale rotary_pct sandwich_norm scale_depth scale_emb scale_embeddings swiglu_limit
+    qk_norm residual_scale sandwich_norm scale_depth scale_emb scale_embeddings swiglu_limit
     use_gated_attention use_post_norm use_sinks window_size
 """.split()  # noqa: SIM905 (a list of strings would fill a screen)
 

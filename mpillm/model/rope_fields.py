@@ -70,14 +70,21 @@ def read_rope(
     return result
 
 
-def _parameters(config: Fields, layer_type: str) -> Mapping[str, Any]:
-    """The dict that holds the rope type and its numbers."""
+def rope_table(config: Fields) -> Mapping[str, Any]:
+    """The dict that holds the rope type and its numbers, or one for each layer type; empty if there is none."""
     old, new = config.table("rope_scaling"), config.table("rope_parameters")
+    if old and "rope_parameters" not in config.values:  # it goes before the class's default
+        new = {}
     if old and new and old != new:
         raise ModelError(
             f"{config.name}: rope_scaling and rope_parameters are both given and differ; keep one."
         )
-    values = old or new
+    return old or new
+
+
+def _parameters(config: Fields, layer_type: str) -> Mapping[str, Any]:
+    """The table of the layers of one type."""
+    values = rope_table(config)
     if not any(isinstance(value, Mapping) for value in values.values()):
         return values
     if layer_type:

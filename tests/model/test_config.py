@@ -24,12 +24,14 @@ from mpillm.model.layers.latent import LatentAttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.opening import config_of, open_source
-from mpillm.model.rope import RopeConfig
+from mpillm.model.rope import RopeConfig, inv_freq
 from mpillm.partition.grid import Place
 from mpillm.weights.formats import hf
 
 MODELS = Path(__file__).parent.parent / "fixtures/models"
 PUBLISHED = json.loads((Path(__file__).parent.parent / "data/published_configs.json").read_text())
+# The keys of further published files, with tiny sizes.
+KEYS = json.loads((Path(__file__).parent.parent / "data/published_keys.json").read_text())
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 40,
@@ -103,6 +105,13 @@ def test_what_is_published_is_read(name: str) -> None:
         "DeepSeek-V3 in BF16": "yarn",
         "Kimi-K2-Instruct in BF16": "yarn",
     }.get(name, "default")
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_no_published_key_is_refused(name: str) -> None:
+    config, raw = read_config(KEYS[name]), KEYS[name]
+    assert config.hidden == (raw["n_embd"] if name == "gpt2" else raw["hidden_size"])
+    assert config.architecture == raw["architectures"][0]
 
 
 def test_llama4() -> None:
@@ -312,6 +321,26 @@ def test_windows_of_all_layers() -> None:
     assert windows(read("llama", layer_types=["full_attention"] * 4)) == (0,) * 4
 
 
+def test_windows_of_qwen2_moe() -> None:
+    """The first layers have them, every second one; layer_types goes before."""
+    moe = {**MOE, "use_sliding_window": True, "sliding_window": 5}
+    assert windows(read("qwen2_moe", **moe, max_window_layers=2)) == (5, 0, 0, 0)
+    assert windows(read("qwen2_moe", **moe)) == (5, 0, 5, 0)
+    types = ["full_attention", "sliding_attention"] * 2
+    assert windows(read("qwen2_moe", **moe, layer_types=types)) == (0, 5, 0, 5)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "glm4"])
+def test_an_odd_number_of_dimensions_turns(kind: str) -> None:
+    """One more does, by the powers that the odd number makes (an array in steps of 2, as transformers has it)."""
+    config = read(kind, partial_rotary_factor=0.45, hidden_size=48, head_dim=12, rope_theta=1e4)
+    rotary = attention(config).rotary
+    assert rotary is not None and rotary.dim == 6
+    np.testing.assert_allclose(inv_freq(rotary.config, 6), 1e4 ** (-np.arange(0, 5, 2) / 5), rtol=1e-6)
+    with pytest.raises(ModelError, match="which makes 5 dimensions turn, an odd number"):
+        read(kind, partial_rotary_factor=0.45, head_dim=12, rope_scaling={"type": "yarn", "factor": 2.0})
+
+
 def test_experts() -> None:
     mixtral = read("mixtral", num_local_experts=5, num_experts_per_tok=3)
     assert {layer.mlp for layer in mixtral.layers} == {ExpertsSpec(5, 40, RouterSpec(3))}
@@ -350,6 +379,10 @@ def test_rope_styles_mean_the_same() -> None:
     per_type = {"full_attention": {"rope_type": "yarn", "rope_theta": 2e4, **yarn}}
     assert rope(read("qwen2", layer_types=["full_attention"] * 4, rope_parameters=per_type)) == expected
     assert expected.beta_fast == 20.0
+    scaling = {"rope_type": "yarn", "llama_4_scaling_beta": 0.5, **yarn}
+    own = read("ministral3", rope_theta=2e4, rope_scaling=scaling, head_dim=12)
+    assert rope(own) == expected  # not what the class has where nothing is said
+    assert attention(own).tuning == Tuning(0.5, 64, offset=0)
 
 
 def test_rope_defaults() -> None:

@@ -162,9 +162,16 @@ def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleave
     if part is None:
         part = default if not isinstance(inner, int | float) else float(inner)
     dim = int(sizes.head_dim * part)
-    if dim < 2 or dim % 2 or dim > sizes.head_dim:
+    if not 1 <= dim <= sizes.head_dim:
         raise fields.fail("partial_rotary_factor", f"which makes {dim} of {sizes.head_dim} dimensions turn")
-    return read_rotary(fields, sizes, dim, interleaved)
+    rotary = read_rotary(fields, sizes, dim + dim % 2, interleaved)
+    if dim % 2 == 0:
+        return rotary
+    # An odd number: one more turns, by the powers of the base that the odd number makes.
+    if rotary.config.kind not in ("default", "linear"):
+        raise fields.fail("partial_rotary_factor", f"which makes {dim} dimensions turn, an odd number")
+    theta = rotary.config.theta ** ((dim + 1) / dim)
+    return replace(rotary, config=replace(rotary.config, theta=theta))
 
 
 def read_expert_count(fields: Fields) -> int:

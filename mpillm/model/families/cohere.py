@@ -48,6 +48,7 @@ class Cohere(Family):
         sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
         norm = read_norm(fields, "layer_norm_eps", 1e-5, centred=True)
         rotary = read_rotary(fields, sizes, interleaved=True)
+        fields.one_of("position_embedding_type", ("rope_gptj",), default="rope_gptj")
         by_head = architecture == _COHERE and fields.flag("use_qk_norm")
         refuse_qk_norm(fields, architecture, has=by_head)
         window, types = 0, [FULL] * sizes.n_layers

@@ -45,6 +45,7 @@ _BUILT: dict[str, tuple[Any, ...]] = {
     "norm_type": ("rms", "hf_rms", "fused"),
     "mlp_bias": (False,),
 }
+_OF_MIXTURES = {"num_experts", "moe_topk", "num_shared_expert"}  # dense models' files have them too
 _USUAL = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, **SMALL_BOS}
 
 
@@ -83,6 +84,7 @@ class Hunyuan(Family):
                 raise fields.fail(key, f"but {architecture} is not supported with that")
         dense = MlpSpec(width, activation)
         if architecture == _DENSE:
+            fields.read |= _OF_MIXTURES
             layer = LayerSpec(attention, dense, Norms(norm), Norms(norm))
             return model(fields, architecture, sizes, lambda number: layer, norm)
         if any(count != 1 for count in fields.integers("num_shared_expert", 0, 2**16)):

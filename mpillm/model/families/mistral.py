@@ -29,7 +29,7 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.model.rope_fields import LONGEST
+from mpillm.model.rope_fields import LONGEST, rope_table
 from mpillm.weights.formats.gguf_config import (
     GgufFields,
     ShapeOf,
@@ -127,8 +127,7 @@ class Mistral(Family):
 
 def _tuning(fields: Fields) -> Tuning | None:
     """How scores grow with positions, which the table of RoPE says."""
-    table = fields.table("rope_parameters") or fields.table("rope_scaling")
-    rope = Fields(table, f"{fields.name}, rope parameters")
+    rope = Fields(rope_table(fields), f"{fields.name}, rope parameters")
     beta = rope.optional_number("llama_4_scaling_beta", 0, 1e6)
     if not beta:
         return None

@@ -26,7 +26,7 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.model.rope_fields import LONGEST
+from mpillm.model.rope_fields import LONGEST, rope_table
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
 from mpillm.weights.names import Names
 from mpillm.weights.roles import Key
@@ -122,9 +122,8 @@ def _scaled(fields: Fields, sizes: Sizes) -> Rotary:
     transformers 5.24 computes short factors times long_mscale.
     """
     rotary = read_rotary(fields, sizes)
-    table = fields.table("rope_parameters") or fields.table("rope_scaling")
     if rotary.config.kind == "default":
         return rotary
-    rope = Fields(table, f"{fields.name}, rope parameters")
+    rope = Fields(rope_table(fields), f"{fields.name}, rope parameters")
     short, long = (rope.number(key, 0, 1e6, default=1.0) for key in ("short_mscale", "long_mscale"))
     return replace(rotary, config=replace(rotary.config, attention_factor=short, long_attention_factor=long))

@@ -84,6 +84,7 @@ class Qwen(Family):
             "num_key_value_heads": 16,
             "num_local_experts": 60,
             "num_experts_per_tok": 4,
+            "max_window_layers": 28,
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
             "qkv_bias": True,
@@ -173,10 +174,11 @@ def _windows(fields: Fields, architecture: str, n_layers: int) -> tuple[int, ...
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
     # Ticked off whether used or not: a window that is switched off may have any value.
     fields.read |= {"sliding_window", "max_window_layers"}
-    some = architecture not in (_MIXTURE, _QWEN2_MIXTURE)
-    first = (
-        fields.integer("max_window_layers", 0, LONGEST) if window and some and _types_absent(fields) else 0
-    )
+    some, first = architecture != _MIXTURE, 0
+    if window and some and _types_absent(fields):
+        first = fields.integer("max_window_layers", 0, LONGEST)
+        if architecture == _QWEN2_MIXTURE:  # there the first layers have windows, every second of them
+            return tuple(0 if layer % 2 or layer >= first else window for layer in range(n_layers))
     return read_windows(fields, architecture, n_layers, window, first, some)
 
 
