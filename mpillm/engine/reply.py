@@ -9,6 +9,7 @@ candidates mean nothing, and its sums are NaN.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -121,27 +122,38 @@ class ReplyBuilder:
         self, step: Step, outputs: Seq[Output], logits: Floats
     ) -> tuple[NDArray[np.generic], ...]:
         vocab, threads = self._decoder.vocab, self._threads
-        finite = finite_rows(logits, threads)
-        if not finite.all():
-            logits[~finite] = 0.0  # to keep the arithmetic below defined; no token is drawn from these rows
+        broken = rows_not_finite(logits, threads)
+        if broken:
+            logits[broken] = 0.0  # to keep the arithmetic below defined; no token is drawn from these rows
         values = logits
         if any(output.adjusted for output in outputs):
             values = logits.copy()
             for row, output in zip(values, outputs, strict=True):
                 if output.adjusted:
                     _adjust(row, step.chunks[output.chunk], vocab)
-        wanted = np.array([output.k for output in outputs])
-        k = min(int(wanted.max()), len(vocab)) or 1
+        wanted = [output.k for output in outputs]
+        k = min(max(wanted), len(vocab)) or 1
         top, ids = np.empty((len(outputs), k), np.float32), np.empty((len(outputs), k), np.int32)
         kernels.top_k(values, k, top, ids, threads)
         raw = top if values is logits else np.take_along_axis(logits, ids, axis=1)
-        targets = np.array([output.target for output in outputs]) - vocab.start
-        own = (targets >= 0) & (targets < len(vocab))  # NO_TARGET lies below every part of the vocabulary
-        found = np.where(own, logits[np.arange(len(outputs)), np.where(own, targets, 0)], np.float32(np.nan))
-        mask = np.arange(k) < wanted[:, None]
+        ids += np.int32(vocab.start)
         panel_sums = self._normalisers(outputs, logits, values)
-        panel_sums[~finite] = np.nan
-        return ids[mask] + np.int32(vocab.start), top[mask], raw[mask], panel_sums, found
+        if broken:
+            panel_sums[broken] = np.nan
+        targets = self._targets(outputs, logits)
+        if min(wanted) >= k:
+            return ids.ravel(), top.ravel(), raw.ravel(), panel_sums, targets
+        mask = np.arange(k) < np.array(wanted)[:, None]
+        return ids[mask], top[mask], raw[mask], panel_sums, targets
+
+    def _targets(self, outputs: Seq[Output], logits: Floats) -> Floats:
+        """The targets' logits [outputs], NaN where there is none or another shard owns it."""
+        vocab = self._decoder.vocab
+        found = np.full(len(outputs), np.nan, np.float32)
+        for row, output in enumerate(outputs):
+            if output.target in vocab:  # NO_TARGET lies below every part of the vocabulary
+                found[row] = logits[row, output.target - vocab.start]
+        return found
 
     def _normalisers(self, outputs: Seq[Output], logits: Floats, values: Floats) -> Floats:
         """The panels' sums for the normalisers [outputs, own panels, SUMS]; zeros if no output needs them."""
@@ -161,24 +173,22 @@ class ReplyBuilder:
         if not pieces:
             none = np.empty(0, np.float32)
             pieces = [(none.view(np.int32), none, none, np.empty((0, 0, SUMS), np.float32), none)]
-        ids, values, raw, panel_sums, targets = (
-            np.concatenate(column) for column in zip(*pieces, strict=True)
-        )
-        return Reply(number, ids, values, raw, panel_sums, targets, hidden)
+        columns = pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))
+        return Reply(number, *columns, hidden)
 
 
-def finite_rows(rows: Floats, threads: int) -> NDArray[np.bool_]:
-    """Whether all numbers of each row [m, n] are finite: [m].
+def rows_not_finite(rows: Floats, threads: int) -> list[int]:
+    """The rows of an array [m, n] that have a number which is not finite.
 
     A sum of squares tells in one pass without a copy. Only rows whose sum is not finite are checked value by value.
     """
     sums = np.empty(len(rows), np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        kernels.square_sums(rows, sums, threads)
-    finite: NDArray[np.bool_] = np.isfinite(sums)
-    for row in np.flatnonzero(~finite):
-        finite[row] = np.isfinite(rows[row]).all()
-    return finite
+    kernels.square_sums(rows, sums, threads)
+    return [
+        row
+        for row, total in enumerate(sums.tolist())
+        if not math.isfinite(total) and not np.isfinite(rows[row]).all()
+    ]
 
 
 def _adjust(row: Floats, chunk: Chunk, vocab: range) -> None:
@@ -206,7 +216,6 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     if not outputs:
         return []
     wanted = np.array([output.k for output in outputs])
-    inv_t = np.array([output.inv_t for output in outputs])
     counts = [np.minimum(wanted, size) for size in shard_sizes]
     for shard, (reply, count) in enumerate(zip(replies, counts, strict=True)):
         if len(reply.targets) != len(outputs) or len(reply.ids) != count.sum():
@@ -214,8 +223,9 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
                 f"shard {shard} replied {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
                 f"{count.sum()} of {len(outputs)} were asked for"
             )
-    broken = np.any(np.isnan([reply.panel_sums[:, 0, 0] for reply in replies]), axis=0)
-    if broken.any():
+    sums = [reply.panel_sums[:, 0, 0] for reply in replies]
+    broken = np.isnan(np.maximum.reduce(sums)).tolist()  # NaN is the maximum of what it is among
+    if any(broken):
         replies = [replace(reply, panel_sums=np.nan_to_num(reply.panel_sums, nan=1.0)) for reply in replies]
     ids, values, raw = (
         _tables([getattr(reply, name) for reply in replies], counts) for name in ("ids", "values", "raw")
@@ -227,10 +237,11 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     drawn = [i for i, output in enumerate(outputs) if output.sampled and output.normalised]
     weights = dict.fromkeys(range(len(outputs)), _NONE)
     if drawn:
-        weights.update(zip(drawn, weights_of(values[drawn], inv_t[drawn]), strict=True))
-    log_z, scaled_z = _normalisers(replies, outputs, inv_t)
+        inv_t = np.array([outputs[i].inv_t for i in drawn])
+        weights.update(zip(drawn, weights_of(values[drawn], inv_t), strict=True))
+    log_z, scaled_z = _normalisers(replies, outputs)
     targets = np.fmax.reduce([reply.targets for reply in replies]).tolist()
-    complete = (wanted >= sum(shard_sizes)).tolist()
+    vocab = sum(shard_sizes)
     return [
         Candidates(
             ids[i, :k],
@@ -239,7 +250,7 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
             weights[i][:k],
             log_z[i],
             scaled_z[i],
-            complete[i],
+            outputs[i].k >= vocab,
             targets[i],
             not broken[i],
         )
@@ -265,9 +276,7 @@ def _tables(flat: Seq[NDArray[Any]], counts: Seq[NDArray[np.int64]]) -> NDArray[
     return tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)
 
 
-def _normalisers(
-    replies: Seq[Reply], outputs: Seq[Output], inv_t: NDArray[np.float64]
-) -> tuple[list[float], list[float]]:
+def _normalisers(replies: Seq[Reply], outputs: Seq[Output]) -> tuple[list[float], list[float]]:
     """`log_z` and `scaled_z` of each output, from the sums of all panels of the vocabulary, in order."""
     at = [i for i, output in enumerate(outputs) if output.normalised]
     if not at:
@@ -276,7 +285,8 @@ def _normalisers(
     panel_sums = np.concatenate([reply.panel_sums for reply in replies], axis=1)[at].astype(np.float64)
     raw_maximum, raw_total = _total(panel_sums[:, :, 0], panel_sums[:, :, 1], np.ones(len(at)))
     log_z[at] = raw_maximum + exact.log(raw_total)
-    _, scaled_z[at] = _total(panel_sums[:, :, 2], panel_sums[:, :, 3], inv_t[at])
+    inv_t = np.array([outputs[i].inv_t for i in at])
+    _, scaled_z[at] = _total(panel_sums[:, :, 2], panel_sums[:, :, 3], inv_t)
     return log_z.tolist(), scaled_z.tolist()
 
 

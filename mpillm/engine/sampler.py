@@ -9,8 +9,8 @@ top_k, top_p.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,8 +22,7 @@ FIRST_LOOK = 128  # candidates asked for when tokens are drawn: enough for nearl
 FORBIDDEN = np.float32(-1e30)  # the logit of what may not be drawn: finite at any temperature
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(msgspec.Struct, frozen=True):
     """The likeliest tokens of one row.
 
     `values` are the logits that decide (after penalties, biases and masks), descending; `raw` the model's own.

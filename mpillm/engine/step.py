@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,8 +55,7 @@ class Table(NamedTuple):
     blocks: Ints
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """What a step computes of one sequence: its tokens from `start` to `start + len(tokens)`.
 
     A draft of its next token is a chunk of its own behind it, for what may be drawn depends on all tokens before.
@@ -74,11 +74,9 @@ class Chunk:
     logprobs: int = -1  # log-probabilities wanted of that token and of so many alternatives; -1: of none
     temperature: float = 0.0
     penalty: float = 1.0
-    seen: Ints = field(default_factory=lambda: NO_IDS)  # distinct ids that the penalty is for
+    seen: Ints = NO_IDS  # distinct ids that the penalty is for
     shifts: Shifts = NO_SHIFTS
-    allowed: Ints = field(
-        default_factory=lambda: NO_IDS
-    )  # a bit for each id that may be drawn; empty: all may
+    allowed: Ints = NO_IDS  # a bit for each id that may be drawn; empty: all may
     hidden: Hidden = Hidden.NONE
     adapter: int = NO_ADAPTER  # the number of the adapter that the sequence has
     long: bool = False  # whether the sequence is longer than LongRoPE's short factors are for

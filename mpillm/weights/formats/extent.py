@@ -60,18 +60,22 @@ class Extent:
         """A vector as it is stored, uint8 [1, bytes]."""
         return self.file.view(self.offset, self.nbytes)[None]
 
-    def rows(self, rows: Rows) -> Bytes:
+    def rows(self, rows: range) -> Bytes:
         """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
-        if isinstance(rows, range):
-            assert 0 <= rows.start <= rows.stop <= self.n, (self.name, rows)
-            raw = self.rows_together(rows)
-            if not self.rope_heads:
-                return raw
-            first = (self._span(rows)[0] - self.offset) // self.row_bytes
-        else:
-            raw, first = self.file.view(self.offset, self.nbytes).reshape(self.n, self.row_bytes), 0
+        assert 0 <= rows.start <= rows.stop <= self.n, (self.name, rows)
+        raw = self.rows_together(rows)
+        if not self.rope_heads:
+            return raw
+        first = (self._span(rows)[0] - self.offset) // self.row_bytes
         gathered: Bytes = raw[llama_cpp_rows(np.asarray(rows), self.n, self.rope_heads) - first]
         return gathered
+
+    def single_rows(self, rows: NDArray[np.integer[Any]]) -> Bytes:
+        """Rows at any places as they are stored, copied: uint8 [len(rows), row bytes]; nothing is to be released."""
+        nbytes = self.row_bytes
+        where = llama_cpp_rows(rows, self.n, self.rope_heads).tolist()
+        assert not where or 0 <= min(where) <= max(where) < self.n, (self.name, where)
+        return self.file.pieces([self.offset + row * nbytes for row in where], nbytes)
 
     def rows_together(self, rows: range) -> Bytes:
         """The same in the order of the file, and all rows of the heads that rows in llama.cpp's order are of."""
@@ -113,8 +117,7 @@ class Interleaved(Extent):
         pieces = [self.file.read(*piece) for piece in self._runs(range(self.shape[0]))]
         return np.concatenate([piece.ravel() for piece in pieces])[None]
 
-    def rows(self, rows: Rows) -> Bytes:
-        assert isinstance(rows, range), self.name
+    def rows(self, rows: range) -> Bytes:
         out, done = np.empty((len(rows), self.row_bytes), np.uint8), 0
         for piece in self._runs(rows):
             part = self.file.read(*piece).reshape(-1, self.row_bytes)
@@ -181,8 +184,15 @@ class Made(Extent):
     def vector(self) -> Bytes:
         return self.recipe.blocks(self._of_recipe(range(self.k))).reshape(1, -1)
 
-    def rows(self, rows: Rows) -> Bytes:
+    def rows(self, rows: range) -> Bytes:
         return self.recipe.blocks(self._of_recipe(rows))
+
+    def single_rows(self, rows: NDArray[np.integer[Any]]) -> Bytes:
+        made = np.empty((len(rows), self.row_bytes), np.uint8)
+        for row, out in zip(rows.tolist(), made, strict=True):
+            out[:] = self.rows(range(row, row + 1))
+            self.release(range(row, row + 1))
+        return made
 
     def rows_together(self, rows: range) -> Bytes:
         return self.rows(rows)

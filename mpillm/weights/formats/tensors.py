@@ -38,11 +38,6 @@ SCALED_PANELS = 4  # at least, of types whose blocks have a scale in float32
 PIECE = 2**20  # bytes of a tensor that is looked at piece by piece
 
 
-GATHERED = (
-    32  # rows may be looked up before their pages, and 128 KiB around each, are given back: that takes long
-)
-
-
 class TensorSource:
     """A `Source` over mapped files; safetensors and GGUF differ only in what they put in here."""
 
@@ -73,7 +68,6 @@ class TensorSource:
         # What shards hold of pages, and of all experts of a layer: who looks for a layout asks for the same again.
         self._plans: dict[tuple[PageSpec, int, int], PagePlan] = {}
         self._expert_plans: dict[tuple[PageSpec, int, int], list[PagePlan]] = {}
-        self._gathered = 0  # rows whose pages may still be mapped
         self.tensors: Mapping[Key, TensorInfo] = {
             key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
             for key, extent in self._extents.items()
@@ -155,14 +149,11 @@ class TensorSource:
             values = extent.stored.decode(extent.vector(), extent.k, threads=1)[0]
             index = np.arange(extent.k) if rows is None else np.asarray(rows)
             result: Floats = values[llama_cpp_rows(index, extent.k, extent.rope_heads)]
+        elif rows is None or isinstance(rows, range):
+            stored = extent.rows(range(extent.n) if rows is None else rows)
+            result = _values(extent, stored, range(extent.k), threads=1)
         else:
-            rows = range(extent.n) if rows is None else rows
-            result = _values(extent, extent.rows(rows), range(extent.k), threads=1)
-            if not isinstance(rows, range):
-                self._gathered += len(rows)
-                if self._gathered < GATHERED:
-                    return result
-                self._gathered = 0
+            return _values(extent, extent.single_rows(rows), range(extent.k), threads=1)
         self.release(key)
         return result
 

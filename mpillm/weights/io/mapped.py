@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from mpillm.errors import ModelError
 from mpillm.foreign import HEAD, what_it_is
 from mpillm.weights.io.filesystem import madvise
-from mpillm.weights.io.reading import DirectFile
+from mpillm.weights.io.reading import DirectFile, changed, open_file, read_pieces
 
 Bytes = NDArray[np.uint8]
 
@@ -28,6 +30,7 @@ class MappedFile:
         try:
             with path.open("rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._identity = _identity(file.fileno())
         except ValueError:
             raise ModelError(f"{path} is empty; fetch the model again.") from None
         except OSError as error:
@@ -40,6 +43,7 @@ class MappedFile:
         self.bytes: Bytes = np.frombuffer(self.map, np.uint8)
         self.size = len(self.bytes)
         self._direct: DirectFile | None = None
+        self._descriptor = -1  # for `pieces`
 
     def view(self, offset: int, nbytes: int) -> Bytes:
         """Bytes of the file, not copied; valid until `close`."""
@@ -57,6 +61,19 @@ class MappedFile:
         self._advise(mmap.MADV_WILLNEED, offset, nbytes)
         return self.view(offset, nbytes)
 
+    def pieces(self, offsets: Iterable[int], nbytes: int) -> Bytes:
+        """Pieces of `nbytes` bytes, copied: uint8 [pieces, nbytes], read-only. Nothing of them stays mapped.
+
+        ModelError if the file cannot be read, has become shorter, or another one has its name.
+        """
+        if self._descriptor < 0:
+            descriptor = open_file(self.path, os.O_RDONLY)
+            if _identity(descriptor) != self._identity:
+                os.close(descriptor)
+                raise changed(self.path)
+            self._descriptor = descriptor
+        return read_pieces(self._descriptor, self.path, offsets, nbytes)
+
     def release(self, offset: int, nbytes: int) -> None:
         """Give back the pages that hold these bytes; looking at them again maps them again.
 
@@ -72,6 +89,9 @@ class MappedFile:
         self.bytes = self.bytes[:0].copy()
         if self._direct:
             self._direct.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         try:
             self.map.close()
         except BufferError:  # somebody still holds a view: the mapping goes with it
@@ -81,3 +101,9 @@ class MappedFile:
         first = offset // _PAGE * _PAGE
         if nbytes:
             madvise(self.bytes.ctypes.data + first, offset + nbytes - first, advice)
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    """What tells an open file from all others."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino

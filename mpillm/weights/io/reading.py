@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,17 @@ def read_at(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
         if count == 0:
             raise changed(path)
         done += count
+
+
+def read_pieces(descriptor: int, path: Path, offsets: Iterable[int], nbytes: int) -> Bytes:
+    """Pieces of a file, each of `nbytes` bytes: uint8 [pieces, nbytes], read-only; errors as of `read_at`."""
+    try:
+        pieces = [os.pread(descriptor, nbytes, offset) for offset in offsets]
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read any more: {error.strerror}.") from None
+    if any(len(piece) < nbytes for piece in pieces):
+        raise changed(path)
+    return np.frombuffer(b"".join(pieces), np.uint8).reshape(len(pieces), nbytes)
 
 
 def changed(path: Path) -> ModelError:

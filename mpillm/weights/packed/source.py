@@ -23,7 +23,7 @@ from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
 from mpillm.weights.formats.stored import OWN, Floats, Stored, stored_in_gguf
 from mpillm.weights.inventory import EXPERT, Inventory, PageSpec, tensor_name
-from mpillm.weights.io.reading import read_at
+from mpillm.weights.io.reading import read_at, read_pieces
 from mpillm.weights.packed.index import (
     PACK_AGAIN,
     PackedFile,
@@ -158,12 +158,10 @@ class PackedSource:
             )
         n, k = self.tensors[key].shape
         stored, file = self._embed_stored, self._embed_file
-        numbers = np.arange(n) if rows is None else np.asarray(rows)
-        raw = np.empty((len(numbers), stored.row_bytes(k)), np.uint8)
-        begin = file.panels[EMBED].offset
-        for number, out in zip(numbers.tolist(), raw, strict=True):
-            read_at(self._embed, file.path, begin + number * raw.shape[1], out)
-        return stored.decode(raw, k, threads=1)
+        numbers = range(n) if rows is None else np.asarray(rows).tolist()
+        begin, nbytes = file.panels[EMBED].offset, stored.row_bytes(k)
+        offsets = [begin + number * nbytes for number in numbers]
+        return stored.decode(read_pieces(self._embed, file.path, offsets, nbytes), k, threads=1)
 
     def floats(self, key: Key) -> Iterator[NDArray[Any]]:
         """The values of a tensor, or the scales of its blocks, piece by piece."""
