@@ -43,12 +43,13 @@ class Pace:
     @contextmanager
     def measured(self, worker: Paged) -> Iterator[None]:
         """The block is a step of `worker`'s."""
+        if not self._streams:
+            yield
+            return
         start, (waited, loaded) = time.perf_counter(), worker.paging
         yield
-        seconds = time.perf_counter() - start
-        if self._streams:
-            now = worker.paging
-            self.adapt(seconds, now[0] - waited, now[1] - loaded)
+        seconds, now = time.perf_counter() - start, worker.paging
+        self.adapt(seconds, now[0] - waited, now[1] - loaded)
 
     def adapt(self, seconds: float, waited: float, loaded: float) -> None:
         """Take note of a step that took `seconds`, of which it `waited`, while threads loaded for so many seconds."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -173,8 +175,11 @@ class ReplyBuilder:
         if not pieces:
             none = np.empty(0, np.float32)
             pieces = [(none.view(np.int32), none, none, np.empty((0, 0, SUMS), np.float32), none)]
-        columns = pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))
-        return Reply(number, *columns, hidden)
+        columns: Iterable[Any] = pieces[0]
+        if len(pieces) > 1:
+            columns = map(np.concatenate, zip(*pieces, strict=True))
+        ids, values, raw, panel_sums, targets = columns
+        return Reply(number, ids, values, raw, panel_sums, targets, hidden)
 
 
 def rows_not_finite(rows: Floats, threads: int) -> list[int]:
@@ -215,16 +220,16 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     """Merge the shards' replies to the same outputs into one `Candidates` each; `shard_sizes` in vocabulary rows."""
     if not outputs:
         return []
-    wanted = np.array([output.k for output in outputs])
-    counts = [np.minimum(wanted, size) for size in shard_sizes]
+    wanted, vocab = [output.k for output in outputs], sum(shard_sizes)
+    counts = [[min(k, size) for k in wanted] for size in shard_sizes]
     for shard, (reply, count) in enumerate(zip(replies, counts, strict=True)):
-        if len(reply.targets) != len(outputs) or len(reply.ids) != count.sum():
+        if len(reply.targets) != len(outputs) or len(reply.ids) != sum(count):
             raise ValueError(
                 f"shard {shard} replied {len(reply.ids)} candidates of {len(reply.targets)} outputs where "
-                f"{count.sum()} of {len(outputs)} were asked for"
+                f"{sum(count)} of {len(outputs)} were asked for"
             )
-    sums = [reply.panel_sums[:, 0, 0] for reply in replies]
-    broken = np.isnan(np.maximum.reduce(sums)).tolist()  # NaN is the maximum of what it is among
+    first_sums = [reply.panel_sums[:, 0, 0] for reply in replies]
+    broken = np.isnan(reduce(np.maximum, first_sums)).tolist()  # NaN is the maximum of what it is among
     if any(broken):
         replies = [replace(reply, panel_sums=np.nan_to_num(reply.panel_sums, nan=1.0)) for reply in replies]
     ids, values, raw = (
@@ -233,15 +238,13 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
     if len(replies) > 1:
         order = np.lexsort((ids, -values), axis=-1)
         ids, values, raw = (np.take_along_axis(table, order, axis=1) for table in (ids, values, raw))
-    found = np.minimum(wanted, np.sum(counts, axis=0)).tolist()
     drawn = [i for i, output in enumerate(outputs) if output.sampled and output.normalised]
     weights = dict.fromkeys(range(len(outputs)), _NONE)
     if drawn:
         inv_t = np.array([outputs[i].inv_t for i in drawn])
         weights.update(zip(drawn, weights_of(values[drawn], inv_t), strict=True))
     log_z, scaled_z = _normalisers(replies, outputs)
-    targets = np.fmax.reduce([reply.targets for reply in replies]).tolist()
-    vocab = sum(shard_sizes)
+    targets = reduce(np.fmax, [reply.targets for reply in replies]).tolist()
     return [
         Candidates(
             ids[i, :k],
@@ -250,28 +253,28 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
             weights[i][:k],
             log_z[i],
             scaled_z[i],
-            outputs[i].k >= vocab,
+            k == vocab,
             targets[i],
             not broken[i],
         )
-        for i, k in enumerate(found)
+        for i, k in enumerate(min(k, vocab) for k in wanted)
     ]
 
 
 _NONE = np.empty(0, np.float32)
 
 
-def _tables(flat: Seq[NDArray[Any]], counts: Seq[NDArray[np.int64]]) -> NDArray[Any]:
+def _tables(flat: Seq[NDArray[Any]], counts: Seq[list[int]]) -> NDArray[Any]:
     """All shards' values as one row for each output; missing ones are -inf (or the lowest id)."""
     tables = []
     for values, count in zip(flat, counts, strict=True):
-        width = int(count.max())
+        width = max(count)
         if len(values) == width * len(count):
             tables.append(values.reshape(len(count), width))
             continue
         lowest = -np.inf if values.dtype.kind == "f" else np.iinfo(np.int32).min
         table = np.full((len(count), width), lowest, values.dtype)
-        table[np.arange(width) < count[:, None]] = values
+        table[np.arange(width) < np.array(count)[:, None]] = values
         tables.append(table)
     return tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -151,10 +151,13 @@ class Step:
     def batch(self) -> Batch:
         """The arrays that the decoder works on."""
         tokens = np.concatenate([chunk.tokens for chunk in self.chunks])
-        counts = np.array([len(chunk.tokens) for chunk in self.chunks], np.int32)
         starts = np.array([chunk.start for chunk in self.chunks], np.int32)
-        rows = np.cumsum(counts, dtype=np.int32) - counts
-        positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - rows, counts)
+        if len(tokens) == len(self.chunks):
+            counts, rows, positions = None, np.arange(len(tokens), dtype=np.int32), starts
+        else:
+            counts = np.array([len(chunk.tokens) for chunk in self.chunks], np.int32)
+            rows = np.cumsum(counts, dtype=np.int32) - counts
+            positions = np.arange(len(tokens), dtype=np.int32) + _each(starts - rows, counts)
         adapters = [chunk.adapter for chunk in self.chunks]
         seconds = [chunk.second for chunk in self.chunks]
         long = [chunk.long for chunk in self.chunks]
@@ -167,11 +170,11 @@ class Step:
             first_rows=rows,
             slots=np.array([chunk.slot for chunk in self.chunks], np.int32),
             states=self._state_moves(),
-            adapters=np.repeat(np.array(adapters, np.int32), counts) if any(adapters) else None,
-            second=positions >= np.repeat(np.array(seconds, np.int32), counts)
+            adapters=_each(np.array(adapters, np.int32), counts) if any(adapters) else None,
+            second=positions >= _each(np.array(seconds, np.int32), counts)
             if min(seconds) < NO_SECOND
             else None,
-            long=np.repeat(long, counts) if any(long) else None,
+            long=_each(np.array(long), counts) if any(long) else None,
         )
 
     def _state_moves(self) -> StateMoves:
@@ -183,7 +186,12 @@ class Step:
         )
 
 
-def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> GroupTables:
+def _each(values: NDArray[Any], counts: Ints | None) -> NDArray[Any]:
+    """What the chunks have, for each of their rows; `counts` are None where each chunk has one row."""
+    return values if counts is None else np.repeat(values, counts)
+
+
+def _group_tables(tables: Sequence[Table], counts: Ints | None, positions: Ints) -> GroupTables:
     """The tables of one group, one after the other, behind padding: kernels count a sequence's blocks from its first
     one, also from where that is no longer kept. Neighbouring chunks of one sequence share theirs, and so the kernels
     look at its keys and values once."""
@@ -202,7 +210,7 @@ def _group_tables(tables: Sequence[Table], counts: Ints, positions: Ints) -> Gro
     if padding:
         own.insert(0, np.zeros(padding, np.int32))
     blocks = np.concatenate(own)
-    table_start = np.repeat(np.array(starts, np.int32) + np.int32(padding), counts)
+    table_start = _each(np.array(starts, np.int32) + np.int32(padding), counts)
     return GroupTables(blocks, table_start, blocks[table_start + positions // KV_BLOCK], padding)
 
 
