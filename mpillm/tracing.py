@@ -39,9 +39,8 @@ class Recorder:
 
     spans: deque[Span]
     sums: dict[str, Sum] = field(default_factory=dict)
-    ahead: float = field(
-        default_factory=lambda: time.time() - time.monotonic()
-    )  # seconds of the clock of day
+    # How far the clock of day is ahead, in seconds.
+    ahead: float = field(default_factory=lambda: time.time() - time.monotonic())
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, span: Span) -> None:

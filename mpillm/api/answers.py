@@ -63,9 +63,8 @@ class Score(Answer):
     """Log-probabilities of a prompt's own tokens; of its first prompt, if a request has several."""
 
     tokens: Ids = field(repr=False, default_factory=lambda: np.empty(0, np.int32))  #: [tokens]
-    logprobs: Floats = field(
-        repr=False, default_factory=lambda: np.empty(0, np.float32)
-    )  #: [tokens - 1], of `tokens[1:]`, natural logarithm
+    #: [tokens - 1], of `tokens[1:]`, natural logarithm
+    logprobs: Floats = field(repr=False, default_factory=lambda: np.empty(0, np.float32))
 
     @property
     def total(self) -> float:
@@ -78,9 +77,8 @@ class Score(Answer):
 class Embedding(Answer):
     """Vectors of a request's texts."""
 
-    vectors: Floats = field(
-        repr=False, default_factory=lambda: np.empty((0, 0), np.float32)
-    )  #: [texts, hidden]
+    #: [texts, hidden]
+    vectors: Floats = field(repr=False, default_factory=lambda: np.empty((0, 0), np.float32))
 
     @property
     def vector(self) -> Floats:
@@ -94,9 +92,8 @@ class Embedding(Answer):
 class Relevance(Answer):
     """How relevant a request's documents are to its query, or each to its own."""
 
-    scores: NDArray[np.float64] = field(
-        default_factory=lambda: np.empty(0)
-    )  #: [documents], in the request's order; those that `top_n` left out are NaN
+    #: [documents], in the request's order; those that `top_n` left out are NaN
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     @property
     def ranking(self) -> list[int]:
@@ -111,9 +108,8 @@ class Classification(Answer):
     """The labels of a request's texts."""
 
     labels: tuple[str, ...] = ()  #: the likeliest label of each text
-    probabilities: NDArray[np.float64] = field(
-        repr=False, default_factory=lambda: np.empty((0, 0))
-    )  #: [texts, labels of the model]
+    #: [texts, labels of the model]
+    probabilities: NDArray[np.float64] = field(repr=False, default_factory=lambda: np.empty((0, 0)))
 
     @property
     def label(self) -> str:

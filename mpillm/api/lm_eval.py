@@ -27,9 +27,8 @@ from mpillm.text import Tokenizer, load_tokenizer
 MODEL = "mpillm"  # how --model names it
 LINE_TOKENS = 1 << 16  # of one line's continuations, each with its context
 
-Scored = tuple[
-    tuple[str, str] | None, list[int], list[int]
-]  # cache key, ids of the context and what follows it
+# Cache key, ids of the context and what follows it.
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 def run(words: Sequence[str]) -> int:

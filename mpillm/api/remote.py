@@ -164,9 +164,8 @@ class _Held:
     """What must be ended."""
 
     folder: Path
-    owner: int = field(
-        default_factory=os.getpid
-    )  # the process that may end it: not one that was forked from it
+    # The process that may end it: not one that was forked from it.
+    owner: int = field(default_factory=os.getpid)
     log: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     process: subprocess.Popen[bytes] | None = None
     connection: Connection | None = None

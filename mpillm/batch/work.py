@@ -82,9 +82,8 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     url: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()  # what vLLM also calls the URL
-    key: ClassVar[
-        str
-    ]  # of a body, by which a line without a URL is of this endpoint; "": such a line never is
+    # A line without a URL whose body has this key is for this endpoint; "": no such line is.
+    key: ClassVar[str]
     columns: ClassVar[tuple[ResultColumn, ...]]  # what its choices leave in results.h5
     needs_head: ClassVar[bool] = False  # whether it is for models that generate
 

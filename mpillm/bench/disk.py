@@ -11,10 +11,11 @@ from pathlib import Path
 from mpillm.weights.io.reading import new_buffer, open_direct, read_direct
 from mpillm.weights.packed.layout import PAGE
 
+# The faster one counts: some disks need several requests at a time, others are slower with them.
 READERS = (
     1,
     4,
-)  # the faster one counts: some disks need several requests at a time, others are slower with them
+)
 REQUEST_BYTES = 16 * 2**20
 MAX_BYTES = 2**30  # read with each number of readers
 # Requests use different buffers, as those for weights do. On a virtual machine a processor copies the data, and copying

@@ -25,9 +25,8 @@ from mpillm.run.session import Session
 from mpillm.spec import BatchSection, MemorySection, Spec, byte_size
 from mpillm.weights.paging.weights import PATIENCE
 
-WARM = (
-    PATIENCE + 1
-)  # tokens of each sequence that do not count: until then the cache adjusts how far it reads ahead
+# Tokens of each sequence that do not count: until then the cache adjusts how far it reads ahead.
+WARM = PATIENCE + 1
 # The rate of a disk changes from one second to the next, so the disk is measured again before each TURN tokens. The
 # first token of a turn does not count, because some of its weights were read during that measurement.
 TURN = 3

@@ -72,6 +72,7 @@ WEIGHTS = {
 MIXTURES = {"q4_k_m": Type.Q4_K, "q5_k_m": Type.Q5_K}
 
 
+# The type of rows that are no whole blocks.
 INSTEAD = {
     Type.Q2_K: Type.Q4_0,
     Type.Q3_K: Type.Q4_0,
@@ -80,7 +81,7 @@ INSTEAD = {
     Type.Q6_K: Type.Q8_0,
     Type.IQ4_XS: Type.IQ4_NL,
     **dict.fromkeys((Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS), Type.Q4_0),
-}  # of rows that are no whole blocks
+}
 
 
 def check(shape: str, weights: str) -> Shape | Published:

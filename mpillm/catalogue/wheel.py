@@ -21,9 +21,8 @@ from mpillm.errors import JobError
 
 log = logging.getLogger(__name__)
 
-DownloadProgress = Callable[
-    [int, int], None
-]  # (bytes so far, bytes in all); the total is 0 where nobody knows it
+# (bytes so far, bytes in all); the total is 0 where nobody knows it.
+DownloadProgress = Callable[[int, int], None]
 
 POLL_SECONDS = 0.2
 CHUNK = 1 << 20

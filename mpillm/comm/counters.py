@@ -36,9 +36,8 @@ class MessageCounters:
     pipe: Count = field(default_factory=lambda: Count("pipe"))  # activations, from stage to stage
     # What to compute, from a replica's leader to its other ranks.
     step: Count = field(default_factory=lambda: Count("step"))
-    reply: Count = field(
-        default_factory=lambda: Count("reply")
-    )  # candidates for the next token, to the leader
+    # Candidates for the next token, to the leader.
+    reply: Count = field(default_factory=lambda: Count("reply"))
     # Lines and answers, between rank 0 and the other leaders.
     requests: Count = field(default_factory=lambda: Count("requests"))
 

@@ -23,9 +23,8 @@ from mpillm.errors import Interrupted
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-CONFIRMATION = (
-    1.0  # seconds after a failed message in which MPI must know of a lost rank, if that is the reason
-)
+# Seconds after a failed message in which MPI must know of a lost rank, if that is the reason.
+CONFIRMATION = 1.0
 WATCHED = 4  # neighbours; if more ranks stop at once, the deadline ends the world
 STOPPED = 3  # consecutive beats in which a neighbour must be stopped before it is killed
 

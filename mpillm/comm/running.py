@@ -21,9 +21,8 @@ from mpillm.errors import Interrupted, MpillmError, of_system
 log = logging.getLogger(__name__)
 
 CRASHED = 70  # exit code after an unforeseen error (EX_SOFTWARE of sysexits.h)
-GRACE = (
-    2.0  # seconds in which the other ranks must finish or fail too, before the error of one rank aborts all
-)
+# Seconds in which the other ranks must finish or fail too, before the error of one rank aborts all.
+GRACE = 2.0
 
 
 def run(world: World, program: Callable[[World], int]) -> int:

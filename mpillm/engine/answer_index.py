@@ -21,9 +21,8 @@ KEPT = 1 << 16  # tokens of answers at most; the oldest half goes when they are 
 NBYTES = 3 * 4 * KEPT  # of an index
 END = -1  # behind each answer
 
-_FACTOR = (
-    0x9E3779B1  # of a multiplicative hash: 2^32 divided by the golden ratio (Knuth, volume 3, section 6.4)
-)
+# The factor of a multiplicative hash: 2^32 divided by the golden ratio (Knuth, volume 3, section 6.4).
+_FACTOR = 0x9E3779B1
 
 
 class Guess(NamedTuple):
@@ -45,9 +44,8 @@ class AnswerIndex:
     """The last finished answers, `kept` tokens at most (a power of two)."""
 
     def __init__(self, kept: int = KEPT) -> None:
-        self._tokens, self._earlier = np.empty(
-            (2, kept), np.int32
-        )  # each place, and the one before it in its chain
+        # The token at each place, and the earlier place in its chain.
+        self._tokens, self._earlier = np.empty((2, kept), np.int32)
         self._last = np.full(kept, -1, np.int32)  # the first place of each chain, by hash
         self._bits = kept.bit_length() - 1
         self._count = 0

@@ -63,10 +63,11 @@ Sort = tuple[Kind, bool]  # a drafter, and whether its match is long
 class Acceptance:
     """How probable it is that a drafted token is right, if those before it are: of the last few dozen tokens."""
 
+    # How many tokens the first value counts for, and what remains of earlier values after each token.
     WEIGHT, KEPT = (
         4.0,
         0.97,
-    )  # tokens that the first value counts for; what each token leaves of the earlier ones
+    )
 
     def __init__(self, first: float) -> None:
         self._right, self._all = first * self.WEIGHT, self.WEIGHT

@@ -106,9 +106,8 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that must not follow one another
     min_tokens: int = 0  # so many tokens are generated before any of `stop_ids`
     seed: int = 0
-    stop_ids: frozenset[int] = (
-        frozenset()
-    )  # ids that end the text: end-of-sequence ids unless ignored, and the user's
+    # Ids that end the text: end-of-sequence ids unless ignored, and the user's.
+    stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
     prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
     score_from: int = 1  # the first token of the prompt whose log-probability is wanted

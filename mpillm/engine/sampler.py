@@ -78,9 +78,8 @@ def draw(candidates: Candidates, request: Request, u: float) -> int | None:
         return 0
     weights = candidates.weights
     kept = len(weights)
-    closed = (
-        candidates.complete
-    )  # whether the last kept one is known to be the last that any filter lets through
+    # Whether the last kept one is known to be the last that any filter lets through.
+    closed = candidates.complete
     if candidates.values[-1] <= FORBIDDEN / 2:
         kept, closed = max(int(np.count_nonzero(candidates.values > FORBIDDEN / 2)), 1), True
         weights = weights[:kept]

@@ -27,9 +27,8 @@ class Sequence:
         self.constraint = None if request.constraint is None else request.constraint()
         self.number = 0  # in the order of admission: the lower, the older
         self.computed = 0  # tokens whose keys and values are in the KV cache
-        self.reached = (
-            0  # maximum of `computed` so far; after a preemption, tokens up to here are computed again
-        )
+        # Maximum of `computed` so far; after a preemption, tokens up to here are computed again.
+        self.reached = 0
         self.tables: list[BlockTable] = []  # of each group of layers, all with the same end
         self.long = False  # longer than LongRoPE's short factors are for
         self.slot = NO_SLOT  # of its states

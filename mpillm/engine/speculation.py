@@ -39,10 +39,11 @@ DRAWN_ROWS = 64  # from which tokens are drawn in a step with drafts, at most
 DEAR = 0.8  # the part of a step's time that rows cost, from which on nothing is looked up
 CHEAP = 0.02  # and the least that is believed, as where steps wait for the disk
 MARGIN = 1.25  # by which a draft must be likelier than it costs: near the border there is little to gain
+# A draft model that did not pay is tried again after so many steps, for so many tokens.
 PATIENCE, PROBED = (
     64,
     2,
-)  # steps after which a draft model that has not paid is asked again, and for how many tokens
+)
 NEARLY_ALL = 0.9  # of the experts
 
 
@@ -57,9 +58,8 @@ class RowCost:
 
     def __init__(self, first: float) -> None:
         self._first = first
-        self._weight = self._rows = self._seconds = self._spread = self._together = (
-            0.0  # means, but for the first
-        )
+        # The sum of weights, the means of rows and of seconds, and their sums of squares and of products.
+        self._weight = self._rows = self._seconds = self._spread = self._together = 0.0
 
     def note(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""

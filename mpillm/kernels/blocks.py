@@ -222,9 +222,8 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
     blocks = padded.reshape(tiles, TILE_ROWS, -1, type.block_bytes)
     panels = []
     for begin, end in itertools.pairwise(bounds):
-        part = blocks[:, :, begin // type.block : -(-end // type.block)].transpose(
-            0, 2, 1, 3
-        )  # tile, block, row, byte
+        # [tile, block, row, byte]
+        part = blocks[:, :, begin // type.block : -(-end // type.block)].transpose(0, 2, 1, 3)
         source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
         if type.k_quant:
             panels.append(super_blocks.interleaved_super(type, source).view(np.uint8).reshape(-1))

@@ -22,13 +22,13 @@ TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
 ACTIVATION_BLOCK_BYTES = 56
 PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and then the even one of its pair
-BF16_BLOCK = (
-    256  # columns of a BF16 product that are summed from zero before they are added to earlier blocks
-)
+# Columns of a BF16 product that are summed from zero before they are added to earlier blocks.
+BF16_BLOCK = 256
+# Bytes of a block of BF12 (core/coded.h): its head, and 32 columns of 16 rows.
 CODED_HEAD, CODED_STEP = (
     48,
     768,
-)  # bytes of a block of BF12 (core/coded.h): its head, and 32 columns of 16 rows
+)
 MISFIT = "too many values are far from the others for BF12"
 ROW_GROUP = 4  # rows of activations that are interleaved
 MIXED_ROWS = 512  # of all experts at once, unless one expert has more: bounds their activations' memory
@@ -159,9 +159,8 @@ class Activation(IntEnum):
     GELU_TANH = 2  # its approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
     RELU2 = 3  # max(x, 0)^2
     SIGMOID = 4  # 1 / (1 + e^-x)
-    SWIGLU_CLAMPED = (
-        5  # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1
-    )
+    # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1.
+    SWIGLU_CLAMPED = 5
     IDENTITY = 6  # x
     SILU_SCALED = 7  # SILU of alpha x
 

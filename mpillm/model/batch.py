@@ -31,9 +31,8 @@ class Batch:
     first_rows: Ints  # of each sequence
     slots: Ints  # of each sequence's states, -1 where it has none
     states: StateMoves = NO_MOVES
-    second: NDArray[np.bool_] | None = (
-        None  # whether the row is of its sequence's second segment; None: no row is
-    )
+    # Whether a row belongs to its sequence's second segment; None if no row does.
+    second: NDArray[np.bool_] | None = None
     adapters: Ints | None = None  # the number of each row's; None if no row has one
     long: NDArray[np.bool_] | None = None  # whether the row is of a long sequence (LongRoPE); None: no row is
 

@@ -55,9 +55,8 @@ class ModelConfig:
     classifier: ClassifierSpec | None = None
     pair_template: str | None = field(default=None, compare=False)  # of a query and a document, for rerankers
     adapters: Beside | None = field(default=None, compare=False)
-    ignored_keys: tuple[str, ...] = field(
-        default=(), compare=False
-    )  # of the configuration, which nobody knows
+    # Unknown keys of the configuration.
+    ignored_keys: tuple[str, ...] = field(default=(), compare=False)
 
     def adapters_nbytes(self, place: Place) -> int:
         """Bytes of its adapters on the rank at `place`."""

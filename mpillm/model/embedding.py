@@ -54,9 +54,8 @@ class EmbeddingSettings:
     default_prompt: str | None = None  # a name
     max_tokens: int | None = None  # of a text; None: as many as the model takes
     unsupported: str = ""  # what the model wants and does not get, if anything
-    answers: tuple[int | None, int] | None = (
-        None  # token ids: that a document is not relevant (if any), and that it is
-    )
+    # Token ids: that a document is not relevant (if any), and that it is.
+    answers: tuple[int | None, int] | None = None
 
     @property
     def width(self) -> int | None:

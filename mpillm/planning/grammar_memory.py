@@ -9,21 +9,22 @@ import msgspec
 from mpillm.spec import Spec
 from mpillm.text.constrain import CACHED, MAX_LENGTH
 
+# Bytes while a grammar is compiled, and for each of its characters (22 MiB, 75 measured).
 COMPILING, CHARACTER = (
     24 * 2**20,
     96,
-)  # while one is compiled, and for each character of it (22 MiB, 75 measured)
+)
+# Bytes of a compiled grammar and its states, and for each of its characters (214 measured).
 HELD, HELD_CHARACTER = (
     2**20,
     288,
-)  # of a compiled one and its states, and for each character of it (214 measured)
+)
 DIVISOR = 14 * 2**20  # of a compiled one with "multipleOf" at its largest (12 MiB measured)
 
 MANY = 1 << 14  # grammars that are told apart
 
-_NO_CALL = frozenset(
-    {b"", b"null", b'"auto"', b'"none"'}
-)  # values of tool_choice that hold an answer to no call
+# Values of tool_choice that force no call.
+_NO_CALL = frozenset({b"", b"null", b'"auto"', b'"none"'})
 _KEYS = ("response_format", "structured_outputs")
 
 

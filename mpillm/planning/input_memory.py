@@ -48,14 +48,16 @@ COPIES = 5  # of an answer on its way to the journal (4.6 measured)
 SHORT = 1 << 14  # bytes of a line that takes no memory worth counting
 BRACKET, COMMA, COLON = 80, 72, 240  # bytes of a list or an object, of a value in it, of a name in it
 CHARACTER, TOKEN_ID = 220, 40  # of what is tokenized at once, and of each token of the line
+# Characters that are tokenized at once: a minimum, and for each token of the context.
 CHUNK, CHARACTERS = (
     1 << 16,
     8,
-)  # characters that are tokenized at once at least, and for each token of the context
+)
+# Bytes of the process that applies the chat template, and for each byte of a chat there.
 TEMPLATE, CHAT = (
     24 * 2**20,
     16,
-)  # of the process that applies the chat template, and for each byte of a chat there
+)
 
 BYTES_PER_TOKEN = 4  # of a text, by an estimate
 # Tokens around what a chat says: one for so many bytes of the template, FRAMING at most, and for each message.
@@ -97,9 +99,8 @@ class InputNeeds:
     sequences: int = 0
     prompt_tokens: int = 0  # an estimate, of all sequences
     generated_tokens: int = 0  # at most, of all sequences
-    blocks: int | None = (
-        0  # of the KV cache that all sequences together fill at most, in one group; None: not known
-    )
+    # Maximum of KV cache blocks that all sequences together fill, in one group; None if unknown.
+    blocks: int | None = 0
     names: int = 0
     checking: int = 0
     chat: int = 0
@@ -116,9 +117,8 @@ class InputNeeds:
 
     def kept(self, sequences: int) -> int:
         """Bytes that rank 0 keeps, if so many sequences run at once."""
-        at_once = min(
-            self.sequences, sequences + self.largest
-        )  # those that run, and those whose line is not finished
+        # Requests that run, and those whose line is not finished.
+        at_once = min(self.sequences, sequences + self.largest)
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
         kept = line_bytes(self.lines) + min(self.names, NAMED) + min(WRITTEN * self.lines, WRITING)
         return kept + max(self.checking, answers) + self.chat + self.reading + self.grammars.kept(at_once)

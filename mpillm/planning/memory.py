@@ -26,9 +26,8 @@ from mpillm.weights.text_files import text_fields, text_folder
 PROCESS = 104 * 2**20
 WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
 FIELD = 256  # and among a GGUF file's fields, which all have
-LOADING = (
-    8  # times the bytes of the pages: what loading takes of a small model, whose rows may become float32
-)
+# Loading a small model takes so many times the bytes of its pages, because rows may become float32.
+LOADING = 8
 ITEM = 2048  # of what is known of a part that is paged
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 

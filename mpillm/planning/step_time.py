@@ -90,9 +90,8 @@ class StepTime:
     other: float
     disk: float
     messages: float
-    reading: float = (
-        0.0  # of `products`: as long as the weights take that are read from memory, whatever is computed
-    )
+    # The part of `products` that reading the weights from memory takes, whatever is computed.
+    reading: float = 0.0
 
     @property
     def total(self) -> float:

@@ -44,9 +44,8 @@ def _work(
         kind = "head" if page.kind == HEAD else "expert" if page.expert >= 0 else "layer"
         for type, values in page.values.items():
             counts[kind][type] += values
-    operations = (
-        4 * config.hidden // place.shards
-    )  # of a row and a token before it: about the width of all heads
+    # For a row and one token before it: about the width of all heads.
+    operations = 4 * config.hidden // place.shards
     attention = Counter[int]()
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1

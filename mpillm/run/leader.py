@@ -17,9 +17,8 @@ from mpillm.spec import Spec
 from mpillm.store import results
 from mpillm.store.records import PartialResult, Result, line_key
 
-Given = tuple[
-    Work, Mapping[int, PartialCompletion]
-]  # a line, and what earlier runs have generated of its choices
+# A line, and what earlier runs have generated of its choices.
+Given = tuple[Work, Mapping[int, PartialCompletion]]
 
 
 class Leader:

@@ -13,14 +13,12 @@ class ProgressState:
     """How a run goes, as rank 0 knows it. Parts are of 1."""
 
     tokens: int  # that went through the model so far, prompts' and generated
-    hits: (
-        float | None
-    )  # part of the uses of paged weights that found them in memory; None if nothing is paged
+    # How often paged weights were in memory when they were used, 0 to 1; None if nothing is paged.
+    hits: float | None
     stalled: float  # part of the time in which this rank waited for weights
     waited: float  # part of the time in which it waited for other ranks
-    per_pass: float | None = (
-        None  # tokens of a sequence for each pass that drew any; None if no drafts helped
-    )
+    # Tokens of a sequence for each pass that drew any; None if no drafts helped.
+    per_pass: float | None = None
 
 
 class Bar(Protocol):

@@ -131,9 +131,8 @@ class LayoutSection(Section, frozen=True):
     stages: Auto | Positive = "auto"
     shards: Auto | Positive = "auto"
     threads: Threads | list[Threads] | dict[str, Threads] = "auto"
-    hosts: Word = (
-        "auto"  # how fast they are: a file that doctor wrote; auto: measured at the start if it decides
-    )
+    # A file of the hosts' speeds that doctor wrote; auto: measured at the start if they matter.
+    hosts: Word = "auto"
 
 
 class MemorySection(Section, frozen=True):
@@ -248,6 +247,5 @@ class DraftSection(Section, frozen=True):
 class JobSection(Section, frozen=True):
     """How the run goes about it; changes no result."""
 
-    checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
-        64  # answers are saved every so many tokens; 0: when done
-    )
+    # Answers are saved every so many tokens; 0: when done.
+    checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 64

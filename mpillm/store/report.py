@@ -83,12 +83,10 @@ class RankStatistics(msgspec.Struct, kw_only=True):
     threads: int
     kernels: str
     replica: int = 0
-    weights: dict[
-        str, float
-    ]  # share (of all its layers), budget, peak, hits, misses, stalls, stall_seconds, loaded, ...
-    kv: dict[
-        str, float
-    ]  # budget, bytes, blocks; layers_in_file, read, written, stalls, stall_seconds if it spills
+    # Share (of all its layers), budget, peak, hits, misses, stalls, stall_seconds, loaded, ...
+    weights: dict[str, float]
+    # Budget, bytes, blocks; layers_in_file, read, written, stalls, stall_seconds if it spills.
+    kv: dict[str, float]
     experts: dict[str, float] = {}  # as weights, of a mixture's experts, which weights has none of then
     messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
     memory: dict[str, int] = {}  # what was planned, at most: weights, kv, activations, process

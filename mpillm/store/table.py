@@ -36,11 +36,12 @@ Row = dict[str, Any]
 MAX_COLUMNS = 10_000
 ROWS, BYTES = 4096, 4 << 20  # of results.jsonl that are written at once, at most one more
 _ALWAYS = ("custom_id", "status", "error")  # columns that a table has, also where all are null
+# Columns of lists of numbers.
 _LISTS = {
     "embedding": "float32",
     "scores": "float64",
     "probabilities": "float64",
-}  # columns of lists of numbers
+}
 _INTEGERS = range(-(2**63), 2**63)
 
 

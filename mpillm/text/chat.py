@@ -37,9 +37,8 @@ REFUSES = "The model's chat template refuses these messages"
 OPEN_END = "\U0001fffe "  # stands at the end of a message that is to be continued: a noncharacter, and what trims take
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed
 
-Pieces = list[
-    tuple[str, bool]
-]  # a rendered chat: (text, whether it is a control token of the template's own)
+# A rendered chat: (text, whether it is a control token of the template's own).
+Pieces = list[tuple[str, bool]]
 
 
 class _Generation(jinja2.ext.Extension):

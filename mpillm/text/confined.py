@@ -41,9 +41,8 @@ MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with 
 MAX_DEPTH = 64  # levels of lists and objects in each other in a chat
 MAX_VALUES = 1 << 20  # in a chat
 FEW_CHARS = 1 << 16  # that a chat may always have; a template may drop most of them
-MAX_DEATHS = (
-    3  # without any answer: after so many a plain chat is tried, and if it fails the template is given up
-)
+# After so many deaths without any answer a plain chat is tried; if it fails, the template is given up.
+MAX_DEATHS = 3
 MAX_KILLS = 3  # of the child from outside, in one chat
 PLAIN: list[Message] = [{"role": "user", "content": "hello"}]
 

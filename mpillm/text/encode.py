@@ -127,8 +127,7 @@ def encoding(
         with tracing.span("tokenize", characters=sum(map(len, texts))):
             return core.encode(texts[0], texts[1] if len(texts) > 1 else None, add_special_tokens=own)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is one text
-    encode = partial(
-        core.encode_batch_fast, [text], add_special_tokens=own
-    )  # unlike `encode`, lets the interpreter go
+    # Unlike `encode`, this releases the interpreter lock.
+    encode = partial(core.encode_batch_fast, [text], add_special_tokens=own)
     with tracing.span("tokenize", characters=len(texts[0])):
         return interruptible(encode)[0]

@@ -13,9 +13,8 @@ N = TypeVar("N", int, float)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _UNSET = (-1, 2**32 - 1)  # LLAMA_TOKEN_NULL, signed and unsigned: there is no such token
-_UNUSED = frozenset(
-    {"padding_token_id", "seperator_token_id"}
-)  # by us; some converters name tokens that are not there
+# Fields that we do not use; some converters name tokens that do not exist.
+_UNUSED = frozenset({"padding_token_id", "seperator_token_id"})
 
 
 class TokenizerFields:

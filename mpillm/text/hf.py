@@ -17,12 +17,13 @@ from mpillm.text.parts import END_NAMES, TokenizerParts, checked, looks_special
 log = logging.getLogger(__name__)
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Keys that transformers 4 obeys.
 OBEYED_KEYS = {
     "LlamaTokenizer",
     "CodeLlamaTokenizer",
     "GemmaTokenizer",
     "CohereTokenizer",
-}  # by transformers 4
+}
 OLD_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 

@@ -14,9 +14,8 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-MARKS = "".join(
-    chr(0xFDD0 + n) for n in range(32)
-)  # noncharacters; hardly any text contains even one of them
+# Noncharacters; hardly any text contains even one of them.
+MARKS = "".join(chr(0xFDD0 + n) for n in range(32))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 
 

@@ -17,9 +17,8 @@ NAMES = (
 )  # fmt: skip
 
 
-TokenizerSource = (
-    Path | dict[str, Any]
-)  # a directory with such files, a tokenizer file (.t), or a GGUF file's fields
+# A directory with such files, a tokenizer file (.t), or a GGUF file's fields.
+TokenizerSource = Path | dict[str, Any]
 
 
 def text_folder(tokenizer: TokenizerSource) -> Path | None:

@@ -216,9 +216,8 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     longest, many = 1 << 18, 2_000_000
     for module in (delimited, json_array):
         monkeypatch.setattr(module, "MAX_LINE", longest)
-    wide = "\N{GRINNING FACE}".encode() * (
-        longest // 5
-    )  # fewer characters than a line may have bytes, and more bytes
+    # Fewer characters than a line may have bytes, and more bytes.
+    wide = "\N{GRINNING FACE}".encode() * (longest // 5)
     text = {
         "in.csv": b"ab," * many,
         "in.json": b"ab" * many,

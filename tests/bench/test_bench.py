@@ -145,9 +145,8 @@ def test_paging_counts_steps_in_which_all_generate() -> None:
     rng = np.random.default_rng()
     prompts = [TimedStep(10, 2, 9.0), TimedStep(0, 2, 9.0), TimedStep(6, 4, 9.0)]
     warm, end = [TimedStep(0, 4, 8.0)] * (WARM + 1), [TimedStep(0, 2, 7.0)]
-    counted = [
-        TimedStep(0, 4, seconds) for seconds in rng.random(TURN)
-    ]  # more than a turn has besides its first
+    # More than a turn has besides its first.
+    counted = [TimedStep(0, 4, seconds) for seconds in rng.random(TURN)]
     run = [*prompts, *warm, *counted[:-1], TimedStep(0, 4, 6.0), counted[-1], TimedStep(0, 4, 5.0), *end]
     assert all_decode(run, 4, len(counted)) == counted
     assert all_decode(run, 4, 1) == counted[:1]

@@ -47,9 +47,8 @@ from tests.e2e.jobs import CHAT, command
 RANKS = 4  # of starts in which ranks may die, and of those on two hosts
 REQUESTS = 80
 PATIENCE = 30.0  # seconds from a disturbance to the end of all processes
-AFTER_THE_END = (
-    8.0  # the same, once all results are written: a rank that is stopped then stays until it is ended
-)
+# The same, once all results are written: a rank that is stopped then stays until it is ended.
+AFTER_THE_END = 8.0
 DEADLINE = 2.0  # MPILLM_DEADLINE of the disturbed runs; while ranks start it is six times that
 WITH_ULFM = 4.0  # the same, where stopped ranks are to be seen and killed before
 CROWD = 4  # processes that want a core, from which on a rank's silence is stretched

@@ -16,8 +16,7 @@ from tests.conftest import Mpi
 def test_twenty_disturbances(openmpi: Mpi, tmp_path: Path) -> None:
     said: list[str] = []
     counts = Chaos(openmpi, tmp_path, seed=1, say=said.append).run(20)
-    assert (
-        counts.disturbances.total() >= 20
-    )  # what happens between two starts comes with what happens in the next
+    # Events between two starts are reported with those of the next start.
+    assert counts.disturbances.total() >= 20
     assert not counts.wrong, "\n".join([*said, str(counts)])
     print(counts)

@@ -63,9 +63,8 @@ def test_a_model_that_cannot_be_read_any_more(
     ]
     asked = command(source, tmp_path / "out", *settings, model=packed if model == "packed" else CHAT)
     done = openmpi.run(2, PROGRAM, ranks, str(number), loads, *asked[2:])
-    words = {os.strerror(number)} | (
-        {"its disk failed"} if loader == "mmap" else set()
-    )  # embeddings are not mapped
+    # Embeddings are read, not mapped.
+    words = {os.strerror(number)} | ({"its disk failed"} if loader == "mmap" else set())
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if ".safetensors cannot be read any more: " in line]

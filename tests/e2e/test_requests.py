@@ -89,9 +89,8 @@ def test_twenty_alternatives_and_repetition_penalty(openmpi: Mpi, tmp_path: Path
         logprobs = choice(body)["logprobs"]
         for own, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
             best = sorted(top.values(), reverse=True)
-            assert (
-                19 <= len(best) <= 21
-            )  # two tokens may look alike; the chosen one is added if it is none of them
+            # Two tokens may look alike; the chosen one is added if it is not among them.
+            assert 19 <= len(best) <= 21
             assert own <= best[0] + 1e-6
             assert np.exp(best).sum() <= 1.0 + 1e-5
     greedy = choice(plain)["logprobs"]

@@ -289,9 +289,8 @@ def test_every_sequence_has_a_slot_for_its_states(
     totals = ranks.scheduler.totals
     assert totals.shared_tokens == 0  # for no state is kept of where a prefix ends
     assert (totals.preemptions > 0) is (n_slots > 1 and 0 < n_blocks < 20)
-    again = [
-        np.flatnonzero(np.diff(positions) != 1).size for positions in ranks.computed.values()
-    ]  # whoever was preempted began at the first token again
+    # Whoever was preempted began at the first token again.
+    again = [np.flatnonzero(np.diff(positions) != 1).size for positions in ranks.computed.values()]
     assert sum(again) == totals.preemptions - sum(not one.request.max_length for one in made)
 
 

@@ -31,9 +31,8 @@ FLAGS = [
     "-pthread",
 ]
 
-SLOW = (
-    600  # seconds: a path with all block types takes a compiler a minute, on machines that are shared several
-)
+# Seconds: a path with all block types takes a compiler a minute, on machines that are shared several.
+SLOW = 600
 pytestmark = pytest.mark.timeout(3 * SLOW)
 
 X86 = platform.machine() == "x86_64"

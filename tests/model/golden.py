@@ -12,9 +12,8 @@ GGUFS = sorted(path.stem for path in (FIXTURES / "gguf").glob("*.gguf"))
 # Files without quantised blocks: their products take float32 activations, so they meet the tight bound.
 PLAIN_GGUFS = [name for name in GGUFS if name.rsplit("_", 1)[1] in {"f32", "f16", "bf16", "factors"}]
 ADAPTERS = sorted(path.parent.name for path in (FIXTURES / "adapters").glob("*/adapter_config.json"))
-QUANTIZED = sorted(
-    tuple(path.stem.rsplit(".", 1)) for path in (FIXTURES / "golden").glob("*.q?_0.json")
-)  # (model, block type) of models that are quantised while they are paged in
+# (model, block type) of models that are quantised while they are paged in.
+QUANTIZED = sorted(tuple(path.stem.rsplit(".", 1)) for path in (FIXTURES / "golden").glob("*.q?_0.json"))
 
 
 def golden(name: str) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from mpillm.partition.grid import Place
 from tests.shapes import shape
 
 F32 = BlockType.F32
-GEMMA = [
-    0 if layer % 6 == 5 else 1024 for layer in range(62)
-]  # Gemma 3 27B: 10 full layers, 52 with a window
+# Gemma 3 27B: 10 full layers, 52 with a window.
+GEMMA = [0 if layer % 6 == 5 else 1024 for layer in range(62)]
 GPT_OSS = [128, 0] * 12
 
 

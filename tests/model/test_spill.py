@@ -52,9 +52,8 @@ def test_as_many_blocks_as_pay(sizes: list[int], budget: int, traffic: int) -> N
     maximum = maximum_blocks(sizes, budget, traffic)
     assert works(maximum)
     assert not any(works(blocks) for blocks in range(maximum + 1, budget + 2))
-    assert maximum_blocks(sizes, budget, 0) == budget // sum(
-        sizes
-    )  # nothing is streamed, or nothing may be spilled
+    # Nothing is streamed, or nothing may be spilled.
+    assert maximum_blocks(sizes, budget, 0) == budget // sum(sizes)
 
 
 @given(SIZES, st.integers(0, 200))

@@ -31,7 +31,6 @@ def test_near_llama_cpp_and_few_bytes(sharded: bool, world: World) -> None:
         counts = session.counters
         sent[wire] = sum(world.gather(counts.all_reduce.bytes_sent + counts.pipe.bytes_sent))
         if world.rank == 0:
-            print(
-                stages, shards, wire, check_smollm2(completions), sent[wire]
-            )  # the figures that notes quote
+            # The figures that notes quote.
+            print(stages, shards, wire, check_smollm2(completions), sent[wire])
     assert 1 - sent["q8_0"] / sent["f32"] == pytest.approx(0.734, abs=5e-4)

@@ -212,10 +212,11 @@ def test_hosts_have_budgets_of_their_own() -> None:
     pi, nuc = Host(memory="8GiB", name="pi"), Host(memory="8GiB", name="nuc")
     budgets = "memory.kv={pi='1MiB', nuc='3MiB'}"
     made = on([pi, nuc], "layout.replicas=1", "layout.stages=2", budgets)
+    # As many blocks on both, for as many layers.
     assert [rank.kv_held for rank in made.ranks] == [
         2**20,
         2**20,
-    ]  # as many blocks on both, for as many layers
+    ]
     weights = f"memory.weights=['all', {made.ranks[1].weights_share - 1}]"
     paged = on([pi, nuc], "layout.replicas=1", "layout.stages=2", weights)
     assert [rank.weights_streamed > 0 for rank in paged.ranks] == [False, True]

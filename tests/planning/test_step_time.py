@@ -99,9 +99,8 @@ def times(*seconds: float) -> Sequence[Stage]:
 
 
 def test_as_many_micro_batches_as_stages_keep_all_busy() -> None:
-    even = round_of(
-        times(1, 1), StepRows(2, 2, 0)
-    )  # one row and two rows take as long: one micro-batch is as good
+    # One row and two rows take as long: one micro-batch is as good.
+    even = round_of(times(1, 1), StepRows(2, 2, 0))
     assert even.seconds == pytest.approx(2 * (1 + STEP))
     full = round_of(times(1, 1), StepRows(64, 64, 0))
     assert (full.micro_batches, full.bubble) == (2, pytest.approx(0))

@@ -181,9 +181,8 @@ def test_ranks_of_a_node_hold_no_page_twice(models: dict[str, Path], stages: int
     job = spec.load(None, settings, model=str(models["packed"]), input="in", output="out")
     planned = sum(rank.weights_held for rank in plan.make(job, stages * shards).ranks)
     places = [Place(rank, stages, shards) for rank in range(stages * shards)]
-    _, once = mapped_by(
-        models["packed"], places
-    )  # the other one has pages around as well, for the system maps some
+    # The other one has pages around as well, for the system maps some.
+    _, once = mapped_by(models["packed"], places)
     assert planned <= once < 1.01 * planned
 
 

@@ -62,9 +62,8 @@ def test_parts_give_what_the_whole_gives(runs: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "mpillm", "merge", runs / "parts", "--output", merged]
     assert run_bounded(words, env=clean_environment()).returncode == 0
     lines, of_whole = ((path / "results.jsonl").read_bytes() for path in (merged, runs / "whole"))
-    assert (
-        lines.replace(b"Line 1:", b"Line 3:") == of_whole
-    )  # an error names the line of the part's own input
+    # An error names the line of the part's own input.
+    assert lines.replace(b"Line 1:", b"Line 3:") == of_whole
     found, whole = datasets(merged / "results.h5"), datasets(runs / "whole/results.h5")
     assert found.pop("requests/part").tolist() == [0, 0, 1, 2, 2, 2]
     assert found.pop("requests/line").tolist() == [1, 2, 1, 1, 2, 3]

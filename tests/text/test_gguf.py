@@ -43,9 +43,8 @@ def test_ids_are_llama_cpps(name: str, special: bool) -> None:
         for text, ids in zip(STRINGS, golden, strict=True)
         if digest(tokenizer.encode(text, parse_special=special)) != ids
         and not (name in WITHOUT_MARKS and has_mark(text))
-        and not (
-            name == "tiny_aya" and re.search("[^\\D0-9]", text)
-        )  # what other digits are there depends on a locale
+        # The other digits depend on the locale.
+        and not (name == "tiny_aya" and re.search("[^\\D0-9]", text))
     ]
     assert wrong == []
 

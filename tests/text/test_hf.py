@@ -174,21 +174,23 @@ def test_a_tokenizer_whose_tokens_are_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "style", "said", "warns"),
     [
+        # No post-processor: transformers 4 adds it, 5 does not.
         (
             "LlamaTokenizerFast",
             "mistral",
             True,
             True,
-        ),  # no post-processor: transformers 4 adds it, 5 does not
+        ),
         ("LlamaTokenizer", "mistral", False, False),
         ("LlamaTokenizer", "mistral", None, False),  # as transformers 5 saves it
         ("PreTrainedTokenizerFast", "mistral", True, False),  # both versions pass over the key
+        # A post-processor adds BOS: transformers 4 takes it away.
         (
             "GemmaTokenizerFast",
             "llama2",
             False,
             True,
-        ),  # a post-processor adds BOS: transformers 4 takes it away
+        ),
         ("LlamaTokenizer", "llama2", True, False),
     ],
 )

@@ -111,9 +111,8 @@ def test_a_cycle_hits_its_fixed_part(budget, fixed):
     assert counters.hits == fixed * (rounds - 1)
     assert counters.misses == 10 * rounds - counters.hits
     cache.close()
-    assert (
-        counters.misses <= counters.loads <= counters.misses + 10
-    )  # what was read ahead at the end was not used
+    # What was read ahead at the end was not used.
+    assert counters.misses <= counters.loads <= counters.misses + 10
     assert counters.peak <= budget
 
 

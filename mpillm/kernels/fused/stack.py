@@ -11,9 +11,8 @@ from mpillm.kernels.fused.mlp import Mlp
 from mpillm.kernels.fused.products import Fused
 from mpillm.kernels.types import F32, I32, BlockType, Norm
 
-Where = tuple[
-    F32, F32, I32, I32, I32, I32, I32
-]  # cos, sin, block, offset, pos, table, table_start of a step's rows
+# Of a step's rows: cos, sin, block, offset, pos, table, table_start.
+Where = tuple[F32, F32, I32, I32, I32, I32, I32]
 
 
 class Residual(Fused):

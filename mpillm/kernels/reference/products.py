@@ -195,9 +195,8 @@ def _decoded(w: U8, n: int, edges: npt.NDArray[np.int64]) -> U8:
 def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
     """Panel sums [m, tiles * 16]: the integer dot products through float32 BLAS, exact in any order below 2**24."""
     w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
-    q = (
-        w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
-    )  # block, row, byte
+    # [block, row, byte]
+    q = w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
     low, high = q, None
     if type in (BlockType.Q5_0, BlockType.Q5_1):
         low, high = q[..., :16], super_blocks.columns_of(q[..., None, 16:], 1)
@@ -280,9 +279,8 @@ def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:
         for a in (w, rows)
     )
     sums = np.empty((len(x), len(panel)), np.float32)
-    few = max(
-        LANES // (len(panel) * TILE_ROWS + 1), 1
-    )  # rows of x at a time: their lanes should stay in a cache
+    # Rows of x at a time: their lanes should stay in a cache.
+    few = max(LANES // (len(panel) * TILE_ROWS + 1), 1)
     with np.errstate(all="ignore"):
         for first in range(0, len(x), few):
             part = rows[:, :, first : first + few, None]

@@ -72,9 +72,8 @@ class Bert(Family):
     """A classifier is of the first token's state, after a dense layer with tanh (the pooler)."""
 
     architectures = {_BERT: "bert"}
-    gguf: ClassVar[tuple[str, ...]] = (
-        "bert",
-    )  # of RoBERTa too: converters cut the positions off that it leaves out
+    # Also RoBERTa's: converters cut off the positions that it does not use.
+    gguf: ClassVar[tuple[str, ...]] = ("bert",)
     names = Names(
         hf={
             **_NAMES,

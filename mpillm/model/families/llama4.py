@@ -30,9 +30,8 @@ from mpillm.weights.names import Names
 
 _TEXT = "Llama4ForCausalLM"
 _FULL, _CHUNKED = "full_attention", "chunked_attention"
-_WITHOUT_NORMS = (
-    128  # experts of the model whose q and k are not normed (Maverick), which no field of a GGUF says
-)
+# Experts of the model whose q and k are not normed (Maverick), which no field of a GGUF says.
+_WITHOUT_NORMS = 128
 
 
 class Llama4(Family):

@@ -193,9 +193,8 @@ def _refuse(fields: Fields) -> None:
     if fields.raw("attn_output_gate") not in (None, True):
         raise fields.fail("attn_output_gate", "but only attention with a gate is supported")
     for key in ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
-        fields.raw(
-            key
-        )  # the type in which others keep states; layers that predict further tokens are not read
+        # These keys change nothing here: the type of other programs' states, and layers that predict further tokens.
+        fields.raw(key)
 
 
 def _delta(fields: Fields, eps: float, converted: bool, architecture: str) -> GatedDeltaSpec:

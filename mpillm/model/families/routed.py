@@ -32,11 +32,12 @@ def read_routed_experts(
 
     `router` is what else a family says of the choice.
     """
+    # Files of transformers have one name or the other.
     names = (
         "n_routed_experts",
         "num_local_experts",
         "num_experts",
-    )  # transformers has a name or another in its files
+    )
     given = [name for name in names if fields.values.get(name) is not None] or [names[0]]
     counts = [fields.integer(name, 1, 2**16) for name in given]
     count = counts[0]

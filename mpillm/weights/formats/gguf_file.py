@@ -56,9 +56,8 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         split_kv_b(extents, config, path)
         if family.names.rope_pairs:
             _mark_permuted(extents, config, path)
-        extents.setdefault(
-            Key("head"), extents[Key("embed")]
-        )  # a file without output.weight has tied weights
+        # A file without output.weight has tied weights.
+        extents.setdefault(Key("head"), extents[Key("embed")])
         tokenizer = {name: value for name, value in metadata.items() if name.startswith("tokenizer.")}
         return TensorSource(path, files, (), extents, config, tokenizer, quantize)
     except BaseException:

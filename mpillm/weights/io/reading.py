@@ -21,9 +21,8 @@ Bytes = NDArray[np.uint8]
 SECTOR = 4096  # bytes; alignment of direct I/O, in the file and in memory
 REQUESTS = 4  # in flight: a disk is busy only while it can choose among several
 REQUEST_BYTES = 4 * 2**20
-PORTION = (
-    REQUEST_BYTES - 2 * SECTOR
-)  # of a file, wherever it begins: a request has all sectors that it touches
+# Bytes of a file that are read at once, wherever they begin: a request has all sectors that it touches.
+PORTION = REQUEST_BYTES - 2 * SECTOR
 HUGE = 2 * 2**20  # bytes of a huge page, and of a buffer that is worth a call to the system
 
 _threads = threading.local()
