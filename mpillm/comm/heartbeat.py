@@ -9,7 +9,6 @@ reports at once when a process ends.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import secrets
@@ -21,11 +20,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import psutil
 
 from mpillm.comm import deadline
+from mpillm.comm.rendezvous import Rendezvous
 from mpillm.comm.stillness import Stillness
 from mpillm.errors import Interrupted
 
@@ -37,35 +34,6 @@ MAX_UNIDENTIFIED = 64  # connections beyond the number of ranks that may wait to
 
 _ALIVE, _LEAVING, _END = b".", b"-", b"!"
 _HELLO = struct.Struct("<16sI")  # token, rank
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where rank 0 listens, the token by which ranks recognise each other, and the limit of silence in seconds."""
-
-    addresses: tuple[str, ...]
-    port: int
-    token: bytes
-    limit: float
-
-
-def listen(seconds: float) -> tuple[socket.socket, Rendezvous]:
-    """Rank 0: listen on all networks of this machine; `seconds` is the limit of silence."""
-    listener = socket.socket()
-    listener.bind(("", 0))
-    listener.listen(128)
-    return listener, Rendezvous(own_addresses(), listener.getsockname()[1], secrets.token_bytes(16), seconds)
-
-
-def own_addresses() -> tuple[str, ...]:
-    """Return this machine's IPv4 addresses without those of the loopback."""
-    found = [
-        address.address
-        for addresses in psutil.net_if_addrs().values()
-        for address in addresses
-        if address.family == socket.AF_INET and not ipaddress.ip_address(address.address).is_loopback
-    ]
-    return tuple(found)
 
 
 class _Peer:
@@ -101,7 +69,7 @@ class Heartbeat:
         near: bool,
         each_beat: Callable[[], None] | None = None,
     ) -> None:
-        """Start the thread. `listener` is rank 0's (see `listen`); `near` says that rank 0 is on this machine.
+        """Start the thread. `listener` is rank 0's (see `rendezvous.listen`); `near`: rank 0 is on this machine.
 
         `each_beat` is given where the world survives lost ranks (see `faults`), and is called once a beat; then a lost
         rank sets `lost` instead of ending this process.

@@ -19,6 +19,7 @@ from mpillm.comm.exchange import Exchange
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
+from mpillm.comm.rendezvous import listen
 from mpillm.comm.waiting import wait, wait_shared
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ class World(Exchange):
         listener = rendezvous = None
         with self.together():
             if self.rank == 0 and self.size > 1 and (seconds := deadline.limit(os.environ)):
-                listener, rendezvous = heartbeat.listen(seconds)
+                listener, rendezvous = listen(seconds)
         shared, beating = self.bcast(rendezvous), None
         if shared is not None:
             beating = heartbeat.Heartbeat(

@@ -22,8 +22,8 @@ from types import FrameType
 
 import psutil
 
-from mpillm.comm.heartbeat import own_addresses
 from mpillm.comm.launch import Library
+from mpillm.comm.rendezvous import own_addresses
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, read_hosts, text_of, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session

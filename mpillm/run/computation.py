@@ -14,7 +14,8 @@ from mpillm.engine.limits import Totals
 from mpillm.errors import NOT_FINITE, MpillmError
 from mpillm.planning.limits import cached_tokens, step_description
 from mpillm.run.balance import AGAIN, Balance, Slowed, watched
-from mpillm.run.dispatch import AnswerRecord, Assigned, Dispatcher, added
+from mpillm.run.dispatch import Dispatcher, added
+from mpillm.run.dispatch_messages import AnswerRecord, Assigned
 from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
 from mpillm.run.progress import Bar, ProgressState

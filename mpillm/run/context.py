@@ -11,8 +11,8 @@ from pathlib import Path
 from mpillm.comm.world import World
 from mpillm.engine.limits import Totals
 from mpillm.planning.wire import with_wire
+from mpillm.run.assistant import Assistant
 from mpillm.run.computation import Computation
-from mpillm.run.dispatch import Assistant
 from mpillm.run.job import open_job
 from mpillm.run.opened import model_of
 from mpillm.run.origin import Origin

@@ -1,6 +1,5 @@
 """How replicas share a job: rank 0 hands out lines and journals what comes back, the other leaders compute.
 
-A leader asks for lines when its scheduler has room for more, and sends the records of its answers after each step.
 Rank 0 looks for messages between its own steps. A replica never holds more than its share (by its speed, if that is
 known) of all lines that are not answered yet, so that at the end none of them waits while another one has a queue.
 """
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -18,68 +16,29 @@ from typing import Any
 
 import msgspec
 
-from mpillm.batch.requests import make_work, read_line
-from mpillm.batch.work import Line, Model
+from mpillm.batch.work import Line
 from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.limits import Totals
-from mpillm.engine.request import PartialCompletion
 from mpillm.errors import MpillmError
-from mpillm.run.balance import AGAIN, Busy, Teller, failed, watched
-from mpillm.run.leader import Given, Leader
+from mpillm.run.balance import Busy, failed
+from mpillm.run.dispatch_messages import (
+    LOOK_EVERY,
+    PARTING,
+    TO_RANK_0,
+    AnswerRecord,
+    Assigned,
+    AssignedLines,
+    Left,
+    NoMoreLines,
+)
 from mpillm.run.session import Session
-from mpillm.spec import Spec
-from mpillm.store.records import PartialResult, Result
-from mpillm.weights.identity import ModelChangedError
+from mpillm.store.records import Result
 
-FEW, MANY = 4, 256  # lines that a leader asks for: at first, and at most
-TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though nothing is finished
-LOOK_EVERY = 0.5  # seconds between two looks at other things while nothing is computed
 EXACT = 1e-6  # what sums of shares may be off
-PARTING = 1.5  # seconds in which leaders must send what they have after an error, before all ranks are ended
-
-AnswerRecord = Result | PartialResult
-
-
-class Assigned(msgspec.Struct, frozen=True, array_like=True):
-    """A line for another replica."""
-
-    line: Line
-    content: bytes
-    partial: dict[int, PartialCompletion]  # what earlier runs have generated, by choice
-
-
-class AssignedLines(msgspec.Struct, tag="lines", frozen=True):
-    """From rank 0: lines that a leader has asked for."""
-
-    lines: list[Assigned]
-
-
-class NoMoreLines(msgspec.Struct, tag="stop", frozen=True):
-    """From rank 0: no more lines will come. After an error the exit code is not 0, and what is unfinished is saved."""
-
-    exit_code: int
-
-
-class News(msgspec.Struct, tag="news", frozen=True):
-    """From a leader: records since its last message, how far it is, and how many lines it can take."""
-
-    records: list[AnswerRecord]
-    totals: Totals
-    wanted: int  # 0 if it has asked before
-
-
-class Left(msgspec.Struct, tag="left", frozen=True):
-    """From a leader: its last message."""
-
-    error: bytes  # a pickled MpillmError, or nothing
-
-
-_FROM_RANK_0 = msgspec.msgpack.Decoder(AssignedLines | NoMoreLines)
-_TO_RANK_0 = msgspec.msgpack.Decoder(News | Left | Busy)
 
 
 class Dispatcher:
-    """Rank 0's side: the queue of lines, and what the other leaders hold and have computed."""
+    """Rank 0's queue of lines, and what the other leaders hold and have computed."""
 
     def __init__(
         self,
@@ -162,7 +121,7 @@ class Dispatcher:
                 self._take(*message)
 
     def _take(self, leader: int, data: bytes) -> None:
-        message = _TO_RANK_0.decode(data)
+        message = TO_RANK_0.decode(data)
         if isinstance(message, Busy):
             if message.last:
                 self._telling.discard(leader)
@@ -199,95 +158,6 @@ class Dispatcher:
         slow = own * len(self._leaders) < 1 - EXACT
         share = round(unanswered * own) if slow else math.ceil(unanswered * own - EXACT)
         return min(max(share - self._held[leader], 0), self._waiting)
-
-
-class Assistant:
-    """The side of the leader of another replica."""
-
-    def __init__(self, session: Session, spec: Spec, model: Model) -> None:
-        """`model` is what rank 0 has checked the lines with."""
-        self._session, self._spec, self._model = session, spec, model
-        self._mailbox = Mailbox(session.world, session.counters)
-        self._records: list[AnswerRecord] = []
-        self._leader = Leader(session, spec, model, self._records.append)
-        self._lines: deque[Assigned] = deque()
-        self._ask, self._asked = FEW, False
-        self._told = time.monotonic()
-        self._teller = Teller(session) if watched(session) else None
-        self._stop: NoMoreLines | None = None
-
-    def run(self) -> int:
-        """Compute lines until rank 0 says stop; return its exit code."""
-        engine, watch = self._leader.engine, self._session.watch
-        try:
-            for finished in engine.run(self._leader.requests(self._next), self._more):
-                for completion in finished:
-                    self._leader.take(completion)
-                self._leader.save()
-                watch.check()
-                self._serve()
-                if self._teller is not None:
-                    self._teller.tell()
-                if self._stop is not None:
-                    break
-            assert self._stop is not None
-            self._part(self._stop.exit_code)
-        except MpillmError as error:
-            self._part(error.exit_code, error)
-            raise
-        return self._stop.exit_code
-
-    def _part(self, exit_code: int, error: MpillmError | None = None) -> None:
-        """Send what is left, and let the other ranks of this replica stop."""
-        keep = exit_code == AGAIN or (exit_code and self._spec.job.checkpoint_tokens)
-        if keep and not isinstance(error, ModelChangedError):
-            self._leader.save_everything()
-        self._tell(0)
-        self._mailbox.send(msgspec.msgpack.encode(Left(pickle.dumps(error) if error else b"")), 0)
-        self._leader.engine.stop(exit_code)
-        self._mailbox.flush(PARTING if failed(exit_code) else float("inf"))
-        if self._teller is not None and not failed(exit_code):
-            self._teller.end()
-
-    def _next(self) -> Given | None:
-        if len(self._lines) <= self._ask // 2 and not self._asked:
-            if not self._lines:
-                self._ask = min(2 * self._ask, MANY)  # the scheduler takes them faster than they come
-            self._asked = True
-            self._tell(self._ask)
-        if not self._lines:
-            return None
-        given = self._lines.popleft()
-        content = read_line(given.content, self._spec)
-        return make_work(given.line, content, self._spec, self._model), given.partial
-
-    def _more(self) -> bool:
-        """Wait for a line when nothing is left to do; False if there will be none."""
-        self._serve()
-        while not self._lines and self._stop is None:
-            if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
-                self._take(message[1])
-        return self._stop is None
-
-    def _serve(self) -> None:
-        while (message := self._mailbox.receive()) is not None:
-            self._take(message[1])
-        if self._records or time.monotonic() > self._told + TELL_EVERY:
-            self._tell(0)
-
-    def _take(self, data: bytes) -> None:
-        message = _FROM_RANK_0.decode(data)
-        if isinstance(message, NoMoreLines):
-            self._stop = message
-        else:
-            self._lines.extend(message.lines)
-            self._asked = False
-
-    def _tell(self, wanted: int) -> None:
-        news = News(self._records, self._leader.engine.totals, wanted)
-        self._mailbox.send(msgspec.msgpack.encode(news), 0)
-        self._records.clear()
-        self._told = time.monotonic()
 
 
 def added(totals: Sequence[Totals]) -> Totals:

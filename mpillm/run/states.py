@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 
 from mpillm.engine.worker import follow
 from mpillm.run import outcome
+from mpillm.run.assistant import Assistant
 from mpillm.run.balance import AGAIN, Slowed, Teller, failed, what_was_slow
 from mpillm.run.computation import Computation
 from mpillm.run.context import RankContext
-from mpillm.run.dispatch import Assistant
 from mpillm.run.losses import Losses, explaining, what_was_lost
 from mpillm.run.opened import model_path
 from mpillm.run.origin import Origin

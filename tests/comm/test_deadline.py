@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from mpillm.comm import deadline, heartbeat
+from mpillm.comm.rendezvous import listen
 from mpillm.errors import JobError
 from tests.conftest import Mpi, run_bounded
 
@@ -104,7 +105,7 @@ def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:
 
 def test_an_unidentified_connection() -> None:
     """Who does not know the token is sent away, and costs nothing."""
-    listener, rendezvous = heartbeat.listen(60)
+    listener, rendezvous = listen(60)
     beating = heartbeat.Heartbeat(0, ["here", "here"], rendezvous, listener, near=True)
     try:
         for words in (b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", rendezvous.token + b"\xff\xff\xff\xff"):
@@ -118,7 +119,7 @@ def test_an_unidentified_connection() -> None:
 
 def test_strangers_who_say_nothing_keep_nobody_waiting() -> None:
     """A scanner that opens connections keeps rank 0 neither from being heard nor from letting ranks in."""
-    listener, rendezvous = heartbeat.listen(1.0)
+    listener, rendezvous = listen(1.0)
     beating = heartbeat.Heartbeat(0, ["here", "here"], rendezvous, listener, near=True)
     strangers: list[socket.socket] = []
     try:

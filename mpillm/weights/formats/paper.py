@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
+from mpillm.weights.formats.delivered import QUANTIZE
 from mpillm.weights.formats.loaders import LOADING_NBYTES
 from mpillm.weights.formats.quantised import QUANTIZATION
-from mpillm.weights.formats.tensors import QUANTIZE
 from mpillm.weights.inventory import Inventory, PageSpec, all_tensors
 from mpillm.weights.plan import PagePlan, page_name, plan_entries
 from mpillm.weights.roles import ROLES, Key

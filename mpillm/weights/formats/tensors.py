@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.errors import JobError
-from mpillm.kernels.types import SUPER_BLOCK, BlockType
-from mpillm.partition.grid import PANELS, Place
+from mpillm.kernels.types import BlockType
+from mpillm.partition.grid import Place
 from mpillm.weights.fill import Rows
+from mpillm.weights.formats.delivered import QUANTIZE, delivered_types, quantised_to
 from mpillm.weights.formats.extent import Extent, llama_cpp_rows
 from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
@@ -25,15 +25,9 @@ from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
 from mpillm.weights.plan import PagePlan, PageTensor, page_name, plan_entries
-from mpillm.weights.roles import ROLES, Key
+from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
 from mpillm.weights.text_files import TokenizerSource
-
-QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
-# What packing can make besides; BF12 of matrices that are stored as BF16.
-WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32, "bf12": BlockType.BF12}
-
-SCALED_PANELS = 4  # at least, of types whose blocks have a scale in float32
 
 PIECE = 2**20  # bytes of a tensor that is looked at piece by piece
 
@@ -60,16 +54,12 @@ class TensorSource:
         self.mapped = tuple(files)
         self.files = (*metadata_files, *(file.path for file in self.mapped))
         self._extents = dict(extents)
-        self._quantize = self._quantised_to(quantize)
-        cut = [extent for key, extent in self._extents.items() if ROLES[key.role].by_columns]
-        self._narrow = {
-            extent.stored.type for extent in cut if extent.k < _columns_to_cut(extent.stored.type)
-        }
+        types = delivered_types(self._extents, quantised_to(quantize, path, self._extents))
         # What shards hold of pages, and of all experts of a layer: who looks for a layout asks for the same again.
         self._plans: dict[tuple[PageSpec, int, int], PagePlan] = {}
         self._expert_plans: dict[tuple[PageSpec, int, int], list[PagePlan]] = {}
         self.tensors: Mapping[Key, TensorInfo] = {
-            key: TensorInfo(extent.shape, self._delivered(key, extent), extent.stored.name, extent.nbytes)
+            key: TensorInfo(extent.shape, types[key], extent.stored.name, extent.nbytes)
             for key, extent in self._extents.items()
         }
         for file in self.mapped:
@@ -243,40 +233,6 @@ class TensorSource:
         """Unmap the files; arrays that `read` returned must not be used any more."""
         for file in self.mapped:
             file.close()
-
-    def _delivered(self, key: Key, extent: Extent) -> BlockType:
-        if self._quantize is not None and ROLES[key.role].quantisable:
-            as_stored = extent.stored.own and extent.stored.type == self._quantize.multiplied_as
-            if as_stored or not self._quantize.coded:
-                return self._quantize
-        if ROLES[key.role].exact and extent.stored.type is BlockType.BF16:
-            return BlockType.F32
-        # Blocks of so many columns would leave too few panels to share out.
-        if ROLES[key.role].by_columns:
-            if extent.stored.type.k_quant and any(type.k_quant for type in self._narrow):
-                return BlockType.Q8_0
-            if extent.stored.type.scaled and any(type.scaled for type in self._narrow):
-                return BlockType.F32
-        return extent.stored.type
-
-    def _quantised_to(self, quantize: str) -> BlockType | None:
-        types = QUANTIZE | WIDEN
-        if quantize not in types:
-            raise JobError(f'quantize = "{quantize}" is unknown; it must be one of {", ".join(QUANTIZE)}.')
-        if types[quantize] is None:
-            return None
-        for key, extent in self._extents.items():
-            if ROLES[key.role].quantisable and extent.stored.quantised:
-                raise JobError(
-                    f'quantize = "{quantize}" is for unquantised models, but {self.path} is quantised already '
-                    f'({extent.name} is {extent.stored.name}); leave quantize = "none".'
-                )
-        return types[quantize]
-
-
-def _columns_to_cut(type: BlockType) -> int:
-    """So many columns a matrix must have at least to stay in this type, if shards hold columns of it."""
-    return PANELS * SUPER_BLOCK if type.k_quant else SCALED_PANELS * type.block if type.scaled else 0
 
 
 def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:

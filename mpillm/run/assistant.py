@@ -1,0 +1,124 @@
+"""The leader of a replica without rank 0: it computes the lines that rank 0 hands out and sends the records back.
+
+It asks for lines when its scheduler has room for more, and sends the records of its answers after each step.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import deque
+
+import msgspec
+
+from mpillm.batch.requests import make_work, read_line
+from mpillm.batch.work import Model
+from mpillm.comm.mailbox import Mailbox
+from mpillm.errors import MpillmError
+from mpillm.run.balance import AGAIN, Teller, failed, watched
+from mpillm.run.dispatch_messages import (
+    FROM_RANK_0,
+    LOOK_EVERY,
+    PARTING,
+    AnswerRecord,
+    Assigned,
+    Left,
+    News,
+    NoMoreLines,
+)
+from mpillm.run.leader import Given, Leader
+from mpillm.run.session import Session
+from mpillm.spec import Spec
+from mpillm.weights.identity import ModelChangedError
+
+FEW, MANY = 4, 256  # lines that a leader asks for: at first, and at most
+TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though nothing is finished
+
+
+class Assistant:
+    """Computes lines for rank 0 on the ranks of one replica."""
+
+    def __init__(self, session: Session, spec: Spec, model: Model) -> None:
+        """`model` is what rank 0 has checked the lines with."""
+        self._session, self._spec, self._model = session, spec, model
+        self._mailbox = Mailbox(session.world, session.counters)
+        self._records: list[AnswerRecord] = []
+        self._leader = Leader(session, spec, model, self._records.append)
+        self._lines: deque[Assigned] = deque()
+        self._ask, self._asked = FEW, False
+        self._told = time.monotonic()
+        self._teller = Teller(session) if watched(session) else None
+        self._stop: NoMoreLines | None = None
+
+    def run(self) -> int:
+        """Compute lines until rank 0 says stop; return its exit code."""
+        engine, watch = self._leader.engine, self._session.watch
+        try:
+            for finished in engine.run(self._leader.requests(self._next), self._more):
+                for completion in finished:
+                    self._leader.take(completion)
+                self._leader.save()
+                watch.check()
+                self._serve()
+                if self._teller is not None:
+                    self._teller.tell()
+                if self._stop is not None:
+                    break
+            assert self._stop is not None
+            self._part(self._stop.exit_code)
+        except MpillmError as error:
+            self._part(error.exit_code, error)
+            raise
+        return self._stop.exit_code
+
+    def _part(self, exit_code: int, error: MpillmError | None = None) -> None:
+        """Send what is left, and let the other ranks of this replica stop."""
+        keep = exit_code == AGAIN or (exit_code and self._spec.job.checkpoint_tokens)
+        if keep and not isinstance(error, ModelChangedError):
+            self._leader.save_everything()
+        self._tell(0)
+        self._mailbox.send(msgspec.msgpack.encode(Left(pickle.dumps(error) if error else b"")), 0)
+        self._leader.engine.stop(exit_code)
+        self._mailbox.flush(PARTING if failed(exit_code) else float("inf"))
+        if self._teller is not None and not failed(exit_code):
+            self._teller.end()
+
+    def _next(self) -> Given | None:
+        if len(self._lines) <= self._ask // 2 and not self._asked:
+            if not self._lines:
+                self._ask = min(2 * self._ask, MANY)  # the scheduler takes them faster than they come
+            self._asked = True
+            self._tell(self._ask)
+        if not self._lines:
+            return None
+        given = self._lines.popleft()
+        content = read_line(given.content, self._spec)
+        return make_work(given.line, content, self._spec, self._model), given.partial
+
+    def _more(self) -> bool:
+        """Wait for a line when nothing is left to do; False if there will be none."""
+        self._serve()
+        while not self._lines and self._stop is None:
+            if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
+                self._take(message[1])
+        return self._stop is None
+
+    def _serve(self) -> None:
+        while (message := self._mailbox.receive()) is not None:
+            self._take(message[1])
+        if self._records or time.monotonic() > self._told + TELL_EVERY:
+            self._tell(0)
+
+    def _take(self, data: bytes) -> None:
+        message = FROM_RANK_0.decode(data)
+        if isinstance(message, NoMoreLines):
+            self._stop = message
+        else:
+            self._lines.extend(message.lines)
+            self._asked = False
+
+    def _tell(self, wanted: int) -> None:
+        news = News(self._records, self._leader.engine.totals, wanted)
+        self._mailbox.send(msgspec.msgpack.encode(news), 0)
+        self._records.clear()
+        self._told = time.monotonic()
