@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mpillm.errors import JobError
 from mpillm.store.results import HDF5, JSONL
-from mpillm.store.table import row_of, text_of
+from mpillm.store.table import as_cell, row_of
 
 
 class Ragged:
@@ -136,7 +136,7 @@ class Results:
         rows = list(self.rows())
         for row in rows:
             if row["text"] is not None:
-                row["text"] = text_of(row["text"])
+                row["text"] = as_cell(row["text"])
         if name == "pandas":
             import pandas
 

@@ -29,7 +29,7 @@ def create(shape: str, weights: str, threads: int) -> Path:
 
     Of a published model, whose layers differ, it is the GGUF file.
     """
-    found = synthetic_shapes.check(shape, weights)
+    found = synthetic_shapes.shape_named(shape, weights)
     if not isinstance(found, synthetic_shapes.Shape):
         return synthetic.create(shape, weights)  # its layers are not all alike
     path = synthetic.folder() / f"{shape}.{weights}.packed"

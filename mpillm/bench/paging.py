@@ -51,7 +51,7 @@ def _measure(
         WARM + options.repeats + -(-options.repeats // (TURN - 1)) + 2 * -(-sequences * context // TOKENS)
     )
     with world.together():
-        spec = bounded(world, spec, budget, sequences, context + tokens)
+        spec = with_budget(world, spec, budget, sequences, context + tokens)
     world.barrier()
     start = time.perf_counter()
     with closing(Session(world, spec, model)) as session:
@@ -135,7 +135,7 @@ def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list
     return found
 
 
-def bounded(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
+def with_budget(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
     """The job with a budget for weights, and a KV cache that holds its sequences."""
     planned = plan.make(spec, world.size)
     longest += KV_BLOCK  # the scheduler admits a sequence if there is a block for it to grow into

@@ -13,7 +13,7 @@ from statistics import median
 
 import msgspec
 
-from mpillm.bench.paging import bounded
+from mpillm.bench.paging import with_budget
 from mpillm.bench.result import Drafts, Run
 from mpillm.bench.runs import BenchOptions
 from mpillm.comm.world import World
@@ -77,7 +77,7 @@ def measure(
                 draft=draft,
             )
             if budget != "all":
-                job = bounded(world, job, budget, 1, longest)
+                job = with_budget(world, job, budget, 1, longest)
         with closing(Session(world, job, model)) as session:
             with world.together():
                 encode = _encoder(session, model)

@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as Type
 
 from mpillm.bench.published import Published
 from mpillm.bench.random_blocks import DECAYS, random_blocks
-from mpillm.bench.synthetic_shapes import Shape, check, nbytes, tensors
+from mpillm.bench.synthetic_shapes import Shape, nbytes, shape_named, tensors
 from mpillm.catalogue.models import models_dir
 from mpillm.errors import JobError
 from mpillm.spec import shown_bytes
@@ -35,7 +35,7 @@ VECTORS = 100  # the `k` of vectors that are no norms (`_spread`)
 
 def create(shape: str, weights: str) -> Path:
     """Return the file of a shape with weights of a type, writing it to `folder()` first if it is not there yet."""
-    found = check(shape, weights)
+    found = shape_named(shape, weights)
     path = folder() / f"{shape}.{weights}.gguf"
     with said(path):
         if not path.exists():

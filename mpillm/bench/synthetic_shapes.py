@@ -84,7 +84,7 @@ INSTEAD = {
 }
 
 
-def check(shape: str, weights: str) -> Shape | Published:
+def shape_named(shape: str, weights: str) -> Shape | Published:
     """The shape of that name, of which NAME:N has the first N layers alone; JobError if there is no such model."""
     name, _, first = shape.partition(":")
     found = SHAPES.get(name) or PUBLISHED.get(name)

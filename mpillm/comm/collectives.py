@@ -94,7 +94,7 @@ class Group:
             parts = shared.slot(len(piece), d)
             parts[place.shard] = piece
             shared.publish(piece.nbytes)
-            count.waited(self._world.wait_shared(shared.wait, self._others))
+            count.waited(self._world.wait_for_flags(shared.wait, self._others))
             if (unlike := shared.unlike()) is not None:
                 shard, received = unlike
                 raise WireError(

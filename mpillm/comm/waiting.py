@@ -37,7 +37,7 @@ def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | N
     return time.perf_counter() - start
 
 
-def wait_shared(arrived: Callable[[float, float], bool], crowded: bool, look: Callable[[], None]) -> float:
+def wait_for_flags(arrived: Callable[[float, float], bool], crowded: bool, look: Callable[[], None]) -> float:
     """Wait for what other processes write to shared memory; return the seconds that took.
 
     `arrived` polls and then sleeps, each for so many seconds at most, and returns whether all is there. Between its

@@ -20,7 +20,7 @@ from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
 from mpillm.comm.rendezvous import listen
-from mpillm.comm.waiting import wait, wait_shared
+from mpillm.comm.waiting import wait, wait_for_flags
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -89,8 +89,8 @@ class World(Exchange):
         """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
         return wait(done, self.oversubscribed, self._check_losses if self.survives else None)
 
-    def wait_shared(self, arrived: Callable[[float, float], bool], ranks: Sequence[int]) -> float:
-        """Wait for what `ranks` of this machine write to shared memory (`waiting.wait_shared`); return the seconds.
+    def wait_for_flags(self, arrived: Callable[[float, float], bool], ranks: Sequence[int]) -> float:
+        """Wait for what `ranks` of this machine write to shared memory (`waiting.wait_for_flags`); return the seconds.
 
         Between the calls of `arrived` MPI moves on what is under way, and finds out whether one of the ranks is lost.
         """
@@ -101,7 +101,7 @@ class World(Exchange):
             if self.survives:
                 self._check_losses()
 
-        return wait_shared(arrived, self.oversubscribed, look)
+        return wait_for_flags(arrived, self.oversubscribed, look)
 
     def _check_losses(self) -> None:
         if self.comm.Is_revoked() or (self._heartbeat is not None and self._heartbeat.lost):

@@ -22,7 +22,7 @@ class HostSlots:
 def read_hosts(path: Path) -> list[HostSlots]:
     """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
     try:
-        lines = [line.partition("#")[0].strip() for line in text_of(path).splitlines()]
+        lines = [line.partition("#")[0].strip() for line in hostfile_text(path).splitlines()]
     except OSError as error:
         raise JobError(f"The hostfile {path} cannot be read: {error.strerror}.") from None
     hosts = []
@@ -38,7 +38,7 @@ def read_hosts(path: Path) -> list[HostSlots]:
     return hosts
 
 
-def text_of(path: Path) -> str:
+def hostfile_text(path: Path) -> str:
     """The text of a hostfile, whose comments may be in any encoding; OSError if it cannot be read."""
     return path.read_text("utf-8", errors="surrogateescape")
 

@@ -25,7 +25,7 @@ import psutil
 from mpillm.comm.launch import Library
 from mpillm.comm.rendezvous import own_addresses
 from mpillm.errors import Interrupted, JobError, LayoutError
-from mpillm.launching.hostfile import HostSlots, read_hosts, text_of, write_hosts
+from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
 from mpillm.planning import plan
 from mpillm.spec import Spec
@@ -218,7 +218,7 @@ class Supervisor:
     def _hostfile_text(self) -> str:
         with contextlib.suppress(OSError):
             if self._settings.hostfile is not None:
-                return text_of(self._settings.hostfile)
+                return hostfile_text(self._settings.hostfile)
         return ""
 
     def _sleep(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ from mpillm.batch.requests import make_work, read_line
 from mpillm.batch.work import Model
 from mpillm.comm.mailbox import Mailbox
 from mpillm.errors import MpillmError
-from mpillm.run.balance import AGAIN, Teller, failed, watched
+from mpillm.run.balance import AGAIN, Teller, is_failure, watched
 from mpillm.run.dispatch_messages import (
     FROM_RANK_0,
     LOOK_EVERY,
@@ -79,8 +79,8 @@ class Assistant:
         self._tell(0)
         self._mailbox.send(msgspec.msgpack.encode(Left(pickle.dumps(error) if error else b"")), 0)
         self._leader.engine.stop(exit_code)
-        self._mailbox.flush(PARTING if failed(exit_code) else float("inf"))
-        if self._teller is not None and not failed(exit_code):
+        self._mailbox.flush(PARTING if is_failure(exit_code) else float("inf"))
+        if self._teller is not None and not is_failure(exit_code):
             self._teller.end()
 
     def _next(self) -> Given | None:

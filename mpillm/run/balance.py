@@ -138,7 +138,7 @@ def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:
     return f"{slowed.who}; after {seconds:.1f} s the run goes on as {shape}."
 
 
-def failed(code: int) -> bool:
+def is_failure(code: int) -> bool:
     """Whether engines stop because of an error or an interruption, rather than at the end or to be laid out anew."""
     return code not in (0, AGAIN)
 

@@ -20,7 +20,7 @@ from mpillm.batch.work import Line
 from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.limits import Totals
 from mpillm.errors import MpillmError
-from mpillm.run.balance import Busy, failed
+from mpillm.run.balance import Busy, is_failure
 from mpillm.run.dispatch_messages import (
     LOOK_EVERY,
     PARTING,
@@ -107,11 +107,11 @@ class Dispatcher:
         """Tell the other leaders to stop, and wait until they have; after an error, for PARTING seconds at most."""
         for leader in sorted(self._here):
             self._mailbox.send(msgspec.msgpack.encode(NoMoreLines(exit_code)), leader)
-        until = time.monotonic() + PARTING if failed(exit_code) else float("inf")
+        until = time.monotonic() + PARTING if is_failure(exit_code) else float("inf")
         while self._here and (left := until - time.monotonic()) > 0:
             if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
                 # The first error is the one to report.
-                with suppress(MpillmError) if failed(exit_code) else nullcontext():
+                with suppress(MpillmError) if is_failure(exit_code) else nullcontext():
                     self._take(*message)
 
     def part(self) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from mpillm.engine.worker import follow
 from mpillm.run import outcome
 from mpillm.run.assistant import Assistant
-from mpillm.run.balance import AGAIN, Slowed, Teller, failed, what_was_slow
+from mpillm.run.balance import AGAIN, Slowed, Teller, is_failure, what_was_slow
 from mpillm.run.computation import Computation
 from mpillm.run.context import RankContext
 from mpillm.run.losses import Losses, explaining, what_was_lost
@@ -157,7 +157,7 @@ class Following:
             teller.tell()
 
         code = follow(session.worker, session.channel, between)
-        if not failed(code):
+        if not is_failure(code):
             teller.end()
         return code
 

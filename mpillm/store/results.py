@@ -33,7 +33,7 @@ JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 _IDS = np.dtype("<i4")
 
 
-def finished(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
+def finished_record(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
     """The journal's record of a request that went well; `completions` in the order of `work.requests`."""
     line = result_line(work, completions, model)
     prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
@@ -45,12 +45,12 @@ def ended(work: Work, completions: Sequence[FinishedCompletion], model: Model) -
     """The journal's record of a request whose choices are all computed: an error if any of them is not finite."""
     try:
         check_finite(completions)
-        return finished(work, completions, model)
+        return finished_record(work, completions, model)
     except NotFiniteError as error:  # what an endpoint makes of a pooled vector may overflow, too
-        return failed(work, str(error), status=500)
+        return failed_record(work, str(error), status=500)
 
 
-def failed(work: Work, message: str, status: int = 400) -> Result:
+def failed_record(work: Work, message: str, status: int = 400) -> Result:
     """The journal's record of a request that ended in an error."""
     return Result(work.custom_id, line_key(work.line), status, error_line(work.custom_id, message, status))
 

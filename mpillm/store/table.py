@@ -236,7 +236,7 @@ def _write_csv(
         writer = csv.writer(text)  # as RFC 4180 says
         writer.writerow(kinds)
         for row, _ in rows:
-            writer.writerow("" if value is None else text_of(value) for value in row.values())
+            writer.writerow("" if value is None else as_cell(value) for value in row.values())
     finally:
         text.detach()  # which leaves the file open
 
@@ -266,7 +266,7 @@ def _write_parquet(
         for row, nbytes in rows:
             for name in texts:
                 if row[name] is not None:
-                    row[name] = text_of(row[name])
+                    row[name] = as_cell(row[name])
             held.append(row)
             size += nbytes
             if len(held) >= ROWS or size >= BYTES:
@@ -289,7 +289,7 @@ def _arrow_type(kinds: set[str]) -> Any:
     return pyarrow.string()
 
 
-def text_of(value: Any) -> str:
+def as_cell(value: Any) -> str:
     """A string as it is, any other value as JSON."""
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 

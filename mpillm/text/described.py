@@ -8,7 +8,7 @@ from typing import Literal
 
 import tokenizers
 
-from mpillm.text.parts import checked
+from mpillm.text.parts import or_model_error
 
 Decoding = Literal["byte_level", "sentencepiece", "other"]  # how tokens become text
 
@@ -19,7 +19,7 @@ def keeps_length(core: tokenizers.Tokenizer) -> bool:
     """Whether normalisation leaves a text about as long as it is (it does not drop or collapse characters)."""
     if core.normalizer is None:
         return True
-    state = json.loads(checked(core.normalizer.__getstate__, "tokenizer.json"))
+    state = json.loads(or_model_error(core.normalizer.__getstate__, "tokenizer.json"))
     steps = state.get("normalizers", [state])
     return all(
         step["type"] in {"NFC", "NFD", "NFKD", "NFKC", "Lowercase", "Prepend"}
@@ -42,7 +42,7 @@ def decoding(core: tokenizers.Tokenizer) -> tuple[Decoding, bool]:
     """How tokens become text, and whether a text's first space is removed."""
     if core.decoder is None:
         return "other", False
-    state = json.loads(checked(core.decoder.__getstate__, "tokenizer.json"))
+    state = json.loads(or_model_error(core.decoder.__getstate__, "tokenizer.json"))
     steps = state.get("decoders", [state]) if state.get("type") == "Sequence" else [state]
     kinds = {step["type"]: step for step in steps}
     if "ByteLevel" in kinds:

@@ -20,7 +20,7 @@ from mpillm.text import from_gguf
 from mpillm.text.described import BYTE_OF, BYTE_TOKEN
 from mpillm.text.from_gguf import merges_of_scores
 from mpillm.text.gguf_fields import BYTE, CONTROL, NORMAL, UNKNOWN
-from mpillm.text.parts import END_NAMES, TokenizerParts, checked, looks_special
+from mpillm.text.parts import END_NAMES, TokenizerParts, looks_special, or_model_error
 
 MAGIC, OLD_MAGIC = 0x567124, 0x567123  # the old one is followed by five numbers instead of keys
 KEYS = (
@@ -143,7 +143,7 @@ def _byte_level(file: TokenizerFile, path: Path) -> TokenizerParts:
         )
     unmerged = {*special, *own}
     types = [CONTROL if word in unmerged else NORMAL for word in words]
-    core = checked(
+    core = or_model_error(
         lambda: Tokenizer(models.BPE(vocab, merges_of_scores(words, file.scores, vocab, types))), str(path)
     )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

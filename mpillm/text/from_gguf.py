@@ -17,7 +17,7 @@ from mpillm.errors import ModelError
 from mpillm.text.gguf_fields import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, TokenizerFields, plain
 from mpillm.text.gguf_splits import BEGIN, SPLIT_OF, SPLITS, WHOLE_WORDS
 from mpillm.text.gguf_words import put_around, unigrams, word_pieces
-from mpillm.text.parts import END_NAMES, TokenizerParts, checked
+from mpillm.text.parts import END_NAMES, TokenizerParts, or_model_error
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer
     if pre not in SPLIT_OF:
         raise ggml.wrong("pre", f"is {pre!r}, which is not known; known are {', '.join(sorted(SPLIT_OF))}")
     merges, whole_words = _merges(ggml), pre in WHOLE_WORDS
-    core = checked(
+    core = or_model_error(
         lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words)), ggml.where
     )
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[SPLIT_OF[pre]]]
@@ -166,7 +166,7 @@ def _sentencepiece(
     """BPE of characters with spaces as underlines; `prefix`: texts begin with one if the file does not say."""
     unknown = ggml.id("unknown_token_id", len(tokens)) or 0
     bytes_known = all(f"<0x{byte:02X}>" in vocab for byte in range(256))
-    core = checked(
+    core = or_model_error(
         lambda: Tokenizer(
             models.BPE(
                 vocab=vocab,

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from mpillm.errors import ModelError
 from mpillm.text.described import BYTE_OF
-from mpillm.text.parts import TokenizerParts, checked
+from mpillm.text.parts import TokenizerParts, or_model_error
 
 TEKKEN = "tekken.json"
 CHARACTER_OF = {byte: char for char, byte in BYTE_OF.items()}
@@ -141,4 +141,4 @@ def _bpe(
         )
         return core
 
-    return checked(make, str(file))
+    return or_model_error(make, str(file))

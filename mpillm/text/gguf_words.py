@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mpillm.text.gguf_fields import CONTROL, UNKNOWN, TokenizerFields
-from mpillm.text.parts import checked
+from mpillm.text.parts import or_model_error
 
 SPACE = "\u2581"  # with which the pieces begin that begin a word
 
@@ -23,7 +23,7 @@ def word_pieces(ggml: TokenizerFields, tokens: list[str], types: Sequence[int]) 
         raise ggml.wrong("tokens", "has two tokens for one piece of a word")
     unknown = ggml.id("unknown_token_id", len(tokens))
     name = "[UNK]" if unknown is None else tokens[unknown]
-    core = checked(lambda: Tokenizer(models.WordPiece(vocab, unk_token=name)), ggml.where)
+    core = or_model_error(lambda: Tokenizer(models.WordPiece(vocab, unk_token=name)), ggml.where)
     small = ggml.flag(
         "normalizer.lowercase", all(token == token.lower() for token in tokens if token[:1] != "[")
     )
@@ -39,12 +39,12 @@ def unigrams(ggml: TokenizerFields, tokens: list[str]) -> Tokenizer:
     scores = ggml.numbers("scores", float, len(tokens), 0.0)
     unknown = ggml.id("unknown_token_id", len(tokens))
     pieces = list(zip(tokens, scores, strict=True))
-    core = checked(
+    core = or_model_error(
         lambda: Tokenizer(models.Unigram(pieces, 2 if unknown is None else unknown, False)), ggml.where
     )
     if table := ggml.values("precompiled_charsmap"):
         raw = np.array(table).astype(np.uint8).tobytes()
-        core.normalizer = checked(lambda: normalizers.Precompiled(raw), ggml.where)
+        core.normalizer = or_model_error(lambda: normalizers.Precompiled(raw), ggml.where)
     prefix = "always" if ggml.flag("add_space_prefix", True) else "never"
     words = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prefix)
     merged = ggml.flag("remove_extra_whitespaces", True)

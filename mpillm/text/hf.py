@@ -12,7 +12,7 @@ import tokenizers
 from mpillm.errors import ModelError
 from mpillm.foreign import HEAD, what_it_is
 from mpillm.text import from_ranks
-from mpillm.text.parts import END_NAMES, TokenizerParts, checked, looks_special
+from mpillm.text.parts import END_NAMES, TokenizerParts, looks_special, or_model_error
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def read(path: Path) -> TokenizerParts | None:
 
 
 def _of_json(file: Path) -> TokenizerParts:
-    core = checked(lambda: tokenizers.Tokenizer.from_str(_text(file)), str(file))
+    core = or_model_error(lambda: tokenizers.Tokenizer.from_str(_text(file)), str(file))
     core.no_truncation()
     core.no_padding()
     return TokenizerParts(core, str(file))

@@ -37,7 +37,7 @@ class TokenizerParts:
     templates: dict[str, str] = field(default_factory=dict)  # "default", "tool_use", ...
 
 
-def checked(make: Callable[[], T], where: str) -> T:
+def or_model_error(make: Callable[[], T], where: str) -> T:
     """Return what `make` returns; whatever the tokenizers library raises, even a Rust panic, becomes a ModelError."""
     try:
         return make()

@@ -68,7 +68,7 @@ def test_a_new_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with Claim(tmp_path / "out") as claim, Journal(claim, {}, batch.lines) as journal:
         for work in batch.works():
             made = [completion(request, [], seed) for seed, request in enumerate(work.requests)]
-            journal.append(results.finished(work, made, WITH_TEXT))
+            journal.append(results.finished_record(work, made, WITH_TEXT))
         journal.flush()
         results.write_jsonl(claim.directory, batch.lines, journal)
         results.write_hdf5(claim.directory, batch.lines, journal, {})

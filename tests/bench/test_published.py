@@ -116,4 +116,4 @@ def test_the_first_layers_alone_are_planned(sparse: Path, name: str) -> None:
 def test_shapes_that_do_not_exist() -> None:
     for name in ("gpt-oss-20b:25", "gpt-oss-20b:0", "llama-1b:x", "gpt-oss"):
         with pytest.raises(JobError, match=f"There is no synthetic model {name} with mxfp4 weights"):
-            synthetic_shapes.check(name, "mxfp4")
+            synthetic_shapes.shape_named(name, "mxfp4")

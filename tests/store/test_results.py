@@ -45,14 +45,14 @@ def inputs(draw: random.Random) -> list[Any]:
 
 def finish(work: Work, journal: Journal) -> None:
     if work.custom_id == "fails":
-        journal.append(results.failed(work, "It cannot be done."))
+        journal.append(results.failed_record(work, "It cannot be done."))
         return
     made = []
     for request in work.requests:
         draw = random.Random(f"{request.id}{request.choice}")
         tokens = [draw.randrange(6, 60) for _ in range(min(request.max_tokens, 4))]
         made.append(completion(request, tokens, draw.randrange(99), seconds_running=random.random()))
-    journal.append(results.finished(work, made, WITH_TEXT))
+    journal.append(results.finished_record(work, made, WITH_TEXT))
 
 
 def run(batch: CheckedInput, out: Path, order: random.Random, stops: int, errors: int = 3) -> None:
