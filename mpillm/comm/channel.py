@@ -38,7 +38,7 @@ class Pipe:
         assert not self._place.is_first_stage
         data = np.empty((m, self._codec.type.row_bytes(d)), np.uint8)
         request = self._world.comm.Irecv(data, self._rank - self._place.shards, Tag.PIPE)
-        Transfers(self._world, [request], [], data.nbytes).finish(self._count)
+        Transfers(self._world, [request], [], [data.nbytes]).finish(self._count)
         return self._codec.decode(data, d)
 
     def progress(self) -> None:
@@ -87,5 +87,5 @@ class Channel:
 
         count.waited(self._world.wait(arrived))
         data = bytearray(status.Get_count(MPI.BYTE))
-        Transfers(self._world, [found[0].Irecv([data, MPI.BYTE])], [], len(data)).finish(count)
+        Transfers(self._world, [found[0].Irecv([data, MPI.BYTE])], [], [len(data)]).finish(count)
         return bytes(data)

@@ -1,6 +1,6 @@
 """All-reduce and all-gather over the shards of a stage.
 
-The shards of one host sum in memory that they share (see `shared`); all others exchange messages (see `transfer`).
+The shards of one host sum in memory that they share (see `shared`); all others exchange messages (see `parts`).
 """
 
 from __future__ import annotations
@@ -8,42 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from mpillm import kernels
-from mpillm.comm.counters import Count, MessageCounters
+from mpillm.comm.counters import MessageCounters
+from mpillm.comm.parts import Copies, Pieces
 from mpillm.comm.shared import SharedRows
-from mpillm.comm.transfer import F32, Codec, Tag, Transfers, Wire, WireError
+from mpillm.comm.transfer import F32, U8, Codec, Wire, WireError
 from mpillm.comm.world import World
 from mpillm.partition.grid import Place
-
-
-class _Parts:
-    """A part of each shard of a stage, uint8 [shards, m, nbytes], and the messages that bring the others' here.
-
-    The messages are persistent: a step has two exchanges for each layer, nearly always of one size.
-    """
-
-    def __init__(self, world: World, first: int, place: Place, m: int, nbytes: int) -> None:
-        """`first` is the rank of the stage's first shard."""
-        from mpi4py import MPI
-
-        self.data = np.empty((place.shards, m, nbytes), np.uint8)
-        self.own = self.data[place.shard]
-        self._others = [shard for shard in range(place.shards) if shard != place.shard]
-        comm, tag = world.comm, Tag.ALL_REDUCE
-        receives = [comm.Recv_init(self.data[shard], first + shard, tag) for shard in self._others]
-        sends = [comm.Send_init(self.own, first + shard, tag) for shard in self._others]
-        self._requests, self._start = [*receives, *sends], MPI.Prequest.Startall
-        self._messages = Transfers(world, receives, sends, self.own.nbytes)
-
-    def exchange(self, count: Count) -> None:
-        """Send `own` to all other shards, and receive theirs."""
-        self._start(self._requests)
-        count.sent(len(self._others), self.own.nbytes)
-        self._messages.finish(count)
-
-    def free(self) -> None:
-        """Give the messages back to MPI; the last exchange has ended."""
-        for request in self._requests:
-            request.Free()
 
 
 class Group:
@@ -63,14 +33,16 @@ class Group:
         self._first = place.first + place.stage * place.shards
         self._codec, self._count = Codec(wire, threads), counters.all_reduce
         self._shared = shared if wire == "f32" else None
-        self._parts: dict[str, _Parts] = {}  # of the last call of each method
+        self._copies: dict[str, Copies] = {}  # of the last call of each method
+        self._pieces: Pieces | None = None  # of the last call of `all_reduce`
         self._others = [self._first + shard for shard in range(place.shards) if shard != place.shard]
 
     def all_reduce(self, x: F32) -> None:
         """Replace each shard's part x, f32 [m, d], by the sum of all shards' parts; a no-op for one shard.
 
-        Every shard gets every part as it went over the wire, its own too, and folds them in one fixed binary
-        tree, ((p0 + p1) + (p2 + p3)) + ...: all end with the same bytes.
+        Parts are folded in one fixed binary tree, ((p0 + p1) + (p2 + p3)) + ..., each as it went over the wire, the
+        own one too. Of more than two shards each sums a piece of the rows, and sends it to the others as the wire has
+        it. All end with the same bytes.
         """
         shards = self._place.shards
         if shards == 1:
@@ -78,12 +50,37 @@ class Group:
         m, d = x.shape
         if self._shared is not None and d <= self._shared.capacity:
             self._sum_in_shared_memory(self._shared, x)
-            return
-        parts = self._parts_of("all_reduce", m, self._codec.type.row_bytes(d))
-        self._codec.encode(x, parts.own)
-        parts.exchange(self._count)
-        values = self._codec.decode(parts.data.reshape(shards * m, -1), d)
-        kernels.fold(values.reshape(shards, m, d), x, self._codec.threads)
+        elif shards == 2:
+            copies = self._copies_of("all_reduce", m, self._codec.type.row_bytes(d))
+            self._codec.encode(x, copies.own)
+            copies.exchange(self._count)
+            values = self._codec.decode(copies.data.reshape(shards * m, -1), d)
+            kernels.fold(values.reshape(shards, m, d), x, self._codec.threads)
+        else:
+            self._sum_by_pieces(x)
+
+    def _sum_by_pieces(self, x: F32) -> None:
+        codec, (m, d) = self._codec, x.shape
+        row_bytes, block_bytes = codec.type.row_bytes(d), codec.type.block_bytes
+        pieces = self._pieces
+        if pieces is None or pieces.data.nbytes != m * row_bytes:
+            if pieces is not None:
+                self._pieces = None
+                pieces.free()
+            blocks = m * row_bytes // block_bytes
+            pieces = self._pieces = Pieces(self._world, self._first, self._place, blocks, block_bytes)
+        rows = pieces.data.reshape(m, row_bytes)
+        codec.encode(x, rows)
+        pieces.exchange(self._fold_piece, self._count)
+        x[...] = codec.decode(rows, d)
+
+    def _fold_piece(self, parts: U8, out: U8) -> None:
+        """Write the sum of each shard's blocks of a piece, uint8 [shards, nbytes], to uint8 [nbytes]."""
+        codec, blocks = self._codec, parts.shape[1] // self._codec.type.block_bytes
+        values = codec.decode(parts, blocks * codec.type.block)[:, None]
+        total = np.empty(values.shape[1:], np.float32)
+        kernels.fold(values, total, codec.threads)
+        codec.encode(total, out[None])
 
     def _sum_in_shared_memory(self, shared: SharedRows, x: F32) -> None:
         """`all_reduce` by pieces of as many rows as the memory takes."""
@@ -106,18 +103,18 @@ class Group:
 
     def all_gather(self, x: F32) -> F32:
         """Every shard's x, f32 [m, d], exactly as it is: f32 [shards, m, d]. It is valid until the next call."""
-        parts = self._parts_of("all_gather", len(x), x.shape[1] * x.itemsize)
-        values: F32 = parts.data.view(np.float32)
+        copies = self._copies_of("all_gather", len(x), x.shape[1] * x.itemsize)
+        values: F32 = copies.data.view(np.float32)
         values[self._place.shard] = x
-        parts.exchange(self._count)
+        copies.exchange(self._count)
         return values
 
-    def _parts_of(self, method: str, m: int, nbytes: int) -> _Parts:
+    def _copies_of(self, method: str, m: int, nbytes: int) -> Copies:
         """Room for parts of m rows, and their messages: those of the method's last call if they are as large."""
-        parts = self._parts.get(method)
-        if parts is None or parts.own.shape != (m, nbytes):
-            if parts is not None:
-                parts.free()
-                del self._parts[method], parts
-            parts = self._parts[method] = _Parts(self._world, self._first, self._place, m, nbytes)
-        return parts
+        copies = self._copies.get(method)
+        if copies is None or copies.own.shape != (m, nbytes):
+            if copies is not None:
+                copies.free()
+                del self._copies[method], copies
+            copies = self._copies[method] = Copies(self._world, self._first, self._place, m, nbytes)
+        return copies

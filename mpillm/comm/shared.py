@@ -69,9 +69,9 @@ class SharedRows:
 
 
 def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
-    """Memory for parts of `nbytes`, or less, of the stage's shards; None where they cannot share any.
+    """Memory for parts of `nbytes`, or less, of the stage's shards; None where they are on several hosts, or cannot.
 
-    Collective over the world.
+    Collective over the world. Containers of one machine with names of their own count as hosts, as in the plan.
     """
     flags = None
     with suppress(ImportError):
@@ -79,8 +79,9 @@ def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
     capacity = -(-min(nbytes, LARGEST) // FLAG_BYTES) * FLAG_BYTES
     size = place.shards * (FLAG_BYTES + SLOTS * capacity)
     first = place.first + place.stage * place.shards
+    together = len(set(world.nodes.numbers[first : first + place.shards])) == 1
     own, offer = -1, None
-    if place.shard == 0 and place.shards > 1 and flags is not None:
+    if place.shard == 0 and place.shards > 1 and together and flags is not None:
         with suppress(OSError, AttributeError):
             own = os.memfd_create("mpillm")
             os.posix_fallocate(own, 0, size)

@@ -95,10 +95,14 @@ class Outbox:
 
 
 class Transfers:
-    """Receives of `expected` bytes each, and sends, that are under way together."""
+    """Receives of `expected` bytes, and sends, that are under way together."""
 
     def __init__(
-        self, world: World, receives: Sequence[MPI.Request], sends: Sequence[MPI.Request], expected: int
+        self,
+        world: World,
+        receives: Sequence[MPI.Request],
+        sends: Sequence[MPI.Request],
+        expected: Sequence[int],
     ) -> None:
         from mpi4py import MPI  # here and below: planning a run loads this module, and needs no MPI
 
@@ -119,11 +123,11 @@ class Transfers:
             if self._world.is_loss(error) or not isinstance(error, (MPI.Exception, RankLost)):
                 raise
             raise WireError(
-                f"a message could not be received, {self._expected} bytes were expected: {error}"
+                f"a message could not be received, {max(self._expected)} bytes were expected: {error}"
             ) from error
-        for status in self._receives:
+        for status, expected in zip(self._receives, self._expected, strict=True):
             received = status.Get_count(self._byte)
-            if received != self._expected:
+            if received != expected:
                 source = status.Get_source()
-                raise WireError(f"rank {source} sent {received} bytes where {self._expected} were expected")
+                raise WireError(f"rank {source} sent {received} bytes where {expected} were expected")
             count.bytes_received += received

@@ -25,7 +25,8 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan, problems
 from mpillm.planning.search import search
-from mpillm.planning.wire import wire_in_words
+from mpillm.planning.step_time import rows_sent
+from mpillm.planning.wire import shards_cross_hosts, wire_in_words
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
@@ -91,6 +92,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     first, plans = best.plans[0], [rank for replica in best.plans for rank in replica.ranks]
     stages, shards, max_context = found[0].stages, found[0].shards, first.max_context
     capacity, windows = first.capacity, first.caches[0].windows
+    shared = chosen.wire == "f32" and not shards_cross_hosts(machines, found)
     wrong = [problem for replica in best.plans for problem in problems(spec, replica)]
     return Plan(
         model=spec.model_on(gethostname()),
@@ -117,8 +119,9 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
             shards,
             BlockType[chosen.wire.upper()],
             BlockType[spec.wire.between_stages.upper()],
+            shared,
         ),
-        wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32).values()),
+        wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32, shared).values()),
         wire_of_shards=wire_in_words(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
         ranks=plans,
         time=time,
@@ -172,17 +175,21 @@ def _gains(
 
 
 def wire_bytes(
-    config: ModelConfig, stages: int, shards: int, activations: BlockType, between_stages: BlockType
+    config: ModelConfig,
+    stages: int,
+    shards: int,
+    activations: BlockType,
+    between_stages: BlockType,
+    shared: bool,
 ) -> dict[str, float]:
     """Bytes of activations that all ranks together send for each token, by kind of message.
 
-    In a stage every shard sends its part to every other one, twice a layer (after attention and after the
-    feed-forward block); between stages every shard sends the hidden state to its like.
+    The shards of a stage sum rows twice a layer (after attention and after the feed-forward block); those that share
+    memory read each other's. Between stages every shard sends the hidden state to its like.
     """
+    rows = shards * (shards - 1) if shared else rows_sent(shards)
     return {
-        "all_reduce": float(
-            2 * config.n_layers * shards * (shards - 1) * activations.row_bytes(config.hidden)
-        ),
+        "all_reduce": float(2 * config.n_layers * rows * activations.row_bytes(config.hidden)),
         "pipe": float((stages - 1) * shards * between_stages.row_bytes(config.hidden)),
     }
 

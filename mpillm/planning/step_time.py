@@ -66,7 +66,7 @@ class Stage:
 
     works: Sequence[RankWork]
     speeds: Sequence[Speed]
-    row_bytes: int  # of what each sends of a row to each other one, twice a layer
+    row_bytes: int  # of a row of what each sends, twice a layer
     link: LinkRate  # between them
     pipe_bytes: int = 0  # of a row that goes to the next stage, from each shard to its like
     pipe: LinkRate | None = None  # to the next stage; the last one has none
@@ -155,12 +155,22 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     """Seconds of a stage: of its slowest shard, with what its shards send."""
     times = [rank_time(work, speed, batch) for work, speed in zip(stage.works, stage.speeds, strict=True)]
     slowest = max(times, key=lambda time: time.total)
-    others, layers, messages = len(stage.works) - 1, stage.works[0].layers, 0.0
-    if others:
-        messages += 2 * layers * _message(stage.link, others * batch.rows * stage.row_bytes)
+    shards, messages = len(stage.works), 0.0
+    if shards > 1:
+        rounds = 1 if shards == 2 else 2
+        nbytes = rows_sent(shards) / shards * batch.rows * stage.row_bytes / rounds
+        messages += 2 * stage.works[0].layers * rounds * _message(stage.link, nbytes)
     if stage.pipe is not None:
         messages += _message(stage.pipe, len(stage.works) * batch.rows * stage.pipe_bytes)
     return replace(slowest, messages=messages)
+
+
+def rows_sent(shards: int) -> int:
+    """How many rows the shards of a stage send to sum one row, all together (`Group.all_reduce`).
+
+    Two send each other theirs; of more each sends a piece to each other one, twice.
+    """
+    return 2 * (shards - 1)
 
 
 def between(speeds: Sequence[Speed]) -> LinkRate:

@@ -50,7 +50,9 @@ def missing() -> str | None:
 class Hosts:
     """So many hosts on one switch, with addresses NETWORK.1, NETWORK.2, ..."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, rate: str = "") -> None:
+        """`rate`, in tc's words, is that of every cable, each way; without one it is as fast as the machine."""
+        self.rate = rate
         self.prefix = f"mpillm{os.getpid()}h"
         self.switch = f"mpillm{os.getpid()}s"
         self.numbers = range(1, count + 1)
@@ -87,6 +89,11 @@ class Hosts:
                 _ip("-n", host, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
                 for device in ("lo", "eth0"):
                     _ip("-n", host, "link", "set", device, "up")
+                if self.rate:
+                    for space, device in ((self.switch, port), (host, "eth0")):
+                        words = f"qdisc add dev {device} root tbf rate {self.rate} burst 128kb latency 100ms"
+                        done = run_bounded(["tc", "-n", space, *words.split()])
+                        assert done.returncode == 0, f"tc {words}: {done.stderr}"
             yield self
         finally:
             for name in (self.switch, *(f"{self.prefix}{number}" for number in self.numbers)):

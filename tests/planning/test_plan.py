@@ -65,10 +65,17 @@ def test_wire_bytes() -> None:
     made = planned("llama3", 4, "layout.stages=2", "layout.shards=2", "wire.activations=q8_0")
     all_reduce = 2.0 * config.n_layers * 2 * 34 * blocks
     assert made.wire == {"all_reduce": all_reduce, "pipe": 2.0 * 4 * config.hidden}
-    assert plan.wire_bytes(config, 1, 1, BlockType.F32, BlockType.F32) == {
+    assert plan.wire_bytes(config, 1, 1, BlockType.F32, BlockType.F32, shared=True) == {
         "all_reduce": 0.0,
         "pipe": 0.0,
     }
+    # Four shards read each other's rows in memory; between hosts each sums a quarter of a row.
+    rows = [
+        plan.wire_bytes(config, 1, 4, BlockType.F32, BlockType.F32, shared)["all_reduce"]
+        / (2 * config.n_layers * 4 * config.hidden)
+        for shared in (True, False)
+    ]
+    assert rows == [12, 6]
     source.close()
 
 

@@ -1,0 +1,108 @@
+"""How the parts of a stage's shards travel as messages. The messages are persistent: a step has two exchanges for each
+layer, nearly always of one size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpillm.comm.counters import Count
+from mpillm.comm.transfer import U8, Tag, Transfers
+from mpillm.comm.world import World
+from mpillm.partition.grid import Place
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class _Messages:
+    """One message to each of the other shards, and one from each of them."""
+
+    def __init__(
+        self, world: World, ranks: Sequence[int], receives: Sequence[U8], sends: Sequence[U8]
+    ) -> None:
+        """With each of `ranks`: what comes from it, uint8 [nbytes] of one size for all, and what goes to it."""
+        from mpi4py import MPI
+
+        comm, tag = world.comm, Tag.ALL_REDUCE
+        coming = [comm.Recv_init(data, rank, tag) for data, rank in zip(receives, ranks, strict=True)]
+        going = [comm.Send_init(data, rank, tag) for data, rank in zip(sends, ranks, strict=True)]
+        self._requests: list[MPI.Prequest] = [*coming, *going]
+        self._start = MPI.Prequest.Startall
+        self._sent = [data.nbytes for data in sends]
+        self._transfers = Transfers(world, coming, going, [data.nbytes for data in receives])
+
+    def exchange(self, count: Count) -> None:
+        """Send them, and receive the others'."""
+        self._start(self._requests)
+        for nbytes in self._sent:
+            count.sent(1, nbytes)
+        self._transfers.finish(count)
+
+    def free(self) -> None:
+        """Give the messages back to MPI; the last exchange has ended."""
+        for request in self._requests:
+            request.Free()
+
+
+class Copies:
+    """A part of each shard, uint8 [shards, m, nbytes], and the messages that bring all of them to every shard."""
+
+    def __init__(self, world: World, first: int, place: Place, m: int, nbytes: int) -> None:
+        """`first` is the rank of the stage's first shard."""
+        self.data = np.empty((place.shards, m, nbytes), np.uint8)
+        self.own = self.data[place.shard]
+        others = _others(place)
+        ranks = [first + shard for shard in others]
+        receives, sends = [self.data[shard] for shard in others], [self.own] * len(others)
+        self._messages = _Messages(world, ranks, receives, sends)
+
+    def exchange(self, count: Count) -> None:
+        """Send `own` to all other shards, and receive theirs."""
+        self._messages.exchange(count)
+
+    def free(self) -> None:
+        """Give the messages back to MPI; the last exchange has ended."""
+        self._messages.free()
+
+
+class Pieces:
+    """Rows of which each shard sums one piece: a reduce-scatter and an all-gather.
+
+    A shard sends 2 (shards - 1) / shards times the rows, where copies of its part to all others are shards - 1 times.
+    """
+
+    def __init__(self, world: World, first: int, place: Place, blocks: int, block_bytes: int) -> None:
+        """Rows of so many blocks, all together; `first` is the rank of the stage's first shard."""
+        bounds = [shard * blocks // place.shards * block_bytes for shard in range(place.shards + 1)]
+        #: the rows: this shard's part of all of them first, then their sums
+        self.data = np.empty(blocks * block_bytes, np.uint8)
+        pieces = [self.data[begin:end] for begin, end in itertools.pairwise(bounds)]
+        own = pieces[place.shard]
+        received = np.empty((place.shards, own.nbytes), np.uint8)
+        others = _others(place)
+        ranks, theirs = [first + shard for shard in others], [pieces[shard] for shard in others]
+        self._scatter = _Messages(world, ranks, [received[shard] for shard in others], theirs)
+        self._gather = _Messages(world, ranks, theirs, [own] * len(others))
+        self._own, self._received, self._shard = own, received, place.shard
+
+    def exchange(self, fold: Callable[[U8, U8], None], count: Count) -> None:
+        """Make `data` the sums; `fold` writes that of parts, uint8 [shards, nbytes], to its second argument."""
+        self._received[self._shard] = self._own
+        self._scatter.exchange(count)
+        if self._own.nbytes:
+            fold(self._received, self._own)
+        self._gather.exchange(count)
+
+    def free(self) -> None:
+        """Give the messages back to MPI; the last exchange has ended."""
+        self._scatter.free()
+        self._gather.free()
+
+
+def _others(place: Place) -> list[int]:
+    return [shard for shard in range(place.shards) if shard != place.shard]

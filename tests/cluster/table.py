@@ -1,0 +1,155 @@
+"""Hosts on a slow network, measured: `python -m tests.cluster.table --dllama PATH` (root; minutes, on a quiet machine).
+
+Hosts are network namespaces with a thread each, cables of 1 Gbit/s and of 100 Mbit/s. Beside layouts of 2 and 4 hosts
+Distributed-Llama runs on the same file, if its program is there. Bytes are those of the hosts' interfaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.cluster import peer
+from tests.cluster.hosts import Hosts, missing
+from tests.cluster.ranks import Measured
+from tests.conftest import FINDERS, ROOT, Mpi, run_bounded
+
+PROMPT, TOKENS = 64, 24
+LIMIT = 240  # seconds of a run
+QUOTA = 0.33  # of a core, for the slow host
+
+
+class Cluster:
+    """Hosts that are up, and how ranks are started on them."""
+
+    def __init__(self, hosts: Hosts, mpi: Mpi, folder: Path) -> None:
+        self.hosts, self.folder, self._mpi = hosts, folder, mpi
+        self._file = folder / "hosts"
+
+    def start(self, ranks: int, *words: str | Path) -> str:
+        """What a command prints on so many hosts, one rank on each."""
+        self._file.write_text("".join(f"{address} slots=1\n" for address in self.hosts.addresses[:ranks]))
+        env = {name: os.environ[name] for name in ("PATH", "HOME")} | self._mpi.env
+        env |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+        launch = [*self.hosts.launcher(self._mpi, self._file), "-x", "OMP_WAIT_POLICY", "--bind-to", "none"]
+        command = [*launch, "-n", str(ranks), sys.executable, "-m", *words]
+        done = run_bounded(self.hosts.on_first(command, env), LIMIT, cwd=self.folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def timed(self, model: Path, ranks: int, **settings: object) -> Measured:
+        """The engine on so many hosts (see `ranks.py`)."""
+        words = [model, json.dumps(settings), str(time.time()), str(PROMPT), str(TOKENS)]
+        return Measured(**json.loads(self.start(ranks, "tests.cluster.ranks", *words).splitlines()[-1]))
+
+    def job(self, model: Path, ranks: int, lines: int, *settings: str) -> tuple[float, str]:
+        """Seconds of computing so many answers of 32 tokens, and the layout."""
+        body = {"prompt": [1] * 16, "max_tokens": 32, "ignore_eos": True}
+        source, output = self.folder / "in.jsonl", self.folder / f"out{time.monotonic_ns()}"
+        source.write_text("".join(json.dumps(body | {"prompt": [n + 1] * 16}) + "\n" for n in range(lines)))
+        words = ["--model", model, "--input", source, "--output", output]
+        words += [f"--set={one}" for one in ("layout.threads=1", "memory.max_context=512", *settings)]
+        self.start(ranks, "mpillm", "run", *words)
+        report = json.loads((output / "report.json").read_text())
+        layout = f"{report['replicas']} x {report['stages']} x {report['shards']}"
+        return report["phases"]["compute"], layout
+
+
+@contextlib.contextmanager
+def slowed(hosts: Hosts, number: int) -> Iterator[None]:
+    """A host whose processes get a part of a core (a control group of version 1)."""
+    own = next(
+        line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":cpu" in line
+    )
+    group = Path(f"/sys/fs/cgroup/cpu{own}") / "mpillm-slow"
+    agent = hosts.agent.read_text()
+    group.mkdir()
+    try:
+        (group / "cpu.cfs_period_us").write_text("10000")
+        (group / "cpu.cfs_quota_us").write_text(str(int(QUOTA * 10_000)))
+        enter = f"[ $space = {hosts.prefix}{number} ] && echo $$ > {group}/cgroup.procs\nexec ip"
+        hosts.agent.write_text(agent.replace("exec ip", enter))
+        yield
+    finally:
+        hosts.agent.write_text(agent)
+        group.rmdir()
+
+
+def show(name: str, made: Measured) -> None:
+    sent, memory = (", ".join(f"{value:.0f}" for value in of) for of in
+                    ([one / 1e3 for one in made.sent], [one / 2**20 for one in made.memory]))  # fmt: skip
+    print(
+        f"{name:34} {made.layout:10} prefill {made.prefill:6.1f}  decode {made.decode:6.2f} tokens/s  first token "
+        f"{made.first:5.2f} s  kB a token {sum(made.sent) / 1e3:6.1f} ({sent})  MiB {memory}",
+        flush=True,
+    )
+
+
+def alone(cluster: Cluster, model: Path, program: Path | None, rate: str) -> None:
+    """One sequence: ours by shards and as it chooses, and the peer, on 2 and 4 hosts."""
+    for ranks in (2, 4):
+        if program:
+            few = Hosts(cluster.folder, ranks)
+            few.prefix = cluster.hosts.prefix
+            show(f"{rate} {ranks} hosts, Distributed-Llama", peer.run(program, few, model, PROMPT, TOKENS))
+        for wire in ("q8_0", "f32"):
+            made = cluster.timed(model, ranks, shards=ranks, stages=1, replicas=1, activations=wire)
+            show(f"{rate} {ranks} hosts, ours", made)
+    show(f"{rate} 4 hosts, ours, stages", cluster.timed(model, 4, shards=1, stages=4, replicas=1))
+
+
+def together(cluster: Cluster, model: Path, rate: str) -> None:
+    """Jobs of 1 and 32 answers on every layout of two hosts, and as mpillm chooses; then with a slow host."""
+    ways = {
+        "one host": (1, ()),
+        "replicas": (2, ("layout.replicas=2",)),
+        "stages": (2, ("layout.replicas=1", "layout.stages=2")),
+        "shards": (2, ("layout.replicas=1", "layout.shards=2")),
+        "auto": (2, ()),
+    }
+    for lines in (1, 32):
+        took = {name: cluster.job(model, ranks, lines, *words) for name, (ranks, words) in ways.items()}
+        for name, (seconds, layout) in took.items():
+            print(f"{rate} {lines} answers, {name:9} {layout:10} {seconds:7.2f} s", flush=True)
+        best = min(seconds for seconds, _ in took.values())
+        print(f"{rate} {lines} answers: auto reaches {best / took['auto'][0]:.2f} of the best", flush=True)
+    whole, _ = cluster.job(model, 1, 64)
+    with slowed(cluster.hosts, 2):
+        seconds, layout = cluster.job(model, 2, 64)
+    print(f"{rate} 64 answers, a host at {QUOTA}: {layout} {seconds:.2f} s, {whole / seconds / (1 + QUOTA):.2f} "
+          f"of the sum of speeds (one host {whole:.2f} s)", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.table", description=__doc__)
+    parser.add_argument("--dllama", type=Path, help="the program of Distributed-Llama")
+    parser.add_argument("--rate", action="append", help="of the cables, in tc's words (1gbit and 100mbit)")
+    parser.add_argument("--model", type=Path, help="where the model is kept (a folder that is deleted)")
+    parser.add_argument("--only", choices=("alone", "together"), help="half of it")
+    options = parser.parse_args()
+    mpi = FINDERS["openmpi"]()
+    if (reason := missing()) or mpi is None:
+        parser.error(reason or "there is no Open MPI")
+    with tempfile.TemporaryDirectory(prefix="table-") as name:
+        folder = Path(name)
+        model = options.model or folder / "llama-1b.m"
+        if not model.exists():
+            peer.write_model(model)
+        for rate in options.rate or ["1gbit", "100mbit"]:
+            with Hosts(folder, 4, rate).up() as hosts:
+                cluster = Cluster(hosts, mpi, folder)
+                if options.only != "together":
+                    alone(cluster, model, options.dllama, rate)
+                if options.only != "alone":
+                    together(cluster, model, rate)
+
+
+if __name__ == "__main__":
+    main()
