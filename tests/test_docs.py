@@ -120,6 +120,7 @@ def check_python(words: list[str]) -> None:
     if words[:2] == ["python", "-m"] and words[2] in (
         "tests.batch.throughput",
         "tests.chaos",
+        "tests.cluster.table",
         "tests.fuzz",
         "tests.planning.times",
         "tests.serve.load",
