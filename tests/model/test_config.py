@@ -326,6 +326,8 @@ def test_windows_of_qwen2_moe() -> None:
     moe = {**MOE, "use_sliding_window": True, "sliding_window": 5}
     assert windows(read("qwen2_moe", **moe, max_window_layers=2)) == (5, 0, 0, 0)
     assert windows(read("qwen2_moe", **moe)) == (5, 0, 5, 0)
+    dense = read("qwen2_moe", **MOE, mlp_only_layers=[0, 1, 2, 3], shared_expert_intermediate_size=8)
+    assert {type(layer.mlp) for layer in dense.layers} == {MlpSpec}
     types = ["full_attention", "sliding_attention"] * 2
     assert windows(read("qwen2_moe", **moe, layer_types=types)) == (0, 5, 0, 5)
 

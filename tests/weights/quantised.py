@@ -24,6 +24,10 @@ AWQ = [0, 2, 4, 6, 1, 3, 5, 7]  # the column of nibble k
 def words(numbers: Array, bits: int, axis: int, order: list[int] | None = None) -> Array:
     """Unsigned numbers in int32 words along an axis; nibble k of a word is number order[k] of its own."""
     moved = np.moveaxis(numbers, axis, -1)
+    if bits == 3:  # a stream of bits: 32 numbers in 3 words
+        stream = (moved[..., None] >> np.arange(3) & 1).reshape(*moved.shape[:-1], -1).astype(np.uint8)
+        packed = np.packbits(stream, axis=-1, bitorder="little").view(np.int32)
+        return np.ascontiguousarray(np.moveaxis(packed, -1, axis))
     padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, -moved.shape[-1] % (32 // bits))])
     each = padded.reshape(*padded.shape[:-1], -1, 32 // bits).astype(np.uint32)
     out = np.zeros(each.shape[:-1], np.uint32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mpillm.errors import ModelError
 from mpillm.kernels import BlockType
@@ -59,6 +61,21 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "gptq 8 bits asymmetric": (
         GPTQ | {"bits": 8, "sym": False}, partial(quantised.gptq, group=64, bits=8, sym=False), BlockType.F16, HALF,
     ),
+    **{
+        f"gptq {bits} bits": (
+            GPTQ | {"bits": bits, "sym": True}, partial(quantised.gptq, group=64, bits=bits), BlockType.Q4_0, EXACT,
+        )
+        for bits in (2, 3)
+    },
+    "gptq 3 bits asymmetric": (
+        GPTQ | {"bits": 3}, partial(quantised.gptq, group=32, bits=3, sym=False), BlockType.Q4_1, INTEGER,
+    ),
+    "gptq 3 bits act-order": (
+        GPTQ | {"bits": 3}, partial(quantised.gptq, group=32, bits=3, act=True), BlockType.F16, HALF,
+    ),
+    "gptq of other bits": (  # than the configuration has for most layers
+        GPTQ | {"bits": 4, "sym": True}, partial(quantised.gptq, group=64, bits=8), BlockType.Q8_0, EXACT,
+    ),
     "awq": (AWQ, partial(quantised.awq, group=64), BlockType.Q4_1, INTEGER),
     "awq 32": (AWQ, partial(quantised.awq, group=32), BlockType.Q4_1, INTEGER),
     "awq 16": (AWQ, partial(quantised.awq, group=16), BlockType.F16, HALF),
@@ -72,6 +89,7 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "int8": (CT, quantised.int8, BlockType.Q8_0, HALF),
     "nvfp4": (CT, quantised.nvfp4, BlockType.NVFP4, FLOAT),
     "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.NVFP4, FLOAT),
+    "fp8 fbgemm": ({"quant_method": "fbgemm_fp8"}, quantised.fp8, BlockType.FP8, EXACT),
     "mxfp4": (CT, quantised.mxfp4, BlockType.MXFP4, EXACT),
     "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.NF4, EXACT),
     "nf4 nested": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.NF4, EXACT),
@@ -151,6 +169,17 @@ def test_what_is_too_narrow_to_be_cut_in_blocks(tmp_path: Path, case: str) -> No
                 assert (np.abs(got - w).max(axis=1) <= bound * np.abs(w).max(axis=1)).all(), key
 
 
+def test_a_configuration_of_modelopt_in_a_file_of_its_own(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m", "nvfp4 modelopt", WIDE)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "m/hf_quant_config.json").write_text(json.dumps(said))
+    with closing(open_source(tmp_path / "m")) as source:
+        assert source.tensors[Key("gate", 0)].type is BlockType.NVFP4
+
+
 def test_numbers_that_are_none_stay_so(tmp_path: Path) -> None:
     """A code of NaN makes its block NaN: it is no number of the kernels."""
     model = Tiny(hidden=128, intermediate=512, n_heads=16, n_kv_heads=4, head_dim=32, n_layers=1)
@@ -166,6 +195,26 @@ def test_numbers_that_are_none_stay_so(tmp_path: Path) -> None:
         assert np.isfinite(np.delete(got, 3, axis=0)).all()
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen35_images", "phi3", "gpt_oss"])
+def test_what_holds_several_matrices_and_what_is_not_read(name: str, tmp_path: Path) -> None:
+    """Rows of q and its gate, and of qkvz, alternate by heads; layers that predict further tokens are quantised too."""
+    folder = Path(__file__).parents[1] / "fixtures/models" / name
+    plain, made, random = load_file(folder / "model.safetensors"), {}, np.random.default_rng(4)
+    for tensor, value in plain.items():
+        made[tensor] = value
+        if value.ndim == 2 and re.search(r"proj\w*\.weight|fc\.weight", tensor):
+            parts, plain[tensor] = quantised.fp8(random, *value.shape)
+            made |= {tensor.removesuffix("weight") + end: part for end, part in parts.items()}
+    config = json.loads((folder / "config.json").read_text())
+    write_hf(tmp_path / "plain", plain, config)
+    write_hf(tmp_path / "made", made, config | {"quantization_config": FP8})
+    with closing(open_source(tmp_path / "plain")) as one, closing(open_source(tmp_path / "made")) as other:
+        assert config_of(one) == config_of(other)
+        assert any(other.tensors[key].type is BlockType.FP8 for key in one.tensors)
+        for key in one.tensors:
+            assert (one.read_f32(key) == other.read_f32(key)).all(), key
+
+
 def test_every_method_has_a_case() -> None:
     assert {config["quant_method"] for config, *_ in CASES.values()} | {"mxfp4"} == set(METHODS)
 
@@ -178,9 +227,12 @@ def test_every_method_has_a_case() -> None:
             "has quant_method 'hqq', which is not supported; supported are awq, bitsandbytes",
         ),
         ({"bits": 4}, "names no quant_method"),
-        ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits is not supported; 4 and 8 are"),
+        ({"quant_method": "gptq", "bits": 5}, "gptq with 5 bits is not supported; supported: 2, 3, 4, 8"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq version 'gemv' is not supported"),
-        ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "quant_algo 'W4A8' is not supported"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "W4A8"},
+            "quant_algo 'W4A8' is not supported; supported: NVFP4, FP8",
+        ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 numbers in e5m2 are not supported"),
         (
             {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},

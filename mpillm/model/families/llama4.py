@@ -47,6 +47,11 @@ class Llama4(Family):
                 for name in ("gate", "up", "down")
                 for part, prefix in (("", ""), ("shared_expert.", "shared_"))
             },
+            # As quantised files have them.
+            **{
+                f"layers.{{l}}.feed_forward.experts.{{e}}.{name}_proj.weight": (name,)
+                for name in ("gate", "up", "down")
+            },
         },
         hf_stacked={
             "layers.{l}.feed_forward.experts.gate_up_proj": ("gate", "up"),

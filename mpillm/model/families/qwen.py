@@ -204,6 +204,7 @@ def _experts(
         return count > 0 and layer not in dense and (layer + 1) % step == 0
 
     if not any(has_experts(layer) for layer in range(n_layers)):
+        fields.read.add("shared_expert_intermediate_size")
         return None, has_experts
     if chosen > count:
         chosen = read_chosen(fields, count)

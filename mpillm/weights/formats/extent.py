@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -172,11 +172,15 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Made(Extent):
-    """A tensor of which row i is row `first` + i * `step` of what a recipe makes; of a vector, value i."""
+    """Rows of what a recipe makes, of a vector values: those from `first` on.
+
+    With a `run` they are runs of so many rows, each `period` rows after the last, as those of `Interleaved`.
+    """
 
     recipe: Recipe = field(kw_only=True)
     first: int = 0
-    step: int = 1
+    run: int = 0
+    period: int = 0
 
     def lies(self) -> Iterator[Lies]:
         return self.recipe.lies()
@@ -203,15 +207,24 @@ class Made(Extent):
     def at(self, first: int) -> None:
         return None
 
-    def piece(self, expert: int | None, shape: tuple[int, ...], first: int, step: int) -> Made:
-        """Some rows of what a recipe makes, or of one expert's."""
+    def piece(self, expert: int | None, shape: tuple[int, ...], first: int, run: int, period: int) -> Made:
+        """Some rows of what a recipe makes, or of one expert's; `run` and `period`: see the class."""
         recipe = self.recipe if expert is None else self.recipe.of_expert(expert)
-        return Made(self.file, self.name, 0, shape, self.stored, recipe=recipe, first=first, step=step)
+        return replace(self, shape=shape, recipe=recipe, first=first, run=run, period=period)
 
     def _of_recipe(self, rows: Rows) -> Rows:
         if isinstance(rows, range):
-            return range(self.first + rows.start * self.step, self.first + rows.stop * self.step, self.step)
-        return self.first + rows * self.step
+            if not self.run:
+                return range(self.first + rows.start, self.first + rows.stop)
+            if self.run == 1:
+                return range(
+                    self.first + rows.start * self.period, self.first + rows.stop * self.period, self.period
+                )
+            rows = np.arange(rows.start, rows.stop)
+        if not self.run:
+            return self.first + rows
+        number, inside = np.divmod(rows, self.run)
+        return self.first + number * self.period + inside
 
 
 def llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
@@ -270,18 +283,15 @@ def place(
     experts = range(shape[0]) if parsed.stacked else (parsed.expert,)
     rows, *width = shape[1:] if parsed.stacked else shape
     runs, count = _runs_of(parsed, extent, rows, groups)
-    if count > 1 and isinstance(extent, Made):
-        raise ModelError(
-            f"{extent.file.path}: tensor {extent.name} is quantised, which is not supported for it."
-        )
     row_bytes = extent.stored.row_bytes(width[0] if width else 1)
     found: list[tuple[Key, Extent]] = []
     for index, expert in enumerate(experts):
         for number, (name, run) in enumerate(zip(parsed.roles, runs, strict=True)):
             part = (run * count * width[0],) if role.flat else (run * count, *width)
             if isinstance(extent, Made):
-                first, step = (number, len(runs)) if parsed.in_turn else (sum(runs[:number]), 1)
-                piece: Extent = extent.piece(expert if parsed.stacked else None, part, first, step)
+                alternate = (1, len(runs)) if parsed.in_turn else (run, sum(runs)) if count > 1 else (0, 0)
+                first = number if parsed.in_turn else sum(runs[:number])
+                piece: Extent = extent.piece(expert if parsed.stacked else None, part, first, *alternate)
             else:
                 offset = extent.offset + (index * rows + sum(runs[:number])) * row_bytes
                 piece = Extent(extent.file, extent.name, offset, part, extent.stored, extent.rope_heads)

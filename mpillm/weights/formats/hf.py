@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON = 64 * 2**20
 # What the outer configuration of a model with several parts says of all of them.
 OF_ALL = ("architectures", "tie_word_embeddings", "quantization_config")
+MODELOPT = "hf_quant_config.json"
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
 
@@ -41,7 +42,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
         tensors = {
             name: Raw(file, name, *tensor)
             for name, (file, tensor) in _tensors(path, files).items()
-            if not _predicts_further(name, config)
+            if not names.ignored_hf(name) and not _predicts_further(name, config)
         }
         for name, recipe in method.take(tensors):
             _add_made(extents, name, recipe, family.names, groups)
@@ -60,6 +61,7 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """What config.json and generation_config.json say, and which of them there are."""
     config = of_text(read_json(path / "config.json"))
+    config |= _of_modelopt(path) if QUANTIZATION not in config else {}
     generation = path / "generation_config.json"
     if not os.path.exists(generation):
         return config, (path / "config.json",)
@@ -68,6 +70,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     if eos is not None:
         config["eos_token_id"] = eos
     return config, (path / "config.json", generation)
+
+
+def _of_modelopt(path: Path) -> dict[str, Any]:
+    """How ModelOpt quantised a checkpoint, which older ones have in a file of its own."""
+    if not os.path.exists(path / MODELOPT):
+        return {}
+    found = read_json(path / MODELOPT).get("quantization")
+    return {QUANTIZATION: {"quant_method": "modelopt", **(found if isinstance(found, dict) else {})}}
 
 
 def of_text(config: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +172,6 @@ def _predicts_further(name: str, config: dict[str, Any]) -> bool:
 
 def _add(extents: dict[Key, Extent], raw: Raw, own: names.Names, groups: names.RowGroups) -> None:
     """A tensor of floats."""
-    if names.ignored_hf(raw.name):
-        return
     parsed = _parsed(raw.name, raw.file, own)
     if not parsed.roles:  # nobody reads it
         return

@@ -21,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "awq": AwqMethod,
     "bitsandbytes": BitsAndBytesMethod,
     "compressed-tensors": CompressedMethod,
+    "fbgemm_fp8": Float8Method,
     "fp8": Float8Method,
     "gptq": GptqMethod,
     "modelopt": ModelOptMethod,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -81,13 +81,16 @@ def nvfp4(method: Method, values: Raw, scales: Raw, whole: Raw, divides: bool) -
 
 
 class ModelOptMethod(Method):
-    """`modelopt`: NVFP4 with X_scale and X_scale_2, or FP8 with X_scale."""
+    """`modelopt`: NVFP4 with X_scale and X_scale_2, FP8 with X_scale, or some of either."""
+
+    algorithms: ClassVar[tuple[str, ...]] = ("NVFP4", "FP8", "MIXED_PRECISION")
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         algorithm = self.config.get("quant_algo")
-        if algorithm not in ("NVFP4", "FP8"):
+        if algorithm not in self.algorithms:
             raise ModelError(
-                f"{self.path}: modelopt with quant_algo {str(algorithm)[:40]!r} is not supported; NVFP4 and FP8 are."
+                f"{self.path}: modelopt with quant_algo {str(algorithm)[:40]!r} is not supported; "
+                f"supported: {', '.join(self.algorithms)}."
             )
         for name in [name for name in tensors if f"{name}_scale_2" in tensors]:
             values, scales, whole = (self.part(tensors, name + end) for end in ("", "_scale", "_scale_2"))

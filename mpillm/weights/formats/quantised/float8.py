@@ -89,7 +89,7 @@ def float8(method: Method, values: Raw, scales: Raw, block: tuple[int, int]) -> 
 
 
 class Float8Method(Method):
-    """`fp8`: X in e4m3, and X_scale_inv or X_scale, which multiplies it."""
+    """`fp8` and `fbgemm_fp8`: X in e4m3, and X_scale_inv or X_scale, which multiplies it."""
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         fmt = self.config.get("fmt", "e4m3")
@@ -117,4 +117,12 @@ def take_float8(
         )
         if name in tensors:
             yield name, float8(method, tensors.pop(name), method.part(tensors, scale), block)
-    method.drop(tensors, ".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".output_scale")
+    method.drop(
+        tensors,
+        ".input_scale",
+        ".input_scale_ub",
+        ".activation_scale",
+        ".k_scale",
+        ".v_scale",
+        ".output_scale",
+    )

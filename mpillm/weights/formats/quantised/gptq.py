@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: integers of 4 or 8 bits with a scale and a zero for each group of columns, transposed."""
+"""GPTQ and AWQ: integers of 2, 3, 4 or 8 bits with a scale and a zero for each group of columns, transposed."""
 
 from __future__ import annotations
 
@@ -51,15 +51,14 @@ class Grouped:
 
     @property
     def shape(self) -> tuple[int, int]:
-        columns, rows = self.q.shape
-        each = 32 // self.bits
-        return (rows * each, columns) if self.by_rows else (rows, columns * each)
+        words, rows = self.q.shape
+        return (rows * 32 // self.bits, words) if self.by_rows else (rows, words * 32 // self.bits)
 
     @cached_property
     def stored(self) -> Stored:
-        """4 bits: Q4_0 or, with zeros of their own, Q4_1; 8 bits: Q8_0; F16 where a block of 32 has several scales."""
+        """Up to 4 bits: Q4_0 or, with zeros of their own, Q4_1; 8: Q8_0; F16 where a block of 32 has several scales."""
         whole = self.groups is None and (self.shape[1] // self.scales.shape[0]) % QUANT_BLOCK == 0
-        if whole and self.bits == 4:
+        if whole and self.bits <= 4:
             return stored_as(self.name, BlockType.Q4_0 if self.symmetric else BlockType.Q4_1)
         return stored_as(self.name, BlockType.Q8_0 if whole and self.symmetric else BlockType.F16)
 
@@ -85,7 +84,7 @@ class Grouped:
         if type is BlockType.Q8_0:
             return to_q8_0((q ^ 128).view(np.int8), by_block)
         if type is BlockType.Q4_0:
-            return to_q4(q, by_block)
+            return to_q4(q + np.uint8(8 - middle), by_block)
         return to_q4(q, by_block, np.repeat(zeros, each // QUANT_BLOCK, axis=1).astype(np.float32))
 
     def _rows_of(self, raw: Raw, index: NDArray[np.integer[Any]], down: bool) -> NDArray[np.uint8]:
@@ -94,9 +93,11 @@ class Grouped:
         if down:
             taken = np.ascontiguousarray(words[:, index].T)
             return np.ascontiguousarray(unpacked(taken, self.bits).T)
-        each = 32 // self.bits
+        together = self.bits if 32 % self.bits else 1  # words that numbers cross
+        each = 32 * together // self.bits
         first, last = int(index.min()) // each, int(index.max()) // each
-        numbers = unpacked(np.ascontiguousarray(words[:, first : last + 1]), self.bits)
+        taken = np.ascontiguousarray(words[:, first * together : (last + 1) * together])
+        numbers = unpacked(taken, self.bits)
         if self.by_rows:
             numbers = numbers.reshape(len(words), -1, each)[..., AWQ_ORDER].reshape(len(words), -1)
         return numbers[:, index - first * each]
@@ -112,14 +113,14 @@ class Grouped:
 class GptqMethod(Method):
     """`gptq`: X.qweight, X.qzeros, X.scales and perhaps X.g_idx make X.weight."""
 
-    bits: ClassVar[tuple[int, ...]] = (4, 8)
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         bits = self.config.get("bits", self.config.get("w_bit"))
         if bits not in self.bits:
             raise ModelError(
                 f"{self.path}: {self.config['quant_method']} with {str(bits)[:20]} bits is not supported; "
-                f"{' and '.join(map(str, self.bits))} are."
+                f"supported: {', '.join(map(str, self.bits))}."
             )
         symmetric = self.symmetric()
         for name in [name for name in tensors if name.endswith(".qweight")]:
@@ -137,11 +138,12 @@ class GptqMethod(Method):
         self, bits: int, q: Raw, zeros: Raw, scales: Raw, index: Raw | None, symmetric: bool
     ) -> Grouped:
         plus = 0 if self.config.get("checkpoint_format") == "gptq_v2" else 1
-        each = 32 // bits
         self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
-        rows, columns, count = q.shape[1], q.shape[0] * each, scales.shape[0]
+        if index is not None and index.shape != (q.shape[0] * 32 // bits,):  # some layers may have other bits
+            bits = next((other for other in self.bits if index.shape == (q.shape[0] * 32 // other,)), bits)
+        rows, columns, count = q.shape[1], q.shape[0] * 32 // bits, scales.shape[0]
         self.check(scales, FLOATS, (count, rows))
-        self.check(zeros, ("I32",), (count, -(-rows // each)))
+        self.check(zeros, ("I32",), (count, -(-rows * bits // 32)))
         groups = None
         if index is not None:
             self.check(index, ("I32",), (columns,))

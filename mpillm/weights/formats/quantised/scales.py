@@ -52,10 +52,16 @@ def indices(rows: Rows) -> NDArray[np.integer[Any]]:
 
 
 def unpacked(words: Ints, bits: int) -> NDArray[np.uint8]:
-    """The numbers in 32-bit words [..., w], lowest bits first: [..., w * 32 / bits]."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    values = words.view(np.uint32)[..., None] >> shifts & np.uint32(2**bits - 1)
-    numbers: NDArray[np.uint8] = values.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    """The numbers in 32-bit words [..., w], lowest bits first: [..., w * 32 / bits]; those of 3 bits cross words."""
+    plain = words.view(np.uint32)
+    if 32 % bits == 0:
+        values = plain[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
+        numbers: NDArray[np.uint8] = values.astype(np.uint8).reshape(*words.shape[:-1], -1)
+        return numbers
+    word, shift = np.divmod(np.arange(0, 32 * words.shape[-1], bits), 32)
+    after = np.append(plain[..., 1:], np.zeros_like(plain[..., :1]), axis=-1)
+    pairs = plain.astype(np.uint64) | after.astype(np.uint64) << np.uint64(32)
+    numbers = (pairs[..., word] >> shift.astype(np.uint64) & np.uint64(2**bits - 1)).astype(np.uint8)
     return numbers
 
 
