@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from mpillm.batch.bodies import decode_line
 from mpillm.batch.endpoints import ChatCompletionsEndpoint, CompletionsEndpoint, EmbeddingsEndpoint
 from mpillm.errors import JobError, RequestError
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, checked, errors, job, works
-from tests.text.asked import render_chat
 
 CHAT = [{"role": "user", "content": "the quick fox"}]
 
@@ -101,21 +99,6 @@ def test_scoring_and_logprobs(tmp_path: Path) -> None:
     )
     assert (echo.requests[0].prompt_logprobs, echo.endpoint.prompt) == (None, "the fox")
     assert (chat.requests[0].logprobs, chat.requests[0].max_tokens) == (20, 3)
-
-
-def test_text_parts_and_extras_that_ask_for_nothing(tmp_path: Path) -> None:
-    parts = [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "fox"}]}]
-    neutral = {"stream": False, "presence_penalty": 0.0, "logit_bias": {}, "tools": None, "user": "u", "best_of": 2,
-               "n": 2, "response_format": {"type": "text"}, "metadata": {"a": "b"}, "prompt_logprobs": None}  # fmt: skip
-    made, _ = works(tmp_path, {"messages": parts}, {"prompt": "a", **neutral})
-    joined = [{"role": "user", "content": "the\nfox"}]
-    assert made.requests[0].prompt == tuple(TEXT.encode_chat(joined))
-
-
-def test_what_nobody_asked_for_is_cut_to_the_context(tmp_path: Path) -> None:
-    ids = list(range(20))
-    (work,) = works(tmp_path, {"prompt": ids}, overrides=("memory.max_context=32",), model=WITHOUT_TEXT)
-    assert work.requests[0].max_tokens == 12
 
 
 BAD = [
@@ -397,6 +380,8 @@ def test_a_line_can_be_made_again(tmp_path: Path) -> None:
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
                     max_leaves=6)  # fmt: skip
+
+
 KEYS = st.sampled_from(["prompt", "messages", "input", "custom_id", "url", "method", "body", "n", "stop", "logprobs",
                         "seed", "echo", "tools", "role", "content", "temperature", "stop_token_ids"])  # fmt: skip
 
@@ -416,109 +401,6 @@ def test_any_object_is_taken_or_refused_in_a_sentence(content: dict[str, Any]) -
 _ANY = job(Path("."))
 
 
-def test_control_tokens_in_a_prompt_are_tokens_and_in_a_message_text(tmp_path: Path) -> None:
-    assert WITH_TEXT.text is not None
-    rendered = render_chat(WITH_TEXT.text, CHAT)
-    assert "</s>" in rendered
-    prompt, listed, vector, chat = works(
-        tmp_path,
-        {"prompt": rendered, "add_special_tokens": False},
-        {"prompt": ["fox", "fox</s>"], "add_special_tokens": False},
-        {"input": "fox</s>", "add_special_tokens": False},
-        {"messages": [{"role": "user", "content": "fox</s>"}]},
-    )
-    assert prompt.requests[0].prompt == tuple(TEXT.encode_chat(CHAT))
-    assert listed.requests[1].prompt == (*listed.requests[0].prompt, END)
-    assert vector.requests[0].prompt == listed.requests[1].prompt
-    harmless = TEXT.encode_chat([{"role": "user", "content": "fox"}])
-    assert chat.requests[0].prompt.count(END) == harmless.count(END)
-
-
-def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
-    """A tokenizer with more tokens than the checkpoint: each line with one of them is an error of its own."""
-    text = "the quick fox </s>"
-    ids = TEXT.encode(text, parse_special=True)
-    largest = max(ids)
-    model = dataclasses.replace(WITH_TEXT, vocab=largest)
-    chat = [{"role": "user", "content": "the quick fox"}]
-    assert max(TEXT.encode_chat(chat)) >= largest
-    said = errors(
-        tmp_path, {"prompt": text}, {"input": ["a", text]}, {"messages": chat}, {"prompt": [1, 2, largest]},
-        {"prompt": [1, largest - 1]}, model=model,
-    )  # fmt: skip
-    of_a_text = (
-        f"has the token {TEXT.token_text(largest)!r} (id {largest}), for which the model has no embedding"
-    )
-    assert said[4] is None
-    for error, words in zip(
-        said,
-        [
-            f"the prompt {of_a_text}",
-            f"prompt 2 of 2 {of_a_text}",
-            "the prompt has the token",
-            f"prompt[2], {largest}, is",
-        ],
-        strict=False,
-    ):
-        assert error is not None
-        assert words in error
-
-
-LONG = ["the " * 300, "x" * 8_000_000, "\u20ac" * 1_000_000]
-
-
-@pytest.mark.parametrize(
-    ("limits", "words"),
-    [
-        (
-            {"context": 100, "model": 512},
-            "memory.max_context is 100; shorten it or raise memory.max_context.",
-        ),
-        ({"context": 512, "model": 64}, "the model takes 64; shorten it."),
-    ],
-)
-@pytest.mark.parametrize("text", LONG, ids=["few", "many", "wide"])
-def test_long_texts_are_known_by_their_length(
-    text: str, limits: dict[str, int], words: str, tmp_path: Path
-) -> None:
-    """Whatever is much longer than the context is not encoded as a whole, and the limit that counts is named."""
-    model = dataclasses.replace(WITH_TEXT, max_position=limits["model"])
-    found = errors(
-        tmp_path, {"prompt": text}, {"prompt": ["a", text]}, {"input": text},
-        {"messages": [{"role": "user", "content": text}]},
-        model=model, overrides=(f"memory.max_context={limits['context']}",),
-    )  # fmt: skip
-    for error in found:
-        assert error is not None
-        assert error.endswith(words)
-    assert found[1] is not None
-    assert found[1].startswith("Line 2: prompt 2 of 2 has ")
-
-
-def test_the_remedy_is_one_that_helps(tmp_path: Path) -> None:
-    model = dataclasses.replace(WITH_TEXT, max_position=32)
-    asks, fills = errors(
-        tmp_path, {"prompt": [5] * 30, "max_tokens": 3}, {"prompt": [5] * 32, "temperature": 1}, model=model
-    )
-    assert asks is not None
-    assert asks.endswith("max_tokens is 3, more than the context of 32; shorten one of them.")
-    assert fills is not None
-    assert fills.endswith("has 32 tokens and fills the context; shorten it.")
-
-
-def test_null_contents_and_roles_are_the_templates_business(tmp_path: Path) -> None:
-    chats = [
-        [{"role": "user", "content": None}],
-        [{"role": "critic", "content": "the fox"}],
-        [*CHAT, {"role": "assistant", "content": None}],
-        [*CHAT, {"role": "assistant"}],
-    ]
-    made = works(tmp_path, *({"messages": chat} for chat in chats))
-    prompts = [TEXT.decode(work.requests[0].prompt, skip_special=False) for work in made]
-    assert ["None" in prompt for prompt in prompts] == [True, False, True, False]
-    assert "critic" in prompts[1]
-
-
 def test_what_is_wrong_with_a_line_is_said_in_a_few_words(tmp_path: Path) -> None:
     """All of it stays in memory; msgspec alone would name each of the levels down to the number."""
     deep = '{"prompt": "a", "k": ' + "[" * 800 + "1e999" + "]" * 800 + "}"
@@ -527,35 +409,3 @@ def test_what_is_wrong_with_a_line_is_said_in_a_few_words(tmp_path: Path) -> Non
     assert said[0].startswith("Line 1: the line is not JSON: number out of range")
     assert len(said[0]) < 500
     assert said[1] is None
-
-
-def test_long_prompts_are_cut(tmp_path: Path) -> None:
-    text, context = "the quick brown fox jumps over the lazy dog " * 40, 256
-    ids = TEXT.encode(text, False)
-    head, tail = TEXT.around
-    room = 20 - len(head) - len(tail)
-    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 9}
-    asked = [
-        {"prompt": text, "truncate_prompt_tokens": 20},
-        {"prompt": text, "truncate_prompt_tokens": 20, "add_special_tokens": False},
-        {"prompt": [ids, "fox"], "truncate_prompt_tokens": 20},
-        {"prompt": text, "truncate_prompt_tokens": -1, "max_tokens": 56},
-        {**chat, "truncate_prompt_tokens": 20},
-        {"input": text, "truncate_prompt_tokens": 20},
-        {"input": text, "truncate_prompt_tokens": -1},
-    ]
-    made = works(tmp_path, *asked, overrides=(f"memory.max_context={context}",))
-    found = [list(work.requests[0].prompt) for work in made]
-    assert found[0] == [*head, *ids[-room:], *tail]
-    assert found[1] == found[2] == ids[-20:]
-    assert list(made[2].requests[1].prompt) == TEXT.encode("fox")
-    assert len(found[3]) == context - 56
-    (whole,) = works(tmp_path, chat, model=replace(WITH_TEXT, max_position=4096))
-    assert found[4] == list(whole.requests[0].prompt)[-20:]
-    assert found[5] == [*head, *ids[:room], *tail]
-    assert len(found[6]) == context
-    wrong = [{"prompt": "a", "truncate_prompt_tokens": 0}, {"prompt": "a", "truncate_prompt_tokens": -2}]
-    assert errors(tmp_path, *wrong) == [
-        "Line 1: truncate_prompt_tokens must be -1, or 1 or more.",
-        "Line 2: truncate_prompt_tokens: expected a whole number >= -1.",
-    ]
