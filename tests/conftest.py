@@ -19,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+HANGS = 240  # seconds after which a program hangs: not how long one may take on a busy machine
+
 # Machines that run tests are shared and slow: an example that takes long says nothing about the code.
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("shared")
@@ -35,7 +37,10 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def run_bounded(
-    command: list[str | Path], timeout: float = 90, env: dict[str, str] | None = None, cwd: Path | None = None
+    command: list[str | Path],
+    timeout: float = HANGS,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a session of its own; when time is up its whole process group is killed, then it fails."""
     with subprocess.Popen(
@@ -101,7 +106,7 @@ class Mpi:
         self,
         ranks: int,
         *args: str | Path,
-        timeout: float = 90,
+        timeout: float = HANGS,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:

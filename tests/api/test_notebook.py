@@ -10,6 +10,7 @@ import psutil
 import pytest
 from nbclient import NotebookClient
 
+from tests.conftest import HANGS
 from tests.e2e.jobs import CHAT, mixed_lines, write_lines
 
 CELLS = [
@@ -33,17 +34,16 @@ print(*(one.pid for one in psutil.Process().children(recursive=True) if "ranks" 
 
 @pytest.mark.mpiexec
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_notebook(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", mixed_lines(4))
     notebook: Any = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
-    client = NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=HANGS, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()  # raises what a cell raises; the kernel ends, and the notebook has not closed its LLM
     said = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
     assert said[2] == "interrupted\n"
     ranks = [int(pid) for pid in said[-1].split()]
     assert ranks
     gone, alive = psutil.wait_procs(
-        [psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=60
+        [psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=HANGS
     )
     assert not alive, gone

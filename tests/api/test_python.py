@@ -21,7 +21,7 @@ import pytest
 from mpillm import LLM, Job, read_results
 from mpillm.api.answers import Embedding, Generation, Score
 from mpillm.errors import Interrupted, JobError, ModelError, MpillmError, RequestError
-from tests.conftest import ROOT, Mpi, clean_environment
+from tests.conftest import HANGS, ROOT, Mpi, clean_environment
 from tests.e2e.jobs import CHAT, command, mixed_lines, results, write_lines
 
 pytestmark = pytest.mark.mpiexec
@@ -188,7 +188,7 @@ def test_nothing_is_left_behind(number: signal.Signals, tmp_path: Path) -> None:
         caller.send_signal(number)
         said = caller.stdout.read()
     assert said == ("1\n" if number == signal.SIGINT else "")
-    gone, alive = psutil.wait_procs(ranks, timeout=60)
+    gone, alive = psutil.wait_procs(ranks, timeout=HANGS)
     assert not alive
     assert len(gone) == len(ranks)
 

@@ -13,7 +13,7 @@ import pytest
 from mpillm.cli import console
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing, unfailing, visible
-from tests.conftest import clean_environment
+from tests.conftest import HANGS, clean_environment
 from tests.e2e.jobs import CHAT, command, results, write_lines
 from tests.store.test_report import made
 
@@ -32,7 +32,7 @@ def shell(line: str, source: Path, output: Path, **env: str) -> subprocess.Compl
         env=clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=90,
+        timeout=HANGS,
         check=False,
     )
 
@@ -88,7 +88,7 @@ def test_other_commands(words: str, ending: str, code: int) -> None:
         env=clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == code, done.stderr

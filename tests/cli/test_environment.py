@@ -13,7 +13,7 @@ import pytest
 
 from mpillm.errors import of_system
 from mpillm.store import report
-from tests.conftest import clean_environment
+from tests.conftest import HANGS, clean_environment
 from tests.e2e.jobs import CHAT, command, results, write_lines
 
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -27,7 +27,7 @@ def bash(line: str, *words: str | bytes | Path, **env: str) -> subprocess.Comple
         env=clean_environment(**AS_ROOT, **env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=90,
+        timeout=HANGS,
         check=False,
     )
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import clean_environment, run_bounded
+from tests.conftest import HANGS, clean_environment, run_bounded
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "setpriv")
@@ -129,9 +129,9 @@ class Slurm:
         fields = self.command("scontrol", "show", "job", "--oneliner", str(job)).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: int | str, log: Path, timeout: float = 60, restart: bool = True) -> Job:
+    def wait(self, job: int | str, log: Path, restart: bool = True) -> Job:
         """Wait for the job's end; a job that went back into the queue is waited for, unless `restart` is off."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + HANGS
         while time.monotonic() < end:
             seen = self.look(job)
             state = seen["JobState"]
@@ -192,9 +192,9 @@ class Slurm:
             )
         self.processes.append(process)
 
-    def _until(self, what: str, ready: object, timeout: float = 30) -> None:
+    def _until(self, what: str, ready: object) -> None:
         assert callable(ready)
-        end = time.monotonic() + timeout
+        end = time.monotonic() + HANGS
         while not ready():
             dead = [process.args for process in self.processes if process.poll() is not None]
             assert not dead, f"ended at once: {dead}\n{self._logs()}"
@@ -206,7 +206,7 @@ class Slurm:
         with contextlib.suppress(AssertionError):
             self.command("scancel", "--user=root", "--signal=KILL", "--full")
             self.command("scancel", "--user=root")
-            self._until("the end of all jobs", lambda: not self.command("squeue", "--noheader").strip(), 20)
+            self._until("the end of all jobs", lambda: not self.command("squeue", "--noheader").strip())
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
             try:

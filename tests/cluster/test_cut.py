@@ -15,7 +15,7 @@ from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
-pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
 
 def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
             wait_for_results(output / "journal")
             unreachable.touch()
             run_bounded(["ip", "-n", hosts.switch, "link", "set", "port2", "down"])
-            _, said = supervisor.communicate(timeout=120)
+            _, said = supervisor.communicate()
         finally:
             supervisor.kill()
             supervisor.communicate()
@@ -70,6 +70,5 @@ def options(mpi: Mpi) -> list[str]:
 
 
 def wait_for_results(journal: Path) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (journal.exists() and journal.stat().st_size > 4000):
+    while not (journal.exists() and journal.stat().st_size > 4000):
         time.sleep(0.05)

@@ -16,7 +16,7 @@ from tests.cluster.hosts import Hosts
 from tests.cluster.jobs import reference, results, write_job
 from tests.conftest import ROOT, Mpi, run_bounded
 
-pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
 # Each rank sends its share of an all-reduce: nothing that shared memory may do for ranks on different hosts.
 REDUCE = """

@@ -130,7 +130,9 @@ def waiting(world: World) -> int:
     else:
         channel.take()
         assert counters.step.seconds > 0.8 * seconds
-        print(f"burnt {time.process_time() - before:.3f} s\n", end="", flush=True)
+        print(
+            f"burnt {(time.process_time() - before) / counters.step.seconds:.4f} of it\n", end="", flush=True
+        )
     return 0
 
 

@@ -16,7 +16,7 @@ import pytest
 from mpillm.comm import deadline, heartbeat
 from mpillm.comm.rendezvous import listen
 from mpillm.errors import JobError
-from tests.conftest import Mpi, run_bounded
+from tests.conftest import HANGS, Mpi, run_bounded
 
 pytestmark = pytest.mark.mpiexec
 
@@ -25,9 +25,7 @@ PROGRAM = Path(__file__).with_name("silences.py")
 
 @pytest.mark.parametrize("victim", ["0", "2"])
 def test_a_stopped_rank_ends_the_world(mpi: Mpi, victim: str) -> None:
-    start = time.monotonic()
-    done = mpi.run(3, PROGRAM, "stopped", env={"VICTIM": victim, "MPILLM_DEADLINE": "1.5"}, timeout=30)
-    assert time.monotonic() - start < 15
+    done = mpi.run(3, PROGRAM, "stopped", env={"VICTIM": victim, "MPILLM_DEADLINE": "1.5"})
     # MPICH's mpiexec may tell instead by which signal it ended the stopped one.
     assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
     said = (
@@ -39,7 +37,7 @@ def test_a_stopped_rank_ends_the_world(mpi: Mpi, victim: str) -> None:
 @pytest.mark.parametrize("how", ["busy", "waits_for_a_disk"])
 def test_a_slow_rank_is_not_silent(mpi: Mpi, how: str, tmp_path: Path) -> None:
     env = {"SECONDS": "1.6", "MPILLM_DEADLINE": "0.8"}
-    done = mpi.run(2, PROGRAM, how, tmp_path / "pipe", env=env, timeout=30)
+    done = mpi.run(2, PROGRAM, how, tmp_path / "pipe", env=env)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -47,7 +45,7 @@ def test_a_rank_that_hangs_ends_the_world(mpi: Mpi, tmp_path: Path) -> None:
     """Its process lives, and its heartbeat goes on."""
     victim = "0" if mpi.name == "mpich" else "1"
     env = {"VICTIM": victim, "MPILLM_DEADLINE": "0.8"}
-    done = mpi.run(2, PROGRAM, "hangs", tmp_path / "pipe", env=env, timeout=30)
+    done = mpi.run(2, PROGRAM, "hangs", tmp_path / "pipe", env=env)
     assert done.returncode == 75
     speaker = {"0": "mpillm:", "1": "[1@"}[victim]
     (said,) = (line for line in done.stderr.splitlines() if "This rank" in line)
@@ -67,7 +65,6 @@ def test_a_rank_that_is_lost_before_the_ranks_meet(openmpi: Mpi, how: str, when:
     mpiexec, *words = openmpi.command(3, PROGRAM, f"{how}_while_starting")
     done = run_bounded(
         [mpiexec, *(["--with-ft", "ulfm"] if ulfm else []), *words],
-        timeout=30,
         env=openmpi.environment(MPILLM_DEADLINE="2", WHEN=when),
     )
     assert done.returncode == 75, done.stderr
@@ -78,7 +75,7 @@ def test_a_rank_that_is_lost_before_the_ranks_meet(openmpi: Mpi, how: str, when:
 def test_ranks_that_do_not_meet_end(mpi: Mpi) -> None:
     """One that sleeps looks like any that starts slowly: only time tells."""
     # Not shorter: MPICH's mpiexec ends the others only after a rank that has spoken to it.
-    done = mpi.run(2, PROGRAM, "asleep_while_starting", env={"MPILLM_DEADLINE": "0.5"}, timeout=30)
+    done = mpi.run(2, PROGRAM, "asleep_while_starting", env={"MPILLM_DEADLINE": "0.5"})
     assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
     assert "mpillm: The ranks have not met within 3 s: one does not start, its machine is gone" in done.stderr
 
@@ -97,7 +94,7 @@ def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:
         ranks = [psutil.Process(pid) for pid in pids]
         time.sleep(0.2)
         launcher.kill()
-        _, left = psutil.wait_procs(ranks, timeout=10)
+        _, left = psutil.wait_procs(ranks, timeout=HANGS)
         for process in left:
             process.kill()
         assert not left

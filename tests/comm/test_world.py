@@ -1,11 +1,10 @@
-"""How a world begins, waits and ends, under both MPIs: what is said, how often, how soon, and the exit code."""
+"""How a world begins, waits and ends, under both MPIs: what is said, how often, and the exit code."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -15,14 +14,12 @@ from mpillm.comm.cores import physical
 from tests.conftest import Mpi, clean_environment, run_bounded
 
 PROGRAM = Path(__file__).with_name("endings.py")
-SECONDS = 10  # within which a failed world must have ended; mostly Python and mpiexec starting
 pytestmark = pytest.mark.mpiexec
 
 
 def run_ending(mpi: Mpi, ranks: int, name: str, **env: str) -> CompletedProcess[str]:
-    start = time.monotonic()
-    run = mpi.run(ranks, PROGRAM, name, timeout=30, env=env)
-    assert time.monotonic() - start < SECONDS
+    """Without the deadline: what ends the world is not that somebody was silent for long."""
+    run = mpi.run(ranks, PROGRAM, name, env={"MPILLM_DEADLINE": "0", **env})
     assert "Traceback" not in run.stderr
     return run
 
@@ -64,7 +61,7 @@ def test_an_error_on_one_rank_ends_all(mpi: Mpi, name: str, code: int, words: st
 def test_an_error_is_no_lost_rank(openmpi: Mpi) -> None:
     """Where ranks may be lost, the others do not take one that ends all for lost, and end with its code."""
     words = [openmpi.mpiexec, "--with-ft", "ulfm", "-n", "3", sys.executable, PROGRAM, "error_on_one"]
-    done = run_bounded(words, 60, openmpi.environment())
+    done = run_bounded(words, env=openmpi.environment(MPILLM_DEADLINE="0"))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("This machine's model file is broken.") == 1
     assert "lost" not in done.stderr
@@ -82,9 +79,9 @@ def test_waiting_ranks_leave_the_cores_alone(mpi: Mpi) -> None:
     ranks = max(4, len(os.sched_getaffinity(0)) + 1)
     run = run_ending(mpi, ranks, "waiting", SECONDS="1.5")
     assert run.returncode == 0, run.stderr
-    burnt = [float(seconds) for seconds in re.findall(r"burnt (\S+)", run.stdout)]
+    burnt = [float(part) for part in re.findall(r"burnt (\S+)", run.stdout)]
     assert len(burnt) == ranks - 1
-    assert max(burnt) < 0.15  # a tenth of the time waited; measured: one hundredth
+    assert max(burnt) < 0.1  # of the time waited; measured: one hundredth
 
 
 def test_threads(mpi: Mpi) -> None:
@@ -134,7 +131,7 @@ def test_threads_of_one_process(mpi: Mpi) -> None:
 
 def test_no_mpi_library() -> None:
     run = run_bounded(
-        [sys.executable, PROGRAM, "fine"], 30, clean_environment(MPI4PY_LIBMPI="/nowhere/libmpi.so.12")
+        [sys.executable, PROGRAM, "fine"], env=clean_environment(MPI4PY_LIBMPI="/nowhere/libmpi.so.12")
     )
     assert run.returncode == 2
     assert run.stderr.startswith("mpillm: No MPI library can be loaded (")
@@ -145,9 +142,7 @@ def test_the_other_mpiexec_is_noticed(openmpi: Mpi, mpich: Mpi) -> None:
     for started, loaded, library in ((openmpi, mpich, "MPICH"), (mpich, openmpi, "Open MPI")):
         both = {**started.env, "MPI4PY_LIBMPI": loaded.env.get("MPI4PY_LIBMPI", "")}
         env = {name: value for name, value in both.items() if value}
-        start = time.monotonic()
-        run = run_bounded(started.command(3, PROGRAM, "fine"), 30, clean_environment(**env))
-        assert time.monotonic() - start < SECONDS
+        run = run_bounded(started.command(3, PROGRAM, "fine"), env=clean_environment(**env))
         assert run.returncode == 2
         assert "alive" not in run.stdout
         sentence = re.findall(r"mpillm: .*", run.stderr)

@@ -46,7 +46,7 @@ def test_weights_that_are_overwritten_end_the_run(openmpi: Mpi, tmp_path: Path) 
         with weights.open("r+b") as file:
             file.seek(-100, os.SEEK_END)
             file.write(bytes(100))
-        said = launcher.communicate(timeout=60)[1]
+        said = launcher.communicate()[1]
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)

@@ -40,7 +40,7 @@ def dying(
     words = command(source, output, *SETTINGS, "batch.speculation=prompt-lookup", *settings, model=model)[2:]
     mpiexec, *words = mpi.command(ranks, PROGRAM, plan, *words)
     env = mpi.environment(MPILLM_DEADLINE="2" if "HANG" in plan else "8")
-    done = run_bounded([mpiexec, "--with-ft", "ulfm", *words], timeout=60, env=env)
+    done = run_bounded([mpiexec, "--with-ft", "ulfm", *words], env=env)
     assert done.returncode == 0, done.stderr
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

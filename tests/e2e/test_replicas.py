@@ -79,7 +79,7 @@ def test_the_others_compute_what_a_lost_replica_had(
     words = command(source, tmp_path / "out", REPLICAS, "batch.max_num_seqs=4")[2:]
     mpiexec, *start = openmpi.command(3, DYING, plan, *words)
     env = openmpi.environment(MPILLM_DEADLINE="8")
-    done = run_bounded([mpiexec, "--with-ft", "ulfm", *start], timeout=60, env=env)
+    done = run_bounded([mpiexec, "--with-ft", "ulfm", *start], env=env)
     assert done.returncode == 1, done.stderr
     assert re.search(r"^mpillm: Lost rank [012] on .* went on ", done.stderr, re.MULTILINE), done.stderr
     assert_same_results(alone, tmp_path / "out")
@@ -95,10 +95,8 @@ def test_a_stopped_run_goes_on(
     slow = ["batch.max_num_seqs=1", "job.checkpoint_tokens=4", "batch.speculation=off"]
     words = openmpi.command(3, *command(source, output, REPLICAS, *slow))
     with subprocess.Popen(words, env=openmpi.environment(), stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
         while records(output) < 5:
             assert process.poll() is None
-            assert time.monotonic() < until
             time.sleep(0.02)
         ranks = psutil.Process(process.pid).children(recursive=True)
         for one in ranks if number is signal.SIGKILL else []:
@@ -106,7 +104,7 @@ def test_a_stopped_run_goes_on(
                 one.kill()
         if number is signal.SIGTERM:
             os.kill(process.pid, number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     assert process.returncode != 0
     assert "Traceback" not in said
     kept = records(output)
@@ -138,7 +136,7 @@ def test_an_error_of_another_replica_ends_the_run_and_keeps_what_there_is(
     plan = "1:step:12:SIGTERM"
     words = command(source, tmp_path / "out", REPLICAS, "batch.max_num_seqs=2")[2:]
     mpiexec, *start = openmpi.command(2, DYING, plan, *words)
-    done = run_bounded([mpiexec, *start], timeout=60, env=openmpi.environment())
+    done = run_bounded([mpiexec, *start], env=openmpi.environment())
     assert_one_sentence(done, 75, "Stopped by SIGTERM", "on rank 1")
     assert records(tmp_path / "out") > 0
     done = run(openmpi, 1, source, tmp_path / "out")

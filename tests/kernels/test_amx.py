@@ -12,6 +12,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import BlockType
+from tests.conftest import HANGS
 from tests.kernels import cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def _restore() -> Iterator[None]:
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

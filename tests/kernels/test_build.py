@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HANGS
+
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT = (
     "import sys; sys.modules['mpillm.kernels._compiled'] = None; import mpillm.kernels as k; print(k.path())"
@@ -17,7 +19,13 @@ IMPORT = (
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=100, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HANGS
+
 CORE = Path(__file__).resolve().parents[2] / "cython" / "core"
 BUILDS = {"debug": ["-fopenmp"], "release": ["-fopenmp", "-DNDEBUG"], "no OpenMP": ["-DNDEBUG"]}
 
@@ -20,7 +22,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     program = tmp_path_factory.mktemp("run") / "run_checks"
     flags = ["-std=c11", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", *BUILDS[request.param]]
     sources = [Path(__file__).with_name("run_checks.c"), CORE / "run.c"]
-    subprocess.run(["gcc", *flags, "-I", CORE, *sources, "-o", program], check=True, timeout=100)
+    subprocess.run(["gcc", *flags, "-I", CORE, *sources, "-o", program], check=True, timeout=HANGS)
     return program
 
 
@@ -35,6 +37,6 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 ])  # fmt: skip
 def test_run(program: Path, name: str, env: dict[str, str]) -> None:
     done = subprocess.run(
-        [program, name], env={**os.environ, **env}, capture_output=True, text=True, timeout=100, check=False
+        [program, name], env={**os.environ, **env}, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr

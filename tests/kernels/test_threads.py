@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mpillm import kernels
+from tests.conftest import HANGS
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of Linux"),
@@ -41,7 +42,7 @@ if not any(info["user_api"] == "openmp" for info in threadpool_info()):
 def run(program: str, **env: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", START + program], env={**os.environ, **env}, capture_output=True, text=True,
-        timeout=100, check=False,
+        timeout=HANGS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     if done.stdout == "no OpenMP\n":

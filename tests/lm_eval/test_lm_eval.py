@@ -59,7 +59,6 @@ def test_a_killed_evaluation_goes_on_from_its_cache_and_gives_the_numbers_of_hf(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(220)
 def test_chat_templates_and_examples_give_the_numbers_of_hf(tmp_path: Path) -> None:
     done = evaluate(tmp_path, 1, *RUNS["chat"])
     assert done.returncode == 0, done.stderr

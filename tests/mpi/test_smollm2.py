@@ -11,7 +11,6 @@ from tests.model.test_smollm2 import check_smollm2, requests, smollm2
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("sharded", [True, False])
 def test_near_llama_cpp_and_few_bytes(sharded: bool, world: World) -> None:
     stages, shards = (1, world.size) if sharded else (world.size, 1)

@@ -26,9 +26,7 @@ WRONG = {"custom_id": "wrong", "method": "POST", "url": "/v1/completions", "body
 
 
 def ended(client: openai.OpenAI, name: str) -> Any:
-    until = time.monotonic() + 90
     while (found := client.batches.retrieve(name)).status not in ("completed", "failed", "cancelled"):
-        assert time.monotonic() < until, found
         time.sleep(0.05)
     return found
 
@@ -44,16 +42,14 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
     command: list[str | Path] = [sys.executable]
     with (
         serving(tmp_path, command, clean_environment()) as (url, _),
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
         file = client.files.create(file=("in.jsonl", source), purpose="batch")
         assert (file.bytes, client.files.content(file.id).content) == (len(source), source)
         made = client.batches.create(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
         )
-        until = time.monotonic() + 60
         while client.batches.retrieve(made.id).request_counts.completed < 2:
-            assert time.monotonic() < until
             time.sleep(0.02)
         # A client's request does not wait for the batch.
         alone = client.completions.create(model="chat", prompt="a", max_tokens=2)
@@ -62,7 +58,7 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         assert (state.status, state.request_counts.total) == ("in_progress", 41)
     with (
         serving(tmp_path, command, clean_environment()) as (url, _),
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
         state = ended(client, made.id)
         assert (state.status, state.metadata) == ("completed", {"a": "b"})

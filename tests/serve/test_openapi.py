@@ -28,7 +28,7 @@ POSTS = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
     with (
         serving(tmp_path_factory.mktemp("serve"), [sys.executable], clean_environment()) as (url, _),
-        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
     ):
         yield url, client._client
 

@@ -62,7 +62,7 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
     finally:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
-    said, _ = watching.communicate(timeout=60)
+    said, _ = watching.communicate()
     assert watching.returncode == 75
     assert ": stopped" in said
     assert "the command of the run goes on from here" in said

@@ -168,7 +168,6 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_killed_run_of_a_table_goes_on_and_is_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mpillm.errors import OutputError
 from mpillm.tools import init
-from tests.conftest import ROOT, clean_environment, run_bounded
+from tests.conftest import HANGS, ROOT, clean_environment, run_bounded
 
 
 @pytest.mark.parametrize("what", sorted(init.SETS))
@@ -56,7 +56,7 @@ def test_the_script_finds_the_environment(tmp_path: Path, kind: str) -> None:
     if kind == "set by hand":
         env["MPILLM_VENV"] = str(found.parent)
     words = ["bash", str(tmp_path / "slurm/run.sh"), "job.toml"]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
     if kind == "none":
         assert (done.returncode, "no virtual environment at" in done.stderr) == (2, True)
     else:

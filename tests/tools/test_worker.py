@@ -25,6 +25,7 @@ from mpillm.errors import JobError, MpillmError
 from mpillm.tools.worker.graph import read_graph
 from mpillm.tools.worker.link import ACKNOWLEDGED, Link, RootLostError, StrangeRootError, close, listen, meet
 from mpillm.tools.worker.worker import work
+from tests.conftest import HANGS
 from tests.model.test_dllama_peer import PROGRAM, write
 
 ACK = struct.pack("<I", ACKNOWLEDGED)
@@ -84,7 +85,7 @@ class Root:
 def root() -> Iterator[Root]:
     """A root whose worker, in another thread, goes through all that a worker does."""
     with listen("127.0.0.1", 0) as server, ThreadPoolExecutor(1) as pool:
-        server.settimeout(30)
+        server.settimeout(HANGS)
 
         def worker() -> int:
             links = meet(server)
@@ -94,7 +95,7 @@ def root() -> Iterator[Root]:
                 close(links)
 
         future = pool.submit(worker)
-        link = Link(socket.create_connection(server.getsockname(), timeout=30), "The worker")
+        link = Link(socket.create_connection(server.getsockname(), timeout=HANGS), "The worker")
         with contextlib.closing(link):
             yield Root(link, future)
 
@@ -233,7 +234,7 @@ def workers(kinds: str, folder: Path) -> Iterator[list[str]]:
     finally:
         for one in started:
             one.send_signal(signal.SIGTERM)
-            one.wait(30)
+            one.wait()
 
 
 def said(model: Path, kind: str, kinds: str, folder: Path) -> str:
@@ -242,7 +243,7 @@ def said(model: Path, kind: str, kinds: str, folder: Path) -> str:
         command = [PROGRAM, "inference", "--model", str(model), "--tokenizer", str(model.with_suffix(".t"))]
         command += ["--prompt", "the quick brown fox jumps over", "--steps", "40", "--temperature", "0"]
         command += ["--buffer-float-type", "f32" if kind == "f32" else "q80", "--nthreads", "1", "--workers"]
-        done = subprocess.run([*command, *addresses], capture_output=True, timeout=100, check=True)
+        done = subprocess.run([*command, *addresses], capture_output=True, timeout=HANGS, check=True)
     printed = done.stdout.decode("utf-8", "replace")
     return re.sub(r"[^A-Za-z ]", "", re.sub(r"🔶 Pred.*? kB \| ", "", printed[printed.index("🔶") :]))
 

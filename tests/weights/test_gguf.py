@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import resource
 import struct
-import time
 from pathlib import Path
 
 import gguf
@@ -513,13 +512,12 @@ def test_refuses_hostile_headers(tmp_path, case):
     data, words = REFUSED[case]
     path = tmp_path / "m.gguf"
     path.write_bytes(data)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError) as error:
         open_source(path)
     assert words in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
