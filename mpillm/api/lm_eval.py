@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from mpillm.api.answers import Answer, Generation
 from mpillm.api.llm import LLM
 from mpillm.catalogue import models
-from mpillm.errors import JobError, RequestError
+from mpillm.errors import JobError, MpillmError, RequestError
 from mpillm.model.opening import config_of, open_source
 from mpillm.spec import MemorySection
 from mpillm.text import Tokenizer, load_tokenizer
@@ -32,14 +33,24 @@ Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the harness with the words of its command line; `--model mpillm` need not be said."""
+    """Run the harness with the words of its command line; `--model mpillm` need not be said.
+
+    JobError says what the harness itself refuses: an unknown task, a data set that cannot be had.
+    """
     named = any(word in ("--model", "-M") or word.startswith("--model=") for word in words)
     sys.argv = [
         "lm-eval",
         *words,
         *([] if named or words[:1] in ([], ["ls"], ["validate"]) else ["--model", MODEL]),
     ]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MpillmError:
+        raise
+    except Exception as error:
+        if any(frame.filename == __file__ for frame in traceback.extract_tb(error.__traceback__)[1:]):
+            raise  # it comes out of the model
+        raise JobError(f"lm-evaluation-harness has stopped: {type(error).__name__}: {error}") from error
     return 0
 
 

@@ -23,7 +23,7 @@ def evaluate(folder: Path, ranks: int, *words: str, **env: str) -> subprocess.Co
     """`mpillm lm-eval` on the tiny tasks, with samples in `folder`."""
     handed = [*f"{ARGS},ranks={ranks}".split(), *TASKS, *words, "--output_path", str(folder), "--log_samples"]
     home = clean_environment(HF_HOME=str(folder / "hf"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", **env)
-    return run_bounded([sys.executable, "-m", "tests.lm_eval.program", "lm-eval", *handed], 200, home, ROOT)
+    return run_bounded([sys.executable, "-m", "tests.lm_eval.program", "lm-eval", *handed], env=home, cwd=ROOT)
 
 
 def assert_expected(folder: Path, run: str) -> None:
@@ -47,7 +47,7 @@ def assert_expected(folder: Path, run: str) -> None:
 
 @pytest.mark.mpiexec
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_killed_evaluation_goes_on_from_its_cache_and_gives_the_numbers_of_hf(tmp_path: Path) -> None:
     cached = ["--use_cache", str(tmp_path / "cache")]
     killed = evaluate(tmp_path, 1, *cached, KILLED_AFTER="11")
@@ -70,3 +70,10 @@ def test_lm_eval_is_not_started_by_mpiexec() -> None:
     done = run_bounded(words, env=clean_environment(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"))
     assert done.returncode == 2
     assert "lm-eval starts its ranks by itself" in done.stderr
+
+
+def test_what_the_harness_refuses_is_said() -> None:
+    done = run_bounded([sys.executable, "-m", "mpillm", "lm-eval", "--model_args", f"model={MODEL}", "--tasks", "none"])
+    assert done.returncode == 2, done.stderr
+    assert "mpillm: lm-evaluation-harness has stopped: ValueError: Tasks not found: none" in done.stderr
+    assert "Traceback" not in done.stderr

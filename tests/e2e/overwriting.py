@@ -1,0 +1,53 @@
+"""Program for test_overwritten.py: `overwriting.py FILE HOW INPUT OUTPUT SETTING...` runs a job that loses a file.
+
+When five answers are in the journal the file is changed in place, without a trace in its size and times; the model is
+looked at after every step from then on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from mpillm.cli import main
+from mpillm.store.journal import Journal
+from mpillm.store.records import Result
+from mpillm.weights import identity
+
+AFTER = 5  # answers
+
+
+def overwrite(path: Path, how: str) -> None:
+    """Change what a mapping of the file shows: bytes near its end, all of it, or how much there is."""
+    times, size = path.stat(), path.stat().st_size
+    if how == "shortened":
+        os.truncate(path, size // 2)
+    else:
+        offset, count = (size * 2 // 3, 100) if how == "part" else (0, size)
+        with path.open("r+b") as file:
+            file.seek(offset)
+            data = file.read(count)
+            file.seek(offset)
+            file.write(bytes(byte ^ 0x55 for byte in data))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def disturb(path: Path, how: str) -> None:
+    append, answered = Journal.append, 0
+
+    def counting(self: Journal, record: object) -> None:
+        nonlocal answered
+        append(self, record)  # type: ignore[arg-type]
+        answered += isinstance(record, Result)
+        if isinstance(record, Result) and answered == AFTER:
+            overwrite(path, how)
+            identity.CHECK_EVERY = 0.0
+
+    Journal.append = counting  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    file, how, *words = sys.argv[1:]
+    disturb(Path(file), how)
+    sys.exit(main(["run", *words]))
