@@ -7,13 +7,13 @@ import importlib
 import logging
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from mpillm.errors import JobError, MpillmError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
+from mpillm.store.directory import replacing
 from mpillm.weights.formats.gguf_file import gguf_parts
 from mpillm.weights.formats.gguf_header import architecture_in
 from mpillm.weights.formats.hf import of_text, read_json
@@ -69,10 +69,9 @@ def pull_hf(name: str, notes: Path) -> Path:
         raise JobError(f"{name} could not be pulled ({_reason(error)}).") from error
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False, encoding="utf-8") as out:
-            out.write(str(path))
-        os.replace(out.name, note)
-    except OSError as error:  # the model is there all the same
+        with replacing(note) as out:
+            out.write(os.fsencode(path))
+    except (OSError, MpillmError) as error:  # the model is there all the same
         log.warning("no note of %s in %s: %s", name, note.parent, error)
     return path
 
@@ -80,7 +79,7 @@ def pull_hf(name: str, notes: Path) -> Path:
 def pulled(name: str, notes: Path) -> Path | None:
     """Where a repository's model is on this machine, by its note; None if it is not here."""
     with contextlib.suppress(OSError):
-        path = Path(_note(name, notes).read_text(encoding="utf-8"))
+        path = Path(os.fsdecode(_note(name, notes).read_bytes()))
         if path.exists():
             return path
     return None

