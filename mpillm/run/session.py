@@ -79,10 +79,7 @@ class Session:
     def _open_model(self, model: Path) -> None:
         """Open the model's files and see that all ranks have the same (collective)."""
         world, origin = self.world, self._origin
-        say_when_lost(
-            f"{world} {model} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
-            "put it back and run the same command again."
-        )
+        say_when_lost(str(world), model)
         with world.together():
             self.spec = spec = self.job.on_rank(world.rank, world.host)
             self.source = open_source(model, spec.quantize)

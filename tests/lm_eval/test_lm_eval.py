@@ -23,7 +23,9 @@ def evaluate(folder: Path, ranks: int, *words: str, **env: str) -> subprocess.Co
     """`mpillm lm-eval` on the tiny tasks, with samples in `folder`."""
     handed = [*f"{ARGS},ranks={ranks}".split(), *TASKS, *words, "--output_path", str(folder), "--log_samples"]
     home = clean_environment(HF_HOME=str(folder / "hf"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", **env)
-    return run_bounded([sys.executable, "-m", "tests.lm_eval.program", "lm-eval", *handed], env=home, cwd=ROOT)
+    return run_bounded(
+        [sys.executable, "-m", "tests.lm_eval.program", "lm-eval", *handed], env=home, cwd=ROOT
+    )
 
 
 def assert_expected(folder: Path, run: str) -> None:
@@ -73,7 +75,9 @@ def test_lm_eval_is_not_started_by_mpiexec() -> None:
 
 
 def test_what_the_harness_refuses_is_said() -> None:
-    done = run_bounded([sys.executable, "-m", "mpillm", "lm-eval", "--model_args", f"model={MODEL}", "--tasks", "none"])
+    done = run_bounded(
+        [sys.executable, "-m", "mpillm", "lm-eval", "--model_args", f"model={MODEL}", "--tasks", "none"]
+    )
     assert done.returncode == 2, done.stderr
     assert "mpillm: lm-evaluation-harness has stopped: ValueError: Tasks not found: none" in done.stderr
     assert "Traceback" not in done.stderr

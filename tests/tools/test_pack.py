@@ -507,7 +507,7 @@ from mpillm import kernels
 from mpillm.kernels import BlockType
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.io.mapped import MappedFile
-say_when_lost("[0@here] the model is gone; put it back.")
+say_when_lost("[0@here]", Path("the model"))
 file = MappedFile(Path({str(file)!r}))
 raw = file.view(0, file.size // 64 * 64).reshape(-1, 64)
 os.truncate({str(file)!r}, 0)
@@ -515,7 +515,10 @@ kernels.dequantize(BlockType.BF16, raw, 32, np.empty((len(raw), 32), np.float32)
 """
     done = run_bounded([sys.executable, "-c", program])
     assert done.returncode == 2
-    assert done.stderr == "[0@here] the model is gone; put it back.\n"
+    assert done.stderr == (
+        f"[0@here] {file} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
+        "put it back and run the same command again.\n"
+    )
 
 
 def test_a_full_disk_keeps_what_is_finished(mounted: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
