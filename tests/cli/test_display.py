@@ -14,7 +14,7 @@ from mpillm.cli import console
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing, unfailing, visible
 from tests.conftest import HANGS, clean_environment
-from tests.e2e.jobs import CHAT, command, results, write_lines
+from tests.e2e.jobs import command, results, write_lines
 from tests.store.test_report import made
 
 LINES = [
@@ -69,29 +69,6 @@ def test_what_is_shown(source: Path, tmp_path: Path) -> None:
     assert r"evil\x1b[2J\x1b]0;title\x07\x9b31m\r\nend\u202etxt: " in shown
     latin = shell("RUN", source, tmp_path / "again", PYTHONIOENCODING="latin-1").stdout.decode("latin-1")
     assert "snow?man ??: " in latin
-
-
-@pytest.mark.parametrize(
-    ("words", "ending", "code"),
-    [
-        ("--version", ">/dev/full", 0),
-        ("--help", ">&-", 0),
-        ("plan --nonsense", "2>/dev/full", 2),
-        ("plan --model nothing", "2>&-", 2),
-        ("report /nowhere", ">&- 2>&-", 2),
-        (f"chat --model '{CHAT}'", "<&-", 0),
-    ],
-)
-def test_other_commands(words: str, ending: str, code: int) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f"'{sys.executable}' -m mpillm {words} {ending}"],
-        env=clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=HANGS,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
 
 
 def test_visible() -> None:

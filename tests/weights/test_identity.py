@@ -6,7 +6,6 @@ import builtins
 import io
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,9 @@ from mpillm.model.opening import config_of, open_source
 from mpillm.text import load_tokenizer
 from mpillm.weights import identity
 from mpillm.weights.identity import ModelChangedError, Watch
-from tests.conftest import run_bounded
 from tests.job_helpers import CHAT
 from tests.model.golden import FIXTURES
-from tests.text.test_ranks import tekken
-from tests.weights.build import Tiny, write_gguf
-from tests.weights.dllama_files import convert, tokens_of, write_tokenizer
+from tests.weights.stored import MODELS
 
 
 @pytest.fixture
@@ -115,54 +111,6 @@ def test_a_file_that_is_gone_is_named(model: Path) -> None:
     next(model.glob("*.safetensors")).unlink()
     with pytest.raises(ModelError, match="cannot be read: No such file"):
         Watch(source)
-
-
-def _directory(folder: Path) -> Path:
-    """A model of Hugging Face with all that may lie beside it."""
-    shutil.copytree(CHAT, folder)
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
-    (folder / "special_tokens_map.json").write_text("{}")
-    (folder / "added_tokens.json").write_text("{}")
-    return folder
-
-
-def _tekken(folder: Path) -> Path:
-    shutil.copytree(CHAT, folder)
-    (folder / "tokenizer.json").unlink()
-    return tekken(folder)
-
-
-def _packed(folder: Path) -> Path:
-    words = [sys.executable, "-m", "mpillm", "pack", _directory(folder.with_name("source")), folder]
-    run_bounded([*words, "--weights", "q8_0"])
-    return folder
-
-
-def _dllama(folder: Path) -> Path:
-    folder.mkdir()
-    convert(CHAT, folder / "a.m")
-    tokens, bos, end = tokens_of(CHAT)
-    write_tokenizer(folder / "a.t", tokens, bos, [end])
-    return folder / "a.m"
-
-
-def _split(folder: Path) -> Path:
-    folder.mkdir()
-    write_gguf(folder / "m.gguf", Tiny(hidden=32, n_layers=2, intermediate=64), split=2)
-    return min(folder.iterdir())
-
-
-MODELS: dict[str, Callable[[Path], Path]] = {
-    "directory": _directory,
-    "pooled": lambda folder: shutil.copytree(FIXTURES / "pooled" / "embedding_gemma", folder),
-    "tekken": _tekken,
-    "packed": _packed,
-    "split": _split,
-    "dllama": _dllama,
-}
 
 
 @pytest.mark.parametrize("kind", MODELS)
