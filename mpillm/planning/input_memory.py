@@ -137,13 +137,13 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
             while raw := file.readline(MAX_LINE):
                 whole = raw.endswith(b"\n") or len(raw) < MAX_LINE
                 lines += whole
-                checking = max(checking, _checking(raw, context) if whole else 2 * MAX_LINE)
+                checking = max(checking, checking_bytes(raw, context) if whole else 2 * MAX_LINE)
                 try:
                     if template is not None:
                         raw = msgspec.json.encode(
                             template.line(msgspec.json.decode(raw, type=dict[str, Any]))
                         )
-                        checking = max(checking, _checking(raw, context))
+                        checking = max(checking, checking_bytes(raw, context))
                     line = decoder.decode(raw)
                 except (RequestError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                     continue  # an error of that line
@@ -231,7 +231,7 @@ def _new_tokens(body: _Body, spec: Spec) -> int:
     return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
 
 
-def _checking(raw: bytes, context: int) -> int:
+def checking_bytes(raw: bytes, context: int) -> int:
     """Bytes that a line takes at most while it is checked."""
     length = len(raw)
     if length <= SHORT:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +19,19 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mpillm.batch import bodies
 from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.batch.endpoints.generate import Generate
-from mpillm.batch.work import Model, Work
 from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
 from mpillm.serve import answers
-from mpillm.serve.arrivals import Arrivals, Closed, Full, Ticket
-from mpillm.serve.metrics import Metrics
-from mpillm.serve.prepare import prepare
-from mpillm.spec import Spec
+from mpillm.serve.arrivals import Closed, Full, Ticket
+from mpillm.serve.state import ServerState
 from mpillm.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
+IN_MEMORY = 1 << 16  # of these that are in memory while it comes and waits; more are in a file without a name
 ENDED = "The server ends before the answer is complete."
-
-
-@dataclass
-class ServerState:
-    """What the URLs need of the server."""
-
-    spec: Spec
-    model: Model
-    names: frozenset[str]  # what requests may call the model
-    arrivals: Arrivals
-    metrics: Metrics
-    api_key: str | None = None
-    # Templates and tokenizers run one at a time, beside the event loop.
-    preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prepare"))
-    started: float = field(default_factory=time.time)
-
-    def no_model(self, name: str) -> str:
-        """The sentence for a model that is not this one."""
-        has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
-        return f"There is no model {name[:100]!r}; this server has {has}."
-
-    def prepare(self, url: str, content: dict[str, Any]) -> Work:
-        """The work of a body; RequestError or HTTPException says what is wrong with it."""
-        name = content.get("model")
-        if isinstance(name, str) and name not in self.names:
-            raise HTTPException(404, self.no_model(name))
-        return prepare(url, content, self.spec, self.model)
 
 
 def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
@@ -130,27 +98,26 @@ class _Ask:
 
     async def _answer(self, request: Request) -> Response:
         service, loop = self._service, asyncio.get_running_loop()
-        content = bodies.decode_line(await read_body(request, MAX_BODY))
-        streams = content.pop("stream", None) or False
-        if not isinstance(streams, bool):
-            raise RequestError("stream must be true or false")
-        options = content.get("stream_options") or {}
-        work = await loop.run_in_executor(service.preparing, service.prepare, self._url, content)
+        with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(service.spec.output_path)) as body:
+            try:
+                async for piece in _pieces(request, MAX_BODY):
+                    body.write(piece)
+            except OSError as error:
+                raise HTTPException(507, f"The request cannot be kept ({error.strerror}).") from None
+            asked = await loop.run_in_executor(service.preparing, service.prepare, self._url, body)
+        work, streams = asked.work, asked.streams
         events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None] = asyncio.Queue()
 
         def put(event: tuple[int, int] | list[FinishedCompletion] | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        if streams and not isinstance(work.endpoint, Generate):
-            raise RequestError("stream is for text")
         ticket = Ticket(work, put, (lambda choice, token: put((choice, token))) if streams else None)
         try:
             service.arrivals.submit(ticket)
         except (Full, Closed) as error:
             raise HTTPException(429 if isinstance(error, Full) else 503, str(error)) from None
         if streams:
-            usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            stream = answers.Stream(work, service.model, usage)
+            stream = answers.Stream(work, service.model, asked.usage)
             return StreamingResponse(self._chunks(stream, ticket, events), media_type="text/event-stream")
         completions = await self._wait(request, ticket, events)
         if completions is None:
@@ -214,13 +181,16 @@ async def _disconnected(request: Request) -> None:
 
 async def read_body(request: Request, maximum: int) -> bytes:
     """A request's body; 413 if it has more than `maximum` bytes."""
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
+    return b"".join([piece async for piece in _pieces(request, maximum)])
+
+
+async def _pieces(request: Request, maximum: int) -> AsyncIterator[bytes]:
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
         if size > maximum:
             raise HTTPException(413, f"The request has more than {maximum} bytes.")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        yield piece
 
 
 def _models(service: ServerState) -> Callable[[Request], Awaitable[Response]]:

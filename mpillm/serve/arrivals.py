@@ -17,6 +17,7 @@ from mpillm.batch.work import Work
 from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import MpillmError
 
+WAITING_TOKENS = 1 << 20  # of prompts that wait: about 60 bytes each
 LOOK = 0.2  # seconds between two looks at whether a signal has come
 
 
@@ -39,6 +40,7 @@ class Ticket:
     ) -> None:
         """`done` gets the completions of `work.requests`, or None if there will be none; `token` each choice and id."""
         self.work = work
+        self.tokens = sum({id(one.prompt): len(one.prompt) for one in work.requests}.values())
         self.cancelled = False
         self._done, self._token = done, token
         self._pending: Pending | None = Pending(work)  # None once it is done
@@ -77,11 +79,12 @@ class Arrivals:
     """The queue between clients and the engine; an iterator that goes on after it has ended."""
 
     def __init__(self, capacity: int, background: int) -> None:
-        """So many requests may wait; in the background at most `background` choices run at once."""
+        """So many requests may wait, with up to WAITING_TOKENS; in the background at most `background` choices run."""
         self._capacity, self._background_limit = capacity, background
         self._background: deque[Iterator[Ticket]] = deque()
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
+        self._tokens = 0  # of those that wait
         self._running: dict[int, tuple[Ticket, Request]] = {}  # by the identity of the engine's request
         self._ticket: Ticket | None = None  # whose choices are being taken
         self._choices: Iterator[Request] = iter(())
@@ -104,7 +107,10 @@ class Arrivals:
                 raise Closed("The server is shutting down.")
             if len(self._waiting) >= self._capacity:
                 raise Full(f"{self._capacity} requests are waiting already; try again later.")
+            if self._waiting and self._tokens + ticket.tokens > WAITING_TOKENS:
+                raise Full(f"Requests with {self._tokens} tokens are waiting already; try again later.")
             self._waiting.append(ticket)
+            self._tokens += ticket.tokens
             self._changed.notify()
 
     def add_background(self, tickets: Iterator[Ticket]) -> None:
@@ -120,6 +126,7 @@ class Arrivals:
             left = {id(ticket): ticket for ticket in self._waiting}
             left |= {id(ticket): ticket for ticket, _ in self._running.values()}
             self._waiting.clear()
+            self._tokens = 0
             self._background.clear()
             self._changed.notify()
         for ticket in left.values():
@@ -151,13 +158,14 @@ class Arrivals:
         while True:
             with self._changed:
                 if self._waiting:
-                    return self._waiting.popleft()
+                    ticket = self._waiting.popleft()
+                    self._tokens -= ticket.tokens
+                    return ticket
                 if not self._background or len(self._running) >= self._background_limit:
                     return None
                 tickets = self._background[0]
-            ticket = next(tickets, None)
-            if ticket is not None:
-                return ticket
+            if (behind := next(tickets, None)) is not None:
+                return behind
             with self._changed, contextlib.suppress(ValueError):  # closed meanwhile
                 self._background.remove(tickets)
 

@@ -19,12 +19,13 @@ from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.serve import openapi
-from mpillm.serve.app import ServerState, make_app
+from mpillm.serve.app import make_app
 from mpillm.serve.arrivals import Arrivals
 from mpillm.serve.batches import Batches
 from mpillm.serve.files import FileStore
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.signals import first_signal_calls
+from mpillm.serve.state import ServerState
 from mpillm.serve.uploads import routes
 from mpillm.spec import Spec
 from mpillm.store.directory import explained

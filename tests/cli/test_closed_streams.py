@@ -42,6 +42,7 @@ COMMANDS = {
     "--version": ("--version", 0),
     "--nonsense": ("--nonsense", 2),
 }
+ONCE = "lm-eval"  # whose imports take seconds: one ending has to do
 APART = {"serve", "ranks"}  # serve does not end by itself; ranks is what `LLM` starts
 
 
@@ -82,12 +83,13 @@ def test_each_command_is_tried() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_exit_code_is_that_of_the_work(name: str, folder: Path) -> None:
     words, code = COMMANDS[name]
+    endings = ENDINGS[1:2] if name == ONCE else ENDINGS
     lines = (
         f"{sys.executable} -m mpillm {words.replace('NUMBER', str(number))} {ending}; echo ${{PIPESTATUS[0]}}"
-        for number, ending in enumerate(ENDINGS)
+        for number, ending in enumerate(endings)
     )
     done = bash("\n".join(lines), folder)
-    assert done.stdout.split() == [str(code)] * len(ENDINGS), done.stderr
+    assert done.stdout.split() == [str(code)] * len(endings), done.stderr
     assert "Exception ignored" not in done.stderr
 
 

@@ -1,6 +1,6 @@
-"""Program for test_overwritten.py: `overwriting.py FILE HOW INPUT OUTPUT SETTING...` runs a job that loses a file.
+"""Program for test_overwritten.py: `overwriting.py FILE WAY run WORD...` runs a job one of whose files changes.
 
-When five answers are in the journal the file is changed in place, without a trace in its size and times; the model is
+When five answers are in the journal the file is changed in place, without a trace in its times; the model is
 looked at after every step from then on.
 """
 
@@ -18,13 +18,13 @@ from mpillm.weights import identity
 AFTER = 5  # answers
 
 
-def overwrite(path: Path, how: str) -> None:
-    """Change what a mapping of the file shows: bytes near its end, all of it, or how much there is."""
+def change(path: Path, way: str) -> None:
+    """Change what a mapping of the file shows."""
     times, size = path.stat(), path.stat().st_size
-    if how == "shortened":
+    if way == "shortened":
         os.truncate(path, size // 2)
     else:
-        offset, count = (size * 2 // 3, 100) if how == "part" else (0, size)
+        offset, count = (0, size) if way == "overwritten" else (size * 2 // 3, 100)
         with path.open("r+b") as file:
             file.seek(offset)
             data = file.read(count)
@@ -33,7 +33,7 @@ def overwrite(path: Path, how: str) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def disturb(path: Path, how: str) -> None:
+def disturb(path: Path, way: str) -> None:
     append, answered = Journal.append, 0
 
     def counting(self: Journal, record: object) -> None:
@@ -41,13 +41,13 @@ def disturb(path: Path, how: str) -> None:
         append(self, record)  # type: ignore[arg-type]
         answered += isinstance(record, Result)
         if isinstance(record, Result) and answered == AFTER:
-            overwrite(path, how)
+            change(path, way)
             identity.CHECK_EVERY = 0.0
 
     Journal.append = counting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    file, how, *words = sys.argv[1:]
-    disturb(Path(file), how)
-    sys.exit(main(["run", *words]))
+    file, way, *words = sys.argv[1:]
+    disturb(Path(file), way)
+    sys.exit(main(words))

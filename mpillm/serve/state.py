@@ -1,0 +1,72 @@
+"""What the URLs need of the server, and how a body becomes work, one at a time."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import IO
+
+from starlette.exceptions import HTTPException
+
+from mpillm.batch import bodies
+from mpillm.batch.endpoints.generate import Generate
+from mpillm.batch.work import Model, Work
+from mpillm.errors import RequestError
+from mpillm.planning.input_memory import checking_bytes
+from mpillm.serve.arrivals import Arrivals
+from mpillm.serve.metrics import Metrics
+from mpillm.serve.prepare import prepare
+from mpillm.spec import Spec
+
+CHECKED = 128 << 20  # bytes that a request may take while it is checked: one at a time is
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A body that has been checked; `usage` says that a stream ends with the numbers of its tokens."""
+
+    work: Work
+    streams: bool
+    usage: bool
+
+
+@dataclass
+class ServerState:
+    """What the URLs need of the server."""
+
+    spec: Spec
+    model: Model
+    names: frozenset[str]  # what requests may call the model
+    arrivals: Arrivals
+    metrics: Metrics
+    api_key: str | None = None
+    # Templates and tokenizers run one at a time, beside the event loop.
+    preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prepare"))
+    started: float = field(default_factory=time.time)
+
+    def no_model(self, name: str) -> str:
+        """The sentence for a model that is not this one."""
+        has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
+        return f"There is no model {name[:100]!r}; this server has {has}."
+
+    def prepare(self, url: str, body: IO[bytes]) -> Prepared:
+        """The work of a body; RequestError or HTTPException says what is wrong with it."""
+        body.seek(0)
+        raw = body.read()
+        if checking_bytes(raw, self.model.max_position) > CHECKED:
+            raise HTTPException(
+                413, f"The request has so many values that it would take more than {CHECKED} bytes."
+            )
+        content = bodies.decode_line(raw)
+        streams = content.pop("stream", None) or False
+        if not isinstance(streams, bool):
+            raise RequestError("stream must be true or false")
+        options = content.get("stream_options") or {}
+        name = content.get("model")
+        if isinstance(name, str) and name not in self.names:
+            raise HTTPException(404, self.no_model(name))
+        work = prepare(url, content, self.spec, self.model)
+        if streams and not isinstance(work.endpoint, Generate):
+            raise RequestError("stream is for text")
+        return Prepared(work, streams, isinstance(options, dict) and bool(options.get("include_usage")))
