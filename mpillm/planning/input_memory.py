@@ -28,6 +28,7 @@ from mpillm.model.cache_layout import blocks_for
 from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarCounter, GrammarNeeds
 from mpillm.spec import Spec
 from mpillm.store import inputs
+from mpillm.text.bounds import encoded_at_once
 from mpillm.text.from_dllama import template_in
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_files, text_folder
@@ -48,11 +49,6 @@ COPIES = 5  # of an answer on its way to the journal (4.6 measured)
 SHORT = 1 << 14  # bytes of a line that takes no memory worth counting
 BRACKET, COMMA, COLON = 80, 72, 240  # bytes of a list or an object, of a value in it, of a name in it
 CHARACTER, TOKEN_ID = 220, 40  # of what is tokenized at once, and of each token of the line
-# Characters that are tokenized at once: a minimum, and for each token of the context.
-CHUNK, CHARACTERS = (
-    1 << 16,
-    8,
-)
 # Bytes of the process that applies the chat template, and for each byte of a chat there.
 TEMPLATE, CHAT = (
     24 * 2**20,
@@ -239,9 +235,7 @@ def checking_bytes(raw: bytes, context: int) -> int:
     width = 1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2  # of a character in memory
     values = BRACKET * (raw.count(b"[") + raw.count(b"{")) + COMMA * raw.count(b",") + COLON * raw.count(b":")
     tokens = TOKEN_ID * min(length, MAX_PROMPT_TOKENS)
-    return (
-        (2 + 3 * width) * length + values + tokens + CHARACTER * min(length, max(CHUNK, CHARACTERS * context))
-    )
+    return (2 + 3 * width) * length + values + tokens + CHARACTER * min(length, encoded_at_once(context))
 
 
 def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:

@@ -10,10 +10,9 @@ import tokenizers
 
 from mpillm import tracing
 from mpillm.errors import RequestError
+from mpillm.text.bounds import CHUNK
 from mpillm.text.interruptible import interruptible
 from mpillm.text.marks import unused_mark
-
-CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
 
 
 class Encoder:

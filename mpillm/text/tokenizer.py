@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from mpillm.text.bounds import MAX_CHARS, TooLongError
+from mpillm.text.bounds import CHUNK, MAX_CHARS, End, TooLongError, encoded_at_once
 from mpillm.text.chat_formats.known import format_of
 from mpillm.text.chat_formats.tagged import ChatFormat
 from mpillm.text.chat_templates import ChatTemplates
@@ -24,7 +24,7 @@ from mpillm.text.constrain import Grammars
 from mpillm.text.content import Message
 from mpillm.text.decode import StopWatch
 from mpillm.text.described import decoding, keeps_length
-from mpillm.text.encode import CHUNK, Encoder, encoding, ends_around
+from mpillm.text.encode import Encoder, encoding, ends_around
 from mpillm.text.parts import TokenizerParts
 from mpillm.text.token_bytes import TokenBytes
 
@@ -75,14 +75,21 @@ class Tokenizer:
         return id in self.control_ids
 
     def encode(
-        self, text: str, add_special: bool = True, parse_special: bool = False, max_tokens: int | None = None
+        self,
+        text: str,
+        add_special: bool = True,
+        parse_special: bool = False,
+        max_tokens: int | None = None,
+        end: End | None = None,
     ) -> list[int]:
-        """Token ids of a text, with BOS and EOS as the model wants them if `add_special`.
+        """Token ids of a text, or of its `end`, with BOS and EOS as the model wants them if `add_special`.
 
         Control tokens written in the text are ordinary text unless `parse_special`. Raise RequestError if the text is
         not Unicode (a lone surrogate), and TooLongError if it certainly has more than `max_tokens` tokens, which is
         found out without encoding all of it.
         """
+        if end is not None:
+            text = end.of(text)
         parts = self._parts
         own = add_special and parts.add_bos is None and parts.add_eos is None
         encode = self._encoder.whole if parse_special else self._encoder.plain
@@ -195,8 +202,9 @@ class Tokenizer:
         options: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         add_special: bool = False,
+        end: End | None = None,
     ) -> list[int]:
-        """A chat as token ids; control tokens come from the template alone (see `chat`).
+        """A chat, or its `end`, as token ids; control tokens come from the template alone (see `chat`).
 
         With `add_special` it has BOS and EOS as a text does, besides those that the template writes.
         Raise RequestError if the template fails, and TooLongError if the chat certainly has more than `max_tokens`
@@ -205,7 +213,9 @@ class Tokenizer:
         max_chars = MAX_CHARS if max_tokens is None else self.max_chars(max_tokens)
         pieces = self._chats.chosen(options).pieces(messages, options, max_chars)
         if isinstance(pieces, str):
-            return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens)
+            return self.encode(pieces, add_special, parse_special=True, max_tokens=max_tokens, end=end)
+        if end is not None:
+            pieces = end.of_pieces(pieces)
         head, tail = self.around if add_special else ([], [])
         return [*head, *self._encoder.mixed(pieces), *tail]
 
@@ -234,6 +244,7 @@ class Tokenizer:
 
     def beginning(self, text: str, tokens: int) -> str:
         """What of a text, without control tokens, its first `tokens` tokens stand for."""
+        text = End(encoded_at_once(tokens), last=False).of(text)
         found = encoding(self._core, text, own=False, plain=True).offsets[:tokens]
         return text[: max((end for _, end in found), default=0)]
 

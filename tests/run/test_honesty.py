@@ -26,20 +26,19 @@ from mpillm.planning import plan
 from mpillm.store import report
 from mpillm.store.records import Result, framed, line_key, payload_at, scan
 from tests.conftest import Mpi, clean_environment, run_bounded
-from tests.e2e.jobs import CHAT, WORDS
+from tests.e2e.jobs import CHAT
 from tests.model.golden import FIXTURES, model_path
+from tests.run.asked import VOCAB, chats, held, ids, labelled, long_lines, named, paired, scored, tuned
 from tests.run.cgroups import SPARE, Cgroup
 from tests.weights.build import Tiny, write_hf
 
 Lines = Callable[[random.Random], list[dict[str, Any]]]
 
-VOCAB = 16_000
 ADAPTER = FIXTURES / "adapters" / "chat_all"
 DENSE = synthetic_shapes.Shape("llama", 1024, 6, 16, 4, 64, 4096, VOCAB)  # 60 MiB in Q4_0
 MIXTURE = synthetic_shapes.Shape("qwen3moe", 512, 4, 8, 2, 64, 512, VOCAB, 16, 2)
 UNPACKED = Tiny(hidden=512, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=64, intermediate=2048, vocab=VOCAB)
 WORDS_ADDED = 100_000  # of the big vocabulary
-LONG = 8 * 2**20 - 4096  # bytes of a long line: nearly as many as one may have
 
 # Each rank tells the most memory that it has had when all is done.
 PROGRAM = """
@@ -64,64 +63,6 @@ class Job:
     ranks: int = 1
     journaled: int = 0
     file: str = "in.jsonl"
-
-
-def ids(
-    draw: random.Random, count: int, length: int, vocab: int = VOCAB, **more: Any
-) -> list[dict[str, Any]]:
-    """Prompts of token ids."""
-    prompts = ([draw.randrange(5, vocab) for _ in range(length)] for _ in range(count))
-    return [{"prompt": prompt, "max_tokens": 3, "ignore_eos": True, **more} for prompt in prompts]
-
-
-def words(draw: random.Random, count: int) -> str:
-    return " ".join(draw.choices(WORDS, k=count))
-
-
-def chats(draw: random.Random, count: int, length: int) -> list[dict[str, Any]]:
-    return [
-        {"messages": [{"role": "user", "content": words(draw, length)}], "max_tokens": 4}
-        for _ in range(count)
-    ]
-
-
-def long_lines(draw: random.Random) -> list[dict[str, Any]]:
-    """Each as long as a line may be; most ask for too much, and some only hold what nobody reads."""
-    text = words(draw, LONG // 4)[:LONG]
-    return [
-        {"prompt": text},
-        {"prompt": "a" * (LONG - 8) + "\N{GRINNING FACE}"},
-        {"prompt": [draw.randrange(300) for _ in range(LONG // 5)]},
-        {"prompt": [words(draw, 500) for _ in range(2000)], "max_tokens": 1},
-        {"messages": [{"role": "user", "content": "a"}] * (LONG // 40)},
-        {"prompt": "a", "max_tokens": 2, "metadata": [[]] * (LONG // 4)},
-        {"prompt": "a", "max_tokens": 2, "metadata": {str(n): 0.5 for n in range(LONG // 13)}},
-        {"input": [[draw.randrange(300) for _ in range(100)] for _ in range(500)]},
-    ]
-
-
-def named(draw: random.Random) -> list[dict[str, Any]]:
-    """Names as long as they may be, with characters that take four bytes each."""
-    names = (f"{number} \N{GRINNING FACE}".ljust(4000, draw.choice("abc")) for number in range(1500))
-    return [{"custom_id": name, "prompt": [5], "max_tokens": 1} for name in names]
-
-
-def held(draw: random.Random) -> list[dict[str, Any]]:
-    """Each answer is held to another schema, some of which take much memory for their length."""
-    size = 1500
-    deep = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(size)} | {f"d{size}": {"type": "string"}}
-    schemas: list[dict[str, Any]] = [
-        {"enum": [f"{word} {number}" for number in range(300)]} for word in draw.sample(WORDS, 8)
-    ]
-    schemas += [{"type": "integer", "multipleOf": draw.choice((9973, 9967, 9949))}]
-    schemas += [{"$defs": deep, "$ref": "#/$defs/d0"}]
-    return [{"prompt": "a", "max_tokens": 6, "structured_outputs": {"json": schema}} for schema in schemas]
-
-
-def tuned(draw: random.Random) -> list[dict[str, Any]]:
-    """Chats that repeat themselves, so that drafts are made, half of them for an adapter."""
-    lines = [one | {"max_tokens": 60} for one in chats(draw, 30, 60)]
-    return [one | {"model": "tuned"} if number % 2 else one for number, one in enumerate(lines)]
 
 
 CHOICES = {"n": 256, "max_tokens": 100, "temperature": 1.0, "logprobs": True, "top_logprobs": 20}
@@ -156,6 +97,15 @@ JOBS = {
         ("memory.kv=8MiB", "output.format=parquet", 'request.prompt="{prompt}"', "sampling.max_tokens=4"),
         file="in.csv",
     ),
+    "mixture in GGUF": Job(
+        "mixture gguf", partial(ids, count=8, length=64), ("memory.weights=24MiB", "memory.kv=9MiB", "layout.stages=2"),
+        ranks=2,
+    ),
+    "images": Job("images", partial(ids, count=40, length=60, vocab=100), ("memory.kv=1MiB",)),
+    "mxfp4": Job("mxfp4", partial(ids, count=40, length=60, vocab=100), ("memory.kv=1MiB",)),
+    "labels": Job("labels", labelled, ("memory.kv=1MiB",)),
+    "pairs": Job("chat", paired, ("memory.kv=1MiB",)),
+    "choices to score": Job("chat", scored, ("memory.kv=4MiB",)),
     "ranks": Job("packed", partial(ids, count=8, length=64), ("memory.kv=16MiB", "layout.stages=2"), ranks=4),
     "full journal": Job(
         "chat", partial(ids, count=60_000, length=3, vocab=300), ("memory.kv=4MiB",), journaled=60_000
@@ -181,6 +131,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
             "latent": model_path("deepseek_v3"),
             "packed": packed.create("dense", "q4_0", 1),
             "mixture": packed.create("mixture", "q4_0", 1),
+            "mixture gguf": synthetic.create("mixture", "q4_0"),
+            "images": model_path("qwen35_images"),
+            "mxfp4": model_path("gpt_oss_mxfp4"),
+            "labels": FIXTURES / "pooled" / "modernbert_labels",
             "gguf": synthetic.create("dense", "q4_0"),
             "unpacked": write_hf(folder / "unpacked", UNPACKED.weights(), UNPACKED.config(), "BF16"),
             "big vocabulary": with_more_words(folder / "big"),

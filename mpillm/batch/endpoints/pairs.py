@@ -163,9 +163,9 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
             raise RequestError("the model has no place for an instruction beside a query and a document")
         seconds: list[int | None] = []
 
-        def pair(most: int | None) -> list[int]:
+        def pair(max_tokens: int) -> list[int]:
             assert model.text is not None
-            ids, second = model.text.encode_pair(query, document, most)
+            ids, second = model.text.encode_pair(query, document, max_tokens)
             seconds.append(second)
             return ids
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 from mpillm.batch.work import Model
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
-from mpillm.text import TooLongError
+from mpillm.text import End, TooLongError, encoded_at_once
 
 TokenIds = tuple[int, ...]
 Truncated = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -125,19 +125,23 @@ def check_answer(nbytes: int) -> None:
 
 
 def encoded(
-    encode: Callable[[int | None], list[int]],
+    encode: Callable[..., list[int]],
     which: str,
     spec: Spec,
     model: Model,
     cut: Cut | None = None,
     around: tuple[list[int], list[int]] = ([], []),
 ) -> TokenIds:
-    """The token ids that `encode` returns, which is told how many there may be; cut between those that stand `around`.
+    """The token ids that `encode` returns, cut between those that stand `around`.
 
+    It is told how many there may be, as `max_tokens`; or which `end` of the text is enough for what the cut leaves.
     A tokenizer may have tokens for which the model has no embedding: they were added to one and not to the other.
     """
     try:
-        ids = tuple(encode(_context(spec, model))) if cut is None else cut(encode(None), *around)
+        if cut is None or cut.count > _context(spec, model):
+            ids = tuple(encode(max_tokens=_context(spec, model)))
+        else:
+            ids = cut(encode(end=End(encoded_at_once(cut.count), cut.last)), *around)
     except TooLongError as error:
         raise _too_long(which, str(error), spec, model) from None
     largest = max(ids, default=0)
