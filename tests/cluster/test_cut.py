@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
-from tests.conftest import Mpi, run_bounded
+from tests.conftest import HANGS, Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 
 pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
@@ -48,7 +48,7 @@ def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
             wait_for_results(output / "journal")
             unreachable.touch()
             run_bounded(["ip", "-n", hosts.switch, "link", "set", "port2", "down"])
-            _, said = supervisor.communicate()
+            _, said = supervisor.communicate(timeout=HANGS)
         finally:
             supervisor.kill()
             supervisor.communicate()

@@ -79,7 +79,7 @@ def test_goes_on_after_a_kill_and_grows(mpi: Mpi, source: Path, tmp_path: Path) 
         while psutil.Process(supervisor.pid).children():  # until mpiexec has ended; then it waits a second
             time.sleep(0.01)
         hosts.write_text("localhost slots=3\n")  # three do not work with this model, two do
-        _, said = supervisor.communicate()
+        _, said = supervisor.communicate(timeout=HANGS)
         assert supervisor.returncode == 0, said
     assert "The run ended before it was complete" in said
     assert "by earlier runs" in said
@@ -105,7 +105,7 @@ def test_hosts_that_are_added_are_used(openmpi: Mpi, source: Path, tmp_path: Pat
             assert line, "the supervisor has ended"
         for rank in at_work:
             rank.resume()
-        _, said = supervisor.communicate()
+        _, said = supervisor.communicate(timeout=HANGS)
     assert supervisor.returncode == 0, said
     assert '"shards":2' in (output / "report.json").read_text().replace(" ", "")
 
