@@ -103,8 +103,8 @@ class Journal(Descriptor):
             with self._directory.replacing(JOURNAL) as file:
                 file.write(framed(header, 0))
                 file.write(framed(InputKeys(keys), file.tell()))
-                file.write(framed(Verified(file.tell(), model_state), file.tell()))
                 file.write(framed(header, file.tell()))
+                file.write(framed(Verified(file.tell(), model_state), file.tell()))
         with explained(self.path):
             self._file = self._directory.open(JOURNAL, os.O_RDWR)
         try:
@@ -116,12 +116,7 @@ class Journal(Descriptor):
 
     def _resume(self, header: JournalHeader, keys: bytes, lines: Iterable[Line]) -> None:
         with explained(self.path):
-            found = self._scan_verified()
-            size = os.fstat(self._file).st_size
-        self.done, self._partial = found.done, found.partial
-        self.answered, self._last_layout = found.answered, found.layout
-        self.counts = tuple(found.counts.values())
-        self._end = found.end
+            found = scan(self._file)
         if found.header is None:
             raise OutputError(
                 f"The journal {self.path} is damaged: nothing in it says which job it is of; "
@@ -131,10 +126,19 @@ class Journal(Descriptor):
             self.damage.append(
                 f"The journal {self.path} is damaged in bytes {start} to {end}; the requests in it run again."
             )
-        refuse_other_job(self.path, found.header, header)
+        kept = found.header
+        refuse_other_job(self.path, kept, header)
         old = found.keys or b""
         if found.damage or not keys.startswith(old):
             refuse_changed_lines(self.path, old, keys, lines, self._names(found.done))
+        # From here on it is this job's, and may be written to.
+        with explained(self.path):
+            found = self._without_unverified(found)
+            size = os.fstat(self._file).st_size
+        self.done, self._partial = found.done, found.partial
+        self.answered, self._last_layout = found.answered, found.layout
+        self.counts = tuple(found.counts.values())
+        self._end = found.end
         if size > self._end:
             log.info(
                 "The journal's last record was not finished (%d bytes); it is dropped.", size - self._end
@@ -142,7 +146,7 @@ class Journal(Descriptor):
             with explained(self.path):
                 os.ftruncate(self._file, self._end)
         if found.headers < 2:  # one of the two was damaged
-            self._write(framed(found.header, self._end))
+            self._write(framed(kept, self._end))
         if found.keys != keys:
             self._write(framed(InputKeys(keys), self._end))
         self._unmarked = 0  # successful checks until everything that was appended is verified
@@ -151,10 +155,9 @@ class Journal(Descriptor):
         if found.verified is None or found.verified.state != self._state:
             self._write(framed(Verified(self._end, self._state), self._end))
 
-    def _scan_verified(self) -> Scan:
+    def _without_unverified(self, found: Scan) -> Scan:
         """The content of the journal, without what may have been computed with other files of the model."""
-        found = scan(self._file)
-        if found.header is None or found.verified is None or found.verified.state == self._state:
+        if found.verified is None or found.verified.state == self._state:
             return found
         before = len(found.done)
         os.ftruncate(self._file, found.verified.upto)

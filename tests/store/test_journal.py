@@ -283,3 +283,24 @@ def test_another_model_is_refused_by_its_file(tmp_path: Path) -> None:
     del files["model/model.gguf"]
     with Claim(tmp_path) as claim, pytest.raises(OutputError, match=r"model\.gguf is gone; change it back"):
         Journal(claim, files, lines("a"))
+
+
+def test_a_start_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    """Though it sees another model: what is not verified, and a header behind what is, are of the job that has begun."""
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state="first") as journal:
+        journal.append(result("a"))
+        journal.flush()
+    path = tmp_path / "journal"
+    raw = bytearray(path.read_bytes())
+    raw[50] ^= 1  # in the first header
+    path.write_bytes(raw)
+    for identity, named in ((IDENTITY | {"sampling.seed": 4}, NAMES), (IDENTITY, NAMES[1:])):
+        with Claim(tmp_path) as claim, pytest.raises(OutputError):
+            Journal(claim, identity, lines(*named), model_state="second")
+        assert path.read_bytes() == raw
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state="first") as journal:
+        assert list(journal.finished()) == ["a"]
+    path.write_bytes(raw)
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state="second") as journal:
+        assert list(journal.finished()) == []
+    assert done(tmp_path) == []
