@@ -286,7 +286,7 @@ def test_another_model_is_refused_by_its_file(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_refused_changes_nothing(tmp_path: Path) -> None:
-    """Though it sees another model: what is not verified, and a header behind what is, are of the job that has begun."""
+    """Though it sees another model: what is not verified, and a header behind that, belong to the other job."""
     with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state="first") as journal:
         journal.append(result("a"))
         journal.flush()
