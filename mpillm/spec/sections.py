@@ -63,11 +63,12 @@ class TagStructure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StructuralTags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """vLLM's structural tags: where one of the triggers comes in a text, one of the structures begins with it."""
+    """vLLM's structural tags: a format, or structures of which one follows where one of the triggers comes."""
 
     type: Literal["structural_tag"] = "structural_tag"
-    structures: Annotated[list[TagStructure], Meta(min_length=1)]
-    triggers: Annotated[list[Word], Meta(min_length=1)]
+    format: dict[str, Any] | None = None
+    structures: list[TagStructure] | None = None
+    triggers: list[Word] | None = None
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +76,7 @@ class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
     structures: list[TagStructure] | None = None
     triggers: list[Word] | None = None
 

@@ -258,7 +258,7 @@ BAD = [
     ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs: structural_tag is no JSON: invalid character (byte 0)"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex and guided_choice exclude one another"),
     ({"response_format": {"type": "json_schema"}}, "response_format: the key 'json_schema' is missing"),
-    ({"response_format": {"type": "structural_tag"}}, "response_format: structural tags need structures and triggers"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format: structural tags need a format, or structures and triggers"),
     ({"guided_choice": ["a"], "min_tokens": 3}, "min_tokens and a grammar (or a schema, or choices) exclude one another"),
 ]  # fmt: skip
 

@@ -363,6 +363,23 @@ def test_each_key_has_its_meaning(url: str, model: Model, tmp_path: Path) -> Non
     assert not [key for key, (body, check) in table if not check(Asked(url, body, key, used, tmp_path))]
 
 
+YES, NO = ({"type": "const_string", "value": text} for text in ("yes", "no"))
+THOUGHT = {"type": "tag", "begin": "<t>", "content": {"type": "any_text"}, "end": "</t>"}
+TAGGED = {
+    "type": "triggered_tags",
+    "triggers": ["<f="],
+    "tags": [
+        {
+            "type": "tag",
+            "begin": "<f=add>",
+            "content": {"type": "json_schema", "json_schema": SCHEMA},
+            "end": "</f>",
+        },
+        {"type": "tag", "begin": "<f=now>", "content": {"type": "any_text"}, "end": "</f>"},
+    ],
+}
+
+
 def test_structural_tags(tmp_path: Path) -> None:
     tags = {
         "type": "structural_tag",
@@ -380,17 +397,65 @@ def test_structural_tags(tmp_path: Path) -> None:
         asked = Asked(COMPLETIONS, body, "", WITH_TEXT, tmp_path)
         assert all(map(asked.obeys, ["", "a <b>", 'so <f=add>{"a": 3}</f> and <f=now>null</f>.']))
         assert not any(map(asked.obeys, ["<f=", "<f=sub>", '<f=add>{"a": 3}', "<f=now>3</f>"]))
-    wrong = [
-        {**tags, "triggers": ["<g="]},
-        {**tags, "triggers": ["<f=", "<g="]},
-        {"type": "structural_tag", "format": {"type": "any_text"}},
+
+
+@pytest.mark.parametrize(
+    ("format", "right", "wrong"),
+    [
+        ({"type": "const_string", "value": "so."}, ["so."], ["", "so"]),
+        ({"type": "json_schema", "json_schema": SCHEMA}, ['{"a": 3}'], ["{}", '{"a": 3} ']),
+        ({"type": "regex", "pattern": "[a-c]{2}-[0-9]"}, ["ab-3"], ["ad-3", "ab-"]),
+        ({"type": "grammar", "grammar": 'root ::= ("yes" | "no")'}, ["yes", "no"], ["yesno", ""]),
+        ({"type": "any_text"}, ["", "a <b>"], []),
+        ({"type": "or", "elements": [YES, NO]}, ["yes", "no"], ["", "yesno"]),
+        ({"type": "sequence", "elements": [YES, {"type": "optional", "content": NO}, {"type": "any_text"}]}, ["yes", "yesno", "yes, b"], ["no"]),
+        ({"type": "sequence", "elements": [{"type": "plus", "content": YES}, {"type": "star", "content": NO}]}, ["yes", "yesyesno", "yesnono"], ["", "no"]),
+        ({"type": "repeat", "min": 1, "max": 2, "content": NO}, ["no", "nono"], ["", "nonono"]),
+        ({"type": "repeat", "min": 2, "max": -1, "content": NO}, ["nono", "nononono"], ["no"]),
+        ({**THOUGHT, "end": ["</t>", "."]}, ["<t>a b</t>", "<t>."], ["<t>a", "a</t>", "<t></t> "]),
+        ({"type": "sequence", "elements": [THOUGHT, YES]}, ["<t>no</t>yes"], ["yes", "<t>yes"]),
+        (TAGGED, ["", "a <b>", 'so <f=add>{"a": 3}</f> and <f=now>a</f>.'], ["<f=", "<f=sub>", '<f=add>{"a": 3}', "<f=add>3</f>"]),
+        ({**TAGGED, "at_least_one": True}, ['<f=add>{"a": 3}</f> and'], ["", 'so <f=add>{"a": 3}</f>']),
+        ({**TAGGED, "at_least_one": True, "stop_after_first": True}, ['<f=add>{"a": 3}</f>'], ['<f=add>{"a": 3}</f> and']),
+        ({**TAGGED, "stop_after_first": True}, ['so <f=add>{"a": 3}</f>', "so"], ['so <f=add>{"a": 3}</f> and']),
+        ({"type": "tags_with_separator", "tags": [THOUGHT], "separator": ", "}, ["", "<t>a</t>, <t>b</t>"], ["a", "<t>a</t>, "]),
+        ({"type": "tags_with_separator", "tags": [THOUGHT], "separator": ", ", "at_least_one": True, "stop_after_first": True}, ["<t>a</t>"], ["", "<t>a</t>, <t>b</t>"]),
+    ],
+)  # fmt: skip
+def test_formats_of_structural_tags(format: Any, right: list[str], wrong: list[str], tmp_path: Path) -> None:
+    tags = {"type": "structural_tag", "format": format}
+    for body in ({"response_format": tags}, {"structured_outputs": {"structural_tag": json.dumps(tags)}}):
+        asked = Asked(COMPLETIONS, body, "", WITH_TEXT, tmp_path)
+        assert [text for text in right if not asked.obeys(text)] == []
+        assert [text for text in wrong if asked.obeys(text)] == []
+
+
+def test_structural_tags_that_are_wrong(tmp_path: Path) -> None:
+    deep: Any = YES
+    for _ in range(40):
+        deep = {"type": "optional", "content": deep}
+    formats = {
+        "format: object missing required field type": {"value": "a"},
+        "format.type: invalid value 'token'": {"type": "token", "token": 3},
+        "format: object contains unknown field a": {**YES, "a": 1},
+        "format.style": {"type": "json_schema", "json_schema": {}, "style": "qwen_xml"},
+        "format.max_tokens": {"type": "any_text", "max_tokens": 3},
+        "any_text must come last, or be all that stands in a tag": {"type": "sequence", "elements": [{"type": "any_text"}, YES]},
+        "triggered_tags must come last, or be all that stands in a tag": {"type": "plus", "content": TAGGED},
+        "repeat has a min of 3 and a max of 2": {"type": "repeat", "min": 3, "max": 2, "content": YES},
+        "tag 1 begins with none of the triggers": {**TAGGED, "triggers": ["<g="]},
+        "no tag begins with the trigger '<g='": {**TAGGED, "triggers": ["<f=", "<g="]},
+        "there are formats in more than 32 others": deep,
+    }  # fmt: skip
+    bodies = [
+        {"prompt": "a", "response_format": {"type": "structural_tag", "format": one}}
+        for one in formats.values()
     ]
-    said = errors(tmp_path, *({"prompt": "a", "response_format": one} for one in wrong))
-    assert said == [
-        "Line 1: response_format: structures[0] begins with none of the triggers.",
-        "Line 2: response_format: the trigger '<g=' begins no structure.",
-        "Line 3: response_format: object contains unknown field format.",
-    ]
+    both = {"type": "structural_tag", "format": YES, "triggers": ["a"]}
+    *said, last = errors(tmp_path, *bodies, {"prompt": "a", "response_format": both})
+    for found, expected in zip(said, formats, strict=True):
+        assert expected in found
+    assert "format stands without structures and triggers" in last
 
 
 def test_values_that_ask_for_nothing_stand_beside_others(model: Model, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mpillm.batch.work import Model
 from mpillm.errors import RequestError
 from mpillm.spec import ResponseFormat, Spec, StructuralTags, StructuredOutputs, plain_words
 from mpillm.text import constrain
-from mpillm.text.structural_tags import Structure, tags_grammar
+from mpillm.text.structural_tags import Format, JsonFormat, Tag, TriggeredTags, tags_grammar
 
 GUIDED = {
     "guided_json": "json",
@@ -61,7 +61,8 @@ def _response_format(asked: ResponseFormat, model: Model) -> str | None:
     if asked.type == "json_object":
         return constrain.json_grammar({"type": "object"})
     if asked.type == "structural_tag":
-        return _tags(StructuralTags(structures=asked.structures or [], triggers=asked.triggers or []), model)
+        tags = StructuralTags(format=asked.format, structures=asked.structures, triggers=asked.triggers)
+        return _tags(tags, model)
     if asked.json_schema is None:
         raise RequestError("the key 'json_schema' is missing")
     return constrain.json_grammar(asked.json_schema.schema, lenient=asked.json_schema.strict is False)
@@ -87,11 +88,29 @@ def _structured(asked: StructuredOutputs, model: Model) -> str:
 
 
 def _tags(asked: StructuralTags, model: Model, **options: Any) -> str:
-    if not asked.structures or not asked.triggers:
-        raise RequestError("structural tags need structures and triggers")
     control = {} if model.text is None else model.text.control
-    structures = [Structure(one.begin, one.schema, one.end) for one in asked.structures]
-    return tags_grammar(structures, asked.triggers, control, **options)
+    return tags_grammar(_format(asked), control, **options)
+
+
+def _format(asked: StructuralTags) -> Format:
+    """The format of structural tags, of which `structures` and `triggers` are an older form."""
+    if asked.format is None:
+        if not asked.structures or not asked.triggers:
+            raise RequestError("structural tags need a format, or structures and triggers")
+        tags = [
+            Tag(begin=one.begin, content=JsonFormat(json_schema=one.schema), end=one.end)
+            for one in asked.structures
+        ]
+        return TriggeredTags(triggers=asked.triggers, tags=tags)
+    if asked.structures or asked.triggers:
+        raise RequestError("format stands without structures and triggers")
+    try:
+        return msgspec.convert(asked.format, Format)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at `$")
+        raise RequestError(f"format{place.rstrip('`')}: {plain_words(text)}") from None
+    except RecursionError:
+        raise RequestError("format has too many levels") from None
 
 
 def _read_tags(given: StructuralTags | str) -> StructuralTags:
