@@ -162,6 +162,41 @@ def _tags(draw: Draw) -> Any:
     }
 
 
+def _format(draw: Draw, levels: int = 3) -> Any:
+    """A format of structural tags."""
+
+    def inner() -> Any:
+        return _format(draw, levels - 1)
+
+    parts: tuple[Any, ...] = (
+        {"type": "const_string", "value": draw.one(("", "a", "</s>", "yes"))},
+        {"type": "json_schema", "json_schema": schema(draw)},
+        {"type": "regex", "pattern": draw.one((*REGEXES, *BAD_REGEXES))},
+        {"type": "grammar", "grammar": draw.one((*GRAMMARS, *BAD_GRAMMARS))},
+        {"type": "any_text"},
+    )
+    if levels == 0 or draw.often(30):
+        return draw.one(parts)
+    tags = [
+        {
+            "type": "tag",
+            "begin": draw.one(("<", "<a>", "")),
+            "content": inner(),
+            "end": draw.one((">", "", ["a", "b"])),
+        }
+    ]
+    return draw.one(
+        (
+            {"type": draw.one(("sequence", "or")), "elements": [inner() for _ in range(draw.below(4))]},
+            {"type": draw.one(("optional", "plus", "star")), "content": inner()},
+            {"type": "repeat", "min": draw.below(3), "max": draw.one((-1, 2, 20_000)), "content": inner()},
+            *tags,
+            {"type": "triggered_tags", "triggers": ["<"], "tags": tags, "at_least_one": draw.often(50)},
+            {"type": "tags_with_separator", "tags": tags, "separator": draw.one((",", ""))},
+        )
+    )
+
+
 def _response_format(draw: Draw) -> Any:
     held = {"name": "n", "schema": schema(draw), **({"strict": draw.often(50)} if draw.often(30) else {})}
     return draw.one(
@@ -171,6 +206,7 @@ def _response_format(draw: Draw) -> Any:
             {"type": "json_schema", "json_schema": held},
             {"type": "json_schema"},
             {"type": "structural_tag", **_tags(draw)},
+            {"type": "structural_tag", "format": _format(draw)},
         )
     )
 
