@@ -105,7 +105,8 @@ def _format(asked: StructuralTags) -> Format:
     if asked.structures or asked.triggers:
         raise RequestError("format stands without structures and triggers")
     try:
-        return msgspec.convert(asked.format, Format)
+        found: Format = msgspec.convert(asked.format, Format)
+        return found
     except msgspec.ValidationError as error:
         text, _, place = str(error).partition(" - at `$")
         raise RequestError(f"format{place.rstrip('`')}: {plain_words(text)}") from None
