@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections import Counter
@@ -24,6 +25,8 @@ from mpillm.errors import JobError, MpillmError, RequestError
 from mpillm.model.opening import config_of, open_source
 from mpillm.spec import MemorySection
 from mpillm.text import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 MODEL = "mpillm"  # how --model names it
 LINE_TOKENS = 1 << 16  # of one line's continuations, each with its context
@@ -70,7 +73,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
-        think_end_token: str | None = None,
+        think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
         batch_size: object = None,
         max_batch_size: object = None,
         device: object = None,
@@ -94,7 +99,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         )
         self.max_length = min(max_length or context, context - 1)
         self.max_gen_toks = max_gen_toks
-        self._add_bos, self._prefix, self._think_end = add_bos_token, prefix_token_id, think_end_token
+        self._add_bos, self._prefix = add_bos_token, prefix_token_id
+        number = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self._think_end = int(think_end_token) if number else think_end_token  # type: ignore[arg-type]
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._template_args = {**(chat_template_args or {}), **thinking}
         self._name = model
         self._llm = LLM(model, ranks, **nested)
 
@@ -124,16 +133,28 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         options = {
+            **self._template_args,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
         }
-        return self._tokenizer.render_chat(chat_history, options)
+        try:
+            return self._tokenizer.render_chat(chat_history, options)
+        except RequestError as error:  # of a template without a system role, perhaps
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            log.warning("%s The chat goes on without its system message.", error)
+            return self._tokenizer.render_chat(rest, options)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         special = self._add_bos if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(self._tokenizer.token_text(self.prefix_token_id)):
             special = False  # of a chat template, which has begun the text
-        return self._tokenizer.encode(string, special is not False, parse_special=True)
+        ids = self._tokenizer.encode(string, special is not False, parse_special=True)
+        bos = self._tokenizer.bos_id
+        if special and self._add_bos and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]  # whatever the tokenizer's files say
+        return ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[Scored] = []
@@ -168,19 +189,33 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             if not body.pop("do_sample"):
                 body["temperature"] = 0.0
             ids = self.tok_encode(context)[-(self.max_length - most) :]
-            # Behind a model's thoughts, a text that ends the answer may stand in them.
             lines.append(
-                {"prompt": ids, "max_tokens": most, "stop": [] if self._think_end else until, **body}
+                {
+                    "prompt": ids,
+                    "max_tokens": most,
+                    # Where a model thinks first, a text that ends the answer may stand in its thoughts.
+                    "stop": until if self._think_end is None else [],
+                    "skip_special_tokens": False,  # a control token may end the answer
+                    **body,
+                }
             )
             stops.append(until)
         texts = [""] * len(requests)
         for answer in self._answers(lines, "texts", disable_tqdm):
             assert isinstance(answer, Generation)
-            text = self._tokenizer.decode(answer.completions[0].tokens.tolist())
-            text = postprocess_generated_text(text, stops[answer.index], self._think_end)
+            text = self._said(answer.completions[0].tokens.tolist(), stops[answer.index])
             texts[answer.index] = text
             self.cache_hook.add_partial("generate_until", requests[answer.index].args, text)
         return texts
+
+    def _said(self, tokens: list[int], stops: list[str]) -> str:
+        """The text of an answer behind what was thought, up to one of the `stops`."""
+        end = self._think_end
+        if not isinstance(end, int):
+            return str(postprocess_generated_text(self._tokenizer.decode(tokens), stops, end))
+        if end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
+        return str(postprocess_generated_text(self._tokenizer.decode(tokens).lstrip(), stops, None))
 
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, **_: Any

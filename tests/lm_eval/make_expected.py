@@ -16,10 +16,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODEL = "tests/fixtures/models/chat"
 TASKS = ["--tasks", "tiny_choice,tiny_generation,tiny_rolling", "--include_path", "tests/lm_eval"]
+EXAMPLES = ["--num_fewshot", "1", "--fewshot_as_multiturn", "True"]
 RUNS = {
     "plain": [],
-    "chat": ["--apply_chat_template", "--num_fewshot", "1", "--fewshot_as_multiturn", "True"],
+    "chat": ["--apply_chat_template", "--system_instruction", "Be brief.", *EXAMPLES],
 }
+# More arguments of the model.
+ARGS = {"plain": "add_bos_token=True", "chat": "add_bos_token=False"}
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -44,7 +47,12 @@ if __name__ == "__main__":
     expected = {}
     for name, words in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            model = ["--model", "hf", "--model_args", f"pretrained={MODEL},dtype=float32,max_length=511"]
+            model = [
+                "--model",
+                "hf",
+                "--model_args",
+                f"pretrained={MODEL},dtype=float32,max_length=511,{ARGS[name]}",
+            ]
             rest = ["--device", "cpu", "--output_path", folder, "--log_samples"]
             subprocess.run(
                 [sys.executable, "-m", "lm_eval", *model, *TASKS, *words, *rest], cwd=ROOT, check=True
