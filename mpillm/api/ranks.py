@@ -67,7 +67,7 @@ def serve(world: World, address: str) -> int:
 
 
 def _next(connection: Connection | None) -> list[bytes] | None:
-    """On rank 0 the lines that come next; None when the caller is gone, and on the other ranks."""
+    """Return the lines that come next, on rank 0; None when the caller is gone, and on the other ranks."""
     while connection is not None:
         try:
             message = receive(connection)

@@ -74,7 +74,7 @@ class CheckedInput:
         return self._works(self._without(done, range(len(self))))
 
     def ordered_works(self, done: Container[str] = ()) -> Iterator[Work]:
-        """The same in the order in which it is best computed."""
+        """Yield the work of all lines in the order in which it is best computed."""
         return self._works(self.unanswered(done))
 
     def _works(self, lines: Iterable[Line]) -> Iterator[Work]:

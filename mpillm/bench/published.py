@@ -35,7 +35,7 @@ class Published:
         return int(self.config["vocab_size"])
 
     def of_layers(self, layers: int) -> Published:
-        """The same with its first layers alone."""
+        """Return this model with only its first layers."""
         of_each = {
             key: value[:layers]
             for key, value in self.config.items()

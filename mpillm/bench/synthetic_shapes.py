@@ -108,7 +108,7 @@ def tensors(shape: Shape | Published, recipe: str) -> Iterator[tuple[str, tuple[
 
 
 def _published(shape: Published, recipe: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
-    """As `_wanted`; with MXFP4 only experts have it, and other matrices Q8_0."""
+    """Return the type like `_wanted`; with MXFP4 only experts have that type, and other matrices have Q8_0."""
     weights, layers = (WEIGHTS | MIXTURES)[recipe], shape.layers
     for name, sizes, matrix in shape.tensors():
         kind = weights if matrix else Type.F32

@@ -25,7 +25,7 @@ class Rates:
         self._seen = deque([(self._started, 0)])
 
     def add(self, tokens: int) -> None:
-        """So many tokens have been computed in all."""
+        """Note how many tokens have been computed in all."""
         now = time.monotonic()
         self._seen.append((now, tokens))
         while len(self._seen) > 2 and self._seen[1][0] < now - WINDOW:

@@ -83,7 +83,7 @@ class Unfailing(io.TextIOBase):
 
 @contextlib.contextmanager
 def unfailing() -> Iterator[None]:
-    """In the block sys.stdout and sys.stderr never fail, and the descriptors 0, 1 and 2 are no other files'."""
+    """Within the block sys.stdout and sys.stderr never fail, and no other file gets the descriptors 0, 1 and 2."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -100,7 +100,7 @@ class AnswerIndex:
         self._last[hashes] = np.arange(begin, end, dtype=np.int32)
 
     def _hash(self, run: Sequence[int]) -> int:
-        """As `_append` computes it."""
+        """Compute the hash that `_append` stores."""
         found = 0
         for token in run:
             found = (found + token) * _FACTOR & 0xFFFFFFFF

@@ -78,7 +78,7 @@ class Acceptance:
         return (self._right + 0.01) / (self._all + 0.02)
 
     def note(self, right: int, wrong: int) -> None:
-        """So many more drafted tokens were right, or the first wrong ones."""
+        """Count drafted tokens: how many were right, and how many were the first wrong ones."""
         kept = self.KEPT ** (right + wrong)
         self._right, self._all = self._right * kept + right, self._all * kept + right + wrong
 
@@ -101,7 +101,7 @@ class Offer:
 
 
 def first_acceptances() -> Acceptances:
-    """With what a run begins."""
+    """The acceptances that a run begins with."""
     matches = {
         (kind, is_long): Acceptance(0.8 if is_long else 0.4)
         for kind in (PROMPT_LOOKUP, ANSWERS)

@@ -72,12 +72,12 @@ class Totals:
 
     @property
     def drafted_tokens(self) -> int:
-        """By all drafters."""
+        """The tokens that all drafters have drafted."""
         return sum(self.drafted.values())
 
     @property
     def accepted_tokens(self) -> int:
-        """Of all drafters."""
+        """The drafted tokens, of all drafters, that were accepted."""
         return sum(self.accepted.values())
 
     def count_drafts(self, drafts: Seq[Drafted], accepted: int) -> None:

@@ -72,11 +72,11 @@ class RowCost:
         self._together = (1.0 - part) * (self._together + part * by_rows * by_seconds)
 
     def seconds(self, rows: int) -> float:
-        """Of a step of so many rows; 0 while none was seen."""
+        """Return the seconds of a step of so many rows; 0 while none was seen."""
         return max(self._seconds + self._row * (rows - self._rows), 0.0) if self._seconds else 0.0
 
     def part(self, rows: int) -> float:
-        """Of a step of so many rows without drafts."""
+        """Return the part of a step's time that a row costs, in a step of so many rows without drafts."""
         if not self._seconds:
             return self._first * rows / (1.0 + self._first * (rows - 1))
         step = self.seconds(rows)

@@ -63,7 +63,7 @@ class ModelConfig:
         return self.adapters.nbytes(place) if self.adapters else 0
 
     def with_block(self, block: int) -> ModelConfig:
-        """The same for weights of this block size."""
+        """Return this configuration for weights of this block size."""
         return replace(self, block=block)
 
     @property

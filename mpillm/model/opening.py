@@ -38,7 +38,7 @@ def open_source(path: str | Path, quantize: str = "none") -> Source:
 
 
 def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
-    """The same for a model that is not packed (see `weights.opening.open_unpacked`)."""
+    """Open a model of any family that is not packed (see `weights.opening.open_unpacked`)."""
     return opening.open_unpacked(path, _Families(), quantize)
 
 

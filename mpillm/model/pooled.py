@@ -61,7 +61,7 @@ class ClassifierSpec:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """The same with its weights: f32 [n, k], [n] and those of the norm [n]."""
+    """A dense layer with its weights: f32 [n, k], [n] and those of the norm [n]."""
 
     weight: Floats
     bias: Floats | None = None

@@ -136,7 +136,7 @@ def _hosts_of_parts(sizes: Sequence[int], ranks_per_host: Sequence[int] | None) 
 def _common_shards(
     model: Divisible, sizes: Sequence[int], stages: int | Auto, hosts: Sequence[Sequence[int] | None]
 ) -> int | Auto:
-    """As many shards as all replicas can have, if possible none of whose groups reaches over two hosts."""
+    """Return the maximum of shards that all replicas can have; if possible, no group of shards spans two hosts."""
     works = [
         {shards for found, shards in grid.layouts(model, size) if stages in ("auto", found)} for size in sizes
     ]

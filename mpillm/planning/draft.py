@@ -37,7 +37,7 @@ def nbytes(spec: Spec, config: ModelConfig) -> int:
 
 @lru_cache(maxsize=1)
 def _planned(section: DraftSection, max_context: int) -> int:
-    """The same; a plan asks for it again and again."""
+    """Compute `nbytes`, which a plan asks for again and again."""
     assert section.model is not None
     with closing(open_described(models.path_to_plan(section.model), section.quantize)) as source:
         return _nbytes(section, max_context, source, config_of(source))
@@ -62,7 +62,7 @@ def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> Cac
 
 
 def blocks_of(section: DraftSection, max_context: int, layout: CacheLayout) -> int:
-    """Of the KV cache: as many as draft.kv holds, or all sequences can use that are drafted for at once."""
+    """Return the blocks of the KV cache: as many as draft.kv holds, or as all sequences with drafts can use at once."""
     useful = DRAWN_ROWS * blocks_needed(max_context, [0] * len(layout.windows))
     return min(section.kv_bytes // layout.block_nbytes, useful)
 

@@ -127,7 +127,7 @@ class _Kind:
         return self._known[requests]
 
     def seconds(self, requests: int) -> float:
-        """The same in seconds."""
+        """Return the estimate in seconds."""
         return self.time(requests).seconds
 
 

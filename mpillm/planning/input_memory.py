@@ -190,8 +190,8 @@ def template_length(source: Source) -> int:
 
 
 def _tokens(body: _Body, spec: Spec, count: int, template_bytes: int) -> tuple[int, int | None, int]:
-    """Of all sequences of a line: prompt tokens by an estimate, with those of choices counted once, and at most (None:
-    not known); tokens to generate at most."""
+    """Return numbers of tokens of all sequences of a line: an estimate of the prompts, with that of choices counted
+    once; the maximum of the prompts (None if unknown); and the maximum to generate."""
     given = bytes(body.input or body.prompt or body.messages)
     new = 0 if body.input else count * _new_tokens(body, spec)
     if not given:

@@ -88,7 +88,7 @@ class LayoutPlanner:
         return Found(self.machines, chosen, plans, time)
 
     def with_layers_by_speed(self, chosen: Chosen) -> Chosen:
-        """The same with more layers on faster stages, as their memory allows, where the speeds of ranks are known."""
+        """Give faster stages more layers, as their memory allows, where the speeds of ranks are known."""
         if not self.machines.speeds or all(replica.stages == 1 for replica in chosen.replicas):
             return chosen
         spec, found, uneven = with_wire(self.spec, chosen.wire), list(chosen.replicas), list[str]()
@@ -105,7 +105,7 @@ class LayoutPlanner:
         return replace(chosen, replicas=tuple(found), reason=reason)
 
     def _with_wire(self, chosen: Chosen) -> Chosen:
-        """The same with the wire between shards, where the job leaves it open too."""
+        """Choose the wire between shards too, where the job leaves it open."""
         given = self.spec.wire.activations
         if given != "auto":
             return replace(chosen, wire=given, wire_reason="wire.activations says so")

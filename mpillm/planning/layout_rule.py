@@ -46,7 +46,7 @@ def by_rule(planner: LayoutPlanner, count: int | Auto, shards: int | Auto, reque
 def _as_many_as_possible(
     planner: LayoutPlanner, shards: int | Auto, requests: int | None
 ) -> tuple[Replicas | None, str]:
-    """As many replicas of at least a host each as there are requests for and memory suffices for, and why."""
+    """Return the maximum of replicas, of at least a host each, that requests and memory suffice for; and why."""
     machines, stages = planner.machines, planner.spec.layout.stages
     hosts = len(machines.ranks_per_host)
     most = hosts if requests is None else min(hosts, requests)

@@ -156,7 +156,7 @@ class Planner:
 
 
 def _kinds_of_layers(source: Source, config: ModelConfig) -> tuple[int, ...]:
-    """For each layer the first one that has pages of the same sizes and types."""
+    """Return for each layer the number of the first layer that has pages of the same sizes and types."""
     types: dict[int, list[tuple[str, int, BlockType]]] = {}
     for key, info in source.tensors.items():
         types.setdefault(key.layer, []).append((key.role, key.expert, info.type))

@@ -99,7 +99,7 @@ class _Tried:
             self.found[without] = self._layouts.choose(machines)
 
     def look(self, without: Hosts) -> None:
-        """The same, if there is a layout without these hosts."""
+        """Look at the layout without these hosts, if there is one."""
         with suppress(MpillmError):
             self.add(without)
 
@@ -120,7 +120,7 @@ class _Tried:
         )
 
     def climb(self, needed: int) -> None:
-        """From the best so far on, leave another host out or take one in, as long as that makes the run faster."""
+        """Starting at the best choice so far, leave a host out or take one in as long as that makes the run faster."""
         hosts = range(needed, len(self._machines.ranks_per_host))
         before: Hosts | None = None
         while self.found and (best := self.best()) != before:

@@ -210,7 +210,7 @@ def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
 
 
 def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:
-    """Of products with so many rows, at least one unless there are none."""
+    """Return the seconds of products with so many rows; a part of a row takes as long as a whole one."""
     if rows <= 0:
         return 0.0
     rows = max(rows, 1.0)

@@ -32,7 +32,7 @@ class Origin:
 
     @property
     def layout(self) -> UsedLayout:
-        """As the journal notes it."""
+        """The layout as the journal notes it."""
         return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
 
     def laid_out(self, world: World, wire: WireSection) -> Replicas:

@@ -22,7 +22,7 @@ LOOK = 0.2  # seconds between two looks at whether a signal has come
 
 
 class Full(MpillmError):
-    """So many requests wait that no more are taken."""
+    """The queue of requests is full; no more are taken."""
 
 
 class Closed(MpillmError):
@@ -79,7 +79,7 @@ class Arrivals:
     """The queue between clients and the engine; an iterator that goes on after it has ended."""
 
     def __init__(self, capacity: int, background: int) -> None:
-        """So many requests may wait, with up to WAITING_TOKENS; in the background at most `background` choices run."""
+        """At most `capacity` requests with WAITING_TOKENS wait; at most `background` choices of the background run."""
         self._capacity, self._background_limit = capacity, background
         self._background: deque[Iterator[Ticket]] = deque()
         self._changed = threading.Condition()

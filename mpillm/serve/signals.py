@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def first_signal_calls(function: Callable[[], object], again: bool = False) -> Iterator[None]:
-    """In the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before.
+    """Within the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before.
 
     With `again` every SIGINT calls the function.
     """

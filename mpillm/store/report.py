@@ -189,7 +189,7 @@ class Report(msgspec.Struct, kw_only=True):
         }
 
     def wire_bytes_per_token(self) -> dict[str, float]:
-        """The same, divided by all tokens that went through the model."""
+        """The bytes on the wire, divided by all tokens that went through the model."""
         tokens = self.tokens.computed
         return {kind: count / tokens if tokens else 0.0 for kind, count in self.wire_bytes().items()}
 

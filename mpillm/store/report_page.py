@@ -84,7 +84,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:
-    """By the rank that took most and, where hosts have several, by all ranks of such a host."""
+    """The memory of the rank that took most and, where hosts have several ranks, of all ranks of a host."""
     used, hosts = list[tuple[int, int]](), dict[str, tuple[int, int]]()
     for rank in ranks:
         peak, planned = rank.memory_peak, sum(rank.memory.values())

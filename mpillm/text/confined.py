@@ -69,13 +69,13 @@ class ConfinedTemplate:
     def render(
         self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
     ) -> str:
-        """As `ChatTemplate.render`."""
+        """Render a chat like `ChatTemplate.render`."""
         return str(self._ask("render", messages, options, max_chars))
 
     def pieces(
         self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
     ) -> str | Pieces:
-        """As `ChatTemplate.pieces`."""
+        """Return a chat's pieces like `ChatTemplate.pieces`."""
         found = self._ask("pieces", messages, options, max_chars)
         return found if isinstance(found, str) else [(str(text), bool(control)) for text, control in found]
 

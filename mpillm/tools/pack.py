@@ -40,7 +40,7 @@ class PackProgress(Protocol):
     """How packing speaks."""
 
     def packing(self, done: int, total: int) -> None:
-        """So many bytes of this rank's files are on the disk, of so many."""
+        """Tell how many bytes of this rank's files are on the disk, and of how many."""
 
     def downloading(self, done: int, total: int) -> None:
         """The model is being fetched."""

@@ -32,7 +32,7 @@ def open_source(path: str | Path, families: Families, quantize: str = "none") ->
 
 
 def open_unpacked(path: str | Path, families: Families, quantize: str = "none") -> TensorSource:
-    """The same for a model that is not packed, whose tensors can be read one by one; JobError if it is packed.
+    """Open a model that is not packed, whose tensors can be read one by one; JobError if it is packed.
 
     `quantize` may also be "bf16" or "f32" here: what packing can make.
     """

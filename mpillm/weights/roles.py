@@ -219,5 +219,5 @@ def hf_name(key: Key) -> str:
 
 
 def hf_name_of_experts(key: Key) -> str:
-    """The same for all experts of a layer, with a star for the expert's number."""
+    """Return the name of all experts of a layer, with a star for the expert's number."""
     return hf_name(key._replace(expert=0)).replace(".experts.0.", ".experts.*.")

@@ -77,7 +77,7 @@ class CompletionsEndpoint(Generate, frozen=True, kw_only=True):
         return max((count for count in wanted if count is not None), default=None)
 
     def kept(self, completions: Sequence[FinishedCompletion]) -> Sequence[FinishedCompletion]:
-        """Of each prompt's `best_of` choices the `n` that have the highest log-probability per token, best first."""
+        """Return the `n` of each prompt's `best_of` choices with the highest log-probability per token, best first."""
         if not self._chooses:
             return completions
         found: list[FinishedCompletion] = []

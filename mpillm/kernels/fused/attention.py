@@ -61,7 +61,7 @@ class Attention(Fused):
     def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
                vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                threads: int = 1) -> None:  # fmt: skip
-        """The same from q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
+        """Attend with q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
         if self._gate is not None:
             raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
         if self._normed_after_rope:

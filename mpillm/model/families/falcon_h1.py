@@ -144,7 +144,7 @@ def _inner(config: Mapping[str, Any], hidden: int) -> int:
 
 
 def _factors(fields: Fields, key: str, count: int) -> tuple[float, ...]:
-    """So many multipliers, all 1 if the key is absent or null."""
+    """Return `count` multipliers, all 1 if the key is absent or null."""
     values = fields.raw(key)
     if values is None:
         return (1.0,) * count

@@ -158,7 +158,7 @@ class AttentionSpec:
         return attend(self, given)
 
     def _with_norms_apart(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The same where q and k are normalised between the kernels."""
+        """Compute attention with kernels for each part, and normalise q and k between them."""
         rank, layer, page, norm, x, step, cache = given
         matrices = tuple(page.matrix(role) for role in "qkv")
         rows = rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)

@@ -127,7 +127,7 @@ class MlpSpec:
         return rank.kept(make, "mlp", layer)
 
     def of_pages(self, pages: dict[str, Page], norm: kernels.Norm | None = None) -> kernels.Mlp:
-        """The same of loaded pages, by the names of its own."""
+        """Return the kernels' object for loaded pages, which name their own tensors."""
         gate, up = self.prefix + GATE, self.prefix + UP
         biases = None
         if self.bias:

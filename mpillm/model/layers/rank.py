@@ -69,7 +69,7 @@ class Rank:
         return found
 
     def kept_of(self, page: Page, make: Callable[[], T], *key: object) -> T:
-        """The same where `page` is what it is made of: made anew for a page that is adapted."""
+        """Like `kept`, for what is made of one page; it is made anew for a page that is adapted."""
         return make() if page.adapted else self.kept(make, *key)
 
     def compute(self, work: Any, *args: Any) -> None:
@@ -77,9 +77,9 @@ class Rank:
         kernels.compute(work, *args, self.threads)
 
     def compute_of(self, page: Page, rows: int, work: Any, *args: Any) -> None:
-        """The same for an operation on a page.
+        """Run an operation on a page.
 
-        On an adapted one it is many small ones in turn, for which threads do not pay where there is little to do.
+        On an adapted page it is many small operations in turn; threads do not pay where there is little to do.
         """
         small = page.adapted and rows * page.plan.nbytes < WORTH_THREADS
         kernels.compute(work, *args, 1 if small else self.threads)

@@ -57,7 +57,7 @@ class Link:
             at += count
 
     def read(self, count: int) -> bytearray:
-        """So many bytes."""
+        """Read so many bytes."""
         data = bytearray(count)
         self.read_into(memoryview(data))
         return data

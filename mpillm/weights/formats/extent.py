@@ -78,7 +78,7 @@ class Extent:
         return self.file.pieces([self.offset + row * nbytes for row in where], nbytes)
 
     def rows_together(self, rows: range) -> Bytes:
-        """The same in the order of the file, and all rows of the heads that rows in llama.cpp's order are of."""
+        """Return rows in the order of the file; in llama.cpp's order, all rows of the heads that they belong to."""
         return self.file.read(*self._span(rows)).reshape(-1, self.row_bytes)
 
     def release(self, rows: range | None = None) -> None:

@@ -144,7 +144,7 @@ class _Cursor:
         return self._strings(count, shown)
 
     def _strings(self, count: int, shown: str) -> list[str]:
-        """As `string`, without its calls: a vocabulary has hundreds of thousands."""
+        """Read strings like `string`, but without a call for each: a vocabulary has hundreds of thousands."""
         data, at, size = self.file.map, self.at, self.file.size
         unpack = struct.Struct("<Q").unpack_from
         result = []

@@ -24,7 +24,7 @@ from mpillm.weights.roles import Key
 
 @dataclass(frozen=True)
 class HeadPart(Extent):
-    """Of each head's `each` rows of a `whole` matrix, the `count` rows from `first` on.
+    """The rows `first` .. `first + count` of every head, in a `whole` matrix whose heads have `each` rows.
 
     `transposed`: each head's matrix is transposed, which needs its values, for blocks lie along rows.
     """

@@ -62,7 +62,7 @@ class Writer:
     """Writes files one after the other. While pages are packed, the ones before are written and hashed."""
 
     def __init__(self, source: TensorSource, directory: Path, threads: int, progress: WriteProgress) -> None:
-        """From now on the source is read past the page cache."""
+        """Open the files to write; from now on the source is read past the page cache."""
         source.read_past_cache()
         self._source = source
         self._directory = directory
@@ -165,7 +165,7 @@ class Writer:
             yield waiting[0][0], _fitting(*waiting.popleft())
 
     def _pieces(self, plans: Iterable[FilePlan]) -> Iterator[tuple[FilePlan, Callable[[], PackedPiece]]]:
-        """For each piece of the files' data, its file and the function that makes it."""
+        """Yield the file of each piece of the files' data, and the function that makes the piece."""
         for plan in plans:
             for page in plan.pages:
                 yield plan, partial(self._page, page)

@@ -30,7 +30,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 class _None:
-    """Of a checkpoint that is not quantised."""
+    """The method of a checkpoint that is not quantised."""
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         """Nothing is taken."""

@@ -47,7 +47,7 @@ class PackedInts:
 
     @cached_property
     def stored(self) -> Stored:
-        """As `gptq.Grouped.stored`."""
+        """Say how a matrix is stored, like `gptq.Grouped.stored`."""
         k, count = self.shape[1], self._scales.shape[1]
         if self.groups is None and k // count % QUANT_BLOCK == 0:
             if self.bits == 4:
