@@ -174,6 +174,14 @@ class Report(msgspec.Struct, kw_only=True):
         rank = self.ranks[at]
         return rank, BUSY[max(BUSY, key=lambda key: rank.seconds.get(key, 0.0))]
 
+    def bubbles(self) -> float | None:
+        """The part of the time of computing in which a stage had nothing to do, on average; None without stages."""
+        known = [rank.seconds for rank in self.ranks if rank.seconds]
+        if self.stages == 1 or not known:
+            return None
+        at_work = sum(seconds.get(key, 0.0) for seconds in known for key in (*BUSY, "all_reduce"))
+        return max(1 - at_work / (len(known) * self.computing), 0.0)
+
     def expert_hits(self) -> tuple[int, int]:
         """How often an expert was still in memory when it was used, and all its uses, on all ranks."""
         counts = [(rank.experts["hits"], rank.experts["misses"]) for rank in self.ranks if rank.experts]

@@ -55,8 +55,9 @@ def summary(report: Report) -> Iterator[str]:
             f"Planned: {planned.of_computed:.1f} s of computing for these tokens, by the speeds of the hosts; it took "
             f"{report.computing:.1f} s. Most of a step was to be {planned.limit}."
         )
-        if report.stages > 1:
-            yield f"Stages were to wait {100 * planned.bubble:.0f} % of a step for each other."
+    if (bubbles := report.bubbles()) is not None:
+        to_be = f", {100 * report.planned.bubble:.0f} % as planned" if report.planned else ""
+        yield f"A stage had nothing to do {100 * bubbles:.0f} % of the time of computing{to_be}."
     if found := report.slowest():
         rank, why = found
         yield f"The slowest rank was {rank.rank} on {rank.host}, which was {why} while others waited for it."

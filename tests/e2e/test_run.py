@@ -195,6 +195,19 @@ def test_no_argument_is_the_quickstart(openmpi: Mpi, tmp_path: Path) -> None:
     assert (tmp_path / "out/quickstart/results.jsonl").exists()
 
 
+def test_one_request_leaves_each_of_two_stages_idle_half_of_the_time(openmpi: Mpi, tmp_path: Path) -> None:
+    """One computes while the other waits, so the bubbles that are measured are at least a half."""
+    source = write_lines(
+        tmp_path / "one.jsonl", [{"prompt": [5, 6, 7], "max_tokens": 12, "ignore_eos": True}]
+    )
+    done = run(openmpi, 2, source, tmp_path / "out", "layout.stages=2", model=model_path("llama3"))
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "out").bubbles()
+    assert found is not None
+    assert 0.5 <= found < 1
+    assert f"A stage had nothing to do {100 * found:.0f} % of the time of computing" in done.stderr
+
+
 def test_same_bytes_with_more_layers_on_a_faster_host(openmpi: Mpi, tmp_path: Path) -> None:
     """The file of hosts says that the second rank is four times as fast; the report has the time that was planned."""
     lines = [{"prompt": list(range(5, 5 + 3 * n)), "max_tokens": 5, "logprobs": 2} for n in range(1, 9)]

@@ -86,9 +86,20 @@ def test_planned_beside_measured_and_the_slowest_rank() -> None:
     )
     run.stages, run.ranks[1].seconds["weights"] = 2, 3.0
     assert list(report_page.summary(run))[3:5] == [
-        "Stages were to wait 25 % of a step for each other.",
+        "A stage had nothing to do 0 % of the time of computing, 25 % as planned.",
         "The slowest rank was 1 on node<1>, which was waiting for weights while others waited for it.",
     ]
+
+
+def test_bubbles_are_what_stages_did_not_work() -> None:
+    """Ranks that compute and sum 1.0 and 1.6 of 2.0 seconds have nothing to do 35 % of the time."""
+    run = made()
+    assert run.bubbles() is None
+    run.stages = 2
+    for rank, compute in zip(run.ranks, (0.9, 1.5), strict=True):
+        rank.seconds = {"compute": compute, "all_reduce": 0.1, "pipe": 0.3, "step": 0.1}
+    assert run.bubbles() == pytest.approx(0.35)
+    assert "A stage had nothing to do 35 % of the time of computing." in list(report_page.summary(run))
 
 
 def test_shared_tokens_are_said_and_are_no_work() -> None:
