@@ -5,13 +5,15 @@ The shards of one host sum in memory that they share (see `shared`); all others 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from mpillm import kernels
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.parts import Copies, Pieces
 from mpillm.comm.shared import SharedRows
-from mpillm.comm.transfer import F32, U8, Codec, Wire, WireError
+from mpillm.comm.transfer import F32, U8, Codec, SumCodec, Wire, WireError
 from mpillm.comm.world import World
 from mpillm.partition.grid import Place
 
@@ -31,7 +33,8 @@ class Group:
         """`shared`, where the shards have such memory, takes the place of messages if the wire is f32."""
         self._world, self._place = world, place
         self._first = place.first + place.stage * place.shards
-        self._codec, self._count = Codec(wire, threads), counters.all_reduce
+        self._codec, self._sums = Codec(wire, threads), SumCodec(wire, threads)
+        self._count = counters.all_reduce
         self._shared = shared if wire == "f32" else None
         self._copies: dict[str, Copies] = {}  # of the last call of each method
         self._pieces: Pieces | None = None  # of the last call of `all_reduce`
@@ -41,8 +44,8 @@ class Group:
         """Replace each shard's part x, f32 [m, d], by the sum of all shards' parts; a no-op for one shard.
 
         Parts are folded in one fixed binary tree, ((p0 + p1) + (p2 + p3)) + ..., each as it went over the wire, the
-        own one too. Of more than two shards each sums a piece of the rows, and sends it to the others as the wire has
-        it. All end with the same bytes.
+        own one too. Of more than two shards each sums a piece of the rows, and sends it to the others (`SumCodec`).
+        All end with the same bytes.
         """
         shards = self._place.shards
         if shards == 1:
@@ -60,27 +63,30 @@ class Group:
             self._sum_by_pieces(x)
 
     def _sum_by_pieces(self, x: F32) -> None:
-        codec, (m, d) = self._codec, x.shape
-        row_bytes, block_bytes = codec.type.row_bytes(d), codec.type.block_bytes
+        kind, (m, d) = self._codec.type, x.shape
+        blocks = m * kind.row_bytes(d) // kind.block_bytes
         pieces = self._pieces
-        if pieces is None or pieces.data.nbytes != m * row_bytes:
+        if pieces is None or pieces.bounds[-1] != blocks:
             if pieces is not None:
                 self._pieces = None
                 pieces.free()
-            blocks = m * row_bytes // block_bytes
-            pieces = self._pieces = Pieces(self._world, self._first, self._place, blocks, block_bytes)
-        rows = pieces.data.reshape(m, row_bytes)
-        codec.encode(x, rows)
+            sizes = kind.block_bytes, self._sums.block_bytes
+            pieces = self._pieces = Pieces(self._world, self._first, self._place, blocks, *sizes)
+        self._codec.encode(x, pieces.parts.reshape(m, -1))
         pieces.exchange(self._fold_piece, self._count)
-        x[...] = codec.decode(rows, d)
+        values = np.empty(blocks * kind.block, np.float32)
+        for data, (begin, end) in zip(pieces.sums, itertools.pairwise(pieces.bounds), strict=True):
+            if end > begin:
+                self._sums.decode(data, values[begin * kind.block : end * kind.block])
+        x[...] = values.reshape(m, -1)[:, :d]
 
     def _fold_piece(self, parts: U8, out: U8) -> None:
         """Write the sum of each shard's blocks of a piece, uint8 [shards, nbytes], to uint8 [nbytes]."""
-        codec, blocks = self._codec, parts.shape[1] // self._codec.type.block_bytes
-        values = codec.decode(parts, blocks * codec.type.block)[:, None]
+        kind = self._codec.type
+        values = self._codec.decode(parts, parts.shape[1] // kind.block_bytes * kind.block)[:, None]
         total = np.empty(values.shape[1:], np.float32)
-        kernels.fold(values, total, codec.threads)
-        codec.encode(total, out[None])
+        kernels.fold(values, total, self._codec.threads)
+        self._sums.encode(total[0], out)
 
     def _sum_in_shared_memory(self, shared: SharedRows, x: F32) -> None:
         """`all_reduce` by pieces of as many rows as the memory takes."""

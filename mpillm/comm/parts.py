@@ -76,26 +76,37 @@ class Pieces:
     A shard sends 2 (shards - 1) / shards times the rows, where copies of its part to all others are shards - 1 times.
     """
 
-    def __init__(self, world: World, first: int, place: Place, blocks: int, block_bytes: int) -> None:
-        """Rows of so many blocks, all together; `first` is the rank of the stage's first shard."""
-        bounds = [shard * blocks // place.shards * block_bytes for shard in range(place.shards + 1)]
-        #: the rows: this shard's part of all of them first, then their sums
-        self.data = np.empty(blocks * block_bytes, np.uint8)
-        pieces = [self.data[begin:end] for begin, end in itertools.pairwise(bounds)]
-        own = pieces[place.shard]
-        received = np.empty((place.shards, own.nbytes), np.uint8)
-        others = _others(place)
-        ranks, theirs = [first + shard for shard in others], [pieces[shard] for shard in others]
-        self._scatter = _Messages(world, ranks, [received[shard] for shard in others], theirs)
-        self._gather = _Messages(world, ranks, theirs, [own] * len(others))
-        self._own, self._received, self._shard = own, received, place.shard
+    def __init__(
+        self, world: World, first: int, place: Place, blocks: int, part_bytes: int, sum_bytes: int
+    ) -> None:
+        """Rows of so many blocks, all together, and the bytes of a block of parts, and of their sums.
+
+        `first` is the rank of the stage's first shard.
+        """
+        #: the pieces' first blocks, and the end
+        self.bounds = [shard * blocks // place.shards for shard in range(place.shards + 1)]
+        self.parts = np.empty(blocks * part_bytes, np.uint8)
+        parts, sums = (
+            [data[begin * size : end * size] for begin, end in itertools.pairwise(self.bounds)]
+            for data, size in ((self.parts, part_bytes), (np.empty(blocks * sum_bytes, np.uint8), sum_bytes))
+        )
+        self.sums, self._own, self._sum = sums, parts[place.shard], sums[place.shard]
+        self._received = np.empty((place.shards, self._own.nbytes), np.uint8)
+        self._shard, others = place.shard, _others(place)
+        ranks = [first + shard for shard in others]
+        receives, sends = ([of[shard] for shard in others] for of in (self._received, parts))
+        self._scatter = _Messages(world, ranks, receives, sends)
+        self._gather = _Messages(world, ranks, [sums[shard] for shard in others], [self._sum] * len(others))
 
     def exchange(self, fold: Callable[[U8, U8], None], count: Count) -> None:
-        """Make `data` the sums; `fold` writes that of parts, uint8 [shards, nbytes], to its second argument."""
+        """Make `sums`, a piece of each shard, of `parts`, this shard's part of all pieces.
+
+        `fold` writes the sum of parts, uint8 [shards, nbytes], to its second argument.
+        """
         self._received[self._shard] = self._own
         self._scatter.exchange(count)
         if self._own.nbytes:
-            fold(self._received, self._own)
+            fold(self._received, self._sum)
         self._gather.exchange(count)
 
     def free(self) -> None:

@@ -26,6 +26,7 @@ from mpillm.planning.step_time import (
     rank_time,
     round_of,
     stage_time,
+    sum_bytes,
 )
 from mpillm.spec import Spec
 
@@ -161,10 +162,8 @@ def stages_of(
     `wire.activations` is decided in `spec`.
     """
     hosts = machines.host_of_rank
-    activations, pipe = (
-        BlockType[kind.upper()].row_bytes(config.hidden)
-        for kind in (spec.wire.activations, spec.wire.between_stages)
-    )
+    activations = sum_bytes(BlockType[spec.wire.activations.upper()], config.hidden, replica.shards)
+    pipe = BlockType[spec.wire.between_stages.upper()].row_bytes(config.hidden)
     groups = replica.stage_ranks
 
     def link(*ranks: range) -> LinkRate:

@@ -25,7 +25,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan, problems
 from mpillm.planning.search import search
-from mpillm.planning.step_time import rows_sent
+from mpillm.planning.step_time import sum_bytes
 from mpillm.planning.wire import shards_cross_hosts, wire_in_words
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
@@ -187,9 +187,10 @@ def wire_bytes(
     The shards of a stage sum rows twice a layer (after attention and after the feed-forward block); those that share
     memory read each other's. Between stages every shard sends the hidden state to its like.
     """
-    rows = shards * (shards - 1) if shared else rows_sent(shards)
+    in_memory = shards * (shards - 1) * activations.row_bytes(config.hidden)
+    a_sum = in_memory if shared else sum_bytes(activations, config.hidden, shards)
     return {
-        "all_reduce": float(2 * config.n_layers * rows * activations.row_bytes(config.hidden)),
+        "all_reduce": 2.0 * config.n_layers * a_sum,
         "pipe": float((stages - 1) * shards * between_stages.row_bytes(config.hidden)),
     }
 

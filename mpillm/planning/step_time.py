@@ -66,7 +66,7 @@ class Stage:
 
     works: Sequence[RankWork]
     speeds: Sequence[Speed]
-    row_bytes: int  # of a row of what each sends, twice a layer
+    sum_bytes: float  # that all of them send to sum a row, twice a layer
     link: LinkRate  # between them
     pipe_bytes: int = 0  # of a row that goes to the next stage, from each shard to its like
     pipe: LinkRate | None = None  # to the next stage; the last one has none
@@ -158,19 +158,21 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     shards, messages = len(stage.works), 0.0
     if shards > 1:
         rounds = 1 if shards == 2 else 2
-        nbytes = rows_sent(shards) / shards * batch.rows * stage.row_bytes / rounds
+        nbytes = stage.sum_bytes / shards * batch.rows / rounds
         messages += 2 * stage.works[0].layers * rounds * _message(stage.link, nbytes)
     if stage.pipe is not None:
         messages += _message(stage.pipe, len(stage.works) * batch.rows * stage.pipe_bytes)
     return replace(slowest, messages=messages)
 
 
-def rows_sent(shards: int) -> int:
-    """How many rows the shards of a stage send to sum one row, all together (`Group.all_reduce`).
+def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
+    """Bytes that the shards of a stage send to sum one row, all together (`Group.all_reduce`).
 
-    Two send each other theirs; of more each sends a piece to each other one, twice.
+    Two send each other theirs; of more each sends a piece of its part to each other one, and then the sum of one.
     """
-    return 2 * (shards - 1)
+    parts = kind.row_bytes(hidden)
+    rest = BlockType.Q4_0.row_bytes(hidden) if kind is BlockType.Q8_0 and shards > 2 else 0
+    return float((shards - 1) * (2 * parts + rest))
 
 
 def between(speeds: Sequence[Speed]) -> LinkRate:

@@ -51,6 +51,17 @@ def through_q8_0(x: F32) -> F32:
     return back
 
 
+def through_sums(x: F32) -> F32:
+    """What Q8_0 leaves out goes as Q4_0."""
+    coarse = through_q8_0(x)
+    blocks = np.empty((len(x), BlockType.Q4_0.row_bytes(x.shape[1])), np.uint8)
+    quantize(BlockType.Q4_0, x - coarse, blocks, 1)
+    rest = np.empty_like(x)
+    dequantize(BlockType.Q4_0, blocks, x.shape[1], rest, 1)
+    total: F32 = coarse + rest
+    return total
+
+
 def own_part(panels: F32, place: Place) -> F32:
     """What a shard brings: the sum of its own panels, folded inside the rank."""
     count = len(Axis(panel_bounds(PANELS, 1, PANELS)).own_panels(place)) - 1
@@ -80,7 +91,7 @@ def test_sums_are_the_tree(world: World, place: Place, wire: Literal["f32", "q8_
             assert np.array_equal(x, tree(panels)), f"{place} {wire} {m} x {d}"
         else:
             sums = tree(np.stack([through_q8_0(part) for part in everyone]))
-            assert np.array_equal(x, sums if place.shards == 2 else through_q8_0(sums))
+            assert np.array_equal(x, sums if place.shards == 2 else through_sums(sums))
         copies = world.gather((place.stage, x.tobytes()))
         assert len(set(copies)) == place.stages, "the shards of a stage have the same bytes"
     if wire != "q8_0":
@@ -173,7 +184,7 @@ def test_ranks_that_are_out_of_step_are_noticed_in_shared_memory(world: World) -
 
 @pytest.mark.mpi(min_size=2)
 def test_q8_0_saves_its_share(world: World) -> None:
-    """34 bytes for 32 values instead of 128: 73.4 % less, by the counters; the error stays small."""
+    """34 bytes for 32 values instead of 128, and 52 for sums, which add next to no error."""
     if world.size not in (2, 4, 8):
         pytest.skip(f"{world.size} ranks are no shards")
     place = Place(world.rank, 1, world.size)
@@ -188,5 +199,9 @@ def test_q8_0_saves_its_share(world: World) -> None:
         assert count.bytes_sent == count.bytes_received
         carried[wire] = count.bytes_sent
     assert carried["f32"] == 4 * x.size * 2 * (world.size - 1) // world.size
-    assert round(100 * (1 - carried["q8_0"] / carried["f32"]), 1) == 73.4
-    assert np.mean((sums["q8_0"] - sums["f32"]) ** 2) < 1e-4 * world.size
+    saved = 73.4 if world.size == 2 else 66.4
+    assert round(100 * (1 - carried["q8_0"] / carried["f32"]), 1) == saved
+    parts = np.stack(world.gather(x))
+    rounded = tree(np.stack([through_q8_0(part) for part in parts]))
+    error, of_parts = (np.mean((found - sums["f32"]) ** 2) for found in (sums["q8_0"], rounded))
+    assert error < 1.05 * of_parts < 1e-4 * world.size

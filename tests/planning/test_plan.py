@@ -76,6 +76,8 @@ def test_wire_bytes() -> None:
         for shared in (True, False)
     ]
     assert rows == [12, 6]
+    rounded = plan.wire_bytes(config, 1, 4, BlockType.Q8_0, BlockType.F32, shared=False)["all_reduce"]
+    assert rounded == 2 * config.n_layers * 3 * (34 + 52) * blocks
     source.close()
 
 

@@ -42,7 +42,14 @@ def work(layers: int = 2, weights: float = 1e9, **more: object) -> RankWork:
 def stage(
     *works: RankWork, link: LinkRate = INSIDE, pipe: LinkRate | None = None, speed: Speed = SPEED
 ) -> Stage:
-    return Stage(works, [speed] * len(works), row_bytes=1000, link=link, pipe_bytes=500, pipe=pipe)
+    return Stage(
+        works,
+        [speed] * len(works),
+        sum_bytes=2 * 1000 * (len(works) - 1),
+        link=link,
+        pipe_bytes=500,
+        pipe=pipe,
+    )
 
 
 def test_products_and_what_each_layer_takes() -> None:
