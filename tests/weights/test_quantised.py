@@ -215,6 +215,26 @@ def test_what_holds_several_matrices_and_what_is_not_read(name: str, tmp_path: P
             assert (one.read_f32(key) == other.read_f32(key)).all(), key
 
 
+def test_experts_of_llama4_that_lie_apart(tmp_path: Path) -> None:
+    """As quantised files of it have them; published ones have all of a layer in one tensor, transposed."""
+    folder = Path(__file__).parents[1] / "fixtures/models/llama4"
+    made: dict[str, np.ndarray] = {}
+    for tensor, value in load_file(folder / "model.safetensors").items():
+        base, _, found = tensor.rpartition(".experts.")
+        if not base:
+            made[tensor] = value
+            continue
+        for expert, matrix in enumerate(value):
+            parts = np.split(matrix.T, 2) if found == "gate_up_proj" else [matrix.T]
+            for name, part in zip(("gate", "up") if len(parts) > 1 else ("down",), parts, strict=True):
+                made[f"{base}.experts.{expert}.{name}_proj.weight"] = part
+    write_hf(tmp_path / "m", made, json.loads((folder / "config.json").read_text()))
+    with closing(open_source(folder)) as one, closing(open_source(tmp_path / "m")) as other:
+        assert one.tensors.keys() == other.tensors.keys()
+        for key in one.tensors:
+            assert (one.read_f32(key) == other.read_f32(key)).all(), key
+
+
 def test_every_method_has_a_case() -> None:
     assert {config["quant_method"] for config, *_ in CASES.values()} | {"mxfp4"} == set(METHODS)
 
