@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def write_gguf(
         if kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, value)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            writer.add_tensor(name, blocks_of(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -283,4 +284,18 @@ def through(kind: str, value: Array) -> Array:
     if kind in DTYPES:
         return value.astype(DTYPES[kind]).astype(np.float32)
     stored = gguf.GGMLQuantizationType[kind]
-    return gguf.quants.dequantize(gguf.quants.quantize(value, stored), stored)
+    return gguf.quants.dequantize(blocks_of(value, stored), stored)
+
+
+def blocks_of(value: Array, kind: gguf.GGMLQuantizationType) -> Array:
+    """The blocks of a matrix, or of those of experts; to NVFP4 the library quantises none: each row has random ones."""
+    if kind is not gguf.GGMLQuantizationType.NVFP4:
+        return gguf.quants.quantize(value, kind)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    found = np.empty((*value.shape[:-1], value.shape[-1] // block, nbytes), np.uint8)
+    for row, out in zip(
+        value.reshape(-1, value.shape[-1]), found.reshape(-1, *found.shape[-2:]), strict=True
+    ):
+        out[:] = np.random.default_rng(zlib.crc32(row.tobytes())).integers(0, 256, out.shape)
+    found[..., :4] &= 0x7F  # scales have no sign
+    return found.reshape(*value.shape[:-1], -1)

@@ -15,6 +15,7 @@ from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, add
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_family import config_of
+from mpillm.weights.formats.gguf_float4 import extent_of, in_heads, scales_of
 from mpillm.weights.formats.gguf_header import GgufHeader, GgufTensor, read_header
 from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.tensors import TensorSource
@@ -38,13 +39,16 @@ def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorS
         composed: list[
             tuple[Parsed, Extent]
         ] = []  # tensors that only the configuration tells how to take apart
+        scales = scales_of(zip(files, headers, strict=True))
         factors: dict[str, list[float]] = {}  # divisors of rotary frequencies by tensor
         for file, header in zip(files, headers, strict=True):
             for name, tensor in header.tensors.items():
                 if names.holds_rope_factors(name):
                     factors[name] = _factors(file, name, tensor)
-                if not names.ignored_gguf(name) and not _predicts_further(name, metadata):
-                    parsed, extent = _parse(file, name, tensor, family.names)
+                ignored = name in scales or names.ignored_gguf(name)
+                if not ignored and not _predicts_further(name, metadata):
+                    parsed = _parse(file, name, family.names)
+                    extent = extent_of(file, name, tensor, scales)
                     if len(parsed.roles) == 1:
                         add(extents, parsed, extent, {})
                     else:
@@ -112,11 +116,11 @@ def _predicts_further(name: str, metadata: dict[str, Any]) -> bool:
     return count - further <= int(found["layer"]) < count
 
 
-def _parse(file: MappedFile, name: str, tensor: GgufTensor, own: names.Names) -> tuple[Parsed, Extent]:
+def _parse(file: MappedFile, name: str, own: names.Names) -> Parsed:
     parsed = own.parse_gguf(name)
     if parsed is None:
         raise ModelError(f"{file.path}: tensor {name[:80]!r} belongs to no architecture that is supported.")
-    return parsed, Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
+    return parsed
 
 
 def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:
@@ -139,6 +143,4 @@ def _mark_permuted(extents: dict[Key, Extent], config: dict[str, Any], path: Pat
                 raise ModelError(
                     f"{path}: tensor {extent.name} has {extent.shape[0]} rows, not {count} even heads."
                 )
-            extents[key] = Extent(
-                extent.file, extent.name, extent.offset, extent.shape, extent.stored, rope_heads=count
-            )
+            extents[key] = in_heads(extent, count)
