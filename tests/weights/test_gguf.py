@@ -296,6 +296,15 @@ def test_config_of_the_others(tmp_path):
     )
     assert config_of(tmp_path, Tiny(attention_bias=True), "qwen2")["model_type"] == "qwen2"
     assert config_of(tmp_path, Tiny(qk_norm=True), "qwen3")["model_type"] == "qwen3"
+    of_images = {"rope.dimension_sections": [4, 4, 0, 0], "n_deepstack_layers": 3}
+    for kind, tiny in {
+        "qwen2": Tiny(attention_bias=True),
+        "qwen3": Tiny(qk_norm=True),
+        "qwen3moe": Tiny(n_experts=3, moe_intermediate=32, qk_norm=True),
+    }.items():
+        named = kind.replace("moe", "vlmoe") if "moe" in kind else f"{kind}vl"
+        text = config_of(tmp_path, tiny, named, extra=of_images)
+        assert text == config_of(tmp_path, tiny, kind)
     dense = Tiny(n_experts=3, moe_intermediate=32, qk_norm=True, dense_layers=(0,), n_layers=3)
     moe = config_of(tmp_path, dense, "qwen3moe")
     assert moe["architectures"] == ["Qwen3MoeForCausalLM"]

@@ -47,6 +47,7 @@ _RERANKER = (
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n'
     "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
+_OF_IMAGES = {"qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}  # GGUF files: the text part
 _EXPERTS = "layers.{{l}}.mlp.experts.{}_proj"
 
 
@@ -61,7 +62,7 @@ class Qwen(Family):
         "qwen2_5_vl_text": _QWEN2,
         "qwen3_vl_text": _QWEN3,
     }
-    gguf: ClassVar[tuple[str, ...]] = ("qwen2", "qwen3", "qwen3moe", "qwen2moe")
+    gguf: ClassVar[tuple[str, ...]] = ("qwen2", "qwen3", "qwen3moe", "qwen2moe", *_OF_IMAGES)
     names = Names(
         hf={
             "layers.{l}.mlp.shared_expert.gate_proj.weight": ("shared_gate",),
@@ -118,11 +119,14 @@ class Qwen(Family):
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         config = usual_config(fields, shape_of)
+        kind = _OF_IMAGES.get(fields.kind, fields.kind)
         names = dict(zip(self.gguf, self.architectures.items(), strict=False))
-        architecture, model_type = names[fields.kind]
+        architecture, model_type = names[kind]
+        for known in ("rope.dimension_sections", "n_deepstack_layers"):  # of images: a text has one position
+            fields.raw(known)
         config |= {"architectures": [architecture], "model_type": model_type}
         refuse_window(fields)
-        if fields.kind not in (
+        if kind not in (
             "qwen2",
             "qwen2moe",
         ):  # which always has them: missing ones are found when the tensors are checked
@@ -133,10 +137,10 @@ class Qwen(Family):
                     f"{fields.path} has {', '.join(sorted(present))} without the other biases of its kind."
                 )
             config |= {"attention_bias": True} if present else {}
-        if fields.kind not in ("qwen3moe", "qwen2moe"):
+        if kind not in ("qwen3moe", "qwen2moe"):
             refuse_experts(fields)
             return config
-        newer = fields.kind == "qwen3moe"
+        newer = kind == "qwen3moe"
         if not newer:
             config["shared_expert_intermediate_size"] = fields.integer("expert_shared_feed_forward_length")
         layers = range(min(config["num_hidden_layers"], 4096))
