@@ -179,7 +179,7 @@ def test_the_quickstart_runs_as_printed(tmp_path: Path) -> None:
     assert "8 answered, 0 ended in an error" in done.stderr
     lines = (tmp_path / "out" / "quickstart" / "results.jsonl").read_text().splitlines()
     assert len(lines) == 8
-    again = run_bounded(["sh", "-c", f'. "{activate}" && {typed}'], 60, env, tmp_path)
+    again = run_bounded(["sh", "-c", f'. "{activate}" && {typed}'], env=env, cwd=tmp_path)
     assert "8 of them by earlier runs" in again.stderr
 
 

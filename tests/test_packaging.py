@@ -82,7 +82,7 @@ def build(what: str, checkout: Path, **env: str) -> list[str]:
     """Return the names of the files in a new wheel or sdist."""
     out = checkout.parent / "dist"
     code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r})"
-    done = run_bounded([sys.executable, "-c", code], 120, clean_environment(**env), cwd=checkout)
+    done = run_bounded([sys.executable, "-c", code], env=clean_environment(**env), cwd=checkout)
     assert done.returncode == 0, done.stderr
     (archive,) = out.iterdir()
     if what == "wheel":

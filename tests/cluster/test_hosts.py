@@ -121,7 +121,6 @@ def test_shards_on_two_hosts_measure_the_network_and_say_what_they_choose(
     program = [sys.executable, "-m", "mpillm", "run", job, *settings]
     done = run_bounded(
         hosts.on_first([*hosts.launcher(openmpi, hostfile), "-n", "2", *program], environment(openmpi)),
-        90,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -130,7 +130,7 @@ def test_what_openmp_hears(oversubscribed: bool, given: dict[str, str], expected
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run(
         [sys.executable, "-c", program], env={**environ, **given, "OMP_DISPLAY_ENV": "verbose"},
-        capture_output=True, text=True, timeout=100, check=True,
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     if "GOMP_" not in done.stderr:
         pytest.skip("the kernels are not compiled, or with another OpenMP than libgomp")

@@ -66,7 +66,7 @@ def test_an_agreement_that_does_not_come_ends_the_process() -> None:
     program = (
         "import time; from mpillm.comm import faults\nwith faults.bounded(0.1, '[1@here]'): time.sleep(30)"
     )
-    done = run_bounded([sys.executable, "-c", program], 20)
+    done = run_bounded([sys.executable, "-c", program])
     assert done.returncode == 75
     assert done.stderr == (
         "[1@here] The ranks that are left have not agreed within 0.1 s how to go on; "

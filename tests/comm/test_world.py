@@ -100,7 +100,7 @@ def test_threads(mpi: Mpi) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing to bind away")
 def test_a_rank_that_mpiexec_bound_to_one_core_is_told(mpi: Mpi) -> None:
     mpiexec, *rest = mpi.command(1, PROGRAM, "threads")
-    run = run_bounded([mpiexec, "--bind-to", "core", *rest], 30, mpi.environment())
+    run = run_bounded([mpiexec, "--bind-to", "core", *rest], env=mpi.environment())
     assert run.stdout.startswith("1 unset 1 1")
     cores = len(physical(os.sched_getaffinity(0), Path("/")))
     assert f"mpiexec has bound the ranks to 1 of {cores} cores" in run.stdout
@@ -113,7 +113,7 @@ def test_a_rank_that_mpiexec_bound_to_one_core_is_told(mpi: Mpi) -> None:
     ("all_bug", 70, "boom (endings.py:"),
 ])  # fmt: skip
 def test_one_process_needs_no_mpiexec(mpi: Mpi, name: str, code: int, words: str) -> None:
-    run = run_bounded([sys.executable, PROGRAM, name], 30, mpi.environment())
+    run = run_bounded([sys.executable, PROGRAM, name], env=mpi.environment())
     assert run.returncode == code
     assert words in run.stderr
     assert ("alive 0 of 1" in run.stdout) == (name == "fine")
@@ -121,7 +121,7 @@ def test_one_process_needs_no_mpiexec(mpi: Mpi, name: str, code: int, words: str
 
 def test_threads_of_one_process(mpi: Mpi) -> None:
     def run_one(**env: str) -> CompletedProcess[str]:
-        return run_bounded([sys.executable, PROGRAM, "threads"], 30, mpi.environment(**env))
+        return run_bounded([sys.executable, PROGRAM, "threads"], env=mpi.environment(**env))
 
     assert run_one(ASKED="999", OMP_WAIT_POLICY="active").stdout.startswith("999 active 1")
     run = run_one(OMP_NUM_THREADS="many")

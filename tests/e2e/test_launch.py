@@ -132,6 +132,6 @@ def test_who_stops_the_supervisor_stops_the_run(
     ],
 )
 def test_mistakes_are_not_repeated(openmpi: Mpi, words: list[str], said: str) -> None:
-    done = run_bounded([sys.executable, "-m", "mpillm", "launch", *words], 30, openmpi.environment())
+    done = run_bounded([sys.executable, "-m", "mpillm", "launch", *words], env=openmpi.environment())
     assert done.returncode == 2
     assert said in done.stderr

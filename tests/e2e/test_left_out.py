@@ -54,7 +54,7 @@ def on_three_hosts(mpi: Mpi, words: list[str], *options: str, **env: str) -> Com
     mpiexec, *command = mpi.command(3, *words)
     named = ["unshare", "--uts", "sh", "-c", NAMED]
     start = [mpiexec, *options, *command[:2], *named, *command[2:]]
-    return run_bounded(start, 90, mpi.environment(**env))
+    return run_bounded(start, env=mpi.environment(**env))
 
 
 def alone(folder: Path, job: list[str]) -> bytes:
