@@ -15,7 +15,12 @@ from pathlib import Path
 from mpillm.errors import JobError
 
 MIN_FILES = 64  # open ones, of which MPI takes most
-MIN_ADDRESSES = 256 << 20  # bytes that Python, NumPy and MPI map before any model is there
+# Bytes that Python, NumPy and MPI take before any model is there, by the limit that they count for.
+MIN_SIZES = (
+    (resource.RLIMIT_AS, "memory (ulimit -v)", 256 << 20),
+    (resource.RLIMIT_DATA, "data (ulimit -d)", 160 << 20),
+    (resource.RLIMIT_STACK, "the stack (ulimit -s)", 1 << 20),
+)
 MIN_TASKS = 24  # processes and threads of a rank besides those that compute
 FEW_TASKS = 4096  # a limit beyond is not compared with what runs
 
@@ -23,12 +28,12 @@ FEW_TASKS = 4096  # a limit beyond is not compared with what runs
 def prepare() -> None:
     """Make what is missing where that is possible; JobError says what limit is too low."""
     _files()
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY and soft < MIN_ADDRESSES:
-        raise JobError(
-            f"The limit of memory (ulimit -v) is {soft >> 10} KiB, and a rank without a model needs "
-            f"{MIN_ADDRESSES >> 10}; raise it."
-        )
+    for limit, name, least in MIN_SIZES:
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY and soft < least:
+            raise JobError(
+                f"The limit of {name} is {soft >> 10} KiB, and a rank without a model needs {least >> 10}; raise it."
+            )
     _tasks()
     try:
         if (folder := tempfile.gettempdir()) != "/tmp":

@@ -37,6 +37,7 @@ def job(folder: Path) -> list[str]:
     return [sys.executable, *command(write_lines(folder / "in.jsonl", LINES), folder / "out")]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("command", ["run", "serve"])
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
@@ -45,10 +46,13 @@ def job(folder: Path) -> list[str]:
             "-v 100000",
             "The limit of memory (ulimit -v) is 100000 KiB, and a rank without a model needs 262144",
         ),
+        ("-d 100000", "The limit of data (ulimit -d) is 100000 KiB, and a rank without a model needs 163840"),
+        ("-s 256", "The limit of the stack (ulimit -s) is 256 KiB, and a rank without a model needs 1024"),
     ],
 )
-def test_limits_under_which_nothing_starts(limit: str, words: str, tmp_path: Path) -> None:
-    done = bash(f'ulimit {limit}; "$@"', *job(tmp_path))
+def test_limits_under_which_nothing_starts(limit: str, words: str, command: str, tmp_path: Path) -> None:
+    serve = [sys.executable, "-m", "mpillm", "serve", "--model", str(CHAT), "--data", str(tmp_path)]
+    done = bash(f'ulimit {limit}; "$@"', *(job(tmp_path) if command == "run" else serve))
     assert done.returncode == 2
     assert done.stderr.decode().startswith(f"mpillm: {words}")
 
