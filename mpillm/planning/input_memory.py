@@ -180,7 +180,9 @@ def template_length(source: Source) -> int:
     elif folder is not None:
         with suppress(OSError):
             return (folder / "chat_template.jinja").stat().st_size
-        with suppress(OSError, msgspec.MsgspecError):
+        with suppress(
+            OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError
+        ):  # loading it says why
             config = (folder / "tokenizer_config.json").read_bytes()
             template = msgspec.json.decode(config, type=dict[str, Any]).get("chat_template")
     else:

@@ -70,7 +70,7 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         raw = await read_body(request, MAX_REQUEST)
         try:
             wanted = msgspec.json.decode(raw, type=Wanted)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise HTTPException(400, f"The body is wrong: {error}.") from None
         urls = [endpoint.url for endpoint in ENDPOINTS]
         if wanted.endpoint not in urls:

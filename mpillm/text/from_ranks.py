@@ -66,7 +66,7 @@ def read(file: Path, config: dict[str, Any]) -> TokenizerParts:
     """The tokenizer of a file with ranks; `config` (tokenizer_config.json) has the special ones of tiktoken files."""
     try:
         return _tekken(file) if file.name == TEKKEN else _tiktoken(file, config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"The tokenizer in {file} cannot be used: {error!r:.200}.") from error
 
 

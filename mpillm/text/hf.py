@@ -93,9 +93,11 @@ def _added_tokens(parts: TokenizerParts, config: dict[str, Any], old: dict[str, 
 
     Without such a list those of `old`, which has the ids by tokens (added_tokens.json), are added.
     """
-    listed = config.get("added_tokens_decoder") or {id: {"content": token} for token, id in old.items()}
     known = {token.content for token in parts.core.get_added_tokens_decoder().values()}
     try:
+        listed = config.get("added_tokens_decoder") or {
+            str(id): {"content": token} for token, id in old.items()
+        }
         items = sorted((int(id), token) for id, token in listed.items())
         for id, token in items:
             if token["content"] in known:
@@ -111,7 +113,7 @@ def _added_tokens(parts: TokenizerParts, config: dict[str, Any], old: dict[str, 
                 )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"added_tokens_decoder in tokenizer_config.json beside {parts.where} is malformed."
+            f"added_tokens_decoder in tokenizer_config.json, or added_tokens.json, beside {parts.where} is malformed."
         ) from error
 
 

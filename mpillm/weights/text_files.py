@@ -56,6 +56,6 @@ def _modules(folder: Path) -> list[str]:
     try:
         modules = json.loads((folder / MODULES).read_text("utf-8"))
         paths = [PurePosixPath(module["path"]) for module in modules if module.get("path")]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return []
     return [str(path) for path in paths if not path.is_absolute() and ".." not in path.parts]
