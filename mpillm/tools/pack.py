@@ -173,7 +173,7 @@ def _about(path: Path) -> dict[str, str] | None:
         values.pop("files", None)
         found: dict[str, str] = values
         return found
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         return None
 
 
