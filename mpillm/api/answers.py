@@ -41,7 +41,10 @@ class Completion:
     text: str
     tokens: Ids = field(repr=False)  #: [tokens]
     logprobs: Floats | None = field(repr=False, default=None)  #: [tokens], natural logarithm, if asked for
-    finish_reason: str  #: "stop" or "length"
+    finish_reason: str  #: "stop", "length" or "tool_calls"
+    reasoning: str | None = None  #: what the model thought before, if its format tells it apart
+    #: of a chat, as OpenAI's messages have them: `id`, and `function` with `name` and `arguments`, a string of JSON
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +155,15 @@ def answer_of(index: int, result: Result) -> Answer:
 
 
 def _completion(shown: dict[str, Any], choice: Choice) -> Completion:
-    message = shown.get("message")
+    message = shown.get("message", {})
     tokens = np.frombuffer(choice.values.get("tokens", b""), "<i4")
     return Completion(
-        text=(shown["text"] if message is None else message["content"]) or "",
+        text=(message["content"] if message else shown["text"]) or "",
         tokens=tokens,
         logprobs=_row(choice, "logprobs"),
-        finish_reason=choice.finish_reason,
+        finish_reason="tool_calls" if shown.get("finish_reason") == "tool_calls" else choice.finish_reason,
+        reasoning=message.get("reasoning"),
+        tool_calls=tuple(message.get("tool_calls", ())),
     )
 
 

@@ -15,8 +15,10 @@ import pytest
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 
+from mpillm.api.answers import Generation, answer_of
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Work
+from mpillm.store.records import Choice, Result
 from mpillm.text import load_tokenizer
 from tests.batch.test_answers import answer
 from tests.job_helpers import CHAT, END, WITH_TEXT, errors, works
@@ -107,6 +109,17 @@ def test_calls_of_an_answer(model: Any, tmp_path: Path) -> None:
     functions = [call["function"] for call in message["tool_calls"]]
     assert [function["name"] for function in functions] == ["weather", "now"]
     assert [json.loads(function["arguments"]) for function in functions] == [{"city": "Rome", "days": 3}, {}]
+    body = {"choices": [choice], "usage": {"completion_tokens": 9}}
+    line = json.dumps({"response": {"body": body}}).encode()
+    typed = answer_of(0, Result("a", b"", 200, line, [], [Choice("stop", {}, 0.0, 0.0)]))
+    assert isinstance(typed, Generation)
+    (completion,) = typed.completions
+    assert (completion.text, completion.reasoning, completion.finish_reason) == (
+        "Let me see.",
+        "so",
+        "tool_calls",
+    )
+    assert list(completion.tool_calls) == message["tool_calls"]
     ids = [
         call["id"] for found in (choice, said(second, text, model)) for call in found["message"]["tool_calls"]
     ]
