@@ -44,6 +44,7 @@ REQUESTS = 4  # under way at a time
 REQUEST_BYTES = 4 * 2**20
 GAP_BYTES = 128 * 1024  # read along where it lies between what is needed: a request of its own takes as long
 HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
+HUGE_PAGE = 2 * 2**20
 PAGE = 4096  # what direct transfers are aligned to
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many one takes
 
@@ -261,11 +262,14 @@ def _zeros(nbytes: int) -> Bytes:
     """Zeros in memory of their own that begins at a page and goes with them."""
     if not nbytes:  # which no mapping may be
         return np.empty(0, np.uint8)
-    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= HUGE:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    if nbytes < HUGE:
+        return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    # Elsewhere than at the begin of a huge page it would touch one more.
+    begin = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    return np.frombuffer(memory, np.uint8, nbytes, begin)
 
 
 def runs(blocks: Ints, gap: int) -> list[Run]:

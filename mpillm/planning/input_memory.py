@@ -1,14 +1,14 @@
 """What an input asks for, and what rank 0 keeps of it and of the answers: known before a run, by its lines.
 
-The lines are not checked and nothing is tokenized. What is kept is an upper bound, and never more than what
-`mpillm.batch` lets one line ask for; so are the blocks of the KV cache, for a text has no more tokens than bytes.
+The lines are not checked. What is kept is an upper bound, and never more than what `mpillm.batch` lets one line ask
+for; so are the blocks of the KV cache, for texts that are not counted have no more tokens than bytes (`token_count`).
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,11 @@ from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
 from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarCounter, GrammarNeeds
+from mpillm.planning.token_count import BYTES_PER_TOKEN, NOTHING, Around, TokenCounter, Tokens
 from mpillm.spec import Spec
 from mpillm.store import inputs
+from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
-from mpillm.text.from_dllama import template_in
-from mpillm.weights.source import Source
-from mpillm.weights.text_files import text_fields, text_files, text_folder
 
 LINE = 64  # bytes of a line and of its answer's place at most; 28 stay (see `batch.lines`)
 ORDERED = 96  # of a line while its piece of the input is ordered (see `batch.order`)
@@ -50,16 +49,10 @@ SHORT = 1 << 14  # bytes of a line that takes no memory worth counting
 BRACKET, COMMA, COLON = 80, 72, 240  # bytes of a list or an object, of a value in it, of a name in it
 CHARACTER, TOKEN_ID = 220, 40  # of what is tokenized at once, and of each token of the line
 # Bytes of the process that applies the chat template, and for each byte of a chat there.
-TEMPLATE, CHAT = (
-    24 * 2**20,
-    16,
-)
+TEMPLATE, CHAT = 24 * 2**20, 16
 
-BYTES_PER_TOKEN = 4  # of a text, by an estimate
 # Tokens around what a chat says: one for so many bytes of the template, FRAMING at most, and for each message.
 TEMPLATE_TEXT, FRAMING, MESSAGE = 4, 512, 16
-MESSAGE_JSON = 32  # bytes of a message besides what it says
-SPECIAL = 4  # tokens around any other prompt
 
 _IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
 _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\\u[dD]")
@@ -71,6 +64,8 @@ class _Body(Asked):
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
     n: int | None = None
     max_tokens: int | None = None
@@ -95,8 +90,10 @@ class InputNeeds:
     sequences: int = 0
     prompt_tokens: int = 0  # an estimate, of all sequences
     generated_tokens: int = 0  # at most, of all sequences
-    # Maximum of KV cache blocks that all sequences together fill, in one group; None if unknown.
+    # Maximum of KV cache blocks that all sequences fill, in one group, without each one's last; None if unknown.
     blocks: int | None = 0
+    shortest: int = 1  # tokens of a prompt at least
+    longest_answer: int = sys.maxsize  # tokens at most
     names: int = 0
     checking: int = 0
     chat: int = 0
@@ -109,7 +106,18 @@ class InputNeeds:
     @property
     def rows(self) -> int:
         """Tokens that a step can have at most, however large it may be."""
-        return KV_BLOCK * self.blocks if self.lines and self.blocks is not None else sys.maxsize
+        if not self.lines or self.blocks is None:
+            return sys.maxsize
+        return KV_BLOCK * (self.blocks + self.sequences)
+
+    def at_once(self, sequences: int, tokens: int) -> int:
+        """Sequences that have blocks at once, of up to so many that run, where a step has `tokens` rows.
+
+        Each step begins as many as have room in it, but for the one that goes on in the next; they end as soon as they
+        have their tokens. Those that share blocks with others need fewer rows, but at least a block less, too.
+        """
+        begun = tokens // self.shortest + 1
+        return min(self.sequences, sequences, begun * max(self.longest_answer, 1))
 
     def kept(self, sequences: int) -> int:
         """Bytes that rank 0 keeps, if so many sequences run at once."""
@@ -120,14 +128,22 @@ class InputNeeds:
         return kept + max(self.checking, answers) + self.chat + self.reading + self.grammars.kept(at_once)
 
 
-def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
-    """What the input asks for. `hidden` is the width of the model, `template_bytes` the length of its chat template."""
-    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = 0
-    blocks: int | None = 0
+def input_needs(
+    spec: Spec, hidden: int, around: Around = NOTHING, load: Callable[[], Tokenizer | None] = lambda: None
+) -> InputNeeds:
+    """What the input asks for.
+
+    `hidden` is the width of the model, and `load` gives its tokenizer.
+    """
     context = spec.memory.max_context
+    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = (
+        longest
+    ) = 0
+    blocks: int | None = 0
+    shortest = context
     decoder = msgspec.json.Decoder(_LineSize)
     template = None if spec.request is None else Template(spec.request)
-    grammars = GrammarCounter(spec)
+    grammars, counter = GrammarCounter(spec), TokenCounter(load)
     try:
         with inputs.opened(spec) as file:
             while raw := file.readline(MAX_LINE):
@@ -149,18 +165,22 @@ def input_needs(spec: Spec, hidden: int, template_bytes: int = 0) -> InputNeeds:
                 if isinstance(line.custom_id, str):
                     names += NAMES * sys.getsizeof(line.custom_id[:MAX_NAME])
                 grammars.add(body)
-                count, kept, nbytes = _asked(body, spec, hidden)
+                tokens = _prompt_tokens(body, counter, around)
+                count, kept, nbytes = _asked(body, spec, hidden, tokens.most)
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
-                likely, most, new = _tokens(body, spec, count, template_bytes)
+                likely, most = _of_sequences(body, count, tokens)
+                each = 0 if body.input else _new_tokens(body, spec)
+                new, longest = count * each, max(longest, each)
+                shortest = min(shortest, _shortest(body, count, tokens))
                 prompt_tokens, generated = prompt_tokens + likely, generated + new
-                blocks = (
-                    None if blocks is None or most is None else blocks + _blocks(most + new, count, context)
-                )
+                filled = None if most is None else _blocks(most + max(new - count, 0), count, context)
+                blocks = None if blocks is None or filled is None else blocks + filled
     except OSError:
         return InputNeeds()
     return InputNeeds(
-        lines, total, prompt_tokens, generated, blocks, names, checking, chat, answer, choice, largest,
+        lines, total, prompt_tokens, generated, blocks, max(shortest, 1), longest, names,
+        checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
         grammars.needs(),
     )  # fmt: skip
@@ -171,56 +191,50 @@ def line_bytes(lines: int) -> int:
     return LINE * lines + ORDERED * min(lines, PIECE) + min(UNSORTED * lines, UNSORTED_LINES)
 
 
-def template_length(source: Source) -> int:
-    """Bytes of a model's chat template; 0 if it has none, or several."""
-    folder, fields = text_folder(source.tokenizer), text_fields(source.tokenizer)
-    template = None
-    if fields is not None:
-        template = fields.get("tokenizer.chat_template")
-    elif folder is not None:
-        with suppress(OSError):
-            return (folder / "chat_template.jinja").stat().st_size
-        with suppress(
-            OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError
-        ):  # loading it says why
-            config = (folder / "tokenizer_config.json").read_bytes()
-            template = msgspec.json.decode(config, type=dict[str, Any]).get("chat_template")
-    else:
-        for path in text_files(source.tokenizer):
-            template = template_in(path)
-    return len(template) if isinstance(template, str) else 0
-
-
-def _tokens(body: _Body, spec: Spec, count: int, template_bytes: int) -> tuple[int, int | None, int]:
-    """Return numbers of tokens of all sequences of a line: an estimate of the prompts, with that of choices counted
-    once; the maximum of the prompts (None if unknown); and the maximum to generate."""
-    given = bytes(body.input or body.prompt or body.messages)
-    new = 0 if body.input else count * _new_tokens(body, spec)
-    if not given:
-        return 0, None, new
+def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens:
+    """Of all prompts of a line, each once, with what the model puts around them."""
     if body.messages:
-        length = len(given) + 2 * len(body.tools)  # templates may write them with more spaces
+        texts, messages = counter.count(bytes(body.messages)), max(bytes(body.messages).count(b'"role"'), 1)
         # Little of a template becomes text, but it may hold a system prompt.
-        messages = max(given.count(b'"role"'), 1)
-        framing = min(template_bytes // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
-        text = max(len(given) - MESSAGE_JSON * messages, 0) // BYTES_PER_TOKEN
-        likely = text + min(template_bytes // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
-        return likely, count * (length + framing), new
-    prompts = _prompts(given)
-    copies = -(-count // prompts)  # of each prompt
+        likely = min(around.template // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
+        most = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
+        most += 2 * len(body.tools)  # which may get more spaces
+        most += len(body.documents) + len(body.chat_template_kwargs)
+        return Tokens(texts.likely + likely, texts.most + most)
+    given = bytes(body.input or body.prompt)
     if _IDS.match(given):
         ids = given.count(b",") + 1
-        return ids, copies * ids, new
-    framing = SPECIAL * prompts
-    most = copies * (len(given) + framing)
+        return Tokens(ids, ids)
+    texts, prompts = counter.count(given), _prompts(given)
+    before = around.prompt if body.input else 0
+    return Tokens(texts.likely + prompts * before // BYTES_PER_TOKEN, texts.most + prompts * before)
+
+
+def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
+    """Prompt tokens of all sequences of a line: an estimate that has those of choices once, and at most (None: not
+    known)."""
+    if body.messages:
+        return prompts.likely, count * prompts.most
+    given = bytes(body.input or body.prompt)
+    if not given:
+        return 0, None
+    most = -(-count // _prompts(given)) * prompts.most
     if body.choices:  # each is scored behind the whole prompt
-        return count * len(given) // BYTES_PER_TOKEN + framing, most + len(body.choices), new
-    return len(given) // BYTES_PER_TOKEN + framing, most, new
+        return count * prompts.likely, most + len(body.choices)
+    return prompts.likely, most
+
+
+def _shortest(body: _Body, count: int, prompts: Tokens) -> int:
+    """Tokens of each prompt of a line at least: half of those counted, as templates leave some out."""
+    return prompts.likely // 2 if count == 1 and not body.choices else 1
 
 
 def _blocks(tokens: int, count: int, context: int) -> int:
-    """Blocks of so many sequences of so many tokens together, each of them of `context` tokens at most."""
-    return min(tokens // KV_BLOCK + count, count * blocks_for(context))
+    """Full blocks of so many sequences of so many tokens together, each of them of `context` tokens at most.
+
+    The last token of an answer is in no block.
+    """
+    return min(tokens // KV_BLOCK, count * blocks_for(context))
 
 
 def _new_tokens(body: _Body, spec: Spec) -> int:
@@ -240,12 +254,12 @@ def checking_bytes(raw: bytes, context: int) -> int:
     return (2 + 3 * width) * length + values + tokens + CHARACTER * min(length, encoded_at_once(context))
 
 
-def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:
-    """Choices, bytes that are kept of each, and bytes of the answer."""
+def _asked(body: _Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:
+    """Choices, bytes that are kept of each, and bytes of the answer; `length` is the most tokens of the prompts."""
     context = spec.memory.max_context
     given = body.input or body.prompt or body.messages
     prompts = _prompts(bytes(given)) if given is not body.messages else 1
-    prompt = PROMPT * min(-(-len(given) // prompts), context)
+    prompt = PROMPT * min(-(-length // prompts), context)
     if body.choices:  # each is scored behind the whole prompt
         prompts = _prompts(bytes(body.choices))
     if body.input:
@@ -253,7 +267,7 @@ def _asked(body: _Body, spec: Spec, hidden: int) -> tuple[int, int, int]:
         return count, prompt + 4 * hidden, count * hidden * JSON_BYTES
     count = min(prompts * max(body.n or 1, body.best_of or 1, 1), MAX_SEQUENCES)
     tokens = _new_tokens(body, spec)
-    scored = min(len(given), context)
+    scored = min(length, context)
     logprobs = 0
     if body.logprobs is not None and body.logprobs is not False:
         alternatives = body.top_logprobs or 0 if body.logprobs is True else int(body.logprobs)

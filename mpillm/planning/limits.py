@@ -20,14 +20,13 @@ from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
-from mpillm.model.spill import HUGE, maximum_blocks, nbytes_in_file
+from mpillm.model.spill import HUGE, HUGE_PAGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed
-HUGE_PAGE = 2 * 2**20  # bytes
 SAVED, MAX_SAVED = 8, 64  # one in so many slots for states is for saved ones, and so many at most
 SHARE = 8  # the budgets' part that activations may take then: one in so many
 
@@ -118,11 +117,15 @@ class CacheCapacity:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
 
-    def needed(self, groups: int, asked: InputNeeds) -> tuple[int, int]:
-        """Blocks and states that an input can come to use, or all if there is none, or it is not known."""
+    def needed(self, groups: int, asked: InputNeeds, step: StepSize, stages: int) -> tuple[int, int]:
+        """Blocks and states that an input can come to use, or all if there is none, or it is not known.
+
+        Full blocks keep what they hold; of the last ones there are as many as sequences run at once.
+        """
         if not asked.lines or asked.blocks is None:
             return self.blocks, self.states
-        return min(self.blocks, groups * asked.blocks), min(self.slots, asked.sequences) + self.saved
+        blocks = asked.blocks + asked.at_once(step.sequences * stages, step.tokens * stages)
+        return min(self.blocks, groups * blocks), min(self.slots, asked.sequences) + self.saved
 
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run; None if something can."""

@@ -17,11 +17,12 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate
-from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.limits import cached_tokens
 from mpillm.planning.machines import Machines
+from mpillm.planning.needs import needs_of
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan, problems
 from mpillm.planning.search import search
@@ -83,7 +84,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
     Hosts without which the run would be faster are left out.
     """
-    asked = input_needs(spec, config.hidden, template_length(source))
+    asked = needs_of(spec, config, source)
     planner, names = Planner(source, config), machines.host_names()
     layouts = Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked)
     best, without = search(layouts, machines)

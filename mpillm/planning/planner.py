@@ -84,7 +84,7 @@ class Planner:
         step = step_size(spec, self._rows, places if config.adapters else places[: replica.shards], any(read))
         budgets = [one.memory.kv_bytes for one in specs]
         capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
-        needed = capacity.needed(len(caches[0].windows), asked)
+        needed = capacity.needed(len(caches[0].windows), asked, step, replica.stages)
         kept = 0 if number else asked.kept(step.sequences * replica.stages)
         rows, drafting = min(step.tokens, asked.rows), draft.nbytes(spec, config)
         plans = [

@@ -12,8 +12,8 @@ from mpillm.catalogue import models
 from mpillm.errors import JobError
 from mpillm.model.adapters import with_adapters
 from mpillm.model.opening import open_described
-from mpillm.planning.input_memory import input_needs, template_length
 from mpillm.planning.machines import Machines
+from mpillm.planning.needs import needs_of
 from mpillm.planning.plan import laid_out
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan
@@ -32,7 +32,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
         closing(open_described(models.path_to_plan(spec.model_on(gethostname())), spec.quantize)) as source,
         with_adapters(spec.adapters, source) as config,
     ):
-        asked, planner = input_needs(spec, config.hidden, template_length(source)), Planner(source, config)
+        asked, planner = needs_of(spec, config, source), Planner(source, config)
 
         def made(weights: int | str) -> tuple[float, list[RankPlan]]:
             job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))

@@ -17,7 +17,7 @@ from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.store.readable import printable
-from mpillm.text import Tokenizer, load_tokenizer
+from mpillm.text import Tokenizer
 from mpillm.weights.source import Source
 
 
@@ -38,7 +38,9 @@ def model_name(path: Path) -> str:
 def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = None) -> Model:
     """The model with its tokenizer; `now` is the time that chat templates are given."""
     config, source, scoring = session.config, session.source, session.spec.scoring
-    tokenizer = load_tokenizer(source.tokenizer, config.vocab, now or datetime.now)
+    tokenizer = session.tokenizer
+    if tokenizer is not None and now is not None:
+        tokenizer.tell_time(now)
     embedding = embedding_settings(source)
     classifier = _classifier(source, config, tokenizer, scoring.tokens, embedding)
     template = tokenizer.template("rerank") if tokenizer else None

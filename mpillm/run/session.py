@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from mpillm import kernels
@@ -27,9 +28,10 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate, demand_of, estimate
-from mpillm.planning.input_memory import InputNeeds, input_needs, template_length
+from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.job_time import Demand
 from mpillm.planning.limits import limits
+from mpillm.planning.needs import needs_of
 from mpillm.planning.planner import Planner
 from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
@@ -37,6 +39,7 @@ from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
+from mpillm.text import Tokenizer, load_tokenizer
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.identity import Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
@@ -217,6 +220,11 @@ class Session:
             self.spec, self.source, self.config, self.world, self.threads, self._open_files
         )
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+        return load_tokenizer(self.source.tokenizer, self.config.vocab)
+
     @property
     def shard_vocab(self) -> list[int]:
         """Vocabulary rows of each shard of the last stage."""
@@ -247,7 +255,7 @@ class Session:
 
     def _ask(self) -> InputNeeds:
         """What the input asks for, which only rank 0 can read."""
-        return input_needs(self.spec, self.config.hidden, template_length(self.source))
+        return needs_of(self.spec, self.config, self.source, lambda: self.tokenizer)
 
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""

@@ -9,7 +9,7 @@ import msgspec
 from mpillm import kernels
 from mpillm.partition import grid
 from mpillm.planning import draft, memory
-from mpillm.planning.limits import CacheCapacity, cache_in_memory
+from mpillm.planning.limits import CacheCapacity, StepSize, cache_in_memory
 from mpillm.run.session import Session
 from mpillm.store.report import RankStatistics
 from mpillm.weights.page import Page
@@ -63,7 +63,8 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     weights, config, place, limits = session.weights, session.config, session.place, session.limits
     kept = session.needs.kept(limits.max_sequences * limits.micro_batches) if session.world.rank == 0 else 0
     capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
-    needed = capacity.needed(len(limits.windows), session.needs)
+    step = StepSize(limits.max_sequences, limits.max_tokens)
+    needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),

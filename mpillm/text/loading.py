@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ from mpillm.text.tokenizer import Tokenizer
 
 
 def load_tokenizer(
-    source: Path | str | Mapping[str, Any] | None,
-    vocab: int | None = None,
-    now: Callable[[], datetime] = datetime.now,
+    source: Path | str | Mapping[str, Any] | None, vocab: int | None = None
 ) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory (or its tokenizer.json), a GGUF file's metadata, or a `.t` file.
 
     Return None if there is none; prompts must then be token ids. `vocab` is the number of rows of the model's
-    embedding, and a ModelError says that a token of the vocabulary lies beyond it. `now` gives the date to chat
-    templates that ask for it.
+    embedding, and a ModelError says that a token of the vocabulary lies beyond it.
     """
     if source is None:
         return None
@@ -40,7 +36,7 @@ def load_tokenizer(
             f"The tokenizer in {parts.where} has a token of id {largest}, but the model's vocabulary has {vocab}; "
             "they do not belong together."
         )
-    return Tokenizer(parts, now)
+    return Tokenizer(parts)
 
 
 def token_id_text(id: int) -> str:

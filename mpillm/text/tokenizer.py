@@ -32,7 +32,7 @@ from mpillm.text.token_bytes import TokenBytes
 class Tokenizer:
     """Text to token ids and back."""
 
-    def __init__(self, parts: TokenizerParts, now: Callable[[], datetime] = datetime.now) -> None:
+    def __init__(self, parts: TokenizerParts) -> None:
         core = self._core = parts.core
         self._parts = parts
         self.bos_id = self._id_of("bos_token")
@@ -54,7 +54,7 @@ class Tokenizer:
         self._encoder = Encoder(core, self._added, self.control_ids, self._unknown)
         self._kind, self.strips_space = decoding(core)
         self._bytes = TokenBytes(core, self._kind, self._added, self.control_ids)
-        self._chats = ChatTemplates(parts, now)
+        self._chats = ChatTemplates(parts, datetime.now)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -64,6 +64,10 @@ class Tokenizer:
     def vocabulary(self) -> dict[int, str]:
         """How the tokenizer's file writes each token, by id."""
         return {id: token for token, id in self._core.get_vocab().items()}
+
+    def tell_time(self, now: Callable[[], datetime]) -> None:
+        """Chat templates that ask for the date get this one."""
+        self._chats = ChatTemplates(self._parts, now)
 
     @property
     def by_bytes(self) -> bool:

@@ -17,6 +17,7 @@ from mpillm.partition.grid import Place
 from mpillm.planning import hosts, input_memory, plan, plan_text, suggestion
 from mpillm.planning.hosts import Host
 from mpillm.planning.plan import Plan
+from mpillm.planning.token_count import SPECIAL
 from mpillm.spec import shown_bytes
 from mpillm.spec.reading import toml
 from mpillm.weights.roles import Key
@@ -86,7 +87,7 @@ def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> Non
     asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
     with_input, without = plan.make(asked, 2), planned("llama3", 2)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
-    prompts = (with_input.stages * with_input.step_sequences + 1) * 3 * input_memory.PROMPT
+    prompts = (with_input.stages * with_input.step_sequences + 1) * (3 + SPECIAL) * input_memory.PROMPT
     assert more == [input_memory.line_bytes(3000) + 3000 * input_memory.WRITTEN + prompts, 0]
 
 

@@ -35,7 +35,8 @@ from mpillm.planning.input_memory import (
     input_needs,
     line_bytes,
 )
-from mpillm.planning.limits import CacheCapacity
+from mpillm.planning.limits import CacheCapacity, StepSize
+from mpillm.planning.token_count import Around
 from mpillm.store import report, report_page
 from mpillm.text.constrain import CACHED
 from tests.conftest import Mpi, run_bounded
@@ -294,13 +295,13 @@ SCORED = '{"query": "a", "documents": ["b"]}'
 @pytest.mark.parametrize(
     ("text", "sequences", "prompt", "generated", "blocks"),
     [
-        ('{"prompt": [5, 6, 7], "max_tokens": 61}', 1, 3, 61, 3),
-        ('{"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 0}', 4, 3, 0, 4),
-        ('{"prompt": "abcdef", "max_tokens": 10}', 1, 6, 10, 1),
-        ('{"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}', 1, 11, 0, 2),
-        ('{"input": ["a", "b"]}', 2, 10, 0, 2),
-        ('{"prompt": "a", "max_tokens": 9000}\n' * 2, 2, 8, 2 * 4096, 2 * 128),
-        (f'{{"prompt": "a", "max_tokens": 1}}\n{SCORED}', 2, 4, 1 + 128, None),
+        ('{"prompt": [5, 6, 7], "max_tokens": 61}', 1, 3, 61, 1),
+        ('{"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 0}', 4, 3, 0, 0),
+        ('{"prompt": "abcdef", "max_tokens": 10}', 1, 2, 10, 0),
+        ('{"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}', 1, 13, 0, 2),
+        ('{"input": ["a", "b"]}', 2, 1, 0, 0),
+        ('{"prompt": "a", "max_tokens": 9000}\n' * 2, 2, 2, 2 * 4096, 2 * 128),
+        (f'{{"prompt": "a", "max_tokens": 1}}\n{SCORED}', 2, 1, 1 + 128, None),
     ],
 )
 def test_what_an_input_asks_for(
@@ -309,7 +310,7 @@ def test_what_an_input_asks_for(
     """Tokens of lists are counted, those of texts are at most their bytes; what is not known bounds nothing."""
     job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
     (tmp_path / "in.jsonl").write_text(text)
-    asked = input_needs(job, 64, template_bytes=40)
+    asked = input_needs(job, 64, Around(40))
     assert (asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.blocks) == (
         sequences, prompt, generated, blocks,
     )  # fmt: skip
@@ -317,8 +318,13 @@ def test_what_an_input_asks_for(
 
 def test_the_cache_is_planned_for_what_the_input_can_need() -> None:
     capacity = CacheCapacity(blocks=100, blocks_in_memory=100, slots=10, saved=2)
-    assert capacity.needed(2, InputNeeds(lines=1, sequences=3, blocks=20)) == (40, 5)
-    assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=90)) == (100, 12)
-    assert (
-        capacity.needed(2, InputNeeds()) == capacity.needed(2, InputNeeds(lines=1, blocks=None)) == (100, 12)
+    step = StepSize(4, 10)
+    assert capacity.needed(2, InputNeeds(lines=1, sequences=3, blocks=20), step, 2) == (46, 5)
+    assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=20), step, 2) == (56, 12)
+    short = InputNeeds(lines=1, sequences=30, blocks=20, shortest=8, longest_answer=2)
+    assert capacity.needed(2, short, step, 2) == (52, 12), (
+        "2 of 8 tokens begin in a step, 1 goes on; each takes 2"
     )
+    assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=90), step, 2) == (100, 12)
+    for nothing in (InputNeeds(), InputNeeds(lines=1, blocks=None)):
+        assert capacity.needed(2, nothing, step, 2) == (100, 12)

@@ -258,8 +258,9 @@ def test_a_role_writes_no_control_token(make: Make) -> None:
 
 def test_a_date_is_that_of_the_run(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, "llama3", chats.TEMPLATES["llama3"])
-    tokenizer = load_tokenizer(folder, now=lambda: datetime(2031, 2, 3))
+    tokenizer = load_tokenizer(folder)
     assert tokenizer is not None
+    tokenizer.tell_time(lambda: datetime(2031, 2, 3))
     assert "Today Date: 03 Feb 2031" in render_chat(tokenizer, user("x"))
 
 

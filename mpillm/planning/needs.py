@@ -1,0 +1,56 @@
+"""What an input asks of a model: its lines, with the texts that the model's files put around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mpillm.model.config import ModelConfig
+from mpillm.planning.input_memory import InputNeeds, input_needs
+from mpillm.planning.token_count import Around
+from mpillm.spec import Spec
+from mpillm.text import Tokenizer, load_tokenizer
+from mpillm.text.from_dllama import template_in
+from mpillm.weights.source import Source
+from mpillm.weights.text_files import PROMPTS, text_fields, text_files, text_folder
+
+
+def needs_of(
+    spec: Spec, config: ModelConfig, source: Source, load: Callable[[], Tokenizer | None] | None = None
+) -> InputNeeds:
+    """What the input asks for; `load` gives the model's tokenizer, which is loaded here without it."""
+    return input_needs(
+        spec, config.hidden, around(source), load or (lambda: load_tokenizer(source.tokenizer, config.vocab))
+    )
+
+
+def around(source: Source) -> Around:
+    """The bytes of a model's chat template, 0 if it has none, or several, and of the longest prompt for embeddings."""
+    folder, fields = text_folder(source.tokenizer), text_fields(source.tokenizer)
+    template, prompts = None, dict[str, str]()
+    if fields is not None:
+        template = fields.get("tokenizer.chat_template")
+    elif folder is not None:
+        template = _read(folder / "tokenizer_config.json").get("chat_template")
+        with suppress(OSError, UnicodeDecodeError):
+            template = (folder / "chat_template.jinja").read_text("utf-8")
+        found = _read(folder / PROMPTS).get("prompts")
+        prompts = found if isinstance(found, dict) else {}
+    else:
+        for path in text_files(source.tokenizer):
+            template = template_in(path)
+    return Around(
+        len(template) if isinstance(template, str) else 0,
+        max((len(str(p)) for p in prompts.values()), default=0),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a file; none if there is no such file."""
+    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # loading it says why
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    return {}
