@@ -53,6 +53,10 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
             return path if (path / "config.json").exists() else file_in(path) or path
     except OSError as error:
         raise JobError(f"The model {path} cannot be looked at: {error.strerror}.") from error
+    if web := _repository_of(model):
+        raise JobError(f"The model {model!r} is an address; write {web}.")
+    if model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".m"):
+        raise JobError(f"There is no model {path}; see where it is, or write hf:owner/name to fetch one.")
     hint = (
         f"hf:{model} for a repository of that name"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model)
@@ -89,6 +93,12 @@ def local_path(model: str) -> Path:
     return path
 
 
+def _repository_of(address: str) -> str | None:
+    """How the repository at an address of Hugging Face's is written; None if it is no such address."""
+    found = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", address)
+    return f"hf:{found[1]}" if found else None
+
+
 def _meant(name: str) -> str:
     """A question whether a name of the catalogue was meant, if one is like it."""
     close = difflib.get_close_matches(name.lower(), [*CATALOGUE, *HOSTED], n=1)
@@ -116,6 +126,8 @@ def pull(name: str, progress: DownloadProgress | None = None) -> Path:
         return pull_hf(f"hf:{HOSTED[name].repository}", models_dir())
     entry = CATALOGUE.get(name)
     if entry is None:
+        if web := _repository_of(name):
+            raise JobError(f"{name!r} is an address; type mpillm pull {web}.")
         repository = f"hf:{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else "hf:owner/name"
         raise JobError(
             f"The catalogue has no model {name!r}; it has {known()}, and {repository} is taken too.{_meant(name)}"

@@ -29,6 +29,9 @@ where it stopped), 70 a bug of mpillm"""
 
 HIDDEN = {"ranks"}  # commands that people do not type
 RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
+# A run goes on by itself, and never overwrites another one's answers.
+GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
+LEAST_MEMORY = 2**20  # bytes that a machine has: less was meant in another unit
 # What other programs call a key of the job.
 CALLED_ELSEWHERE = {
     **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
@@ -53,12 +56,20 @@ class _Parser(argparse.ArgumentParser):
         """A sentence on the words that mean nothing; the first one that can be explained decides."""
         parser = self._commands().get(command or "", self)
         known = [name for action in parser._actions for name in action.option_strings]
+        before = [name for action in self._actions for name in action.option_strings]
         for word in unknown:
             name, equals, value = word.partition("=")
             following = words[words.index(word) + 1 :]
             value = value if equals or not following else following[0]
             if command == "run" and name in RANKS_OF_LAUNCHERS:
                 return f"the number of ranks is the launcher's; type mpillm launch -n {value or 'N'} run ..."
+            if command == "run" and name in GOING_ON:
+                return (
+                    f"there is no option {name}: the same command goes on where it stopped, "
+                    "and another --output begins anew"
+                )
+            if command and word in before:
+                return f"{word} stands before the command; type mpillm {word} {command} ..."
             if not word.startswith("-"):
                 if "--model" in known and command != "run":
                     return f"{word!r} is no option; to name a model, type --model {word}"
@@ -69,7 +80,9 @@ class _Parser(argparse.ArgumentParser):
                 return f"there is no option {name}; did you mean {close[0]}?"
             if name.startswith("--") and (key := _key_like(name[2:])):
                 return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
-        return f"unrecognized arguments: {' '.join(unknown)}"
+        if not unknown[0].startswith("-"):
+            return f"{unknown[0]!r} is one word too many; {parser.format_usage().rstrip().replace('usage:', 'type')}"
+        return f"there is no option {unknown[0]}; {command or 'mpillm'} --help lists all"
 
     def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
         found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
@@ -259,9 +272,12 @@ def _size(text: str) -> int:
     from mpillm.spec import byte_size
 
     try:
-        return byte_size(text)
+        found = byte_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if found < LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"{text} is {found} bytes; did you mean {text}GiB?")
+    return found
 
 
 def _positive(text: str) -> int:

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
 
     try:
         if options.words[:1] != ["run"]:
-            raise JobError("launch starts runs: mpillm launch -n 2 run JOB.toml.")
+            raise JobError(_no_run(options.words, options.ranks or 2))
         if options.ranks is None and options.hostfile is None:
             raise JobError(
                 "launch needs a number of ranks or machines: mpillm launch -n 2 run, or --hostfile FILE."
@@ -52,6 +52,15 @@ def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
     except MpillmError as error:
         _say(str(error))
         return error.exit_code
+
+
+def _no_run(words: list[str], ranks: int) -> str:
+    """A sentence on words that do not begin with `run`."""
+    if words and words[0].endswith(".toml"):
+        return f"launch wants the command before the job: mpillm launch -n {ranks} run {words[0]}."
+    if words and words[0] in ("doctor", "serve", "chat", "bench", "pack"):
+        return f"launch starts runs alone; type mpiexec -n {ranks} python -m mpillm {' '.join(words)}."
+    return "launch starts runs: mpillm launch -n 2 run JOB.toml."
 
 
 def _say(line: str) -> None:

@@ -89,7 +89,10 @@ def read(path: Path, ranks: int | None = None) -> Machines:
     except OSError as error:
         raise JobError(f"The file of hosts {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # msgspec's and TOML's are such
-        raise JobError(f"The file of hosts {path} is wrong: {error}.") from None
+        raise JobError(
+            f"The file of hosts {path} is wrong: {error}. It is one as doctor --output writes it; "
+            "a hostfile of mpiexec's is for launch --hostfile."
+        ) from None
     machines = machines_of(found.hosts, ranks)
     if ranks is not None and machines.ranks < ranks:
         raise JobError(

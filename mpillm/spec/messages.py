@@ -28,6 +28,20 @@ def nearest(key: str, known: set[str]) -> str:
     return f"there are {', '.join(siblings)}."
 
 
+def instead_of(text: str, problem: str) -> str:
+    """What to write instead of the line that a TOML parser's `problem` names, where that can be guessed."""
+    found = re.search(r"at line (\d+)", problem)
+    line = text.splitlines()[int(found[1]) - 1].partition("#")[0].strip() if found else ""
+    key, equals, value = (part.strip() for part in line.partition("="))
+    if "overwrite" in problem:
+        return f"; {key} is there twice"
+    if re.fullmatch(r"[\w-]+:.*", line):
+        return f"; TOML has {line.partition(':')[0]} = VALUE, with quotes around a text"
+    if equals and re.match(r"[\w./~$-]", value):
+        return f'; a text has quotes: {key} = "{value[:60]}"'
+    return ""
+
+
 def explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
     """msgspec's sentence with the key first and the value that was given."""
     text, _, place = str(error).rpartition(" - at `$")

@@ -19,7 +19,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 from mpillm.spec.job import Spec, known_keys
-from mpillm.spec.messages import explain, nearest
+from mpillm.spec.messages import explain, instead_of, nearest
 
 UNREAD = "-"  # standard input, which no plan reads
 
@@ -89,7 +89,8 @@ def checked(values: dict[str, Any], where: str) -> Spec:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return toml(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        return toml(text)
     except FileNotFoundError:
         raise JobError(f"There is no job file {path}.") from None
     except OSError as error:
@@ -97,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise JobError(f"The job file {path} is not UTF-8 text (byte {error.start}).") from None
     except ValueError as error:
-        raise JobError(f"The job file {path} is not TOML: {error}.") from None
+        raise JobError(f"The job file {path} is not TOML: {error}{instead_of(text, str(error))}.") from None
 
 
 def toml(text: str) -> dict[str, Any]:

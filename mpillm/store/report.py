@@ -216,6 +216,8 @@ def read(directory: Path) -> Report:
         return msgspec.json.decode(path.read_bytes(), type=Report)
     except FileNotFoundError:
         raise JobError(f"There is no finished run in {directory}: it has no {JSON}.") from None
+    except NotADirectoryError:
+        raise JobError(f"{directory} is a file; give the output directory of a run.") from None
     except OSError as error:
         raise JobError(f"The report {path} cannot be read: {error.strerror}.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -87,7 +87,9 @@ class Reader:
         with explained(path):
             try:
                 self._directory = Directory(path)
-            except (FileNotFoundError, NotADirectoryError):
+            except NotADirectoryError:
+                raise JobError(f"{path} is a file; give the output directory of a run.") from None
+            except FileNotFoundError:
                 raise JobError(f"There is no directory {path}; a run makes it when it starts.") from None
         if JOURNAL not in self._directory.names():
             owner = self._owner()

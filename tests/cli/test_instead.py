@@ -20,6 +20,8 @@ MISTAKES = {
     "a job that is not there": ("plan jobs/quickstrat.toml", "There is no job file jobs/quickstrat.toml"),
     "a model that is not there": ("pull nosuch", "it has smollm2-135m, qwen3-0.6b"),
     "launch without ranks": ("launch run", "mpillm launch -n 2 run, or --hostfile FILE"),
+    "a job at launch": ("launch -n 2 a.toml", "the command before the job: mpillm launch -n 2 run a.toml."),
+    "launch of a check": ("launch -n 3 doctor", "type mpiexec -n 3 python -m mpillm doctor."),
     "launch of something else": ("launch -n 2 plan", "launch starts runs: mpillm launch -n 2 run JOB.toml"),
     "a port": ("serve --port 99999", "99999 is no port; ports are 0 (any free one) to 65535"),
     "a size": ("plan --memory lots", "'lots' is no size"),
@@ -43,6 +45,22 @@ MISTAKES = {
     "a beginning of a model's name": ("plan --model smollm2", "Did you mean smollm2-"),
     "a repository": ("pull Qwen/Qwen3-0.6B", "hf:Qwen/Qwen3-0.6B is taken too"),
     "a file as the directory": ("init job taken", "taken is a file; give another directory."),
+    "a file as the run": ("report taken", "taken is a file; give the output directory of a run."),
+    "a file's status": ("status taken", "taken is a file; give the output directory of a run."),
+    "a text without quotes": ("plan bare.toml", '(at line 1, column 9); a text has quotes: model = "smollm2-135m".'),
+    "YAML": ("plan yaml.toml", "; TOML has model = VALUE, with quotes around a text."),
+    "a key twice": ("plan twice.toml", "; model is there twice."),
+    "going on": ("run --resume", "the same command goes on where it stopped, and another --output begins anew"),
+    "overwriting": ("run --overwrite", "another --output begins anew"),
+    "a global option at its command": ("run -v", "-v stands before the command; type mpillm -v run ..."),
+    "a version of a command": ("plan --version", "--version stands before the command"),
+    "memory without a unit": ("plan --memory 8", "8 is 8 bytes; did you mean 8GiB?"),
+    "a hostfile as hosts": ("plan --model smollm2-135m --hosts hosts", "is for launch --hostfile."),
+    "an address": ("pull https://huggingface.co/Qwen/Qwen3-0.6B", "type mpillm pull hf:Qwen/Qwen3-0.6B."),
+    "a model's address": ("plan --model huggingface.co/Qwen/Qwen3-0.6B", "is an address; write hf:Qwen/Qwen3-0.6B."),
+    "a model's file": ("plan --model ./nosuch.gguf", "There is no model nosuch.gguf; see where it is,"),
+    "a word too many": ("pull smollm2-135m qwen", "'qwen' is one word too many; type mpillm pull [-h] name"),
+    "no such option": ("models --json", "there is no option --json; models --help lists all"),
     "a run that is not there": ("report nothing", "There is no finished run in nothing"),
 }  # fmt: skip
 
@@ -53,6 +71,10 @@ def test_a_mistake(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
+    (tmp_path / "bare.toml").write_text("model = smollm2-135m\n")
+    (tmp_path / "yaml.toml").write_text("model: smollm2-135m\n")
+    (tmp_path / "twice.toml").write_text('model = "a"\nmodel = "b"\n')
+    (tmp_path / "hosts").write_text("node1 slots=4\n")
     words, said = MISTAKES[name]
     try:
         code = main(words.split())
