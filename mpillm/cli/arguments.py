@@ -82,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
                 return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
         if not unknown[0].startswith("-"):
             return f"{unknown[0]!r} is one word too many; {parser.format_usage().rstrip().replace('usage:', 'type')}"
-        return f"there is no option {unknown[0]}; {command or 'mpillm'} --help lists all"
+        return f"there is no option {unknown[0]}; {parser.prog} --help lists all"
 
     def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
         found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]

@@ -35,7 +35,7 @@ from mpillm.text.bounds import encoded_at_once
 LINE = 64  # bytes of a line and of its answer's place at most; 28 stay (see `batch.lines`)
 ORDERED = 96  # of a line while its piece of the input is ordered (see `batch.order`)
 NAMES = 2  # copies of a line's name
-NAMED = 24 * 2**20  # bytes of all names at most: of lines that run, and of records that wait
+NAMED = 32 * 2**20  # bytes of all names at most: of lines that run, and of records that wait
 # Of a line, and of all, in what is not sorted yet (two tables of names, 0.6 MiB each) or waits for the journal.
 UNSORTED, UNSORTED_LINES = 1 << 15, 5 * 2**19
 WRITTEN = 3072  # of an answer that is written to results.h5,

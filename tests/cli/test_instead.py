@@ -60,7 +60,7 @@ MISTAKES = {
     "a model's address": ("plan --model huggingface.co/Qwen/Qwen3-0.6B", "is an address; write hf:Qwen/Qwen3-0.6B."),
     "a model's file": ("plan --model ./nosuch.gguf", "There is no model nosuch.gguf; see where it is,"),
     "a word too many": ("pull smollm2-135m qwen", "'qwen' is one word too many; type mpillm pull [-h] name"),
-    "no such option": ("models --json", "there is no option --json; models --help lists all"),
+    "no such option": ("models --json", "there is no option --json; mpillm models --help lists all"),
     "a run that is not there": ("report nothing", "There is no finished run in nothing"),
 }  # fmt: skip
 

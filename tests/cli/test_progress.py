@@ -124,7 +124,7 @@ def test_the_summary_is_the_last_thing_in_a_pipe(mpi: Mpi, tmp_path: Path) -> No
             ["plan", "--temperature=0.5"],
             "there is no option --temperature; type --set sampling.temperature=0.5",
         ),
-        (["run", "--nonsense", "5"], "unrecognized arguments: --nonsense"),
+        (["run", "--nonsense", "5"], "there is no option --nonsense; mpillm run --help lists all"),
     ],
 )
 def test_an_option_that_is_a_key(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
