@@ -240,13 +240,13 @@ ASKED = [
     ("", 0),
     ("a", EACH),
     (f'{{"custom_id": "{"n" * 500}", "max_tokens": 0}}', EACH + NAMES * sys.getsizeof("n" * 500)),
-    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH + 3 * PROMPT),
-    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * (72 * 128 + 3 * PROMPT)),
-    ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * (4 * 64 + 5 * PROMPT)),
+    ('{"prompt": "a", "max_tokens": 0}\nb', 2 * EACH + 7 * PROMPT),
+    ('{"prompt": "a"}\n\n{"prompt": 5}\n', 3 * EACH + COPIES * 8 * 128 + 2 * (72 * 128 + 7 * PROMPT)),
+    ('{"input": ["a", [5]]}', EACH + COPIES * 2 * 64 * 22 + 2 * (4 * 64 + 7 * PROMPT)),
     ('{"body": {"prompt": "a", "max_tokens": 9, "n": 3, "logprobs": 2}}',
-     EACH + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * LOGPROB) + 3 * 3 * PROMPT),
+     EACH + COPIES * 3 * 9 * (8 + 3 * 80) + 3 * 9 * (72 + 3 * LOGPROB) + 3 * 7 * PROMPT),
     ('{"messages": [], "max_tokens": 100, "n": 1000, "logprobs": true, "top_logprobs": 20}',
-     EACH + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * LOGPROB) + 1000 * 2 * PROMPT + TEMPLATE + 84 * CHAT),
+     EACH + COPIES * MAX_ANSWER + 1000 * 100 * (72 + 21 * LOGPROB) + 1000 * 18 * PROMPT + TEMPLATE + 84 * CHAT),
 ]  # fmt: skip
 
 
