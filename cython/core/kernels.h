@@ -14,12 +14,11 @@
  *
  * The kind decides how a type is packed and which product it has. FLOAT rows stay as they are (body_float.h), and so do
  * the rows of SCALED blocks: codes that stand for floats, behind the F32 scale of all of them (body_scaled.h). A PLAIN
- * block is its F16 numbers, or the byte of an exponent if it has none, and then its values (quantised_tile in
- * body_matmul.h). SUPER blocks are K-quants (super.h, and super_tile in body_matmul.h). CODED rows are BF16 in files, and
- * come out of a tile with the same bits (coded.h).
+ * block is its F16 numbers, or the byte of an exponent if it has none, and then its values (body_plain.h). SUPER blocks
+ * are K-quants (super.h, body_super.h). CODED rows are BF16 in files, and come out of a tile with the same bits (coded.h).
  *
  * A new type needs a row here and in mpillm/kernels/types.py. Where the bodies of its kind do not fit, it also needs its
- * own in pack.c, in dequantise of body_quant.h, and in load_groups and the kind's tile of body_matmul.h. */
+ * own in pack.c, in dequantise of body_quant.h, in load_groups of body_plain.h, and in its kind's tile. */
 #define MK_BLOCK_TYPES(X)                 \
     X(F32, FLOAT, 1, 4, 4, 0, 32)         \
     X(F16, FLOAT, 1, 2, 2, 0, 16)         \

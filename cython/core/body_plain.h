@@ -1,0 +1,101 @@
+/* Tiles of PLAIN blocks, and the values of any packed block as the products' operands: 32 columns of 16 rows of W are 8
+ * groups of 4 columns, whose products with x are exact integers. */
+
+/* The values of nibbles as the products' operands: MXFP4's begin at 0, IQ4's have the bias that vb_dot_s8 expects. */
+#define FROM_ZERO(value) (value) + 12,
+#define BIASED(value) (int8_t)((value) + VEC_Q8_BIAS),
+static const int8_t E2M1_OPERANDS[16] = {MK_E2M1_VALUES(FROM_ZERO)}, IQ4_OPERANDS[16] = {MK_IQ4_VALUES(BIASED)};
+
+MK_INLINE int is_iq4(int type) { return type == MK_IQ4_NL || type == MK_IQ4_XS; }
+MK_INLINE int is_signed(int type) { return type == MK_Q8_0 || is_iq4(type) || mk_is_grid(type); }
+
+/* Bits of the values of group g of 4 columns: two of each in a byte, or one. */
+MK_INLINE vb two_bits(const uint8_t *w, const int g, const int to) {
+    return vb_bits(vb_load(w + 64 * (g / 4)), g % 4 * 2, 3, to);
+}
+MK_INLINE vb one_bit(const uint8_t *w, const int g, const int to) { return vb_bits(vb_load(w), g, 1, to); }
+
+/* Row by row, because table look-ups are gathers on every path.  Not copied into each tile: the code is too long. */
+MK_INLINE void grid_rows(const int type, const uint8_t *w, uint32_t (*words)[MK_TILE]) {
+    for (int r = 0; r < MK_TILE; r++)
+        for (int i = 0; i < 4; i++) {
+            const uint64_t eight = mk_grid_eight(type, w + r * mk_grid_bytes(type), i);
+            words[2 * i][r] = (uint32_t)eight, words[2 * i + 1][r] = (uint32_t)(eight >> 32);
+        }
+}
+static __attribute__((noinline)) void grid_words(int type, const uint8_t *w, uint32_t (*words)[MK_TILE]) {
+    switch (type) {
+    case MK_IQ2_XXS: grid_rows(MK_IQ2_XXS, w, words); break;
+    case MK_IQ2_XS: grid_rows(MK_IQ2_XS, w, words); break;
+    case MK_IQ2_S: grid_rows(MK_IQ2_S, w, words); break;
+    case MK_IQ3_XXS: grid_rows(MK_IQ3_XXS, w, words); break;
+    default: grid_rows(MK_IQ3_S, w, words);
+    }
+}
+
+/* One block of 16 rows of W: its 8 groups of 4 columns. */
+MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
+    if (mk_is_grid(type)) {
+        uint32_t words[8][MK_TILE];
+        grid_words(type, w, words);
+        UNROLL
+        for (int g = 0; g < 8; g++) groups[g] = vb_signed(vb_load((const uint8_t *)words[g]));
+        return;
+    }
+    UNROLL
+    for (int g = 0; g < 8; g++)
+        if (type == MK_Q8_0) groups[g] = vb_signed(vb_load(w + 64 * g));
+        else if (type == MK_Q2_K || type == MK_Q3_K) groups[g] = two_bits(w, g, 0);
+        else groups[g] = vb_bits(vb_load(w + 64 * (g % 4)), g / 4 * 4, 15, 0);
+    UNROLL
+    for (int g = 0; g < 8; g++)
+        if (type == MK_MXFP4) groups[g] = vb_table(E2M1_OPERANDS, groups[g]);
+        else if (is_iq4(type)) groups[g] = vb_table(IQ4_OPERANDS, groups[g]);
+        else if (mk_bits(type) == 5) groups[g] = vb_or(groups[g], one_bit(w + 256, g, 4));
+        else if (type == MK_Q6_K) groups[g] = vb_or(groups[g], two_bits(w + 256, g, 4));
+        else if (type == MK_Q3_K) groups[g] = vb_or(groups[g], one_bit(w + 128, g, 2));
+}
+
+/* The start of a block's sum of products: it takes away what stored weights have been raised by (mk_activation). */
+MK_INLINE int32_t start_of(int type, const mk_activation *a) {
+    if (type == MK_Q4_0) return a->offset8;
+    if (type == MK_Q5_0) return 2 * a->offset8;
+    if (type == MK_MXFP4) return a->offset8 / 2 * 3;
+    return is_signed(type) && VEC_Q8_BIAS ? a->offset128 : 0;
+}
+
+MK_INLINE vi dot_of(int type, vi start, const vb *groups, const int8_t *q) {
+    if (is_signed(type)) return vb_dot_s8(start, groups, q, 8);
+    if (type == MK_Q4_0 || type == MK_Q4_1 || type == MK_Q4_K) return vb_dot_u4(start, groups, q);
+    return vb_dot_u6(vb_dot_u6(start, groups, q), groups + 4, q + 16);
+}
+
+HOT void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
+                              const uint8_t *x, long x_stride, long count, vf *sums) {
+    const int scales = mk_scale_bytes(type) * MK_TILE;
+    const long bytes = (long)mk_block_bytes(type) * MK_TILE;
+    vf acc[MAX_SUMS];
+    UNROLL
+    for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
+    for (long b = 0; b < count; b++, w += bytes, x += GROUP(T) * MK_ACTIVATION) {
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            const uint8_t *tile = w + r * w_stride;
+            for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, tile + line);
+            vb groups[8];
+            load_groups(type, tile + scales, groups);
+            vf d = type == MK_MXFP4 ? vf_load_e8m0(tile) : vf_load_f16((const void *)tile), m = d;
+            if (mk_f16s(type) == 2) m = vf_load_f16((const void *)(tile + 32));
+            UNROLL
+            for (int t = 0; t < T; t++) {
+                const mk_activation *a = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
+                vi dot = dot_of(type, vi_set1(start_of(type, a)), groups, a->q);
+                vf *to = &acc[r * T + t];
+                *to = vf_fma(vf_from(dot), vf_mul(d, vf_set1(a->scale)), *to);
+                if (mk_f16s(type) == 2) *to = vf_fma(m, vf_set1(a->total), *to);
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+}

@@ -1,0 +1,104 @@
+/* Tiles of K-quants, whose blocks have 8 parts of 32 columns with scales of their own (super.h). */
+
+/* The scales and minima of a part of 16 rows, as products take them: one of each for the part, or one for each half. */
+typedef struct {
+    vf scale[2], minimum[2];
+} part_scales;
+
+MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const uint8_t *part, vf d, vf m) {
+    part_scales of;
+    UNROLL
+    for (int h = 0; h < 2; h++) of.scale[h] = of.minimum[h] = vf_set1(0.0f);
+    if (mk_is_grid(type)) {
+        uint8_t odd[2][MK_TILE];
+        for (int h = 0; h < 1 + mk_halved(type); h++) {
+            for (int r = 0; r < MK_TILE; r++) {
+                const uint8_t scales = mk_part_scales(type) ? small[r] : 0;
+                odd[h][r] = (uint8_t)mk_grid_scale(type, part + r * mk_grid_bytes(type), scales, h);
+            }
+            of.scale[h] = mk_halved(type) ? vf_load_u8(odd[h]) : vf_mul(d, vf_load_u8(odd[h]));
+        }
+    } else if (type == MK_IQ4_XS) {
+        of.scale[0] = vf_mul(d, vf_load_i8(small));
+    } else if (!mk_halved(type)) {
+        of.scale[0] = vf_mul(d, vf_load_u8(small));
+        of.minimum[0] = vf_mul(m, vf_load_u8(small + 16));
+    } else {
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            if (type == MK_Q2_K) { /* a byte has both */
+                vf both = vf_load_u8(small + 16 * h);
+                of.minimum[h] = vf_from(vi_trunc(vf_mul(both, vf_set1(0.0625f))));
+                of.scale[h] = vf_fma(of.minimum[h], vf_set1(-16.0f), both);
+            } else {
+                of.scale[h] = vf_load_i8(small + 16 * h);
+            }
+    }
+    return of;
+}
+
+/* As `start_of`, for the half h of a part. */
+MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const int h) {
+    if (mk_is_grid(type)) return VEC_Q8_BIAS ? a->offset32[h] * 4 : 0;
+    return type == MK_Q6_K ? a->offset32[h] : type == MK_Q3_K ? a->offset32[h] / 8 : 0;
+}
+
+MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, const vb *groups) {
+    const vi start = vi_set1(start_of_half(type, a, h));
+    if (mk_is_grid(type)) return vb_dot_s8(start, groups + 4 * h, a->q + 16 * h, 4);
+    return vb_dot_u6(start, groups + 4 * h, a->q + 16 * h);
+}
+
+/* K-quants, 32 columns at a time.  A scale of 4, 6 or 8 bits times an f16 is exact, and so is the sum of both halves
+ * times their scales: these are integers below 2^24.  Roundings are those of the other types: one fma for the columns,
+ * and one for their minima. */
+HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
+                          long x_stride, long count, vf *sums) {
+    const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
+    vf acc[MAX_SUMS], d[MANY_TILES], m[MANY_TILES];
+    UNROLL
+    for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
+    for (long block = 0; block < count; block++, w += mk_packed_bytes(type) * MK_TILE) {
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            d[r] = vf_load_f16((const void *)(w + r * w_stride));
+            m[r] = vf_set1(0.0f);
+            if (mk_is_grid(type)) d[r] = vf_mul(d[r], vf_set1(mk_grid_unit(type)));
+            if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
+            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* offset32 is -32 times a sum */
+        }
+        const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
+        for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                const uint8_t *small = scales + r * w_stride, *part = values + r * w_stride;
+                fetch_ahead(R, T, small);
+                for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, part + line);
+                vb groups[8];
+                load_groups(type, part, groups);
+                const part_scales of = load_scales(type, small, part, d[r], m[r]);
+                UNROLL
+                for (int t = 0; t < T; t++) {
+                    const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
+                    const vf scale = vf_set1(act->scale);
+                    vf *to = &acc[r * T + t];
+                    if (mk_halved(type)) {
+                        vi first = dot_of_half(type, act, 0, groups), second = dot_of_half(type, act, 1, groups);
+                        vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
+                        *to = vf_fma(dot, vf_mul(d[r], scale), *to);
+                        if (type != MK_Q2_K) continue;
+                        vf minimum = vf_mul(of.minimum[0], vf_set1((float)act->offset32[0]));
+                        minimum = vf_fma(of.minimum[1], vf_set1((float)act->offset32[1]), minimum);
+                        *to = vf_fma(minimum, vf_mul(m[r], scale), *to);
+                    } else {
+                        vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);
+                        *to = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), *to);
+                        if (mk_f16s(type) == 2) *to = vf_fma(of.minimum[0], vf_set1(act->total), *to);
+                    }
+                }
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+}
