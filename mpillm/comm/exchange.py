@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from mpillm.comm import faults
 from mpillm.comm.waiting import wait
 from mpillm.errors import MpillmError
 
@@ -39,13 +40,31 @@ class Exchange:
     def bcast(self, value: T, root: int = 0) -> T:
         """Return the root's value on every rank."""
         self.barrier()  # so that no rank spins in MPI while the root still works
-        received: T = self._startup.bcast(value, root)
+        received: T = self._exchanged(lambda: self._startup.bcast(value, root))
         return received
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank."""
         wait(self._startup.Ibarrier().Test, crowded=True, look=self._check_losses if self.survives else None)
-        return self._startup.allgather(value)
+        received: list[T] = self._exchanged(lambda: self._startup.allgather(value))
+        return received
+
+    def _exchanged(self, exchange: Callable[[], Any]) -> Any:
+        """What an exchange returns. RankLost if it received what no rank sent.
+
+        Open MPI 5 with ULFM may report success for a collective in which a rank was killed and leave the buffer
+        unfilled, which then cannot be unpickled.
+        """
+        from mpi4py import MPI
+
+        try:
+            return exchange()
+        except MPI.Exception:
+            raise
+        except Exception as error:
+            if self.survives and faults.known(self._startup):
+                raise faults.RankLost from error
+            raise
 
     def agree(self, error: MpillmError | None) -> None:
         """Raise the error of the lowest rank that has one on every rank."""

@@ -50,10 +50,10 @@ def is_loss(error: BaseException, comm: MPI.Intracomm) -> bool:
         return True
     # For several requests at once, and inside a nonblocking collective, MPI reports only that one of them failed.
     vague = error.Get_error_class() in (MPI.ERR_IN_STATUS, MPI.ERR_OTHER, MPI.ERR_INTERN)
-    return vague and _known(comm)
+    return vague and known(comm)
 
 
-def _known(comm: MPI.Intracomm) -> bool:
+def known(comm: MPI.Intracomm) -> bool:
     """Return whether MPI knows of a loss, or learns of it within a second: the failed message may arrive earlier."""
     until = time.monotonic() + CONFIRMATION
     while not (comm.Is_revoked() or comm.Get_failed().Get_size() > 0):

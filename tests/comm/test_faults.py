@@ -96,3 +96,47 @@ print([is_loss(MPI.Exception(kind), Comm(after)) for kind, after in (
 """
     run = openmpi.run(1, "-c", program)
     assert run.stdout.strip() == "[True, True, True, False, False]", run.stderr
+
+
+@pytest.mark.mpiexec
+def test_what_no_rank_sent_is_a_loss_where_one_can_be_survived(openmpi: Mpi) -> None:
+    """After a kill with ULFM a collective was once reported as done, with a buffer that held no pickle."""
+    program = """
+from mpi4py import MPI
+from mpillm.comm.exchange import Exchange
+
+class Comm:
+    def __init__(self, error, revoked):
+        self.error, self.revoked = error, revoked
+    def Is_revoked(self):
+        return self.revoked
+    def Get_failed(self):
+        return MPI.GROUP_EMPTY
+    def Ibarrier(self):
+        return MPI.REQUEST_NULL
+    def allgather(self, *arguments):
+        raise self.error
+    bcast = allgather
+
+class World(Exchange):
+    def __init__(self, error, revoked, survives):
+        self._startup, self.survives = Comm(error, revoked), survives
+    def wait(self, done):
+        return 0.0
+    def _check_losses(self):
+        pass
+
+garbage = ValueError("unsupported pickle protocol: 215")
+for arguments in (garbage, True, True), (garbage, False, True), (garbage, True, False), (MPI.Exception(3), True, True):
+    for name in "gather", "bcast":
+        try:
+            getattr(World(*arguments), name)(0)
+        except Exception as error:
+            print(type(error).__name__, end=" ")
+"""
+    run = openmpi.run(1, "-c", program)
+    assert run.stdout.split() == [
+        *["RankLost"] * 2,
+        *["ValueError"] * 4,
+        *["Exception"] * 2,
+    ], run.stderr
