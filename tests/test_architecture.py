@@ -35,8 +35,8 @@ def test_what_the_page_names_is_there() -> None:
 
 def test_each_room_has_a_row_and_says_what_is_in_it() -> None:
     rows = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rows - {"errors"} == rooms
+    capacities = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rows - {"errors"} == capacities
     for path in PACKAGE.rglob("*.py"):
         if path.name != "__init__.py" or path.parent.parent == PACKAGE:
             assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -181,18 +181,18 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             context, asked = request.args
             body = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
             until = [stop for stop in body.pop("until") if stop]
-            most = body.pop("max_gen_toks")
-            if not 0 < most < self.max_length:
+            maximum = body.pop("max_gen_toks")
+            if not 0 < maximum < self.max_length:
                 raise JobError(
-                    f"max_gen_toks is {most}, and the model takes {self.max_length} tokens in all."
+                    f"max_gen_toks is {maximum}, and the model takes {self.max_length} tokens in all."
                 )
             if not body.pop("do_sample"):
                 body["temperature"] = 0.0
-            ids = self.tok_encode(context)[-(self.max_length - most) :]
+            ids = self.tok_encode(context)[-(self.max_length - maximum) :]
             lines.append(
                 {
                     "prompt": ids,
-                    "max_tokens": most,
+                    "max_tokens": maximum,
                     # Where a model thinks first, a text that ends the answer may stand in its thoughts.
                     "stop": until if self._think_end is None else [],
                     "skip_special_tokens": False,  # a control token may end the answer

@@ -84,10 +84,10 @@ def measure(
             for context in options.contexts:
                 for name, text in TEXTS.items():
                     prompt = _prompt(encode, text, context)
-                    most = min(session.limits.max_length, session.config.max_position)
-                    if len(prompt) + TOKENS > most:
+                    maximum = min(session.limits.max_length, session.config.max_position)
+                    if len(prompt) + TOKENS > maximum:
                         raise JobError(
-                            f"The model takes {most} tokens, and a text and its answer are {len(prompt) + TOKENS}; "
+                            f"The model takes {maximum} tokens, and a text and its answer are {len(prompt) + TOKENS}; "
                             "lower --context."
                         )
                     for run in _measure(session, name, prompt, options.repeats):

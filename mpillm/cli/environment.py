@@ -28,11 +28,11 @@ FEW_TASKS = 4096  # a limit beyond is not compared with what runs
 def prepare() -> None:
     """Make what is missing where that is possible; JobError says what limit is too low."""
     _files()
-    for limit, name, least in MIN_SIZES:
+    for limit, name, minimum in MIN_SIZES:
         soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY and soft < least:
+        if soft != resource.RLIM_INFINITY and soft < minimum:
             raise JobError(
-                f"The limit of {name} is {soft >> 10} KiB, and a rank without a model needs {least >> 10}; raise it."
+                f"The limit of {name} is {soft >> 10} KiB, and a rank without a model needs {minimum >> 10}; raise it."
             )
     _tasks()
     try:

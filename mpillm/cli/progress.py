@@ -43,7 +43,7 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
-def _waits_and_drafts(state: ProgressState, room: float = float("inf")) -> str:
+def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
     """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if state.per_pass is not None:
@@ -53,7 +53,7 @@ def _waits_and_drafts(state: ProgressState, room: float = float("inf")) -> str:
             parts.append(f"{what} {100 * part:.0f} %")
     told = ""
     for text in parts:
-        if len(told) + len(text) + 2 <= room:
+        if len(told) + len(text) + 2 <= capacity:
             told += f", {text}"
     return told
 
@@ -72,10 +72,10 @@ class Live:
         now = state()
         self._rates.add(now.tokens)
         width = terminal.columns(sys.stderr)
-        room = float("inf")
+        capacity = float("inf")
         if width is not None:  # else the end of a line that is too long would be cut off
-            room = width - len(f"{self._bar.n}/{self._bar.total}{BESIDE}{self._rates}]")
-        self._bar.set_postfix_str(f"{self._rates}{_waits_and_drafts(now, room)}", refresh=False)
+            capacity = width - len(f"{self._bar.n}/{self._bar.total}{BESIDE}{self._rates}]")
+        self._bar.set_postfix_str(f"{self._rates}{_waits_and_drafts(now, capacity)}", refresh=False)
         self._bar.refresh()
         self._shown = time.monotonic()
 

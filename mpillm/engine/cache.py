@@ -87,8 +87,8 @@ class CacheAllocator:
             return count
         end = sequence.tables[0].end
         if sequence.computed + count > end * KV_BLOCK:
-            most = end + self._pool.free // len(sequence.tables)
-            end = min(blocks_for(sequence.computed + count), most)
+            maximum = end + self._pool.free // len(sequence.tables)
+            end = min(blocks_for(sequence.computed + count), maximum)
             self._extend(sequence, end)
         return min(count, end * KV_BLOCK - sequence.computed)
 

@@ -45,7 +45,7 @@ class _Drafting:
 
     sequence: Sequence
     cached: _Cached
-    most: int
+    maximum: int
     constraint: Constraint | None
     tokens: list[int]  # known ones, and those that were drafted
     computed: int
@@ -54,7 +54,7 @@ class _Drafting:
     @property
     def goes_on(self) -> bool:
         """Whether another token is wanted."""
-        return not self.ended and self.count < self.most
+        return not self.ended and self.count < self.maximum
 
     @property
     def count(self) -> int:
@@ -88,7 +88,9 @@ class DraftModel:
     def draft(self, asked: Seq[tuple[Sequence, int]]) -> list[list[int]]:
         """Up to so many tokens that may follow each of some sequences; none where there is no room."""
         by_sequence: dict[Sequence, list[int]] = {sequence: [] for sequence, _ in asked}
-        all_drafting = [one for sequence, most in asked if (one := self._begin(sequence, most, by_sequence))]
+        all_drafting = [
+            one for sequence, maximum in asked if (one := self._begin(sequence, maximum, by_sequence))
+        ]
         while drafting := [one for one in all_drafting if one.goes_on]:
             self._compute(drafting)
         for one in all_drafting:
@@ -110,7 +112,7 @@ class DraftModel:
         for sequence in list(self._cached):
             self.forget(sequence)
 
-    def _begin(self, sequence: Sequence, most: int, others: dict[Sequence, list[int]]) -> _Drafting | None:
+    def _begin(self, sequence: Sequence, maximum: int, others: dict[Sequence, list[int]]) -> _Drafting | None:
         """None if the model cannot read the sequence, or the cache has no room beside `others`."""
         tokens, known = sequence.tokens, len(sequence.tokens)
         cached = self._cached.pop(sequence, None)
@@ -119,10 +121,10 @@ class DraftModel:
             self._share(sequence, cached)
         self._cached[sequence] = cached
         new = tokens[cached.known :]
-        if known + most > self._longest or max(new, default=0) >= self._vocab:
+        if known + maximum > self._longest or max(new, default=0) >= self._vocab:
             return None
         computed = cached.known + common(new, cached.drafted)
-        end = blocks_for(known + most)
+        end = blocks_for(known + maximum)
         missing = sum(end - table.end for table in cached.tables)
         for other in [one for one in self._cached if one not in others]:
             if self._pool.free >= missing:
@@ -133,7 +135,7 @@ class DraftModel:
         for table in cached.tables:
             table.blocks.extend(self._pool.acquire() for _ in range(end - table.end))
         constraint = None if sequence.constraint is None else sequence.constraint.copy()
-        return _Drafting(sequence, cached, most, constraint, list(tokens), min(computed, known - 1))
+        return _Drafting(sequence, cached, maximum, constraint, list(tokens), min(computed, known - 1))
 
     def _share(self, sequence: Sequence, cached: _Cached) -> None:
         """Begin behind the blocks that another sequence has computed."""

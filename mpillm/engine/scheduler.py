@@ -194,18 +194,22 @@ class Scheduler:
         rows = min(rows, DRAWN_ROWS - len(chosen))
         if rows <= 0 or not speculation.begin_step(len(chosen)):
             return
-        rooms = [(sequence, room) for sequence, computes in chosen if (room := sequence.room(computes)) > 0]
-        speculation.ask_model(rooms, rows)
+        capacities = [
+            (sequence, capacity)
+            for sequence, computes in chosen
+            if (capacity := sequence.capacity(computes)) > 0
+        ]
+        speculation.ask_model(capacities, rows)
         spare = self._cache.free_in_memory - len(self.running)
         for sequence, computes in chosen:
             end, blocks = sequence.computed + computes, sequence.tables[0].end
-            room = blocks * KV_BLOCK - end + KV_BLOCK * max(spare, 0)
-            most = min(rows, room, sequence.room(computes))
+            capacity = blocks * KV_BLOCK - end + KV_BLOCK * max(spare, 0)
+            maximum = min(rows, capacity, sequence.capacity(computes))
             if self.limits.short_length and not sequence.long:
-                most = min(most, self.limits.short_length - end)
-            if most <= 0:
+                maximum = min(maximum, self.limits.short_length - end)
+            if maximum <= 0:
                 continue
-            sequence.drafts = speculation.draft(sequence, most)
+            sequence.drafts = speculation.draft(sequence, maximum)
             rows -= len(sequence.drafts)
             self._cache.allocate(sequence, computes + len(sequence.drafts))
             spare -= sequence.tables[0].end - blocks

@@ -82,7 +82,7 @@ class Sequence:
             return self.passed_over - self.computed
         return len(self.tokens) - self.computed
 
-    def room(self, count: int) -> int:
+    def capacity(self, count: int) -> int:
         """How many drafts may follow if the next step computes `count` tokens: 0 unless a token is drawn then."""
         request = self.request
         if request.only_reads or self.computed + count < len(self.tokens):

@@ -132,17 +132,17 @@ class Speculation:
         dearer = min(self._threshold + (MARGIN * self._model.seconds / step if step else 0.0), 1.0)
         self._unasked += 1
         asked: list[tuple[Sequence, int]] = []
-        for sequence, room in sequences:
+        for sequence, capacity in sequences:
             drafter = self._drafter(sequence)
             offer, probable = drafter.guess(sequence.tokens)
             found = min(len(offer.guess.tokens), self._length(self._threshold, probable))
-            most = self._length(dearer, drafter.of_model)
-            if _worth(drafter.of_model, most, dearer) <= _worth(probable, found, self._threshold):
+            maximum = self._length(dearer, drafter.of_model)
+            if _worth(drafter.of_model, maximum, dearer) <= _worth(probable, found, self._threshold):
                 if self._unasked <= PATIENCE:
                     continue
-                most = PROBED
-            if most := min(most, room, rows // len(sequences)):
-                asked.append((sequence, most))
+                maximum = PROBED
+            if maximum := min(maximum, capacity, rows // len(sequences)):
+                asked.append((sequence, maximum))
         if asked:
             self._unasked = 0
             for (sequence, _), drafted in zip(asked, self._model.draft(asked), strict=True):
@@ -153,8 +153,8 @@ class Speculation:
         """Up to `limit` tokens that may follow the sequence's."""
         offer, probable = self._drafter(sequence).guess(sequence.tokens)
         if offer.by != MODEL:  # which has drafted no more than pays
-            most = self._length(self._threshold, probable)
-            offer = replace(offer, guess=offer.guess._replace(tokens=offer.guess.tokens[:most]))
+            maximum = self._length(self._threshold, probable)
+            offer = replace(offer, guess=offer.guess._replace(tokens=offer.guess.tokens[:maximum]))
         return list(_drafts(sequence, offer, limit))
 
     def judge(self, sequence: Sequence) -> None:

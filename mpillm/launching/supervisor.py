@@ -45,10 +45,10 @@ _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
-def ranks_that_work(spec: Spec, most: int) -> int:
-    """The largest number of ranks, up to `most`, on which the job can be laid out and fits its budgets."""
+def ranks_that_work(spec: Spec, maximum: int) -> int:
+    """The largest number of ranks, up to `maximum`, on which the job can be laid out and fits its budgets."""
     refused: str | None = None
-    for ranks in range(most, 0, -1):
+    for ranks in range(maximum, 0, -1):
         try:
             problems = plan.make(spec, ranks).problems
         except LayoutError as error:
@@ -56,7 +56,7 @@ def ranks_that_work(spec: Spec, most: int) -> int:
         if not problems:
             return ranks
         refused = refused or problems[0]
-    raise LayoutError(refused or f"{most} ranks are none.")
+    raise LayoutError(refused or f"{maximum} ranks are none.")
 
 
 class Supervisor:

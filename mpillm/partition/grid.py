@@ -160,17 +160,18 @@ def stage_layers(n_layers: int, place: Place) -> range:
 
 
 def layers_by_speed(
-    n_layers: int, seconds: Sequence[float], extra: Sequence[float], most: Sequence[int]
+    n_layers: int, seconds: Sequence[float], extra: Sequence[float], maximum: Sequence[int]
 ) -> tuple[int, ...]:
     """How many layers each stage gets, at least one, so that the slowest stage is as fast as possible.
 
-    A layer takes `seconds` of a stage, which has `extra` seconds to do besides, and memory for `most` layers; where
+    A layer takes `seconds` of a stage, which has `extra` seconds to do besides, and memory for `maximum` layers; where
     that is too little for all layers, the rest is divided as if there were enough.
     """
     counts = [1] * len(seconds)
     for _ in range(n_layers - len(counts)):
-        room = [stage for stage in range(len(counts)) if counts[stage] < most[stage]] or range(len(counts))
-        stage = min(room, key=lambda stage: (counts[stage] + 1) * seconds[stage] + extra[stage])
+        stages = range(len(counts))
+        free = [stage for stage in stages if counts[stage] < maximum[stage]] or stages
+        stage = min(free, key=lambda stage: (counts[stage] + 1) * seconds[stage] + extra[stage])
         counts[stage] += 1
     return tuple(counts)
 

@@ -206,7 +206,7 @@ def stage_layers_by_speed(
     bare = [replace(stage, works=[work.without_layers() for work in stage.works]) for stage in stages]
     whole, extra = ([stage_time(stage, batch).total for stage in of] for of in (stages, bare))
     seconds = [(all_of - own) / number for all_of, own, number in zip(whole, extra, layers, strict=True)]
-    most = []
+    maximum = []
     for number, own in enumerate(layers):
         ranks = plan.ranks[number * replica.shards : (number + 1) * replica.shards]
         free = min(
@@ -214,10 +214,10 @@ def stage_layers_by_speed(
             / max((rank.weights_share + rank.kv_held) / own, 1)
             for rank in ranks
         )
-        most.append(max(int(free + 1e-9), 1) if spec.memory.weights == "all" else config.n_layers)
-    found = grid.layers_by_speed(config.n_layers, seconds, extra, most)
+        maximum.append(max(int(free + 1e-9), 1) if spec.memory.weights == "all" else config.n_layers)
+    found = grid.layers_by_speed(config.n_layers, seconds, extra, maximum)
     slowest = max(count * each + own for count, each, own in zip(found, seconds, extra, strict=True))
-    too_many = any(own > room for own, room in zip(layers, most, strict=True))
+    too_many = any(own > capacity for own, capacity in zip(layers, maximum, strict=True))
     return found if too_many or slowest * UNEVEN < max(whole) else None
 
 
@@ -272,8 +272,8 @@ def speed_of(machines: Machines, rank: int) -> Speed:
 def _at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
     """Sequences of an average length that run at once, as steps and the KV cache allow."""
     windows = plan.caches[0].windows
-    most = plan.capacity.sequences(plan.step.sequences, windows) * replica.stages
+    maximum = plan.capacity.sequences(plan.step.sequences, windows) * replica.stages
     if not windows:
-        return most
+        return maximum
     length = int((demand.prompt + demand.generated) / max(demand.requests, 1))
-    return max(min(most, plan.capacity.blocks // max(blocks_needed(max(length, 1), windows), 1)), 1)
+    return max(min(maximum, plan.capacity.blocks // max(blocks_needed(max(length, 1), windows), 1)), 1)

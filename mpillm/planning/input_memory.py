@@ -166,15 +166,15 @@ def input_needs(
                     names += NAMES * sys.getsizeof(line.custom_id[:MAX_NAME])
                 grammars.add(body)
                 tokens = _prompt_tokens(body, counter, around)
-                count, kept, nbytes = _asked(body, spec, hidden, tokens.most)
+                count, kept, nbytes = _asked(body, spec, hidden, tokens.maximum)
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
-                likely, most = _of_sequences(body, count, tokens)
+                likely, maximum = _of_sequences(body, count, tokens)
                 each = 0 if body.input else _new_tokens(body, spec)
                 new, longest = count * each, max(longest, each)
                 shortest = min(shortest, _shortest(body, count, tokens))
                 prompt_tokens, generated = prompt_tokens + likely, generated + new
-                filled = None if most is None else _blocks(most + max(new - count, 0), count, context)
+                filled = None if maximum is None else _blocks(maximum + max(new - count, 0), count, context)
                 blocks = None if blocks is None or filled is None else blocks + filled
     except OSError:
         return InputNeeds()
@@ -197,31 +197,31 @@ def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens
         texts, messages = counter.count(bytes(body.messages)), max(bytes(body.messages).count(b'"role"'), 1)
         # Little of a template becomes text, but it may hold a system prompt.
         likely = min(around.template // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
-        most = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
-        most += 2 * len(body.tools)  # which may get more spaces
-        most += len(body.documents) + len(body.chat_template_kwargs)
-        return Tokens(texts.likely + likely, texts.most + most)
+        maximum = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
+        maximum += 2 * len(body.tools)  # which may get more spaces
+        maximum += len(body.documents) + len(body.chat_template_kwargs)
+        return Tokens(texts.likely + likely, texts.maximum + maximum)
     given = bytes(body.input or body.prompt)
     if _IDS.match(given):
         ids = given.count(b",") + 1
         return Tokens(ids, ids)
     texts, prompts = counter.count(given), _prompts(given)
     before = around.prompt if body.input else 0
-    return Tokens(texts.likely + prompts * before // BYTES_PER_TOKEN, texts.most + prompts * before)
+    return Tokens(texts.likely + prompts * before // BYTES_PER_TOKEN, texts.maximum + prompts * before)
 
 
 def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
     """Prompt tokens of all sequences of a line: an estimate that has those of choices once, and at most (None: not
     known)."""
     if body.messages:
-        return prompts.likely, count * prompts.most
+        return prompts.likely, count * prompts.maximum
     given = bytes(body.input or body.prompt)
     if not given:
         return 0, None
-    most = -(-count // _prompts(given)) * prompts.most
+    maximum = -(-count // _prompts(given)) * prompts.maximum
     if body.choices:  # each is scored behind the whole prompt
-        return count * prompts.likely, most + len(body.choices)
-    return prompts.likely, most
+        return count * prompts.likely, maximum + len(body.choices)
+    return prompts.likely, maximum
 
 
 def _shortest(body: _Body, count: int, prompts: Tokens) -> int:

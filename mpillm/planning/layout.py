@@ -106,10 +106,10 @@ class Layouts:
 def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
     """Replicas of as few neighbouring hosts each as hold the model; what is left at the end joins the last one."""
     found, first, end = list[Replica](), 0, 0
-    most = planner.config.n_layers * shards
+    maximum = planner.config.n_layers * shards
     for ranks in planner.machines.ranks_per_host:
         end += ranks
-        if (end - first) % shards or end - first > most:
+        if (end - first) % shards or end - first > maximum:
             continue
         one = Replica(first, (end - first) // shards, shards)
         alone = planner.with_layers_by_speed(Chosen((one,), "", "f32")).replicas
@@ -119,7 +119,7 @@ def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
     if found and first < end:
         last = found.pop()
         size = end - last.first
-        if size % shards or size > most:
+        if size % shards or size > maximum:
             return ()
         found.append(Replica(last.first, size // shards, shards))
     return tuple(found)
@@ -127,10 +127,10 @@ def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
 
 def _counts(hosts: int, requests: int | None) -> list[int]:
     """The numbers of replicas that are tried on so many hosts."""
-    most = hosts if requests is None else max(min(hosts, requests), 1)
-    if most <= ALL_COUNTS:
-        return list(range(1, most + 1))
-    return [most >> power for power in range(most.bit_length())]
+    maximum = hosts if requests is None else max(min(hosts, requests), 1)
+    if maximum <= ALL_COUNTS:
+        return list(range(1, maximum + 1))
+    return [maximum >> power for power in range(maximum.bit_length())]
 
 
 def _compared(best: Found, found: list[Found]) -> str:

@@ -49,9 +49,9 @@ def _as_many_as_possible(
     """Return the maximum of replicas, of at least a host each, that requests and memory suffice for; and why."""
     machines, stages = planner.machines, planner.spec.layout.stages
     hosts = len(machines.ranks_per_host)
-    most = hosts if requests is None else min(hosts, requests)
-    refusal = "there are no more requests" if most < hosts else ""
-    for number in range(most, 1, -1):
+    maximum = hosts if requests is None else min(hosts, requests)
+    refusal = "there are no more requests" if maximum < hosts else ""
+    for number in range(maximum, 1, -1):
         with suppress(LayoutError):
             found = replicas.choose(
                 planner.config, machines.ranks, number, stages, shards, machines.ranks_per_host

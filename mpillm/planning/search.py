@@ -109,11 +109,11 @@ class _Tried:
         def cost(found: Found) -> tuple[bool, float]:
             return not found.fits, found.time.seconds
 
-        unfit, least = min(map(cost, self.found.values()))
+        unfit, minimum = min(map(cost, self.found.values()))
         near = [
             without
             for without, found in self.found.items()
-            if cost(found)[0] == unfit and found.time.seconds <= LEAVE_OUT * least
+            if cost(found)[0] == unfit and found.time.seconds <= LEAVE_OUT * minimum
         ]
         return min(
             near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))

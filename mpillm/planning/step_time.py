@@ -197,8 +197,8 @@ class Round:
 
 def round_of(stages: Sequence[Stage], batch: StepRows) -> Round:
     """The fastest way of a batch through the stages: as one micro-batch, or as up to as many as there are stages."""
-    most = max(min(len(stages), int(batch.sequences or batch.rows)), 1)
-    return min((_round(stages, batch, count) for count in {1, most}), key=lambda made: made.seconds)
+    maximum = max(min(len(stages), int(batch.sequences or batch.rows)), 1)
+    return min((_round(stages, batch, count) for count in {1, maximum}), key=lambda made: made.seconds)
 
 
 def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:

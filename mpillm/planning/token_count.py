@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     """The number of tokens: an estimate, and the most there can be."""
 
     likely: int
-    most: int
+    maximum: int
 
 
 class Around(NamedTuple):
@@ -47,8 +47,8 @@ class TokenCounter:
     def count(self, value: bytes) -> Tokens:
         """The tokens of all texts in a value of JSON, with what the tokenizer puts around them."""
         if self._bytes + len(value) > COUNTED:
-            most = len(value) + SPECIAL * value.count(b'"') // 2
-            return Tokens(len(value) * self._tokens // max(self._bytes, 1), most)
+            maximum = len(value) + SPECIAL * value.count(b'"') // 2
+            return Tokens(len(value) * self._tokens // max(self._bytes, 1), maximum)
         try:
             texts = list(_texts(msgspec.json.decode(value)))
             if self._tokenizer is None:

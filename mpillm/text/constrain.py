@@ -84,7 +84,7 @@ def json_grammar(
     _check_size(schema)
     options: Any = {"lenient": lenient, "whitespace_flexible": whitespace}
     if whitespace:
-        _check_most("characters of the regular expression", len(pattern or ""), MAX_PATTERN)
+        _check_maximum("characters of the regular expression", len(pattern or ""), MAX_PATTERN)
         options["whitespace_pattern"] = WHITESPACE if pattern is None else pattern
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=options)
@@ -94,19 +94,19 @@ def json_grammar(
 
 def regex_grammar(pattern: str) -> str:
     """What a regular expression of Rust's regex crate matches as a whole; RequestError if it is too long."""
-    _check_most("characters of the regular expression", len(pattern), MAX_PATTERN)
+    _check_maximum("characters of the regular expression", len(pattern), MAX_PATTERN)
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """One of these texts; RequestError if there are more than MAX_CHOICES."""
-    _check_most("texts to choose from", len(choices), MAX_CHOICES)
+    _check_maximum("texts to choose from", len(choices), MAX_CHOICES)
     return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def text_grammar(text: str) -> str:
     """A grammar as users write it: Lark's notation, or GBNF (with ::=); RequestError if it is too long."""
-    _check_most("characters of the grammar", len(text), MAX_GRAMMAR)
+    _check_maximum("characters of the grammar", len(text), MAX_GRAMMAR)
     if "::=" in text:
         try:
             text = gbnf_to_lark(text)
@@ -133,9 +133,9 @@ def _check_size(schema: Any) -> None:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
-    _check_most("values in the schema", values, MAX_VALUES)
-    _check_most("references ($ref) in the schema", references, MAX_REFERENCES)
-    _check_most("characters of patterns in the schema", characters, MAX_PATTERN)
+    _check_maximum("values in the schema", values, MAX_VALUES)
+    _check_maximum("references ($ref) in the schema", references, MAX_REFERENCES)
+    _check_maximum("characters of patterns in the schema", characters, MAX_PATTERN)
     if multiple > MAX_MULTIPLE:
         raise RequestError(
             "multipleOf is too large: numbers of the schema have a least common multiple above "
@@ -154,9 +154,9 @@ def _remainders(divisor: Any) -> int:
     return number or 1
 
 
-def _check_most(what: str, count: int, most: int) -> None:
-    if count > most:
-        raise RequestError(f"there are {count} {what}, and {most} are the maximum")
+def _check_maximum(what: str, count: int, maximum: int) -> None:
+    if count > maximum:
+        raise RequestError(f"there are {count} {what}, and {maximum} are the maximum")
 
 
 class Grammars:
@@ -180,7 +180,7 @@ class Grammars:
         self._compiled(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        _check_most("characters of the grammar", len(grammar), MAX_LENGTH)
+        _check_maximum("characters of the grammar", len(grammar), MAX_LENGTH)
         matcher = interruptible(lambda: LLMatcher(self._tokenizer, grammar, log_level=0), STACK)
         if matcher.is_error():
             raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")

@@ -155,11 +155,11 @@ def run(
         job["draft"] = DraftSection(model=str(model), quantize=draft)
     with closing(Session(world, spec_of(model, **job), model)) as session:
         block = session.kv_token_nbytes * KV_BLOCK
-        least = max(world.gather(minimum_budget(session.weights.pages)))
+        minimum = max(world.gather(minimum_budget(session.weights.pages)))
     if kv_blocks:
         job["kv"] = block * kv_blocks
     if streams:
-        job["weights"] = least
+        job["weights"] = minimum
     with closing(Session(world, spec_of(model, **job), model)) as session:
         found: dict[Name, Values] = {}
         totals = Totals()

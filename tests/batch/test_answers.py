@@ -306,10 +306,10 @@ def test_what_of_the_stop_is_shown(tmp_path: Path) -> None:
 def test_stop_strings_count_after_min_tokens(tmp_path: Path) -> None:
     ids = TEXT.encode("the the the", False)
     ends = [n for n in range(1, len(ids) + 1) if TEXT.decode(ids[:n], start=False).endswith("the")]
-    for least in range(len(ids) + 1):
-        body = {"prompt": "a", "stop": "the", "min_tokens": least}
+    for minimum in range(len(ids) + 1):
+        body = {"prompt": "a", "stop": "the", "min_tokens": minimum}
         (work,) = works(tmp_path, body)
-        begin = len(TEXT.decode(ids[:least], start=False))
+        begin = len(TEXT.decode(ids[:minimum], start=False))
         expected = next(
             (n for n in ends if TEXT.decode(ids[:n], start=False)[begin:].endswith("the")), len(ids) + 1
         )

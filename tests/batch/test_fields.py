@@ -193,9 +193,9 @@ class Asked:
     """What a body and the same one without a key ask for, and what they are answered."""
 
     def __init__(self, url: str, body: dict[str, Any], key: str, model: Model, folder: Path) -> None:
-        least = LEAST[url]
+        minimum = LEAST[url]
         without = {name: value for name, value in body.items() if name != key and url not in (SCORE, CHOICES)}
-        lines = [{"url": url, "body": least | more} for more in (body, without)]
+        lines = [{"url": url, "body": minimum | more} for more in (body, without)]
         self.model = model
         self.work: Work
         self.work, self.without = works(folder, *lines, model=model)

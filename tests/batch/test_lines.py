@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.batch import lines as room
+from mpillm.batch import lines as capacity
 from mpillm.batch import order, requests
 from mpillm.batch.lines import Lines
 from mpillm.batch.names import PARTS, RECENT, NumbersByName
@@ -33,7 +33,7 @@ def a_line(draw: random.Random, number: int) -> Line:
 
 @pytest.mark.parametrize("held", [1, 5000, 1 << 20])
 def test_lines_are_those_that_were_put_in(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "HELD", held)
+    monkeypatch.setattr(capacity, "HELD", held)
     draw = random.Random(held)
     made, expected = Lines(), []
     for number in range(1, 301):
@@ -49,7 +49,7 @@ def test_lines_are_those_that_were_put_in(held: int, monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "HELD", 1)
+    monkeypatch.setattr(capacity, "HELD", 1)
     made = Lines(lambda: os.open("/dev/full", os.O_RDWR))
     with pytest.raises(Interrupted, match=r"No space left on device.*about 100 bytes a line"):
         made.append(a_line(random.Random(1), 1))
@@ -76,11 +76,11 @@ def test_names_take_no_more_while_their_tables_grow() -> None:
     try:
         for number in range(count):
             names.add(f"record {number}", number)
-        most = tracemalloc.get_traced_memory()[1]
+        maximum = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     # 16 bytes each, and the dicts of what is not sorted yet; one table that grew as a whole took 56.
-    assert most < 36 * count
+    assert maximum < 36 * count
 
 
 def test_pieces_of_an_input_are_ordered_one_after_the_other(
@@ -109,7 +109,7 @@ def test_a_line_takes_few_bytes_from_the_check_to_its_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More lines take more bytes of the tables alone, however long their names are."""
-    monkeypatch.setattr(room, "HELD", 1 << 12)
+    monkeypatch.setattr(capacity, "HELD", 1 << 12)
     monkeypatch.setattr("mpillm.batch.names.RECENT", 1)
     held = {}
     for count in (50, 1600, 3200):

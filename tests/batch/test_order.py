@@ -146,8 +146,8 @@ def test_the_longest_answers_of_all_system_prompts_come_first(seed: int, tmp_pat
     small = [asked[at][0][: 3 * KV_BLOCK] for at in numbers(made, 8 * KV_BLOCK)]
     assert sum(one != other for one, other in pairwise(small)) == 2
     totals = [computed(order) for order in (made, [made[at] for at in numbers(made)], kept)]
-    most = max(answers)
-    assert totals[2].steps <= max(sum(answers) / 16, most) + 16
+    maximum = max(answers)
+    assert totals[2].steps <= max(sum(answers) / 16, maximum) + 16
     assert totals[2].steps < totals[0].steps
     assert totals[2].prompt_tokens == totals[0].prompt_tokens
 

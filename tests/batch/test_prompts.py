@@ -138,7 +138,7 @@ def test_long_prompts_are_cut(tmp_path: Path) -> None:
     text, context = "the quick brown fox jumps over the lazy dog " * 40, 256
     ids = TEXT.encode(text, False)
     head, tail = TEXT.around
-    room = 20 - len(head) - len(tail)
+    capacity = 20 - len(head) - len(tail)
     chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 9}
     asked = [
         {"prompt": text, "truncate_prompt_tokens": 20},
@@ -151,13 +151,13 @@ def test_long_prompts_are_cut(tmp_path: Path) -> None:
     ]
     made = works(tmp_path, *asked, overrides=(f"memory.max_context={context}",))
     found = [list(work.requests[0].prompt) for work in made]
-    assert found[0] == [*head, *ids[-room:], *tail]
+    assert found[0] == [*head, *ids[-capacity:], *tail]
     assert found[1] == found[2] == ids[-20:]
     assert list(made[2].requests[1].prompt) == TEXT.encode("fox")
     assert len(found[3]) == context - 56
     (whole,) = works(tmp_path, chat, model=replace(WITH_TEXT, max_position=4096))
     assert found[4] == list(whole.requests[0].prompt)[-20:]
-    assert found[5] == [*head, *ids[:room], *tail]
+    assert found[5] == [*head, *ids[:capacity], *tail]
     assert len(found[6]) == context
     wrong = [{"prompt": "a", "truncate_prompt_tokens": 0}, {"prompt": "a", "truncate_prompt_tokens": -2}]
     assert errors(tmp_path, *wrong) == [

@@ -232,11 +232,11 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in text:
         tracemalloc.start()
         lines = prepared(job(tmp_path / name))
-        _, most = tracemalloc.get_traced_memory()
+        _, maximum = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert [json.loads(line).get("prompt") for line in lines] == ["a", None, "c"]
         assert "longer than" in json.loads(lines[1])[ROW_ERROR]
-        assert most < 8 * longest
+        assert maximum < 8 * longest
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.tsv.gz", "in.parquet"])
@@ -325,11 +325,11 @@ def test_long_texts_of_a_dictionary_are_made_row_by_row(
     monkeypatch.setattr(batch_parquet, "BYTES", 4 * len(long))
     tracemalloc.start()
     forms.write_lines(tmp_path / "in.parquet", Lines(), print)
-    _, most = tracemalloc.get_traced_memory()
+    _, maximum = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(lengths) == many + 1
     assert sum(lengths) > many * len(long)
-    assert most < 12 * len(long)
+    assert maximum < 12 * len(long)
 
 
 def test_values_of_parquet_as_json(tmp_path: Path) -> None:

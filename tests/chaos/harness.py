@@ -306,8 +306,8 @@ class Chaos:
         self._end(start, frozenset({JobError.exit_code}))
         self._files.undo()
 
-    def _disturbed(self, job: Job, most: int) -> None:
-        """A start that is disturbed once; or, where ranks may die in it, up to `most` times."""
+    def _disturbed(self, job: Job, maximum: int) -> None:
+        """A start that is disturbed once; or, where ranks may die in it, up to `maximum` times."""
         ulfm = self._mpi.name == "openmpi" and self._random.random() < ULFM
         name = self._next_kind(ulfm)
         kind = self._kinds[name]
@@ -325,7 +325,7 @@ class Chaos:
                 pause = self._random.uniform(0, JITTER)
             else:
                 pause = self._random.uniform(0, self._starting)
-        for number in range(1, most + 1):
+        for number in range(1, maximum + 1):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 start.launcher.wait(pause)
             if start.launcher.poll() is not None:
@@ -335,7 +335,7 @@ class Chaos:
             self._count(told, f"{pause:.1f} s")
             start.since = time.monotonic()
             kind.do(start)
-            if not ulfm or name not in CARRIED or not self._goes_on(start, told) or number == most:
+            if not ulfm or name not in CARRIED or not self._goes_on(start, told) or number == maximum:
                 break
             name = self._next_kind(ulfm, among_hosts=False)
             kind = self._kinds[name]
@@ -490,9 +490,9 @@ class Chaos:
             return [process for process in below if _is_rank(process)]
         return []
 
-    def _signal(self, start: Start, number: signal.Signals, most: int) -> None:
+    def _signal(self, start: Start, number: signal.Signals, maximum: int) -> None:
         ranks = self._ranks(start)
-        for rank in self._random.sample(ranks, min(most, len(ranks))):
+        for rank in self._random.sample(ranks, min(maximum, len(ranks))):
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(number)
                 start.gone += 1

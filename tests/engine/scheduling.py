@@ -166,9 +166,9 @@ class Drafts(Speculation):
         self._rng = np.random.default_rng(seed)
         self.drafted = 0
 
-    def draft(self, sequence: Sequence, most: int) -> list[Drafted]:
+    def draft(self, sequence: Sequence, maximum: int) -> list[Drafted]:
         right = int(self._rng.integers(8))
-        tokens = [sequence.generated + i if i < right else -1 for i in range(min(most, 15))]
+        tokens = [sequence.generated + i if i < right else -1 for i in range(min(maximum, 15))]
         self.drafted += len(tokens)
         return [Drafted(token) for token in tokens]
 

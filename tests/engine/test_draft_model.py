@@ -60,12 +60,14 @@ def _grow(draft: DraftModel, asked: list[Request], answers: list[list[int]], rng
         (one, answer) for one, answer in zip(sequences, answers, strict=True) if not one.finish_reason
     ]:
         part = [going[i] for i in rng.permutation(len(going))[: rng.integers(1, len(going) + 1)]]
-        rooms = [(one, min(int(rng.integers(1, 9)), 40 - one.generated)) for one, _ in part]
-        for (one, answer), (_, room), tokens in zip(part, rooms, draft.draft(rooms), strict=True):
-            assert len(tokens) in (0, room)
+        capacities = [(one, min(int(rng.integers(1, 9)), 40 - one.generated)) for one, _ in part]
+        for (one, answer), (_, capacity), tokens in zip(
+            part, capacities, draft.draft(capacities), strict=True
+        ):
+            assert len(tokens) in (0, capacity)
             assert tokens == answer[one.generated :][: len(tokens)]
             drafted += len(tokens)
-            for token in answer[one.generated :][: rng.integers(1, room + 2)]:
+            for token in answer[one.generated :][: rng.integers(1, capacity + 2)]:
                 one.append(token)
             if one.finish_reason:
                 draft.forget(one)

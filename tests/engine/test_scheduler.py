@@ -73,14 +73,14 @@ def test_whole_prompts_are_computed_in_one_step(n_blocks: int, micro_batches: in
     lengths = [64, *rng.choice([1, 2, 31, 32, 33, 63, 64], 40).tolist(), 64]
     made = [sequence(str(i), length, 0, shared=48, kind="embed") for i, length in enumerate(lengths)]
     ranks = Ranks(made, windows=(0,), n_blocks=n_blocks, micro_batches=micro_batches, whole_prompts=True)
-    most = 0
+    maximum = 0
     for chosen in ranks.run():
         assert all(count == len(one.request.prompt) for one, count in chosen)
-        most = max(most, len(chosen))
+        maximum = max(maximum, len(chosen))
     assert sorted(ranks.finished) == sorted(one.request.id for one in made)
     totals = ranks.scheduler.totals
     assert (totals.preemptions, totals.shared_tokens) == (0, 0)
-    assert most > 1 or n_blocks == 2
+    assert maximum > 1 or n_blocks == 2
 
 
 @pytest.mark.parametrize(("windows", "n_blocks"), [((0,), 8), ((0,), 200), ((), 0), ((0, 33), 11)])

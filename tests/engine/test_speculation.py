@@ -129,10 +129,10 @@ def test_what_rows_cost(part: float, unit: float) -> None:
         assert cost.part(rows) == pytest.approx(part * rows / (1 - part + part * rows), abs=0.12)
 
 
-def drafted(speculation: Speculation, sequence: Sequence, rows: int = 1, most: int = 15) -> int:
+def drafted(speculation: Speculation, sequence: Sequence, rows: int = 1, maximum: int = 15) -> int:
     if not speculation.begin_step(rows):
         return 0
-    return len(speculation.draft(sequence, most))
+    return len(speculation.draft(sequence, maximum))
 
 
 def run(speculation: Speculation, answer: list[int], prompt: list[int], cost: float) -> tuple[int, int]:
@@ -140,8 +140,8 @@ def run(speculation: Speculation, answer: list[int], prompt: list[int], cost: fl
     sequence = Sequence(Request("a", tuple(prompt), max_tokens=len(answer)))
     steps = rows = 0
     while sequence.generated < len(answer):
-        most = sequence.room(len(sequence.tokens) - sequence.computed)
-        drafts = speculation.draft(sequence, min(most, 15)) if speculation.begin_step(1) else []
+        maximum = sequence.capacity(len(sequence.tokens) - sequence.computed)
+        drafts = speculation.draft(sequence, min(maximum, 15)) if speculation.begin_step(1) else []
         right = 0
         for token, *_ in drafts:
             if token != answer[sequence.generated + right]:
@@ -195,9 +195,9 @@ def test_a_draft_ends_before_the_text_does() -> None:
     stops = Sequence(Request("a", (1, 2, 3, 4, 5, 1, 2), max_tokens=100, stop_ids=frozenset({4})))
     always = Speculation("prompt-lookup", False, 1.0)
     assert always.draft(stops, 15) == [Drafted(3)]
-    assert Sequence(Request("a", (1, 2), max_tokens=5)).room(2) == 4
-    assert Sequence(Request("a", (1, 2), max_tokens=5)).room(1) == 0  # no token is drawn
-    assert Sequence(Request("a", (1, 2), max_tokens=0)).room(2) == 0
+    assert Sequence(Request("a", (1, 2), max_tokens=5)).capacity(2) == 4
+    assert Sequence(Request("a", (1, 2), max_tokens=5)).capacity(1) == 0  # no token is drawn
+    assert Sequence(Request("a", (1, 2), max_tokens=0)).capacity(2) == 0
 
 
 @dataclass

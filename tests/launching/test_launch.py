@@ -65,7 +65,7 @@ def test_as_many_ranks_as_work(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     model = f"model={model_path('chat')}"  # two layers, two shards at most
     spec = job(tmp_path, model)
-    assert [ranks_that_work(spec, most) for most in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
+    assert [ranks_that_work(spec, maximum) for maximum in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
     assert ranks_that_work(job(tmp_path, model, "layout.stages=2"), 3) == 2
     with pytest.raises(LayoutError, match="cannot be laid out on 1 rank"):
         ranks_that_work(job(tmp_path, model, "layout.stages=2"), 1)

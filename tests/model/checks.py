@@ -15,7 +15,7 @@ from mpillm.engine.request import FinishedCompletion, Request
 class Bounds:
     """How near a log-probability must come (all of them, and on average), and an embedding's number."""
 
-    most: float
+    maximum: float
     mean: float
     embedding: float
     margin: float  # greedy tokens are compared up to the first that led the next best by less
@@ -23,23 +23,23 @@ class Bounds:
 
 # The engine in float32 throughout, and with quantised activations: measured on these models with a NumPy decoder that
 # quantises activations alike, mean 0.04 to 0.06, single tokens up to 0.7 (where another expert is chosen).
-EXACT = Bounds(most=2e-4, mean=2e-5, embedding=1e-4, margin=0.0)
+EXACT = Bounds(maximum=2e-4, mean=2e-5, embedding=1e-4, margin=0.0)
 # Models with a state: over 500 tokens float32 leaves transformers as far from float64 as it leaves this decoder.
-RECURRENT = Bounds(most=1e-3, mean=2e-5, embedding=1e-4, margin=0.0)
+RECURRENT = Bounds(maximum=1e-3, mean=2e-5, embedding=1e-4, margin=0.0)
 RECURRENT_MODELS = (
     "qwen3_next", "qwen3next", "qwen35", "lfm2", "granite_hybrid", "granitehybrid", "bamba", "falcon_h1", "nemotron_h",
     "mamba2",
 )  # fmt: skip
 # The tiny ones with experts are chaotic: with Q8_0 between shards log-probabilities are off by 0.29 on average, by 8 at
 # most, though every layout is exact with float32. What holds those answers are their digests.
-ROUGH = Bounds(most=12.0, mean=0.4, embedding=5.0, margin=12.0)
-QUANTIZED = Bounds(most=1.5, mean=0.1, embedding=0.6, margin=1.0)
+ROUGH = Bounds(maximum=12.0, mean=0.4, embedding=5.0, margin=12.0)
+QUANTIZED = Bounds(maximum=1.5, mean=0.1, embedding=0.6, margin=1.0)
 # PhiMoE's router leaves out all experts but the best ones; of two that are nearly equal, quantised activations choose
 # the other.
-SPARSE = Bounds(most=1.5, mean=0.2, embedding=0.6, margin=1.0)
+SPARSE = Bounds(maximum=1.5, mean=0.2, embedding=0.6, margin=1.0)
 # With BF16 weights activations are rounded to BF16, each by at most 2**-9 of itself. The NumPy decoder that rounds
 # alike differs from transformers in float32 by 0.016 on average, and by 0.07 at most.
-ROUNDED = Bounds(most=0.2, mean=0.03, embedding=0.1, margin=0.2)
+ROUNDED = Bounds(maximum=0.2, mean=0.03, embedding=0.1, margin=0.2)
 
 
 def bounds_of(name: str, quantized: bool) -> Bounds:
@@ -83,7 +83,7 @@ def check(reference: dict[str, Any], completions: list[FinishedCompletion], boun
         errors += np.abs(np.subtract(scored.prompt_logprobs, prompt["logprobs"])).tolist()
         if bounds.margin == 0:
             check_top(prompt, scored)
-    assert max(errors) < bounds.most, f"log-probabilities differ by up to {max(errors):.2g}"
+    assert max(errors) < bounds.maximum, f"log-probabilities differ by up to {max(errors):.2g}"
     assert np.mean(errors) < bounds.mean, f"log-probabilities differ by {np.mean(errors):.2g} on average"
     for pooling in ("mean", "last") if "embedding" in reference else ():
         ours = by_id[f"embed-{pooling}"].embedding
@@ -99,7 +99,7 @@ def check_greedy(greedy: dict[str, Any], completion: FinishedCompletion, bounds:
     assert len(completion.tokens) == len(greedy["ids"])
     assert completion.tokens[:sure] == greedy["ids"][:sure]
     np.testing.assert_allclose(
-        completion.logprobs[:sure], greedy["logprobs"][:sure], atol=bounds.most, rtol=0
+        completion.logprobs[:sure], greedy["logprobs"][:sure], atol=bounds.maximum, rtol=0
     )
 
 
@@ -107,11 +107,11 @@ def check_top(prompt: dict[str, Any], completion: FinishedCompletion) -> None:
     """The likeliest tokens at some positions; neighbours closer than the bound may have changed places."""
     for position, expected in prompt["top"].items():
         ours = completion.prompt_top[int(position) - 1]
-        np.testing.assert_allclose([p for _, p in ours], [p for _, p in expected], atol=EXACT.most, rtol=0)
+        np.testing.assert_allclose([p for _, p in ours], [p for _, p in expected], atol=EXACT.maximum, rtol=0)
         values = dict(expected)
         for rank, (token, logprob) in enumerate(ours):
             if token in values:
-                assert abs(logprob - values[token]) < EXACT.most
+                assert abs(logprob - values[token]) < EXACT.maximum
             else:
                 assert rank == len(ours) - 1  # a tie with the first one that is not listed
 

@@ -64,7 +64,7 @@ def test_prompts_of_any_length_in_one_batch(name: str) -> None:
         expected = twin.logprobs(prompt)[np.arange(len(prompt) - 1), prompt[1:]]
         errors += np.abs(np.subtract(completion.prompt_logprobs, expected)).tolist()
     if name != "smol_bf16":
-        assert max(errors) < EXACT.most
+        assert max(errors) < EXACT.maximum
     else:  # the twin rounds activations too, but a value right between two BF16 may be rounded either way
-        assert max(errors) < ROUNDED.most
+        assert max(errors) < ROUNDED.maximum
         assert np.mean(errors) < ROUNDED.mean / 5

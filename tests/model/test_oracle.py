@@ -49,7 +49,7 @@ def test_what_rounded_activations_cost() -> None:
         ids = prompt["ids"]
         errors += np.abs(oracle.logprobs(ids)[np.arange(len(ids) - 1), ids[1:]] - prompt["logprobs"]).tolist()
     assert ROUNDED.mean / 2 < np.mean(errors) < ROUNDED.mean
-    assert ROUNDED.most / 4 < max(errors) < ROUNDED.most
+    assert ROUNDED.maximum / 4 < max(errors) < ROUNDED.maximum
 
 
 @pytest.mark.parametrize(("name", "kind"), QUANTIZED)

@@ -95,6 +95,6 @@ def test_answers_are_those_of_the_dequantised_model(case: str, folder: Path, wor
             errors += np.abs(table[np.arange(len(ids) - 1), ids[1:]] - one.prompt_logprobs).tolist()
     assert len(errors) > 70
     # Where activations are rounded, a last digit may be rounded the other way; where scales are too, many are.
-    most = 2e-4 if not type.quantised else 0.2 if bound else 5e-3
-    assert np.median(errors) < (most / 4 if bound else 1e-5)
-    assert max(errors) < most
+    maximum = 2e-4 if not type.quantised else 0.2 if bound else 5e-3
+    assert np.median(errors) < (maximum / 4 if bound else 1e-5)
+    assert max(errors) < maximum

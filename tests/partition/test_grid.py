@@ -251,9 +251,9 @@ def test_the_layout_after_a_loss(
     ],
 )
 def test_layers_by_speed(
-    seconds: list[float], extra: list[float], most: list[int], counts: tuple[int, ...]
+    seconds: list[float], extra: list[float], maximum: list[int], counts: tuple[int, ...]
 ) -> None:
-    assert grid.layers_by_speed(10, seconds, extra, most) == counts
+    assert grid.layers_by_speed(10, seconds, extra, maximum) == counts
     parts = [grid.stage_layers(10, Place(stage, 2, 1, layers=counts)) for stage in range(2)]
     assert [len(part) for part in parts] == list(counts)
     assert [layer for part in parts for layer in part] == list(range(10))

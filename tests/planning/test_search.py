@@ -98,8 +98,8 @@ def test_it_is_about_the_best_of_all_layouts(cluster: str, requests: int, small:
     assert all_of_them
     assert found.fits
     assert 0 not in without
-    least = min(other.time.seconds for other in all_of_them)
-    assert found.time.seconds <= CLEARLY * LEAVE_OUT * least
+    minimum = min(other.time.seconds for other in all_of_them)
+    assert found.time.seconds <= CLEARLY * LEAVE_OUT * minimum
 
 
 def test_what_is_chosen_and_why() -> None:

@@ -23,7 +23,7 @@ def test_texts_of_a_small_input_are_tokenized(tmp_path: Path) -> None:
     assert counter.count(b'["\\ud800"]') == (0, 10), "an error of its line"
     for _ in range(COUNTED // len(text)):
         found = counter.count(json.dumps(text).encode())
-    assert each * 0.9 < found.likely <= each < len(text) < found.most
+    assert each * 0.9 < found.likely <= each < len(text) < found.maximum
 
 
 def test_pools_in_huge_pages_begin_at_one() -> None:

@@ -148,8 +148,8 @@ def test_a_full_disk_at_the_end(mounted: Mount, tmp_path: Path) -> None:
         for name in ("results.jsonl", "results.h5", "timings.h5"):
             (disk / "out" / name).unlink()
         # The HDF5 library meets the end in many places, and never crashes.
-        for room in range(8192, large, 16_384):
-            filler.write_bytes(bytes(free - room))
+        for capacity in range(8192, large, 16_384):
+            filler.write_bytes(bytes(free - capacity))
             with pytest.raises(Interrupted, match=r"no space left for .*\.h5"):
                 results.write_hdf5(claim.directory, batch.lines, journal, METADATA)
 

@@ -26,14 +26,14 @@ def main(world: World) -> int:
     for number, (stages, shards) in enumerate(layouts(path, world.size)):
         completions, _ = run_laid_out(
             world, path, requests, stages=stages, shards=shards, activations="f32", kv_type="f32",
-            weights=least(path, stages, shards), loader=("mmap", "read")[number % 2],
+            weights=minimum(path, stages, shards), loader=("mmap", "read")[number % 2],
         )  # fmt: skip
         if world.rank == 0:
             assert digest(completions) == wanted, (stages, shards)
     return 0
 
 
-def least(path: Path, stages: int, shards: int) -> int:
+def minimum(path: Path, stages: int, shards: int) -> int:
     """The smallest budget with which every rank can work."""
     source = open_source(path)
     try:

@@ -131,8 +131,8 @@ def test_any_loader_budget_and_policy(tmp_path: Path, loader: str, name: str, po
     with closing(open_source(tmp_path / "p")) as source:
         config = config_of(source)
         items = rank_plans(config, Place(0, 1, 1), source)
-    least, total = minimum_budget(items), sum(item.nbytes for item in items)
-    for budget in (least, (least + total) // 2) if loader == "mmap" else (least,):
+    minimum, total = minimum_budget(items), sum(item.nbytes for item in items)
+    for budget in (minimum, (minimum + total) // 2) if loader == "mmap" else (minimum,):
         job = {"weights": budget, "loader": loader, "policy": policy}
         assert outcome(tmp_path / "p", name, **job) == expected(name)
 
@@ -268,8 +268,8 @@ def decoded(piece: dict[str, Any], data: np.ndarray) -> np.ndarray:
                 values = scale * q.view(np.int8)
             else:
                 q = np.concatenate([q & 15, q >> 4], axis=-1).astype(np.float32)
-                least = blocks[..., 32:64].copy().view("<f2").astype(np.float32)[..., None]
-                values = scale * (q - 8) if type == "Q4_0" else scale * q + least
+                minimum = blocks[..., 32:64].copy().view("<f2").astype(np.float32)[..., None]
+                values = scale * (q - 8) if type == "Q4_0" else scale * q + minimum
             values = values.swapaxes(1, 2)
         panels.append(values.reshape(-1, width)[:n].astype(np.float32))
         data = data[size:]
@@ -374,7 +374,7 @@ def test_requests_of_any_size_pack_the_same(
     """None is larger than it may be, unless a tile of rows is (a head in llama.cpp's order, pages of embeddings)."""
     packed(name, tmp_path / "p", weights)
     plain = DirectFile.read
-    most = int(np.random.default_rng().integers(1, 20)) * 1000
+    maximum = int(np.random.default_rng().integers(1, 20)) * 1000
     requests = []
 
     def counted(self: DirectFile, offset: int, nbytes: int) -> np.ndarray:
@@ -382,13 +382,13 @@ def test_requests_of_any_size_pack_the_same(
         return plain(self, offset, nbytes)
 
     monkeypatch.setattr(DirectFile, "read", counted)
-    monkeypatch.setattr(packed_files, "PORTION", most)
+    monkeypatch.setattr(packed_files, "PORTION", maximum)
     packed(name, tmp_path / "q", weights)
     with closing(open_unpacked(model_path(name))) as source:
         matrices = [key for key, info in source.tensors.items() if len(info.shape) == 2]
         tile = max(max(16, source.head_rows(key)) * source.stored_row_bytes(key) for key in matrices)
         pages = math.lcm(4096, source.stored_row_bytes(Key("embed")))
-    assert max(requests) <= max(most, tile, pages)
+    assert max(requests) <= max(maximum, tile, pages)
     assert content(tmp_path / "p") == content(tmp_path / "q")
 
 

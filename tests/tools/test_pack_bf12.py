@@ -86,10 +86,10 @@ def test_answers_are_those_of_bf16_in_fewer_bytes(tmp_path: Path) -> None:
     assert set(found.values()) == {BlockType.BF12}
     want = answers(model)
     with closing(open_source(tmp_path / "bf12")) as source:
-        least = minimum_budget(rank_plans(config_of(source), Place(0, 1, 1), source))
+        minimum = minimum_budget(rank_plans(config_of(source), Place(0, 1, 1), source))
     assert answers(tmp_path / "bf12") == want
     for loader in ("read", "mmap"):
-        assert answers(tmp_path / "bf12", weights=least, loader=loader) == want
+        assert answers(tmp_path / "bf12", weights=minimum, loader=loader) == want
 
 
 def test_a_matrix_that_does_not_fit_stays_bf16(tmp_path: Path) -> None:

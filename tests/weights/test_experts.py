@@ -67,7 +67,7 @@ def test_where_all_are_used_a_fixed_part_stays(loader: Loader, budget: int) -> N
 
 
 @pytest.mark.parametrize(("budget", "most"), [(200, 1), (400, 2), (700, 3), (800, 8)])
-def test_what_is_there_comes_together(loader: Loader, budget: int, most: int) -> None:
+def test_what_is_there_comes_together(loader: Loader, budget: int, maximum: int) -> None:
     """All of a layer's pages at once where they stay, else as many as leave half of the room to those that follow."""
     cache = ExpertCache(experts(1, 8), loader, budget, 0.5)
     run(cache, [[list(range(8))]] * 3)
@@ -78,7 +78,7 @@ def test_what_is_there_comes_together(loader: Loader, budget: int, most: int) ->
         sizes.append(len(some))
     cache.close()
     assert sum(sizes) == 8
-    assert max(sizes) <= most
+    assert max(sizes) <= maximum
     assert budget < 800 or sizes == [8]
 
 

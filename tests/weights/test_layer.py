@@ -74,8 +74,8 @@ def test_what_a_rank_holds(tmp_path, case, chunk):
     config = model.model(column_unit(source))
     check_tensors(source, config)
     declared = {tensor.key: tensor for tensor in all_tensors(config)}
-    most = config.max_shards
-    for shards in [n for n in (1, 2, 4, 8) if n <= most]:
+    maximum = config.max_shards
+    for shards in [n for n in (1, 2, 4, 8) if n <= maximum]:
         seen: dict[Key, int] = {}
         for rank in range(shards):
             plans = rank_plans(config, Place(rank, 1, shards), source)

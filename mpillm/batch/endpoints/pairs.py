@@ -132,13 +132,13 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
         if cut is None or model.text is None:
             return self._tokens(query, document, which, spec, model)
         around, _ = self._tokens(query, "", which, spec, model)
-        room = cut.count - len(around)
-        while room > 0:
-            beginning = model.text.beginning(document, room)
+        capacity = cut.count - len(around)
+        while capacity > 0:
+            beginning = model.text.beginning(document, capacity)
             ids, second = self._tokens(query, beginning, which, spec, model)
             if len(ids) <= cut.count:
                 return ids, second
-            room -= len(ids) - cut.count  # tokens are other ones beside other text
+            capacity -= len(ids) - cut.count  # tokens are other ones beside other text
         raise RequestError(f"truncate_prompt_tokens {cut.count} leaves nothing of the document in {which}")
 
     def _tokens(

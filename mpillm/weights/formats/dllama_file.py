@@ -135,18 +135,18 @@ class _Header:
                 raise ModelError(f"{file.path} has the header key {KEYS[key]} twice; fetch it again.")
             self.values[KEYS[key]] = value
 
-    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A value of at least `least`."""
+    def whole(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        """A value of at least `minimum`."""
         value = self.values.get(name, default)
         if value is None:
             raise ModelError(f"{self.path}: its header has no {name}.")
-        if value < least:
-            raise self._wrong(name, f"must be at least {least}")
+        if value < minimum:
+            raise self._wrong(name, f"must be at least {minimum}")
         return value
 
     def of(self, name: str, known: dict[int, Any], default: int | None = None) -> Any:
         """What a value stands for."""
-        value = self.whole(name, default, least=-(2**31))
+        value = self.whole(name, default, minimum=-(2**31))
         if value not in known:
             raise self._wrong(name, f"must be one of {', '.join(map(str, known))}")
         return known[value]
@@ -157,7 +157,7 @@ class _Header:
     @property
     def experts(self) -> int:
         """Experts of each layer; 0 if it has none."""
-        count = self.whole("n_experts", 0, least=0)
+        count = self.whole("n_experts", 0, minimum=0)
         if count > MOST_EXPERTS:
             raise self._wrong("n_experts", f"must be at most {MOST_EXPERTS}")
         if (self.values.get("arch_type") == QWEN3_MOE) != (count > 0):
@@ -168,7 +168,7 @@ class _Header:
     def heads(self) -> tuple[int, int, int]:
         """Heads of queries, heads of keys, and the width of a head."""
         heads, dim = self.whole("n_heads"), self.whole("dim")
-        return heads, self.whole("n_kv_heads"), self.whole("head_dim", 0, least=0) or dim // heads
+        return heads, self.whole("n_kv_heads"), self.whole("head_dim", 0, minimum=0) or dim // heads
 
     @property
     def rope(self) -> int:
