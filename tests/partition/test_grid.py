@@ -240,7 +240,7 @@ def test_the_layout_after_a_loss(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "extra", "most", "counts"),
+    ("seconds", "extra", "maximum", "counts"),
     [
         ([1.0, 1.0], [0.0, 0.0], [9, 9], (5, 5)),
         ([1.0, 4.0], [0.0, 0.0], [9, 9], (8, 2)),

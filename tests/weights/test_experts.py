@@ -66,7 +66,7 @@ def test_where_all_are_used_a_fixed_part_stays(loader: Loader, budget: int) -> N
     assert cache.counters.peak <= budget
 
 
-@pytest.mark.parametrize(("budget", "most"), [(200, 1), (400, 2), (700, 3), (800, 8)])
+@pytest.mark.parametrize(("budget", "maximum"), [(200, 1), (400, 2), (700, 3), (800, 8)])
 def test_what_is_there_comes_together(loader: Loader, budget: int, maximum: int) -> None:
     """All of a layer's pages at once where they stay, else as many as leave half of the room to those that follow."""
     cache = ExpertCache(experts(1, 8), loader, budget, 0.5)
