@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from mpillm.model.embedding import embedding_settings
 from mpillm.model.opening import config_of, open_source
 from mpillm.text import load_tokenizer
 from mpillm.weights import identity
+from mpillm.weights.formats.hf import read_config
 from mpillm.weights.identity import ModelChangedError, Watch
 from tests.job_helpers import CHAT
 from tests.model.golden import FIXTURES
@@ -139,3 +141,12 @@ def test_each_file_that_is_read_counts(kind: str, tmp_path: Path, monkeypatch: p
     ours = (str(tmp_path / "model"), str(FIXTURES / "adapters"))
     assert {one for one in read if one.startswith(ours) and os.path.isfile(one)} <= watched
     assert len(watched) > 1
+
+
+def test_what_modelopt_says_of_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
+    said = {"quantization": {"quant_algo": "FP8"}}
+    for name, value in ("config.json", {"model_type": "llama"}), ("hf_quant_config.json", said):
+        (tmp_path / name).write_text(json.dumps(value))
+    config, files = read_config(tmp_path)
+    assert config["quantization_config"] == {"quant_method": "modelopt", "quant_algo": "FP8"}
+    assert files == (tmp_path / "config.json", tmp_path / "hf_quant_config.json")

@@ -36,6 +36,8 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
     family = families.of_config(config, str(path))
     method = method_of(config.pop(QUANTIZATION, None), path)
     files = _files(path)
+    if SINGLE not in files:
+        metadata = (*metadata, path / INDEX)
     extents: dict[Key, Extent] = {}
     groups = row_groups(config, family)
     try:
@@ -59,25 +61,20 @@ def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSou
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """What config.json and generation_config.json say, and which of them there are."""
-    config = of_text(read_json(path / "config.json"))
-    config |= _of_modelopt(path) if QUANTIZATION not in config else {}
-    generation = path / "generation_config.json"
-    if not os.path.exists(generation):
-        return config, (path / "config.json",)
-    # What ends a text is said there by those who publish models; config.json often has less.
-    eos = read_json(generation).get("eos_token_id")
-    if eos is not None:
-        config["eos_token_id"] = eos
-    return config, (path / "config.json", generation)
-
-
-def _of_modelopt(path: Path) -> dict[str, Any]:
-    """How ModelOpt quantised a checkpoint, which older ones have in a file of its own."""
-    if not os.path.exists(path / MODELOPT):
-        return {}
-    found = read_json(path / MODELOPT).get("quantization")
-    return {QUANTIZATION: {"quant_method": "modelopt", **(found if isinstance(found, dict) else {})}}
+    """What config.json and those beside it say, and the files that were read."""
+    config, files = of_text(read_json(path / "config.json")), [path / "config.json"]
+    if QUANTIZATION not in config and os.path.exists(path / MODELOPT):
+        # How ModelOpt quantised a checkpoint, which older ones have in a file of its own.
+        found = read_json(path / MODELOPT).get("quantization")
+        config[QUANTIZATION] = {"quant_method": "modelopt", **(found if isinstance(found, dict) else {})}
+        files.append(path / MODELOPT)
+    if os.path.exists(generation := path / "generation_config.json"):
+        # What ends a text is said there by those who publish models; config.json often has less.
+        eos = read_json(generation).get("eos_token_id")
+        if eos is not None:
+            config["eos_token_id"] = eos
+        files.append(generation)
+    return config, tuple(files)
 
 
 def of_text(config: dict[str, Any]) -> dict[str, Any]:
