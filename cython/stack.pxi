@@ -1,8 +1,11 @@
 # Whole layers as one call.
 
 # Layers of one parallel region have so many rows of activations together, unless one layer has more: each region costs
-# some microseconds, and between them the caller looks after its messages.
-cdef enum: REGION_ROWS = 16
+# some microseconds, and at its end the caller waits for every thread, also for one whose core another program has.
+# Between regions Python handles signals, and a caller with messages looks after them.
+cdef enum:
+    REGION_ROWS = 256
+    REGION_ROWS_WITH_MESSAGES = 16
 
 
 cdef class LayerStack:
@@ -44,14 +47,16 @@ cdef class LayerStack:
         for place, where in enumerate(rows):
             places[place] = self.rows_at(place, where, m)
         if reduce is None:
-            together = max(1, REGION_ROWS // m)
+            together = max(1, (REGION_ROWS if between is None else REGION_ROWS_WITH_MESSAGES) // m)
             for first in range(0, len(self.layers), together):
-                between()
+                if between is not None:
+                    between()
                 self.compute(first, min(first + together, len(self.layers)), &x[0, 0], m, places, &sums, threads)
             return
         for (attention, after_attention, mlp, after_mlp), place, (keys, values) in zip(self.layers, self.places,
                                                                                        self.pools):
-            between()
+            if between is not None:
+                between()
             pools = attention.pools(self.kv_type, keys, values)
             attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, threads)
             reduce(part)

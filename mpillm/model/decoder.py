@@ -106,7 +106,8 @@ class Decoder:
                 self._stack = _Stack(self._layers, self._kv)
         else:
             rows = self._stack.rows(step)
-            self._rank.compute(self._stack.work, x, rows, self._pipe.progress, self._reduce)
+            between = self._pipe.progress if self.place.stages > 1 else None
+            self._rank.compute(self._stack.work, x, rows, between, self._reduce)
             self._rank.weights.cycle.count_hits(len(self._layers))
         self._kv.end(batch.states)
         if self.is_last:

@@ -196,6 +196,12 @@ def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
         assert cases.same(got, want)
     assert np.isfinite(results[0][0]).all()
     assert not cases.same(results[0][0], x)
+    # Without messages to look after there are fewer regions still.
+    pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+    mine, before = x.copy(), kernels._compiled.regions()
+    kernels.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(mine, rows, None, None, 2)
+    assert kernels._compiled.regions() - before == 1
+    assert cases.same(mine, results[0][0])
     # With two shards that make the same, the sum comes between the parts and what is done with them.
     sums = []
     for module in (kernels, fused):

@@ -31,8 +31,8 @@ class LayerStack:
     """Whole layers, whose keys and values lie in these pools: x [m, d] goes through attention and MLP of each.
 
     Layers may differ in their rope or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
-    `places` is None. `between` is called before each layer, for work that must go on meanwhile (the compiled kernels
-    take several layers of few rows as one parallel region, and call it before each region). `reduce`, if there is
+    `places` is None. `between`, if there is one, is called before each layer, for work that must go on meanwhile (the
+    compiled kernels take several layers of few rows as one parallel region, and call it before each region). `reduce`, if there is
     one, replaces this shard's part [m, d] of what attention or the MLP makes by the sum over all shards.
     """
 
@@ -45,13 +45,14 @@ class LayerStack:
         self,
         x: F32,
         rows: Sequence[Where],
-        between: Callable[[], object],
+        between: Callable[[], object] | None,
         reduce: Callable[[F32], object] | None,
         threads: int = 1,
     ) -> None:
         part = np.empty_like(x)
         for (attention, after_attention, mlp, after_mlp), (kpool, vpool), place in self._layers:
-            between()
+            if between is not None:
+                between()
             attention(x, *rows[place][:2], self._kv_type, kpool, vpool, *rows[place][2:], part, threads)
             if reduce is not None:
                 reduce(part)
