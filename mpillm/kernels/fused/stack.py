@@ -32,8 +32,9 @@ class LayerStack:
 
     Layers may differ in their rope or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
     `places` is None. `between`, if there is one, is called before each layer, for work that must go on meanwhile (the
-    compiled kernels take several layers of few rows as one parallel region, and call it before each region). `reduce`, if there is
-    one, replaces this shard's part [m, d] of what attention or the MLP makes by the sum over all shards.
+    compiled kernels take several layers of few rows as one parallel region, and call it before each region).
+    `reduce`, if there is one, replaces this shard's part [m, d] of what attention or the MLP makes by the sum over all
+    shards.
     """
 
     def __init__(self, layers: Sequence[tuple[Attention, Residual, Mlp, Residual]], kv_type: BlockType,
