@@ -214,7 +214,7 @@ from mpillm.store.output import Claim
 from mpillm.store.records import Choice, Result, line_key
 
 def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 lines = [Line(n, 0, 0, f"request {n}", b"%d" % n) for n in range(1, 30_001)]
 ids = bytes(48)
@@ -235,7 +235,7 @@ def test_writing_many_lines_takes_little_memory(tmp_path: Path) -> None:
     done = run_bounded([sys.executable, "-c", WRITER, tmp_path / "out"])
     assert done.returncode == 0, done.stderr
     # All that writing takes shows: the journal, which holds 16 bytes a line, has left no free memory behind.
-    assert int(done.stdout) * 2**20 < WRITING / 1.3
+    assert int(done.stdout) * 1024 < WRITING / 1.2
     with h5py.File(tmp_path / "out/results.h5") as h5:
         assert len(h5["tokens/ids"]) == 12 * 30_000
         assert h5["requests/custom_id"][-1] == b"request 30000"
