@@ -212,18 +212,14 @@ class Made(Extent):
         recipe = self.recipe if expert is None else self.recipe.of_expert(expert)
         return replace(self, shape=shape, recipe=recipe, first=first, run=run, period=period)
 
-    def _of_recipe(self, rows: Rows) -> Rows:
-        if isinstance(rows, range):
-            if not self.run:
-                return range(self.first + rows.start, self.first + rows.stop)
-            if self.run == 1:
-                return range(
-                    self.first + rows.start * self.period, self.first + rows.stop * self.period, self.period
-                )
-            rows = np.arange(rows.start, rows.stop)
+    def _of_recipe(self, rows: range) -> Rows:
         if not self.run:
-            return self.first + rows
-        number, inside = np.divmod(rows, self.run)
+            return range(self.first + rows.start, self.first + rows.stop)
+        if self.run == 1:
+            return range(
+                self.first + rows.start * self.period, self.first + rows.stop * self.period, self.period
+            )
+        number, inside = np.divmod(np.arange(rows.start, rows.stop), self.run)
         return self.first + number * self.period + inside
 
 

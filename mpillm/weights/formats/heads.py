@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.errors import ModelError
-from mpillm.weights.formats.extent import Extent, Lies, Rows
+from mpillm.weights.formats.extent import Extent, Lies
 from mpillm.weights.formats.gguf_family import GgufFamily
 from mpillm.weights.formats.stored import OWN, Bytes
 from mpillm.weights.names import RowGroups
@@ -43,8 +43,7 @@ class HeadPart(Extent):
     def lies(self) -> Iterator[Lies]:
         return self.whole.lies()
 
-    def rows(self, rows: Rows) -> Bytes:
-        assert isinstance(rows, range)
+    def rows(self, rows: range) -> Bytes:
         heads, whole = self._heads(rows), self.whole
         raw = whole.rows(self._of_whole(heads)).reshape(len(heads), self.each, -1)
         own = np.ascontiguousarray(raw[:, self.first : self.first + self.count]).reshape(-1, raw.shape[2])
