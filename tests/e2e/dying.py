@@ -1,7 +1,7 @@
 """Program for test_lost_ranks.py: `dying.py PLAN ARGUMENTS...` is mpillm with ranks that die at points of the plan.
 
 A plan is `RANK:POINT:COUNT:SIGNAL,...`: the rank gets the signal when it comes to the point for the COUNTth time;
-`HANG` instead of a signal lets it do nothing any more.
+`HANG` instead of a signal lets it do nothing any more, and `SLOW` has each call from then on take 50 ms more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,11 @@ def die(point: str, owner: Any, method: str) -> None:
             def dying(*args: Any, original: Any = original, number: str = number, **kwargs: Any) -> Any:
                 nonlocal left
                 left -= 1
-                if left == 0 and number == "HANG":
+                if left <= 0 and number == "SLOW":
+                    time.sleep(0.05)
+                elif left == 0 and number == "HANG":
                     threading.Event().wait()
-                if left == 0:
+                elif left == 0:
                     os.kill(os.getpid(), signal.Signals[number])
                 return original(*args, **kwargs)
 

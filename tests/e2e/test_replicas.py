@@ -92,9 +92,10 @@ def test_a_stopped_run_goes_on(
 ) -> None:
     """On another number of replicas. What both had when the signal came is kept; after a kill, what was on disk."""
     output = tmp_path / "out"
-    slow = ["batch.max_num_seqs=1", "job.checkpoint_tokens=4", "batch.speculation=off"]
-    words = openmpi.command(3, *command(source, output, REPLICAS, *slow))
-    with subprocess.Popen(words, env=openmpi.environment(), stderr=subprocess.PIPE, text=True) as process:
+    words = command(source, output, REPLICAS, "batch.max_num_seqs=1", "job.checkpoint_tokens=4")[2:]
+    slow = ",".join(f"{rank}:step:1:SLOW" for rank in range(3))
+    start = openmpi.command(3, DYING, slow, *words)
+    with subprocess.Popen(start, env=openmpi.environment(), stderr=subprocess.PIPE, text=True) as process:
         while records(output) < 5:
             assert process.poll() is None
             time.sleep(0.02)
