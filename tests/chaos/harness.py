@@ -23,22 +23,31 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from mpillm import spec
 from mpillm.comm.running import CRASHED
 from mpillm.errors import Interrupted, JobError
-from mpillm.kernels import KV_BLOCK
-from mpillm.planning import plan
 from mpillm.store.journal_facts import finished
 from mpillm.store.output import JOURNAL
 from tests.chaos.counts import Counts
 from tests.chaos.files import Files
 from tests.chaos.jobs import Command, Commands
 from tests.chaos.patience import Patience
+from tests.chaos.starts import (
+    Job,
+    Kind,
+    Start,
+    file_size,
+    is_launcher,
+    is_rank,
+    kill,
+    lines,
+    signalled,
+    sizes,
+    stretched,
+)
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import Mpi, clean_environment, run_bounded
@@ -51,9 +60,6 @@ PATIENCE = 30.0  # seconds from a disturbance to the end of all processes
 AFTER_THE_END = 8.0
 DEADLINE = 2.0  # MPILLM_DEADLINE of the disturbed runs; while ranks start it is six times that
 WITH_ULFM = 4.0  # the same, where stopped ranks are to be seen and killed before
-CROWD = 4  # processes that want a core, from which on a rank's silence is stretched
-WEIGHTS = 0.8  # of a rank's share of the weights that the variation with less memory may keep
-KV_BLOCKS = 24  # of the variation with a small KV cache: sequences give way
 ULFM = 0.15  # so many starts are made so that ranks may die in them
 WHILE_STARTING = 0.3  # so many of the other starts are disturbed before they compute
 REFUSED = 0.15  # so often a start that must be refused comes between two others
@@ -91,35 +97,6 @@ MOVED = DONE | {Interrupted.exit_code}
 EDITED = DONE | {JobError.exit_code}
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the same command says, again and again."""
-
-    model: Path
-    output: Path
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way of disturbing a start."""
-
-    do: Callable[[Start], object]
-    codes: frozenset[int] | None = None  # that the start may end with; None: with any but CRASHED and 2
-    while_computing: bool = True  # only: it wants a job that has begun
-
-
-@dataclass
-class Start:
-    """A start of a job."""
-
-    launcher: subprocess.Popen[bytes]
-    job: Job
-    on_hosts: bool
-    said_before: int  # bytes in the log
-    gone: int = 0  # ranks that were killed or stopped in it
-    since: float = 0.0  # when it was disturbed last
-
-
 class Chaos:
     """The jobs, and those who disturb them."""
 
@@ -142,13 +119,13 @@ class Chaos:
         self._hosts: Hosts | None = None
         files = self._files
         self._kinds = {
-            "rank killed": _signalled(lambda start: self._signal(start, signal.SIGKILL, 1)),
-            "two ranks killed": _signalled(lambda start: self._signal(start, signal.SIGKILL, 2)),
-            STOPPED: _signalled(lambda start: self._signal(start, signal.SIGSTOP, 1)),
-            "all ranks killed": _signalled(lambda start: self._signal(start, signal.SIGKILL, RANKS)),
-            "mpiexec killed": _signalled(lambda start: start.launcher.kill()),
-            "warned": _signalled(lambda start: start.launcher.send_signal(signal.SIGUSR1)),
-            "told to end": _signalled(lambda start: start.launcher.send_signal(signal.SIGTERM)),
+            "rank killed": signalled(lambda start: self._signal(start, signal.SIGKILL, 1)),
+            "two ranks killed": signalled(lambda start: self._signal(start, signal.SIGKILL, 2)),
+            STOPPED: signalled(lambda start: self._signal(start, signal.SIGSTOP, 1)),
+            "all ranks killed": signalled(lambda start: self._signal(start, signal.SIGKILL, RANKS)),
+            "mpiexec killed": signalled(lambda start: start.launcher.kill()),
+            "warned": signalled(lambda start: start.launcher.send_signal(signal.SIGUSR1)),
+            "told to end": signalled(lambda start: start.launcher.send_signal(signal.SIGTERM)),
             "output moved": Kind(lambda start: files.move(start.job.output), MOVED),
             "output deleted": Kind(lambda start: files.delete(start.job.output), MOVED),
             "journal damaged": Kind(lambda start: files.flip_bits(start.job.output), MOVED),
@@ -190,7 +167,7 @@ class Chaos:
         assert run_bounded(words, env=clean_environment()).returncode == 0
         for model in (self._packed, self._plain):
             for stages, shards in LAYOUTS:
-                self._sizes[model, stages, shards] = _sizes(model, stages, shards)
+                self._sizes[model, stages, shards] = sizes(model, stages, shards)
             begun = time.monotonic()
             job = Job(model, self._reference(model))
             assert self._start(job, 2, 2, deadline=PATIENCE).launcher.wait() == 0, self._log.read_text()
@@ -200,7 +177,7 @@ class Chaos:
 
     def _length(self, job: Job) -> float:
         """About how many seconds a start on four ranks takes, with what is left to be done."""
-        done = _size(job.output / JOURNAL) / _size(self._reference(job.model) / JOURNAL)
+        done = file_size(job.output / JOURNAL) / file_size(self._reference(job.model) / JOURNAL)
         return self._starting + self._computing * max(0.0, 1 - done)
 
     def _reference(self, model: Path) -> Path:
@@ -220,7 +197,7 @@ class Chaos:
             yield
             return
         with Hosts(self._folder, 2).up() as self._hosts:
-            self._kinds[CUT] = _signalled(self._cut)
+            self._kinds[CUT] = signalled(self._cut)
             yield
 
     @contextlib.contextmanager
@@ -231,7 +208,7 @@ class Chaos:
             self._say("no tmpfs can be mounted here: disks are not filled")
             yield
             return
-        self._kinds["disk full"] = _signalled(lambda start: self._fill_disk())
+        self._kinds["disk full"] = signalled(lambda start: self._fill_disk())
         self._kinds["disk full for the results"] = Kind(self._leave_too_little, MOVED)
         try:
             yield
@@ -271,7 +248,7 @@ class Chaos:
         words = [*self._launcher(stages * shards, on_hosts, ulfm), sys.executable]
         settings = [*asked.words(), *self._settings(job, stages, shards)]
         words += command(asked.source, job.output, *settings, model=job.model)
-        env = self._mpi.environment(MPILLM_DEADLINE=f"{_stretched(WITH_ULFM if ulfm else deadline):.1f}")
+        env = self._mpi.environment(MPILLM_DEADLINE=f"{stretched(WITH_ULFM if ulfm else deadline):.1f}")
         if on_hosts and self._hosts:
             kept = ("HOME", "PATH", "PYTHONPATH", "MPILLM_DEADLINE", *self._mpi.env)
             words = self._hosts.on_first(words, {name: env[name] for name in kept})
@@ -294,7 +271,7 @@ class Chaos:
 
     def _refused(self, job: Job) -> None:
         """A start with an edited model, or of another job, if the job has begun."""
-        if _size(job.output / JOURNAL) == 0:
+        if file_size(job.output / JOURNAL) == 0:
             return
         asked = None
         if self._random.random() < EDITS:
@@ -351,15 +328,18 @@ class Chaos:
 
     def _until_some_is_computed(self, start: Start) -> None:
         """Or has ended; some is a random part of what is left."""
-        whole, done = _size(self._reference(start.job.model) / JOURNAL), _size(start.job.output / JOURNAL)
+        whole, done = (
+            file_size(self._reference(start.job.model) / JOURNAL),
+            file_size(start.job.output / JOURNAL),
+        )
         until = max(done, 1) + self._random.random() * max(whole - done, whole // 10)
-        while _size(start.job.output / JOURNAL) < until and start.launcher.poll() is None:
+        while file_size(start.job.output / JOURNAL) < until and start.launcher.poll() is None:
             time.sleep(LOOK)
 
     def _until_it_computes(self, start: Start) -> None:
         """Or has ended: ranks cannot die before without ending the run, and starting takes most of the time."""
-        size = _size(start.job.output / JOURNAL)
-        while _size(start.job.output / JOURNAL) <= size and start.launcher.poll() is None:
+        before = file_size(start.job.output / JOURNAL)
+        while file_size(start.job.output / JOURNAL) <= before and start.launcher.poll() is None:
             time.sleep(LOOK)
 
     def _said(self, start: Start) -> bytes:
@@ -383,12 +363,12 @@ class Chaos:
             if told:
                 self.counts.at_work_again.setdefault(kind, []).append(waited)
             # The rank had nothing to do any more, or more than one loss is told of at once.
-            grown = waited > SURELY_LATER and size and _size(start.job.output / JOURNAL) > size
+            grown = waited > SURELY_LATER and size and file_size(start.job.output / JOURNAL) > size
             if told or grown:
                 self.counts.longest = max(self.counts.longest, waited)
                 return True
             if waited > SURELY_LATER:
-                size = size or _size(start.job.output / JOURNAL)
+                size = size or file_size(start.job.output / JOURNAL)
             time.sleep(LOOK)
         return False
 
@@ -400,9 +380,11 @@ class Chaos:
         launcher, begun = start.launcher, start.since or time.monotonic()
         patience, size, waited, killed = Patience(begun), 0, 0.0, False
         while (left := self._left(start)) or (launcher.poll() is None and not start.on_hosts):
-            if start.on_hosts and all(_is_launcher(process) for process in left):
+            if start.on_hosts and all(is_launcher(process) for process in left):
                 break
-            if (now := _size(start.job.output / JOURNAL)) != size:  # what it was disturbed by did not end it
+            if (
+                now := file_size(start.job.output / JOURNAL)
+            ) != size:  # what it was disturbed by did not end it
                 size = now
                 patience.renew()
             waited = patience.spent(process.pid for process in left)
@@ -414,7 +396,7 @@ class Chaos:
                 self._say(f"WRONG: {left} still there after {waited:.0f} s\n{self._last_words()}")
                 killed = True
             if killed:
-                _kill(start, left)
+                kill(start, left)
                 break
             time.sleep(0.05)
         if start.since:
@@ -459,9 +441,9 @@ class Chaos:
         self.counts.jobs += 1
         written = (job.output / RESULTS[0]).exists()
         answers = Counter(
-            json.loads(line)["custom_id"] for line in (_lines(job.output / RESULTS[0]) if written else ())
+            json.loads(line)["custom_id"] for line in (lines(job.output / RESULTS[0]) if written else ())
         )
-        asked = {json.loads(line)["custom_id"] for line in _lines(self._commands.own.source)}
+        asked = {json.loads(line)["custom_id"] for line in lines(self._commands.own.source)}
         lost, twice = len(asked - set(answers)), sum(count > 1 for count in answers.values())
         differing = [
             name
@@ -487,7 +469,7 @@ class Chaos:
         """Those that are alive, and not stopped."""
         with contextlib.suppress(psutil.Error):
             below = psutil.Process(start.launcher.pid).children(recursive=True)
-            return [process for process in below if _is_rank(process)]
+            return [process for process in below if is_rank(process)]
         return []
 
     def _signal(self, start: Start, number: signal.Signals, maximum: int) -> None:
@@ -503,59 +485,11 @@ class Chaos:
     def _leave_too_little(self, start: Start) -> None:
         """Fill the disk so that what is computed fits and the results do not, or not all of them."""
         reference, output = self._reference(start.job.model), start.job.output
-        left = max(_size(reference / JOURNAL) - _size(output / JOURNAL), 0)
-        self._fill_disk(left + self._random.randrange(sum(_size(reference / name) for name in RESULTS)))
+        left = max(file_size(reference / JOURNAL) - file_size(output / JOURNAL), 0)
+        self._fill_disk(left + self._random.randrange(sum(file_size(reference / name) for name in RESULTS)))
 
     def _fill_disk(self, leave: int = 0) -> None:
         found = os.statvfs(self._disk)
         nbytes = max(found.f_bavail * found.f_frsize - leave, 0)
         with contextlib.suppress(OSError), (self._disk / "filler").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
-
-
-def _sizes(model: Path, stages: int, shards: int) -> tuple[int, int]:
-    """Bytes of weights and of the KV cache that a start with little memory gets."""
-    layout = [f"layout.stages={stages}", f"layout.shards={shards}"]
-    job = spec.load(None, layout, model=str(model), input="in", output="out")
-    ranks = plan.make(job, stages * shards).ranks
-    weights = max(max(int(WEIGHTS * rank.weights_share), rank.weights_minimum) for rank in ranks)
-    return weights, KV_BLOCKS * KV_BLOCK * max(rank.kv_token for rank in ranks)
-
-
-def _stretched(deadline: float) -> float:
-    """The deadline for as many processes as want each core now: where they are many, a rank may be silent for long."""
-    return deadline * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)) / CROWD)
-
-
-def _signalled(do: Callable[[Start], object]) -> Kind:
-    return Kind(do, while_computing=False)
-
-
-def _kill(start: Start, left: list[psutil.Process]) -> None:
-    for process in (start.launcher, *left):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    start.launcher.wait()
-
-
-def _size(path: Path) -> int:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines()
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return not _is_rank(process)
-    return True
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        words = process.cmdline()
-        return "mpillm" in words and "-m" in words and "python" in words[0]
-    return False

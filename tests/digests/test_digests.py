@@ -25,7 +25,7 @@ from tests.e2e.jobs import command, mixed_lines, write_lines
 from tests.model.engine_harness import _alone, run_laid_out, vocab_of
 from tests.model.golden import GGUFS, MODELS, may_be_quantised, path_of
 from tests.model.test_smollm2 import smollm2
-from tests.tools.test_pack import Quiet
+from tests.tools.packing import Quiet
 
 from .recorded import check, digest_of, requests
 

@@ -16,7 +16,7 @@ from mpillm.weights.page import Page
 from mpillm.weights.paging.cache import WeightCache, minimum_budget
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.source import rank_plans
-from tests.tools.test_pack import packed
+from tests.tools.packing import packed
 
 ALONE = Place(0, 1, 1)
 LOADERS = pytest.mark.parametrize("loader", ["mmap", "read"])

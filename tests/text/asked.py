@@ -12,3 +12,7 @@ def render_chat(tokenizer: Tokenizer, messages: list[Any], options: Mapping[str,
     """The text that the chat template makes of messages."""
     rendered: str = tokenizer._chats.chosen(options).render(messages, options)
     return rendered
+
+
+def controls(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.token_text(id) for id in ids if tokenizer.is_control(id)]

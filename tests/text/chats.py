@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mpillm.text import Tokenizer
 
 TEMPLATES = {
     path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
@@ -18,6 +21,15 @@ STYLE = {
 }
 
 Messages = list[dict[str, Any]]
+Make = Callable[..., Tokenizer]  # the fixture `make`: a tokenizer with this chat template
+
+
+def named(make: Make, name: str) -> Tokenizer:
+    return make(TEMPLATES[name], STYLE[name])
+
+
+def user(*contents: str, role: str = "user") -> Messages:
+    return [{"role": role, "content": content} for content in contents]
 
 
 def _chat(*turns: tuple[str, str]) -> Messages:

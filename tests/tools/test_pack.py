@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import math
-import os
-import re
 import shutil
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,33 +17,32 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpillm import kernels
-from mpillm.errors import Interrupted, JobError, ModelError, OutputError
+from mpillm.errors import JobError, ModelError
 from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
-from mpillm.tools.pack import PackedType, PackResult, pack
+from mpillm.tools.pack import PackedType
 from mpillm.weights.formats.loaders import InPlaceLoader
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind
-from mpillm.weights.io.reading import DirectFile, read_at
+from mpillm.weights.io.reading import DirectFile
 from mpillm.weights.io.verified import VerifiedFile
 from mpillm.weights.names import USUAL
 from mpillm.weights.packed import files as packed_files
 from mpillm.weights.packed import loaders
 from mpillm.weights.packed.file_plan import PackedPage
 from mpillm.weights.packed.files import PackedPiece, Writer
-from mpillm.weights.packed.layout import INDEX, UNFINISHED
 from mpillm.weights.packed.loaders import MappedLoader, ReadLoader
-from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
-from tests.conftest import Mount, Mpi, run_bounded
-from tests.model.checks import EXACT, check, digest, requests_of, sampled
-from tests.model.engine_harness import _alone, run_engine
-from tests.model.golden import FIXTURES, golden
+from tests.conftest import Mpi
+from tests.model.checks import EXACT, check, requests_of
+from tests.model.engine_harness import run_engine
+from tests.model.golden import golden
+from tests.tools.packing import content, expected, model_path, outcome, packed
 
 EVERY = [
     "llama3",
@@ -63,42 +58,6 @@ EVERY = [
 
 
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-class Quiet:
-    """Progress that nobody sees."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-
-    def packing(self, done: int, total: int) -> None:
-        self.seen.append((done, total))
-
-    def downloading(self, done: int, total: int) -> None:
-        pass
-
-
-def packed(name: str | Path, target: Path, weights: PackedType = "source") -> PackResult:
-    return pack(_alone(), str(model_path(name) if isinstance(name, str) else name), target, weights, Quiet())
-
-
-def model_path(name: str) -> Path:
-    return FIXTURES / ("gguf" if name.endswith(".gguf") else "models") / name
-
-
-def outcome(model: Path, name: str, **job: object) -> str:
-    reference = golden(name)
-    requests = [*requests_of(reference)[-3:], *sampled(reference)[:2]]
-    return digest(run_engine(model, requests, activations="f32", kv_type="f32", threads=1, **job))
-
-
-@functools.cache
-def expected(name: str, quantize: str = "none") -> str:
-    return outcome(model_path(name), name, quantize=quantize)
-
-
-def content(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -392,95 +351,6 @@ def test_requests_of_any_size_pack_the_same(
     assert content(tmp_path / "p") == content(tmp_path / "q")
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    source = content(model_path("llama3"))
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("")
-    with pytest.raises(OutputError, match=r"holds 'thesis.tex' and no packed model; give a new or an empty"):
-        packed("llama3", foreign)
-    with pytest.raises(OutputError, match="which is never touched; pack to another directory"):
-        packed("llama3", model_path("llama3") / "inside")
-    with pytest.raises(OutputError, match="is a file; give a directory to pack to"):
-        packed("llama3", foreign / "thesis.tex")
-    packed("llama3", tmp_path / "p")
-    with pytest.raises(OutputError, match="has another model, or this one packed otherwise"):
-        packed("llama3", tmp_path / "p", "q8_0")
-    with pytest.raises(JobError, match="is packed already; pack the model that it was made from"):
-        packed(tmp_path / "p", tmp_path / "q")
-    with pytest.raises(
-        JobError, match=r"is quantised already \(.*Q4_0.*\), and what that lost does not come back"
-    ):
-        packed("llama_mixed.gguf", tmp_path / "q", "q8_0")
-    with pytest.raises(JobError, match="is packed already; leave quantize"):
-        open_source(tmp_path / "p", "q8_0")
-    assert content(model_path("llama3")) == source
-
-
-def test_too_small_a_disk_is_found_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OutputError, match=r"needs .* more, but its disk has 1000 B free; make space"):
-        packed("llama3", tmp_path / "p")
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {UNFINISHED}
-
-
-@pytest.mark.parametrize("loader", ["mmap", "read"])
-@pytest.mark.parametrize("change", ["shorter", "touched"])
-def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path, loader: Kind, change: str) -> None:
-    packed("llama3", tmp_path / "p")
-    source = open_source(tmp_path / "p")
-    config = config_of(source)
-    items = rank_plans(config, Place(0, 1, 1), source)
-    cache = WeightCache(items, source.open_loader(loader, 1, items, streamed=True), minimum_budget(items))
-    with cache.use(0):
-        pass
-    file = tmp_path / "p" / "layer-00001.safetensors"
-    if change == "shorter":
-        os.truncate(file, 4096)
-    else:
-        os.utime(file)
-
-    def sweep() -> None:
-        for number in [*range(len(items))] * 2:
-            with cache.use(number):
-                pass
-
-    with pytest.raises(
-        ModelError, match="was shortened or changed while it was in use; put the model's file"
-    ):
-        sweep()
-    cache.close()
-    source.close()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (
-            lambda p: (p / "layer-00001.safetensors").unlink(),
-            "names layer-00001.safetensors, which is missing",
-        ),
-        (lambda p: os.truncate(p / "head.safetensors", 8192), "has 8192 bytes, not"),
-        (lambda p: (p / INDEX).write_text('{"format": "mpillm-packed", "version": 1}'), "version 1, not"),
-        (lambda p: (p / INDEX).write_text("{}"), "is of format 'None', version None"),
-        (
-            lambda p: (p / INDEX).write_text(
-                re.sub(r'"bytes": *\d+', '"bytes": 1e999', (p / INDEX).read_text(), count=1)
-            ),
-            "does not list the model's files",
-        ),
-    ],
-)
-def test_what_is_not_as_it_was_packed(tmp_path: Path, spoil: Any, words: str) -> None:
-    packed("llama3", tmp_path / "p")
-    spoil(tmp_path / "p")
-    with pytest.raises(ModelError, match=words):
-        open_source(tmp_path / "p")
-
-
 def test_ranks_pack_together_and_page_together(openmpi: Mpi, tmp_path: Path) -> None:
     """Two ranks pack what one packs; 2 and 4 ranks in stages and shards compute what one computes."""
     packed("llama3", tmp_path / "a")
@@ -493,57 +363,6 @@ def test_ranks_pack_together_and_page_together(openmpi: Mpi, tmp_path: Path) -> 
     for ranks, folder, name in ((2, "b", "llama3"), (4, "c", "qwen3_moe")):
         done = openmpi.run(ranks, program, tmp_path / folder, name, expected(name))
         assert done.returncode == 0, done.stderr
-
-
-def test_a_lost_page_is_a_sentence(tmp_path: Path) -> None:
-    """The file is cut while a kernel, without the interpreter's lock, works on pages that are not in memory."""
-    file = tmp_path / "mapped"
-    shutil.copy(next(model_path("smol_bf16").glob("*.safetensors")), file)
-    program = f"""
-import os
-from pathlib import Path
-import numpy as np
-from mpillm import kernels
-from mpillm.kernels import BlockType
-from mpillm.weights.io.lost_pages import say_when_lost
-from mpillm.weights.io.mapped import MappedFile
-say_when_lost("[0@here]", Path("the model"))
-file = MappedFile(Path({str(file)!r}))
-raw = file.view(0, file.size // 64 * 64).reshape(-1, 64)
-os.truncate({str(file)!r}, 0)
-kernels.dequantize(BlockType.BF16, raw, 32, np.empty((len(raw), 32), np.float32), 2)
-"""
-    done = run_bounded([sys.executable, "-c", program])
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"[0@here] {file} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "
-        "put it back and run the same command again.\n"
-    )
-
-
-def test_a_full_disk_keeps_what_is_finished(mounted: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk fills up while packing (its free space was not what it seemed): run the same command again."""
-    target = mounted("size=600k") / "p"
-    usage = shutil.disk_usage(target.parent)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
-    with pytest.raises(Interrupted, match=r"There is no space left for .*what was finished is safe"):
-        packed("llama3", target)
-    with pytest.raises(ModelError, match="is not packed completely"):
-        open_source(target)
-
-
-def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 10)
-    descriptor = os.open(file, os.O_RDONLY)
-    out = np.zeros(8, np.uint8)
-    read_at(descriptor, file, 2, out)
-    assert (out == ord("x")).all()
-    with pytest.raises(ModelError, match="was shortened or changed while it was in use"):
-        read_at(descriptor, file, 3, out)
-    os.close(descriptor)
-    with pytest.raises(ModelError, match=r"file cannot be read any more: Bad file descriptor"):
-        read_at(descriptor, file, 2, out)
 
 
 def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

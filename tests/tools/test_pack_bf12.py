@@ -23,7 +23,7 @@ from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.model.checks import digest
 from tests.model.engine_harness import _alone, run_engine
-from tests.tools.test_pack import Quiet, packed
+from tests.tools.packing import Quiet, packed
 from tests.weights.build import Tiny, write_hf
 
 DENSE = Tiny(hidden=512, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=64, intermediate=1024, vocab=256)

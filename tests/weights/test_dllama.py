@@ -17,7 +17,7 @@ from mpillm.errors import JobError, ModelError
 from mpillm.model.opening import config_of, open_source
 from mpillm.tools.pack import pack
 from mpillm.weights.identity import fingerprint, identity
-from tests.tools.test_pack import Quiet
+from tests.tools.packing import Quiet
 from tests.weights.build import Tiny, write_hf
 from tests.weights.dllama_files import convert, header_bytes, header_of, write_model, write_tokenizer
 

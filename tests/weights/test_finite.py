@@ -19,7 +19,7 @@ from mpillm.weights.names import USUAL
 from mpillm.weights.roles import Key
 from tests.model.engine_harness import _alone
 from tests.model.golden import FIXTURES
-from tests.tools.test_pack import Quiet, model_path
+from tests.tools.packing import Quiet, model_path
 
 SOUND = ["llama_bias", "qwen3_moe", "smol_bf16", "llama_f16", "llama_kquants.gguf", "llama_mixed.gguf"]
 
