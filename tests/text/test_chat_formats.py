@@ -14,7 +14,10 @@ import pytest
 
 from mpillm.errors import RequestError
 from mpillm.text import Tokenizer, hf
+from mpillm.text.chat_formats.bare import Pythonic
 from mpillm.text.chat_formats.base import ParsedAnswer, Tool
+from mpillm.text.chat_formats.escaped import Escaped
+from mpillm.text.chat_formats.in_tags import Tags
 from mpillm.text.chat_formats.known import CALLS, TAGS, format_of
 from mpillm.text.chat_formats.lark import Lark
 from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState, Tagged
@@ -66,6 +69,18 @@ def _tags(key: str, value: str, stop: str, pad: str = "") -> str:
     return "".join(f"{key}{name}{value}{pad}{text}{pad}{stop}\n" for name, text in texts)
 
 
+def _dsml(frame: str, *calls: str) -> str:
+    """Calls in DeepSeek's markup, which is written <ds: and </ds: here."""
+    text = f"<ds:{frame}>\n" + "\n".join(calls) + f"\n</ds:{frame}>"
+    return text.replace("ds:", "\uff5cDSML\uff5c")
+
+
+DSML = "".join(
+    f'<ds:parameter name="{name}" string="{_json(isinstance(item, str))}">{item if isinstance(item, str) else _json(item)}</ds:parameter>\n'
+    for name, item in ONE.items()
+)
+DSML_CALLS = (f'<ds:invoke name="weather">\n{DSML}</ds:invoke>', '<ds:invoke name="now">\n</ds:invoke>')
+
 # Both calls as each model writes them.
 WRITTEN = {
     "hermes": f'<tool_call>\n{{"name": "weather", "arguments": {_json(ONE)}}}\n</tool_call>\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>',
@@ -73,6 +88,8 @@ WRITTEN = {
     "seed_oss": "<seed:tool_call>\n<function=weather>\n" + _tags("<parameter=", ">", "</parameter>") + "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
     "glm": "<tool_call>weather\n" + _tags("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>") + "</tool_call>\n<tool_call>now\n</tool_call>",
     "minimax": '<minimax:tool_call>\n<invoke name="weather">\n' + _tags('<parameter name="', '">', "</parameter>") + '</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+    "deepseek_v32": _dsml("function_calls", *DSML_CALLS),
+    "deepseek_v4": _dsml("tool_calls", *DSML_CALLS),
     "deepseek_v3": ds(f"[[calls_begin]][[call_begin]]function[[sep]]weather\n```json\n{_json(ONE)}\n```[[call_end]]\n[[call_begin]]function[[sep]]now\n```json\n{{}}\n```[[call_end]][[calls_end]]"),
     "deepseek_v31": ds(f"[[calls_begin]][[call_begin]]weather[[sep]]{_json(ONE)}[[call_end]][[call_begin]]now[[sep]]{{}}[[call_end]][[calls_end]]"),
     "kimi": f"<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{_json(ONE)}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|><|tool_calls_section_end|>",
@@ -81,6 +98,9 @@ WRITTEN = {
     "granite": f'<|tool_call|>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]',
     "phi4_mini": f'<|tool_call|>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]<|/tool_call|>',
     "cohere": f'<|START_ACTION|>\n[{{"tool_call_id": "0", "tool_name": "weather", "parameters": {_json(ONE)}}}, {{"tool_call_id": "1", "tool_name": "now", "parameters": {{}}}}]\n<|END_ACTION|>',
+    "command_r": f'Action:```json\n[{{"tool_name": "weather", "parameters": {_json(ONE)}}}, {{"tool_name": "now", "parameters": {{}}}}]\n```',
+    "functiongemma": f"<start_function_call>call:weather{{city:<escape>{ONE['city']}<escape>,days:3,where:{{x:true}}}}<end_function_call><start_function_call>call:now{{}}<end_function_call>",
+    "gemma4": f'<|tool_call>call:weather{{city:<|"|>{ONE["city"]}<|"|>,days:3,where:{{x:true}}}}<tool_call|><|tool_call>call:now{{}}<tool_call|>',
     "tool_calls": f'<tool_calls>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]</tool_calls>',
     "nemotron": f'<TOOLCALL>[{{"name": "weather", "arguments": {_json(ONE)}}}, {{"name": "now", "arguments": {{}}}}]</TOOLCALL>',
     "llama3_json": f'{{"name": "weather", "parameters": {_json(ONE)}}}; {{"name": "now", "parameters": {{}}}}',
@@ -96,6 +116,8 @@ NOW = {
     },
     "seed_oss": WRITTEN["seed_oss"].partition("</seed:tool_call>\n")[2],
     "minimax": '<minimax:tool_call>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+    "deepseek_v32": _dsml("function_calls", DSML_CALLS[1]),
+    "deepseek_v4": _dsml("tool_calls", DSML_CALLS[1]),
     "deepseek_v3": ds(
         "[[calls_begin]][[call_begin]]function[[sep]]now\n```json\n{}\n```[[call_end]][[calls_end]]"
     ),
@@ -106,6 +128,9 @@ NOW = {
     "granite": '<|tool_call|>[{"name": "now", "arguments": {}}]',
     "phi4_mini": '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>',
     "cohere": '<|START_ACTION|>\n[{"tool_call_id": "12", "tool_name": "now", "parameters": {}}]\n<|END_ACTION|>',
+    "command_r": 'Action:```json\n[{"tool_name": "now", "parameters": {}}]\n```',
+    "functiongemma": "<start_function_call>call:now{}<end_function_call>",
+    "gemma4": "<|tool_call>call:now{}<tool_call|>",
     "tool_calls": '<tool_calls>[{"name": "now", "arguments": {}}]</tool_calls>',
     "nemotron": '<TOOLCALL>[{"name": "now", "arguments": {}}]</TOOLCALL>',
     "llama3_json": '{"name": "now", "parameters": {}}',
@@ -194,6 +219,14 @@ VARIANTS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("mistral", 'So[TOOL_CALLS] [{"arguments": {"city": "Oslo"}, "name": "weather"}]', "So", [OSLO]),
     ("granite", '<|tool_call|> [{"name": "now", "arguments": {}}]', "", [NO_ARGUMENTS]),
     ("pythonic", "<|python_start|>[weather(city='Oslo', where={'x': True, 'y': (None, -1.5)}), now()]<|python_end|>", "", [("weather", {"city": "Oslo", "where": {"x": True, "y": [None, -1.5]}}), NO_ARGUMENTS]),
+    ("gemma4", 'So.<|tool_call>:call:weather{city:<|"|>Os, {lo}]<|"|>, days: 3 , where : {<|"|>x<|"|>:true,y:[1.5,null,[],<|"|>a<|"|>]}}\n<tool_call|>', "So.", [("weather", {"city": "Os, {lo}]", "days": 3, "where": {"x": True, "y": [1.5, None, [], "a"]}})]),
+    ("gemma4", '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:None,unit:C}', "", [("weather", {"city": "Oslo", "days": None, "unit": "C"})]),
+    ("gemma4", "<|tool_call>call:now{x:[t:[]}<tool_call|>", "<|tool_call>call:now{x:[t:[]}<tool_call|>", []),
+    ("functiongemma", "<start_function_call>call:weather{city:<escape>42<escape>,days:<escape>42<escape>}<end_function_call>", "", [("weather", {"city": "42", "days": 42})]),
+    ("deepseek_v32", "So.\n\n" + _dsml("function_calls", '<ds:invoke name="weather">', '<ds:parameter name="city" string="true">42</ds:parameter>', '<ds:parameter name="days" string="false">3</ds:parameter>', "</ds:invoke>"), "So.", [("weather", {"city": "42", "days": 3})]),
+    ("command_r", 'Plan: look.\nAction: ```json\n[\n    {\n        "tool_name": "weather",\n        "parameters": {"city": "Oslo"}\n    }\n]```', "Plan: look.", [OSLO]),
+    ("command_r", 'Action: ```json\n[{"tool_name": "directly_answer", "parameters": {}}]\n```', "", []),
+    ("qwen3_coder", "<function=weather>\n<parameter=city>\n42\n</parameter>\n<parameter=unit>\nC\n</parameter>\n</function>", "", [("weather", {"city": "42", "unit": "C"})]),
     ("pythonic", r"[weather(city='\d+\.')]", "", [("weather", {"city": "\\d+\\."})]),
 ]  # fmt: skip
 # Values that JSON does not have, and calls that are none: all of it is content.
@@ -297,6 +330,16 @@ def test_harmony() -> None:
         ("<tool_call> without a variable", [], None, None),
         ("<|im_start|>", ["<think>"], None, None),
         ("{{ tools }}<seed:tool_call></seed:think>", [], TAGS[0], "seed_oss"),
+        (_dsml("{{ tools }}function_calls") + "</think>", [], ("<think>", "</think>"), "deepseek_v32"),
+        (_dsml("{{ tools }}tool_calls"), [], None, "deepseek_v4"),
+        ("{{ tools }}<start_function_call>call:", [], None, "functiongemma"),
+        (
+            "{{ tools }}<|channel>thought\n<channel|><|tool_call>call:",
+            [],
+            ("<|channel>thought\n", "<channel|>"),
+            "gemma4",
+        ),
+        ("{{ tools }}Write 'Action:' followed by a json-formatted list", [], None, "command_r"),
     ],
 )
 def test_formats_are_known_by_template_and_tokens(
@@ -318,8 +361,8 @@ def grammars() -> tuple[Any, Grammars]:
     marks = {
         mark
         for name, calls in CALLS.items()
-        for mark in calls.marks
-        if mark[:2] in ("<|", "<\uff5c") or mark[0] == "["
+        for mark in Tagged(("<|channel>thought\n", "<channel|>"), calls).marks
+        if mark[0] in "[\uff5c" or (mark[:2] in ("<|", "<\uff5c") and "DSML" not in mark and mark[-1] == ">")
     }
     parts.control |= {*marks - {"[", "]"}, *TAGS[1], *HARMONY}
     tokenizer = Tokenizer(parts)
@@ -402,6 +445,73 @@ def test_grammars_of_calls(grammars: tuple[Any, Grammars], name: str) -> None:
         (f"{opening}{thought}", False),
     ):
         assert obeys(grammars, free, text) is right, text
+
+
+# Arguments of a strict tool, one that obeys and one that does not; all of them optional, in the schema's order.
+KINDS: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "a": ({"type": ["string", "null"], "maxLength": 3}, "Ann", "Anna"),
+    "b": ({"type": ["integer", "null"]}, None, 1.5),
+    "c": ({"$ref": "#/$defs/unit"}, "C", "K"),
+    "d": ({"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": "^[a-z]/[0-9]+$"}]}, "a/12", "a12"),
+    "e": ({"type": "array", "items": {"$ref": "#/$defs/unit"}, "maxItems": 2}, ["C", "F"], ["C", "F", "C"]),
+    "f": ({"enum": ["x", 1, None]}, 1, 2),
+    "g": ({"$ref": "#/$defs/tree"}, {"next": {"next": None}}, {"next": 3}),
+}
+MANY = {
+    "type": "object",
+    "properties": {key: schema for key, (schema, _, _) in KINDS.items()},
+    "additionalProperties": False,
+    "$defs": {
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "tree": {
+            "type": "object",
+            "properties": {"next": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}},
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def write(name: str, arguments: dict[str, Any]) -> str:
+    """A call of the tool `many` as each model writes it."""
+    call = NOW[name].replace("now", "many")
+    calls = CALLS[name]
+    if isinstance(calls, Tags):
+        pad = "\n" if calls.lines else ""
+        texts = "".join(
+            f"{calls.key}{key}{calls.value}{calls.as_text if isinstance(value, str) else calls.as_json}{pad}"
+            f"{value if isinstance(value, str) else _json(value)}{pad}{calls.stop}\n"
+            for key, value in arguments.items()
+        )
+        return call.replace(f"many{calls.named}\n", f"many{calls.named}\n{texts}")
+    if isinstance(calls, Escaped):
+        return call.replace(
+            "{}",
+            re.sub('"([a-z]+)":', r"\1:", _json(arguments).replace(", ", ",").replace(": ", ":")).replace(
+                '"', calls.quote
+            ),
+        )
+    if isinstance(calls, Pythonic):
+        return call.replace(
+            "()", f"({', '.join(f'{key}={_json(value)}' for key, value in arguments.items())})"
+        )
+    return call.replace("{}", _json(arguments))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_strict_arguments_of_each_format(name: str, grammars: tuple[Any, Grammars]) -> None:
+    """Optional and nullable arguments, references, patterns: what is allowed is what is read, and the rest is neither."""
+    format, tool = Tagged(None, CALLS[name]), Tool("many", MANY, True)
+    lark = Lark(grammars[0].control)
+    grammar = lark.whole(format.expression(lark, "closed", AnswerRule(None, [tool], "required")))
+    for keys in ("", "a", "g", "bd", "aceg", "abcdefg"):
+        arguments = {key: KINDS[key][1] for key in keys}
+        text = write(name, arguments)
+        assert obeys(grammars, grammar, text), text
+        (call,) = format.split(text, "closed", [tool], final=True).calls
+        assert json.loads(call.arguments) == arguments, text
+    for key, (_, _, wrong) in KINDS.items():
+        assert not obeys(grammars, grammar, write(name, {key: wrong})), key
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpillm.text.chat_formats.base import Call, CallFormat, Tool, call_of, decode_json, without_open_end
 from mpillm.text.chat_formats.in_json import LLAMA_KEYS, call_of_object, written_object
 from mpillm.text.chat_formats.lark import Lark
+from mpillm.text.chat_formats.schemas import definitions
 
 CALL_KEYS = ("name", "arguments", "parameters", "type", "id")  # that an object of a call begins with
 LITERALS = {"true": True, "false": False, "null": None}  # of JSON
@@ -151,28 +152,12 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _written(tool: Tool, lark: Lark) -> str:
-    """The expression of a call: its arguments in the schema's order, but a required one first, if there is one."""
-    properties = tool.properties
-    required = [key for key in properties if key in tool.required]
-    keys = [*required[:1], *(key for key in properties if key not in required[:1])]
-    shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+    """The expression of a call, with its arguments in the schema's order."""
+    shared = definitions(tool.parameters)
 
-    def argument(key: str) -> str:
-        schema = properties[key]
+    def argument(key: str, schema: Any) -> str:
         schema = {**shared, **schema} if isinstance(schema, dict) else schema
         return f"{json.dumps(f'{key}=')} {lark.schema(schema, tool.strict)}"
 
-    if required:
-        rest = (f'(", " {argument(key)}){"" if key in required else "?"}' for key in keys[1:])
-        parts = " ".join([argument(keys[0]), *rest])
-    else:
-        parts = _any_of([lark.rule(argument(key)) for key in keys], lark.rule)
-    return f'{json.dumps(f"{tool.name}(")} {parts} ")"'
-
-
-def _any_of(parts: Sequence[str], rule: Callable[[str], str]) -> str:
-    """The expression of some of the parts, or of none, in their order."""
-    rest = ""
-    for part in reversed(parts):
-        rest = rule(f'{part} (", " {rest})? | {rest}') if rest else part
-    return f"({rest})?" if rest else ""
+    parts = [(argument(key, schema), key in tool.required) for key, schema in tool.properties.items()]
+    return f'{json.dumps(f"{tool.name}(")} {lark.in_order(parts, ", ")} ")"'

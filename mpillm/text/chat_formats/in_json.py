@@ -24,21 +24,29 @@ class ObjectKeys(NamedTuple):
 
 HERMES_KEYS = ObjectKeys()
 LLAMA_KEYS = ObjectKeys(arguments="parameters")
+COMMAND_R_KEYS = ObjectKeys("tool_name", "parameters")
 COHERE_KEYS = ObjectKeys("tool_name", "parameters", "tool_call_id")
 
 
 @dataclass(frozen=True)
 class Objects(Framed):
-    """Calls as objects {"name": ..., "arguments": ...}, one by one or, if `listed`, in a list or a line each."""
+    """Calls as objects {"name": ..., "arguments": ...}, one by one or, if `listed`, in a list or a line each.
+
+    Before the JSON stands `fence`; a call of `no_call`, unless there is such a tool, says that there is none.
+    """
 
     listed: bool = False
     space: str = "\n"  # around the JSON
     keys: ObjectKeys = HERMES_KEYS
+    fence: str = ""
+    no_call: str = ""
 
     def read(self, text: str, at: int, tools: Sequence[Tool], final: bool) -> tuple[list[Call], int] | None:
         items: list[Any] = []
         end: int | None = None
-        stop = at
+        stop = skip_end(text, at, self.fence, final=False)
+        if stop is None:
+            return None
         while end is None:
             if (items and not self.listed) or (found := decode_json(text, stop)) is None:
                 return None
@@ -47,7 +55,10 @@ class Objects(Framed):
             end = skip_end(text, stop, self.end, final)
         calls = [call_of_object(item) for item in items]
         whole = [call for call in calls if call is not None]
-        return (whole, end) if calls and len(whole) == len(calls) else None
+        if not calls or len(whole) < len(calls):
+            return None
+        names = {tool.name for tool in tools}
+        return [call for call in whole if call.name in names or call.name != self.no_call], end
 
     def write(self, tool: Tool, lark: Lark) -> str:
         return (
@@ -57,12 +68,14 @@ class Objects(Framed):
     def required(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
         if not self.listed:
             return super().required(lark, tools, many)
-        return f"{lark.literal(self.begin)} {self._list(lark, tools, many)} {lark.literal(self.end)}"
+        begin = lark.literal(self.begin + self.fence)
+        return f"{begin} {self._list(lark, tools, many)} {lark.literal(self.end)}"
 
     def optional(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
         if not self.listed:
             return super().optional(lark, tools, many)
-        calls = f"{lark.until(self.begin)} {self._list(lark, tools, many)} {lark.literal(self.end)}"
+        begin = f"{lark.until(self.begin)} {lark.literal(self.fence)}"
+        calls = f"{begin} {self._list(lark, tools, many)} {lark.literal(self.end)}"
         return f"({lark.rule(calls)} | ANY)"
 
     def _list(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:

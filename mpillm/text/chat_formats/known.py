@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from mpillm.errors import RequestError
 from mpillm.text.chat_formats.bare import BareObjects, Pythonic
 from mpillm.text.chat_formats.base import CallFormat
-from mpillm.text.chat_formats.in_json import COHERE_KEYS, NamedCalls, Objects
+from mpillm.text.chat_formats.escaped import Escaped
+from mpillm.text.chat_formats.in_json import COHERE_KEYS, COMMAND_R_KEYS, NamedCalls, Objects
 from mpillm.text.chat_formats.in_tags import Tags
 from mpillm.text.chat_formats.tagged import ChatFormat, Tagged
 from mpillm.text.harmony import MARKS, Harmony
@@ -18,6 +20,7 @@ TAGS = (
     ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<think>", "</think>"),
+    ("<|channel>thought\n", "<channel|>"),
     ("Here is my thought process:", "Here is my response:"),
 )
 
@@ -29,6 +32,24 @@ _CALL = ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581
 _SEP = "<\uff5ctool\u2581sep\uff5c>"
 _KIMI = "<|tool_call_begin|>", "<|tool_call_end|>"
 _KIMI_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+
+# DeepSeek's own markup of V3.2 and V4, in which the frame's name differs.
+_DSML: dict[str, Any] = {
+    "between": "\n",
+    "named": '">',
+    "key": '<\uff5cDSML\uff5cparameter name="',
+    "value": '" string="',
+    "as_text": 'true">',
+    "as_json": 'false">',
+    "stop": "</\uff5cDSML\uff5cparameter>",
+}
+
+
+def _dsml(frame: str) -> tuple[str, str, tuple[str, str]]:
+    """The marks around a call and around all calls."""
+    around = f"<\uff5cDSML\uff5c{frame}>\n", f"\n</\uff5cDSML\uff5c{frame}>"
+    return '<\uff5cDSML\uff5cinvoke name="', "</\uff5cDSML\uff5cinvoke>", around
+
 
 CALLS: dict[str, CallFormat] = {
     "hermes": Objects("<tool_call>", "</tool_call>", between="\n"),
@@ -56,6 +77,8 @@ CALLS: dict[str, CallFormat] = {
         key='<parameter name="',
         value='">',
     ),
+    "deepseek_v32": Tags(*_dsml("function_calls"), **_DSML),
+    "deepseek_v4": Tags(*_dsml("tool_calls"), **_DSML),
     "deepseek_v3": NamedCalls(
         *_CALL, _SECTION, between="\n", head=f"function{_SEP}{{name}}\n```json\n", tail="\n```"
     ),
@@ -67,6 +90,11 @@ CALLS: dict[str, CallFormat] = {
     "mistral_args": NamedCalls("[TOOL_CALLS]", "", id_length=9, head="{name}[ARGS]", own_id="[CALL_ID]"),
     "granite": Objects("<|tool_call|>", "", listed=True, space=""),
     "phi4_mini": Objects("<|tool_call|>", "<|/tool_call|>", listed=True, space=""),
+    "command_r": Objects(
+        "Action:", "```", listed=True, keys=COMMAND_R_KEYS, fence="```json", no_call="directly_answer"
+    ),
+    "functiongemma": Escaped("<start_function_call>", "<end_function_call>", quote="<escape>"),
+    "gemma4": Escaped("<|tool_call>", "<tool_call|>", quote='<|"|>'),
     "cohere": Objects("<|START_ACTION|>", "<|END_ACTION|>", listed=True, keys=COHERE_KEYS),
     "tool_calls": Objects("<tool_calls>", "</tool_calls>", listed=True, space=""),
     "nemotron": Objects("<TOOLCALL>", "</TOOLCALL>", listed=True, space=""),
@@ -81,6 +109,10 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("seed_oss", ("<seed:tool_call>",)),
     ("minimax", ("<minimax:tool_call>",)),
     ("glm", ("<arg_key>",)),
+    ("deepseek_v32", ("\uff5cDSML\uff5c", "function_calls")),
+    ("deepseek_v4", ("\uff5cDSML\uff5c",)),
+    ("functiongemma", ("<start_function_call>",)),
+    ("gemma4", ("<|tool_call>",)),
     ("kimi", (_KIMI[0],)),
     ("deepseek_v3", (_CALL[0], "```json")),
     ("deepseek_v31", (_CALL[0],)),
@@ -89,6 +121,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("phi4_mini", ("<|/tool_call|>",)),
     ("granite", ("<|tool_call|>",)),
     ("cohere", ("<|START_ACTION|>",)),
+    ("command_r", ("Write 'Action:'",)),
     ("tool_calls", ("<tool_calls>",)),
     ("nemotron", ("<TOOLCALL>",)),
     ("olmo3", ("<function_calls>",)),

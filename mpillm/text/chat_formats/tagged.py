@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mpillm.text.chat_formats.base import CallFormat, ParsedAnswer, Tool, without_open_end
 from mpillm.text.chat_formats.lark import Lark
+
+_TOKENS = re.compile("<\\|[^<>]+>|\uff5c[^\uff5c]+\uff5c")  # that are part of a mark in some vocabularies
 
 #: of the answer's beginning: the prompt has opened the reasoning, has closed it, or has done neither
 ReasoningState = Literal["open", "closed", "free"]
@@ -69,7 +72,8 @@ class Tagged(ChatFormat):
         self, tags: tuple[str, str] | None, calls: CallFormat | None, frame: tuple[str, str] | None = None
     ) -> None:
         self.tags, self.calls, self.frame = tags, calls, frame
-        self.marks = (*(tags or ()), *(calls.marks if calls else ()))
+        marks = (*(tags or ()), *(calls.marks if calls else ()))
+        self.marks = (*marks, *(token for mark in marks for token in _TOKENS.findall(mark) if token != mark))
         self.has_reasoning = tags is not None
         self.has_calls = calls is not None
         self.id_length = calls.id_length if calls else 24
@@ -79,7 +83,7 @@ class Tagged(ChatFormat):
             return "closed"
         opening, closing = self.tags
         end = prompt.rstrip()
-        return "open" if end.endswith(opening) else "closed" if end.endswith(closing) else "free"
+        return "open" if end.endswith(opening.rstrip()) else "closed" if end.endswith(closing) else "free"
 
     def continued(self, content: str) -> ReasoningState:
         if self.tags is None:
