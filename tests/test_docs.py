@@ -124,6 +124,7 @@ def check_python(words: list[str]) -> None:
         "tests.fuzz",
         "tests.planning.times",
         "tests.serve.load",
+        "tests.text.schema_suite",
     ):
         return  # their own tests run them
     if words[:4] == ["python", "-m", "pytest", "--with-mpi"]:

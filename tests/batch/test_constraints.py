@@ -26,7 +26,7 @@ from tests.conftest import Mpi
 from tests.e2e.jobs import results, run, write_lines
 from tests.job_helpers import CHAT, END, TEXT, WITH_TEXT, errors, works
 from tests.model.engine_harness import run_engine
-from tests.text import vocabularies
+from tests.text import schema_suite, vocabularies
 from tests.text.vocabularies import write_directory
 
 LABELS = ["positive", "negative", "neutral", 'a "quoted" one', "caf\u00e9 \\n"]
@@ -351,3 +351,23 @@ def test_grammars_are_bounded_before_they_are_compiled() -> None:
     grammars = TEXT.grammars(TEXT.vocab_size, frozenset({END}))
     with pytest.raises(RequestError, match="characters of the grammar, and 1048576 are the maximum"):
         grammars.check(choice_grammar([f"{'x' * 60} {number}" for number in range(20_000)]))
+
+
+def test_the_public_schemas_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A suite in the form of the public one: what is expected of each case, and one that does worse."""
+    folder = tmp_path / "tests" / "draft7"
+    folder.mkdir(parents=True)
+    tests = [
+        {"description": "a", "data": 12, "valid": True},
+        {"description": "b", "data": "x", "valid": False},
+    ]
+    unknown = {"description": "not", "schema": {"not": {"type": "integer"}}, "tests": tests}
+    group = {"description": "type", "schema": {"type": "integer"}, "tests": tests}
+    (folder / "type.json").write_text(json.dumps([group, unknown]))
+    expected = {"type": {"a": "pass", "b": "pass"}, "not": {"a": "skip_compile", "b": "skip_compile"}}
+    (tmp_path / "expected.json").write_text(json.dumps({"draft7": {"type": expected}}))
+    assert schema_suite.main(tmp_path, tmp_path / "expected.json") == 0
+    expected["not"]["b"] = "pass"
+    (tmp_path / "expected.json").write_text(json.dumps({"draft7": {"type": expected}}))
+    assert schema_suite.main(tmp_path, tmp_path / "expected.json") == 1
+    assert "type / not / b: pass -> skip_compile" in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """JSON schemas of the public test suite beside what llguidance itself expects of them.
 
-python -m tests.text.schema_suite SUITE EXPECTED: SUITE is a checkout of json-schema-org/JSON-Schema-Test-Suite, EXPECTED
-the file json_schema_test_suite/expected_json_schema_test_suite.json of llguidance's repository. Exit status 1: a case
-does worse than expected.
+python -m tests.text.schema_suite SUITE EXPECTED, where SUITE is a checkout of json-schema-org/JSON-Schema-Test-Suite
+and EXPECTED is json_schema_test_suite/expected_json_schema_test_suite.json of llguidance's repository. Exit status 1: a
+case does worse than expected.
 """
 
 from __future__ import annotations
