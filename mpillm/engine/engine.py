@@ -78,7 +78,7 @@ class Engine:
         try:
             while scheduler.has_work() or (more is not None and more()):
                 while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
-                    self.totals.most_blocks = max(self.totals.most_blocks, scheduler.blocks_in_use)
+                    self.totals.peak_blocks = max(self.totals.peak_blocks, scheduler.blocks_in_use)
                     with pace.measured(self._worker):
                         in_flight.append((self._start(chosen), chosen))
                 if not in_flight:  # what had come was withdrawn
@@ -119,7 +119,7 @@ class Engine:
         chunks = tuple(chunk for sequence, count in chosen for chunk in chunks_of(sequence, count))
         step = Step(self.totals.steps, chunks)
         self.totals.steps += 1
-        self.totals.most_sequences = max(self.totals.most_sequences, len(chosen))
+        self.totals.peak_sequences = max(self.totals.peak_sequences, len(chosen))
         seconds = self._worker.seconds
         self._post(step)
         if self._speculation is not None and all(count == 1 for _, count in chosen):

@@ -67,8 +67,8 @@ class Totals:
     drafted: dict[str, int] = field(default_factory=dict)  # tokens, by drafter
     accepted: dict[str, int] = field(default_factory=dict)  # of those, what would have been drawn
     fetched_rows: int = 0  # draws that the candidates at hand could not decide, so more had to be asked for
-    most_sequences: int = 0
-    most_blocks: int = 0
+    peak_sequences: int = 0
+    peak_blocks: int = 0
 
     @property
     def drafted_tokens(self) -> int:

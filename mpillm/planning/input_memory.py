@@ -116,8 +116,8 @@ class InputNeeds:
         Each step begins as many as have room in it, but for the one that goes on in the next; they end as soon as they
         have their tokens. Those that share blocks with others need fewer rows, but at least a block less, too.
         """
-        begun = tokens // self.shortest + 1
-        return min(self.sequences, sequences, begun * max(self.longest_answer, 1))
+        started = tokens // self.shortest + 1
+        return min(self.sequences, sequences, started * max(self.longest_answer, 1))
 
     def kept(self, sequences: int) -> int:
         """Bytes that rank 0 keeps, if so many sequences run at once."""

@@ -171,7 +171,7 @@ def added(totals: Sequence[Totals]) -> Totals:
 
 
 def _together(values: list[Any], name: str) -> Any:
-    if name in ("most_sequences", "most_blocks"):
+    if name in ("peak_sequences", "peak_blocks"):
         return max(values)
     if isinstance(values[0], dict):
         return {key: sum(one.get(key, 0) for one in values) for one in values for key in one}

@@ -93,7 +93,7 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
         max_tokens=limits.max_tokens,
         kv_blocks=limits.n_blocks,
         steps=totals.steps,
-        most_sequences=totals.most_sequences,
+        peak_sequences=totals.peak_sequences,
         streamed=sum(session.streamed),
         turns=totals.turns,
         drafted=totals.drafted_tokens,

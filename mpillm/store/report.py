@@ -64,7 +64,7 @@ class Steps(msgspec.Struct, kw_only=True):
     max_tokens: int
     kv_blocks: int
     steps: int
-    most_sequences: int  # in one step
+    peak_sequences: int = 0  # in one step; reports of before have it under another name
     streamed: int  # bytes of weights that all ranks together load for each step
     turns: int = 0  # of sequences in steps that drew tokens for them
     drafted: int = 0  # tokens that were computed along as guesses at the next ones

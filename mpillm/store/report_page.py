@@ -37,7 +37,7 @@ def summary(report: Report) -> Iterator[str]:
         )
     if report.batch.streamed:
         yield (
-            f"{report.batch.steps} steps of up to {report.batch.most_sequences} sequences; "
+            f"{report.batch.steps} steps of up to {report.batch.peak_sequences} sequences; "
             f"weights read per token: {shown_bytes(report.weights_per_token())}; "
             f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
         )

@@ -56,7 +56,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 def test_steps_and_uses_of_layers_do_not_grow_with_the_batch() -> None:
     outcomes = [run(MODEL, alike(count, 10, 9, 0)) for count in (1, 5, 30)]
     assert [outcome.totals.steps for outcome in outcomes] == [9, 9, 9]
-    assert [outcome.totals.most_sequences for outcome in outcomes] == [1, 5, 30]
+    assert [outcome.totals.peak_sequences for outcome in outcomes] == [1, 5, 30]
     assert len({outcome.uses for outcome in outcomes}) == 1
 
 
@@ -65,7 +65,7 @@ def test_what_is_streamed_for_a_token_falls_as_the_batch_grows() -> None:
     for count in (1, 16, 300):  # the last is more than a step takes while nothing is streamed
         some = [Request(str(i), (i // 100, i % 100, *range(8)), max_tokens=9) for i in range(count)]
         outcome = run(MODEL, some, streams=True)
-        assert (outcome.totals.steps, outcome.totals.most_sequences) == (9, count)
+        assert (outcome.totals.steps, outcome.totals.peak_sequences) == (9, count)
         cache = outcome.session.weights.cycle
         fixed = cache.total - cache.streamed
         read_ahead = cache.counters.loaded - fixed - 9 * cache.streamed

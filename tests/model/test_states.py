@@ -87,7 +87,7 @@ def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -
     if groups and recurrent:  # the states of real models take so much that few sequences are admitted at all
         assert outcome.totals.preemptions > 0
     elif not groups:
-        assert limits.n_slots == 3 == outcome.totals.most_sequences
+        assert limits.n_slots == 3 == outcome.totals.peak_sequences
 
 
 @cases

@@ -31,7 +31,7 @@ def made(**more: Any) -> report.Report:
         model={"name": "small & <b>old</b>"}, job={"sampling": {"seed": 3}}, began="2026-01-01T00:00:00+00:00",
         seconds=4.0, phases={"load": 1.0, "compute": 2.0}, requests=report.Requests(total=9, ok=8, errors=1, resumed=4),
         tokens=report.Tokens(prompt=100, generated=50),
-        batch=report.Steps(max_sequences=256, max_tokens=512, kv_blocks=5, steps=70, most_sequences=9, streamed=0),
+        batch=report.Steps(max_sequences=256, max_tokens=512, kv_blocks=5, steps=70, peak_sequences=9, streamed=0),
         stages=1, shards=2, wire={"activations": "f32"}, ranks=ranks, versions={"mpillm": "0"},
         timeline=[(0.0, 0, 0), (1.0, 20, 2), (2.0, 50, 5)], errors={"bad": "Line 2: no."}, **more,
     )  # fmt: skip
