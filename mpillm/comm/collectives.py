@@ -6,6 +6,7 @@ The shards of one host sum in memory that they share (see `shared`); all others 
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -29,12 +30,19 @@ class Group:
         counters: MessageCounters,
         threads: int = 1,
         shared: SharedRows | None = None,
+        rate: float = math.inf,
+        crowded: bool = False,
     ) -> None:
-        """`shared`, where the shards have such memory, takes the place of messages if the wire is f32."""
+        """`shared`, where the shards have such memory, takes the place of messages if the wire is f32.
+
+        `rate` is that of the network between them in bytes/s, and `crowded` says that some of them share cores; all
+        must know the same.
+        """
         self._world, self._place = world, place
         self._first = place.first + place.stage * place.shards
         self._codec, self._sums = Codec(wire, threads), SumCodec(wire, threads)
         self._count = counters.all_reduce
+        self._rate, self._crowded = rate, crowded
         self._shared = shared if wire == "f32" else None
         self._copies: dict[str, Copies] = {}  # of the last call of each method
         self._pieces: Pieces | None = None  # of the last call of `all_reduce`
@@ -44,7 +52,8 @@ class Group:
         """Replace each shard's part x, f32 [m, d], by the sum of all shards' parts; a no-op for one shard.
 
         Parts are folded in one fixed binary tree, ((p0 + p1) + (p2 + p3)) + ..., each as it went over the wire, the
-        own one too. Of more than two shards each sums a piece of the rows, and sends it to the others (`SumCodec`).
+        own one too. Of more than two shards each, or for few rows some (`parts.adders`), sums a piece of the rows, and
+        sends it to the others (`SumCodec`).
         All end with the same bytes.
         """
         shards = self._place.shards
@@ -71,7 +80,9 @@ class Group:
                 self._pieces = None
                 pieces.free()
             sizes = kind.block_bytes, self._sums.block_bytes
-            pieces = self._pieces = Pieces(self._world, self._first, self._place, blocks, *sizes)
+            pieces = self._pieces = Pieces(
+                self._world, self._first, self._place, blocks, *sizes, self._rate, self._crowded
+            )
         self._codec.encode(x, pieces.parts.reshape(m, -1))
         pieces.exchange(self._fold_piece, self._count)
         values = np.empty(blocks * kind.block, np.float32)

@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mpillm import version
@@ -40,8 +40,13 @@ class RankInfo:
 
     @property
     def node(self) -> tuple[str, str]:
-        """The machine."""
+        """The machine, or a container of it that has a name of its own."""
         return self.host, self.boot
+
+    @property
+    def machine(self) -> str:
+        """The machine whose cores this rank uses, which may be several nodes."""
+        return self.boot or self.host
 
 
 class Nodes:
@@ -68,6 +73,18 @@ class Nodes:
         """Bytes of memory that are free for each rank: those of a machine share what it has."""
         count = Counter(rank.node for rank in self._ranks)
         return [rank.free // count[rank.node] for rank in self._ranks]
+
+    def crowded(self, ranks: Collection[int]) -> bool:
+        """Whether the ranks of some machine, of which these use some, have fewer cores than they are.
+
+        Containers of one machine have names of their own, but share its cores.
+        """
+        on = {self._ranks[rank].machine for rank in ranks}
+        cores: dict[str, list[Cores]] = {machine: [] for machine in on}
+        for rank in self._ranks:
+            if rank.machine in on:
+                cores[rank.machine].append(rank.cores)
+        return any(len(own) > node_cores(own) for own in cores.values())
 
     @property
     def numbers(self) -> list[int]:

@@ -5,6 +5,7 @@ layer, nearly always of one size.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ from mpillm.partition.grid import Place
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# Seconds that one more shard that sums takes of each of them: two messages to it and two from it over TCP. The second is
+# of ranks that share cores, four on two: they also wait for each other's turns.
+ADDER, CROWDED_ADDER = 25e-6, 125e-6
+
 
 class _Messages:
     """One message to each of the other shards, and one from each of them."""
@@ -25,16 +30,20 @@ class _Messages:
     def __init__(
         self, world: World, ranks: Sequence[int], receives: Sequence[U8], sends: Sequence[U8]
     ) -> None:
-        """With each of `ranks`: what comes from it, uint8 [nbytes] of one size for all, and what goes to it."""
+        """With each of `ranks`: what comes from it, uint8 [nbytes], and what goes to it; no message if that is empty."""
         from mpi4py import MPI
 
         comm, tag = world.comm, Tag.ALL_REDUCE
-        coming = [comm.Recv_init(data, rank, tag) for data, rank in zip(receives, ranks, strict=True)]
-        going = [comm.Send_init(data, rank, tag) for data, rank in zip(sends, ranks, strict=True)]
+        inward, outward = (
+            [(data, rank) for data, rank in zip(of, ranks, strict=True) if data.nbytes]
+            for of in (receives, sends)
+        )
+        coming = [comm.Recv_init(data, rank, tag) for data, rank in inward]
+        going = [comm.Send_init(data, rank, tag) for data, rank in outward]
         self._requests: list[MPI.Prequest] = [*coming, *going]
         self._start = MPI.Prequest.Startall
-        self._sent = [data.nbytes for data in sends]
-        self._transfers = Transfers(world, coming, going, [data.nbytes for data in receives])
+        self._sent = [data.nbytes for data, _ in outward]
+        self._transfers = Transfers(world, coming, going, [data.nbytes for data, _ in inward])
 
     def exchange(self, count: Count) -> None:
         """Send them, and receive the others'."""
@@ -71,20 +80,29 @@ class Copies:
 
 
 class Pieces:
-    """Rows of which each shard sums one piece: a reduce-scatter and an all-gather.
+    """Rows of which the first shards (`adders`) sum a piece each: a reduce-scatter and an all-gather.
 
-    A shard sends 2 (shards - 1) / shards times the rows, where copies of its part to all others are shards - 1 times.
+    All together send 2 (shards - 1) times the rows, where copies of each part to all others are shards times that / 2.
     """
 
     def __init__(
-        self, world: World, first: int, place: Place, blocks: int, part_bytes: int, sum_bytes: int
+        self,
+        world: World,
+        first: int,
+        place: Place,
+        blocks: int,
+        part_bytes: int,
+        sum_bytes: int,
+        rate: float,
+        crowded: bool,
     ) -> None:
         """Rows of so many blocks, all together, and the bytes of a block of parts, and of their sums.
 
-        `first` is the rank of the stage's first shard.
+        `first` is the rank of the stage's first shard; `rate` and `crowded` are those of `adders`.
         """
+        count = adders(place.shards, blocks * (part_bytes + sum_bytes) / 2, rate, crowded)
         #: the pieces' first blocks, and the end
-        self.bounds = [shard * blocks // place.shards for shard in range(place.shards + 1)]
+        self.bounds = [min(shard, count) * blocks // count for shard in range(place.shards + 1)]
         self.parts = np.empty(blocks * part_bytes, np.uint8)
         parts, sums = (
             [data[begin * size : end * size] for begin, end in itertools.pairwise(self.bounds)]
@@ -113,6 +131,16 @@ class Pieces:
         """Give the messages back to MPI; the last exchange has ended."""
         self._scatter.free()
         self._gather.free()
+
+
+def adders(shards: int, nbytes: float, rate: float, crowded: bool = False) -> int:
+    """How many of more than two shards sum a piece each of rows of so many bytes, where a wire carries `rate` bytes/s.
+
+    Each of them takes in and sends shards - 1 times its piece, so that more of them need their wires for less time, but
+    exchange more messages: for few rows one shard sums alone. `crowded`: ranks share cores.
+    """
+    on_the_wire = 2 * (shards - 1) * nbytes / rate
+    return min(max(int(math.sqrt(on_the_wire / (CROWDED_ADDER if crowded else ADDER))), 1), shards)
 
 
 def _others(place: Place) -> list[int]:

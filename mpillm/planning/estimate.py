@@ -161,29 +161,30 @@ def stages_of(
 
     `wire.activations` is decided in `spec`.
     """
-    hosts = machines.host_of_rank
     activations = sum_bytes(BlockType[spec.wire.activations.upper()], config.hidden, replica.shards)
     pipe = BlockType[spec.wire.between_stages.upper()].row_bytes(config.hidden)
     groups = replica.stage_ranks
-
-    def link(*ranks: range) -> LinkRate:
-        of = [rank for some in ranks for rank in some]
-        return (
-            INSIDE
-            if len({hosts[rank] for rank in of}) == 1
-            else between([speed_of(machines, rank) for rank in of])
-        )
 
     alike, found = dict[tuple[object, ...], Stage](), []
     for number, group in enumerate(groups):
         works = [plan.works[rank - replica.first] for rank in group]
         speeds = [speed_of(machines, rank) for rank in group]
-        own, next_one = link(group), link(group, groups[number + 1]) if number + 1 < len(groups) else None
+        own, next_one = link(machines, group), None
+        if number + 1 < len(groups):
+            next_one = link(machines, [*group, *groups[number + 1]])
         key = (*map(id, works), *map(id, speeds), own, next_one)
         if key not in alike:
             alike[key] = Stage(works, speeds, activations, own, pipe, next_one)
         found.append(alike[key])
     return found
+
+
+def link(machines: Machines, ranks: Sequence[int]) -> LinkRate:
+    """The slowest link between these ranks."""
+    hosts = machines.host_of_rank
+    if len({hosts[rank] for rank in ranks}) == 1:
+        return INSIDE
+    return between([speed_of(machines, rank) for rank in ranks])
 
 
 def stage_layers_by_speed(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mpillm.comm.parts import adders
 from mpillm.kernels import BlockType
 from mpillm.planning.speed import Speed
 
@@ -158,7 +159,9 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     shards, messages = len(stage.works), 0.0
     if shards > 1:
         rounds = 1 if shards == 2 else 2
-        nbytes = stage.sum_bytes / shards * batch.rows / rounds
+        nbytes = stage.sum_bytes * batch.rows / rounds
+        row = stage.sum_bytes / (shards - 1) / 2  # on average of its part and of its sum
+        nbytes /= shards if shards == 2 else adders(shards, row * batch.rows, stage.link.wire)
         messages += 2 * stage.works[0].layers * rounds * _message(stage.link, nbytes)
     if stage.pipe is not None:
         messages += _message(stage.pipe, len(stage.works) * batch.rows * stage.pipe_bytes)

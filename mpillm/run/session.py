@@ -27,7 +27,7 @@ from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
-from mpillm.planning.estimate import Estimate, demand_of, estimate
+from mpillm.planning.estimate import Estimate, demand_of, estimate, link
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.job_time import Demand
 from mpillm.planning.limits import limits
@@ -275,7 +275,9 @@ class Session:
             self._open_files.callback(self.kv.close)
         row = 4 * config.hidden
         shared = shared_rows(self.world, place, row * self.limits.max_tokens)
-        group = Group(self.world, place, self.wire, self.counters, self.threads, shared)
+        stage = self.replicas[self.replica].stage_ranks[place.stage]
+        rate, crowded = link(self.machines, stage).wire, self.world.nodes.crowded(stage)
+        group = Group(self.world, place, self.wire, self.counters, self.threads, shared, rate, crowded)
         pipe = Pipe(self.world, place, between_stages, self.counters, self.threads)
         return Decoder(
             config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors

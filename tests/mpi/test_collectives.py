@@ -70,13 +70,17 @@ def own_part(panels: F32, place: Place) -> F32:
     return part
 
 
-@pytest.mark.parametrize("wire", ["f32", "q8_0", "shared"])
-def test_sums_are_the_tree(world: World, place: Place, wire: Literal["f32", "q8_0", "shared"]) -> None:
-    """Also in shared memory, which takes the largest rows in pieces, and none of the widest."""
+@pytest.mark.parametrize(
+    ("wire", "rate"), [("f32", 1), ("f32", 1e8), ("q8_0", 1), ("q8_0", 1e8), ("shared", 1)]
+)
+def test_sums_are_the_tree(
+    world: World, place: Place, wire: Literal["f32", "q8_0", "shared"], rate: float
+) -> None:
+    """Whether all shards or one sums; also in shared memory, which takes the largest rows in pieces, none of the widest."""
     shared = shared_rows(world, place, 4 * 7 * 2000) if wire == "shared" else None
     assert (shared is None) == (wire != "shared" or place.shards == 1)
     counters = MessageCounters()
-    group = Group(world, place, "q8_0" if wire == "q8_0" else "f32", counters, shared=shared)
+    group = Group(world, place, "q8_0" if wire == "q8_0" else "f32", counters, shared=shared, rate=rate)
     for seed, (m, d) in enumerate(SHAPES):
         random = np.random.default_rng([seed, place.stage])  # the shards of a stage share the panels
         panels = random.standard_normal((PANELS, m, d), np.float32) * random.choice(
@@ -183,6 +187,25 @@ def test_ranks_that_are_out_of_step_are_noticed_in_shared_memory(world: World) -
 
 
 @pytest.mark.mpi(min_size=2)
+@WIRES
+def test_few_rows_are_summed_by_one_shard(world: World, wire: Wire) -> None:
+    """The fewest messages, of as many bytes as pieces have; the slower the network, the smaller pieces are worth it."""
+    if world.size not in (4, 8):
+        pytest.skip(f"{world.size} ranks are no shards, or each other's copies")
+    place, counters = Place(world.rank, 1, world.size), MessageCounters()
+    of_pieces = MessageCounters()
+    for rate, count in ((1e10, counters), (1e5, of_pieces)):
+        group = Group(world, place, wire, count, rate=rate)
+        group.all_reduce(np.ones((1, 2048), np.float32))
+    others = world.size - 1
+    assert counters.all_reduce.messages == (1 if world.rank else others)
+    assert of_pieces.all_reduce.messages == 2 * others
+    assert sum(world.gather(counters.all_reduce.bytes_sent)) == sum(
+        world.gather(of_pieces.all_reduce.bytes_sent)
+    )
+
+
+@pytest.mark.mpi(min_size=2)
 def test_q8_0_saves_its_share(world: World) -> None:
     """34 bytes for 32 values instead of 128, and 52 for sums, which add next to no error."""
     if world.size not in (2, 4, 8):
@@ -193,7 +216,7 @@ def test_q8_0_saves_its_share(world: World) -> None:
     for wire in ("f32", "q8_0"):
         counters = MessageCounters()
         sums[wire] = x.copy()
-        Group(world, place, wire, counters).all_reduce(sums[wire])
+        Group(world, place, wire, counters, rate=1.0).all_reduce(sums[wire])
         count = counters.all_reduce
         assert count.messages == (1 if world.size == 2 else 2 * (world.size - 1))
         assert count.bytes_sent == count.bytes_received

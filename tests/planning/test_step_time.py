@@ -99,6 +99,10 @@ def test_messages_of_shards_and_stages() -> None:
     assert two.messages == pytest.approx(2 * 2 * (2e-3 + 3000 / 1e6) + 2e-3 + 2 * 3 * 500 / 1e6)
     four = stage_time(stage(*[work()] * 4, link=net), StepRows(3, 3, 0))  # a quarter to each other one, twice
     assert four.messages == pytest.approx(2 * 2 * 2 * (2e-3 + 3 * 750 / 1e6))
+    fast = LinkRate(2e-3, 1e9)  # few bytes for it: one shard sums, and takes and sends three times a row
+    assert stage_time(stage(*[work()] * 4, link=fast), ONE).messages == pytest.approx(
+        2 * 2 * 2 * (2e-3 + 3 * 1000 / 1e9)
+    )
     assert stage_time(stage(work()), ONE).messages == 0
 
 
