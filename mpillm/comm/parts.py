@@ -19,8 +19,8 @@ from mpillm.partition.grid import Place
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Seconds that one more shard that sums takes of each of them: two messages to it and two from it over TCP. The second is
-# of ranks that share cores, four on two: they also wait for each other's turns.
+# Seconds that one more shard that sums takes of each of them: two messages to it and two from it over TCP. The second
+# is of ranks that share cores, four on two: they also wait for each other's turns.
 ADDER, CROWDED_ADDER = 25e-6, 125e-6
 
 
@@ -30,7 +30,7 @@ class _Messages:
     def __init__(
         self, world: World, ranks: Sequence[int], receives: Sequence[U8], sends: Sequence[U8]
     ) -> None:
-        """With each of `ranks`: what comes from it, uint8 [nbytes], and what goes to it; no message if that is empty."""
+        """With each of `ranks`: what comes from it, uint8 [nbytes], and what goes to it; none if that is empty."""
         from mpi4py import MPI
 
         comm, tag = world.comm, Tag.ALL_REDUCE

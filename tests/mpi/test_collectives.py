@@ -76,7 +76,7 @@ def own_part(panels: F32, place: Place) -> F32:
 def test_sums_are_the_tree(
     world: World, place: Place, wire: Literal["f32", "q8_0", "shared"], rate: float
 ) -> None:
-    """Whether all shards or one sums; also in shared memory, which takes the largest rows in pieces, none of the widest."""
+    """Whether all shards sum or one does; shared memory takes large rows in pieces, and none of the widest."""
     shared = shared_rows(world, place, 4 * 7 * 2000) if wire == "shared" else None
     assert (shared is None) == (wire != "shared" or place.shards == 1)
     counters = MessageCounters()
