@@ -1,7 +1,11 @@
 # The memory and the steps of one call, and running them.
 
 from libc.errno cimport EAGAIN
-from libc.stdlib cimport free, malloc
+
+
+cdef extern from "core/memory.h" nogil:
+    void *mk_take_memory(size_t size)
+    void mk_release_memory(void *memory)
 
 
 cdef enum: LINE = 64
@@ -14,13 +18,13 @@ cdef class Space:
     cdef char *at
 
     def __cinit__(self, size_t size):
-        self.memory = malloc(size + LINE)
+        self.memory = mk_take_memory(size)
         if not self.memory:
             raise MemoryError(f"no {size} bytes for activations")
-        self.at = <char *>self.memory + (-<size_t>self.memory) % LINE
+        self.at = <char *>self.memory
 
     def __dealloc__(self):
-        free(self.memory)
+        mk_release_memory(self.memory)
 
     cdef void *take(self, size_t size) noexcept:
         self.at += whole_lines(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -147,6 +148,21 @@ def test_what_is_no_mixture_is_refused() -> None:
         mixture(h, at + 1, np.array([0, 1, 3], np.int32), weights, panels)
     with pytest.raises(ValueError, match="panels must have shape"):
         mixture(h, at, np.array([0, 1, 3], np.int32), weights, panels[:, :2])
+
+
+def test_many_rows_take_the_memory_of_the_call_before() -> None:
+    """Each page of new memory is a fault; of a prompt they took as long as norms and attention together."""
+    rng, d, ffn, m = np.random.default_rng(4), 64, 2048, 4096
+    gate, up, down = (packed(BlockType.Q4_0, cases.canonical(rng, BlockType.Q4_0, n, k), k, [0, k])
+                      for n, k in ((ffn, d), (ffn, d), (d, ffn)))  # fmt: skip
+    mlp, x = kernels.Mlp(gate, up, down), rng.standard_normal((m, d)).astype(np.float32)
+    out, pages = np.zeros((m, d), np.float32), 2 * m * ffn * 4 // resource.getpagesize()
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        mlp(x, out, 1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults[1:]) < pages // 16, faults
 
 
 @pytest.mark.parametrize(("m", "regions"), [(1, 1), (5, 2), (8, 2), (17, 4)])
