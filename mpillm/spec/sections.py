@@ -35,7 +35,7 @@ Threads = Auto | Positive
 ToolCalls = Literal[
     "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",
     "mistral", "mistral_args", "granite", "phi4_mini", "cohere", "tool_calls", "nemotron", "llama3_json", "pythonic",
-    "lfm2", "olmo3",
+    "lfm2", "olmo3", "deepseek_v32", "deepseek_v4", "command_r", "functiongemma", "gemma4",
 ]  # fmt: skip
 Pooling = Literal["mean", "last", "cls"]
 KVType = Literal["f32", "f16", "q8_0"]

@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from mpillm.errors import RequestError
+from mpillm.spec.sections import ToolCalls
 from mpillm.text import Tokenizer, hf
 from mpillm.text.chat_formats.bare import Pythonic
 from mpillm.text.chat_formats.base import ParsedAnswer, Tool
@@ -171,7 +172,7 @@ def test_calls_of_each_format(name: str, thought: str | None) -> None:
         whole = grown(format, f"{before}{said}{WRITTEN[name]}", "free")
         assert (found(whole), whole.content) == (CALLED, said)
         assert whole.reasoning == (thought and thought.strip())
-    assert set(WRITTEN) == set(CALLS)
+    assert set(WRITTEN) == set(CALLS) == set(get_args(ToolCalls)) - {"auto", "none"}
     ids = [call.id for call in whole.calls]
     assert ids == IDS.get(name, [None, None])
 
