@@ -24,8 +24,9 @@ AWQ = [0, 2, 4, 6, 1, 3, 5, 7]  # the column of nibble k
 def words(numbers: Array, bits: int, axis: int, order: list[int] | None = None) -> Array:
     """Unsigned numbers in int32 words along an axis; nibble k of a word is number order[k] of its own."""
     moved = np.moveaxis(numbers, axis, -1)
-    if bits == 3:  # a stream of bits: 32 numbers in 3 words
-        stream = (moved[..., None] >> np.arange(3) & 1).reshape(*moved.shape[:-1], -1).astype(np.uint8)
+    if 32 % bits:  # a stream of bits, in which numbers cross words
+        stream = (moved[..., None] >> np.arange(bits) & 1).reshape(*moved.shape[:-1], -1).astype(np.uint8)
+        stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, -stream.shape[-1] % 32)])
         packed = np.packbits(stream, axis=-1, bitorder="little").view(np.int32)
         return np.ascontiguousarray(np.moveaxis(packed, -1, axis))
     padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, -moved.shape[-1] % (32 // bits))])
@@ -49,27 +50,40 @@ def fp8(random: Random, n: int, k: int, block: tuple[int, int] | None = None, wh
 
 
 def gptq(
-    random: Random, n: int, k: int, group: int, bits: int = 4, sym: bool = True, act: bool = False
+    random: Random,
+    n: int,
+    k: int,
+    group: int,
+    bits: int = 4,
+    sym: bool = True,
+    act: bool = False,
+    plain: bool = False,
 ) -> Written:
-    """Words down the columns, zeros less one, and perhaps groups in any order."""
+    """Words down the columns, zeros less one, and perhaps groups in any order; `plain`: neither.
+
+    One is taken from whole words where numbers do not cross them: a zero of 0 borrows from the next.
+    """
     group = k if group < 0 else group
     count, top = k // group, 2**bits
     q = random.integers(0, top, (k, n))
-    zeros = np.full((count, n), top // 2) if sym else random.integers(1, top + 1, (count, n))
+    zeros = np.full((count, n), top // 2) if sym else random.integers(0, top, (count, n))
     scales = random.uniform(0.002, 0.02, (count, n)).astype(np.float16)
     index = (random.permutation(k) if act else np.arange(k)) // group
     w = scales.astype(np.float32)[index] * (q - zeros[index]).astype(np.float32)
-    tensors = {
-        "qweight": words(q, bits, 0), "qzeros": words(zeros - 1, bits, 1), "scales": scales,
-        "g_idx": index.astype(np.int32),
-    }  # fmt: skip
+    tensors = {"qweight": words(q, bits, 0), "qzeros": words(zeros, bits, 1), "scales": scales}
+    if not plain:
+        ones = words(np.ones_like(zeros), bits, 1).view(np.uint32)
+        less = words((zeros - 1) % top, bits, 1) if 32 % bits else tensors["qzeros"].view(np.uint32) - ones
+        tensors |= {"qzeros": less.view(np.int32), "g_idx": index.astype(np.int32)}
     return tensors, np.ascontiguousarray(w.T)
 
 
-def awq(random: Random, n: int, k: int, group: int) -> Written:
+def awq(random: Random, n: int, k: int, group: int, sym: bool = False) -> Written:
     """Words along the rows of W, in an order of their own."""
     count = k // group
     q, zeros = random.integers(0, 16, (k, n)), random.integers(0, 16, (count, n))
+    if sym:
+        zeros[:] = 8
     scales = random.uniform(0.002, 0.02, (count, n)).astype(np.float16)
     w = np.repeat(scales.astype(np.float32), group, 0) * (q - np.repeat(zeros, group, 0)).astype(np.float32)
     tensors = {"qweight": words(q, 4, 1, AWQ), "qzeros": words(zeros, 4, 1, AWQ), "scales": scales}
@@ -97,11 +111,48 @@ def packed(
     return tensors, w
 
 
-def int8(random: Random, n: int, k: int) -> Written:
-    """compressed-tensors' W8A8: int8 and a scale for each row."""
+def packed_whole(random: Random, n: int, k: int, bits: int = 4) -> Written:
+    """The same with one scale and one zero for all, which is not packed."""
+    half = 2 ** (bits - 1)
+    q, zero = random.integers(-half, half, (n, k)), np.array([3 - half], np.int8)
+    scale = np.array([0.0078125], ml_dtypes.bfloat16)
+    w = np.float32(scale[0]) * (q - zero).astype(np.float32)
+    return {
+        "weight_packed": words(q + half, bits, 1), "weight_scale": scale, "weight_zero_point": zero,
+        "weight_shape": np.array([n, k]),
+    }, w  # fmt: skip
+
+
+def int8(random: Random, n: int, k: int, group: int = -1, zero: bool = False) -> Written:
+    """compressed-tensors' W8A8: int8 with a scale, and perhaps a zero, for each group of columns."""
+    group = k if group < 0 else group
     q = random.integers(-128, 128, (n, k)).astype(np.int8)
-    scales = random.uniform(1e-4, 1e-3, (n, 1)).astype(np.float32)
-    return {"weight": q, "weight_scale": scales}, q.astype(np.float32) * scales
+    scales = random.uniform(1e-4, 1e-3, (n, k // group)).astype(np.float32)
+    tensors, whole = {"weight": q, "weight_scale": scales}, q.astype(np.float32)
+    if zero:
+        zeros = random.integers(-128, 128, scales.shape).astype(np.int8)
+        tensors["weight_zero_point"] = zeros
+        whole = whole - np.repeat(zeros.astype(np.float32), group, 1)
+    return tensors, whole * np.repeat(scales, group, 1)
+
+
+def mxfp8(random: Random, n: int, k: int, inverse: bool = False) -> Written:
+    """e4m3 with exponents of 32 columns, under either name."""
+    values = (random.standard_normal((n, k)) * 60).astype(ml_dtypes.float8_e4m3fn)
+    exponents = random.integers(112, 118, (n, k // 32)).astype(np.uint8)
+    w = values.astype(np.float32) * np.repeat(np.exp2(exponents.astype(np.float32) - 127), 32, 1)
+    return {"weight": values, "weight_scale_inv" if inverse else "weight_scale": exponents}, w
+
+
+def mxfp6(random: Random, n: int, k: int) -> Written:
+    """compressed-tensors' MXFP6: e2m3, four in three bytes."""
+    codes = random.integers(0, 64, (n, k))
+    exponents = random.integers(118, 124, (n, k // 32)).astype(np.uint8)
+    high, low = codes >> 3 & 3, codes & 7
+    magnitude = np.where(high == 0, low / 8, (1 + low / 8) * np.exp2(high - 1.0)).astype(np.float32)
+    w = np.where(codes >> 5, -magnitude, magnitude) * np.repeat(np.exp2(exponents - np.float32(127)), 32, 1)
+    stream = (codes[..., None] >> np.arange(6) & 1).reshape(n, -1).astype(np.uint8)
+    return {"weight_packed": np.packbits(stream, axis=-1, bitorder="little"), "weight_scale": exponents}, w
 
 
 def nvfp4(random: Random, n: int, k: int, optimum: bool = False) -> Written:

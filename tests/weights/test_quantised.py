@@ -27,7 +27,7 @@ from tests.weights.build import DTYPES, Tiny, write_hf
 EXACT, FLOAT, HALF, INTEGER = 0.0, 2.0**-22, 2.0**-11, 2.0**-10
 CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+AWQ, ROUND = {"quant_method": "awq", "bits": 4, "version": "gemm"}, {"quant_method": "auto-round"}
 MODELOPT, BNB = {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "bitsandbytes"}
 WIDE = Tiny(hidden=576, intermediate=704, n_heads=18, n_kv_heads=6, head_dim=32, n_layers=1)
 Write = Callable[[np.random.Generator, int, int], quantised.Written]
@@ -76,6 +76,28 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "gptq of other bits": (  # than the configuration has for most layers
         GPTQ | {"bits": 4, "sym": True}, partial(quantised.gptq, group=64, bits=8), BlockType.Q8_0, EXACT,
     ),
+    "gptq of other bits without g_idx": (
+        GPTQ | {"bits": 2, "sym": False, "checkpoint_format": "gptq_v2"},
+        partial(quantised.gptq, group=32, sym=False, plain=True), BlockType.Q4_1, INTEGER,
+    ),
+    **{
+        f"auto-round {bits} bits": (
+            ROUND | {"bits": bits, "sym": False, "packing_format": "auto_round"},
+            partial(quantised.gptq, group=32, bits=bits, sym=False, plain=True), BlockType.Q4_1, INTEGER,
+        )
+        for bits in (3, 4)
+    },
+    "auto-round as gptq": (
+        ROUND | {"bits": 4, "sym": True, "packing_format": "auto_round:auto_gptq"},
+        partial(quantised.gptq, group=32), BlockType.Q4_0, EXACT,
+    ),
+    "auto-round as awq": (
+        ROUND | {"bits": 4, "sym": True, "packing_format": "auto_round:auto_awq"},
+        partial(quantised.awq, group=32, sym=True), BlockType.Q4_0, EXACT,
+    ),
+    "awq symmetric": (
+        AWQ | {"zero_point": False}, partial(quantised.awq, group=32, sym=True), BlockType.Q4_0, EXACT,
+    ),
     "awq": (AWQ, partial(quantised.awq, group=64), BlockType.Q4_1, INTEGER),
     "awq 32": (AWQ, partial(quantised.awq, group=32), BlockType.Q4_1, INTEGER),
     "awq 16": (AWQ, partial(quantised.awq, group=16), BlockType.F16, HALF),
@@ -86,7 +108,28 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "int4 asymmetric": (CT, partial(quantised.packed, group=64, zero=True), BlockType.Q4_1, INTEGER),
     "int4 act-order": (CT, partial(quantised.packed, group=32, act=True), BlockType.F16, HALF),
     "int8 in words": (CT, partial(quantised.packed, group=64, bits=8), BlockType.Q8_0, EXACT),
+    **{
+        f"int{bits}": (CT, partial(quantised.packed, group=64, bits=bits), type, EXACT)
+        for bits, type in ((2, BlockType.Q4_0), (3, BlockType.Q4_0), (5, BlockType.Q5_0), (6, BlockType.Q8_0))
+    },
+    **{
+        f"int{bits} asymmetric": (CT, partial(quantised.packed, group=32, bits=bits, zero=True), type, bound)
+        for bits, type, bound in (
+            (3, BlockType.Q4_1, INTEGER), (5, BlockType.Q5_1, INTEGER), (7, BlockType.Q8_0, EXACT),
+            (8, BlockType.F16, HALF),
+        )
+    },
+    "int4 tensor": (CT, quantised.packed_whole, BlockType.Q4_1, INTEGER),
     "int8": (CT, quantised.int8, BlockType.Q8_0, HALF),
+    "int8 groups": (CT, partial(quantised.int8, group=32), BlockType.Q8_0, HALF),
+    "int8 small groups": (CT, partial(quantised.int8, group=8), BlockType.F16, HALF),
+    "int8 asymmetric": (CT, partial(quantised.int8, zero=True), BlockType.F16, HALF),
+    "mxfp6": (CT, quantised.mxfp6, BlockType.Q8_0, EXACT),
+    "mxfp8": (CT, quantised.mxfp8, BlockType.F16, EXACT),
+    "mxfp8 of its own": (
+        {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        partial(quantised.mxfp8, inverse=True), BlockType.F16, EXACT,
+    ),
     "nvfp4": (CT, quantised.nvfp4, BlockType.NVFP4, FLOAT),
     "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.NVFP4, FLOAT),
     "fp8 fbgemm": ({"quant_method": "fbgemm_fp8"}, quantised.fp8, BlockType.FP8, EXACT),
@@ -244,11 +287,19 @@ def test_every_method_has_a_case() -> None:
     [
         (
             {"quant_method": "hqq"},
-            "has quant_method 'hqq', which is not supported; supported are awq, bitsandbytes",
+            "has quant_method 'hqq', which is not supported; supported are auto-round, awq, bitsandbytes",
         ),
         ({"bits": 4}, "names no quant_method"),
         ({"quant_method": "gptq", "bits": 5}, "gptq with 5 bits is not supported; supported: 2, 3, 4, 8"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_p"},
+            "gptq in the format 'gptq_p' is not supported; supported: gptq, gptq_v2.",
+        ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq version 'gemv' is not supported"),
+        (
+            {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:fake"},
+            "packing_format 'auto_round:fake' is not supported; supported: auto_round, ",
+        ),
         (
             {"quant_method": "modelopt", "quant_algo": "W4A8"},
             "quant_algo 'W4A8' is not supported; supported: NVFP4, FP8",

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Recipe
+from mpillm.weights.formats.quantised.auto_round import AutoRoundMethod
 from mpillm.weights.formats.quantised.base import Method
 from mpillm.weights.formats.quantised.compressed import CompressedMethod
 from mpillm.weights.formats.quantised.float4 import BitsAndBytesMethod, ModelOptMethod
@@ -18,6 +19,7 @@ from mpillm.weights.formats.recipes import Raw
 
 QUANTIZATION = "quantization_config"
 METHODS: dict[str, type[Method]] = {
+    "auto-round": AutoRoundMethod,
     "awq": AwqMethod,
     "bitsandbytes": BitsAndBytesMethod,
     "compressed-tensors": CompressedMethod,
@@ -26,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "gptq": GptqMethod,
     "modelopt": ModelOptMethod,
     "mxfp4": Mxfp4Method,
+    "mxfp8": Float8Method,
 }
 
 

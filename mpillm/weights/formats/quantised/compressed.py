@@ -8,27 +8,32 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpillm.errors import ModelError
-from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.weights.formats.extent import Lies, Recipe, Rows
 from mpillm.weights.formats.quantised.base import Method
-from mpillm.weights.formats.quantised.float4 import Int8, nvfp4
+from mpillm.weights.formats.quantised.float4 import nvfp4
 from mpillm.weights.formats.quantised.float8 import block_of, take_float8
+from mpillm.weights.formats.quantised.integers import (
+    Groups,
+    Int8,
+    Mxfp6,
+    by_row,
+    integer_blocks,
+    integer_type,
+    rows_of,
+)
 from mpillm.weights.formats.quantised.scales import (
     FLOATS,
+    Ints,
     array_of,
     floats_of,
     indices,
     stored_as,
-    to_f16,
-    to_q4,
-    to_q8_0,
     unpacked,
 )
 from mpillm.weights.formats.recipes import Mxfp4, Raw
-from mpillm.weights.formats.stored import Bytes, Stored
+from mpillm.weights.formats.stored import Bytes, Floats, Stored
 
 
 @dataclass(frozen=True)
@@ -42,19 +47,14 @@ class PackedInts:
     q: Raw
     scales: Raw
     zeros: Raw | None
-    groups: NDArray[np.integer[Any]] | None
+    groups: Groups | None
     shape: tuple[int, int]
 
     @cached_property
     def stored(self) -> Stored:
         """Say how a matrix is stored, like `gptq.Grouped.stored`."""
-        k, count = self.shape[1], self._scales.shape[1]
-        if self.groups is None and k // count % QUANT_BLOCK == 0:
-            if self.bits == 4:
-                return stored_as("INT4", BlockType.Q4_1 if self.zeros else BlockType.Q4_0)
-            if not self.zeros:
-                return stored_as("INT8", BlockType.Q8_0)
-        return stored_as(f"INT{self.bits}", BlockType.F16)
+        columns = self.shape[1] // self._scales.shape[1] if self.groups is None else 0
+        return stored_as(f"INT{self.bits}", integer_type(self.bits, self.zeros is not None, columns))
 
     def of_expert(self, expert: int) -> PackedInts:
         raise AssertionError("each expert has tensors of its own")
@@ -62,25 +62,27 @@ class PackedInts:
     def blocks(self, rows: Rows) -> Bytes:
         index, k = indices(rows), self.shape[1]
         q = unpacked(np.ascontiguousarray(self.q.rows(rows)).view(np.int32), self.bits)[:, :k]
-        scales = self._scales[index if len(self._scales) > 1 else index * 0]
-        each, type = k // scales.shape[1], self.stored.type
-        zeros = np.full(scales.shape, 2 ** (self.bits - 1), np.int16)
-        if self.zeros:
-            numbers = unpacked(np.ascontiguousarray(array_of(self.zeros).T), self.bits).T
-            zeros = numbers[: self.shape[0]][index].astype(np.int16)
-        if type is BlockType.F16:
-            group = np.arange(k) // each if self.groups is None else self.groups
-            return to_f16((q - zeros[:, group]).astype(np.float32) * scales[:, group])
-        by_block = np.repeat(scales, each // QUANT_BLOCK, axis=1)
-        if type is BlockType.Q8_0:
-            return to_q8_0((q ^ 128).view(np.int8), by_block)
-        own = np.repeat(zeros, each // QUANT_BLOCK, axis=1).astype(np.float32) if self.zeros else None
-        return to_q4(q, by_block, own)
+        zeros = None if self._zeros is None else rows_of(self._zeros, index)
+        return integer_blocks(
+            self.stored.type, self.bits, q, rows_of(self._scales, index), zeros, self.groups
+        )
 
     @cached_property
-    def _scales(self) -> NDArray[np.float32]:
-        found = floats_of(self.scales)
-        return found.reshape(-1, 1) if found.ndim < 2 else found
+    def _scales(self) -> Floats:
+        scales: Floats = by_row(floats_of(self.scales))
+        return scales
+
+    @cached_property
+    def _zeros(self) -> Ints | None:
+        """With half of the range added, [rows or 1, groups]; those of rows are packed down the rows."""
+        if self.zeros is None:
+            return None
+        raw = array_of(self.zeros)
+        if self.zeros.dtype == "I8":
+            own: Ints = by_row(raw).astype(np.int16) + 2 ** (self.bits - 1)
+            return own
+        zeros: Ints = unpacked(np.ascontiguousarray(raw.T), self.bits).T[: self.shape[0]]
+        return zeros
 
     def lies(self) -> Iterator[Lies]:
         for raw in (self.q, self.scales, *([self.zeros] if self.zeros else [])):
@@ -91,7 +93,7 @@ class PackedInts:
 
 
 class CompressedMethod(Method):
-    """`compressed-tensors`: int4 and int8 in words, int8, FP8, NVFP4 and MXFP4."""
+    """`compressed-tensors`: integers of 2 to 8 bits in words, int8, FP8, NVFP4, MXFP4, MXFP6 and MXFP8."""
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         for key, off in (("sparsity_config", "dense"), ("transform_config", None)):
@@ -107,11 +109,16 @@ class CompressedMethod(Method):
             values, scales = tensors.pop(name), self.part(tensors, f"{name}_scale")
             rows, columns = (*values.shape, 0)[:2]
             self.check(values, ("I8",), (rows, columns))
-            self.check(scales, FLOATS, (rows, 1), (rows,), (1,), ())
-            if f"{name}_zero_point" in tensors and array_of(tensors.pop(f"{name}_zero_point")).any():
-                raise ModelError(f"{self.path}: {name} is of int8 with zero points, which is not supported.")
-            yield name, Int8(values, scales)
-        yield from take_float8(self, tensors, block_of(self, self._block()))
+            groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[1] else 1
+            self.check(scales, FLOATS, (rows, groups), (rows,), (1,), ())
+            if columns % groups:
+                raise ModelError(f"{self.path}: {columns} columns are not {groups} groups ({scales.name}).")
+            zeros = tensors.pop(f"{name}_zero_point", None)
+            if zeros is not None:
+                self.check(zeros, ("I8",), scales.shape)
+            yield name, Int8(values, scales, zeros if zeros and array_of(zeros).any() else None)
+        blocks = [block_of(self, given) for given in self._said("block_structure")]
+        yield from take_float8(self, tensors, *(blocks or [block_of(self, None)]))
         self.drop(
             tensors,
             ".weight_zero_point",
@@ -121,37 +128,53 @@ class CompressedMethod(Method):
             ".weight_shape",
         )
 
-    def _block(self) -> object:
-        """The size of FP8's blocks, which all groups of layers share."""
+    def _said(self, key: str) -> Iterator[Any]:
+        """What the configuration says of the weights of each group of layers."""
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
             weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict) and weights.get("block_structure"):
-                return weights["block_structure"]
-        return None
+            if isinstance(weights, dict) and weights.get(key):
+                yield weights[key]
+
+    def _bits(self, q: Raw, words: int, k: int) -> int:
+        """How many bits k numbers have that are in so many words; of few numbers the configuration tells."""
+        fitting = [bits for bits in range(2, 9) if -(-k * bits // 32) == words]
+        said = [bits for bits in fitting if bits in set(self._said("num_bits"))]
+        if len(said or fitting) != 1:
+            raise ModelError(
+                f"{self.path}: {q.name} has {words} words for {k} columns; 2 to 8 bits are supported."
+            )
+        return (said or fitting)[0]
+
+    def _microscaled(self, q: Raw, scales: Raw) -> Recipe:
+        """MXFP4 or MXFP6, whichever has so many bytes for each exponent."""
+        rows, count = (*scales.shape, 0)[:2]
+        self.check(scales, ("U8",), (rows, count))
+        self.check(q, ("U8",), (rows, 16 * count), (rows, 24 * count))
+        if q.shape[1] == 24 * count:
+            return Mxfp6(q, scales)
+        return Mxfp4(replace(q, shape=(rows, count, 16)), scales)
 
     def _packed(self, tensors: dict[str, Raw], base: str) -> Recipe:
         q, scales = self.part(tensors, f"{base}_packed"), self.part(tensors, f"{base}_scale")
         whole, index = (tensors.pop(f"{base}_{end}", None) for end in ("global_scale", "g_idx"))
         zeros, shape = (tensors.pop(f"{base}_{end}", None) for end in ("zero_point", "shape"))
-        rows, words = (*q.shape, 0)[:2]
+        words = q.shape[1] if len(q.shape) == 2 else 0
         if whole is not None:
             return nvfp4(self, q, scales, whole, divides=True)
         if q.dtype == "U8":
-            self.check(scales, ("U8",), (rows, words // 16))
-            return Mxfp4(replace(q, shape=(rows, words // 16, 16)), scales)
+            return self._microscaled(q, scales)
         if shape is None:
             raise ModelError(f"{self.path} has no tensor {base}_shape; the model is not complete.")
+        self.check(shape, ("I64", "I32"), (2,))
         n, k = (int(size) for size in array_of(shape))
-        bits = next((bits for bits in (4, 8) if -(-k * bits // 32) == words), 0)
         self.check(q, ("I32",), (n, words))
-        if not bits:
-            raise ModelError(
-                f"{self.path}: {q.name} has {words} words for {k} columns; only 4 and 8 bits are supported."
-            )
+        bits = self._bits(q, words, k)
         count = scales.shape[1] if len(scales.shape) == 2 else 1
         self.check(scales, FLOATS, (n, count), (1,), ())
-        if zeros is not None:
+        if zeros is not None and zeros.dtype == "I8":
+            self.check(zeros, ("I8",), (1,), ())
+        elif zeros is not None:
             self.check(zeros, ("I32",), (-(-n * bits // 32), count))
         groups = None
         if index is not None:

@@ -16,6 +16,7 @@ from mpillm.kernels.types import BlockType
 from mpillm.weights.formats.extent import Lies, Recipe, Rows
 from mpillm.weights.formats.quantised.base import Method
 from mpillm.weights.formats.quantised.float8 import take_float8
+from mpillm.weights.formats.quantised.integers import Int8
 from mpillm.weights.formats.quantised.scales import (
     FLOATS,
     array_of,
@@ -24,12 +25,10 @@ from mpillm.weights.formats.quantised.scales import (
     scaled,
     stored_as,
     to_f16,
-    to_q8_0,
 )
 from mpillm.weights.formats.recipes import Raw, halves_apart
 from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
-INT8 = stored_as("INT8", BlockType.Q8_0)
 NVFP4_BLOCK = 16
 
 
@@ -148,36 +147,6 @@ class Nf4:
         self.values.release()
 
 
-@dataclass(frozen=True)
-class Int8:
-    """Integers [rows, columns] times `factor` times a scale for each row, or for all: Q8_0 as they are."""
-
-    values: Raw
-    scales: Raw
-    factor: float = 1.0
-    stored = INT8
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def of_expert(self, expert: int) -> Int8:
-        raise AssertionError("each expert has tensors of its own")
-
-    def blocks(self, rows: Rows) -> Bytes:
-        scales = floats_of(self.scales).reshape(-1, 1) * np.float32(self.factor)
-        return to_q8_0(
-            self.values.rows(rows).view(np.int8), scales[indices(rows)] if len(scales) > 1 else scales
-        )
-
-    def lies(self) -> Iterator[Lies]:
-        yield from self.values.lies()
-        yield from self.scales.lies()
-
-    def release(self, rows: Rows) -> None:
-        self.values.release(rows)
-
-
 class BitsAndBytesMethod(Method):
     """`bitsandbytes`: 4 bits with X.quant_state.*, or int8 X with X's row scales in SCB."""
 
@@ -193,7 +162,7 @@ class BitsAndBytesMethod(Method):
             rows, columns = (*values.shape, 0)[:2]
             self.check(values, ("I8",), (rows, columns))
             self.check(scales, ("F32",), (rows,))
-            yield base, Int8(values, scales, 1 / 127)
+            yield base, Int8(values, scales, factor=1 / 127)
 
     def _nf4(self, tensors: dict[str, Raw], name: str, mark: Raw) -> Nf4:
         state = self._state(mark)

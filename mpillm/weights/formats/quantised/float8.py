@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -67,18 +67,24 @@ class Float8:
         self.values.release(rows)
 
 
-def float8(method: Method, values: Raw, scales: Raw, block: tuple[int, int]) -> Float8:
-    """The recipe of e4m3 numbers, whose scales' shape says what has one; ModelError if it says nothing sensible."""
+def float8(method: Method, values: Raw, scales: Raw, given: Sequence[tuple[int, int]]) -> Float8:
+    """The recipe of e4m3 numbers, whose scales' shape says what has one; ModelError if it says nothing sensible.
+
+    `given` are the blocks that the configuration names. Bytes are exponents (MXFP8).
+    """
     outer, (n, k) = values.shape[:-2], values.shape[-2:]
-    blocks = (-(-n // block[0]), -(-k // block[1]))
+    groups = scales.shape[-1] if scales.shape else 0
+    if scales.dtype == "U8":
+        scales = replace(scales, dtype="F8_E8M0")
     if scales.dtype in SCALES:
         for shape, covered in (
-            ((*outer, *blocks), block),
+            *(((*outer, -(-n // block[0]), -(-k // block[1])), block) for block in given),
             ((*outer, n, 1), (1, k)),
             ((*outer, n), (1, k)),
             ((*outer, 1), (n, k)),
             ((*outer, 1, 1), (n, k)),
             (outer, (n, k)),
+            *([((*outer, n, groups), (1, k // groups))] if groups and k % groups == 0 else []),
         ):
             if scales.shape == shape:
                 return Float8(values, scales, covered)
@@ -89,7 +95,7 @@ def float8(method: Method, values: Raw, scales: Raw, block: tuple[int, int]) -> 
 
 
 class Float8Method(Method):
-    """`fp8` and `fbgemm_fp8`: X in e4m3, and X_scale_inv or X_scale, which multiplies it."""
+    """`fp8`, `mxfp8` and `fbgemm_fp8`: X in e4m3, and X_scale_inv or X_scale, which multiplies it."""
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         fmt = self.config.get("fmt", "e4m3")
@@ -108,7 +114,7 @@ def block_of(method: Method, given: object) -> tuple[int, int]:
 
 
 def take_float8(
-    method: Method, tensors: dict[str, Raw], block: tuple[int, int]
+    method: Method, tensors: dict[str, Raw], *blocks: tuple[int, int]
 ) -> Iterator[tuple[str, Recipe]]:
     """All matrices in e4m3, with their scales; the activations' scales are for those who round these too."""
     for name in [name for name, raw in tensors.items() if raw.dtype == "F8_E4M3" and len(raw.shape) > 1]:
@@ -116,7 +122,7 @@ def take_float8(
             (name + end for end in ("_scale_inv", "_scale") if name + end in tensors), f"{name}_scale"
         )
         if name in tensors:
-            yield name, float8(method, tensors.pop(name), method.part(tensors, scale), block)
+            yield name, float8(method, tensors.pop(name), method.part(tensors, scale), blocks)
     method.drop(
         tensors,
         ".input_scale",

@@ -11,18 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import ModelError
-from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.weights.formats.extent import Lies, Recipe, Rows
 from mpillm.weights.formats.quantised.base import Method
+from mpillm.weights.formats.quantised.integers import integer_blocks, integer_type
 from mpillm.weights.formats.quantised.scales import (
     FLOATS,
+    Ints,
     array_of,
     floats_of,
     indices,
     stored_as,
-    to_f16,
-    to_q4,
-    to_q8_0,
     unpacked,
 )
 from mpillm.weights.formats.recipes import Raw
@@ -35,8 +33,8 @@ AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word the numbers of
 class Grouped:
     """W[o, i] = scales[g, o] * (q[i, o] - zeros[g, o]), where g is the group of column i.
 
-    `groups` [columns] is the group of each one, or None if they follow one another. `plus` is added to stored zeros.
-    `by_rows`: words hold neighbouring rows of W (AWQ), not columns.
+    `groups` [columns] is the group of each one, or None if they follow one another. `less_one`: zeros are stored less
+    1. `by_rows`: words hold neighbouring rows of W (AWQ), not columns.
     """
 
     name: str
@@ -44,7 +42,7 @@ class Grouped:
     q: Raw
     zeros: Raw
     scales: Raw
-    plus: int
+    less_one: bool
     symmetric: bool
     groups: NDArray[np.integer[Any]] | None
     by_rows: bool
@@ -56,11 +54,9 @@ class Grouped:
 
     @cached_property
     def stored(self) -> Stored:
-        """Up to 4 bits: Q4_0 or, with zeros of their own, Q4_1; 8: Q8_0; F16 where a block of 32 has several scales."""
-        whole = self.groups is None and (self.shape[1] // self.scales.shape[0]) % QUANT_BLOCK == 0
-        if whole and self.bits <= 4:
-            return stored_as(self.name, BlockType.Q4_0 if self.symmetric else BlockType.Q4_1)
-        return stored_as(self.name, BlockType.Q8_0 if whole and self.symmetric else BlockType.F16)
+        """Q4_0, Q8_0 and the like; see `integer_type`."""
+        columns = self.shape[1] // self.scales.shape[0] if self.groups is None else 0
+        return stored_as(self.name, integer_type(self.bits, not self.symmetric, columns))
 
     def of_expert(self, expert: int) -> Grouped:
         raise AssertionError("each expert has tensors of its own")
@@ -69,23 +65,15 @@ class Grouped:
         index = indices(rows)
         q = self._rows_of(self.q, index, not self.by_rows).T
         scales = floats_of(self.scales)[:, index].T
-        zeros = self._rows_of(self.zeros, index, False).T.astype(np.int16) + self.plus
+        zeros = self._rows_of(self.zeros, index, False).T
         middle = 2 ** (self.bits - 1)
         if self.symmetric and (zeros != middle).any():
             raise ModelError(
                 f"{self.q.file.path}: {self.zeros.name} has other zeros than {middle}, but the configuration says "
                 "that weights are symmetric."
             )
-        type, each = self.stored.type, self.shape[1] // scales.shape[1]
-        if type is BlockType.F16:
-            group = np.arange(self.shape[1]) // each if self.groups is None else self.groups
-            return to_f16((q - zeros[:, group]).astype(np.float32) * scales[:, group])
-        by_block = np.repeat(scales, each // QUANT_BLOCK, axis=1)
-        if type is BlockType.Q8_0:
-            return to_q8_0((q ^ 128).view(np.int8), by_block)
-        if type is BlockType.Q4_0:
-            return to_q4(q + np.uint8(8 - middle), by_block)
-        return to_q4(q, by_block, np.repeat(zeros, each // QUANT_BLOCK, axis=1).astype(np.float32))
+        own = None if self.symmetric else zeros
+        return integer_blocks(self.stored.type, self.bits, q, scales, own, self.groups)
 
     def _rows_of(self, raw: Raw, index: NDArray[np.integer[Any]], down: bool) -> NDArray[np.uint8]:
         """Numbers of some rows of W: [columns or groups, len(index)]; `down`: words hold columns."""
@@ -98,9 +86,19 @@ class Grouped:
         first, last = int(index.min()) // each, int(index.max()) // each
         taken = np.ascontiguousarray(words[:, first * together : (last + 1) * together])
         numbers = unpacked(taken, self.bits)
+        if raw is self.zeros and self.less_one:
+            numbers = self._plus_one(taken, numbers)
         if self.by_rows:
             numbers = numbers.reshape(len(words), -1, each)[..., AWQ_ORDER].reshape(len(words), -1)
         return numbers[:, index - first * each]
+
+    def _plus_one(self, words: Ints, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Zeros that were stored less 1: whole words were, and a zero of 0 has borrowed from the next number."""
+        if 32 % self.bits:
+            more: NDArray[np.uint8] = numbers + np.uint8(1) & np.uint8(2**self.bits - 1)
+            return more
+        ones = np.uint32(sum(1 << at for at in range(0, 32, self.bits)))
+        return unpacked(words.view(np.uint32) + ones, self.bits)
 
     def lies(self) -> Iterator[Lies]:
         for raw in (self.q, self.zeros, self.scales):
@@ -122,26 +120,43 @@ class GptqMethod(Method):
                 f"{self.path}: {self.config['quant_method']} with {str(bits)[:20]} bits is not supported; "
                 f"supported: {', '.join(map(str, self.bits))}."
             )
-        symmetric = self.symmetric()
+        symmetric, less_one = self.symmetric(), self.less_one()
         for name in [name for name in tensors if name.endswith(".qweight")]:
             base = name.removesuffix(".qweight")
             q, zeros, scales = (
                 self.part(tensors, f"{base}.{end}") for end in ("qweight", "qzeros", "scales")
             )
             index = tensors.pop(f"{base}.g_idx", None)
-            yield f"{base}.weight", self.grouped(bits, q, zeros, scales, index, symmetric)
+            yield f"{base}.weight", self.grouped(bits, q, zeros, scales, index, symmetric, less_one)
 
     def symmetric(self) -> bool:
         return self.config.get("sym") is True
 
+    def less_one(self) -> bool:
+        """Whether zeros are stored less 1; ModelError if numbers are packed in another order."""
+        found = self.config.get("checkpoint_format") or "gptq"
+        if found not in ("gptq", "gptq_v2") or self.config.get("is_marlin_format"):
+            raise ModelError(
+                f"{self.path}: gptq in the format {str(found)[:40]!r} is not supported; supported: gptq, gptq_v2."
+            )
+        return found == "gptq"
+
     def grouped(
-        self, bits: int, q: Raw, zeros: Raw, scales: Raw, index: Raw | None, symmetric: bool
+        self,
+        bits: int,
+        q: Raw,
+        zeros: Raw,
+        scales: Raw,
+        index: Raw | None,
+        symmetric: bool,
+        less_one: bool,
     ) -> Grouped:
-        plus = 0 if self.config.get("checkpoint_format") == "gptq_v2" else 1
         self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
-        if index is not None and index.shape != (q.shape[0] * 32 // bits,):  # some layers may have other bits
-            bits = next((other for other in self.bits if index.shape == (q.shape[0] * 32 // other,)), bits)
-        rows, columns, count = q.shape[1], q.shape[0] * 32 // bits, scales.shape[0]
+        rows, count = q.shape[1], scales.shape[0]
+        # Some layers may have other bits than the configuration says of most.
+        words = zeros.shape[1] if len(zeros.shape) == 2 else 0
+        bits = next((own for own in (bits, *self.bits) if -(-rows * own // 32) == words), bits)
+        columns = q.shape[0] * 32 // bits
         self.check(scales, FLOATS, (count, rows))
         self.check(zeros, ("I32",), (count, -(-rows * bits // 32)))
         groups = None
@@ -154,7 +169,7 @@ class GptqMethod(Method):
                 groups = None
         elif columns % count:
             raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
-        return Grouped("GPTQ", bits, q, zeros, scales, plus, symmetric, groups, by_rows=False)
+        return Grouped("GPTQ", bits, q, zeros, scales, less_one, symmetric, groups, by_rows=False)
 
 
 class AwqMethod(GptqMethod):
@@ -166,12 +181,20 @@ class AwqMethod(GptqMethod):
         version = self.config.get("version", "gemm")
         if not isinstance(version, str) or version.lower() != "gemm":
             raise ModelError(f"{self.path}: awq version {str(version)[:40]!r} is not supported; gemm is.")
-        if self.config.get("zero_point", True) is not True:
-            raise ModelError(f"{self.path}: awq without zero_point is not supported.")
+        return self.config.get("zero_point", True) is False
+
+    def less_one(self) -> bool:
         return False
 
     def grouped(
-        self, bits: int, q: Raw, zeros: Raw, scales: Raw, index: Raw | None, symmetric: bool
+        self,
+        bits: int,
+        q: Raw,
+        zeros: Raw,
+        scales: Raw,
+        index: Raw | None,
+        symmetric: bool,
+        less_one: bool,
     ) -> Grouped:
         self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
         columns, words, count = q.shape[0], q.shape[1], scales.shape[0]
@@ -179,4 +202,4 @@ class AwqMethod(GptqMethod):
         self.check(zeros, ("I32",), (count, words))
         if columns % count:
             raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
-        return Grouped("AWQ", bits, q, zeros, scales, 0, symmetric, None, by_rows=True)
+        return Grouped("AWQ", bits, q, zeros, scales, less_one, symmetric, None, by_rows=True)

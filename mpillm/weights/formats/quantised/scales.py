@@ -88,6 +88,18 @@ def to_q4(q: NDArray[np.uint8], scales: Floats, zeros: Floats | None = None) -> 
     return np.concatenate([*parts, blocks[:, :, 0] | blocks[:, :, 1] << 4], axis=-1).reshape(len(q), -1)
 
 
+def to_5_bits(q: NDArray[np.uint8], scales: Floats, zeros: Floats | None = None) -> Bytes:
+    """Q5_0 of integers [n, k] whose zero is 16, or with `zeros` Q5_1; scales and zeros are [n, k / 32]."""
+    blocks = q.reshape(len(q), -1, QUANT_BLOCK)
+    parts = [_halves(scales, blocks.shape[1])]
+    if zeros is not None:
+        parts.append(_halves(-(zeros * scales), blocks.shape[1]))
+    parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
+    first, second = np.split(blocks & np.uint8(15), 2, axis=-1)
+    parts.append(first | second << np.uint8(4))
+    return np.concatenate(parts, axis=-1).reshape(len(q), -1)
+
+
 def scaled(type: BlockType, units: Floats, **fields: Bytes) -> Bytes:
     """Blocks of FP8, NVFP4 or NF4 of their fields [n, .], which are filled up to whole blocks.
 
