@@ -120,13 +120,13 @@ class Nf4:
 
     def blocks(self, rows: Rows) -> Bytes:
         index, (_, k) = indices(rows), self.shape
-        codes = self.values.file.view(self.values.offset, self.values.nbytes).reshape(-1, k // 2)[index]
-        nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(index), k)
+        places = index[:, None] * k + np.arange(k)
+        codes = self.values.file.view(self.values.offset, self.values.nbytes)[places // 2]
+        nibbles = np.where(places % 2, codes & np.uint8(15), codes >> np.uint8(4))
         if self.stored.type is BlockType.NF4:
             begins = index[:, None] * k + np.arange(0, k, BlockType.NF4.block)
             return scaled(BlockType.NF4, self._scales[begins // self.block], q=pack_nibbles(nibbles))
         numbers = floats_of(self.table)[nibbles]
-        places = index[:, None] * k + np.arange(k)
         return to_f16(numbers * self._scales[places // self.block])
 
     @cached_property
@@ -178,7 +178,7 @@ class BitsAndBytesMethod(Method):
             self.check(own, ("F32",), (-(-count // block),))
             self.check(inner, ("F32",), (256,))
             nested = (own, inner, block, float(state["nested_offset"]))
-        self.check(values, ("U8",), (n * k // 2, 1), (n * k // 2,))
+        self.check(values, ("U8",), (-(-n * k // 2), 1), (-(-n * k // 2),))
         self.check(table, ("F32",), (16,))
         self.check(scales, ("F32",) if nested is None else ("U8",), (count,))
         return Nf4(values, table, scales, nested, state["blocksize"], (n, k))
@@ -189,7 +189,7 @@ class BitsAndBytesMethod(Method):
             state = json.loads(mark.file.view(mark.offset, mark.nbytes).tobytes())
             n, k = state["shape"]
             sizes = (n, k, state["blocksize"], state.get("nested_blocksize", 1))
-            if all(type(size) is int and size > 0 for size in sizes) and k % 2 == 0:
+            if all(type(size) is int and size > 0 for size in sizes):
                 return {"nested_offset": 0.0, "nested_blocksize": 1, **state}
         except (ValueError, KeyError, TypeError):
             pass
