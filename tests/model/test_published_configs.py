@@ -117,6 +117,8 @@ def test_gemma4() -> None:
     own = {key: value for key, value in fixture("gemma4").items() if key != "per_layer_config"}
     published = {**own, "global_head_dim": 16, "num_global_key_value_heads": 1}
     assert read_config(published) == dense
+    same = read_config({**own, "per_layer_config": {}}).layers[1].mixer
+    assert (same.head_dim, same.n_kv_heads) == (8, 2)
 
 
 @pytest.mark.parametrize(

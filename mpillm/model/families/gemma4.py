@@ -186,16 +186,23 @@ def _rotary(fields: Fields, sizes: Sizes, kind: str) -> Rotary:
 
 
 def _full_sizes(fields: Fields, sizes: Sizes, types: list[str], same: bool) -> Sizes:
-    """The sizes of layers without a window: two keys have them, or since transformers 5 a table of all such layers."""
+    """The sizes of layers without a window: two keys have them, or since transformers 5 a table of all such layers.
+
+    An empty table says that they are those of other layers.
+    """
     dim = fields.integer("global_head_dim", 2, 2**16)
     kv_heads = fields.optional_integer("num_global_key_value_heads", 1, 2**16) if same else None
     fields.raw("num_global_key_value_heads")
     kv_heads = kv_heads or sizes.n_kv_heads
     table = fields.table("per_layer_config")
     full = {str(number) for number, kind in enumerate(types) if kind == FULL}
-    if table:
-        given = [table[number] for number in sorted(table)]
-        if set(table) != full or any(one != given[0] for one in given) or not isinstance(given[0], dict):
+    if "per_layer_config" in fields.values:
+        given = [table[number] for number in sorted(table)] or [{}]
+        if (
+            set(table) not in (full, set())
+            or any(one != given[0] for one in given)
+            or not isinstance(given[0], dict)
+        ):
             raise ModelError(
                 f"{fields.name}: per_layer_config must say the same of all full_attention layers."
             )
