@@ -23,7 +23,7 @@ enum { BF16_STEP = MK_BF16_HALVES };
 #endif
 enum { DEPTH = 1024 /* columns of several rows of x that stay in the first cache while rows of W pass by */ };
 enum { MAX_STREAMS = 4 /* rows of W at a time */, MAX_FLOAT_SUMS = 24 /* of theirs and rows of x */ };
-enum { FLOAT_ROWS = VEC_ROWS > 8 ? 8 : VEC_ROWS /* of x at a time, at most */ };
+enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* of x at a time, at most */ };
 
 /* Rows of W beside T rows of x, so that VEC_SUMS sums are under way. */
 #define STREAMS(T) (VEC_SUMS / (T) < 1 ? 1 : VEC_SUMS / (T) > MAX_STREAMS ? (int)MAX_STREAMS : VEC_SUMS / (T))
@@ -169,7 +169,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
     }
 #if VEC_ROWS > 4
 #define MORE_FLOATS(type) FLOAT_TILE(type, 8)
-#define MORE_FLOAT_FUNCTIONS(type) type##_8,
+#define MORE_FLOAT_FUNCTIONS(type) , [7] = type##_8
 #else
 #define MORE_FLOATS(type)
 #define MORE_FLOAT_FUNCTIONS(type)
@@ -184,10 +184,10 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define FLOAT_TILES_OF(name, kind, ...) FLOAT_TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(FLOAT_TILES_OF)
 
-#define FLOAT_ROW_FLOAT(type) [type] = {MORE_FLOAT_FUNCTIONS(type) type##_4, type##_3, type##_2, type##_1},
+#define FLOAT_ROW_FLOAT(type) [type] = {type##_1, type##_2, type##_3, type##_4 MORE_FLOAT_FUNCTIONS(type)},
 #define FLOAT_ROW_SCALED(type) FLOAT_ROW_FLOAT(type)
 #define FLOAT_ROW_PLAIN(type)
 #define FLOAT_ROW_SUPER(type)
 #define FLOAT_ROW_CODED(type)
 #define FLOAT_ROW_OF(name, kind, ...) FLOAT_ROW_##kind(MK_##name)
-static const float_function FLOAT_TILE_FUNCTIONS[MK_TYPES][VEC_ROWS > 4 ? 5 : 4] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};
+static const float_function FLOAT_TILE_FUNCTIONS[MK_TYPES][FLOAT_ROWS] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};

@@ -12,10 +12,10 @@ enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles wit
 /* With few rows, memory is the limit.  Several tiles at once prefetch a little of each: more would take the core's
  * line-fill buffers from lines that are needed sooner.  A single tile is one stream, which goes on in the next tile: it
  * prefetches far ahead into the second-level cache, which takes more lines at a time. */
-enum { NEAR = 1024, FAR = 8192, FEW = 4 };
+enum { NEAR = 1024, FAR = 8192 };
 
-MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
-    if (R == 1 && T <= FEW) __builtin_prefetch(w + FAR, 0, 2);
+MK_INLINE void fetch_ahead(const int R, const uint8_t *w) {
+    if (R == 1) __builtin_prefetch(w + FAR, 0, 2);
     else __builtin_prefetch(w + NEAR);
 }
 
@@ -29,8 +29,8 @@ MK_INLINE void fetch_ahead(const int R, const int T, const uint8_t *w) {
 #include "body_tiles.h"
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
-    for (int r = 0; r < tiles; r++)
-        for (int t = 0; t < rows; t++) {
+    for (int t = 0; t < rows; t++)
+        for (int r = 0; r < tiles; r++) {
             const long i = (tile + r) * MK_TILE;
             vf sum = sums[r * rows + t];
             float *to = out + (job->rows ? job->rows[row + t] : row + t) * job->out_stride;
@@ -43,13 +43,6 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
 typedef void (*panel_function)(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x,
                                vf *sums);
 
-/* The index in ROWS of this number of rows, or of the next smaller one. */
-static int shape_of(long rows) {
-    int shape = 0;
-    while (ROWS[shape] > rows) shape++;
-    return shape;
-}
-
 /* Whether the panels of a tile lie in the same rows, and should be read one after the other. */
 static int side_by_side(const mk_matmul_job *job) { return job->row_bytes && job->panels > 1; }
 
@@ -61,7 +54,7 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
     long ahead = 0;
     if (side_by_side(job)) /* the next panel, or the next tile's first one */
         ahead = p + 1 < job->panels ? job->at[p + 1] - job->at[p] : job->at[0] - job->at[p] + MK_TILE * stride;
-    const float_function of_shape = FLOAT_TILE_FUNCTIONS[type][shape_of(rows) - FIRST_FLOATS];
+    const float_function of_shape = FLOAT_TILE_FUNCTIONS[type][rows - 1];
     for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
         const int n = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
         of_shape(job->at[p] + first * stride, stride, ahead, n, x, x_stride, columns, sums);
@@ -70,15 +63,17 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
 }
 
 static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
-    const int type = job->type, shape = shape_of(rows), many = AT_ONCE(rows);
+    const int type = job->type, many = AT_ONCE(rows);
     const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
     const long stride = count * mk_packed_bytes(type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
     const uint8_t *w = job->at[p] + tile * stride;
     int done = 0;
     for (; stride >= MK_LONG_TILE && done + many <= tiles; done += many)
-        MANY_AT_ONCE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
-    for (; done < tiles; done++) ONE_TILE[type][shape](w + done * stride, stride, x, x_stride, count, sums + done * rows);
+        MANY_AT_ONCE[type][rows - 1](w + done * stride, stride, x, x_stride, count, sums + done * rows);
+    for (; done < tiles; done++) ONE_TILE[type][rows - 1](w + done * stride, stride, x, x_stride, count, sums + done * rows);
 }
+
+#include "body_unpacked.h"
 
 #include "body_coded.h"
 
@@ -120,25 +115,25 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
     if (!job->panel_stride) store_tiles(job, pending, tile, tiles, row, rows, job->out);
 }
 
+/* How many of so many rows of x are computed at once. */
+static int rows_at_once(int type, long rows) {
+    if (mk_is_coded(type)) return coded_rows(rows);
+    const int most = mk_is_float(type) ? FLOAT_ROWS : unpacked_rows(rows);
+    return most && rows >= most ? most : rows < MK_GROUP ? (int)rows : MK_GROUP;
+}
+
 /* Compute rows row .. limit - 1 of up to `tiles` tiles, as many as the sums on the stack allow; return how many. */
 static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
-    const int floats = mk_is_float(job->type);
+    const int floats = mk_is_float(job->type), coded = mk_is_coded(job->type);
     vf pending[MK_MAX_LEVELS][RUN_SUMS];
-    if (mk_is_coded(job->type)) {
-        if (tiles > RUN_SUMS / coded_rows(limit - row)) tiles = RUN_SUMS / coded_rows(limit - row);
-        for (int rows; row < limit; row += rows) {
-            rows = coded_rows(limit - row);
-            product(job, coded_panel, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
-        }
-        return (int)tiles;
-    }
-    int shape = shape_of(limit - row);
-    if (floats && shape < FIRST_FLOATS) shape = FIRST_FLOATS;
-    if (tiles > RUN_SUMS / ROWS[shape]) tiles = RUN_SUMS / ROWS[shape];
+    int rows = rows_at_once(job->type, limit - row);
+    if (tiles > RUN_SUMS / rows) tiles = RUN_SUMS / rows;
     if (side_by_side(job)) tiles = 1;
-    for (; shape < SHAPES; shape++)
-        for (int rows = ROWS[shape]; row + rows <= limit; row += rows)
-            product(job, floats ? float_panel : panel, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
+    for (; row < limit; row += rows) {
+        rows = rows_at_once(job->type, limit - row);
+        const panel_function quantised = rows > MK_GROUP ? unpacked_panel : panel;
+        product(job, coded ? coded_panel : floats ? float_panel : quantised, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
+    }
     return (int)tiles;
 }
 

@@ -1,7 +1,7 @@
 /* Tiles of PLAIN blocks, and the values of any packed block as the products' operands: 32 columns of 16 rows of W are 8
  * groups of 4 columns, whose products with x are exact integers. */
 
-/* The values of nibbles as the products' operands: MXFP4's begin at 0, IQ4's have the bias that vb_dot_s8 expects. */
+/* The values of nibbles as the products' operands: MXFP4's begin at 0, IQ4's have the bias that signed bytes have. */
 #define FROM_ZERO(value) (value) + 12,
 #define BIASED(value) (int8_t)((value) + VEC_Q8_BIAS),
 static const int8_t E2M1_OPERANDS[16] = {MK_E2M1_VALUES(FROM_ZERO)}, IQ4_OPERANDS[16] = {MK_IQ4_VALUES(BIASED)};
@@ -64,10 +64,21 @@ MK_INLINE int32_t start_of(int type, const mk_activation *a) {
     return is_signed(type) && VEC_Q8_BIAS ? a->offset128 : 0;
 }
 
-MK_INLINE vi dot_of(int type, vi start, const vb *groups, const int8_t *q) {
-    if (is_signed(type)) return vb_dot_s8(start, groups, q, 8);
-    if (type == MK_Q4_0 || type == MK_Q4_1 || type == MK_Q4_K) return vb_dot_u4(start, groups, q);
-    return vb_dot_u6(vb_dot_u6(start, groups, q), groups + 4, q + 16);
+/* start + products of so many groups of values of so many bits (vb_multiply). */
+MK_INLINE vi dot_of_groups(const int bits, const int count, vi start, const vb *groups, const int8_t *q) {
+    vp pairs;
+    UNROLL
+    for (int g = 0; g < count; g++) vb_multiply(bits, g, count - 1, groups[g], q + 4 * g, &start, &pairs);
+    return start;
+}
+
+/* Of values as load_groups gives them. */
+MK_INLINE int value_bits(const int type) {
+    return is_signed(type) ? 8 : type == MK_Q4_0 || type == MK_Q4_1 || type == MK_Q4_K ? 4 : 6;
+}
+
+MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q) {
+    return dot_of_groups(value_bits(type), 8, start, groups, q);
 }
 
 HOT void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
@@ -81,7 +92,7 @@ HOT void quantised_tile(const int type, const int R, const int T, const uint8_t 
         UNROLL
         for (int r = 0; r < R; r++) {
             const uint8_t *tile = w + r * w_stride;
-            for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, tile + line);
+            for (int line = 0; line < bytes; line += 64) fetch_ahead(R, tile + line);
             vb groups[8];
             load_groups(type, tile + scales, groups);
             vf d = type == MK_MXFP4 ? vf_load_e8m0(tile) : vf_load_f16((const void *)tile), m = d;

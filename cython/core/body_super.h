@@ -5,6 +5,19 @@ typedef struct {
     vf scale[2], minimum[2];
 } part_scales;
 
+/* What the scales and minima of 16 rows' blocks are multiplied by. */
+typedef struct {
+    vf d, m;
+} super_scales;
+
+MK_INLINE super_scales load_super_scales(const int type, const uint8_t *w) {
+    super_scales of = {vf_load_f16((const void *)w), vf_set1(0.0f)};
+    if (mk_is_grid(type)) of.d = vf_mul(of.d, vf_set1(mk_grid_unit(type)));
+    if (mk_f16s(type) == 2) of.m = vf_sub(of.m, vf_load_f16((const void *)(w + 32)));
+    if (type == MK_Q2_K) of.m = vf_mul(of.m, vf_set1(-1.0f / 32)); /* offset32 is -32 times a sum */
+    return of;
+}
+
 MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const uint8_t *part, vf d, vf m) {
     part_scales of;
     UNROLL
@@ -45,8 +58,7 @@ MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const in
 
 MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, const vb *groups) {
     const vi start = vi_set1(start_of_half(type, a, h));
-    if (mk_is_grid(type)) return vb_dot_s8(start, groups + 4 * h, a->q + 16 * h, 4);
-    return vb_dot_u6(start, groups + 4 * h, a->q + 16 * h);
+    return dot_of_groups(mk_is_grid(type) ? 8 : 6, 4, start, groups + 4 * h, a->q + 16 * h);
 }
 
 /* K-quants, 32 columns at a time.  A scale of 4, 6 or 8 bits times an f16 is exact, and so is the sum of both halves
@@ -55,28 +67,23 @@ MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, co
 HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
                           long x_stride, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
-    vf acc[MAX_SUMS], d[MANY_TILES], m[MANY_TILES];
+    vf acc[MAX_SUMS];
+    super_scales all[MANY_TILES];
     UNROLL
     for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
     for (long block = 0; block < count; block++, w += mk_packed_bytes(type) * MK_TILE) {
         UNROLL
-        for (int r = 0; r < R; r++) {
-            d[r] = vf_load_f16((const void *)(w + r * w_stride));
-            m[r] = vf_set1(0.0f);
-            if (mk_is_grid(type)) d[r] = vf_mul(d[r], vf_set1(mk_grid_unit(type)));
-            if (mk_f16s(type) == 2) m[r] = vf_sub(m[r], vf_load_f16((const void *)(w + r * w_stride + 32)));
-            if (type == MK_Q2_K) m[r] = vf_mul(m[r], vf_set1(-1.0f / 32)); /* offset32 is -32 times a sum */
-        }
+        for (int r = 0; r < R; r++) all[r] = load_super_scales(type, w + r * w_stride);
         const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
             UNROLL
             for (int r = 0; r < R; r++) {
                 const uint8_t *small = scales + r * w_stride, *part = values + r * w_stride;
-                fetch_ahead(R, T, small);
-                for (int line = 0; line < bytes; line += 64) fetch_ahead(R, T, part + line);
+                fetch_ahead(R, small);
+                for (int line = 0; line < bytes; line += 64) fetch_ahead(R, part + line);
                 vb groups[8];
                 load_groups(type, part, groups);
-                const part_scales of = load_scales(type, small, part, d[r], m[r]);
+                const part_scales of = load_scales(type, small, part, all[r].d, all[r].m);
                 UNROLL
                 for (int t = 0; t < T; t++) {
                     const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
@@ -85,11 +92,11 @@ HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, 
                     if (mk_halved(type)) {
                         vi first = dot_of_half(type, act, 0, groups), second = dot_of_half(type, act, 1, groups);
                         vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
-                        *to = vf_fma(dot, vf_mul(d[r], scale), *to);
+                        *to = vf_fma(dot, vf_mul(all[r].d, scale), *to);
                         if (type != MK_Q2_K) continue;
                         vf minimum = vf_mul(of.minimum[0], vf_set1((float)act->offset32[0]));
                         minimum = vf_fma(of.minimum[1], vf_set1((float)act->offset32[1]), minimum);
-                        *to = vf_fma(minimum, vf_mul(m[r], scale), *to);
+                        *to = vf_fma(minimum, vf_mul(all[r].m, scale), *to);
                     } else {
                         vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);
                         *to = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), *to);

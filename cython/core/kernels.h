@@ -18,7 +18,8 @@
  * are K-quants (super.h, body_super.h). CODED rows are BF16 in files, and come out of a tile with the same bits (coded.h).
  *
  * A new type needs a row here and in mpillm/kernels/types.py. Where the bodies of its kind do not fit, it also needs its
- * own in pack.c, in dequantise of body_quant.h, in load_groups of body_plain.h, and in its kind's tile. */
+ * own in pack.c, in dequantise of body_quant.h, in load_groups of body_plain.h, in raised_by of body_unpacked.h, and in
+ * its kind's tile. */
 #define MK_BLOCK_TYPES(X)                 \
     X(F32, FLOAT, 1, 4, 4, 0, 32)         \
     X(F16, FLOAT, 1, 2, 2, 0, 16)         \

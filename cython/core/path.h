@@ -182,6 +182,11 @@ enum { MK_IN_TILES = 9 };
 /* 32 values of x for BF16 weights: 16 floats of odd columns and 16 of even ones, or BF16 in their order. */
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
 
+/* Where products of bytes are summed in 16 bits, in pairs: products of group g of 4 columns begin such a sum, or are its
+ * last.  2 * 2 * 63 * 127 fits, 8 * 2 * 15 * 127, and 2 * 128 * 127. */
+#define MK_FIRST_PAIRS(bits, g) ((bits) == 8 || ((bits) == 6 ? (g) % 2 == 0 : (g) == 0))
+#define MK_LAST_PAIRS(bits, g, last) ((bits) == 8 || ((bits) == 6 ? (g) % 2 == 1 : (g) == (last)))
+
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 
 /* A new step of `items`; its job is all zeros.  Where the list is full, the work fails (mk_run says so), and the job

@@ -9,6 +9,7 @@ typedef struct { __m128i q[4]; } vi;
 typedef vi vb;
 
 #define VEC_ROWS 4
+#define VEC_ALIKE 0
 enum { VEC_Q8_BIAS = 0 };
 
 #define QUARTERS for (int j = 0; j < 4; j++)
@@ -124,35 +125,18 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }
 
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
-    vi pairs;
-    QUARTERS pairs.q[j] = _mm_setzero_si128();
-    for (int g = 0; g < 8; g++) { /* 8 * 2 * 15 * 127 fits in 16 bits */
-        __m128i xg = avx_x4(x + 4 * g);
-        QUARTERS pairs.q[j] = _mm_add_epi16(pairs.q[j], _mm_maddubs_epi16(w[g].q[j], xg));
+MK_INLINE void vb_store(uint8_t *p, vb a) { QUARTERS _mm_storeu_si128((void *)(p + 16 * j), a.q[j]); }
+XMM(vb_raise, (vb a, const int by), _mm_add_epi8(a.q[j], _mm_set1_epi8((char)by)))
+
+typedef vi vp;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    const __m128i xg = avx_x4(x), one = _mm_set1_epi16(1);
+    QUARTERS {
+        const __m128i products = bits == 8 ? _mm_maddubs_epi16(_mm_abs_epi8(w.q[j]), _mm_sign_epi8(xg, w.q[j]))
+                                           : _mm_maddubs_epi16(w.q[j], xg);
+        pairs->q[j] = MK_FIRST_PAIRS(bits, g) ? products : _mm_add_epi16(pairs->q[j], products);
+        if (MK_LAST_PAIRS(bits, g, last)) dot->q[j] = _mm_add_epi32(dot->q[j], _mm_madd_epi16(pairs->q[j], one));
     }
-    QUARTERS start.q[j] = _mm_add_epi32(start.q[j], _mm_madd_epi16(pairs.q[j], _mm_set1_epi16(1)));
-    return start;
-}
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 4; g += 2) { /* 2 * 2 * 63 * 127 fits in 16 bits */
-        __m128i a = avx_x4(x + 4 * g), b = avx_x4(x + 4 * g + 4);
-        QUARTERS {
-            __m128i pairs = _mm_add_epi16(_mm_maddubs_epi16(w[g].q[j], a), _mm_maddubs_epi16(w[g + 1].q[j], b));
-            start.q[j] = _mm_add_epi32(start.q[j], _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
-        }
-    }
-    return start;
-}
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
-    for (int g = 0; g < groups; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
-        __m128i xg = avx_x4(x + 4 * g);
-        QUARTERS {
-            __m128i pairs = _mm_maddubs_epi16(_mm_abs_epi8(w[g].q[j]), _mm_sign_epi8(xg, w[g].q[j]));
-            start.q[j] = _mm_add_epi32(start.q[j], _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
-        }
-    }
-    return start;
 }
 
 #endif

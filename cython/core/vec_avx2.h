@@ -9,9 +9,11 @@ typedef vi vb;
 
 #ifdef VEC_VNNI
 #define VEC_ROWS 4
+#define VEC_ALIKE 1
 enum { VEC_Q8_BIAS = 128 };
 #else
 #define VEC_ROWS 4
+#define VEC_ALIKE 0
 enum { VEC_Q8_BIAS = 0 };
 #endif
 
@@ -94,52 +96,42 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
 }
 MK_INLINE __m256i ymm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm256_set1_epi32(v); }
 
+MK_INLINE void vb_store(uint8_t *p, vb a) {
+    _mm256_storeu_si256((void *)p, a.lo);
+    _mm256_storeu_si256((void *)(p + 32), a.hi);
+}
+MK_INLINE vb vb_raise(vb a, const int by) {
+    __m256i all = _mm256_set1_epi8((char)by);
+    return (vb){_mm256_add_epi8(a.lo, all), _mm256_add_epi8(a.hi, all)};
+}
+
 #ifdef VEC_VNNI
 MK_INLINE vb vb_signed(vb a) {
     __m256i flip = _mm256_set1_epi8(-128);
     return (vb){_mm256_xor_si256(a.lo, flip), _mm256_xor_si256(a.hi, flip)};
 }
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
-    for (int g = 0; g < groups; g++) {
-        __m256i xg = ymm_x4(x + 4 * g);
-        start.lo = _mm256_dpbusd_avx_epi32(start.lo, w[g].lo, xg);
-        start.hi = _mm256_dpbusd_avx_epi32(start.hi, w[g].hi, xg);
-    }
-    return start;
+typedef struct { char none; } vp;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)pairs;
+    __m256i xg = ymm_x4(x);
+    dot->lo = _mm256_dpbusd_avx_epi32(dot->lo, w.lo, xg);
+    dot->hi = _mm256_dpbusd_avx_epi32(dot->hi, w.hi, xg);
 }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 8); }
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 4); }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
-    __m256i lo = _mm256_setzero_si256(), hi = lo, one = _mm256_set1_epi16(1);
-    for (int g = 0; g < 8; g++) { /* 8 * 2 * 15 * 127 fits in 16 bits */
-        __m256i xg = ymm_x4(x + 4 * g);
-        lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w[g].lo, xg));
-        hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w[g].hi, xg));
-    }
-    return vi_add(start, (vi){_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)});
+typedef vi vp;
+MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i w, __m256i x, __m256i *dot,
+                            __m256i *pairs) {
+    if (bits == 8) x = _mm256_sign_epi8(x, w), w = _mm256_abs_epi8(w);
+    const __m256i products = _mm256_maddubs_epi16(w, x);
+    *pairs = MK_FIRST_PAIRS(bits, g) ? products : _mm256_add_epi16(*pairs, products);
+    if (MK_LAST_PAIRS(bits, g, last))
+        *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(*pairs, _mm256_set1_epi16(1)));
 }
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
-    __m256i one = _mm256_set1_epi16(1);
-    for (int g = 0; g < 4; g += 2) { /* 2 * 2 * 63 * 127 fits in 16 bits */
-        __m256i a = ymm_x4(x + 4 * g), b = ymm_x4(x + 4 * g + 4);
-        __m256i lo = _mm256_add_epi16(_mm256_maddubs_epi16(w[g].lo, a), _mm256_maddubs_epi16(w[g + 1].lo, b));
-        __m256i hi = _mm256_add_epi16(_mm256_maddubs_epi16(w[g].hi, a), _mm256_maddubs_epi16(w[g + 1].hi, b));
-        start = vi_add(start, (vi){_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)});
-    }
-    return start;
-}
-MK_INLINE __m256i ymm_dot(__m256i start, __m256i w, __m256i x) { /* |w| * (x with w's sign): 2 * 128 * 127 fits */
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
-    for (int g = 0; g < groups; g++) {
-        __m256i xg = ymm_x4(x + 4 * g);
-        start = (vi){ymm_dot(start.lo, w[g].lo, xg), ymm_dot(start.hi, w[g].hi, xg)};
-    }
-    return start;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    __m256i xg = ymm_x4(x);
+    ymm_multiply(bits, g, last, w.lo, xg, &dot->lo, &pairs->lo);
+    ymm_multiply(bits, g, last, w.hi, xg, &dot->hi, &pairs->hi);
 }
 #endif
 

@@ -13,9 +13,11 @@ typedef __m512i vb;
 
 #ifdef VEC_VNNI
 #define VEC_ROWS 16
+#define VEC_ALIKE 1
 enum { VEC_Q8_BIAS = 128 };
 #else
 #define VEC_ROWS 8
+#define VEC_ALIKE 0
 enum { VEC_Q8_BIAS = 0 };
 #endif
 
@@ -119,38 +121,28 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
 }
 MK_INLINE __m512i zmm_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
 
+MK_INLINE void vb_store(uint8_t *p, vb a) { _mm512_storeu_si512(p, a); }
+MK_INLINE vb vb_raise(vb a, const int by) { return _mm512_add_epi8(a, _mm512_set1_epi8((char)by)); }
+
 #ifdef VEC_VNNI
 MK_INLINE vb vb_signed(vb a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
-    for (int g = 0; g < groups; g++) start = _mm512_dpbusd_epi32(start, w[g], zmm_x4(x + 4 * g));
-    return start;
+typedef struct { char none; } vp;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)pairs;
+    *dot = _mm512_dpbusd_epi32(*dot, w, zmm_x4(x));
 }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 8); }
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 4); }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) {
-    __m512i pairs = _mm512_setzero_si512();
-    for (int g = 0; g < 8; g++) /* 8 * 2 * 15 * 127 fits in 16 bits */
-        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(w[g], zmm_x4(x + 4 * g)));
-    return vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) {
-    for (int g = 0; g < 4; g += 2) { /* 2 * 2 * 63 * 127 fits in 16 bits */
-        __m512i pairs = _mm512_maddubs_epi16(w[g], zmm_x4(x + 4 * g));
-        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(w[g + 1], zmm_x4(x + 4 * g + 4)));
-        start = vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+typedef __m512i vp;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    __m512i xg = zmm_x4(x);
+    if (bits == 8) { /* |w| times x with w's sign */
+        xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w), _mm512_setzero_si512(), xg);
+        w = _mm512_abs_epi8(w);
     }
-    return start;
-}
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, const int groups) {
-    for (int g = 0; g < groups; g++) { /* |w| * (x with w's sign): 2 * 128 * 127 fits in 16 bits */
-        __m512i xg = zmm_x4(x + 4 * g);
-        xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w[g]), _mm512_setzero_si512(), xg);
-        __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w[g]), xg);
-        start = vi_add(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-    }
-    return start;
+    const __m512i products = _mm512_maddubs_epi16(w, xg);
+    *pairs = MK_FIRST_PAIRS(bits, g) ? products : _mm512_add_epi16(*pairs, products);
+    if (MK_LAST_PAIRS(bits, g, last)) *dot = vi_add(*dot, _mm512_madd_epi16(*pairs, _mm512_set1_epi16(1)));
 }
 #endif
 

@@ -13,6 +13,7 @@ typedef struct { int8x16_t q[4]; } vb;
 
 #define VEC_ROWS 4
 enum { VEC_SUMS = 4 };
+#define VEC_ALIKE 1
 enum { VEC_Q8_BIAS = 0 };
 
 #define QUARTERS for (int j = 0; j < 4; j++)
@@ -140,29 +141,28 @@ MK_INLINE void neon_dot(int32x4_t *sum, int8x16_t w, int8x16_t x) {
 }
 #endif
 
-MK_INLINE vi neon_dots(vi start, const vb *w, const int8_t *x, const int groups) {
+MK_INLINE void vb_store(uint8_t *p, vb a) { QUARTERS vst1q_s8((int8_t *)p + 16 * j, a.q[j]); }
+VB(vb_raise, (vb a, const int by), vaddq_s8(a.q[j], vdupq_n_s8((int8_t)by)))
+
 #ifdef VEC_DOT
-    for (int g = 0; g < groups; g++) {
-        int8x16_t xg = neon_x4(x + 4 * g);
-        QUARTERS neon_dot(&start.q[j], w[g].q[j], xg);
-    }
-    return start;
-#else
-    int32x4_t lo[4], hi[4]; /* pairs of the rows 0, 1 and 2, 3 of each quarter */
-    QUARTERS lo[j] = hi[j] = vdupq_n_s32(0);
-    for (int g = 0; g < groups; g++) {
-        int8x16_t xg = neon_x4(x + 4 * g);
-        QUARTERS {
-            lo[j] = vpadalq_s16(lo[j], vmull_s8(vget_low_s8(w[g].q[j]), vget_low_s8(xg)));
-            hi[j] = vpadalq_s16(hi[j], vmull_high_s8(w[g].q[j], xg));
-        }
-    }
-    QUARTERS start.q[j] = vaddq_s32(start.q[j], vpaddq_s32(lo[j], hi[j]));
-    return start;
-#endif
+typedef struct { char none; } vp;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)pairs;
+    int8x16_t xg = neon_x4(x);
+    QUARTERS neon_dot(&dot->q[j], w.q[j], xg);
 }
-#define vb_dot_s8 neon_dots
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 8); }
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return neon_dots(start, w, x, 4); }
+#else
+typedef struct { int32x4_t lo[4], hi[4]; } vp; /* of the rows 0, 1 and 2, 3 of each quarter */
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    (void)bits;
+    int8x16_t xg = neon_x4(x);
+    QUARTERS {
+        if (!g) pairs->lo[j] = pairs->hi[j] = vdupq_n_s32(0);
+        pairs->lo[j] = vpadalq_s16(pairs->lo[j], vmull_s8(vget_low_s8(w.q[j]), vget_low_s8(xg)));
+        pairs->hi[j] = vpadalq_s16(pairs->hi[j], vmull_high_s8(w.q[j], xg));
+        if (g == last) dot->q[j] = vaddq_s32(dot->q[j], vpaddq_s32(pairs->lo[j], pairs->hi[j]));
+    }
+}
+#endif
 
 #endif

@@ -13,8 +13,10 @@ typedef struct { float f[16]; } vf;
 typedef struct { int32_t i[16]; } vi;
 typedef struct { int8_t b[64]; } vb;
 
-#define VEC_ROWS 4 /* rows of x in a product's main tile */
+#define VEC_ROWS 4 /* sums of a product in registers at a time */
 enum { VEC_SUMS = 4 /* of floats, in registers at a time */ };
+/* Whether products of bytes cost the same whatever their bits. */
+#define VEC_ALIKE 1
 enum { VEC_Q8_BIAS = 0 };
 
 #define UNROLL /* 16 lanes are loop enough */
@@ -82,16 +84,17 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
         to[0] = (uint8_t)low.b[j], to[1] = (uint8_t)high.b[j];
     }
 }
-MK_INLINE vb vb_signed(vb a) { return a; } /* a Q8_0 operand as vb_dot_s8 wants it: q + VEC_Q8_BIAS */
+MK_INLINE vb vb_signed(vb a) { return a; } /* a signed operand as vb_multiply takes it: q + VEC_Q8_BIAS */
 
-/* start + sum over so many groups of 4 of w * x; w signed bytes.  |x| <= 127. */
-MK_INLINE vi vb_dot_s8(vi start, const vb *w, const int8_t *x, int groups) {
-    for (int g = 0; g < groups; g++)
-        LANES for (int b = 0; b < 4; b++) start.i[j] += w[g].b[4 * j + b] * x[4 * g + b];
-    return start;
+MK_INLINE void vb_store(uint8_t *p, vb a) { memcpy(p, &a, 64); }
+MK_INLINE vb vb_raise(vb a, int by) { for (int j = 0; j < 64; j++) a.b[j] = (int8_t)(a.b[j] + by); return a; }
+
+/* *dot += w * x of group g of 4 columns, of which `last` is the last one.  |x| <= 127; w: 0 to 15 with 4 bits, 0 to 63 with
+ * 6, with 8 what vb_signed makes.  A sum may be on its way in *pairs in between. */
+typedef struct { char none; } vp;
+MK_INLINE void vb_multiply(int bits, int g, int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)pairs;
+    LANES for (int b = 0; b < 4; b++) dot->i[j] += w.b[4 * j + b] * x[b];
 }
-MK_INLINE vi vb_dot_u4(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 8); } /* w: nibbles */
-/* The same over 4 groups; w within 0..63. */
-MK_INLINE vi vb_dot_u6(vi start, const vb *w, const int8_t *x) { return vb_dot_s8(start, w, x, 4); }
 
 #endif

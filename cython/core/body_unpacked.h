@@ -1,0 +1,201 @@
+/* Products of packed weights with several rows of x.  Blocks of W are unpacked once for up to UNPACKED_ROWS of them, and
+ * UNPACKED_TILES tiles of W share what is loaded of x: with one tile, loads take longer than products.  Integer sums are
+ * exact and each output's chain of fma is that of body_plain.h or body_super.h, so the bits are theirs. */
+
+enum { UNPACKED_ROWS = 32, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
+enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
+
+/* 32 columns of 16 rows of W. */
+typedef struct {
+    uint8_t groups[8][64];
+    vf d, m;
+    part_scales of;
+} unpacked;
+
+/* What a block's product consists of: the products with a scale; those and a minimum; two halves with scales of their own;
+ * and two halves with minima. */
+enum { SCALED, MINIMUM, HALVED, MINIMA };
+MK_INLINE int form_of(const int type) {
+    if (mk_is_super(type) && mk_halved(type)) return mk_f16s(type) == 2 ? MINIMA : HALVED;
+    return mk_f16s(type) == 2 ? MINIMUM : SCALED;
+}
+
+/* Bits of unpacked values.  Those of the forms without minima are raised by the same for all types: 8 of 4 bits, 32 of 6;
+ * of 8 as vb_signed does. */
+MK_INLINE int is_raised(const int type) { return form_of(type) == SCALED || form_of(type) == HALVED; }
+MK_INLINE int unpacked_bits(const int type) {
+    if (VEC_ALIKE && is_raised(type)) return 8;
+    return VEC_ALIKE ? 4 : value_bits(type);
+}
+
+/* What load_groups has raised the values of a type by. */
+MK_INLINE int raised_by(const int type) {
+    switch (type) {
+    case MK_Q4_0: return 8;
+    case MK_Q5_0: return 16;
+    case MK_MXFP4: return 12;
+    case MK_Q6_K: return 32;
+    case MK_Q3_K: return 4;
+    default: return VEC_Q8_BIAS;
+    }
+}
+
+MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
+    const int bits = unpacked_bits(type), wanted = bits == 8 ? VEC_Q8_BIAS : bits == 6 ? 32 : 8;
+    vb groups[8];
+    load_groups(type, w, groups);
+    UNROLL
+    for (int g = 0; g < 8; g++) {
+        if (is_raised(type)) groups[g] = vb_raise(groups[g], wanted - raised_by(type));
+        vb_store(to->groups[g], groups[g]);
+    }
+}
+
+/* So many parts, which for K-quants are those of a block. */
+HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
+    if (!mk_is_super(type)) {
+        for (; count--; to++, w += mk_packed_bytes(type) * MK_TILE) {
+            unpack_groups(type, w + mk_scale_bytes(type) * MK_TILE, to);
+            to->of.scale[0] = type == MK_MXFP4 ? vf_load_e8m0(w) : vf_load_f16((const void *)w);
+            if (mk_f16s(type) == 2) to->of.minimum[0] = vf_load_f16((const void *)(w + 32));
+        }
+        return;
+    }
+    const super_scales all = load_super_scales(type, w);
+    for (int s = 0; s < MK_PARTS; s++, to++) {
+        const uint8_t *part = w + mk_values_at(type) + s * mk_part_bytes(type);
+        unpack_groups(type, part, to);
+        to->d = all.d, to->m = all.m;
+        to->of = load_scales(type, w + mk_scales_at(type) + s * mk_part_scales(type), part, all.d, all.m);
+    }
+}
+
+/* The start of a sum over columns of half h, or of both. */
+MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activation *a, const int h) {
+    if (form == MINIMUM || form == MINIMA || (bits == 8 && !VEC_Q8_BIAS)) return 0;
+    if (form == HALVED) return bits == 8 ? 4 * a->offset32[h] : a->offset32[h];
+    return bits == 8 ? a->offset128 : bits == 6 ? a->offset32[0] + a->offset32[1] : a->offset8;
+}
+
+/* sums [R][rows] go on for T rows of x over `count` parts of R tiles of W, and with each so many bytes from `ahead` on are
+ * fetched into the second-level cache. */
+HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
+                       const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
+    const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1;
+    vf acc[MAX_SUMS];
+    UNROLL
+    for (int i = 0; i < R * T; i++) acc[i] = sums[i / T * rows + i % T];
+    for (; count--; w++, x += MK_GROUP * MK_ACTIVATION) {
+        const mk_activation *a = (const void *)x;
+        vi dots[2][MAX_SUMS];
+        vp parts[MAX_SUMS];
+        for (const uint8_t *end = ahead + fetched; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            UNROLL
+            for (int i = 0; i < R * T; i++) dots[h][i] = vi_set1(unpacked_start(form, bits, a + i % T, h));
+            UNROLL
+            for (int g = 0; g <= last; g++)
+                UNROLL
+                for (int i = 0; i < R * T; i++)
+                    vb_multiply(bits, g, last, vb_load(w[i / T * UNPACKED_PARTS].groups[h * 4 + g]),
+                                a[i % T].q + h * 16 + g * 4, &dots[h][i], &parts[i]);
+        }
+        UNROLL
+        for (int i = 0; i < R * T; i++) {
+            const unpacked *of = w + i / T * UNPACKED_PARTS;
+            const mk_activation *row = a + i % T;
+            const vf scale = vf_set1(row->scale);
+            if (halves == 1) {
+                acc[i] = vf_fma(vf_from(dots[0][i]), vf_mul(of->of.scale[0], scale), acc[i]);
+                if (form == MINIMUM) acc[i] = vf_fma(of->of.minimum[0], vf_set1(row->total), acc[i]);
+                continue;
+            }
+            const vf first = vf_mul(vf_from(dots[0][i]), of->of.scale[0]);
+            acc[i] = vf_fma(vf_fma(vf_from(dots[1][i]), of->of.scale[1], first), vf_mul(of->d, scale), acc[i]);
+            if (form == MINIMA) {
+                vf minimum = vf_mul(of->of.minimum[0], vf_set1((float)row->offset32[0]));
+                minimum = vf_fma(of->of.minimum[1], vf_set1((float)row->offset32[1]), minimum);
+                acc[i] = vf_fma(minimum, vf_mul(of->m, scale), acc[i]);
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < R * T; i++) sums[i / T * rows + i % T] = acc[i];
+}
+
+typedef void (*unpack_function)(const uint8_t *w, long count, unpacked *to);
+typedef void (*unpacked_function)(const unpacked *w, long count, const uint8_t *x, const uint8_t *ahead, long fetched,
+                                  vf *sums, int rows);
+
+#define UNPACK(type) \
+    static void unpack_##type(const uint8_t *w, long count, unpacked *to) { unpack(type, w, count, to); }
+#define UNPACK_FLOAT(type)
+#define UNPACK_SCALED(type)
+#define UNPACK_CODED(type)
+#define UNPACK_PLAIN(type) UNPACK(type)
+#define UNPACK_SUPER(type) UNPACK(type)
+#define UNPACK_OF(name, kind, ...) UNPACK_##kind(MK_##name)
+MK_BLOCK_TYPES(UNPACK_OF)
+#define UNPACKED_FLOAT(type)
+#define UNPACKED_SCALED(type)
+#define UNPACKED_CODED(type)
+#define UNPACKED_PLAIN(type) [type] = unpack_##type,
+#define UNPACKED_SUPER(type) [type] = unpack_##type,
+#define UNPACKED_OF(name, kind, ...) UNPACKED_##kind(MK_##name)
+static const unpack_function UNPACK_FUNCTIONS[MK_TYPES] = {MK_BLOCK_TYPES(UNPACKED_OF)};
+
+/* X(form, bits): those that unpacked_bits gives. */
+#if VEC_ALIKE
+#define UNPACKED_SHAPES(X) X(SCALED, 8) X(HALVED, 8) X(MINIMUM, 4) X(MINIMA, 4)
+#else
+#define UNPACKED_SHAPES(X) \
+    X(SCALED, 8) X(SCALED, 6) X(SCALED, 4) X(HALVED, 8) X(HALVED, 6) X(MINIMUM, 4) X(MINIMUM, 6) X(MINIMA, 6)
+#endif
+#define UNPACKED_TILE(form, bits, R)                                                                             \
+    static void form##_##bits##_##R(const unpacked *w, long count, const uint8_t *x, const uint8_t *ahead,       \
+                                    long fetched, vf *sums, int rows) {                                          \
+        unpacked_tile(form, bits, R, MK_GROUP, w, count, x, ahead, fetched, sums, rows);                         \
+    }
+#if VEC_ROWS > 4
+#define UNPACKED_BOTH(form, bits) UNPACKED_TILE(form, bits, 1) UNPACKED_TILE(form, bits, 2)
+#define UNPACKED_ROW(form, bits) [form][bits / 2 - 2] = {form##_##bits##_1, form##_##bits##_2},
+#else
+#define UNPACKED_BOTH(form, bits) UNPACKED_TILE(form, bits, 1)
+#define UNPACKED_ROW(form, bits) [form][bits / 2 - 2] = {form##_##bits##_1},
+#endif
+UNPACKED_SHAPES(UNPACKED_BOTH)
+static const unpacked_function UNPACKED_FUNCTIONS[4][3][UNPACKED_TILES] = {UNPACKED_SHAPES(UNPACKED_ROW)};
+
+/* How many of so many rows of x pass by together; 0 where they are too few. */
+static int unpacked_rows(long rows) {
+    if (rows < UNPACKED_FROM) return 0;
+    return rows < UNPACKED_ROWS ? (int)rows / MK_GROUP * MK_GROUP : UNPACKED_ROWS;
+}
+
+static void unpacked_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+    const int type = job->type;
+    const long blocks = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
+    const long stride = blocks * mk_packed_bytes(type) * MK_TILE, parts = blocks * (mk_block(type) / MK_BLOCK);
+    const long step = mk_packed_bytes(type) * MK_TILE * MK_BLOCK / mk_block(type); /* bytes of 32 columns of a tile */
+    const uint8_t *w = job->at[p] + tile * stride;
+    unpacked of[UNPACKED_TILES][UNPACKED_PARTS];
+    for (int R; tiles; tiles -= R, w += R * stride, sums += R * rows) {
+        R = tiles < UNPACKED_TILES ? tiles : UNPACKED_TILES;
+        const unpacked_function times = UNPACKED_FUNCTIONS[form_of(type)][unpacked_bits(type) / 2 - 2][R - 1];
+        /* Rows with which the next parts of one tile are fetched, and bytes of it with each part. */
+        const int each = (int)mk_blocks(rows, R * MK_GROUP) * MK_GROUP;
+        const long fetched = mk_blocks(step * MK_GROUP, each * 64) * 64;
+        for (int i = 0; i < R * rows; i++) sums[i] = vf_set1(0.0f);
+        for (long part = 0; part < parts; part += UNPACKED_PARTS) {
+            const long count = parts - part < UNPACKED_PARTS ? parts - part : UNPACKED_PARTS;
+            const uint8_t *from = x + part * MK_GROUP * MK_ACTIVATION;
+            const uint8_t *next = w + (part + count < parts ? (part + count) * step : R * stride);
+            for (int r = 0; r < R; r++) UNPACK_FUNCTIONS[type](w + r * stride + part * step, count, of[r]);
+            for (int t = 0; t < rows; t += MK_GROUP) {
+                const uint8_t *ahead = next + t / each * stride + t % each / MK_GROUP * UNPACKED_PARTS * fetched;
+                times(*of, count, from + t * job->x_stride, ahead, fetched, sums + t, rows);
+            }
+        }
+    }
+}
