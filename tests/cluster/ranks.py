@@ -15,12 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from mpillm.bench.runs import prompts_of, run_steps
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
-from mpillm.planning.memory import peak
-from mpillm.run.session import Session
-from tests.model.engine_harness import spec_of
 
 TURNS = 3
 
@@ -44,13 +40,19 @@ def sent() -> int:
 
 
 def main(world: World) -> int:
+    # What imports mpi4py comes after `guard` has started MPI, as on the command line: it knows what to leave out.
+    from mpillm.bench.runs import prompts_of, run_steps
+    from mpillm.planning.memory import peak
+    from mpillm.run.session import Session
+    from tests.model.engine_harness import spec_of
+
     path, settings, began, prompt, tokens = sys.argv[1:]
     job = {"threads": 1, "kv": "256MiB", "max_context": 512, "speculation": "off", **json.loads(settings)}
     prefill, decode = [], []
     with closing(Session(world, spec_of(Path(path), **job), Path(path))) as session:
-        run_steps(session, prompts_of(1, 1, 256), 1)
-        first = time.time() - float(began)
         prompts = prompts_of(1, int(prompt), session.config.vocab)
+        run_steps(session, prompts, 1)
+        first = time.time() - float(began)
         carried = []
         for turn in range(TURNS + 1):  # the first one warms up
             counts = [sent()]
