@@ -1,6 +1,6 @@
 """The leader of a replica without rank 0: it computes the lines that rank 0 hands out and sends the records back.
 
-It asks for lines when its scheduler has room for more, and sends the records of its answers after each step.
+The first lines come unasked. It asks for more when its scheduler has room for them, and sends the records of its answers after each step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mpillm.run.balance import AGAIN, Teller, is_failure, watched
 from mpillm.run.dispatch_messages import (
     FROM_RANK_0,
     LOOK_EVERY,
+    MANY,
     PARTING,
     AnswerRecord,
     Assigned,
@@ -31,7 +32,7 @@ from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.weights.identity import ModelChangedError
 
-FEW, MANY = 4, 256  # lines that a leader asks for: at first, and at most
+FEW = 4  # lines that a leader asks for at first
 TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though nothing is finished
 
 
@@ -45,7 +46,7 @@ class Assistant:
         self._records: list[AnswerRecord] = []
         self._leader = Leader(session, spec, model, self._records.append)
         self._lines: deque[Assigned] = deque()
-        self._ask, self._asked = FEW, False
+        self._ask, self._asked = FEW, True  # the first ones come unasked
         self._told = time.monotonic()
         self._teller = Teller(session) if watched(session) else None
         self._stop: NoMoreLines | None = None

@@ -111,6 +111,7 @@ class Computation:
 
     def _compute(self) -> Slowed | None:
         leader, dispatcher, slowed = self._leader, self._dispatcher, None
+        dispatcher.serve()
         with self.job.progress.requests(unanswered(self.job.input, self.journal)) as bar:
             for finished in leader.engine.run(leader.requests(self._next), partial(self._more, bar)):
                 for completion in finished:

@@ -23,6 +23,7 @@ from mpillm.errors import MpillmError
 from mpillm.run.balance import Busy, is_failure
 from mpillm.run.dispatch_messages import (
     LOOK_EVERY,
+    MANY,
     PARTING,
     TO_RANK_0,
     AnswerRecord,
@@ -60,7 +61,9 @@ class Dispatcher:
         shares = session.choice.shares(session.machines, session.chosen)
         self._shares = dict(zip(self._leaders, shares, strict=True))
         self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
-        self._wanted = dict.fromkeys(self._leaders[1:], 0)
+        # Before rank 0's first step, which loads the weights, they get what they can compute at once.
+        at_once = session.limits.max_sequences * session.limits.micro_batches
+        self._wanted = dict.fromkeys(self._leaders[1:], min(at_once, MANY))
         self._totals: dict[int, Totals] = {}
         self._here = set(self._leaders[1:])  # who has not sent its last message
         self._telling = set(range(1, session.world.size if busy else 1))  # who tells of its computing

@@ -13,6 +13,8 @@ from mpillm.store.records import PartialResult, Result
 LOOK_EVERY = 0.5  # seconds between two looks at other things while nothing is computed
 PARTING = 1.5  # seconds in which leaders must send what they have after an error, before all ranks are ended
 
+MANY = 256  # lines that a leader is given at once, at most
+
 AnswerRecord = Result | PartialResult
 
 
@@ -25,7 +27,7 @@ class Assigned(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AssignedLines(msgspec.Struct, tag="lines", frozen=True):
-    """From rank 0: lines that a leader has asked for."""
+    """From rank 0: lines that a leader has asked for, or its first ones."""
 
     lines: list[Assigned]
 
