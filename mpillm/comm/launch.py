@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+OPENMPI = "Open MPI's mpiexec"
+
 # The variables in which launchers pass the number of processes and a process's own number, most specific first.
 # (SLURM_NTASKS is also set in batch scripts, where Python may run without a launcher.)
 _LAUNCHERS = (
-    ("Open MPI's mpiexec", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    (OPENMPI, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MPICH's mpiexec", "PMI_SIZE", "PMI_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("PALS", "PALS_SIZE", "PALS_RANKID"),
@@ -117,6 +119,14 @@ def wrong_launcher(library: Library, launch: Launch) -> str:
     return (
         f"{started} started {launch.size} ranks, but this Python has loaded another MPI, {library}, so that every rank "
         f"is alone. {_instead(library, launch)}"
+    )
+
+
+def other_library(library: Library, launch: Launch) -> str:
+    """Return the message for a rank whose MPI is not that of the launcher and of rank 0."""
+    return (
+        f"{launch.launcher} started this rank, but its Python has loaded another MPI, {library}. Install the MPI of "
+        "rank 0 on every host (or set MPI4PY_LIBMPI to its libmpi.so there)."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import socket
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from mpillm import version
 from mpillm.comm.cores import Cores, binding, node_cores
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
+
+CLOCKS = 60.0  # seconds by which hosts' clocks may differ; ranks do not start at the same moment
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class RankInfo:
     process: Process
     free: int  # bytes of memory that its machine, or its control group, has left
     version: str  # of mpillm
+    clock: float  # of the day, in seconds
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
@@ -36,6 +40,7 @@ class RankInfo:
             Process.own(),
             free_memory(),
             version.__version__,
+            time.time(),
         )
 
     @property
@@ -91,6 +96,19 @@ class Nodes:
         """The number of each rank's machine, in the order of their first ranks."""
         order = list(dict.fromkeys(rank.node for rank in self._ranks))
         return [order.index(rank.node) for rank in self._ranks]
+
+    @property
+    def clocks(self) -> list[str]:
+        """What to tell the user about hosts whose clocks differ from that of rank 0."""
+        first, said = self._ranks[0], dict[str, str]()
+        for rank in self._ranks:
+            if abs(ahead := rank.clock - first.clock) > CLOCKS:
+                said[rank.host] = (
+                    f"The clock of {rank.host} is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} "
+                    f"that of {first.host}: answers do not depend on it, but times in logs and traces do. Set it "
+                    "(timedatectl set-ntp true)."
+                )
+        return list(said.values())
 
     @property
     def bindings(self) -> list[str]:

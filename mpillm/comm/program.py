@@ -7,6 +7,7 @@ exit code they share. mpi4py is imported here when a world starts, never before,
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import warnings
@@ -25,7 +26,7 @@ from mpillm.errors import Interrupted, JobError, MpillmError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to the one that says why
+SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to rank 0, which says why if it cannot either
 
 
 def guard(program: Callable[[World], int]) -> int:
@@ -34,9 +35,16 @@ def guard(program: Callable[[World], int]) -> int:
     try:
         world = start()
     except MpillmError as error:
-        say(f"mpillm: {error}")
+        say(f"mpillm: {error}{_where(launch.launched_by(os.environ))}")
         return error.exit_code
     return run(world, program)
+
+
+def _where(started: launch.Launch | None) -> str:
+    """Which rank this is, where that may matter: rank 0 is where the user is."""
+    if started is None or not started.rank:
+        return ""
+    return f" (on rank {started.rank} of {started.size}, host {socket.gethostname()})"
 
 
 def start() -> World:
@@ -119,9 +127,11 @@ def _begin_meeting(started: launch.Launch | None) -> Meeting | None:
 
 
 def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:
-    """End a rank that will never meet the others; the launcher's rank 0 says why, and must be able to finish first."""
+    """End a rank that will never meet the others; rank 0 says why, and another one that is not ended by that."""
     assert started is not None
-    if started.rank > 0:
-        time.sleep(SPEAK_FIRST)
+    if started.rank == 0:
+        raise JobError(launch.wrong_launcher(loaded, started))
+    time.sleep(SPEAK_FIRST)
+    if started.launcher != launch.OPENMPI:  # others do not end this rank when rank 0 ends
         raise SystemExit(JobError.exit_code)
-    raise JobError(launch.wrong_launcher(loaded, started))
+    raise JobError(launch.other_library(loaded, started))

@@ -9,9 +9,7 @@ import contextlib
 import ctypes
 import logging
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,10 +21,10 @@ from types import FrameType
 import psutil
 
 from mpillm.comm.launch import Library
-from mpillm.comm.rendezvous import own_addresses
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
+from mpillm.launching.reach import why_silent
 from mpillm.planning import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
@@ -38,7 +36,6 @@ log = logging.getLogger(__name__)
 LOOK = 0.2  # seconds between two looks at what runs
 WATCH = 2.0  # seconds between two looks at the hostfile
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
-ANSWER = 10.0  # seconds for a host to answer
 LINGER = 10.0  # seconds for mpiexec to end when the journal is complete
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -156,29 +153,11 @@ class Supervisor:
             return []
         hosts = read_hosts(self._settings.hostfile)
         with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-            answers = list(pool.map(self._answers, hosts))
-        for host, answer in zip(hosts, answers, strict=True):
-            if not answer:
-                self._say(f"The host {host.name} does not answer; going on without it.")
-        return [host for host, answer in zip(hosts, answers, strict=True) if answer] or hosts
-
-    def _answers(self, host: HostSlots) -> bool:
-        if host.name in ("localhost", "127.0.0.1", socket.gethostname(), *own_addresses()):
-            return True
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER / 2:.0f}"]
-        words = shlex.split(self._settings.agent)
-        words += options if words[0].rpartition("/")[2] == "ssh" else []
-        try:
-            code = subprocess.call(
-                [*words, host.name, "true"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=ANSWER,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-        return code == 0
+            silent = list(pool.map(lambda host: why_silent(self._settings.agent, host.name), hosts))
+        for host, why in zip(hosts, silent, strict=True):
+            if why:
+                self._say(f"The host {host.name} does not answer ({why}); going on without it.")
+        return [host for host, why in zip(hosts, silent, strict=True) if not why] or hosts
 
     def _once(self, ranks: int, hostfile: Path | None, folder: Path) -> tuple[int, bool]:
         """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""

@@ -1,6 +1,7 @@
 """The leader of a replica without rank 0: it computes the lines that rank 0 hands out and sends the records back.
 
-The first lines come unasked. It asks for more when its scheduler has room for them, and sends the records of its answers after each step.
+The first lines come unasked. It asks for more when its scheduler has room for them, and sends the records of its
+answers after each step.
 """
 
 from __future__ import annotations

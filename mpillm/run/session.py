@@ -136,6 +136,7 @@ class Session:
         self.place = self._places[world.rank - self._ranks.start]
         #: what to tell the user
         self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
+        self.warnings += world.nodes.clocks
         self.warnings += [self._left_out] if self._left_out else []
         if self.wire != "f32" and self.place.shards > 1:
             words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)

@@ -182,6 +182,7 @@ def _about_nodes(world: World, everyone: Sequence[_RankFindings]) -> Iterator[st
         if one.load > one.ranks + BUSY:
             yield f"{host}: other processes ran meanwhile (load {one.load:.1f}); measure again when it is idle."
     yield from world.nodes.bindings
+    yield from world.nodes.clocks
 
 
 def _about_links(world: World, links: Sequence[LinkTiming]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
             supervisor.communicate()
     assert supervisor.returncode == 0, said
     assert "Rank 1 on" in said
-    assert f"The host {NETWORK}.2 does not answer; going on without it." in said
+    assert re.search(rf"The host {NETWORK}\.2 does not answer \(.+\); going on without it\.", said)
     assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
     assert (output / "results.jsonl").read_bytes() == (
         tmp_path / "undisturbed" / "results.jsonl"

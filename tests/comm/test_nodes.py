@@ -17,5 +17,19 @@ from mpillm.comm.nodes import Nodes, RankInfo
 def test_containers_of_one_machine_share_its_cores(boots: str, crowded: bool) -> None:
     """Two cores each, and ranks 0 and 3; others on their machines count too."""
     cores = Cores(frozenset({0, 1}))
-    ranks = [RankInfo(f"box{n}", boot, cores, Process(n, 0.0, 0), 1, "") for n, boot in enumerate(boots)]
+    ranks = [RankInfo(f"box{n}", boot, cores, Process(n, 0.0, 0), 1, "", 0.0) for n, boot in enumerate(boots)]
     assert Nodes(0, ranks).crowded([0, 3]) == crowded
+
+
+def test_clocks_that_are_wrong_are_said_with_their_host() -> None:
+    """Once for each host: a Raspberry Pi without a network begins years ago."""
+    clocks = {"pc": 1e9, "near": 1e9 + 50, "pi": 1e6, "late": 1e9 + 3600}
+    hosts = ["pc", "pi", "pi", "near", "late"]
+    cores = Cores(frozenset({0}))
+    ranks = [
+        RankInfo(host, host, cores, Process(n, 0.0, 0), 1, "", clocks[host]) for n, host in enumerate(hosts)
+    ]
+    behind, ahead = Nodes(0, ranks).clocks
+    assert behind.startswith("The clock of pi is 999000000 seconds behind that of pc: ")
+    assert ahead.startswith("The clock of late is 3600 seconds ahead of that of pc: ")
+    assert "timedatectl" in ahead

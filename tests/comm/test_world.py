@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -153,3 +154,17 @@ def test_the_other_mpiexec_is_noticed(openmpi: Mpi, mpich: Mpi) -> None:
         )
         assert f"loaded another MPI, {library}" in sentence[0]
         assert f"Type: {loaded.mpiexec} -n 3 python {PROGRAM} fine" in sentence[0]
+
+
+def test_another_mpi_on_one_host_is_said_with_its_name(openmpi: Mpi, mpich: Mpi) -> None:
+    """Rank 0 has the right one, and waits."""
+    first = openmpi.command(1, PROGRAM, "fine")
+    second = ["env", *(f"{name}={value}" for name, value in mpich.env.items())]
+    words = [*first, ":", "-n", "1", *second, sys.executable, PROGRAM, "fine"]
+    run = run_bounded(words, env=clean_environment(**openmpi.env))
+    assert run.returncode == 2
+    said = next(line for line in run.stderr.splitlines() if "another MPI" in line)
+    assert said.startswith(
+        "mpillm: Open MPI's mpiexec started this rank, but its Python has loaded another MPI, MPICH"
+    )
+    assert said.endswith(f"(on rank 1 of 2, host {socket.gethostname()})")

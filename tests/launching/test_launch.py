@@ -11,6 +11,7 @@ from mpillm.errors import JobError, LayoutError
 from mpillm.launching import mpiexec
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
+from mpillm.launching.reach import why_silent
 from mpillm.launching.supervisor import ranks_that_work
 from tests.conftest import ROOT
 from tests.job_helpers import job
@@ -59,6 +60,30 @@ def test_the_words_for_each_mpi() -> None:
     assert mpiexec.command(MPICH, agent, 3, hosts, folder)[1:] == [
         *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-x", "A", "-n", "3"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("exit 0", ""),
+        (
+            "echo Warning: a banner. >&2; echo ssh: connect to host $1 port 22: No route to host >&2; exit 255",
+            "ssh: connect to host pi9 port 22: No route to host",
+        ),
+        (
+            "echo pi@$1: Permission denied '(publickey)'. >&2; exit 255",
+            "pi@pi9: Permission denied (publickey)",
+        ),
+        ("exit 3", "{agent} ended with 3"),
+        ("", "{agent}: Exec format error"),
+    ],
+)
+def test_why_a_host_does_not_answer(script: str, why: str, tmp_path: Path) -> None:
+    agent = tmp_path / "agent"
+    agent.write_text(f"#!/bin/sh\n{script}\n" if script else "")
+    agent.chmod(0o755)
+    assert why_silent(str(agent), "pi9") == why.format(agent=agent)
+    assert why_silent(str(agent), "localhost") == ""
 
 
 def test_as_many_ranks_as_work(tmp_path: Path) -> None:
