@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from tests.model.checks import EXACT, check, requests_of
 from tests.model.engine_harness import run_engine
 from tests.model.golden import golden
 from tests.tools.packing import content, expected, model_path, outcome, packed
+from tests.weights.residency import resident
 
 EVERY = [
     "llama3",
@@ -363,6 +365,15 @@ def test_ranks_pack_together_and_page_together(openmpi: Mpi, tmp_path: Path) -> 
     for ranks, folder, name in ((2, "b", "llama3"), (4, "c", "qwen3_moe")):
         done = openmpi.run(ranks, program, tmp_path / folder, name, expected(name))
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are there")
+def test_what_a_run_mapped_stays_in_the_page_cache(tmp_path: Path) -> None:
+    """The next start finds it there: only parts that make room for others leave it."""
+    packed("llama3", tmp_path / "p")
+    outcome(tmp_path / "p", "llama3", loader="mmap")
+    for file in (tmp_path / "p").glob("layer-*.safetensors"):
+        assert resident(np.memmap(file, mode="r")) == 1.0
 
 
 def test_the_loader_suits_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

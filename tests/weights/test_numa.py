@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 
 from mpillm import kernels
 from mpillm.weights.io.numa import count_nodes, spread
-from mpillm.weights.io.reading import Bytes, new_buffer
+from mpillm.weights.io.reading import new_buffer
+from tests.weights.residency import resident
 
 
 def test_count_nodes(tmp_path: Path) -> None:
@@ -24,15 +24,6 @@ def test_count_nodes(tmp_path: Path) -> None:
     assert count_nodes([1, 9], tmp_path) == 1
     assert count_nodes([3, 12], tmp_path) == 2
     assert count_nodes([99], tmp_path) == 1
-
-
-def resident(memory: Bytes) -> float:
-    """Return the share of the pages that the system has given."""
-    pages = -(-memory.nbytes // mmap.PAGESIZE)
-    there = (ctypes.c_ubyte * pages)()
-    address = memory.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(memory.nbytes), there)
-    return sum(page & 1 for page in there) / pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are there")

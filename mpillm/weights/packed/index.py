@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from mpillm.errors import ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.weights.formats.safetensors import SafetensorsTensor, read_metadata
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import USUAL
+from mpillm.weights.names import USUAL, Parsed
 from mpillm.weights.packed.layout import INDEX, VERSION
 from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
@@ -67,7 +68,7 @@ def read_packed_file(folder: Path, entry: tuple[str, int]) -> PackedFile:
 def tensor_of(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     """Return a piece's tensor, as large as the piece shows it; KeyError, TypeError or ValueError if it is none."""
     # Experts that are alike have one record, which names the first of them here.
-    parsed = USUAL.parse_hf(row["tensor"].replace(".experts.*.", ".experts.0."))
+    parsed = _parsed(row["tensor"].replace(".experts.*.", ".experts.0."))
     if parsed is None:
         raise ValueError(row["tensor"])
     type = BlockType[row["type"]]
@@ -76,6 +77,12 @@ def tensor_of(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
     return Key(parsed.roles[0], parsed.layer, parsed.expert), TensorInfo(
         shape, type, type.name, int(row["nbytes"])
     )
+
+
+@functools.lru_cache(1 << 14)
+def _parsed(name: str) -> Parsed | None:
+    """What a tensor is. Each panel of it asks, at a start twice."""
+    return USUAL.parse_hf(name)
 
 
 def experts_in(tensor: SafetensorsTensor) -> int:

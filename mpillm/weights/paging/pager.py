@@ -117,7 +117,10 @@ class Pager(Generic[T]):
         ]
 
     def close(self) -> None:
-        """Stop the threads (after the pages that they are loading) and release all buffers."""
+        """Stop the threads (after the pages that they are loading) and drop all pages.
+
+        They are not released: the system may keep what they were read from for the next run.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -125,7 +128,6 @@ class Pager(Generic[T]):
             thread.join()
         for page in tuple(self._slots):
             self._evict(page)
-            self._loader.release(self.pages[page])
         self._loader.close()
 
     def _start(self) -> None:
