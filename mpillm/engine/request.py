@@ -29,6 +29,10 @@ class Constraint(Protocol):
     def complete(self) -> bool:
         """Whether what has been generated obeys; at its end false only where that could not be found out."""
 
+    @property
+    def stuck(self) -> bool:
+        """Whether what has been generated does not obey, and nothing could be generated that would."""
+
     def push(self, token: int) -> None:
         """Take note of a generated token, which was allowed."""
 

@@ -138,7 +138,8 @@ class Sequence:
         request = self.request
         self.tokens.append(token)
         if token in request.stop_ids:
-            self.finish_reason, self.stop_id = "stop", token
+            stuck = self.constraint is not None and self.constraint.stuck
+            self.finish_reason, self.stop_id = "length" if stuck else "stop", token
             return
         if self.constraint is not None:
             self.constraint.push(token)

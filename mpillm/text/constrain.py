@@ -7,9 +7,7 @@ follows from the tokens it was given alone, so an answer that is resumed has the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -20,20 +18,18 @@ from numpy.typing import NDArray
 
 from mpillm.errors import RequestError
 from mpillm.text.interruptible import interruptible
+from mpillm.text.schema_checks import check_pattern, check_repeated, check_schema, repeated
 
 # Between the tokens of JSON: a space, or a line's end with an indentation. Without a bound models run away in it.
 WHITESPACE = r" |\n[ \t]{0,32}"
 MAX_WORDS = 300  # characters of a message of the library
 # The library takes time for the square of alternatives, memory for the square of a regular expression, and stack for
 # each rule or reference that leads to another one (3 and 9 KiB); where that ends, the process does. With these bounds
-# compiling takes at most about a second, what `planning.grammar_memory` says, and of STACK what it needs.
+# and those of `schema_checks`, compiling takes a second at most, what `planning.grammar_memory` says, and of STACK
+# what it needs.
 MAX_LENGTH = 1 << 20  # characters of a grammar as the library gets it
-MAX_VALUES = 100_000  # in a schema
 MAX_CHOICES = 20_000  # texts to choose from
 MAX_GRAMMAR = 1 << 16  # characters of a grammar in Lark's notation or GBNF
-MAX_PATTERN = 1 << 14  # characters of a regular expression, or of all in a schema
-MAX_REFERENCES = 8000  # "$ref" in a schema
-MAX_MULTIPLE = 30_000  # the least common multiple of all "multipleOf" in a schema, without factors of 2 and 5
 STACK = 96 << 20
 CACHED = 16  # compiled grammars that are kept for other requests
 # Keywords of a schema: those that name properties, whose values are schemas by names, and whose values are no schemas.
@@ -81,10 +77,10 @@ def json_grammar(
         schema = {}
     if not isinstance(schema, dict):
         raise RequestError("a schema must be an object, true or false")
-    _check_size(schema)
+    check_schema(schema)
     options: Any = {"lenient": lenient, "whitespace_flexible": whitespace}
     if whitespace:
-        _check_maximum("characters of the regular expression", len(pattern or ""), MAX_PATTERN)
+        check_pattern(pattern or "")
         options["whitespace_pattern"] = WHITESPACE if pattern is None else pattern
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=options)
@@ -94,7 +90,7 @@ def json_grammar(
 
 def regex_grammar(pattern: str) -> str:
     """What a regular expression of Rust's regex crate matches as a whole; RequestError if it is too long."""
-    _check_maximum("characters of the regular expression", len(pattern), MAX_PATTERN)
+    check_pattern(pattern)
     return LLMatcher.grammar_from_regex(pattern)
 
 
@@ -107,51 +103,13 @@ def choice_grammar(choices: Sequence[str]) -> str:
 def text_grammar(text: str) -> str:
     """A grammar as users write it: Lark's notation, or GBNF (with ::=); RequestError if it is too long."""
     _check_maximum("characters of the grammar", len(text), MAX_GRAMMAR)
+    check_repeated("the grammar", repeated(text))
     if "::=" in text:
         try:
             text = gbnf_to_lark(text)
         except Exception as error:  # the converter raises whatever its parser runs into
             raise RequestError(f"the grammar cannot be read: {_short(str(error))}") from None
     return LLMatcher.grammar_from_lark(text)
-
-
-def _check_size(schema: Any) -> None:
-    """RequestError if a schema has more references, or longer patterns or divisors, than the library can take."""
-    references = characters = values = 0
-    multiple = 1
-    left = [schema]
-    while left:
-        value = left.pop()
-        values += 1
-        if values > MAX_VALUES:
-            break
-        if isinstance(value, dict):
-            references += "$ref" in value
-            patterns = [value.get("pattern"), *(value.get("patternProperties") or ())]
-            characters += sum(len(pattern) for pattern in patterns if isinstance(pattern, str))
-            multiple = min(math.lcm(multiple, _remainders(value.get("multipleOf"))), MAX_MULTIPLE + 1)
-            left.extend(value.values())
-        elif isinstance(value, list):
-            left.extend(value)
-    _check_maximum("values in the schema", values, MAX_VALUES)
-    _check_maximum("references ($ref) in the schema", references, MAX_REFERENCES)
-    _check_maximum("characters of patterns in the schema", characters, MAX_PATTERN)
-    if multiple > MAX_MULTIPLE:
-        raise RequestError(
-            "multipleOf is too large: numbers of the schema have a least common multiple above "
-            f"{MAX_MULTIPLE}, without factors of 2 and 5"
-        )
-
-
-def _remainders(divisor: Any) -> int:
-    """How many remainders the library tells apart to see whether a decimal number is a multiple of `divisor`."""
-    if isinstance(divisor, bool) or not isinstance(divisor, (int, float)) or not math.isfinite(divisor):
-        return 1
-    number = abs(divisor if isinstance(divisor, int) else Fraction(repr(divisor)).numerator)
-    for factor in (2, 5):
-        while number and number % factor == 0:
-            number //= factor
-    return number or 1
 
 
 def _check_maximum(what: str, count: int, maximum: int) -> None:
@@ -168,12 +126,12 @@ class Grammars:
             self._tokenizer = LLTokenizer(tokenizer, n_vocab=vocab, eos_token=sorted(end_ids) or None)
         except Exception as error:  # whatever the library makes of it
             raise RequestError(f"llguidance cannot use the model's tokenizer: {_short(str(error))}") from None
-        self._words = -(-vocab // 32)
+        self._words, self._end_ids = -(-vocab // 32), end_ids
         self._compiled = lru_cache(maxsize=CACHED)(self._compile)
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher at the beginning of a text; RequestError if the grammar is wrong, or nothing can obey it."""
-        return Matcher(self._compiled(grammar).deep_copy(), self._words)
+        return Matcher(self._compiled(grammar).deep_copy(), self._words, self._end_ids)
 
     def check(self, grammar: str) -> None:
         """RequestError as `matcher` raises it."""
@@ -184,19 +142,21 @@ class Grammars:
         matcher = interruptible(lambda: LLMatcher(self._tokenizer, grammar, log_level=0), STACK)
         if matcher.is_error():
             raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")
+        if Matcher(matcher, self._words, self._end_ids).stuck:
+            raise RequestError("no answer can be held to it: nothing obeys it")
         return matcher
 
 
 class Matcher:
     """How far a text has come in a grammar; a `Constraint` of the engine."""
 
-    def __init__(self, matcher: LLMatcher, words: int) -> None:
-        self._matcher, self._words = matcher, words
+    def __init__(self, matcher: LLMatcher, words: int, end_ids: frozenset[int]) -> None:
+        self._matcher, self._words, self._end_ids = matcher, words, end_ids
         self._forced: list[int] = matcher.compute_ff_tokens()
 
     def copy(self) -> Matcher:
         """Another one that has come as far."""
-        return Matcher(self._matcher.deep_copy(), self._words)
+        return Matcher(self._matcher.deep_copy(), self._words, self._end_ids)
 
     @property
     def forced(self) -> list[int]:
@@ -212,6 +172,16 @@ class Matcher:
     def complete(self) -> bool:
         """Whether the text obeys the grammar as it is; at the end false only where the library gave up."""
         return not self._matcher.is_error()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the text does not obey the grammar as it is, and no token could follow."""
+        if self._matcher.is_accepting() or self._forced:
+            return False
+        mask = self.allowed().view(np.uint32)
+        for id in self._end_ids:  # which the library allows where nothing else may follow
+            mask[id // 32] &= ~np.uint32(1 << id % 32)
+        return not mask.any()
 
     def push(self, token: int) -> None:
         """Take note of the next token, which was allowed."""

@@ -8,6 +8,7 @@ import functools
 import json
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,9 @@ TOO_LARGE = [
     ({"guided_json": {"pattern": "(a|b)*" * 5000}}, "30000 characters of patterns in the schema, and 16384 are"),
     ({"guided_json": {"patternProperties": {"(a|b)*" * 5000: {}}}}, "30000 characters of patterns"),
     ({"guided_regex": "(a|b)*" * 5000}, "30000 characters of the regular expression, and 16384 are the maximum"),
+    ({"guided_regex": "(a{300}){300}"}, "the regular expression asks for more than 65536 copies of its parts"),
+    ({"guided_json": {"type": "string", "pattern": "^[a\\]{]?(?:b|\\{9){100000,}$"}}, "a pattern of the schema asks for more than 65536 copies"),
+    ({"guided_grammar": 'start: "a"{100000}'}, "the grammar asks for more than 65536 copies"),
     ({"guided_choice": [str(n) for n in range(20_001)]}, "20001 texts to choose from, and 20000 are the maximum"),
     ({"guided_grammar": rules(9000)}, "characters of the grammar, and 65536 are the maximum"),
     ({"guided_json": {"type": "integer", "multipleOf": 999_983}}, "multipleOf is too large"),
@@ -351,6 +355,45 @@ def test_grammars_are_bounded_before_they_are_compiled() -> None:
     grammars = TEXT.grammars(TEXT.vocab_size, frozenset({END}))
     with pytest.raises(RequestError, match="characters of the grammar, and 1048576 are the maximum"):
         grammars.check(choice_grammar([f"{'x' * 60} {number}" for number in range(20_000)]))
+
+
+# Schemas and grammars that nothing obeys, for what does would never end, or begin.
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "required": ["next"]}
+ENDLESS: list[dict[str, Any]] = [
+    {"guided_json": {"$ref": "#/$defs/node", "$defs": {"node": NODE}}},
+    {"guided_json": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}},
+    {"guided_json": {"allOf": [{"type": "object"}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}},
+    {"guided_grammar": "start: start"},
+    {"guided_grammar": "root ::= root"},
+    {"guided_regex": "[^\\x00-\\U0010ffff]"},
+]  # fmt: skip
+OPEN = {**NODE, "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+ENDING: list[dict[str, Any]] = [
+    {"guided_json": {"$ref": "#/$defs/node", "$defs": {"node": OPEN}}},
+    {"guided_json": {"type": "array", "items": {"$ref": "#"}}},
+    {"guided_json": {"$ref": "#/$defs/a", "$defs": {name: {"$ref": f"#/$defs/{after}"} for name, after in pairwise("abcdef")} | {"f": {}}}},
+    {"guided_grammar": "root ::= "},
+    {"guided_regex": ""},
+]  # fmt: skip
+
+
+def test_what_nothing_obeys_is_an_error_of_its_line(tmp_path: Path) -> None:
+    found = errors(tmp_path, *({"prompt": "a", **body} for body in [*ENDLESS, *ENDING]))
+    for error, body in zip(found, ENDLESS, strict=False):
+        assert re.search("nothing (that ends )?obeys", str(error)), body
+    assert found[len(ENDLESS) :] == [None] * len(ENDING)
+
+
+def test_an_answer_that_leads_nowhere_is_no_whole_one(tmp_path: Path) -> None:
+    """Where a grammar forbids any end, which is not seen before, the answer is not said to be complete."""
+    body = {
+        "prompt": "a",
+        "guided_grammar": 'start: "a" | "b" rest\nrest: rest',
+        "logit_bias": {"71": 50},
+    }
+    (work,) = works(tmp_path, {**body, "max_tokens": 9})
+    (completion,) = run_engine(CHAT, work.requests)
+    assert completion.finish_reason == "length"
 
 
 def test_the_public_schemas_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from mpillm.errors import RequestError
 from mpillm.text.chat_formats.base import decode_json
 from mpillm.text.chat_formats.lark import Lark
+from mpillm.text.schema_checks import check_pattern
 
 PYTHON = {"True": True, "False": False, "None": None}
 DEFINITIONS = ("$defs", "definitions")
@@ -104,6 +105,7 @@ def text(schema: Mapping[str, Any], end: str, strict: bool, lark: Lark) -> str:
     if low or high is not None:
         patterns.append(f"(?s:.{{{low or 0},{'' if high is None else high}}})")
     if isinstance(pattern := schema.get("pattern"), str):
+        check_pattern(pattern)
         patterns.append(_anywhere(pattern))
     if strict:
         check_keywords(schema, OF_STRINGS)
