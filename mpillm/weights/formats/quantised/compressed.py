@@ -139,7 +139,7 @@ class CompressedMethod(Method):
     def _bits(self, q: Raw, words: int, k: int) -> int:
         """How many bits k numbers have that are in so many words; of few numbers the configuration tells."""
         fitting = [bits for bits in range(2, 9) if -(-k * bits // 32) == words]
-        said = [bits for bits in fitting if bits in set(self._said("num_bits"))]
+        said = [bits for bits in fitting if bits in list(self._said("num_bits"))]
         if len(said or fitting) != 1:
             raise ModelError(
                 f"{self.path}: {q.name} has {words} words for {k} columns; 2 to 8 bits are supported."

@@ -117,7 +117,7 @@ class GptqMethod(Method):
         bits = self.config.get("bits", self.config.get("w_bit"))
         if bits not in self.bits:
             raise ModelError(
-                f"{self.path}: {self.config['quant_method']} with {str(bits)[:20]} bits is not supported; "
+                f"{self.path}: {self.config['quant_method']} with {bits!r:.20} bits is not supported; "
                 f"supported: {', '.join(map(str, self.bits))}."
             )
         symmetric, less_one = self.symmetric(), self.less_one()
