@@ -23,6 +23,7 @@ class Published:
     architecture: str
     config: Mapping[str, Any]
     fields: Mapping[str, Any]
+    unused: tuple[str, ...] = ()  # names of tensors that other files of the family have
 
     @property
     def layers(self) -> int:
@@ -49,7 +50,7 @@ class Published:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         """Name and shape of every tensor, and whether it is a matrix that is quantised, in the order of use."""
-        model, names = self.model(), _Names(self.architecture)
+        model, names = self.model(), _Names(self.architecture, self.unused)
         yield from names.placed([model.embed], 0)
         for layer in range(model.n_layers):
             yield from names.placed([spec for page in model.pages(layer) for spec in page.tensors], 0)
@@ -72,12 +73,13 @@ class Published:
 class _Names:
     """What tensors of an architecture are called in GGUF files."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, unused: tuple[str, ...]) -> None:
         own = gguf_family(kind, kind).names
         self._stacked: dict[Roles, str] = {roles: name for name, roles in own.gguf_stacked.items()}
         self._own: dict[Roles, str] = {}
         for name, roles in own.gguf.items():
-            self._own.setdefault(roles, name)
+            if name not in unused:
+                self._own.setdefault(roles, name)
 
     def placed(self, specs: list[TensorSpec], experts: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         """Tensors of a layer, or of each of so many experts, of which a file holds all in one."""
@@ -206,11 +208,13 @@ PUBLISHED: dict[str, Published] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25},
         },
         {
-            "rope.freq_base": 10000000.0, "rope.dimension_count": 64, "full_attention_interval": 4,
+            "rope.freq_base": 10000000.0, "rope.dimension_count": 64, "rope.dimension_sections": [11, 11, 10, 0],
+            "full_attention_interval": 4,
             "ssm.conv_kernel": _TAPS, "ssm.state_size": 128, "ssm.group_count": 16, "ssm.time_step_rank": 32,
             "ssm.inner_size": 4096, "expert_count": 256, "expert_used_count": 8, "expert_feed_forward_length": 512,
             "expert_shared_feed_forward_length": 512,
         },
+        unused=("blk.{l}.ssm_ba.weight",),  # Qwen3-Next's
     ),
     "gemma-3-27b": Published(
         "gemma3",

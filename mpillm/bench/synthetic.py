@@ -126,6 +126,7 @@ def _write_header(
 def _add_published(writer: gguf.GGUFWriter, shape: Published) -> None:
     add: Mapping[type, Callable[[str, Any], None]] = {
         str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool,
+        list: writer.add_array,
     }  # fmt: skip
     for name, value in shape.metadata():
         add[type(value)](f"{shape.architecture}.{name}", value)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import closing
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -78,6 +80,10 @@ def test_a_shape_is_what_its_configuration_says(sparse: Path, name: str) -> None
     wanted = published.model()
     count = sum(math.prod(shape) for _, shape, _ in published.tensors())
     assert count == pytest.approx(PARAMETERS[name], rel=0.01)
+    arch = next(arch for arch, own in gguf.MODEL_ARCH_NAMES.items() if own == published.architecture)
+    names = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
+    stems = (tensor.removesuffix(".weight").removesuffix(".bias") for tensor, *_ in published.tensors())
+    assert {re.sub(r"^blk\.\d+", "blk.{bid}", stem) for stem in stems} <= names  # llama.cpp's
     path = synthetic.create(name, "q4_k_m" if "oss" not in name else "mxfp4")
     with closing(open_source(path)) as source:
         found = config_of(source)
