@@ -127,9 +127,8 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long r
                int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride) {
     mk_product job = product_of(work, type, at, n, row_bytes, bounds, panels, x, x_stride, m, out, out_stride,
                                 panel_stride);
-    const long tile = panel_bytes(type, MK_TILE, bounds[panels]), first = panel_bytes(type, MK_TILE, bounds[1]);
-    const int at_once = m == 1 && first >= MK_LONG_TILE ? MK_MANY_TILES : 1;
-    mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), at_once, 0)->matmul = job;
+    const long tile = panel_bytes(type, MK_TILE, bounds[panels]);
+    mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), 1, 0)->matmul = job;
     work->last->minimum = MINIMUM / (tile * (m < job.chunk ? m : job.chunk) + 1);
 }
 

@@ -1,22 +1,19 @@
 /* Products with quantised weights: lanes are 16 rows of W, and each output is one chain of fma over a panel's blocks.
  *
- * A tile function does R tiles of W (64-byte lanes x R) for T rows of x over one panel; R, T and the type are constants
- * in it, so its sums stay in registers.  How the work is cut never changes an output's chain.  Float weights have
+ * A tile function does a tile of W (64-byte lanes) for T rows of x over one panel; T and the type are constants in it, so
+ * its sums stay in registers.  How the work is cut never changes an output's chain.  Float weights have
  * their own tiles (body_float.h) and share the rest. */
 
-/* w: R tiles, w_stride bytes apart; x: T rows, whose groups are x_stride bytes apart; sums [R][T]. */
-typedef void (*tile_function)(const uint8_t *w, long w_stride, const uint8_t *x, long x_stride, long count, vf *sums);
+/* w: `count` blocks of a tile; x: T rows of a group; sums [T]. */
+typedef void (*tile_function)(const uint8_t *w, const uint8_t *x, long count, vf *sums);
 
-enum { MANY_TILES = MK_MANY_TILES, MAX_SUMS = VEC_ROWS > MK_MANY_TILES ? VEC_ROWS : MK_MANY_TILES };
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
-/* With few rows, memory is the limit.  Several tiles at once prefetch a little of each: more would take the core's
- * line-fill buffers from lines that are needed sooner.  A single tile is one stream, which goes on in the next tile: it
- * prefetches far ahead into the second-level cache, which takes more lines at a time. */
-enum { NEAR = 1024, FAR = 8192 };
+/* With few rows, memory is the limit: tiles are one stream, of which so many bytes ahead are fetched into the first cache.
+ * Into the second one it took a seventh longer, and with streams of several tiles at once up to half as long again. */
+enum { AHEAD = 6144 };
 
-MK_INLINE void fetch_ahead(const int R, const uint8_t *w) {
-    if (R == 1) __builtin_prefetch(w + FAR, 0, 2);
-    else __builtin_prefetch(w + NEAR);
+MK_INLINE void fetch_ahead(const uint8_t *w, long bytes) {
+    for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + AHEAD + line);
 }
 
 /* Row t of T in a block of groups, and how many rows a group has. */
@@ -63,14 +60,11 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
 }
 
 static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
-    const int type = job->type, many = AT_ONCE(rows);
+    const int type = job->type;
     const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
-    const long stride = count * mk_packed_bytes(type) * MK_TILE, x_stride = MK_GROUP * job->x_stride;
+    const long stride = count * mk_packed_bytes(type) * MK_TILE;
     const uint8_t *w = job->at[p] + tile * stride;
-    int done = 0;
-    for (; stride >= MK_LONG_TILE && done + many <= tiles; done += many)
-        MANY_AT_ONCE[type][rows - 1](w + done * stride, stride, x, x_stride, count, sums + done * rows);
-    for (; done < tiles; done++) ONE_TILE[type][rows - 1](w + done * stride, stride, x, x_stride, count, sums + done * rows);
+    for (; tiles--; w += stride, sums += rows) TILE_FUNCTIONS[type][rows - 1](w, x, count, sums);
 }
 
 #include "body_unpacked.h"

@@ -81,32 +81,26 @@ MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q)
     return dot_of_groups(value_bits(type), 8, start, groups, q);
 }
 
-HOT void quantised_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride,
-                              const uint8_t *x, long x_stride, long count, vf *sums) {
+HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int scales = mk_scale_bytes(type) * MK_TILE;
     const long bytes = (long)mk_block_bytes(type) * MK_TILE;
-    vf acc[MAX_SUMS];
+    vf acc[MK_GROUP];
     UNROLL
-    for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
-    for (long b = 0; b < count; b++, w += bytes, x += GROUP(T) * MK_ACTIVATION) {
+    for (int t = 0; t < T; t++) acc[t] = vf_set1(0.0f);
+    for (long b = 0; b < count; b++, w += bytes, x += T * MK_ACTIVATION) {
+        const mk_activation *a = (const void *)x;
+        fetch_ahead(w, bytes);
+        vb groups[8];
+        load_groups(type, w + scales, groups);
+        vf d = type == MK_MXFP4 ? vf_load_e8m0(w) : vf_load_f16((const void *)w), m = d;
+        if (mk_f16s(type) == 2) m = vf_load_f16((const void *)(w + 32));
         UNROLL
-        for (int r = 0; r < R; r++) {
-            const uint8_t *tile = w + r * w_stride;
-            for (int line = 0; line < bytes; line += 64) fetch_ahead(R, tile + line);
-            vb groups[8];
-            load_groups(type, tile + scales, groups);
-            vf d = type == MK_MXFP4 ? vf_load_e8m0(tile) : vf_load_f16((const void *)tile), m = d;
-            if (mk_f16s(type) == 2) m = vf_load_f16((const void *)(tile + 32));
-            UNROLL
-            for (int t = 0; t < T; t++) {
-                const mk_activation *a = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
-                vi dot = dot_of(type, vi_set1(start_of(type, a)), groups, a->q);
-                vf *to = &acc[r * T + t];
-                *to = vf_fma(vf_from(dot), vf_mul(d, vf_set1(a->scale)), *to);
-                if (mk_f16s(type) == 2) *to = vf_fma(m, vf_set1(a->total), *to);
-            }
+        for (int t = 0; t < T; t++) {
+            vi dot = dot_of(type, vi_set1(start_of(type, a + t)), groups, a[t].q);
+            acc[t] = vf_fma(vf_from(dot), vf_mul(d, vf_set1(a[t].scale)), acc[t]);
+            if (mk_f16s(type) == 2) acc[t] = vf_fma(m, vf_set1(a[t].total), acc[t]);
         }
     }
     UNROLL
-    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+    for (int t = 0; t < T; t++) sums[t] = acc[t];
 }

@@ -64,48 +64,41 @@ MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, co
 /* K-quants, 32 columns at a time.  A scale of 4, 6 or 8 bits times an f16 is exact, and so is the sum of both halves
  * times their scales: these are integers below 2^24.  Roundings are those of the other types: one fma for the columns,
  * and one for their minima. */
-HOT void super_tile(const int type, const int R, const int T, const uint8_t *w, long w_stride, const uint8_t *x,
-                          long x_stride, long count, vf *sums) {
+HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
-    vf acc[MAX_SUMS];
-    super_scales all[MANY_TILES];
+    vf acc[MK_GROUP];
     UNROLL
-    for (int i = 0; i < R * T; i++) acc[i] = vf_set1(0.0f);
+    for (int t = 0; t < T; t++) acc[t] = vf_set1(0.0f);
     for (long block = 0; block < count; block++, w += mk_packed_bytes(type) * MK_TILE) {
-        UNROLL
-        for (int r = 0; r < R; r++) all[r] = load_super_scales(type, w + r * w_stride);
-        const uint8_t *scales = w + mk_scales_at(type), *values = w + mk_values_at(type);
-        for (int s = 0; s < MK_PARTS; s++, x += GROUP(T) * MK_ACTIVATION, scales += step, values += bytes) {
+        const super_scales all = load_super_scales(type, w);
+        const uint8_t *small = w + mk_scales_at(type), *part = w + mk_values_at(type);
+        for (int s = 0; s < MK_PARTS; s++, x += T * MK_ACTIVATION, small += step, part += bytes) {
+            const mk_activation *a = (const void *)x;
+            fetch_ahead(small, step);
+            fetch_ahead(part, bytes);
+            vb groups[8];
+            load_groups(type, part, groups);
+            const part_scales of = load_scales(type, small, part, all.d, all.m);
             UNROLL
-            for (int r = 0; r < R; r++) {
-                const uint8_t *small = scales + r * w_stride, *part = values + r * w_stride;
-                fetch_ahead(R, small);
-                for (int line = 0; line < bytes; line += 64) fetch_ahead(R, part + line);
-                vb groups[8];
-                load_groups(type, part, groups);
-                const part_scales of = load_scales(type, small, part, all[r].d, all[r].m);
-                UNROLL
-                for (int t = 0; t < T; t++) {
-                    const mk_activation *act = (const void *)ROW(T, t, x, x_stride, MK_ACTIVATION);
-                    const vf scale = vf_set1(act->scale);
-                    vf *to = &acc[r * T + t];
-                    if (mk_halved(type)) {
-                        vi first = dot_of_half(type, act, 0, groups), second = dot_of_half(type, act, 1, groups);
-                        vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
-                        *to = vf_fma(dot, vf_mul(all[r].d, scale), *to);
-                        if (type != MK_Q2_K) continue;
-                        vf minimum = vf_mul(of.minimum[0], vf_set1((float)act->offset32[0]));
-                        minimum = vf_fma(of.minimum[1], vf_set1((float)act->offset32[1]), minimum);
-                        *to = vf_fma(minimum, vf_mul(all[r].m, scale), *to);
-                    } else {
-                        vi dot = dot_of(type, vi_set1(start_of(type, act)), groups, act->q);
-                        *to = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), *to);
-                        if (mk_f16s(type) == 2) *to = vf_fma(of.minimum[0], vf_set1(act->total), *to);
-                    }
+            for (int t = 0; t < T; t++) {
+                const mk_activation *row = a + t;
+                const vf scale = vf_set1(row->scale);
+                if (mk_halved(type)) {
+                    vi first = dot_of_half(type, row, 0, groups), second = dot_of_half(type, row, 1, groups);
+                    vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
+                    acc[t] = vf_fma(dot, vf_mul(all.d, scale), acc[t]);
+                    if (type != MK_Q2_K) continue;
+                    vf minimum = vf_mul(of.minimum[0], vf_set1((float)row->offset32[0]));
+                    minimum = vf_fma(of.minimum[1], vf_set1((float)row->offset32[1]), minimum);
+                    acc[t] = vf_fma(minimum, vf_mul(all.m, scale), acc[t]);
+                } else {
+                    vi dot = dot_of(type, vi_set1(start_of(type, row)), groups, row->q);
+                    acc[t] = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), acc[t]);
+                    if (mk_f16s(type) == 2) acc[t] = vf_fma(of.minimum[0], vf_set1(row->total), acc[t]);
                 }
             }
         }
     }
     UNROLL
-    for (int i = 0; i < R * T; i++) sums[i] = acc[i];
+    for (int t = 0; t < T; t++) sums[t] = acc[t];
 }

@@ -3,7 +3,8 @@
  * exact and each output's chain of fma is that of body_plain.h or body_super.h, so the bits are theirs. */
 
 enum { UNPACKED_ROWS = 32, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
-enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
+enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_SUMS = UNPACKED_TILES * MK_GROUP };
+enum { UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
 
 /* 32 columns of 16 rows of W. */
 typedef struct {
@@ -82,13 +83,13 @@ MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activa
 HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
                        const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
     const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1;
-    vf acc[MAX_SUMS];
+    vf acc[UNPACKED_SUMS];
     UNROLL
     for (int i = 0; i < R * T; i++) acc[i] = sums[i / T * rows + i % T];
     for (; count--; w++, x += MK_GROUP * MK_ACTIVATION) {
         const mk_activation *a = (const void *)x;
-        vi dots[2][MAX_SUMS];
-        vp parts[MAX_SUMS];
+        vi dots[2][UNPACKED_SUMS];
+        vp parts[UNPACKED_SUMS];
         for (const uint8_t *end = ahead + fetched; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
         UNROLL
         for (int h = 0; h < halves; h++) {

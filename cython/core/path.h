@@ -173,9 +173,7 @@ typedef struct {
  * MK_QUERY_TILE is a multiple of every path's tiles. */
 enum { MK_ATTENTION_SUMS = 16384, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12, MK_WIDE_HEAD = 256 };
 
-/* Tiles of W at once for one row of floats; a multiple of every path's rows of x in a tile. */
-enum { MK_MANY_TILES = 4, MK_ROWS = 16 };
-enum { MK_LONG_TILE = 8192 /* bytes of a panel; shorter tiles come one by one, for each stream begins slowly */ };
+enum { MK_ROWS = 16 /* a multiple of every path's rows of x in a tile */ };
 
 enum { MK_IN_TILES = 9 };
 
