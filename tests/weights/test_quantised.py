@@ -104,7 +104,10 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "int4": (CT, partial(quantised.packed, group=32), BlockType.Q4_0, EXACT),
     "int4 16": (CT, partial(quantised.packed, group=16), BlockType.F16, HALF),
     "int4 asymmetric 32": (CT, partial(quantised.packed, group=32, zero=True), BlockType.Q4_1, INTEGER),
-    "int4 rows": (CT, partial(quantised.packed, group=-1), BlockType.Q4_0, EXACT),
+    "int4 rows": (
+        CT | {"config_groups": {"odd": {"weights": {"num_bits": [4]}}}},
+        partial(quantised.packed, group=-1), BlockType.Q4_0, EXACT,
+    ),
     "int4 asymmetric": (CT, partial(quantised.packed, group=64, zero=True), BlockType.Q4_1, INTEGER),
     "int4 act-order": (CT, partial(quantised.packed, group=32, act=True), BlockType.F16, HALF),
     "int8 in words": (CT, partial(quantised.packed, group=64, bits=8), BlockType.Q8_0, EXACT),
@@ -290,6 +293,7 @@ def test_every_method_has_a_case() -> None:
             "has quant_method 'hqq', which is not supported; supported are auto-round, awq, bitsandbytes",
         ),
         ({"bits": 4}, "names no quant_method"),
+        ({"quant_method": "gptq", "bits": "4"}, "gptq with '4' bits is not supported; supported: 2, 3, 4, 8"),
         ({"quant_method": "gptq", "bits": 5}, "gptq with 5 bits is not supported; supported: 2, 3, 4, 8"),
         (
             {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_p"},
