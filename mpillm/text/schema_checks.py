@@ -113,14 +113,12 @@ class _Ends:
 
     def check(self) -> None:
         """RequestError if no value that ends obeys the schema."""
-        names = set(_references(self._schema))
-        found = True
-        while found:
-            found = False
-            for name in names - self._ending:
-                if self._ends(self._target(name), 0):
-                    self._ending.add(name)
-                    found = True
+        left = list(dict.fromkeys(_references(self._schema)))
+        before = -1
+        while before != len(self._ending):
+            before = len(self._ending)
+            self._ending.update(name for name in left if self._ends(self._target(name), 0))
+            left = [name for name in reversed(left) if name not in self._ending]
         if not self._ends(self._schema, 0):
             raise RequestError("nothing that ends obeys the schema: a value of it must contain another one")
 
