@@ -56,6 +56,7 @@ class EmbeddingSettings:
     unsupported: str = ""  # what the model wants and does not get, if anything
     # Token ids: that a document is not relevant (if any), and that it is.
     answers: tuple[int | None, int] | None = None
+    pools_prompts: bool = True  # whether a prompt's tokens are pooled like those of the text behind it
 
     @property
     def width(self) -> int | None:
@@ -86,11 +87,12 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
     )
     pooling, normalize, unsupported = "mean", False, ""
     layers: list[Dense] = []
-    answers = None
+    answers, pools_prompts = None, True
     for module in modules:
         kind, path = str(module.get("type", "")).rpartition(".")[2], folder / str(module.get("path", ""))
         if kind == "Pooling":
-            pooling = _pooling(_read(path / "config.json"))
+            config = _read(path / "config.json")
+            pooling, pools_prompts = _pooling(config), config.get("include_prompt") is not False
         elif kind == "Normalize":
             normalize = True
         elif kind == "Dense" and not normalize:
@@ -112,6 +114,7 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
         _max_tokens(lengths, folder),
         unsupported,
         answers,
+        pools_prompts,
     )
 
 

@@ -121,6 +121,18 @@ def test_what_is_not_supported_is_an_error_of_the_line(tmp_path: Path) -> None:
     refused, answered = embed(model, tmp_path / "run", {"input": IDS}, {"input": IDS, "pooling": "last"})
     assert "the model's embeddings need pooling 'max_tokens', which is not supported" in refused
     assert len(answered) > 1
+    prompts = {"prompts": {"query": "find ", "none": ""}}
+    model = modules(
+        tmp_path / "left_out", {"pooling_mode_mean_tokens": True, "include_prompt": False}, prompts=prompts
+    )
+    bodies: list[dict[str, Any]] = [
+        {"input": "a", "prompt_name": "query"},
+        {"input": "a", "prompt_name": "none"},
+    ]
+    bodies += [{"input": "a"}, {**bodies[0], "pooling": "last"}]
+    refused, *answered = embed(model, tmp_path / "left_out_run", *bodies)
+    assert "leave prompts out of pooling (include_prompt), which is not supported" in refused
+    assert all(len(vector) > 1 and not isinstance(vector, str) for vector in answered)
     (tmp_path / "model/modules.json").write_text("{")
     source = open_source(tmp_path / "model")
     with pytest.raises(ModelError, match=r"modules.json cannot be read"):

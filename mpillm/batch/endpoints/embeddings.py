@@ -66,6 +66,11 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
             raise RequestError(f"dimensions {dimensions} is more than the model's {width}")
         cut = cut_of(self.truncate_prompt_tokens, 0, self.truncation_side or "right", spec, model)
         texts = self._texts(spec, settings)
+        if texts != self.input and pooling != "last" and not settings.pools_prompts:
+            raise RequestError(
+                "the model's files leave prompts out of pooling (include_prompt), which is not supported; "
+                "texts without a prompt are embedded, and prompt_name may name an empty one"
+            )
         prompts = read_prompts("input", texts, self.add_special_tokens, 1, spec, model, cut)
         each = width * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)
         check_answer(len(prompts) * each)
