@@ -77,7 +77,17 @@ def source(to: Path) -> None:
 
 def _compiled(path: Path, to: Path) -> Path:
     if path.suffix == ".pyx":
-        _run(sys.executable, "-m", "cython", "-3", path, "-o", to / f"{path.stem}.c", cwd=ROOT)
+        _run(
+            sys.executable,
+            "-m",
+            "cython",
+            "-3",
+            f"--module-name=mpillm.kernels.{to.name}",
+            path,
+            "-o",
+            to / f"{path.stem}.c",
+            cwd=ROOT,
+        )
         path = to / f"{path.stem}.c"
     include = ["-I", sysconfig.get_path("include"), "-I", ROOT / "cython", "-I", ROOT / "cython/core"]
     _run(COMPILER, *FLAGS.split(), *include, "-c", path, "-o", to / f"{path.stem}.o")
@@ -97,6 +107,8 @@ def python(to: Path) -> None:
     words = " ".join(f"-E {name}={value}" for name, value in settings.items())
     to.write_text(f'#!/bin/sh\nexec {EMULATOR} -L {tree} {words} {tree}/usr/bin/python{version} "$@"\n')
     to.chmod(0o755)
+    # What Python starts a Python with: the machine's own cannot run without the emulator.
+    (folder / "source" / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(to)!r}\n")
 
 
 PARTS: tuple[Callable[[Path], None], ...] = (debian, packages, mpich, source, python)
