@@ -19,6 +19,7 @@ from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED, Speed
 from mpillm.planning.step_time import (
     INSIDE,
+    LOAD,
     LinkRate,
     Stage,
     StepRows,
@@ -61,7 +62,7 @@ def demand_of(asked: InputNeeds) -> Demand | None:
     """The demand of an input; None if there is none."""
     if not asked.sequences or not asked.prompt_tokens + asked.generated_tokens:
         return None
-    return Demand(asked.sequences, float(asked.prompt_tokens), float(asked.generated_tokens))
+    return Demand(asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.scored_tokens)
 
 
 def estimate(
@@ -117,14 +118,20 @@ class _Kind:
         self.stages, self.numbers = stages, list[int]()
         self._replica, self._plan, self._demand = replica, plan, demand
         self._known: dict[int, JobTime] = {}
+        ranks = zip(plan.ranks, [speed for stage in stages for speed in stage.speeds], strict=True)
+        self._loading = max(
+            rank.weights_share / speed.disk + LOAD * rank.weights_share / work.page / speed.core
+            for (rank, speed), work in zip(ranks, plan.works, strict=True)
+        )
 
     def time(self, requests: int) -> JobTime:
         """The time of one of them for so many of the requests."""
         if requests not in self._known:
             part = requests / self._demand.requests
-            own = Demand(requests, part * self._demand.prompt, part * self._demand.generated)
+            of = self._demand
+            own = Demand(requests, part * of.prompt, part * of.generated, part * of.scored)
             at_once = _at_once(self._plan, self._replica, own)
-            self._known[requests] = job_time(self.stages, own, self._plan.step.tokens, at_once)
+            self._known[requests] = job_time(self.stages, own, self._plan.step.tokens, at_once, self._loading)
         return self._known[requests]
 
     def seconds(self, requests: int) -> float:

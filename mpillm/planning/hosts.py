@@ -6,9 +6,13 @@ count = 4            # so many that are alike
 ranks = 1            # on each
 memory = "7GiB"      # that is free on each
 # How fast each is, all of its ranks together. What is not said is assumed.
-products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4 and 16 rows of activations
+products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4, 16 and 64 rows of activations
+attention = [8.0, 12.0]  # of attention, with a row of each sequence, and with a prompt's rows
+values_gs = 0.8      # 10^9 values/s that norms, activation functions and quantisation go through
 memory_gbs = 8.0     # 10^9 bytes/s that are read from memory
 disk_gbs = 0.4       # and from the model's file
+disk_pages_gbs = 0.2 # the same in small requests, as for pages of weights
+core = 0.3           # how fast one core runs plain code; one of Zen 5 has 1
 latency_us = 120.0   # microseconds of a message to another host, one way
 mbit = 940.0         # 10^6 bits/s to and from other hosts
 """
@@ -45,13 +49,17 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     ranks: HostCount = 1
     products: (
         Annotated[
-            dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS), max_length=len(ROWS))]],
+            dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS) - 1, max_length=len(ROWS))]],
             Meta(min_length=1),
         ]
         | None
     ) = None
+    attention: Annotated[list[Rate], Meta(min_length=2, max_length=2)] | None = None
+    values_gs: Rate | None = None
     memory_gbs: Rate | None = None
     disk_gbs: Rate | None = None
+    disk_pages_gbs: Rate | None = None
+    core: Rate | None = None
     latency_us: Rate | None = None
     mbit: Rate | None = None
 
@@ -67,8 +75,13 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         products = ASSUMED.products
         if self.products is not None:
             products = {kind: tuple(rate * 1e9 for rate in rates) for kind, rates in self.products.items()}
+        one, many = (rate * 1e9 for rate in self.attention) if self.attention else ASSUMED.attention
         return Speed(
             products,
+            attention=(one, many),
+            values=self.values_gs * 1e9 if self.values_gs else ASSUMED.values,
+            core=self.core or ASSUMED.core,
+            pages=self.disk_pages_gbs * 1e9 if self.disk_pages_gbs else 0.0,
             memory=self.memory_gbs * 1e9 if self.memory_gbs else ASSUMED.memory,
             disk=self.disk_gbs * 1e9 if self.disk_gbs else ASSUMED.disk,
             latency=self.latency_us * 1e-6 if self.latency_us else ASSUMED.latency,

@@ -90,6 +90,7 @@ class InputNeeds:
     sequences: int = 0
     prompt_tokens: int = 0  # an estimate, of all sequences
     generated_tokens: int = 0  # at most, of all sequences
+    scored_tokens: int = 0  # of the prompts': those of which logits are asked for
     # Maximum of KV cache blocks that all sequences fill, in one group, without each one's last; None if unknown.
     blocks: int | None = 0
     shortest: int = 1  # tokens of a prompt at least
@@ -138,7 +139,7 @@ def input_needs(
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = (
         longest
-    ) = 0
+    ) = scored = 0
     blocks: int | None = 0
     shortest = context
     decoder = msgspec.json.Decoder(_LineSize)
@@ -174,12 +175,13 @@ def input_needs(
                 new, longest = count * each, max(longest, each)
                 shortest = min(shortest, _shortest(body, count, tokens))
                 prompt_tokens, generated = prompt_tokens + likely, generated + new
+                scored += likely * _scores(body)
                 filled = None if maximum is None else _blocks(maximum + max(new - count, 0), count, context)
                 blocks = None if blocks is None or filled is None else blocks + filled
     except OSError:
         return InputNeeds()
     return InputNeeds(
-        lines, total, prompt_tokens, generated, blocks, max(shortest, 1), longest, names,
+        lines, total, prompt_tokens, generated, scored, blocks, max(shortest, 1), longest, names,
         checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
         grammars.needs(),
@@ -241,6 +243,12 @@ def _new_tokens(body: _Body, spec: Spec) -> int:
     """That are generated for a sequence, at most."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
+
+
+def _scores(body: _Body) -> bool:
+    """Whether log-probabilities of the prompt are asked for."""
+    echoed = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
+    return echoed or body.prompt_logprobs is not None
 
 
 def checking_bytes(raw: bytes, context: int) -> int:

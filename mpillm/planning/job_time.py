@@ -10,7 +10,8 @@ import numpy as np
 
 from mpillm.planning.step_time import Round, Stage, StepRows, round_of
 
-REQUEST = 1e-3  # seconds of rank 0 for a line and its answer (118 s for 10^5 of one token, measured on Zen 3)
+# Seconds of rank 0, as the constants of `step_time`: for a line and its answer, and for a token of a prompt.
+REQUEST, PROMPT_TOKEN = 150e-6, 2e-6
 PRECISION = 0.005  # of the time in which replicas share a job
 
 
@@ -21,6 +22,7 @@ class Demand:
     requests: int
     prompt: float  # tokens, all together
     generated: float  # at most
+    scored: float = 0.0  # of the prompt's: those of which logits are asked for
 
     @property
     def context(self) -> float:
@@ -34,7 +36,8 @@ class JobTime:
 
     prefill: float
     decode: float
-    requests: int
+    lines: float  # what rank 0 does for each of them
+    loading: float  # the weights, before the first step
     prompt_tokens: float
     sequences: float  # that run at once
     prompt_round: Round
@@ -43,7 +46,7 @@ class JobTime:
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.prefill + self.decode + REQUEST * self.requests
+        return self.prefill + self.decode + self.lines + self.loading
 
     @property
     def prefill_rate(self) -> float:
@@ -56,19 +59,26 @@ class JobTime:
         return self.sequences / self.decode_round.seconds
 
 
-def job_time(stages: Sequence[Stage], demand: Demand, step_tokens: int, sequences: float) -> JobTime:
-    """A replica's time for a demand; a step has up to `step_tokens` rows, and `sequences` sequences run at once."""
+def job_time(
+    stages: Sequence[Stage], demand: Demand, step_tokens: int, sequences: float, loading: float = 0.0
+) -> JobTime:
+    """A replica's time for a demand; a step has up to `step_tokens` rows, and `sequences` sequences run at once.
+
+    `loading`: seconds before the first step.
+    """
     count = max(min(sequences, demand.requests), 1.0)
     rows = max(min(step_tokens, demand.prompt), 1.0)
     length = demand.prompt / max(demand.requests, 1)
-    prompt_round = round_of(stages, StepRows(rows, rows / max(length, 1.0), length / 2))
+    scored = rows * demand.scored / max(demand.prompt, 1.0)
+    prompt_round = round_of(stages, StepRows(rows, rows / max(length, 1.0), length / 2, scored))
     decode_round = round_of(stages, StepRows(count, count, demand.context))
     # Where one sequence ends the next begins.
     rounds = max(demand.requests / count, 1.0) * demand.generated / max(demand.requests, 1)
     return JobTime(
         prefill=demand.prompt / rows * prompt_round.seconds,
         decode=rounds * decode_round.seconds,
-        requests=demand.requests,
+        lines=(REQUEST * demand.requests + PROMPT_TOKEN * demand.prompt) / stages[0].speeds[0].core,
+        loading=loading,
         prompt_tokens=demand.prompt,
         sequences=count,
         prompt_round=prompt_round,

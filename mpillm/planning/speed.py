@@ -9,7 +9,8 @@ from functools import cache
 
 from mpillm.kernels import BlockType
 
-ROWS = (1, 4, 16)  # of activations, with which products are measured
+ROWS = (1, 4, 16, 64)  # of activations, with which products are measured; the last may be missing
+SMALL, LARGE = 512 * 1024, 4 * 2**20  # bytes of requests with which disks are measured
 KINDS = ("q4_0", "q4_k", "q8_0", "bf16", "f32")  # that stand for all block types
 
 Products = Mapping[str, Sequence[float]]  # by kind: operations/s with each of ROWS
@@ -22,19 +23,34 @@ class Speed:
     products: Products
     memory: float  # bytes/s that it reads
     disk: float  # bytes/s of the model's files
+    pages: float = 0.0  # the same where small pages of weights are read one by one; 0: as fast
+    attention: tuple[float, float] = (
+        15e9,
+        30e9,
+    )  # operations/s: one row of each sequence, and a prompt's rows
+    values: float = 1e9  # values/s that norms, activation functions and quantisation go through
+    core: float = 0.5  # how fast one core runs what is no kernel; 1 is that on which `step_time` was measured
     latency: float = 0.0  # seconds of a message one way
     wire: float = 0.0  # bytes/s
 
     def shared_by(self, ranks: float) -> Speed:
         """The speed of each of so many ranks that share this one; each has the whole link to other hosts."""
         products = {kind: tuple(rate / ranks for rate in rates) for kind, rates in self.products.items()}
-        return replace(self, products=products, memory=self.memory / ranks, disk=self.disk / ranks)
+        return replace(
+            self,
+            products=products,
+            memory=self.memory / ranks,
+            disk=self.disk / ranks,
+            pages=self.pages / ranks,
+            attention=(self.attention[0] / ranks, self.attention[1] / ranks),
+            values=self.values / ranks,
+        )
 
     def operations(self, kind: BlockType, rows: float) -> float:
         """Operations/s of products of a matrix of this type with so many rows, between those measured."""
         rates = self.products[stand_in(kind, tuple(self.products))]
-        rows = min(max(rows, ROWS[0]), ROWS[-1])
-        at = next(index for index in range(1, len(ROWS)) if rows <= ROWS[index])
+        rows = min(max(rows, ROWS[0]), ROWS[len(rates) - 1])
+        at = next(index for index in range(1, len(rates)) if rows <= ROWS[index])
         part = math.log(rows / ROWS[at - 1]) / math.log(ROWS[at] / ROWS[at - 1])
         return float(rates[at - 1] ** (1 - part) * rates[at] ** part)
 

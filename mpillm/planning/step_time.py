@@ -1,7 +1,8 @@
 """A model of the time of a step: pure functions of what ranks hold and of how fast they are.
 
-A stage computes its products at the rate of their block type and number of rows, reads the keys and values of its
-sequences from memory, and meanwhile reads streamed weights from its disk. Its shards then sum their rows, twice a
+A stage computes its products at the rate of their block type and number of rows, takes what products read and write
+through norms, activation functions and quantisation, attends to the keys and values of its sequences, and meanwhile
+reads streamed weights from its disk. Its shards then sum their rows, twice a
 layer. Stages work on micro-batches in turn: with as many of them as stages all are busy, and with fewer of them each
 stage waits for the others.
 """
@@ -13,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mpillm.comm.parts import adders
-from mpillm.kernels import BlockType
-from mpillm.planning.speed import Speed
+from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.planning.speed import LARGE, SMALL, Speed
 
-# Measured on two cores of x86-64 with AVX2: what a step takes besides products and attention.
-STEP = 1e-3  # seconds: the scheduler, sampling, messages of the engine
-LAYER = 50e-6  # seconds of a layer: norms, activations, the start of each kernel
+# Seconds of what is no kernel, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1): between kernels that
+# have taken all of its caches, Python needs twice what it needs alone.
+STEP = 400e-6  # of a step: the scheduler, messages of the engine
+DRAWN = 60e-6  # of a token that is drawn: its candidates, its text, what stops it
+LAYER = 40e-6  # of a layer: threads meet after each kernel, and have not all the same to do
+APART = 120e-6  # of a layer whose kernels are called one by one, more than that
+LOAD = 150e-6  # of a page of streamed weights, which the cores that compute make ready
 
 WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
 
@@ -44,10 +49,16 @@ class RankWork:
     streamed: int  # bytes of weights that a step reads from disk, of every expert if its rows need all
     streamed_experts: int  # of them: those of experts
     attention: Sequence[AttentionWork]
+    values: float = 0.0  # of a row, that products read and write
+    experts_values: float = 0.0  # of all experts
+    head_values: float = 0.0
+    page: float = 0.0  # bytes of a page on average
+    apart: bool = False  # the layers' kernels are called one by one
 
     def without_layers(self) -> RankWork:
         """The head alone."""
-        return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0)
+        return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0,
+                       values=0.0, experts_values=0.0)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a step: `sequences` of them draw a token; each attends to `context` tokens on average."""
+    """The rows of a step: `sequences` of them draw a token; each attends to `context` tokens on average.
+
+    `scored` rows of prompts have logits besides.
+    """
 
     rows: float
     sequences: float
     context: float
+    scored: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,7 @@ class StepTime:
 
 def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
     """Seconds of a rank's part of a step, without messages."""
-    share = work.expert_share
+    share, with_logits = work.expert_share, batch.sequences + batch.scored
     used = 1 - (1 - share) ** batch.rows if share < 1 else 1.0  # of the experts, if choices are independent
     rows_of_expert = max(batch.rows * share / used, 1.0)
     products = sum(
@@ -124,7 +139,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
         for weights, rows in (
             (work.products, batch.rows),
             ({kind: count * used for kind, count in work.experts.items()}, rows_of_expert),
-            (work.head, batch.sequences),
+            (work.head, with_logits),
         )
     )
     reading = sum(
@@ -132,24 +147,36 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
         for weights, part in (
             (work.products, 1.0),
             (work.experts, used),
-            (work.head, float(batch.sequences > 0)),
+            (work.head, float(with_logits > 0)),
         )
     )
-    kv = 0.0
+    kv, each = 0.0, batch.rows / max(batch.sequences, 1.0)  # rows of a sequence
+    rate = speed.attention[1] if each > KV_BLOCK else speed.attention[0]
     for layers in work.attention:
         context = min(batch.context, layers.window) if layers.window else batch.context
-        # The rows of a prompt share what is read.
-        read = max(batch.sequences, 1.0) * context * layers.nbytes / speed.memory
-        kv += max(read, batch.rows * context * layers.operations / speed.operations(BlockType.F32, math.inf))
+        # Blocks are read and computed whole; the rows of a prompt share what is read.
+        read = max(batch.sequences, 1.0) * (context + KV_BLOCK / 2) * layers.nbytes / speed.memory
+        kv += read + batch.rows * (context + KV_BLOCK) * layers.operations / rate
+    values = batch.rows * (work.values + share * work.experts_values) + with_logits * work.head_values
     streamed = work.streamed - work.streamed_experts * (1 - used)
+    loads = streamed / work.page if work.page else 0.0
+    other = STEP + DRAWN * batch.sequences + (LAYER + APART * work.apart) * work.layers + LOAD * loads
     return StepTime(
         products=products,
         kv=kv,
-        other=STEP + LAYER * work.layers,
-        disk=streamed / speed.disk,
+        other=other / speed.core + values / speed.values,
+        disk=streamed / disk_rate(speed, work.page),
         messages=0.0,
         reading=min(reading, products),
     )
+
+
+def disk_rate(speed: Speed, page: float) -> float:
+    """Bytes/s at which pages of so many bytes are read: SMALL ones as measured with such, LARGE ones as a file."""
+    if not speed.pages or page >= LARGE:
+        return speed.disk
+    part = math.log(max(page, SMALL) / SMALL) / math.log(LARGE / SMALL)
+    return float(speed.pages ** (1 - part) * speed.disk**part)
 
 
 def stage_time(stage: Stage, batch: StepRows) -> StepTime:
@@ -205,7 +232,7 @@ def round_of(stages: Sequence[Stage], batch: StepRows) -> Round:
 
 
 def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
-    part = StepRows(batch.rows / count, batch.sequences / count, batch.context)
+    part = StepRows(batch.rows / count, batch.sequences / count, batch.context, batch.scored / count)
     known = {id(stage): stage_time(stage, part) for stage in {id(stage): stage for stage in stages}.values()}
     times = [known[id(stage)] for stage in stages]
     slowest = max(range(len(times)), key=lambda number: times[number].total)

@@ -40,16 +40,19 @@ def _work(
 ) -> RankWork:
     """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights."""
     counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
+    values, attended = Counter[str](), 0
     for page in pages:
         kind = "head" if page.kind == HEAD else "expert" if page.expert >= 0 else "layer"
-        for type, values in page.values.items():
-            counts[kind][type] += values
-    # For a row and one token before it: about the width of all heads.
-    operations = 4 * config.hidden // place.shards
+        for type, weights in page.values.items():
+            counts[kind][type] += weights
+        values[kind] += sum(entry.n + entry.k for entry in page.entries if entry.bounds)
+        attended += sum(entry.k for entry in page.index.get("o", ()))
     attention = Counter[int]()
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1
-    nbytes = cache.token_nbytes // max(sum(attention.values()), 1)
+    layers = max(sum(attention.values()), 1)
+    # For a row and one token before it: the width of all heads, once for the keys and once for the values.
+    operations, nbytes = 4 * attended // layers, cache.token_nbytes // layers
     return RankWork(
         layers=len(grid.stage_layers(config.n_layers, place)),
         products=counts["layer"],
@@ -59,6 +62,11 @@ def _work(
         streamed=streamed,
         streamed_experts=streamed_experts,
         attention=[AttentionWork(window, n * nbytes, n * operations) for window, n in attention.items()],
+        values=values["layer"],
+        experts_values=values["expert"],
+        head_values=values["head"],
+        page=sum(page.nbytes for page in pages) / max(len(pages), 1),
+        apart=bool(streamed or counts["expert"] or place.shards > 1),
     )
 
 

@@ -1,0 +1,161 @@
+"""Measure how fast this rank computes: products, attention, what goes through rows, reading memory, plain code."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm import kernels
+from mpillm.kernels import KV_BLOCK, Activation, BlockType
+from mpillm.planning.speed import ROWS, Products
+from mpillm.weights.io.reading import new_buffer
+from mpillm.weights.plan import ALIGNMENT, aligned
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+WIDTH, NUMPY_WIDTH = 2048, 256  # of the matrix that is multiplied: a layer's of a model of about 10^9 weights
+MEMORY = 128 * 2**20  # bytes that are read, of matrices too: few caches hold as many
+PIECE = 4 * 2**20  # of them at a time
+# Of each timing: so many seconds in whole sweeps, or PATIENCE if one takes longer.
+SECONDS, PATIENCE = 0.08, 0.25
+HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
+SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
+VALUE_ROWS = 64
+TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """What one rank computes: fields as in `Speed`; `memory` is 0 without the compiled kernels."""
+
+    products: Products
+    memory: float
+    attention: tuple[float, float]
+    values: float
+    core: float
+
+
+def kernel_rates(kinds: Sequence[str], threads: int, nbytes: int = MEMORY) -> KernelRates:
+    """Measure, in about a second, with so many bytes of memory; `kinds` of products, by name."""
+    compiled = kernels.path() != "numpy"
+    memory = new_buffer(nbytes if compiled else PIECE, ALIGNMENT)
+    memory[:] = 0
+    return KernelRates(
+        products={name: _products(BlockType[name.upper()], memory, threads) for name in kinds},
+        memory=_memory(memory, threads),
+        attention=_attention(CONTEXT if compiled else KV_BLOCK, threads),
+        values=_values(threads),
+        core=TURN / sweep(_turns, [TURNS]) * TURNS,
+    )
+
+
+def sweep(call: Callable[[T], object], data: Sequence[T]) -> float:
+    """Seconds of a call on average over all of `data`: the median of sweeps, so that a short disturbance is none.
+
+    The fastest calls are those whose data happened to be in a cache, or before a core became slower.
+    """
+    call(data[0])
+    seconds, first = list[float](), time.perf_counter()
+    while (start := time.perf_counter()) - first < SECONDS:
+        done = 0
+        for piece in data:
+            call(piece)
+            done += 1
+            if (passed := time.perf_counter() - start) > PATIENCE:
+                break
+        seconds.append(passed / done)
+    return median(seconds)
+
+
+def _products(kind: BlockType, memory: Bytes, threads: int) -> list[float]:
+    """Operations/s with each of ROWS, of matrices that lie one after the other in `memory`."""
+    width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
+    bounds = np.array([0, width], np.int32)
+    nbytes = kernels.packed_nbytes(kind, width, width, bounds)
+    matrices = [memory[at : at + nbytes] for at in range(0, memory.nbytes - nbytes + 1, aligned(nbytes))]
+    kernels.pack(kind, np.zeros((width, kind.row_bytes(width)), np.uint8), width, bounds, matrices[0])
+    for matrix in matrices[1:]:
+        matrix[:] = matrices[0]
+    rates = []
+    for rows in ROWS:
+        values = np.zeros((rows, width), np.float32)
+        x: NDArray[np.generic] = values
+        if kind.quantised:
+            x = blocks = np.empty((rows, kernels.activation_nbytes(width, bounds)), np.uint8)
+            kernels.quantize_rows(values, bounds, blocks)
+        out = np.empty((rows, width), np.float32)
+
+        def call(matrix: Bytes, x: NDArray[np.generic] = x, out: Floats = out) -> None:
+            kernels.matmul(kind, matrix, width, width, bounds, x, out, threads)
+
+        rates.append(2 * width * width * rows / sweep(call, matrices))
+    return rates
+
+
+def _memory(memory: Bytes, threads: int) -> float:
+    """Bytes/s that so many threads read; 0.0 without the compiled kernels."""
+    with suppress(ImportError):
+        limits: Any = importlib.import_module("mpillm.kernels._limits")
+        pieces = [memory[at : at + PIECE] for at in range(0, memory.nbytes, PIECE)]
+        return PIECE / sweep(lambda piece: limits.read(piece, threads), pieces)
+    return 0.0
+
+
+def _attention(context: int, threads: int) -> tuple[float, float]:
+    """Operations/s of rows of as many sequences, which attend to `context` tokens each, and of a prompt's rows."""
+    per_sequence = context // KV_BLOCK
+    blocks = SEQUENCES * per_sequence
+    keys = np.zeros((blocks, KV_HEADS, HEAD_DIM, KV_BLOCK), np.uint16)
+    values = np.zeros((blocks, KV_HEADS, KV_BLOCK, HEAD_DIM), np.uint16)
+    table, of_head = (
+        np.arange(blocks, dtype=np.int32),
+        np.arange(HEADS, dtype=np.int32) // (HEADS // KV_HEADS),
+    )
+
+    def rate(positions: NDArray[np.int32], starts: NDArray[np.int32]) -> float:
+        q = np.zeros((len(positions), HEADS * HEAD_DIM), np.float32)
+        out = np.empty_like(q)
+
+        def call(_: int) -> None:
+            kernels.attention(
+                BlockType.F16, q, out, keys, values, positions, table, starts, of_head, KV_HEADS, HEAD_DIM,
+                HEAD_DIM**-0.5, 0, threads,
+            )  # fmt: skip
+
+        return 4 * q.shape[1] * float((positions + 1).sum(dtype=np.int64)) / sweep(call, [0])
+
+    ends = np.full(SEQUENCES, context - 1, np.int32)
+    starts = np.arange(SEQUENCES, dtype=np.int32) * per_sequence
+    return rate(ends, starts), rate(np.arange(context, dtype=np.int32), np.zeros(context, np.int32))
+
+
+def _values(threads: int) -> float:
+    """Values/s that go through a norm, an activation function and quantisation, on average."""
+    width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
+    x, weight = np.ones((VALUE_ROWS, width), np.float32), np.ones(width, np.float32)
+    out, bounds = np.empty_like(x), np.array([0, width], np.int32)
+    blocks = np.empty((VALUE_ROWS, kernels.activation_nbytes(width, bounds)), np.uint8)
+
+    def call(_: int) -> None:
+        kernels.rms_norm(x, weight, 1e-5, out, threads)
+        kernels.activate(Activation.SILU, x, out, out, threads)
+        kernels.quantize_rows(x, bounds, blocks, threads)
+
+    return 3 * x.size / sweep(call, [0])
+
+
+def _turns(count: int) -> None:
+    """Plain code: a table whose entries are replaced."""
+    table: dict[int, tuple[int, object]] = {}
+    for turn in range(count):
+        table[turn & 1023] = (turn, table.get(turn >> 1))
