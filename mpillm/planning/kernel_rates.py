@@ -26,8 +26,8 @@ Bytes = NDArray[np.uint8]
 WIDTH, NUMPY_WIDTH = 2048, 256  # of the matrix that is multiplied: a layer's of a model of about 10^9 weights
 MEMORY = 128 * 2**20  # bytes that are read, of matrices too: few caches hold as many
 PIECE = 4 * 2**20  # of them at a time
-# Of each timing: so many seconds in whole sweeps, or PATIENCE if one takes longer.
-SECONDS, PATIENCE = 0.08, 0.25
+# Of each timing: so many seconds, and so many calls unless they take longer than PATIENCE.
+SECONDS, CALLS, PATIENCE = 0.06, 8, 0.25
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
 VALUE_ROWS = 64
@@ -55,25 +55,22 @@ def kernel_rates(kinds: Sequence[str], threads: int, nbytes: int = MEMORY) -> Ke
         memory=_memory(memory, threads),
         attention=_attention(CONTEXT if compiled else KV_BLOCK, threads),
         values=_values(threads),
-        core=TURN / sweep(_turns, [TURNS]) * TURNS,
+        core=TURN / typical(_turns, [TURNS]) * TURNS,
     )
 
 
-def sweep(call: Callable[[T], object], data: Sequence[T]) -> float:
-    """Seconds of a call on average over all of `data`: the median of sweeps, so that a short disturbance is none.
+def typical(call: Callable[[T], object], data: Sequence[T]) -> float:
+    """Seconds of a call: the median, with each of `data` in turn.
 
-    The fastest calls are those whose data happened to be in a cache, or before a core became slower.
+    The fastest one is that whose data happened to be in a cache, and other programs disturb the slowest ones.
     """
     call(data[0])
     seconds, first = list[float](), time.perf_counter()
-    while (start := time.perf_counter()) - first < SECONDS:
-        done = 0
-        for piece in data:
-            call(piece)
-            done += 1
-            if (passed := time.perf_counter() - start) > PATIENCE:
-                break
-        seconds.append(passed / done)
+    while (start := time.perf_counter()) - first < SECONDS or (
+        len(seconds) < CALLS and start - first < PATIENCE
+    ):
+        call(data[len(seconds) % len(data)])
+        seconds.append(time.perf_counter() - start)
     return median(seconds)
 
 
@@ -98,7 +95,7 @@ def _products(kind: BlockType, memory: Bytes, threads: int) -> list[float]:
         def call(matrix: Bytes, x: NDArray[np.generic] = x, out: Floats = out) -> None:
             kernels.matmul(kind, matrix, width, width, bounds, x, out, threads)
 
-        rates.append(2 * width * width * rows / sweep(call, matrices))
+        rates.append(2 * width * width * rows / typical(call, matrices))
     return rates
 
 
@@ -107,7 +104,7 @@ def _memory(memory: Bytes, threads: int) -> float:
     with suppress(ImportError):
         limits: Any = importlib.import_module("mpillm.kernels._limits")
         pieces = [memory[at : at + PIECE] for at in range(0, memory.nbytes, PIECE)]
-        return PIECE / sweep(lambda piece: limits.read(piece, threads), pieces)
+        return PIECE / typical(lambda piece: limits.read(piece, threads), pieces)
     return 0.0
 
 
@@ -132,7 +129,7 @@ def _attention(context: int, threads: int) -> tuple[float, float]:
                 HEAD_DIM**-0.5, 0, threads,
             )  # fmt: skip
 
-        return 4 * q.shape[1] * float((positions + 1).sum(dtype=np.int64)) / sweep(call, [0])
+        return 4 * q.shape[1] * float((positions + 1).sum(dtype=np.int64)) / typical(call, [0])
 
     ends = np.full(SEQUENCES, context - 1, np.int32)
     starts = np.arange(SEQUENCES, dtype=np.int32) * per_sequence
@@ -151,7 +148,7 @@ def _values(threads: int) -> float:
         kernels.activate(Activation.SILU, x, out, out, threads)
         kernels.quantize_rows(x, bounds, blocks, threads)
 
-    return 3 * x.size / sweep(call, [0])
+    return 3 * x.size / typical(call, [0])
 
 
 def _turns(count: int) -> None:

@@ -20,8 +20,9 @@ from mpillm.planning.speed import LARGE, SMALL, Speed
 # Seconds of what is no kernel, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1): between kernels that
 # have taken all of its caches, Python needs twice what it needs alone.
 STEP = 400e-6  # of a step: the scheduler, messages of the engine
-DRAWN = 60e-6  # of a token that is drawn: its candidates, its text, what stops it
-LAYER = 40e-6  # of a layer: threads meet after each kernel, and have not all the same to do
+DRAWN = 60e-6  # of a token that is drawn or scored: its candidates, its text, what stops it
+LAYER = 20e-6  # of a layer: the start of its kernels
+WAIT = 10e-6  # of a layer, times the root of the rows: threads meet after each kernel, and the last tile is one's alone
 APART = 120e-6  # of a layer whose kernels are called one by one, more than that
 LOAD = 150e-6  # of a page of streamed weights, which the cores that compute make ready
 
@@ -160,7 +161,8 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
     values = batch.rows * (work.values + share * work.experts_values) + with_logits * work.head_values
     streamed = work.streamed - work.streamed_experts * (1 - used)
     loads = streamed / work.page if work.page else 0.0
-    other = STEP + DRAWN * batch.sequences + (LAYER + APART * work.apart) * work.layers + LOAD * loads
+    layer = LAYER + WAIT * math.sqrt(batch.rows) + APART * work.apart
+    other = STEP + DRAWN * with_logits + layer * work.layers + LOAD * loads
     return StepTime(
         products=products,
         kv=kv,

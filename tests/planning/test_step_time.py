@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from mpillm.kernels import BlockType
-from mpillm.planning.job_time import REQUEST, Demand, job_time
+from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.planning.job_time import PROMPT_TOKEN, REQUEST, Demand, job_time
 from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import (
+    APART,
+    DRAWN,
     INSIDE,
     LAYER,
+    LOAD,
     STEP,
+    WAIT,
     AttentionWork,
     LinkRate,
     RankWork,
     Stage,
     StepRows,
     between,
+    disk_rate,
     rank_time,
     round_of,
     stage_time,
@@ -27,7 +33,10 @@ from mpillm.planning.step_time import (
 from tests.job_helpers import CHAT
 from tests.planning.times import main as compare_times
 
-SPEED = Speed({"q4_0": (1e9, 4e9, 8e9), "f32": (1e9, 1e9, 1e9)}, memory=1e9, disk=1e8, latency=1e-3, wire=1e6)
+SPEED = Speed(
+    {"q4_0": (1e9, 4e9, 8e9), "f32": (1e9, 1e9, 1e9)},
+    memory=1e9, disk=1e8, attention=(1e9, 2e9), values=1e9, core=1.0, latency=1e-3, wire=1e6,
+)  # fmt: skip
 ONE = StepRows(rows=1, sequences=1, context=0)
 
 
@@ -55,7 +64,7 @@ def stage(
 def test_products_and_what_each_layer_takes() -> None:
     one, four = (rank_time(work(), SPEED, StepRows(rows, rows, 0)) for rows in (1, 4))
     assert (one.products, four.products) == (2.0, 2.0)  # four rows take no longer: the weights are read once
-    assert one.other == STEP + 2 * LAYER
+    assert one.other == pytest.approx(STEP + DRAWN + 2 * (LAYER + WAIT))
     assert (one.limit, rank_time(work(), SPEED, StepRows(16, 16, 0)).limit) == (
         "reading weights from memory",
         "computing",
@@ -85,11 +94,35 @@ def test_a_disk_counts_where_it_is_slower_than_all_that_goes_on_meanwhile() -> N
     assert fast.total == 2.0 + fast.other
 
 
+def test_what_is_no_product_takes_time_by_rows_and_pages_and_by_the_core() -> None:
+    """Values of rows, logits that are asked for, layers apart, pages that are loaded; half of it on a faster core."""
+    rows = StepRows(100, 3, 0, scored=7)
+    first = rank_time(work(), SPEED, rows).other
+    wide = rank_time(work(values=1e4, head_values=1e6), SPEED, rows)
+    assert wide.other - first == pytest.approx((100 * 1e4 + 10 * 1e6) / 1e9)
+    assert rank_time(work(apart=True), SPEED, rows).other - first == pytest.approx(2 * APART)
+    paged = rank_time(work(streamed=10**6, page=1e5), SPEED, rows)
+    assert paged.other - first == pytest.approx(10 * LOAD)
+    assert rank_time(work(), replace(SPEED, core=2.0), rows).other == pytest.approx(first / 2)
+
+
+def test_small_pages_are_read_at_the_rate_of_small_requests() -> None:
+    disk = replace(SPEED, disk=4e9, pages=1e9)
+    rates = [disk_rate(disk, page) for page in (1000, 512 * 1024, 2**21, 2**22, 2**30)]
+    assert rates == pytest.approx([1e9, 1e9, 4e9 ** (2 / 3) * 1e9 ** (1 / 3), 4e9, 4e9])
+    assert disk_rate(SPEED, 1000) == SPEED.disk
+
+
 def test_keys_and_values_are_read_by_each_sequence_up_to_the_window() -> None:
     attending = work(attention=[AttentionWork(0, 1000, 0), AttentionWork(64, 1000, 0)])
-    assert rank_time(attending, SPEED, StepRows(4, 4, 1000)).kv == pytest.approx(4 * (1000 + 64) * 1000 / 1e9)
-    prompt = work(attention=[AttentionWork(0, 1, 1000)])
-    assert rank_time(prompt, SPEED, StepRows(500, 1, 250)).kv == pytest.approx(500 * 250 * 1000 / 1e9)
+    blocks = 2 * KV_BLOCK / 2  # of each the last one is read whole
+    assert rank_time(attending, SPEED, StepRows(4, 4, 1000)).kv == pytest.approx(
+        4 * (1000 + 64 + blocks) * 1000 / 1e9
+    )
+    prompt = work(attention=[AttentionWork(0, 0, 1000)])
+    assert rank_time(prompt, SPEED, StepRows(500, 1, 250)).kv == pytest.approx(
+        500 * (250 + KV_BLOCK) * 1000 / 2e9
+    )
 
 
 def test_messages_of_shards_and_stages() -> None:
@@ -114,7 +147,7 @@ def times(*seconds: float) -> Sequence[Stage]:
 def test_as_many_micro_batches_as_stages_keep_all_busy() -> None:
     # One row and two rows take as long: one micro-batch is as good.
     even = round_of(times(1, 1), StepRows(2, 2, 0))
-    assert even.seconds == pytest.approx(2 * (1 + STEP))
+    assert even.seconds == pytest.approx(2 * (1 + STEP + DRAWN))  # two halves in turns
     full = round_of(times(1, 1), StepRows(64, 64, 0))
     assert (full.micro_batches, full.bubble) == (2, pytest.approx(0))
     one = round_of(times(1, 1, 1, 1), ONE)
@@ -125,19 +158,21 @@ def test_as_many_micro_batches_as_stages_keep_all_busy() -> None:
 
 def test_a_job_is_its_prompts_and_then_its_answers_in_turns() -> None:
     stages = times(1)
-    made = job_time(stages, Demand(requests=8, prompt=800, generated=80), step_tokens=400, sequences=4)
-    assert made.prefill == pytest.approx(2 * (400 / 8 + STEP))
-    assert made.decode == pytest.approx(2 * 10 * (1 + STEP))
+    made = job_time(
+        stages, Demand(requests=8, prompt=800, generated=80), step_tokens=400, sequences=4, loading=3.0
+    )
+    assert made.prefill == pytest.approx(2 * (400 / 8 + STEP + 4 * DRAWN))
+    assert made.decode == pytest.approx(2 * 10 * (1 + STEP + 4 * DRAWN))
     assert made.sequences == 4
-    assert made.seconds == made.prefill + made.decode + 8 * REQUEST
+    assert made.seconds == pytest.approx(made.prefill + made.decode + 8 * REQUEST + 800 * PROMPT_TOKEN + 3.0)
 
 
 def test_each_line_takes_rank_0_some_time() -> None:
     """However small the model is, ten thousand lines of one token take seconds; one line does not."""
     small = [stage(work(weights=1.0))]
     one, many = (job_time(small, Demand(count, 0, float(count)), 512, 1e6) for count in (1, 10_000))
-    assert many.seconds - many.prefill - many.decode == pytest.approx(10.0)
-    assert one.seconds - one.prefill - one.decode == pytest.approx(1e-3)
+    assert many.lines == pytest.approx(10_000 * REQUEST)
+    assert one.lines == pytest.approx(REQUEST)
 
 
 def test_planned_and_measured_times_are_printed(

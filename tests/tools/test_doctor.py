@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 
 from mpillm.comm.probe import tournament
 from mpillm.kernels import BlockType
-from mpillm.planning import hosts, measure
+from mpillm.planning import hosts, kernel_rates, measure
 from mpillm.planning.hosts import Host
-from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed, stand_in
+from mpillm.planning.speed import ASSUMED, KINDS, LARGE, ROWS, Speed, stand_in
 from tests.conftest import Mpi, run_bounded
 from tests.model.golden import gguf_path
 
@@ -80,13 +81,15 @@ def test_speeds_between_the_measured_rows_and_of_other_types() -> None:
 
 
 def test_a_file_of_hosts_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    pi = Host(memory="7GiB", name='p"i', count=2, ranks=2, products={"q8_0": [2.0, 4.0, 6.0]}, mbit=100.0)
+    pi = Host(memory="7GiB", name='p"i', count=2, ranks=2, products={"q8_0": [2.0, 4.0, 6.0]},
+              attention=[8.0, 10.0], disk_pages_gbs=0.2, core=0.3, mbit=100.0)  # fmt: skip
     file = tmp_path / "hosts.toml"
     hosts.write(file, [pi, Host(memory=2**30)])
     machines = hosts.read(file, 5)
     assert list(machines.names) == ['p"i (1)', 'p"i (1)', 'p"i (2)', 'p"i (2)', "host 2"]
-    assert machines.speeds[0] == Speed(
-        {"q8_0": (1e9, 2e9, 3e9)}, ASSUMED.memory / 2, ASSUMED.disk / 2, ASSUMED.latency, 12.5e6
+    half = ASSUMED.shared_by(2)
+    assert machines.speeds[0] == replace(
+        half, products={"q8_0": (1e9, 2e9, 3e9)}, attention=(4e9, 5e9), pages=1e8, core=0.3, wire=12.5e6
     )
     assert machines.speeds[4] == ASSUMED
     assert not machines.measured
@@ -96,8 +99,9 @@ def test_a_disk_is_read_past_the_page_cache_or_its_pages_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "model"
-    file.write_bytes(bytes(3 * measure.REQUEST))
-    assert measure._disk_rate(file).rate > 0
+    file.write_bytes(bytes(3 * LARGE))
+    past = measure._disk_rate(file)
+    assert min(past.rate, past.pages) > 0
     monkeypatch.setattr(measure, "open_direct", lambda path: -1)
     found = measure._disk_rate(file, 1, 2)
     assert (found.rate > 0, found.how) == (True, "pages dropped first")
@@ -106,8 +110,13 @@ def test_a_disk_is_read_past_the_page_cache_or_its_pages_are_dropped(
 
 def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))  # each look at the time takes a millisecond
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) / 1000)
+    monkeypatch.setattr(kernel_rates.time, "perf_counter", lambda: next(clock) / 1000)
     calls: list[int] = []
-    assert measure._fastest(calls.append, [0, 1, 2]) == pytest.approx(0.001)  # type: ignore[arg-type]
+    assert kernel_rates.typical(calls.append, [0, 1, 2]) == pytest.approx(0.001)
     assert calls[:5] == [0, 0, 1, 2, 0]
-    assert measure.CALLS < len(calls) <= measure.SECONDS * 1000
+    assert kernel_rates.CALLS < len(calls) <= kernel_rates.SECONDS * 1000
+
+
+def test_what_a_kernel_gives_is_measured() -> None:
+    rates = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
+    assert min(*rates.products["q4_0"], *rates.attention, rates.values, rates.core) > 0
