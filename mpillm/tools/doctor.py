@@ -217,7 +217,11 @@ def _table(world: World, everyone: Sequence[_RankFindings], measured: Sequence[M
     rows: list[tuple[str, ...]] = [HEAD]
     for rank, (one, made) in enumerate(zip(everyone, measured, strict=True)):
         cells = [str(rank), world.hosts[rank], f"{one.cores} of {one.cores_of_machine}", str(one.threads)]
-        cells += [one.kernels, f"{world.nodes.free[rank] / 2**30:.1f}", _shown(made.rates.products["q4_0"][-1])]
+        cells += [
+            one.kernels,
+            f"{world.nodes.free[rank] / 2**30:.1f}",
+            _shown(made.rates.products["q4_0"][-1]),
+        ]
         rows.append((*cells, _shown(made.rates.memory), _shown(made.disk.rate)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
