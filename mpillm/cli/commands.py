@@ -30,6 +30,7 @@ from mpillm.errors import JobError
 if TYPE_CHECKING:
     pass
 
+PLANNED_RANKS = 1024  # whose layouts take some ten seconds
 NEXT_STEPS = """\
 next steps:
   mpillm launch -n 2 run                 eight questions to a small model
@@ -125,10 +126,22 @@ def _plan(options: argparse.Namespace) -> int:
         machines = hosts.read(options.hosts, options.ranks)
     else:
         machines = hosts.alike(options.ranks or 1, options.ranks_per_host, options.memory)
+    if machines.ranks > PLANNED_RANKS:
+        raise JobError(
+            f"plan tries the layouts of up to {PLANNED_RANKS} ranks, not of {machines.ranks}; plan a part of them: "
+            f"--ranks {PLANNED_RANKS}."
+        )
     if options.suggest is not None:
         print(suggestion.job_file(spec, machines, options.suggest))
         return 0
     made = plan.make(spec, machines.ranks, machines)
+    if made.unread_lines:
+        lines = "line is no request" if made.unread_lines == 1 else "lines are no requests"
+        print(
+            f"mpillm: {made.unread_lines} {lines} in {options.input or spec.input}: each line is a JSON object; "
+            "run answers it with an error.",
+            file=sys.stderr,
+        )
     print(plan.as_json(made) if options.json else plan_text.as_text(made))
     return JobError.exit_code if made.problems else 0
 

@@ -103,6 +103,7 @@ class InputNeeds:
     largest: int = 0  # sequences of a line
     reading: int = 0
     grammars: GrammarNeeds = NO_GRAMMARS
+    unread: int = 0  # of the lines: they are errors already
 
     @property
     def rows(self) -> int:
@@ -137,9 +138,8 @@ def input_needs(
     `hidden` is the width of the model, and `load` gives its tokenizer.
     """
     context = spec.memory.max_context
-    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = generated = (
-        longest
-    ) = scored = 0
+    lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
+    generated = longest = scored = unread = 0
     blocks: int | None = 0
     shortest = context
     decoder = msgspec.json.Decoder(_LineSize)
@@ -159,7 +159,8 @@ def input_needs(
                         checking = max(checking, checking_bytes(raw, context))
                     line = decoder.decode(raw)
                 except (RequestError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                    continue  # an error of that line
+                    unread += 1
+                    continue
                 body = line.body or line
                 if body.messages:
                     chat = max(chat, TEMPLATE + CHAT * len(raw))
@@ -184,7 +185,7 @@ def input_needs(
         lines, total, prompt_tokens, generated, scored, blocks, max(shortest, 1), longest, names,
         checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
-        grammars.needs(),
+        grammars.needs(), unread,
     )  # fmt: skip
 
 

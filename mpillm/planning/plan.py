@@ -39,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A job on so many ranks. `problems` has a sentence for each thing that keeps it from running."""
 
     model: str
+    unread_lines: int  # of the input, which are no requests
     architecture: str
     weights: list[str]  # how matrices are stored, and what they become
     replicas: int
@@ -97,6 +98,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     wrong = [problem for replica in best.plans for problem in problems(spec, replica)]
     return Plan(
         model=spec.model_on(gethostname()),
+        unread_lines=asked.unread,
         architecture=config.architecture,
         weights=weight_types(source),
         replicas=len(found),

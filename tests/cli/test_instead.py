@@ -54,6 +54,7 @@ MISTAKES = {
     "overwriting": ("run --overwrite", "another --output begins anew"),
     "a global option at its command": ("run -v", "-v stands before the command; type mpillm -v run ..."),
     "a version of a command": ("plan --version", "--version stands before the command"),
+    "ranks without end": ("plan --ranks 100000", "plan tries the layouts of up to 1024 ranks, not of 100000"),
     "memory without a unit": ("plan --memory 8", "8 is 8 bytes; did you mean 8GiB?"),
     "a hostfile as hosts": ("plan --model smollm2-135m --hosts hosts", "is for launch --hostfile."),
     "an address": ("pull https://huggingface.co/Qwen/Qwen3-0.6B", "type mpillm pull hf:Qwen/Qwen3-0.6B."),
@@ -99,3 +100,7 @@ def test_a_model_is_planned_without_an_input(
     assert 'input = "requests.jsonl"\noutput = "out"' in capsys.readouterr().out
     assert main(["plan", "--model", str(CHAT), "--input", "promts.jsonl"]) == 0
     assert "There is no input promts.jsonl; this is a plan for a typical one." in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("A plain text.\nAnother.\n")
+    main(["plan", "--model", str(CHAT), "--input", "prompts.txt"])
+    said = "2 lines are no requests in prompts.txt: each line is a JSON object; run answers it with an error."
+    assert said in capsys.readouterr().err
