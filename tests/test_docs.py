@@ -119,6 +119,7 @@ def check_launch(words: list[str]) -> None:
 def check_python(words: list[str]) -> None:
     if words[:2] == ["python", "-m"] and words[2] in (
         "tests.batch.throughput",
+        "tests.arm.machine",
         "tests.chaos",
         "tests.cluster.table",
         "tests.fuzz",
