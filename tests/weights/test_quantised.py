@@ -215,6 +215,21 @@ def test_what_is_too_narrow_to_be_cut_in_blocks(tmp_path: Path, case: str) -> No
                 assert (np.abs(got - w).max(axis=1) <= bound * np.abs(w).max(axis=1)).all(), key
 
 
+def test_bits_of_few_columns(tmp_path: Path) -> None:
+    """16 numbers of 7 or of 8 bits are in 4 words: the configuration tells, which names 8 bits of FP8 alone."""
+    parts, w = quantised.packed(np.random.default_rng(1), 64, 16, group=-1, bits=7)
+    model = Tiny(hidden=16, n_heads=2, n_kv_heads=2, head_dim=32, n_layers=1)
+    name = "model.layers.0.self_attn.q_proj."
+    tensors = {key: value for key, value in model.weights().items() if key != f"{name}weight"}
+    said = [{"num_bits": 8, "type": "float"}, {"num_bits": 7, "type": "int"}]
+    groups = {str(number): {"weights": weights} for number, weights in enumerate(said)}
+    config = {**model.config(), "quantization_config": CT | {"config_groups": groups}}
+    write_hf(tmp_path / "m", tensors | {name + end: part for end, part in parts.items()}, config)
+    with closing(open_source(tmp_path / "m")) as source:
+        got = source.read_f32(Key("q", 0))
+        assert (np.abs(got - w).max(axis=1) <= HALF * np.abs(w).max(axis=1)).all()
+
+
 def test_a_configuration_of_modelopt_in_a_file_of_its_own(tmp_path: Path) -> None:
     checkpoint(tmp_path / "m", "nvfp4 modelopt", WIDE)
     config = json.loads((tmp_path / "m/config.json").read_text())

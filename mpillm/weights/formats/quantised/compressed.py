@@ -117,7 +117,8 @@ class CompressedMethod(Method):
             if zeros is not None:
                 self.check(zeros, ("I8",), scales.shape)
             yield name, Int8(values, scales, zeros if zeros and array_of(zeros).any() else None)
-        blocks = [block_of(self, given) for given in self._said("block_structure")]
+        given = [weights.get("block_structure") for weights in self._weights()]
+        blocks = [block_of(self, block) for block in given if block is not None]
         yield from take_float8(self, tensors, *(blocks or [block_of(self, None)]))
         self.drop(
             tensors,
@@ -128,18 +129,19 @@ class CompressedMethod(Method):
             ".weight_shape",
         )
 
-    def _said(self, key: str) -> Iterator[Any]:
+    def _weights(self) -> Iterator[dict[str, Any]]:
         """What the configuration says of the weights of each group of layers."""
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
             weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict) and weights.get(key):
-                yield weights[key]
+            if isinstance(weights, dict):
+                yield weights
 
     def _bits(self, q: Raw, words: int, k: int) -> int:
         """How many bits k numbers have that are in so many words; of few numbers the configuration tells."""
         fitting = [bits for bits in range(2, 9) if -(-k * bits // 32) == words]
-        said = [bits for bits in fitting if bits in list(self._said("num_bits"))]
+        integers = [weights.get("num_bits") for weights in self._weights() if weights.get("type") != "float"]
+        said = [bits for bits in fitting if bits in integers]
         if len(said or fitting) != 1:
             raise ModelError(
                 f"{self.path}: {q.name} has {words} words for {k} columns; 2 to 8 bits are supported."
