@@ -48,15 +48,13 @@ class KernelRates:
 def kernel_rates(kinds: Sequence[str], threads: int, nbytes: int = MEMORY) -> KernelRates:
     """Measure, in about a second, with so many bytes of memory; `kinds` of products, by name."""
     compiled = kernels.path() != "numpy"
+    # One after the other, so that a run that measures holds no more than `nbytes` for it.
+    attention, values = _attention(CONTEXT if compiled else KV_BLOCK, threads), _values(threads)
+    core = TURN / typical(_turns, [TURNS]) * TURNS
     memory = new_buffer(nbytes if compiled else PIECE, ALIGNMENT)
     memory[:] = 0
-    return KernelRates(
-        products={name: _products(BlockType[name.upper()], memory, threads) for name in kinds},
-        memory=_memory(memory, threads),
-        attention=_attention(CONTEXT if compiled else KV_BLOCK, threads),
-        values=_values(threads),
-        core=TURN / typical(_turns, [TURNS]) * TURNS,
-    )
+    products = {name: _products(BlockType[name.upper()], memory, threads) for name in kinds}
+    return KernelRates(products, _memory(memory, threads), attention, values, core)
 
 
 def typical(call: Callable[[T], object], data: Sequence[T]) -> float:
