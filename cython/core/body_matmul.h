@@ -4,26 +4,16 @@
  * its sums stay in registers.  How the work is cut never changes an output's chain.  Float weights have
  * their own tiles (body_float.h) and share the rest. */
 
-/* w: `count` blocks of a tile; x: T rows of a group; sums [T]. */
-typedef void (*tile_function)(const uint8_t *w, const uint8_t *x, long count, vf *sums);
-
-enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
-/* With few rows, memory is the limit: tiles are one stream, of which so many bytes ahead are fetched into the first cache.
- * Into the second one it took a seventh longer, and with streams of several tiles at once up to half as long again. */
-enum { AHEAD = 6144 };
-
-MK_INLINE void fetch_ahead(const uint8_t *w, long bytes) {
-    for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + AHEAD + line);
-}
-
-/* Row t of T in a block of groups, and how many rows a group has. */
-#define ROW(T, t, x, x_stride, bytes) ((x) + (t) / MK_GROUP * (x_stride) + (t) % MK_GROUP * (long)(bytes))
-#define GROUP(T) ((T) < MK_GROUP ? (T) : MK_GROUP)
+#include "body_rows.h"
 
 #include "body_float.h"
+#include "body_coded.h"
 #include "body_plain.h"
 #include "body_super.h"
 #include "body_tiles.h"
+#include "body_unpacked.h"
+
+enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int t = 0; t < rows; t++)
@@ -66,10 +56,6 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
     const uint8_t *w = job->at[p] + tile * stride;
     for (; tiles--; w += stride, sums += rows) TILE_FUNCTIONS[type][rows - 1](w, x, count, sums);
 }
-
-#include "body_unpacked.h"
-
-#include "body_coded.h"
 
 /* Bytes of columns of a panel of activations: of the rows that lie together. */
 static long x_bytes(const mk_matmul_job *job, long columns, int rows) {

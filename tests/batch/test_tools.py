@@ -226,18 +226,20 @@ def test_answers_are_held_to_the_tools(tmp_path: Path) -> None:
     model = with_template(
         tmp_path / "model", TEMPLATE.replace("{{ tool | tojson }}", "{{ tool.function.name }}")
     )
-    lines = [{"messages": ASK, "max_tokens": 200, "temperature": 1.0, "n": 4, "seed": 5, **body,
+    lines = [{"messages": ASK, "max_tokens": 200, "temperature": 2.0, "n": 8, "seed": 0, **body,
               "chat_template_kwargs": {"enable_thinking": False}} for body, _ in HELD]  # fmt: skip
     asked = works(tmp_path, *lines, model=model)
     completions = run_engine(CHAT, [request for work in asked for request in work.requests])
-    complete = 0
-    for work, (body, names), at in zip(asked, HELD, range(0, 16, 4), strict=True):
-        found = work.endpoint.response(work, completions[at : at + 4], model)
+    complete = several = 0
+    for work, (body, names), at in zip(asked, HELD, range(0, 32, 8), strict=True):
+        found = work.endpoint.response(work, completions[at : at + 8], model)
         for choice in msgspec.json.decode(msgspec.json.encode(found["choices"])):
             calls = choice["message"].get("tool_calls") or []
             if choice["finish_reason"] == "length":
                 continue
             complete += 1
+            several += len(calls) > 1
+            assert len({call["id"] for call in calls}) == len(calls)
             assert {call["function"]["name"] for call in calls} <= names
             assert calls or "" in names
             assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
@@ -250,7 +252,8 @@ def test_answers_are_held_to_the_tools(tmp_path: Path) -> None:
                 assert arguments == {} or (
                     arguments["city"] in ("Rome", "Oslo") and 1 <= arguments["days"] <= 9
                 )
-    assert complete >= 8
+    assert complete >= 16
+    assert several >= 1
 
 
 BAD = [
