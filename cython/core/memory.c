@@ -1,5 +1,6 @@
 /* Memory of calls.  A large piece is kept for the next call, and lies in huge pages: each page of a new one costs a fault,
- * and those of one prompt took an eighth of its time. */
+ * and those of one prompt took an eighth of its time.  One beyond KEPT is not: it would come on top of the arrays that
+ * are made between calls, and its pages are huge, so that they cost little. */
 #define _GNU_SOURCE
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -9,7 +10,7 @@
 
 #include "memory.h"
 
-enum { LINE = 64, LARGE = 1 << 20, HUGE_PAGE = 1 << 21 };
+enum { LINE = 64, LARGE = 1 << 20, HUGE_PAGE = 1 << 21, KEPT = 32 << 20 };
 
 /* Before the memory, in a cache line of its own. */
 typedef struct {
@@ -37,5 +38,5 @@ void *mk_take_memory(size_t size) {
 void mk_release_memory(void *memory) {
     if (!memory) return;
     header *of = (header *)(void *)((char *)memory - LINE);
-    free(of->size < LARGE ? of : atomic_exchange(&kept, of));
+    free(of->size < LARGE || of->size > KEPT ? of : atomic_exchange(&kept, of));
 }
