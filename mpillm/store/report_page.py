@@ -127,16 +127,18 @@ def cite(report: Report) -> str:
     return printable("; ".join(facts))
 
 
+LONG = 16  # letters of a word that may be broken
 _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
 @media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
-td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem;overflow-wrap:anywhere}
-th{background:var(--shade)}
+td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem}
+.long{overflow-wrap:anywhere}th{background:var(--shade)}
 p{max-width:62rem}td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}table{display:table;font-size:9px}}"""
+@media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}table{display:table;font-size:9px}
+td,th{overflow-wrap:anywhere;padding:.1rem .3rem}}"""
 
 
 def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: str | None) -> str:
@@ -201,7 +203,14 @@ def _rank_table(report: Report) -> str:
 
 
 def _table(head: Sequence[str], rows: Any) -> str:
+    """A table in which only words of more than LONG letters are broken."""
+
+    def cell(value: Any, tag: str) -> str:
+        text = str(value)
+        long = ' class="long"' if max(map(len, text.split()), default=0) > LONG else ""
+        return f"<{tag}{long}>{html.escape(text)}</{tag}>"
+
     def row(cells: Any, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(cell(value, tag) for value in cells) + "</tr>"
 
     return "<table>" + row(head, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"

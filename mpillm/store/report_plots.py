@@ -32,6 +32,7 @@ MESSAGES = {
 }  # fmt: skip
 USES = {"hits": "found in memory", "misses": "loaded"}
 BINS = 30  # of a histogram
+VISIBLE = 2e-3  # of the longest bar: a part that is narrower is not seen
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,12 @@ def _draw_line(axes: Axes, plot: Plot) -> None:
 
 
 def _draw_stacked(axes: Axes, plot: Plot) -> None:
-    """A bar for each rank."""
+    """A bar for each rank. What is too narrow to be seen in any of them is not in the legend."""
     names, *values = zip(*plot.rows, strict=True)
     left = [0.0] * len(names)
+    longest = max(map(sum, zip(*values, strict=True)))
     for label, widths in zip(plot.columns[1:], values, strict=True):
-        axes.barh(names, widths, left=left, label=label)
+        axes.barh(names, widths, left=left, label=label if max(widths) > VISIBLE * longest else None)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     _finish_bars(axes, plot)
 

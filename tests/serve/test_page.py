@@ -148,3 +148,16 @@ def test_a_report_with_long_names(browser: WebDriver, tmp_path: Path) -> None:
     wide = "return [...document.querySelectorAll('table')].some(one => one.scrollWidth > one.clientWidth + 1)"
     phone = browser.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches")
     assert browser.execute_script(wide) == phone
+    # Each word of at most 16 letters is whole: it has one rectangle.
+    broken = """
+        const found = [], range = document.createRange();
+        for (const cell of document.querySelectorAll("th, td")) {
+            if (!cell.firstChild) continue;
+            for (const word of cell.firstChild.data.matchAll(/\\S{1,16}(?!\\S)(?<!\\S{17})/g)) {
+                range.setStart(cell.firstChild, word.index);
+                range.setEnd(cell.firstChild, word.index + word[0].length);
+                if (range.getClientRects().length > 1) found.push(word[0]);
+            }
+        }
+        return found;"""
+    assert browser.execute_script(broken) == []

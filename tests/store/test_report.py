@@ -63,6 +63,18 @@ def test_bars_of_many_ranks_have_no_room_beyond_them(tmp_path: Path) -> None:
             assert plot.figure().axes[0].get_ylim() == (63.5, -0.5), plot.name
 
 
+def test_a_legend_names_what_can_be_seen(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
+    run = made()
+    for rank in run.ranks:
+        rank.seconds |= {"reply": 1e-4, "step": 0.1}
+    plot = next(plot for plot in report_plots.plots(run, tmp_path) if plot.name == "seconds")
+    shown = {text.get_text() for text in plot.figure().axes[0].get_legend().get_texts()}
+    assert {"computing", "waiting for a step"} <= shown
+    assert "waiting for replies" in plot.columns
+    assert "waiting for replies" not in shown
+
+
 def test_what_drafts_gave() -> None:
     run = made()
     run.batch.turns, run.batch.drafted, run.batch.accepted = 20, 60, 30
