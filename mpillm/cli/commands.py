@@ -14,7 +14,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from mpillm.cli import bench, serve, supervise
 from mpillm.cli.arguments import FORMATS, command_parser
@@ -26,9 +25,6 @@ from mpillm.comm.program import guard
 from mpillm.comm.running import run_alone
 from mpillm.comm.world import World
 from mpillm.errors import JobError
-
-if TYPE_CHECKING:
-    pass
 
 PLANNED_RANKS = 1024  # whose layouts take some ten seconds
 NEXT_STEPS = """\

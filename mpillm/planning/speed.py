@@ -24,10 +24,8 @@ class Speed:
     memory: float  # bytes/s that it reads
     disk: float  # bytes/s of the model's files
     pages: float = 0.0  # the same where small pages of weights are read one by one; 0: as fast
-    attention: tuple[float, float] = (
-        15e9,
-        30e9,
-    )  # operations/s: one row of each sequence, and a prompt's rows
+    # Operations/s of attention: one row of each sequence, and a prompt's rows.
+    attention: tuple[float, float] = (15e9, 30e9)
     values: float = 1e9  # values/s that norms, activation functions and quantisation go through
     core: float = 0.5  # how fast one core runs what is no kernel; 1 is that on which `step_time` was measured
     latency: float = 0.0  # seconds of a message one way

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpillm.errors import RequestError
 from mpillm.text.interruptible import interruptible
-from mpillm.text.schema_checks import check_pattern, check_repeated, check_schema, repeated
+from mpillm.text.schema_checks import check_maximum, check_pattern, check_repeated, check_schema, repeated
 
 # Between the tokens of JSON: a space, or a line's end with an indentation. Without a bound models run away in it.
 WHITESPACE = r" |\n[ \t]{0,32}"
@@ -96,13 +96,13 @@ def regex_grammar(pattern: str) -> str:
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """One of these texts; RequestError if there are more than MAX_CHOICES."""
-    _check_maximum("texts to choose from", len(choices), MAX_CHOICES)
+    check_maximum("texts to choose from", len(choices), MAX_CHOICES)
     return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def text_grammar(text: str) -> str:
     """A grammar as users write it: Lark's notation, or GBNF (with ::=); RequestError if it is too long."""
-    _check_maximum("characters of the grammar", len(text), MAX_GRAMMAR)
+    check_maximum("characters of the grammar", len(text), MAX_GRAMMAR)
     check_repeated("the grammar", repeated(text))
     if "::=" in text:
         try:
@@ -110,11 +110,6 @@ def text_grammar(text: str) -> str:
         except Exception as error:  # the converter raises whatever its parser runs into
             raise RequestError(f"the grammar cannot be read: {_short(str(error))}") from None
     return LLMatcher.grammar_from_lark(text)
-
-
-def _check_maximum(what: str, count: int, maximum: int) -> None:
-    if count > maximum:
-        raise RequestError(f"there are {count} {what}, and {maximum} are the maximum")
 
 
 class Grammars:
@@ -138,7 +133,7 @@ class Grammars:
         self._compiled(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        _check_maximum("characters of the grammar", len(grammar), MAX_LENGTH)
+        check_maximum("characters of the grammar", len(grammar), MAX_LENGTH)
         matcher = interruptible(lambda: LLMatcher(self._tokenizer, grammar, log_level=0), STACK)
         if matcher.is_error():
             raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")

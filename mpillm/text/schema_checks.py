@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -21,9 +21,15 @@ MAX_LOOKS = 1_000_000
 _PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)(?:,\d*)?\}|.", re.DOTALL)
 
 
+def check_maximum(what: str, count: int, maximum: int) -> None:
+    """RequestError if there are more than that."""
+    if count > maximum:
+        raise RequestError(f"there are {count} {what}, and {maximum} are the maximum")
+
+
 def check_pattern(pattern: str) -> None:
     """RequestError if a regular expression is too long, or asks for too many copies of its parts."""
-    _check_maximum("characters of the regular expression", len(pattern), MAX_PATTERN)
+    check_maximum("characters of the regular expression", len(pattern), MAX_PATTERN)
     check_repeated("the regular expression", repeated(pattern))
 
 
@@ -57,7 +63,8 @@ def repeated(pattern: str) -> int:
 
 def check_schema(schema: Any) -> None:
     """RequestError if a schema has more references, or longer patterns or divisors, than llguidance can take."""
-    references = characters = values = copies = 0
+    references: list[Any] = []
+    characters = values = copies = 0
     multiple = 1
     left = [schema]
     while left:
@@ -66,7 +73,7 @@ def check_schema(schema: Any) -> None:
         if values > MAX_VALUES:
             break
         if isinstance(value, dict):
-            references += "$ref" in value
+            references += [value["$ref"]] if "$ref" in value else []
             patterns = [value.get("pattern"), *(value.get("patternProperties") or ())]
             texts = [pattern for pattern in patterns if isinstance(pattern, str)]
             characters += sum(map(len, texts))
@@ -76,9 +83,9 @@ def check_schema(schema: Any) -> None:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
-    _check_maximum("values in the schema", values, MAX_VALUES)
-    _check_maximum("references ($ref) in the schema", references, MAX_REFERENCES)
-    _check_maximum("characters of patterns in the schema", characters, MAX_PATTERN)
+    check_maximum("values in the schema", values, MAX_VALUES)
+    check_maximum("references ($ref) in the schema", len(references), MAX_REFERENCES)
+    check_maximum("characters of patterns in the schema", characters, MAX_PATTERN)
     check_repeated("a pattern of the schema", copies)
     if multiple > MAX_MULTIPLE:
         raise RequestError(
@@ -86,7 +93,7 @@ def check_schema(schema: Any) -> None:
             f"{MAX_MULTIPLE}, without factors of 2 and 5"
         )
     if references:
-        _Ends(schema).check()
+        _Ends(schema).check(references)
 
 
 def _remainders(divisor: Any) -> int:
@@ -111,9 +118,9 @@ class _Ends:
         self._left = MAX_LOOKS
         self._ending: set[str] = set()  # references to schemas that values can obey
 
-    def check(self) -> None:
-        """RequestError if no value that ends obeys the schema."""
-        left = list(dict.fromkeys(_references(self._schema)))
+    def check(self, references: Iterable[Any]) -> None:
+        """RequestError if no value that ends obeys the schema, in which there are these references."""
+        left = list(dict.fromkeys(name for name in references if isinstance(name, str)))
         before = -1
         while before != len(self._ending):
             before = len(self._ending)
@@ -155,23 +162,8 @@ class _Ends:
                 keys = (key for key in required if isinstance(key, str))
                 return all(self._ends(properties.get(key), depth + 1) for key in keys)
         elif kind == "array" and "prefixItems" not in schema:
-            least = schema.get("minItems")
-            return not (isinstance(least, int) and least > 0) or self._ends(schema.get("items"), depth + 1)
+            minimum = schema.get("minItems")
+            return not (isinstance(minimum, int) and minimum > 0) or self._ends(
+                schema.get("items"), depth + 1
+            )
         return True
-
-
-def _references(schema: Any) -> Iterator[str]:
-    left = [schema]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("$ref"), str):
-                yield value["$ref"]
-            left.extend(value.values())
-        elif isinstance(value, list):
-            left.extend(value)
-
-
-def _check_maximum(what: str, count: int, maximum: int) -> None:
-    if count > maximum:
-        raise RequestError(f"there are {count} {what}, and {maximum} are the maximum")

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpillm.errors import ModelError
 from mpillm.weights.formats.extent import Recipe
+from mpillm.weights.formats.quantised.scales import Ints, array_of
 from mpillm.weights.formats.recipes import Raw
 
 
@@ -41,3 +44,18 @@ class Method:
                 f"{raw.file.path}: tensor {raw.name} is {raw.dtype} {list(raw.shape)}, but must be "
                 f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}."
             )
+
+    def groups_of(self, columns: int, count: int, scales: Raw, index: Raw | None = None) -> Ints | None:
+        """The group of each column, None if groups follow one another; ModelError if there are no `count` groups.
+
+        `index`, if there is one, names the group of each column; `scales` has one for each group.
+        """
+        if index is None:
+            if not count or columns % count:
+                raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
+            return None
+        groups = array_of(index)
+        if groups.shape != (columns,) or groups.min() < 0 or groups.max() >= count:
+            raise ModelError(f"{self.path}: {index.name} names groups that {scales.name} does not have.")
+        in_turn = columns % count == 0 and (groups == np.arange(columns) // (columns // count)).all()
+        return None if in_turn else groups

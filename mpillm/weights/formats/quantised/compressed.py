@@ -15,7 +15,6 @@ from mpillm.weights.formats.quantised.base import Method
 from mpillm.weights.formats.quantised.float4 import nvfp4
 from mpillm.weights.formats.quantised.float8 import block_of, take_float8
 from mpillm.weights.formats.quantised.integers import (
-    Groups,
     Int8,
     Mxfp6,
     by_row,
@@ -47,7 +46,7 @@ class PackedInts:
     q: Raw
     scales: Raw
     zeros: Raw | None
-    groups: Groups | None
+    groups: Ints | None
     shape: tuple[int, int]
 
     @cached_property
@@ -111,8 +110,7 @@ class CompressedMethod(Method):
             self.check(values, ("I8",), (rows, columns))
             groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[1] else 1
             self.check(scales, FLOATS, (rows, groups), (rows,), (1,), ())
-            if columns % groups:
-                raise ModelError(f"{self.path}: {columns} columns are not {groups} groups ({scales.name}).")
+            self.groups_of(columns, groups, scales)
             zeros = tensors.pop(f"{name}_zero_point", None)
             if zeros is not None:
                 self.check(zeros, ("I8",), scales.shape)
@@ -178,13 +176,4 @@ class CompressedMethod(Method):
             self.check(zeros, ("I8",), (1,), ())
         elif zeros is not None:
             self.check(zeros, ("I32",), (-(-n * bits // 32), count))
-        groups = None
-        if index is not None:
-            groups = array_of(index)
-            if groups.shape != (k,) or groups.min() < 0 or groups.max() >= count:
-                raise ModelError(f"{self.path}: {index.name} names groups that {scales.name} does not have.")
-            if k % count == 0 and (groups == np.arange(k) // (k // count)).all():
-                groups = None
-        elif k % count:
-            raise ModelError(f"{self.path}: {k} columns are not {count} groups ({scales.name}).")
-        return PackedInts(bits, q, scales, zeros, groups, (n, k))
+        return PackedInts(bits, q, scales, zeros, self.groups_of(k, count, scales, index), (n, k))

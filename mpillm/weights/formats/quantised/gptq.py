@@ -17,7 +17,6 @@ from mpillm.weights.formats.quantised.integers import integer_blocks, integer_ty
 from mpillm.weights.formats.quantised.scales import (
     FLOATS,
     Ints,
-    array_of,
     floats_of,
     indices,
     stored_as,
@@ -44,7 +43,7 @@ class Grouped:
     scales: Raw
     less_one: bool
     symmetric: bool
-    groups: NDArray[np.integer[Any]] | None
+    groups: Ints | None
     by_rows: bool
 
     @property
@@ -111,7 +110,9 @@ class Grouped:
 class GptqMethod(Method):
     """`gptq`: X.qweight, X.qzeros, X.scales and perhaps X.g_idx make X.weight."""
 
+    name: ClassVar[str] = "GPTQ"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    by_rows: ClassVar[bool] = False  # see `Grouped`
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         bits = self.config.get("bits", self.config.get("w_bit"))
@@ -127,7 +128,12 @@ class GptqMethod(Method):
                 self.part(tensors, f"{base}.{end}") for end in ("qweight", "qzeros", "scales")
             )
             index = tensors.pop(f"{base}.g_idx", None)
-            yield f"{base}.weight", self.grouped(bits, q, zeros, scales, index, symmetric, less_one)
+            own, columns = self.sizes(bits, q, zeros, scales)
+            if index is not None:
+                self.check(index, ("I32",), (columns,))
+            groups = self.groups_of(columns, scales.shape[0], scales, index)
+            recipe = Grouped(self.name, own, q, zeros, scales, less_one, symmetric, groups, self.by_rows)
+            yield f"{base}.weight", recipe
 
     def symmetric(self) -> bool:
         return self.config.get("sym") is True
@@ -141,16 +147,8 @@ class GptqMethod(Method):
             )
         return found == "gptq"
 
-    def grouped(
-        self,
-        bits: int,
-        q: Raw,
-        zeros: Raw,
-        scales: Raw,
-        index: Raw | None,
-        symmetric: bool,
-        less_one: bool,
-    ) -> Grouped:
+    def sizes(self, bits: int, q: Raw, zeros: Raw, scales: Raw) -> tuple[int, int]:
+        """The bits of numbers, and columns of the matrix; ModelError if shapes do not go together."""
         self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
         rows, count = q.shape[1], scales.shape[0]
         # Some layers may have other bits than the configuration says of most.
@@ -159,23 +157,19 @@ class GptqMethod(Method):
         columns = q.shape[0] * 32 // bits
         self.check(scales, FLOATS, (count, rows))
         self.check(zeros, ("I32",), (count, -(-rows * bits // 32)))
-        groups = None
-        if index is not None:
-            self.check(index, ("I32",), (columns,))
-            groups = array_of(index)
-            if groups.min() < 0 or groups.max() >= count:
-                raise ModelError(f"{self.path}: {index.name} names groups that {scales.name} does not have.")
-            if columns % count == 0 and (groups == np.arange(columns) // (columns // count)).all():
-                groups = None
-        elif columns % count:
-            raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
-        return Grouped("GPTQ", bits, q, zeros, scales, less_one, symmetric, groups, by_rows=False)
+        return bits, columns
 
 
 class AwqMethod(GptqMethod):
     """`awq`: the same, of 4 bits, with words that hold neighbouring rows in an order of their own."""
 
+    name = "AWQ"
     bits = (4,)
+    by_rows = True
+
+    def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        self.drop(tensors, ".g_idx")  # its columns are always in their order
+        yield from super().take(tensors)
 
     def symmetric(self) -> bool:
         version = self.config.get("version", "gemm")
@@ -186,20 +180,9 @@ class AwqMethod(GptqMethod):
     def less_one(self) -> bool:
         return False
 
-    def grouped(
-        self,
-        bits: int,
-        q: Raw,
-        zeros: Raw,
-        scales: Raw,
-        index: Raw | None,
-        symmetric: bool,
-        less_one: bool,
-    ) -> Grouped:
+    def sizes(self, bits: int, q: Raw, zeros: Raw, scales: Raw) -> tuple[int, int]:
         self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
         columns, words, count = q.shape[0], q.shape[1], scales.shape[0]
         self.check(scales, FLOATS, (count, words * 8))
         self.check(zeros, ("I32",), (count, words))
-        if columns % count:
-            raise ModelError(f"{self.path}: {columns} columns are not {count} groups ({scales.name}).")
-        return Grouped("AWQ", bits, q, zeros, scales, less_one, symmetric, None, by_rows=True)
+        return bits, columns

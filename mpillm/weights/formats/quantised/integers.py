@@ -27,8 +27,6 @@ from mpillm.weights.formats.quantised.scales import (
 from mpillm.weights.formats.recipes import Raw
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 
-Groups = NDArray[np.integer[Any]]
-
 
 def integer_type(bits: int, zeros: bool, columns: int) -> BlockType:
     """The type of blocks that hold such integers, with zeros of their own or without.
@@ -51,7 +49,7 @@ def integer_blocks(
     q: Ints,
     scales: Floats,
     zeros: Ints | None = None,
-    groups: Groups | None = None,
+    groups: Ints | None = None,
 ) -> Bytes:
     """Rows of W[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]), where g is the group of column i.
 
