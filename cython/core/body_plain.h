@@ -81,6 +81,13 @@ MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q)
     return dot_of_groups(value_bits(type), 8, start, groups, q);
 }
 
+MK_INLINE part_scales load_plain_scales(const int type, const uint8_t *w) {
+    part_scales of;
+    of.scale[0] = type == MK_MXFP4 ? vf_load_e8m0(w) : vf_load_f16((const void *)w);
+    if (mk_f16s(type) == 2) of.minimum[0] = vf_load_f16((const void *)(w + 32));
+    return of;
+}
+
 HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int scales = mk_scale_bytes(type) * MK_TILE;
     const long bytes = (long)mk_block_bytes(type) * MK_TILE;
@@ -92,13 +99,11 @@ HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uin
         fetch_ahead(w, bytes);
         vb groups[8];
         load_groups(type, w + scales, groups);
-        vf d = type == MK_MXFP4 ? vf_load_e8m0(w) : vf_load_f16((const void *)w), m = d;
-        if (mk_f16s(type) == 2) m = vf_load_f16((const void *)(w + 32));
+        const part_scales of = load_plain_scales(type, w);
         UNROLL
         for (int t = 0; t < T; t++) {
             vi dot = dot_of(type, vi_set1(start_of(type, a + t)), groups, a[t].q);
-            acc[t] = vf_fma(vf_from(dot), vf_mul(d, vf_set1(a[t].scale)), acc[t]);
-            if (mk_f16s(type) == 2) acc[t] = vf_fma(m, vf_set1(a[t].total), acc[t]);
+            acc[t] = add_part(form_of(type), acc[t], dot, dot, &of, of.scale[0], of.scale[0], a + t);
         }
     }
     UNROLL

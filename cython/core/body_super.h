@@ -1,10 +1,6 @@
 /* Tiles of K-quants, whose blocks have 8 parts of 32 columns with scales of their own (super.h). */
 
 /* The scales and minima of a part of 16 rows, as products take them: one of each for the part, or one for each half. */
-typedef struct {
-    vf scale[2], minimum[2];
-} part_scales;
-
 /* What the scales and minima of 16 rows' blocks are multiplied by. */
 typedef struct {
     vf d, m;
@@ -61,9 +57,7 @@ MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, co
     return dot_of_groups(mk_is_grid(type) ? 8 : 6, 4, start, groups + 4 * h, a->q + 16 * h);
 }
 
-/* K-quants, 32 columns at a time.  A scale of 4, 6 or 8 bits times an f16 is exact, and so is the sum of both halves
- * times their scales: these are integers below 2^24.  Roundings are those of the other types: one fma for the columns,
- * and one for their minima. */
+/* K-quants, 32 columns at a time. */
 HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
     vf acc[MK_GROUP];
@@ -82,20 +76,10 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
             UNROLL
             for (int t = 0; t < T; t++) {
                 const mk_activation *row = a + t;
-                const vf scale = vf_set1(row->scale);
-                if (mk_halved(type)) {
-                    vi first = dot_of_half(type, row, 0, groups), second = dot_of_half(type, row, 1, groups);
-                    vf dot = vf_fma(vf_from(second), of.scale[1], vf_mul(vf_from(first), of.scale[0]));
-                    acc[t] = vf_fma(dot, vf_mul(all.d, scale), acc[t]);
-                    if (type != MK_Q2_K) continue;
-                    vf minimum = vf_mul(of.minimum[0], vf_set1((float)row->offset32[0]));
-                    minimum = vf_fma(of.minimum[1], vf_set1((float)row->offset32[1]), minimum);
-                    acc[t] = vf_fma(minimum, vf_mul(all.m, scale), acc[t]);
-                } else {
-                    vi dot = dot_of(type, vi_set1(start_of(type, row)), groups, row->q);
-                    acc[t] = vf_fma(vf_from(dot), vf_mul(of.scale[0], scale), acc[t]);
-                    if (mk_f16s(type) == 2) acc[t] = vf_fma(of.minimum[0], vf_set1(row->total), acc[t]);
-                }
+                const vi first = mk_halved(type) ? dot_of_half(type, row, 0, groups)
+                                                 : dot_of(type, vi_set1(start_of(type, row)), groups, row->q);
+                const vi second = mk_halved(type) ? dot_of_half(type, row, 1, groups) : first;
+                acc[t] = add_part(form_of(type), acc[t], first, second, &of, all.d, all.m, row);
             }
         }
     }

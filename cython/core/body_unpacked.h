@@ -13,14 +13,6 @@ typedef struct {
     part_scales of;
 } unpacked;
 
-/* What a block's product consists of: the products with a scale; those and a minimum; two halves with scales of their own;
- * and two halves with minima. */
-enum { SCALED, MINIMUM, HALVED, MINIMA };
-MK_INLINE int form_of(const int type) {
-    if (mk_is_super(type) && mk_halved(type)) return mk_f16s(type) == 2 ? MINIMA : HALVED;
-    return mk_f16s(type) == 2 ? MINIMUM : SCALED;
-}
-
 /* Bits of unpacked values.  Those of the forms without minima are raised by the same for all types: 8 of 4 bits, 32 of 6;
  * of 8 as vb_signed does. */
 MK_INLINE int is_raised(const int type) { return form_of(type) == SCALED || form_of(type) == HALVED; }
@@ -57,8 +49,7 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
     if (!mk_is_super(type)) {
         for (; count--; to++, w += mk_packed_bytes(type) * MK_TILE) {
             unpack_groups(type, w + mk_scale_bytes(type) * MK_TILE, to);
-            to->of.scale[0] = type == MK_MXFP4 ? vf_load_e8m0(w) : vf_load_f16((const void *)w);
-            if (mk_f16s(type) == 2) to->of.minimum[0] = vf_load_f16((const void *)(w + 32));
+            to->of = load_plain_scales(type, w);
         }
         return;
     }
@@ -105,20 +96,7 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
         UNROLL
         for (int i = 0; i < R * T; i++) {
             const unpacked *of = w + i / T * UNPACKED_PARTS;
-            const mk_activation *row = a + i % T;
-            const vf scale = vf_set1(row->scale);
-            if (halves == 1) {
-                acc[i] = vf_fma(vf_from(dots[0][i]), vf_mul(of->of.scale[0], scale), acc[i]);
-                if (form == MINIMUM) acc[i] = vf_fma(of->of.minimum[0], vf_set1(row->total), acc[i]);
-                continue;
-            }
-            const vf first = vf_mul(vf_from(dots[0][i]), of->of.scale[0]);
-            acc[i] = vf_fma(vf_fma(vf_from(dots[1][i]), of->of.scale[1], first), vf_mul(of->d, scale), acc[i]);
-            if (form == MINIMA) {
-                vf minimum = vf_mul(of->of.minimum[0], vf_set1((float)row->offset32[0]));
-                minimum = vf_fma(of->of.minimum[1], vf_set1((float)row->offset32[1]), minimum);
-                acc[i] = vf_fma(minimum, vf_mul(of->m, scale), acc[i]);
-            }
+            acc[i] = add_part(form, acc[i], dots[0][i], dots[halves - 1][i], &of->of, of->d, of->m, a + i % T);
         }
     }
     UNROLL
