@@ -42,8 +42,8 @@ class Family:
     """A family of models: one file, which `families.FAMILIES` lists.
 
     `architectures` are transformers' classes with their model_type, `model_types` other values of model_type with
-    the class that they stand for, `gguf` the values of general.architecture that it reads, `names` what its tensors
-    are called, and `tied` what an absent tie_word_embeddings means. With `yarn_multiplies_scores` a GGUF file's
+    the class that they stand for, `gguf` the values of general.architecture that it reads, `gguf_adapters` others that
+    files with adapters of its models may have, `names` what its tensors are called, and `tied` what an absent tie_word_embeddings means. With `yarn_multiplies_scores` a GGUF file's
     yarn multiplies attention's scores, as its log multiplier says. `defaults`
     has what other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
     """
@@ -51,6 +51,7 @@ class Family:
     architectures: ClassVar[Mapping[str, str]]
     model_types: ClassVar[Mapping[str, str]] = {}  # further ones, with the class that computes them
     gguf: ClassVar[tuple[str, ...]] = ()
+    gguf_adapters: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[Names] = Names()
     tied: ClassVar[bool] = False
     yarn_multiplies_scores: ClassVar[bool] = False

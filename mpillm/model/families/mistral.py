@@ -52,6 +52,7 @@ class Mistral(Family):
 
     architectures = {_DENSE: "mistral", _MIXTURE: "mixtral", _SOME_WINDOWS: "ministral", _TUNED: "ministral3"}
     gguf = ("mistral3",)
+    gguf_adapters = ("llama",)
     names = Names(rope_pairs=True)
     defaults = {
         _DENSE: {"sliding_window": 4096, **_USUAL},

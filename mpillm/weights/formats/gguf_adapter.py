@@ -58,7 +58,7 @@ def _alpha(path: Path, metadata: dict[str, Any], family: GgufFamily) -> float:
     """What the products are multiplied by, times their rank; ModelError if this is no adapter for the family."""
     if metadata.get("general.type") != "adapter" or metadata.get("adapter.type") != "lora":
         raise ModelError(f"{path} is no LoRA adapter: its general.type and adapter.type do not say so.")
-    if (kind := metadata.get("general.architecture")) not in family.gguf:
+    if (kind := metadata.get("general.architecture")) not in (*family.gguf, *family.gguf_adapters):
         raise ModelError(
             f"{path} was made for a model of architecture {str(kind)[:60]!r}, which this one is not."
         )
