@@ -20,7 +20,7 @@ class Hosted:
 
 
 HOSTED: Mapping[str, Hosted] = {
-    "qwen3-0.6b": Hosted("Qwen/Qwen3-0.6B", 596, "Apache-2.0"),
+    "qwen3-0.6b": Hosted("Qwen/Qwen3-0.6B", 752, "Apache-2.0"),
     "smollm2-1.7b": Hosted("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1711, "Apache-2.0"),
     "smollm3-3b": Hosted("HuggingFaceTB/SmolLM3-3B", 3075, "Apache-2.0"),
     "qwen3-4b": Hosted("Qwen/Qwen3-4B-Instruct-2507", 4022, "Apache-2.0"),

@@ -7,6 +7,8 @@ import importlib
 import logging
 import os
 import re
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from mpillm.store.directory import replacing
 from mpillm.weights.formats.gguf_file import gguf_parts
 from mpillm.weights.formats.gguf_header import architecture_in
 from mpillm.weights.formats.hf import of_text, read_json
+from mpillm.weights.opening import CONFIG, is_beside
+from mpillm.weights.text_files import MODULES, modules_in
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,7 @@ HEAD = 1 << 16  # bytes of a GGUF file in which its architecture stands
 # hf:owner/name, hf:owner/name@revision, hf:owner/name/FILE.gguf
 HF_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
 HF_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model"]
+HF_NOT = "consolidated*"  # another format of the same weights
 # What the library's errors mean, by their names or those of their bases.
 REMEDIES = {
     "GatedRepoError": "accept its terms on its page, and set HF_TOKEN",
@@ -34,7 +39,12 @@ REMEDIES = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and it is not on this machine",
     "LocalEntryNotFoundError": "the hub cannot be reached, and it is not on this machine",
 }
-HF_NOT = ["*/*", "consolidated*"]  # other formats of the same weights live in folders and under this name
+# And what it means that the hub answers with an HTTP status, where the library has no class for it.
+STATUSES = {
+    401: "HF_TOKEN is no valid token, or there is none and the repository wants one",
+    403: "the account of HF_TOKEN may not read it",
+    429: "the hub was asked too often; wait some minutes, and type the same command again",
+}
 
 
 def pull_hf(name: str, notes: Path) -> Path:
@@ -57,12 +67,8 @@ def pull_hf(name: str, notes: Path) -> Path:
             paths = [hub.hf_hub_download(repo, part, revision=revision) for part in gguf_parts(file)]
             path = Path(paths[0])
         else:
-            _judge_repository(hub, name, repo, revision)
-            path = Path(
-                hub.snapshot_download(
-                    repo, revision=revision, allow_patterns=HF_FILES, ignore_patterns=HF_NOT
-                )
-            )
+            files = _judge_repository(hub, name, repo, revision)
+            path = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=files))
     except MpillmError:
         raise
     except Exception as error:  # its own errors, its HTTP library's, and the disk's: all end in one sentence
@@ -119,19 +125,49 @@ def _kinds(error: Exception) -> list[str]:
 def _reason(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     remedy = next((REMEDIES[kind] for kind in _kinds(error) if kind in REMEDIES), None)
-    return f"{type(error).__name__}: {remedy or first}"
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status >= 500:
+        first = f"the hub has trouble of its own (status {status}); type the same command again later"
+    return f"{type(error).__name__}: {remedy or STATUSES.get(status, first)}"
 
 
-def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> None:
-    """ModelError if the repository's config.json is of a model that cannot be run; JobError if it has no weights."""
+def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> list[str]:
+    """Patterns of the names of a repository's files that a model takes.
+
+    ModelError if its config.json is of a model that cannot be run; JobError if it has no weights.
+    """
     files = hub.list_repo_files(repo, revision=revision)
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
-        found = [file for file in files if file.endswith(".gguf")]
-        several = f", such as hf:{repo}/{found[0]}" if found else ""
+        models = [file for file in files if file.endswith(".gguf") and not is_beside(file)]
+        if not models:
+            raise JobError(f"{name} has neither safetensors nor GGUF files, which alone can be read.")
         raise JobError(
-            f"{name} has no safetensors files; for one of its GGUF files write hf:{repo}/FILE.gguf{several}."
+            f"{name} has no safetensors files; for one of its GGUF files write hf:{repo}/FILE.gguf, such as "
+            f"hf:{repo}/{models[0]}."
         )
-    judge(of_text(read_json(Path(hub.hf_hub_download(repo, "config.json", revision=revision)))), name)
+    if CONFIG not in files:
+        what = "is an adapter: pull its base model" if "adapter_config.json" in files else "is no model"
+        raise JobError(f"{name} has no {CONFIG}, so it {what}.")
+
+    def fetch(file: str) -> Path:
+        return Path(hub.hf_hub_download(repo, file, revision=revision))
+
+    judge(of_text(read_json(fetch(CONFIG))), name)
+    folders = [
+        "",
+        "additional_chat_templates",
+        *(modules_in(fetch(MODULES).parent) if MODULES in files else ()),
+    ]
+    return [
+        escape(file)
+        for file in files
+        if os.path.dirname(file) in folders and _belongs(os.path.basename(file))
+    ]
+
+
+def _belongs(file: str) -> bool:
+    """Whether a file in one of a model's folders belongs to it, by its name."""
+    return any(fnmatch(file, kind) for kind in HF_FILES) and not fnmatch(file, HF_NOT)
 
 
 def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:

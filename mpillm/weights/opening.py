@@ -86,4 +86,9 @@ def file_in(path: Path) -> Path | None:
 def _gguf_files(path: Path, pattern: str) -> list[Path]:
     """GGUF files that may be models: not what turns images into embeddings, nor statistics of a quantisation."""
     found = (file for file in path.glob(pattern) if file.suffix.lower() == ".gguf")
-    return sorted(file for file in found if not any(word in file.name.lower() for word in BESIDE))
+    return sorted(file for file in found if not is_beside(file.name))
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file of this name lies beside models and is none."""
+    return any(word in name.lower() for word in BESIDE)

@@ -43,12 +43,12 @@ def text_files(tokenizer: TokenizerSource) -> list[Path]:
     folder = tokenizer
     found = [path for name in NAMES for path in sorted(folder.glob(name))]
     modules = (
-        folder / name / file for name in _modules(folder) for file in ("config.json", "model.safetensors")
+        folder / name / file for name in modules_in(folder) for file in ("config.json", "model.safetensors")
     )
     return found + [path for path in modules if path.is_file()]
 
 
-def _modules(folder: Path) -> list[str]:
+def modules_in(folder: Path) -> list[str]:
     """The directories of modules, below `folder`.
 
     None where modules.json cannot be read, which `embedding_settings` reports.

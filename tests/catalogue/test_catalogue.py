@@ -12,6 +12,7 @@ import threading
 import types
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -242,6 +243,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, 0
         self.files: list[str] = []
+        self.patterns: object = None
 
     def HfFileSystem(self) -> Hub:
         return self
@@ -258,14 +260,13 @@ class Hub:
             raise ValueError("404 not there\nmore")
         if repo.endswith("shut"):
             raise GatedRepoError("401 Client Error.")
-        return (
-            ["README.md", "Q8_0/m Q8_0.gguf"]
-            if repo.endswith("bare")
-            else ["config.json", "model.safetensors"]
-        )
+        if repo.rpartition("/")[2].isdecimal():
+            raise HfHubHTTPError(int(repo.rpartition("/")[2]))
+        return LISTED.get(repo.rpartition("/")[2], ["config.json", "model.safetensors"])
 
     def snapshot_download(self, repo: str, **kwargs: object) -> str:
         self.calls += 1
+        self.patterns = kwargs["allow_patterns"]
         path = self.folder / repo
         path.mkdir(parents=True, exist_ok=True)
         (path / "model.safetensors").touch()
@@ -278,6 +279,8 @@ class Hub:
         if file == "config.json":
             architecture = "NoSuchForCausalLM" if repo.endswith("strange") else "LlamaForCausalLM"
             path.write_text(json.dumps({**LLAMA, "architectures": [architecture]}))
+        elif file == "modules.json":
+            path.write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
         else:
             path.touch()
         return str(path)
@@ -291,6 +294,24 @@ class GatedRepoError(RepositoryNotFoundError):
     """Likewise."""
 
 
+class HfHubHTTPError(Exception):
+    """Likewise: an answer with this status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"Client error {status} for url")
+        self.response = SimpleNamespace(status_code=status)
+
+
+LISTED = {  # the files of repositories by name
+    "bare": ["README.md", "Q8_0/imatrix.gguf", "Q8_0/m Q8_0.gguf"],
+    "pickles": ["config.json", "pytorch_model.bin"],
+    "lora": ["adapter_config.json", "adapter_model.safetensors"],
+    "embedder": [
+        "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin",
+        "README.md", "additional_chat_templates/tools.jinja", "config.json", "consolidated.safetensors",
+        "model.safetensors", "modules.json", "onnx/config.json", "onnx/model.onnx", "tokenizer[1].json",
+    ],
+}  # fmt: skip
 LLAMA = {
     "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9,
 }  # fmt: skip
@@ -318,6 +339,23 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pull("hf:owner/shut")
     with pytest.raises(JobError, match=r"hf:owner/gone could not be pulled \(ValueError: 404 not there\)"):
         pull("hf:owner/gone")
+    for name, words in (
+        ("pickles", "has neither safetensors nor GGUF files"),
+        ("lora", "has no config.json, so it is an adapter: pull its base model"),
+        ("401", "HF_TOKEN is no valid token"),
+        ("403", "the account of HF_TOKEN may not read it"),
+        ("404", "Client error 404 for url"),
+        ("429", "asked too often; wait some minutes, and type the same command again"),
+        ("502", r"trouble of its own \(status 502\)"),
+    ):
+        with pytest.raises(JobError, match=words):
+            pull(f"hf:owner/{name}")
+    pull("hf:owner/embedder")
+    assert hub.patterns == [
+        "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+        "additional_chat_templates/tools.jinja", "config.json", "model.safetensors", "modules.json",
+        "tokenizer[[]1].json",
+    ]  # fmt: skip
     hub.files.clear()
     calls = hub.calls
     with pytest.raises(

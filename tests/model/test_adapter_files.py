@@ -1,4 +1,4 @@
-"""Which adapters are refused, and in which words."""
+"""Adapters in files: which are refused, in which words, and what those of GGUF files add."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mpillm.engine.request import Request
 from mpillm.errors import MpillmError
 from mpillm.model.adapters import Adapters
 from mpillm.model.opening import config_of, open_source
@@ -136,6 +137,56 @@ def test_a_gguf_adapter_adds_what_the_same_one_of_peft_does(tmp_path: Path) -> N
     found = run_engine(model_path("chat"), twice, threads=1, adapters=adapters)
     one, other = found[: len(requests)], found[len(requests) :]
     assert digest(one) == digest([replace(b, request=a.request) for a, b in zip(one, other, strict=True)])
+
+
+ADAPTED = re.compile(r"blk\.\d+\.(attn_(q|k|v|output|qkv)|ffn_(gate|up|down))\.weight")
+
+
+def write_both(model: Path, folder: Path) -> tuple[Path, Path]:
+    """A random adapter of most of a GGUF file's matrices, and the file with the adapter added to them."""
+    draw = np.random.default_rng(7)
+    read = gguf.GGUFReader(model)
+    kind = read.fields["general.architecture"].contents()
+    adapter, merged = gguf.GGUFWriter(folder / "a.gguf", kind), gguf.GGUFWriter(folder / "m.gguf", kind)
+    adapter.add_type("adapter")
+    adapter.add_string("adapter.type", "lora")
+    adapter.add_float32("adapter.lora.alpha", 6.0)
+    for field in read.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            merged.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1])
+    for tensor in read.tensors:
+        value = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        value = value.reshape(tensor.shape[::-1])
+        if ADAPTED.fullmatch(tensor.name):
+            a, b = (
+                draw.normal(0, 0.2, shape).astype(np.float32)
+                for shape in ((3, value.shape[1]), (len(value), 3))
+            )
+            adapter.add_tensor(f"{tensor.name}.lora_a", a)
+            adapter.add_tensor(f"{tensor.name}.lora_b", b)
+            value = value + np.float32(6.0 / 3) * (b @ a)
+        merged.add_tensor(tensor.name, value)
+    for writer in (adapter, merged):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / "a.gguf", folder / "m.gguf"
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_f16_factors", "mixtral_f16", "phi3_f16", "gpt2_f16", "deepseek2_f16"]
+)
+def test_a_gguf_adapter_adds_to_the_files_own_matrices(name: str, tmp_path: Path) -> None:
+    model = FIXTURES / "gguf" / f"{name}.gguf"
+    adapter, merged = write_both(model, tmp_path)
+    prompt = tuple(range(3, 43))
+    plain = Request(id="0", prompt=prompt, max_tokens=0, prompt_logprobs=1)
+    job: dict[str, Any] = {"activations": "f32", "kv_type": "f32", "threads": 1}
+    found = run_engine(model, [plain, replace(plain, id="1", adapter=1)], adapters={"a": str(adapter)}, **job)
+    [want] = run_engine(merged, [plain], **job)
+    np.testing.assert_allclose(found[1].prompt_logprobs, want.prompt_logprobs, atol=1e-4)
+    assert np.abs(np.subtract(found[0].prompt_logprobs, want.prompt_logprobs)).max() > 0.5
 
 
 @pytest.mark.parametrize(

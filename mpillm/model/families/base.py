@@ -43,9 +43,10 @@ class Family:
 
     `architectures` are transformers' classes with their model_type, `model_types` other values of model_type with
     the class that they stand for, `gguf` the values of general.architecture that it reads, `gguf_adapters` others that
-    files with adapters of its models may have, `names` what its tensors are called, and `tied` what an absent tie_word_embeddings means. With `yarn_multiplies_scores` a GGUF file's
-    yarn multiplies attention's scores, as its log multiplier says. `defaults`
-    has what other absent keys mean, by class: the defaults of transformers' configuration classes. Sizes have none.
+    files with adapters of its models may have, `names` what its tensors are called, and `tied` what an absent
+    tie_word_embeddings means. With `yarn_multiplies_scores` a GGUF file's yarn multiplies attention's scores, as its
+    log multiplier says. `defaults` has what other absent keys mean, by class: the defaults of transformers'
+    configuration classes. Sizes have none.
     """
 
     architectures: ClassVar[Mapping[str, str]]
